@@ -1,0 +1,387 @@
+"""The front doors: :func:`prune`, :func:`analyze`, :func:`apply`."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.cost import count_parameters
+from fxprune.coupling import Coupling, couple
+from fxprune.criteria import magnitude
+from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
+from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
+from fxprune.report import GroupRow, PinnedRow, Report
+from fxprune.rewrite import Survivors, emit
+from fxprune.selection import select
+from fxprune.trace import Trace, example_of, trace, twin_of
+from fxprune.verify import Verification, check
+
+__all__ = ["Pruned", "analyze", "apply", "prune", "verify"]
+
+_ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of :func:`prune` and :func:`apply`.
+
+    Attributes
+    ----------
+    model:
+        The smaller model; trains, compiles and exports like any module, for any batch size.
+    plan:
+        What survived, as data.
+    report:
+        What changed; ``print`` it.
+    """
+
+    model: fx.GraphModule
+    plan: Plan
+    report: Report
+
+
+def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = ()) -> Coupling:
+    """Find which channels are coupled, without changing or even reading a weight.
+
+    Parameters
+    ----------
+    model:
+        Any module; it is not run and not changed.
+    example_inputs:
+        A tensor, a tuple of positional arguments or a dict of keyword arguments. Only shapes and dtypes matter.
+    keep:
+        What must not be pruned: a module name, a glob, a module object, or several of these.
+
+    Raises
+    ------
+    ModelError, InputError, ArgumentError, TraceError
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> print(analyze(net, torch.zeros(1, 3, 8, 8)).groups[0])
+    8 units: 0.weight:0, 0.bias:0, 2.weight:1
+    """
+    _check_model(model)
+    return _analyze(model, example_of(example_inputs, 2), example_of(example_inputs), _kept_parameters(model, keep), ())
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    channels: float,
+    keep: Any = (),
+    round_to: int = 1,
+    min_channels: int = 1,
+    verify: bool = False,
+) -> Pruned:
+    """Remove the least important channels of every group and return the smaller model.
+
+    Parameters
+    ----------
+    model:
+        Any module that can be traced; it is left exactly as it is.
+    example_inputs:
+        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``. Only shapes and dtypes
+        matter.
+    channels:
+        The share of units that each group keeps, in (0, 1]; 1.0 returns an equal model.
+    keep:
+        What must not be pruned: a module name, a glob, a module object, or several of these. Their parameters keep their shapes.
+    round_to:
+        Groups keep a multiple of this many units, where they have as many.
+    min_channels:
+        Groups keep at least this many units, where they have as many.
+    verify:
+        Prove the result against the masked original at once (see :func:`verify`); the report then shows the error.
+
+    Raises
+    ------
+    ArgumentError, InputError, ModelError, TraceError, RewriteError, VerificationError
+        All of them are :class:`FxpruneError`.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> pruned = prune(net, torch.zeros(1, 3, 8, 8), channels=0.5)
+    >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
+    (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
+    """
+    _check_number("channels", channels, "the share of channels that every group keeps", above=0, most=1)
+    _check_integer("round_to", round_to)
+    _check_integer("min_channels", min_channels)
+    clock = _Clock()
+    with clock("check"):
+        _check_model(model)
+        inputs, exact = example_of(example_inputs, 2), example_of(example_inputs)
+        kept = _kept_parameters(model, keep)
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    pinned: tuple[str, ...] = ()
+    for _ in range(_ATTEMPTS):
+        coupling = _analyze(model, inputs, exact, kept, pinned, clock)
+        with clock("score"):
+            scores = magnitude(coupling, parameters)
+        with clock("select"):
+            survivors = select(coupling, scores, channels=channels, round_to=round_to, min_channels=min_channels)
+        try:
+            pruned = _emit(model, coupling, survivors, kept, pinned, exact, clock)
+            break
+        except RewriteError as error:
+            # Never guess: a node that cannot be made smaller keeps its operands whole.
+            if not error.node or error.node in pinned:
+                raise
+            pinned = (*pinned, error.node)
+    else:
+        raise RewriteError(f"{len(pinned)} nodes could not be emitted smaller ({', '.join(pinned)}); exclude their modules with keep=.")
+    if verify:
+        with clock("verify"):
+            error = check(model, pruned.model, pruned.plan, coupling, survivors).error
+        pruned = replace(pruned, report=replace(pruned.report, error=error, seconds=dict(clock.seconds)))
+    return pruned
+
+
+def apply(plan: Plan, model: nn.Module) -> Pruned:
+    """Replay a plan on a model of the architecture it was made for.
+
+    Raises
+    ------
+    PlanError
+        If the model's architecture is another one.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> plan = prune(net, torch.zeros(1, 3, 8, 8), channels=0.5).plan
+    >>> apply(Plan.from_json(plan.to_json()), net).plan == plan
+    True
+    """
+    _check_model(model)
+    coupling, survivors, exact, clock = _replay(plan, model)
+    return _emit(model, coupling, survivors, plan.keep, plan.pinned_nodes, exact, clock)
+
+
+def verify(
+    model: nn.Module,
+    pruned: Pruned,
+    example_inputs: Any = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    randomize: bool = True,
+    seed: int = 0,
+    numeric: bool = True,
+) -> Verification:
+    """Prove that a pruned model computes what the original computes with the removed channels set to zero.
+
+    Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart may
+    meet; and both models run, in ``dtype``, and their outputs are compared.
+
+    Parameters
+    ----------
+    example_inputs:
+        As in :func:`prune`; shapes, and values unless ``randomize``. Without them, the shapes of the plan.
+    randomize:
+        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in a fresh model hides an error.
+    seed:
+        For these draws.
+    numeric:
+        False: the first check only.
+
+    Returns
+    -------
+    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one.
+
+    Raises
+    ------
+    VerificationError
+        If the structures differ or an output is not finite.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> x = torch.zeros(1, 3, 8, 8)
+    >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
+    True
+    """
+    coupling, survivors, _, _ = _replay(pruned.plan, model)
+    return check(
+        model,
+        pruned.model,
+        pruned.plan,
+        coupling,
+        survivors,
+        example_inputs=example_inputs,
+        dtype=dtype,
+        randomize=randomize,
+        seed=seed,
+        numeric=numeric,
+    )
+
+
+@dataclass
+class _Clock:
+    """Wall-clock seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _analyze(
+    model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...], clock: _Clock | None = None
+) -> Coupling:
+    clock = clock or _Clock()
+    with clock("trace"):
+        traces = _traces(model, inputs, exact)
+    with clock("couple"):
+        return couple(traces, kept, pinned)
+
+
+def _traces(model: nn.Module, inputs: Inputs, exact: Inputs) -> list[Trace]:
+    twin = twin_of(model)
+    try:
+        first = trace(twin, *inputs)
+    except FxpruneError:
+        if inputs == exact:
+            raise
+        # A model may insist on its batch of 1.
+        twin = twin_of(model)
+        first = trace(twin, *exact)
+    if not first.asked_mode:
+        return [first]
+    return [first, trace(twin, first.args, first.kwargs, training=True)]
+
+
+def _emit(
+    model: nn.Module,
+    coupling: Coupling,
+    survivors: dict[str, tuple[int, ...]],
+    kept: tuple[str, ...],
+    pinned: tuple[str, ...],
+    exact: Inputs,
+    clock: _Clock,
+) -> Pruned:
+    with clock("rewrite"):
+        smaller = emit(coupling, Survivors(coupling, survivors), type(model).__name__)
+        _restore_modes(model, smaller)
+    with clock("report"):
+        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
+        plan = Plan(groups, pack_inputs(*exact), kept, pinned, fingerprint(model))
+        report = Report(
+            params_before=count_parameters(model),
+            params_after=count_parameters(smaller),
+            macs_before=None,
+            macs_after=None,
+            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
+            pinned=tuple(PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned),
+            untouched=coupling.untouched,
+            decisions=coupling.decisions,
+            statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
+        )
+    return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
+    """train() or eval() as in the original, module by module."""
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in smaller.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, model.training)
+
+
+def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, _Clock]:
+    if fingerprint(model) != plan.fingerprint:
+        raise PlanError(
+            f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters differ. "
+            "Build the model exactly as it was when the plan was made."
+        )
+    exact = unpack_inputs(plan.inputs)
+    clock = _Clock()
+    coupling = _analyze(model, example_of_pair(exact), exact, plan.keep, plan.pinned_nodes, clock)
+    found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
+    if found != planned:
+        names = sorted(set(found.items()) ^ set(planned.items()))
+        raise PlanError(f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew.")
+    return coupling, {g.name: g.kept for g in plan.groups}, exact, clock
+
+
+def example_of_pair(exact: Inputs) -> Inputs:
+    """The inputs of the analysis (batch of at least 2) for inputs that are already normalised."""
+    args, kwargs = exact
+    widened = example_of({**{str(i): a for i, a in enumerate(args)}, **kwargs}, 2)[1]
+    return tuple(widened.pop(str(i)) for i in range(len(args))), widened
+
+
+def _kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
+    """Names of all parameters and buffers below the modules that ``keep`` names."""
+    entries = [keep] if isinstance(keep, (str, nn.Module)) else list(keep)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: set[str] = set()
+    for entry in entries:
+        if isinstance(entry, nn.Module):
+            found = [name for name, module in modules.items() if module is entry]
+        elif isinstance(entry, str):
+            found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
+        else:
+            raise ArgumentError(f"keep holds a {type(entry).__name__}: give module names, globs or module objects.")
+        if not found:
+            what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
+            some = ", ".join([n for n in modules if n][:8])
+            raise ArgumentError(f"keep: {what} matches no module of this {type(model).__name__}. Its modules are: {some}, ...")
+        names.update(found)
+    tensors = {id(t) for name in names for t in (*modules[name].parameters(), *modules[name].buffers())}
+    every = [*model.named_parameters(), *model.named_buffers()]
+    return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
+
+
+def _check_number(name: str, value: Any, meaning: str, *, above: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not above < value <= most:
+        raise ArgumentError(f"{name}={value!r} is outside ({above}, {most}]: it is {meaning}, e.g. {name}=0.5.")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    devices = {str(t.device): name for name, t in reversed(tensors)}
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))
+        raise ModelError(f"the model lies on {len(devices)} devices ({where}): move it to one with model.to(device) first.")
+    for name, module in model.named_modules():
+        if any(part in type(module).__module__ for part in ("nn.quantized", "nn.intrinsic.quantized", "nn.qat")):
+            raise _quantised(name or "the model", type(module).__name__)
+    for name, tensor in tensors:
+        if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):
+            raise _quantised(name, type(tensor.data).__name__ if not tensor.is_quantized else str(tensor.dtype))
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach()))):
+            raise ModelError(f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first.")
+
+
+def _quantised(name: str, kind: str) -> ModelError:
+    return ModelError(f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the result.")
+
+

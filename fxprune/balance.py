@@ -1,0 +1,173 @@
+"""Balance: a channel axis that is split into blocks stays rectangular only if every block loses equally many units.
+
+Every sighting (a field that varies along several dimensions of some tensor) says: along one dimension, the *shrinking* one, each row
+keeps the same number. This module decides which dimension shrinks, collects the rows into blocks, and where rows cannot be pruned
+freely (their survivors would change order, or two splits disagree) ties them, so that every block loses the same positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.labels import Array, compact, varied
+from fxprune.rules import Context, Sighting
+
+__all__ = ["Balance", "resolve", "shrinking_dim"]
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """The resolved constraints.
+
+    Attributes
+    ----------
+    block:
+        For each label (read it at a unit's representative) the number of a block of the split it lies in, -1 if it lies in none.
+    cell:
+        The finest block: units of one cell lie in the same block of every split. -1 if none.
+    kind:
+        For each cell, the number of its kind: all cells of one kind keep equally many units.
+    """
+
+    block: Array
+    cell: Array
+    kind: Array
+
+
+def resolve(context: Context) -> Balance:
+    """Decide all sightings; unites and pins in the context until every split can be satisfied."""
+    while True:
+        version = context.units.version
+        block = np.full(context.units.count, -1, dtype=np.int64)
+        splits: list[list[Array]] = []
+        seen: set[bytes] = set()
+        for sighting in context.sightings:
+            context.node = sighting.node
+            rows = _rows(context, sighting, block)
+            if rows is None:
+                continue
+            key = np.sort(rows.ravel()).tobytes() + rows.shape[0].to_bytes(8, "little")
+            fresh = key not in seen
+            seen.add(key)
+            for row in rows:
+                if (block[row] < 0).all():
+                    block[row] = int(block.max()) + 1
+            if fresh:
+                splits.append(list(rows))
+        if context.units.version != version:
+            continue
+        balance = _cells(context, splits, block)
+        if balance is not None:
+            return balance
+
+
+def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
+    """The units of each row along the shrinking dimension, sorted; None if nothing is split here (any more)."""
+    labels = compact(context.units.live(sighting.labels))
+    dims = varied(labels)
+    if not labels.any():
+        return None
+    if len(dims) <= 1:
+        if labels.size == 1:
+            context.pin(labels, "its removal would empty a tensor")
+        elif dims[0] in sighting.fixed:
+            context.pin(labels, "would remove whole blocks of an axis that is split")
+        return None
+    free = [d for d in dims if d not in sighting.fixed]
+    if not free:
+        context.pin(labels, "lies on axes of fixed size only")
+        return None
+    shrink = _choose(labels, free, block, sighting)
+    others = [d for d in dims if d != shrink]
+    inner = [d for d in sighting.merged if d in dims and d > shrink] if shrink in sighting.merged else []
+    if inner:
+        # Laid out one after the other, survivors would come in another order than the original's: tie the smaller side.
+        inner_size = int(np.prod([labels.shape[d] for d in inner]))
+        flip = inner_size > labels.shape[shrink] and not set(inner) & sighting.fixed
+        context.tie(labels, [shrink] if flip else inner)
+        return None
+    rows = np.moveaxis(labels, shrink, -1).reshape(-1, labels.shape[shrink])
+    rows = np.sort(rows, axis=1)
+    pinned = (rows == 0).sum(axis=1)
+    if (pinned != pinned[0]).any():
+        context.pin(labels, "lies in blocks of which some are partly pinned")
+        return None
+    rows = rows[:, pinned[0] :]
+    times = (rows == rows[:, :1]).sum(axis=1)
+    step = int(times[0])
+    if (times != step).any() or rows.shape[1] % step or not (rows.reshape(len(rows), -1, step) == rows[:, ::step, None]).all():
+        context.tie(labels, others)
+        return None
+    rows = np.unique(rows[:, ::step], axis=0)
+    if (np.diff(rows, axis=1) == 0).any() or len(np.unique(rows)) != rows.size:
+        context.tie(labels, others)  # rows overlap
+        return None
+    old = block[rows]
+    if (old >= 0).any() and (old != old[:, :1]).any():
+        context.tie(labels, others)  # disagrees with an earlier split
+        return None
+    return rows
+
+
+def _choose(labels: Array, free: list[int], block: Array, sighting: Sighting) -> int:
+    known = [d for d in free if _constant_blocks(labels, d, block)]
+    if known:
+        return known[-1]
+    return free[-1]
+
+
+def _constant_blocks(labels: Array, dim: int, block: Array) -> bool:
+    """Whether all live labels lie in a known block, the same one along ``dim``."""
+    own = np.where(labels > 0, block[labels], -2)
+    if (own == -1).any():
+        return False
+    low = np.where(own == -2, np.iinfo(np.int64).max, own).min(axis=dim)
+    return bool((np.maximum(own.max(axis=dim), -2) == np.where(low == np.iinfo(np.int64).max, -2, low)).all())
+
+
+def shrinking_dim(labels: Array, block: Array) -> int:
+    """Along which dimension a tensor with these (live) labels gets smaller.
+
+    A mask alone does not say it: ``[[1, 0], [0, 1]]`` leaves 2 x 1 or 1 x 2.
+    """
+    dims = varied(labels)
+    if len(dims) == 1:
+        return dims[0]
+    known = [d for d in dims if _constant_blocks(labels, d, block)]
+    return known[-1] if known else dims[-1]
+
+
+def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance | None:
+    """Refine all splits into cells; None (after tying) if two splits cannot be satisfied together."""
+    count = context.units.count
+    rng = np.random.default_rng(0)  # names for sets: equal sets get equal sums
+    cell_key = np.zeros(count, dtype=np.uint64)
+    kind_key = np.zeros(count, dtype=np.uint64)
+    for split in splits:
+        own = rng.integers(1, 2**63, dtype=np.uint64)
+        names = rng.integers(1, 2**63, size=len(split), dtype=np.uint64)
+        for name, row in zip(names, split, strict=True):
+            cell_key[row] += name
+            kind_key[row] += own
+    units = np.flatnonzero(cell_key)
+    _, cell_of = np.unique(cell_key[units], return_inverse=True)
+    cell = np.full(count, -1, dtype=np.int64)
+    cell[units] = cell_of
+    kinds: npt.NDArray[np.uint64] = np.zeros(int(cell_of.max()) + 1 if units.size else 0, dtype=np.uint64)
+    kinds[cell_of] = kind_key[units]
+    sizes = np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
+    # Blocks satisfy a split when each is made of the same kinds of cell, of the same sizes.
+    for split in splits:
+        content = []
+        for row in split:
+            inside = np.unique(cell[row])
+            content.append(sorted(zip(kinds[inside].tolist(), sizes[inside].tolist(), strict=True)))
+        if any(c != content[0] for c in content):
+            stacked = np.stack(split)
+            context.unite(stacked, stacked[:1])
+            return None
+    _, kind = np.unique(kinds, return_inverse=True) if units.size else (None, np.zeros(0, dtype=np.int64))
+    return Balance(block, cell, kind)

@@ -1,0 +1,339 @@
+"""Which channels are coupled: units, groups, balance partitions, and what is pinned and why.
+
+The model runs once on labels (:mod:`fxprune.propagation`); what is left is to read off the result. Nodes of the coupling graph are
+segments of parameter axes, edges carry the fx nodes that tied them; its connected components are the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxprune.balance import Balance, resolve
+from fxprune.labels import Array, Field, compact
+from fxprune.propagation import run_node
+from fxprune.rules import Context
+from fxprune.trace import Trace
+
+__all__ = ["Axis", "Coupling", "Group", "Pinned", "couple"]
+
+
+@dataclass(frozen=True, order=True)
+class Axis:
+    """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of ``length``.
+
+    >>> str(Axis("conv.weight", 0, 0, 64, 64)), str(Axis("fc.weight", 1, 8, 16, 64))
+    ('conv.weight:0', 'fc.weight:1[8:16]')
+    """
+
+    parameter: str
+    dim: int
+    start: int
+    stop: int
+    length: int
+
+    def __str__(self) -> str:
+        whole = self.start == 0 and self.stop == self.length
+        return f"{self.parameter}:{self.dim}" + ("" if whole else f"[{self.start}:{self.stop}]")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that compete with each other: they lie on the same axes.
+
+    ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take statistics over this group, over
+    its survivors in the pruned model.
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    blocks: int
+    normalised: tuple[str, ...]
+    units: tuple[int, ...]
+
+    def __str__(self) -> str:
+        balanced = f" in {self.blocks} balanced blocks" if self.blocks else ""
+        shown = ", ".join(map(str, self.axes[:6])) + (f", ... ({len(self.axes)} in all)" if len(self.axes) > 6 else "")
+        return f"{self.size} units{balanced}: {shown}"
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Axes that keep their size, the reason, and the fx node that gave it."""
+
+    axes: tuple[Axis, ...]
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.axes[:4])) + (f", ... ({len(self.axes)} in all)" if len(self.axes) > 4 else "")
+        return f"{shown}: {self.reason}" + (f" (at {self.node})" if self.node else "")
+
+
+@dataclass(eq=False)
+class Coupling:
+    """The result of the analysis; ``print`` it, or draw :meth:`to_networkx`.
+
+    Attributes
+    ----------
+    groups, pinned:
+        What can be pruned together, and what cannot be pruned.
+    untouched:
+        Parameters that no executed op met; they stay as they are.
+    decisions:
+        Control flow that was decided while tracing, one line each.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: tuple[Pinned, ...]
+    untouched: tuple[str, ...]
+    decisions: tuple[str, ...]
+    graph: nx.Graph
+    traces: tuple[Trace, ...]
+    context: Context
+    balance: Balance
+    values: tuple[dict[fx.Node, Any], ...]
+    parameters: dict[str, Tensor]
+
+    def to_networkx(self) -> nx.Graph:
+        """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
+        return self.graph.copy()
+
+    def labels(self, tensor: Any) -> list[Array]:
+        """The live labels of a tensor of the labelled run, one array per field."""
+        record = self.context.record(tensor)
+        fields = _live(self.context, tensor) if record is not None and record.name else self.context.fields(tensor)
+        return [f.labels for f in fields]
+
+    def parameter_labels(self, name: str) -> list[Array]:
+        """The live labels of a parameter of the twin."""
+        return self.labels(self.parameters[name])
+
+    def elements(self, group: Group) -> dict[str, list[Tensor]]:
+        """For each parameter of a group: the unit's index in the group at each element, -1 where none of its units lies.
+
+        Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies twice has two.
+        """
+        index = np.full(self.context.units.count, -1, dtype=np.int64)
+        index[list(group.units)] = np.arange(group.size)
+        out: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(axis.parameter for axis in group.axes):
+            own = [index[labels] for labels in self.parameter_labels(name)]
+            out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
+        return out
+
+    def blocks(self, group: Group) -> Tensor:
+        """The block of each unit of a group: units may only be exchanged within one. All zero without balance."""
+        cells = self.balance.cell[list(group.units)]
+        return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups, {sum(g.size for g in self.groups)} units"]
+        lines += [f"  {g}" for g in self.groups]
+        if self.pinned:
+            lines.append("pinned")
+            lines += [f"  {p}" for p in self.pinned]
+        if self.untouched:
+            lines.append(f"untouched: {', '.join(self.untouched)}")
+        if self.decisions:
+            lines.append("decided while tracing")
+            lines += [f"  {d}" for d in self.decisions]
+        return "\n".join(lines)
+
+
+def couple(traces: Sequence[Trace], keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> Coupling:
+    """Label one trace, or the traces of both modes of one twin, together.
+
+    Parameters
+    ----------
+    keep:
+        Names of parameters whose every axis stays.
+    pinned_nodes:
+        Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted smaller.
+    """
+    twin = traces[0].twin.model
+    context = Context()
+    parameters = _register(context, twin)
+    for name in keep:
+        record = context.record(parameters[name])
+        assert record is not None
+        for axis in sorted(record.unborn):
+            context.adopt_nothing(record, axis, "is kept by request")
+    values = tuple(_propagate(context, trace, set(pinned_nodes)) for trace in traces)
+    context.node = ""
+    balance = resolve(context)
+    groups, graph = _groups(context, parameters, balance)
+    return Coupling(
+        groups,
+        _pins(context, parameters),
+        tuple(n for n, t in parameters.items() if t.is_floating_point() and _untouched(context, t)),
+        tuple(dict.fromkeys(d for trace in traces for d in trace.decisions)),
+        graph,
+        tuple(traces),
+        context,
+        balance,
+        values,
+        parameters,
+    )
+
+
+def _register(context: Context, twin: torch.nn.Module) -> dict[str, Tensor]:
+    parameters: dict[str, Tensor] = {}
+    number = 0
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        parameters[name] = tensor
+        if tensor.is_meta:
+            context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
+            number += tensor.dim()
+    return parameters
+
+
+def _propagate(context: Context, trace: Trace, pinned_nodes: set[str]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(trace.placeholders)
+    root = trace.twin.model.train(trace.training)
+    prefix = "train." if trace.training else ""
+    with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for node in trace.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op == "output":
+                context.node = prefix + node.name
+                for leaf in tree_leaves(fx.node.map_arg(node.args[0], values.__getitem__)):
+                    context.pin_all(context.fields(leaf), "is an output of the model")
+            else:
+                if node.name in pinned_nodes:
+                    context.node = prefix + node.name
+                    for operand in node.all_input_nodes:
+                        for leaf in tree_leaves(values[operand]):
+                            context.pin_all(context.fields(leaf), "could not be emitted smaller")
+                values[node] = run_node(context, root, node, values.__getitem__, prefix)
+    return values
+
+
+def _untouched(context: Context, tensor: Tensor) -> bool:
+    record = context.record(tensor)
+    return record is not None and not record.fields and record.unborn == {a for a, n in enumerate(tensor.shape) if n > 1} and bool(record.unborn)
+
+
+def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple[int, Array]]:
+    """(dim, labels along it) for each field of a parameter; a field over several axes counts on the one that shrinks."""
+    from fxprune.balance import shrinking_dim
+
+    out = []
+    for f in _live(context, tensor):
+        dim = shrinking_dim(f.labels, balance.block)
+        rows = np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])
+        out.append((dim, rows))
+    return out
+
+
+def _live(context: Context, tensor: Tensor) -> list[Field]:
+    record = context.record(tensor)
+    if record is None or record.unborn and not record.fields:
+        return []
+    out = []
+    for f in record.fields:
+        labels = compact(context.units.live(f.labels))
+        if labels.any() and labels.size > 1:
+            out.append(Field(labels, f.zero))
+    return out
+
+
+def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -> tuple[tuple[Group, ...], nx.Graph]:
+    rng = np.random.default_rng(0)
+    signature = np.zeros(context.units.count, dtype=np.uint64)
+    axes: list[tuple[str, int, int, Array]] = []  # parameter, dim, axis number, rows of labels
+    for name, tensor in parameters.items():
+        record = context.record(tensor)
+        for dim, rows in _positions(context, tensor, balance):
+            assert record is not None
+            axes.append((name, dim, record.axes[dim], rows))
+            present = np.unique(rows)
+            signature[present] += rng.integers(1, 2**63, dtype=np.uint64)
+    signature[0] = 0
+    graph: nx.Graph = nx.Graph()
+    by_signature: dict[int, list[tuple[Axis, int]]] = {}
+    for name, dim, number, rows in axes:
+        own = signature[rows].max(axis=0)
+        cuts = np.flatnonzero(np.diff(own)) + 1
+        starts, stops = [0, *cuts.tolist()], [*cuts.tolist(), len(own)]
+        for start, stop in zip(starts, stops, strict=True):
+            key = int(own[start])
+            if key:
+                segment = Axis(name, dim, start, stop, len(own))
+                graph.add_node(segment)
+                by_signature.setdefault(key, []).append((segment, number))
+    for segments in by_signature.values():
+        _connect(graph, segments, context)
+    # Cells of one kind keep equally many units: the groups they lie in are one.
+    units = np.flatnonzero(signature)
+    celled = units[balance.cell[units] >= 0]
+    for kind in np.unique(balance.kind[balance.cell[celled]]) if celled.size else ():
+        keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
+        for key in keys[1:]:
+            graph.add_edge(by_signature[keys[0]][0][0], by_signature[key][0][0], nodes=("balance",))
+    statistics = [(node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
+                  for (node, _), arrays in context.statistics.items()]
+    key_of = {segment: key for key, segments in by_signature.items() for segment, _ in segments}
+    order = {segment: i for i, segment in enumerate(graph.nodes)}
+    sorter = np.argsort(signature[units], kind="stable")
+    sorted_keys = signature[units][sorter]
+    groups = []
+    for component in nx.connected_components(graph):
+        segments = sorted(component, key=order.__getitem__)
+        keys = np.array(sorted({key_of[s] for s in segments}), dtype=np.uint64)
+        spans = [sorter[np.searchsorted(sorted_keys, k, "left") : np.searchsorted(sorted_keys, k, "right")] for k in keys]
+        members = np.sort(units[np.concatenate(spans)])
+        cells = balance.cell[members]
+        groups.append(
+            Group(
+                str(segments[0]),
+                len(members),
+                tuple(segments),
+                len(np.unique(cells[cells >= 0])),
+                tuple(dict.fromkeys(node for node, labels in statistics if np.isin(members, labels, assume_unique=True).any())),
+                tuple(members.tolist()),
+            )
+        )
+    groups.sort(key=lambda g: order[g.axes[0]])
+    return tuple(groups), graph
+
+
+def _connect(graph: nx.Graph, segments: list[tuple[Axis, int]], context: Context) -> None:
+    """Edges between segments of one signature: those that an op tied, and, where ops tied through a third one, one to the first."""
+    first, first_number = segments[0]
+    for segment, number in segments[1:]:
+        pair = (min(first_number, number), max(first_number, number))
+        graph.add_edge(first, segment, nodes=tuple(context.edges.get(pair, ())))
+
+
+def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]:
+    found: dict[int, list[Axis]] = {}
+    for name, tensor in parameters.items():
+        record = context.record(tensor)
+        if record is None:
+            continue
+        for dim, number in enumerate(record.axes):
+            if number in context.fixed_axes:
+                size = tensor.shape[dim]
+                found.setdefault(context.fixed_axes[number], []).append(Axis(name, dim, 0, size, size))
+    for name, tensor in parameters.items():
+        record = context.record(tensor)
+        for f in record.born if record is not None else ():
+            for dim in sorted(f.dims):
+                reasons = context.units.reasons(np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])[0])
+                cuts = np.flatnonzero(np.diff(reasons)) + 1
+                bounds = [0, *cuts.tolist(), len(reasons)]
+                for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                    if reasons[start]:
+                        found.setdefault(int(reasons[start]), []).append(Axis(name, dim, start, stop, len(reasons)))
+    return tuple(Pinned(tuple(dict.fromkeys(axes)), *context.reasons[reason]) for reason, axes in sorted(found.items()))

@@ -1,0 +1,57 @@
+"""The exception tree: every error names what failed, where, and the way out.
+
+>>> issubclass(TraceError, FxpruneError)
+True
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "FxpruneError",
+    "InputError",
+    "ModelError",
+    "PlanError",
+    "RewriteError",
+    "TraceError",
+    "VerificationError",
+]
+
+
+class FxpruneError(Exception):
+    """Everything that fxprune raises on purpose; catch this to catch them all."""
+
+
+class ArgumentError(FxpruneError, ValueError):
+    """An option is outside what it may be (``channels``, ``keep``, ``round_to``, ``min_channels``)."""
+
+
+class InputError(FxpruneError, ValueError):
+    """The example inputs do not fit the model: no tensor, or a shape that the model refuses."""
+
+
+class ModelError(FxpruneError, ValueError):
+    """The model itself cannot be pruned: on two devices, with NaN weights, already quantised."""
+
+
+class TraceError(FxpruneError):
+    """The model's Python code cannot be turned into a graph; the message names the line."""
+
+
+class PlanError(FxpruneError, ValueError):
+    """A plan is damaged, or was made for another architecture."""
+
+
+class RewriteError(FxpruneError):
+    """The smaller graph could not be emitted; the message names the node.
+
+    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that node's channels pinned.
+    """
+
+    def __init__(self, message: str, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
+
+
+class VerificationError(FxpruneError):
+    """The emitted model does not compute what the masked original computes."""

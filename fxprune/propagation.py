@@ -1,0 +1,101 @@
+"""Runs a traced graph on labels: node by node, so that every fx node is seen as the ATen ops it executes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fxprune import rules, shapes
+from fxprune.errors import RewriteError
+from fxprune.rules import Context
+
+__all__ = ["LabelMode", "run_node"]
+
+# Recurrent layers are single ops to the analysis: their inside depends on the device that runs them.
+_WHOLE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
+
+
+class LabelMode(TorchDispatchMode):
+    """Sees every ATen op on meta tensors and lets its rule carry the labels on.
+
+    Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ctx, kwargs = self.context, kwargs or {}
+        rule = rules.find(func)
+        name = func._schema.name.removeprefix("aten::")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        labelled = any(id(t) in ctx.records for t in tensors)
+        if tensors and not labelled:
+            if rule is None and name not in _WHOLE and _composite(func) and any(t.is_meta for t in tensors):
+                with self:
+                    return func.decompose(*args, **kwargs)
+            out = shapes.run(func, args, kwargs)
+            if rule is not None and rule.family == "creation" and out.is_floating_point():
+                rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
+            return out
+        if rule is None and name not in _WHOLE and _composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if not tensors:
+            if rule is None or rule.family != "creation":
+                return shapes.run(func, args, kwargs)
+            out = shapes.run(func, args, {**kwargs, "device": shapes.META}) if _makes_floats(kwargs) else func(*args, **kwargs)
+            if out.is_floating_point():
+                rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
+            return out
+        out = shapes.run(func, args, kwargs)
+        if rule is not None:
+            rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
+            return out
+        for tensor in tensors:
+            ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
+        return out
+
+
+def _composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def _makes_floats(kwargs: Mapping[str, Any]) -> bool:
+    dtype = kwargs.get("dtype")
+    return dtype is None or dtype.is_floating_point
+
+
+def run_node(context: Context, root: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any], prefix: str = "") -> Any:
+    """Execute one node under labels and return its value.
+
+    Raises
+    ------
+    RewriteError
+        If the node cannot be executed; it carries the node's name.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    context.node, context.target = prefix + node.name, node.target
+    try:
+        with LabelMode(context):
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_module":
+                return root.get_submodule(str(node.target))(*args, **kwargs)
+            value: Any = root
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            return value
+    except RewriteError:
+        raise
+    except Exception as error:
+        sizes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        raise RewriteError(f"node {node.name!r} ({node.target}) fails on shapes {sizes}: {error}", node.name) from error

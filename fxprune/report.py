@@ -1,0 +1,151 @@
+"""What a pruning changed, for people and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = ["GroupRow", "PinnedRow", "Report"]
+
+
+class GroupRow(NamedTuple):
+    """One group: its name, how many units survive, how many there were."""
+
+    name: str
+    kept: int
+    total: int
+
+
+class PinnedRow(NamedTuple):
+    """Parameter axes that are never pruned: which, why, and the graph node that says so."""
+
+    axes: tuple[str, ...]
+    reason: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What changed between a model and its pruned copy.
+
+    ``str(report)`` is a text to read, :meth:`to_dict` holds everything as plain data.
+
+    Attributes:
+        params_before, params_after: elements of all parameters, tied parameters counted once.
+        macs_before, macs_after: multiply-accumulates on the example inputs, None where they could not be counted.
+        groups: one row per group, in the plan's order.
+        pinned: what was never up for pruning, with reasons.
+        untouched: names of parameters that no executed operation used; they stay as they are.
+        decisions: control flow that the trace fixed, as text.
+        statistics: normalisations whose statistics go over the surviving channels only, as text. This is the one
+            place where a pruned model may differ from the original with its removed channels zeroed.
+        seconds: wall-clock seconds per stage, in the order in which the stages ran.
+        error: relative error of the verification, None if none was asked for.
+
+    Example:
+        >>> report = Report(params_before=1000, params_after=250, macs_before=4000, macs_after=1000,
+        ...                 groups=(GroupRow("conv1", 4, 8),), error=1e-15)
+        >>> print(report)
+        parameters  1,000 -> 250 (25.0 % left)
+        MACs        4,000 -> 1,000 (25.0 % left)
+        verified    equals the masked original, relative error 1.0e-15
+        <BLANKLINE>
+        1 group, 4 of 8 units kept
+          conv1  4 of 8
+        >>> report.to_dict()["groups"]
+        [{'name': 'conv1', 'kept': 4, 'total': 8}]
+    """
+
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    groups: tuple[GroupRow, ...] = ()
+    pinned: tuple[PinnedRow, ...] = ()
+    untouched: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        # Rows may arrive as plain tuples; the pinned axes as one text or as several.
+        object.__setattr__(self, "groups", tuple(GroupRow(*row) for row in self.groups))
+        pinned = (PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in self.pinned)
+        object.__setattr__(self, "pinned", tuple(pinned))
+        for name in ("untouched", "decisions", "statistics"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists, text, numbers and None, ready for ``json.dumps``."""
+        return {
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "groups": [row._asdict() for row in self.groups],
+            "pinned": [{"axes": list(row.axes), "reason": row.reason, "node": row.node} for row in self.pinned],
+            "untouched": list(self.untouched),
+            "decisions": list(self.decisions),
+            "statistics": list(self.statistics),
+            "seconds": dict(self.seconds),
+            "error": self.error,
+        }
+
+    def __str__(self) -> str:
+        lines = [*self._summary(), *self._groups(), *self._pinned()]
+        lines += _section("not used by any operation, left as they are", self.untouched)
+        lines += _section("control flow fixed by the example inputs", self.decisions)
+        lines += _section("normalised over the surviving channels", self.statistics)
+        return "\n".join(lines)
+
+    def _summary(self) -> Iterable[str]:
+        yield f"parameters  {_change(self.params_before, self.params_after)}"
+        if self.macs_before is None or self.macs_after is None:
+            yield "MACs        not counted: the model's control flow depends on values"
+        else:
+            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        if self.error is not None:
+            yield f"verified    equals the masked original, relative error {self.error:.1e}"
+        if self.seconds:
+            stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
+            yield f"seconds     {sum(self.seconds.values()):.2f} ({stages})"
+
+    def _groups(self) -> Iterable[str]:
+        kept, total = sum(row.kept for row in self.groups), sum(row.total for row in self.groups)
+        title = f"{_count(len(self.groups), 'group')}, {kept:,} of {total:,} units kept"
+        width = max((len(row.name) for row in self.groups[:_SHOWN]), default=0)
+        rows = [f"{row.name:{width}}  {row.kept} of {row.total}" for row in self.groups]
+        return _section(title, rows) or ["", "no group: nothing in this model can be pruned"]
+
+    def _pinned(self) -> Iterable[str]:
+        # One reason often pins many axes (every logit of every head): say it once.
+        by_reason: dict[tuple[str, str], list[str]] = {}
+        for row in self.pinned:
+            by_reason.setdefault((row.reason, row.node), []).extend(row.axes)
+        rows = []
+        for (reason, node), axes in by_reason.items():
+            more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
+            rows.append(f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else ""))
+        return _section("pinned, never pruned", rows)
+
+
+_SHOWN = 40  # lines of a section before the rest is only counted
+
+
+def _section(title: str, rows: Iterable[str]) -> list[str]:
+    rows = list(rows)
+    if not rows:
+        return []
+    more = [f"  ... and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
+    return ["", title, *(f"  {row}" for row in rows[:_SHOWN]), *more]
+
+
+def _change(before: int, after: int) -> str:
+    left = f" ({100 * after / before:.1f} % left)" if before else ""
+    return f"{before:,} -> {after:,}{left}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

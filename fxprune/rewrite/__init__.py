@@ -1,0 +1,10 @@
+"""GraphModule + plan -> smaller GraphModule.
+
+``survivors`` slices arrays by what is alive, ``leaves`` corrects what a module of torch.nn remembers about its size, ``literals``
+corrects numbers that stand in the graph, ``emit`` writes the new graph and checks it label by label while doing so.
+"""
+
+from fxprune.rewrite.emit import emit
+from fxprune.rewrite.survivors import Survivors
+
+__all__ = ["Survivors", "emit"]

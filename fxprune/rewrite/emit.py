@@ -1,0 +1,254 @@
+"""Write the smaller graph, node by node, and check it while writing.
+
+Each new node runs at once, on meta tensors that carry the *old* labels of their survivors. So its sizes are known when the next node
+needs them, and two old units that meet anywhere prove the emission wrong: the first of the two checks of an emitted model.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError
+from fxprune.labels import Field
+from fxprune.propagation import run_node
+from fxprune.rewrite.leaves import resize
+from fxprune.rewrite.literals import correct
+from fxprune.rewrite.survivors import Survivors
+from fxprune.rules import Context
+from fxprune.shapes import META
+from fxprune.trace import Trace
+
+__all__ = ["emit"]
+
+
+def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> fx.GraphModule:
+    """The smaller model, with the surviving elements of the user's parameters.
+
+    Raises
+    ------
+    RewriteError
+        If a node cannot be made smaller, or units that were separate meet; it carries the node's name.
+    """
+    trace = coupling.traces[0]
+    smaller: dict[int, Tensor] = {}
+    for tensor in coupling.parameters.values():
+        stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
+        smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
+    root = _skeleton(trace.twin.model, smaller, {})
+    context = _old_labels(coupling, survivors, root)
+    emission = _Emission(coupling, survivors, trace, coupling.values[0], root, context)
+    graph = emission.run()
+    _fill(root, _survivors_of(coupling, survivors), smaller)
+    for target, tensor in trace.constants.items():
+        _set(root, target, tensor)
+    return _graph_module(root, graph, name)
+
+
+class _Emission:
+    def __init__(
+        self, coupling: Coupling, survivors: Survivors, trace: Trace, values: dict[fx.Node, Any], root: nn.Module, context: Context
+    ) -> None:
+        self.coupling, self.survivors, self.trace, self.root, self.context = coupling, survivors, trace, root, context
+        self.values = values
+        self.graph = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.env: dict[fx.Node, Any] = {}
+        groups = coupling.groups
+        self.units = np.array(sorted(u for g in groups for u in g.units if survivors.alive[u]), dtype=np.int64)
+        self.checked = context.units.version
+
+    # -- what correctors ask
+
+    def old(self, value: Any) -> Any:
+        return fx.node.map_arg(value, self.values.__getitem__)
+
+    def new(self, value: Any) -> Any:
+        return fx.node.map_arg(value, lambda n: self.env[self.made.get(n, n)])
+
+    def sized(self, value: Any, wanted: Any) -> Any:
+        """A literal becomes the wanted number; so does an expression of sizes that all changed. One that also depends on sizes
+        which did not change (a batch, a resolution) is scaled, so that it stays right for other inputs."""
+        if not isinstance(value, fx.Node) or not self._dynamic(value):
+            return wanted
+        now = self.new(value)
+        if isinstance(now, float) or isinstance(wanted, float):
+            return self._scalar(operator.mul, self.made[value], wanted / now)
+        return self._scalar(operator.floordiv, self._scalar(operator.mul, self.made[value], wanted), now)
+
+    def _dynamic(self, node: fx.Node) -> bool:
+        scalars = [n for n in node.all_input_nodes if not isinstance(self.values[n], Tensor)]
+        if not scalars:
+            return bool(self.values[node] == self.new(node))
+        return any(self._dynamic(n) for n in scalars)
+
+    def _scalar(self, function: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(function, args)
+        self.env[node] = function(*fx.node.map_arg(args, self.env.__getitem__))
+        return node
+
+    # -- the graph
+
+    def run(self) -> fx.Graph:
+        inputs = iter(self.trace.placeholders)
+        with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            self.root.train(self.trace.training)
+            for node in self.trace.graph.nodes:
+                try:
+                    self._emit(node, inputs)
+                except RewriteError as error:
+                    error.node = error.node or node.name
+                    raise
+        return self.graph
+
+    def _emit(self, node: fx.Node, inputs: Any) -> None:
+        if node.op == "placeholder":
+            new = self.graph.node_copy(node)
+            self.env[new] = next(inputs)
+        elif node.op == "output":
+            new = self.graph.node_copy(node, self.made.__getitem__)
+        else:
+            emitted = self._call(node)
+            if emitted is None:
+                return
+            new = emitted
+        new.meta = {}
+        self.made[node] = new
+
+    def _call(self, node: fx.Node) -> fx.Node | None:
+        value = self.values[node]
+        if node.target is torch._assert and not self.new(node.args[0]):
+            return None  # held for the original's widths only
+        target, args, kwargs = correct(self, node, value)
+        op = "call_function" if callable(target) and node.op == "call_method" else node.op
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.made.get(n, n))
+        new = self.graph.create_node(op, target, args, kwargs, name=node.name)
+        if op == "call_module":
+            first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+            wanted = self.survivors.shape(value) if isinstance(value, Tensor) else None
+            resize(self.root.get_submodule(str(target)), self.old(first), self.new(first), wanted)
+        self.env[new] = run_node(self.context, self.root, new, self.env.__getitem__)
+        if node.name in self.coupling.context.rescaled:
+            new = self._rescale(new, node)
+        self._check(node, value, self.env[new])
+        return new
+
+    def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
+        arrays = [self.coupling.context.units.live(a) for a in self.coupling.context.rescaled[node.name]]
+        mask = np.array(True)
+        for labels in arrays:
+            mask = mask & self.survivors.alive[labels]
+        share = float(mask.mean())
+        if share == 1.0:
+            return new
+        scaled = self.graph.call_function(operator.mul, (new, share))
+        self.env[scaled] = run_node(self.context, self.root, scaled, self.env.__getitem__)
+        return scaled
+
+    def _check(self, node: fx.Node, old: Any, new: Any) -> None:
+        for before, after in zip(tree_leaves(old), tree_leaves(new), strict=True):
+            if isinstance(before, Tensor):
+                wanted = self.survivors.shape(before)
+                if wanted != list(after.shape):
+                    raise RewriteError(
+                        f"node {node.name!r} ({node.target}) gives {tuple(after.shape)} in the smaller model, where its labels say "
+                        f"{tuple(wanted)} (original: {tuple(before.shape)}). Pass the module's name in keep= to leave it whole.",
+                        node.name,
+                    )
+        if self.context.units.version != self.checked:
+            self.checked = self.context.units.version
+            roots = self.context.units.find(self.units)
+            if not np.array_equal(roots, self.units):
+                raise RewriteError(
+                    f"node {node.name!r} ({node.target}) brings channels together that were apart in the original. "
+                    "Pass the module's name in keep= to leave it whole.",
+                    node.name,
+                )
+
+
+def _old_labels(coupling: Coupling, survivors: Survivors, root: nn.Module) -> Context:
+    """A context in which every surviving element of every parameter carries its unit of the original."""
+    context = Context()
+    context.units.pinning = False
+    context.units.fresh(coupling.context.units.count - 1, -1)
+    new = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    for name, tensor in coupling.parameters.items():
+        if not tensor.is_meta:
+            continue
+        fields = [
+            Field(np.ascontiguousarray(survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy()), True)
+            for labels in coupling.parameter_labels(name)
+        ]
+        context.parameter(new[name], name, tuple(-1 for _ in tensor.shape), fields)
+    return context
+
+
+def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module]) -> nn.Module:
+    """The module tree of the emitted model: leaves copied, everything else plain containers. Sharing is kept."""
+    if id(module) in done:
+        return done[id(module)]
+    kind = type(module)
+    leaf = kind.__module__.startswith("torch.nn") and not kind.__module__.startswith("torch.nn.modules.container")
+    new = kind.__new__(kind) if leaf else nn.Module()
+    if leaf:
+        new.__dict__.update(module.__dict__)
+    for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        new.__dict__[store] = module.__dict__[store].copy()
+    new.training = module.training
+    done[id(module)] = new
+    for store in (new._parameters, new._buffers):
+        for name, tensor in store.items():
+            if tensor is not None and id(tensor) in replaced:
+                store[name] = replaced[id(tensor)]  # type: ignore[assignment]
+    for name, child in module._modules.items():
+        if child is not None:
+            new._modules[name] = _skeleton(child, replaced, done)
+    return new
+
+
+def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]:
+    """The surviving elements of the user's tensors, by the id of the twin's tensor."""
+    real = coupling.traces[0].twin.real
+    out: dict[int, Tensor] = {}
+    for tensor in coupling.parameters.values():
+        source = real[id(tensor)]
+        taken = survivors.take(tensor, source.detach()) if tensor.is_meta else source.detach()
+        if taken.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            taken = taken.clone()
+        if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
+            taken = taken.contiguous(memory_format=torch.channels_last)
+        elif source.is_contiguous():
+            taken = taken.contiguous()
+        out[id(tensor)] = nn.Parameter(taken, source.requires_grad) if isinstance(source, nn.Parameter) else taken
+    return out
+
+
+def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:
+    """Put real tensors in the place of the meta tensors that the graph was checked with."""
+    by_stand_in = {id(stand_in): real[key] for key, stand_in in meta.items()}
+    for module in root.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) in by_stand_in:
+                    store[name] = by_stand_in[id(tensor)]  # type: ignore[assignment]
+
+
+def _set(root: nn.Module, target: str, value: Tensor) -> None:
+    path, _, name = target.rpartition(".")
+    setattr(root.get_submodule(path), name, value)
+
+
+def _graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    made = fx.GraphModule(root, graph, class_name=name)
+    # A GraphModule takes over only what its graph calls; the rest belongs to the state dict all the same.
+    for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        made.__dict__[store] = root.__dict__[store]
+    made.training = root.training
+    return made

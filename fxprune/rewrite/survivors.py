@@ -1,0 +1,128 @@
+"""Which elements of a tensor survive, and the tensor without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fxprune.balance import shrinking_dim
+from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError
+from fxprune.labels import Array, varied
+
+__all__ = ["Survivors"]
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Survivors:
+    """Answers questions about the tensors of a labelled run once it is known which units live.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    kept:
+        For each group's name the indices of the surviving units.
+    """
+
+    def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
+        self.coupling = coupling
+        self.alive = np.ones(coupling.context.units.count, dtype=bool)
+        for group in coupling.groups:
+            units = np.array(group.units)
+            self.alive[units] = False
+            self.alive[units[list(kept[group.name])]] = True
+
+    def fields(self, tensor: Any) -> list[tuple[Array, int]]:
+        """(labels, shrinking dimension) of every field of a tensor of the labelled run that loses something."""
+        out = []
+        for labels in self.coupling.labels(tensor):
+            if not self.alive[labels].all():
+                out.append((labels, shrinking_dim(labels, self.coupling.balance.block)))
+        return out
+
+    def rows(self, tensor: Any, dim: int) -> Mask | None:
+        """The survivors along one dimension, a row for each place along the others; None if nothing is lost there."""
+        own = [labels for labels, shrink in self.fields(tensor) if shrink == dim]
+        if not own:
+            return None
+        rank = own[0].ndim
+        masks = [self.alive[labels] for labels in own]
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask & other
+        assert mask.ndim == rank
+        return np.moveaxis(mask, dim, -1).reshape(-1, mask.shape[dim])
+
+    def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
+        """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses nothing.
+
+        Raises
+        ------
+        RewriteError
+            If rows disagree.
+        """
+        rows = self.rows(tensor, dim)
+        if rows is None:
+            return None
+        counts = rows[:, start:stop].sum(axis=1)
+        if (counts != counts[0]).any():
+            raise RewriteError(f"blocks of a dimension keep different numbers of positions in {start}:{stop}")
+        return int(counts[0])
+
+    def shape(self, tensor: Tensor) -> list[int]:
+        """The tensor's size in the smaller model."""
+        size = list(tensor.shape)
+        for dim in {shrink for _, shrink in self.fields(tensor)}:
+            left = self.count(tensor, dim, 0, size[dim])
+            assert left is not None
+            size[dim] = left
+        return size
+
+    def take(self, tensor: Any, values: Tensor) -> Tensor:
+        """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the removed elements.
+
+        ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask is a product.
+        """
+        fields = self.fields(tensor)
+        for labels, shrink in fields:
+            if len(varied(labels)) > 1:
+                values = _take_rows(values, self.alive[labels], shrink, tensor.shape)
+        done: dict[int, Mask] = {}
+        for labels, shrink in fields:
+            if len(varied(labels)) == 1:
+                mask = self.alive[labels].reshape(-1)
+                done[shrink] = done[shrink] & mask if shrink in done else mask
+        for dim, mask in done.items():
+            if values.shape[dim] == len(mask):
+                values = values.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device))
+            elif values.shape[dim] != 1:
+                raise RewriteError("a dimension is cut by two fields at once")
+        return values
+
+
+def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) -> Tensor:
+    """Drop the masked positions along one dimension, where each place along some others drops its own."""
+    dims = [*(d for d in varied(mask) if d != shrink), shrink] if mask.shape[shrink] > 1 else list(varied(mask))
+    if all(values.shape[d] == 1 for d in dims):
+        return values
+    form = list(values.shape)
+    for d in dims:
+        form[d] = shape[d]
+    rest = [d for d in range(values.dim()) if d not in dims]
+    moved = values.expand(form).permute(*rest, *dims)
+    flat = torch.from_numpy(np.ascontiguousarray(mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims))
+                                                 .transpose(np.argsort(np.argsort(dims)))))
+    left = int(flat.reshape(-1, flat.shape[-1]).sum(dim=1)[0])
+    if int(flat.sum()) != left * (flat.numel() // flat.shape[-1]):
+        raise RewriteError("blocks of a parameter keep different numbers of positions")
+    taken = moved[(..., flat.to(values.device))] if rest else moved[flat.to(values.device)]
+    taken = taken.reshape([*(form[d] for d in rest), *(form[d] for d in dims[:-1]), left])
+    order = [*rest, *dims]
+    return taken.permute([order.index(d) for d in range(values.dim())])

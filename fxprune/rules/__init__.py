@@ -1,0 +1,23 @@
+"""All knowledge of ATen ops: one small rule per op family, registered by name. Importing the package fills the registry."""
+
+from fxprune.rules import contraction, convolution, creation, indexing, movement, normalisation, pointwise, reduction, resampling
+from fxprune.rules.context import Context, Sighting
+from fxprune.rules.registry import REGISTRY, Rule, bind, find
+
+__all__ = [
+    "REGISTRY",
+    "Context",
+    "Rule",
+    "Sighting",
+    "bind",
+    "contraction",
+    "convolution",
+    "creation",
+    "find",
+    "indexing",
+    "movement",
+    "normalisation",
+    "pointwise",
+    "reduction",
+    "resampling",
+]

@@ -1,0 +1,403 @@
+"""What a rule can see and do: read and write fields, unite labels, pin them, and note what must stay rectangular.
+
+The verbs here know no op. A rule describes an op in their terms: which operands meet element by element (:meth:`Context.merge`), what
+is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Context.pin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.labels import Array, Field, Units, compact, varied
+
+__all__ = ["Context", "Met", "Operand", "Record", "Sighting"]
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What is known of one tensor. ``unborn`` are axes of a parameter that no op has met yet."""
+
+    tensor: Tensor
+    fields: list[Field]
+    version: int = -1
+    base: Record | None = None  # the tensor that this one is a view of
+    overwritten: bool = False  # an in-place op may have left non-zeros at removed elements
+    name: str = ""  # parameters and buffers: their name
+    axes: tuple[int, ...] = ()  # parameters and buffers: the number of each axis
+    unborn: set[int] = field(default_factory=set)
+    born: list[Field] = field(default_factory=list)  # parameters: every field there ever was, for the report of pins
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sighting:
+    """A field that varies along several dimensions of some tensor: its survivors must form a rectangle.
+
+    ``fixed`` dimensions cannot shrink here. ``merged`` dimensions are (or were) one dimension on the other side of a reshape, so
+    survivors must keep their order when they are laid out one after the other.
+    """
+
+    labels: Array
+    fixed: frozenset[int]
+    merged: tuple[int, ...]
+    node: str
+
+
+@dataclass(slots=True, eq=False)
+class Operand:
+    """A tensor laid into a rule's virtual dimensions: ``dims[i]`` is the virtual dimension of the tensor's i-th one."""
+
+    fields: list[Field]
+    sized: set[int]
+    unborn: dict[int, int]  # virtual dimension -> axis of the parameter
+    record: Record | None = None
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Met:
+    """A field after operands met: its labels, and for each operand that carries it whether it is zero there."""
+
+    labels: Array
+    zero: dict[int, bool]
+
+
+class Context:
+    """The state of one labelling run."""
+
+    def __init__(self) -> None:
+        self.units = Units()
+        self.records: dict[int, Record] = {}
+        self.node = ""
+        self.target: Any = None
+        self.sightings: list[Sighting] = []
+        self._seen: set[tuple[Any, ...]] = set()
+        self.reasons: list[tuple[str, str]] = [("", ""), ("meets a part that stays", "")]
+        self._reason_numbers: dict[tuple[str, str], int] = {}
+        self.edges: dict[tuple[int, int], dict[str, None]] = {}
+        self.fixed_axes: dict[int, int] = {}  # axis number -> reason, for axes that met a fixed size before they got labels
+        self.statistics: dict[tuple[str, int], list[Array]] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
+        self._statistics_in_node: dict[str, int] = {}
+        self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
+
+    # -- tensors
+
+    def parameter(self, tensor: Tensor, name: str, axes: tuple[int, ...], fields: list[Field] | None = None) -> None:
+        unborn = {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
+        self.records[id(tensor)] = Record(tensor, list(fields or ()), name=name, axes=axes, unborn=unborn, born=list(fields or ()))
+
+    def record(self, tensor: Tensor) -> Record | None:
+        return self.records.get(id(tensor))
+
+    def fields(self, tensor: Any) -> list[Field]:
+        """The live fields of a tensor. Pinned labels are gone; a field that is one single label is pinned on sight."""
+        record = self.records.get(id(tensor))
+        if record is None:
+            return []
+        if record.unborn:
+            for axis in sorted(record.unborn):
+                self.birth(record, axis)
+        if record.version != self.units.version and record.fields:
+            record.fields = self._refresh(record.fields)
+            record.version = self.units.version
+        if record.base is not None and record.base.overwritten:
+            return [Field(f.labels, False) for f in record.fields]
+        return record.fields
+
+    def _refresh(self, fields: Iterable[Field]) -> list[Field]:
+        out = []
+        for f in fields:
+            labels = self.units.live(f.labels)
+            if labels.any():
+                labels = compact(labels)
+                if labels.size == 1:
+                    self.pin(labels, "its removal would empty a tensor")
+                else:
+                    out.append(Field(labels, f.zero))
+        return out
+
+    def put(self, tensor: Any, fields: Iterable[Field], base: Any = None) -> None:
+        """Say what an op's result carries. ``base``: the tensor that the result is a view of."""
+        if not isinstance(tensor, Tensor):
+            return
+        kept = [f if f.labels.ndim == tensor.dim() else _wrong_rank(f, tensor) for f in fields]
+        root = self.records.get(id(base)) if base is not None else None
+        if root is not None and root.base is not None:
+            root = root.base
+        if not kept and root is None:
+            self.records.pop(id(tensor), None)
+            return
+        for f in kept:
+            if len(f.dims) > 1:
+                self.sight(f.labels)
+        self.records[id(tensor)] = Record(tensor, kept, base=root)
+
+    def overwrite(self, tensor: Tensor, fields: list[Field]) -> None:
+        """An in-place op wrote into a tensor (maybe a view); its labels were united with what was written."""
+        record = self.records.get(id(tensor))
+        if record is None:
+            if fields:
+                self.records[id(tensor)] = Record(tensor, fields)
+            return
+        record.fields, record.version = fields, -1
+        if not all(f.zero for f in fields):
+            root = record.base or record
+            root.overwritten = True
+            root.fields = [Field(f.labels, False) for f in root.fields]
+
+    # -- birth of labels
+
+    def birth(self, record: Record, axis: int) -> Field:
+        """Give an axis of a parameter its labels, one per position."""
+        record.unborn.discard(axis)
+        n = record.tensor.shape[axis]
+        shape = [1] * record.tensor.dim()
+        shape[axis] = n
+        born = Field(self.units.fresh(n, record.axes[axis]).reshape(shape), True)
+        record.fields.append(born)
+        record.born.append(born)
+        return born
+
+    def adopt(self, record: Record, axis: int, labels: Array) -> None:
+        """A parameter's axis takes over the labels (laid out for that parameter) of what it met first."""
+        record.unborn.discard(axis)
+        record.fields.append(Field(labels, True))
+        record.born.append(record.fields[-1])
+        for owner in self.units.owners(labels):
+            self._edge(owner, record.axes[axis])
+
+    def adopt_nothing(self, record: Record, axis: int, why: str) -> None:
+        """A parameter's axis met a size that cannot shrink."""
+        record.unborn.discard(axis)
+        self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
+
+    def virtual(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
+        """Labels for dimensions that a literal size made (``expand``, ``zeros``): they shrink with what they meet."""
+        out = []
+        for d in dims:
+            if shape[d] > 1:
+                form = [1] * len(shape)
+                form[d] = shape[d]
+                out.append(Field(self.units.fresh(shape[d], -1).reshape(form), zero))
+        return out
+
+    # -- unions, pins, notes
+
+    def unite(self, a: Array, b: Array) -> None:
+        if a is b:
+            return
+        self.units.unite(a, b)
+        for x in self.units.owners(a):
+            for y in self.units.owners(b):
+                self._edge(x, y)
+
+    def tie(self, labels: Array, along: Iterable[int]) -> Array:
+        """Make labels constant along dimensions, by uniting; return them compact."""
+        for d in along:
+            if labels.shape[d] > 1:
+                self.unite(labels, labels[(slice(None),) * d + (slice(0, 1),)])
+        return compact(self.units.live(labels))
+
+    def pin(self, labels: Array, why: str) -> None:
+        self.units.pin(labels, self._reason(why))
+
+    def pin_all(self, fields: Iterable[Field], why: str) -> None:
+        for f in fields:
+            self.pin(f.labels, why)
+
+    def sight(self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()) -> None:
+        fixed = frozenset(fixed)
+        labels = np.ascontiguousarray(labels)
+        key = (labels.shape, hash(labels.tobytes()), fixed, merged)
+        if key not in self._seen:
+            self._seen.add(key)
+            self.sightings.append(Sighting(labels, fixed, merged, self.node))
+
+    def statistic(self, labels: list[Array]) -> None:
+        """A normalisation takes its statistics over the survivors of these labels."""
+        index = self._statistics_in_node.get(self.node, 0)
+        self._statistics_in_node[self.node] = index + 1
+        self.statistics[self.node, index] = labels
+
+    def _reason(self, why: str) -> int:
+        key = (why, self.node)
+        if key not in self._reason_numbers:
+            self._reason_numbers[key] = len(self.reasons)
+            self.reasons.append(key)
+        return self._reason_numbers[key]
+
+    def _edge(self, a: int, b: int) -> None:
+        if a != b and a >= 0 and b >= 0:
+            self.edges.setdefault((min(a, b), max(a, b)), {})[self.node] = None
+
+    # -- operands that meet
+
+    def operand(self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False) -> Operand:
+        """Lay a tensor's fields into ``rank`` virtual dimensions."""
+        record = self.records.get(id(tensor))
+        unborn: dict[int, int] = {}
+        if record is not None and record.unborn and not born:
+            unborn = {dims[a]: a for a in record.unborn}
+            fields = self._refresh(record.fields)
+        else:
+            fields = self.fields(tensor)
+        laid = [Field(place(f.labels, dims, rank), f.zero) for f in fields]
+        sized = {dims[d] for d, size in enumerate(tensor.shape) if size > 1}
+        return Operand(laid, sized, unborn, record, tuple(dims))
+
+    def merge(self, operands: Sequence[Operand], rank: int) -> list[Met]:
+        """Operands meet element by element on a virtual broadcast: pair their fields and unite the labels that meet.
+
+        Fields pair by the dimensions along which they vary. A field whose partner has the full size of its dimensions but no
+        labels there is pinned. Where the partner is sized on some of the dimensions only, the survivors must be equally many for
+        each position there.
+        """
+        order = sorted(range(len(operands)), key=lambda i: len(operands[i].unborn) > 0)
+        acc: list[Met] = []
+        sized: set[int] = set()
+        for turn, i in enumerate(order):
+            b = operands[i]
+            if turn == 0:
+                self._birth_rest(b, set(), rank)
+                acc = [Met(f.labels, {i: f.zero}) for f in b.fields]
+            else:
+                acc = self._pair(acc, sized, b, i, rank)
+            sized |= b.sized
+        return acc
+
+    def _pair(self, acc: list[Met], sized: set[int], b: Operand, index: int, rank: int) -> list[Met]:
+        free = list(b.fields)
+        out: list[Met] = []
+        for met in acc:
+            dims = set(varied(met.labels))
+            common = dims & b.sized
+            if not common:
+                out.append(met)
+                continue
+            partner = _partner(met.labels, dims, free, alone=sum(set(varied(m.labels)) == dims for m in acc) == 1)
+            adopted = b.unborn.get(max(dims)) if max(dims) in common else None
+            if partner is not None:
+                free.remove(partner)
+                self.unite(met.labels, partner.labels)
+                small = min(met.labels, partner.labels, key=lambda x: x.size)
+                out.append(Met(small, {**met.zero, index: partner.zero}))
+            elif adopted is not None and b.record is not None:
+                for v in common - {max(dims)}:  # one value for many: those go together
+                    if v in b.unborn:
+                        self.adopt_nothing(b.record, b.unborn[v], "meets a channel axis that is split")
+                labels = self.tie(met.labels, dims - {max(dims)})
+                if labels.size > 1:
+                    self.adopt(b.record, adopted, take(labels, b.dims))
+                    out.append(Met(labels, {**met.zero, index: True}))
+            elif dims <= b.sized:
+                self.pin(met.labels, "meets a tensor of fixed size")
+            else:
+                for f in list(free):
+                    if f.dims & dims:
+                        self.pin(f.labels, "acts on whole blocks of a channel axis that is split")
+                        free.remove(f)
+                self.sight(met.labels, fixed=common)
+                out.append(met)
+        for f in free:
+            common = set(f.dims) & sized
+            if not common:
+                out.append(Met(f.labels, {index: f.zero}))
+            elif f.dims <= sized:
+                self.pin(f.labels, "meets a tensor of fixed size")
+            else:
+                self.sight(f.labels, fixed=common)
+                out.append(Met(f.labels, {index: f.zero}))
+        for f in self._birth_rest(b, sized, rank):
+            out.append(Met(f.labels, {index: True}))
+        return out
+
+    def _birth_rest(self, b: Operand, met_sizes: set[int], rank: int) -> list[Field]:
+        """Axes of a parameter that met no labels: pinned where they met a size, born where they met nothing."""
+        born = []
+        if b.record is None:
+            return born
+        for v, axis in list(b.unborn.items()):
+            if axis not in b.record.unborn:
+                continue
+            if v in met_sizes:
+                self.adopt_nothing(b.record, axis, "meets a tensor of fixed size")
+            else:
+                f = self.birth(b.record, axis)
+                born.append(Field(place(f.labels, b.dims, rank), True))
+        b.fields = b.fields + born
+        b.unborn = {}
+        return born
+
+    def contract(self, operands: Sequence[Operand], rank: int, summed: Iterable[int]) -> list[Field]:
+        """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
+        summed = set(summed)
+        out = []
+        for met in self.merge(operands, rank):
+            dims = set(varied(met.labels))
+            zero = any(met.zero.values())
+            if dims & summed:
+                if not zero:
+                    self.pin(met.labels, "is summed although removed elements are not zero")
+                elif dims - summed:
+                    self.sight(met.labels, fixed=dims - summed)
+            elif dims:
+                out.append(Field(met.labels, zero))
+        return out
+
+
+def place(labels: Array, dims: Sequence[int], rank: int) -> Array:
+    """Lay an array's dimensions at the given virtual dimensions.
+
+    >>> place(np.arange(6).reshape(2, 3), (2, 0), 4).shape
+    (3, 1, 2, 1)
+    """
+    shape = [1] * rank
+    for d, v in enumerate(dims):
+        shape[v] = labels.shape[d]
+    order = sorted(range(len(dims)), key=lambda d: dims[d])
+    return labels.transpose(order).reshape(shape)
+
+
+def take(labels: Array, dims: Sequence[int]) -> Array:
+    """The inverse of :func:`place`: read virtual dimensions (all others have size 1)."""
+    kept = sorted(dims)
+    reduced = labels.reshape([labels.shape[v] for v in kept])
+    return reduced.transpose([kept.index(v) for v in dims])
+
+
+def _partner(labels: Array, dims: set[int], free: list[Field], alone: bool) -> Field | None:
+    """The field among ``free`` that pairs with these labels."""
+    same = [f for f in free if f.dims == dims]
+    if same:
+        if alone and len(same) == 1:
+            return same[0]
+        for f in same:  # several fields on one axis: pair those that repeat in the same pattern
+            if f.labels.shape == labels.shape and _same_pattern(f.labels, labels):
+                return f
+        return None
+    inner = [f for f in free if max(dims) in f.dims and (f.dims < dims or f.dims > dims)]
+    return inner[0] if inner else None
+
+
+def _same_pattern(a: Array, b: Array) -> bool:
+    return bool(np.array_equal(np.unique(a, return_inverse=True)[1].ravel(), np.unique(b, return_inverse=True)[1].ravel())) or (
+        len(np.unique(a)) == len(np.unique(b)) == len({(x, y) for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)})
+    )
+
+
+def _wrong_rank(f: Field, tensor: Tensor) -> Field:
+    raise AssertionError(f"a rule gave labels of shape {f.labels.shape} to a tensor of shape {tuple(tensor.shape)}")
+
+
+def as_torch(labels: Array, shape: Sequence[int]) -> Tensor:
+    """An array of labels as an expanded (stride 0) integer tensor of the full shape, for movement ops to run on."""
+    return torch.from_numpy(np.ascontiguousarray(labels)).expand(tuple(shape))
+
+
+def from_torch(labels: Tensor) -> Array:
+    return compact(labels.numpy())

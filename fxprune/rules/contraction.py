@@ -1,0 +1,119 @@
+"""Sums of products: pointwise on the virtual broadcast, then the summed dimension goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.labels import Field
+from fxprune.rules.context import Context, take
+from fxprune.rules.registry import rule
+
+
+def _finish(ctx: Context, out: Tensor, fields: list[Field], dims: Sequence[int], extra: Tensor | None = None) -> None:
+    """Read the result's dimensions off the virtual ones; add a bias that broadcasts to it."""
+    laid = [Field(take(f.labels, dims), f.zero) for f in fields]
+    if extra is not None:
+        rank = out.dim()
+        ctx.put(out, laid)
+        met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(extra, range(rank - extra.dim(), rank), rank)], rank)
+        laid = [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met]
+    ctx.put(out, laid)
+
+
+@rule("linear")
+def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """x (..., i), w (o, i) -> (..., o): i is summed."""
+    x, w, rank = a["input"], a["weight"], a["input"].dim()
+    if w.dim() == 1:
+        fields = ctx.contract([ctx.operand(x, range(rank), rank), ctx.operand(w, (rank - 1,), rank)], rank, {rank - 1})
+        return _finish(ctx, out, fields, range(rank - 1), a["bias"])
+    operands = [ctx.operand(x, range(rank), rank + 1), ctx.operand(w, (rank, rank - 1), rank + 1)]
+    fields = ctx.contract(operands, rank + 1, {rank - 1})
+    return _finish(ctx, out, fields, [*range(rank - 1), rank], a["bias"])
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """(..., n, k) @ (..., k, m) -> (..., n, m): k is summed, leading dimensions broadcast."""
+    x, y = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
+    batch = max(x.dim() - 2, y.dim() - 2, 0)
+    n, k, m = batch, batch + 1, batch + 2
+    x_dims = [*range(batch - (x.dim() - 2), batch), n, k] if x.dim() > 1 else [k]
+    y_dims = [*range(batch - (y.dim() - 2), batch), k, m] if y.dim() > 1 else [k]
+    fields = ctx.contract([ctx.operand(x, x_dims, batch + 3), ctx.operand(y, y_dims, batch + 3)], batch + 3, {k})
+    out_dims = [*range(batch), *([n] if x.dim() > 1 else []), *([m] if y.dim() > 1 else [])]
+    _finish(ctx, out, fields, out_dims)
+
+
+@rule("addmm", "baddbmm", "addbmm", "addmv")
+def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """A matrix product plus a tensor that broadcasts to it."""
+    name = func._schema.name.removeprefix("aten::")
+    if name not in ("addmm", "baddbmm"):
+        for value in a.values():
+            if isinstance(value, Tensor):
+                ctx.pin_all(ctx.fields(value), f"{name} has no rule")
+        return
+    x, y = (a["mat1"], a["mat2"]) if name == "addmm" else (a["batch1"], a["batch2"])
+    batch = x.dim() - 2
+    n, k, m = batch, batch + 1, batch + 2
+    operands = [ctx.operand(x, [*range(batch), n, k], batch + 3), ctx.operand(y, [*range(batch), k, m], batch + 3)]
+    _finish(ctx, out, ctx.contract(operands, batch + 3, {k}), [*range(batch), n, m], a["self"])
+
+
+@rule("einsum")
+def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Every letter is a virtual dimension; letters that are not in the result are summed."""
+    equation, tensors = a["equation"].replace(" ", ""), list(a["tensors"])
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    repeated = any(len(set(t.replace(".", ""))) != len(t.replace(".", "")) for t in terms)
+    if not arrow or repeated:
+        letters = [c for c in left if c.isalpha()]
+        if repeated or "." in left:
+            for t in tensors:
+                ctx.pin_all(ctx.fields(t), f"einsum {equation!r} repeats or hides a dimension")
+            return
+        right = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    ellipsis = max((t.dim() - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True) if "..." in term), default=0)
+    names: dict[str, int] = {f"...{i}": i for i in range(ellipsis)}
+
+    def dims_of(term: str, rank: int) -> list[int]:
+        head, dots, tail = term.partition("...")
+        middle = [f"...{i}" for i in range(ellipsis - (rank - len(head) - len(tail)), ellipsis)] if dots else []
+        return [names.setdefault(letter, len(names)) for letter in [*head, *middle, *tail]]
+
+    laid = [dims_of(term, t.dim()) for t, term in zip(tensors, terms, strict=True)]
+    out_dims = dims_of(right, out.dim())
+    rank = len(names)
+    operands = [ctx.operand(t, dims, rank) for t, dims in zip(tensors, laid, strict=True)]
+    _finish(ctx, out, ctx.contract(operands, rank, set(range(rank)) - set(out_dims)), out_dims)
+
+
+@rule("scaled_dot_product_attention")
+def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F), S is summed."""
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if a.get("enable_gqa") or not q.dim() == k.dim() == v.dim():
+        for t in (q, k, v):
+            ctx.pin_all(ctx.fields(t), "attention whose operands differ in rank or in number of heads")
+        return
+    batch = q.dim() - 2
+    length, source, width = batch, batch + 1, batch + 2
+    lead, rank = [*range(batch)], batch + 3
+    if mask is not None:
+        ctx.pin_all(ctx.fields(mask), "is an attention mask")
+    scores = ctx.contract([ctx.operand(q, [*lead, length, width], rank), ctx.operand(k, [*lead, source, width], rank)], rank, {width})
+    for f in scores:
+        if f.dims & {length, source}:
+            ctx.pin(f.labels, "is a token axis of attention")
+    # The weights come from a softmax over the source: sized on all their dimensions, zero nowhere.
+    weights = ctx.operand(q, [*lead, length, width], rank)
+    weights.fields = [Field(f.labels, False) for f in scores if not f.dims & {length, source}]
+    weights.sized = (weights.sized - {width}) | {length, source}
+    weights.unborn, weights.record = {}, None
+    fields = ctx.contract([weights, ctx.operand(v, [*lead, source, width], rank)], rank, {source})
+    _finish(ctx, out, fields, [*lead, length, width])

@@ -1,0 +1,117 @@
+"""Convolutions: a contraction over input channels, group by group; positions of the kernel and the image are never removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.labels import Array, Field
+from fxprune.rules.context import Context, Operand, Record
+from fxprune.rules.registry import rule
+
+# Virtual dimensions: the group, the input channel and the output channel within it.
+GROUP, INPUT, OUTPUT = 0, 1, 2
+
+
+@rule("convolution")
+def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o, ...)."""
+    x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
+    channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
+    incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
+    record = ctx.record(w)
+    if record is not None and record.unborn and not a["transposed"] and not record.fields:
+        labels = _first_use(ctx, record, incoming, groups, w)
+    else:
+        labels = _general(ctx, x, w, incoming, groups, a["transposed"], out.shape[channel])
+    fields = [Field(l.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for l, zero in labels]
+    fields = [Field(f.labels[np.newaxis] if channel else f.labels, f.zero) for f in fields]
+    if bias is not None:
+        fields = add_channel_bias(ctx, out, fields, bias, channel)
+    ctx.put(out, fields)
+
+
+def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Field]:
+    """The fields along the channel dimension as 1-D fields; fields that vary elsewhere as well are tied to one label per channel."""
+    out = []
+    for f in ctx.fields(x):
+        if channel not in f.dims:
+            ctx.pin(f.labels, why)
+            continue
+        labels = ctx.tie(f.labels, f.dims - {channel}) if len(f.dims) > 1 else f.labels
+        if labels.size > 1:
+            out.append(Field(labels.reshape(-1), f.zero))
+        else:
+            ctx.pin(labels, "its removal would empty a tensor")
+    return out
+
+
+def add_channel_bias(ctx: Context, out: Tensor, fields: list[Field], bias: Tensor, channel: int) -> list[Field]:
+    ctx.put(out, fields)
+    rank = out.dim()
+    met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(bias, (channel,), rank)], rank)
+    return [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met]
+
+
+def _first_use(ctx: Context, record: Record, incoming: list[Field], groups: int, w: Tensor) -> list[tuple[Array, bool]]:
+    """A weight that no op has met: its input axis takes over the labels that come in, its output axis gets new ones.
+
+    Within groups the input axis takes the labels block by block, so each group may keep other inputs than its neighbour.
+    """
+    outputs, inputs = w.shape[0] // groups, w.shape[1]
+    tail = [1] * (w.dim() - 2)
+    for axis in record.unborn - {0, 1}:
+        ctx.adopt_nothing(record, axis, "is a kernel axis")
+    if inputs > 1:
+        for f in incoming:
+            blocks = f.labels.reshape(groups, 1, inputs)
+            rows = np.broadcast_to(blocks, (groups, outputs, inputs)).reshape(groups * outputs, inputs) if groups > 1 else blocks[0]
+            if groups > 1:
+                ctx.sight(f.labels.reshape(groups, inputs), fixed={0})
+            ctx.adopt(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
+        if not incoming:
+            ctx.adopt_nothing(record, 1, "meets a tensor of fixed size")
+    record.version = -1
+    if 0 not in record.unborn:
+        return []
+    if inputs == 1 and groups > 1:  # depthwise: each input channel carries its outputs along
+        for f in incoming:
+            ctx.adopt(record, 0, np.repeat(f.labels, outputs).reshape(-1, 1, *tail))
+        if not incoming:
+            ctx.adopt_nothing(record, 0, "meets a tensor of fixed size")
+        return [(np.repeat(f.labels, outputs), True) for f in incoming]
+    born = ctx.birth(record, 0).labels.reshape(-1)
+    if groups > 1:
+        ctx.sight(born.reshape(groups, outputs), fixed={0})
+    return [(born, True)]
+
+
+def _general(
+    ctx: Context, x: Tensor, w: Tensor, incoming: list[Field], groups: int, transposed: bool, channels: int
+) -> list[tuple[Array, bool]]:
+    """A contraction of (group, input) with (group, output, input)."""
+    laid = []
+    for f in ctx.fields(w):
+        if f.dims - {0, 1}:
+            ctx.pin(f.labels, "is a kernel axis")
+            continue
+        first, second = f.labels.shape[:2]
+        split = (groups, -1) if first > 1 else (1, 1)
+        labels = f.labels.reshape(*split, second)  # (g, o, i); transposed: (g, i, o)
+        laid.append(Field(labels if transposed else labels.transpose(0, 2, 1), f.zero))
+    inputs, outputs = (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
+    sizes = {GROUP: groups, INPUT: inputs, OUTPUT: outputs}
+    left = Operand(
+        [Field(f.labels.reshape(groups, inputs, 1), f.zero) for f in incoming], {d for d in (GROUP, INPUT) if sizes[d] > 1}, {}
+    )
+    right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {})
+    # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
+    result = []
+    for f in ctx.contract([left, right], 3, {INPUT}):
+        labels = np.broadcast_to(f.labels, (groups, 1, outputs)).reshape(groups, outputs)
+        if groups > 1 and {GROUP, OUTPUT} <= f.dims:
+            ctx.sight(labels, fixed={0} if inputs > 1 else ())
+        result.append((np.ascontiguousarray(labels).reshape(channels), f.zero))
+    return result

@@ -1,0 +1,93 @@
+"""Normalisations: per-channel scale and shift, and statistics that are taken over the surviving channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.labels import Field
+from fxprune.rules.context import Context
+from fxprune.rules.convolution import channel_fields
+from fxprune.rules.registry import rule
+
+
+def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int) -> list[Field]:
+    """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""
+    rank = x.dim()
+    laid = [Field(f.labels.reshape([-1 if d == channel else 1 for d in range(rank)]), f.zero) for f in fields]
+    given = [p for p in parameters if p is not None]
+    stand_in = x.new_empty(x.shape)
+    ctx.put(stand_in, laid)
+    operands = [ctx.operand(stand_in, range(rank), rank)] + [ctx.operand(p, (channel,), rank) for p in given]
+    met = ctx.merge(operands, rank)
+    affine = parameters[0] is not None
+    needed = [i for i, p in enumerate(given, start=1) if any(p is q for q in parameters[:2])] if affine else [0]
+    return [Field(m.labels, all(m.zero.get(i, False) for i in needed)) for m in met]
+
+
+@rule("batch_norm")
+def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Channels (dimension 1) meet scale, shift and running statistics."""
+    x = a["input"]
+    others = [f for f in ctx.fields(x) if 1 not in f.dims]
+    if a["training"]:
+        # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
+        if others:
+            ctx.statistic([f.labels for f in others])
+        rest = [Field(f.labels, False) for f in others]
+    else:
+        rest = others
+    channels = [f for f in ctx.fields(x) if 1 in f.dims]
+    tied = [Field(labels.reshape(-1), f.zero) for f in channels if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1]
+    fields = _scale_and_shift(ctx, x, tied, [a["weight"], a["bias"], a["running_mean"], a["running_var"]], 1)
+    ctx.put(out, [*fields, *rest])
+
+
+@rule("instance_norm")
+def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Each channel (dimension 1) has statistics of its own over the positions."""
+    x = a["input"]
+    fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
+    parameters = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
+    ctx.put(out, _scale_and_shift(ctx, x, fields, parameters, 1))
+
+
+@rule("group_norm")
+def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Statistics over each group's surviving channels; every group loses equally many."""
+    x, groups = a["input"], a["num_groups"]
+    fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
+    if groups < x.shape[1]:
+        if fields:
+            ctx.statistic([f.labels.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) for f in fields])
+        for f in fields:
+            if groups > 1:
+                ctx.sight(f.labels.reshape(groups, -1), fixed={0})
+        fields = [Field(f.labels, False) for f in fields]
+    ctx.put(out, _scale_and_shift(ctx, x, fields, [a["weight"], a["bias"]], 1))
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Statistics over the survivors of the last dimensions, which meet scale and shift."""
+    x, rank = a["input"], a["input"].dim()
+    inside = set(range(rank - len(a["normalized_shape"]), rank))
+    fields = ctx.fields(x)
+    reduced = [f.labels for f in fields if f.dims & inside]
+    if reduced:
+        ctx.statistic(reduced)
+        for f in fields:
+            if f.dims & inside and f.dims - inside:
+                ctx.sight(f.labels, fixed=f.dims - inside)
+    given = [p for p in (a["weight"], a.get("bias")) if p is not None]
+    dims = range(rank - len(a["normalized_shape"]), rank)
+    met = ctx.merge([ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank)
+    done = []
+    for m in met:
+        if set(range(rank)) & {d for d, s in enumerate(m.labels.shape) if s > 1} & inside:
+            zero = bool(given) and all(m.zero.get(i, False) for i in range(1, len(given) + 1))
+        else:
+            zero = m.zero.get(0, False) and a.get("bias") is None
+        done.append(Field(m.labels, zero))
+    ctx.put(out, done)

@@ -1,0 +1,153 @@
+"""Pointwise ops: the labels that meet are united, element by element, broadcast included."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.labels import Field
+from fxprune.rules.context import Context, Met
+from fxprune.rules.registry import rule
+
+
+@rule("pointwise")
+def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Operands meet element by element (broadcast); applies to every op that PyTorch tags as pointwise."""
+    # A mutable op without an out= writes into its first argument: self is an operand like the others.
+    operands = {name: v for name, v in a.items() if isinstance(v, Tensor) and name != "out"}
+    elementwise(ctx, func, a, operands, out)
+
+
+def elementwise(ctx: Context, func: Any, a: dict[str, Any], operands: dict[str, Tensor], out: Tensor) -> None:
+    rank = out.dim()
+    names = list(operands)
+    if len(names) == 1 and operands[names[0]].dim() == rank:
+        x = operands[names[0]]
+        before = ctx.fields(x)
+        keeps = all(not f.zero for f in before) or keeps_zero(func, a, frozenset(names), frozenset(names))
+        fields = [Field(f.labels, f.zero and keeps) for f in before]
+    else:
+        laid = [ctx.operand(x, range(rank - x.dim(), rank), rank) for x in operands.values()]
+        met = ctx.merge(laid, rank)
+        fields = [Field(m.labels, _zero(func, a, names, m)) for m in met]
+    if out is operands.get(names[0]) and func._schema.is_mutable:
+        ctx.overwrite(out, fields)
+    else:
+        ctx.put(out, fields)
+
+
+def _zero(func: Any, a: dict[str, Any], names: list[str], met: Met) -> bool:
+    zeros = frozenset(names[i] for i, zero in met.zero.items() if zero)
+    return bool(zeros) and keeps_zero(func, a, zeros, frozenset(names))
+
+
+# For each of these, any one of the listed sets of operands being zero makes the result zero, whatever the others hold.
+_ABSORBS: dict[str, tuple[frozenset[str], ...]] = {
+    "mul": (frozenset({"self"}), frozenset({"other"})),
+    "div": (frozenset({"self"}),),
+    "true_divide": (frozenset({"self"}),),
+    "masked_fill": (),
+    "where": (frozenset({"self", "other"}),),
+    "addcmul": (frozenset({"self", "tensor1"}), frozenset({"self", "tensor2"})),
+    "addcdiv": (frozenset({"self", "tensor1"}),),
+    "copy_": (frozenset({"src"}),),
+    "lerp": (frozenset({"self", "end"}),),
+}
+
+
+def keeps_zero(func: Any, a: dict[str, Any], zeros: frozenset[str], operands: frozenset[str]) -> bool:
+    """Whether the result is exactly 0 where the operands in ``zeros`` are 0.
+
+    If all operands are, the op is executed on zeros. Otherwise only ops that are known to absorb a zero count.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    plain = name.removesuffix("_")
+    for absorbing in _ABSORBS.get(name, _ABSORBS.get(plain, ())):
+        if absorbing <= zeros:
+            return True
+    if plain == "masked_fill" and "self" in zeros and not isinstance(a.get("value"), Tensor):
+        return a["value"] == 0
+    if zeros != operands:
+        return False
+    scalars = tuple((k, v) for k, v in a.items() if k not in operands)
+    try:
+        return _zero_at_zero(func, operands, scalars)
+    except TypeError:  # an argument that cannot be hashed
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _zero_at_zero(func: Any, operands: frozenset[str], scalars: tuple[tuple[str, Any], ...]) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    rest = dict(scalars)
+    values = {n: torch.zeros(1) if n in operands else rest.get(n) for n in names}
+    positional = [values[arg.name] for arg in func._schema.arguments if not arg.kwarg_only]
+    keyword = {arg.name: values[arg.name] for arg in func._schema.arguments if arg.kwarg_only and values[arg.name] is not None}
+    try:
+        out = func(*positional, **keyword)
+    except Exception:  # the op does not take such operands (an integer op on floats): nothing is known
+        return False
+    return isinstance(out, Tensor) and bool((out == 0).all())
+
+
+@rule("hardswish", "hardswish_", "silu_", "hardtanh_", "relu6_", "leaky_relu_", "elu_", "celu", "celu_", "selu_", "mish_", "dropout", "alpha_dropout", "native_dropout", "rrelu", "rrelu_with_noise", "relu6", "selu", "clip", "clip_", "type_as", "to", "_to_copy", "float_power", "square", "square_", "hardsigmoid_", "hardsigmoid", "bernoulli_", "bernoulli", "zero_", "fill_", "fill", "normal_", "uniform_", "exponential_", "log_normal_", "threshold", "threshold_", "masked_fill", "masked_fill_")
+def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Pointwise by their definition, although PyTorch does not tag every overload of them."""
+    name = func._schema.name.removeprefix("aten::")
+    first = out[0] if isinstance(out, tuple) else out
+    operands = {n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")}
+    if name == "type_as":
+        operands.pop("other", None)
+    if name in ("dropout", "alpha_dropout", "native_dropout", "rrelu"):
+        fields = [Field(f.labels, f.zero and name in ("dropout", "native_dropout", "rrelu")) for f in ctx.fields(a["input" if "input" in a else "self"])]
+        ctx.put(first, fields)
+        return
+    if name in ("zero_", "fill_", "fill", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_"):
+        zero = name == "zero_" or (name.startswith("fill") and not isinstance(a.get("value"), Tensor) and a.get("value") == 0)
+        fields = [Field(f.labels, zero) for f in ctx.fields(a["self"])]
+        if first is a["self"]:
+            ctx.overwrite(first, fields)
+        else:
+            ctx.put(first, fields)
+        return
+    if name in ("to", "_to_copy"):
+        if first is not a["self"]:
+            ctx.put(first, ctx.fields(a["self"]))
+        return
+    elementwise(ctx, func, a, operands, first)
+
+
+@rule("copy_")
+def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """The source meets the destination element by element: what is written must fit what was there."""
+    elementwise(ctx, func, a, {"self": a["self"], "src": a["src"]}, out)
+
+
+@rule("prelu")
+def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """A slope per channel (dimension 1), or one for all."""
+    x, weight = a["self"], a["weight"]
+    rank = x.dim()
+    met = ctx.merge([ctx.operand(x, range(rank), rank), ctx.operand(weight, (1,) if rank > 1 else (0,), rank)], rank)
+    ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
+
+
+@rule("glu")
+def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """The two halves of a dimension meet: a * sigmoid(b)."""
+    x, dim = a["self"], a["dim"] % a["self"].dim()
+    half = x.shape[dim] // 2
+    fields = []
+    for f in ctx.fields(x):
+        if f.labels.shape[dim] == 1:
+            fields.append(f)
+            continue
+        first, second = (slice(None),) * dim + (slice(0, half),), (slice(None),) * dim + (slice(half, None),)
+        ctx.unite(f.labels[first], f.labels[second])
+        if len(f.dims) > 1:
+            ctx.sight(f.labels[first])
+        fields.append(Field(f.labels[first], f.zero))
+    ctx.put(out, fields)

@@ -1,0 +1,118 @@
+"""Reductions: a sum over removed zeros is exact, a statistic is taken over survivors, anything else pins what it reduces."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.labels import Field
+from fxprune.rules.context import Context
+from fxprune.rules.registry import rule
+
+
+def _reduced(a: dict[str, Any], x: Tensor) -> tuple[set[int], bool]:
+    dims = a.get("dim")
+    if dims is None or dims == []:
+        return set(range(x.dim())), bool(a.get("keepdim", False))
+    dims = [dims] if isinstance(dims, int) else dims
+    return {d % max(x.dim(), 1) for d in dims}, bool(a.get("keepdim", False))
+
+
+def _put(ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool) -> None:
+    for result in out if isinstance(out, (tuple, list)) else (out,):
+        if not isinstance(result, Tensor):
+            continue
+        kept = [d for d in range(x.dim()) if keepdim or d not in reduced]
+        if len(kept) != result.dim():
+            ctx.pin_all(fields, "is reduced to an unexpected rank")
+            continue
+        ctx.put(result, [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields])
+
+
+def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: bool) -> None:
+    x = a.get("self", a.get("x"))
+    reduced, keepdim = _reduced(a, x)
+    passing = []
+    for f in ctx.fields(x):
+        if not f.dims & reduced:
+            passing.append(f)
+        elif not f.zero:
+            ctx.pin(f.labels, "is summed although removed elements are not zero")
+        elif mean and ctx.target not in MEANS:
+            ctx.pin(f.labels, "is averaged inside a larger operation, whose divisor cannot be kept")
+        else:
+            if f.dims - reduced:
+                ctx.sight(f.labels, fixed=f.dims - reduced)
+            if mean:
+                ctx.rescaled.setdefault(ctx.node, []).append(f.labels)
+    _put(ctx, out, x, passing, reduced, keepdim)
+
+
+MEANS = (torch.mean, "mean", torch.Tensor.mean)
+"""Graph targets that are one mean: the emitted graph keeps the original's divisor by a factor behind the node."""
+
+
+@rule("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum", "count_nonzero")
+def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Sums and norms: exact where the removed elements are zero, pinned where they are not."""
+    order = a.get("ord", a.get("p", 2))
+    if isinstance(order, (int, float)) and order <= 0:
+        return anything_else(ctx, func, a, out)
+    return _sum_like(ctx, func, a, out, mean=False)
+
+
+@rule("mean")
+def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """As a sum; the divisor stays the original's."""
+    _sum_like(ctx, func, a, out, mean=True)
+
+
+@rule("var", "std", "var_mean", "std_mean")
+def statistic(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Variances are statistics: taken over the surviving elements."""
+    x = a["self"]
+    reduced, keepdim = _reduced(a, x)
+    touched = [f for f in ctx.fields(x) if f.dims & reduced]
+    for f in touched:
+        if f.dims - reduced:
+            ctx.sight(f.labels, fixed=f.dims - reduced)
+    if touched:
+        ctx.statistic([f.labels for f in touched])
+    passing = [f for f in ctx.fields(x) if not f.dims & reduced]
+    _put(ctx, out, x, passing, reduced, keepdim)
+
+
+@rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "logsumexp", "aminmax", "median", "mode", "kthvalue")
+def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """A removed element would count: the reduced dimension is pinned, others pass."""
+    x = a["self"]
+    if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
+        from fxprune.rules.pointwise import elementwise
+
+        return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
+    reduced, keepdim = _reduced(a, x)
+    passing = []
+    for f in ctx.fields(x):
+        if f.dims & reduced:
+            ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
+        else:
+            passing.append(f)
+    return _put(ctx, out, x, passing, reduced, keepdim)
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "argsort", "cummax", "cummin")
+def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Mixes all positions of one dimension, which is pinned; others pass."""
+    x = a["self"]
+    dim = operator.index(a.get("dim", -1)) % x.dim()
+    passing = []
+    for f in ctx.fields(x):
+        if dim in f.dims:
+            ctx.pin(f.labels, f"is mixed by {func._schema.name.removeprefix('aten::')}")
+        else:
+            passing.append(Field(f.labels, f.zero and "cum" in func._schema.name))
+    for result in out if isinstance(out, (tuple, list)) else (out,):
+        ctx.put(result, passing)

@@ -1,0 +1,96 @@
+"""Poolings, resamplings and spatial paddings: they act on positions; channels pass through, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.labels import Field
+from fxprune.rules.context import Context
+from fxprune.rules.registry import rule
+
+_SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+
+
+@rule(
+    *(f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg", "_adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+)
+def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """The last one to three dimensions are positions and are pinned; the rest pass."""
+    x = a.get("self", a.get("input"))
+    count = next(n for tag, n in _SPATIAL.items() if tag in func._schema.name)
+    first = x.dim() - count
+    passing = []
+    for f in ctx.fields(x):
+        if any(d >= first for d in f.dims):
+            ctx.pin(f.labels, "is an axis of positions that is resampled")
+        else:
+            passing.append(f)
+    for result in out if isinstance(out, (tuple, list)) else (out,):
+        if isinstance(result, Tensor):
+            ctx.put(result, passing)
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Samples positions; channels (dimension 1) pass."""
+    ctx.pin_all(ctx.fields(a["grid"]), "is a sampling grid")
+    passing = []
+    for f in ctx.fields(a["input"]):
+        if f.dims == {1}:
+            passing.append(f)
+        else:
+            ctx.pin(f.labels, "is an axis of positions that is resampled")
+    ctx.put(out, passing)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """(c*r*r, h, w) -> (c, h*r, w*r): the r*r channels that make one go together."""
+    block = a["upscale_factor"] ** 2
+    _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 3, block)
+
+
+@rule("pixel_unshuffle", "im2col")
+def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Each channel becomes a block of consecutive ones, which go together."""
+    x = a["self"]
+    channel = x.dim() - 3
+    times = out.shape[channel] // x.shape[channel]
+    passing = []
+    for f in ctx.fields(x):
+        if any(d > channel for d in f.dims):
+            ctx.pin(f.labels, "is an axis of positions that is resampled")
+            continue
+        labels = np.repeat(f.labels, times, axis=channel) if channel in f.dims else f.labels
+        passing.append(Field(labels.reshape(labels.shape[: out.dim()]), f.zero))
+    ctx.put(out, passing)
+
+
+@rule("col2im")
+def col2im(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Blocks of kernel positions are added into one channel: a block goes together."""
+    kernel = a["kernel_size"]
+    _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 2, int(np.prod(kernel)))
+
+
+def _channels_in_blocks(ctx: Context, x: Tensor, out: Tensor, channel: int, block: int) -> None:
+    passing = []
+    for f in ctx.fields(x):
+        if any(d > channel for d in f.dims):
+            ctx.pin(f.labels, "is an axis of positions that is resampled")
+        elif channel not in f.dims:
+            passing.append(Field(f.labels.reshape([*f.labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]), f.zero))
+        else:
+            split = f.labels.reshape(*f.labels.shape[:channel], -1, block)
+            labels = ctx.tie(split, [split.ndim - 1])
+            shape = [*labels.shape[:channel], labels.shape[channel], *[1] * (out.dim() - channel - 1)]
+            passing.append(Field(labels.reshape(shape), f.zero))
+    ctx.put(out, passing)

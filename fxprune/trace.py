@@ -1,0 +1,622 @@
+"""Model and example inputs -> ``torch.fx.GraphModule``, on tensors without data.
+
+Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not:
+
+* every proxy carries the value it has for the example, so Python control flow on shapes runs, while the sizes themselves stay
+  symbolic in the graph. What was decided is listed, and guarded by an assertion in the graph;
+* ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their modes;
+* functions that libraries mark as leaves are entered, because parameters pass through them.
+
+The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is never called nor changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from fxprune.errors import FxpruneError, InputError, TraceError
+from fxprune.lowering import lower
+from fxprune.shapes import META, ShapeMode
+
+__all__ = ["Trace", "Twin", "example_of", "trace", "twin_of"]
+
+_TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A structural copy of a model with parameters on the meta device.
+
+    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for.
+    """
+
+    model: nn.Module
+    real: dict[int, Tensor]
+
+
+@dataclass
+class Trace:
+    """A traced model: the graph, its twin, and what tracing had to decide.
+
+    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta tensors, ints, tuples).
+    """
+
+    graph: fx.Graph
+    twin: Twin
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    decisions: list[str] = field(default_factory=list)
+    asked_mode: bool = False
+    training: bool = False
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def placeholders(self) -> list[Any]:
+        """The example's values in the order of the graph's placeholders."""
+        return [*self.args, *self.kwargs.values()]
+
+
+def twin_of(model: nn.Module) -> Twin:
+    """Copy a model's structure; its parameters and float buffers become meta tensors, other tensors stay data on the CPU.
+
+    Raises
+    ------
+    TraceError
+        If an attribute of the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    real: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> None:
+        if id(tensor) in memo:
+            return
+        if isinstance(tensor, nn.Parameter):
+            new: Tensor = nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
+        elif tensor.is_floating_point() or tensor.is_complex():
+            new = torch.empty_like(tensor, device=META)
+        else:
+            new = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = new
+        real[id(new)] = tensor
+
+    for tensor in model.parameters():
+        stand_in(tensor)
+    for tensor in model.buffers():
+        stand_in(tensor)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and id(value) not in memo:
+                # Not a parameter, not a buffer: a constant whose value may matter, or one that a hook computes at each call.
+                held = value.detach().to("cpu", copy=True) if value.grad_fn is None else torch.empty_like(value, device=META)
+                memo[id(value)], real[id(held)] = held, value
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}). fxprune traces a copy so that your model stays untouched: "
+            "make every attribute of the model copyable with copy.deepcopy (no locks, open files or generators)."
+        ) from error
+    return Twin(lower(twin), real)
+
+
+def example_of(example_inputs: Any, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Normalise ``example_inputs`` to (args, kwargs) of meta tensors; ``batch`` replaces a leading size of 1.
+
+    A batch of 1 is ambiguous (an axis of size 1 broadcasts), so the analysis prefers 2.
+
+    Raises
+    ------
+    InputError
+        If a leaf is not a tensor.
+    """
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, tuple):
+        args, kwargs = example_inputs, {}
+    else:
+        args, kwargs = (example_inputs,), {}
+    leaves = tree_leaves((args, kwargs))
+    if not leaves:
+        raise InputError("example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the model is called with.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise InputError(
+                f"example_inputs must consist of tensors, got {type(leaf).__name__}: {leaf!r:.60}. Pass a tensor, a tuple of "
+                "positional arguments or a dict of keyword arguments; bind anything else with functools.partial or a wrapper module."
+            )
+    ranked = [leaf for leaf in leaves if leaf.dim() > 0]
+    widen = batch is not None and bool(ranked) and all(leaf.shape[0] == 1 for leaf in ranked)
+
+    def to_meta(leaf: Tensor) -> Tensor:
+        shape = list(leaf.shape)
+        if widen and shape:
+            shape[0] = batch
+        return torch.empty(shape, dtype=leaf.dtype, device=META)
+
+    return tree_map(to_meta, (args, kwargs))
+
+
+def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+    """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
+
+    Raises
+    ------
+    TraceError
+        If the model branches on values, or its code cannot be followed; the message names the line.
+    InputError
+        If an operation refuses the shapes of the example.
+    """
+    twin.model.train(training)
+    tracer = _Tracer(args, kwargs, training)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_slow_path())
+        stack.enter_context(_factories(tracer))
+        stack.enter_context(_mode_through_graph(twin.model, tracer))
+        try:
+            graph = tracer.trace(twin.model)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            where = _user_line(traceback.extract_tb(error.__traceback__))
+            raise TraceError(
+                f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
+                "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
+            ) from error
+    constants = {name: twin.real.get(id(t), t) for t, name in tracer.tensor_attrs.items() if name in tracer.constant_targets}
+    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, training, constants)
+    _drop_unused_sizes(graph)
+    return result
+
+
+class SizeTuple(tuple[Any, ...]):
+    """What ``x.shape`` gives while tracing: a tuple whose entries are proxies of ``x.size(i)``."""
+
+    def numel(self) -> Any:
+        total: Any = 1
+        for size in self:
+            total = total * size
+        return total
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows the value it stands for, as far as shapes go."""
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance(x, Tensor) in users' code must be answered as for the tensor itself.
+        kind = type(self.node.meta.get("val"))
+        return Tensor if issubclass(kind, Tensor) else kind if kind in (int, float, bool) else ValueProxy
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a proxy is fixed")
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if name == "shape" and isinstance(value, Tensor):
+            return self.size()
+        if not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        if isinstance(value, torch.device | torch.dtype):
+            return getattr(value, name)
+        return _ValueAttribute(self, name)
+
+    def size(self, dim: Any = None) -> Any:
+        if dim is not None:
+            return self.tracer.create_proxy("call_method", "size", (self, dim), {})
+        return SizeTuple(self.tracer.create_proxy("call_method", "size", (self, i), {}) for i in range(self.value.dim()))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.value
+        if isinstance(value, dict):
+            return iter(value)
+        return iter([self[i] for i in range(len(value))])
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value if isinstance(self.value, dict) else any(item is own or bool(item == own) for own in self)
+
+    def keys(self) -> Any:
+        return self.value.keys()
+
+    def values(self) -> Any:
+        return [self[key] for key in self.value]
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self.value]
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        value = self.__dict__["node"].meta.get("val")
+        return f"{self.node.name}{tuple(value.shape)}" if isinstance(value, Tensor) else f"{self.node.name}={value!r}"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+
+class _ValueAttribute(ValueProxy):
+    """``x.attr`` before it is known whether it will be read (``x.device``) or called (``x.view(...)``)."""
+
+    def __init__(self, root: ValueProxy, attr: str) -> None:
+        self.root, self.attr = root, attr
+        self.tracer = root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        if self._node is None:
+            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self._node = made.node
+        return self._node
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        kind = type(getattr(self.root.value, self.attr))
+        return Tensor if issubclass(kind, Tensor) else kind if kind in (int, float, bool) else _ValueAttribute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+class _ReadsMode(Exception):
+    """A leaf function branches on ``training``: it has to stay whole."""
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        super().__init__(autowrap_modules=())
+        self.example = (args, kwargs)
+        self.training = training
+        self.decisions: list[str] = []
+        self.asked_mode = False
+        self.constant_targets: set[str] = set()
+        self._inside_leaf_function = 0
+        self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
+
+    # -- what is a leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # A module of torch.nn without children is one operation. One with children is a container or a composite, unless the
+        # children are parametrisations, which compute its weights and belong to it.
+        if not type(m).__module__.startswith("torch.nn"):
+            return False
+        return parametrize.is_parametrized(m) or not any(True for _ in m.children())
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
+        args, kwargs = self.example
+        names = _parameter_names(root_fn, len(args))
+        values = {**dict(zip(names, args, strict=True)), **kwargs}
+        proxies = {name: self._placeholder(name, value) for name, value in values.items()}
+        positional = [proxies[name] for name in names]
+        keywords = {name: proxies[name] for name in kwargs}
+
+        def call(module: nn.Module, *inputs: Any) -> Any:
+            return root_fn(module, *inputs, **keywords)
+
+        return call, [self.root, *positional]
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {})
+        node.meta["val"] = value
+        return self.proxy(node)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are read through the graph, each by one node."""
+        if self._executing or not isinstance(attr_val, Tensor):
+            return attr_val
+        name = self._tensor_names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    # -- nodes
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in (ValueProxy, _ValueAttribute):
+            return a.node
+        if type(a) is SizeTuple:
+            return tuple(self.create_arg(item) for item in a)
+        if isinstance(a, Tensor):
+            known = {id(t): name for t, name in self.tensor_attrs.items()}
+            name = known.get(id(a))
+            if name is None and not isinstance(a, nn.Parameter):
+                name = f"_constant{len(self.constant_targets)}"
+                self.tensor_attrs[a] = name  # type: ignore[index]
+                setattr(self.root, name, a)
+            if name is not None:
+                self.constant_targets.add(name)
+                node = self.create_node("get_attr", name, (), {})
+                node.meta["val"] = a
+                return node
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if kind == "call_function" and isinstance(target, types.FunctionType) and not _is_torch(target):
+            entered = self._enter(target, args, kwargs)
+            if entered is not _STAY:
+                return entered
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        node.meta["where"] = _user_line()
+        node.meta["val"] = self._execute(node)
+        return self.proxy(node)
+
+    def _enter(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace into a function that its library marked as a leaf; leave it whole where it branches on the mode."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        decisions = len(self.decisions)
+        self._inside_leaf_function += 1
+        try:
+            return function(*args, **kwargs)
+        except _ReadsMode:
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            del self.decisions[decisions:]
+            return _STAY
+        finally:
+            self._inside_leaf_function -= 1
+
+    def _execute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        try:
+            self._executing = True
+            with ShapeMode():
+                if node.op == "call_function":
+                    return node.target(*args, **kwargs)
+                if node.op == "call_method":
+                    return getattr(args[0], node.target)(*args[1:], **kwargs)
+                if node.op == "get_attr":
+                    value: Any = self.root
+                    for part in node.target.split("."):
+                        value = getattr(value, part)
+                    return value
+                return self.root.get_submodule(node.target)(*args, **kwargs)
+        except Exception as error:
+            shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+            what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
+            kind = TraceError if "data" in str(error) or "item" in str(error) or isinstance(error, NotImplementedError) else InputError
+            advice = (
+                "The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), boolean "
+                "indexing or other reads of values."
+                if kind is TraceError
+                else "Check that the example input has the shape, dtype and order of arguments that the model is called with."
+            )
+            raise kind(f"{what!r} failed on shapes {shapes}: {error} (at {node.meta['where']}). {advice}") from error
+        finally:
+            self._executing = False
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self._tensor_names = {id(tensor): name for name, tensor in reversed(named)}
+        return super().trace(root, concrete_args)
+
+    # -- decisions
+
+    def read_mode(self, module: nn.Module) -> Any:
+        path = self.path_of_module(module) if module is not self.root else ""
+        target = f"{path}.{_TRAINING}" if path else _TRAINING
+        node = self.create_node("get_attr", target, (), {})
+        node.meta["val"] = self.training
+        node.meta["mode"] = True
+        return self.proxy(node)
+
+    def decide(self, proxy: ValueProxy, kind: type) -> Any:
+        """A Python decision needs a value now: take the example's, list it, and guard it in the graph."""
+        value = proxy.value
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                raise TraceError(
+                    f"the model branches on the values of a tensor (at {_user_line()}). A graph has one path for all values: "
+                    "use torch.where or masks, or keep that part in a module that is not pruned."
+                )
+            return kind(value)
+        if _from_mode(proxy.node):
+            if self._inside_leaf_function:
+                raise _ReadsMode
+            self.asked_mode = True
+            return kind(value)
+        value = kind(value) if not isinstance(value, tuple | list | str) and value is not None else value
+        where = _user_line()
+        text = f"{where}: {_formula(proxy.node)} was taken as {value!r}"
+        if text not in self.decisions:
+            self.decisions.append(text)
+        if kind is bool:
+            held = proxy if value else self.create_proxy("call_function", operator.not_, (proxy,), {})
+        else:
+            held = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        message = f"this graph was traced for inputs with {_formula(proxy.node)} == {value!r} (decided at {where})"
+        guard = self.create_proxy("call_function", torch._assert, (held, message), {})
+        guard.node.meta["guard"] = True
+        return value
+
+    def to_bool(self, obj: Any) -> bool:
+        return bool(self.decide(obj, bool))
+
+
+_STAY = object()
+
+
+def _parameter_names(function: Any, count: int) -> list[str]:
+    code = function.__code__
+    names = list(code.co_varnames[1 : code.co_argcount])
+    if count > len(names) and not code.co_flags & 0x04:  # 0x04: the function takes *args
+        raise InputError(
+            f"example_inputs has {count} positional inputs, but forward takes {len(names)} ({', '.join(names)}). "
+            "Pass a tuple of positional arguments or a dict of keyword arguments."
+        )
+    return (names + [f"args_{i}" for i in range(count)])[:count]
+
+
+def _is_torch(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "torch"
+
+
+def _from_mode(node: fx.Node) -> bool:
+    """Whether a scalar derives from ``self.training`` (and not from sizes alone)."""
+    if node.meta.get("mode"):
+        return True
+    return not isinstance(node.meta.get("val"), Tensor) and any(
+        _from_mode(n) for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)
+    )
+
+
+def _formula(node: fx.Node) -> str:
+    """A scalar node as a person would write it: ``x.size(2) % 7``."""
+    if node.op in ("placeholder", "get_attr"):
+        return str(node.target)
+    if isinstance(node.meta.get("val"), Tensor):
+        return node.name
+    parts = [_formula(a) if isinstance(a, fx.Node) else repr(a) for a in node.args]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_method":
+        return f"{parts[0]}.{name}({', '.join(parts[1:])})"
+    return f"{name}({', '.join(parts)})"
+
+
+def _user_line(stack: Any = None) -> str:
+    """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune."""
+    if stack is not None:
+        for entry in reversed(stack):
+            if not _internal(entry.filename):
+                return f"{entry.filename.rsplit('/', 1)[-1]}:{entry.lineno}"
+        return "an unknown line"
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _internal(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+_OWN = __file__.rsplit("/", 1)[0] + "/"
+_TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
+
+
+def _internal(filename: str) -> bool:
+    return filename.startswith((_OWN, _TORCH, "<")) or "/contextlib.py" in filename or "/unittest/" in filename
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and hide the widths."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+# Functions without a tensor among their arguments, to which proxies of sizes are passed: torch.fx does not see them otherwise.
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "rand", "randn", "tensor", "zeros"),
+    *("broadcast_shapes", "tril_indices", "triu_indices"),
+)
+
+
+@contextmanager
+def _factories(tracer: _Tracer) -> Iterator[None]:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(type(leaf) in (ValueProxy, _ValueAttribute) for leaf in tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _FACTORIES:
+            if name in ("finfo", "iinfo"):
+                continue
+            stack.enter_context(mock.patch.object(torch, name, wrap(getattr(torch, name))))
+        yield
+
+
+_mode_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _mode_through_graph(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """While tracing, reading ``module.training`` in any module that is traced into gives a node of the graph."""
+    changed: list[tuple[nn.Module, type]] = []
+    try:
+        for name, module in root.named_modules():
+            if name and tracer.is_leaf_module(module, name):
+                continue
+            kind = type(module)
+
+            def read(self: nn.Module) -> Any:
+                return tracer.read_mode(self)
+
+            changed.append((module, kind))
+            module.__class__ = type(kind.__name__, (kind,), {_TRAINING: property(read), "__module__": kind.__module__})
+        yield
+    finally:
+        for module, kind in changed:
+            module.__class__ = kind
+
+
+def _drop_unused_sizes(graph: fx.Graph) -> None:
+    """Remove scalar nodes that nobody reads; tensors stay, because an in-place operation may have no reader."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or node.target is torch._assert:
+            continue
+        value = node.meta.get("val")
+        if node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
+            if node.target is not operator.setitem:
+                graph.erase_node(node)

@@ -1,0 +1,326 @@
+"""The proof: the emitted model equals the original with every removed parameter element set to zero."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError, VerificationError
+from fxprune.labels import Array
+from fxprune.plan import Plan, unpack_inputs
+from fxprune.rewrite import Survivors, emit
+from fxprune.rules import bind
+
+__all__ = ["Verification", "check"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured.
+
+    ``error`` is the relative error ``||out - reference|| / ||reference||``, the largest over the outputs; NaN if only the structure was
+    checked. ``outputs`` is the number of output tensors compared.
+    """
+
+    error: float
+    outputs: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"relative error {self.error:.1e} over {self.outputs} outputs in {str(self.dtype).removeprefix('torch.')}"
+
+
+def check(
+    model: nn.Module,
+    pruned: fx.GraphModule,
+    plan: Plan,
+    coupling: Coupling,
+    kept: dict[str, tuple[int, ...]],
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype = torch.float64,
+    randomize: bool = True,
+    seed: int = 0,
+    numeric: bool = True,
+) -> Verification:
+    """Both checks; see :func:`fxprune.verify`."""
+    survivors = Survivors(coupling, kept)
+    _same_structure(pruned, coupling, survivors)
+    if not numeric:
+        return Verification(float("nan"), 0, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    original = _values(model, dtype, generator if randomize else None)
+    args, kwargs = _inputs(model, plan, example_inputs, dtype, generator if randomize else None)
+    reference = _reference(coupling, survivors, original, args, kwargs)
+    smaller = _smaller(pruned, coupling, survivors, original, dtype)
+    with torch.no_grad():
+        result = smaller(*tree_map(_copy, args), **tree_map(_copy, kwargs))
+    error, count = 0.0, 0
+    pairs = list(zip(tree_leaves(result), tree_leaves(reference), strict=True))
+    for out, ref in pairs:
+        if not isinstance(ref, Tensor):
+            continue
+        if out.shape != ref.shape:
+            raise VerificationError(f"output {count} has shape {tuple(out.shape)}, the masked original gives {tuple(ref.shape)}.")
+        if not (torch.isfinite(out).all() and torch.isfinite(ref).all()):
+            raise VerificationError(f"output {count} is not finite: the check needs weights and inputs that give finite outputs.")
+        norm = float(torch.linalg.vector_norm(ref.double()))
+        error = max(error, float(torch.linalg.vector_norm(out.double() - ref.double())) / (norm or 1.0))
+        count += 1
+    return Verification(error, count, dtype)
+
+
+def _same_structure(pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors) -> None:
+    """Emit again, label by label, and compare the graph that comes out with the one at hand."""
+    try:
+        again = emit(coupling, survivors)
+    except RewriteError as error:
+        raise VerificationError(f"the labels of the emitted model do not match: {error}") from error
+    shapes = {name: tuple(t.shape) for name, t in again.state_dict().items()}
+    for name, tensor in pruned.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise VerificationError(f"{name!r} has shape {tuple(tensor.shape)}, the plan leaves {shapes.get(name)}.")
+    if again.code.strip() != pruned.code.strip():
+        raise VerificationError("the model's graph is not the one that the plan emits; it was changed after pruning.")
+
+
+def _values(model: nn.Module, dtype: torch.dtype, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """The original's tensors on the CPU, in ``dtype``; random ones keep activations of order one and variances positive."""
+    values: dict[str, Tensor] = {}
+    shared: dict[int, Tensor] = {}
+    parameters = {id(p) for p in model.parameters()}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(tensor) not in shared:
+            if not tensor.is_floating_point():
+                shared[id(tensor)] = tensor.detach().cpu().clone()
+            elif generator is None:
+                shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
+            elif id(tensor) in parameters and tensor.dim() > 1:
+                fan_in = max(tensor[0].numel(), 1)
+                shared[id(tensor)] = torch.randn(tensor.shape, generator=generator, dtype=dtype) * (1.5 / fan_in) ** 0.5
+            else:
+                shared[id(tensor)] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+        values[name] = shared[id(tensor)]
+    return values
+
+
+def _inputs(model: nn.Module, plan: Plan, example: Any, dtype: torch.dtype, generator: torch.Generator | None) -> Any:
+    if example is None:
+        args, kwargs = unpack_inputs(plan.inputs)
+    elif isinstance(example, dict):
+        args, kwargs = (), dict(example)
+    else:
+        args, kwargs = example if isinstance(example, tuple) else (example,), {}
+    # Indices into a table must stay inside it, whatever the table: the smallest first axis of a parameter is safe.
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    top = min([*tables, 2])
+
+    def value(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            if not tensor.is_meta:
+                return tensor.detach().cpu()
+            return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
+        if generator is None and not tensor.is_meta:
+            return tensor.detach().to("cpu", dtype)
+        return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+
+    return tree_map(value, (args, kwargs))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _smaller(
+    pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors, values: dict[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
+    """A copy of the pruned model that holds the surviving elements of ``values``."""
+    memo = {id(t): t for t in [*pruned.parameters(), *pruned.buffers()]}
+    model = copy.deepcopy(pruned, dict(memo))
+    taken = {name: survivors.take(t, values[name]) if t.is_meta else values[name] for name, t in coupling.parameters.items()}
+    by_old = {id(old): taken[name] for name, old in [*pruned.named_parameters(), *pruned.named_buffers()] if name in taken}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) in by_old:
+                    new = by_old[id(tensor)]
+                    store[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = value.to("cpu", dtype) if value.is_floating_point() else value.cpu()
+    return model.eval()
+
+
+def _reference(coupling: Coupling, survivors: Survivors, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Run the original graph with removed parameter elements at zero and statistics over the survivors."""
+    trace = coupling.traces[0]
+    masked = {}
+    for name, tensor in coupling.parameters.items():
+        value = values[name].clone()
+        for labels in coupling.parameter_labels(name):
+            value = value * torch.from_numpy(survivors.alive[labels]).to(value.dtype)
+        masked[name] = value
+    twin = trace.twin.model.eval()
+    inputs = iter([*args, *kwargs.values()])
+    env: dict[fx.Node, Any] = {}
+    with _installed(twin, {id(coupling.parameters[name]): value for name, value in masked.items()}), torch.no_grad():
+        for node in trace.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = _copy(next(inputs))
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], env.__getitem__)
+            elif node.op == "get_attr" and node.target in trace.constants:
+                value = trace.constants[node.target].detach().cpu()
+                env[node] = value.to(next(iter(masked.values())).dtype) if value.is_floating_point() else value
+            else:
+                env[node] = _run(node, twin, env, coupling, survivors)
+    raise VerificationError("the traced graph has no output")
+
+
+def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coupling, survivors: Survivors) -> Any:
+    call_args, call_kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    with torch.inference_mode(), _MaskedStatistics(node.name, coupling, survivors):
+        if node.op == "call_function":
+            value = node.target(*call_args, **call_kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            value = getattr(call_args[0], str(node.target))(*call_args[1:], **call_kwargs)
+        elif node.op == "call_module":
+            value = twin.get_submodule(str(node.target))(*call_args, **call_kwargs)
+        else:
+            value = twin
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+    # 0/0 at an element that is not there any more (a weight norm of a zero filter) says nothing.
+    for old, new in zip(tree_leaves(coupling.values[0][node]), tree_leaves(value), strict=True):
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point() and bool(torch.isnan(new).any()):
+            for labels in coupling.labels(old):
+                gone = torch.from_numpy(~survivors.alive[labels])
+                with torch.inference_mode():
+                    new.masked_fill_(gone & torch.isnan(new), 0.0)
+    return value
+
+
+@contextmanager
+def _installed(twin: nn.Module, by_id: dict[int, Tensor]) -> Iterator[None]:
+    """Put real tensors into the twin for the time of a run."""
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in twin.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and id(tensor) in by_id:
+                        changed.append((store, name, tensor))  # type: ignore[arg-type]
+                        new = by_id[id(tensor)]
+                        store[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new  # type: ignore[assignment]
+        yield
+    finally:
+        for store, name, tensor in changed:
+            store[name] = tensor
+
+
+class _MaskedStatistics(TorchDispatchMode):
+    """Takes the statistics that the analysis recorded over surviving elements only."""
+
+    def __init__(self, node: str, coupling: Coupling, survivors: Survivors) -> None:
+        super().__init__()
+        self.node, self.coupling, self.survivors, self.index = node, coupling, survivors, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        arrays = self.coupling.context.statistics.get((self.node, self.index))
+        if arrays is not None and name in _STATISTICS:
+            self.index += 1
+            arrays = [self.coupling.context.units.live(a) for a in arrays]
+            if not all(self.survivors.alive[a].all() for a in arrays):
+                return _STATISTICS[name](bind(func, args, kwargs), self._mask(arrays))
+        elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            if name not in _STATISTICS:
+                with self:
+                    return func.decompose(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _mask(self, arrays: list[Array]) -> Tensor:
+        mask = np.array(True)
+        for labels in arrays:
+            mask = mask & self.survivors.alive[labels]
+        return torch.from_numpy(mask)
+
+
+def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over ``dims`` of the elements under the mask, dimensions kept."""
+    weight = mask.to(x.dtype).expand(x.shape)
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * weight).sum(dims, keepdim=True) / count
+    return mean, variance, count
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: list[int]) -> Tensor:
+    x = x if weight is None else x * weight.reshape(form)
+    return x if bias is None else x + bias.reshape(form)
+
+
+def _layer_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, shape = a["input"], list(a["normalized_shape"])
+    mean, variance, _ = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
+    return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], shape)
+
+
+def _rms_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, shape = a["input"], list(a["normalized_shape"])
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    weight = mask.to(x.dtype).expand(x.shape)
+    square = (x.square() * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
+    eps = torch.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
+    return _affine(x * (square + eps).rsqrt(), a["weight"], None, shape)
+
+
+def _group_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, groups = a["input"], a["num_groups"]
+    split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
+    y = x.reshape(split)
+    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape([1, *split[1:3], *[1] * (x.dim() - 2)])
+    mean, variance, _ = _moments(y, own, list(range(2, y.dim())))
+    y = ((y - mean) * (variance + a["eps"]).rsqrt()).reshape(x.shape)
+    return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
+
+
+def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x = a["input"]
+    mean, variance, _ = _moments(x, mask, [0, *range(2, x.dim())])
+    return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
+
+
+def _variance(a: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor]:
+    x, dims = a["self"], a.get("dim")
+    dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    correction = a.get("correction", 1 if a.get("unbiased", True) else 0)
+    correction = 1 if correction is None else correction
+    mean, variance, count = _moments(x, mask, dims)
+    variance = variance * count / (count - correction)
+    if not a.get("keepdim", False):
+        mean, variance = mean.squeeze(dims), variance.squeeze(dims)
+    return variance, mean
+
+
+_STATISTICS = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "var": lambda a, mask: _variance(a, mask)[0],
+    "std": lambda a, mask: _variance(a, mask)[0].sqrt(),
+    "var_mean": _variance,
+    "std_mean": lambda a, mask: (_variance(a, mask)[0].sqrt(), _variance(a, mask)[1]),
+}
