@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, couple
@@ -259,14 +260,22 @@ def _traces(model: nn.Module, inputs: Inputs, exact: Inputs) -> list[Trace]:
     try:
         first = trace(twin, *inputs)
     except FxpruneError:
-        if inputs == exact:
+        if _sizes(inputs) == _sizes(exact):
             raise
         # A model may insist on its batch of 1.
         twin = twin_of(model)
         first = trace(twin, *exact)
     if not first.asked_mode:
         return [first]
-    return [first, trace(twin, first.args, first.kwargs, training=True)]
+    try:
+        return [first, trace(twin, first.args, first.kwargs, training=True)]
+    except FxpruneError as error:
+        first.decisions.append(f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}")
+        return [first]
+
+
+def _sizes(inputs: Inputs) -> list[torch.Size]:
+    return [leaf.shape for leaf in tree_leaves(inputs)]
 
 
 def _emit(
@@ -279,7 +288,7 @@ def _emit(
     clock: _Clock,
 ) -> Pruned:
     with clock("rewrite"):
-        smaller = emit(coupling, Survivors(coupling, survivors), type(model).__name__)
+        smaller, macs = emit(coupling, Survivors(coupling, survivors), type(model).__name__)
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
@@ -287,8 +296,8 @@ def _emit(
         report = Report(
             params_before=count_parameters(model),
             params_after=count_parameters(smaller),
-            macs_before=None,
-            macs_after=None,
+            macs_before=_per_example(coupling.macs, coupling, exact),
+            macs_after=_per_example(macs, coupling, exact),
             groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
             pinned=tuple(PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned),
             untouched=coupling.untouched,
@@ -296,6 +305,12 @@ def _emit(
             statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def _per_example(macs: int, coupling: Coupling, exact: Inputs) -> int:
+    """The analysis may have run on a batch of 2 where the example has 1."""
+    ran = sum(leaf.numel() for leaf in tree_leaves(coupling.traces[0].placeholders))
+    return round(macs * sum(leaf.numel() for leaf in tree_leaves(exact)) / ran)
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
@@ -371,7 +386,8 @@ def _check_model(model: Any) -> None:
         where = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))
         raise ModelError(f"the model lies on {len(devices)} devices ({where}): move it to one with model.to(device) first.")
     for name, module in model.named_modules():
-        if any(part in type(module).__module__ for part in ("nn.quantized", "nn.intrinsic.quantized", "nn.qat")):
+        quantised = any(part in type(module).__module__ for part in ("nn.quantized", "nn.intrinsic.quantized"))
+        if quantised and "Functional" not in type(module).__name__.removeprefix("Q"):
             raise _quantised(name or "the model", type(module).__name__)
     for name, tensor in tensors:
         if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):

@@ -198,10 +198,26 @@ def _attention(args: tuple[Any, ...], out: Any) -> int:
     return prod(batch) * length * keys[-2] * (keys[-1] + values[-1])
 
 
+def _einsum(args: tuple[Any, ...], out: Any) -> int:
+    """A product of two tensors costs one MAC for each value of all letters together; one of more is done pair by pair."""
+    equation, tensors = args[0].replace(" ", ""), list(args[1])
+    terms, _, result = equation.partition("->")
+    names = terms.split(",")
+    if "." in equation or "->" not in equation or len(names) < 2:
+        return 0 if len(names) < 2 else prod(_shape(out)) * prod(_shape(tensors[0]))
+    sizes = {letter: size for term, tensor in zip(names, tensors, strict=True) for letter, size in zip(term, tensor.shape, strict=True)}
+    total, held = 0, set(names[0])
+    for i, term in enumerate(names[1:], start=2):
+        total += prod(sizes[letter] for letter in held | set(term))
+        held = {letter for letter in held | set(term) if letter in result or any(letter in later for later in names[i:])}
+    return total
+
+
 _aten = torch.ops.aten
 
 # (args, out) -> MACs of contractions that torch.utils.flop_counter knows only in parts or not at all.
 _EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
+    _aten.einsum: _einsum,
     _aten.linear: _per_output,
     _aten.conv1d: _per_output,
     _aten.conv2d: _per_output,

@@ -102,6 +102,7 @@ class Coupling:
     balance: Balance
     values: tuple[dict[fx.Node, Any], ...]
     parameters: dict[str, Tensor]
+    macs: int
 
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
@@ -167,7 +168,10 @@ def couple(traces: Sequence[Trace], keep: Sequence[str] = (), pinned_nodes: Sequ
         assert record is not None
         for axis in sorted(record.unborn):
             context.adopt_nothing(record, axis, "is kept by request")
-    values = tuple(_propagate(context, trace, set(pinned_nodes)) for trace in traces)
+    values, macs = [], 0
+    for trace in traces:
+        values.append(_propagate(context, trace, set(pinned_nodes)))
+        macs = macs or context.macs  # of the first trace
     context.node = ""
     balance = resolve(context)
     groups, graph = _groups(context, parameters, balance)
@@ -180,8 +184,9 @@ def couple(traces: Sequence[Trace], keep: Sequence[str] = (), pinned_nodes: Sequ
         tuple(traces),
         context,
         balance,
-        values,
+        tuple(values),
         parameters,
+        macs,
     )
 
 
@@ -210,7 +215,7 @@ def _propagate(context: Context, trace: Trace, pinned_nodes: set[str]) -> dict[f
                 for leaf in tree_leaves(fx.node.map_arg(node.args[0], values.__getitem__)):
                     context.pin_all(context.fields(leaf), "is an output of the model")
             else:
-                if node.name in pinned_nodes:
+                if prefix + node.name in pinned_nodes:
                     context.node = prefix + node.name
                     for operand in node.all_input_nodes:
                         for leaf in tree_leaves(values[operand]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules, shapes
+from fxprune.cost import op_macs
 from fxprune.errors import RewriteError
 from fxprune.rules import Context
 
@@ -31,22 +33,24 @@ class LabelMode(TorchDispatchMode):
         self.context = context
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ctx, kwargs = self.context, kwargs or {}
+        kwargs = kwargs or {}
+        if _whole(func):
+            out = self._execute(func, args, kwargs)
+            self.context.macs += op_macs(func, args, kwargs, out) or 0
+            return out
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        ctx = self.context
         rule = rules.find(func)
-        name = func._schema.name.removeprefix("aten::")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = any(id(t) in ctx.records for t in tensors)
         if tensors and not labelled:
-            if rule is None and name not in _WHOLE and _composite(func) and any(t.is_meta for t in tensors):
-                with self:
-                    return func.decompose(*args, **kwargs)
             out = shapes.run(func, args, kwargs)
             if rule is not None and rule.family == "creation" and out.is_floating_point():
                 rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
             return out
-        if rule is None and name not in _WHOLE and _composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
         if not tensors:
             if rule is None or rule.family != "creation":
                 return shapes.run(func, args, kwargs)
@@ -63,8 +67,12 @@ class LabelMode(TorchDispatchMode):
         return out
 
 
-def _composite(func: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+@functools.lru_cache(maxsize=None)
+def _whole(func: Any) -> bool:
+    """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
+    if rules.find(func) is not None or func._schema.name.removeprefix("aten::") in _WHOLE:
+        return True
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

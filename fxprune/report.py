@@ -103,7 +103,7 @@ class Report:
     def _summary(self) -> Iterable[str]:
         yield f"parameters  {_change(self.params_before, self.params_after)}"
         if self.macs_before is None or self.macs_after is None:
-            yield "MACs        not counted: the model's control flow depends on values"
+            yield "MACs        not counted"
         else:
             yield f"MACs        {_change(self.macs_before, self.macs_after)}"
         if self.error is not None:

@@ -13,6 +13,7 @@ The model that runs is a *twin*: same structure, parameters on the meta device. 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import sys
 import traceback
@@ -169,6 +170,7 @@ def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_slow_path())
         stack.enter_context(_factories(tracer))
+        stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_mode_through_graph(twin.model, tracer))
         try:
             graph = tracer.trace(twin.model)
@@ -382,17 +384,15 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
-        if kind == "call_function" and isinstance(target, types.FunctionType) and not _is_torch(target):
-            entered = self._enter(target, args, kwargs)
-            if entered is not _STAY:
-                return entered
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         node.meta["where"] = _user_line()
         node.meta["val"] = self._execute(node)
         return self.proxy(node)
 
-    def _enter(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_leaf_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace into a function that its library marked as a leaf; leave it whole where it branches on the mode."""
+        if not isinstance(function, types.FunctionType) or _is_torch(function):
+            return self.create_proxy("call_function", function, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
         decisions = len(self.decisions)
         self._inside_leaf_function += 1
@@ -404,7 +404,7 @@ class _Tracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             del self.decisions[decisions:]
-            return _STAY
+            return self.create_proxy("call_function", function, args, kwargs)
         finally:
             self._inside_leaf_function -= 1
 
@@ -488,9 +488,6 @@ class _Tracer(fx.Tracer):
         return bool(self.decide(obj, bool))
 
 
-_STAY = object()
-
-
 def _parameter_names(function: Any, count: int) -> list[str]:
     code = function.__code__
     names = list(code.co_varnames[1 : code.co_argcount])
@@ -564,27 +561,43 @@ def _slow_path() -> Iterator[None]:
 
 # Functions without a tensor among their arguments, to which proxies of sizes are passed: torch.fx does not see them otherwise.
 _FACTORIES = (
-    *("arange", "as_tensor", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "rand", "randn", "tensor", "zeros"),
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"),
     *("broadcast_shapes", "tril_indices", "triu_indices"),
 )
 
 
 @contextmanager
 def _factories(tracer: _Tracer) -> Iterator[None]:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(type(leaf) in (ValueProxy, _ValueAttribute) for leaf in tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return call
-
     with ExitStack() as stack:
         for name in _FACTORIES:
-            if name in ("finfo", "iinfo"):
-                continue
-            stack.enter_context(mock.patch.object(torch, name, wrap(getattr(torch, name))))
+            create = functools.partial(tracer.create_proxy, "call_function")
+            stack.enter_context(mock.patch.object(torch, name, _if_symbolic(getattr(torch, name), create)))
         yield
+
+
+@contextmanager
+def _leaf_functions(tracer: _Tracer) -> Iterator[None]:
+    """Take over from torch.fx the functions that were registered with ``torch.fx.wrap``."""
+    registered = fx._symbolic_trace._wrapped_fns_to_patch
+    with ExitStack() as stack:
+        for (_, name), namespace in list(registered.items()):
+            if callable(namespace.get(name)):
+                patched = _if_symbolic(namespace[name], tracer.call_leaf_function)
+                stack.enter_context(mock.patch.dict(namespace, {name: patched}))
+        stack.enter_context(mock.patch.dict(registered, clear=True))
+        yield
+
+
+def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but for calls with a proxy among their arguments."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(type(leaf) in (ValueProxy, _ValueAttribute) for leaf in tree_leaves((args, kwargs))):
+            return create(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return call
 
 
 _mode_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()

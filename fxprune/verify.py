@@ -19,7 +19,7 @@ from fxprune.errors import RewriteError, VerificationError
 from fxprune.labels import Array
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.rewrite import Survivors, emit
-from fxprune.rules import bind
+from fxprune.rules import bind, find
 
 __all__ = ["Verification", "check"]
 
@@ -83,7 +83,7 @@ def check(
 def _same_structure(pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors) -> None:
     """Emit again, label by label, and compare the graph that comes out with the one at hand."""
     try:
-        again = emit(coupling, survivors)
+        again, _ = emit(coupling, survivors)
     except RewriteError as error:
         raise VerificationError(f"the labels of the emitted model do not match: {error}") from error
     shapes = {name: tuple(t.shape) for name, t in again.state_dict().items()}
@@ -238,16 +238,15 @@ class _MaskedStatistics(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        arrays = self.coupling.context.statistics.get((self.node, self.index))
-        if arrays is not None and name in _STATISTICS:
+        if name in _STATISTICS:
+            arrays = self.coupling.context.statistics.get((self.node, self.index), [])
             self.index += 1
             arrays = [self.coupling.context.units.live(a) for a in arrays]
             if not all(self.survivors.alive[a].all() for a in arrays):
                 return _STATISTICS[name](bind(func, args, kwargs), self._mask(arrays))
-        elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            if name not in _STATISTICS:
-                with self:
-                    return func.decompose(*args, **kwargs)
+        elif find(func) is None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # a composite without a rule: the analysis has seen its parts
+                return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _mask(self, arrays: list[Array]) -> Tensor:

@@ -35,16 +35,19 @@ def magnitude(coupling: Coupling, tensors: Mapping[str, Tensor]) -> npt.NDArray[
     """
     scores = np.zeros(coupling.context.units.count)
     for name, tensor in tensors.items():
-        for labels in coupling.parameter_labels(name):
+        fields = coupling.parameter_labels(name)
+        if not fields:
+            continue
+        # The tensor is read once: first over the dimensions (a kernel's) on which no field varies, the rest on what that leaves.
+        squares = tensor.detach()
+        dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+        inner = [d for d in range(tensor.dim()) if tensor.shape[d] > 1 and all(labels.shape[d] == 1 for labels in fields)]
+        if inner:
+            squares = torch.linalg.vector_norm(squares, dim=inner, keepdim=True, dtype=dtype)
+        squares = squares.to(dtype).square()
+        for labels in fields:
             others = [d for d, size in enumerate(labels.shape) if size == 1]
-            norms = tensor.detach()
-            if others:
-                norms = torch.linalg.vector_norm(norms, dim=others, keepdim=True, dtype=_accumulate(tensor))
-            squares = norms.to(_accumulate(tensor)).square().cpu().numpy()
-            scores += np.bincount(labels.ravel(), weights=squares.ravel().astype(np.float64), minlength=len(scores))
+            own = squares.sum(others, keepdim=True) if others else squares
+            scores += np.bincount(labels.ravel(), weights=own.cpu().numpy().ravel().astype(np.float64), minlength=len(scores))
     scores[0] = 0
     return np.sqrt(scores)
-
-
-def _accumulate(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32

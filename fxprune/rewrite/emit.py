@@ -20,6 +20,7 @@ from fxprune.labels import Field
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
+from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.survivors import Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META
@@ -28,8 +29,8 @@ from fxprune.trace import Trace
 __all__ = ["emit"]
 
 
-def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> fx.GraphModule:
-    """The smaller model, with the surviving elements of the user's parameters.
+def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> tuple[PrunedModule, int]:
+    """The smaller model, with the surviving elements of the user's parameters, and its MACs for the batch of the analysis.
 
     Raises
     ------
@@ -43,12 +44,16 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> fx.G
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
     context = _old_labels(coupling, survivors, root)
-    emission = _Emission(coupling, survivors, trace, coupling.values[0], root, context)
-    graph = emission.run()
+    graphs, macs = [], 0
+    for own, values in zip(coupling.traces, coupling.values, strict=True):
+        graphs.append(_Emission(coupling, survivors, own, values, root, context).run())
+        macs = macs or context.macs  # of the first trace
+    if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
+        del graphs[1]  # the model asks for its mode, but does the same in both
     _fill(root, _survivors_of(coupling, survivors), smaller)
-    for target, tensor in trace.constants.items():
+    for target, tensor in (item for own in coupling.traces for item in own.constants.items()):
         _set(root, target, tensor)
-    return _graph_module(root, graph, name)
+    return PrunedModule(root, graphs[0], name, *graphs[1:]), macs
 
 
 class _Emission:
@@ -57,6 +62,7 @@ class _Emission:
     ) -> None:
         self.coupling, self.survivors, self.trace, self.root, self.context = coupling, survivors, trace, root, context
         self.values = values
+        self.prefix = "train." if trace.training else ""
         self.graph = fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.env: dict[fx.Node, Any] = {}
@@ -134,14 +140,14 @@ class _Emission:
             wanted = self.survivors.shape(value) if isinstance(value, Tensor) else None
             resize(self.root.get_submodule(str(target)), self.old(first), self.new(first), wanted)
         self.env[new] = run_node(self.context, self.root, new, self.env.__getitem__)
-        if node.name in self.coupling.context.rescaled:
+        if self.prefix + node.name in self.coupling.context.rescaled:
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
         return new
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
         """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
-        arrays = [self.coupling.context.units.live(a) for a in self.coupling.context.rescaled[node.name]]
+        arrays = [self.coupling.context.units.live(a) for a in self.coupling.context.rescaled[self.prefix + node.name]]
         mask = np.array(True)
         for labels in arrays:
             mask = mask & self.survivors.alive[labels]
@@ -243,12 +249,3 @@ def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> 
 def _set(root: nn.Module, target: str, value: Tensor) -> None:
     path, _, name = target.rpartition(".")
     setattr(root.get_submodule(path), name, value)
-
-
-def _graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    made = fx.GraphModule(root, graph, class_name=name)
-    # A GraphModule takes over only what its graph calls; the rest belongs to the state dict all the same.
-    for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        made.__dict__[store] = root.__dict__[store]
-    made.training = root.training
-    return made

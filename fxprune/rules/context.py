@@ -83,6 +83,7 @@ class Context:
         self.fixed_axes: dict[int, int] = {}  # axis number -> reason, for axes that met a fixed size before they got labels
         self.statistics: dict[tuple[str, int], list[Array]] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
+        self.macs = 0  # multiply-accumulates of everything that ran
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
     # -- tensors
@@ -219,10 +220,14 @@ class Context:
             self.sightings.append(Sighting(labels, fixed, merged, self.node))
 
     def statistic(self, labels: list[Array]) -> None:
-        """A normalisation takes its statistics over the survivors of these labels."""
+        """An op takes statistics, over the survivors of these labels (none: over fixed dimensions only).
+
+        Every such op calls this, so that the i-th one within a node can be told again when the node is executed with data.
+        """
         index = self._statistics_in_node.get(self.node, 0)
         self._statistics_in_node[self.node] = index + 1
-        self.statistics[self.node, index] = labels
+        if labels:
+            self.statistics[self.node, index] = labels
 
     def _reason(self, why: str) -> int:
         key = (why, self.node)

@@ -31,10 +31,9 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Channels (dimension 1) meet scale, shift and running statistics."""
     x = a["input"]
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
+    # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
+    ctx.statistic([f.labels for f in others] if a["training"] else [])
     if a["training"]:
-        # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
-        if others:
-            ctx.statistic([f.labels for f in others])
         rest = [Field(f.labels, False) for f in others]
     else:
         rest = others
@@ -58,9 +57,9 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Statistics over each group's surviving channels; every group loses equally many."""
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
-    if groups < x.shape[1]:
-        if fields:
-            ctx.statistic([f.labels.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) for f in fields])
+    shared = groups < x.shape[1]
+    ctx.statistic([f.labels.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) for f in fields] if shared else [])
+    if shared:
         for f in fields:
             if groups > 1:
                 ctx.sight(f.labels.reshape(groups, -1), fixed={0})
@@ -75,11 +74,10 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     inside = set(range(rank - len(a["normalized_shape"]), rank))
     fields = ctx.fields(x)
     reduced = [f.labels for f in fields if f.dims & inside]
-    if reduced:
-        ctx.statistic(reduced)
-        for f in fields:
-            if f.dims & inside and f.dims - inside:
-                ctx.sight(f.labels, fixed=f.dims - inside)
+    ctx.statistic(reduced)
+    for f in fields:
+        if f.dims & inside and f.dims - inside:
+            ctx.sight(f.labels, fixed=f.dims - inside)
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
     dims = range(rank - len(a["normalized_shape"]), rank)
     met = ctx.merge([ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank)

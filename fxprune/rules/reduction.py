@@ -79,8 +79,7 @@ def statistic(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     for f in touched:
         if f.dims - reduced:
             ctx.sight(f.labels, fixed=f.dims - reduced)
-    if touched:
-        ctx.statistic([f.labels for f in touched])
+    ctx.statistic([f.labels for f in touched])
     passing = [f for f in ctx.fields(x) if not f.dims & reduced]
     _put(ctx, out, x, passing, reduced, keepdim)
 

@@ -1,0 +1,271 @@
+"""What the benchmarks share: the models, the rival, one fresh process per model, and writing down results."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+if str(ROOT) not in sys.path:  # run from a checkout, installed or not
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+Record = dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the main output of a model: the tensor itself, or the first one of a dict, list or tuple."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Count the elements of the model's parameters, a shared one once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Sum the bytes of all parameters and buffers, a shared one once."""
+    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, inputs: Tensor) -> int:
+    """Count multiply-accumulates of one forward, the same way for every kind of model (by the ATen ops that run)."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder op has no formula in the counter
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+            model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+# ------------------------------------------------------------------------------------------------------------ the rival
+
+
+def output_layers(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
+    """Return the layers that torch-pruning must be told to leave alone: those as wide as the number of classes.
+
+    torch-pruning prunes the logits too unless the user lists the last layer. Every ``Linear`` or convolution with as
+    many outputs as the model has classes is listed here, which is what a user of its plain interface does by hand.
+    """
+    with torch.no_grad():
+        classes = first_tensor(model(inputs)).shape[1]
+    widths = {
+        nn.Linear: "out_features",
+        nn.Conv1d: "out_channels",
+        nn.Conv2d: "out_channels",
+        nn.Conv3d: "out_channels",
+    }
+    return [
+        module
+        for module in model.modules()
+        for kind, attribute in widths.items()
+        if isinstance(module, kind) and getattr(module, attribute) == classes
+    ]
+
+
+def torch_pruning_prune(
+    model: nn.Module,
+    inputs: Tensor,
+    ratio: float,
+    *,
+    ignored: Sequence[nn.Module],
+    round_to: int | None = None,
+    num_heads: Mapping[nn.Module, int] | None = None,
+) -> nn.Module:
+    """Prune ``model`` **in place** with torch-pruning's plain interface: L2 magnitude, ``ratio`` removed per layer.
+
+    ``num_heads`` tells it the heads of attention layers, which it does not find out.
+    """
+    import torch_pruning
+
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        inputs,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=list(ignored),
+        round_to=round_to,
+        in_channel_groups={},  # its defaults are shared between calls and would remember earlier models
+        out_channel_groups={},
+        num_heads=dict(num_heads or {}),
+    )
+    pruner.step()
+    return model
+
+
+def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) -> str | None:
+    """Say in a line what is wrong with torch-pruning's result: nothing removed, or outputs of another shape."""
+    left, total = parameter_count(after), parameter_count(before)
+    if left >= total:
+        return "removed nothing"
+    with torch.no_grad():
+        expected, got = first_tensor(before(inputs)).shape, first_tensor(after(inputs)).shape
+    if expected != got:
+        return f"output shape changed from {tuple(expected)} to {tuple(got)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- processes and memory
+
+
+def one_line(error: BaseException) -> str:
+    """Return ``Type: first line of the message``, without absolute paths and at most 160 characters."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {text}")[:160]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` within the context after ``seconds``, where the system has the signal for it."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _child(connection: Connection, target: Callable[..., Record], arguments: tuple[Any, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    try:
+        record = target(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        record = {"error": one_line(error)}
+    connection.send(record)
+    connection.close()
+
+
+def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 900.0) -> Record:
+    """Run ``target(*arguments)`` in a process of its own, in which the libraries are already imported.
+
+    Returns its record, or ``{"error": ...}`` if it raised, died or took longer than ``timeout`` seconds. ``target``
+    must be a module-level function.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch_pruning"])
+    folders = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys(filter(None, folders))
+    )  # the server does not inherit sys.path
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, target, arguments, torch.get_num_threads()), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            return {"error": f"took longer than {timeout:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with code {process.exitcode} and no result"}
+    finally:
+        if process.is_alive():
+            process.join(5)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        receiver.close()
+
+
+# ------------------------------------------------------------------------------------------------------ writing it down
+
+
+def machine() -> Record:
+    """Describe what the figures depend on: processor, accelerator, threads, versions."""
+    processor = platform.processor() or platform.machine()
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = match.group(1).strip() if match else processor
+    except OSError:
+        pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "torch-pruning", "fxprune")},
+    }
+
+
+def warn_if_busy(about: Record) -> None:
+    """Say so on stderr when other processes keep the machine busy: the figures would be theirs too."""
+    if about["load"] is not None and about["load"] > 0.5 * (about["cores"] or 1):
+        print(
+            f"warning: load average {about['load']}: other processes are running, do not trust the times",
+            file=sys.stderr,
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine_line(about: Record) -> str:
+    """Return the description of :func:`machine` as one line of Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    device = f"{about['accelerator']}, " if about["accelerator"] else ""
+    processor = f"{about['processor']}, {about['cores']} cores, {about['threads']} threads"
+    return f"{device}{processor}; {versions}; {about['date']}."
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; every column but the first is right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write(stem: str, record: Record, markdown: str) -> None:
+    """Write ``benchmarks/results/<stem>.json`` and ``.md``, and say so."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{stem}.md").write_text(markdown.rstrip() + "\n")
+    print(f"\nwritten: benchmarks/results/{stem}.json and {stem}.md", flush=True)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median as a plain float."""
+    return float(statistics.median(values))

@@ -1,0 +1,469 @@
+"""How long pruning takes: ``fxprune.prune`` against torch-pruning, side by side in one run.
+
+    python benchmarks/prune_time.py                        # every torchvision model that both can prune
+    python benchmarks/prune_time.py --only 'resnet*' --repeats 7
+    python benchmarks/prune_time.py --inputs small         # no help from slow forward passes
+    python benchmarks/prune_time.py --scaling              # cost against the number of nodes, on a synthetic DenseNet
+    python benchmarks/prune_time.py --memory               # peak memory over the bytes of the weights
+
+Each model has one process to itself. Both tools prune once unmeasured; then they take turns, ``--repeats`` times, and
+medians are compared. torch-pruning prunes in place: its copy of the model is made outside the measured time, while
+fxprune's own copying is inside. Which models torch-pruning can prune is found by trying: it must finish, remove
+something, and leave a model that runs and keeps its output shape. It is told which layer is the classifier, which
+fxprune finds by itself.
+
+The figures go to ``benchmarks/results/prune_time.json`` and ``.md`` (``prune_scaling``, ``prune_memory``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import fnmatch
+import gc
+import math
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import _common as common
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.torchvision_models import CASES
+
+#: What the project sets out to reach.
+REACH_TOTAL = 0.4
+REACH_WORST = 1.25
+REACH_DEEPEST = ("densenet201", 10.0)
+REACH_MEMORY = 2.5
+REACH_SLOPE = 1.2
+
+
+# ------------------------------------------------------------------------------------------------ against torch-pruning
+
+
+def race(name: str, size: str, repeats: int, seconds: float, limit: float) -> common.Record:
+    """Time both tools on one model, alternating; stop early after about ``seconds``, but never before one repeat."""
+    case = CASES[name]
+    model, inputs = case.build(size=size), case.inputs(size=size)
+    record: common.Record = {"parameters": common.parameter_count(model), "input": list(inputs.shape)}
+    stages: list[dict[str, float]] = []
+    left: dict[str, int] = {}
+
+    def ours() -> float:
+        gc.collect()
+        start = time.perf_counter()
+        pruned = fxprune.prune(model, inputs, channels=0.5)
+        taken = time.perf_counter() - start
+        stages.append(dict(pruned.report.seconds))
+        left["fxprune"] = common.parameter_count(pruned.model)
+        with torch.no_grad():
+            pruned.model(inputs)
+        return taken
+
+    def theirs(check: bool = False) -> float:
+        victim = copy.deepcopy(model)
+        ignored = common.output_layers(victim, inputs)
+        gc.collect()
+        start = time.perf_counter()
+        common.torch_pruning_prune(victim, inputs, 0.5, ignored=ignored)
+        taken = time.perf_counter() - start
+        left["torch-pruning"] = common.parameter_count(victim)
+        if check and (fault := common.torch_pruning_faults(model, victim, inputs)):
+            raise RuntimeError(fault)
+        return taken
+
+    first: dict[str, float] = {}
+    for tool, attempt in (("fxprune", ours), ("torch-pruning", lambda: theirs(check=True))):
+        try:
+            with common.time_limit(limit):
+                first[tool] = attempt()
+        except Exception as error:
+            record.setdefault("failed", {})[tool] = common.one_line(error)
+    record |= {"first": first, "left": left}
+    if "failed" in record:
+        return record
+
+    stages.clear()
+    times: dict[str, list[float]] = {"fxprune": [], "torch-pruning": []}
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn and time.perf_counter() - began > seconds:
+            break
+        for tool, attempt in (("fxprune", ours), ("torch-pruning", theirs))[:: 1 if turn % 2 == 0 else -1]:
+            times[tool].append(attempt())
+    record["times"] = times
+    record["stages"] = {stage: common.median([run.get(stage, 0.0) for run in stages]) for stage in stages[0]}
+    record["seconds"] = {tool: common.median(values) for tool, values in times.items()}
+    record["ratio"] = record["seconds"]["fxprune"] / record["seconds"]["torch-pruning"]
+    return record
+
+
+def report_race(records: dict[str, common.Record], about: common.Record) -> tuple[common.Record, str, bool]:
+    """Sum up a race: totals, stages' share, Markdown, and whether the aims are reached."""
+    both = {name: r for name, r in records.items() if "ratio" in r}
+    if not both:
+        return {"machine": about, "models": records}, "# Pruning time\n\nNo model that both can prune.\n", False
+    ours = sum(r["seconds"]["fxprune"] for r in both.values())
+    theirs = sum(r["seconds"]["torch-pruning"] for r in both.values())
+    worst = max(both, key=lambda name: both[name]["ratio"])
+    stages: dict[str, float] = {}
+    for record in both.values():
+        for stage, seconds in record["stages"].items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    known = sum(stages.values())
+    if ours > known:
+        stages["other"] = ours - known
+    summary = {
+        "models": len(both),
+        "fxprune_seconds": ours,
+        "torch_pruning_seconds": theirs,
+        "total_ratio": ours / theirs,
+        "total_ratio_without_densenets": _total_ratio({n: r for n, r in both.items() if "densenet" not in n}),
+        "median_ratio": common.median([r["ratio"] for r in both.values()]),
+        "worst": [worst, both[worst]["ratio"]],
+        "stage_share": {stage: seconds / ours for stage, seconds in stages.items()},
+    }
+    aims = [
+        (f"total at most {REACH_TOTAL} of torch-pruning's", f"{ours / theirs:.3f}", ours / theirs <= REACH_TOTAL),
+        (
+            f"no model above {REACH_WORST} times its time",
+            f"{both[worst]['ratio']:.2f} ({worst})",
+            both[worst]["ratio"] <= REACH_WORST,
+        ),
+    ]
+    deepest, times_faster = REACH_DEEPEST
+    if deepest in both:
+        speed = 1 / both[deepest]["ratio"]
+        aims.append(
+            (f"{deepest} at least {times_faster:.0f} times faster", f"{speed:.1f} times", speed >= times_faster)
+        )
+    rows = [
+        [
+            f"`{name}`",
+            f"{r['seconds']['fxprune']:.3f}",
+            f"{r['seconds']['torch-pruning']:.3f}",
+            f"{r['ratio']:.3f}",
+            len(r["times"]["fxprune"]),
+            f"{r['left']['fxprune'] / r['parameters']:.3f}",
+            f"{r['left']['torch-pruning'] / r['parameters']:.3f}",
+        ]
+        for name, r in sorted(both.items(), key=lambda item: -item[1]["ratio"])
+    ]
+    parts = [
+        "# Pruning time",
+        "",
+        "<!-- generated by benchmarks/prune_time.py -->",
+        "",
+        f"`fxprune.prune(channels=0.5)` against torch-pruning {about['versions']['torch-pruning']} at half the width",
+        f"on the {len(both)} torchvision models that both can prune, medians, {about['inputs']} inputs.",
+        f"{common.machine_line(about)}",
+        "",
+        common.markdown_table(["aim", "measured", "reached"], [[a, b, "yes" if c else "no"] for a, b, c in aims]),
+        "",
+        f"Total {ours:.1f} s against {theirs:.1f} s; median ratio {summary['median_ratio']:.3f};"
+        f" without the DenseNets {summary['total_ratio_without_densenets']:.3f}.",
+        "",
+        "Share of fxprune's time by stage: "
+        + ", ".join(f"{stage} {share:.0%}" for stage, share in summary["stage_share"].items())
+        + ".",
+        "",
+        common.markdown_table(
+            ["model", "fxprune, s", "torch-pruning, s", "ratio", "repeats", "left", "left (t-p)"], rows
+        ),
+    ]
+    for tool in ("fxprune", "torch-pruning"):
+        failed = [f"- `{name}`: {r['failed'][tool]}" for name, r in records.items() if tool in r.get("failed", {})]
+        if failed:
+            parts += ["", f"Not pruned by {tool}:", "", *failed]
+    lost = [f"- `{name}`: {r['error']}" for name, r in records.items() if "error" in r]
+    if lost:
+        parts += ["", "Not measured:", "", *lost]
+    record = {"machine": about, "summary": summary, "models": records}
+    return record, "\n".join(parts), all(reached for _, _, reached in aims) and not lost
+
+
+def _total_ratio(records: dict[str, common.Record]) -> float:
+    theirs = sum(r["seconds"]["torch-pruning"] for r in records.values())
+    return sum(r["seconds"]["fxprune"] for r in records.values()) / theirs if theirs else math.nan
+
+
+def run_race(options: argparse.Namespace) -> bool:
+    """Race on every chosen model, print each ratio as it comes, write the results."""
+    about = common.machine() | {"inputs": options.inputs, "repeats": options.repeats}
+    names = [name for name in CASES if fnmatch.fnmatch(name, options.only)]
+    records: dict[str, common.Record] = {}
+    print(f"{'model':32} {'fxprune':>9} {'t-pruning':>9} {'ratio':>7}", flush=True)
+    for name in names:
+        record = common.in_child(
+            race, name, options.inputs, options.repeats, options.seconds, options.limit, timeout=options.timeout
+        )
+        records[name] = record
+        if "ratio" in record:
+            seconds = record["seconds"]
+            print(
+                f"{name:32} {seconds['fxprune']:8.3f}s {seconds['torch-pruning']:8.3f}s {record['ratio']:7.3f}",
+                flush=True,
+            )
+        else:
+            failed = record.get("failed") or {"process": record["error"]}
+            print(f"{name:32} " + "; ".join(f"{tool} cannot: {why}" for tool, why in failed.items()), flush=True)
+    record, markdown, reached = report_race(records, about)
+    print("\n" + markdown.split("| model |")[0].strip())
+    common.write("prune_time" if options.inputs == "native" else f"prune_time_{options.inputs}", record, markdown)
+    return reached
+
+
+# -------------------------------------------------------------------------------------------------------------- scaling
+
+
+class SyntheticDenseNet(nn.Module):
+    """A DenseNet of any depth at one resolution: blocks of densely connected layers with a 1x1 transition between them.
+
+    The work of a layer within a block grows with the layers before it, so the number of nodes is a fair measure of size
+    only while the blocks keep their length: more blocks, not longer ones.
+    """
+
+    def __init__(self, blocks: int, layers: int = 6, growth: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
+        self.blocks = nn.ModuleList()
+        self.transitions = nn.ModuleList()
+        for _ in range(blocks):
+            widths = [2 * growth + i * growth for i in range(layers)]
+            self.blocks.append(nn.ModuleList([_dense_layer(width, growth) for width in widths]))
+            end = 2 * growth + layers * growth
+            self.transitions.append(
+                nn.Sequential(nn.BatchNorm2d(end), nn.ReLU(), nn.Conv2d(end, 2 * growth, 1, bias=False))
+            )
+        self.head = nn.Linear(2 * growth, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (batch, 3, height, width) to logits (batch, 10)."""
+        x = self.stem(x)
+        for block, transition in zip(self.blocks, self.transitions, strict=True):
+            features = [x]
+            for layer in block:  # type: ignore[attr-defined]
+                features.append(layer(torch.cat(features, 1)))
+            x = transition(torch.cat(features, 1))
+        return self.head(x.mean((2, 3)))
+
+
+def _dense_layer(width: int, growth: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 4 * growth, 1, bias=False),
+        nn.BatchNorm2d(4 * growth),
+        nn.ReLU(),
+        nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
+    )
+
+
+def scale(blocks: int, layers: int, repeats: int) -> common.Record:
+    """Time ``fxprune.prune`` on one synthetic DenseNet."""
+    torch.manual_seed(0)
+    model, inputs = SyntheticDenseNet(blocks, layers).eval(), torch.randn(1, 3, 8, 8)
+    fxprune.prune(SyntheticDenseNet(1, 2).eval(), inputs, channels=0.5)
+    times = []
+    for _ in range(repeats):
+        gc.collect()
+        start = time.perf_counter()
+        pruned = fxprune.prune(model, inputs, channels=0.5)
+        times.append(time.perf_counter() - start)
+    nodes = pruned.model.graph.nodes
+    return {
+        "blocks": blocks,
+        "layers": layers,
+        "nodes": len(nodes),
+        "edges": sum(len(node.all_input_nodes) for node in nodes),
+        "seconds": common.median(times),
+        "stages": dict(pruned.report.seconds),
+    }
+
+
+def slope(sizes: list[float], seconds: list[float]) -> float:
+    """Return the exponent of ``seconds = a * sizes ** exponent``, by least squares on logarithms."""
+    x, y = [math.log(n) for n in sizes], [math.log(s) for s in seconds]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def run_scaling(options: argparse.Namespace) -> bool:
+    """Print cost against nodes: ever more dense blocks, and (for the record) ever longer ones."""
+    about = common.machine()
+    families = {
+        "more blocks of 6 layers": [(blocks, 6) for blocks in (4, 8, 16, 32, 64)[: options.sizes]],
+        "one block of more layers": [(1, layers) for layers in (16, 32, 64, 128, 256)[: options.sizes]],
+    }
+    results: common.Record = {"machine": about, "families": {}}
+    parts = [
+        "# Pruning time against the size of the graph",
+        "",
+        "<!-- generated by benchmarks/prune_time.py --scaling -->",
+        "",
+        common.machine_line(about),
+    ]
+    reached = True
+    for family, sizes in families.items():
+        rows = []
+        for blocks, layers in sizes:
+            row = common.in_child(scale, blocks, layers, options.repeats, timeout=options.timeout)
+            if "error" in row:
+                print(f"{family}: {blocks} x {layers}: {row['error']}", flush=True)
+                reached = False
+                break
+            rows.append(row)
+            print(
+                f"{family}: {row['nodes']:6} nodes {row['edges']:7} edges {row['seconds']:8.3f} s"
+                f" {1e6 * row['seconds'] / row['nodes']:8.0f} us/node",
+                flush=True,
+            )
+        exponents = {
+            size: slope([row[size] for row in rows], [row["seconds"] for row in rows]) if len(rows) > 1 else math.nan
+            for size in ("nodes", "edges")
+        }
+        results["families"][family] = {"rows": rows, "exponent": exponents}
+        if family.startswith("more blocks"):
+            reached &= exponents["nodes"] <= REACH_SLOPE
+        said = f"time ~ nodes^{exponents['nodes']:.2f} ~ edges^{exponents['edges']:.2f}"
+        print(f"{family}: {said}\n", flush=True)
+        table = [
+            [row["nodes"], row["edges"], f"{row['seconds']:.3f}", f"{1e6 * row['seconds'] / row['nodes']:.0f}"]
+            for row in rows
+        ]
+        parts += ["", f"## A synthetic DenseNet, {family}: {said}", ""]
+        parts.append(common.markdown_table(["nodes", "edges", "seconds", "us per node"], table))
+    common.write("prune_scaling", results, "\n".join(parts))
+    return reached
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def resident_bytes(field: str) -> int:
+    """Return ``VmRSS`` (now) or ``VmHWM`` (the highest so far) of this process, in bytes."""
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # elsewhere: only the highest, in bytes or in KiB
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory(name: str, size: str) -> common.Record:
+    """Measure how far resident memory rises while one model is pruned, over the bytes of its weights."""
+    case = CASES[name]
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    fxprune.prune(small, torch.randn(1, 3, 16, 16), channels=0.5)  # loads what is loaded on first use
+    model, inputs = case.build(size=size), case.inputs(size=size)
+    weights = common.weight_bytes(model)
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed while building must not hide what pruning takes
+        Path("/proc/self/clear_refs").write_text("5")  # sets the highest resident size back to the present one
+    except (AttributeError, OSError):
+        pass
+    before = resident_bytes("VmRSS")
+    pruned = fxprune.prune(model, inputs, channels=0.5)
+    rise = max(resident_bytes("VmHWM") - before, 0)
+    return {
+        "weights": weights,
+        "pruned_weights": common.weight_bytes(pruned.model),
+        "rise": rise,
+        "rise_over_weights": rise / weights,
+        "peak_over_weights": (weights + rise) / weights,
+        "nodes": len(pruned.model.graph.nodes),
+    }
+
+
+def run_memory(options: argparse.Namespace) -> bool:
+    """Print the peak memory of pruning for models of all kinds."""
+    about = common.machine() | {"inputs": options.inputs}
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system at once
+    chosen = (
+        options.only
+        if options.only != "*"
+        else "resnet50,densenet201,vgg16_bn,mobilenet_v2,vit_b_16,swin_b,regnet_y_32gf"
+    )
+    rows: dict[str, common.Record] = {}
+    for name in chosen.split(","):
+        rows[name] = row = common.in_child(peak_memory, name, options.inputs, timeout=options.timeout)
+        if "error" in row:
+            print(f"{name:20} {row['error']}", flush=True)
+            continue
+        print(
+            f"{name:20} weights {row['weights'] / 2**20:8.1f} MiB, rise {row['rise'] / 2**20:8.1f} MiB"
+            f" = {row['rise_over_weights']:.2f} of the weights; with them {row['peak_over_weights']:.2f}",
+            flush=True,
+        )
+    measured = {name: row for name, row in rows.items() if "error" not in row}
+    mib = 2**20
+    table = [
+        [
+            f"`{name}`",
+            f"{row['weights'] / mib:.1f}",
+            f"{row['pruned_weights'] / mib:.1f}",
+            f"{row['rise'] / mib:.1f}",
+            f"{row['rise_over_weights']:.2f}",
+            f"{row['peak_over_weights']:.2f}",
+        ]
+        for name, row in measured.items()
+    ]
+    markdown = "\n".join(
+        [
+            "# Peak memory of pruning",
+            "",
+            "<!-- generated by benchmarks/prune_time.py --memory -->",
+            "",
+            "How far the resident memory of a process rises while `fxprune.prune(channels=0.5)` runs, the pruned model",
+            "included, and the same with the original's weights added, over the bytes of the original's weights.",
+            f"{options.inputs.capitalize()} inputs. Small weights show what the graph itself takes.",
+            "",
+            common.machine_line(about),
+            "",
+            common.markdown_table(
+                ["model", "weights, MiB", "pruned, MiB", "rise, MiB", "rise / weights", "peak / weights"], table
+            ),
+        ]
+    )
+    common.write("prune_memory", {"machine": about, "models": rows}, markdown)
+    return len(measured) == len(rows) and all(row["peak_over_weights"] <= REACH_MEMORY for row in measured.values())
+
+
+def main() -> None:
+    """Read the command line and run one of the three measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="models, as a glob (with --memory: names separated by commas)")
+    parser.add_argument("--inputs", choices=("small", "native"), default="native", help="size of the example inputs")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=30.0, help="stop repeating one model after about this long")
+    parser.add_argument(
+        "--limit", type=float, default=180.0, help="a tool that takes longer for one model cannot do it"
+    )
+    parser.add_argument("--timeout", type=float, default=1200.0, help="end a process after this many seconds")
+    parser.add_argument("--threads", type=int, default=0, help="threads for torch (default: its own choice)")
+    parser.add_argument("--scaling", action="store_true", help="cost against the number of nodes")
+    parser.add_argument("--sizes", type=int, default=5, help="with --scaling: how many sizes of each family")
+    parser.add_argument("--memory", action="store_true", help="peak memory over the bytes of the weights")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is not reached")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    common.warn_if_busy(common.machine())
+    run = run_scaling if options.scaling else run_memory if options.memory else run_race
+    reached = run(options)
+    if options.check and not reached:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

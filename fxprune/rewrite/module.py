@@ -1,0 +1,64 @@
+"""The emitted model: an ordinary GraphModule that also keeps what its graph does not call, and both modes of control flow."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from torch import fx, nn
+
+__all__ = ["PrunedModule"]
+
+_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class PrunedModule(fx.GraphModule):
+    """A GraphModule with the whole module tree of the original.
+
+    ``torch.fx.GraphModule`` takes over only what its graph calls, so parameters that no operation uses would be missing from the state
+    dict. And a graph has one path: a model that branches on ``self.training`` (an auxiliary head) has a second one, the
+    ``training_graph``, which runs in training mode.
+    """
+
+    training_graph: fx.Graph | None
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "Pruned", training_graph: fx.Graph | None = None) -> None:
+        self.__dict__["training_graph"] = training_graph
+        self.__dict__["_tree"] = root
+        super().__init__(root, graph, class_name=class_name)
+        del self.__dict__["_tree"]
+        self.__dict__["training_graph"] = training_graph
+        for store in _STORES:
+            self.__dict__[store] = root.__dict__[store]
+        self.training = root.training
+
+    def recompile(self) -> Any:
+        """Compile the graph, or the graphs of both modes, into ``forward``."""
+        code = super().recompile()
+        if self.__dict__.get("training_graph") is not None:
+            kind = type(self)
+            evaluation = kind.forward
+            root = self.__dict__.get("_tree", self)
+            training = type(fx.GraphModule(root, self.training_graph)).forward
+
+            @functools.wraps(evaluation)
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return training(self, *args, **kwargs) if self.training else evaluation(self, *args, **kwargs)
+
+            kind.forward = forward
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+        root = nn.Module()
+        memo[id(self)] = root
+        for store in _STORES:
+            root.__dict__[store] = copy.deepcopy(self.__dict__[store], memo)
+        root.training = self.training
+        name = type(self).__name__
+        new = PrunedModule(root, copy.deepcopy(self.graph), name, copy.deepcopy(self.training_graph))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            if key not in new.__dict__:
+                new.__dict__[key] = copy.deepcopy(value, memo)
+        return new

@@ -1,0 +1,1 @@
+"""The tests of fxprune: one file per idea."""

@@ -1,0 +1,89 @@
+"""The house: rooms import one way only, from rooms above them."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxprune
+
+PACKAGE = Path(fxprune.__file__).parent
+
+# Top to bottom. A room may import from the rooms before it, and from inside itself.
+ROOMS = [
+    "errors",
+    "shapes",
+    "lowering",
+    "trace",
+    "labels",
+    "rules",
+    "balance",
+    "propagation",
+    "coupling",
+    "cost",
+    "criteria",
+    "plan",
+    "selection",
+    "rewrite",
+    "verify",
+    "latency",
+    "report",
+    "api",
+    "cli",
+]
+FRONT = "__init__"  # re-exports from any room but the command line
+TERMINAL = {"typer", "rich", "click"}  # cli alone knows the terminal
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> list[tuple[int, str]]:
+    """(line, absolute dotted name) of everything that a file imports, inside functions too."""
+    package = ["fxprune", *path.relative_to(PACKAGE).parent.parts]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            if parts == ["fxprune"]:  # from fxprune import api
+                found += [(node.lineno, f"fxprune.{alias.name}") for alias in node.names]
+            else:
+                found.append((node.lineno, ".".join(parts)))
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_go_one_way(path):
+    here = room_of(path)
+    assert here in [*ROOMS, FRONT], f"{path.name} is in no room: add it to ROOMS, in its place"
+    allowed = {*ROOMS[: ROOMS.index(here)], here} if here != FRONT else {*ROOMS} - {"cli"}
+    for line, name in imported_modules(path):
+        if name.split(".")[0] == "fxprune":
+            parts = name.split(".")
+            assert len(parts) > 1, f"{path.name}:{line} imports the front door; import the room"
+            assert parts[1] in allowed, f"{path.name}:{line} imports {name}, which is not above {here}"
+        elif here != "cli":
+            assert name.split(".")[0] not in TERMINAL, f"{path.name}:{line} imports {name}; only cli knows the terminal"
+
+
+def test_every_room_in_the_list_is_there_or_planned():
+    planned = {"latency"}  # a room of a later milestone
+    for room in ROOMS:
+        there = (PACKAGE / f"{room}.py").exists() or (PACKAGE / room).is_dir()
+        assert there or room in planned, f"room {room} is gone; take it out of ROOMS"
+
+
+def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
+    room = tmp_path / "rules"
+    room.mkdir()
+    (room / "bad.py").write_text("from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n")
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    assert imported_modules(room / "bad.py") == [(1, "fxprune.api"), (2, "fxprune.rules.registry"), (3, "fxprune.cli")]

@@ -1,0 +1,156 @@
+"""MACs and parameters: against closed forms, against torch's own counter, and without harm to the model."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.cost import cost_of, count_parameters
+
+
+def check(module, example_inputs, macs):
+    found = cost_of(module, example_inputs)
+    assert found.macs == macs
+    assert found.params == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_linear():
+    check(nn.Linear(4, 8), torch.randn(3, 4), 3 * 4 * 8)
+
+
+def test_convolution_strided_and_grouped():
+    check(nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4), torch.randn(2, 8, 10, 10), 2 * 16 * (8 // 4) * 9 * 25)
+
+
+def test_depthwise_convolution():
+    check(nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(1, 8, 6, 6), 8 * 9 * 36)
+
+
+def test_transposed_convolution():
+    check(
+        nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, groups=2), torch.randn(2, 8, 5, 5), 2 * 8 * 25 * (6 // 2) * 16
+    )
+
+
+def test_same_padding_convolution():
+    check(nn.Conv1d(4, 6, 5, padding="same"), torch.randn(2, 4, 9), 2 * 6 * 9 * 4 * 5)
+
+
+class Matmul(nn.Module):
+    def forward(self, a, b):
+        return a @ b
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "macs"),
+    [((5,), (5,), 5), ((3, 5), (5,), 15), ((5,), (5, 7), 35), ((2, 3, 5), (5, 7), 210), ((4, 1, 3, 5), (2, 5, 7), 840)],
+)
+def test_matmul_of_any_rank(a, b, macs):
+    check(Matmul(), (torch.randn(a), torch.randn(b)), macs)
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_bilinear(vectors):
+    check(nn.Bilinear(3, 4, 5), (torch.randn(vectors, 3), torch.randn(vectors, 4)), vectors * 5 * 3 * 4)
+
+
+class Products(nn.Module):
+    def forward(self, matrix, vector):
+        return matrix @ vector, torch.dot(vector, vector), torch.addmv(matrix @ vector, matrix, vector)
+
+
+def test_matrix_vector_products():
+    check(Products(), (torch.randn(6, 4), torch.randn(4)), 2 * 6 * 4 + 4 + 6 * 4)
+
+
+def test_attention_counts_projections_and_both_products():
+    # In eval mode PyTorch takes a fused path that hides the products: the count must not depend on it.
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    tokens = torch.randn(2, 5, 16)
+    inputs = {"query": tokens, "key": tokens, "value": tokens, "need_weights": False}
+    check(attention, inputs, 2 * (4 * 5 * 16 * 16 + 2 * 5 * 5 * 16))
+
+
+def test_grouped_query_attention():
+    class Attend(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 10)
+    check(Attend(), (q, k, v), 2 * 4 * 6 * 7 * (8 + 10))
+
+
+def test_counts_the_same_under_inference_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    outside = cost_of(model, torch.randn(1, 3, 8, 8))
+    with torch.inference_mode():
+        assert cost_of(model, torch.randn(1, 3, 8, 8)) == outside
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "densenet121"])
+def test_agrees_with_torch_flop_counter(name):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as reference:
+        model(image)
+    assert cost_of(model, image).macs == reference.get_total_flops() // 2
+
+
+def test_published_figures():
+    # torchvision publishes 4.089 and 17.564 billion for these two.
+    image = torch.randn(1, 3, 224, 224)
+    for name, published in [("resnet50", 4.089), ("vit_b_16", 17.564)]:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None).eval()
+        assert cost_of(model, image).macs / 1e9 == pytest.approx(published, abs=5e-4)
+
+
+def test_tied_parameters_count_once():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    model[1].weight = model[0].weight
+    assert count_parameters(model) == 40
+    check(model, torch.tensor([[1, 2, 3]]), 3 * 4 * 10)
+
+
+class Constants(nn.Module):
+    """Makes tensors in forward, one of them on a named device, and holds one that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(4)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        positions = torch.arange(4, device="cpu", dtype=x.dtype)
+        return self.linear(x * self.scale + positions) + torch.tensor(1.0)
+
+
+def test_constants_on_another_device():
+    check(Constants(), torch.randn(2, 4), 2 * 4 * 4)
+
+
+def test_names_what_was_not_counted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    uncounted = cost_of(model, torch.randn(1, 3, 8, 8)).uncounted
+    assert any("max_pool2d" in name for name in uncounted)
+    assert not any("relu" in name or "convolution" in name for name in uncounted)
+
+
+def test_leaves_the_model_alone_even_after_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(inplace=True)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    random_state = torch.get_rng_state()
+    cost_of(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(RuntimeError):
+        cost_of(model, torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert model.training
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_recurrent_layer_counts_every_step():
+    # Four gates, each input x hidden and hidden x hidden, for each of the 7 steps.
+    check(nn.LSTM(3, 5, batch_first=True), torch.randn(2, 7, 3), 2 * 7 * 4 * (3 * 5 + 5 * 5))

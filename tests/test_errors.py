@@ -1,0 +1,356 @@
+"""Bad input: one clear error from the project's own tree, which names what failed and the way out.
+
+Every test also sees that the model is, bit for bit, what it was before.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import (
+    ArgumentError,
+    FxpruneError,
+    InputError,
+    ModelError,
+    PlanError,
+    TraceError,
+    VerificationError,
+)
+from tests.support.checking import assert_unharmed, snapshot
+
+
+class Small(nn.Module):
+    """Two convolutions and a classifier, in train mode and with a hook, so that harm would show."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.dropout = nn.Conv2d(width, 2 * width, 3, padding=1), nn.Dropout(0.5)
+        self.head = nn.Linear(2 * width, 10)
+        self.conv1.register_forward_hook(lambda module, args, output: output)
+        self.norm.eval()
+        self.conv2.weight.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.norm(self.conv1(image)))))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+IMAGE = (2, 3, 8, 8)
+
+
+def refused(
+    error: type[FxpruneError] | tuple[type[FxpruneError], ...],
+    *words: str,
+    model: Any = None,
+    inputs: Any = None,
+    does: Callable[..., Any] = fxprune.prune,
+    **options: Any,
+) -> str:
+    """Assert that pruning raises `error`, that its text has all `words` (patterns), and that the model is unharmed."""
+    model = Small() if model is None else model
+    inputs = torch.randn(IMAGE) if inputs is None else inputs
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    if does is fxprune.prune:
+        options.setdefault("channels", 0.5)
+    with pytest.raises(error) as caught:
+        does(model, inputs, **options)
+    text = str(caught.value)
+    assert isinstance(caught.value, FxpruneError)
+    for word in words:
+        assert re.search(word, text, re.IGNORECASE), f"{word!r} is not in: {text}"
+    assert len(text) < 2000, "an error is to be read"
+    if before is not None:
+        assert_unharmed(model, before)
+    return text
+
+
+# -- options
+
+
+@pytest.mark.parametrize("channels", [0.0, -0.5, 1.5, float("nan"), float("inf")])
+def test_channels_outside_of_zero_to_one(channels: float) -> None:
+    refused(ArgumentError, "channels", re.escape(str(channels)), r"0.*1", channels=channels)
+
+
+@pytest.mark.parametrize("channels", ["half", None])
+def test_channels_that_are_no_number(channels: Any) -> None:
+    refused(ArgumentError, "channels", str(channels), channels=channels)
+
+
+def test_channels_are_not_forgotten() -> None:
+    with pytest.raises(TypeError, match="channels"):
+        fxprune.prune(Small(), torch.randn(IMAGE))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("round_to", [0, -8, 2.5])
+def test_round_to_below_one(round_to: Any) -> None:
+    refused(ArgumentError, "round_to", re.escape(str(round_to)), round_to=round_to)
+
+
+@pytest.mark.parametrize("min_channels", [0, -1, 1.5])
+def test_min_channels_below_one(min_channels: Any) -> None:
+    refused(ArgumentError, "min_channels", re.escape(str(min_channels)), min_channels=min_channels)
+
+
+@pytest.mark.parametrize("does", [fxprune.prune, fxprune.analyze])
+def test_keep_that_matches_nothing(does: Callable[..., Any]) -> None:
+    refused(ArgumentError, "keep", "convX", keep="convX", does=does)
+
+
+def test_keep_with_a_typo_suggests_names() -> None:
+    refused(ArgumentError, "haed", "head", keep=["conv1", "haed"])
+
+
+def test_keep_glob_that_matches_nothing() -> None:
+    refused(ArgumentError, "keep", re.escape("layer*.conv"), keep="layer*.conv")
+
+
+def test_keep_of_a_module_of_another_model() -> None:
+    refused(ArgumentError, "keep", "Conv2d", keep=Small().conv1)
+
+
+def test_keep_of_a_wrong_kind() -> None:
+    refused(ArgumentError, "keep", "int", keep=[3])
+
+
+# -- example inputs
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3), (3,), ()])
+def test_example_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    refused((InputError, TraceError), "shape|size|input", inputs=torch.randn(shape))
+
+
+def test_wrong_shape_names_the_layer() -> None:
+    refused((InputError, TraceError), "conv1", r"4", r"3", inputs=torch.randn(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("inputs", ["image.png", 3, [1.0, 2.0], ("image",), {"image": 4}, (1, 3, 8, 8)])
+def test_example_that_is_no_tensor(inputs: Any) -> None:
+    refused(InputError, "example_inputs", "tensor", inputs=inputs)
+
+
+def test_example_as_an_array() -> None:
+    refused(InputError, "example_inputs", "ndarray", "tensor", inputs=torch.randn(IMAGE).numpy())
+
+
+@pytest.mark.parametrize("inputs", [(), {}])
+def test_example_without_any_tensor(inputs: Any) -> None:
+    refused(InputError, "example_inputs", "empty|no tensor", inputs=inputs)
+
+
+def test_too_many_arguments() -> None:
+    refused(InputError, "image", inputs=(torch.randn(IMAGE), torch.randn(IMAGE)))
+
+
+def test_unknown_keyword() -> None:
+    refused(InputError, "picture", "image", inputs={"picture": torch.randn(IMAGE)})
+
+
+def test_integer_example_for_a_convolution() -> None:
+    refused((InputError, TraceError), "int64|long", inputs=torch.zeros(IMAGE, dtype=torch.long))
+
+
+# -- models
+
+
+def test_model_that_is_none() -> None:
+    refused((ModelError, ArgumentError), "nn.Module", "function|lambda", model=lambda x: x)
+
+
+def test_class_instead_of_an_instance() -> None:
+    refused((ModelError, ArgumentError), "nn.Module", "Small|class|type", model=Small)
+
+
+class BranchesOnValues(nn.Module):
+    """Python asks for a number that only running could tell; no submodule that could be traced alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the line to blame
+            return F.conv2d(x, self.weight)
+        return x[:, :1]
+
+
+def test_branch_on_values() -> None:
+    refused(TraceError, r"test_errors\.py", "value|data", model=BranchesOnValues())
+
+
+class CallsNumpy(nn.Module):
+    """Leaves torch in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy().mean((2, 3))) @ self.weight.T
+
+
+def test_numpy_inside() -> None:
+    refused((TraceError, InputError), "numpy", r"test_errors\.py", model=CallsNumpy())
+
+
+class RaisesItself(nn.Module):
+    """The model's own check refuses the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 7:
+            raise ValueError("seven channels, please")
+        return self.head(x.mean((2, 3)))
+
+
+def test_error_of_the_model_is_passed_on() -> None:
+    refused((InputError, TraceError), "RaisesItself", "seven channels, please", model=RaisesItself())
+
+
+def test_model_on_two_devices() -> None:
+    model = Small()
+    model.head.to("meta")
+    refused(ModelError, "cpu", "meta", "head|conv1", "device", model=model)
+
+
+@pytest.mark.parametrize("does", [fxprune.prune, fxprune.analyze])
+def test_weights_that_are_no_numbers(does: Callable[..., Any]) -> None:
+    model = Small()
+    with torch.no_grad():
+        model.conv2.weight[3, 1, 0, 0] = float("nan")
+    refused(ModelError, r"conv2\.weight", "nan", "load|initialise", model=model, does=does)
+
+
+def test_quantised_model() -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = quantize_dynamic(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(512, 10)), {nn.Linear})
+        refused(ModelError, "quanti[sz]ed", "2|DynamicQuantizedLinear", "before|first", model=model)
+
+
+def test_lazy_model() -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(FxpruneError, match=r"(?i)lazy|uninitiali[sz]ed"):
+        fxprune.prune(model, torch.randn(IMAGE), channels=0.5)
+
+
+def test_scripted_model() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    with pytest.raises(FxpruneError, match=r"(?i)script"):
+        fxprune.prune(scripted, torch.randn(IMAGE), channels=0.5)
+
+
+class FailsLate(nn.Module):
+    """Runs for a while, then does what no analysis follows; train mode, frozen weights and gradients stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = Small()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.small(image)
+        return x * self.scale if bool((x > 0).all()) else x
+
+
+def test_gradients_survive_an_error() -> None:
+    model = FailsLate()
+    model(torch.randn(IMAGE)).sum().backward()
+    gradient = model.small.head.weight.grad
+    assert gradient is not None
+    refused(TraceError, "FailsLate|test_errors", model=model)
+    assert model.small.head.weight.grad is gradient
+
+
+# -- plans and verification
+
+
+def _pruned(width: int = 8) -> tuple[Small, Any]:
+    model = Small(width)
+    return model, fxprune.prune(model, torch.randn(IMAGE), channels=0.5)
+
+
+def test_plan_of_another_model() -> None:
+    _, pruned = _pruned()
+    other = Small(16)
+    before = snapshot(other)
+    with pytest.raises(PlanError, match="another architecture than this Small"):
+        fxprune.apply(pruned.plan, other)
+    assert_unharmed(other, before)
+
+
+def test_plan_of_a_model_with_other_names() -> None:
+    _, pruned = _pruned()
+    with pytest.raises(PlanError, match="another architecture than this Sequential"):
+        fxprune.apply(pruned.plan, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null", '{"version": 1}'])
+def test_plan_that_is_none(text: str) -> None:
+    with pytest.raises(PlanError, match=r"(?i)plan"):
+        fxprune.Plan.from_json(text)
+
+
+def test_damaged_plan() -> None:
+    model, pruned = _pruned()
+    damaged = re.sub(r'("kept": \[\s*)\d+', r"\g<1>999", pruned.plan.to_json(), count=1)
+    if damaged == pruned.plan.to_json():  # written without spaces
+        damaged = re.sub(r'("kept":\[)\d+', r"\g<1>999", pruned.plan.to_json(), count=1)
+    assert json.loads(damaged) != json.loads(pruned.plan.to_json())
+    before = snapshot(model)
+    with pytest.raises(PlanError, match=r"conv1.*outside 0\.\.7"):
+        fxprune.apply(fxprune.Plan.from_json(damaged), model)
+    assert_unharmed(model, before)
+
+
+def test_verification_against_another_model() -> None:
+    model, _ = _pruned()
+    _, other = _pruned(16)
+    before = snapshot(model)
+    with pytest.raises((VerificationError, PlanError), match="another architecture"):
+        fxprune.verify(model, other, torch.randn(IMAGE))
+    assert_unharmed(model, before)
+
+
+def test_verification_sees_a_wrong_model() -> None:
+    """A swapped pair of channels has the right shapes and the wrong numbers."""
+    model, pruned = _pruned()
+    good = fxprune.verify(model, pruned, torch.randn(IMAGE))
+    assert good.error <= 1e-9
+    with torch.no_grad():
+        weight = dict(pruned.model.named_parameters())["conv1.weight"]
+        weight.copy_(weight.flip(0))
+    try:
+        bad = fxprune.verify(model, pruned, torch.randn(IMAGE), randomize=False)
+    except VerificationError:
+        return
+    assert bad.error > 1e-3
+
+
+# -- the tree
+
+
+def test_every_error_is_in_one_tree() -> None:
+    from fxprune import errors
+
+    raised = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert all(issubclass(kind, FxpruneError) for kind in raised)
+    assert set(errors.__all__) == {kind.__name__ for kind in raised}
+    assert all(kind.__doc__ for kind in raised)

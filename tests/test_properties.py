@@ -1,0 +1,406 @@
+"""What must hold for every network: Hypothesis draws printable specs of random ones (see ``tests/specs``).
+
+A failure prints a spec. To look at it alone, paste it::
+
+    from tests.specs import *
+    net = Network(input=(3, 8, 8), nodes=(Conv(0, out=8), Conv(1, out=4)), outputs=(2,))
+    print(fxprune.analyze(build(net), example(net)))
+
+and keep it as an ``@example`` above the property that it broke.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxprune
+
+from .specs import (
+    KINDS,
+    Activation,
+    BatchNorm,
+    Chunk,
+    Conv,
+    Dropout,
+    Flip,
+    GlobalPool,
+    InstanceNorm,
+    LayerNorm,
+    Linear,
+    Network,
+    Node,
+    Pad,
+    PadChannels,
+    Permute,
+    Pool,
+    PReLU,
+    RMSNorm,
+    Roll,
+    Scale,
+    Shuffle,
+    Slice,
+    Split,
+    SqueezeExcite,
+    Tokens,
+    Upsample,
+    build,
+    example,
+    networks,
+)
+
+LARGEST_ERROR = 1e-9
+RATIOS = (0.5, 0.25, 0.75)
+
+#: These act on each channel by itself, or on all of one place alike.
+KEEPING = (
+    Activation,
+    BatchNorm,
+    Dropout,
+    GlobalPool,
+    InstanceNorm,
+    LayerNorm,
+    Pad,
+    Permute,
+    Pool,
+    PReLU,
+    RMSNorm,
+    Scale,
+    SqueezeExcite,
+    Tokens,
+    Upsample,
+)
+
+#: These treat the channels of one axis by their position: what a slice cuts off is not interchangeable with what it
+#: leaves, so units of one group need not be. Masked equivalence covers them.
+POSITIONAL = (Split, Chunk, Slice, Shuffle, Flip, Roll, PadChannels)
+
+
+def share(divisor: int) -> settings:
+    """The chosen profile with its number of examples divided, for properties that need fewer networks."""
+    return settings(max_examples=max(1, settings.default.max_examples // divisor))
+
+
+def _outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    y = model(x)
+    return tuple(y) if isinstance(y, (tuple, list)) else (y,)
+
+
+def _plain_layers(net: Network) -> list[int]:
+    """Values of dense layers that reach nothing but dense layers, through layers that keep the channels apart.
+
+    Independent of what is tested: it looks at the spec alone, and only at the cases that leave no doubt.
+    """
+    readers: dict[int, list[int]] = {index: [] for index in range(len(net.nodes) + 1)}
+    for index, node in enumerate(net.nodes, start=1):
+        for value in node.inputs:
+            readers[value].append(index)
+
+    def ends_well(value: int) -> bool:
+        return value not in net.outputs and all(
+            _is_dense(net.nodes[reader - 1]) or (isinstance(net.nodes[reader - 1], KEEPING) and ends_well(reader))
+            for reader in readers[value]
+        )
+
+    return [
+        index for index, node in enumerate(net.nodes, start=1) if _is_dense(node) and node.out > 1 and ends_well(index)
+    ]
+
+
+def _is_dense(node: Node) -> bool:
+    return isinstance(node, Linear) or (isinstance(node, Conv) and node.groups == 1)
+
+
+def _reached(model: nn.Module, x: Tensor) -> set[str]:
+    """The parameters that a backward pass from all outputs reaches."""
+    loss = sum(y.square().mean() for y in _outputs(model, x))
+    assert isinstance(loss, Tensor)
+    if loss.requires_grad:
+        loss.backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Relative distance, ||found - expected|| / ||expected||; absolute where the expected value is zero."""
+    norm = expected.norm().item()
+    return (found - expected).norm().item() / (norm if norm > 0 else 1.0)
+
+
+@share(1)
+@given(net=networks(), channels=st.sampled_from(RATIOS))
+def test_equals_the_masked_original(net: Network, channels: float) -> None:
+    """The emitted model computes what the original computes with the removed elements zeroed."""
+    model, x = build(net), example(net)
+    pruned = fxprune.prune(model, x, channels=channels)
+    event("something was removed" if _count(pruned.model) < _count(model) else "nothing was removed")
+    assert fxprune.verify(model, pruned, x).error <= LARGEST_ERROR
+
+
+@share(5)
+@given(net=networks(), channels=st.sampled_from(RATIOS))
+def test_emitted_model_relabelled_matches(net: Network, channels: float) -> None:
+    """The labelling of the emitted model unites the same elements: the structural half of verify, which raises."""
+    model, x = build(net), example(net)
+    fxprune.verify(model, fxprune.prune(model, x, channels=channels), x, numeric=False)
+
+
+@share(5)
+@given(net=networks(), channels=st.sampled_from(RATIOS))
+def test_emitted_model_is_whole(net: Network, channels: float) -> None:
+    """Batches of 1, 2 and 5 come out in the original's shapes; training mode runs and reaches every parameter left."""
+    model = build(net)
+    emitted = fxprune.prune(model, example(net), channels=channels).model
+    for batch in (1, 2, 5):
+        x = example(net, batch=batch)
+        assert [y.shape for y in _outputs(emitted, x)] == [y.shape for y in _outputs(model, x)]
+    emitted.train()
+    model.train()
+    assert _reached(emitted, example(net)) == _reached(model, example(net))
+
+
+@share(5)
+@given(net=networks())
+def test_keeping_all_is_the_identity(net: Network) -> None:
+    """``channels=1.0`` gives the same bits, in eval mode and, under one seed, in training mode."""
+    model, x = build(net), example(net)
+    emitted = fxprune.prune(model, x, channels=1.0).model
+    assert _same_state(emitted, model)
+    for training in (False, True):
+        model.train(training)
+        emitted.train(training)
+        torch.manual_seed(3)
+        expected = _outputs(model, x)
+        torch.manual_seed(3)
+        found = _outputs(emitted, x)
+        for y, reference in zip(found, expected, strict=True):
+            if net.bit_exact:
+                assert torch.equal(y, reference)
+            else:
+                torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-6)
+
+
+@share(5)
+@given(net=networks())
+def test_groups_partition_the_units(net: Network) -> None:
+    """No two groups share a position of an axis, no group has a pinned one, and each unit of a group owns something."""
+    model, x = build(net), example(net)
+    coupling = fxprune.analyze(model, x)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
+    owners: dict[tuple[str, int, int], str] = {}
+    for group in coupling.groups:
+        for axis in group.axes:
+            assert axis.length == shapes[axis.parameter][axis.dim], axis
+            assert 0 <= axis.start < axis.stop <= axis.length, axis
+            for position in range(axis.start, axis.stop):
+                owner = owners.setdefault((axis.parameter, axis.dim, position), group.name)
+                assert owner == group.name, f"{axis} is in {owner} and in {group.name}"
+        seen = torch.cat([field.reshape(-1) for fields in coupling.elements(group).values() for field in fields])
+        assert seen[seen >= 0].unique().tolist() == list(range(group.size)), group.name
+    assert len({group.name for group in coupling.groups}) == len(coupling.groups)
+
+
+@share(5)
+@given(net=networks(without=POSITIONAL), seed=st.integers(0, 3))
+def test_permuting_the_units_of_a_group_changes_nothing(net: Network, seed: int) -> None:
+    """The units of a group are interchangeable: permuted inside their blocks, they give the same outputs."""
+    model, x = build(net, dtype=torch.float64), example(net, dtype=torch.float64)
+    coupling = fxprune.analyze(model, x)
+    expected = _outputs(model, x)
+    generator = torch.Generator().manual_seed(seed)
+    for group in coupling.groups:
+        elements = coupling.elements(group)
+        source = _permutation(elements, coupling.blocks(group), generator)
+        permuted = copy.deepcopy(model)
+        state = permuted.state_dict()
+        with torch.no_grad():
+            for name, fields in elements.items():
+                for field in fields:
+                    state[name].copy_(_permuted(state[name], field, source))
+        for found, reference in zip(_outputs(permuted, x), expected, strict=True):
+            assert _error(found, reference) <= LARGEST_ERROR, f"{group.name}: unit i from unit {source.tolist()}[i]"
+
+
+@share(5)
+@given(net=networks(), channels=st.sampled_from(RATIOS))
+def test_replaying_the_plan_gives_the_same_model(net: Network, channels: float) -> None:
+    """``apply`` repeats ``prune``, from the plan and from its JSON, to the last bit."""
+    model, x = build(net), example(net)
+    pruned = fxprune.prune(model, x, channels=channels)
+    text = pruned.plan.to_json()
+    assert fxprune.Plan.from_json(text).to_json() == text
+    for plan in (pruned.plan, fxprune.Plan.from_json(text)):
+        again = fxprune.apply(plan, model)
+        assert _same_state(again.model, pruned.model)
+        for found, reference in zip(_outputs(again.model, x), _outputs(pruned.model, x), strict=True):
+            assert torch.equal(found, reference)
+
+
+@share(5)
+@given(net=networks(), training=st.booleans())
+def test_the_input_model_is_untouched(net: Network, training: bool) -> None:
+    """Weights, buffers, modes, hooks, gradients and attributes of the user's model are what they were, bit for bit."""
+    model, x = build(net).train(training), example(net)
+    given_x, before, state = x.clone(), list(_anatomy(model)), copy.deepcopy(model.state_dict())
+    pruned = fxprune.prune(model, x, channels=0.5)
+    fxprune.analyze(model, x)
+    fxprune.verify(model, pruned, x)
+    for parameter in pruned.model.parameters():
+        parameter.data.fill_(float("nan"))  # what was emitted shares no storage with what was given
+    assert list(_anatomy(model)) == before
+    assert _bits_equal(model.state_dict(), state)
+    assert torch.equal(x, given_x)
+
+
+@share(5)
+@given(net=networks())
+def test_plain_chains_are_pruned(net: Network) -> None:
+    """A layer read only by plain layers loses half of its channels: pinning it would be exact too, and useless."""
+    model, x = build(net), example(net)
+    emitted = fxprune.prune(model, x, channels=0.5).model
+    plain = _plain_layers(net)
+    event(f"plain layers: {min(len(plain), 3)}{'+' if len(plain) >= 3 else ''}")
+    for index in plain:
+        name = f"{type(net.nodes[index - 1]).__name__.lower()}{index}.weight"
+        assert emitted.state_dict()[name].shape[0] == max(1, net.signals[index].channels // 2), name
+
+
+def test_most_networks_get_smaller() -> None:
+    """The same over many networks as they come: half the channels cost a good part of the parameters."""
+    sizes: list[tuple[int, int]] = []
+
+    @settings(max_examples=60, derandomize=True, phases=[Phase.generate], database=None)
+    @given(net=networks())
+    def measure(net: Network) -> None:
+        model, x = build(net), example(net)
+        if len(net.nodes) >= 5:
+            sizes.append((_count(model), _count(fxprune.prune(model, x, channels=0.5).model)))
+
+    measure()
+    before, after = (sum(column) for column in zip(*sizes, strict=True))
+    assert after <= 0.75 * before
+    assert sum(small < large for large, small in sizes) >= 0.6 * len(sizes)
+
+
+def test_the_strategy_draws_every_kind_and_long_networks() -> None:
+    """What the properties see is varied, prints as its own source, and runs at batch 1, 2 and 5."""
+    kinds: Counter[str] = Counter()
+    lengths: list[int] = []
+
+    @settings(max_examples=400, derandomize=True, phases=[Phase.generate], database=None)
+    @given(net=networks())
+    def look(net: Network) -> None:
+        kinds.update({type(node).__name__ for node in net.nodes})
+        lengths.append(len(net.nodes))
+        names: dict[str, Any] = {}
+        exec("from tests.specs import *", names)
+        assert eval(repr(net), names) == net
+        model = build(net)
+        for batch in (1, 2, 5):
+            for y, index in zip(_outputs(model, example(net, batch=batch)), net.outputs, strict=True):
+                assert y.shape == (batch, *net.signals[index].shape)
+                assert y.isfinite().all()
+
+    look()
+    assert {kind.__name__ for kind in KINDS} == set(kinds)
+    assert max(lengths) >= 20
+    assert max(lengths) <= 30
+    assert sum(length >= 8 for length in lengths) >= len(lengths) // 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _net("Conv(0, out=4, groups=2)"), "Conv(0, out=4, groups=2): groups do not divide chw (3, 8, 8)"),
+        (lambda: _net("Linear(0, out=4)"), "Linear(0, out=4): cannot take chw (3, 8, 8)"),
+        (lambda: _net("Conv(1, out=4)"), "value 1, Conv(1, out=4): reads a value that does not exist yet"),
+    ],
+)
+def test_a_wrong_spec_names_its_node(make: Callable[[], Network], message: str) -> None:
+    """A pasted and edited spec fails where it is wrong."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
+        make()
+    assert str(caught.value) == message
+
+
+def _net(node: str) -> Network:
+    names: dict[str, Any] = {}
+    exec("from tests.specs import *", names)
+    return Network(input=(3, 8, 8), nodes=(eval(node, names),), outputs=(1,))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return list(found) == list(expected) and all(
+        tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]) for name, tensor in found.items()
+    )
+
+
+def _same_state(found: nn.Module, expected: nn.Module) -> bool:
+    """The same keys, in whatever order, and the same bits."""
+    return _bits_equal(dict(sorted(found.state_dict().items())), dict(sorted(expected.state_dict().items())))
+
+
+def _anatomy(model: nn.Module) -> Iterator[tuple[object, ...]]:
+    """Everything about a model but its numbers: object identities, modes, hooks, gradients, attribute names."""
+    for name, module in model.named_modules():
+        hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+        yield name, id(module), module.training, tuple(sorted(hooks.items())), tuple(sorted(vars(module)))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name, id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad, tensor._version
+
+
+def _varying(field: Tensor) -> list[int]:
+    """The dims along which unit indices differ."""
+    return [d for d in range(field.dim()) if bool((field != field.narrow(d, 0, 1)).any())]
+
+
+def _along(field: Tensor) -> tuple[list[int], Tensor]:
+    """The varying dims of a field and its unit indices over them, flattened."""
+    dims = _varying(field)
+    for d in range(field.dim()):
+        if d not in dims:
+            field = field.narrow(d, 0, 1)
+    return dims, field.reshape(-1)
+
+
+def _permutation(elements: dict[str, list[Tensor]], blocks: Tensor, generator: torch.Generator) -> Tensor:
+    """For each unit, the unit whose elements it receives.
+
+    Units change places only inside their block, and only with units that own as many elements of the same tensors: a
+    unit that a residual sum ties to a second layer cannot stand in for one that no second layer has.
+    """
+    size = len(blocks)
+    counts = [_along(field)[1] for fields in elements.values() for field in fields]
+    owned = [torch.bincount(units[units >= 0], minlength=size).tolist() for units in counts]
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for unit in range(size):
+        classes.setdefault((int(blocks[unit]), *(count[unit] for count in owned)), []).append(unit)
+    source = torch.arange(size)
+    for alike in classes.values():
+        order = torch.randperm(len(alike), generator=generator)
+        source[torch.tensor(alike)] = torch.tensor(alike)[order]
+    return source
+
+
+def _permuted(tensor: Tensor, field: Tensor, source: Tensor) -> Tensor:
+    """A copy of ``tensor`` in which unit u holds what unit ``source[u]`` held: its j-th place the other's j-th."""
+    dims, units = _along(field)
+    if not dims:
+        return tensor.clone()
+    index = torch.arange(len(units))
+    for unit, other in enumerate(source.tolist()):
+        index[units == unit] = (units == other).nonzero().flatten()
+    first = tensor.movedim(dims, list(range(len(dims))))
+    moved = first.flatten(0, len(dims) - 1)[index].reshape(first.shape)
+    return moved.movedim(list(range(len(dims))), dims)

@@ -1,0 +1,91 @@
+"""The report: what people read and what machines read."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fxprune.report import GroupRow, PinnedRow, Report
+
+
+def full_report(**changes):
+    values = {
+        "params_before": 25_557_032,
+        "params_after": 7_123_456,
+        "macs_before": 4_089_184_256,
+        "macs_after": 1_071_000_000,
+        "groups": (("conv1", 32, 64), ("layer1.0.conv1", 16, 32)),
+        "pinned": (
+            ("fc.weight:0[0:1000]", "reaches the output", "output"),
+            (("fc.bias:0",), "reaches the output", "output"),
+        ),
+        "untouched": ["aux.weight"],
+        "decisions": ("if pad_r > 0 was False at forward:12",),
+        "statistics": ("norm1: LayerNorm over 96 of 192 channels",),
+        "seconds": {"trace": 0.25, "label": 0.5},
+        "error": 1.25e-15,
+    }
+    return Report(**{**values, **changes})
+
+
+def test_text_for_people():
+    assert (
+        str(full_report())
+        == """\
+parameters  25,557,032 -> 7,123,456 (27.9 % left)
+MACs        4,089,184,256 -> 1,071,000,000 (26.2 % left)
+verified    equals the masked original, relative error 1.2e-15
+seconds     0.75 (trace 0.25, label 0.50)
+
+2 groups, 48 of 96 units kept
+  conv1           32 of 64
+  layer1.0.conv1  16 of 32
+
+pinned, never pruned
+  fc.weight:0[0:1000], fc.bias:0: reaches the output (at output)
+
+not used by any operation, left as they are
+  aux.weight
+
+control flow fixed by the example inputs
+  if pad_r > 0 was False at forward:12
+
+normalised over the surviving channels
+  norm1: LayerNorm over 96 of 192 channels"""
+    )
+
+
+def test_text_says_nothing_that_is_not_known():
+    text = str(Report(params_before=10, params_after=10, macs_before=None, macs_after=None))
+    assert "MACs        not counted" in text
+    assert "verified" not in text
+    assert "seconds" not in text
+    assert "nothing in this model can be pruned" in text
+
+
+def test_long_sections_are_cut_in_the_text_only():
+    report = full_report(groups=tuple((f"layer{i}", 1, 2) for i in range(300)))
+    assert "... and 260 more" in str(report)
+    assert len(report.to_dict()["groups"]) == 300
+
+
+def test_axes_pinned_for_one_reason_are_counted():
+    row = (tuple(f"head{i}.weight:0" for i in range(5)), "reaches the output", "output")
+    assert "head0.weight:0, head1.weight:0, head2.weight:0 and 2 more: reaches" in str(full_report(pinned=(row,)))
+
+
+def test_dict_is_json_and_complete():
+    report = full_report()
+    data = json.loads(json.dumps(report.to_dict()))
+    assert set(data) == {field.name for field in dataclasses.fields(Report)}
+    assert data["groups"][0] == {"name": "conv1", "kept": 32, "total": 64}
+    assert data["pinned"][0] == {"axes": ["fc.weight:0[0:1000]"], "reason": "reaches the output", "node": "output"}
+    assert Report(**{**report.to_dict(), "groups": report.groups, "pinned": report.pinned}) == report
+
+
+def test_rows_are_named_and_the_report_is_frozen():
+    report = full_report()
+    assert report.groups[0] == GroupRow(name="conv1", kept=32, total=64)
+    assert report.pinned[1] == PinnedRow(axes=("fc.bias:0",), reason="reaches the output", node="output")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.params_after = 0

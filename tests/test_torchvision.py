@@ -1,0 +1,41 @@
+"""Every torchvision model outside detection and optical flow is pruned exactly, by code that knows none of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision import models
+
+import fxprune
+from tests.torchvision_models import CASES, EXCLUDED_MODULES, Case, parameter_count
+
+#: At ``channels=0.5`` a weight keeps a quarter if both of its axes shrink, a half if only one does (the classifier).
+MOST_LEFT = 0.46
+LARGEST_ERROR = 1e-9
+
+
+def _parameter(case: Case) -> object:
+    return pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+
+
+def test_every_model_is_covered() -> None:
+    """The list is torchvision's own: nothing is dropped by name."""
+    excluded = [
+        name
+        for name in models.list_models()
+        if models.get_model_builder(name).__module__.split(".")[2] in EXCLUDED_MODULES
+    ]
+    assert sorted([*excluded, *CASES]) == sorted(models.list_models())
+    assert len(CASES) >= 107
+
+
+@pytest.mark.parametrize("case", [_parameter(case) for case in CASES.values()])
+def test_prunes_exactly(case: Case) -> None:
+    """Half of the channels: equal to the masked original, and less than half of the parameters left."""
+    model = case.build()
+    inputs = case.inputs()
+    pruned = fxprune.prune(model, inputs, channels=0.5)
+    check = fxprune.verify(model, pruned, inputs, dtype=torch.float64, randomize=True)
+    assert check.error <= LARGEST_ERROR
+    left = parameter_count(pruned.model) / parameter_count(model)
+    assert left <= MOST_LEFT, f"{left:.3f} of the parameters are left"

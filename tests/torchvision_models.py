@@ -1,0 +1,173 @@
+"""The torchvision models that the tests and benchmarks run on: which, how to build one quickly, and what to feed it.
+
+The list follows from ``torchvision.models.list_models()`` and from the module that each builder lives in, never from a
+list of names, so that a new torchvision release is covered on the day it comes out.
+
+Two sizes of input exist for every model:
+
+* ``small``: as few pixels as the architecture takes; what the tests use, as no analysis depends on it.
+* ``native``: 224 pixels (112 for the small video networks), 16 frames; what the benchmarks use.
+
+Example:
+    >>> case = CASES["resnet18"]
+    >>> model, inputs = case.build(), case.inputs()
+    >>> tuple(model(inputs).shape)
+    (1, 1000)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import unittest.mock
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.video import mvit
+
+#: Families that are not covered yet: they take targets, lists of images or pairs of images.
+EXCLUDED_MODULES = ("detection", "optical_flow")
+
+#: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes many seconds; the
+#: smallest model of each family never is.
+SLOW_PARAMETERS = 60_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One torchvision model with the inputs it takes.
+
+    Attributes:
+        name: what ``torchvision.models.get_model`` takes.
+        module: the module of the builder below ``torchvision.models``, such as ``"video.swin_transformer"``.
+        parameters: number of parameters as the library documents it (without auxiliary heads that only training uses).
+        small: shape of the smallest example input, batch of one included.
+        native: shape of the example input at the model's usual resolution.
+        small_options: keyword arguments for the constructor that make the ``small`` input possible (a ViT's
+            ``image_size``).
+        slow: whether the model is too large for the tests that run on every change.
+    """
+
+    name: str
+    module: str
+    parameters: int
+    small: tuple[int, ...]
+    native: tuple[int, ...]
+    small_options: Mapping[str, Any] = field(default_factory=dict)
+    slow: bool = False
+
+    def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
+        """Build the model for inputs of ``size``, in eval mode, with cheap but distinct and finite random weights."""
+        options = dict(self.small_options) if size == "small" else {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cheap_weights(seed))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # torchvision's own deprecations are not ours to report
+            if self.module == "video.mvit" and options:  # its builders fix the sizes, its class takes them
+                sized = functools.partial(_mvit, mvit.MViT, options)
+                stack.enter_context(unittest.mock.patch.object(mvit, "MViT", sized))
+                options = {}
+            elif self.module.startswith("segmentation."):
+                options["weights_backbone"] = None  # else the backbone is downloaded
+            elif self.module.rpartition(".")[2] in ("googlenet", "inception"):
+                options["init_weights"] = False  # not saying so is a FutureWarning there
+            return models.get_model(self.name, weights=None, **options).eval()
+
+    def inputs(self, *, size: str = "small", batch: int = 1, seed: int = 0) -> Tensor:
+        """Return a float32 batch of normal noise, of shape ``small`` or ``native`` with the batch size replaced."""
+        shape = self.small if size == "small" else self.native
+        return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def cheap_weights(seed: int = 0) -> Iterator[None]:
+    """Within the context, random initialisers repeat one pool of normal numbers instead of drawing each number.
+
+    Drawing the weights takes longer than everything else about building a large model, truncated normals above all. The
+    pool's length is prime, so that no two channels of one weight are equal; weights keep the spread of ``1 /
+    sqrt(fan_in)``, so that activations stay finite in deep models.
+    """
+    length = 65_537
+    pool = torch.randn(length, generator=torch.Generator().manual_seed(seed))
+    turns = 0
+
+    @torch.no_grad()
+    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        nonlocal turns
+        turns += 1
+        spread = 1 / math.sqrt(tensor.numel() / tensor.shape[0]) if tensor.dim() > 1 else 0.02
+        numbers = (pool.roll(turns * 9_973) * spread).to(tensor.dtype)
+        flat = tensor.view(-1)
+        whole = flat.numel() // length * length
+        flat[:whole].view(-1, length).copy_(numbers)
+        flat[whole:].copy_(numbers[: flat.numel() - whole])
+        return tensor
+
+    names = (
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "normal_",
+        "trunc_normal_",
+        "uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+    )
+    with (
+        unittest.mock.patch.multiple(nn.init, **dict.fromkeys(names, fill)),
+        unittest.mock.patch("torch.nn.modules.activation.xavier_uniform_", fill),  # bound at import there
+    ):
+        yield
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Count the elements of the model's parameters, a shared one once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _mvit(cls: type[nn.Module], options: Mapping[str, Any], **arguments: Any) -> nn.Module:
+    return cls(**{**arguments, **options})
+
+
+def _shapes(name: str, module: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """Return the small input, the native input and the constructor options of the small one."""
+    native: tuple[int, ...] = (1, 3, 16, 224, 224) if module.startswith("video.") else (1, 3, 224, 224)
+    match module.removeprefix("quantization."):
+        case "inception":  # five strided stages without padding: 75 pixels at least
+            return (1, 3, 96, 96), (1, 3, 299, 299), {}
+        case "maxvit":  # every stage must divide into 7 x 7 windows
+            return native, native, {}
+        case "vision_transformer":  # the name ends in the patch size: 4 x 4 patches and the class token
+            image_size = 4 * int(name.rpartition("_")[2])
+            return (1, 3, image_size, image_size), native, {"image_size": image_size}
+        case "video.resnet":
+            return (1, 3, 8, 32, 32), (1, 3, 16, 112, 112), {}
+        case "video.s3d":  # ends in a 2 x 7 x 7 average pool
+            return (1, 3, 14, 210, 210), native, {}
+        case "video.mvit":
+            return (1, 3, 8, 64, 64), native, {"spatial_size": (64, 64), "temporal_size": 8}
+        case "video.swin_transformer":
+            return (1, 3, 8, 64, 64), native, {}
+        case _:
+            return (1, 3, 64, 64), native, {}
+
+
+def _cases() -> Iterator[Case]:
+    found = []
+    for name in models.list_models():
+        module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+        if module.split(".")[0] not in EXCLUDED_MODULES:
+            found.append((name, module, models.get_model_weights(name).DEFAULT.meta["num_params"]))
+    for name, module, parameters in found:
+        smallest = min(size for _, family, size in found if family == module)
+        slow = parameters > max(SLOW_PARAMETERS, smallest)
+        yield Case(name, module, parameters, *_shapes(name, module), slow=slow)
+
+
+#: Every covered model by name, in alphabetical order.
+CASES: dict[str, Case] = {case.name: case for case in _cases()}

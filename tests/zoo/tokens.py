@@ -1,0 +1,156 @@
+"""Sequences of tokens without or beside attention: embeddings, mixers, gated MLPs, recurrent layers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.case import Case, floats
+from tests.zoo.case import tokens as indices
+
+VOCABULARY = 20
+
+
+class TextConv(nn.Module):
+    """An embedding, convolutions over time, the maximum over time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width, padding_idx=0)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, k, padding=k // 2) for k in (1, 3, 5))
+        self.fc, self.head = nn.Linear(3 * width, width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x).transpose(1, 2)
+        pooled = [F.relu(conv(x)).max(dim=2).values for conv in self.convs]
+        return self.head(F.relu(self.fc(torch.cat(pooled, 1))))
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, a causal block, and an output layer that is the token embedding again."""
+
+    def __init__(self, width: int, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(8, width)
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.register_buffer("causal", torch.ones(8, 8).tril().bool())
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, idx: Tensor) -> Tensor:
+        b, t = idx.shape
+        x = self.embedding(idx) + self.positions(torch.arange(t, device=idx.device))
+        q, k, v = self.qkv(self.norm1(x)).split(self.proj.in_features, dim=2)
+        q, k, v = (y.view(b, t, 4, -1).transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) * 0.5
+        scores = scores.masked_fill(~self.causal[:t, :t], float("-inf")).softmax(-1)
+        x = x + self.proj((scores @ v).transpose(1, 2).contiguous().view(b, t, -1))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(self.norm(x))
+
+
+class TiedBag(nn.Module):
+    """Tied embeddings with nothing that normalises: the mean of the tokens predicts the next one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x).mean(1)
+        return F.linear(x + self.down(F.relu(self.up(x))), self.embedding.weight)
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer: one MLP over the patches of a channel, one over the channels of a patch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 2, 2)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.tokens = nn.Sequential(nn.Linear(16, 2 * width), nn.GELU(), nn.Linear(2 * width, 16))
+        self.channels = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.channels(self.norm2(x))
+        return self.head(x.mean(dim=1))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU and friends: `how` is the words in which the gate is said."""
+
+    def __init__(self, width: int, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Linear(6, width)
+        if how == "two layers":
+            self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        else:
+            self.both = nn.Linear(width, 4 * width)
+        self.down, self.head = nn.Linear(2 * width, width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.how == "two layers":
+            y = F.silu(self.gate(x)) * self.up(x)
+        elif self.how == "glu":
+            y = F.glu(self.both(x), dim=-1)
+        elif self.how == "chunk":
+            a, b = self.both(x).chunk(2, dim=-1)
+            y = F.gelu(a) * b
+        else:
+            a, b = self.both(x).unflatten(-1, (2, -1)).unbind(-2)
+            y = a * torch.sigmoid(b)
+        return self.head(x + self.down(y))
+
+
+class Recurrent(nn.Module):
+    """Convolutions, a recurrent layer, linear layers. The recurrent layer may stay whole, with what it touches."""
+
+    def __init__(self, width: int, layer: type[nn.RNNBase], bidirectional: bool, whole: int = 16) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv1d(3, 2 * width, 3, padding=1), nn.Conv1d(2 * width, 4 * width, 3, padding=1)
+        self.c3 = nn.Conv1d(4 * width, whole, 3, padding=1)
+        self.rnn = layer(whole, whole, batch_first=True, bidirectional=bidirectional)
+        self.fc = nn.Linear(whole * (1 + bidirectional), 4 * width)
+        self.fc2, self.head = nn.Linear(4 * width, 4 * width), nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c3(F.relu(self.c2(F.relu(self.c1(x))))).transpose(1, 2)
+        x, _ = self.rnn(x)
+        return self.head(F.relu(self.fc2(F.relu(self.fc(x[:, -1])))))
+
+
+class OuterProduct(nn.Module):
+    """Bilinear pooling: the outer product of two vectors, flattened: two fields on one axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(6, 2 * width)
+        self.fc, self.head = nn.Linear(2 * width * width, width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outer = torch.einsum("bi,bj->bij", F.relu(self.a(x)), F.relu(self.b(x)))
+        return self.head(F.relu(self.fc(outer.flatten(1))))
+
+
+CASES = [
+    Case("embedding", TextConv, indices(8, VOCABULARY), slack=0.08),
+    Case("language_model", lambda w: LanguageModel(w, tied=False), indices(8, VOCABULARY), zeroable=False),
+    Case("language_model_tied", lambda w: LanguageModel(w, tied=True), indices(8, VOCABULARY), zeroable=False),
+    Case("embedding_tied", TiedBag, indices(8, VOCABULARY)),
+    Case("mixer_token_axis", Mixer, floats(3, 8, 8), zeroable=False),
+    *(
+        Case(f"gated_mlp_{how.replace(' ', '_')}", lambda w, how=how: GatedMLP(w, how), floats(5, 6))
+        for how in ("two layers", "glu", "chunk", "unflatten")
+    ),
+    Case("lstm_in_the_middle", lambda w: Recurrent(w, nn.LSTM, False), floats(3, 8)),
+    Case("lstm_bidirectional", lambda w: Recurrent(w, nn.LSTM, True), floats(3, 8)),
+    Case("gru_in_the_middle", lambda w: Recurrent(w, nn.GRU, False), floats(3, 8)),
+    Case("outer_product", OuterProduct, floats(6), width=8),
+]
