@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -142,7 +142,9 @@ def prune(
                 raise
             pinned = (*pinned, error.node)
     else:
-        raise RewriteError(f"{len(pinned)} nodes could not be emitted smaller ({', '.join(pinned)}); exclude their modules with keep=.")
+        raise RewriteError(
+            f"{len(pinned)} nodes could not be emitted smaller ({', '.join(pinned)}); exclude their modules with keep=."
+        )
     if verify:
         with clock("verify"):
             error = check(model, pruned.model, pruned.plan, coupling, survivors).error
@@ -270,7 +272,9 @@ def _traces(model: nn.Module, inputs: Inputs, exact: Inputs) -> list[Trace]:
     try:
         return [first, trace(twin, first.args, first.kwargs, training=True)]
     except FxpruneError as error:
-        first.decisions.append(f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}")
+        first.decisions.append(
+            f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
+        )
         return [first]
 
 
@@ -332,7 +336,9 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
     found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
-        raise PlanError(f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew.")
+        raise PlanError(
+            f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew."
+        )
     return coupling, {g.name: g.kept for g in plan.groups}, exact, clock
 
 
@@ -393,11 +399,15 @@ def _check_model(model: Any) -> None:
         if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):
             raise _quantised(name, type(tensor.data).__name__ if not tensor.is_quantized else str(tensor.dtype))
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and tensor.device.type != "meta" and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach()))):
-            raise ModelError(f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first.")
+        if (
+            tensor.is_floating_point()
+            and tensor.device.type != "meta"
+            and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach())))
+        ):
+            raise ModelError(
+                f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first."
+            )
 
 
 def _quantised(name: str, kind: str) -> ModelError:
     return ModelError(f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the result.")
-
-

@@ -55,9 +55,7 @@ _Model = Annotated[
 ]
 _Keep = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME", help="A module name or glob that must not be pruned; may be repeated.", show_default=False
-    ),
+    typer.Option(metavar="NAME", help="A module name or glob that must not be pruned; may be repeated.", show_default=False),
 ]
 _Input = Annotated[
     list[str] | None,
@@ -70,15 +68,11 @@ _Input = Annotated[
 ]
 _Weights = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="torchvision weights to load, as DEFAULT or IMAGENET1K_V1 (downloads).", show_default=False
-    ),
+    typer.Option(metavar="NAME", help="torchvision weights to load, as DEFAULT or IMAGENET1K_V1 (downloads).", show_default=False),
 ]
 _Checkpoint = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="A state_dict to load: .safetensors, or what torch.save wrote.", show_default=False
-    ),
+    typer.Option(metavar="FILE", help="A state_dict to load: .safetensors, or what torch.save wrote.", show_default=False),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
@@ -152,9 +146,7 @@ def prune(
         with _stage(f"building {model}"):
             module, example_inputs = _load(model, input_shapes, weights, checkpoint)
         if weights is None and checkpoint is None and ":" not in model:
-            _stderr().print(
-                "note: the weights are random; --weights or --checkpoint gives trained ones", style="yellow"
-            )
+            _stderr().print("note: the weights are random; --weights or --checkpoint gives trained ones", style="yellow")
         with _stage("pruning and verifying" if verify else "pruning"):
             pruned = api.prune(
                 module,
@@ -192,15 +184,11 @@ def _load(
     torch.manual_seed(0)  # the same command gives the same plan, also on random weights
     if ":" in spec:
         if weights is not None:
-            raise ArgumentError(
-                f"--weights is for torchvision names; {spec} is your own: load its weights with --checkpoint."
-            )
+            raise ArgumentError(f"--weights is for torchvision names; {spec} is your own: load its weights with --checkpoint.")
         module = _own_model(spec)
         shapes = input_shapes
         if not shapes:
-            raise InputError(
-                f"{spec} is not a torchvision name, so its input is not known: pass --input, as --input 1,3,224,224."
-            )
+            raise InputError(f"{spec} is not a torchvision name, so its input is not known: pass --input, as --input 1,3,224,224.")
     else:
         module = _torchvision_model(spec, weights)
         shapes = input_shapes or [_usual_shape(spec)]
@@ -216,9 +204,7 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ArgumentError(
-            f"No torchvision model is named {name!r}. {hint}Your own is named as package.module:factory."
-        )
+        raise ArgumentError(f"No torchvision model is named {name!r}. {hint}Your own is named as package.module:factory.")
     builder = torchvision.models.get_model_builder(name)
     options: dict[str, Any] = {"weights": weights}
     if "weights_backbone" in inspection.signature(builder).parameters:
@@ -246,9 +232,7 @@ def _usual_shape(name: str) -> str:
             height, width = transform.keywords["crop_size"]
             return f"1,3,16,{height},{width}"
         if preset == "OpticalFlow":
-            raise InputError(
-                f"{name} compares two images: pass --input twice, as --input 1,3,128,128 --input 1,3,128,128."
-            )
+            raise InputError(f"{name} compares two images: pass --input twice, as --input 1,3,128,128 --input 1,3,128,128.")
     # inception_v3's auxiliary classifier, alive in training, needs more than the others.
     return "1,3,299,299" if name == "inception_v3" else "1,3,224,224"
 
@@ -284,9 +268,7 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
         module.load_state_dict(state.get("state_dict", state.get("model", state)))
     except OSError as error:
         raise ArgumentError(f"Cannot read checkpoint {path}: {error.strerror or error}.") from error
-    except (
-        Exception
-    ) as error:  # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
+    except Exception as error:  # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
         raise ArgumentError(f"Checkpoint {path} does not fit the model: {error}") from error
 
 

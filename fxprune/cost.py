@@ -205,7 +205,9 @@ def _einsum(args: tuple[Any, ...], out: Any) -> int:
     names = terms.split(",")
     if "." in equation or "->" not in equation or len(names) < 2:
         return 0 if len(names) < 2 else prod(_shape(out)) * prod(_shape(tensors[0]))
-    sizes = {letter: size for term, tensor in zip(names, tensors, strict=True) for letter, size in zip(term, tensor.shape, strict=True)}
+    sizes = {
+        letter: size for term, tensor in zip(names, tensors, strict=True) for letter, size in zip(term, tensor.shape, strict=True)
+    }
     total, held = 0, set(names[0])
     for i, term in enumerate(names[1:], start=2):
         total += prod(sizes[letter] for letter in held | set(term))

@@ -226,7 +226,12 @@ def _propagate(context: Context, trace: Trace, pinned_nodes: set[str]) -> dict[f
 
 def _untouched(context: Context, tensor: Tensor) -> bool:
     record = context.record(tensor)
-    return record is not None and not record.fields and record.unborn == {a for a, n in enumerate(tensor.shape) if n > 1} and bool(record.unborn)
+    return (
+        record is not None
+        and not record.fields
+        and record.unborn == {a for a, n in enumerate(tensor.shape) if n > 1}
+        and bool(record.unborn)
+    )
 
 
 def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple[int, Array]]:
@@ -243,7 +248,7 @@ def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple
 
 def _live(context: Context, tensor: Tensor) -> list[Field]:
     record = context.record(tensor)
-    if record is None or record.unborn and not record.fields:
+    if record is None or (record.unborn and not record.fields):
         return []
     out = []
     for f in record.fields:
@@ -286,8 +291,10 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
         for key in keys[1:]:
             graph.add_edge(by_signature[keys[0]][0][0], by_signature[key][0][0], nodes=("balance",))
-    statistics = [(node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
-                  for (node, _), arrays in context.statistics.items()]
+    statistics = [
+        (node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
+        for (node, _), arrays in context.statistics.items()
+    ]
     key_of = {segment: key for key, segments in by_signature.items() for segment, _ in segments}
     order = {segment: i for i, segment in enumerate(graph.nodes)}
     sorter = np.argsort(signature[units], kind="stable")

@@ -82,7 +82,9 @@ class Plan:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__}: {error}. Write plans with Plan.to_json().") from error
         if schema != SCHEMA:
-            raise PlanError(f"the plan has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade fxprune, or prune anew.")
+            raise PlanError(
+                f"the plan has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade fxprune, or prune anew."
+            )
         for group in plan.groups:
             if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
                 raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
@@ -137,5 +139,3 @@ def unpack_inputs(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return unpack(data["args"]), unpack(data["kwargs"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise PlanError(f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json().") from error
-
-

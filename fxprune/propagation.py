@@ -67,7 +67,7 @@ class LabelMode(TorchDispatchMode):
         return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
     if rules.find(func) is not None or func._schema.name.removeprefix("aten::") in _WHOLE:

@@ -82,7 +82,7 @@ def _hashable(value: Any) -> Any:
     return type(value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pointwise_dtype(func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, Any], ...]) -> torch.dtype | None:
     """Ask PyTorch once, on one-element tensors, which dtype the op returns for these kinds of argument."""
 

@@ -34,7 +34,7 @@ from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
 from fxprune.shapes import META, ShapeMode
 
-__all__ = ["Trace", "Twin", "example_of", "trace", "twin_of"]
+__all__ = ["Trace", "Twin", "example_of", "is_leaf", "trace", "twin_of"]
 
 _TRAINING = "training"
 
@@ -219,6 +219,9 @@ class ValueProxy(fx.Proxy):
         value = self.value
         if name == "shape" and isinstance(value, Tensor):
             return self.size()
+        if isinstance(value, dict) and name in ("values", "items"):
+            pairs = [(key, self[key]) for key in value]
+            return lambda: pairs if name == "items" else [item for _, item in pairs]
         if not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         if isinstance(value, torch.device | torch.dtype):
@@ -247,12 +250,6 @@ class ValueProxy(fx.Proxy):
 
     def keys(self) -> Any:
         return self.value.keys()
-
-    def values(self) -> Any:
-        return [self[key] for key in self.value]
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self.value]
 
     def __index__(self) -> int:
         return int(self.tracer.decide(self, int))
@@ -303,6 +300,17 @@ class _ValueAttribute(ValueProxy):
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module stays one node.
+
+    A module of torch.nn without children is one operation. One with children is a container or a composite, unless the children are
+    parametrisations, which compute its weights and belong to it.
+    """
+    if not type(module).__module__.startswith("torch.nn"):
+        return False
+    return parametrize.is_parametrized(module) or not any(True for _ in module.children())
+
+
 class _ReadsMode(Exception):
     """A leaf function branches on ``training``: it has to stay whole."""
 
@@ -323,11 +331,7 @@ class _Tracer(fx.Tracer):
     # -- what is a leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A module of torch.nn without children is one operation. One with children is a container or a composite, unless the
-        # children are parametrisations, which compute its weights and belong to it.
-        if not type(m).__module__.startswith("torch.nn"):
-            return False
-        return parametrize.is_parametrized(m) or not any(True for _ in m.children())
+        return is_leaf(m)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
@@ -426,7 +430,9 @@ class _Tracer(fx.Tracer):
         except Exception as error:
             shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
-            kind = TraceError if "data" in str(error) or "item" in str(error) or isinstance(error, NotImplementedError) else InputError
+            kind = (
+                TraceError if "data" in str(error) or "item" in str(error) or isinstance(error, NotImplementedError) else InputError
+            )
             advice = (
                 "The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), boolean "
                 "indexing or other reads of values."

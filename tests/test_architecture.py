@@ -14,6 +14,7 @@ PACKAGE = Path(fxprune.__file__).parent
 ROOMS = [
     "errors",
     "shapes",
+    "cost",
     "lowering",
     "trace",
     "labels",
@@ -21,7 +22,6 @@ ROOMS = [
     "balance",
     "propagation",
     "coupling",
-    "cost",
     "criteria",
     "plan",
     "selection",

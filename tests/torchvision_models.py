@@ -138,8 +138,8 @@ def _shapes(name: str, module: str) -> tuple[tuple[int, ...], tuple[int, ...], d
     """Return the small input, the native input and the constructor options of the small one."""
     native: tuple[int, ...] = (1, 3, 16, 224, 224) if module.startswith("video.") else (1, 3, 224, 224)
     match module.removeprefix("quantization."):
-        case "inception":  # five strided stages without padding: 75 pixels at least
-            return (1, 3, 96, 96), (1, 3, 299, 299), {}
+        case "inception":  # its auxiliary head pools a map of 17 x 17 in training mode
+            return (1, 3, 299, 299), (1, 3, 299, 299), {}
         case "maxvit":  # every stage must divide into 7 x 7 windows
             return native, native, {}
         case "vision_transformer":  # the name ends in the patch size: 4 x 4 patches and the class token

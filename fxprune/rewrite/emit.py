@@ -24,7 +24,7 @@ from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.survivors import Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META
-from fxprune.trace import Trace
+from fxprune.trace import Trace, is_leaf
 
 __all__ = ["emit"]
 
@@ -196,12 +196,12 @@ def _old_labels(coupling: Coupling, survivors: Survivors, root: nn.Module) -> Co
     return context
 
 
-def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module]) -> nn.Module:
-    """The module tree of the emitted model: leaves copied, everything else plain containers. Sharing is kept."""
+def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module], whole: bool = False) -> nn.Module:
+    """The module tree of the emitted model: leaves copied with all below them, the rest plain containers. Sharing is kept."""
     if id(module) in done:
         return done[id(module)]
     kind = type(module)
-    leaf = kind.__module__.startswith("torch.nn") and not kind.__module__.startswith("torch.nn.modules.container")
+    leaf = whole or is_leaf(module)
     new = kind.__new__(kind) if leaf else nn.Module()
     if leaf:
         new.__dict__.update(module.__dict__)
@@ -215,7 +215,7 @@ def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn
                 store[name] = replaced[id(tensor)]  # type: ignore[assignment]
     for name, child in module._modules.items():
         if child is not None:
-            new._modules[name] = _skeleton(child, replaced, done)
+            new._modules[name] = _skeleton(child, replaced, done, leaf)
     return new
 
 
@@ -244,6 +244,9 @@ def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> 
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) in by_stand_in:
                     store[name] = by_stand_in[id(tensor)]  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.is_meta:
+                delattr(module, name)  # a hook computes it at each call
 
 
 def _set(root: nn.Module, target: str, value: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["resize"]
 
@@ -24,18 +24,14 @@ def resize(module: nn.Module, old_input: Any, new_input: Any, new_output: list[i
     if not isinstance(new_input, Tensor):
         return
     if isinstance(module, _ConvNd):
-        weight: Tensor = module.weight
-        channels = new_input.shape[new_input.dim() - weight.dim() + 1]
-        if isinstance(module, _ConvTransposeNd):
-            depthwise = module.in_channels == module.groups
-            module.groups = channels if depthwise else module.groups
-            module.out_channels = weight.shape[1] * module.groups
-        else:
-            module.groups = channels // weight.shape[1]
-            module.out_channels = weight.shape[0]
-        module.in_channels = channels
+        dim = new_input.dim() - len(module.kernel_size) - 1  # of the channels; 0 for an unbatched image
+        # Groups of one input channel go with it; groups of several keep their number and get narrower.
+        module.groups = new_input.shape[dim] if module.groups == module.in_channels else module.groups
+        module.in_channels = new_input.shape[dim]
+        module.out_channels = module.out_channels if new_output is None else new_output[dim]
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+        module.in_features = new_input.shape[-1]
+        module.out_features = module.out_features if new_output is None else new_output[-1]
     elif isinstance(module, _NormBase):
         if new_input.dim() > 1:
             module.num_features = new_input.shape[1]

@@ -247,7 +247,9 @@ def _roll(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
             new.append(shift)
         else:
             size = tensor.shape[axis]
-            new.append(_count(emission, tensor, axis, (size - emission.old(shift)) % size, size) if emission.old(shift) % size else 0)
+            new.append(
+                _count(emission, tensor, axis, (size - emission.old(shift)) % size, size) if emission.old(shift) % size else 0
+            )
     return node.target, (x, tuple(new) if several else new[0], dims), {}
 
 
@@ -270,7 +272,11 @@ def _pad(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
 def _normalized_shape(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     x, shape, *rest = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["normalized_shape"])
     wanted = emission.survivors.shape(value)[-len(shape) :]
-    return node.target, (x, _sizes(emission, list(shape), wanted), *rest), {k: v for k, v in node.kwargs.items() if k != "normalized_shape"}
+    return (
+        node.target,
+        (x, _sizes(emission, list(shape), wanted), *rest),
+        {k: v for k, v in node.kwargs.items() if k != "normalized_shape"},
+    )
 
 
 @corrects("group_norm")
@@ -332,5 +338,3 @@ def _arguments(node: fx.Node, names: Sequence[str]) -> list[Any]:
             raise RewriteError(f"node {node.name!r} ({name_of(node)}) has no argument {name!r}", node.name)
         values.append(node.kwargs[name])
     return values
-
-

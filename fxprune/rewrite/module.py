@@ -23,7 +23,9 @@ class PrunedModule(fx.GraphModule):
 
     training_graph: fx.Graph | None
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "Pruned", training_graph: fx.Graph | None = None) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, class_name: str = "Pruned", training_graph: fx.Graph | None = None
+    ) -> None:
         self.__dict__["training_graph"] = training_graph
         self.__dict__["_tree"] = root
         super().__init__(root, graph, class_name=class_name)

@@ -117,8 +117,11 @@ def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) ->
         form[d] = shape[d]
     rest = [d for d in range(values.dim()) if d not in dims]
     moved = values.expand(form).permute(*rest, *dims)
-    flat = torch.from_numpy(np.ascontiguousarray(mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims))
-                                                 .transpose(np.argsort(np.argsort(dims)))))
+    flat = torch.from_numpy(
+        np.ascontiguousarray(
+            mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims)).transpose(np.argsort(np.argsort(dims)))
+        )
+    )
     left = int(flat.reshape(-1, flat.shape[-1]).sum(dim=1)[0])
     if int(flat.sum()) != left * (flat.numel() // flat.shape[-1]):
         raise RewriteError("blocks of a parameter keep different numbers of positions")

@@ -81,7 +81,9 @@ class Context:
         self._reason_numbers: dict[tuple[str, str], int] = {}
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
         self.fixed_axes: dict[int, int] = {}  # axis number -> reason, for axes that met a fixed size before they got labels
-        self.statistics: dict[tuple[str, int], list[Array]] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
+        self.statistics: dict[
+            tuple[str, int], list[Array]
+        ] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
         self.macs = 0  # multiply-accumulates of everything that ran
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements

@@ -78,7 +78,9 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
                 ctx.pin_all(ctx.fields(t), f"einsum {equation!r} repeats or hides a dimension")
             return
         right = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    ellipsis = max((t.dim() - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True) if "..." in term), default=0)
+    ellipsis = max(
+        (t.dim() - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True) if "..." in term), default=0
+    )
     names: dict[str, int] = {f"...{i}": i for i in range(ellipsis)}
 
     def dims_of(term: str, rank: int) -> list[int]:
@@ -106,7 +108,9 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     lead, rank = [*range(batch)], batch + 3
     if mask is not None:
         ctx.pin_all(ctx.fields(mask), "is an attention mask")
-    scores = ctx.contract([ctx.operand(q, [*lead, length, width], rank), ctx.operand(k, [*lead, source, width], rank)], rank, {width})
+    scores = ctx.contract(
+        [ctx.operand(q, [*lead, length, width], rank), ctx.operand(k, [*lead, source, width], rank)], rank, {width}
+    )
     for f in scores:
         if f.dims & {length, source}:
             ctx.pin(f.labels, "is a token axis of attention")

@@ -268,7 +268,18 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return None
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "unsafe_chunk",
+    "tensor_split",
+    "hsplit",
+    "vsplit",
+    "dsplit",
+)
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Consecutive ranges of positions."""
     x = a["self"]

@@ -89,3 +89,22 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             zero = m.zero.get(0, False) and a.get("bias") is None
         done.append(Field(m.labels, zero))
     ctx.put(out, done)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not count."""
+    v, g = a["v"], a["g"]
+    rank, dim = v.dim(), a["dim"] % v.dim()
+    fields = []
+    for m in ctx.merge([ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)], rank):
+        f = Field(m.labels, m.zero.get(0, False))
+        if f.dims - {dim} and not f.zero:
+            ctx.pin(f.labels, "is summed although removed elements are not zero")
+            continue
+        if len(f.dims) > 1 and dim in f.dims:
+            ctx.sight(f.labels, fixed={dim})
+        fields.append(f)
+    weight, norm = out if isinstance(out, tuple) else (out, None)
+    ctx.put(weight, fields)
+    ctx.put(norm, [f for f in fields if f.dims == {dim}])

@@ -93,16 +93,59 @@ def _zero_at_zero(func: Any, operands: frozenset[str], scalars: tuple[tuple[str,
     return isinstance(out, Tensor) and bool((out == 0).all())
 
 
-@rule("hardswish", "hardswish_", "silu_", "hardtanh_", "relu6_", "leaky_relu_", "elu_", "celu", "celu_", "selu_", "mish_", "dropout", "alpha_dropout", "native_dropout", "rrelu", "rrelu_with_noise", "relu6", "selu", "clip", "clip_", "type_as", "to", "_to_copy", "float_power", "square", "square_", "hardsigmoid_", "hardsigmoid", "bernoulli_", "bernoulli", "zero_", "fill_", "fill", "normal_", "uniform_", "exponential_", "log_normal_", "threshold", "threshold_", "masked_fill", "masked_fill_")
+@rule(
+    "hardswish",
+    "hardswish_",
+    "silu_",
+    "hardtanh_",
+    "relu6_",
+    "leaky_relu_",
+    "elu_",
+    "celu",
+    "celu_",
+    "selu_",
+    "mish_",
+    "dropout",
+    "alpha_dropout",
+    "native_dropout",
+    "rrelu",
+    "rrelu_with_noise",
+    "relu6",
+    "selu",
+    "clip",
+    "clip_",
+    "type_as",
+    "to",
+    "_to_copy",
+    "float_power",
+    "square",
+    "square_",
+    "hardsigmoid_",
+    "hardsigmoid",
+    "bernoulli_",
+    "bernoulli",
+    "zero_",
+    "fill_",
+    "fill",
+    "normal_",
+    "uniform_",
+    "exponential_",
+    "log_normal_",
+    "threshold",
+    "threshold_",
+    "masked_fill",
+    "masked_fill_",
+)
 def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Pointwise by their definition, although PyTorch does not tag every overload of them."""
     name = func._schema.name.removeprefix("aten::")
     first = out[0] if isinstance(out, tuple) else out
     operands = {n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")}
-    if name == "type_as":
-        operands.pop("other", None)
     if name in ("dropout", "alpha_dropout", "native_dropout", "rrelu"):
-        fields = [Field(f.labels, f.zero and name in ("dropout", "native_dropout", "rrelu")) for f in ctx.fields(a["input" if "input" in a else "self"])]
+        fields = [
+            Field(f.labels, f.zero and name in ("dropout", "native_dropout", "rrelu"))
+            for f in ctx.fields(a["input" if "input" in a else "self"])
+        ]
         ctx.put(first, fields)
         return
     if name in ("zero_", "fill_", "fill", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_"):
@@ -113,7 +156,7 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         else:
             ctx.put(first, fields)
         return
-    if name in ("to", "_to_copy"):
+    if name in ("to", "_to_copy", "type_as"):
         if first is not a["self"]:
             ctx.put(first, ctx.fields(a["self"]))
         return

@@ -32,6 +32,12 @@ def _put(ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[in
         ctx.put(result, [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields])
 
 
+def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
+    """Tie a field along the reduced dimensions, so that what is left of it varies along the others only."""
+    labels = ctx.tie(f.labels, f.dims & reduced)
+    return Field(labels, f.zero) if labels.size > 1 else None
+
+
 def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: bool) -> None:
     x = a.get("self", a.get("x"))
     reduced, keepdim = _reduced(a, x)
@@ -39,6 +45,11 @@ def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: boo
     for f in ctx.fields(x):
         if not f.dims & reduced:
             passing.append(f)
+        elif max(f.dims) not in reduced:
+            # The split's inner dimension stays: positions of the outer one go together, as in x.view(n, groups, c).sum(1).
+            tied = _whole_rows(ctx, f, reduced)
+            if tied is not None:
+                passing.append(tied)
         elif not f.zero:
             ctx.pin(f.labels, "is summed although removed elements are not zero")
         elif mean and ctx.target not in MEANS:
@@ -86,7 +97,7 @@ def statistic(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "logsumexp", "aminmax", "median", "mode", "kthvalue")
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A removed element would count: the reduced dimension is pinned, others pass."""
+    """A removed element would count: positions of a reduced dimension go together, or are pinned; others pass."""
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
         from fxprune.rules.pointwise import elementwise
@@ -95,23 +106,40 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     reduced, keepdim = _reduced(a, x)
     passing = []
     for f in ctx.fields(x):
-        if f.dims & reduced:
+        if f.dims <= reduced:
             ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
-        else:
-            passing.append(f)
+            continue
+        own = _whole_rows(ctx, f, reduced)
+        if own is not None:
+            passing.append(own)
     return _put(ctx, out, x, passing, reduced, keepdim)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "argsort", "cummax", "cummin")
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "sort",
+    "topk",
+    "argsort",
+    "cummax",
+    "cummin",
+)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Mixes all positions of one dimension, which is pinned; others pass."""
+    """Mixes all positions of one dimension, which go together (none can, where the channels are that dimension); others pass."""
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
     passing = []
     for f in ctx.fields(x):
-        if dim in f.dims:
+        if f.dims == {dim}:
             ctx.pin(f.labels, f"is mixed by {func._schema.name.removeprefix('aten::')}")
-        else:
-            passing.append(Field(f.labels, f.zero and "cum" in func._schema.name))
+            continue
+        own = _whole_rows(ctx, f, {dim})
+        if own is not None:
+            passing.append(Field(own.labels, own.zero and "cum" in func._schema.name))
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)

@@ -42,7 +42,7 @@ def rule(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def find(func: Any) -> Rule | None:
     """The rule for an ATen overload: its own, that of its functional form, or the pointwise one by its tag."""
     name = func._schema.name.removeprefix("aten::")
@@ -54,7 +54,7 @@ def find(func: Any) -> Rule | None:
     return own
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _arguments(func: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
 

@@ -47,7 +47,7 @@ WEIGHTS: dict[type[Node], int] = {
     n.TransposedConv: 3,
     n.PadChannels: 1,
     n.Pad: 1,
-    n.PixelUnshuffle: 1,
+    n.PixelUnshuffle: 3,
     n.Centre: 1,
     n.Softmax: 1,
     n.Flip: 1,
