@@ -387,6 +387,9 @@ def _check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
+    if lazy:
+        raise ModelError(f"{lazy[0]!r} is uninitialised (a lazy module): run the model once on an input, then prune it.")
     devices = {str(t.device): name for name, t in reversed(tensors)}
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))

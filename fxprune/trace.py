@@ -337,6 +337,7 @@ class _Tracer(fx.Tracer):
         """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
         args, kwargs = self.example
         names = _parameter_names(root_fn, len(args))
+        _check_keywords(root_fn, kwargs)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
         proxies = {name: self._placeholder(name, value) for name, value in values.items()}
         positional = [proxies[name] for name in names]
@@ -503,6 +504,14 @@ def _parameter_names(function: Any, count: int) -> list[str]:
             "Pass a tuple of positional arguments or a dict of keyword arguments."
         )
     return (names + [f"args_{i}" for i in range(count)])[:count]
+
+
+def _check_keywords(function: Any, kwargs: Mapping[str, Any]) -> None:
+    code = function.__code__
+    known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    unknown = [name for name in kwargs if name not in known]
+    if unknown and not code.co_flags & 0x08:  # 0x08: the function takes **kwargs
+        raise InputError(f"example_inputs has {unknown[0]!r}, but forward takes {', '.join(known)}: use its argument names as keys.")
 
 
 def _is_torch(function: Any) -> bool:

@@ -62,7 +62,7 @@ def check(
     original = _values(model, dtype, generator if randomize else None)
     args, kwargs = _inputs(model, plan, example_inputs, dtype, generator if randomize else None)
     reference = _reference(coupling, survivors, original, args, kwargs)
-    smaller = _smaller(pruned, coupling, survivors, original, dtype)
+    smaller = _smaller(pruned, coupling, survivors, original if randomize else None, dtype)
     with torch.no_grad():
         result = smaller(*tree_map(_copy, args), **tree_map(_copy, kwargs))
     error, count = 0.0, 0
@@ -142,13 +142,19 @@ def _copy(value: Any) -> Any:
 
 
 def _smaller(
-    pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors, values: dict[str, Tensor], dtype: torch.dtype
+    pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors, values: dict[str, Tensor] | None, dtype: torch.dtype
 ) -> nn.Module:
-    """A copy of the pruned model that holds the surviving elements of ``values``."""
+    """A copy of the pruned model that holds the surviving elements of ``values`` (None: its own) in ``dtype``."""
     memo = {id(t): t for t in [*pruned.parameters(), *pruned.buffers()]}
     model = copy.deepcopy(pruned, dict(memo))
-    taken = {name: survivors.take(t, values[name]) if t.is_meta else values[name] for name, t in coupling.parameters.items()}
-    by_old = {id(old): taken[name] for name, old in [*pruned.named_parameters(), *pruned.named_buffers()] if name in taken}
+    by_old: dict[int, Tensor] = {}
+    for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
+        if values is None or name not in coupling.parameters:
+            by_old[id(old)] = old.detach().to("cpu", dtype if old.is_floating_point() else None)
+        elif coupling.parameters[name].is_meta:
+            by_old[id(old)] = survivors.take(coupling.parameters[name], values[name])
+        else:
+            by_old[id(old)] = values[name]
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():

@@ -52,16 +52,16 @@ def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A matrix product plus a tensor that broadcasts to it."""
     name = func._schema.name.removeprefix("aten::")
-    if name not in ("addmm", "baddbmm"):
-        for value in a.values():
-            if isinstance(value, Tensor):
-                ctx.pin_all(ctx.fields(value), f"{name} has no rule")
-        return
+    if name == "addmv":
+        operands = [ctx.operand(a["mat"], [0, 1], 2), ctx.operand(a["vec"], [1], 2)]
+        return _finish(ctx, out, ctx.contract(operands, 2, {1}), [0], a["self"])
     x, y = (a["mat1"], a["mat2"]) if name == "addmm" else (a["batch1"], a["batch2"])
     batch = x.dim() - 2
     n, k, m = batch, batch + 1, batch + 2
     operands = [ctx.operand(x, [*range(batch), n, k], batch + 3), ctx.operand(y, [*range(batch), k, m], batch + 3)]
-    _finish(ctx, out, ctx.contract(operands, batch + 3, {k}), [*range(batch), n, m], a["self"])
+    summed = {0, k} if name == "addbmm" else {k}
+    out_dims = [n, m] if name == "addbmm" else [*range(batch), n, m]
+    return _finish(ctx, out, ctx.contract(operands, batch + 3, summed), out_dims, a["self"])
 
 
 @rule("einsum")
@@ -99,15 +99,13 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F), S is summed."""
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if a.get("enable_gqa") or not q.dim() == k.dim() == v.dim():
-        for t in (q, k, v):
+    if a.get("enable_gqa") or not q.dim() == k.dim() == v.dim() or (mask is not None and not 0 < mask.dim() <= q.dim()):
+        for t in (q, k, v, mask):
             ctx.pin_all(ctx.fields(t), "attention whose operands differ in rank or in number of heads")
         return
     batch = q.dim() - 2
     length, source, width = batch, batch + 1, batch + 2
     lead, rank = [*range(batch)], batch + 3
-    if mask is not None:
-        ctx.pin_all(ctx.fields(mask), "is an attention mask")
     scores = ctx.contract(
         [ctx.operand(q, [*lead, length, width], rank), ctx.operand(k, [*lead, source, width], rank)], rank, {width}
     )
@@ -119,5 +117,12 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     weights.fields = [Field(f.labels, False) for f in scores if not f.dims & {length, source}]
     weights.sized = (weights.sized - {width}) | {length, source}
     weights.unborn, weights.record = {}, None
+    if mask is not None:  # a bias per head meets the heads
+        mask_dims = [*lead, length, source][-mask.dim() :]
+        for f in ctx.fields(mask):
+            if {mask_dims[d] for d in f.dims} & {length, source}:
+                ctx.pin(f.labels, "is a token axis of attention")
+        met = ctx.merge([weights, ctx.operand(mask, mask_dims, rank)], rank)
+        weights.fields = [Field(m.labels, False) for m in met]
     fields = ctx.contract([weights, ctx.operand(v, [*lead, source, width], rank)], rank, {source})
     _finish(ctx, out, fields, [*lead, length, width])

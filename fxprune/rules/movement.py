@@ -19,8 +19,8 @@ from fxprune.rules.registry import rule
 
 @rule(
     *("permute", "transpose", "transpose_", "t", "t_", "numpy_T", "matrix_H", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"),
-    *("unsqueeze", "unsqueeze_", "squeeze", "squeeze_", "flip", "fliplr", "flipud", "rot90", "diagonal"),
-    *("alias", "detach", "lift_fresh", "clone", "contiguous", "view_as_real_copy", "_conj", "conj", "resolve_conj", "resolve_neg"),
+    *("unsqueeze", "unsqueeze_", "squeeze", "squeeze_", "flip", "fliplr", "flipud", "rot90"),
+    *("alias", "detach", "lift_fresh", "clone", "contiguous", "_conj", "conj", "resolve_conj", "resolve_neg"),
     *("channel_shuffle", "native_channel_shuffle"),
 )
 def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
@@ -28,7 +28,7 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x = a["self"]
     name = func._schema.name.removeprefix("aten::")
     if out is x:
-        return
+        return _in_place(ctx, name, a, x)
     if name in ("alias", "detach", "lift_fresh", "clone", "contiguous", "_conj", "conj", "resolve_conj", "resolve_neg"):
         ctx.put(out, ctx.fields(x), base=None if name == "clone" else x)
         return
@@ -51,9 +51,54 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, moved, base=x if out._is_view() or _is_alias(func) else None)
 
 
+def _in_place(ctx: Context, name: str, a: dict[str, Any], x: Tensor) -> None:
+    """``x.transpose_(0, 1)``: the tensor has its new shape already, its labels lie in the old one."""
+    if not name.endswith("_") or (record := ctx.record(x)) is None:  # contiguous, resolve_conj and such returned their argument
+        return
+    ranks = {f.labels.ndim for f in ctx.fields(x)}
+    if name == "squeeze_" and a.get("dim") is None and ranks - {x.dim()}:
+        ctx.pin_all(record.fields, "is squeezed in place over dimensions that are not named")
+        record.fields = []
+        return
+    moved = []
+    for f in record.fields:
+        labels = f.labels
+        if name == "unsqueeze_":
+            labels = np.expand_dims(labels, a["dim"] % x.dim())
+        elif name == "squeeze_" and labels.ndim != x.dim():
+            dims = [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
+            gone = {d % labels.ndim for d in dims}
+            kept = [d for d in range(labels.ndim) if d not in gone]
+            if len(kept) != x.dim():
+                ctx.pin(labels, "is squeezed in place over dimensions that are not all of size 1")
+                continue
+            labels = labels.reshape([labels.shape[d] for d in kept])
+        elif name == "t_":
+            labels = labels.T
+        elif name == "transpose_":
+            labels = labels.swapaxes(a["dim0"], a["dim1"])
+        moved.append(Field(labels, f.zero))
+    record.fields = moved
+
+
 def _is_alias(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and returns[0].alias_info is not None
+
+
+@rule("diagonal")
+def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Position i of two dimensions at once: both are pinned, others pass and the diagonal lies behind them."""
+    x = a["self"]
+    both = {a["dim1"] % x.dim(), a["dim2"] % x.dim()}
+    passing = []
+    for f in ctx.fields(x):
+        if f.dims & both:
+            ctx.pin(f.labels, "is read along a diagonal")
+        else:
+            sizes = [size for d, size in enumerate(f.labels.shape) if d not in both]
+            passing.append(Field(f.labels.reshape([*sizes, 1]), f.zero))
+    ctx.put(out, passing, base=x)
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
@@ -64,6 +109,15 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.pin_all(ctx.fields(x), "is reinterpreted as another dtype")
         return
     ctx.put(out, reshape(ctx, ctx.fields(x), x.shape, out.shape), base=x)
+    if isinstance(a.get("other"), Tensor):
+        _sized_like(ctx, out, a["other"], x)
+
+
+def _sized_like(ctx: Context, out: Tensor, other: Tensor, base: Tensor) -> None:
+    """The result takes its sizes from another tensor, so their labels meet."""
+    rank = out.dim()
+    met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(other, range(rank), rank)], rank)
+    ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met], base=base)
 
 
 def reshape(ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]) -> list[Field]:
@@ -104,7 +158,9 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     lead = out.dim() - x.dim()
     fields = [Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)]
     made = [d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)]
-    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)])
+    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
+    if isinstance(a.get("other"), Tensor):
+        _sized_like(ctx, out, a["other"], x)
 
 
 @rule("repeat", "tile")
@@ -125,6 +181,8 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Each position several times: the copies carry the same label."""
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
+    if isinstance(x, Tensor) and x.dim() == 1:
+        dim = 0
     if not isinstance(x, Tensor) or dim is None or not isinstance(times, int):
         for v in a.values():
             ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")

@@ -33,10 +33,7 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
     # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
     ctx.statistic([f.labels for f in others] if a["training"] else [])
-    if a["training"]:
-        rest = [Field(f.labels, False) for f in others]
-    else:
-        rest = others
+    rest = [Field(f.labels, False) for f in others]  # the shift reaches their removed elements
     channels = [f for f in ctx.fields(x) if 1 in f.dims]
     tied = [Field(labels.reshape(-1), f.zero) for f in channels if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1]
     fields = _scale_and_shift(ctx, x, tied, [a["weight"], a["bias"], a["running_mean"], a["running_var"]], 1)
@@ -95,7 +92,7 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not count."""
     v, g = a["v"], a["g"]
-    rank, dim = v.dim(), a["dim"] % v.dim()
+    rank, dim = v.dim(), a["dim"]  # -1: the norm is over all dimensions
     fields = []
     for m in ctx.merge([ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)], rank):
         f = Field(m.labels, m.zero.get(0, False))

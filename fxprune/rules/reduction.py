@@ -110,9 +110,12 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
             continue
         own = _whole_rows(ctx, f, reduced)
-        if own is not None:
-            passing.append(own)
+        if own is not None:  # log(n) is not zero, nor is the position of a maximum
+            passing.append(Field(own.labels, own.zero and func._schema.name not in _NOT_ZERO))
     return _put(ctx, out, x, passing, reduced, keepdim)
+
+
+_NOT_ZERO = frozenset(f"aten::{name}" for name in ("logsumexp", "argmax", "argmin", "median", "mode", "kthvalue"))
 
 
 @rule(
@@ -140,6 +143,6 @@ def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             continue
         own = _whole_rows(ctx, f, {dim})
         if own is not None:
-            passing.append(Field(own.labels, own.zero and "cum" in func._schema.name))
+            passing.append(Field(own.labels, own.zero and func._schema.name in ("aten::cumsum", "aten::cumprod")))
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)

@@ -34,8 +34,8 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         else:
             passing.append(f)
     for result in out if isinstance(out, (tuple, list)) else (out,):
-        if isinstance(result, Tensor):
-            ctx.put(result, passing)
+        if isinstance(result, Tensor):  # an index is not zero where its maximum is
+            ctx.put(result, passing if result.is_floating_point() else [Field(f.labels, False) for f in passing])
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")

@@ -179,23 +179,22 @@ class _Text:
         return _tuple(_axis(n, factors[d]) for d, n in enumerate(tensor.shape))
 
     def conditions(self) -> str:
-        rectangles: dict[str, str] = {}
+        rectangles: dict[str, tuple[list[str], set[int], set[int]]] = {}
         for sighting in self.context.sightings:
             labels = self.units.live(sighting.labels)
             factors: list[list[_Factor]] = [[] for _ in labels.shape]
             self._add(factors, labels, True)
             dims = [d for d, own in enumerate(factors) if own]
-            if len(dims) < 2 or not labels.any():
-                continue
-            plain = ",".join(_axis(labels.shape[d], factors[d]) for d in dims)
-            full = ""
-            for d in dims:
-                glue = "" if not full else "*" if {d, last} <= set(sighting.merged) else ","
-                full += glue + _axis(labels.shape[d], factors[d]) + ("!" if d in sighting.fixed else "")
-                last = d
-            if rectangles.get(plain, plain) == plain:
-                rectangles[plain] = full
-        text = "".join(f" with ({full})" for full in dict.fromkeys(rectangles.values()))
+            if len(dims) > 1 and labels.any():
+                texts = [_axis(labels.shape[d], factors[d]) for d in dims]
+                _, fixed, merged = rectangles.setdefault(",".join(texts), (texts, set(), set()))
+                fixed |= {i for i, d in enumerate(dims) if d in sighting.fixed}
+                merged |= {i for i, d in enumerate(dims) if d in sighting.merged and dims[i - 1] in sighting.merged and i}
+        full = [
+            "".join(("*" if i in merged else "," if i else "") + t + "!" * (i in fixed) for i, t in enumerate(texts))
+            for texts, fixed, merged in rectangles.values()
+        ]
+        text = "".join(f" with ({rectangle})" for rectangle in full)
         for verb, arrays in (
             ("statistics over", [a for own in self.context.statistics.values() for a in own]),
             ("mean over", [a for own in self.context.rescaled.values() for a in own]),
@@ -226,11 +225,39 @@ class _Text:
         if core.ndim == 1:
             return [self._line(core)]
         for order in itertools.permutations(range(core.ndim)):
-            stretch = self._stretch(core.transpose(order).ravel())
-            if stretch is not None:
-                return [f"{stretch}{order.index(d) + 1}" for d in range(core.ndim)]
+            grid = self._grid(core.transpose(order))
+            if grid is not None:
+                return [grid[order.index(d)] for d in range(core.ndim)]
         rows = "|".join(self._line(row) for row in core.reshape(core.shape[0], -1))
         return [f"{{{rows}}}", *["{..}"] * (core.ndim - 1)]
+
+    def _grid(self, core: Array) -> list[str] | None:
+        """Units of one axis laid out row by row, or a part of every dimension of such a layout."""
+        run = self._run(int(core.flat[0])) if (core > 0).all() else None
+        ranks, count = (None, 0) if run is None else self._ranks(run, core)
+        if run is None or ranks is None:
+            return None
+        first = int(ranks.flat[0])
+        strides = [int(ranks.take(1, axis=d).flat[0]) - first for d in range(core.ndim)]
+        if strides[-1] != 1 or not np.array_equal(ranks - first, sum(np.ogrid[[slice(n) for n in core.shape]][d] * s for d, s in enumerate(strides))):
+            return None
+        texts, limit = [], count
+        for d, (n, stride) in enumerate(zip(core.shape, strides, strict=True)):
+            start, size = first % limit // stride if limit else 0, limit // max(stride, 1)
+            if stride <= 0 or limit % stride or start + n > size:
+                return None
+            texts.append(f"{self._letter(run)}{d + 1}" + ("" if n == size else f"[{start}:{start + n}]"))
+            limit = stride
+        return texts
+
+    def _ranks(self, run: int, roots: Array) -> tuple[Array | None, int]:
+        """The numbers of these units among those that began on one axis, and how many those are."""
+        start, stop, _ = self.units.runs[run]
+        if (roots < start).any() or (roots >= stop).any():
+            return None, 0
+        members = np.unique(self.units.find(np.arange(start, stop)))
+        members = members[members >= start]
+        return np.searchsorted(members, roots), len(members)
 
     def _line(self, labels: Array) -> str:
         """A row of labels: stretches of units, one after the other."""
@@ -272,21 +299,18 @@ class _Text:
         if (roots <= 0).any():
             return None
         run = self._run(int(roots[0]))
-        start, stop, _ = self.units.runs[run]
-        if (roots < start).any() or (roots >= stop).any():
+        ranks, count = self._ranks(run, roots)
+        if ranks is None:
             return None
-        members = np.unique(self.units.find(np.arange(start, stop)))
-        members = members[members >= start]
-        ranks = np.searchsorted(members, roots)
         steps = np.diff(ranks)
         letter = self._letter(run)
         first, last = int(ranks[0]), int(ranks[-1])
         if len(ranks) == 1:
-            return letter if len(members) == 1 else f"{letter}[{first}]"
+            return letter if count == 1 else f"{letter}[{first}]"
         if (steps == 1).all():
-            return letter if len(ranks) == len(members) else f"{letter}[{first}:{last + 1}]"
+            return letter if len(ranks) == count else f"{letter}[{first}:{last + 1}]"
         if (steps == -1).all():
-            return f"{letter}[::-1]" if len(ranks) == len(members) else f"{letter}[{first}:{last - 1 if last else ''}:-1]"
+            return f"{letter}[::-1]" if len(ranks) == count else f"{letter}[{first}:{last - 1 if last else ''}:-1]"
         return None
 
     def _run(self, root: int) -> int:
