@@ -147,8 +147,8 @@ def prune(
         )
     if verify:
         with clock("verify"):
-            error = check(model, pruned.model, pruned.plan, coupling, survivors).error
-        pruned = replace(pruned, report=replace(pruned.report, error=error, seconds=dict(clock.seconds)))
+            measured = check(model, pruned.model, pruned.plan, coupling, survivors).error
+        pruned = replace(pruned, report=replace(pruned.report, error=measured, seconds=dict(clock.seconds)))
     return pruned
 
 
@@ -184,8 +184,8 @@ def verify(
 ) -> Verification:
     """Prove that a pruned model computes what the original computes with the removed channels set to zero.
 
-    Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart may
-    meet; and both models run, in ``dtype``, and their outputs are compared.
+    Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart
+    may meet; and both models run, in ``dtype``, and their outputs are compared.
 
     Parameters
     ----------
@@ -327,8 +327,8 @@ def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
 def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, _Clock]:
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
-            f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters differ. "
-            "Build the model exactly as it was when the plan was made."
+            f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
+            "differ. Build the model exactly as it was when the plan was made."
         )
     exact = unpack_inputs(plan.inputs)
     clock = _Clock()

@@ -1,8 +1,8 @@
 """Balance: a channel axis that is split into blocks stays rectangular only if every block loses equally many units.
 
-Every sighting (a field that varies along several dimensions of some tensor) says: along one dimension, the *shrinking* one, each row
-keeps the same number. This module decides which dimension shrinks, collects the rows into blocks, and where rows cannot be pruned
-freely (their survivors would change order, or two splits disagree) ties them, so that every block loses the same positions.
+Every sighting (a field that varies along several dimensions of some tensor) says: along one dimension, the *shrinking* one, each
+row keeps the same number. This module decides which dimension shrinks, collects the rows into blocks, and where rows cannot be
+pruned freely (their survivors would change order, or two splits disagree) ties them, so that every block loses the same positions.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ segments of parameter axes, edges carry the fx nodes that tied them; its connect
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -282,8 +283,8 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
                 segment = Axis(name, dim, start, stop, len(own))
                 graph.add_node(segment)
                 by_signature.setdefault(key, []).append((segment, number))
-    for segments in by_signature.values():
-        _connect(graph, segments, context)
+    for alike in by_signature.values():
+        _connect(graph, alike, context)
     # Cells of one kind keep equally many units: the groups they lie in are one.
     units = np.flatnonzero(signature)
     celled = units[balance.cell[units] >= 0]
@@ -345,7 +346,7 @@ def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]
                 reasons = context.units.reasons(np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])[0])
                 cuts = np.flatnonzero(np.diff(reasons)) + 1
                 bounds = [0, *cuts.tolist(), len(reasons)]
-                for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                for start, stop in itertools.pairwise(bounds):
                     if reasons[start]:
                         found.setdefault(int(reasons[start]), []).append(Axis(name, dim, start, stop, len(reasons)))
     return tuple(Pinned(tuple(dict.fromkeys(axes)), *context.reasons[reason]) for reason, axes in sorted(found.items()))

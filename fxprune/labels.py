@@ -4,14 +4,15 @@ Every position of a parameter axis carries a label, an integer. Labels that must
 united labels is a *unit*. A label that may not be removed is *pinned*; position value 0 means "nothing removable here".
 
 A tensor carries *fields*. A field is an integer array broadcastable to the tensor's shape: the label at each element. An element
-vanishes when one of its fields' labels does. Along a dimension of size 1 a field does not vary, whatever the tensor's size there, so
-an activation of any resolution costs as many integers as it has channels.
+vanishes when one of its fields' labels does. Along a dimension of size 1 a field does not vary, whatever the tensor's size there,
+so an activation of any resolution costs as many integers as it has channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +145,7 @@ class Units:
         return self._pin[self.find(labels)]
 
 
-def varied(labels: Array) -> tuple[int, ...]:
+def varied(labels: npt.NDArray[Any]) -> tuple[int, ...]:
     """The dimensions along which an array of labels varies."""
     return tuple(d for d, size in enumerate(labels.shape) if size > 1)
 

@@ -1,8 +1,8 @@
 """Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused call.
 
-``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that neither the widths of its heads nor
-the weights that depend on them can be seen from outside. It is replaced, in the copy that is traced, by the same computation written
-in plain operations. Names of parameters stay, hence the keys of the state dict.
+``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that neither the widths of its heads
+nor the weights that depend on them can be seen from outside. It is replaced, in the copy that is traced, by the same computation
+written in plain operations. Names of parameters stay, hence the keys of the state dict.
 """
 
 from __future__ import annotations
@@ -42,6 +42,21 @@ class PlainAttention(nn.Module):
 
     Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its dropout draws the same numbers.
     """
+
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
+    _qkv_same_embed_dim: bool
+    in_proj_weight: Tensor  # None where the three below are there
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor  # None where bias_k is
+    out_proj: nn.Linear
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()

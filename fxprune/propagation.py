@@ -44,7 +44,7 @@ class LabelMode(TorchDispatchMode):
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx = self.context
         rule = rules.find(func)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = shapes.tensors_in(args, kwargs)
         labelled = any(id(t) in ctx.records for t in tensors)
         if tensors and not labelled:
             out = shapes.run(func, args, kwargs)

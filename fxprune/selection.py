@@ -24,8 +24,9 @@ def select(
 
     Returns
     -------
-    For each group's name the indices of its surviving units, ascending. At most ``channels * size`` survive, unless that is fewer than
-    ``min_channels`` (or than one rounding step, where the group has that many). In a balanced group every block keeps equally many.
+    For each group's name the indices of its surviving units, ascending. At most ``channels * size`` survive, unless that is fewer
+    than ``min_channels`` (or than one rounding step, where the group has that many). In a balanced group every block keeps equally
+    many.
     """
     return {g.name: _survivors(coupling, g, scores, channels, round_to, min_channels) for g in coupling.groups}
 

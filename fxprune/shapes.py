@@ -14,17 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "ShapeMode", "is_meta", "run"]
+__all__ = ["META", "ShapeMode", "run", "tensors_in"]
 
 META = torch.device("meta")
 
 
-def is_meta(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among an ATen op's arguments, which nest them in lists at most."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -35,7 +42,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Raises whatever the op raises on a wrong shape.
     """
-    if not tree_any(is_meta, (args, kwargs)):
+    tensors = tensors_in(args, kwargs)
+    if not any(t.is_meta for t in tensors):
         return func(*args, **kwargs)
     quick = _QUICK.get(func.overloadpacket)
     if quick is None and torch.Tag.pointwise in func.tags:
@@ -44,7 +52,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = quick(func, args, kwargs)
         if out is not None:
             return out
-    args, kwargs = tree_map(_to_meta, (args, kwargs))
+    if "device" in kwargs or not all(t.is_meta for t in tensors):
+        args, kwargs = tree_map(_to_meta, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -122,7 +131,8 @@ def _upsample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return None
     names = [a.name for a in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, size, scale = given["input"], given.get("output_size"), given.get("scale_factors")
+    x, size = given["input"], given.get("output_size")
+    scale: Any = given.get("scale_factors")
     spatial: Sequence[int] = size if size is not None else [int(s * f) for s, f in zip(x.shape[2:], scale, strict=True)]
     return x.new_empty([*x.shape[:2], *spatial])
 

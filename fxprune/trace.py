@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -97,8 +97,8 @@ def twin_of(model: nn.Module) -> Twin:
 
     for tensor in model.parameters():
         stand_in(tensor)
-    for tensor in model.buffers():
-        stand_in(tensor)
+    for buffer in model.buffers():
+        stand_in(buffer)
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:
@@ -106,13 +106,38 @@ def twin_of(model: nn.Module) -> Twin:
                 held = value.detach().to("cpu", copy=True) if value.grad_fn is None else torch.empty_like(value, device=META)
                 memo[id(value)], real[id(held)] = held, value
     try:
-        twin = copy.deepcopy(model, memo)
+        copied = _copy_module(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}). fxprune traces a copy so that your model stays untouched: "
             "make every attribute of the model copyable with copy.deepcopy (no locks, open files or generators)."
         ) from error
-    return Twin(lower(twin), real)
+    return Twin(lower(copied), real)
+
+
+_PLAIN = (bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type)
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which need no copy."""
+    if id(module) in memo:
+        copied: nn.Module = memo[id(module)]
+        return copied
+    if "__deepcopy__" in dir(type(module)):
+        return copy.deepcopy(module, memo)
+    new = type(module).__new__(type(module))
+    memo[id(module)] = new
+    for child in module._modules.values():
+        if child is not None and id(child) not in memo:
+            _copy_module(child, memo)
+    for name, value in vars(module).items():
+        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)):
+            new.__dict__[name] = value
+        elif isinstance(value, dict) and not value:
+            new.__dict__[name] = value.copy()
+        else:
+            new.__dict__[name] = copy.deepcopy(value, memo)
+    return new
 
 
 def example_of(example_inputs: Any, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -139,15 +164,16 @@ def example_of(example_inputs: Any, batch: int | None = None) -> tuple[tuple[Any
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise InputError(
-                f"example_inputs must consist of tensors, got {type(leaf).__name__}: {leaf!r:.60}. Pass a tensor, a tuple of "
-                "positional arguments or a dict of keyword arguments; bind anything else with functools.partial or a wrapper module."
+                f"example_inputs must consist of tensors, got {type(leaf).__name__}: {leaf!r:.60}. Pass a tensor, a tuple "
+                "of positional arguments or a dict of keyword arguments; bind anything else with functools.partial or a "
+                "wrapper module."
             )
     ranked = [leaf for leaf in leaves if leaf.dim() > 0]
     widen = batch is not None and bool(ranked) and all(leaf.shape[0] == 1 for leaf in ranked)
 
     def to_meta(leaf: Tensor) -> Tensor:
         shape = list(leaf.shape)
-        if widen and shape:
+        if batch is not None and widen and shape:
             shape[0] = batch
         return torch.empty(shape, dtype=leaf.dtype, device=META)
 
@@ -182,7 +208,11 @@ def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
             ) from error
-    constants = {name: twin.real.get(id(t), t) for t, name in tracer.tensor_attrs.items() if name in tracer.constant_targets}
+    constants = {
+        name: twin.real.get(id(t), t)
+        for t, name in tracer.tensor_attrs.items()
+        if isinstance(t, Tensor) and name in tracer.constant_targets
+    }
     result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, training, constants)
     _drop_unused_sizes(graph)
     return result
@@ -201,11 +231,17 @@ class SizeTuple(tuple[Any, ...]):
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for, as far as shapes go."""
 
+    tracer: _Tracer
+
+    if TYPE_CHECKING:  # torch.fx adds the operators to its class when it is imported
+
+        def __getitem__(self, index: Any) -> Any: ...
+
     @property
     def value(self) -> Any:
         return self.node.meta["val"]
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         # isinstance(x, Tensor) in users' code must be answered as for the tensor itself.
         kind = type(self.node.meta.get("val"))
@@ -311,7 +347,7 @@ def is_leaf(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or not any(True for _ in module.children())
 
 
-class _ReadsMode(Exception):
+class _ModeReadError(Exception):
     """A leaf function branches on ``training``: it has to stay whole."""
 
 
@@ -379,7 +415,7 @@ class _Tracer(fx.Tracer):
             name = known.get(id(a))
             if name is None and not isinstance(a, nn.Parameter):
                 name = f"_constant{len(self.constant_targets)}"
-                self.tensor_attrs[a] = name  # type: ignore[index]
+                self.tensor_attrs[a] = name
                 setattr(self.root, name, a)
             if name is not None:
                 self.constant_targets.add(name)
@@ -403,7 +439,7 @@ class _Tracer(fx.Tracer):
         self._inside_leaf_function += 1
         try:
             return function(*args, **kwargs)
-        except _ReadsMode:
+        except _ModeReadError:
             for node in reversed(list(self.graph.nodes)):
                 if node is last:
                     break
@@ -415,19 +451,20 @@ class _Tracer(fx.Tracer):
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
         try:
             self._executing = True
             with ShapeMode():
                 if node.op == "call_function":
-                    return node.target(*args, **kwargs)
+                    return target(*args, **kwargs)
                 if node.op == "call_method":
-                    return getattr(args[0], node.target)(*args[1:], **kwargs)
+                    return getattr(args[0], target)(*args[1:], **kwargs)
                 if node.op == "get_attr":
                     value: Any = self.root
-                    for part in node.target.split("."):
+                    for part in target.split("."):
                         value = getattr(value, part)
                     return value
-                return self.root.get_submodule(node.target)(*args, **kwargs)
+                return self.root.get_submodule(target)(*args, **kwargs)
         except Exception as error:
             shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
@@ -474,13 +511,13 @@ class _Tracer(fx.Tracer):
             return kind(value)
         if _from_mode(proxy.node):
             if self._inside_leaf_function:
-                raise _ReadsMode
+                raise _ModeReadError
             self.asked_mode = True
             return kind(value)
         value = kind(value) if not isinstance(value, tuple | list | str) and value is not None else value
         where = _user_line()
         text = f"{where}: {_formula(proxy.node)} was taken as {value!r}"
-        if text not in self.decisions:
+        if text not in self.decisions and not _of_rank(proxy.node):
             self.decisions.append(text)
         if kind is bool:
             held = proxy if value else self.create_proxy("call_function", operator.not_, (proxy,), {})
@@ -511,7 +548,9 @@ def _check_keywords(function: Any, kwargs: Mapping[str, Any]) -> None:
     known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     unknown = [name for name in kwargs if name not in known]
     if unknown and not code.co_flags & 0x08:  # 0x08: the function takes **kwargs
-        raise InputError(f"example_inputs has {unknown[0]!r}, but forward takes {', '.join(known)}: use its argument names as keys.")
+        raise InputError(
+            f"example_inputs has {unknown[0]!r}, but forward takes {', '.join(known)}: use its argument names as keys."
+        )
 
 
 def _is_torch(function: Any) -> bool:
@@ -525,6 +564,14 @@ def _from_mode(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), Tensor) and any(
         _from_mode(n) for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)
     )
+
+
+def _of_rank(node: fx.Node) -> bool:
+    """Whether a scalar depends on ranks alone (``x.dim() == 4``), which no input of the same kind changes."""
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if tensors:
+        return node.target in ("dim", "ndimension") or (node.target is getattr and str(node.args[1]) == "ndim")
+    return bool(node.all_input_nodes) and all(_of_rank(n) for n in node.all_input_nodes)
 
 
 def _formula(node: fx.Node) -> str:
@@ -645,6 +692,6 @@ def _drop_unused_sizes(graph: fx.Graph) -> None:
         if node.op in ("placeholder", "output") or node.users or node.target is torch._assert:
             continue
         value = node.meta.get("val")
-        if node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
-            if node.target is not operator.setitem:
-                graph.erase_node(node)
+        scalar = node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+        if scalar and node.target is not operator.setitem:
+            graph.erase_node(node)

@@ -28,8 +28,8 @@ __all__ = ["Verification", "check"]
 class Verification:
     """What was measured.
 
-    ``error`` is the relative error ``||out - reference|| / ||reference||``, the largest over the outputs; NaN if only the structure was
-    checked. ``outputs`` is the number of output tensors compared.
+    ``error`` is the relative error ``||out - reference|| / ||reference||``, the largest over the outputs; NaN if only the structure
+    was checked. ``outputs`` is the number of output tensors compared.
     """
 
     error: float
@@ -107,7 +107,8 @@ def _values(model: nn.Module, dtype: torch.dtype, generator: torch.Generator | N
                 shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
             elif id(tensor) in parameters and tensor.dim() > 1:
                 fan_in = max(tensor[0].numel(), 1)
-                shared[id(tensor)] = torch.randn(tensor.shape, generator=generator, dtype=dtype) * (1.5 / fan_in) ** 0.5
+                drawn = torch.empty(tensor.shape, dtype=dtype).uniform_(-1, 1, generator=generator)
+                shared[id(tensor)] = drawn * (4.5 / fan_in) ** 0.5
             else:
                 shared[id(tensor)] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
         values[name] = shared[id(tensor)]
@@ -171,7 +172,7 @@ def _reference(coupling: Coupling, survivors: Survivors, values: dict[str, Tenso
     """Run the original graph with removed parameter elements at zero and statistics over the survivors."""
     trace = coupling.traces[0]
     masked = {}
-    for name, tensor in coupling.parameters.items():
+    for name in coupling.parameters:
         value = values[name].clone()
         for labels in coupling.parameter_labels(name):
             value = value * torch.from_numpy(survivors.alive[labels]).to(value.dtype)
@@ -225,7 +226,7 @@ def _installed(twin: nn.Module, by_id: dict[int, Tensor]) -> Iterator[None]:
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
                     if tensor is not None and id(tensor) in by_id:
-                        changed.append((store, name, tensor))  # type: ignore[arg-type]
+                        changed.append((store, name, tensor))
                         new = by_id[id(tensor)]
                         store[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new  # type: ignore[assignment]
         yield

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import fxprune
-from tests.support.checking import TOLERANCE, as_dtype, call, count, randomise, relative_error, tensors
+from tests.support.checking import TOLERANCE, as_dtype, call, count, nesting, randomise, relative_error, tensors
 from tests.support.families import FAMILIES, Family
 from tests.zoo import CASES
 from tests.zoo.blocks import Residual
@@ -73,7 +72,7 @@ def test_any_batch(family: Family) -> None:
         x = torch.randn(batch, *family.shape)
         with torch.no_grad():
             output, original = pruned.model(x), model(x)
-        assert pytree.tree_structure(output) == pytree.tree_structure(original)
+        assert nesting(output) == nesting(original)
         assert [out.shape for out in tensors(output)] == [out.shape for out in tensors(original)]
 
 
@@ -109,9 +108,7 @@ def check_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     pruned.eval()
     assert not any(module.training for module in pruned.modules())
     with torch.no_grad():
-        assert relative_error(*(floating(call(pruned, inputs)) for _ in range(2))) == 0, (
-            "eval mode is not deterministic"
-        )
+        assert relative_error(*(floating(call(pruned, inputs)) for _ in range(2))) == 0, "eval mode is not deterministic"
 
 
 @families
@@ -195,9 +192,7 @@ def check_names(model: nn.Module, pruned: nn.Module, composite: bool) -> None:
         assert value.dim() == original[name].dim(), name
         assert all(new <= old for new, old in zip(value.shape, original[name].shape, strict=True)), name
     kinds = {name: (p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()}
-    assert {
-        name: (p.dtype, p.device, p.requires_grad) for name, p in pruned.named_parameters()
-    }.items() <= kinds.items()
+    assert {name: (p.dtype, p.device, p.requires_grad) for name, p in pruned.named_parameters()}.items() <= kinds.items()
     persistent = {name for name, _ in pruned.named_buffers()}
     assert persistent <= {name for name, _ in model.named_buffers()}
     pruned.load_state_dict(copy.deepcopy(emitted), strict=True)
@@ -393,9 +388,7 @@ def test_exports_with_any_batch(name: str) -> None:
     _, pruned = halved(family)
     with torch.no_grad():
         dynamic = ({0: torch.export.Dim("batch", min=2)},)
-        program = torch.export.export(
-            copy.deepcopy(pruned.model), (torch.randn(2, *family.shape),), dynamic_shapes=dynamic
-        )
+        program = torch.export.export(copy.deepcopy(pruned.model), (torch.randn(2, *family.shape),), dynamic_shapes=dynamic)
         x = torch.randn(7, *family.shape)
         assert relative_error(program.module()(x), pruned.model(x)) <= 1e-5
 
@@ -449,7 +442,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def test_keep(how: str) -> None:
     """What a kept module owns stays as it is, however it is named; the rest is pruned."""
     model, x = Residual(16), torch.randn(2, 3, 8, 8)
-    keep: Any = {"name": "a1", "glob": "a?", "module": model.a1, "list": ["a1.0", model.a2, "b*"]}[how]
+    keep: Any = {"name": "a1", "glob": "a?", "module": model.a1, "list": ["a1.0", model.a2, "hea?"]}[how]
     pruned = fxprune.prune(model, x, channels=0.5, keep=keep).model
     assert _shapes(pruned.get_submodule("a1.0")) == _shapes(model.a1[0])
     if how in ("glob", "list"):

@@ -30,8 +30,8 @@ def magnitude(coupling: Coupling, tensors: Mapping[str, Tensor]) -> npt.NDArray[
 
     References
     ----------
-    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, taken over the coupled slices as in Fang et al., "DepGraph: Towards
-    Any Structural Pruning", CVPR 2023.
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, taken over the coupled slices as in Fang et al., "DepGraph:
+    Towards Any Structural Pruning", CVPR 2023.
     """
     scores = np.zeros(coupling.context.units.count)
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """Write the smaller graph, node by node, and check it while writing.
 
-Each new node runs at once, on meta tensors that carry the *old* labels of their survivors. So its sizes are known when the next node
-needs them, and two old units that meet anywhere prove the emission wrong: the first of the two checks of an emitted model.
+Each new node runs at once, on meta tensors that carry the *old* labels of their survivors. So its sizes are known when the next
+node needs them, and two old units that meet anywhere prove the emission wrong: the first of the two checks of an emitted model.
 """
 
 from __future__ import annotations
@@ -209,10 +209,11 @@ def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
     done[id(module)] = new
-    for store in (new._parameters, new._buffers):
-        for name, tensor in store.items():
+    tensors: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
+    for own in tensors:
+        for name, tensor in own.items():
             if tensor is not None and id(tensor) in replaced:
-                store[name] = replaced[id(tensor)]  # type: ignore[assignment]
+                own[name] = replaced[id(tensor)]
     for name, child in module._modules.items():
         if child is not None:
             new._modules[name] = _skeleton(child, replaced, done, leaf)

@@ -49,4 +49,4 @@ def resize(module: nn.Module, old_input: Any, new_input: Any, new_output: list[i
         dim = module.dim % old_input.dim()
         sizes = list(module.unflattened_size)
         new = new_output[dim : dim + len(sizes)]
-        module.unflattened_size = tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))  # type: ignore[assignment]
+        module.unflattened_size = tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))

@@ -1,11 +1,12 @@
 """Numbers in the graph that were true for the original's sizes, corrected from the labels of the node that they feed.
 
-Each corrector belongs to a spelling in Python (``view``, ``x[:, a:b]``, ``F.layer_norm``), not to a model. It returns the node's new
-arguments. Numbers that do not describe a size (a scale computed from a width) keep the original's value.
+Each corrector belongs to a spelling in Python (``view``, ``x[:, a:b]``, ``F.layer_norm``), not to a model. It returns the node's
+new arguments. Numbers that do not describe a size (a scale computed from a width) keep the original's value.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -106,7 +107,8 @@ def _result_size(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     key = "size" if "size" in node.kwargs else "shape" if "shape" in node.kwargs else None
     wanted = emission.survivors.shape(value)
     if key is not None:
-        return node.target, node.args, {**node.kwargs, key: _sizes(emission, list(node.kwargs[key]), wanted)}
+        given: Any = node.kwargs[key]
+        return node.target, node.args, {**node.kwargs, key: _sizes(emission, list(given), wanted)}
     if len(node.args) > 1 and isinstance(node.args[1], torch.dtype):
         return node.target, node.args, node.kwargs
     tail = 1 if name == "new_full" else 0
@@ -121,7 +123,8 @@ def _result_size(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
 def _factory_size(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     wanted = emission.survivors.shape(value)
     if "size" in node.kwargs:
-        return node.target, node.args, {**node.kwargs, "size": _sizes(emission, list(node.kwargs["size"]), wanted)}
+        given: Any = node.kwargs["size"]
+        return node.target, node.args, {**node.kwargs, "size": _sizes(emission, list(given), wanted)}
     tail = 1 if name_of(node) == "full" and len(node.args) > 1 else 0
     sizes, packed = _spread(node.args[: len(node.args) - tail])
     if len(sizes) != len(wanted):
@@ -163,7 +166,7 @@ def _split(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     ends = [0]
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
-    sizes = [_count(emission, tensor, axis, a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    sizes = [_count(emission, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
     return torch.split, (x, sizes, dim), {}
 
 
@@ -195,7 +198,8 @@ def _item(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
         return node.target, node.args, node.kwargs
     parts = list(index) if isinstance(index, (tuple, list)) else [index]
     used = sum(1 for p in parts if p is not None and p is not Ellipsis)
-    axis, new = 0, []
+    axis = 0
+    new: list[Any] = []
     for part in parts:
         if part is Ellipsis:
             axis += tensor.dim() - used
@@ -255,7 +259,8 @@ def _roll(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
 
 @corrects("pad")
 def _pad(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
-    x, amounts, *rest = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["pad"])
+    given: tuple[Any, ...] = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["pad"])
+    x, amounts, *rest = given
     tensor = emission.old(x)
     new = list(amounts)
     for i in range(len(amounts) // 2):
@@ -270,7 +275,8 @@ def _pad(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
 
 @corrects("layer_norm", "rms_norm")
 def _normalized_shape(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
-    x, shape, *rest = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["normalized_shape"])
+    given: tuple[Any, ...] = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["normalized_shape"])
+    x, shape, *rest = given
     wanted = emission.survivors.shape(value)[-len(shape) :]
     return (
         node.target,

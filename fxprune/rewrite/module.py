@@ -16,8 +16,8 @@ _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 class PrunedModule(fx.GraphModule):
     """A GraphModule with the whole module tree of the original.
 
-    ``torch.fx.GraphModule`` takes over only what its graph calls, so parameters that no operation uses would be missing from the state
-    dict. And a graph has one path: a model that branches on ``self.training`` (an auxiliary head) has a second one, the
+    ``torch.fx.GraphModule`` takes over only what its graph calls, so parameters that no operation uses would be missing from the
+    state dict. And a graph has one path: a model that branches on ``self.training`` (an auxiliary head) has a second one, the
     ``training_graph``, which runs in training mode.
     """
 
@@ -38,11 +38,12 @@ class PrunedModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
         code = super().recompile()
-        if self.__dict__.get("training_graph") is not None:
+        training_graph = self.__dict__.get("training_graph")
+        if training_graph is not None:
             kind = type(self)
             evaluation = kind.forward
             root = self.__dict__.get("_tree", self)
-            training = type(fx.GraphModule(root, self.training_graph)).forward
+            training = type(fx.GraphModule(root, training_graph)).forward
 
             @functools.wraps(evaluation)
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
+        self._fields: dict[int, list[tuple[Array, int]]] = {}  # by the id of a tensor that the coupling keeps alive
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         for group in coupling.groups:
             units = np.array(group.units)
@@ -41,7 +42,10 @@ class Survivors:
 
     def fields(self, tensor: Any) -> list[tuple[Array, int]]:
         """(labels, shrinking dimension) of every field of a tensor of the labelled run that loses something."""
-        out = []
+        cached = self._fields.get(id(tensor))
+        if cached is not None:
+            return cached
+        out = self._fields[id(tensor)] = []
         for labels in self.coupling.labels(tensor):
             if not self.alive[labels].all():
                 out.append((labels, shrinking_dim(labels, self.coupling.balance.block)))

@@ -1,7 +1,7 @@
 """What a rule can see and do: read and write fields, unite labels, pin them, and note what must stay rectangular.
 
-The verbs here know no op. A rule describes an op in their terms: which operands meet element by element (:meth:`Context.merge`), what
-is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Context.pin`).
+The verbs here know no op. A rule describes an op in their terms: which operands meet element by element (:meth:`Context.merge`),
+what is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Context.pin`).
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ class Context:
 
     def _birth_rest(self, b: Operand, met_sizes: set[int], rank: int) -> list[Field]:
         """Axes of a parameter that met no labels: pinned where they met a size, born where they met nothing."""
-        born = []
+        born: list[Field] = []
         if b.record is None:
             return born
         for v, axis in list(b.unborn.items()):

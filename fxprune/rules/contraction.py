@@ -38,7 +38,7 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @rule("matmul", "mm", "bmm", "mv", "dot")
 def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """(..., n, k) @ (..., k, m) -> (..., n, m): k is summed, leading dimensions broadcast."""
-    x, y = a["self"], a.get("other", a.get("mat2", a.get("vec", a.get("tensor"))))
+    x, y = a["self"], next(a[name] for name in ("other", "mat2", "vec", "tensor") if name in a)
     batch = max(x.dim() - 2, y.dim() - 2, 0)
     n, k, m = batch, batch + 1, batch + 2
     x_dims = [*range(batch - (x.dim() - 2), batch), n, k] if x.dim() > 1 else [k]

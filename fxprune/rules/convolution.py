@@ -15,18 +15,19 @@ from fxprune.rules.registry import rule
 GROUP, INPUT, OUTPUT = 0, 1, 2
 
 
-@rule("convolution")
+@rule("convolution", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o, ...)."""
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
+    transposed = a.get("transposed", "transpose" in func._schema.name)
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
     incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
     record = ctx.record(w)
-    if record is not None and record.unborn and not a["transposed"] and not record.fields:
+    if record is not None and record.unborn and not transposed and not record.fields:
         labels = _first_use(ctx, record, incoming, groups, w)
     else:
-        labels = _general(ctx, x, w, incoming, groups, a["transposed"], out.shape[channel])
-    fields = [Field(l.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for l, zero in labels]
+        labels = _general(ctx, x, w, incoming, groups, transposed, out.shape[channel])
+    fields = [Field(own.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for own, zero in labels]
     fields = [Field(f.labels[np.newaxis] if channel else f.labels, f.zero) for f in fields]
     if bias is not None:
         fields = add_channel_bias(ctx, out, fields, bias, channel)
@@ -34,7 +35,7 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Field]:
-    """The fields along the channel dimension as 1-D fields; fields that vary elsewhere as well are tied to one label per channel."""
+    """The fields along the channel dimension as 1-D fields; those that vary elsewhere as well are tied to one label per channel."""
     out = []
     for f in ctx.fields(x):
         if channel not in f.dims:
@@ -110,8 +111,8 @@ def _general(
     # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
     result = []
     for f in ctx.contract([left, right], 3, {INPUT}):
-        labels = np.broadcast_to(f.labels, (groups, 1, outputs)).reshape(groups, outputs)
+        rows = np.broadcast_to(f.labels, (groups, 1, outputs)).reshape(groups, outputs)
         if groups > 1 and {GROUP, OUTPUT} <= f.dims:
-            ctx.sight(labels, fixed={0} if inputs > 1 else ())
-        result.append((np.ascontiguousarray(labels).reshape(channels), f.zero))
+            ctx.sight(rows, fixed={0} if inputs > 1 else ())
+        result.append((np.ascontiguousarray(rows).reshape(channels), f.zero))
     return result

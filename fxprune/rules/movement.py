@@ -7,12 +7,12 @@ other (``reshape``) does a rule add what must hold for the smaller tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from fxprune.labels import Field, compact, reshape_blocks, varied
+from fxprune.labels import Array, Field, compact, reshape_blocks, varied
 from fxprune.rules.context import Context, as_torch, from_torch
 from fxprune.rules.registry import rule
 
@@ -28,7 +28,8 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x = a["self"]
     name = func._schema.name.removeprefix("aten::")
     if out is x:
-        return _in_place(ctx, name, a, x)
+        _in_place(ctx, name, a, x)
+        return
     if name in ("alias", "detach", "lift_fresh", "clone", "contiguous", "_conj", "conj", "resolve_conj", "resolve_neg"):
         ctx.put(out, ctx.fields(x), base=None if name == "clone" else x)
         return
@@ -143,8 +144,8 @@ def reshape(ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequ
             if len(outs) > 1:
                 splits.append(tuple(outs))
         labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
-        for outs in splits:
-            inner = tuple(d for d in outs if labels.shape[d] > 1)
+        for parts in splits:
+            inner = tuple(d for d in parts if labels.shape[d] > 1)
             if len(inner) > 1:
                 ctx.sight(labels, merged=inner)
         out.append(Field(labels, f.zero))
@@ -249,7 +250,7 @@ def select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _select(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
     out = []
     for f in fields:
-        picked = f.labels.take(index if dim in f.dims else 0, axis=dim)
+        picked = cast(Array, f.labels.take(index if dim in f.dims else 0, axis=dim))
         if f.dims == {dim}:
             ctx.pin(picked, "is read by its position")
             continue

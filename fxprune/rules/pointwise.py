@@ -161,6 +161,8 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.put(first, ctx.fields(a["self"]))
         return
     elementwise(ctx, func, a, operands, first)
+    if name == "bernoulli" and a.get("p") is not None:  # drawn with that probability, whatever the argument holds
+        ctx.put(first, [Field(f.labels, False) for f in ctx.fields(first)])
 
 
 @rule("copy_")

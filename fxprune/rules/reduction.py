@@ -39,7 +39,7 @@ def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
 
 
 def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: bool) -> None:
-    x = a.get("self", a.get("x"))
+    x = a["self"] if "self" in a else a["x"]
     reduced, keepdim = _reduced(a, x)
     passing = []
     for f in ctx.fields(x):

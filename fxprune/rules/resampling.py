@@ -24,7 +24,7 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 )
 def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The last one to three dimensions are positions and are pinned; the rest pass."""
-    x = a.get("self", a.get("input"))
+    x = a["self"] if "self" in a else a["input"]
     count = next(n for tag, n in _SPATIAL.items() if tag in func._schema.name)
     first = x.dim() - count
     passing = []

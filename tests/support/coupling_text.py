@@ -1,6 +1,7 @@
 """How one op couples its operands, as one line of text.
 
-``linear: (i,j),(k,j),(k)->(i,k)`` reads like an einsum: a letter is an axis, a letter that stands twice is united, the first one wins.
+``linear: (i,j),(k,j),(k)->(i,k)`` reads like an einsum: a letter is an axis, a letter that stands twice is united, the first
+one wins.
 
 ======================  ==================================================================================================
 ``i``, ``j``, ...       the units of an operand's axis, in order
@@ -239,7 +240,8 @@ class _Text:
             return None
         first = int(ranks.flat[0])
         strides = [int(ranks.take(1, axis=d).flat[0]) - first for d in range(core.ndim)]
-        if strides[-1] != 1 or not np.array_equal(ranks - first, sum(np.ogrid[[slice(n) for n in core.shape]][d] * s for d, s in enumerate(strides))):
+        grid = np.ogrid[[slice(n) for n in core.shape]]
+        if strides[-1] != 1 or not np.array_equal(ranks - first, sum(grid[d] * s for d, s in enumerate(strides))):
             return None
         texts, limit = [], count
         for d, (n, stride) in enumerate(zip(core.shape, strides, strict=True)):

@@ -39,7 +39,8 @@ class Family:
         name: the test's id.
         build: gives the model with fresh weights.
         shape: the example input without the batch axis.
-        other: another shape that the model takes too, None where the architecture fixes the resolution.
+        other: another shape that the model takes too, None where the architecture fixes the resolution. Swin's is
+            on the same side of its own test, whether a map is as small as a window.
         composite: whether a composite leaf (nn.MultiheadAttention) is taken apart, so that sums may be reordered.
     """
 
@@ -181,9 +182,7 @@ FAMILIES = (
     Family("alexnet", _alexnet, (3, 96, 96), (3, 128, 112)),
     Family("convnext", _convnext, (3, 32, 32), (3, 48, 40)),
     Family("deeplabv3", _deeplab, (3, 33, 33), (3, 48, 40)),
-    Family(
-        "densenet", lambda: densenet.DenseNet(8, (2, 3), 16, drop_rate=0.1, num_classes=10), (3, 32, 32), (3, 64, 48)
-    ),
+    Family("densenet", lambda: densenet.DenseNet(8, (2, 3), 16, drop_rate=0.1, num_classes=10), (3, 32, 32), (3, 64, 48)),
     Family("efficientnet", _efficientnet, (3, 32, 32), (3, 40, 64)),
     Family("fcn", _fcn, (3, 33, 33), (3, 48, 40)),
     Family("googlenet", lambda: models.GoogLeNet(10, aux_logits=False, init_weights=False), (3, 32, 32), (3, 64, 48)),
@@ -215,14 +214,14 @@ FAMILIES = (
         (3, 64, 48),
     ),
     Family("squeezenet", lambda: models.SqueezeNet("1_1", 10), (3, 48, 48), (3, 64, 80)),
-    Family("swin", lambda: _swin(swin_transformer.SwinTransformerBlock), (3, 32, 32), (3, 64, 48)),
+    Family("swin", lambda: _swin(swin_transformer.SwinTransformerBlock), (3, 64, 64), (3, 72, 88)),
     Family(
         "swin_v2",
         lambda: _swin(swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2),
-        (3, 32, 32),
-        (3, 64, 48),
+        (3, 64, 64),
+        (3, 72, 88),
     ),
-    Family("swin_3d", _swin3d, (3, 4, 32, 32), (3, 4, 48, 32)),
+    Family("swin_3d", _swin3d, (3, 4, 64, 64), (3, 4, 72, 64)),
     Family("vgg", _vgg, (3, 32, 32), (3, 48, 64)),
     Family("video_resnet", lambda: _video(video_resnet.Conv3DSimple), (3, 4, 16, 16), (3, 6, 24, 16)),
     Family("video_r2plus1d", lambda: _video(video_resnet.Conv2Plus1D), (3, 4, 16, 16), (3, 6, 24, 16)),

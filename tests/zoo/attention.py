@@ -123,8 +123,7 @@ class Transformer(nn.Module):
         self.norms2 = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.attentions = nn.ModuleList(attention(width) for _ in range(2))
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width)) for _ in range(2)
         )
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
@@ -206,10 +205,7 @@ ATTENTIONS: dict[str, Callable[[int], nn.Module]] = {
 
 CASES = [
     *(Case(f"attention_{name}", lambda w, a=a: BareAttention(w, a), floats(5, 6)) for name, a in ATTENTIONS.items()),
-    *(
-        Case(f"vit_{name}", lambda w, a=a: Transformer(w, a), floats(3, 8, 8), zeroable=False)
-        for name, a in ATTENTIONS.items()
-    ),
+    *(Case(f"vit_{name}", lambda w, a=a: Transformer(w, a), floats(3, 8, 8), zeroable=False) for name, a in ATTENTIONS.items()),
     Case("window_attention", Windows, floats(3, 8, 8), zeroable=False),
     Case("cross_attention", CrossAttention, several((5, 6), (7, 5))),
     Case("encoder_layer", lambda w: EncoderLayer(w, norm_first=False), floats(5, 6), zeroable=False),

@@ -111,8 +111,7 @@ class SplitShuffle(nn.Module):
         super().__init__()
         self.stem = conv(3, 2 * width)
         self.work = nn.ModuleList(
-            nn.Sequential(conv(width, width, 1), conv(width, width, groups=width), conv(width, width, 1))
-            for _ in range(2)
+            nn.Sequential(conv(width, width, 1), conv(width, width, groups=width), conv(width, width, 1)) for _ in range(2)
         )
         self.last = conv(2 * width, 2 * width)
         self.head = nn.Linear(2 * width, 10)

@@ -256,10 +256,7 @@ CASES = [
     Case("control_flow_on_shapes", ControlFlow, floats(3, 7, 9)),
     Case("frames_in_a_loop", Frames, video),
     Case("frames_folded_into_batch", FoldedFrames, video),
-    *(
-        Case(f"in_place_{how.replace(' ', '_')}", lambda w, how=how: InPlace(w, how), IMAGE, slack=0.1)
-        for how in IN_PLACE
-    ),
+    *(Case(f"in_place_{how.replace(' ', '_')}", lambda w, how=how: InPlace(w, how), IMAGE, slack=0.1) for how in IN_PLACE),
     Case("shared_modules", Shared, IMAGE),
     Case("containers", Containers, IMAGE),
 ]
