@@ -105,10 +105,11 @@ class PlainAttention(nn.Module):
             dropout = self.dropout if self.dropout > 0 and self.training else 0.0
             causal = is_causal and mask is None
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        out = self.out_proj(out.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim))
+        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the layout is part of the result.
+        out = self.out_proj(out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim))
         if not batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
+            out = out.squeeze(1)
+        elif self.batch_first:
             out = out.transpose(0, 1)
         return out, weights
 

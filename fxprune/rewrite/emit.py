@@ -229,12 +229,17 @@ def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]
         taken = survivors.take(tensor, source.detach()) if tensor.is_meta else source.detach()
         if taken.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             taken = taken.clone()
-        if source.dim() == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
-            taken = taken.contiguous(memory_format=torch.channels_last)
-        elif source.is_contiguous():
-            taken = taken.contiguous()
+        taken = _laid_out_like(source, taken)
         out[id(tensor)] = nn.Parameter(taken, source.requires_grad) if isinstance(source, nn.Parameter) else taken
     return out
+
+
+def _laid_out_like(source: Tensor, taken: Tensor) -> Tensor:
+    """Contiguous, in the memory format of the source. Strides tell it, also where sizes of 1 make both formats contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
+    if last is None or source.stride() != torch.empty(source.shape, device=META, memory_format=last).stride():
+        return taken.contiguous()
+    return torch.empty_like(taken, memory_format=last).copy_(taken)
 
 
 def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:

@@ -189,9 +189,7 @@ class Depthwise(Node):
     def module(self, *signals: Signal) -> nn.Module:
         width = signals[0].channels
         padding = (self.kernel - 1) // 2
-        return nn.Conv2d(
-            width, width * self.multiplier, self.kernel, self.stride, padding, groups=width, bias=self.bias
-        )
+        return nn.Conv2d(width, width * self.multiplier, self.kernel, self.stride, padding, groups=width, bias=self.bias)
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,9 +210,7 @@ class TransposedConv(Node):
         return Signal("chw", (self.out, signal.shape[1] * self.stride, signal.shape[2] * self.stride))
 
     def module(self, *signals: Signal) -> nn.Module:
-        return nn.ConvTranspose2d(
-            signals[0].channels, self.out, self.stride, self.stride, groups=self.groups, bias=self.bias
-        )
+        return nn.ConvTranspose2d(signals[0].channels, self.out, self.stride, self.stride, groups=self.groups, bias=self.bias)
 
 
 @dataclass(frozen=True, repr=False)
@@ -362,9 +358,7 @@ class Dropout(_Shaped):
 class _Scale(nn.Module):
     def __init__(self, signal: Signal) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(
-            torch.ones(signal.channels, 1, 1) if signal.layout == "chw" else torch.ones(signal.channels)
-        )
+        self.gamma = nn.Parameter(torch.ones(signal.channels, 1, 1) if signal.layout == "chw" else torch.ones(signal.channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -455,10 +449,7 @@ class _SeparateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = (
-            layer(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
@@ -486,9 +477,7 @@ class Attention(_Shaped):
 
     def infer(self, *signals: Signal) -> Signal:
         if self.style == "module":
-            self._need(
-                signals[0].channels == self.heads * self.head_dim, f"heads x head_dim is not the width of {signals[0]}"
-            )
+            self._need(signals[0].channels == self.heads * self.head_dim, f"heads x head_dim is not the width of {signals[0]}")
         return super().infer(*signals)
 
     def module(self, *signals: Signal) -> nn.Module:

@@ -290,9 +290,7 @@ FITS: dict[type[Node], Callable[[Draft, int, Signal], bool]] = {
     n.Pad: lambda draft, x, here: max(here.shape[1:]) + 2 <= MAX_SIDE,
     n.Upsample: lambda draft, x, here: _grows(here),
     n.PixelShuffle: lambda draft, x, here: here.channels % 4 == 0 and here.channels > 4 and _grows(here),
-    n.PixelUnshuffle: lambda draft, x, here: (
-        here.channels * 4 <= MAX_WIDTH and all(side % 2 == 0 for side in here.shape[1:])
-    ),
+    n.PixelUnshuffle: lambda draft, x, here: here.channels * 4 <= MAX_WIDTH and all(side % 2 == 0 for side in here.shape[1:]),
 }
 """Kinds that are not here fit every value of their layouts."""
 
