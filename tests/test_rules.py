@@ -128,40 +128,41 @@ CASES = [
     Case("col2im", "(i,j*4,!)->(i,j,4,4)", lambda x: F.fold(x, (4, 4), 2), t(2, 12, 9)),
     Case("constant_pad_nd", "(i,j)->(i,a+j+b)", lambda x: torch.constant_pad_nd(x, (1, 2)), t(2, 3)),
     Case("contiguous", "(i,j)->(j,i)", lambda x: x.t().contiguous(), t(2, 3)),
-    Case("convolution", "(!,i,!,!),(j,i,!,!),(j)->(2,j,2,2)", F.conv2d, t(2, 3, 4, 4), w(5, 3, 3, 3), w(5)),
     Case(
-        "convolution, concatenated input",
+        "conv1d, concatenated input",
         "(1,i,!),(1,j,!),(k,i+j,!)->(1,k,2)",
         lambda x, y, k: F.conv1d(torch.cat([x, y], 1), k),
         t(1, 3, 4),
         t(1, 2, 4),
         w(4, 5, 3),
     ),
+    Case("conv1d, fixed input", "(2,3,4),(i,!,!)->(2,i,2)", F.conv1d, c(2, 3, 4), w(5, 3, 3)),
     Case(
-        "convolution, depth multiplier",
+        "conv1d, flattened input",
+        "(1,i,j,!),(k,i*j,!)->(1,k,2)",
+        lambda x, k: F.conv1d(x.flatten(1, 2), k),
+        t(1, 3, 2, 4),
+        w(4, 6, 3),
+    ),
+    Case("conv1d, unbatched", "(i,!),(j,i,!)->(j,2)", F.conv1d, t(3, 4), w(4, 3, 3)),
+    Case("conv2d", "(!,i,!,!),(j,i,!,!),(j)->(2,j,2,2)", F.conv2d, t(2, 3, 4, 4), w(5, 3, 3, 3), w(5)),
+    Case(
+        "conv2d, depth multiplier",
         "(!,i,!,!),(i*2,1,!,!)->(2,i*2,2,2)",
         lambda x, k: F.conv2d(x, k, groups=3),
         t(2, 3, 4, 4),
         w(6, 1, 3, 3),
     ),
     Case(
-        "convolution, depthwise",
+        "conv2d, depthwise",
         "(!,i,!,!),(i,1,!,!),(i)->(2,i,2,2)",
         lambda x, k, b: F.conv2d(x, k, b, groups=3),
         t(2, 3, 4, 4),
         w(3, 1, 3, 3),
         w(3),
     ),
-    Case("convolution, fixed input", "(2,3,4),(i,!,!)->(2,i,2)", F.conv1d, c(2, 3, 4), w(5, 3, 3)),
     Case(
-        "convolution, flattened input",
-        "(1,i,j,!),(k,i*j,!)->(1,k,2)",
-        lambda x, k: F.conv1d(x.flatten(1, 2), k),
-        t(1, 3, 2, 4),
-        w(4, 6, 3),
-    ),
-    Case(
-        "convolution, grouped",
+        "conv2d, grouped",
         "(!,i,!,!),([i1*2 j],i2,!,!),(j)->(2,j,2,2) with (i1!,i2) with (j1!,j2)",
         lambda x, k, b: F.conv2d(x, k, b, groups=2),
         t(2, 6, 4, 4),
@@ -169,7 +170,7 @@ CASES = [
         w(4),
     ),
     Case(
-        "convolution, grouped, weight met before",
+        "conv2d, grouped, weight met before",
         "(!,2*i,!,!),(j,i,!,!),(j)->(2,j,2,2) with (j1!,j2)",
         lambda x, k, b: F.conv2d(x, k, b, groups=2),
         t(2, 6, 4, 4),
@@ -177,7 +178,7 @@ CASES = [
         t(4),
     ),
     Case(
-        "convolution, transposed",
+        "conv_transpose2d",
         "(!,i,!,!),(i,j,!,!),(j)->(2,j,6,6)",
         F.conv_transpose2d,
         t(2, 3, 4, 4),
@@ -185,13 +186,12 @@ CASES = [
         w(5),
     ),
     Case(
-        "convolution, transposed and grouped",
+        "conv_transpose2d, grouped",
         "(!,i,!,!),(i,j,!,!)->(2,2*j,6,6) with (i1!,i2)",
         lambda x, k: F.conv_transpose2d(x, k, groups=2),
         t(2, 6, 4, 4),
         w(6, 2, 3, 3),
     ),
-    Case("convolution, unbatched", "(i,!),(j,i,!)->(j,2)", F.conv1d, t(3, 4), w(4, 3, 3)),
     Case("copy_", "(i,j),(j)->(i~,j~)", lambda x, y: x.copy_(y), t(2, 3), t(3)),
     Case("copy_, into a view", "(i,j),(i,j[0:2])->(i,j[0:2])", lambda x, y: x[:, :2].copy_(y), t(3, 4), t(3, 2)),
     Case("count_nonzero", "(i,j)->(i)", lambda x: x.count_nonzero(1), t(2, 3)),
@@ -532,6 +532,7 @@ ALIASES = {
         "upsample_nearest1d upsample_nearest3d upsample_trilinear3d"
     ),
     "all": "amin argmin kthvalue min mode",
+    "conv2d": "conv3d conv_transpose1d conv_transpose3d convolution",
     "alpha_dropout": (
         "_to_copy bernoulli_ celu_ clip_ elu_ exponential_ fill hardsigmoid_ hardswish_ hardtanh_ "
         "leaky_relu_ log_normal_ mish_ relu6_ rrelu_with_noise selu_ silu_ square_ threshold_ uniform_"
@@ -583,7 +584,7 @@ def test_an_op_without_a_rule_pins_all_that_enters():
 
 # Where a weight that has labels already is coupled otherwise than one that takes them over: in a grouped convolution its rows would
 # share one labelling of the input axis, and a label per position cannot be told apart into those of two flattened dimensions.
-MET_BEFORE = {"convolution, flattened input", "convolution, grouped"}
+MET_BEFORE = {"conv1d, flattened input", "conv2d, grouped"}
 WEIGHTED = [case for case in CASES if any(operand.kind == "weight" for operand in case.operands)]
 
 

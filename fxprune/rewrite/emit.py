@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.labels import Field
+from fxprune.labels import Field, compact
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
@@ -170,13 +170,39 @@ class _Emission:
                     )
         if self.context.units.version != self.checked:
             self.checked = self.context.units.version
-            roots = self.context.units.find(self.units)
-            if not np.array_equal(roots, self.units):
-                raise RewriteError(
-                    f"node {node.name!r} ({node.target}) brings channels together that were apart in the original. "
-                    "Pass the module's name in keep= to leave it whole.",
-                    node.name,
-                )
+            if not np.array_equal(self.context.units.find(self.units), self.units):
+                raise self._mixed(node)
+        if node.op != "get_attr":
+            for before, after in zip(tree_leaves(old), tree_leaves(new), strict=True):
+                if isinstance(before, Tensor):
+                    self._compare(node, before, after)
+
+    def _compare(self, node: fx.Node, old: Tensor, new: Tensor) -> None:
+        """The labels that the emitted node gives must be those of the original's survivors, in the same order.
+
+        The next node then starts from these: a channel axis that shrank to size 1 has no labels of its own any more.
+        """
+        expected = self.coupling.context.fields(old)
+        found = self.context.fields(new)
+        if not expected and not found:
+            return
+        kept = []
+        for f in expected:
+            labels = compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy())
+            if labels.size == 1:
+                continue
+            related = [g.labels for g in found if np.isin(g.labels, labels[labels > 0]).any()]
+            if related and not any(g.shape == labels.shape and np.array_equal(g, labels) for g in related):
+                raise self._mixed(node)
+            kept.append(Field(labels, f.zero))
+        self.context.put(new, kept)
+
+    def _mixed(self, node: fx.Node) -> RewriteError:
+        return RewriteError(
+            f"node {node.name!r} ({node.target}) brings channels together that were apart in the original. "
+            "Pass the module's name in keep= to leave it whole.",
+            node.name,
+        )
 
 
 def _old_labels(coupling: Coupling, survivors: Survivors, root: nn.Module) -> Context:

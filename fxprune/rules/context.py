@@ -380,6 +380,11 @@ def take(labels: Array, dims: Sequence[int]) -> Array:
 def _partner(labels: Array, dims: set[int], free: list[Field], alone: bool) -> Field | None:
     """The field among ``free`` that pairs with these labels."""
     same = [f for f in free if f.dims == dims]
+    inner = [f for f in free if max(dims) in f.dims and (f.dims < dims or f.dims > dims)]
+    if len(same) + len(inner) > 1:  # provenance decides: a field that already holds some of these labels
+        related = [f for f in same + inner if np.isin(f.labels, labels[labels > 0]).any()]
+        if related:
+            return related[0]
     if same:
         if alone and len(same) == 1:
             return same[0]
@@ -387,7 +392,6 @@ def _partner(labels: Array, dims: set[int], free: list[Field], alone: bool) -> F
             if f.labels.shape == labels.shape and _same_pattern(f.labels, labels):
                 return f
         return None
-    inner = [f for f in free if max(dims) in f.dims and (f.dims < dims or f.dims > dims)]
     return inner[0] if inner else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxprune.labels import Array, Field
+from fxprune.labels import Array, Field, compact
 from fxprune.rules.context import Context, Operand, Record
 from fxprune.rules.registry import rule
 
@@ -101,11 +101,11 @@ def _general(
         first, second = f.labels.shape[:2]
         split = (groups, -1) if first > 1 else (1, 1)
         labels = f.labels.reshape(*split, second)  # (g, o, i); transposed: (g, i, o)
-        laid.append(Field(labels if transposed else labels.transpose(0, 2, 1), f.zero))
+        laid.append(Field(compact(labels if transposed else labels.transpose(0, 2, 1)), f.zero))
     inputs, outputs = (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
     sizes = {GROUP: groups, INPUT: inputs, OUTPUT: outputs}
     left = Operand(
-        [Field(f.labels.reshape(groups, inputs, 1), f.zero) for f in incoming], {d for d in (GROUP, INPUT) if sizes[d] > 1}, {}
+        [Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], {d for d in (GROUP, INPUT) if sizes[d] > 1}, {}
     )
     right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {})
     # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
