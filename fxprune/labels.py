@@ -89,19 +89,21 @@ class Units:
         """The representative of each label's unit (its smallest label)."""
         parent = self._parent
         root = parent[labels]
+        up = parent[root]
+        if (up == root).all():
+            return root
         while True:
-            up = parent[root]
-            if np.array_equal(up, root):
+            root, up = up, parent[up]
+            if (up == root).all():
                 break
-            root = up
         parent[labels] = root  # path compression
         return root
 
     def live(self, labels: Array) -> Array:
         """Like :meth:`find`, with 0 for every pinned unit."""
         root = self.find(labels)
-        pinned = self._pin[root] > 0
-        return np.where(pinned, 0, root) if pinned.any() else root
+        pinned = self._pin[root]
+        return np.where(pinned > 0, 0, root) if pinned.any() else root
 
     def unite(self, a: Array, b: Array) -> None:
         """Make ``a[i]`` and ``b[i]`` one unit for every i (broadcast). A 0 on one side pins the other."""

@@ -45,9 +45,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = tensors_in(args, kwargs)
     if not any(t.is_meta for t in tensors):
         return func(*args, **kwargs)
-    quick = _QUICK.get(func.overloadpacket)
-    if quick is None and torch.Tag.pointwise in func.tags:
-        quick = _pointwise
+    quick = _quick(func)
     if quick is not None:
         out = quick(func, args, kwargs)
         if out is not None:
@@ -55,6 +53,22 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs or not all(t.is_meta for t in tensors):
         args, kwargs = tree_map(_to_meta, (args, kwargs))
     return func(*args, **kwargs)
+
+
+@functools.cache
+def _quick(func: Any) -> Callable[..., Tensor | None] | None:
+    if func.overloadpacket in _QUICK:
+        return _QUICK[func.overloadpacket]
+    if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
+        return _in_place
+    return _pointwise if torch.Tag.pointwise in func.tags else None
+
+
+def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """An op that writes into its first argument gives that argument back, whatever it writes."""
+    returns = func._schema.returns
+    written = len(returns) == 1 and returns[0].alias_info is not None and isinstance(args[0], Tensor) and args[0].is_meta
+    return args[0] if written else None
 
 
 def _to_meta(value: Any) -> Any:
@@ -66,10 +80,7 @@ def _to_meta(value: Any) -> Any:
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    if func._schema.is_mutable:
-        target = args[0]
-        return target if isinstance(target, Tensor) and func._schema.arguments[0].alias_info is not None else None
-    if len(func._schema.returns) != 1 or kwargs.get("out") is not None:
+    if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
     tensors = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
@@ -79,8 +90,15 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         return None
     for t in tensors:
         if t.is_meta and t.shape == shape:
-            return torch.empty_like(t, dtype=dtype)
+            return _like(t, dtype)
     return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.empty_like for meta tensors; that one is a Python program."""
+    if x.is_contiguous() or 0 in x.stride():
+        return torch.empty(x.shape, dtype=dtype or x.dtype, device=META)
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
 
 
 def _hashable(value: Any) -> Any:
@@ -110,7 +128,7 @@ def _pointwise_dtype(func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, An
 
 def _like_first(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x = args[0]
-    return torch.empty_like(x) if x.is_meta and x.is_floating_point() else None
+    return _like(x) if x.is_meta and x.is_floating_point() else None
 
 
 def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -149,13 +167,58 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     return first.new_empty([*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]])
 
 
+def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if func._overloadname == "padding" or kwargs:
+        return None
+    x, weight = args[0], args[1]
+    count = weight.dim() - 2
+    stride, padding, dilation = (
+        _each(args[i] if len(args) > i else default, count) for i, default in ((3, 1), (4, 0), (5, 1))
+    )
+    groups = args[6] if len(args) > 6 else 1
+    if x.dim() != count + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or x.dtype != weight.dtype:
+        return None  # PyTorch says what is wrong
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return torch.empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
+
+
+def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
+    sizes = [value] if isinstance(value, int) else list(value)
+    return sizes * count if len(sizes) == 1 else sizes
+
+
+def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, weight = args[0], args[1]
+    if weight.dim() != 2 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return None
+    return torch.empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
+
+
+def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    query, key, value = args[:3]
+    if not query.dim() == key.dim() == value.dim() == 4 or query.shape[:2] != key.shape[:2]:
+        return None
+    return torch.empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
+
+
 _QUICK: dict[Any, Callable[..., Tensor | None]] = {
     aten.batch_norm: _like_first,
+    aten.conv1d: _convolution,
+    aten.conv2d: _convolution,
+    aten.conv3d: _convolution,
+    aten.linear: _linear,
+    aten.scaled_dot_product_attention: _attention,
     aten.instance_norm: _like_first,
     aten.layer_norm: _like_first,
     aten.group_norm: _like_first,
     aten.rms_norm: _like_first,
     aten.dropout: _like_first,
+    aten.hardsigmoid: _like_first,  # these three are pointwise, though not tagged so
+    aten.hardswish: _like_first,
+    aten.relu6: _like_first,
     aten.cat: _cat,
     aten.softmax: _softmax,
     aten.adaptive_avg_pool1d: _adaptive,

@@ -38,16 +38,14 @@ def magnitude(coupling: Coupling, tensors: Mapping[str, Tensor]) -> npt.NDArray[
         fields = coupling.parameter_labels(name)
         if not fields:
             continue
-        # The tensor is read once: first over the dimensions (a kernel's) on which no field varies, the rest on what that leaves.
-        squares = tensor.detach()
-        dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
-        inner = [d for d in range(tensor.dim()) if tensor.shape[d] > 1 and all(labels.shape[d] == 1 for labels in fields)]
-        if inner:
-            squares = torch.linalg.vector_norm(squares, dim=inner, keepdim=True, dtype=dtype)
-        squares = squares.to(dtype).square()
+        squares = tensor.detach().to(torch.float64 if tensor.dtype is torch.float64 else torch.float32).square()
         for labels in fields:
-            others = [d for d, size in enumerate(labels.shape) if size == 1]
-            own = squares.sum(others, keepdim=True) if others else squares
-            scores += np.bincount(labels.ravel(), weights=own.cpu().numpy().ravel().astype(np.float64), minlength=len(scores))
+            first = next(d for d, size in enumerate(labels.shape) if size > 1)
+            rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
+            # Leading dimensions first: both sums then run along memory.
+            own = squares.sum(list(range(first)), keepdim=True) if first else squares
+            own = own.sum(rest, keepdim=True) if rest else own
+            weights = own.expand(labels.shape).cpu().numpy().ravel().astype(np.float64)
+            scores += np.bincount(labels.ravel(), weights=weights, minlength=len(scores))
     scores[0] = 0
     return np.sqrt(scores)

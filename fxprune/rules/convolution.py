@@ -104,9 +104,8 @@ def _general(
         laid.append(Field(compact(labels if transposed else labels.transpose(0, 2, 1)), f.zero))
     inputs, outputs = (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
     sizes = {GROUP: groups, INPUT: inputs, OUTPUT: outputs}
-    left = Operand(
-        [Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], {d for d in (GROUP, INPUT) if sizes[d] > 1}, {}
-    )
+    here = {d for d in (GROUP, INPUT) if sizes[d] > 1}
+    left = Operand([Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], here, {})
     right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {})
     # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
     result = []
