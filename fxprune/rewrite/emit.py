@@ -191,8 +191,12 @@ class _Emission:
             labels = compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy())
             if labels.size == 1:
                 continue
-            related = [g.labels for g in found if np.isin(g.labels, labels[labels > 0]).any()]
-            if related and not any(g.shape == labels.shape and np.array_equal(g, labels) for g in related):
+            # Labels born in this run (padding, expanded dimensions) stand for those that the original bore here.
+            same = any(
+                g.labels.shape == labels.shape and ((g.labels == labels) | (g.labels >= self.coupling.context.units.count)).all()
+                for g in found
+            )
+            if not same and any(np.isin(g.labels, labels[labels > 0]).any() for g in found):
                 raise self._mixed(node)
             kept.append(Field(labels, f.zero))
         self.context.put(new, kept)

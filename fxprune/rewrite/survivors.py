@@ -34,6 +34,7 @@ class Survivors:
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
         self._fields: dict[int, list[tuple[Array, int]]] = {}  # by the id of a tensor that the coupling keeps alive
+        self._shapes: dict[int, list[int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         for group in coupling.groups:
             units = np.array(group.units)
@@ -82,12 +83,18 @@ class Survivors:
 
     def shape(self, tensor: Tensor) -> list[int]:
         """The tensor's size in the smaller model."""
+        if not self.fields(tensor):
+            return list(tensor.shape)
+        cached = self._shapes.get(id(tensor))
+        if cached is not None:
+            return list(cached)
         size = list(tensor.shape)
         for dim in {shrink for _, shrink in self.fields(tensor)}:
             left = self.count(tensor, dim, 0, size[dim])
             assert left is not None
             size[dim] = left
-        return size
+        self._shapes[id(tensor)] = size
+        return list(size)
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
         """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the removed elements.

@@ -195,6 +195,8 @@ class Context:
         if a is b:
             return
         self.units.unite(a, b)
+        if not self.units.pinning:
+            return
         for x in self.units.owners(a):
             for y in self.units.owners(b):
                 self._edge(x, y)
@@ -214,6 +216,8 @@ class Context:
             self.pin(f.labels, why)
 
     def sight(self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()) -> None:
+        if not self.units.pinning:
+            return  # a check of an emitted model: the rectangles are there
         fixed = frozenset(fixed)
         labels = np.ascontiguousarray(labels)
         key = (labels.shape, hash(labels.tobytes()), fixed, merged)
@@ -241,6 +245,19 @@ class Context:
     def _edge(self, a: int, b: int) -> None:
         if a != b and a >= 0 and b >= 0:
             self.edges.setdefault((min(a, b), max(a, b)), {})[self.node] = None
+
+    def meet_vector(self, labels: Array, vector: Tensor) -> bool:
+        """A parameter of one axis meets 1-D labels, position by position: the usual case of a bias or a scale, done at once.
+
+        False (and nothing done) where it has labels already that are not these.
+        """
+        record = self.records.get(id(vector))
+        if record is None or vector.dim() != 1:
+            return False
+        if record.unborn:
+            self.adopt(record, 0, labels)
+            return True
+        return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
 
     # -- operands that meet
 

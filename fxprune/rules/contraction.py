@@ -32,7 +32,11 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         return _finish(ctx, out, fields, range(rank - 1), a["bias"])
     operands = [ctx.operand(x, range(rank), rank + 1), ctx.operand(w, (rank, rank - 1), rank + 1)]
     fields = ctx.contract(operands, rank + 1, {rank - 1})
-    return _finish(ctx, out, fields, [*range(rank - 1), rank], a["bias"])
+    bias = a["bias"]
+    along = [f for f in fields if rank in f.dims]
+    if bias is not None and len(along) == 1 == len(fields) and ctx.meet_vector(along[0].labels.reshape(-1), bias):
+        bias = None
+    return _finish(ctx, out, fields, [*range(rank - 1), rank], bias)
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot")

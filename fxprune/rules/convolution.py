@@ -50,6 +50,8 @@ def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Fiel
 
 
 def add_channel_bias(ctx: Context, out: Tensor, fields: list[Field], bias: Tensor, channel: int) -> list[Field]:
+    if len(fields) == 1 and fields[0].dims == {channel} and ctx.meet_vector(fields[0].labels.reshape(-1), bias):
+        return fields
     ctx.put(out, fields)
     rank = out.dim()
     met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(bias, (channel,), rank)], rank)

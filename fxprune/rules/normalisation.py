@@ -15,7 +15,10 @@ from fxprune.rules.registry import rule
 def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int) -> list[Field]:
     """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""
     rank = x.dim()
-    laid = [Field(f.labels.reshape([-1 if d == channel else 1 for d in range(rank)]), f.zero) for f in fields]
+    form = [-1 if d == channel else 1 for d in range(rank)]
+    if len(fields) == 1 and all(ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None):
+        return [Field(fields[0].labels.reshape(form), parameters[0] is not None or fields[0].zero)]
+    laid = [Field(f.labels.reshape(form), f.zero) for f in fields]
     given = [p for p in parameters if p is not None]
     stand_in = x.new_empty(x.shape)
     ctx.put(stand_in, laid)

@@ -1,0 +1,303 @@
+"""Quick answers of shapes equal PyTorch's own, and what PyTorch refuses is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from fxprune.shapes import ShapeMode, run, tensors_in
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (*FLOATS, torch.int64, torch.uint8, torch.bool)
+sizes = st.integers(1, 5)
+seldom = st.integers(0, 2)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Shapes and dtypes of the result, or that there is none."""
+    try:
+        out = function(*args, **kwargs)
+    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+        return "refused"
+    return tree_map(lambda t: (tuple(t.shape), t.dtype, t.device.type) if isinstance(t, Tensor) else t, out)
+
+
+def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Assert that ShapeMode changes nothing about a function's outcome; return it."""
+    with torch.inference_mode():
+        expected = outcome(function, *args, **kwargs)
+        with ShapeMode():
+            found = outcome(function, *args, **kwargs)
+    assert found == expected
+    return expected
+
+
+def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A meta tensor of a shape in some order of memory."""
+    order = draw(st.permutations(range(len(shape))))
+    return meta(*(shape[d] for d in order), dtype=dtype).permute(*(order.index(d) for d in range(len(shape))))
+
+
+# -- convolutions and products
+
+
+@given(data=st.data(), count=st.integers(1, 3), groups=st.integers(1, 3), bias=st.booleans())
+def test_convolution(data: Any, count: int, groups: int, bias: bool) -> None:
+    draw = data.draw
+    each = st.one_of(st.integers(1, 3), st.tuples(*[st.integers(1, 3)] * count))
+    kernel, spatial = draw(st.tuples(*[st.integers(1, 3)] * count)), draw(st.tuples(*[st.integers(1, 8)] * count))
+    inputs, outputs = groups * draw(sizes), groups * draw(sizes)
+    padding = draw(st.one_of(seldom, st.tuples(*[seldom] * count), st.sampled_from(["valid", "same"])))
+    x = strided(draw, (draw(sizes), inputs, *spatial))
+    weight = meta(outputs, inputs // groups, *kernel)
+    function = getattr(F, f"conv{count}d")
+    agree(function, x, weight, meta(outputs) if bias else None, draw(each), padding, draw(each), groups)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5), (2, 4, 5), (2, 5, 5, 5), (2, 4, 1, 5), (4,)])
+def test_convolution_of_another_rank_or_width(shape: tuple[int, ...]) -> None:
+    agree(F.conv2d, meta(*shape), meta(6, 4, 3, 3))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_convolution_whose_groups_do_not_divide(groups: int) -> None:
+    agree(F.conv2d, meta(2, 4, 5, 5), meta(6, 2, 3, 3), groups=groups)
+
+
+def test_convolution_of_another_dtype_is_refused() -> None:
+    assert agree(F.conv2d, meta(2, 4, 5, 5), meta(6, 4, 3, 3, dtype=torch.float64)) == "refused"
+
+
+@given(lead=st.lists(sizes, max_size=3), inputs=sizes, outputs=sizes, wrong=st.booleans(), bias=st.booleans())
+def test_linear(lead: list[int], inputs: int, outputs: int, wrong: bool, bias: bool) -> None:
+    weight = meta(outputs, inputs + wrong)
+    assert (agree(F.linear, meta(*lead, inputs), weight, meta(outputs) if bias else None) == "refused") == wrong
+
+
+@given(batch=sizes, heads=sizes, tokens=sizes, source=sizes, width=sizes, out=sizes)
+def test_attention(batch: int, heads: int, tokens: int, source: int, width: int, out: int) -> None:
+    q, k, v = meta(batch, heads, tokens, width), meta(batch, heads, source, width), meta(batch, heads, source, out)
+    agree(F.scaled_dot_product_attention, q, k, v)
+    agree(F.scaled_dot_product_attention, q, k, v, meta(tokens, source, dtype=torch.bool))
+    agree(F.scaled_dot_product_attention, q[0], k[0], v[0])
+
+
+@pytest.mark.parametrize(("key", "value"), [((2, 3, 5, 4), (2, 3, 5, 8)), ((2, 3, 5, 8), (2, 3, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 8))])
+def test_attention_of_wrong_shapes_is_refused(key: tuple[int, ...], value: tuple[int, ...]) -> None:
+    assert agree(F.scaled_dot_product_attention, meta(2, 3, 5, 8), meta(*key), meta(*value)) == "refused"
+
+
+# -- normalisations
+
+
+@given(data=st.data(), rank=st.integers(2, 4), affine=st.booleans(), training=st.booleans())
+def test_batch_norm(data: Any, rank: int, affine: bool, training: bool) -> None:
+    x = strided(data.draw, data.draw(st.tuples(*[st.integers(2, 5)] * rank)))
+    vector = meta(x.shape[1])
+    agree(F.batch_norm, x, vector, vector, vector if affine else None, vector if affine else None, training)
+
+
+@given(data=st.data(), rank=st.integers(1, 4), dtype=st.sampled_from(FLOATS), affine=st.booleans())
+def test_layer_norm_and_rms_norm(data: Any, rank: int, dtype: torch.dtype, affine: bool) -> None:
+    x = strided(data.draw, data.draw(st.tuples(*[sizes] * rank)), dtype)
+    shape = tuple(x.shape[rank - data.draw(st.integers(1, rank)) :])
+    weight = meta(*shape, dtype=dtype) if affine else None
+    agree(F.layer_norm, x, shape, weight, weight)
+    agree(F.rms_norm, x, shape, weight)
+
+
+@given(data=st.data(), groups=st.integers(1, 3), width=sizes, rank=st.integers(2, 4))
+def test_group_norm(data: Any, groups: int, width: int, rank: int) -> None:
+    x = strided(data.draw, (data.draw(st.integers(2, 4)), groups * width, *data.draw(st.tuples(*[st.integers(2, 4)] * (rank - 2)))))
+    agree(F.group_norm, x, groups, meta(groups * width), meta(groups * width))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.layer_norm(x, (7,)),
+        lambda x: F.layer_norm(x, (8,), meta(7), meta(7)),
+        lambda x: F.rms_norm(x, (7,)),
+        lambda x: F.group_norm(x, 3),
+        lambda x: F.group_norm(x, 2, meta(7), meta(7)),
+    ],
+    ids=["layer_norm", "layer_norm weight", "rms_norm", "group_norm", "group_norm weight"],
+)
+def test_normalisation_of_a_wrong_width_is_refused(function: Callable[..., Any]) -> None:
+    assert agree(function, meta(2, 8, 8)) == "refused"
+
+
+def test_batch_norm_of_a_wrong_width_is_refused() -> None:
+    """PyTorch's meta kernel lets it pass; a model would fail on it."""
+    with torch.inference_mode(), pytest.raises(RuntimeError), ShapeMode():
+        F.batch_norm(meta(2, 8, 4), meta(6), meta(6), meta(6), meta(6))
+
+
+# -- pointwise
+
+
+UNARY = [torch.relu, torch.sigmoid, torch.exp, torch.abs, torch.neg, torch.sqrt, torch.logical_not, torch.isnan, F.gelu, F.silu]
+UNARY += [F.relu6, F.hardswish, F.hardsigmoid, F.leaky_relu, F.dropout]
+BINARY = [torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.eq, torch.lt, torch.ge, torch.logical_and]
+BINARY += [torch.floor_divide, torch.remainder, torch.bitwise_and, torch.atan2]
+named = {"ids": lambda function: function.__name__}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", UNARY, **named)
+def test_unary(function: Callable[..., Any], dtype: torch.dtype) -> None:
+    agree(function, meta(2, 3, dtype=dtype))
+    agree(function, meta(dtype=dtype))
+
+
+def operand(draw: Any, shape: tuple[int, ...]) -> Any:
+    """A tensor that broadcasts to a shape, or a Python number."""
+    kind = draw(st.sampled_from(["tensor", "tensor", "scalar tensor", "number"]))
+    if kind == "number":
+        return draw(st.sampled_from([2, 0.5, True]))
+    if kind == "scalar tensor":
+        return meta(dtype=draw(st.sampled_from(DTYPES)))
+    own = tuple(draw(st.sampled_from([n, 1])) for n in shape[draw(st.integers(0, len(shape))) :])
+    return strided(draw, own, draw(st.sampled_from(DTYPES)))
+
+
+@pytest.mark.parametrize("function", BINARY, **named)
+@given(data=st.data())
+def test_binary_promotes_and_broadcasts(function: Callable[..., Any], data: Any) -> None:
+    shape = data.draw(st.lists(sizes, max_size=3).map(tuple))
+    x = strided(data.draw, shape, data.draw(st.sampled_from(DTYPES)))
+    agree(function, x, operand(data.draw, shape))
+
+
+@given(data=st.data())
+def test_where_clamp_and_addcmul(data: Any) -> None:
+    shape = data.draw(st.lists(sizes, min_size=1, max_size=3).map(tuple))
+    mask, x = strided(data.draw, shape, torch.bool), operand(data.draw, shape)
+    agree(torch.where, mask, x, operand(data.draw, shape))
+    agree(torch.addcmul, meta(*shape), meta(*shape[-1:]), meta(*shape))
+    agree(torch.clamp, strided(data.draw, shape), 0, 1.5)
+
+
+def test_sizes_that_do_not_broadcast_are_refused() -> None:
+    assert agree(torch.add, meta(2, 3), meta(2, 4)) == "refused"
+    assert agree(torch.cat, [meta(2, 3), meta(4, 3)], 1) == "refused"
+
+
+@given(data=st.data())
+def test_a_contiguous_result_stays_viewable(data: Any) -> None:
+    """The order of memory is not promised, but a view that PyTorch allows must not fail."""
+    shape = data.draw(st.lists(sizes, min_size=2, max_size=3).map(tuple))
+    x, y = strided(data.draw, shape), strided(data.draw, shape)
+    for function in (lambda: torch.relu(x), lambda: x + y, lambda: torch.softmax(x, -1), lambda: x + y[..., :1]):
+        with torch.inference_mode():
+            expected = function()
+            with ShapeMode():
+                found = function()
+        assert found.is_contiguous() or not expected.is_contiguous()
+
+
+# -- in place
+
+
+@pytest.mark.parametrize("name", ["add_", "mul_", "clamp_", "relu_", "copy_", "fill_", "zero_", "masked_fill_"])
+def test_in_place_gives_the_tensor_itself(name: str) -> None:
+    x = meta(2, 3)
+    rest: dict[str, tuple[Any, ...]] = {"clamp_": (0,), "relu_": (), "zero_": (), "fill_": (1.0,)}
+    rest["masked_fill_"] = (meta(2, 3, dtype=torch.bool), 0.0)
+    with torch.inference_mode(), ShapeMode():
+        assert getattr(x, name)(*rest.get(name, (meta(3),))) is x
+
+
+@pytest.mark.parametrize("name", ["unsqueeze_", "squeeze_", "t_"])
+def test_in_place_views_change_the_shape(name: str) -> None:
+    arguments = (0,) if "squeeze" in name else ()
+    with torch.inference_mode(), ShapeMode():
+        x, y = meta(1, 3), meta(1, 3)
+        getattr(x, name)(*arguments)
+    assert x.shape == getattr(y, name)(*arguments).shape
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 3)])
+def test_in_place_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    assert agree(lambda y: meta(2, 3).add_(y), meta(*shape)) == "refused"
+
+
+def test_in_place_of_a_wrong_dtype_is_refused() -> None:
+    assert agree(lambda: meta(2, 3, dtype=torch.int64).add_(0.5)) == "refused"
+
+
+# -- the rest
+
+
+@given(data=st.data(), rank=st.integers(1, 4), count=st.integers(1, 3))
+def test_cat(data: Any, rank: int, count: int) -> None:
+    shape, dim = data.draw(st.tuples(*[sizes] * rank)), data.draw(st.integers(-rank, rank - 1))
+    along = [list(shape) for _ in range(count)]
+    for own in along:
+        own[dim] = data.draw(sizes)
+    agree(torch.cat, [meta(*own, dtype=data.draw(st.sampled_from(DTYPES))) for own in along], dim)
+
+
+def test_cat_of_a_legacy_empty_tensor() -> None:
+    agree(torch.cat, [meta(0), meta(2, 3)], 1)
+
+
+@pytest.mark.parametrize("dim", [-2, 2])
+def test_dims_outside_are_refused(dim: int) -> None:
+    x = meta(3)
+    assert agree(torch.softmax, x, dim) == "refused"
+    assert agree(torch.cat, [x, x], dim) == "refused"
+
+
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), to=st.sampled_from([None, *FLOATS]))
+def test_softmax(data: Any, dtype: torch.dtype, to: torch.dtype | None) -> None:
+    x = strided(data.draw, data.draw(st.lists(sizes, min_size=1, max_size=4).map(tuple)), dtype)
+    dim = data.draw(st.integers(-x.dim(), x.dim() - 1))
+    assert agree(torch.softmax, x, dim, to) == ((tuple(x.shape), to or dtype, "meta") if (to or dtype) in FLOATS else "refused")
+
+
+@given(data=st.data(), count=st.integers(1, 3), batched=st.booleans())
+def test_adaptive_pool(data: Any, count: int, batched: bool) -> None:
+    x = meta(*data.draw(st.tuples(*[sizes] * (count + 1 + batched))))
+    size = data.draw(st.one_of(sizes, st.tuples(*[st.one_of(sizes, st.none())] * count)))
+    agree(getattr(F, f"adaptive_avg_pool{count}d"), x, size if count > 1 or isinstance(size, int) else size[0] or 2)
+
+
+UPSAMPLES = [("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bilinear", 2), ("trilinear", 3), ("bicubic", 2)]
+
+
+@pytest.mark.parametrize(("mode", "count"), UPSAMPLES)
+@given(data=st.data())
+def test_upsample(mode: str, count: int, data: Any) -> None:
+    x = meta(*data.draw(st.tuples(*[sizes] * (count + 2))))
+    agree(F.interpolate, x, size=data.draw(st.tuples(*[sizes] * count)), mode=mode)
+    factor = data.draw(st.one_of(st.sampled_from([1.0, 1.5, 2.0, 2.7, 3.0]), st.tuples(*[st.sampled_from([1.0, 2.0, 1.3])] * count)))
+    agree(F.interpolate, x, scale_factor=factor, mode=mode)
+
+
+# -- constants
+
+
+def test_data_is_computed_with_data() -> None:
+    out = run(torch.ops.aten.add.Tensor, (torch.tensor([1, 2]), torch.tensor([3, 4])), {})
+    assert out.tolist() == [4, 6]
+
+
+def test_data_beside_meta_goes_to_meta() -> None:
+    out = run(torch.ops.aten.mm.default, (torch.ones(2, 3), meta(3, 4)), {})
+    assert (out.device.type, tuple(out.shape)) == ("meta", (2, 4))
+
+
+def test_tensors_in_lists_are_found() -> None:
+    x, y, z = meta(1), meta(2), meta(3)
+    assert [t is u for t, u in zip(tensors_in(([x, None, y], 1), {"out": z}), (x, y, z), strict=True)] == [True] * 3
