@@ -352,6 +352,8 @@ def example_of_pair(exact: Inputs) -> Inputs:
 def _kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
     """Names of all parameters and buffers below the modules that ``keep`` names."""
     entries = [keep] if isinstance(keep, (str, nn.Module)) else list(keep)
+    if not entries:
+        return ()
     modules = dict(model.named_modules(remove_duplicate=False))
     names: set[str] = set()
     for entry in entries:
@@ -386,30 +388,27 @@ def _check_model(model: Any) -> None:
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
-    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    parameters = list(model.named_parameters())
+    tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
     lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
     if lazy:
         raise ModelError(f"{lazy[0]!r} is uninitialised (a lazy module): run the model once on an input, then prune it.")
-    devices = {str(t.device): name for name, t in reversed(tensors)}
+    devices = {t.device: name for name, t in reversed(tensors)}
     if len(devices) > 1:
-        where = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))
+        where = ", ".join(sorted(f"{name} on {device}" for device, name in devices.items()))
         raise ModelError(f"the model lies on {len(devices)} devices ({where}): move it to one with model.to(device) first.")
     for name, module in model.named_modules():
-        quantised = any(part in type(module).__module__ for part in ("nn.quantized", "nn.intrinsic.quantized"))
-        if quantised and "Functional" not in type(module).__name__.removeprefix("Q"):
-            raise _quantised(name or "the model", type(module).__name__)
+        kind = type(module)
+        quantised = "quantized" in kind.__module__ and any(p in kind.__module__ for p in ("nn.quantized", "nn.intrinsic.quantized"))
+        if quantised and "Functional" not in kind.__name__.removeprefix("Q"):
+            raise _quantised(name or "the model", kind.__name__)
     for name, tensor in tensors:
         if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):
             raise _quantised(name, type(tensor.data).__name__ if not tensor.is_quantized else str(tensor.dtype))
-    for name, tensor in model.named_parameters():
-        if (
-            tensor.is_floating_point()
-            and tensor.device.type != "meta"
-            and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach())))
-        ):
-            raise ModelError(
-                f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first."
-            )
+    for name, tensor in parameters:
+        readable = tensor.is_floating_point() and not tensor.is_meta
+        if readable and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach()))):
+            raise ModelError(f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first.")
 
 
 def _quantised(name: str, kind: str) -> ModelError:

@@ -205,7 +205,8 @@ def _register(context: Context, twin: torch.nn.Module) -> dict[str, Tensor]:
 def _propagate(context: Context, trace: Trace, pinned_nodes: set[str]) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
     inputs = iter(trace.placeholders)
-    root = trace.twin.model.train(trace.training)
+    root = trace.twin.model
+    trace.twin.set_mode(trace.training)
     prefix = "train." if trace.training else ""
     with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for node in trace.graph.nodes:

@@ -22,6 +22,14 @@ __all__ = ["LabelMode", "run_node"]
 _WHOLE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
 
 
+# Movements that keep survivors in order whatever is removed: nothing in them is a number that describes a position.
+_IN_ORDER = frozenset(
+    {"permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "unsqueeze", "squeeze", "alias", "detach", "clone"}
+    | {"contiguous", "expand", "expand_as", "cat", "stack", "unbind", "constant_pad_nd", "pad"}
+    | {f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+)
+
+
 class LabelMode(TorchDispatchMode):
     """Sees every ATen op on meta tensors and lets its rule carry the labels on.
 
@@ -61,6 +69,8 @@ class LabelMode(TorchDispatchMode):
         out = shapes.run(func, args, kwargs)
         if rule is not None:
             rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
+            if rule.family in ("movement", "resampling") and func._schema.name.removeprefix("aten::") not in _IN_ORDER:
+                ctx.moved.add(ctx.node)
             return out
         for tensor in tensors:
             ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")

@@ -68,7 +68,14 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     """An op that writes into its first argument gives that argument back, whatever it writes."""
     returns = func._schema.returns
     written = len(returns) == 1 and returns[0].alias_info is not None and isinstance(args[0], Tensor) and args[0].is_meta
-    return args[0] if written else None
+    if not written:
+        return None
+    if torch.Tag.pointwise in func.tags:
+        tensors = tensors_in(args, kwargs)
+        if torch.broadcast_shapes(*(t.shape for t in tensors)) != args[0].shape:
+            return None  # PyTorch says what is wrong
+        _pointwise_dtype(func, *_kinds(args, kwargs))  # raises where the result's dtype does not fit in
+    return args[0]
 
 
 def _to_meta(value: Any) -> Any:
@@ -84,8 +91,7 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         return None
     tensors = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    key = tuple((a.dtype, a.dim() > 0) if isinstance(a, Tensor) else _hashable(a) for a in args)
-    dtype = _pointwise_dtype(func, key, tuple(sorted((k, _hashable(v)) for k, v in kwargs.items())))
+    dtype = _pointwise_dtype(func, *_kinds(args, kwargs))
     if dtype is None:
         return None
     for t in tensors:
@@ -99,6 +105,10 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if x.is_contiguous() or 0 in x.stride():
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=META)
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
+
+
+def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    return tuple(map(_hashable, args)), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items()))
 
 
 def _hashable(value: Any) -> Any:
@@ -131,9 +141,43 @@ def _like_first(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     return _like(x) if x.is_meta and x.is_floating_point() else None
 
 
+def _contiguous(x: Tensor, keep_format: bool = False) -> Tensor | None:
+    """A result that is laid out anew, whatever the strides of ``x``; ``keep_format``: but for channels-last."""
+    if not x.is_meta or not x.is_floating_point():
+        return None
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if keep_format and last is not None and x.is_contiguous(memory_format=last):
+        return _like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=META)
+
+
+def _channel_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """batch_norm, instance_norm: up to four vectors over the channels."""
+    x = args[0]
+    vectors = [t for t in tensors_in(args, kwargs) if t is not x]
+    fits = x.dim() > 1 and all(t.shape == x.shape[1:2] for t in vectors)
+    return _contiguous(x, func.overloadpacket is not aten.instance_norm) if fits else None
+
+
+def _group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return _channel_norm(func, args, kwargs) if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0 else None
+
+
+def _last_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """layer_norm, rms_norm: statistics and weights over the last dimensions."""
+    x, shape = args[0], tuple(args[1])
+    fits = all(t.shape == shape for t in tensors_in(args[2:], kwargs))
+    if not fits or not shape or x.shape[-len(shape) :] != shape:
+        return None
+    return _contiguous(x, func.overloadpacket is aten.rms_norm)
+
+
 def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    dim = args[1] if len(args) > 1 else kwargs["dim"]
+    if not -args[0].dim() <= dim < args[0].dim():
+        return None
     dtype = kwargs.get("dtype", args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None)
-    return None if dtype is not None else _like_first(func, args, kwargs)
+    return None if dtype is not None else _contiguous(args[0])
 
 
 def _adaptive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -160,6 +204,8 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     first = tensors[0]
     if any(t.dtype != first.dtype or t.dim() != first.dim() or not t.is_meta for t in tensors):
         return None
+    if not -first.dim() <= dim < first.dim():
+        return None
     dim %= first.dim()
     rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
     if any([*t.shape[:dim], *t.shape[dim + 1 :]] != rest for t in tensors):
@@ -178,6 +224,8 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     groups = args[6] if len(args) > 6 else 1
     if x.dim() != count + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or x.dtype != weight.dtype:
         return None  # PyTorch says what is wrong
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
+        return None
     spatial = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -192,29 +240,33 @@ def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
 
 def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, weight = args[0], args[1]
-    if weight.dim() != 2 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:]:
+        return None
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
         return None
     return torch.empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     query, key, value = args[:3]
-    if not query.dim() == key.dim() == value.dim() == 4 or query.shape[:2] != key.shape[:2]:
+    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return None
+    if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
         return None
     return torch.empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
 
 
 _QUICK: dict[Any, Callable[..., Tensor | None]] = {
-    aten.batch_norm: _like_first,
+    aten.batch_norm: _channel_norm,
     aten.conv1d: _convolution,
     aten.conv2d: _convolution,
     aten.conv3d: _convolution,
     aten.linear: _linear,
     aten.scaled_dot_product_attention: _attention,
-    aten.instance_norm: _like_first,
-    aten.layer_norm: _like_first,
-    aten.group_norm: _like_first,
-    aten.rms_norm: _like_first,
+    aten.instance_norm: _channel_norm,
+    aten.layer_norm: _last_norm,
+    aten.group_norm: _group_norm,
+    aten.rms_norm: _last_norm,
     aten.dropout: _like_first,
     aten.hardsigmoid: _like_first,  # these three are pointwise, though not tagged so
     aten.hardswish: _like_first,

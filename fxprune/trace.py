@@ -49,6 +49,11 @@ class Twin:
     model: nn.Module
     real: dict[int, Tensor]
 
+    def set_mode(self, training: bool) -> None:
+        """``model.train(training)``, done once for many calls."""
+        if any(module.__dict__["training"] is not training for module in self.model.modules()):
+            self.model.train(training)
+
 
 @dataclass
 class Trace:
@@ -190,7 +195,7 @@ def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training
     InputError
         If an operation refuses the shapes of the example.
     """
-    twin.model.train(training)
+    twin.set_mode(training)
     tracer = _Tracer(args, kwargs, training)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -662,6 +667,11 @@ def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Ca
     return call
 
 
+def _read_mode(module: nn.Module) -> Any:
+    return module.__dict__[_TRACER].read_mode(module)
+
+
+_TRACER = "_fxprune_tracer"
 _mode_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -671,19 +681,19 @@ def _mode_through_graph(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
     changed: list[tuple[nn.Module, type]] = []
     try:
         for name, module in root.named_modules():
-            if name and tracer.is_leaf_module(module, name):
+            if name and is_leaf(module):
                 continue
             kind = type(module)
-
-            def read(self: nn.Module) -> Any:
-                return tracer.read_mode(self)
-
+            if kind not in _mode_classes:
+                _mode_classes[kind] = type(kind.__name__, (kind,), {_TRAINING: property(_read_mode), "__module__": kind.__module__})
             changed.append((module, kind))
-            module.__class__ = type(kind.__name__, (kind,), {_TRAINING: property(read), "__module__": kind.__module__})
+            module.__dict__[_TRACER] = tracer
+            module.__class__ = _mode_classes[kind]
         yield
     finally:
         for module, kind in changed:
             module.__class__ = kind
+            del module.__dict__[_TRACER]
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.labels import Field, compact
+from fxprune.labels import Array, Field, compact
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
@@ -43,7 +43,7 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> tupl
         stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
-    context = _old_labels(coupling, survivors, root)
+    context = _old_labels(coupling, survivors, smaller)
     graphs, macs = [], 0
     for own, values in zip(coupling.traces, coupling.values, strict=True):
         graphs.append(_Emission(coupling, survivors, own, values, root, context).run())
@@ -104,7 +104,8 @@ class _Emission:
     def run(self) -> fx.Graph:
         inputs = iter(self.trace.placeholders)
         with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            self.root.train(self.trace.training)
+            if self.root.training is not self.trace.training:
+                self.root.train(self.trace.training)
             for node in self.trace.graph.nodes:
                 try:
                     self._emit(node, inputs)
@@ -138,12 +139,50 @@ class _Emission:
         if op == "call_module":
             first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
             wanted = self.survivors.shape(value) if isinstance(value, Tensor) else None
-            resize(self.root.get_submodule(str(target)), self.old(first), self.new(first), wanted)
+            resize(self.survivors, self.root.get_submodule(str(target)), self.old(first), self.new(first), wanted)
         self.env[new] = run_node(self.context, self.root, new, self.env.__getitem__)
         if self.prefix + node.name in self.coupling.context.rescaled:
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
+        if self.prefix + node.name in self.coupling.context.moved:
+            self._check_order(node, new, value)
         return new
+
+    def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
+        """Labels of units cannot tell two positions of one unit apart, so where positions are laid out anew they are told one by one.
+
+        Every position of every operand gets a number of its own. The emitted node must bring the survivors' numbers to where the
+        original's node brings them.
+        """
+        if node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters()):
+            return
+        operands = [n for n in node.all_input_nodes if isinstance(self.values[n], Tensor) and self.survivors.fields(self.values[n])]
+        if not operands:
+            return
+        before, after = Context(), Context()
+        before.units.pinning = after.units.pinning = False
+        numbered: dict[fx.Node, list[Array]] = {}
+        for operand in operands:
+            labels = self.coupling.labels(self.values[operand])
+            numbered[operand] = [before.units.fresh(a.size, -1).reshape(a.shape) for a in labels]
+            before.put(self.values[operand], [Field(a, True) for a in numbered[operand]])
+        after.units.fresh(before.units.count - 1, -1)
+        for operand, arrays in numbered.items():
+            old = self.values[operand]
+            left = [compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays]
+            after.put(self.env[self.made[operand]], [Field(np.ascontiguousarray(a), True) for a in left if a.size > 1])
+        count = before.units.count
+        result = run_node(before, self.trace.twin.model, node, self.values.__getitem__)
+        emitted = run_node(after, self.root, new, self.env.__getitem__)
+        for own, old, now in zip(tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True):
+            if not isinstance(old, Tensor):
+                continue
+            found = [before.units.find(np.where(f.labels < count, f.labels, 0)) for f in after.fields(now)]
+            for f in before.fields(own):
+                wanted = compact(before.units.find(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()))
+                wanted = np.where(wanted < count, wanted, 0)
+                if wanted.size > 1 and not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
+                    raise self._mixed(node)
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
         """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
@@ -159,7 +198,8 @@ class _Emission:
         return scaled
 
     def _check(self, node: fx.Node, old: Any, new: Any) -> None:
-        for before, after in zip(tree_leaves(old), tree_leaves(new), strict=True):
+        pairs = [(old, new)] if isinstance(old, Tensor) else list(zip(tree_leaves(old), tree_leaves(new), strict=True))
+        for before, after in pairs:
             if isinstance(before, Tensor):
                 wanted = self.survivors.shape(before)
                 if wanted != list(after.shape):
@@ -173,7 +213,7 @@ class _Emission:
             if not np.array_equal(self.context.units.find(self.units), self.units):
                 raise self._mixed(node)
         if node.op != "get_attr":
-            for before, after in zip(tree_leaves(old), tree_leaves(new), strict=True):
+            for before, after in pairs:
                 if isinstance(before, Tensor):
                     self._compare(node, before, after)
 
@@ -209,12 +249,11 @@ class _Emission:
         )
 
 
-def _old_labels(coupling: Coupling, survivors: Survivors, root: nn.Module) -> Context:
+def _old_labels(coupling: Coupling, survivors: Survivors, smaller: dict[int, Tensor]) -> Context:
     """A context in which every surviving element of every parameter carries its unit of the original."""
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
-    new = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     for name, tensor in coupling.parameters.items():
         if not tensor.is_meta:
             continue
@@ -222,7 +261,7 @@ def _old_labels(coupling: Coupling, survivors: Survivors, root: nn.Module) -> Co
             Field(np.ascontiguousarray(survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy()), True)
             for labels in coupling.parameter_labels(name)
         ]
-        context.parameter(new[name], name, tuple(-1 for _ in tensor.shape), fields)
+        context.parameter(smaller[id(tensor)], name, tuple(-1 for _ in tensor.shape), fields)
     return context
 
 

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from fxprune.rewrite.literals import shuffled_groups
+from fxprune.rewrite.survivors import Survivors
+
 __all__ = ["resize"]
 
 
-def resize(module: nn.Module, old_input: Any, new_input: Any, new_output: list[int] | None) -> None:
+def resize(survivors: Survivors, module: nn.Module, old_input: Any, new_input: Any, new_output: list[int] | None) -> None:
     """Correct, in place, the size attributes of a leaf module.
 
     Parameters
@@ -41,6 +44,8 @@ def resize(module: nn.Module, old_input: Any, new_input: Any, new_output: list[i
         module.num_channels = new_input.shape[1]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(new_input.shape[-len(module.normalized_shape) :])
+    elif isinstance(module, nn.ChannelShuffle):
+        module.groups = shuffled_groups(survivors, old_input, module.groups)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif isinstance(module, nn.Embedding):

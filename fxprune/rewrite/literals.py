@@ -313,7 +313,23 @@ def _groups(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     return node.target, node.args, {**node.kwargs, "groups": fixed}
 
 
-@corrects("channel_shuffle", "pixel_shuffle", "flatten", "size", "getattr")
+@corrects("channel_shuffle")
+def _channel_shuffle(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
+    x, groups = _arguments(node, ("input", "groups"))
+    return node.target, (x, shuffled_groups(emission.survivors, emission.old(x), emission.old(groups))), {}
+
+
+def shuffled_groups(survivors: Survivors, tensor: Tensor, groups: int) -> int:
+    """In how many groups the survivors of a channel axis are to be shuffled: whole groups may have gone, or a part of each."""
+    rows = survivors.rows(tensor, 1)
+    if rows is None:
+        return groups
+    split = rows.all(axis=0).reshape(groups, -1)
+    whole = split.all(axis=1) | ~split.any(axis=1)
+    return int(split.any(axis=1).sum()) if whole.all() else groups
+
+
+@corrects("pixel_shuffle", "flatten", "size", "getattr")
 def _nothing(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     return node.target, node.args, node.kwargs
 

@@ -85,6 +85,7 @@ class Context:
             tuple[str, int], list[Array]
         ] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
+        self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
         self.macs = 0  # multiply-accumulates of everything that ran
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 

@@ -1,0 +1,367 @@
+"""Tracing: what Python decides is listed and guarded, what does not depend on the example stays open, and nothing is taken."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops.stochastic_depth import stochastic_depth
+
+import fxprune
+from fxprune.errors import InputError, TraceError
+from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
+from tests.support.checking import assert_unharmed, call, relative_error, snapshot
+
+
+def traced(model: nn.Module, *inputs: Any, training: bool = False) -> Trace:
+    return trace(twin_of(model), *example_of(inputs), training=training)
+
+
+class Computes(nn.Module):
+    """A convolution, and what a function makes of its output and of the module."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 8, 1), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.conv(x))
+
+
+def pruned(function: Callable[[nn.Module, Tensor], Any], *shape: int) -> tuple[nn.Module, nn.Module]:
+    """The model around a function, and what is emitted for it when nothing is pruned."""
+    model = Computes(function).eval()
+    return model, fxprune.prune(model, torch.randn(shape), channels=1.0).model
+
+
+def runs_alike(model: nn.Module, emitted: nn.Module, inputs: Any) -> None:
+    with torch.no_grad():
+        assert relative_error(call(emitted, inputs), call(model, inputs)) <= 1e-6
+
+
+# -- decisions and guards
+
+
+def by_width(module: nn.Module, x: Tensor) -> Tensor:
+    if x.shape[-1] % 4:
+        return x.relu()
+    return x.sigmoid()
+
+
+LINE = by_width.__code__.co_firstlineno + 1
+
+
+@pytest.mark.parametrize(("width", "same", "other"), [(8, 12, 9), (9, 13, 8)])
+def test_a_branch_on_a_size_refuses_inputs_of_the_other_kind(width: int, same: int, other: int) -> None:
+    model, emitted = pruned(by_width, 2, 3, 4, width)
+    if width == 8:
+        runs_alike(model, emitted, torch.randn(5, 3, 4, same))
+    with pytest.raises(AssertionError, match=rf"test_trace\.py:{LINE}"):
+        emitted(torch.randn(2, 3, 4, other))
+
+
+def test_a_branch_taken_for_true_holds_for_other_sizes_for_which_it_is_true() -> None:
+    """9 % 4 and 10 % 4 differ, and are both true."""
+    model, emitted = pruned(by_width, 2, 3, 4, 9)
+    runs_alike(model, emitted, torch.randn(2, 3, 4, 10))
+
+
+def test_a_decision_names_its_line_and_its_formula() -> None:
+    decisions = traced(Computes(by_width), torch.randn(2, 3, 4, 8)).decisions
+    assert decisions == [f"test_trace.py:{LINE}: mod(conv.size(-1), 4) was taken as False"] or all(
+        f"test_trace.py:{LINE}" in d and "size" in d and "False" in d for d in decisions
+    )
+    assert len(decisions) == 1
+
+
+def test_a_loop_over_a_size_is_a_decision() -> None:
+    model, emitted = pruned(lambda m, x: sum(x[:, :, i] for i in range(x.shape[2])), 2, 3, 4, 4)
+    runs_alike(model, emitted, torch.randn(3, 3, 4, 6))
+    with pytest.raises(AssertionError, match=r"test_trace\.py"):
+        emitted(torch.randn(2, 3, 5, 4))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda m, x: x if x.dim() == 4 else x[0], lambda m, x: x.flatten(1), lambda m, x: x.view(x.size(0), -1)]
+)
+def test_ranks_and_plain_reshapes_are_no_decisions(function: Callable[..., Any]) -> None:
+    assert traced(Computes(function), torch.randn(2, 3, 4, 4)).decisions == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x if x.sum() > 0 else -x,
+        lambda m, x: x if (x > 0).all() else -x,
+        lambda m, x: x * float(x.mean()),
+        lambda m, x: x[: int(x.argmax())],
+        lambda m, x: x * x.max().item(),
+        lambda m, x: x[x > 0],
+        lambda m, x: x.nonzero(),
+    ],
+    ids=["sum", "all", "float", "int", "item", "mask", "nonzero"],
+)
+def test_values_are_never_read(function: Callable[..., Any]) -> None:
+    model = Computes(function)
+    with pytest.raises(TraceError, match=rf"test_trace\.py:{function.__code__.co_firstlineno}"):
+        traced(model, torch.randn(2, 3, 4, 4))
+
+
+def test_a_wrong_shape_names_the_line() -> None:
+    function = lambda m, x: x @ torch.zeros(7, 7)  # noqa: E731
+    with pytest.raises(InputError, match=rf"matmul.*\(2, 8, 4, 4\), \(7, 7\).*test_trace\.py:{function.__code__.co_firstlineno}"):
+        traced(Computes(function), torch.randn(2, 3, 4, 4))
+
+
+# -- modes
+
+
+def by_mode(module: nn.Module, x: Tensor) -> Tensor:
+    return x.relu() if module.training else x.sigmoid()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_decides_and_is_no_decision(training: bool) -> None:
+    result = traced(Computes(by_mode), torch.randn(2, 3, 4, 4), training=training)
+    assert result.asked_mode
+    assert result.decisions == []
+    assert ("relu" in str(result.graph), "sigmoid" in str(result.graph)) == (training, not training)
+
+
+def test_a_mode_that_is_passed_on_stays_open() -> None:
+    model, emitted = pruned(lambda m, x: F.dropout(x, 0.5, m.training), 2, 3, 4, 4)
+    assert not traced(model, torch.randn(2, 3, 4, 4)).asked_mode
+    x = torch.randn(2, 3, 4, 4)
+    assert (emitted.train()(x) == 0).float().mean() > 0.3
+    assert torch.equal(emitted.eval()(x), model(x))
+
+
+def test_classes_of_modules_are_given_back() -> None:
+    twin = twin_of(Computes(by_mode))
+    with pytest.raises(TraceError):
+        trace(twin_of(Computes(lambda m, x: x.sum().item())), *example_of(torch.zeros(2, 3, 4, 4)))
+    trace(twin, *example_of(torch.zeros(2, 3, 4, 4)))
+    assert [type(m) for m in twin.model.modules()] == [Computes, nn.Conv2d]
+
+
+# -- leaf functions
+
+
+@torch.fx.wrap
+def wrapped(x: Tensor, scale: Tensor) -> Tensor:
+    """Marked as a leaf, though a parameter passes through it."""
+    return torch.tanh(x) * scale
+
+
+def test_leaf_functions_are_entered() -> None:
+    model = Computes(lambda m, x: wrapped(x, m.conv.bias[:1]))
+    graph = traced(model, torch.randn(2, 3, 4, 4)).graph
+    names = [getattr(node.target, "__name__", node.target) for node in graph.nodes]
+    assert "tanh" in names
+    assert "wrapped" not in names
+
+
+def test_leaf_functions_that_ask_for_the_mode_stay_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), StochasticDepth(0.5, "row"))
+    result = traced(model, torch.randn(2, 3, 4, 4))
+    assert stochastic_depth in [node.target for node in result.graph.nodes]
+    assert not result.asked_mode
+    emitted = fxprune.prune(model, torch.randn(2, 3, 4, 4), channels=1.0).model
+    x = torch.randn(64, 3, 4, 4)
+    rows = emitted.train()(x).flatten(1).abs().sum(1)
+    assert 10 < int((rows == 0).sum()) < 54
+    assert torch.equal(emitted.eval()(x), model[0](x))
+
+
+@pytest.mark.parametrize("name", ["arange", "zeros", "ones", "full", "tensor"])
+def test_factories_are_themselves_again(name: str) -> None:
+    before = getattr(torch, name)
+    traced(Computes(by_width), torch.randn(2, 3, 4, 4))
+    assert getattr(torch, name) is before
+
+
+# -- parameters, buffers, constants
+
+
+def test_buffers_stay_buffers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model[1].running_var.uniform_(0.5, 2)
+    emitted = fxprune.prune(model, torch.randn(2, 3, 4, 4), channels=0.5).model
+    assert [name for name, _ in emitted.named_buffers()] == [name for name, _ in model.named_buffers()]
+    assert [name for name, _ in emitted.named_parameters()] == [name for name, _ in model.named_parameters()]
+    kept = torch.isin(model[0].weight[:, 0, 0, 0], emitted.get_parameter("0.weight")[:, 0, 0, 0])
+    assert torch.equal(emitted.get_buffer("1.running_var"), model[1].running_var[kept])
+
+
+def test_a_constant_in_the_code_keeps_its_value() -> None:
+    table = torch.arange(8.0).view(8, 1, 1)
+    model, emitted = pruned(lambda m, x: x * table, 2, 3, 4, 4)
+    runs_alike(model, emitted, torch.randn(3, 3, 5, 5))
+
+
+def test_a_parameter_read_twice_is_one_node() -> None:
+    graph = traced(Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)).graph
+    assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["conv.bias"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x + torch.arange(x.shape[-1]),
+        lambda m, x: x + torch.zeros(x.shape[0], 8, 1, x.size(-1)),
+        lambda m, x: x + torch.ones(x.shape[2:]),
+        lambda m, x: x + torch.full((x.shape[0], 1, 1, 1), 2.0),
+        lambda m, x: x + torch.linspace(0, 1, x.shape[-1]),
+        lambda m, x: x * x.shape[0] / x.shape[-1],
+        lambda m, x: x.reshape(x.shape[0] * x.shape[2], -1),
+        lambda m, x: x.mean((2, 3)).expand(x.shape[2], -1, -1),
+        lambda m, x: F.interpolate(x, size=(x.shape[2] * 2, x.shape[3] + 1)),
+        lambda m, x: x.new_zeros(x.shape[0], 3),
+        lambda m, x: x + torch.eye(x.shape[-1])[:1],
+    ],
+)
+def test_sizes_stay_symbolic(function: Callable[..., Any]) -> None:
+    model, emitted = pruned(function, 2, 3, 4, 4)
+    assert not traced(model, torch.randn(2, 3, 4, 4)).decisions
+    for batch, size in itertools.product((1, 5), (4, 6)):
+        runs_alike(model, emitted, torch.randn(batch, 3, size, size))
+
+
+# -- inputs and outputs
+
+
+class Nested(nn.Module):
+    """Takes a dict, a list in it, and an option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, batch: dict[str, Any], scale: Tensor | None = None, *, flip: bool = False) -> dict[str, Any]:
+        hidden = self.a(batch["x"]) + sum(self.a(item) for item in batch["rest"])
+        hidden = hidden if scale is None else hidden * scale
+        return {"out": self.b(hidden), "all": [hidden, (hidden.flip(0) if flip else hidden)]}
+
+
+def nested(batch: int) -> dict[str, Any]:
+    return {"x": torch.randn(batch, 4), "rest": [torch.randn(batch, 4), torch.randn(batch, 4)]}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_nested_inputs(scaled: bool) -> None:
+    def inputs(batch: int) -> dict[str, Any]:
+        return {"batch": nested(batch), **({"scale": torch.randn(batch, 1)} if scaled else {})}
+
+    model = Nested()
+    emitted = fxprune.prune(model, inputs(2), channels=0.5).model
+    runs_alike(model, emitted, inputs(5))
+
+
+def test_positional_dict() -> None:
+    model = Nested()
+    runs_alike(model, fxprune.prune(model, (nested(2),), channels=0.5).model, (nested(3),))
+
+
+def test_example_of_reads_shapes_only() -> None:
+    args, kwargs = example_of({"batch": nested(1)}, batch=2)
+    assert args == ()
+    assert all(leaf.is_meta and leaf.shape == (2, 4) for leaf in tree_leaves(kwargs))
+
+
+def test_example_of_widens_only_a_batch_of_one_everywhere() -> None:
+    args, _ = example_of((torch.zeros(1, 3), torch.zeros(4, 3)), batch=2)
+    assert [tuple(a.shape) for a in args] == [(1, 3), (4, 3)]
+
+
+def test_example_of_keeps_dtypes() -> None:
+    args, _ = example_of((torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bfloat16)))
+    assert [a.dtype for a in args] == [torch.int64, torch.bfloat16]
+
+
+# -- the twin
+
+
+class Everything(nn.Module):
+    """Parameters twice, float and integer buffers, a plain tensor and attributes that are shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.ones(4))
+        self.register_buffer("index", torch.tensor([3, 1, 2, 0]), persistent=False)
+        self.table, self.options = torch.tensor([1.0, 2.0, 3.0, 4.0]), {"depth": [1, 2]}
+        self.again = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.again(x) * self.scale)[:, self.index] * self.table
+
+
+def test_the_twin_allocates_nothing_and_shares_nothing() -> None:
+    model = Everything()
+    twin = twin_of(model)
+    assert all(tensor.is_meta for tensor in (*twin.model.parameters(), twin.model.scale))
+    ours = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), model.table)}
+    assert not ours & {id(t) for t in (*twin.model.parameters(), *twin.model.buffers(), twin.model.table)}
+    assert twin.model.index.data_ptr() != model.index.data_ptr()
+    assert twin.model.options["depth"] is not model.options["depth"]
+    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.model.modules()}
+
+
+def test_the_twin_has_the_structure_of_the_model() -> None:
+    model = Everything().eval()
+    twin = twin_of(model).model
+    assert twin.a.weight is twin.b.weight
+    assert twin.again is twin.a
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert twin.index.tolist() == model.index.tolist()
+    assert twin.table.tolist() == model.table.tolist()
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+def test_the_twin_knows_what_it_stands_for() -> None:
+    model = Everything()
+    twin = twin_of(model)
+    for name, tensor in twin.model.named_parameters():
+        assert twin.real[id(tensor)] is model.get_parameter(name)
+    assert twin.real[id(twin.model.scale)] is model.scale
+
+
+def test_tracing_leaves_the_model_alone() -> None:
+    model = Everything()
+    before = snapshot(model)
+    traced(model, torch.randn(2, 4))
+    assert_unharmed(model, before)
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = Everything()
+    model.stream = (i for i in range(3))
+    with pytest.raises(TraceError, match=r"Everything cannot be copied.*generator"):
+        twin_of(model)
+
+
+def test_a_large_model_costs_no_memory() -> None:
+    """400 GB of weights, none of which is there."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 100_000), nn.Linear(100_000, 1_000_000), nn.Linear(1_000_000, 4))
+    assert traced(model, torch.zeros(2, 4, device="meta")).graph.nodes
+
+
+@pytest.mark.parametrize(
+    ("module", "leaf"),
+    [
+        (nn.Linear(2, 2), True),
+        (nn.Sequential(nn.Linear(2, 2)), False),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), True),
+        (Everything(), False),
+    ],
+    ids=["layer", "container", "parametrised", "of a user"],
+)
+def test_what_is_a_leaf(module: nn.Module, leaf: bool) -> None:
+    assert is_leaf(module) == leaf
