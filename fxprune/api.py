@@ -408,7 +408,7 @@ def _check_model(model: Any) -> None:
     for name, tensor in parameters:
         readable = tensor.is_floating_point() and not tensor.is_meta
         if readable and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach()))):
-            raise ModelError(f"parameter {name!r} contains NaN: nothing can be ranked or verified. Load or initialise the weights first.")
+            raise ModelError(f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the weights first.")
 
 
 def _quantised(name: str, kind: str) -> ModelError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from fxprune.balance import Balance, resolve
+from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.labels import Array, Field, compact
 from fxprune.propagation import run_node
 from fxprune.rules import Context
@@ -104,6 +104,7 @@ class Coupling:
     values: tuple[dict[fx.Node, Any], ...]
     parameters: dict[str, Tensor]
     macs: int
+    _labels: dict[int, list[Array]] = field(default_factory=dict, repr=False)  # by the id of a tensor that the context keeps alive
 
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
@@ -111,9 +112,12 @@ class Coupling:
 
     def labels(self, tensor: Any) -> list[Array]:
         """The live labels of a tensor of the labelled run, one array per field."""
-        record = self.context.record(tensor)
-        fields = _live(self.context, tensor) if record is not None and record.name else self.context.fields(tensor)
-        return [f.labels for f in fields]
+        cached = self._labels.get(id(tensor))
+        if cached is None:
+            record = self.context.record(tensor)
+            fields = _live(self.context, tensor) if record is not None and record.name else self.context.fields(tensor)
+            cached = self._labels[id(tensor)] = [f.labels for f in fields]
+        return cached
 
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the twin."""
@@ -238,8 +242,6 @@ def _untouched(context: Context, tensor: Tensor) -> bool:
 
 def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple[int, Array]]:
     """(dim, labels along it) for each field of a parameter; a field over several axes counts on the one that shrinks."""
-    from fxprune.balance import shrinking_dim
-
     out = []
     for f in _live(context, tensor):
         dim = shrinking_dim(f.labels, balance.block)
@@ -269,8 +271,8 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         for dim, rows in _positions(context, tensor, balance):
             assert record is not None
             axes.append((name, dim, record.axes[dim], rows))
-            present = np.unique(rows)
-            signature[present] += rng.integers(1, 2**63, dtype=np.uint64)
+            # An axis adds its random number once to every label that lies on it (fancy indexing does not repeat).
+            signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
     signature[0] = 0
     graph: nx.Graph = nx.Graph()
     by_signature: dict[int, list[tuple[Axis, int]]] = {}
@@ -343,6 +345,8 @@ def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]
     for name, tensor in parameters.items():
         record = context.record(tensor)
         for f in record.born if record is not None else ():
+            if not context.units.reasons(f.labels).any():
+                continue
             for dim in sorted(f.dims):
                 reasons = context.units.reasons(np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])[0])
                 cuts = np.flatnonzero(np.diff(reasons)) + 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 import sys
 import traceback
@@ -419,7 +420,7 @@ class _Tracer(fx.Tracer):
             known = {id(t): name for t, name in self.tensor_attrs.items()}
             name = known.get(id(a))
             if name is None and not isinstance(a, nn.Parameter):
-                name = f"_constant{len(self.constant_targets)}"
+                name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
                 self.tensor_attrs[a] = name
                 setattr(self.root, name, a)
             if name is not None:

@@ -204,6 +204,19 @@ def test_a_constant_in_the_code_keeps_its_value() -> None:
     runs_alike(model, emitted, torch.randn(3, 3, 5, 5))
 
 
+def test_constants_of_both_modes() -> None:
+    tables = {mode: torch.full((1, 1, 4), 2.0 + mode) for mode in (True, False)}
+    model, emitted = pruned(lambda m, x: x * tables[True] if m.training else x * tables[False], 2, 3, 4, 4)
+    for training in (True, False):
+        runs_alike(model.train(training), emitted.train(training), torch.randn(3, 3, 5, 4))
+
+
+def test_tensors_that_are_plain_attributes() -> None:
+    model = Everything().eval()
+    emitted = fxprune.prune(model, torch.randn(2, 4), channels=1.0).model
+    runs_alike(model, emitted, torch.randn(3, 4))
+
+
 def test_a_parameter_read_twice_is_one_node() -> None:
     graph = traced(Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)).graph
     assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["conv.bias"]

@@ -44,6 +44,9 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> tupl
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
     context = _old_labels(coupling, survivors, smaller)
+    for own in coupling.traces:
+        for target in own.constants:
+            _set(root, target, operator.attrgetter(target)(own.twin.model))
     graphs, macs = [], 0
     for own, values in zip(coupling.traces, coupling.values, strict=True):
         graphs.append(_Emission(coupling, survivors, own, values, root, context).run())
@@ -149,7 +152,7 @@ class _Emission:
         return new
 
     def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
-        """Labels of units cannot tell two positions of one unit apart, so where positions are laid out anew they are told one by one.
+        """Labels of units cannot tell two positions of one unit apart: where positions are laid out anew, tell them one by one.
 
         Every position of every operand gets a number of its own. The emitted node must bring the survivors' numbers to where the
         original's node brings them.
@@ -169,8 +172,8 @@ class _Emission:
         after.units.fresh(before.units.count - 1, -1)
         for operand, arrays in numbered.items():
             old = self.values[operand]
-            left = [compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays]
-            after.put(self.env[self.made[operand]], [Field(np.ascontiguousarray(a), True) for a in left if a.size > 1])
+            taken = [compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays]
+            after.put(self.env[self.made[operand]], [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1])
         count = before.units.count
         result = run_node(before, self.trace.twin.model, node, self.values.__getitem__)
         emitted = run_node(after, self.root, new, self.env.__getitem__)
@@ -179,7 +182,8 @@ class _Emission:
                 continue
             found = [before.units.find(np.where(f.labels < count, f.labels, 0)) for f in after.fields(now)]
             for f in before.fields(own):
-                wanted = compact(before.units.find(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()))
+                left = self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()
+                wanted = compact(before.units.find(left))
                 wanted = np.where(wanted < count, wanted, 0)
                 if wanted.size > 1 and not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
                     raise self._mixed(node)

@@ -6,11 +6,16 @@ import copy
 import functools
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 __all__ = ["PrunedModule"]
 
 _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are plain attributes: torch.fx would make buffers of them."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 class PrunedModule(fx.GraphModule):
@@ -33,6 +38,7 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = training_graph
         for store in _STORES:
             self.__dict__[store] = root.__dict__[store]
+        self.__dict__.update(_constants(root))
         self.training = root.training
 
     def recompile(self) -> Any:
@@ -57,6 +63,7 @@ class PrunedModule(fx.GraphModule):
         memo[id(self)] = root
         for store in _STORES:
             root.__dict__[store] = copy.deepcopy(self.__dict__[store], memo)
+        root.__dict__.update(copy.deepcopy(_constants(self), memo))
         root.training = self.training
         name = type(self).__name__
         new = PrunedModule(root, copy.deepcopy(self.graph), name, copy.deepcopy(self.training_graph))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxprune.labels import Field
 from fxprune.rules.context import Context
+from fxprune.rules.pointwise import elementwise
 from fxprune.rules.registry import rule
 
 
@@ -100,8 +101,6 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A removed element would count: positions of a reduced dimension go together, or are pinned; others pass."""
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
-        from fxprune.rules.pointwise import elementwise
-
         return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
     reduced, keepdim = _reduced(a, x)
     passing = []

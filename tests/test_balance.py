@@ -1,0 +1,164 @@
+"""Axes that are split: which blocks there are, and what has to go together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.balance import shrinking_dim
+
+
+class Split(nn.Module):
+    """Two linear layers, of 12 units between them, and what a function does there."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(5, width), nn.Linear(out, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+def between(function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12) -> fxprune.Coupling:
+    return fxprune.analyze(Split(function, width, out), torch.randn(2, 5))
+
+
+def only(coupling: fxprune.Coupling) -> Any:
+    (group,) = coupling.groups
+    return group
+
+
+def positions(coupling: fxprune.Coupling, name: str) -> list[int]:
+    """The unit at each position of the first axis of a parameter, numbered in order."""
+    (labels,) = (a for a in coupling.parameter_labels(name) if a.shape[0] > 1)
+    return np.unique(labels.ravel(), return_inverse=True)[1].tolist()
+
+
+HEADS = {
+    "the widths": lambda x: x.view(-1, 3, 4).softmax(1).flatten(1),
+    "the heads": lambda x: x.view(-1, 3, 4).softmax(2).flatten(1),
+}
+
+
+def attend(x: Tensor) -> Tensor:
+    q, k, v = x.view(-1, 3, 3, 4).unbind(1)
+    return F.scaled_dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None]).flatten(1)
+
+
+def test_no_split_no_blocks() -> None:
+    coupling = between(torch.relu)
+    assert (only(coupling).size, only(coupling).blocks) == (12, 0)
+    assert not coupling.blocks(only(coupling)).any()
+
+
+def test_a_head_dimension_loses_as_many_in_each_head() -> None:
+    """Scores of heads are summed over the head dimension: three heads of four."""
+    coupling = between(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4)).sum(2, keepdim=True).expand(-1, 3, 4).flatten(1))
+    assert all(group.blocks in (0, 3) for group in coupling.groups)
+    assert any(group.blocks == 3 for group in coupling.groups)
+
+
+def test_a_packed_projection_has_a_block_for_each_head_of_each_part() -> None:
+    """Queries meet keys, values stand alone: blocks of one size, and equally many survivors in each."""
+    coupling = between(attend, 36, 12)
+    qk, v = sorted(coupling.groups, key=lambda g: min(axis.start for axis in g.axes if axis.parameter == "a.weight"))
+    assert (qk.size, qk.blocks) == (12, 3)
+    assert (v.size, v.blocks) == (12, 3)
+    units = positions(coupling, "a.weight")
+    assert units[:12] == units[12:24]
+    assert not set(units[24:]) & set(units[:12])
+
+
+@pytest.mark.parametrize("channels", [0.25, 0.5, 0.75])
+def test_blocks_keep_equally_many(channels: float) -> None:
+    model = Split(attend, 36, 12)
+    pruned = fxprune.prune(model, torch.randn(2, 5), channels=channels)
+    coupling = fxprune.analyze(model, torch.randn(2, 5))
+    for group, planned in zip(coupling.groups, pruned.plan.groups, strict=True):
+        counts = torch.bincount(coupling.blocks(group)[list(planned.kept)], minlength=group.blocks)
+        assert counts.tolist() == [int(4 * channels)] * 3
+    assert fxprune.verify(model, pruned).error < 1e-9
+
+
+def test_a_shuffle_ties_the_positions_of_blocks() -> None:
+    """Transposed blocks lie one after the other: position i of each block goes with position i of the others."""
+    coupling = between(lambda x: x.view(-1, 3, 4).transpose(1, 2).flatten(1))
+    group = only(coupling)
+    assert (group.size, group.blocks) == (4, 0)
+    assert positions(coupling, "a.weight") == [0, 1, 2, 3] * 3
+
+
+def test_a_shuffle_ties_the_smaller_side() -> None:
+    coupling = between(lambda x: x.view(-1, 6, 2).transpose(1, 2).flatten(1))
+    assert sorted({group.size for group in coupling.groups}) in ([2], [6])
+    assert len(set(positions(coupling, "a.weight"))) == sum(group.size for group in coupling.groups)
+
+
+def test_a_split_that_is_joined_again_ties_nothing() -> None:
+    group = only(between(lambda x: x.view(-1, 3, 4).relu().flatten(1)))
+    assert group.size == 12
+
+
+def test_splits_that_disagree_are_tied() -> None:
+    """Rows of four and rows of three of the same units: both can be met, with fewer units than one alone has."""
+
+    def twice(x: Tensor) -> Tensor:
+        fours = x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)
+        return (fours.view(-1, 4, 3) * fours.view(-1, 4, 3).sum(2, keepdim=True)).flatten(1)
+
+    model = Split(twice)
+    one = between(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1))
+    coupling = fxprune.analyze(model, torch.randn(2, 5))
+    assert sum(g.size for g in coupling.groups) < sum(g.size for g in one.groups) == 12
+    assert fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+
+
+def test_splits_that_refine_each_other_stand_together() -> None:
+    """Two blocks of six, each of two blocks of three: all four keep equally many."""
+
+    def twice(x: Tensor) -> Tensor:
+        sixes = x.view(-1, 2, 6) * x.view(-1, 2, 6).sum(2, keepdim=True)
+        return (sixes.view(-1, 4, 3) * sixes.view(-1, 4, 3).sum(2, keepdim=True)).flatten(1)
+
+    group = only(between(twice))
+    assert (group.size, group.blocks) == (12, 4)
+
+
+def test_a_grouped_convolution_balances_its_groups() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    coupling = fxprune.analyze(model, torch.randn(2, 3, 4, 4))
+    assert [(g.size, g.blocks) for g in coupling.groups] == [(12, 2), (8, 2)]
+    assert [coupling.blocks(g).tolist() for g in coupling.groups] == [[0] * 6 + [1] * 6, [0] * 4 + [1] * 4]
+
+
+def test_a_depthwise_convolution_has_no_blocks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=12), nn.Conv2d(12, 2, 1))
+    group = only(fxprune.analyze(model, torch.randn(2, 3, 4, 4)))
+    assert (group.size, group.blocks) == (12, 0)
+
+
+def test_blocks_with_one_pinned_part_are_pinned() -> None:
+    """A unit of one block has to stay, and then this block could not lose as many as the others."""
+    model = Split(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1) + 0 * x[:, :1])
+    coupling = fxprune.analyze(model, torch.randn(2, 5))
+    assert fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+    assert all(not 0 < int((torch.tensor(g.units) == 0).sum()) for g in coupling.groups)
+
+
+@pytest.mark.parametrize(
+    ("labels", "block", "dim"),
+    [
+        ([[1, 2, 3]], [-1] * 5, 1),
+        ([[1], [2], [3]], [-1] * 5, 0),
+        ([[1, 2], [3, 4]], [-1] * 5, 1),
+        ([[1, 2], [3, 4]], [-1, 0, 0, 1, 1], 1),
+        ([[1, 2], [3, 4]], [-1, 0, 1, 0, 1], 0),
+    ],
+)
+def test_the_dimension_that_shrinks_is_the_one_within_a_block(labels: Any, block: list[int], dim: int) -> None:
+    assert shrinking_dim(np.array(labels), np.array(block)) == dim
