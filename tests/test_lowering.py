@@ -29,6 +29,7 @@ def draw(*shape: int) -> Tensor:
 
 def inputs(module: nn.MultiheadAttention, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of unlike lengths, as the module's options ask for."""
+
     def lay(length: int, width: int) -> Tensor:
         x = draw(BATCH, length, width)
         return x[0] if not batched else x if module.batch_first else x.transpose(0, 1)
@@ -60,7 +61,9 @@ def test_cross_attention(batched: bool, widths: dict[str, int], need_weights: bo
     same(module, plain, *inputs(module, batched), need_weights=need_weights)
 
 
-OPTIONS = [dict(zip(("bias", "add_bias_kv", "add_zero_attn"), flags, strict=True)) for flags in itertools.product([True, False], repeat=3)]
+OPTIONS = [
+    dict(zip(("bias", "add_bias_kv", "add_zero_attn"), flags, strict=True)) for flags in itertools.product([True, False], repeat=3)
+]
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -101,7 +101,9 @@ def test_attention(batch: int, heads: int, tokens: int, source: int, width: int,
     agree(F.scaled_dot_product_attention, q[0], k[0], v[0])
 
 
-@pytest.mark.parametrize(("key", "value"), [((2, 3, 5, 4), (2, 3, 5, 8)), ((2, 3, 5, 8), (2, 3, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 8))])
+@pytest.mark.parametrize(
+    ("key", "value"), [((2, 3, 5, 4), (2, 3, 5, 8)), ((2, 3, 5, 8), (2, 3, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 8))]
+)
 def test_attention_of_wrong_shapes_is_refused(key: tuple[int, ...], value: tuple[int, ...]) -> None:
     assert agree(F.scaled_dot_product_attention, meta(2, 3, 5, 8), meta(*key), meta(*value)) == "refused"
 
@@ -311,7 +313,9 @@ UPSAMPLES = [("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bi
 def test_upsample(mode: str, count: int, data: Any) -> None:
     x = meta(*data.draw(st.tuples(*[sizes] * (count + 2))))
     agree(F.interpolate, x, size=data.draw(st.tuples(*[sizes] * count)), mode=mode)
-    factor = data.draw(st.one_of(st.sampled_from([1.0, 1.5, 2.0, 2.7, 3.0]), st.tuples(*[st.sampled_from([1.0, 2.0, 1.3])] * count)))
+    factor = data.draw(
+        st.one_of(st.sampled_from([1.0, 1.5, 2.0, 2.7, 3.0]), st.tuples(*[st.sampled_from([1.0, 2.0, 1.3])] * count))
+    )
     agree(F.interpolate, x, scale_factor=factor, mode=mode)
 
 

@@ -1,0 +1,103 @@
+"""The smaller graph: numbers that follow the widths, numbers that do not, and a module that stays whole."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from tests.support.checking import check_exact
+
+
+class Between(nn.Module):
+    """Two linear layers over 12 units, and a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], out: int = 12) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(5, 12), nn.Linear(out, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+def attend(x: Tensor) -> Tensor:
+    q = x.view(x.shape[0], 6, 3, 4).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(x.shape[0], 6, 12)
+
+
+LITERALS = {
+    "view": (lambda x: x.view(-1, 6, 3, 4).relu().view(-1, 6, 12), 12, True),
+    "reshape": (lambda x: x.reshape(x.shape[0] * 6, 12).relu().reshape(-1, 6, 12), 12, True),
+    "unflatten": (lambda x: x.unflatten(-1, (3, 4)).relu().flatten(2), 12, True),
+    "split": (lambda x: torch.cat([p.relu() for p in x.split([5, 7], -1)], -1), 12, True),
+    "chunk": (lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], 6, True),
+    "slice": (lambda x: x[..., 2:9], 7, True),
+    "narrow": (lambda x: x.narrow(-1, 3, 6), 6, True),
+    "roll": (lambda x: x.roll(4, -1), 12, True),
+    "pad": (lambda x: F.pad(x, (2, 3)), 17, True),
+    "sdpa": (attend, 12, True),
+    "mean": (lambda x: x.mean(-1, keepdim=True) * x, 12, True),
+    "divisor": (lambda x: x / x.shape[-1], 12, True),
+    "scale": (lambda x: x * x.size(-1) ** -0.5, 12, True),
+    "layer_norm": (lambda x: F.layer_norm(x, (12,)), 12, False),
+    "rms_norm": (lambda x: F.rms_norm(x, (x.shape[-1],)), 12, False),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+@pytest.mark.parametrize("channels", [0.5, 0.75])
+def test_literals(name: str, channels: float) -> None:
+    function, out, zeroable = LITERALS[name]
+    check_exact(
+        Between(function, out),
+        torch.randn(2, 6, 5),
+        channels=channels,
+        at_most=0.9,
+        zeroable=zeroable,
+        batches=lambda n: torch.randn(n, 6, 5),
+    )
+
+
+class TwoModes(nn.Module):
+    """GoogLeNet's scheme: an auxiliary head in training, another nesting of the output, and a layer nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.aux, self.head = nn.Linear(5, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).relu()
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+@pytest.fixture
+def both() -> Any:
+    return fxprune.prune(TwoModes(), torch.randn(2, 5), channels=0.5).model
+
+
+def test_the_auxiliary_head_trains(both: Any) -> None:
+    main, aux = both.train()(torch.randn(4, 5))
+    (main.sum() + aux.sum()).backward()
+    assert both.get_parameter("aux.weight").grad.shape == (3, 6)
+    assert both.eval()(torch.randn(4, 5)).shape == (4, 3)
+
+
+def test_copies_keep_both_modes_and_all_parameters(both: Any) -> None:
+    twin, x = copy.deepcopy(both), torch.randn(4, 5)
+    assert twin.state_dict().keys() == both.state_dict().keys() >= {"unused.weight", "unused.bias"}
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in both.parameters()}
+    assert torch.equal(twin.eval()(x), both.eval()(x))
+    for one, other in zip(twin.train()(x), both.train()(x), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_plain_tensors_are_copied_too() -> None:
+    table = torch.arange(6.0)[:, None]
+    model = fxprune.prune(Between(lambda x: x * table), torch.randn(2, 6, 5), channels=0.5).model
+    x = torch.randn(3, 6, 5)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
