@@ -388,6 +388,11 @@ def _check_model(model: Any) -> None:
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
+    if "forward" in vars(model):
+        raise ModelError(
+            f"forward was replaced on this {type(model).__name__} object: the class's own forward would be traced. "
+            "Put the new forward into a subclass or a wrapper module."
+        )
     parameters = list(model.named_parameters())
     tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
     lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]

@@ -159,6 +159,18 @@ def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance
     kinds: npt.NDArray[np.uint64] = np.zeros(int(cell_of.max()) + 1 if units.size else 0, dtype=np.uint64)
     kinds[cell_of] = kind_key[units]
     sizes = np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
+    # Where every block of a split is made of equally many cells, all of one size, these cells are of one kind.
+    inside_of = [[np.unique(cell[row]) for row in split] for split in splits]
+    alike = [np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1]
+    alike = [own for own in alike if len(np.unique(sizes[own])) == 1]
+    merged = True
+    while merged:
+        merged = False
+        for own in alike:
+            found = np.unique(kinds[own])
+            if len(found) > 1:
+                kinds[np.isin(kinds, found)] = found[0]
+                merged = True
     # Blocks satisfy a split when each is made of the same kinds of cell, of the same sizes.
     for split in splits:
         content = []

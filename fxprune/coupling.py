@@ -30,6 +30,8 @@ __all__ = ["Axis", "Coupling", "Group", "Pinned", "couple"]
 class Axis:
     """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of ``length``.
 
+    An axis that is a product (heads x head dimension, laid flat) can bear several labellings: ``layer`` counts them.
+
     >>> str(Axis("conv.weight", 0, 0, 64, 64)), str(Axis("fc.weight", 1, 8, 16, 64))
     ('conv.weight:0', 'fc.weight:1[8:16]')
     """
@@ -39,10 +41,12 @@ class Axis:
     start: int
     stop: int
     length: int
+    layer: int = 0
 
     def __str__(self) -> str:
         whole = self.start == 0 and self.stop == self.length
-        return f"{self.parameter}:{self.dim}" + ("" if whole else f"[{self.start}:{self.stop}]")
+        part = "" if whole else f"[{self.start}:{self.stop}]"
+        return f"{self.parameter}:{self.dim}{part}" + (f" (layer {self.layer})" if self.layer else "")
 
 
 @dataclass(frozen=True)
@@ -276,14 +280,16 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     signature[0] = 0
     graph: nx.Graph = nx.Graph()
     by_signature: dict[int, list[tuple[Axis, int]]] = {}
+    layers: dict[int, int] = {}
     for name, dim, number, rows in axes:
+        layer = layers[number] = layers.get(number, -1) + 1
         own = signature[rows].max(axis=0)
         cuts = np.flatnonzero(np.diff(own)) + 1
         starts, stops = [0, *cuts.tolist()], [*cuts.tolist(), len(own)]
         for start, stop in zip(starts, stops, strict=True):
             key = int(own[start])
             if key:
-                segment = Axis(name, dim, start, stop, len(own))
+                segment = Axis(name, dim, start, stop, len(own), layer)
                 graph.add_node(segment)
                 by_signature.setdefault(key, []).append((segment, number))
     for alike in by_signature.values():

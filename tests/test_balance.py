@@ -57,7 +57,6 @@ def test_a_head_dimension_loses_as_many_in_each_head() -> None:
     assert any(group.blocks == 3 for group in coupling.groups)
 
 
-@pytest.mark.xfail(reason="parts of a packed projection are tied, though blocks of one size could keep equally many each")
 def test_a_packed_projection_has_a_block_for_each_head_of_each_part() -> None:
     """Queries go with keys, values stand alone; each head of both keeps equally many."""
     coupling = fxprune.analyze(Split(attend, 36), torch.randn(2, 6, 5))

@@ -148,6 +148,18 @@ def _error(found: Tensor, expected: Tensor) -> float:
     ),
     channels=0.5,
 )
+@hypothesis.example(
+    # Found by a random network: two labellings of one axis (the group, and the place in it) were taken for one group of units.
+    net=Network(
+        input=(3, 4, 4),
+        nodes=(
+            *(Conv(0, out=4), Slice(1, start=0, stop=2), Conv(2, out=4), TransposedConv(2, out=4, groups=2), GlobalPool(4)),
+            *(GlobalPool(3), Concat((5, 6)), Linear(7, out=4)),
+        ),
+        outputs=(8,),
+    ),
+    channels=0.5,
+)
 def test_equals_the_masked_original(net: Network, channels: float) -> None:
     """The emitted model computes what the original computes with the removed elements zeroed."""
     model, x = build(net), example(net)

@@ -535,7 +535,7 @@ ALIASES = {
     "conv2d": "conv3d conv_transpose1d conv_transpose3d convolution",
     "alpha_dropout": (
         "_to_copy bernoulli_ celu_ clip_ elu_ exponential_ fill hardsigmoid_ hardswish_ hardtanh_ "
-        "leaky_relu_ log_normal_ mish_ relu6_ rrelu_with_noise selu_ silu_ square_ threshold_ uniform_"
+        "leaky_relu leaky_relu_ log_normal_ mish_ relu6_ rrelu_with_noise selu_ silu_ square_ threshold_ uniform_"
     ),
     "argsort": "_log_softmax _softmax cummin",
     "broadcast_to": "expand_copy",

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.labels import Array, Field, compact
+from fxprune.labels import Array, Field, compact, varied
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
@@ -230,19 +231,19 @@ class _Emission:
         found = self.context.fields(new)
         if not expected and not found:
             return
-        kept = []
-        for f in expected:
-            labels = compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy())
-            if labels.size == 1:
-                continue
+        left = [compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()) for f in expected]
+        for g in found:
             # Labels born in this run (padding, expanded dimensions) stand for those that the original bore here.
-            same = any(
-                g.labels.shape == labels.shape and ((g.labels == labels) | (g.labels >= self.coupling.context.units.count)).all()
-                for g in found
-            )
-            if not same and any(np.isin(g.labels, labels[labels > 0]).any() for g in found):
+            right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
+            for labels in left:
+                right = right | (g.labels == labels)
+            if left and not right.all():
                 raise self._mixed(node)
-            kept.append(Field(labels, f.zero))
+        kept = [
+            Field(labels, f.zero)
+            for f, labels in zip(expected, left, strict=True)
+            if labels.size > 1 and not _shrank_away(f.labels, labels, self.coupling)
+        ]
         self.context.put(new, kept)
 
     def _mixed(self, node: fx.Node) -> RewriteError:
@@ -253,6 +254,14 @@ class _Emission:
         )
 
 
+def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
+    """Whether a field over several dimensions has one position left along the shrinking one.
+
+    What is left varies along the blocks only, where it would be taken for labels of whole blocks.
+    """
+    return len(varied(before)) > 1 and after.shape[shrinking_dim(before, coupling.balance.block)] == 1
+
+
 def _old_labels(coupling: Coupling, survivors: Survivors, smaller: dict[int, Tensor]) -> Context:
     """A context in which every surviving element of every parameter carries its unit of the original."""
     context = Context()
@@ -261,10 +270,11 @@ def _old_labels(coupling: Coupling, survivors: Survivors, smaller: dict[int, Ten
     for name, tensor in coupling.parameters.items():
         if not tensor.is_meta:
             continue
-        fields = [
-            Field(np.ascontiguousarray(survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy()), True)
-            for labels in coupling.parameter_labels(name)
-        ]
+        fields = []
+        for labels in coupling.parameter_labels(name):
+            left = np.ascontiguousarray(survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy())
+            if not _shrank_away(labels, left, coupling):
+                fields.append(Field(left, True))
         context.parameter(smaller[id(tensor)], name, tuple(-1 for _ in tensor.shape), fields)
     return context
 

@@ -91,7 +91,8 @@ class Survivors:
         size = list(tensor.shape)
         for dim in {shrink for _, shrink in self.fields(tensor)}:
             left = self.count(tensor, dim, 0, size[dim])
-            assert left is not None
+            if not left:
+                raise RewriteError(f"nothing would be left of dimension {dim} of a tensor of shape {tuple(tensor.shape)}")
             size[dim] = left
         self._shapes[id(tensor)] = size
         return list(size)
