@@ -162,12 +162,12 @@ def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance
     # Where every block of a split is made of equally many cells, all of one size, these cells are of one kind.
     inside_of = [[np.unique(cell[row]) for row in split] for split in splits]
     alike = [np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1]
-    alike = [own for own in alike if len(np.unique(sizes[own])) == 1]
+    alike = [members for members in alike if len(np.unique(sizes[members])) == 1]
     merged = True
     while merged:
         merged = False
-        for own in alike:
-            found = np.unique(kinds[own])
+        for members in alike:
+            found = np.unique(kinds[members])
             if len(found) > 1:
                 kinds[np.isin(kinds, found)] = found[0]
                 merged = True

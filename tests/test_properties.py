@@ -30,6 +30,7 @@ from .specs import (
     Activation,
     BatchNorm,
     Chunk,
+    Concat,
     Conv,
     Dropout,
     Flip,
@@ -53,6 +54,7 @@ from .specs import (
     Split,
     SqueezeExcite,
     Tokens,
+    TransposedConv,
     Upsample,
     build,
     example,
@@ -153,7 +155,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
     net=Network(
         input=(3, 4, 4),
         nodes=(
-            *(Conv(0, out=4), Slice(1, start=0, stop=2), Conv(2, out=4), TransposedConv(2, out=4, groups=2), GlobalPool(4)),
+            *(Conv(0, out=4), Slice(1, start=0, stop=2), Conv(2, out=4)),
+            *(TransposedConv(2, out=4, groups=2), GlobalPool(4)),
             *(GlobalPool(3), Concat((5, 6)), Linear(7, out=4)),
         ),
         outputs=(8,),
