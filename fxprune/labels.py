@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Field", "Units", "compact", "reshape_blocks", "varied"]
+__all__ = ["Array", "Field", "Units", "alive_mask", "compact", "reshape_blocks", "varied"]
 
 Array = npt.NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from fxprune.cost import op_macs
 from fxprune.errors import RewriteError
 from fxprune.rules import Context
 
-__all__ = ["LabelMode", "run_node"]
+__all__ = ["LabelMode", "run_node", "seen_whole"]
 
 # Recurrent layers are single ops to the analysis: their inside depends on the device that runs them.
 _WHOLE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
@@ -42,7 +42,7 @@ class LabelMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _whole(func):
+        if seen_whole(func):
             out = self._execute(func, args, kwargs)
             self.context.macs += op_macs(func, args, kwargs, out) or 0
             return out
@@ -78,7 +78,7 @@ class LabelMode(TorchDispatchMode):
 
 
 @functools.cache
-def _whole(func: Any) -> bool:
+def seen_whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
     if rules.find(func) is not None or func._schema.name.removeprefix("aten::") in _WHOLE:
         return True

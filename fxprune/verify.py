@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError, VerificationError
-from fxprune.labels import Array
 from fxprune.plan import Plan, unpack_inputs
+from fxprune.propagation import seen_whole
 from fxprune.rewrite import Survivors, emit
-from fxprune.rules import bind, find
+from fxprune.rules import bind
 
 __all__ = ["Verification", "check"]
 
@@ -248,19 +247,13 @@ class _MaskedStatistics(TorchDispatchMode):
         if name in _STATISTICS:
             arrays = self.coupling.context.statistics.get((self.node, self.index), [])
             self.index += 1
-            arrays = [self.coupling.context.units.live(a) for a in arrays]
-            if not all(self.survivors.alive[a].all() for a in arrays):
-                return _STATISTICS[name](bind(func, args, kwargs), self._mask(arrays))
-        elif find(func) is None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            mask = self.survivors.mask(arrays)
+            if not mask.all():
+                return _STATISTICS[name](bind(func, args, kwargs), torch.from_numpy(mask))
+        elif not seen_whole(func):
             with self:  # a composite without a rule: the analysis has seen its parts
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def _mask(self, arrays: list[Array]) -> Tensor:
-        mask = np.array(True)
-        for labels in arrays:
-            mask = mask & self.survivors.alive[labels]
-        return torch.from_numpy(mask)
 
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:

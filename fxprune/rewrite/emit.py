@@ -191,11 +191,7 @@ class _Emission:
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
         """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
-        arrays = [self.coupling.context.units.live(a) for a in self.coupling.context.rescaled[self.prefix + node.name]]
-        mask = np.array(True)
-        for labels in arrays:
-            mask = mask & self.survivors.alive[labels]
-        share = float(mask.mean())
+        share = float(self.survivors.mask(self.coupling.context.rescaled[self.prefix + node.name]).mean())
         if share == 1.0:
             return new
         scaled = self.graph.call_function(operator.mul, (new, share))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.labels import Array, varied
+from fxprune.labels import Array, alive_mask, varied
 
 __all__ = ["Survivors"]
 
@@ -51,6 +51,10 @@ class Survivors:
             if not self.alive[labels].all():
                 out.append((labels, shrinking_dim(labels, self.coupling.balance.block)))
         return out
+
+    def mask(self, arrays: Sequence[Array]) -> Mask:
+        """Which elements survive all of these labellings of one tensor, compact (broadcastable to it)."""
+        return alive_mask((self.coupling.context.units.live(a) for a in arrays), self.alive)
 
     def rows(self, tensor: Any, dim: int) -> Mask | None:
         """The survivors along one dimension, a row for each place along the others; None if nothing is lost there."""
