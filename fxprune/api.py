@@ -15,14 +15,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.cost import count_parameters
-from fxprune.coupling import Coupling, couple
+from fxprune.coupling import Coupling, Labelling, couple
 from fxprune.criteria import magnitude
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
 from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
 from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.selection import select
-from fxprune.trace import Trace, example_of, trace, twin_of
+from fxprune.trace import example_of, twin_of
 from fxprune.verify import Verification, check
 
 __all__ = ["Pruned", "analyze", "apply", "prune", "verify"]
@@ -252,30 +252,33 @@ def _analyze(
 ) -> Coupling:
     clock = clock or _Clock()
     with clock("trace"):
-        traces = _traces(model, inputs, exact)
+        labelling = _label(model, inputs, exact, kept, pinned)
     with clock("couple"):
-        return couple(traces, kept, pinned)
+        return couple(labelling)
 
 
-def _traces(model: nn.Module, inputs: Inputs, exact: Inputs) -> list[Trace]:
-    twin = twin_of(model)
+def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...]) -> Labelling:
+    def evaluated(values: Inputs) -> Labelling:
+        labelling = Labelling(twin_of(model), kept, pinned)
+        labelling.trace(*values)
+        return labelling
+
     try:
-        first = trace(twin, *inputs)
+        labelling = evaluated(inputs)
     except FxpruneError:
         if _sizes(inputs) == _sizes(exact):
             raise
-        # A model may insist on its batch of 1.
-        twin = twin_of(model)
-        first = trace(twin, *exact)
-    if not first.asked_mode:
-        return [first]
-    try:
-        return [first, trace(twin, first.args, first.kwargs, training=True)]
-    except FxpruneError as error:
-        first.decisions.append(
-            f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
-        )
-        return [first]
+        inputs = exact  # a model may insist on its batch of 1
+        labelling = evaluated(inputs)
+    if labelling.traces[0].asked_mode:
+        try:
+            labelling.trace(*inputs, training=True)
+        except FxpruneError as error:
+            labelling = evaluated(inputs)  # without the labels of the failed attempt
+            labelling.traces[0].decisions.append(
+                f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
+            )
+    return labelling
 
 
 def _sizes(inputs: Inputs) -> list[torch.Size]:
@@ -292,7 +295,8 @@ def _emit(
     clock: _Clock,
 ) -> Pruned:
     with clock("rewrite"):
-        smaller, macs = emit(coupling, Survivors(coupling, survivors), type(model).__name__)
+        left = Survivors(coupling, survivors)
+        smaller = emit(coupling, left, type(model).__name__)
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
@@ -300,8 +304,8 @@ def _emit(
         report = Report(
             params_before=count_parameters(model),
             params_after=count_parameters(smaller),
-            macs_before=_per_example(coupling.macs, coupling, exact),
-            macs_after=_per_example(macs, coupling, exact),
+            macs_before=_per_example(coupling.macs(), coupling, exact),
+            macs_after=_per_example(coupling.macs(left.shape), coupling, exact),
             groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
             pinned=tuple(PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned),
             untouched=coupling.untouched,

@@ -7,7 +7,7 @@ segments of parameter axes, edges carry the fx nodes that tied them; its connect
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,17 @@ import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.balance import Balance, resolve, shrinking_dim
+from fxprune.cost import op_macs
 from fxprune.labels import Array, Field, compact
-from fxprune.propagation import run_node
-from fxprune.rules import Context
-from fxprune.trace import Trace
+from fxprune.propagation import LabelMode
+from fxprune.rules import Context, Contraction
+from fxprune.shapes import META
+from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["Axis", "Coupling", "Group", "Pinned", "couple"]
+__all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
 
 
 @dataclass(frozen=True, order=True)
@@ -105,9 +107,8 @@ class Coupling:
     traces: tuple[Trace, ...]
     context: Context
     balance: Balance
-    values: tuple[dict[fx.Node, Any], ...]
     parameters: dict[str, Tensor]
-    macs: int
+    contractions: tuple[Contraction, ...]  # of the first trace
     _labels: dict[int, list[Array]] = field(default_factory=dict, repr=False)  # by the id of a tensor that the context keeps alive
 
     def to_networkx(self) -> nx.Graph:
@@ -122,6 +123,18 @@ class Coupling:
             fields = _live(self.context, tensor) if record is not None and record.name else self.context.fields(tensor)
             cached = self._labels[id(tensor)] = [f.labels for f in fields]
         return cached
+
+    def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
+        """Multiply-accumulates of the traced batch; ``shape`` gives another size to each tensor of the labelled run."""
+
+        def resized(tensor: Tensor) -> Tensor:
+            return torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META) if shape is not None else tensor
+
+        total = 0
+        for ran in self.contractions:
+            args, kwargs, out = tree_map_only(Tensor, resized, (ran.args, ran.kwargs, ran.out))
+            total += op_macs(ran.func, args, kwargs, out) or 0
+        return total
 
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the twin."""
@@ -159,8 +172,8 @@ class Coupling:
         return "\n".join(lines)
 
 
-def couple(traces: Sequence[Trace], keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> Coupling:
-    """Label one trace, or the traces of both modes of one twin, together.
+class Labelling:
+    """Labels on the tensors of a twin, put there while it is traced: in one mode, or in both.
 
     Parameters
     ----------
@@ -169,33 +182,59 @@ def couple(traces: Sequence[Trace], keep: Sequence[str] = (), pinned_nodes: Sequ
     pinned_nodes:
         Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted smaller.
     """
-    twin = traces[0].twin.model
-    context = Context()
-    parameters = _register(context, twin)
-    for name in keep:
-        record = context.record(parameters[name])
-        assert record is not None
-        for axis in sorted(record.unborn):
-            context.adopt_nothing(record, axis, "is kept by request")
-    values, macs = [], 0
-    for trace in traces:
-        values.append(_propagate(context, trace, set(pinned_nodes)))
-        macs = macs or context.macs  # of the first trace
+
+    def __init__(self, twin: Twin, keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> None:
+        self.twin = twin
+        self.context = Context()
+        self.parameters = _register(self.context, twin.model)
+        self.traces: list[Trace] = []
+        self._pinned_nodes = frozenset(pinned_nodes)
+        for name in keep:
+            record = self.context.record(self.parameters[name])
+            assert record is not None
+            for axis in sorted(record.unborn):
+                self.context.adopt_nothing(record, axis, "is kept by request")
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+        """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
+        context, prefix = self.context, "train." if training else ""
+
+        def watch(node: fx.Node) -> LabelMode:
+            context.node, context.target = prefix + node.name, node.target
+            if context.node in self._pinned_nodes:
+                for operand in node.all_input_nodes:
+                    for leaf in tree_leaves(operand.meta["val"]):
+                        context.pin_all(context.fields(leaf), "could not be emitted smaller")
+            return mode
+
+        mode = LabelMode(context)
+        traced = trace(self.twin, args, kwargs, training=training, watch=watch)
+        output = next(iter(reversed(traced.graph.nodes)))
+        context.node = prefix + output.name
+        for leaf in tree_leaves(fx.node.map_arg(output.args[0], lambda node: node.meta["val"])):
+            context.pin_all(context.fields(leaf), "is an output of the model")
+        self.traces.append(traced)
+        return traced
+
+
+def couple(labelling: Labelling) -> Coupling:
+    """Read off a labelled twin what can only be pruned together."""
+    context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
     context.node = ""
     balance = resolve(context)
     groups, graph = _groups(context, parameters, balance)
+    evaluated = {node.name for node in traces[0].graph.nodes}
     return Coupling(
         groups,
         _pins(context, parameters),
         tuple(n for n, t in parameters.items() if t.is_floating_point() and _untouched(context, t)),
         tuple(dict.fromkeys(d for trace in traces for d in trace.decisions)),
         graph,
-        tuple(traces),
+        traces,
         context,
         balance,
-        tuple(values),
         parameters,
-        macs,
+        tuple(c for c in context.contractions if c.node in evaluated),
     )
 
 
@@ -208,30 +247,6 @@ def _register(context: Context, twin: torch.nn.Module) -> dict[str, Tensor]:
             context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
             number += tensor.dim()
     return parameters
-
-
-def _propagate(context: Context, trace: Trace, pinned_nodes: set[str]) -> dict[fx.Node, Any]:
-    values: dict[fx.Node, Any] = {}
-    inputs = iter(trace.placeholders)
-    root = trace.twin.model
-    trace.twin.set_mode(trace.training)
-    prefix = "train." if trace.training else ""
-    with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for node in trace.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(inputs)
-            elif node.op == "output":
-                context.node = prefix + node.name
-                for leaf in tree_leaves(fx.node.map_arg(node.args[0], values.__getitem__)):
-                    context.pin_all(context.fields(leaf), "is an output of the model")
-            else:
-                if prefix + node.name in pinned_nodes:
-                    context.node = prefix + node.name
-                    for operand in node.all_input_nodes:
-                        for leaf in tree_leaves(values[operand]):
-                            context.pin_all(context.fields(leaf), "could not be emitted smaller")
-                values[node] = run_node(context, root, node, values.__getitem__, prefix)
-    return values
 
 
 def _untouched(context: Context, tensor: Tensor) -> bool:

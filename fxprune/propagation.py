@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules, shapes
 from fxprune.cost import op_macs
 from fxprune.errors import RewriteError
-from fxprune.rules import Context
+from fxprune.rules import Context, Contraction
 
 __all__ = ["LabelMode", "run_node", "seen_whole"]
 
@@ -44,7 +44,8 @@ class LabelMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if seen_whole(func):
             out = self._execute(func, args, kwargs)
-            self.context.macs += op_macs(func, args, kwargs, out) or 0
+            if op_macs(func, args, kwargs, out):
+                self.context.contractions.append(Contraction(self.context.node, func, args, kwargs, out))
             return out
         with self:
             return func.decompose(*args, **kwargs)
@@ -54,27 +55,42 @@ class LabelMode(TorchDispatchMode):
         rule = rules.find(func)
         tensors = shapes.tensors_in(args, kwargs)
         labelled = any(id(t) in ctx.records for t in tensors)
-        if tensors and not labelled:
-            out = shapes.run(func, args, kwargs)
-            if rule is not None and rule.family == "creation" and out.is_floating_point():
-                rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
-            return out
+        if not labelled and (rule is None or rule.family != "creation"):
+            return shapes.run(func, args, kwargs)
         if not tensors:
-            if rule is None or rule.family != "creation":
-                return shapes.run(func, args, kwargs)
             out = shapes.run(func, args, {**kwargs, "device": shapes.META}) if _makes_floats(kwargs) else func(*args, **kwargs)
-            if out.is_floating_point():
-                rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
-            return out
-        out = shapes.run(func, args, kwargs)
-        if rule is not None:
-            rule.handler(ctx, func, rules.bind(func, args, kwargs), out)
-            if rule.family in ("movement", "resampling") and func._schema.name.removeprefix("aten::") not in _IN_ORDER:
-                ctx.moved.add(ctx.node)
-            return out
-        for tensor in tensors:
-            ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
+        else:
+            out = shapes.run(func, args, kwargs)
+        if rule is None:
+            ctx.positional.add(ctx.node)
+            for tensor in tensors:
+                ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
+        elif labelled or out.is_floating_point():
+            bound = rules.bind(func, args, kwargs)
+            try:
+                rule.handler(ctx, func, bound, out)
+            except Exception as error:
+                raise RewriteError(f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", ctx.node) from error
+            _note_positions(ctx, func, rule, bound)
         return out
+
+
+def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, Any]) -> None:
+    """Note the nodes in which an op tells the positions of an axis apart, by a size or an index.
+
+    All other ops commute with removal: run on the survivors, they give the survivors of what they gave before.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    if rule.family in ("movement", "resampling"):
+        if name in _IN_ORDER:
+            return
+        ctx.moved.add(ctx.node)
+    elif rule.family == "convolution":
+        if bound["groups"] == 1 or bound["groups"] == bound["weight"].shape[0] == bound["input"].shape[1]:
+            return
+    elif rule.family in ("pointwise", "contraction", "normalisation", "reduction") and name not in ("glu", "group_norm"):
+        return
+    ctx.positional.add(ctx.node)
 
 
 @functools.cache

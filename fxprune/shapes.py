@@ -22,6 +22,8 @@ __all__ = ["META", "ShapeMode", "run", "tensors_in"]
 
 META = torch.device("meta")
 
+_empty, _empty_strided = torch.empty, torch.empty_strided  # as they are, also while tracing has others in their place
+
 
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among an ATen op's arguments, which nest them in lists at most."""
@@ -97,14 +99,14 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     for t in tensors:
         if t.is_meta and t.shape == shape:
             return _like(t, dtype)
-    return torch.empty(shape, dtype=dtype, device=META)
+    return _empty(shape, dtype=dtype, device=META)
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """torch.empty_like for meta tensors; that one is a Python program."""
     if x.is_contiguous() or 0 in x.stride():
-        return torch.empty(x.shape, dtype=dtype or x.dtype, device=META)
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
+        return _empty(x.shape, dtype=dtype or x.dtype, device=META)
+    return _empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
 
 
 def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -148,7 +150,7 @@ def _contiguous(x: Tensor, keep_format: bool = False) -> Tensor | None:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if keep_format and last is not None and x.is_contiguous(memory_format=last):
         return _like(x)
-    return torch.empty(x.shape, dtype=x.dtype, device=META)
+    return _empty(x.shape, dtype=x.dtype, device=META)
 
 
 def _channel_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -230,7 +232,7 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    return torch.empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
+    return _empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
 
 
 def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
@@ -244,7 +246,7 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
         return None
     if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
         return None
-    return torch.empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
+    return _empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -253,7 +255,7 @@ def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         return None
     if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
         return None
-    return torch.empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
+    return _empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
 
 
 _QUICK: dict[Any, Callable[..., Tensor | None]] = {

@@ -21,7 +21,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -129,7 +129,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         copied: nn.Module = memo[id(module)]
         return copied
-    if "__deepcopy__" in dir(type(module)):
+    if hasattr(type(module), "__deepcopy__"):
         return copy.deepcopy(module, memo)
     new = type(module).__new__(type(module))
     memo[id(module)] = new
@@ -186,8 +186,21 @@ def example_of(example_inputs: Any, batch: int | None = None) -> tuple[tuple[Any
     return tree_map(to_meta, (args, kwargs))
 
 
-def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+def trace(
+    twin: Twin,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    training: bool = False,
+    watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
+) -> Trace:
     """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
+
+    Parameters
+    ----------
+    watch:
+        Called with each node before it runs, for what it is to run under: a dispatch mode that executes ATen ops on tensors
+        without data, and may look on. Default: :class:`~fxprune.shapes.ShapeMode`.
 
     Raises
     ------
@@ -197,9 +210,10 @@ def trace(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], *, training
         If an operation refuses the shapes of the example.
     """
     twin.set_mode(training)
-    tracer = _Tracer(args, kwargs, training)
+    tracer = _Tracer(args, kwargs, training, watch or (lambda node: ShapeMode()))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(_slow_path())
         stack.enter_context(_factories(tracer))
         stack.enter_context(_leaf_functions(tracer))
@@ -360,9 +374,16 @@ class _ModeReadError(Exception):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool,
+        watch: Callable[[fx.Node], AbstractContextManager[Any]],
+    ) -> None:
         super().__init__(autowrap_modules=())
         self.example = (args, kwargs)
+        self.watch = watch
         self.training = training
         self.decisions: list[str] = []
         self.asked_mode = False
@@ -460,7 +481,7 @@ class _Tracer(fx.Tracer):
         target: Any = node.target
         try:
             self._executing = True
-            with ShapeMode():
+            with self.watch(node):
                 if node.op == "call_function":
                     return target(*args, **kwargs)
                 if node.op == "call_method":
@@ -471,6 +492,8 @@ class _Tracer(fx.Tracer):
                         value = getattr(value, part)
                     return value
                 return self.root.get_submodule(target)(*args, **kwargs)
+        except FxpruneError:
+            raise
         except Exception as error:
             shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
@@ -612,6 +635,7 @@ _OWN = __file__.rsplit("/", 1)[0] + "/"
 _TORCH = torch.__file__.rsplit("/", 1)[0] + "/"
 
 
+@functools.cache
 def _internal(filename: str) -> bool:
     return filename.startswith((_OWN, _TORCH, "<")) or "/contextlib.py" in filename or "/unittest/" in filename
 
@@ -661,11 +685,18 @@ def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Ca
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(type(leaf) in (ValueProxy, _ValueAttribute) for leaf in tree_leaves((args, kwargs))):
-            return create(original, args, kwargs)
-        return original(*args, **kwargs)
+        return create(original, args, kwargs) if _symbolic(args) or _symbolic(kwargs) else original(*args, **kwargs)
 
     return call
+
+
+def _symbolic(value: Any) -> bool:
+    """Whether there is a proxy in nested arguments."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_symbolic, value))
+    if isinstance(value, dict):
+        return any(map(_symbolic, value.values()))
+    return type(value) in (ValueProxy, _ValueAttribute)
 
 
 def _read_mode(module: nn.Module) -> Any:

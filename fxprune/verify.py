@@ -82,7 +82,7 @@ def check(
 def _same_structure(pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors) -> None:
     """Emit again, label by label, and compare the graph that comes out with the one at hand."""
     try:
-        again, _ = emit(coupling, survivors)
+        again = emit(coupling, survivors, thorough=True)
     except RewriteError as error:
         raise VerificationError(f"the labels of the emitted model do not match: {error}") from error
     shapes = {name: tuple(t.shape) for name, t in again.state_dict().items()}
@@ -207,7 +207,7 @@ def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coup
             for part in str(node.target).split("."):
                 value = getattr(value, part)
     # 0/0 at an element that is not there any more (a weight norm of a zero filter) says nothing.
-    for old, new in zip(tree_leaves(coupling.values[0][node]), tree_leaves(value), strict=True):
+    for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
         if isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point() and bool(torch.isnan(new).any()):
             for labels in coupling.labels(old):
                 gone = torch.from_numpy(~survivors.alive[labels])

@@ -1,7 +1,10 @@
 """Write the smaller graph, node by node, and check it while writing.
 
-Each new node runs at once, on meta tensors that carry the *old* labels of their survivors. So its sizes are known when the next
-node needs them, and two old units that meet anywhere prove the emission wrong: the first of the two checks of an emitted model.
+A new node runs at once, on meta tensors that carry the *old* labels of their survivors: two old units that meet anywhere prove the
+emission wrong. That is the first of the two checks of an emitted model.
+
+A node whose ops treat all positions of an axis alike, and whose arguments need no correction, commutes with removal: it gives the
+survivors of what it gave before. Such a node is run by the thorough check only.
 """
 
 from __future__ import annotations
@@ -30,8 +33,13 @@ from fxprune.trace import Trace, is_leaf
 __all__ = ["emit"]
 
 
-def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> tuple[PrunedModule, int]:
-    """The smaller model, with the surviving elements of the user's parameters, and its MACs for the batch of the analysis.
+def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thorough: bool = False) -> PrunedModule:
+    """The smaller model, with the surviving elements of the user's parameters.
+
+    Parameters
+    ----------
+    thorough:
+        Run and check every node, those as well that cannot go wrong unless a rule is wrong.
 
     Raises
     ------
@@ -44,32 +52,40 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned") -> tupl
         stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
-    context = _old_labels(coupling, survivors, smaller)
+    context = _old_units(coupling)
     for own in coupling.traces:
         for target in own.constants:
             _set(root, target, operator.attrgetter(target)(own.twin.model))
-    graphs, macs = [], 0
-    for own, values in zip(coupling.traces, coupling.values, strict=True):
-        graphs.append(_Emission(coupling, survivors, own, values, root, context).run())
-        macs = macs or context.macs  # of the first trace
+    original = {id(smaller[id(tensor)]): tensor for tensor in coupling.parameters.values()}
+    graphs = [_Emission(coupling, survivors, own, root, original, context, thorough).run() for own in coupling.traces]
     if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
         del graphs[1]  # the model asks for its mode, but does the same in both
     _fill(root, _survivors_of(coupling, survivors), smaller)
     for target, tensor in (item for own in coupling.traces for item in own.constants.items()):
         _set(root, target, tensor)
-    return PrunedModule(root, graphs[0], name, *graphs[1:]), macs
+    return PrunedModule(root, graphs[0], name, *graphs[1:])
 
 
 class _Emission:
     def __init__(
-        self, coupling: Coupling, survivors: Survivors, trace: Trace, values: dict[fx.Node, Any], root: nn.Module, context: Context
+        self,
+        coupling: Coupling,
+        survivors: Survivors,
+        trace: Trace,
+        root: nn.Module,
+        original: dict[int, Tensor],
+        context: Context,
+        thorough: bool,
     ) -> None:
         self.coupling, self.survivors, self.trace, self.root, self.context = coupling, survivors, trace, root, context
-        self.values = values
+        self.original = original  # by the id of a parameter of the smaller model: the twin's
+        self.thorough = thorough
         self.prefix = "train." if trace.training else ""
         self.graph = fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
-        self.env: dict[fx.Node, Any] = {}
+        self.env: dict[fx.Node, Any] = {}  # the values of the new nodes, but for those that nobody has needed yet
+        self.unrun: dict[fx.Node, Tensor] = {}  # the original's result, for new nodes that need not run
+        self.standing: dict[int, Tensor] = {}  # by the id of a tensor of the original: what stands for it in the smaller model
         groups = coupling.groups
         self.units = np.array(sorted(u for g in groups for u in g.units if survivors.alive[u]), dtype=np.int64)
         self.checked = context.units.version
@@ -77,10 +93,20 @@ class _Emission:
     # -- what correctors ask
 
     def old(self, value: Any) -> Any:
-        return fx.node.map_arg(value, self.values.__getitem__)
+        return fx.node.map_arg(value, _value)
 
     def new(self, value: Any) -> Any:
-        return fx.node.map_arg(value, lambda n: self.env[self.made.get(n, n)])
+        return fx.node.map_arg(value, lambda n: self.value(self.made.get(n, n)))
+
+    def value(self, new: fx.Node) -> Any:
+        """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
+        if new not in self.env:
+            old = self.unrun[new]
+            if id(old) not in self.standing:
+                stand_in = self.standing[id(old)] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
+                self.context.put(stand_in, self._left(old))
+            self.env[new] = self.standing[id(old)]
+        return self.env[new]
 
     def sized(self, value: Any, wanted: Any) -> Any:
         """A literal becomes the wanted number; so does an expression of sizes that all changed. One that also depends on sizes
@@ -93,9 +119,9 @@ class _Emission:
         return self._scalar(operator.floordiv, self._scalar(operator.mul, self.made[value], wanted), now)
 
     def _dynamic(self, node: fx.Node) -> bool:
-        scalars = [n for n in node.all_input_nodes if not isinstance(self.values[n], Tensor)]
+        scalars = [n for n in node.all_input_nodes if not isinstance(_value(n), Tensor)]
         if not scalars:
-            return bool(self.values[node] == self.new(node))
+            return bool(_value(node) == self.new(node))
         return any(self._dynamic(n) for n in scalars)
 
     def _scalar(self, function: Any, *args: Any) -> fx.Node:
@@ -133,24 +159,62 @@ class _Emission:
         self.made[node] = new
 
     def _call(self, node: fx.Node) -> fx.Node | None:
-        value = self.values[node]
+        value = _value(node)
         if node.target is torch._assert and not self.new(node.args[0]):
             return None  # held for the original's widths only
         target, args, kwargs = correct(self, node, value)
         op = "call_function" if callable(target) and node.op == "call_method" else node.op
+        commutes = not self.thorough and args == node.args and kwargs == node.kwargs and self._commutes(node)
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.made.get(n, n))
         new = self.graph.create_node(op, target, args, kwargs, name=node.name)
         if op == "call_module":
-            first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-            wanted = self.survivors.shape(value) if isinstance(value, Tensor) else None
-            resize(self.survivors, self.root.get_submodule(str(target)), self.old(first), self.new(first), wanted)
-        self.env[new] = run_node(self.context, self.root, new, self.env.__getitem__)
+            resize(self.survivors, self.root.get_submodule(str(target)), node, value)
+        if commutes:
+            self.unrun[new] = value
+            return new
+        if op == "call_module":
+            module = self.root.get_submodule(str(target))
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._label(tensor)
+        self.env[new] = run_node(self.context, self.root, new, self.value)
+        if op == "get_attr":
+            self._label(self.env[new])
         if self.prefix + node.name in self.coupling.context.rescaled:
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
+        if isinstance(value, Tensor) and value.is_meta:
+            self.standing[id(value)] = self.env[new]
         if self.prefix + node.name in self.coupling.context.moved:
             self._check_order(node, new, value)
         return new
+
+    def _label(self, smaller: Any) -> None:
+        """Give what is left of a parameter the units of its elements, when it is first needed."""
+        tensor = self.original.get(id(smaller))
+        if tensor is None or not tensor.is_meta or self.context.record(smaller) is not None:
+            return
+        fields = []
+        for labels in self.coupling.labels(tensor):
+            left = np.ascontiguousarray(self.survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy())
+            if not _shrank_away(labels, left, self.coupling):
+                fields.append(Field(left, True))
+        self.context.parameter(smaller, "", tuple(-1 for _ in smaller.shape), fields)
+
+    def _commutes(self, node: fx.Node) -> bool:
+        """Whether a node, its arguments as they are, gives the survivors of what it gave before."""
+        name, seen, value = self.prefix + node.name, self.coupling.context, _value(node)
+        if node.op == "get_attr" or name in seen.positional or name in seen.rescaled:
+            return False
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return False
+        for operand in node.all_input_nodes:
+            own = _value(operand)
+            if isinstance(own, Tensor):
+                if not own.is_meta:
+                    return False
+            elif isinstance(own, (tuple, list, dict)) or own != self.new(operand):
+                return False
+        return True
 
     def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
         """Labels of units cannot tell two positions of one unit apart: where positions are laid out anew, tell them one by one.
@@ -160,24 +224,24 @@ class _Emission:
         """
         if node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters()):
             return
-        operands = [n for n in node.all_input_nodes if isinstance(self.values[n], Tensor) and self.survivors.fields(self.values[n])]
+        operands = [n for n in node.all_input_nodes if isinstance(_value(n), Tensor) and self.survivors.fields(_value(n))]
         if not operands:
             return
         before, after = Context(), Context()
         before.units.pinning = after.units.pinning = False
         numbered: dict[fx.Node, list[Array]] = {}
         for operand in operands:
-            labels = self.coupling.labels(self.values[operand])
+            labels = self.coupling.labels(_value(operand))
             numbered[operand] = [before.units.fresh(a.size, -1).reshape(a.shape) for a in labels]
-            before.put(self.values[operand], [Field(a, True) for a in numbered[operand]])
+            before.put(_value(operand), [Field(a, True) for a in numbered[operand]])
         after.units.fresh(before.units.count - 1, -1)
         for operand, arrays in numbered.items():
-            old = self.values[operand]
+            old = _value(operand)
             taken = [compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays]
-            after.put(self.env[self.made[operand]], [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1])
+            after.put(self.new(operand), [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1])
         count = before.units.count
-        result = run_node(before, self.trace.twin.model, node, self.values.__getitem__)
-        emitted = run_node(after, self.root, new, self.env.__getitem__)
+        result = run_node(before, self.trace.twin.model, node, _value)
+        emitted = run_node(after, self.root, new, self.value)
         for own, old, now in zip(tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True):
             if not isinstance(old, Tensor):
                 continue
@@ -195,7 +259,7 @@ class _Emission:
         if share == 1.0:
             return new
         scaled = self.graph.call_function(operator.mul, (new, share))
-        self.env[scaled] = run_node(self.context, self.root, scaled, self.env.__getitem__)
+        self.env[scaled] = run_node(self.context, self.root, scaled, self.value)
         return scaled
 
     def _check(self, node: fx.Node, old: Any, new: Any) -> None:
@@ -223,24 +287,31 @@ class _Emission:
 
         The next node then starts from these: a channel axis that shrank to size 1 has no labels of its own any more.
         """
-        expected = self.coupling.context.fields(old)
         found = self.context.fields(new)
-        if not expected and not found:
+        if not self.coupling.labels(old) and not found:
             return
-        left = [compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()) for f in expected]
+        left = self._taken(old)
         for g in found:
             # Labels born in this run (padding, expanded dimensions) stand for those that the original bore here.
             right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
-            for labels in left:
+            for _, labels in left:
                 right = right | (g.labels == labels)
             if left and not right.all():
                 raise self._mixed(node)
-        kept = [
+        self.context.put(new, self._left(old, left))
+
+    def _taken(self, old: Tensor) -> list[tuple[Field, Array]]:
+        """Each field of a tensor of the original, and its labels at the survivors."""
+        fields = self.coupling.context.fields(old)
+        return [(f, compact(self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy())) for f in fields]
+
+    def _left(self, old: Tensor, taken: list[tuple[Field, Array]] | None = None) -> list[Field]:
+        """The fields of what is left of a tensor of the original."""
+        return [
             Field(labels, f.zero)
-            for f, labels in zip(expected, left, strict=True)
+            for f, labels in (self._taken(old) if taken is None else taken)
             if labels.size > 1 and not _shrank_away(f.labels, labels, self.coupling)
         ]
-        self.context.put(new, kept)
 
     def _mixed(self, node: fx.Node) -> RewriteError:
         return RewriteError(
@@ -248,6 +319,11 @@ class _Emission:
             "Pass the module's name in keep= to leave it whole.",
             node.name,
         )
+
+
+def _value(node: fx.Node) -> Any:
+    """What a node of the original's graph gave for the example."""
+    return node.meta["val"]
 
 
 def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
@@ -258,20 +334,11 @@ def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
     return len(varied(before)) > 1 and after.shape[shrinking_dim(before, coupling.balance.block)] == 1
 
 
-def _old_labels(coupling: Coupling, survivors: Survivors, smaller: dict[int, Tensor]) -> Context:
-    """A context in which every surviving element of every parameter carries its unit of the original."""
+def _old_units(coupling: Coupling) -> Context:
+    """A context in which labels are the units of the original, and nothing carries any yet."""
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
-    for name, tensor in coupling.parameters.items():
-        if not tensor.is_meta:
-            continue
-        fields = []
-        for labels in coupling.parameter_labels(name):
-            left = np.ascontiguousarray(survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy())
-            if not _shrank_away(labels, left, coupling):
-                fields.append(Field(left, True))
-        context.parameter(smaller[id(tensor)], name, tuple(-1 for _ in tensor.shape), fields)
     return context
 
 

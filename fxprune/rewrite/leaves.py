@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -14,36 +14,32 @@ from fxprune.rewrite.survivors import Survivors
 __all__ = ["resize"]
 
 
-def resize(survivors: Survivors, module: nn.Module, old_input: Any, new_input: Any, new_output: list[int] | None) -> None:
-    """Correct, in place, the size attributes of a leaf module.
-
-    Parameters
-    ----------
-    old_input, new_input:
-        The first input in the original and in the smaller model (meta tensors).
-    new_output:
-        The size of the output in the smaller model, if it is one tensor.
-    """
-    if not isinstance(new_input, Tensor):
+def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -> None:
+    """Correct, in place, the size attributes of the leaf module that a node calls; ``value`` is its result in the original."""
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    old_input = first.meta["val"] if isinstance(first, fx.Node) else None
+    if not isinstance(old_input, Tensor):
         return
+    new_input = survivors.shape(old_input)
+    new_output = survivors.shape(value) if isinstance(value, Tensor) else None
     if isinstance(module, _ConvNd):
-        dim = new_input.dim() - len(module.kernel_size) - 1  # of the channels; 0 for an unbatched image
+        dim = len(new_input) - len(module.kernel_size) - 1  # of the channels; 0 for an unbatched image
         # Groups of one input channel go with it; groups of several keep their number and get narrower.
-        module.groups = new_input.shape[dim] if module.groups == module.in_channels else module.groups
-        module.in_channels = new_input.shape[dim]
+        module.groups = new_input[dim] if module.groups == module.in_channels else module.groups
+        module.in_channels = new_input[dim]
         module.out_channels = module.out_channels if new_output is None else new_output[dim]
     elif isinstance(module, nn.Linear):
-        module.in_features = new_input.shape[-1]
+        module.in_features = new_input[-1]
         module.out_features = module.out_features if new_output is None else new_output[-1]
     elif isinstance(module, _NormBase):
-        if new_input.dim() > 1:
-            module.num_features = new_input.shape[1]
+        if len(new_input) > 1:
+            module.num_features = new_input[1]
     elif isinstance(module, nn.GroupNorm):
         if module.num_groups == module.num_channels:
-            module.num_groups = new_input.shape[1]
-        module.num_channels = new_input.shape[1]
+            module.num_groups = new_input[1]
+        module.num_channels = new_input[1]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(new_input.shape[-len(module.normalized_shape) :])
+        module.normalized_shape = tuple(new_input[-len(module.normalized_shape) :])
     elif isinstance(module, nn.ChannelShuffle):
         module.groups = shuffled_groups(survivors, old_input, module.groups)
     elif isinstance(module, nn.PReLU):

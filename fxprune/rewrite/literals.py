@@ -78,8 +78,8 @@ def _keep_number(emission: Corrector, argument: Any) -> Any:
     """A number that was computed from a size which has changed keeps the original's value."""
     if not isinstance(argument, fx.Node):
         return argument
-    before, now = emission.old(argument), emission.new(argument)
-    if isinstance(before, (int, float)) and not isinstance(before, bool) and before != now:
+    before = emission.old(argument)
+    if isinstance(before, (int, float)) and not isinstance(before, bool) and before != emission.new(argument):
         return emission.sized(argument, before)  # type: ignore[arg-type]
     return argument
 

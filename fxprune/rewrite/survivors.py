@@ -33,7 +33,7 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._fields: dict[int, list[tuple[Array, int]]] = {}  # by the id of a tensor that the coupling keeps alive
+        self._fields: dict[int, list[tuple[Array, int, Mask]]] = {}  # by the id of a tensor that the coupling keeps alive
         self._shapes: dict[int, list[int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         for group in coupling.groups:
@@ -41,15 +41,16 @@ class Survivors:
             self.alive[units] = False
             self.alive[units[list(kept[group.name])]] = True
 
-    def fields(self, tensor: Any) -> list[tuple[Array, int]]:
-        """(labels, shrinking dimension) of every field of a tensor of the labelled run that loses something."""
+    def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
+        """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run that loses something."""
         cached = self._fields.get(id(tensor))
         if cached is not None:
             return cached
         out = self._fields[id(tensor)] = []
         for labels in self.coupling.labels(tensor):
-            if not self.alive[labels].all():
-                out.append((labels, shrinking_dim(labels, self.coupling.balance.block)))
+            mask = self.alive[labels]
+            if not mask.all():
+                out.append((labels, shrinking_dim(labels, self.coupling.balance.block), mask))
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:
@@ -58,16 +59,14 @@ class Survivors:
 
     def rows(self, tensor: Any, dim: int) -> Mask | None:
         """The survivors along one dimension, a row for each place along the others; None if nothing is lost there."""
-        own = [labels for labels, shrink in self.fields(tensor) if shrink == dim]
-        if not own:
+        masks = [mask for _, shrink, mask in self.fields(tensor) if shrink == dim]
+        if not masks:
             return None
-        rank = own[0].ndim
-        masks = [self.alive[labels] for labels in own]
         mask = masks[0]
         for other in masks[1:]:
             mask = mask & other
-        assert mask.ndim == rank
-        return np.moveaxis(mask, dim, -1).reshape(-1, mask.shape[dim])
+        size = mask.shape[dim]
+        return mask.reshape(1, size) if mask.size == size else np.moveaxis(mask, dim, -1).reshape(-1, size)
 
     def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
         """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses nothing.
@@ -80,6 +79,8 @@ class Survivors:
         rows = self.rows(tensor, dim)
         if rows is None:
             return None
+        if len(rows) == 1:
+            return int(np.count_nonzero(rows[0, start:stop]))
         counts = rows[:, start:stop].sum(axis=1)
         if (counts != counts[0]).any():
             raise RewriteError(f"blocks of a dimension keep different numbers of positions in {start}:{stop}")
@@ -87,13 +88,14 @@ class Survivors:
 
     def shape(self, tensor: Tensor) -> list[int]:
         """The tensor's size in the smaller model."""
-        if not self.fields(tensor):
-            return list(tensor.shape)
         cached = self._shapes.get(id(tensor))
         if cached is not None:
             return list(cached)
+        fields = self.fields(tensor)
+        if not fields:
+            return list(tensor.shape)
         size = list(tensor.shape)
-        for dim in {shrink for _, shrink in self.fields(tensor)}:
+        for dim in {shrink for _, shrink, _ in fields}:
             left = self.count(tensor, dim, 0, size[dim])
             if not left:
                 raise RewriteError(f"nothing would be left of dimension {dim} of a tensor of shape {tuple(tensor.shape)}")
@@ -107,14 +109,13 @@ class Survivors:
         ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask is a product.
         """
         fields = self.fields(tensor)
-        for labels, shrink in fields:
-            if len(varied(labels)) > 1:
-                values = _take_rows(values, self.alive[labels], shrink, tensor.shape)
         done: dict[int, Mask] = {}
-        for labels, shrink in fields:
-            if len(varied(labels)) == 1:
-                mask = self.alive[labels].reshape(-1)
-                done[shrink] = done[shrink] & mask if shrink in done else mask
+        for labels, shrink, mask in fields:
+            if labels.size > labels.shape[shrink]:
+                values = _take_rows(values, mask, shrink, tensor.shape)
+        for labels, shrink, mask in fields:
+            if labels.size == labels.shape[shrink]:
+                done[shrink] = done[shrink] & mask.reshape(-1) if shrink in done else mask.reshape(-1)
         for dim, mask in done.items():
             if values.shape[dim] == len(mask):
                 values = values.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.labels import Array, Field, Units, compact, varied
 
-__all__ = ["Context", "Met", "Operand", "Record", "Sighting"]
+__all__ = ["Context", "Contraction", "Met", "Operand", "Record", "Sighting"]
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +67,17 @@ class Met:
     zero: dict[int, bool]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Contraction:
+    """An executed ATen op that costs multiply-accumulates, with its arguments and its result."""
+
+    node: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+
 class Context:
     """The state of one labelling run."""
 
@@ -86,7 +97,8 @@ class Context:
         ] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
         self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
-        self.macs = 0  # multiply-accumulates of everything that ran
+        self.positional: set[str] = set()  # nodes with an op that tells positions apart: these, slices, groups, look-ups
+        self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
     # -- tensors
