@@ -15,7 +15,7 @@ import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.cost import op_macs
@@ -44,6 +44,9 @@ class Axis:
     stop: int
     length: int
     layer: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.parameter, self.dim, self.start, self.layer))
 
     def __str__(self) -> str:
         whole = self.start == 0 and self.stop == self.length
@@ -127,14 +130,18 @@ class Coupling:
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
         """Multiply-accumulates of the traced batch; ``shape`` gives another size to each tensor of the labelled run."""
 
-        def resized(tensor: Tensor) -> Tensor:
-            return torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META) if shape is not None else tensor
+        if shape is None:
+            return sum(op_macs(ran.func, ran.args, ran.kwargs, ran.out) or 0 for ran in self.contractions)
 
-        total = 0
-        for ran in self.contractions:
-            args, kwargs, out = tree_map_only(Tensor, resized, (ran.args, ran.kwargs, ran.out))
-            total += op_macs(ran.func, args, kwargs, out) or 0
-        return total
+        def resized(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return torch.empty(tuple(shape(value)), dtype=value.dtype, device=META)
+            return type(value)(map(resized, value)) if isinstance(value, (tuple, list)) else value
+
+        return sum(
+            op_macs(ran.func, resized(ran.args), {k: resized(v) for k, v in ran.kwargs.items()}, resized(ran.out)) or 0
+            for ran in self.contractions
+        )
 
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the twin."""
@@ -264,8 +271,8 @@ def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple
     out = []
     for f in _live(context, tensor):
         dim = shrinking_dim(f.labels, balance.block)
-        rows = np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])
-        out.append((dim, rows))
+        flat = f.labels.size == f.labels.shape[dim]
+        out.append((dim, (f.labels if flat else np.moveaxis(f.labels, dim, -1)).reshape(-1, f.labels.shape[dim])))
     return out
 
 
@@ -298,10 +305,9 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     layers: dict[int, int] = {}
     for name, dim, number, rows in axes:
         layer = layers[number] = layers.get(number, -1) + 1
-        own = signature[rows].max(axis=0)
-        cuts = np.flatnonzero(np.diff(own)) + 1
-        starts, stops = [0, *cuts.tolist()], [*cuts.tolist(), len(own)]
-        for start, stop in zip(starts, stops, strict=True):
+        own = signature[rows[0]] if len(rows) == 1 else signature[rows].max(axis=0)
+        cuts = [] if (own == own[0]).all() else (np.flatnonzero(np.diff(own)) + 1).tolist()
+        for start, stop in itertools.pairwise([0, *cuts, len(own)]):
             key = int(own[start])
             if key:
                 segment = Axis(name, dim, start, stop, len(own), layer)

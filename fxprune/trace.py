@@ -139,8 +139,10 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for name, value in vars(module).items():
         if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)):
             new.__dict__[name] = value
-        elif isinstance(value, dict) and not value:
+        elif isinstance(value, (dict, set)) and not value:
             new.__dict__[name] = value.copy()
+        elif type(value) is dict and name in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[name] = {key: None if item is None else memo[id(item)] for key, item in value.items()}
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)
     return new

@@ -335,27 +335,39 @@ def test_compiles_as_one_graph(family: Family) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet", "swin", "vit"])
-def test_compiles_with_inductor(name: str, training: bool) -> None:
-    """The real backend; in train mode its gradients are those of the uncompiled model."""
+def test_compiles_with_inductor(name: str) -> None:
+    """The real backend."""
     family = next(f for f in FAMILIES if f.name == name)
-    model = copy.deepcopy(halved(family)[1].model).train(training)
+    model, x = halved(family)[1].model, torch.randn(2, *family.shape)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert relative_error(torch.compile(model, fullgraph=True)(x), model(x)) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet", "swin", "vit"])
+def test_trains_with_inductor(name: str) -> None:
+    """The real backend's gradients are those of the uncompiled model.
+
+    In float64 and from a fresh initialisation: random weights of order one make a train-mode network of this depth chaotic (in the
+    original as well, an input that differs by 1e-12 moves its gradients by percents), so that rounding alone would decide.
+    """
+    family = next(f for f in FAMILIES if f.name == name)
+    torch.manual_seed(0)
+    model = family.build()
     for module in model.modules():
         if "Dropout" in type(module).__name__ or "StochasticDepth" in type(module).__name__:
             module.p = 0.0
-    x = torch.randn(2, *family.shape)
+    x = torch.randn(4, *family.shape)
+    pruned = fxprune.prune(model, x, channels=0.5).model.double().train()
+    expected = gradients(copy.deepcopy(pruned), x.double())
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    if training:
-        expected = gradients(copy.deepcopy(model), x)
-        model.zero_grad()
-        compiled(x).square().mean().backward()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-2, atol=1e-4)
-    else:
-        with torch.no_grad():
-            assert relative_error(compiled(x), model(x)) <= 1e-4
+    compiled = torch.compile(pruned, fullgraph=True)
+    compiled(x.double()).square().mean().backward()
+    flat = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert relative_error(torch.cat([pruned.get_parameter(n).grad.flatten() for n in expected]), flat) <= 1e-7
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,32 +22,42 @@ def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -
         return
     new_input = survivors.shape(old_input)
     new_output = survivors.shape(value) if isinstance(value, Tensor) else None
+    # Numbers, past Module.__setattr__, which is slow.
+    vars(module).update(_sizes(survivors, module, old_input, new_input, new_output))
+
+
+def _sizes(
+    survivors: Survivors, module: nn.Module, old_input: Tensor, new_input: list[int], new_output: list[int] | None
+) -> dict[str, Any]:
     if isinstance(module, _ConvNd):
         dim = len(new_input) - len(module.kernel_size) - 1  # of the channels; 0 for an unbatched image
-        # Groups of one input channel go with it; groups of several keep their number and get narrower.
-        module.groups = new_input[dim] if module.groups == module.in_channels else module.groups
-        module.in_channels = new_input[dim]
-        module.out_channels = module.out_channels if new_output is None else new_output[dim]
-    elif isinstance(module, nn.Linear):
-        module.in_features = new_input[-1]
-        module.out_features = module.out_features if new_output is None else new_output[-1]
-    elif isinstance(module, _NormBase):
-        if len(new_input) > 1:
-            module.num_features = new_input[1]
-    elif isinstance(module, nn.GroupNorm):
-        if module.num_groups == module.num_channels:
-            module.num_groups = new_input[1]
-        module.num_channels = new_input[1]
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(new_input[-len(module.normalized_shape) :])
-    elif isinstance(module, nn.ChannelShuffle):
-        module.groups = shuffled_groups(survivors, old_input, module.groups)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.numel()
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.Unflatten) and new_output is not None and isinstance(module.dim, int):
+        return {
+            # Groups of one input channel go with it; groups of several keep their number and get narrower.
+            "groups": new_input[dim] if module.groups == module.in_channels else module.groups,
+            "in_channels": new_input[dim],
+            "out_channels": module.out_channels if new_output is None else new_output[dim],
+        }
+    if isinstance(module, nn.Linear):
+        return {
+            "in_features": new_input[-1],
+            "out_features": module.out_features if new_output is None else new_output[-1],
+        }
+    if isinstance(module, _NormBase):
+        return {"num_features": new_input[1]} if len(new_input) > 1 else {}
+    if isinstance(module, nn.GroupNorm):
+        groups = new_input[1] if module.num_groups == module.num_channels else module.num_groups
+        return {"num_groups": groups, "num_channels": new_input[1]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": tuple(new_input[-len(module.normalized_shape) :])}
+    if isinstance(module, nn.ChannelShuffle):
+        return {"groups": shuffled_groups(survivors, old_input, module.groups)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": module.weight.numel()}
+    if isinstance(module, nn.Embedding):
+        return dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))
+    if isinstance(module, nn.Unflatten) and new_output is not None and isinstance(module.dim, int):
         dim = module.dim % old_input.dim()
         sizes = list(module.unflattened_size)
         new = new_output[dim : dim + len(sizes)]
-        module.unflattened_size = tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))
+        return {"unflattened_size": tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))}
+    return {}
