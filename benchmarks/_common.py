@@ -266,6 +266,12 @@ def write(stem: str, record: Record, markdown: str) -> None:
     print(f"\nwritten: benchmarks/results/{stem}.json and {stem}.md", flush=True)
 
 
+def read(stem: str) -> Record:
+    """What was written to ``benchmarks/results/<stem>.json`` last, or nothing."""
+    path = RESULTS / f"{stem}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def median(values: Sequence[float]) -> float:
     """Return the median as a plain float."""
     return float(statistics.median(values))

@@ -1,7 +1,7 @@
 """How long pruning takes: ``fxprune.prune`` against torch-pruning, side by side in one run.
 
     python benchmarks/prune_time.py                        # every torchvision model that both can prune
-    python benchmarks/prune_time.py --only 'resnet*' --repeats 7
+    python benchmarks/prune_time.py --only 'resnet*,vgg*'  # some of them; the rows of the others are kept
     python benchmarks/prune_time.py --inputs small         # no help from slow forward passes
     python benchmarks/prune_time.py --scaling              # cost against the number of nodes, on a synthetic DenseNet
     python benchmarks/prune_time.py --memory               # peak memory over the bytes of the weights
@@ -197,8 +197,9 @@ def _total_ratio(records: dict[str, common.Record]) -> float:
 def run_race(options: argparse.Namespace) -> bool:
     """Race on every chosen model, print each ratio as it comes, write the results."""
     about = common.machine() | {"inputs": options.inputs, "repeats": options.repeats}
-    names = [name for name in CASES if fnmatch.fnmatch(name, options.only)]
-    records: dict[str, common.Record] = {}
+    names = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))]
+    stem = "prune_time" if options.inputs == "native" else f"prune_time_{options.inputs}"
+    records: dict[str, common.Record] = common.read(stem).get("models", {}) if options.only != "*" else {}
     print(f"{'model':32} {'fxprune':>9} {'t-pruning':>9} {'ratio':>7}", flush=True)
     for name in names:
         record = common.in_child(
@@ -216,7 +217,7 @@ def run_race(options: argparse.Namespace) -> bool:
             print(f"{name:32} " + "; ".join(f"{tool} cannot: {why}" for tool, why in failed.items()), flush=True)
     record, markdown, reached = report_race(records, about)
     print("\n" + markdown.split("| model |")[0].strip())
-    common.write("prune_time" if options.inputs == "native" else f"prune_time_{options.inputs}", record, markdown)
+    common.write(stem, record, markdown)
     return reached
 
 
@@ -442,7 +443,7 @@ def run_memory(options: argparse.Namespace) -> bool:
 def main() -> None:
     """Read the command line and run one of the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="models, as a glob (with --memory: names separated by commas)")
+    parser.add_argument("--only", default="*", help="models: globs, separated by commas")
     parser.add_argument("--inputs", choices=("small", "native"), default="native", help="size of the example inputs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30.0, help="stop repeating one model after about this long")

@@ -94,7 +94,7 @@ def render(store: common.Record) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="models to measure, as a glob")
+    parser.add_argument("--only", default="*", help="models to measure: globs, separated by commas")
     parser.add_argument("--inputs", choices=("small", "native"), default="small")
     parser.add_argument("--channels", type=float, default=0.5)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
@@ -105,7 +105,7 @@ def main() -> None:
     store.setdefault("channels", options.channels)
     if not options.render:
         store |= {"machine": common.machine(), "channels": options.channels}
-        chosen = [name for name in CASES if fnmatch.fnmatch(name, options.only)]
+        chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))]
         for position, name in enumerate(chosen, 1):
             row = common.in_child(measure, name, options.inputs, options.channels, timeout=options.timeout)
             store["models"][name] = row

@@ -42,7 +42,8 @@ def resolve(context: Context) -> Balance:
     while True:
         version = context.units.version
         block = np.full(context.units.count, -1, dtype=np.int64)
-        splits: list[list[Array]] = []
+        blocks = 0
+        splits: list[Array] = []
         seen: set[bytes] = set()
         for sighting in context.sightings:
             context.node = sighting.node
@@ -52,11 +53,10 @@ def resolve(context: Context) -> Balance:
             key = np.sort(rows.ravel()).tobytes() + rows.shape[0].to_bytes(8, "little")
             fresh = key not in seen
             seen.add(key)
-            for row in rows:
-                if (block[row] < 0).all():
-                    block[row] = int(block.max()) + 1
+            for row in rows[(block[rows] < 0).all(axis=1)]:
+                block[row], blocks = blocks, blocks + 1
             if fresh:
-                splits.append(list(rows))
+                splits.append(rows)
         if context.units.version != version:
             continue
         balance = _cells(context, splits, block)
@@ -140,7 +140,7 @@ def shrinking_dim(labels: Array, block: Array) -> int:
     return known[-1] if known else dims[-1]
 
 
-def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance | None:
+def _cells(context: Context, splits: list[Array], block: Array) -> Balance | None:
     """Refine all splits into cells; None (after tying) if two splits cannot be satisfied together."""
     count = context.units.count
     rng = np.random.default_rng(0)  # names for sets: equal sets get equal sums
@@ -160,7 +160,7 @@ def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance
     kinds[cell_of] = kind_key[units]
     sizes = np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
     # Where every block of a split is made of equally many cells, all of one size, these cells are of one kind.
-    inside_of = [[np.unique(cell[row]) for row in split] for split in splits]
+    inside_of = [_distinct(cell[split]) for split in splits]
     alike = [np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1]
     alike = [members for members in alike if len(np.unique(sizes[members])) == 1]
     merged = True
@@ -172,14 +172,18 @@ def _cells(context: Context, splits: list[list[Array]], block: Array) -> Balance
                 kinds[np.isin(kinds, found)] = found[0]
                 merged = True
     # Blocks satisfy a split when each is made of the same kinds of cell, of the same sizes.
-    for split in splits:
+    for split, cells in zip(splits, inside_of, strict=True):
         content = []
-        for row in split:
-            inside = np.unique(cell[row])
+        for inside in cells:
             content.append(sorted(zip(kinds[inside].tolist(), sizes[inside].tolist(), strict=True)))
         if any(c != content[0] for c in content):
-            stacked = np.stack(split)
-            context.unite(stacked, stacked[:1])
+            context.unite(split, split[:1])
             return None
     _, kind = np.unique(kinds, return_inverse=True) if units.size else (None, np.zeros(0, dtype=np.int64))
     return Balance(block, cell, kind)
+
+
+def _distinct(rows: Array) -> list[Array]:
+    """The distinct numbers of each row; usually a row holds one."""
+    first = rows[:, :1]
+    return list(first) if (rows == first).all() else [np.unique(row) for row in rows]

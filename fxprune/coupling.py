@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.cost import op_macs
-from fxprune.labels import Array, Field, compact
+from fxprune.labels import Array
 from fxprune.propagation import LabelMode
-from fxprune.rules import Context, Contraction
+from fxprune.rules import Context, Contraction, Record
 from fxprune.shapes import META
 from fxprune.trace import Trace, Twin, trace
 
@@ -112,7 +112,6 @@ class Coupling:
     balance: Balance
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]  # of the first trace
-    _labels: dict[int, list[Array]] = field(default_factory=dict, repr=False)  # by the id of a tensor that the context keeps alive
 
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
@@ -120,12 +119,8 @@ class Coupling:
 
     def labels(self, tensor: Any) -> list[Array]:
         """The live labels of a tensor of the labelled run, one array per field."""
-        cached = self._labels.get(id(tensor))
-        if cached is None:
-            record = self.context.record(tensor)
-            fields = _live(self.context, tensor) if record is not None and record.name else self.context.fields(tensor)
-            cached = self._labels[id(tensor)] = [f.labels for f in fields]
-        return cached
+        record = self.context.record(tensor)
+        return [] if record is None else [f.labels for f in record.fields]
 
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
         """Multiply-accumulates of the traced batch; ``shape`` gives another size to each tensor of the labelled run."""
@@ -193,7 +188,12 @@ class Labelling:
     def __init__(self, twin: Twin, keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> None:
         self.twin = twin
         self.context = Context()
-        self.parameters = _register(self.context, twin.model)
+        self.parameters = twin.tensors
+        number = 0
+        for name, tensor in self.parameters.items():
+            if tensor.is_meta:
+                self.context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
+                number += tensor.dim()
         self.traces: list[Trace] = []
         self._pinned_nodes = frozenset(pinned_nodes)
         for name in keep:
@@ -228,7 +228,12 @@ def couple(labelling: Labelling) -> Coupling:
     """Read off a labelled twin what can only be pruned together."""
     context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
     context.node = ""
-    balance = resolve(context)
+    while True:
+        balance = resolve(context)
+        version = context.units.version
+        context.settle()
+        if context.units.version == version:
+            break
     groups, graph = _groups(context, parameters, balance)
     evaluated = {node.name for node in traces[0].graph.nodes}
     return Coupling(
@@ -245,17 +250,6 @@ def couple(labelling: Labelling) -> Coupling:
     )
 
 
-def _register(context: Context, twin: torch.nn.Module) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
-    number = 0
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        parameters[name] = tensor
-        if tensor.is_meta:
-            context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
-            number += tensor.dim()
-    return parameters
-
-
 def _untouched(context: Context, tensor: Tensor) -> bool:
     record = context.record(tensor)
     return (
@@ -266,25 +260,13 @@ def _untouched(context: Context, tensor: Tensor) -> bool:
     )
 
 
-def _positions(context: Context, tensor: Tensor, balance: Balance) -> list[tuple[int, Array]]:
+def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
     """(dim, labels along it) for each field of a parameter; a field over several axes counts on the one that shrinks."""
     out = []
-    for f in _live(context, tensor):
+    for f in record.fields:
         dim = shrinking_dim(f.labels, balance.block)
         flat = f.labels.size == f.labels.shape[dim]
         out.append((dim, (f.labels if flat else np.moveaxis(f.labels, dim, -1)).reshape(-1, f.labels.shape[dim])))
-    return out
-
-
-def _live(context: Context, tensor: Tensor) -> list[Field]:
-    record = context.record(tensor)
-    if record is None or (record.unborn and not record.fields):
-        return []
-    out = []
-    for f in record.fields:
-        labels = compact(context.units.live(f.labels))
-        if labels.any() and labels.size > 1:
-            out.append(Field(labels, f.zero))
     return out
 
 
@@ -294,9 +276,8 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     axes: list[tuple[str, int, int, Array]] = []  # parameter, dim, axis number, rows of labels
     for name, tensor in parameters.items():
         record = context.record(tensor)
-        for dim, rows in _positions(context, tensor, balance):
-            assert record is not None
-            axes.append((name, dim, record.axes[dim], rows))
+        for dim, rows in _positions(record, balance) if record is not None else ():
+            axes.append((name, dim, record.axes[dim], rows))  # type: ignore[union-attr]
             # An axis adds its random number once to every label that lies on it (fancy indexing does not repeat).
             signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
     signature[0] = 0

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "ShapeMode", "run", "tensors_in"]
+__all__ = ["META", "ShapeMode", "is_quick", "run", "tensors_in"]
 
 META = torch.device("meta")
 
@@ -55,6 +55,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs or not all(t.is_meta for t in tensors):
         args, kwargs = tree_map(_to_meta, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def is_quick(func: Any) -> bool:
+    """Whether the shape of an op's result is known here, op by op."""
+    return func.overloadpacket in _QUICK
 
 
 @functools.cache

@@ -44,16 +44,13 @@ _TRAINING = "training"
 class Twin:
     """A structural copy of a model with parameters on the meta device.
 
-    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for.
+    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for; ``tensors`` are the twin's
+    parameters and buffers by name.
     """
 
     model: nn.Module
     real: dict[int, Tensor]
-
-    def set_mode(self, training: bool) -> None:
-        """``model.train(training)``, done once for many calls."""
-        if any(module.__dict__["training"] is not training for module in self.model.modules()):
-            self.model.train(training)
+    tensors: dict[str, Tensor]
 
 
 @dataclass
@@ -101,11 +98,12 @@ def twin_of(model: nn.Module) -> Twin:
         memo[id(tensor)] = new
         real[id(new)] = tensor
 
-    for tensor in model.parameters():
-        stand_in(tensor)
-    for buffer in model.buffers():
-        stand_in(buffer)
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                stand_in(tensor)
+    for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:
                 # Not a parameter, not a buffer: a constant whose value may matter, or one that a hook computes at each call.
@@ -118,7 +116,8 @@ def twin_of(model: nn.Module) -> Twin:
             f"{type(model).__name__} cannot be copied ({error}). fxprune traces a copy so that your model stays untouched: "
             "make every attribute of the model copyable with copy.deepcopy (no locks, open files or generators)."
         ) from error
-    return Twin(lower(copied), real)
+    twin = lower(copied)
+    return Twin(twin, real, {**dict(twin.named_parameters()), **dict(twin.named_buffers())})
 
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type)
@@ -211,8 +210,9 @@ def trace(
     InputError
         If an operation refuses the shapes of the example.
     """
-    twin.set_mode(training)
-    tracer = _Tracer(args, kwargs, training, watch or (lambda node: ShapeMode()))
+    if any(module.__dict__["training"] is not training for module in twin.model.modules()):
+        twin.model.train(training)
+    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
@@ -378,6 +378,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(
         self,
+        twin: Twin,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         training: bool,
@@ -386,6 +387,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=())
         self.example = (args, kwargs)
         self.watch = watch
+        self._tensor_names = {id(tensor): name for name, tensor in twin.tensors.items()}
         self.training = training
         self.decisions: list[str] = []
         self.asked_mode = False
@@ -439,6 +441,8 @@ class _Tracer(fx.Tracer):
             return a.node
         if type(a) is SizeTuple:
             return tuple(self.create_arg(item) for item in a)
+        if isinstance(a, tuple) and hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
+            return self.create_proxy("call_function", type(a), tuple(a), {}).node
         if isinstance(a, Tensor):
             known = {id(t): name for t, name in self.tensor_attrs.items()}
             name = known.get(id(a))
@@ -455,7 +459,6 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
-        node.meta["where"] = _user_line()
         node.meta["val"] = self._execute(node)
         return self.proxy(node)
 
@@ -508,17 +511,12 @@ class _Tracer(fx.Tracer):
                 if kind is TraceError
                 else "Check that the example input has the shape, dtype and order of arguments that the model is called with."
             )
-            raise kind(f"{what!r} failed on shapes {shapes}: {error} (at {node.meta['where']}). {advice}") from error
+            raise kind(f"{what!r} failed on shapes {shapes}: {error} (at {_user_line()}). {advice}") from error
         finally:
             self._executing = False
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
-
-    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        named = [*root.named_parameters(), *root.named_buffers()]
-        self._tensor_names = {id(tensor): name for name, tensor in reversed(named)}
-        return super().trace(root, concrete_args)
 
     # -- decisions
 

@@ -17,7 +17,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError, VerificationError
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.propagation import seen_whole
-from fxprune.rewrite import Survivors, emit
+from fxprune.rewrite import Survivors, emit, put_tensors
 from fxprune.rules import bind
 
 __all__ = ["Verification", "check"]
@@ -155,12 +155,8 @@ def _smaller(
             by_old[id(old)] = survivors.take(coupling.parameters[name], values[name])
         else:
             by_old[id(old)] = values[name]
+    put_tensors(model, by_old)
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and id(tensor) in by_old:
-                    new = by_old[id(tensor)]
-                    store[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new  # type: ignore[assignment]
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 vars(module)[name] = value.to("cpu", dtype) if value.is_floating_point() else value.cpu()
@@ -219,15 +215,8 @@ def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coup
 @contextmanager
 def _installed(twin: nn.Module, by_id: dict[int, Tensor]) -> Iterator[None]:
     """Put real tensors into the twin for the time of a run."""
-    changed: list[tuple[dict[str, Any], str, Any]] = []
+    changed = put_tensors(twin, by_id)
     try:
-        for module in twin.modules():
-            for store in (module._parameters, module._buffers):
-                for name, tensor in store.items():
-                    if tensor is not None and id(tensor) in by_id:
-                        changed.append((store, name, tensor))
-                        new = by_id[id(tensor)]
-                        store[name] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new  # type: ignore[assignment]
         yield
     finally:
         for store, name, tensor in changed:

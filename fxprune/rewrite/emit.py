@@ -24,7 +24,7 @@ from fxprune.labels import Array, Field, compact, varied
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
-from fxprune.rewrite.module import PrunedModule
+from fxprune.rewrite.module import PrunedModule, put_tensors
 from fxprune.rewrite.survivors import Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META
@@ -390,12 +390,8 @@ def _laid_out_like(source: Tensor, taken: Tensor) -> Tensor:
 
 def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:
     """Put real tensors in the place of the meta tensors that the graph was checked with."""
-    by_stand_in = {id(stand_in): real[key] for key, stand_in in meta.items()}
+    put_tensors(root, {id(stand_in): real[key] for key, stand_in in meta.items()})
     for module in root.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and id(tensor) in by_stand_in:
-                    store[name] = by_stand_in[id(tensor)]  # type: ignore[assignment]
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:
                 delattr(module, name)  # a hook computes it at each call

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["PrunedModule"]
+__all__ = ["PrunedModule", "put_tensors"]
 
 _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Put tensors into the places of registered ones, by the ids of these; returns (place, name, what was there)."""
+    changed: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) in new:
+                    changed.append((store, name, tensor))
+    for store, name, tensor in changed:
+        value = new[id(tensor)]
+        wrap = isinstance(tensor, nn.Parameter) and not isinstance(value, nn.Parameter)
+        store[name] = nn.Parameter(value, False) if wrap else value
+    return changed
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
@@ -31,15 +48,14 @@ class PrunedModule(fx.GraphModule):
     def __init__(
         self, root: nn.Module, graph: fx.Graph, class_name: str = "Pruned", training_graph: fx.Graph | None = None
     ) -> None:
-        self.__dict__["training_graph"] = training_graph
-        self.__dict__["_tree"] = root
-        super().__init__(root, graph, class_name=class_name)
-        del self.__dict__["_tree"]
-        self.__dict__["training_graph"] = training_graph
+        self.__dict__["training_graph"] = None
+        super().__init__(nn.Module(), fx.Graph(), class_name=class_name)  # it would copy what the graph calls, one by one
         for store in _STORES:
             self.__dict__[store] = root.__dict__[store]
         self.__dict__.update(_constants(root))
         self.training = root.training
+        self.__dict__["training_graph"] = training_graph
+        self.graph = graph  # compiles it
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
@@ -48,8 +64,7 @@ class PrunedModule(fx.GraphModule):
         if training_graph is not None:
             kind = type(self)
             evaluation = kind.forward
-            root = self.__dict__.get("_tree", self)
-            training = type(fx.GraphModule(root, training_graph)).forward
+            training = type(fx.GraphModule(self, training_graph)).forward
 
             @functools.wraps(evaluation)
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

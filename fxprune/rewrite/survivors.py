@@ -33,8 +33,8 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._fields: dict[int, list[tuple[Array, int, Mask]]] = {}  # by the id of a tensor that the coupling keeps alive
-        self._shapes: dict[int, list[int]] = {}
+        self._masks: dict[int, tuple[Array, int, Mask | None]] = {}  # by the id of labels, which it keeps alive
+        self._shapes: dict[int, list[int]] = {}  # by the id of a tensor that the coupling keeps alive
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         for group in coupling.groups:
             units = np.array(group.units)
@@ -43,14 +43,15 @@ class Survivors:
 
     def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
         """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run that loses something."""
-        cached = self._fields.get(id(tensor))
-        if cached is not None:
-            return cached
-        out = self._fields[id(tensor)] = []
+        out = []
         for labels in self.coupling.labels(tensor):
-            mask = self.alive[labels]
-            if not mask.all():
-                out.append((labels, shrinking_dim(labels, self.coupling.balance.block), mask))
+            if id(labels) not in self._masks:
+                mask = self.alive[labels]
+                dim = shrinking_dim(labels, self.coupling.balance.block)
+                self._masks[id(labels)] = (labels, dim, None if mask.all() else mask)
+            _, shrink, known = self._masks[id(labels)]
+            if known is not None:
+                out.append((labels, shrink, known))
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:

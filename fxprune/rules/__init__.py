@@ -1,13 +1,14 @@
 """All knowledge of ATen ops: one small rule per op family, registered by name. Importing the package fills the registry."""
 
 from fxprune.rules import contraction, convolution, creation, indexing, movement, normalisation, pointwise, reduction, resampling
-from fxprune.rules.context import Context, Contraction, Sighting
+from fxprune.rules.context import Context, Contraction, Record, Sighting
 from fxprune.rules.registry import REGISTRY, Rule, bind, find
 
 __all__ = [
     "REGISTRY",
     "Context",
     "Contraction",
+    "Record",
     "Rule",
     "Sighting",
     "bind",

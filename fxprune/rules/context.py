@@ -137,6 +137,17 @@ class Context:
                     out.append(Field(labels, f.zero))
         return out
 
+    def settle(self) -> None:
+        """Refresh the fields of every tensor there is, those of a parameter that no op has met left alone."""
+        done: dict[int, tuple[Array, list[Field]]] = {}  # by the id of the labels as they were, which it keeps alive
+        for record in self.records.values():
+            fields: list[Field] = []
+            for f in record.fields:
+                if id(f.labels) not in done:
+                    done[id(f.labels)] = f.labels, self._refresh([f])
+                fields += [Field(new.labels, f.zero) for new in done[id(f.labels)][1]]
+            record.fields, record.version = fields, self.units.version
+
     def put(self, tensor: Any, fields: Iterable[Field], base: Any = None) -> None:
         """Say what an op's result carries. ``base``: the tensor that the result is a view of."""
         if not isinstance(tensor, Tensor):
