@@ -511,7 +511,7 @@ class _Tracer(fx.Tracer):
                 if kind is TraceError
                 else "Check that the example input has the shape, dtype and order of arguments that the model is called with."
             )
-            own = dict(self.root.get_submodule(node.target).named_parameters()) if node.op == "call_module" else {}
+            own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
             has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
             raise kind(f"{what!r} failed on shapes {shapes}{has}: {error} (at {_user_line()}). {advice}") from error
         finally:
