@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Labelling, couple
-from fxprune.criteria import magnitude
+from fxprune.criteria import rank
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
 from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
 from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
-from fxprune.selection import select
+from fxprune.selection import Budget, select
 from fxprune.trace import example_of, twin_of
 from fxprune.verify import Verification, check
 
@@ -79,7 +79,12 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    channels: float,
+    channels: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    scope: str = "group",
+    layers: Mapping[str, float] | None = None,
+    criterion: Any = "cpmc",
     keep: Any = (),
     round_to: int = 1,
     min_channels: int = 1,
@@ -95,7 +100,20 @@ def prune(
         A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``. Only shapes and dtypes
         matter.
     channels:
-        The share of units that each group keeps, in (0, 1]; 1.0 returns an equal model.
+        The share of units to keep, in (0, 1]: by each group, or with ``scope="global"`` by all groups together, the least important
+        of the whole network going first. 1.0 returns an equal model.
+    macs, params:
+        The share of multiply-accumulates, or of parameters, to keep, in (0, 1]. The least important units of the whole network go,
+        one by one, until it holds; giving the last one back would break it (``round_to`` aside). Of several budgets all hold.
+    scope:
+        What ``channels`` counts: ``"group"`` or ``"global"``.
+    layers:
+        Glob of module names -> share of units that these layers keep, whatever the budgets ask for: ``{"layer4.*": 0.3}``. Layers
+        that are coupled keep the same; the last glob that matches counts.
+    criterion:
+        How important a unit is: a name (``"cpmc"``, ``"l1"``, ``"l2"``, ``"bn_scale"``, ``"lamp"``, ``"fpgm"``, ``"random"``), an
+        object of :mod:`fxprune.criteria` (:class:`~fxprune.criteria.Taylor` and others read data), or a function from a
+        :class:`~fxprune.criteria.UnitView` to one score per unit.
     keep:
         What must not be pruned: a module name, a glob, a module object, or several of these. Their parameters keep their shapes.
     round_to:
@@ -107,7 +125,7 @@ def prune(
 
     Raises
     ------
-    ArgumentError, InputError, ModelError, TraceError, RewriteError, VerificationError
+    ArgumentError, BudgetError, InputError, ModelError, TraceError, RewriteError, VerificationError
         All of them are :class:`FxpruneError`.
 
     Examples
@@ -117,22 +135,19 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    _check_number("channels", channels, "the share of channels that every group keeps", above=0, most=1)
-    _check_integer("round_to", round_to)
-    _check_integer("min_channels", min_channels)
+    budget = _budget(channels, macs, params, scope, layers, round_to, min_channels)
     clock = _Clock()
     with clock("check"):
         _check_model(model)
         inputs, exact = example_of(example_inputs, 2), example_of(example_inputs)
         kept = _kept_parameters(model, keep)
-        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     pinned: tuple[str, ...] = ()
     for _ in range(_ATTEMPTS):
         coupling = _analyze(model, inputs, exact, kept, pinned, clock)
         with clock("score"):
-            scores = magnitude(coupling, parameters)
+            ranking = rank(criterion, coupling, model)
         with clock("select"):
-            survivors = select(coupling, scores, channels=channels, round_to=round_to, min_channels=min_channels)
+            survivors = select(coupling, ranking, budget)
         try:
             pruned = _emit(model, coupling, survivors, kept, pinned, exact, clock)
             break
@@ -375,6 +390,30 @@ def _kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
     tensors = {id(t) for name in names for t in (*modules[name].parameters(), *modules[name].buffers())}
     every = [*model.named_parameters(), *model.named_buffers()]
     return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
+
+
+def _budget(
+    channels: float | None,
+    macs: float | None,
+    params: float | None,
+    scope: str,
+    layers: Mapping[str, float] | None,
+    round_to: int,
+    min_channels: int,
+) -> Budget:
+    layers = dict(layers or {})
+    if channels is None and macs is None and params is None and not layers:
+        raise ArgumentError("nothing says how much to prune: give channels=, macs=, params= or layers=, e.g. macs=0.5.")
+    for name, value, what in (("channels", channels, "channels"), ("macs", macs, "MACs"), ("params", params, "parameters")):
+        if value is not None:
+            _check_number(name, value, f"the share of {what} to keep", above=0, most=1)
+    for glob, share in layers.items():
+        _check_number(f"layers[{glob!r}]", share, "the share of channels that these layers keep", above=0, most=1)
+    if scope not in ("group", "global"):
+        raise ArgumentError(f'scope={scope!r} is neither "group" (every group keeps the share) nor "global" (all groups together).')
+    _check_integer("round_to", round_to)
+    _check_integer("min_channels", min_channels)
+    return Budget(channels, macs, params, scope, layers, round_to, min_channels)
 
 
 def _check_number(name: str, value: Any, meaning: str, *, above: float, most: float) -> None:

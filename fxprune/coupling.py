@@ -22,7 +22,7 @@ from fxprune.cost import op_macs
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
-from fxprune.shapes import META
+from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
 __all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
@@ -128,15 +128,21 @@ class Coupling:
         if shape is None:
             return sum(op_macs(ran.func, ran.args, ran.kwargs, ran.out) or 0 for ran in self.contractions)
 
-        def resized(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return torch.empty(tuple(shape(value)), dtype=value.dtype, device=META)
-            return type(value)(map(resized, value)) if isinstance(value, (tuple, list)) else value
+        def resized(tensor: Tensor) -> Tensor:
+            return torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
 
         return sum(
-            op_macs(ran.func, resized(ran.args), {k: resized(v) for k, v in ran.kwargs.items()}, resized(ran.out)) or 0
-            for ran in self.contractions
+            op_macs(ran.func, *map_tensors(resized, (ran.args, ran.kwargs, ran.out))) or 0 for ran in self.contractions
         )
+
+    def role(self, name: str, dim: int) -> str:
+        """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or
+        ``"dependent"`` (what the next layers read them with)."""
+        record = self.context.record(self.parameters[name])
+        number = record.axes[dim] if record is not None else -1
+        if number in self.context.scale_axes:
+            return "scale"
+        return "dependent" if number in self.context.summed_axes else "own"
 
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the twin."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError",
+    "BudgetError",
     "FxpruneError",
     "InputError",
     "ModelError",
@@ -24,6 +25,10 @@ class FxpruneError(Exception):
 
 class ArgumentError(FxpruneError, ValueError):
     """An option is outside what it may be (``channels``, ``keep``, ``round_to``, ``min_channels``)."""
+
+
+class BudgetError(FxpruneError, ValueError):
+    """A budget is below what the smallest model has that the analysis and the other arguments allow."""
 
 
 class InputError(FxpruneError, ValueError):

@@ -15,6 +15,7 @@ from fxprune import rules, shapes
 from fxprune.cost import op_macs
 from fxprune.errors import RewriteError
 from fxprune.rules import Context, Contraction
+from fxprune.trace import execute
 
 __all__ = ["LabelMode", "run_node", "seen_whole"]
 
@@ -118,16 +119,7 @@ def run_node(context: Context, root: nn.Module, node: fx.Node, value_of: Callabl
     context.node, context.target = prefix + node.name, node.target
     try:
         with LabelMode(context):
-            if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            if node.op == "call_module":
-                return root.get_submodule(str(node.target))(*args, **kwargs)
-            value: Any = root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return execute(root, node, args, kwargs)
     except RewriteError:
         raise
     except Exception as error:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "ShapeMode", "is_quick", "run", "tensors_in"]
+__all__ = ["META", "ShapeMode", "is_quick", "map_tensors", "run", "tensors_in"]
 
 META = torch.device("meta")
 
@@ -34,6 +34,17 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Nested arguments of an ATen op, with the function's result in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return value
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

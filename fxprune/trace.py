@@ -35,7 +35,7 @@ from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
 from fxprune.shapes import META, ShapeMode
 
-__all__ = ["Trace", "Twin", "example_of", "is_leaf", "trace", "twin_of"]
+__all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "trace", "twin_of"]
 
 _TRAINING = "training"
 
@@ -51,6 +51,16 @@ class Twin:
     model: nn.Module
     real: dict[int, Tensor]
     tensors: dict[str, Tensor]
+
+    @contextmanager
+    def holding(self, values: Mapping[int, Tensor]) -> Iterator[nn.Module]:
+        """The twin's model with other tensors, given by the ids of the twin's, for a while."""
+        changed = put_tensors(self.model, values)
+        try:
+            yield self.model
+        finally:
+            for store, name, tensor in changed:
+                store[name] = tensor
 
 
 @dataclass
@@ -120,6 +130,22 @@ def twin_of(model: nn.Module) -> Twin:
     return Twin(twin, real, {**dict(twin.named_parameters()), **dict(twin.named_buffers())})
 
 
+def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Put tensors into the places of registered ones, by the ids of these; returns (place, name, what was there)."""
+    changed: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) in new:
+                    changed.append((store, name, tensor))
+    for store, name, tensor in changed:
+        value = new[id(tensor)]
+        wrap = isinstance(tensor, nn.Parameter) and not isinstance(value, nn.Parameter)
+        store[name] = nn.Parameter(value, False) if wrap else value
+    return changed
+
+
 _PLAIN = (bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type)
 
 
@@ -185,6 +211,18 @@ def example_of(example_inputs: Any, batch: int | None = None) -> tuple[tuple[Any
         return torch.empty(shape, dtype=leaf.dtype, device=META)
 
     return tree_map(to_meta, (args, kwargs))
+
+
+def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node of a graph over ``root`` gives for these arguments."""
+    target: Any = node.target
+    if node.op == "call_function":
+        return target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return root.get_submodule(target)(*args, **kwargs)
+    return operator.attrgetter(target)(root)
 
 
 def trace(
@@ -483,20 +521,10 @@ class _Tracer(fx.Tracer):
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        target: Any = node.target
         try:
             self._executing = True
             with self.watch(node):
-                if node.op == "call_function":
-                    return target(*args, **kwargs)
-                if node.op == "call_method":
-                    return getattr(args[0], target)(*args[1:], **kwargs)
-                if node.op == "get_attr":
-                    value: Any = self.root
-                    for part in target.split("."):
-                        value = getattr(value, part)
-                    return value
-                return self.root.get_submodule(target)(*args, **kwargs)
+                return execute(self.root, node, args, kwargs)
         except FxpruneError:
             raise
         except Exception as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,9 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError, VerificationError
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.propagation import seen_whole
-from fxprune.rewrite import Survivors, emit, put_tensors
+from fxprune.rewrite import Survivors, emit
 from fxprune.rules import bind
+from fxprune.trace import execute, put_tensors
 
 __all__ = ["Verification", "check"]
 
@@ -175,7 +174,7 @@ def _reference(coupling: Coupling, survivors: Survivors, values: dict[str, Tenso
     twin = trace.twin.model.eval()
     inputs = iter([*args, *kwargs.values()])
     env: dict[fx.Node, Any] = {}
-    with _installed(twin, {id(coupling.parameters[name]): value for name, value in masked.items()}), torch.no_grad():
+    with trace.twin.holding({id(coupling.parameters[name]): value for name, value in masked.items()}), torch.no_grad():
         for node in trace.graph.nodes:
             if node.op == "placeholder":
                 env[node] = _copy(next(inputs))
@@ -192,16 +191,7 @@ def _reference(coupling: Coupling, survivors: Survivors, values: dict[str, Tenso
 def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coupling, survivors: Survivors) -> Any:
     call_args, call_kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     with torch.inference_mode(), _MaskedStatistics(node.name, coupling, survivors):
-        if node.op == "call_function":
-            value = node.target(*call_args, **call_kwargs)  # type: ignore[operator]
-        elif node.op == "call_method":
-            value = getattr(call_args[0], str(node.target))(*call_args[1:], **call_kwargs)
-        elif node.op == "call_module":
-            value = twin.get_submodule(str(node.target))(*call_args, **call_kwargs)
-        else:
-            value = twin
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+        value = execute(twin, node, call_args, call_kwargs)
     # 0/0 at an element that is not there any more (a weight norm of a zero filter) says nothing.
     for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
         if isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point() and bool(torch.isnan(new).any()):
@@ -210,17 +200,6 @@ def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coup
                 with torch.inference_mode():
                     new.masked_fill_(gone & torch.isnan(new), 0.0)
     return value
-
-
-@contextmanager
-def _installed(twin: nn.Module, by_id: dict[int, Tensor]) -> Iterator[None]:
-    """Put real tensors into the twin for the time of a run."""
-    changed = put_tensors(twin, by_id)
-    try:
-        yield
-    finally:
-        for store, name, tensor in changed:
-            store[name] = tensor
 
 
 class _MaskedStatistics(TorchDispatchMode):

@@ -22,6 +22,7 @@ ROOMS = [
     "balance",
     "propagation",
     "coupling",
+    "widths",
     "criteria",
     "plan",
     "selection",

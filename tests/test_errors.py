@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import (
     ArgumentError,
+    BudgetError,
     FxpruneError,
     InputError,
     ModelError,
@@ -81,14 +82,43 @@ def test_channels_outside_of_zero_to_one(channels: float) -> None:
     refused(ArgumentError, "channels", re.escape(str(channels)), r"0.*1", channels=channels)
 
 
-@pytest.mark.parametrize("channels", ["half", None])
-def test_channels_that_are_no_number(channels: Any) -> None:
-    refused(ArgumentError, "channels", str(channels), channels=channels)
+@pytest.mark.parametrize("budget", ["channels", "macs", "params"])
+def test_budgets_that_are_no_share(budget: str) -> None:
+    for value in ("half", 1.5, 0, float("nan"), True):
+        refused(ArgumentError, budget, re.escape(str(value)), r"0.*1", **{budget: value})
 
 
-def test_channels_are_not_forgotten() -> None:
-    with pytest.raises(TypeError, match="channels"):
-        fxprune.prune(Small(), torch.randn(IMAGE))  # type: ignore[call-arg]
+def test_a_budget_is_not_forgotten() -> None:
+    refused(ArgumentError, "channels=", "macs=", "params=", "layers=", channels=None)
+
+
+def test_a_budget_that_cannot_be_reached() -> None:
+    """The error says what the least reachable is."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 64, 3))  # its output stays: 64 of its 64
+    text = refused(BudgetError, "macs=0.01", "smallest", "keep=", model=model, channels=None, macs=0.01)
+    least = float(re.search(r"allow has ([\d.]+)", text)[1])  # type: ignore[index]
+    one = fxprune.prune(model, torch.randn(IMAGE), channels=1e-9).report
+    assert least == pytest.approx(one.macs_after / one.macs_before, rel=1e-3)  # type: ignore[operator]
+    fxprune.prune(model, torch.randn(IMAGE), macs=least * 1.001)
+
+
+def test_an_unknown_criterion() -> None:
+    refused(ArgumentError, "magic", "cpmc", "l1", criterion="magic")
+    refused(ArgumentError, "int", "callable", criterion=3)
+
+
+def test_scores_of_a_wrong_shape() -> None:
+    refused(ArgumentError, r"\(3,\)", "one score per unit", criterion=lambda view: torch.ones(3))
+    refused(ArgumentError, "not finite", criterion=lambda view: torch.full((view.group.size,), float("nan")))
+
+
+def test_layers_that_match_nothing() -> None:
+    refused(ArgumentError, "layer9", "matches no layer", "There are", layers={"layer9.*": 0.5})
+    refused(ArgumentError, "layers", "1.5", layers={"*": 1.5})
+
+
+def test_an_unknown_scope() -> None:
+    refused(ArgumentError, "scope", "group", "global", scope="layer")
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5])

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxprune
-from fxprune.selection import keep_count, select
+from fxprune.criteria import Ranking
+from fxprune.selection import Budget, keep_count, select
 
 sizes, shares = st.integers(1, 300), st.floats(0.001, 1.0)
 
@@ -74,7 +75,7 @@ def scores(coupling: fxprune.Coupling, seed: int) -> np.ndarray:
 @given(share=shares, seed=st.integers(0, 1000))
 def test_the_highest_scores_survive(share: float, seed: int) -> None:
     (group,), values = PLAIN.groups, scores(PLAIN, seed)
-    kept = list(select(PLAIN, values, channels=share)[group.name])
+    kept = list(select(PLAIN, Ranking(values), Budget(share))[group.name])
     own = values[list(group.units)]
     gone = sorted(set(range(group.size)) - set(kept))
     assert kept == sorted(kept)
@@ -85,7 +86,7 @@ def test_the_highest_scores_survive(share: float, seed: int) -> None:
 @settings(max_examples=40)
 @given(share=shares, seed=st.integers(0, 1000), step=st.integers(1, 6), least=st.integers(1, 4))
 def test_balanced_blocks_keep_equally_many(share: float, seed: int, step: int, least: int) -> None:
-    survivors = select(GROUPED, scores(GROUPED, seed), channels=share, round_to=step, min_channels=least)
+    survivors = select(GROUPED, Ranking(scores(GROUPED, seed)), Budget(share, round_to=step, min_channels=least))
     for group in GROUPED.groups:
         assert group.blocks == 3
         counts = torch.bincount(GROUPED.blocks(group)[list(survivors[group.name])], minlength=3)
@@ -99,7 +100,7 @@ def test_balanced_blocks_keep_equally_many(share: float, seed: int, step: int, l
 def test_within_a_block_the_highest_survive(share: float, seed: int) -> None:
     values = scores(GROUPED, seed)
     for group in GROUPED.groups:
-        kept, blocks = select(GROUPED, values, channels=share)[group.name], GROUPED.blocks(group)
+        kept, blocks = select(GROUPED, Ranking(values), Budget(share))[group.name], GROUPED.blocks(group)
         for block in range(3):
             members = (blocks == block).nonzero().flatten().tolist()
             ranked = sorted(members, key=lambda i: -values[group.units[i]])
@@ -109,4 +110,4 @@ def test_within_a_block_the_highest_survive(share: float, seed: int) -> None:
 
 def test_equal_scores_keep_the_first() -> None:
     (group,) = PLAIN.groups
-    assert select(PLAIN, np.ones(PLAIN.context.units.count), channels=0.3)[group.name] == (0, 1, 2)
+    assert select(PLAIN, Ranking(np.ones(PLAIN.context.units.count)), Budget(0.3))[group.name] == (0, 1, 2)

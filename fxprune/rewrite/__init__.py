@@ -5,7 +5,6 @@ corrects numbers that stand in the graph, ``emit`` writes the new graph and chec
 """
 
 from fxprune.rewrite.emit import emit
-from fxprune.rewrite.module import put_tensors
 from fxprune.rewrite.survivors import Survivors
 
-__all__ = ["Survivors", "emit", "put_tensors"]
+__all__ = ["Survivors", "emit"]

@@ -24,11 +24,11 @@ from fxprune.labels import Array, Field, compact, varied
 from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
-from fxprune.rewrite.module import PrunedModule, put_tensors
+from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.survivors import Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META
-from fxprune.trace import Trace, is_leaf
+from fxprune.trace import Trace, is_leaf, put_tensors
 
 __all__ = ["emit"]
 

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["PrunedModule", "put_tensors"]
+__all__ = ["PrunedModule"]
 
 _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Put tensors into the places of registered ones, by the ids of these; returns (place, name, what was there)."""
-    changed: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for store in stores:
-            for name, tensor in store.items():
-                if tensor is not None and id(tensor) in new:
-                    changed.append((store, name, tensor))
-    for store, name, tensor in changed:
-        value = new[id(tensor)]
-        wrap = isinstance(tensor, nn.Parameter) and not isinstance(value, nn.Parameter)
-        store[name] = nn.Parameter(value, False) if wrap else value
-    return changed
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:

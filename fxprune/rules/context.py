@@ -98,6 +98,8 @@ class Context:
         self._statistics_in_node: dict[str, int] = {}
         self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
         self.positional: set[str] = set()  # nodes with an op that tells positions apart: these, slices, groups, look-ups
+        self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
+        self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
@@ -283,6 +285,12 @@ class Context:
             return True
         return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
 
+    def is_scale(self, tensor: Any) -> None:
+        """Note the scale of a normalisation."""
+        record = self.records.get(id(tensor))
+        if record is not None:
+            self.scale_axes.update(record.axes)
+
     # -- operands that meet
 
     def operand(self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False) -> Operand:
@@ -384,6 +392,9 @@ class Context:
     def contract(self, operands: Sequence[Operand], rank: int, summed: Iterable[int]) -> list[Field]:
         """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
         summed = set(summed)
+        for operand in operands:
+            if operand.record is not None and operand.record.axes:
+                self.summed_axes.update(operand.record.axes[d] for d, v in enumerate(operand.dims) if v in summed)
         out = []
         for met in self.merge(operands, rank):
             dims = set(varied(met.labels))

@@ -23,6 +23,8 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
     incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
     record = ctx.record(w)
+    if record is not None and record.axes and w.shape[0 if transposed else 1] > 1:
+        ctx.summed_axes.add(record.axes[0 if transposed else 1])
     if record is not None and record.unborn and not transposed and not record.fields:
         labels = _first_use(ctx, record, incoming, groups, w)
     else:

@@ -14,6 +14,7 @@ from fxprune.rules.registry import rule
 
 def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int) -> list[Field]:
     """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""
+    ctx.is_scale(parameters[0])
     rank = x.dim()
     form = [-1 if d == channel else 1 for d in range(rank)]
     if len(fields) == 1 and all(ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None):
@@ -78,6 +79,7 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     for f in fields:
         if f.dims & inside and f.dims - inside:
             ctx.sight(f.labels, fixed=f.dims - inside)
+    ctx.is_scale(a["weight"])
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
     dims = range(rank - len(a["normalized_shape"]), rank)
     met = ctx.merge([ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank)

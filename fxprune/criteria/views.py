@@ -1,0 +1,118 @@
+"""Weights seen by unit: what every criterion reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fxprune.balance import shrinking_dim
+from fxprune.coupling import Coupling, Group
+from fxprune.labels import Array
+
+__all__ = ["ROLES", "UnitView", "Views"]
+
+ROLES = ("own", "scale", "dependent")
+"""A unit's own filters and biases; the scale of a normalisation; the slices of the next layers' weights that read it."""
+
+Floats = npt.NDArray[np.float64]
+Elementwise = Callable[[Tensor], Tensor]
+
+
+class Views:
+    """All groups of a coupling with the tensors to score them by.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    tensors:
+        One tensor per parameter name, of the parameter's shape, any float dtype or device: the weights, or what stands for them
+        (a product with a gradient). Names that are missing count nothing.
+    """
+
+    def __init__(self, coupling: Coupling, tensors: Mapping[str, Tensor]) -> None:
+        self.coupling, self.tensors = coupling, tensors
+        self._totals: dict[tuple[Elementwise, tuple[str, ...]], Floats] = {}
+
+    def __iter__(self) -> Iterator[UnitView]:
+        return (UnitView(self, group) for group in self.coupling.groups)
+
+    def totals(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Floats:
+        """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0 where no unit is.
+
+        Each tensor is passed over once per labelling, whatever the number of groups that lie on it.
+        """
+        key = (function, tuple(roles))
+        if key in self._totals:
+            return self._totals[key]
+        out = np.zeros(self.coupling.context.units.count)
+        for name, labels in self._fields(key[1]):
+            tensor = self.tensors[name].detach()
+            values = function(tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32))
+            first = next(d for d, size in enumerate(labels.shape) if size > 1)
+            rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
+            # Leading dimensions first: both sums then run along memory.
+            summed = values.sum(list(range(first)), keepdim=True) if first else values
+            summed = summed.sum(rest, keepdim=True) if rest else summed
+            weights = summed.expand(labels.shape).cpu().numpy().ravel().astype(np.float64)
+            out += np.bincount(labels.ravel(), weights=weights, minlength=len(out))
+        out[0] = 0
+        self._totals[key] = out
+        return out
+
+    def _fields(self, roles: tuple[str, ...]) -> Iterator[tuple[str, Array]]:
+        for name in self.coupling.parameters:
+            if name in self.tensors:
+                for labels in self.coupling.parameter_labels(name):
+                    if self.coupling.role(name, shrinking_dim(labels, self.coupling.balance.block)) in roles:
+                        yield name, labels
+
+
+@dataclass(frozen=True, eq=False)
+class UnitView:
+    """One group, unit by unit."""
+
+    views: Views
+    group: Group
+
+    def sum(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Tensor:
+        """The sum of ``function(weights)`` over each unit's elements; shape (units,), float64.
+
+        ``function`` works element by element (``torch.abs``, ``torch.square``). ``roles`` says which elements count.
+        """
+        return torch.from_numpy(self.views.totals(function, roles)[list(self.group.units)])
+
+    def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
+        """The elements themselves; shape (units, elements), a unit with fewer than another is filled up with zeros.
+
+        Elements of different units stand in the same order, so rows can be compared.
+        """
+        coupling, roles = self.views.coupling, tuple(roles)
+        index = np.full(coupling.context.units.count, -1, dtype=np.int64)
+        index[list(self.group.units)] = np.arange(self.group.size)
+        parts = []
+        for name in dict.fromkeys(axis.parameter for axis in self.group.axes):
+            if name not in self.views.tensors:
+                continue
+            tensor = self.views.tensors[name].detach()
+            for labels in coupling.parameter_labels(name):
+                own = index[labels]
+                if not (own >= 0).any() or coupling.role(name, shrinking_dim(labels, coupling.balance.block)) not in roles:
+                    continue
+                varied = [d for d, size in enumerate(labels.shape) if size > 1]
+                rest = [d for d in range(tensor.dim()) if d not in varied]
+                flat = own.ravel()
+                taken = np.flatnonzero(flat >= 0)
+                taken = taken[np.argsort(flat[taken], kind="stable")]
+                counts = np.bincount(flat[taken], minlength=self.group.size)
+                columns = np.arange(len(taken)) - np.repeat(np.cumsum(counts) - counts, counts)
+                lines = tensor.permute(*varied, *rest).reshape(len(flat), -1)[torch.from_numpy(taken).to(tensor.device)]
+                block = lines.new_zeros(self.group.size, int(counts.max()), lines.shape[1])
+                block[torch.from_numpy(flat[taken]), torch.from_numpy(columns)] = lines
+                parts.append(block.reshape(self.group.size, -1).double().cpu())
+        return torch.cat(parts, dim=1) if parts else torch.zeros(self.group.size, 0, dtype=torch.float64)
