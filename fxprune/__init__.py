@@ -1,9 +1,12 @@
 """fxprune: a compiled-graph structured pruner for PyTorch."""
 
-from fxprune.api import Pruned, analyze, apply, prune, verify
+from fxprune import criteria
+from fxprune.api import Pruned, analyze, apply, compensate, load, prune, verify
+from fxprune.compensation import Compensation
 from fxprune.coupling import Axis, Coupling, Group, Pinned
 from fxprune.errors import (
     ArgumentError,
+    BudgetError,
     FxpruneError,
     InputError,
     ModelError,
@@ -14,6 +17,8 @@ from fxprune.errors import (
 )
 from fxprune.plan import GroupPlan, Plan
 from fxprune.report import Report
+from fxprune.sparsity import GroupSparsity
+from fxprune.steps import Steps
 from fxprune.verify import Verification
 
 __version__ = "0.1.0"
@@ -21,10 +26,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "Axis",
+    "BudgetError",
+    "Compensation",
     "Coupling",
     "FxpruneError",
     "Group",
     "GroupPlan",
+    "GroupSparsity",
     "InputError",
     "ModelError",
     "Pinned",
@@ -33,11 +41,15 @@ __all__ = [
     "Pruned",
     "Report",
     "RewriteError",
+    "Steps",
     "TraceError",
     "Verification",
     "VerificationError",
     "analyze",
     "apply",
+    "compensate",
+    "criteria",
+    "load",
     "prune",
     "verify",
 ]

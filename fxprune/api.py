@@ -1,11 +1,12 @@
-"""The front doors: :func:`prune`, :func:`analyze`, :func:`apply`."""
+"""The front doors: :func:`prune`, :func:`analyze`, :func:`apply`, :func:`verify`, :func:`load`."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,18 +15,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.cost import count_parameters
+from fxprune.compensation import Compensation, fold_constants, reconstruct
+from fxprune.cost import count_parameters, op_macs
 from fxprune.coupling import Coupling, Labelling, couple
 from fxprune.criteria import rank
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
-from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
+from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
 from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
+from fxprune.saving import load_tensors, read_pruned, save_pruned
 from fxprune.selection import Budget, select
+from fxprune.shapes import map_tensors
 from fxprune.trace import example_of, twin_of
 from fxprune.verify import Verification, check
 
-__all__ = ["Pruned", "analyze", "apply", "prune", "verify"]
+__all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"]
 
 _ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
 
@@ -47,6 +51,21 @@ class Pruned:
     model: fx.GraphModule
     plan: Plan
     report: Report
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write plan.json, model.safetensors, report.json, report.txt and a manifest of them; :func:`load` reads them.
+
+        Nothing is pickled. The folder is made if missing, an earlier save in it is replaced as a whole, other files in it are left
+        alone. A save that is interrupted, even killed, leaves the old state or the new one, never a torn one.
+
+        Raises
+        ------
+        ArgumentError
+            If the folder cannot be written to.
+        ModelError
+            If the state dict holds what only a pickle could.
+        """
+        save_pruned(folder, self.model, self.plan, self.report)
 
 
 def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = ()) -> Coupling:
@@ -95,7 +114,8 @@ def prune(
     Parameters
     ----------
     model:
-        Any module that can be traced; it is left exactly as it is.
+        Any module that can be traced; it is left exactly as it is. A model that was pruned before can be pruned again: shares are
+        then of what it has now, and the plan leads from the original architecture to the new one, through the plans before it.
     example_inputs:
         A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``. Only shapes and dtypes
         matter.
@@ -170,6 +190,9 @@ def prune(
 def apply(plan: Plan, model: nn.Module) -> Pruned:
     """Replay a plan on a model of the architecture it was made for.
 
+    A plan of a model that was pruned several times takes the original architecture, or that of any of its stages; the report then
+    goes from there to the last stage.
+
     Raises
     ------
     PlanError
@@ -183,8 +206,67 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     True
     """
     _check_model(model)
-    coupling, survivors, exact, clock = _replay(plan, model)
-    return _emit(model, coupling, survivors, plan.keep, plan.pinned_nodes, exact, clock)
+    stages = _stages(plan, model)
+    pruned = _apply_stage(stages[0], model)
+    for stage in stages[1:]:
+        before, pruned = pruned.report, _apply_stage(stage, pruned.model)
+        report = replace(pruned.report, params_before=before.params_before, macs_before=before.macs_before)
+        pruned = replace(pruned, report=report)
+    return pruned
+
+
+def load(
+    folder: str | os.PathLike[str], model_factory: Callable[[], nn.Module] | nn.Module, *, device: torch.device | str | None = None
+) -> Pruned:
+    """Rebuild what :meth:`Pruned.save` wrote: build the original architecture, replay the plan, read the weights.
+
+    Nothing is unpickled, and no code comes from the folder.
+
+    Parameters
+    ----------
+    folder:
+        What :meth:`Pruned.save`, or ``fxprune prune -o``, wrote.
+    model_factory:
+        A function without arguments that builds the architecture which was pruned first, or such a model; it is not changed.
+        ``train()`` or ``eval()`` is as in what it builds.
+    device:
+        Where the model goes; default: where the factory builds it.
+
+    Returns
+    -------
+    Model, plan and report as they were saved. Dtypes are those of the saved tensors.
+
+    Raises
+    ------
+    PlanError
+        If the folder is damaged (a file is missing, was cut short or changed), or of another architecture.
+    ArgumentError
+        If there is no such folder, or no such device.
+    ModelError
+        If the factory does not build a module.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> def build():
+    ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> x = torch.zeros(1, 3, 8, 8)
+    >>> pruned = prune(build(), x, channels=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pruned.save(folder)
+    ...     torch.equal(load(folder, build).model(x), pruned.model(x))
+    True
+    """
+    plan, weights, report = read_pruned(folder)
+    built = callable(model_factory) and not isinstance(model_factory, nn.Module)
+    pruned = apply(plan, model_factory() if built else model_factory)  # type: ignore[arg-type]  # apply checks what it is
+    load_tensors(pruned.model, weights)
+    if device is not None:
+        try:
+            pruned.model.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them where there is no such device
+            raise ArgumentError(f"device={device!r} cannot be used: {error}") from error
+    return replace(pruned, report=report)
 
 
 def verify(
@@ -198,6 +280,8 @@ def verify(
     numeric: bool = True,
 ) -> Verification:
     """Prove that a pruned model computes what the original computes with the removed channels set to zero.
+
+    A model that was pruned several times can be held against the original, or against the model of any of its stages.
 
     Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart
     may meet; and both models run, in ``dtype``, and their outputs are compared.
@@ -229,19 +313,71 @@ def verify(
     >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
     True
     """
-    coupling, survivors, _, _ = _replay(pruned.plan, model)
-    return check(
-        model,
-        pruned.model,
-        pruned.plan,
-        coupling,
-        survivors,
-        example_inputs=example_inputs,
-        dtype=dtype,
-        randomize=randomize,
-        seed=seed,
-        numeric=numeric,
-    )
+    options: dict[str, Any] = {
+        "example_inputs": example_inputs,
+        "dtype": dtype,
+        "randomize": randomize,
+        "seed": seed,
+        "numeric": numeric,
+    }
+    stages = _stages(pruned.plan, model)
+    found = []
+    for stage in stages:
+        coupling, survivors, exact, clock = _replay(stage, model)
+        if stage is stages[-1]:
+            smaller = pruned.model
+        else:
+            smaller = _emit(model, coupling, survivors, stage.keep, stage.pinned_nodes, exact, clock).model
+        found.append(check(model, smaller, stage, coupling, survivors, **options))
+        model = smaller
+    return max(found, key=lambda verification: verification.error)
+
+
+def compensate(
+    model: nn.Module, pruned: Pruned, loader: Iterable[Any], *, method: str = "constants", ridge: float = 1e-4
+) -> Compensation:
+    """Put what the removed channels gave to the next layers into the weights that stay, before any fine-tuning.
+
+    Parameters
+    ----------
+    model:
+        The model that was pruned, with its weights; it is left as it is.
+    pruned:
+        What :func:`prune` gave; its model is changed in place.
+    loader:
+        Calibration data: batches ``(inputs, ...)``. No targets are read.
+    method:
+        ``"constants"`` adds the mean of what is gone to the next layers' biases (or subtracts it from the running mean of the batch
+        normalisation behind them); ``"least_squares"`` refits each next layer on the channels that it still reads.
+    ridge:
+        For least squares: how strongly weights are held where the data says nothing, as a share of the inputs' mean square.
+
+    Returns
+    -------
+    Which modules took something over, and which could not.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such method, or no data, or the model is not the one that was pruned last.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> x = torch.randn(16, 3, 8, 8)
+    >>> compensate(net, prune(net, x, channels=0.5), [(x,)]).changed
+    ('2',)
+    """
+    if method not in ("constants", "least_squares"):
+        raise ArgumentError(f"method={method!r} is neither 'constants' nor 'least_squares'.")
+    stages = _stages(pruned.plan, model)
+    if len(stages) > 1:
+        raise ArgumentError("compensate takes the model that was pruned last: call it after each prune, with the model before it.")
+    coupling, kept, _, _ = _replay(stages[0], model)
+    survivors = Survivors(coupling, kept)
+    if method == "constants":
+        return fold_constants(coupling, survivors, model, pruned.model, loader)
+    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=ridge)
 
 
 @dataclass
@@ -315,7 +451,8 @@ def _emit(
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(groups, pack_inputs(*exact), kept, pinned, fingerprint(model))
+        plan = Plan(groups, pack_inputs(*exact), kept, pinned, fingerprint(model), history(model))
+        remember(smaller, plan)
         report = Report(
             params_before=count_parameters(model),
             params_after=count_parameters(smaller),
@@ -326,6 +463,8 @@ def _emit(
             untouched=coupling.untouched,
             decisions=coupling.decisions,
             statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
+            params_pinned=_pinned_parameters(coupling),
+            macs_pinned=_per_example(_pinned_macs(coupling), coupling, exact),
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 
@@ -336,11 +475,43 @@ def _per_example(macs: int, coupling: Coupling, exact: Inputs) -> int:
     return round(macs * sum(leaf.numel() for leaf in tree_leaves(exact)) / ran)
 
 
+def _pinned_parameters(coupling: Coupling) -> int:
+    """Elements of the parameters that keep their shape whatever goes."""
+    tensors = coupling.parameters.values()
+    return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t))
+
+
+def _pinned_macs(coupling: Coupling) -> int:
+    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
+    total = 0
+    for ran in coupling.contractions:
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, (ran.args, ran.kwargs, ran.out))
+        if not any(coupling.labels(tensor) for tensor in tensors):
+            total += op_macs(ran.func, ran.args, ran.kwargs, ran.out) or 0
+    return total
+
+
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
     """train() or eval() as in the original, module by module."""
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for name, module in smaller.named_modules(remove_duplicate=False):
         module.training = modes.get(name, model.training)
+
+
+def _stages(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
+    """The plans of a chain that lead from this model to the end: all, or those after the stage that it is the model of."""
+    chain = plan.chain
+    done = history(model)
+    if done in chain[:-1]:
+        return chain[chain.index(done) + 1 :]
+    found = fingerprint(model)
+    return next((chain[i:] for i, stage in enumerate(chain) if stage.fingerprint == found), chain)
+
+
+def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
+    coupling, survivors, exact, clock = _replay(stage, model)
+    return _emit(model, coupling, survivors, stage.keep, stage.pinned_nodes, exact, clock)
 
 
 def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, _Clock]:
@@ -349,6 +520,10 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
             f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
             "differ. Build the model exactly as it was when the plan was made."
         )
+    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    unknown = [name for name in plan.keep if name not in known]
+    if unknown:
+        raise PlanError(f"the plan keeps {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
     exact = unpack_inputs(plan.inputs)
     clock = _Clock()
     coupling = _analyze(model, example_of_pair(exact), exact, plan.keep, plan.pinned_nodes, clock)

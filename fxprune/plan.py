@@ -1,11 +1,14 @@
-"""What survives, as data: a plan is frozen, printable, and replays on any model of the same architecture."""
+"""What survives, as data: a plan is frozen, printable, and replays on any model of the same architecture.
+
+A model that was pruned twice has a plan that knows the plan before it: the chain leads back to the original architecture.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +17,10 @@ from torch import Tensor, nn
 from fxprune.errors import PlanError
 from fxprune.shapes import META
 
-__all__ = ["GroupPlan", "Plan", "fingerprint", "pack_inputs", "unpack_inputs"]
+__all__ = ["GroupPlan", "Plan", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
 
-SCHEMA = 1
+SCHEMA = 2
+_READABLE = (1, 2)  # 1 had no chain
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Plan:
     keep, pinned_nodes:
         What the analysis was told to leave alone.
     fingerprint:
-        Of the architecture: names and shapes of its tensors.
+        Of the architecture: names and shapes of its tensors, which no upgrade of torch or torchvision changes.
+    previous:
+        The plan that made the model that this one is for, None where that model is the original.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -49,6 +55,15 @@ class Plan:
     keep: tuple[str, ...]
     pinned_nodes: tuple[str, ...]
     fingerprint: str
+    previous: Plan | None = None
+
+    @property
+    def chain(self) -> tuple[Plan, ...]:
+        """This plan and all before it, the oldest first."""
+        plans = [self]
+        while plans[-1].previous is not None:
+            plans.append(plans[-1].previous)
+        return tuple(reversed(plans))
 
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` is its inverse.
@@ -57,41 +72,96 @@ class Plan:
         >>> Plan.from_json(plan.to_json()) == plan
         True
         """
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        *earlier, last = (_pack(plan) for plan in self.chain)
+        return json.dumps({"schema": SCHEMA, **last, "previous": earlier}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan.
+        """Read a plan, also one that an earlier version wrote.
 
         Raises
         ------
         PlanError
             If the text is damaged, or was written by a later version.
         """
+        plan: Plan | None = None
         try:
             data = json.loads(text)
             schema = data.pop("schema")
-            groups = tuple(GroupPlan(str(g["name"]), int(g["size"]), tuple(map(int, g["kept"]))) for g in data.pop("groups"))
-            plan = cls(
-                groups=groups,
-                inputs=str(data.pop("inputs")),
-                keep=tuple(map(str, data.pop("keep"))),
-                pinned_nodes=tuple(map(str, data.pop("pinned_nodes"))),
-                fingerprint=str(data.pop("fingerprint")),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if type(schema) is int and schema in _READABLE:
+                for stage in [*([] if schema == 1 else _list(data.pop("previous"))), data]:
+                    plan = _unpack(stage, plan)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__}: {error}. Write plans with Plan.to_json().") from error
-        if schema != SCHEMA:
+        if type(schema) is not int or schema not in _READABLE:
             raise PlanError(
-                f"the plan has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade fxprune, or prune anew."
+                f"the plan has schema {schema}, this version of fxprune reads {' and '.join(map(str, _READABLE))}: "
+                "upgrade fxprune, or prune anew."
             )
-        for group in plan.groups:
-            if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
-                raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
+        assert plan is not None  # the last stage is the file itself
+        for stage in plan.chain:
+            _check_groups(stage.groups)
         return plan
 
     def __str__(self) -> str:
-        return "\n".join(f"{g.name}: {len(g.kept)} of {g.size}" for g in self.groups)
+        before = len(self.chain) - 1
+        after = [f"after {before} earlier plan{'s' if before > 1 else ''}"] if before else []
+        return "\n".join([*after, *(f"{g.name}: {len(g.kept)} of {g.size}" for g in self.groups)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # frozen, and it may name many thousand units
+
+
+def _pack(plan: Plan) -> dict[str, Any]:
+    """One plan of a chain, without those before it."""
+    return {
+        "groups": [{"name": g.name, "size": g.size, "kept": list(g.kept)} for g in plan.groups],
+        "inputs": plan.inputs,
+        "keep": list(plan.keep),
+        "pinned_nodes": list(plan.pinned_nodes),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
+    """The inverse of :func:`_pack`; whatever is damaged raises one of Python's own errors."""
+    return Plan(
+        groups=tuple(GroupPlan(_text(g["name"]), _whole(g["size"]), tuple(map(_whole, _list(g["kept"])))) for g in data["groups"]),
+        inputs=_text(data["inputs"]),
+        keep=tuple(map(_text, _list(data["keep"]))),
+        pinned_nodes=tuple(map(_text, _list(data["pinned_nodes"]))),
+        fingerprint=_text(data["fingerprint"]),
+        previous=previous,
+    )
+
+
+def _text(value: Any) -> str:
+    return _of_type(value, str)
+
+
+def _whole(value: Any) -> int:
+    return _of_type(value, int)
+
+
+def _list(value: Any) -> list[Any]:
+    return _of_type(value, list)
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    if type(value) is not kind:  # True is an int, and text has elements: neither is meant
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value
+
+
+def _check_groups(groups: tuple[GroupPlan, ...]) -> None:
+    if len({group.name for group in groups}) < len(groups):
+        raise PlanError("the plan has two groups of one name. Write plans with Plan.to_json().")
+    for group in groups:
+        if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
+            raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
+
+
+# ---- the architecture that a plan is for ---------------------------------------------------------------------
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -102,6 +172,23 @@ def fingerprint(model: nn.Module) -> str:
     ]
     lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+_MARK = "_fxprune_plan"  # a plain attribute of a pruned model: its plan, and the fingerprint that the plan left it with
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Let a model that was just pruned know its plan, so that the plan of its next pruning can name it."""
+    vars(model)[_MARK] = (plan, fingerprint(model))
+
+
+def history(model: nn.Module) -> Plan | None:
+    """The plan that made a model.
+
+    None for one that was not pruned, or in which tensors were since exchanged for others: the plan would not lead to it.
+    """
+    plan, left = vars(model).get(_MARK, (None, ""))
+    return plan if plan is not None and fingerprint(model) == left else None
 
 
 def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -34,6 +34,8 @@ class Report:
     Attributes:
         params_before, params_after: elements of all parameters, tied parameters counted once.
         macs_before, macs_after: multiply-accumulates on the example inputs, None where they could not be counted.
+        params_pinned, macs_pinned: the part of both that no budget reaches: of parameters, and of contractions (matrix
+            products, convolutions, attention), none of whose dimensions can shrink. None where it was not counted.
         groups: one row per group, in the plan's order.
         pinned: what was never up for pruning, with reasons.
         untouched: names of parameters that no executed operation used; they stay as they are.
@@ -68,6 +70,8 @@ class Report:
     statistics: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: float | None = None
+    params_pinned: int | None = None
+    macs_pinned: int | None = None
 
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
@@ -91,7 +95,21 @@ class Report:
             "statistics": list(self.statistics),
             "seconds": dict(self.seconds),
             "error": self.error,
+            "params_pinned": self.params_pinned,
+            "macs_pinned": self.macs_pinned,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`.
+
+        >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),), seconds={"trace": 0.5})
+        >>> Report.from_dict(report.to_dict()) == report
+        True
+        """
+        groups = tuple(GroupRow(**row) for row in data["groups"])
+        pinned = tuple(PinnedRow(**row) for row in data["pinned"])
+        return cls(**{**data, "groups": groups, "pinned": pinned})
 
     def __str__(self) -> str:
         lines = [*self._summary(), *self._groups(), *self._pinned()]
@@ -106,6 +124,10 @@ class Report:
             yield "MACs        not counted"
         else:
             yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        shares = ((self.params_pinned, self.params_before, "parameters"), (self.macs_pinned, self.macs_before, "MACs"))
+        fixed = [f"{_share(part, whole)} of the {name}" for part, whole, name in shares if part is not None and whole]
+        if fixed:
+            yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
         if self.error is not None:
             yield f"verified    equals the masked original, relative error {self.error:.1e}"
         if self.seconds:
@@ -145,6 +167,10 @@ def _section(title: str, rows: Iterable[str]) -> list[str]:
 def _change(before: int, after: int) -> str:
     left = f" ({100 * after / before:.1f} % left)" if before else ""
     return f"{before:,} -> {after:,}{left}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
 
 
 def _count(number: int, noun: str) -> str:

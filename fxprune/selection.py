@@ -18,13 +18,14 @@ import numpy.typing as npt
 from fxprune.coupling import Coupling, Group
 from fxprune.criteria import Ranking
 from fxprune.errors import ArgumentError, BudgetError
-from fxprune.widths import Polynomial, Pool, macs_of, params_of, pools_of
+from fxprune.widths import Polynomial, Pool, kinds_of, macs_of, params_of, pools_of
 
 __all__ = ["Budget", "keep_count", "select"]
 
 Floats = npt.NDArray[np.float64]
 
 _REFRESHES = 512  # how often, at most, costs are brought up to date while a whole network is taken apart
+_ROUNDING = 1e-15  # shares are decimals that floats miss: 0.29 of 100 is 29
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Budget:
         Glob -> share of units kept, for groups in which a matching module (or parameter) has filters of its own. The last glob that
         matches counts. These groups are left alone otherwise.
     round_to:
-        Groups keep a multiple of this many units, where they have as many.
+        Groups keep a multiple of this many units, where they have as many; all of them where a budget takes nothing.
     min_channels:
         Groups keep at least this many units, where they have as many.
     """
@@ -155,43 +156,44 @@ class _Descent:
         fixed: Sequence[bool],
     ) -> None:
         self.pools, self.budget, self.ranking = pools, budget, ranking
-        self.widths = np.array(widths, dtype=np.int64)
+        self.widths, self.fixed = list(widths), fixed
         self.blocks = np.array([pool.blocks for pool in pools], dtype=np.int64)
-        self.steps = np.array([_step(pool, budget) for pool in pools], dtype=np.int64)
-        self.macs, self.params = macs_of(coupling, pools), params_of(coupling, pools)
-        full = np.array([pool.width for pool in pools], dtype=np.float64)
-        self.floor = np.array([_floor(pool, budget) for pool in pools], dtype=np.int64)
-        self.floor = np.where(fixed, self.widths, np.minimum(self.floor, self.widths))
-        free = ~np.array(fixed, dtype=bool)
-        units = full * self.blocks * free
-        # (what is limited, its polynomial, its limit)
-        self.limits: list[tuple[str, Polynomial, float]] = []
-        for name, polynomial, share in (("macs", self.macs, budget.macs), ("params", self.params, budget.params)):
+        self.steps = [_step(pool, budget) for pool in pools]
+        self.floor = [
+            width if still else min(_floor(pool, budget), width) for pool, width, still in zip(pools, widths, fixed, strict=True)
+        ]
+        kinds = kinds_of(coupling, pools)
+        self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
+        self.first = np.searchsorted(kinds.pool, np.arange(len(pools) + 1)).tolist()
+        self.survivors: list[npt.NDArray[np.int64]] = []  # by pool, shape (width + 1, kinds): how many there are at each width
+        # by pool: the value of the k-th unit to go, the mean over the blocks, which lose one each
+        self.values: list[list[float]] = []
+        for number, (pool, ascending) in enumerate(zip(pools, order, strict=True)):
+            labels = np.take_along_axis(np.array(coupling.groups[pool.group].units)[pool.units], ascending, axis=1)
+            self.values.append(ranking.value[labels].mean(axis=0).tolist())
+            start, stop = self.first[number : number + 2]
+            last = (kinds.of_unit[labels[:, ::-1, np.newaxis]] == np.arange(start, stop)).sum(axis=0)  # the last to go first
+            self.survivors.append(np.concatenate([np.zeros((1, stop - start), dtype=np.int64), last.cumsum(axis=0)]))
+        # (what is limited, its polynomial, its limit); whole numbers, so that nothing is lost to rounding but the share's own.
+        self.full = self._counts([pool.width for pool in pools])
+        self.limits: list[tuple[str, Polynomial, int]] = []
+        counted = Polynomial(kinds, np.array([[0.0, *(0.0 if fixed[p] else 1.0 for p in kinds.pool)]]), [(1.0, (0,))])
+        shares = (("macs", self.macs, budget.macs), ("params", self.params, budget.params))
+        for name, polynomial, share in (*shares, ("channels", counted, budget.channels if budget.scope == "global" else None)):
             if share is not None:
-                self.limits.append((name, polynomial, share * polynomial.at(full)))
-        if budget.channels is not None and budget.scope == "global":
-            counted = Polynomial(np.concatenate([[0.0], self.blocks * free])[np.newaxis], [(1.0, (0,))])
-            self.limits.append(("channels", counted, budget.channels * float(units.sum())))
-        self.full = full
-        # The value of the k-th unit to go: the mean over the blocks, which lose one each.
-        self.values = []
-        for pool, ascending in zip(pools, order, strict=True):
-            own = ranking.value[np.array(coupling.groups[pool.group].units)[pool.units]]
-            self.values.append(np.take_along_axis(own, ascending, axis=1).mean(axis=0))
+                self.limits.append((name, polynomial, math.floor(share * polynomial.at(self.full) * (1 + _ROUNDING))))
 
     def run(self) -> list[int]:
-        for name, polynomial, limit in self.limits:
-            least = polynomial.at(self.floor.astype(np.float64))
-            if least > limit * (1 + 1e-12):
-                whole = polynomial.at(self.full)
-                raise BudgetError(
-                    f"{name}={limit / whole:.4g} cannot be reached: the smallest model that the analysis and the other arguments "
-                    f"allow has {least / whole:.4g} ({least:,.0f} of {whole:,.0f}). Raise the budget, or see what is pinned with "
-                    "print(fxprune.analyze(model, example_inputs)), and what keep=, min_channels= and round_to= hold back."
-                )
-        batch = max(1, int((self.widths - self.floor).sum()) // _REFRESHES)
+        self._check()
+        if self._holds():
+            return self.widths
+        self.widths = [
+            width if still else _aligned(width, step, floor)
+            for width, still, step, floor in zip(self.widths, self.fixed, self.steps, self.floor, strict=True)
+        ]
+        batch = max(1, (sum(self.widths) - sum(self.floor)) // _REFRESHES)
         while not self._holds():
-            before = self.widths.copy()
+            before = list(self.widths)
             removals = self._batch(batch)
             if self._holds():
                 # Somewhere in this batch the budgets were met: go through it again, one by one.
@@ -200,16 +202,31 @@ class _Descent:
                     self.widths[pool] = width
                     if self._holds():
                         break
-        return [int(width) for width in self.widths]
+        return self.widths
+
+    def _check(self) -> None:
+        for name, polynomial, limit in self.limits:
+            least, whole = polynomial.at(self._counts(self.floor)), polynomial.at(self.full)
+            if least > limit:
+                given = {"macs": self.budget.macs, "params": self.budget.params, "channels": self.budget.channels}[name]
+                raise BudgetError(
+                    f"{name}={given} cannot be reached: the smallest model that the analysis and the other arguments allow has "
+                    f"{name}={_rounded_up(least / whole)} ({least:,} of {whole:,}). Raise the budget, or see what is pinned with "
+                    "print(fxprune.analyze(model, example_inputs)), and what keep=, min_channels= and round_to= hold back."
+                )
+
+    def _counts(self, widths: Sequence[int]) -> npt.NDArray[np.int64]:
+        """How many units of each kind survive at these widths."""
+        rows = [table[width] for table, width in zip(self.survivors, widths, strict=True)]
+        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
 
     def _holds(self) -> bool:
-        widths = self.widths.astype(np.float64)
-        return all(polynomial.at(widths) <= limit * (1 + 1e-12) for _, polynomial, limit in self.limits)
+        counts = self._counts(self.widths)
+        return all(polynomial.at(counts) <= limit for _, polynomial, limit in self.limits)
 
     def _next(self, pool: int) -> int:
         """The width of a pool after its next loss: the multiple of its step below."""
-        step = int(self.steps[pool])
-        return max((int(self.widths[pool]) - 1) // step * step, int(self.floor[pool]))
+        return max((self.widths[pool] - 1) // self.steps[pool] * self.steps[pool], self.floor[pool])
 
     def _batch(self, count: int) -> list[tuple[int, int]]:
         """Take the ``count`` lowest ranks at the costs of now; returns (pool, its new width) in order."""
@@ -220,27 +237,46 @@ class _Descent:
         while heap and len(removals) < count:
             _, pool = heapq.heappop(heap)
             self.widths[pool] = self._next(pool)
-            removals.append((pool, int(self.widths[pool])))
+            removals.append((pool, self.widths[pool]))
             if self.widths[pool] > self.floor[pool]:
                 heapq.heappush(heap, (self._rank(pool, offset), pool))
         return removals
 
     def _rank(self, pool: int, offset: Floats) -> float:
-        gone = self.pools[pool].width - int(self.widths[pool])
+        gone = self.pools[pool].width - self.widths[pool]
         after = self.pools[pool].width - self._next(pool)
-        return self.ranking.alpha * float(self.values[pool][gone:after].mean()) + float(offset[pool])
+        return self.ranking.alpha * sum(self.values[pool][gone:after]) / (after - gone) + float(offset[pool])
 
     def _offsets(self) -> Floats:
         """What the two costs add to the rank of every unit of a pool, at the widths of now."""
         out = np.zeros(len(self.pools))
-        widths = self.widths.astype(np.float64)
+        if not (self.ranking.beta or self.ranking.gamma):
+            return out
+        counts = self._counts(self.widths)
+        lost = counts - self._counts([max(width - 1, 0) for width in self.widths])
         for weight, polynomial in ((self.ranking.beta, self.macs), (self.ranking.gamma, self.params)):
             if weight:
-                cost = np.log2(1 + np.maximum(polynomial.saved(widths), 0) / self.blocks)
-                out += weight * (1 - cost / max(cost.max(), np.finfo(np.float64).tiny))
+                cost = np.log2(1 + polynomial.saved(counts, lost) / self.blocks)
+                out += weight * (1 - cost / max(cost.max(initial=0.0), np.finfo(np.float64).tiny))
         return out
 
 
 def _floor(pool: Pool, budget: Budget) -> int:
     """The least width of a pool."""
     return keep_count(pool.width, 1e-12, _step(pool, budget), _least(pool, budget))
+
+
+def _aligned(width: int, step: int, floor: int) -> int:
+    """The largest multiple of a step that a width reaches, or the floor where that is higher."""
+    return max(width // step * step, floor)
+
+
+def _rounded_up(share: float) -> float:
+    """A share of four digits that is no smaller: what an error names must be reachable.
+
+    >>> _rounded_up(0.123401), _rounded_up(0.25), _rounded_up(0.00012)
+    (0.1235, 0.25, 0.00012)
+    """
+    digits = 3 - math.floor(math.log10(share)) if share > 0 else 0
+    near = round(share, digits)
+    return near if near >= share else round(near + 10.0**-digits, digits)

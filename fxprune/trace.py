@@ -578,10 +578,8 @@ class _Tracer(fx.Tracer):
         text = f"{where}: {_formula(proxy.node)} was taken as {value!r}"
         if text not in self.decisions and not _of_rank(proxy.node):
             self.decisions.append(text)
-        if kind is bool:
-            held = proxy if value else self.create_proxy("call_function", operator.not_, (proxy,), {})
-        else:
-            held = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        # Not operator.not_, which asks for the truth of a proxy when the emitted graph is traced in its turn.
+        held = proxy if value is True else self.create_proxy("call_function", operator.eq, (proxy, value), {})
         message = f"this graph was traced for inputs with {_formula(proxy.node)} == {value!r} (decided at {where})"
         guard = self.create_proxy("call_function", torch._assert, (held, message), {})
         guard.node.meta["guard"] = True

@@ -1,17 +1,17 @@
 """How the cost of a model follows from the widths of its groups.
 
-Every multiply-accumulate count and every parameter count is a product of dimensions, and every dimension that can shrink is an
-affine function of how many units survive in each pool. So the cost of a whole model is a polynomial in the pools' widths: it is
-read off the analysis once, and then answers what a model of other widths costs, and what one more unit costs at any of them,
-without a model of these widths.
+Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every dimension that can shrink is a
+polynomial in how many units survive of each kind. So the cost of a whole model is a polynomial: it is read off the analysis once,
+and then answers what a model of other widths costs, and what one more unit costs at any of them, without a model of these widths.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import factorial, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,20 @@ from fxprune.balance import shrinking_dim
 from fxprune.cost import op_macs
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
+from fxprune.rules import Contraction
 from fxprune.shapes import META, map_tensors
 
-__all__ = ["Polynomial", "Pool", "macs_of", "params_of", "pools_of"]
+__all__ = ["Kinds", "Polynomial", "Pool", "kinds_of", "macs_of", "params_of", "pools_of"]
 
 Floats = npt.NDArray[np.float64]
+Factors = tuple[int, ...]
+Sum = tuple[tuple[float, Factors], ...]
+"""A sum of products: (coefficient, numbers of the affine factors)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Units of one group that are alike: they lie in blocks of which every one keeps equally many.
+    """Units of one group that compete with each other: they lie in blocks of which every one keeps equally many.
 
     Attributes
     ----------
@@ -55,7 +59,7 @@ class Pool:
 
 
 def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
-    """The pools of all groups, in the order of the groups."""
+    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly one."""
     out = []
     for index, group in enumerate(coupling.groups):
         cells = coupling.balance.cell[list(group.units)]
@@ -64,148 +68,295 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
             members = np.flatnonzero(kinds == kind)
             if kind < 0:
                 out.append(Pool(index, members[np.newaxis]))
-            else:
-                out.append(Pool(index, np.stack([members[cells[members] == cell] for cell in np.unique(cells[members])])))
+                continue
+            # Blocks of a split have as many cells of each size, so cells of one size can keep equally many by themselves.
+            rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
+            for size in sorted({len(row) for row in rows}):
+                out.append(Pool(index, np.stack([row for row in rows if len(row) == size])))
     return tuple(out)
 
 
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Units of one pool that cost the same: they lie on as many positions of every tensor.
+
+    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:, :2]])``).
+
+    Attributes
+    ----------
+    of_unit:
+        The kind of each unit (by its label), shape (labels,); -1 where no group has the unit.
+    pool:
+        The pool of each kind, ascending, shape (kinds,).
+    size:
+        How many units there are of each kind, over all blocks, shape (kinds,).
+    """
+
+    of_unit: npt.NDArray[np.int64]
+    pool: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+
+
+def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
+    """Tell the units of each pool apart by what they cost."""
+    count = coupling.context.units.count
+    pool_of = np.full(count, -1, dtype=np.int64)
+    for number, pool in enumerate(pools):
+        pool_of[np.array(coupling.groups[pool.group].units)[pool.units.ravel()]] = number
+    rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
+    profile = np.zeros(count, dtype=np.uint64)
+    seen: set[int] = set()
+    overlaps = []
+    for tensor in _tensors(coupling):
+        fields = coupling.labels(tensor)
+        for labels in fields:
+            if id(labels) not in seen:
+                seen.add(id(labels))
+                positions = np.bincount(labels.ravel()).astype(np.uint64)
+                profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
+        if len(fields) > 1:
+            overlaps += [rows for _, rows in _lines(coupling, fields) if len(rows) > 1]
+    while True:
+        live = np.flatnonzero(pool_of >= 0)
+        key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
+        unique, inverse = np.unique(key, axis=0, return_inverse=True)
+        of_unit = np.full(count, -1, dtype=np.int64)
+        of_unit[live] = inverse.reshape(-1)
+        kinds = Kinds(of_unit, unique[:, 0].astype(np.int64), np.bincount(of_unit[live], minlength=len(unique)))
+        irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
+        if not irregular:
+            return kinds
+        for rows in irregular:  # which pairs meet depends on the units themselves: count each by itself
+            apart = np.unique(rows[rows > 0])
+            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
+        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+
+
+def _tensors(coupling: Coupling) -> list[Tensor]:
+    """Everything whose shape counts: the parameters, and what contractions read and give."""
+    found = list(coupling.parameters.values())
+    for ran in coupling.contractions:
+        map_tensors(found.append, (ran.args, ran.kwargs, ran.out))
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
+    """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
+    found: dict[int, list[Array]] = {}
+    for labels in fields:
+        found.setdefault(shrinking_dim(labels, coupling.balance.block), []).append(labels)
+    out = []
+    for dim, alike in found.items():
+        spread = np.broadcast_arrays(*alike)
+        out.append((dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread])))
+    return out
+
+
+def _regular(rows: Array, kinds: Kinds) -> bool:
+    """Whether wherever units of some kinds meet on a position every combination of such units does, equally often."""
+    columns = rows.reshape(len(rows), -1)
+    columns = columns[:, (columns > 0).sum(axis=0) > 1]
+    if not columns.size:
+        return True
+    tuples, times = np.unique(columns, axis=1, return_counts=True)
+    met, which = np.unique(np.where(tuples > 0, kinds.of_unit[tuples], -1), axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    for number, column in enumerate(met.T):
+        own = times[which == number]
+        if len(own) != prod(int(kinds.size[k]) for k in column if k >= 0) or (own != own[0]).any():
+            return False
+    return True
+
+
 class Polynomial:
-    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with affine sizes :math:`s_f(n) = b_f + \sum_p a_{fp} n_p` of the pools' widths.
+    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with :math:`s_f(n) = b_f + \sum_k a_{fk} n_k`, if :math:`n_k` of kind k survive.
 
     Parameters
     ----------
+    kinds:
+        What the variables count.
     sizes:
-        Rows (b, a_1, ..., a_P), one for each size that occurs.
+        Rows (b, a_1, ..., a_K), one for each affine factor that occurs.
     terms:
-        (coefficient, indices of the sizes that are multiplied).
+        (coefficient, indices of the factors that are multiplied).
     """
 
-    def __init__(self, sizes: Floats, terms: Sequence[tuple[float, tuple[int, ...]]]) -> None:
-        pools = sizes.shape[1] - 1
-        one = np.zeros((1, pools + 1))
+    def __init__(self, kinds: Kinds, sizes: Floats, terms: Sequence[tuple[float, Factors]]) -> None:
+        one = np.zeros((1, len(kinds.pool) + 1))
         one[0, 0] = 1.0
-        table = np.concatenate([one, sizes])  # size 0 is the constant 1, for terms of fewer factors than the longest
+        table = np.concatenate([one, sizes])  # factor 0 is the constant 1, for terms of fewer factors than the longest
         order = max((len(factors) for _, factors in terms), default=0)
         self._constant, self._slope = table[:, 0], table[:, 1:]
         self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
         self._factors = np.array([[f + 1 for f in factors] + [0] * (order - len(factors)) for _, factors in terms], dtype=np.int64)
         self._factors = self._factors.reshape(len(terms), order)
+        self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
+        self._pools = len(self._starts)
         # Which terms a pool has a part in.
-        touched = (self._slope[self._factors] != 0).any(axis=1) if terms else np.zeros((0, pools), dtype=bool)
+        moved = self._by_pool(np.abs(self._slope)) > 0
+        touched = moved[self._factors].any(axis=1) if terms else np.zeros((0, self._pools), dtype=bool)
         self._term, self._pool = np.nonzero(touched)
-        self._steps = self._slope[self._factors[self._term], self._pool[:, np.newaxis]]
-        self._pools = pools
 
-    def at(self, widths: Floats) -> float:
-        """The value at these widths (one per pool)."""
-        sizes = self._constant + self._slope @ widths
-        return float(self._coefficient @ sizes[self._factors].prod(axis=1))
+    def _by_pool(self, columns: Floats) -> Floats:
+        """Sums over the kinds of each pool."""
+        return np.add.reduceat(columns, self._starts, axis=1) if self._pools else columns
 
-    def saved(self, widths: Floats, by: Floats | float = 1.0) -> Floats:
-        """For each pool: by how much the value falls when its width alone falls ``by`` so many."""
-        sizes = self._constant + self._slope @ widths
+    def at(self, counts: npt.NDArray[np.int64]) -> int:
+        """The value where so many units of each kind survive; shape (kinds,)."""
+        sizes = self._constant + self._slope @ counts
+        return round(float(self._coefficient @ sizes[self._factors].prod(axis=1)))
+
+    def saved(self, counts: npt.NDArray[np.int64], lost: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """By how much the value falls from ``counts`` when a pool alone loses what ``lost`` says of its kinds; shape (pools,)."""
+        sizes = self._constant + self._slope @ counts
         now = sizes[self._factors[self._term]]
-        step = self._steps * (np.broadcast_to(by, (self._pools,))[self._pool][:, np.newaxis])
+        step = self._by_pool(self._slope * lost)[self._factors[self._term], self._pool[:, np.newaxis]]
         change = self._coefficient[self._term] * (now.prod(axis=1) - (now - step).prod(axis=1))
-        saved: Floats = np.bincount(self._pool, weights=change, minlength=self._pools).astype(np.float64)
-        return saved
+        return np.rint(np.bincount(self._pool, weights=change, minlength=self._pools)).astype(np.int64)
 
 
 class _Sizes:
-    """Collects the distinct sizes of dimensions, each as an affine function of the pools' widths."""
+    """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine factors."""
 
-    def __init__(self, coupling: Coupling, pools: Sequence[Pool]) -> None:
-        self.coupling, self.pools = coupling, pools
-        self.widths = np.array([pool.width for pool in pools], dtype=np.float64)
-        count = coupling.context.units.count
-        self.pool_of = np.full(count, -1, dtype=np.int64)
-        for number, pool in enumerate(pools):
-            self.pool_of[np.array(coupling.groups[pool.group].units)[pool.units.ravel()]] = number
-        self.rows: list[Floats] = []
-        self._known: dict[bytes, int] = {}
-        self._of_labels: dict[tuple[int, int, int], int | None] = {}
+    def __init__(self, coupling: Coupling, kinds: Kinds) -> None:
+        self.coupling, self.kinds = coupling, kinds
+        self.sizes: list[Sum] = []
+        self._rows: list[Floats] = []
+        self._row_numbers: dict[bytes, int] = {}
+        self._size_numbers: dict[Sum, int] = {}
+        self._of_labels: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, int]] = {}
 
     def dims(self, tensor: Tensor) -> dict[int, int]:
         """Dimensions of a tensor that can shrink -> the number of their size."""
-        found: dict[int, list[Array]] = {}
-        for labels in self.coupling.labels(tensor):
-            found.setdefault(shrinking_dim(labels, self.coupling.balance.block), []).append(labels)
-        out = {}
-        for dim, fields in found.items():
-            number = self._size(fields, dim, tensor.shape[dim])
-            if number is not None:
-                out[dim] = number
-        return out
+        fields = self.coupling.labels(tensor)
+        key = (tuple(map(id, fields)), tuple(tensor.shape))
+        if key not in self._of_labels:
+            sizes = {dim: self._size(rows, tensor.shape[dim]) for dim, rows in _lines(self.coupling, fields)}
+            self._of_labels[key] = {dim: number for dim, number in sizes.items() if number is not None}
+        return self._of_labels[key]
 
-    def _size(self, fields: list[Array], dim: int, full: int) -> int | None:
-        if len(fields) == 1:
-            key = (id(fields[0]), dim, full)
-            if key not in self._of_labels:
-                self._of_labels[key] = self._affine(fields, dim, full)
-            return self._of_labels[key]
-        return self._affine(fields, dim, full)
-
-    def _affine(self, fields: list[Array], dim: int, full: int) -> int | None:
-        row = np.zeros(len(self.pools) + 1)
-        for labels in fields:
-            # All rows along the dimension keep equally many, so one of them tells.
-            line = np.moveaxis(labels, dim, -1).reshape(-1, labels.shape[dim])[0]
-            pool = self.pool_of[line]
-            row[1:] += np.bincount(pool[pool >= 0], minlength=len(self.pools))
-        row[0] = full - row[1:].sum()
-        row[1:] /= self.widths
-        if not row[1:].any():
+    def _size(self, rows: Array, full: int) -> int | None:
+        """All rows along the dimension keep equally many positions, so each keeps as many as they do on average."""
+        kinds, lines = np.where(rows > 0, self.kinds.of_unit[rows], -1), rows.shape[1]
+        row = np.zeros(len(self.kinds.pool) + 1)
+        row[0] = full
+        products: Counter[Factors] = Counter()
+        if len(kinds) == 1:
+            row[1:] = np.bincount(kinds[kinds >= 0], minlength=len(self.kinds.pool))
+            row[0] -= row[1:].sum() / lines
+        else:
+            met, times = np.unique(kinds.reshape(len(kinds), -1), axis=1, return_counts=True)
+            for column, positions in zip(met.T, times.tolist(), strict=True):
+                live = tuple(int(k) for k in column if k >= 0)
+                row[0] -= positions / lines if live else 0
+                if len(live) == 1:
+                    row[1 + live[0]] += positions
+                elif live:
+                    products[tuple(sorted(live))] += positions
+        row[1:] /= lines * self.kinds.size
+        size: list[tuple[float, Factors]] = []
+        for live, positions in products.items():
+            share = positions / lines / prod(int(self.kinds.size[k]) for k in live)
+            size.append((share, tuple(self._factor(self._unit_row(k)) for k in live)))
+        if not row[1:].any() and not size:
             return None
+        if row[1:].any():
+            size.append((1.0, (self._factor(row),)))
+        elif row[0]:
+            size.append((float(row[0]), ()))
+        number = self._size_numbers.setdefault(tuple(size), len(self.sizes))
+        if number == len(self.sizes):
+            self.sizes.append(tuple(size))
+        return number
+
+    def _unit_row(self, kind: int) -> Floats:
+        row = np.zeros(len(self.kinds.pool) + 1)
+        row[1 + kind] = 1.0
+        return row
+
+    def _factor(self, row: Floats) -> int:
         key = np.round(row, 9).tobytes()
-        if key not in self._known:
-            self._known[key] = len(self.rows)
-            self.rows.append(row)
-        return self._known[key]
+        if key not in self._row_numbers:
+            self._row_numbers[key] = len(self._rows)
+            self._rows.append(row)
+        return self._row_numbers[key]
 
-    def polynomial(self, terms: Sequence[tuple[float, tuple[int, ...]]]) -> Polynomial:
-        return Polynomial(np.array(self.rows).reshape(-1, len(self.pools) + 1), terms)
+    def falling(self, size: int, degree: int) -> list[Sum]:
+        """The factors s, s - 1, ..., s - degree + 1 of a falling factorial."""
+        (coefficient, factors), *others = self.sizes[size]
+        if degree > 1 and not others and coefficient == 1.0 and len(factors) == 1:
+            lowered = [self._rows[factors[0]].copy() for _ in range(degree)]
+            for less, row in enumerate(lowered):
+                row[0] -= less
+            return [((1.0, (self._factor(row),)),) for row in lowered]
+        return [self.sizes[size] + (((-float(less), ()),) if less else ()) for less in range(degree)]
+
+    def polynomial(self, products: Sequence[tuple[float, list[Sum]]]) -> Polynomial:
+        """The sum of products of sizes, multiplied out."""
+        terms: Counter[Factors] = Counter()
+        for coefficient, sums in products:
+            for chosen in itertools.product(*sums):
+                factors = tuple(sorted(f for _, own in chosen for f in own))
+                terms[factors] += coefficient * prod(c for c, _ in chosen)  # type: ignore[assignment]
+        rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
+        return Polynomial(self.kinds, rows, [(float(c), factors) for factors, c in terms.items()])
 
 
-def params_of(coupling: Coupling, pools: Sequence[Pool], names: Sequence[str] | None = None) -> Polynomial:
-    """Number of parameters (elements of the tensors called ``names``; default: of everything learnable)."""
-    sizes = _Sizes(coupling, pools)
-    terms = []
-    for name, tensor in coupling.parameters.items():
-        if (isinstance(tensor, torch.nn.Parameter)) if names is None else (name in names):
+def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
+    """Number of learnable parameters."""
+    sizes, products = _Sizes(coupling, kinds), []
+    for tensor in coupling.parameters.values():
+        if isinstance(tensor, torch.nn.Parameter):
             dims = sizes.dims(tensor)
             rest = prod(n for d, n in enumerate(tensor.shape) if d not in dims)
-            terms.append((float(rest), tuple(dims.values())))
-    return sizes.polynomial(terms)
+            products.append((float(rest), [sizes.sizes[number] for number in dims.values()]))
+    return sizes.polynomial(products)
 
 
-def macs_of(coupling: Coupling, pools: Sequence[Pool]) -> Polynomial:
-    """Multiply-accumulates of the traced batch.
-
-    Each formula is a polynomial of first degree in each of the sizes it reads, so its values at all corners (every size 0 or 1)
-    tell the coefficients.
-    """
-    sizes = _Sizes(coupling, pools)
-    terms: list[tuple[float, tuple[int, ...]]] = []
+def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
+    """Multiply-accumulates of the traced batch."""
+    sizes, products = _Sizes(coupling, kinds), []
     for ran in coupling.contractions:
-        read: dict[int, dict[int, int]] = {}
-        tensors: list[Tensor] = []
-        map_tensors(tensors.append, (ran.args, ran.kwargs, ran.out))
-        for tensor in tensors:
-            read[id(tensor)] = sizes.dims(tensor)
-        free = sorted({size for dims in read.values() for size in dims.values()})
-        corners = {}
-        for corner in itertools.product((0, 1), repeat=len(free)):
-            at = dict(zip(free, corner, strict=True))
+        for coefficient, degrees in _interpolated(ran, sizes):
+            factors = [factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)]
+            products.append((float(coefficient), factors))
+    return sizes.polynomial(products)
 
-            def resized(tensor: Tensor, at: dict[int, int] = at, read: dict[int, dict[int, int]] = read) -> Tensor:
-                dims = read[id(tensor)]
-                shape = [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
-                return torch.empty(shape, dtype=tensor.dtype, device=META)
 
-            corners[corner] = op_macs(ran.func, *map_tensors(resized, (ran.args, ran.kwargs, ran.out))) or 0
-        for corner in corners:
-            below = itertools.product(*((0, 1) if bit else (0,) for bit in corner))
-            coefficient = sum((-1) ** (sum(corner) - sum(b)) * corners[b] for b in below)
-            if coefficient:
-                terms.append((float(coefficient), tuple(f for f, bit in zip(free, corner, strict=True) if bit)))
-    return sizes.polynomial(terms)
+def _interpolated(ran: Contraction, sizes: _Sizes) -> list[tuple[int, dict[int, int]]]:
+    r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it reads.
+
+    A formula is a polynomial, of a degree in a size that is at most the number of dimensions which have that size: they are the
+    same units (a convolution from a residual stream to itself has two), so they are resized together. Its values at 0, 1, ... up to
+    the degree tell the coefficients, by Newton's forward differences, which are exact in integers.
+    """
+    read: dict[int, dict[int, int]] = {}
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, (ran.args, ran.kwargs, ran.out))
+    for tensor in tensors:
+        read[id(tensor)] = sizes.dims(tensor)
+    degrees = Counter(size for tensor in tensors for size in read[id(tensor)].values())
+    free = sorted(degrees)
+
+    def cost(at: dict[int, int]) -> int:
+        def resized(tensor: Tensor) -> Tensor:
+            dims = read[id(tensor)]
+            shape = [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
+            return torch.empty(shape, dtype=tensor.dtype, device=META)
+
+        return op_macs(ran.func, *map_tensors(resized, (ran.args, ran.kwargs, ran.out))) or 0
+
+    grid = np.zeros([degrees[size] + 1 for size in free], dtype=np.int64)
+    for point in np.ndindex(grid.shape):
+        grid[point] = cost(dict(zip(free, point, strict=True)))
+    for axis, size in enumerate(free):
+        along = np.moveaxis(grid, axis, 0)  # a view
+        for order in range(1, degrees[size] + 1):
+            along[order:] = along[order:] - along[order - 1 : -1]
+    found = []
+    for point, difference in np.ndenumerate(grid):
+        if difference:
+            coefficient, rest = divmod(int(difference), prod(map(factorial, point)))
+            assert rest == 0, "the formula is no polynomial with integer coefficients"
+            found.append((coefficient, {size: degree for size, degree in zip(free, point, strict=True) if degree}))
+    return found

@@ -28,6 +28,16 @@ TINY = """
             return self.head(torch.relu(self.left(x) + self.right(y)))
 
     NUMBER = 3
+
+    def first_units(view):
+        return -torch.arange(view.group.size)
+
+    class LastUnits:
+        def scores(self, coupling, model):
+            import numpy
+            return numpy.arange(coupling.context.units.count)
+
+    last_units = LastUnits()
 """
 
 
@@ -74,6 +84,7 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
     result = run("prune", "resnet18", "--channels", 0.5, "--input", "1,3,64,64", "-o", out)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
         "model.safetensors",
         "plan.json",
         "report.json",
@@ -82,10 +93,9 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing half-made is left beside it
     assert (out / "report.txt").read_text() == result.stdout
 
-    plan = fxprune.Plan.from_json((out / "plan.json").read_text())
-    loaded = fxprune.apply(plan, torchvision.models.resnet18(weights=None)).model.eval()
-    safetensors.torch.load_model(loaded, out / "model.safetensors")
+    loaded = fxprune.load(out, torchvision.models.resnet18).model.eval()
     torch.manual_seed(0)
+    plan = fxprune.Plan.from_json((out / "plan.json").read_text())
     expected = fxprune.apply(plan, torchvision.models.resnet18(weights=None)).model.eval()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -97,7 +107,7 @@ def test_prune_replaces_an_earlier_result(tiny):
         assert run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", share, "-o", "out").exit_code == 0
     report = json.loads((tiny / "out" / "report.json").read_text())
     assert [group["kept"] for group in report["groups"] if group["total"] == 8] == [2]
-    assert not list(tiny.glob(".out-*"))
+    assert len(list((tiny / "out").iterdir())) == 5  # nothing half-made is left
 
 
 def test_own_factory_keep_and_rounding(tiny):
@@ -164,7 +174,8 @@ def test_inspect_json(tiny):
 
 def test_version_and_help():
     assert run("--version").stdout == "fxprune 0.1.0\n"
-    assert "inspect" in run("--help").stdout
+    for command in ("inspect", "plan", "prune", "apply", "compare"):
+        assert command in run("--help").stdout
 
 
 def test_unknown_model_suggests_a_name():
@@ -223,3 +234,167 @@ def test_video_and_optical_flow_inputs_are_known_or_asked_for():
     assert _usual_shape("r3d_18") == "1,3,16,112,112"
     with pytest.raises(fxprune.InputError, match="two images"):
         _usual_shape("raft_small")
+
+
+# ---- budgets and criteria
+
+TINY_ARGS = ["tinymodels:build", "--input", "1,3,8,8"]
+
+
+def groups_of(result):
+    assert result.exit_code == 0, result.output
+    return {group["total"]: group["kept"] for group in json.loads(result.stdout)["groups"]}
+
+
+def test_every_budget_is_an_option(tiny):
+    import tinymodels
+
+    model, image = tinymodels.build().eval(), torch.zeros(1, 3, 8, 8)
+    for options, arguments in (
+        (["--macs", 0.5], {"macs": 0.5}),
+        (["--params", 0.6], {"params": 0.6}),
+        (["--macs", 0.7, "--params", 0.6], {"macs": 0.7, "params": 0.6}),
+        (["--channels", 0.5, "--scope", "global"], {"channels": 0.5, "scope": "global"}),
+        (["--layer", "0=0.25", "--layer", "2.*=0.5"], {"layers": {"0": 0.25, "2.*": 0.5}}),
+        (["--macs", 0.6, "--round-to", 2], {"macs": 0.6, "round_to": 2}),
+        (["--macs", 0.6, "--min-channels", 5], {"macs": 0.6, "min_channels": 5}),
+        (["--macs", 0.8, "--keep", "0"], {"macs": 0.8, "keep": "0"}),
+        (["--macs", 0.5, "--criterion", "l2"], {"macs": 0.5, "criterion": "l2"}),
+    ):
+        torch.manual_seed(0)
+        expected = fxprune.prune(tinymodels.build().eval(), image, **arguments).plan
+        result = run("plan", *TINY_ARGS, *options, "--json")
+        assert result.exit_code == 0, result.output
+        assert fxprune.Plan.from_json(result.stdout) == expected, options
+    assert fxprune.prune(model, image, layers={"0": 0.25}).plan.groups[0].kept
+
+
+def test_a_criterion_of_ones_own(tiny):
+    kept = []
+    for name in ("first_units", "last_units"):
+        result = run("plan", *TINY_ARGS, "--channels", 0.5, "--criterion", f"tinymodels:{name}", "--json")
+        kept.append([group.kept for group in fxprune.Plan.from_json(result.stdout).groups])
+    assert kept == [[(0, 1, 2, 3), (0, 1, 2)], [(4, 5, 6, 7), (3, 4, 5)]]
+
+
+def test_options_that_make_no_sense(tiny):
+    fails(run("plan", *TINY_ARGS), "nothing says how much to prune")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--scope", "everywhere"), "scope='everywhere'")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.001), "macs=0.001 cannot be reached")
+    for layer in ("0.5", "0=half", "=0.5"):
+        fails(run("prune", *TINY_ARGS, "--layer", layer), f"--layer {layer!r} is not GLOB=SHARE")
+    fails(run("prune", *TINY_ARGS, "--layer", "nothing*=0.5"), "'nothing*' matches no layer")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "l3"), "No criterion is named 'l3'", "cpmc")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:NUMBER"), "is a int")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:none"), "has no 'none'")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:"), "a criterion 'tinymodels:'")
+
+
+# ---- plan and apply
+
+
+def test_plan_writes_one_file_and_says_what_it_brings(tiny):
+    result = run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "deep/plan.json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("parameters ")
+    assert "0.weight:0: 4 of 8" in result.stdout
+    assert [path.name for path in (tiny / "deep").iterdir()] == ["plan.json"]
+    plan = fxprune.Plan.from_json((tiny / "deep" / "plan.json").read_text())
+    assert str(plan) in result.stdout
+
+
+def test_apply_is_prune_in_two_steps(tiny):
+    import tinymodels
+
+    torch.save(tinymodels.build().state_dict(), "weights.pt")
+    common = [*TINY_ARGS, "--checkpoint", "weights.pt"]
+    assert run("plan", *common, "--channels", 0.5, "-o", "plan.json").exit_code == 0
+    applied = run("apply", "plan.json", "tinymodels:build", "--checkpoint", "weights.pt", "-o", "one", "--verify")
+    assert applied.exit_code == 0, applied.output
+    assert "equals the masked original" in applied.stdout
+    assert run("prune", *common, "--channels", 0.5, "-o", "two").exit_code == 0
+    for name in ("plan.json", "model.safetensors"):
+        assert (tiny / "one" / name).read_bytes() == (tiny / "two" / name).read_bytes()
+    report = json.loads(run("apply", "plan.json", "tinymodels:build", "--json").stdout)
+    assert report["params_after"] == json.loads((tiny / "two" / "report.json").read_text())["params_after"]
+
+
+def test_apply_that_cannot_be(tiny):
+    assert run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "plan.json").exit_code == 0
+    fails(run("apply", "plan.json", "tinymodels:Model"), "another architecture than this Model")
+    fails(run("apply", "missing.json", "tinymodels:build"), "Cannot read missing.json")
+    (tiny / "text.json").write_text("text")
+    fails(run("apply", "text.json", "tinymodels:build"), "not a plan")
+    (tiny / "binary.json").write_bytes(b"\xff\xfe")
+    fails(run("apply", "binary.json", "tinymodels:build"), "is not text")
+    (tiny / "file").write_text("text")
+    fails(run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "file/plan.json"), "Cannot write to --out")
+
+
+def test_an_earlier_result_is_pruned_again(tiny):
+    import tinymodels
+
+    assert run("prune", *TINY_ARGS, "--channels", 0.5, "-o", "one").exit_code == 0
+    again = run("prune", *TINY_ARGS, "--saved", "one", "--channels", 0.5, "-o", "two")
+    assert again.exit_code == 0, again.output
+    loaded = fxprune.load("two", tinymodels.build)
+    assert [len(plan.groups[0].kept) for plan in loaded.plan.chain] == [4, 2]
+    first = fxprune.load("one", tinymodels.build).model.get_parameter("0.weight")
+    assert torch.equal(loaded.model.get_parameter("0.weight"), first[list(loaded.plan.groups[0].kept)])
+    replayed = run("apply", "two/plan.json", "tinymodels:build", "--json")
+    assert json.loads(replayed.stdout)["params_after"] == loaded.report.params_after
+    fails(run("prune", *TINY_ARGS, "--saved", "one", "--checkpoint", "w.pt", "--channels", 0.5), "leave out")
+    (tiny / "one" / "model.safetensors").write_bytes(b"")
+    fails(run("prune", *TINY_ARGS, "--saved", "one", "--channels", 0.5), "0 bytes where")
+
+
+# ---- compare
+
+
+def test_compare_for_machines(tiny):
+    first, last = "tinymodels:first_units", "tinymodels:last_units"
+    result = run("compare", *TINY_ARGS, "--criteria", f"cpmc,{first},{last}", "--channels", 0.5, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert list(data["criteria"]) == ["cpmc", first, last]
+    assert data["groups"] == [
+        {"name": name, "units": units, "kept": dict.fromkeys(data["criteria"], units // 2)}
+        for name, units in (("0.weight:0", 8), ("2.weight:0", 6))
+    ]
+    assert data["overlap"][first][last] == data["overlap"][last][first] == 0
+    assert data["overlap"]["cpmc"]["cpmc"] == data["overlap"][first][first] == 1
+    # Each removes 7 units, the two halves; of cpmc's 7 each lies in one of them. Of x common ones the overlap is x / (14 - x).
+    shared = [round(14 * o / (1 + o)) for o in (data["overlap"]["cpmc"][first], data["overlap"]["cpmc"][last])]
+    assert sum(shared) == 7
+    report = json.loads(run("prune", *TINY_ARGS, "--channels", 0.5, "--json").stdout)
+    for key in ("macs_before", "macs_after", "params_before", "params_after"):
+        assert data["criteria"]["cpmc"][key] == report[key]
+    assert {row["units_after"] for row in data["criteria"].values()} == {7}
+
+
+def test_compare_for_people(tiny):
+    result = run("compare", *TINY_ARGS, "--criteria", "cpmc, l1,random", "--macs", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "what is left" in result.stdout
+    assert "removed by both" in result.stdout
+    for name in ("cpmc", "l1", "random"):
+        assert f"pruning by {name}" in result.stderr
+    full = run("compare", *TINY_ARGS, "--criteria", "l1,l2", "--channels", 0.5, "--full").stdout
+    short = run("compare", *TINY_ARGS, "--criteria", "l1,l2", "--channels", 0.5).stdout
+    assert "2 of 2 groups" in full
+    assert "0.weight:0" in full
+    assert "0.weight:0" not in short  # the criteria keep equally many there
+
+
+def test_compare_that_removes_nothing_agrees(tiny):
+    data = json.loads(run("compare", *TINY_ARGS, "--criteria", "l1,l2", "--channels", 1.0, "--json").stdout)
+    assert data["overlap"] == {"l1": {"l1": 1.0, "l2": 1.0}, "l2": {"l1": 1.0, "l2": 1.0}}
+
+
+@pytest.mark.parametrize("criteria", ["", "cpmc", "l1,l1", "l1,l1,l2"])
+def test_compare_needs_two(criteria, tiny):
+    fails(run("compare", *TINY_ARGS, "--criteria", criteria, "--macs", 0.5), "must name two criteria or more")
+
+
+def test_compare_names_an_unknown_criterion(tiny):
+    fails(run("compare", *TINY_ARGS, "--criteria", "cpmc,nonsense", "--macs", 0.5), "No criterion is named 'nonsense'")

@@ -1,6 +1,9 @@
 """Plans as text, and the architectures they belong to."""
 
+import copy
 import json
+import re
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -19,11 +22,16 @@ words = st.text(max_size=8)
 
 @st.composite
 def plans(draw: Any) -> Plan:
-    groups = []
-    for name in draw(st.lists(words, max_size=3)):
-        size = draw(st.integers(1, 9))
-        groups.append(GroupPlan(name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))))
-    return Plan(tuple(groups), draw(words), tuple(draw(st.lists(words))), tuple(draw(st.lists(words))), draw(words))
+    plan = None
+    for _ in range(draw(st.integers(1, 3))):
+        groups = []
+        for name in draw(st.lists(words, max_size=3, unique=True)):
+            size = draw(st.integers(1, 9))
+            groups.append(GroupPlan(name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))))
+        keep, pinned = tuple(draw(st.lists(words))), tuple(draw(st.lists(words)))
+        plan = Plan(tuple(groups), draw(words), keep, pinned, draw(words), plan)
+    assert plan is not None
+    return plan
 
 
 @given(plan=plans())
@@ -40,7 +48,7 @@ def test_cut_short(cut: int) -> None:
         Plan.from_json(GOOD.to_json()[:cut])
 
 
-@pytest.mark.parametrize("key", ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint"])
+@pytest.mark.parametrize("key", ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint", "previous"])
 def test_a_key_is_missing(key: str) -> None:
     data = json.loads(GOOD.to_json())
     del data[key]
@@ -48,7 +56,7 @@ def test_a_key_is_missing(key: str) -> None:
         Plan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("kept", [[], [3, 0], [0, 0], [-1, 2], [4], None, "a", [None], 3])
+@pytest.mark.parametrize("kept", [[], [3, 0], [0, 0], [-1, 2], [4], None, "a", "03", [None], 3, [0.0], [False]])
 def test_survivors_that_cannot_be(kept: Any) -> None:
     data = json.loads(GOOD.to_json())
     data["groups"][0]["kept"] = kept
@@ -56,15 +64,51 @@ def test_survivors_that_cannot_be(kept: Any) -> None:
         Plan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("schema", [0, 2, 99, "1", None])
+@pytest.mark.parametrize("schema", [0, 3, 99, "1", None, True, 1.0, []])
 def test_another_schema(schema: Any) -> None:
     data = {**json.loads(GOOD.to_json()), "schema": schema}
-    with pytest.raises(PlanError, match=f"schema {schema}.*reads 1.*upgrade"):
+    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 and 2.*upgrade"):
+        Plan.from_json(json.dumps(data))
+
+
+def test_a_file_of_schema_1_still_loads() -> None:
+    """As the first version wrote it, before plans knew what came before them."""
+    text = """{"schema": 1, "groups": [{"name": "conv.weight:0", "size": 4, "kept": [0, 3]}],
+        "inputs": "{\\"args\\": {\\"tuple\\": [{\\"shape\\": [1], \\"dtype\\": \\"float32\\"}]}, \\"kwargs\\": {\\"dict\\": {}}}",
+        "keep": [], "pinned_nodes": [], "fingerprint": "abc"}"""
+    assert Plan.from_json(text) == GOOD
+
+
+@pytest.mark.parametrize("text", ["null", "3", "[]", '"text"', "{" * 100_000, "[" * 100_000])
+def test_no_plan_at_all(text: str) -> None:
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_two_groups_of_one_name() -> None:
+    data = json.loads(GOOD.to_json())
+    data["groups"] *= 2
+    with pytest.raises(PlanError, match="two groups of one name"):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("previous", [None, {}, [3], [{}], "ab"])
+def test_a_damaged_chain(previous: Any) -> None:
+    data = {**json.loads(GOOD.to_json()), "previous": previous}
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_json(json.dumps(data))
+
+
+def test_survivors_of_an_earlier_plan_are_checked_too() -> None:
+    data = json.loads(replace(GOOD, previous=GOOD).to_json())
+    data["previous"][0]["groups"][0]["kept"] = [4]
+    with pytest.raises(PlanError, match=r"outside 0\.\.3"):
         Plan.from_json(json.dumps(data))
 
 
 def test_printing() -> None:
     assert str(GOOD) == "conv.weight:0: 2 of 4"
+    assert str(replace(GOOD, previous=GOOD)) == "after 1 earlier plan\nconv.weight:0: 2 of 4"
 
 
 # -- inputs
@@ -157,3 +201,96 @@ def test_a_plan_holds_for_other_weights() -> None:
     plan, other = fxprune.prune(net(), torch.randn(2, 4), channels=0.5).plan, net()
     (group,) = plan.groups
     assert torch.equal(fxprune.apply(plan, other).model.get_parameter("0.weight"), other[0].weight[list(group.kept)])
+
+
+# -- chains
+
+
+def twice() -> tuple[nn.Module, fxprune.Pruned, fxprune.Pruned]:
+    """A network, pruned, and pruned again."""
+    model = net(16)
+    once = fxprune.prune(model, torch.randn(2, 4), channels=0.75)
+    return model, once, fxprune.prune(once.model, torch.randn(2, 4), channels=0.5)
+
+
+def test_a_second_plan_knows_the_first() -> None:
+    model, once, again = twice()
+    assert once.plan.previous is None
+    assert again.plan.previous == once.plan
+    assert again.plan.chain == (once.plan, again.plan)
+    assert (once.plan.fingerprint, again.plan.fingerprint) == (fingerprint(model), fingerprint(once.model))
+    assert [group.size for plan in again.plan.chain for group in plan.groups] == [16, 12]
+
+
+def test_a_chain_takes_the_original_or_any_stage() -> None:
+    model, once, again = twice()
+    plan = Plan.from_json(again.plan.to_json())
+    assert plan == again.plan
+    for start, first in ((model, model), (once.model, once.model), (copy.deepcopy(once.model), once.model)):
+        found = fxprune.apply(plan, start)
+        assert found.plan == plan
+        assert {n: t.tolist() for n, t in found.model.state_dict().items()} == {
+            n: t.tolist() for n, t in again.model.state_dict().items()
+        }
+        assert found.report.params_before == sum(p.numel() for p in first.parameters())
+        assert found.report.params_after == again.report.params_after
+
+
+def test_a_chain_applied_to_a_model_that_was_built_small() -> None:
+    """It has the names and shapes of the stage but knows no plan, so the new plan starts with it."""
+    _, _, again = twice()
+    found = fxprune.apply(again.plan, net(12))
+    assert found.plan == replace(again.plan, previous=None)
+
+
+def test_a_chain_of_stages_that_remove_nothing() -> None:
+    model = net()
+    once = fxprune.prune(model, torch.randn(2, 4), channels=1.0)
+    again = fxprune.prune(once.model, torch.randn(2, 4), channels=0.5)
+    for start in (model, once.model):
+        assert fxprune.apply(again.plan, start).plan == again.plan
+
+
+def test_another_architecture_for_a_chain() -> None:
+    _, _, again = twice()
+    with pytest.raises(PlanError, match="another architecture"):
+        fxprune.apply(again.plan, net(9))
+
+
+def test_a_chain_is_verified_from_any_stage() -> None:
+    model, once, again = twice()
+    nn.init.normal_(again.model.get_parameter("0.weight"))  # fine-tuned: the structure is what counts
+    for start in (model, once.model):
+        found = fxprune.verify(start, again)
+        assert (found.outputs, found.error < 1e-12) == (1, True)
+
+
+def test_a_chain_with_a_wrong_stage_is_not_verified() -> None:
+    model, once, again = twice()
+    (group,) = once.plan.groups
+    others = replace(group, kept=tuple(range(1, len(group.kept) + 1)))
+    swapped = replace(again, plan=replace(again.plan, previous=replace(once.plan, groups=(others,))))
+    assert fxprune.verify(model, swapped).error < 1e-12  # as many units, so the same structure
+    fewer = replace(group, kept=group.kept[:-1])
+    wrong = replace(again, plan=replace(again.plan, previous=replace(once.plan, groups=(fewer,))))
+    with pytest.raises(PlanError, match="another architecture"):
+        fxprune.verify(model, wrong)
+
+
+def test_a_changed_model_starts_a_new_chain() -> None:
+    """The old plan would not lead to it."""
+    _, once, _ = twice()
+    once.model.add_module("2", nn.Linear(12, 5))
+    assert fxprune.prune(once.model, torch.randn(2, 4), channels=0.5).plan.previous is None
+
+
+def test_plans_are_frozen_and_not_copied() -> None:
+    with pytest.raises(FrozenInstanceError):
+        GOOD.keep = ()  # type: ignore[misc]
+    assert copy.deepcopy(GOOD) is GOOD
+
+
+def test_a_plan_that_keeps_an_unknown_parameter() -> None:
+    plan = fxprune.prune(net(), torch.randn(2, 4), channels=0.5).plan
+    with pytest.raises(PlanError, match="keeps 'nowhere'"):
+        fxprune.apply(replace(plan, keep=("nowhere",)), net())

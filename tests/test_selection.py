@@ -1,14 +1,26 @@
 """How many survive, and which."""
 
+import math
+import re
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
+from fxprune.cost import count_parameters
 from fxprune.criteria import Ranking
+from fxprune.rewrite import Survivors
 from fxprune.selection import Budget, keep_count, select
+from tests.specs import Network, build, example, networks
+from tests.support.checking import call
+from tests.zoo import CASES
+from tests.zoo.case import Case
 
 sizes, shares = st.integers(1, 300), st.floats(0.001, 1.0)
 
@@ -111,3 +123,240 @@ def test_within_a_block_the_highest_survive(share: float, seed: int) -> None:
 def test_equal_scores_keep_the_first() -> None:
     (group,) = PLAIN.groups
     assert select(PLAIN, Ranking(np.ones(PLAIN.context.units.count)), Budget(0.3))[group.name] == (0, 1, 2)
+
+
+# -- budgets of the whole network
+
+CHAIN = nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 2)).requires_grad_(False)
+INPUT = torch.randn(2, 3)
+
+
+def widths(**options: Any) -> list[int]:
+    return [len(group.kept) for group in fxprune.prune(CHAIN, INPUT, **options).plan.groups]
+
+
+def test_nothing_to_remove_leaves_everything() -> None:
+    for kind in ("macs", "params", "channels"):
+        assert widths(**{kind: 1.0}, scope="global", round_to=8) == [12, 20]
+
+
+def test_a_hair_less_than_everything() -> None:
+    """The first multiples below are inside already, and giving nothing back is what rounding means."""
+    assert widths(macs=0.999, round_to=8) == [8, 16]
+    assert sum(widths(channels=0.999, scope="global")) == 31
+
+
+@pytest.mark.parametrize("share", [0.8, 0.61, 0.5, 0.333, 0.11])
+def test_wide_layers_stop_at_the_budget_too(share: float) -> None:
+    """Costs of many units are brought up to date after several at a time; the last one gone is still one that had to go."""
+    model = nn.Sequential(nn.Linear(3, 1500), nn.ReLU(), nn.Linear(1500, 900), nn.ReLU(), nn.Linear(900, 2))
+
+    def parameters(first: int, second: int) -> int:
+        return 4 * first + (first + 1) * second + 2 * second + 2
+
+    first, second = (len(group.kept) for group in fxprune.prune(model, INPUT, params=share).plan.groups)
+    limit = share * parameters(1500, 900)
+    assert parameters(first, second) <= limit
+    assert max(parameters(first + 1, second), parameters(first, second + 1)) > limit
+
+
+def test_shares_that_floats_miss_in_all_together() -> None:
+    model = nn.Sequential(nn.Linear(3, 100), nn.ReLU(), nn.Linear(100, 2))
+    for share, left in ((0.29, 29), (1 / 3, 33), (0.57, 57), (0.07, 7)):
+        (group,) = fxprune.prune(model, INPUT, channels=share, scope="global").plan.groups
+        assert len(group.kept) == left
+
+
+def test_global_channels_go_by_rank_alone() -> None:
+    """One layer has all the small weights: it loses all but one unit before the other loses any."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def first_is_small(view: Any) -> Tensor:
+        return torch.arange(8.0) + (0 if view.group.name.startswith("0.") else 100)
+
+    pruned = fxprune.prune(model, INPUT, channels=9 / 16, scope="global", criterion=first_is_small)
+    assert [group.kept for group in pruned.plan.groups] == [(7,), tuple(range(8))]
+
+
+def test_layers_keep_their_share_and_the_others_pay() -> None:
+    assert widths(layers={"0": 0.5}) == [6, 20]
+    assert widths(layers={"*": 0.5, "2": 0.25}) == [6, 5]
+    assert widths(channels=0.5, layers={"2*": 1.0}) == [6, 20]
+    first, second = widths(params=0.5, layers={"0": 0.75})
+    assert first == 9
+    # 3 * 12 + 12 + 12 * 20 + 20 + 20 * 2 + 2 = 350 before; 4 * 9 + 2 + (9 + 1 + 2) * n after.
+    assert second == (175 - 38) // 12
+    assert sum(widths(channels=0.5, scope="global", layers={"0": 1.0})[1:]) == 10
+
+
+def test_a_glob_that_matches_nothing_prunable() -> None:
+    for glob in ("1", "4", "nothing*"):
+        with pytest.raises(fxprune.ArgumentError, match=r"layers: .* matches no layer .* There are: 0\.weight"):
+            widths(layers={glob: 0.5})
+
+
+def test_an_unreachable_budget_says_what_is_reachable() -> None:
+    """Parameters: one unit of each leaves 4 + 2 + 4 = 10 of 350."""
+    with pytest.raises(fxprune.BudgetError, match=r"^params=0\.02 .* has params=0\.02858 \(10 of 350\)"):
+        widths(params=0.02)
+    assert widths(params=0.02858) == [1, 1]
+    with pytest.raises(fxprune.BudgetError, match=r"has channels=0\.375 \(12 of 32\)"):
+        widths(channels=0.3, scope="global", min_channels=6)
+    assert widths(channels=0.375, scope="global", min_channels=6) == [6, 6]
+
+
+def test_the_second_of_two_budgets_is_named() -> None:
+    with pytest.raises(fxprune.BudgetError, match=r"^params=0\.01 "):
+        widths(macs=0.9, params=0.01)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_zoo_reaches_its_budget(case: Case) -> None:
+    """Inside, no group empty, and the smaller model runs on the example."""
+    model = case.build(case.width).eval()
+    budgets = {"macs": 0.6, "params": 0.6}
+    pruned = _within(model, case.inputs(2), budgets)
+    assert _inside(pruned, budgets)
+    assert all(group.kept for group in pruned.plan.groups)
+    call(pruned.model, case.inputs(2))
+
+
+# -- budgets of random networks
+
+SHARE = st.sampled_from((1.0, 0.9, 0.7, 0.5, 0.35))
+
+
+def networks_drawn(divisor: int) -> settings:
+    """The chosen profile with its number of examples divided."""
+    return settings(max_examples=max(1, settings.default.max_examples // divisor))
+
+
+def _survivors(pruned: fxprune.Pruned) -> dict[str, set[int]]:
+    return {group.name: set(group.kept) for group in pruned.plan.groups}
+
+
+def _spent(pruned: fxprune.Pruned) -> dict[str, tuple[int, int]]:
+    """(what is left, what there was) of everything that a budget can limit."""
+    report, groups = pruned.report, pruned.plan.groups
+    return {
+        "macs": (report.macs_after, report.macs_before),
+        "params": (report.params_after, report.params_before),
+        "channels": (sum(len(g.kept) for g in groups), sum(g.size for g in groups)),
+    }
+
+
+def _inside(pruned: fxprune.Pruned, budgets: dict[str, float]) -> bool:
+    spent = _spent(pruned)
+    return all(spent[name][0] <= share * spent[name][1] * (1 + 1e-12) for name, share in budgets.items())
+
+
+def _within(model: nn.Module, x: Tensor, budgets: dict[str, float], **options: Any) -> fxprune.Pruned:
+    """Prune to budgets; to the least reachable ones that the error names where these are not."""
+    for _ in range(len(budgets) + 1):
+        try:
+            return fxprune.prune(model, x, scope="global", **budgets, **options)
+        except fxprune.BudgetError as error:
+            # "macs=0.35 cannot be reached: the smallest model that ... has macs=0.41 (...)": and that one can be.
+            name, least = re.findall(r"(macs|params|channels)=([0-9.e-]+)", str(error))[-1]
+            event("the least reachable was asked for")
+            assert float(least) > budgets[name]
+            budgets[name] = float(least)
+    raise AssertionError("what an error named as reachable was not")
+
+
+@networks_drawn(2)
+@given(
+    net=networks(),
+    budgets=st.dictionaries(st.sampled_from(("macs", "params", "channels")), SHARE, min_size=1),
+    round_to=st.sampled_from((1, 1, 2, 4)),
+    least=st.sampled_from((1, 1, 2, 3)),
+)
+def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, least: int) -> None:
+    """Inside every budget; no group empty; multiples where there are as many; never fewer than the least; and counted rightly."""
+    model, x = build(net), example(net)
+    pruned = _within(model, x, budgets, round_to=round_to, min_channels=least)
+    assert _inside(pruned, budgets)
+    whole = all(len(group.kept) == group.size for group in pruned.plan.groups)
+    event("everything was kept" if whole else "something was removed")
+    for group in fxprune.analyze(model, x).groups:
+        kept, blocks = len(_survivors(pruned)[group.name]), max(1, group.blocks)
+        assert kept >= min(least, group.size)
+        step = round_to // math.gcd(round_to, blocks)  # of each block, so that all together keep a multiple
+        smallest = -(-max(least, blocks) // (step * blocks)) * step * blocks
+        assert whole or kept % round_to == 0 or (kept == group.size and group.size < smallest)
+    assert count_parameters(pruned.model) == pruned.report.params_after
+    assert pruned.report.macs_after == _macs(pruned.model, x)
+
+
+def _macs(model: nn.Module, x: Tensor) -> int:
+    """By torch's own counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+@networks_drawn(3)
+@given(
+    net=networks(),
+    kind=st.sampled_from(("macs", "params", "channels")),
+    shares=st.tuples(SHARE, SHARE),
+    criterion=st.sampled_from(("cpmc", "l2", "random")),
+)
+def test_a_smaller_budget_keeps_a_subset(net: Network, kind: str, shares: tuple[float, float], criterion: str) -> None:
+    """The same units go first whatever the budget, so survivors are nested; and the same budget gives the same plan."""
+    model, x = build(net), example(net)
+    small, large = (_within(model, x, {kind: s}, criterion=criterion) for s in sorted(shares))
+    for name, kept in _survivors(small).items():
+        assert kept <= _survivors(large)[name]
+    for name, (spent, _) in _spent(small).items():
+        assert spent <= _spent(large)[name][0]
+    if shares[0] == shares[1]:
+        assert small.plan == large.plan
+
+
+@networks_drawn(2)
+@given(net=networks(), budgets=st.dictionaries(st.sampled_from(("macs", "params", "channels")), SHARE, min_size=1))
+def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> None:
+    """There is a last removed unit (one in each block), and with it some budget would be broken."""
+    model, x = build(net), example(net)
+    pruned = _within(model, x, budgets)
+    coupling = fxprune.analyze(model, x)
+    kept = _survivors(pruned)
+    gone = {g.name: [u for u in range(g.size) if u not in kept[g.name]] for g in coupling.groups}
+    if not any(gone.values()):
+        return
+    breaks = False
+    for group in coupling.groups:
+        blocks = coupling.blocks(group).tolist()
+        for first in gone[group.name]:
+            if blocks[first] != min(blocks[u] for u in gone[group.name]):
+                continue
+            # Give this one back, and in every other block any one.
+            others = {blocks[u]: u for u in reversed(gone[group.name])}
+            back = {**others, blocks[first]: first}.values()
+            breaks |= not _holds(coupling, {**kept, group.name: kept[group.name] | set(back)}, budgets)
+    assert breaks
+
+
+def _holds(coupling: fxprune.Coupling, kept: dict[str, set[int]], budgets: dict[str, float]) -> bool:
+    """Whether these survivors are inside the budgets, counted on the shapes that they leave."""
+
+    def spent(survivors: dict[str, set[int]]) -> dict[str, int]:
+        left = Survivors(coupling, {name: tuple(sorted(units)) for name, units in survivors.items()})
+        learnable = [tensor for tensor in coupling.parameters.values() if isinstance(tensor, nn.Parameter)]
+        return {
+            "macs": coupling.macs(left.shape),
+            "params": sum(math.prod(left.shape(tensor)) for tensor in learnable),
+            "channels": sum(map(len, survivors.values())),
+        }
+
+    found, whole = spent(kept), spent({group.name: set(range(group.size)) for group in coupling.groups})
+    return all(found[name] <= share * whole[name] * (1 + 1e-12) for name, share in budgets.items())
+
+
+@networks_drawn(10)
+@given(net=networks(), macs=SHARE, params=SHARE)
+def test_pruned_to_budgets_equals_the_masked_original(net: Network, macs: float, params: float) -> None:
+    model, x = build(net), example(net)
+    pruned = _within(model, x, {"macs": macs, "params": params})
+    assert fxprune.verify(model, pruned, x).error <= 1e-9

@@ -1,7 +1,8 @@
 """How important a unit is: one score per unit, the larger the more important.
 
-A criterion is a pure function from a group's units (:class:`UnitView`) to scores, or an object with ``scores(coupling, model)``,
-for those that read data. The named ones:
+A criterion is a pure function from a group's units (:class:`UnitView`) to scores of shape (units,), or an object with
+``scores(coupling, model)``, which gives an array of shape (labels,), ``coupling.context.units.count`` numbers: a group's units are
+the labels ``group.units``. The named ones:
 
 ======== ==========================================
 cpmc     :class:`CPMC`, the default
@@ -11,6 +12,8 @@ lamp     :func:`lamp`
 fpgm     :func:`fpgm`
 random   :class:`Random`
 ======== ==========================================
+
+Those that read data have no name, because they need a loader: :class:`Taylor`, :class:`Fisher`, :class:`Activation`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
 from fxprune.errors import ArgumentError
+
+Floats = npt.NDArray[np.float64]
 
 __all__ = [
     "CPMC",
@@ -52,11 +57,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal seeds."""
+    """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal seeds.
+
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
+    >>> once, again, other = (Random(seed).scores(coupling, net).tolist() for seed in (1, 1, 2))
+    >>> once == again, once == other
+    (True, False)
+    """
 
     seed: int = 0
 
-    def scores(self, coupling: Coupling, model: nn.Module) -> npt.NDArray[np.float64]:
+    def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         return np.random.default_rng(self.seed).random(coupling.context.units.count)
 
@@ -72,7 +85,8 @@ CRITERIA: Mapping[str, Any] = {
 }
 
 # Criteria whose scores of different groups do not compare: divided by their group's mean, as torch-pruning does.
-_PER_GROUP = (l1, l2, fpgm, Taylor, Fisher, Activation)
+_PER_GROUP = (l1, l2, fpgm)
+_PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +96,7 @@ class Ranking:
     A unit's rank is ``alpha * value + beta * (1 - C') + gamma * (1 - P')``; see :class:`CPMC`.
     """
 
-    value: npt.NDArray[np.float64]
+    value: Floats
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
@@ -101,29 +115,53 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     ------
     ArgumentError
         If there is no such criterion, or its scores have a wrong shape or are not finite.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
+    >>> values = rank(lambda view: torch.arange(view.group.size), coupling, net).value
+    >>> values[list(coupling.groups[0].units)].tolist()
+    [0.0, 1.0, 2.0, 3.0]
     """
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise ArgumentError(f"criterion {criterion!r} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.")
-        criterion = CRITERIA[criterion]
-    if hasattr(criterion, "scores"):
-        value = np.array(criterion.scores(coupling, model), dtype=np.float64)
-    elif callable(criterion):
-        value = _of_views(criterion, coupling, model)
-    else:
-        raise ArgumentError(f"criterion is a {type(criterion).__name__}: pass a name, or a callable from a UnitView to scores.")
+    criterion = _found(criterion)
+    value = _of_labels(criterion, coupling, model) if hasattr(criterion, "scores") else _of_views(criterion, coupling, model)
+    per_group = any(criterion is one for one in _PER_GROUP) or isinstance(criterion, _PER_GROUP_KINDS)
     for group in coupling.groups:
         own = value[list(group.units)]
         if not np.isfinite(own).all():
             raise ArgumentError(f"the criterion gives scores that are not finite for group {group.name!r}.")
-        if criterion in _PER_GROUP or isinstance(criterion, tuple(k for k in _PER_GROUP if isinstance(k, type))):
+        if per_group:
             value[list(group.units)] = own / max(own.mean(), np.finfo(np.float64).tiny)
     if isinstance(criterion, CPMC):
         return Ranking(value, criterion.alpha, criterion.beta, criterion.gamma)
     return Ranking(value)
 
 
-def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module) -> npt.NDArray[np.float64]:
+def _found(criterion: Any) -> Any:
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ArgumentError(f"criterion {criterion!r} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.")
+        return CRITERIA[criterion]
+    if isinstance(criterion, type):
+        raise ArgumentError(f"criterion is the class {criterion.__name__}: pass an object of it, {criterion.__name__}(...).")
+    if not hasattr(criterion, "scores") and not callable(criterion):
+        raise ArgumentError(f"criterion is a {type(criterion).__name__}: pass a name, or a callable from a UnitView to scores.")
+    return criterion
+
+
+def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
+    value = np.array(criterion.scores(coupling, model), dtype=np.float64)
+    if value.shape != (coupling.context.units.count,):
+        raise ArgumentError(
+            f"the criterion's scores(coupling, model) gave shape {value.shape}: it must give one number per label, shape "
+            f"({coupling.context.units.count},)."
+        )
+    return value
+
+
+def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module) -> Floats:
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):

@@ -1,12 +1,14 @@
 """Criteria that read data: a loader of batches, a loss, and the gradients or activations they give.
 
-The model is not touched: it runs in evaluation mode through :func:`torch.func.functional_call` on copies of its parameters, its own
-gradients and statistics stay as they are. In a process group (``torchrun``) every process reads its own batches and the sums are
-reduced over all of them, so the scores are those of one process that reads everything.
+The model is not touched: it runs in evaluation mode on copies of its parameters and buffers (:class:`Taylor`, :class:`Fisher`), or
+as the graph that the analysis traced (:class:`Activation`), so its modes, gradients and statistics stay as they are. Batches are
+taken to the model's device. In a process group (``torchrun``) every process reads its own batches and the sums are reduced over all
+of them, so the scores are those of one process that reads everything.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.coupling import Coupling
-from fxprune.criteria.views import Views
+from fxprune.criteria.views import Views, widened
 from fxprune.errors import ArgumentError
-from fxprune.trace import execute
+from fxprune.labels import Array
+from fxprune.trace import Trace, execute
 
-__all__ = ["Activation", "Fisher", "Taylor"]
+__all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "evaluated"]
 
 Floats = npt.NDArray[np.float64]
 Loader = Iterable[Any]
@@ -33,14 +37,32 @@ Loss = Callable[..., Tensor]
 class Taylor:
     r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the first-order change of the loss.
 
-    Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8, taken over the coupled elements.
+    L is the mean loss over all samples; how they are split into batches makes no difference. Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", CVPR 2019: the root of their criterion for a channel's gate, over the coupled elements.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, *targets)``; ``inputs`` a tensor, a tuple or a dict of the model's arguments.
+        Batches ``(inputs, *targets)``; ``inputs`` a tensor, a tuple or list of the model's arguments, or a dict of them by name.
+        The first tensor's first dimension counts the samples. Anything that can be read again: a DataLoader, a list.
     loss:
         ``loss(output, *targets)``, a mean over the batch.
+
+    Raises
+    ------
+    ArgumentError
+        When scoring, if the loader gives no batch, or something else than such batches, or the loss is no number with a gradient.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> net.load_state_dict({"0.weight": torch.tensor([[1.], [2.]]), "1.weight": torch.tensor([[1., 3.]])})
+    <All keys matched successfully>
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
+    >>> scores = Taylor([(torch.tensor([[1.], [5.]]),)], lambda output: output.mean()).scores(coupling, net)
+    >>> scores[list(coupling.groups[0].units)].tolist()  # the mean output is 3 (1 * 1 + 2 * 3); either factor of a product counts
+    [6.0, 36.0]
     """
 
     loader: Loader
@@ -48,29 +70,42 @@ class Taylor:
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
-        weights, count = dict(model.named_parameters()), 0
-        total: dict[str, Tensor] = {}
-        for gradients, size in _gradients(model, self.loader, self.loss):
-            for name, gradient in gradients.items():
-                total[name] = total[name] + gradient * size if name in total else gradient * size
-            count += size
-        count = int(_reduced(np.array([count], dtype=np.float64))[0])
-        products = {name: weights[name].detach().to(gradient.dtype) * gradient for name, gradient in total.items()}
-        return np.abs(_reduced(Views(coupling, products).totals(_same))) / max(count, 1)
+        summed, samples = _Sum(), 0
+
+        def visit(gradients: dict[str, Tensor], size: int) -> None:
+            nonlocal samples
+            summed.add(gradients, size)
+            samples += size
+
+        _each_gradient(model, self.loader, self.loss, visit)
+        return np.abs(_mean(_products(coupling, model, summed.tensors), samples))
 
 
 @dataclass(frozen=True)
 class Fisher:
-    r""":math:`\frac{1}{B} \sum_b \left( \sum w \cdot \partial L_b / \partial w \right)^2`: the diagonal Fisher information of a
+    r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the diagonal Fisher information of a
     unit's mask.
 
-    Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018; Liu et al., "Group Fisher Pruning for
-    Practical Network Compression", ICML 2021, with minibatches b in the place of samples.
+    :math:`L_b` is the mean loss over batch b of :math:`n_b` samples, N samples in all. With batches of one sample this is the
+    empirical Fisher information, as in Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, and
+    over coupled elements in Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021. Larger batches
+    estimate it: the gradients of their samples are taken for uncorrelated.
 
     Parameters
     ----------
     loader, loss:
-        As for :class:`Taylor`. The smaller the batches, the nearer to the per-sample information.
+        As for :class:`Taylor`.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
+    >>> net.load_state_dict({"0.weight": torch.tensor([[1.], [2.]]), "1.weight": torch.tensor([[1., 3.]])})
+    <All keys matched successfully>
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
+    >>> scores = Fisher([(torch.tensor([[1.]]),), (torch.tensor([[2.]]),)], lambda output: output.mean()).scores(coupling, net)
+    >>> scores[list(coupling.groups[0].units)].tolist()  # (2 ** 2 + 4 ** 2) / 2 and (12 ** 2 + 24 ** 2) / 2
+    [10.0, 360.0]
     """
 
     loader: Loader
@@ -78,99 +113,261 @@ class Fisher:
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
-        weights, total, count = dict(model.named_parameters()), np.zeros(coupling.context.units.count), 0
-        for gradients, _ in _gradients(model, self.loader, self.loss):
-            products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
-            total += Views(coupling, products).totals(_same) ** 2
-            count += 1
-        count = int(_reduced(np.array([count], dtype=np.float64))[0])
-        return _reduced(total) / max(count, 1)
+        total, samples = np.zeros(coupling.context.units.count), 0
+
+        def visit(gradients: dict[str, Tensor], size: int) -> None:
+            nonlocal total, samples
+            total += (size * _products(coupling, model, gradients)) ** 2
+            samples += size
+
+        _each_gradient(model, self.loader, self.loss, visit)
+        return _mean(total, samples)
 
 
 @dataclass(frozen=True)
 class Activation:
-    r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over the data and the positions.
+    r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and positions.
 
-    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015 (inbound pruning).
+    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015 (inbound pruning). What reads is a
+    contraction (convolution, depthwise too, matrix product, attention), or whatever else sums channels up. A unit that several read
+    has the mean over them, one that nothing reads has 0.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, ...)``, as for :class:`Taylor`; targets are not read.
+        Batches ``(inputs, ...)``, as for :class:`Taylor`, with the arguments and the sizes of the analysis' example, but any number
+        of samples; targets are not read.
+
+    Raises
+    ------
+    ArgumentError
+        When scoring, if the loader gives no batch, or something else than such batches.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    >>> net[0].load_state_dict({"weight": torch.tensor([[1.], [-4.]])})
+    <All keys matched successfully>
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
+    >>> scores = Activation([(torch.tensor([[1.], [2.], [-1.]]),)]).scores(coupling, net)
+    >>> scores[list(coupling.groups[0].units)].round(4).tolist()  # (1 + 2 + 0) / 3 and (0 + 0 + 4) / 3
+    [1.0, 1.3333]
     """
 
     loader: Loader
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,); a unit that several layers read has the mean over them."""
+        """Shape (labels,)."""
+        trace, meter = coupling.traces[0], _Meter(coupling)
+        # Parameters are only read; buffers are copied, should a module write to its own.
+        real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in trace.twin.real.items()}
+        with torch.no_grad(), trace.twin.holding(real) as twin, evaluated(twin):
+            for batch in batches_of(self.loader, model):
+                meter.watch(twin, _arguments(trace, batch), batch.size)
         units = coupling.context.units.count
-        total, times = np.zeros(units), np.zeros(units)
-        trace = coupling.traces[0]
-        read = {
-            operand
-            for node in trace.graph.nodes
-            if any(ran.node == node.name for ran in coupling.contractions)
-            for operand in node.all_input_nodes
-        }
+        both = _reduced(np.concatenate([meter.total, meter.times, [meter.samples]]))
+        _check_read(both[-1])
+        return both[:units] / np.maximum(both[units:-1], 1)
 
-        with _evaluated(model), torch.no_grad(), trace.twin.holding(trace.twin.real) as twin:
-            twin.eval()
-            for batch in self.loader:
-                args, kwargs, _ = _call(batch)
-                inputs, values = iter([*args, *kwargs.values()]), {}
-                for node in trace.graph.nodes:
-                    if node.op == "output":
-                        break
-                    if node.op == "placeholder":
-                        values[node] = next(inputs)
-                    elif node.op == "get_attr" and node.target in trace.constants:
-                        values[node] = trace.constants[node.target]
-                    else:
-                        values[node] = execute(twin, node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-                    if node in read and isinstance(values[node], Tensor) and node.op != "get_attr":
-                        for labels in coupling.labels(node.meta["val"]):
-                            kept = [d for d, extent in enumerate(labels.shape) if extent > 1]
-                            size = values[node].abs().double()
-                            means = size.mean([d for d in range(size.dim()) if d not in kept], keepdim=True)
-                            total += np.bincount(labels.ravel(), means.expand(labels.shape).cpu().numpy().ravel(), units)
-                            times += np.bincount(labels.ravel(), minlength=units)
-        total, times = _reduced(total), _reduced(times)
-        total[0] = 0
-        return total / np.maximum(times, 1)
+
+class _Sum:
+    """Sums of gradients, by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+        for name, gradient in gradients.items():
+            if name in self.tensors:
+                self.tensors[name].add_(gradient, alpha=weight)
+            else:
+                self.tensors[name] = gradient * weight
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _gradients(model: nn.Module, loader: Loader, loss: Loss) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """(gradients of the parameters by name, number of samples), batch by batch."""
-    held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
-    with _evaluated(model):
-        for batch in loader:
-            args, kwargs, targets = _call(batch)
-            with torch.enable_grad():
-                output = torch.func.functional_call(model, held, args, kwargs)
-                value = loss(output, *targets)
-                found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
-            leaf = next(iter([*args, *kwargs.values()]))
-            yield {name: g for name, g in zip(held, found, strict=True) if g is not None}, len(leaf)
+def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
+    """For each unit the sum of weight times gradient over its elements: the derivative by a mask on all of them."""
+    weights = dict(model.named_parameters())
+    products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
+    return Views(coupling, products).totals(_same)
 
 
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-    """A loader's batch as the model's arguments, and the loss's."""
-    if not isinstance(batch, (tuple, list)) or not batch:
+def _each_gradient(model: nn.Module, loader: Loader, loss: Loss, visit: Callable[[dict[str, Tensor], int], None]) -> None:
+    """Call ``visit(gradients by parameter's name, number of samples)`` batch by batch; gradients are in float32 at least."""
+    with evaluated(model), torch.inference_mode(False), torch.enable_grad():
+        held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        for batch in batches_of(loader, model):
+            output = torch.func.functional_call(model, {**held, **buffers}, batch.args, batch.kwargs)
+            value = loss(output, *batch.targets)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ArgumentError(
+                    f"the loss gave {given}: it must give the mean loss over the batch, one number that depends on the output "
+                    "through differentiable operations."
+                )
+            found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
+            visit({name: widened(g) for name, g in zip(held, found, strict=True) if g is not None}, batch.size)
+
+
+class _Meter:
+    """Adds up what the layers of a traced graph read, unit by unit."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.trace = coupling.traces[0]
+        self.reads = _reads(coupling)
+        self.total = np.zeros(coupling.context.units.count)
+        self.times = np.zeros(coupling.context.units.count)
+        self.samples = 0
+        self._last: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.trace.graph.nodes:
+            if node.users:
+                self._last.setdefault(max(node.users), []).append(node)
+
+    def watch(self, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
+        """Run the graph on a batch of ``size`` samples."""
+        values: dict[fx.Node, Any] = {}
+        for node in self.trace.graph.nodes:
+            if node.op == "output":
+                break
+            # Now, not when the operand was made: it may have been changed in place since.
+            for operand, labels in self.reads.get(node, ()):
+                self._add(values[operand], labels, size)
+            values[node] = _value(self.trace, root, node, arguments, values)
+            for done in self._last.get(node, ()):
+                del values[done]
+        self.samples += size
+
+    def _add(self, value: Tensor, labels: Array, size: int) -> None:
+        alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
+        means = widened(value).abs().mean(alike, keepdim=True) if alike else widened(value).abs()
+        units, place = np.unique(labels.ravel(), return_inverse=True)
+        summed = np.bincount(place, means.expand(labels.shape).cpu().numpy().ravel())
+        here = units > 0
+        self.total[units[here]] += size * (summed / np.bincount(place))[here]
+        self.times[units[here]] += size
+
+
+def _reads(coupling: Coupling) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
+    """For each node that reads units: the operands, with their labels."""
+    contracting = {ran.node for ran in coupling.contractions}
+    learned: set[fx.Node] = set()
+    out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
+    for node in coupling.traces[0].graph.nodes:
+        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)]
+        if node.op == "get_attr" or (operands and learned.issuperset(operands)):
+            learned.add(node)  # a weight, or made of weights alone: no activation
+        results = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+        if not results:
+            continue
+        left = np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for leaf in results for labels in coupling.labels(leaf))])
+        for operand in operands:
+            for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
+                summed_up = not np.isin(labels[labels > 0], left).any() and node.name not in coupling.context.positional
+                if node.name in contracting or summed_up:
+                    out.setdefault(node, []).append((operand, labels))
+    return out
+
+
+def _value(trace: Trace, root: nn.Module, node: fx.Node, arguments: Mapping[str, Any], values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        return arguments[str(node.target)]
+    if node.op == "get_attr" and node.target in trace.constants:
+        return trace.constants[str(node.target)]
+    try:
+        return execute(root, node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
+    except AssertionError as error:
         raise ArgumentError(
-            f"the loader gave a {type(batch).__name__}: batches must be tuples (inputs, *targets), as a DataLoader gives them."
-        )
+            f"a batch of the loader does not fit the example that the model was analysed with: {error}. Give batches of the "
+            "example's sizes; only the number of samples may be another."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A loader's batch as the model's arguments and the loss's, on the model's device."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[Any, ...]
+    size: int
+
+
+def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=True)  # a model may write into its inputs, and they are the loader's
+
+    for batch in loader:
+        args, kwargs, targets = call_of(batch)
+        leaf = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None)
+        if leaf is None:
+            raise ArgumentError(
+                f"the loader gave inputs without a tensor of samples ({type(batch[0]).__name__}): batches must be tuples "
+                "(inputs, *targets)."
+            )
+        args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
+        yield Batch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
+
+
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+    """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and the targets.
+
+    Raises
+    ------
+    ArgumentError
+        If the batch is something else.
+
+    Examples
+    --------
+    >>> call_of(({"ids": 1, "mask": 2}, 3)), call_of([[4, 5], 6])
+    (((), {'ids': 1, 'mask': 2}, (3,)), ((4, 5), {}, (6,)))
+    """
+    if not isinstance(batch, (tuple, list)) or not batch:
+        what = "an empty batch" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+        raise ArgumentError(f"the loader gave {what}: batches must be tuples (inputs, *targets), as a DataLoader gives them.")
     inputs, *targets = batch
     if isinstance(inputs, Mapping):
         return (), dict(inputs), tuple(targets)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}, tuple(targets)
 
 
+def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
+    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes them."""
+    # As the tracer reads it: the signature of the function itself, not of one that it wraps.
+    signature = inspect.signature(type(trace.twin.model).forward, follow_wrapped=False)
+    try:
+        bound = signature.bind(trace.twin.model, *batch.args, **batch.kwargs).arguments
+    except TypeError as error:
+        raise ArgumentError(f"the loader's inputs do not fit the model's forward: {error}.") from error
+    out: dict[str, Any] = {}
+    for name, value in list(bound.items())[1:]:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            out.update({f"args_{i}": item for i, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            out.update(value)
+        else:
+            out[name] = value
+    expected = {str(node.target) for node in trace.graph.nodes if node.op == "placeholder"}
+    if set(out) != expected:
+        raise ArgumentError(
+            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with {', '.join(sorted(expected))}: "
+            "give the same ones."
+        )
+    return out
+
+
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; afterwards every module is in the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -179,6 +376,21 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _mean(total: Floats, samples: int) -> Floats:
+    """The sums of all processes, by sample."""
+    both = _reduced(np.append(total, samples))
+    _check_read(both[-1])
+    return both[:-1] / both[-1]
+
+
+def _check_read(samples: float) -> None:
+    if not samples:
+        raise ArgumentError(
+            "the loader gave no batch, so nothing can be scored. Pass one that is not empty and can be read again (a DataLoader, a "
+            "list), not a generator that was used up before."
+        )
 
 
 def _reduced(values: Floats) -> Floats:

@@ -12,15 +12,39 @@ from torch import Tensor
 
 from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling, Group
+from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 
-__all__ = ["ROLES", "UnitView", "Views"]
+__all__ = ["ROLES", "UnitView", "Views", "check_roles", "widened"]
 
 ROLES = ("own", "scale", "dependent")
 """A unit's own filters and biases; the scale of a normalisation; the slices of the next layers' weights that read it."""
 
 Floats = npt.NDArray[np.float64]
 Elementwise = Callable[[Tensor], Tensor]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float64 if it is that, else in float32: sums of half precision overflow.
+
+    >>> widened(torch.ones(2, dtype=torch.float16)).dtype, widened(torch.ones(2, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
+
+
+def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
+    """The roles as a tuple.
+
+    Raises
+    ------
+    ArgumentError
+        If one is unknown, or there is none: every sum would be 0.
+    """
+    found = (roles,) if isinstance(roles, str) else tuple(roles)
+    if not found or not set(found) <= set(ROLES):
+        raise ArgumentError(f"roles={roles!r}: choose one or several of {', '.join(map(repr, ROLES))}.")
+    return found
 
 
 class Views:
@@ -33,6 +57,15 @@ class Views:
     tensors:
         One tensor per parameter name, of the parameter's shape, any float dtype or device: the weights, or what stands for them
         (a product with a gradient). Names that are missing count nothing.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
+    >>> (view,) = Views(coupling, {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 4.]]), "2.weight": torch.ones(1, 3)})
+    >>> view.sum(torch.abs), view.sum(torch.abs, roles=("dependent",))
+    (tensor([4., 4., 9.], dtype=torch.float64), tensor([1., 1., 1.], dtype=torch.float64))
     """
 
     def __init__(self, coupling: Coupling, tensors: Mapping[str, Tensor]) -> None:
@@ -47,13 +80,13 @@ class Views:
 
         Each tensor is passed over once per labelling, whatever the number of groups that lie on it.
         """
-        key = (function, tuple(roles))
+        key = (function, check_roles(roles))
         if key in self._totals:
             return self._totals[key]
         out = np.zeros(self.coupling.context.units.count)
         for name, labels in self._fields(key[1]):
             tensor = self.tensors[name].detach()
-            values = function(tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32))
+            values = function(widened(tensor))
             first = next(d for d, size in enumerate(labels.shape) if size > 1)
             rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
             # Leading dimensions first: both sums then run along memory.
@@ -87,12 +120,20 @@ class UnitView:
         """
         return torch.from_numpy(self.views.totals(function, roles)[list(self.group.units)])
 
+    @property
+    def blocks(self) -> Tensor:
+        """The block of each unit, shape (units,), int64: only units of one block can take each other's place.
+
+        All 0 but in groups that are split (grouped convolutions, attention heads).
+        """
+        return self.views.coupling.blocks(self.group)
+
     def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
         """The elements themselves; shape (units, elements), a unit with fewer than another is filled up with zeros.
 
-        Elements of different units stand in the same order, so rows can be compared.
+        Elements of units of one block (:attr:`blocks`) stand in the same order, so their rows can be compared.
         """
-        coupling, roles = self.views.coupling, tuple(roles)
+        coupling, roles = self.views.coupling, check_roles(roles)
         index = np.full(coupling.context.units.count, -1, dtype=np.int64)
         index[list(self.group.units)] = np.arange(self.group.size)
         parts = []
@@ -114,5 +155,5 @@ class UnitView:
                 lines = tensor.permute(*varied, *rest).reshape(len(flat), -1)[torch.from_numpy(taken).to(tensor.device)]
                 block = lines.new_zeros(self.group.size, int(counts.max()), lines.shape[1])
                 block[torch.from_numpy(flat[taken]), torch.from_numpy(columns)] = lines
-                parts.append(block.reshape(self.group.size, -1).double().cpu())
+                parts.append(block.reshape(self.group.size, -1).cpu().double())
         return torch.cat(parts, dim=1) if parts else torch.zeros(self.group.size, 0, dtype=torch.float64)

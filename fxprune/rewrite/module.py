@@ -66,6 +66,7 @@ class PrunedModule(fx.GraphModule):
         name = type(self).__name__
         new = PrunedModule(root, copy.deepcopy(self.graph), name, copy.deepcopy(self.training_graph))
         memo[id(self)] = new
+        new.meta = copy.deepcopy(self.meta, memo)
         for key, value in self.__dict__.items():
             if key not in new.__dict__:
                 new.__dict__[key] = copy.deepcopy(value, memo)

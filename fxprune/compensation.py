@@ -1,0 +1,243 @@
+"""What a removed channel leaves behind, put into the weights that stay.
+
+Masking a channel takes away what it added to the next layers: a constant part, which a bias can give back, and a part that follows
+from the channels which stay, which their weights can take over. Both are measured on calibration data, layer by layer, before any
+fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxprune.coupling import Coupling
+from fxprune.criteria.data import Batch, batches_of, evaluated
+from fxprune.errors import ArgumentError
+from fxprune.rewrite import Survivors
+
+__all__ = ["Compensation", "fold_constants", "reconstruct"]
+
+@dataclass(frozen=True)
+class Compensation:
+    """Names of the modules whose weights took something over, and of those that read removed channels but could not."""
+
+    changed: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def fold_constants(
+    coupling: Coupling, survivors: Survivors, model: nn.Module, pruned: nn.Module, loader: Iterable[Any]
+) -> Compensation:
+    r"""Add to each consumer's bias what its removed inputs gave on average: :math:`b' = b + \sum_u W_{:,u} \, \mathrm{E}[x_u]`.
+
+    The mean goes over samples and positions; a convolution's border, where zeros of the padding stand in for some of the kernel, is
+    treated as its inside. A consumer without a bias passes the constant on to the batch normalisation that alone reads it
+    (:math:`\mu' = \mu - \Delta`); one with neither is left as it is.
+
+    Parameters
+    ----------
+    model:
+        The original, on which the means are taken. It is left as it is.
+    pruned:
+        The emitted model, changed in place.
+    loader:
+        Batches ``(inputs, ...)``; targets are not read.
+    """
+    consumers = _consumers(coupling, survivors)
+    means = _mean_inputs(model, consumers, loader)
+    changed, left = [], []
+    for name, node in consumers.items():
+        follower = _follower(node, coupling)
+        bias = coupling.parameters.get(f"{name}.bias")
+        if name not in means or (bias is None and follower is None):
+            left.append(name)
+            continue
+        module = model.get_submodule(name)
+        x = node.args[0].meta["val"]  # type: ignore[union-attr]
+        rows = survivors.rows(x, _channel(module, x))
+        assert rows is not None
+        weight = module.get_parameter("weight").detach().double()
+        flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+        constant = means[name] * torch.from_numpy(~rows.all(axis=0)).to(means[name].device)
+        groups = getattr(module, "groups", 1)
+        shift = torch.einsum("goi,gi->go", flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)).reshape(-1)
+        with torch.no_grad():
+            if bias is not None:
+                own: Tensor = pruned.get_submodule(name).bias  # type: ignore[assignment]
+                own += survivors.take(bias, shift).to(own.dtype)
+            else:
+                running: Tensor = pruned.get_submodule(str(follower)).running_mean  # type: ignore[assignment]
+                running -= survivors.take(coupling.parameters[f"{follower}.running_mean"], shift).to(running.dtype)
+        changed.append(name)
+    return Compensation(tuple(changed), tuple(left))
+
+
+def reconstruct(
+    coupling: Coupling,
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    loader: Iterable[Any],
+    *,
+    ridge: float = 1e-4,
+) -> Compensation:
+    r"""Refit each consumer on its remaining inputs: :math:`\min_W \sum \lVert y - W x' \rVert^2 + \lambda \lVert W - W_0 \rVert^2`.
+
+    ``y`` is the original's output, ``x'`` the pruned model's input at the same layer; layers are refitted in the order in which
+    they run, each on inputs that the refitted ones before it give. :math:`W_0` are the weights at hand, bias included,
+    :math:`\lambda` is ``ridge`` times the mean square of an input, so that directions the data does not show stay as they are. He
+    et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with the selection given. Convolutions
+    in one or three dimensions or in groups are left as they are.
+
+    Parameters
+    ----------
+    model, pruned, loader:
+        As for :func:`fold_constants`. The loader is read once per layer and must give the same batches each time.
+    """
+    changed, left, batches = [], [], list(batches_of(loader, model))
+    if not batches:
+        raise ArgumentError("the loader gave no batch, so nothing can be measured. Pass one that can be read again.")
+    for name, node in _consumers(coupling, survivors).items():
+        smaller = pruned.get_submodule(name)
+        fits = isinstance(smaller, nn.Linear) or (isinstance(smaller, nn.Conv2d) and smaller.groups == 1)
+        sums = _moments(survivors, model, pruned, name, node, batches) if fits else None
+        if sums is None:
+            left.append(name)
+            continue
+        weight: Tensor = smaller.weight  # type: ignore[assignment]
+        bias: Tensor | None = smaller.bias  # type: ignore[assignment]
+        start = weight.detach().double().flatten(1)
+        start = start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
+        moment, product = (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
+        damping = ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+        with torch.no_grad():
+            weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
+            if bias is not None:
+                bias.copy_(solved[:, -1])
+        changed.append(name)
+    return Compensation(tuple(changed), tuple(left))
+
+
+def _moments(
+    survivors: Survivors, model: nn.Module, pruned: nn.Module, name: str, node: fx.Node, batches: Sequence[Batch]
+) -> tuple[Tensor, Tensor] | None:
+    """Sums of x x' and x y' over all samples and positions, with a last input of 1; None if the model does not call the module."""
+    moment: Tensor | None = None
+    product: Tensor | None = None
+    module, smaller = model.get_submodule(name), pruned.get_submodule(name)
+    for batch in batches:
+        seen, own = _call_of(model, module, batch), _call_of(pruned, smaller, batch)
+        if seen is None or own is None:
+            return None
+        x, y = _columns(smaller, own[0]), survivors.take(node.meta["val"], seen[1]).double()
+        y = y.movedim(_channel(smaller, y), -1)
+        y = y.reshape(-1, y.shape[-1])
+        moment = x.T @ x if moment is None else moment + x.T @ x
+        product = x.T @ y if product is None else product + x.T @ y
+    return None if moment is None or product is None else (moment, product)
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output position is a linear function of: shape (samples x positions, inputs x kernel + 1), the last column 1."""
+    x = x.double()
+    if isinstance(module, nn.Conv2d):
+        amounts = module.padding if not isinstance(module.padding, str) else None
+        if amounts is None or module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode.replace("zeros", "constant"))
+            amounts = (0, 0)
+        unfolded = F.unfold(x, module.kernel_size, module.dilation, amounts, module.stride)
+        rows = unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any]) -> dict[str, Tensor]:
+    """Mean input per channel of each module, over samples and positions."""
+    sums: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
+    ran = False
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            dim = _channel(module, x)
+            total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
+            sums[name] = sums[name] + total if name in sums else total
+            count[name] = count.get(name, 0) + x.numel() // x.shape[dim]
+
+        return hook
+
+    with evaluated(model), torch.no_grad(), ExitStack() as stack:
+        for name in consumers:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+        for batch in batches_of(loader, model):
+            ran = True
+            model(*batch.args, **batch.kwargs)
+    if consumers and not ran:
+        raise ArgumentError("the loader gave no batch, so nothing can be measured. Pass one that can be read again.")
+    return {name: total / count[name] for name, total in sums.items()}
+
+
+class _SeenError(Exception):
+    """Ends a forward pass that has shown what was wanted."""
+
+
+def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """The first input and the output of one module when the model runs on a batch."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        found.append((inputs[0], output))
+        raise _SeenError
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with evaluated(model), torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+    except _SeenError:
+        pass
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
+    """The linear layers and convolutions, called once, that read a tensor which loses channels; in the order in which they run."""
+    trace = coupling.traces[0]
+    calls: dict[str, list[fx.Node]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+            calls.setdefault(str(node.target), []).append(node)
+    out = {}
+    for name, nodes in calls.items():
+        module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]  # type: ignore[union-attr]
+        kind = type(module)
+        weight: Any = getattr(module, "weight", None)
+        fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim())
+        if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
+            out[name] = nodes[0]
+    return out
+
+
+def _channel(module: nn.Module, x: Tensor) -> int:
+    return x.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
+def _follower(node: fx.Node, coupling: Coupling) -> str | None:
+    """The batch normalisation that alone reads a node, if it keeps statistics and is called once."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    name = str(users[0].target)
+    calls = sum(1 for other in node.graph.nodes if other.op == "call_module" and other.target == name)
+    module = coupling.traces[0].twin.model.get_submodule(name)
+    return name if isinstance(module, _BatchNorm) and f"{name}.running_mean" in coupling.parameters and calls == 1 else None

@@ -1,0 +1,134 @@
+"""Prune a little, train, prune again: down to a budget in several steps, around a training loop of the user's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxprune.api import Pruned, load, prune
+from fxprune.cost import cost_of
+from fxprune.errors import ArgumentError
+from fxprune.saving import read_files, write_files
+
+__all__ = ["Steps"]
+
+_SETTINGS = "steps.json"
+
+
+class Steps:
+    """Iterate over ever smaller models; train each in the body of the loop, in place.
+
+    Step k of n is brought to ``budget ** (k / n)`` of the original model, by pruning what the body left of step k - 1; so every
+    step takes away the same share, and the last one meets the budget itself.
+
+    Parameters
+    ----------
+    model, example_inputs:
+        As for :func:`fxprune.prune`. The model is left as it is.
+    count:
+        Number of steps.
+    macs, params:
+        The final budgets, as shares of the original.
+    folder:
+        Where to keep the state after each step. A run that was interrupted goes on behind the last step that it finished; a step
+        that was killed, even while it was written, leaves the state before it. Without a folder nothing is kept.
+    options:
+        Everything else that :func:`fxprune.prune` takes (``criterion``, ``keep``, ``round_to``, ...), for each step.
+
+    Raises
+    ------
+    ArgumentError
+        If the folder belongs to a run with other settings, or no budget is given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3))
+    >>> for step in Steps(net, torch.zeros(1, 3, 8, 8), count=3, macs=0.25):
+    ...     pass  # train(step.model)
+    >>> step.model.get_submodule("0").weight.shape[0]
+    8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        count: int,
+        macs: float | None = None,
+        params: float | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ArgumentError(f"count={count!r} must be a whole number of steps, at least 1.")
+        if macs is None and params is None:
+            raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
+        if "channels" in options or "layers" in options:
+            raise ArgumentError("channels= and layers= count the units of the model at hand: give macs= or params= instead.")
+        self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
+        self.budget = {name: share for name, share in (("macs", macs), ("params", params)) if share is not None}
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self._claim(self.folder)
+
+    def __iter__(self) -> Iterator[Pruned]:
+        done = self.done
+        current = self.model if done == 0 else self._load(done).model
+        whole = self._cost(self.model)
+        for k in range(done + 1, self.count + 1):
+            now = self._cost(current)
+            shares = {name: min(1.0, share ** (k / self.count) * whole[name] / now[name]) for name, share in self.budget.items()}
+            step = prune(current, self.inputs, **shares, **self.options)
+            yield step
+            if self.folder is not None:
+                step.save(self._path(k))
+            current = step.model
+
+    @property
+    def done(self) -> int:
+        """How many steps the folder holds, trained."""
+        if self.folder is None:
+            return 0
+        return max((k for k in range(1, self.count + 1) if self._path(k).is_dir()), default=0)
+
+    def last(self) -> Pruned:
+        """The last finished step, from the folder.
+
+        Raises
+        ------
+        ArgumentError
+            If there is none.
+        PlanError
+            If it is damaged.
+        """
+        if not self.done:
+            raise ArgumentError("no step has been finished" + (": give folder= to keep them." if self.folder is None else " yet."))
+        return self._load(self.done)
+
+    def _load(self, k: int) -> Pruned:
+        return load(self._path(k), self.model)
+
+    def _path(self, k: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"step-{k}"
+
+    def _cost(self, model: nn.Module) -> dict[str, float]:
+        found = cost_of(model, self.inputs)
+        return {"macs": float(found.macs), "params": float(found.params)}
+
+    def _claim(self, folder: Path) -> None:
+        """Write the settings into a new folder; compare them with those of an old one."""
+        settings = json.dumps({"count": self.count, "budget": self.budget}, sort_keys=True)
+        if (folder / _SETTINGS).exists():
+            found = read_files(folder, (_SETTINGS,))[_SETTINGS].read_text(encoding="utf-8").strip()
+            if found != settings:
+                raise ArgumentError(f"{folder} holds a run with other settings ({found}; now {settings}): give another folder=.")
+        else:
+            write_files(folder, {_SETTINGS: lambda path: path.write_text(settings + "\n", encoding="utf-8")})

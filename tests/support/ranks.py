@@ -1,0 +1,67 @@
+"""What a process of a process group does in the tests of distributed scores. Spawned processes import it by name."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.criteria import Activation, Fisher, Taylor
+from fxprune.errors import ArgumentError
+
+Batch = tuple[Tensor, Tensor]
+KINDS = ("taylor", "fisher", "activation")
+
+
+def network() -> nn.Module:
+    """The same in every process."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)]
+    return nn.Sequential(*layers).double()
+
+
+def batches() -> list[Batch]:
+    """Unevenly large ones, an odd number of them."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = (1, 4, 2, 3, 5)
+    return [
+        (torch.randn(n, 3, 6, 6, generator=generator, dtype=torch.float64), torch.randint(5, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+def scores(own: list[Batch]) -> dict[str, np.ndarray]:
+    """What this process gets from its batches, by every criterion that reads data."""
+    model = network()
+    coupling = fxprune.analyze(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+    criteria = Taylor(own, F.cross_entropy), Fisher(own, F.cross_entropy), Activation(own)
+    return {kind: criterion.scores(coupling, model) for kind, criterion in zip(KINDS, criteria, strict=True)}
+
+
+@contextlib.contextmanager
+def process_group(rank: int, size: int, meeting: str) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def work(rank: int, size: int, folder: str) -> None:
+    """Score every ``size``-th batch; then with all of them in the first process; then with none at all."""
+    torch.set_num_threads(1)
+    with process_group(rank, size, f"{folder}/meeting"):
+        found = scores(batches()[rank::size])
+        lopsided = scores(batches() if rank == 0 else [])
+        try:
+            scores([])
+        except ArgumentError as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+        whole = {f"lopsided_{kind}": value for kind, value in lopsided.items()}
+        np.savez(Path(folder) / f"{rank}.npz", refusal=np.array(refusal), **found, **whole)

@@ -1,0 +1,123 @@
+"""What consumers can take over from removed channels: exact where it can be, nearer to the original where it cannot."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+
+class Positional(nn.Module):
+    """A removed unit of the hidden layer is a constant: its bias behind the activation, when its filter is zero."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv = kind != "linear"
+        self.first = nn.Conv2d(3, 12, 1) if conv else nn.Linear(3, 12)
+        if kind == "grouped":
+            self.second: nn.Module = nn.Conv2d(12, 8, 1, groups=2)
+        elif kind == "norm":
+            self.second = nn.Conv2d(12, 8, 1, bias=False)
+        else:
+            self.second = nn.Conv2d(12, 8, 1) if conv else nn.Linear(12, 8)
+        self.norm = nn.BatchNorm2d(8) if kind == "norm" else nn.Identity()
+        self.last = nn.Conv2d(8, 2, 1) if conv else nn.Linear(8, 2)
+        with torch.no_grad():
+            dead = torch.arange(12) % 2 == 0
+            self.first.weight[dead] = 0
+            self.first.bias.copy_(torch.linspace(0.5, 1.0, 12))
+            if kind == "norm":
+                self.norm.running_mean.normal_()
+                self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.second(self.first(x).relu())))
+
+
+def without_the_dead(model: nn.Module, x: Tensor) -> fxprune.Pruned:
+    """Prune the units whose filters are zero, and no others."""
+
+    def alive(view: fxprune.criteria.UnitView) -> Tensor:
+        weights = view.rows(("own",))[:, :3] if view.group.size == 12 else torch.ones(view.group.size, 1)
+        return (weights.abs().sum(dim=1) > 0).double()
+
+    return fxprune.prune(model, x, layers={"first": 0.5}, criterion=alive)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "norm", "grouped"])
+def test_constants_are_folded_exactly(kind: str) -> None:
+    model = Positional(kind).double().eval()
+    x = torch.randn(16, 3) if kind == "linear" else torch.randn(16, 3, 4, 4)
+    x = x.double()
+    pruned = without_the_dead(model, x)
+    assert pruned.model.get_submodule("first").weight.shape[0] == 6
+    before = (pruned.model(x) - model(x)).abs().max()
+    done = fxprune.compensate(model, pruned, [(x,)], method="constants")
+    assert before > 1e-3
+    torch.testing.assert_close(pruned.model(x), model(x))
+    assert done.changed == ("second",)
+    assert done.left == ()
+
+
+def teacher() -> nn.Sequential:
+    torch.manual_seed(1)
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(first, nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 5)).eval()
+
+
+@pytest.mark.parametrize("method", ["constants", "least_squares"])
+def test_outputs_come_nearer(method: str) -> None:
+    """On data that the calibration has not seen."""
+    model, x, fresh = teacher(), torch.randn(64, 3, 8, 8) + 0.5, torch.randn(64, 3, 8, 8) + 0.5
+    pruned = fxprune.prune(model, x, channels=0.75)
+    with torch.no_grad():
+        before = (pruned.model(fresh) - model(fresh)).norm()
+        fxprune.compensate(model, pruned, [(x[:32],), (x[32:],)], method=method)
+        after = (pruned.model(fresh) - model(fresh)).norm()
+    assert after < 0.8 * before
+
+
+def test_least_squares_gives_back_what_is_redundant() -> None:
+    """A unit that is twice another one is no loss: the next layer reads the other one three times as strongly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double().eval()
+    with torch.no_grad():
+        model[0].weight[4:] = 2 * model[0].weight[:4]
+        model[0].bias[4:] = 2 * model[0].bias[:4]
+    x = torch.randn(200, 6).double()
+    pruned = fxprune.prune(model, x, channels=0.5, criterion=lambda view: torch.arange(8.0))  # the last ones stay
+    assert (pruned.model(x) - model(x)).abs().max() > 1e-2
+    fxprune.compensate(model, pruned, [(x,)], method="least_squares", ridge=1e-12)
+    torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_the_original_is_left_alone_and_nothing_is_done_twice() -> None:
+    model, x = teacher().train(), torch.randn(8, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    before = copy.deepcopy(model.state_dict())
+    for method in ("constants", "least_squares"):
+        fxprune.compensate(model, pruned, [(x,)], method=method)
+    assert model.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_compensated_is_said() -> None:
+    """A consumer without a bias and without a normalisation behind it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1, bias=False)).eval()
+    x = torch.randn(4, 3, 4, 4)
+    done = fxprune.compensate(model, fxprune.prune(model, x, channels=0.5), [(x,)], method="constants")
+    assert done.changed == ()
+    assert done.left == ("2",)
+
+
+def test_unknown_method_and_no_data() -> None:
+    model, x = teacher(), torch.randn(4, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    with pytest.raises(fxprune.ArgumentError, match=r"method='magic'.*constants.*least_squares"):
+        fxprune.compensate(model, pruned, [(x,)], method="magic")
+    with pytest.raises(fxprune.ArgumentError, match="no batch"):
+        fxprune.compensate(model, pruned, [])

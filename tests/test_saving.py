@@ -1,0 +1,591 @@
+"""Pruned models on disk: round trips, every way in which a folder can be damaged, and saves that are interrupted at every step."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import saving
+from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError
+from tests.zoo import CASES
+from tests.zoo.case import Case
+
+FILES = ["manifest.json", "model.safetensors", "plan.json", "report.json", "report.txt"]
+
+
+def build(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3))
+
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+def pruned_net(channels: float = 0.5) -> fxprune.Pruned:
+    pruned = fxprune.prune(build(), IMAGE, channels=channels)
+    with torch.no_grad():
+        for tensor in pruned.model.state_dict().values():  # as training would, so that none is what the factory makes
+            tensor.copy_(torch.randint(1, 100, tensor.shape))
+    return pruned
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_zoo_comes_back(case: Case, tmp_path: Path) -> None:
+    pruned = fxprune.prune(case.build(case.width), case.inputs(2), channels=0.5)
+    pruned.save(tmp_path)
+    loaded = fxprune.load(tmp_path, lambda: case.build(case.width))
+    assert same_state(loaded.model, pruned.model)
+    assert loaded.model.code == pruned.model.code
+    assert loaded.plan == pruned.plan
+    assert loaded.report == pruned.report
+
+
+def test_the_loaded_model_computes_the_same(tmp_path: Path) -> None:
+    pruned = pruned_net()
+    pruned.save(tmp_path / "deep" / "out")
+    assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == FILES
+    loaded, x = fxprune.load(tmp_path / "deep" / "out", build), torch.randn(2, 3, 9, 9)
+    assert torch.equal(loaded.model.eval()(x), pruned.model.eval()(x))
+    assert (tmp_path / "deep" / "out" / "report.txt").read_text() == str(pruned.report) + "\n"
+
+
+def test_a_ready_made_model_serves_as_well_and_stays_as_it_is(tmp_path: Path) -> None:
+    pruned, model = pruned_net(), build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned.save(tmp_path)
+    assert same_state(fxprune.load(tmp_path, model).model, pruned.model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_pruned_three_times_and_trained_in_between(tmp_path: Path) -> None:
+    pruned = pruned_net(0.8)
+    for _ in range(2):
+        pruned = fxprune.prune(pruned.model, IMAGE, channels=0.7)
+        nn.init.normal_(pruned.model.get_parameter("0.weight"))
+    pruned.save(tmp_path)
+    loaded = fxprune.load(tmp_path, build)
+    assert len(loaded.plan.chain) == 3
+    assert loaded.plan == pruned.plan
+    assert same_state(loaded.model, pruned.model)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.register_buffer("scale", torch.arange(8.0))
+        self.register_buffer("table", torch.arange(11), persistent=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table: Tensor = self.table
+        return self.head(torch.relu(self.mix(self.embed(table[tokens]) * self.scale)))
+
+
+def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    pruned = fxprune.prune(Tied(), torch.zeros(1, 5, dtype=torch.long), channels=0.5)
+    pruned.save(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert ("embed.weight" in stored) != ("head.weight" in stored)
+    loaded = fxprune.load(tmp_path, Tied).model
+    assert loaded.get_parameter("embed.weight") is loaded.get_parameter("head.weight")
+    assert same_state(loaded, pruned.model)
+    assert torch.equal(loaded.get_buffer("table"), torch.arange(11))
+
+
+def test_the_library_of_the_format_reads_the_weights_too(tmp_path: Path) -> None:
+    pruned = fxprune.prune(Tied(), torch.zeros(1, 5, dtype=torch.long), channels=0.5)
+    pruned.save(tmp_path)
+    other = fxprune.apply(pruned.plan, Tied()).model
+    safetensors.torch.load_model(other, tmp_path / "model.safetensors")
+    assert same_state(other, pruned.model)
+
+
+def test_ties_that_the_architecture_has_not(tmp_path: Path) -> None:
+    """The same names and shapes: a model that is tied on one side only would lose a tensor in silence."""
+    tied, apart = tmp_path / "tied.safetensors", tmp_path / "apart.safetensors"
+    saving.save_tensors(Tied(), tied)
+    saving.save_tensors(Tied(tied=False), apart)
+    with pytest.raises(PlanError, match=r"head\.weight.*tied on one side"):
+        saving.load_tensors(Tied(tied=False), tied)
+    with pytest.raises(PlanError, match=r"head\.weight.*tied on one side"):
+        saving.load_tensors(Tied(), apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    pruned = fxprune.prune(Tied(), torch.zeros(1, 5, dtype=torch.long), channels=0.5)
+    pruned.model.to(dtype)
+    pruned.save(tmp_path)
+    loaded = fxprune.load(tmp_path, Tied).model
+    assert loaded.get_parameter("mix.weight").dtype == dtype
+    assert loaded.get_parameter("embed.weight") is loaded.get_parameter("head.weight")
+    assert same_state(loaded, pruned.model)
+    tokens = torch.arange(5)[None]
+    assert torch.equal(loaded(tokens), pruned.model(tokens))
+
+
+def test_one_module_of_another_dtype(tmp_path: Path) -> None:
+    pruned = pruned_net()
+    pruned.model.get_submodule("3").double()
+    pruned.save(tmp_path)
+    loaded = fxprune.load(tmp_path, build).model
+    assert loaded.get_parameter("0.weight").dtype == torch.float32
+    assert loaded.get_parameter("3.weight").dtype == torch.float64
+    assert same_state(loaded, pruned.model)
+
+
+def test_a_model_cast_as_a_whole_takes_its_unsaved_buffers_along(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.register_buffer("shift", torch.ones(8), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + self.shift)
+
+    pruned = fxprune.prune(Shifted(), torch.zeros(2, 4), channels=0.5)
+    pruned.model.double().requires_grad_(False)
+    pruned.save(tmp_path)
+    loaded, x = fxprune.load(tmp_path, Shifted).model, torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(loaded(x), pruned.model(x))
+
+
+def test_memory_formats_and_shared_storage(tmp_path: Path) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            both = torch.randn(2, 6)
+            self.register_buffer("one", both[0])
+            self.register_buffer("two", both[1])
+            self.register_buffer("wide", torch.randn(1).expand(4))
+            self.register_buffer("last", torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+
+    model, other = Views(), Views()
+    saving.save_tensors(model, tmp_path / "views.safetensors")
+    other.wide = other.wide.clone()
+    saving.load_tensors(other, tmp_path / "views.safetensors")
+    assert same_state(model, other)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    pruned_net().save(tmp_path)
+    assert fxprune.load(tmp_path, build, device="cpu").model.get_parameter("0.weight").device.type == "cpu"
+    with pytest.raises(ArgumentError, match="device='nonsense'"):
+        fxprune.load(tmp_path, build, device="nonsense")
+
+
+def test_what_no_file_can_hold(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"a": 1}
+
+    with pytest.raises(ModelError, match=r"_extra_state.*dict.*pickle"):
+        saving.save_tensors(Extra(2, 2), tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"weight.*meta device"):
+        saving.save_tensors(nn.Linear(2, 2, device="meta"), tmp_path / "a.safetensors")
+
+
+def test_nothing_is_pickled_or_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = pruned_net()
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a pickle")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("save", "load"):
+        monkeypatch.setattr(torch, name, refuse)
+    pruned.save(tmp_path)
+    assert same_state(fxprune.load(tmp_path, build).model, pruned.model)
+    monkeypatch.undo()
+    for path in tmp_path.iterdir():
+        assert not zipfile.is_zipfile(path)  # what torch.save writes
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError)):
+            pickle.loads(path.read_bytes())
+    for name in ("plan.json", "report.json", "manifest.json"):
+        json.loads((tmp_path / name).read_text())
+
+
+# ---- damage
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    pruned_net().save(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copied"))
+
+
+def refused(folder: Path, *parts: str) -> None:
+    with pytest.raises(PlanError) as found:
+        fxprune.load(folder, build)
+    for part in (str(folder), *parts):
+        assert part in str(found.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("left", [0, 1, 0.5, -1])
+def test_a_file_cut_short(name: str, left: float, copied: Path) -> None:
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[: int(len(data) * left) if isinstance(left, float) else left])
+    refused(copied, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_removed(name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    refused(copied, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_bit_flipped_anywhere(name: str, copied: Path) -> None:
+    """All bytes of the manifest, which no digest guards; some of the others'."""
+    data = (copied / name).read_bytes()
+    step = 1 if name == "manifest.json" else max(1, len(data) // 25)
+    for position in range(0, len(data), step):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        (copied / name).write_bytes(changed)
+        # A digest or a name in the manifest that changed speaks of another file.
+        with pytest.raises(PlanError, match=re.escape(str(copied) if name == "manifest.json" else name)):
+            saving.read_pruned(copied)
+    (copied / name).write_bytes(data)
+    saving.read_pruned(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_save(name: str, copied: Path, tmp_path: Path) -> None:
+    fxprune.prune(build(), IMAGE, channels=0.25).save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / name, copied / name)
+    refused(copied)
+
+
+def resigned(folder: Path, name: str, data: bytes) -> None:
+    """Change a file and the manifest with it, as one who means it could."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def test_weights_of_another_model_with_a_manifest_that_agrees(copied: Path, tmp_path: Path) -> None:
+    for model, message in (
+        (build(5), "has shape"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), "'1.weight' is not in the file"),
+        (nn.Sequential(*build(4), nn.Linear(2, 2)), "'4.bias' is not in the model"),
+    ):
+        saving.save_tensors(model, tmp_path / "other.safetensors")
+        resigned(copied, "model.safetensors", (tmp_path / "other.safetensors").read_bytes())
+        refused(copied, "model.safetensors", message)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("model.safetensors", b"nonsense", "not a complete safetensors file"),
+        ("model.safetensors", b"", "not a complete safetensors file"),
+        ("plan.json", b"{}", "not a plan"),
+        ("plan.json", b"\xff\xfe", "is not text"),
+        ("report.json", b"[]", "not a report"),
+        ("report.json", b'{"groups": [], "pinned": [], "unknown": 1}', "not a report"),
+    ],
+)
+def test_nonsense_with_a_manifest_that_agrees(name: str, data: bytes, message: str, copied: Path) -> None:
+    resigned(copied, name, data)
+    with pytest.raises(PlanError, match=message):
+        fxprune.load(copied, build)
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = json.loads((folder / "plan.json").read_text())
+    change(data)
+    resigned(folder, "plan.json", json.dumps(data).encode())
+
+
+def test_a_plan_that_keeps_what_the_model_has_not(copied: Path) -> None:
+    edited(copied, lambda data: data["keep"].append("9.weight"))
+    with pytest.raises(PlanError, match=r"keeps '9\.weight'"):
+        fxprune.load(copied, build)
+
+
+def test_a_plan_with_other_survivors_does_not_fit_the_weights(copied: Path) -> None:
+    edited(copied, lambda data: data["groups"][0]["kept"].pop())
+    with pytest.raises(PlanError, match=r"model\.safetensors.*has shape"):
+        fxprune.load(copied, build)
+
+
+def test_a_plan_that_breaks_a_balance(tmp_path: Path) -> None:
+    def grouped() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 3))
+
+    pruned = fxprune.prune(grouped(), torch.zeros(1, 3, 9, 9), channels=0.5)
+    assert any(group.blocks for group in fxprune.analyze(grouped(), torch.zeros(1, 3, 9, 9)).groups)
+    pruned.save(tmp_path)
+
+    def unbalance(data: dict[str, Any]) -> None:
+        for group in data["groups"]:
+            group["kept"] = list(range(len(group["kept"])))
+
+    edited(tmp_path, unbalance)
+    with pytest.raises(FxpruneError):
+        fxprune.load(tmp_path, grouped)
+
+
+def test_a_manifest_of_a_later_version(copied: Path) -> None:
+    text = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 2'))
+    refused(copied, "schema 2", "upgrade")
+
+
+@pytest.mark.parametrize("name", ["../plan.json", "/etc/hostname", "sub/plan.json"])
+def test_a_manifest_that_points_elsewhere(name: str, copied: Path) -> None:
+    data = json.loads((copied / "manifest.json").read_text())
+    data["files"][name] = data["files"].pop("report.txt")
+    (copied / "manifest.json").write_text(json.dumps(data, indent=1) + "\n")
+    refused(copied, "manifest.json", "damaged")
+
+
+def test_a_manifest_that_lacks_the_weights(copied: Path) -> None:
+    data = json.loads((copied / "manifest.json").read_text())
+    del data["files"]["model.safetensors"]
+    (copied / "manifest.json").write_text(json.dumps(data, indent=1) + "\n")
+    refused(copied, "does not list model.safetensors")
+
+
+def test_another_architecture(good: Path) -> None:
+    with pytest.raises(PlanError, match="another architecture than this Sequential"):
+        fxprune.load(good, lambda: build(9))
+
+
+@pytest.mark.parametrize("factory", [lambda: None, lambda: "text", None, 3])
+def test_a_factory_that_builds_no_model(factory: Any, good: Path) -> None:
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module"):
+        fxprune.load(good, factory)
+
+
+def test_no_folder_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for name in ("nowhere", "file"):
+        with pytest.raises(ArgumentError, match=f"no folder.*{name}"):
+            fxprune.load(tmp_path / name, build)
+    with pytest.raises(ArgumentError, match="is a file, not a folder"):
+        pruned_net().save(tmp_path / "file")
+    with pytest.raises(ArgumentError, match=r"file.*Name a folder"):
+        pruned_net().save(tmp_path / "file" / "below")
+
+
+# ---- saves that are interrupted
+
+
+def texts(state: str) -> dict[str, Callable[[Path], object]]:
+    """Two files that belong together."""
+    return {name: lambda path: path.write_text(state) for name in ("a.txt", "b.txt")}
+
+
+def state_of(folder: Path) -> str:
+    """What a reader finds: both files, of one save."""
+    paths = saving.read_files(folder, ("a.txt", "b.txt"))
+    (state,) = {path.read_text() for path in paths.values()}
+    return state
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process: nothing may be cleaned up after it."""
+
+
+STEPS = [(os, "replace"), (os, "fsync"), (os, "rmdir")]
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str]:
+    """Let the process 'die' at the given one of all calls that reach the disk, before or after it took effect."""
+    calls: list[str] = []
+
+    def watched(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) > step:
+                if after and len(calls) == step + 1:
+                    real(*args, **kwargs)
+                raise KilledError
+            return real(*args, **kwargs)
+
+        return call
+
+    for module, name in STEPS:
+        monkeypatch.setattr(module, name, watched(getattr(module, name), name))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # the dead clean up nothing
+    return calls
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_killed_at_every_step(after: bool, tmp_path: Path) -> None:
+    found = []
+    for step in range(100):
+        folder = tmp_path / str(step)
+        saving.write_files(folder, texts("old"))
+        with pytest.MonkeyPatch.context() as patch:
+            calls = kill_at(patch, step, after)
+            try:
+                saving.write_files(folder, texts("new"))
+                finished = True
+            except KilledError:
+                finished = False
+        found.append(state_of(folder))
+        saving.write_files(folder, texts("third"))  # and the next save puts all in order
+        assert state_of(folder) == "third"
+        assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt", "manifest.json"]
+        if finished:
+            break
+    assert finished
+    assert {"replace", "fsync"} <= set(calls)
+    # Old up to one step, new from there on.
+    assert found == sorted(found, key=["old", "new"].index)
+    assert set(found) == {"old", "new"}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_a_first_save_that_is_killed(after: bool, tmp_path: Path) -> None:
+    """The folder is there when it is whole, and not before."""
+    found = []
+    for step in range(100):
+        folder = tmp_path / f"[{step}]"  # no pattern
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, step, after)
+            try:
+                saving.write_files(folder, texts("new"))
+                finished = True
+            except KilledError:
+                finished = False
+        found.append(folder.exists())
+        if folder.exists():
+            assert state_of(folder) == "new"
+        saving.write_files(folder, texts("next"))
+        assert state_of(folder) == "next"
+        assert not list(tmp_path.glob(".*"))
+        if finished:
+            break
+    assert finished
+    assert found == sorted(found)
+    assert set(found) == {False, True}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_new_folder_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    saving.write_files(tmp_path / "saved", texts("new"))
+    assert (tmp_path / "saved").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_killed_twice_in_a_row(tmp_path: Path) -> None:
+    """The second save finds the first one committed, but not all of its files in their places."""
+    committed = 0
+    for first in range(4, 10):
+        for second in range(6):
+            folder = tmp_path / f"{first}-{second}"
+            saving.write_files(folder, texts("old"))
+            for step, state in ((first, "new"), (second, "third")):
+                with pytest.MonkeyPatch.context() as patch:
+                    kill_at(patch, step, after=False)
+                    with suppress(KilledError):
+                        saving.write_files(folder, texts(state))
+                if state == "new":
+                    committed += (folder / ".committed").exists()
+                    seen = state_of(folder)
+            assert state_of(folder) in (seen, "third")
+    assert committed > 6
+
+
+def test_an_exception_between_two_files(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("the disk caught fire")
+
+    saving.write_files(tmp_path / "out", texts("old"))
+    for folder in (tmp_path / "out", tmp_path / "fresh"):
+        with pytest.raises(RuntimeError, match="fire"):
+            saving.write_files(folder, {**texts("new"), "c.txt": fail})
+    assert state_of(tmp_path / "out") == "old"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "b.txt", "manifest.json"]
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_pruned_model_whose_save_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier, later = pruned_net(0.5), pruned_net(0.25)
+    earlier.save(tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
+
+    monkeypatch.setattr(saving, "save_file", full)
+    with pytest.raises(ArgumentError, match=r"model\.safetensors: No space left"):
+        later.save(tmp_path)
+    monkeypatch.undo()
+    assert same_state(fxprune.load(tmp_path, build).model, earlier.model)
+    later.save(tmp_path)
+    assert same_state(fxprune.load(tmp_path, build).model, later.model)
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "sub").mkdir()
+    for share in (0.5, 0.25):
+        pruned_net(share).save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "notes.txt", "sub"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process by signal")
+def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
+    """Two states in turn, as fast as it goes, until SIGKILL: what is left is one of them, whole."""
+    script = textwrap.dedent(
+        """
+        import itertools, sys
+        from fxprune import saving
+        for number in itertools.count():
+            files = {name: (lambda path: path.write_text(str(number) * 100_000)) for name in ("a.txt", "b.txt")}
+            saving.write_files(sys.argv[1], files)
+            print(number, flush=True)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # one save at least is complete
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert state_of(tmp_path)
+    saving.write_files(tmp_path, texts("next"))
+    assert state_of(tmp_path) == "next"

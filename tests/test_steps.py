@@ -1,0 +1,103 @@
+"""Pruning in steps: budgets on the way, training in the body, and what an interruption leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.cost import cost_of
+from fxprune.errors import ArgumentError
+
+IMAGE = (1, 3, 8, 8)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 1)
+    ).eval()
+
+
+def train(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+
+
+def test_each_step_keeps_its_share() -> None:
+    model, x = network(), torch.randn(IMAGE)
+    whole = cost_of(model, x)
+    shares = [(cost_of(step.model, x).macs / whole.macs) for step in fxprune.Steps(model, x, count=3, macs=0.2)]
+    for k, share in enumerate(shares, start=1):
+        assert 0.2 ** (k / 3) * 0.8 < share <= 0.2 ** (k / 3) + 1e-12
+
+
+def test_several_budgets_hold_together() -> None:
+    model, x = network(), torch.randn(IMAGE)
+    *_, last = fxprune.Steps(model, x, count=2, macs=0.5, params=0.3)
+    before, after = cost_of(model, x), cost_of(last.model, x)
+    assert after.macs <= 0.5 * before.macs
+    assert after.params <= 0.3 * before.params
+
+
+def test_training_in_the_body_is_what_the_next_step_prunes() -> None:
+    model, x = network(), torch.randn(IMAGE)
+    trained = {}
+    for k, step in enumerate(fxprune.Steps(model, x, count=2, macs=0.4)):
+        if k == 0:
+            train(step.model)
+            trained = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    left = step.model.get_parameter("5.bias")
+    assert torch.equal(left, trained["5.bias"])
+    assert not torch.equal(left, model.get_parameter("5.bias"))
+
+
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_goes_on_behind_the_last_finished_step(tmp_path: Path, killed_in: int) -> None:
+    """An exception in the body of a step: that step is done again, the ones before it are not."""
+    model, x = network(), torch.randn(IMAGE)
+
+    def run(folder: Path, stop: int | None = None) -> tuple[list[int], fxprune.Pruned | None]:
+        seen, last = [], None
+        steps = fxprune.Steps(model, x, count=3, macs=0.2, folder=folder)
+        for last in steps:
+            seen.append(steps.done + 1)
+            train(last.model)
+            if seen[-1] == stop:
+                raise KeyboardInterrupt
+        return seen, last
+
+    whole, expected = run(tmp_path / "whole")
+    assert whole == [1, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", killed_in)
+    again, found = run(tmp_path / "killed")
+    assert again == [1, 2, 3][killed_in - 1 :]
+    assert expected is not None
+    assert found is not None
+    for name, value in expected.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], value)
+    assert run(tmp_path / "killed")[0] == []  # nothing is left to do
+    finished = fxprune.Steps(model, x, count=3, macs=0.2, folder=tmp_path / "killed").last()
+    torch.testing.assert_close(finished.model(x), expected.model(x))
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    model, x = network(), torch.randn(IMAGE)
+    fxprune.Steps(model, x, count=3, macs=0.2, folder=tmp_path)
+    with pytest.raises(ArgumentError, match=r"other settings.*another folder"):
+        fxprune.Steps(model, x, count=3, macs=0.3, folder=tmp_path)
+
+
+def test_what_cannot_be() -> None:
+    model, x = network(), torch.randn(IMAGE)
+    with pytest.raises(ArgumentError, match="count=0"):
+        fxprune.Steps(model, x, count=0, macs=0.5)
+    with pytest.raises(ArgumentError, match="macs="):
+        fxprune.Steps(model, x, count=2)
+    with pytest.raises(ArgumentError, match="channels="):
+        fxprune.Steps(model, x, count=2, macs=0.5, channels=0.5)
+    with pytest.raises(ArgumentError, match="folder="):
+        fxprune.Steps(model, x, count=2, macs=0.5).last()
