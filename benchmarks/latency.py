@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py             # everything: the GPU where there is one, otherwise the CPU
     python benchmarks/latency.py --quick     # two models, small images, eager float32: a minute
-    python benchmarks/latency.py --models resnet50 --batches 1,256 --macs 0.4 --round-to 16
+    python benchmarks/latency.py --models resnet50 --batches 1,256  # adds to what the file of the device holds
 
 For each model, the ``channels`` of ``fxprune.prune`` and the ``pruning_ratio`` of torch-pruning are searched until both
 leave ``--macs`` of the dense model's multiply-accumulates, counted by one counter; both counts are in the table. Then
@@ -348,14 +348,27 @@ def main() -> None:
     results: common.Record = {"machine": about, "device": device.type, "settings": settings, "models": {}}
     label = about["accelerator"] or f"cpu {about['processor']}"
     stem = "latency_" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") + ("_quick" if options.quick else "")
+    before = common.read(stem)
+    alike = ("macs", "tolerance", "round_to", "quick", "tf32")
+    if before and all(before["settings"].get(key) == settings[key] for key in alike):
+        results["models"] = before["models"]
     for name in options.models:
         try:
-            results["models"][name] = measure(name, options, device)
+            record = measure(name, options, device)
         except Exception as error:
-            results["models"][name] = {"error": common.one_line(error)}
-            print(f"  {name}: {results['models'][name]['error']}", flush=True)
+            record = {"error": common.one_line(error)}
+            print(f"  {name}: {record['error']}", flush=True)
+        else:
+            measured = {_setting(row) for row in record["latency"]}
+            kept = [row for row in results["models"].get(name, {}).get("latency", ()) if _setting(row) not in measured]
+            record["latency"] = sorted([*kept, *record["latency"]], key=_setting)
+        results["models"][name] = record
         common.write(stem, results, report(results))
     print("\n" + report(results))
+
+
+def _setting(row: common.Record) -> tuple[str, str, int]:
+    return row["dtype"], row["mode"], row["batch"]
 
 
 def _names(text: str) -> tuple[str, ...]:

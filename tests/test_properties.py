@@ -28,6 +28,7 @@ import fxprune
 from .specs import (
     KINDS,
     Activation,
+    Again,
     BatchNorm,
     Chunk,
     Concat,
@@ -107,14 +108,21 @@ def _plain_layers(net: Network) -> list[int]:
     for index, node in enumerate(net.nodes, start=1):
         for value in node.inputs:
             readers[value].append(index)
+    # A layer that runs twice ties what it reads in both places.
+    shared = {node.of for node in net.nodes if isinstance(node, Again)}
 
     def ends_well(value: int) -> bool:
         return value not in net.outputs and all(
-            _is_dense(net.nodes[reader - 1]) or (isinstance(net.nodes[reader - 1], KEEPING) and ends_well(reader))
+            (_is_dense(net.nodes[reader - 1]) and reader not in shared)
+            or (isinstance(net.nodes[reader - 1], KEEPING) and ends_well(reader))
             for reader in readers[value]
         )
 
-    return [index for index, node in enumerate(net.nodes, start=1) if _is_dense(node) and node.out > 1 and ends_well(index)]
+    return [
+        index
+        for index, node in enumerate(net.nodes, start=1)
+        if index not in shared and _is_dense(node) and node.out > 1 and ends_well(index)
+    ]
 
 
 def _is_dense(node: Node) -> bool:
