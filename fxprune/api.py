@@ -172,14 +172,17 @@ def prune(
             pruned = _emit(model, coupling, survivors, kept, pinned, exact, clock)
             break
         except RewriteError as error:
-            # Never guess: a node that cannot be made smaller keeps its operands whole.
-            if not error.node or error.node in pinned:
+            # Never guess: a node that cannot be made smaller keeps its operands whole. A parameter of which nothing would be left
+            # (its channels share balanced blocks with other layers', which won) stays whole too.
+            if error.parameter and error.parameter not in kept:
+                kept = (*kept, error.parameter)
+            elif error.node and error.node not in pinned:
+                pinned = (*pinned, error.node)
+            else:
                 raise
-            pinned = (*pinned, error.node)
     else:
-        raise RewriteError(
-            f"{len(pinned)} nodes could not be emitted smaller ({', '.join(pinned)}); exclude their modules with keep=."
-        )
+        failed = ", ".join((*pinned, *kept))
+        raise RewriteError(f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass modules in keep=.")
     if verify:
         with clock("verify"):
             measured = check(model, pruned.model, pruned.plan, coupling, survivors).error

@@ -48,8 +48,13 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
     """
     trace = coupling.traces[0]
     smaller: dict[int, Tensor] = {}
-    for tensor in coupling.parameters.values():
-        stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
+    for parameter, tensor in coupling.parameters.items():
+        try:
+            shape = survivors.shape(tensor)
+        except RewriteError as error:
+            error.parameter = parameter
+            raise
+        stand_in = torch.empty(shape, dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
     context = _old_units(coupling)
