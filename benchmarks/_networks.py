@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.digits import Block
+
 __all__ = ["NETWORKS", "DenseNet", "ResNet", "vgg"]
 
 
@@ -26,24 +28,6 @@ def vgg(widths: Sequence[Sequence[int]], channels: int, classes: int) -> nn.Sequ
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-class _Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, a projection where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
 class ResNet(nn.Module):
     """He et al. (CVPR 2016), section 4.2: ``depth`` = 6 n + 2 layers, three stages of n blocks, 16, 32 and 64 channels."""
 
@@ -54,7 +38,7 @@ class ResNet(nn.Module):
         blocks, inputs = [], width
         for stage in range(3):
             for number in range((depth - 2) // 6):
-                blocks.append(_Block(inputs, width << stage, stride=2 if stage and not number else 1))
+                blocks.append(Block(inputs, width << stage, stride=2 if stage and not number else 1))
                 inputs = width << stage
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(inputs, classes)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.compensation import Compensation, fold_constants, reconstruct
-from fxprune.cost import count_parameters, op_macs
+from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Labelling, couple
 from fxprune.criteria import rank
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
@@ -25,7 +25,6 @@ from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
 from fxprune.selection import Budget, select
-from fxprune.shapes import map_tensors
 from fxprune.trace import example_of, twin_of
 from fxprune.verify import Verification, check
 
@@ -172,16 +171,12 @@ def prune(
             pruned = _emit(model, coupling, survivors, kept, pinned, exact, clock)
             break
         except RewriteError as error:
-            # Never guess: a node that cannot be made smaller keeps its operands whole. A parameter of which nothing would be left
-            # (its channels share balanced blocks with other layers', which won) stays whole too.
-            if error.parameter and error.parameter not in kept:
-                kept = (*kept, error.parameter)
-            elif error.node and error.node not in pinned:
-                pinned = (*pinned, error.node)
-            else:
+            # Never guess: a node that cannot be made smaller keeps its operands whole.
+            if not error.node or error.node in pinned:
                 raise
+            pinned = (*pinned, error.node)
     else:
-        failed = ", ".join((*pinned, *kept))
+        failed = ", ".join(pinned)
         raise RewriteError(f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass modules in keep=.")
     if verify:
         with clock("verify"):
@@ -486,13 +481,7 @@ def _pinned_parameters(coupling: Coupling) -> int:
 
 def _pinned_macs(coupling: Coupling) -> int:
     """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
-    total = 0
-    for ran in coupling.contractions:
-        tensors: list[Tensor] = []
-        map_tensors(tensors.append, (ran.args, ran.kwargs, ran.out))
-        if not any(coupling.labels(tensor) for tensor in tensors):
-            total += op_macs(ran.func, ran.args, ran.kwargs, ran.out) or 0
-    return total
+    return sum(ran.macs() for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors)))
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.coupling import Coupling
-from fxprune.criteria.data import Batch, batches_of, evaluated
-from fxprune.errors import ArgumentError
+from fxprune.criteria.data import Batch, batches_of, check_read, evaluated
 from fxprune.rewrite import Survivors
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
+
 
 @dataclass(frozen=True)
 class Compensation:
@@ -99,11 +99,10 @@ def reconstruct(
     Parameters
     ----------
     model, pruned, loader:
-        As for :func:`fold_constants`. The loader is read once per layer and must give the same batches each time.
+        As for :func:`fold_constants`. All batches are held in memory.
     """
     changed, left, batches = [], [], list(batches_of(loader, model))
-    if not batches:
-        raise ArgumentError("the loader gave no batch, so nothing can be measured. Pass one that can be read again.")
+    check_read(len(batches))
     for name, node in _consumers(coupling, survivors).items():
         smaller = pruned.get_submodule(name)
         fits = isinstance(smaller, nn.Linear) or (isinstance(smaller, nn.Conv2d) and smaller.groups == 1)
@@ -164,7 +163,7 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
     """Mean input per channel of each module, over samples and positions."""
     sums: dict[str, Tensor] = {}
     count: dict[str, int] = {}
-    ran = False
+    read = 0
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -180,10 +179,10 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
         for name in consumers:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
         for batch in batches_of(loader, model):
-            ran = True
+            read += 1
             model(*batch.args, **batch.kwargs)
-    if consumers and not ran:
-        raise ArgumentError("the loader gave no batch, so nothing can be measured. Pass one that can be read again.")
+    if consumers:
+        check_read(read)
     return {name: total / count[name] for name, total in sums.items()}
 
 

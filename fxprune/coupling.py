@@ -18,11 +18,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
-from fxprune.cost import op_macs
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
-from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
 __all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
@@ -124,16 +122,7 @@ class Coupling:
 
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
         """Multiply-accumulates of the traced batch; ``shape`` gives another size to each tensor of the labelled run."""
-
-        if shape is None:
-            return sum(op_macs(ran.func, ran.args, ran.kwargs, ran.out) or 0 for ran in self.contractions)
-
-        def resized(tensor: Tensor) -> Tensor:
-            return torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
-
-        return sum(
-            op_macs(ran.func, *map_tensors(resized, (ran.args, ran.kwargs, ran.out))) or 0 for ran in self.contractions
-        )
+        return sum(ran.macs(shape) for ran in self.contractions)
 
     def role(self, name: str, dim: int) -> str:
         """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or

@@ -50,13 +50,12 @@ class PlanError(FxpruneError, ValueError):
 class RewriteError(FxpruneError):
     """The smaller graph could not be emitted; the message names the node.
 
-    ``node`` is the name of the fx node at which it failed, ``parameter`` that of a parameter of which nothing would be left: the
-    analysis can be repeated with that node's channels, or that parameter's, pinned.
+    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that node's channels pinned.
     """
 
-    def __init__(self, message: str, node: str = "", parameter: str = "") -> None:
+    def __init__(self, message: str, node: str = "") -> None:
         super().__init__(message)
-        self.node, self.parameter = node, parameter
+        self.node = node
 
 
 class VerificationError(FxpruneError):

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling, Group
 from fxprune.criteria import Ranking
 from fxprune.errors import ArgumentError, BudgetError
-from fxprune.widths import Polynomial, Pool, kinds_of, macs_of, params_of, pools_of
+from fxprune.widths import Polynomial, Pool, kinds_of, lines, macs_of, params_of, pools_of
 
 __all__ = ["Budget", "keep_count", "select"]
 
@@ -86,10 +88,11 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tu
         If a glob of ``layers`` matches no group.
     """
     pools = pools_of(coupling)
-    order = [_ascending(coupling, pool, ranking.value) for pool in pools]
-    widths, fixed = _given(coupling, pools, budget)
+    order, least = _spared(coupling, pools, [_ascending(coupling, pool, ranking.value) for pool in pools])
+    least = [max(math.ceil(budget.min_channels / pool.blocks), spared) for pool, spared in zip(pools, least, strict=True)]
+    widths, fixed = _given(coupling, pools, budget, least)
     if budget.macs is not None or budget.params is not None or (budget.channels is not None and budget.scope == "global"):
-        widths = _Descent(coupling, pools, order, ranking, budget, widths, fixed).run()
+        widths = _Descent(coupling, pools, order, ranking, budget, widths, fixed, least).run()
     kept: dict[str, list[int]] = {group.name: [] for group in coupling.groups}
     for pool, ascending, width in zip(pools, order, widths, strict=True):
         survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
@@ -103,16 +106,56 @@ def _ascending(coupling: Coupling, pool: Pool, value: Floats) -> npt.NDArray[np.
     return pool.width - 1 - np.argsort(own[:, ::-1], axis=1, kind="stable")
 
 
-def _given(coupling: Coupling, pools: Sequence[Pool], budget: Budget) -> tuple[list[int], list[bool]]:
+def _spared(
+    coupling: Coupling, pools: Sequence[Pool], order: Sequence[npt.NDArray[np.int64]]
+) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
+    """Let no tensor lose everything: put off units until each row of each tensor has a position whose units are the last to go.
+
+    Units of one block may lie on different tensors (the two halves of a split, layers that share balanced blocks): all of one
+    tensor's could be the least important. Returns the order, and how many units every block has to keep at least.
+    """
+    spared = np.zeros(coupling.context.units.count, dtype=bool)
+    spared[0] = True  # no unit: what stays in any case
+    height = np.zeros(len(spared), dtype=np.int64)  # how many of its block a unit has behind it in the order
+    labels = []
+    for pool, ascending in zip(pools, order, strict=True):
+        labels.append(np.array(coupling.groups[pool.group].units)[np.take_along_axis(pool.units, ascending, axis=1)])
+        height[labels[-1]] = np.arange(pool.width)[::-1]
+        spared[labels[-1][:, -1]] = True
+    known: set[tuple[int, ...]] = set()
+    for tensor in _all_tensors(coupling):
+        fields = coupling.labels(tensor)
+        key = tuple(map(id, fields))
+        if not fields or key in known:
+            continue
+        known.add(key)
+        if len(fields) == 1 and fields[0].size == max(fields[0].shape) and spared[fields[0]].any():
+            continue  # most of them: one row
+        for _, rows in lines(coupling, fields):
+            for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
+                units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
+                spared[units], height[units] = True, 0
+    put_off = [np.argsort(spared[own], axis=1, kind="stable") for own in labels]
+    late = [np.take_along_axis(ascending, moved, axis=1) for ascending, moved in zip(order, put_off, strict=True)]
+    return late, [int(spared[own].sum(axis=1).max()) for own in labels]
+
+
+def _all_tensors(coupling: Coupling) -> list[Tensor]:
+    """The parameters, then what the nodes give."""
+    nodes = [node.meta.get("val") for trace in coupling.traces for node in trace.graph.nodes]
+    return [*coupling.parameters.values(), *(leaf for leaf in tree_leaves(nodes) if isinstance(leaf, Tensor))]
+
+
+def _given(coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]) -> tuple[list[int], list[bool]]:
     """The widths to start from, and which of them are settled by a layer's own share."""
     shares = _shares(coupling, budget.layers)
     widths, fixed = [], []
-    for pool in pools:
+    for pool, at_least in zip(pools, least, strict=True):
         share = shares.get(pool.group)
         fixed.append(share is not None)
         if share is None:
             share = budget.channels if budget.channels is not None and budget.scope == "group" else 1.0
-        widths.append(keep_count(pool.width, share, _step(pool, budget), _least(pool, budget)))
+        widths.append(keep_count(pool.width, share, _step(pool, budget), at_least))
     return widths, fixed
 
 
@@ -138,10 +181,6 @@ def _step(pool: Pool, budget: Budget) -> int:
     return budget.round_to // math.gcd(budget.round_to, pool.blocks)
 
 
-def _least(pool: Pool, budget: Budget) -> int:
-    return math.ceil(budget.min_channels / pool.blocks)
-
-
 class _Descent:
     """Removes unit after unit until the budgets hold."""
 
@@ -154,14 +193,14 @@ class _Descent:
         budget: Budget,
         widths: Sequence[int],
         fixed: Sequence[bool],
+        least: Sequence[int],
     ) -> None:
         self.pools, self.budget, self.ranking = pools, budget, ranking
         self.widths, self.fixed = list(widths), fixed
         self.blocks = np.array([pool.blocks for pool in pools], dtype=np.int64)
         self.steps = [_step(pool, budget) for pool in pools]
-        self.floor = [
-            width if still else min(_floor(pool, budget), width) for pool, width, still in zip(pools, widths, fixed, strict=True)
-        ]
+        floors = [keep_count(pool.width, 1e-12, step, own) for pool, step, own in zip(pools, self.steps, least, strict=True)]
+        self.floor = [w if still else min(floor, w) for floor, w, still in zip(floors, widths, fixed, strict=True)]
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
         self.first = np.searchsorted(kinds.pool, np.arange(len(pools) + 1)).tolist()
@@ -208,11 +247,11 @@ class _Descent:
         for name, polynomial, limit in self.limits:
             least, whole = polynomial.at(self._counts(self.floor)), polynomial.at(self.full)
             if least > limit:
-                given = {"macs": self.budget.macs, "params": self.budget.params, "channels": self.budget.channels}[name]
                 raise BudgetError(
-                    f"{name}={given} cannot be reached: the smallest model that the analysis and the other arguments allow has "
-                    f"{name}={_rounded_up(least / whole)} ({least:,} of {whole:,}). Raise the budget, or see what is pinned with "
-                    "print(fxprune.analyze(model, example_inputs)), and what keep=, min_channels= and round_to= hold back."
+                    f"{name}={getattr(self.budget, name)} cannot be reached: the smallest model that the analysis and the other "
+                    f"arguments allow has {name}={_rounded_up(least / whole)} ({least:,} of {whole:,}). Raise the budget, or see "
+                    "what is pinned with print(fxprune.analyze(model, example_inputs)), and what keep=, min_channels= and "
+                    "round_to= hold back."
                 )
 
     def _counts(self, widths: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -259,11 +298,6 @@ class _Descent:
                 cost = np.log2(1 + polynomial.saved(counts, lost) / self.blocks)
                 out += weight * (1 - cost / max(cost.max(initial=0.0), np.finfo(np.float64).tiny))
         return out
-
-
-def _floor(pool: Pool, budget: Budget) -> int:
-    """The least width of a pool."""
-    return keep_count(pool.width, 1e-12, _step(pool, budget), _least(pool, budget))
 
 
 def _aligned(width: int, step: int, floor: int) -> int:

@@ -35,7 +35,7 @@ from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
 from fxprune.shapes import META, ShapeMode
 
-__all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "trace", "twin_of"]
+__all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of"]
 
 _TRAINING = "training"
 
@@ -254,7 +254,7 @@ def trace(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        stack.enter_context(_slow_path())
+        stack.enter_context(slow_path())
         stack.enter_context(_factories(tracer))
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_mode_through_graph(twin.model, tracer))
@@ -669,7 +669,7 @@ def _internal(filename: str) -> bool:
 
 
 @contextmanager
-def _slow_path() -> Iterator[None]:
+def slow_path() -> Iterator[None]:
     """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and hide the widths."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

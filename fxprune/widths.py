@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from fxprune.balance import shrinking_dim
-from fxprune.cost import op_macs
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.rules import Contraction
-from fxprune.shapes import META, map_tensors
 
-__all__ = ["Kinds", "Polynomial", "Pool", "kinds_of", "macs_of", "params_of", "pools_of"]
+__all__ = ["Kinds", "Polynomial", "Pool", "kinds_of", "lines", "macs_of", "params_of", "pools_of"]
 
 Floats = npt.NDArray[np.float64]
 Factors = tuple[int, ...]
@@ -115,7 +113,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
                 positions = np.bincount(labels.ravel()).astype(np.uint64)
                 profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
         if len(fields) > 1:
-            overlaps += [rows for _, rows in _lines(coupling, fields) if len(rows) > 1]
+            overlaps += [rows for _, rows in lines(coupling, fields) if len(rows) > 1]
     while True:
         live = np.flatnonzero(pool_of >= 0)
         key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
@@ -136,11 +134,11 @@ def _tensors(coupling: Coupling) -> list[Tensor]:
     """Everything whose shape counts: the parameters, and what contractions read and give."""
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:
-        map_tensors(found.append, (ran.args, ran.kwargs, ran.out))
+        found += ran.tensors
     return list({id(tensor): tensor for tensor in found}.values())
 
 
-def _lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
+def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
     """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
     found: dict[int, list[Array]] = {}
     for labels in fields:
@@ -231,7 +229,7 @@ class _Sizes:
         fields = self.coupling.labels(tensor)
         key = (tuple(map(id, fields)), tuple(tensor.shape))
         if key not in self._of_labels:
-            sizes = {dim: self._size(rows, tensor.shape[dim]) for dim, rows in _lines(self.coupling, fields)}
+            sizes = {dim: self._size(rows, tensor.shape[dim]) for dim, rows in lines(self.coupling, fields)}
             self._of_labels[key] = {dim: number for dim, number in sizes.items() if number is not None}
         return self._of_labels[key]
 
@@ -330,21 +328,17 @@ def _interpolated(ran: Contraction, sizes: _Sizes) -> list[tuple[int, dict[int, 
     same units (a convolution from a residual stream to itself has two), so they are resized together. Its values at 0, 1, ... up to
     the degree tell the coefficients, by Newton's forward differences, which are exact in integers.
     """
-    read: dict[int, dict[int, int]] = {}
-    tensors: list[Tensor] = []
-    map_tensors(tensors.append, (ran.args, ran.kwargs, ran.out))
-    for tensor in tensors:
-        read[id(tensor)] = sizes.dims(tensor)
+    tensors = ran.tensors
+    read = {id(tensor): sizes.dims(tensor) for tensor in tensors}
     degrees = Counter(size for tensor in tensors for size in read[id(tensor)].values())
     free = sorted(degrees)
 
     def cost(at: dict[int, int]) -> int:
-        def resized(tensor: Tensor) -> Tensor:
+        def shape(tensor: Tensor) -> list[int]:
             dims = read[id(tensor)]
-            shape = [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
-            return torch.empty(shape, dtype=tensor.dtype, device=META)
+            return [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
 
-        return op_macs(ran.func, *map_tensors(resized, (ran.args, ran.kwargs, ran.out))) or 0
+        return ran.macs(shape)
 
     grid = np.zeros([degrees[size] + 1 for size in free], dtype=np.int64)
     for point in np.ndindex(grid.shape):

@@ -1,7 +1,5 @@
 """MACs and parameters: against closed forms, against torch's own counter, and without harm to the model."""
 
-import contextlib
-
 import pytest
 import torch
 import torchvision
@@ -10,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune.cost import cost_of, count_parameters
+from fxprune.trace import slow_path
 from tests.torchvision_models import CASES
 
 
@@ -96,17 +95,6 @@ QUICK = ("resnet18", "shufflenet_v2_x0_5", "densenet121", "lraspp_mobilenet_v3_l
 """Of each kind one: convolutions, grouped ones, concatenations, segmentation, attention as a module and by hand, video."""
 
 
-@contextlib.contextmanager
-def slow_attention():
-    """In eval mode nn.MultiheadAttention takes one fused op, in which torch's counter sees nothing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_agrees_with_torch_flop_counter(name):
     """`cost_of`, the report before pruning and the report after it, each against torch's own counter, to the last one."""
@@ -115,7 +103,8 @@ def test_agrees_with_torch_flop_counter(name):
     found = [cost_of(model, image).macs, pruned.report.macs_before, pruned.report.macs_after]
     counted = []
     for network in (model, model, pruned.model):
-        with slow_attention(), torch.no_grad(), FlopCounterMode(display=False) as reference:
+        # In eval mode nn.MultiheadAttention takes one fused op, in which torch's counter sees nothing.
+        with slow_path(), torch.no_grad(), FlopCounterMode(display=False) as reference:
             network.to("meta")(image.to("meta"))
         flops = reference.get_total_flops()
         assert flops % 2 == 0

@@ -17,7 +17,7 @@ from fxprune.cost import count_parameters
 from fxprune.criteria import Ranking
 from fxprune.rewrite import Survivors
 from fxprune.selection import Budget, keep_count, select
-from tests.specs import Network, build, example, networks
+from tests.specs import Concat, Conv, Network, TransposedConv, build, example, networks
 from tests.support.checking import call
 from tests.zoo import CASES
 from tests.zoo.case import Case
@@ -360,3 +360,19 @@ def test_pruned_to_budgets_equals_the_masked_original(net: Network, macs: float,
     model, x = build(net), example(net)
     pruned = _within(model, x, {"macs": macs, "params": params})
     assert fxprune.verify(model, pruned, x).error <= 1e-9
+
+
+def test_no_layer_loses_all_to_others_it_shares_blocks_with() -> None:
+    """Both channels of the second layer lie in blocks with other layers' channels, and lose against them in both."""
+    network = Network(
+        input=(3, 4, 4),
+        nodes=(*(Conv(i, out=2) for i in range(4)), Concat((4, 3, 2)), TransposedConv(5, out=2, groups=2)),
+        outputs=(6,),
+    )
+    torch.manual_seed(0)
+    pruned = fxprune.prune(build(network), example(network), channels=0.5, verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error <= 1e-9
+    assert not pruned.plan.pinned_nodes
+    assert all(min(p.shape) > 0 for p in pruned.model.parameters())
+    assert pruned.report.params_after <= 0.6 * pruned.report.params_before

@@ -26,7 +26,7 @@ from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
 
-__all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "evaluated"]
+__all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "check_read", "evaluated"]
 
 Floats = npt.NDArray[np.float64]
 Loader = Iterable[Any]
@@ -167,7 +167,7 @@ class Activation:
                 meter.watch(twin, _arguments(trace, batch), batch.size)
         units = coupling.context.units.count
         both = _reduced(np.concatenate([meter.total, meter.times, [meter.samples]]))
-        _check_read(both[-1])
+        check_read(both[-1])
         return both[:units] / np.maximum(both[units:-1], 1)
 
 
@@ -298,6 +298,7 @@ class Batch:
 
 
 def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
+    """A loader's batches, taken apart and copied to the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def there(tensor: Tensor) -> Tensor:
@@ -381,15 +382,16 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 def _mean(total: Floats, samples: int) -> Floats:
     """The sums of all processes, by sample."""
     both = _reduced(np.append(total, samples))
-    _check_read(both[-1])
+    check_read(both[-1])
     return both[:-1] / both[-1]
 
 
-def _check_read(samples: float) -> None:
+def check_read(samples: float) -> None:
+    """Refuse a loader that gave nothing; ``samples`` (or batches) is how many it gave."""
     if not samples:
         raise ArgumentError(
-            "the loader gave no batch, so nothing can be scored. Pass one that is not empty and can be read again (a DataLoader, a "
-            "list), not a generator that was used up before."
+            "the loader gave no batch, so nothing can be measured. Pass one that is not empty and can be read again (a DataLoader, "
+            "a list), not a generator that was used up before."
         )
 
 

@@ -48,13 +48,8 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
     """
     trace = coupling.traces[0]
     smaller: dict[int, Tensor] = {}
-    for parameter, tensor in coupling.parameters.items():
-        try:
-            shape = survivors.shape(tensor)
-        except RewriteError as error:
-            error.parameter = parameter
-            raise
-        stand_in = torch.empty(shape, dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
+    for tensor in coupling.parameters.values():
+        stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
     root = _skeleton(trace.twin.model, smaller, {})
     context = _old_units(coupling)
@@ -172,13 +167,13 @@ class _Emission:
         commutes = not self.thorough and args == node.args and kwargs == node.kwargs and self._commutes(node)
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.made.get(n, n))
         new = self.graph.create_node(op, target, args, kwargs, name=node.name)
-        if op == "call_module":
-            resize(self.survivors, self.root.get_submodule(str(target)), node, value)
+        module = self.root.get_submodule(str(target)) if op == "call_module" else None
+        if module is not None:
+            resize(self.survivors, module, node, value)
         if commutes:
             self.unrun[new] = value
             return new
-        if op == "call_module":
-            module = self.root.get_submodule(str(target))
+        if module is not None:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._label(tensor)
         self.env[new] = run_node(self.context, self.root, new, self.value)

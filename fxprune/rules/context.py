@@ -6,7 +6,7 @@ what is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Conte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.cost import op_macs
 from fxprune.labels import Array, Field, Units, compact, varied
+from fxprune.shapes import META, map_tensors
 
 __all__ = ["Context", "Contraction", "Met", "Operand", "Record", "Sighting"]
 
@@ -76,6 +78,21 @@ class Contraction:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything it read and gave."""
+        found: list[Tensor] = []
+        map_tensors(found.append, (self.args, self.kwargs, self.out))
+        return found
+
+    def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
+        """Its multiply-accumulates; ``shape`` gives another size to each tensor."""
+
+        def resized(tensor: Tensor) -> Tensor:
+            return tensor if shape is None else torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
+
+        return op_macs(self.func, *map_tensors(resized, (self.args, self.kwargs, self.out))) or 0
 
 
 class Context:
