@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py --data textures                  # generated images, harder than the digits
     python benchmarks/accuracy.py --full --data-dir /data/cifar    # CIFAR-10, the paper's networks and recipe: wants a GPU
     python benchmarks/accuracy.py --ablation                       # what each part of CPMC is worth
+    python benchmarks/accuracy.py --compensation                   # what fxprune.compensate brings back before fine-tuning
 
 Each network is trained once per seed. Then every criterion prunes these same weights, at once, until the given share of the
 multiply-accumulates is gone; the accuracy is measured, the network fine-tuned, and the accuracy measured again. torch-pruning's
@@ -19,8 +20,9 @@ that falls tenfold after 50 % and after 75 % of the epochs, images moved (and mi
 the same from a tenth of the rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by`` says
-what a value is divided by within its group: max, mean, sum, or left, the mean over the group of what is left of it when all smaller
-units have gone; ``power=2`` takes the root of squared weights).
+what a value is divided by within its group: max, mean, sum, or, as CPMC does, left, what is left of the group when all smaller
+units have gone; ``power=1`` adds up weights in the place of their squares). ``/constants`` or ``/least_squares`` behind it
+compensates the pruned network on the images that criteria read.
 
 Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows that are there already, measured
 under the same settings, are not measured again; ``--again`` forgets those of the criteria that it names.
@@ -59,6 +61,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune import criteria
 from fxprune.criteria import CPMC, UnitView
+from fxprune.criteria.weights import share_of_the_rest
 
 CRITERIA = ("cpmc", "l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "fisher", "activation", "random")
 RIVALS = ("torch-pruning magnitude", "torch-pruning taylor")
@@ -87,6 +90,9 @@ def _ablation() -> dict[str, str]:
         "all three": "cpmc",
         "value, own filter only": f"cpmc:{alpha}:{no_cost}:{no_parameters}:roles=own+scale",
         "all three, own filter only": "cpmc:roles=own+scale",
+        "all three, by the group's mean": "cpmc:by=mean",
+        "all three, by the group's largest": "cpmc:by=max",
+        "all three, sums of magnitudes": "cpmc:power=1",
     }
 
 
@@ -94,18 +100,21 @@ def _ablation() -> dict[str, str]:
 class Variant(CPMC):
     """CPMC with another magnitude or another normaliser within the group: what the choice of the defaults was compared with."""
 
-    by: str = "max"
-    power: int = 1
+    by: str = "left"
+    power: int = 2
 
     def __call__(self, view: UnitView) -> Tensor:
         value = view.sum(torch.abs if self.power == 1 else torch.square, self.roles) ** (1 / self.power)
-        tiny = torch.finfo(value.dtype).tiny
         if self.by == "left":
-            order = value.argsort(stable=True)
-            left = value[order].flip(0).cumsum(0).flip(0)  # of the group when all that is smaller has gone
-            return (value[order] / left.clamp_min(tiny) * len(value))[order.argsort()]
+            return len(value) * share_of_the_rest(value)
         whole = {"max": value.max, "mean": value.mean, "sum": value.sum}[self.by]()
-        return value / whole.clamp_min(tiny)
+        return value / whole.clamp_min(torch.finfo(value.dtype).tiny)
+
+
+def _compensation() -> dict[str, str]:
+    """What is shown -> the criterion, without and with what ``fxprune.compensate`` brings back."""
+    methods = {"": "", ", constants": "/constants", ", least squares": "/least_squares"}
+    return {name + shown: name + method for name in ("cpmc", "l2", "random") for shown, method in methods.items()}
 
 
 def cpmc(text: str) -> CPMC:
@@ -250,8 +259,12 @@ class _replacing:  # noqa: N801 - used like a function
 
 
 def with_fxprune(dense: nn.Module, data: _data.Data, name: str, kept: float, seed: int) -> nn.Module:
-    """At most ``kept`` of the multiply-accumulates."""
-    return fxprune.prune(dense, data.example, macs=kept, criterion=criterion_of(name, data, seed)).model
+    """At most ``kept`` of the multiply-accumulates; compensated if the name says so."""
+    name, _, method = name.partition("/")
+    pruned = fxprune.prune(dense, data.example, macs=kept, criterion=criterion_of(name, data, seed))
+    if method:
+        fxprune.compensate(dense, pruned, _calibration(data, BATCH), method=method)
+    return pruned.model
 
 
 def with_torch_pruning(dense: nn.Module, data: _data.Data, name: str, kept: float, attempts: int = 12) -> nn.Module:
@@ -338,7 +351,8 @@ def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> com
 
 def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
     """Under what a row is kept: all that its figures depend on. The dense network's row has no criterion."""
-    described = repr(cpmc(name)) if name.startswith("cpmc") else name
+    plain, slash, method = name.partition("/")
+    described = (repr(cpmc(plain)) if plain.startswith("cpmc") else plain) + slash + method
     shown = replace(setting, finetune=0) if not name else setting
     return f"{shown} {described} {removed:g}" if name else f"{shown}"
 
@@ -464,7 +478,7 @@ def report(record: common.Record, table: Table) -> str:
     part = options.judge
     moments = ["before"] + (["after"] if options.finetune else [])
     lines = [
-        f"# Accuracy after pruning: {options.data}" + (", ablation of CPMC" if options.ablation else ""),
+        f"# Accuracy after pruning: {options.data}" + (f", {options.about}" if options.about else ""),
         "",
         f"Percent of the {part} part that is right, mean ± standard deviation over {len(options.seeds)} seeds "
         f"({', '.join(map(str, options.seeds))}); {options.epochs} epochs of training, {options.finetune} of fine-tuning, images "
@@ -560,6 +574,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--finetune", type=int, help="epochs after pruning; default 6 (40 with --full); 0: none")
     parser.add_argument("--rate", type=float, default=0.1, help="first learning rate of the training")
     parser.add_argument("--ablation", action="store_true", help="parts of CPMC in the place of criteria, on the validation part")
+    parser.add_argument("--compensation", action="store_true", help="a few criteria without and with compensation")
     parser.add_argument("--judge", choices=PARTS, help="the part in the tables and plots; default: test (--ablation: validation)")
     parser.add_argument("--quick", action="store_true", help="one network, one seed, two budgets, few epochs")
     parser.add_argument("--full", action="store_true", help="the paper's networks, image size and epochs")
@@ -573,10 +588,11 @@ def _options() -> argparse.Namespace:
     _fill(options)
     unknown = [*set(options.networks) - set(NETWORKS)]
     known = {*CRITERIA, *RIVALS}
-    unknown += [name for name in options.shown.values() if name not in known and not name.startswith("cpmc:")]
+    plain = {name.removesuffix("/constants").removesuffix("/least_squares") for name in options.shown.values()}
+    unknown += [name for name in plain if name not in known and not name.startswith("cpmc:")]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
-    for name in options.shown.values():
+    for name in plain:
         if name.startswith("cpmc"):
             try:
                 cpmc(name)
@@ -605,9 +621,12 @@ def _fill(options: argparse.Namespace) -> None:
     options.workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
     if options.ablation:
         options.shown = _ablation()
+    elif options.compensation:
+        options.shown, options.finetune = _compensation(), 0
     else:
         options.shown = {name: name for name in options.criteria or (*CRITERIA, *RIVALS)}
-    suffix = ("_ablation" if options.ablation else "") + ("_full" if full else "_quick" if quick else "")
+    options.about = "ablation" if options.ablation else "compensation" if options.compensation else ""
+    suffix = (f"_{options.about}" if options.about else "") + ("_full" if full else "_quick" if quick else "")
     options.stem = options.stem or f"accuracy_{options.data}{suffix}"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.views import ROLES, UnitView, check_roles
+from fxprune.criteria.weights import share_of_the_rest
 from fxprune.errors import ArgumentError
 
 __all__ = ["CPMC"]
@@ -18,15 +19,24 @@ __all__ = ["CPMC"]
 class CPMC:
     r"""Multi-criteria importance based on weight dependency.
 
-    .. math:: I(u) = \alpha V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u))
+    .. math::
+
+       I(u) = \alpha V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
+       V'(u) = n \frac{V(u)}{\sum_{v : V(v) \ge V(u)} V(v)}, \qquad V(u) = \Big( \sum_{w \in W(u)} w^2 \Big)^{1/2}
 
     The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via Multi-Criteria based on Weight
-    Dependency", IJCNN 2021): :math:`V` is the magnitude of all weights that vanish with a unit, its own filters and the slices of
-    every next layer that read it; :math:`C` and :math:`P` are the multiply-accumulates and the parameters that vanish with it, at
-    the current widths. The normalisers are ours: :math:`V' = V / \max_g V` within the group; :math:`C' = \log_2 (1 + C) / \max
-    \log_2 (1 + C)` over the network, :math:`P'` alike, as COP does (Wang et al., IJCAI 2019).
+    Dependency", IJCNN 2021): :math:`W(u)` are all weights that vanish with a unit, its own filters and the slices of every next
+    layer that read it; :math:`C` and :math:`P` are the multiply-accumulates and the parameters that vanish with it, at the current
+    widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'` alike, is how COP normalises costs (Wang
+    et al., IJCAI 2019).
 
-    Calling it gives :math:`V'`, shape (units,), float64, values in [0, 1]; the selection adds the costs, which change as widths
+    The normaliser of the value is ours: its share of what is left of the group's n units when all smaller ones have gone, as LAMP
+    normalises single weights (Lee et al., ICLR 2021), times n, so that groups of all sizes start around 1. It is the value at the
+    current width, as the costs are: the fewer units a group has left, the more each is worth, and no group is emptied because its
+    weights are small. Dividing by the group's largest value, which does not change as widths shrink, leaves bottlenecks:
+    ``benchmarks/accuracy.py --ablation`` shows what either is worth.
+
+    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n]; the selection adds the costs, which change as widths
     shrink.
 
     Parameters
@@ -45,15 +55,17 @@ class CPMC:
     --------
     >>> import fxprune; from fxprune.criteria import Views
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    >>> weights = {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 1.]]), "2.weight": torch.tensor([[1., -1., 3.]])}
+    >>> weights = {"0.weight": torch.tensor([[0., 4.], [0., 3.], [0., 0.]]), "2.weight": torch.tensor([[3., 0., 2.]])}
     >>> (view,) = Views(fxprune.analyze(net, torch.zeros(1, 2)), weights)
-    >>> CPMC()(view), CPMC(roles=("own", "scale"))(view)
-    (tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64), tensor([0.6000, 0.6000, 1.0000], dtype=torch.float64))
+    >>> CPMC()(view)  # V is 5, 3, 2: 3 * 5 / 5, 3 * 3 / (3 + 5), 3 * 2 / (2 + 3 + 5)
+    tensor([3.0000, 1.1250, 0.6000], dtype=torch.float64)
+    >>> CPMC(roles=("own", "scale"))(view)  # of its own filters alone V is 4, 3, 0
+    tensor([3.0000, 1.2857, 0.0000], dtype=torch.float64)
     """
 
     alpha: float = 1.0
-    beta: float = 0.25
-    gamma: float = 0.25
+    beta: float = 1.0
+    gamma: float = 1.0
     roles: tuple[str, ...] = ROLES
 
     def __post_init__(self) -> None:
@@ -65,5 +77,4 @@ class CPMC:
             )
 
     def __call__(self, view: UnitView) -> Tensor:
-        value = view.sum(torch.abs, self.roles)
-        return value / value.max().clamp_min(torch.finfo(value.dtype).tiny)
+        return view.group.size * share_of_the_rest(view.sum(torch.square, self.roles).sqrt())

@@ -8,7 +8,7 @@ from torch import Tensor
 from fxprune.criteria.views import UnitView
 from fxprune.errors import ArgumentError
 
-__all__ = ["bn_scale", "fpgm", "l1", "l2", "lamp"]
+__all__ = ["bn_scale", "fpgm", "l1", "l2", "lamp", "share_of_the_rest"]
 
 
 def l1(view: UnitView) -> Tensor:
@@ -82,10 +82,20 @@ def lamp(view: UnitView) -> Tensor:
     >>> lamp(view)  # 4 / (4 + 4), 1 / (4 + 1 + 4), 4 / (4 + 4)
     tensor([0.5000, 0.1111, 0.5000], dtype=torch.float64)
     """
-    squares = view.sum(torch.square)
-    ascending = squares.sort().values
-    no_smaller = ascending.flip(0).cumsum(0).flip(0)[torch.searchsorted(ascending, squares)]
-    return squares / no_smaller.clamp_min(torch.finfo(squares.dtype).tiny)
+    return share_of_the_rest(view.sum(torch.square))
+
+
+def share_of_the_rest(scores: Tensor) -> Tensor:
+    r""":math:`s_u / \sum_{v : s_v \ge s_u} s_v`: what a unit is of all that is left when every smaller one has gone.
+
+    ``scores`` has shape (units,), none negative.
+
+    >>> share_of_the_rest(torch.tensor([4., 1., 4.]))
+    tensor([0.5000, 0.1111, 0.5000])
+    """
+    ascending = scores.sort().values
+    no_smaller = ascending.flip(0).cumsum(0).flip(0)[torch.searchsorted(ascending, scores)]
+    return scores / no_smaller.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def fpgm(view: UnitView) -> Tensor:
