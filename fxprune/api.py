@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -403,7 +404,7 @@ def _analyze(
     with clock("trace"):
         labelling = _label(model, inputs, exact, kept, pinned)
     with clock("couple"):
-        return couple(labelling)
+        return couple(labelling, _share(exact, labelling.traces[0].placeholders))
 
 
 def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...]) -> Labelling:
@@ -430,6 +431,12 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...
     return labelling
 
 
+def _share(exact: Any, ran: Any) -> Fraction:
+    """The example's batch over the labelled one, which may be 2 where the example has 1."""
+    asked, given = (sum(leaf.numel() for leaf in tree_leaves(tree) if leaf.dim()) for tree in (exact, ran))
+    return Fraction(asked, given) if given else Fraction(1)
+
+
 def _sizes(inputs: Inputs) -> list[torch.Size]:
     return [leaf.shape for leaf in tree_leaves(inputs)]
 
@@ -454,23 +461,17 @@ def _emit(
         report = Report(
             params_before=count_parameters(model),
             params_after=count_parameters(smaller),
-            macs_before=_per_example(coupling.macs(), coupling, exact),
-            macs_after=_per_example(coupling.macs(left.shape), coupling, exact),
+            macs_before=coupling.macs(),
+            macs_after=coupling.macs(left.shape),
             groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
             pinned=tuple(PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned),
             untouched=coupling.untouched,
             decisions=coupling.decisions,
             statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
             params_pinned=_pinned_parameters(coupling),
-            macs_pinned=_per_example(_pinned_macs(coupling), coupling, exact),
+            macs_pinned=_pinned_macs(coupling),
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
-
-
-def _per_example(macs: int, coupling: Coupling, exact: Inputs) -> int:
-    """The analysis may have run on a batch of 2 where the example has 1."""
-    ran = sum(leaf.numel() for leaf in tree_leaves(coupling.traces[0].placeholders))
-    return round(macs * sum(leaf.numel() for leaf in tree_leaves(exact)) / ran)
 
 
 def _pinned_parameters(coupling: Coupling) -> int:
@@ -481,7 +482,7 @@ def _pinned_parameters(coupling: Coupling) -> int:
 
 def _pinned_macs(coupling: Coupling) -> int:
     """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
-    return sum(ran.macs() for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors)))
+    return coupling.macs(of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))])
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
@@ -620,10 +621,11 @@ def _check_model(model: Any) -> None:
     for name, tensor in tensors:
         if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):
             raise _quantised(name, type(tensor.data).__name__ if not tensor.is_quantized else str(tensor.dtype))
-    for name, tensor in parameters:
-        readable = tensor.is_floating_point() and not tensor.is_meta
-        if readable and bool(torch.isnan(torch.linalg.vector_norm(tensor.detach()))):
-            raise ModelError(f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the weights first.")
+    readable = {name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() and not tensor.is_meta}
+    norms = [torch.linalg.vector_norm(tensor).double() for tensor in readable.values()]
+    if norms and bool(torch.stack(norms).isnan().any()):
+        name = next(name for name, norm in zip(readable, norms, strict=True) if bool(norm.isnan()))
+        raise ModelError(f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the weights first.")
 
 
 def _quantised(name: str, kind: str) -> ModelError:

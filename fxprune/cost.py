@@ -199,20 +199,56 @@ def _attention(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _einsum(args: tuple[Any, ...], out: Any) -> int:
-    """A product of two tensors costs one MAC for each value of all letters together; one of more is done pair by pair."""
-    equation, tensors = args[0].replace(" ", ""), list(args[1])
-    terms, _, result = equation.partition("->")
-    names = terms.split(",")
-    if "." in equation or "->" not in equation or len(names) < 2:
-        return 0 if len(names) < 2 else prod(_shape(out)) * prod(_shape(tensors[0]))
-    sizes = {
-        letter: size for term, tensor in zip(names, tensors, strict=True) for letter, size in zip(term, tensor.shape, strict=True)
-    }
+    """Pair by pair, from the left, as ATen does it.
+
+    What only one of the two has, and nothing later needs, is summed first; if they then share an axis that is summed, the product
+    costs one MAC for each value of all axes together, else it is elementwise and none is counted.
+    """
+    tensors = list(args[1])
+    names, result = _einsum_axes(args[0].replace(" ", ""), [tensor.dim() for tensor in tensors])
+    sizes: dict[Any, int] = {}
+    for own, tensor in zip(names, tensors, strict=True):
+        for axis, size in zip(own, tensor.shape, strict=True):
+            if sizes.get(axis, 1) == 1:  # a size of 1 broadcasts
+                sizes[axis] = size
     total, held = 0, set(names[0])
-    for i, term in enumerate(names[1:], start=2):
-        total += prod(sizes[letter] for letter in held | set(term))
-        held = {letter for letter in held | set(term) if letter in result or any(letter in later for later in names[i:])}
+    for i, own in enumerate(names[1:], start=2):
+        needed = {*result, *(axis for later in names[i:] for axis in later)}
+        summed = (held & set(own)) - needed
+        held = (held | set(own)) & (needed | summed)
+        total += prod(sizes[axis] for axis in held) if summed else 0
+        held -= summed
     return total
+
+
+def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list[Any]]:
+    """The axes of the operands and of the result: letters, and -1, -2, ... for those of an ellipsis, from the last.
+
+    >>> _einsum_axes("b...i,ij->b...j", [4, 2])
+    ([['b', -2, -1, 'i'], ['i', 'j']], ['b', -2, -1, 'j'])
+    """
+
+    def axes(term: str, more: int) -> list[Any]:
+        before, dots, after = term.partition("...")
+        return [*before, *(range(-more, 0) if dots else ()), *after]
+
+    terms, arrow, result = equation.partition("->")
+    more = [rank - len(term.replace("...", "")) for term, rank in zip(terms.split(","), ranks, strict=True)]
+    if not arrow:  # every axis that occurs once
+        letters = terms.replace("...", "").replace(",", "")
+        result = ("..." if "..." in terms else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return [axes(term, own) for term, own in zip(terms.split(","), more, strict=True)], axes(result, max(more))
+
+
+def _recurrent(args: tuple[Any, ...], out: Any) -> int:
+    """Every step multiplies with every weight matrix of every layer and direction once; args[0] is (..., features)."""
+    weights = args[2] if isinstance(args[3], bool) else args[3]  # packed sequences have their batch sizes in front
+    return prod(_shape(args[0])[:-1]) * sum(prod(_shape(weight)) for weight in weights if weight.dim() == 2)
+
+
+def _recurrent_cell(args: tuple[Any, ...], out: Any) -> int:
+    """One step: both weight matrices, of the input and of the hidden state."""
+    return prod(_shape(args[0])[:-1]) * (prod(_shape(args[2])) + prod(_shape(args[3])))
 
 
 _aten = torch.ops.aten
@@ -228,6 +264,14 @@ _EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     _aten.conv_transpose2d: _per_input,
     _aten.conv_transpose3d: _per_input,
     _aten.scaled_dot_product_attention: _attention,
+    _aten.lstm: _recurrent,
+    _aten.gru: _recurrent,
+    _aten.rnn_tanh: _recurrent,
+    _aten.rnn_relu: _recurrent,
+    _aten.lstm_cell: _recurrent_cell,
+    _aten.gru_cell: _recurrent_cell,
+    _aten.rnn_tanh_cell: _recurrent_cell,
+    _aten.rnn_relu_cell: _recurrent_cell,
     _aten.matmul: lambda args, out: prod(_shape(out)) * _shape(args[0])[-1],
     _aten.mv: _elements_of(0),
     _aten.addmv: _elements_of(1),

@@ -6,9 +6,11 @@ segments of parameter axes, edges carry the fx nodes that tied them; its connect
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import networkx as nx
@@ -57,7 +59,7 @@ class Group:
     """Units that compete with each other: they lie on the same axes.
 
     ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take statistics over this group, over
-    its survivors in the pruned model.
+    its survivors in the pruned model; ``units`` are their labels, shape (size,), ascending, read-only.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Group:
     axes: tuple[Axis, ...]
     blocks: int
     normalised: tuple[str, ...]
-    units: tuple[int, ...]
+    units: Array = field(compare=False)
 
     def __str__(self) -> str:
         balanced = f" in {self.blocks} balanced blocks" if self.blocks else ""
@@ -110,19 +112,40 @@ class Coupling:
     balance: Balance
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]  # of the first trace
+    _labels: dict[int, list[Array]] = field(default_factory=dict, init=False, repr=False)  # by the id of a tensor
+    _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
+
+    @functools.cached_property
+    def units(self) -> Array:
+        """The labels of all units, ascending; shape (units,)."""
+        return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)]))
 
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
         return self.graph.copy()
 
     def labels(self, tensor: Any) -> list[Array]:
-        """The live labels of a tensor of the labelled run, one array per field."""
-        record = self.context.record(tensor)
-        return [] if record is None else [f.labels for f in record.fields]
+        """The live labels of a tensor of the labelled run, one array per field; not to be changed."""
+        known = self._labels.get(id(tensor))
+        if known is None:
+            record = self.context.record(tensor)
+            if record is None:
+                return []  # nothing keeps this tensor, so its id may become another's
+            known = self._labels[id(tensor)] = [f.labels for f in record.fields]
+        return known
 
-    def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
-        """Multiply-accumulates of the traced batch; ``shape`` gives another size to each tensor of the labelled run."""
-        return sum(ran.macs(shape) for ran in self.contractions)
+    def shrinking_dim(self, labels: Array) -> int:
+        """Along which dimension a tensor with these live labels gets smaller (:func:`fxprune.balance.shrinking_dim`)."""
+        if id(labels) not in self._dims:
+            self._dims[id(labels)] = labels, shrinking_dim(labels, self.balance.block)
+        return self._dims[id(labels)][1]
+
+    def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None, of: Iterable[Contraction] | None = None) -> int:
+        """Multiply-accumulates of the example's batch.
+
+        ``shape`` gives another size to each tensor of the labelled run; ``of`` are the contractions that count, default: all.
+        """
+        return round(sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of)))
 
     def role(self, name: str, dim: int) -> str:
         """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or
@@ -143,7 +166,7 @@ class Coupling:
         Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies twice has two.
         """
         index = np.full(self.context.units.count, -1, dtype=np.int64)
-        index[list(group.units)] = np.arange(group.size)
+        index[group.units] = np.arange(group.size)
         out: dict[str, list[Tensor]] = {}
         for name in dict.fromkeys(axis.parameter for axis in group.axes):
             own = [index[labels] for labels in self.parameter_labels(name)]
@@ -152,7 +175,7 @@ class Coupling:
 
     def blocks(self, group: Group) -> Tensor:
         """The block of each unit of a group: units may only be exchanged within one. All zero without balance."""
-        cells = self.balance.cell[list(group.units)]
+        cells = self.balance.cell[group.units]
         return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
 
     def __str__(self) -> str:
@@ -219,8 +242,11 @@ class Labelling:
         return traced
 
 
-def couple(labelling: Labelling) -> Coupling:
-    """Read off a labelled twin what can only be pruned together."""
+def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
+    """Read off a labelled twin what can only be pruned together.
+
+    ``share`` is the example's batch over the labelled one.
+    """
     context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
     context.node = ""
     while True:
@@ -230,7 +256,7 @@ def couple(labelling: Labelling) -> Coupling:
         if context.units.version == version:
             break
     groups, graph = _groups(context, parameters, balance)
-    evaluated = {node.name for node in traces[0].graph.nodes}
+    share_of = _shares(traces[0].graph, share)
     return Coupling(
         groups,
         _pins(context, parameters),
@@ -241,8 +267,17 @@ def couple(labelling: Labelling) -> Coupling:
         context,
         balance,
         parameters,
-        tuple(c for c in context.contractions if c.node in evaluated),
+        tuple(replace(ran, share=share_of[ran.node]) for ran in context.contractions if ran.node in share_of),
     )
+
+
+def _shares(graph: fx.Graph, share: Fraction) -> dict[str, Fraction]:
+    """For each node the part of its costs that the example has: all of it where only weights are read."""
+    out: dict[str, Fraction] = {}
+    for node in graph.nodes:
+        read = [out[source.name] for source in node.all_input_nodes]
+        out[node.name] = share if node.op == "placeholder" else min(read, default=Fraction(1))
+    return out
 
 
 def _untouched(context: Context, tensor: Tensor) -> bool:
@@ -312,6 +347,7 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         keys = np.array(sorted({key_of[s] for s in segments}), dtype=np.uint64)
         spans = [sorter[np.searchsorted(sorted_keys, k, "left") : np.searchsorted(sorted_keys, k, "right")] for k in keys]
         members = np.sort(units[np.concatenate(spans)])
+        members.flags.writeable = False
         cells = balance.cell[members]
         groups.append(
             Group(
@@ -320,7 +356,7 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
                 tuple(segments),
                 len(np.unique(cells[cells >= 0])),
                 tuple(dict.fromkeys(node for node, labels in statistics if np.isin(members, labels, assume_unique=True).any())),
-                tuple(members.tolist()),
+                members,
             )
         )
     groups.sort(key=lambda g: order[g.axes[0]])

@@ -166,11 +166,12 @@ def _check_groups(groups: tuple[GroupPlan, ...]) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """A digest of the architecture: names and shapes of all parameters and buffers, not their values."""
-    tensors: list[tuple[str, Tensor]] = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors)
+    lines = sorted(
+        f"{prefix}{'.' if prefix else ''}{name} {tuple(tensor.shape)}"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

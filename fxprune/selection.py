@@ -102,7 +102,7 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tu
 
 def _ascending(coupling: Coupling, pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
     """For each block the positions of its units, the least important first; of equals, the last first."""
-    own = value[np.array(coupling.groups[pool.group].units)[pool.units]]
+    own = value[coupling.groups[pool.group].units[pool.units]]
     return pool.width - 1 - np.argsort(own[:, ::-1], axis=1, kind="stable")
 
 
@@ -119,7 +119,7 @@ def _spared(
     height = np.zeros(len(spared), dtype=np.int64)  # how many of its block a unit has behind it in the order
     labels = []
     for pool, ascending in zip(pools, order, strict=True):
-        labels.append(np.array(coupling.groups[pool.group].units)[np.take_along_axis(pool.units, ascending, axis=1)])
+        labels.append(coupling.groups[pool.group].units[np.take_along_axis(pool.units, ascending, axis=1)])
         height[labels[-1]] = np.arange(pool.width)[::-1]
         spared[labels[-1][:, -1]] = True
     known: set[tuple[int, ...]] = set()
@@ -129,8 +129,9 @@ def _spared(
         if not fields or key in known:
             continue
         known.add(key)
-        if len(fields) == 1 and fields[0].size == max(fields[0].shape) and spared[fields[0]].any():
-            continue  # most of them: one row
+        whole = {own.shape.index(own.size) for own in fields if own.size in own.shape and spared[own].any()}
+        if len(whole) == len(fields):
+            continue  # most of them: one row along each axis
         for _, rows in lines(coupling, fields):
             for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
                 units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
@@ -208,7 +209,7 @@ class _Descent:
         # by pool: the value of the k-th unit to go, the mean over the blocks, which lose one each
         self.values: list[list[float]] = []
         for number, (pool, ascending) in enumerate(zip(pools, order, strict=True)):
-            labels = np.take_along_axis(np.array(coupling.groups[pool.group].units)[pool.units], ascending, axis=1)
+            labels = np.take_along_axis(coupling.groups[pool.group].units[pool.units], ascending, axis=1)
             self.values.append(ranking.value[labels].mean(axis=0).tolist())
             start, stop = self.first[number : number + 2]
             last = (kinds.of_unit[labels[:, ::-1, np.newaxis]] == np.arange(start, stop)).sum(axis=0)  # the last to go first

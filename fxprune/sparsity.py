@@ -34,7 +34,7 @@ class GroupSparsity:
     """
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
-        units = np.array(sorted(u for group in coupling.groups for u in group.units), dtype=np.int64)
+        units = coupling.units
         place = np.full(coupling.context.units.count, len(units), dtype=np.int64)  # what is no unit goes to one place more
         place[units] = np.arange(len(units))
         self.count = len(units)

@@ -12,6 +12,7 @@ The model that runs is a *twin*: same structure, parameters on the meta device. 
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import itertools
@@ -146,7 +147,8 @@ def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[
     return changed
 
 
-_PLAIN = (bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type)
+_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type})
+_STORES = frozenset({dict, collections.OrderedDict, set})
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -162,11 +164,12 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if child is not None and id(child) not in memo:
             _copy_module(child, memo)
     for name, value in vars(module).items():
-        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)):
+        kind = type(value)
+        if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
             new.__dict__[name] = value
-        elif isinstance(value, (dict, set)) and not value:
+        elif kind in _STORES and not value:
             new.__dict__[name] = value.copy()
-        elif type(value) is dict and name in ("_parameters", "_buffers", "_modules"):
+        elif kind is dict and name in ("_parameters", "_buffers", "_modules"):
             new.__dict__[name] = {key: None if item is None else memo[id(item)] for key, item in value.items()}
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.rules import Contraction
@@ -60,7 +59,7 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
     """The pools of all groups, in the order of the groups: every unit of a group lies in exactly one."""
     out = []
     for index, group in enumerate(coupling.groups):
-        cells = coupling.balance.cell[list(group.units)]
+        cells = coupling.balance.cell[group.units]
         kinds = np.where(cells >= 0, coupling.balance.kind[cells] if len(coupling.balance.kind) else -1, -1)
         for kind in np.unique(kinds):
             members = np.flatnonzero(kinds == kind)
@@ -100,7 +99,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
     count = coupling.context.units.count
     pool_of = np.full(count, -1, dtype=np.int64)
     for number, pool in enumerate(pools):
-        pool_of[np.array(coupling.groups[pool.group].units)[pool.units.ravel()]] = number
+        pool_of[coupling.groups[pool.group].units[pool.units.ravel()]] = number
     rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
     profile = np.zeros(count, dtype=np.uint64)
     seen: set[int] = set()
@@ -142,7 +141,7 @@ def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]
     """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
     found: dict[int, list[Array]] = {}
     for labels in fields:
-        found.setdefault(shrinking_dim(labels, coupling.balance.block), []).append(labels)
+        found.setdefault(coupling.shrinking_dim(labels), []).append(labels)
     out = []
     for dim, alike in found.items():
         spread = np.broadcast_arrays(*alike)
@@ -312,12 +311,12 @@ def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 
 
 def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
-    """Multiply-accumulates of the traced batch."""
+    """Multiply-accumulates of the example's batch."""
     sizes, products = _Sizes(coupling, kinds), []
     for ran in coupling.contractions:
         for coefficient, degrees in _interpolated(ran, sizes):
             factors = [factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)]
-            products.append((float(coefficient), factors))
+            products.append((float(coefficient * ran.share), factors))
     return sizes.polynomial(products)
 
 

@@ -7,9 +7,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from fxprune.cost import cost_of, count_parameters
+from fxprune.cost import cost_of, count_parameters, op_macs
 from fxprune.trace import slow_path
 from tests.torchvision_models import CASES
+from tests.zoo import CASES as CASES_OF_THE_ZOO
 
 
 def check(module, example_inputs, macs):
@@ -56,6 +57,38 @@ def test_matmul_of_any_rank(a, b, macs):
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_bilinear(vectors):
     check(nn.Bilinear(3, 4, 5), (torch.randn(vectors, 3), torch.randn(vectors, 4)), vectors * 5 * 3 * 4)
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation):
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, *tensors):
+        return torch.einsum(self.equation, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("ij,jk->ik", [(3, 5), (5, 7)], 3 * 5 * 7),
+        ("ij,jk", [(3, 5), (5, 7)], 3 * 5 * 7),
+        ("bhqd,bhkd->bhqk", [(2, 4, 6, 8), (2, 4, 7, 8)], 2 * 4 * 6 * 7 * 8),
+        ("b...i,ij->b...j", [(2, 3, 4, 5), (5, 6)], 2 * 3 * 4 * 5 * 6),
+        ("...i,oi", [(2, 3, 5), (6, 5)], 2 * 3 * 5 * 6),
+        ("i,j->ij", [(3,), (5,)], 0),  # every element is one product, nothing is added up
+        ("bij,bij->bij", [(2, 3, 5), (2, 3, 5)], 0),
+        ("ij->ji", [(3, 5)], 0),
+        ("ia,jk,kl->il", [(3, 4), (5, 6), (6, 7)], 3 * 6 * 7),  # what one alone has is summed before
+        ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)], 3 * 4 * 5 + 3 * 5 * 6),
+    ],
+)
+def test_einsum(equation, shapes, macs):
+    tensors = tuple(torch.randn(shape) for shape in shapes)
+    check(Einsum(equation), tensors, macs)
+    with FlopCounterMode(display=False) as reference:
+        Einsum(equation)(*tensors)
+    assert reference.get_total_flops() == 2 * macs
 
 
 class Products(nn.Module):
@@ -170,3 +203,55 @@ def test_leaves_the_model_alone_even_after_an_error():
 def test_recurrent_layer_counts_every_step():
     # Four gates, each input x hidden and hidden x hidden, for each of the 7 steps.
     check(nn.LSTM(3, 5, batch_first=True), torch.randn(2, 7, 3), 2 * 7 * 4 * (3 * 5 + 5 * 5))
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_in_both_directions(kind, gates):
+    first, second = 3 * 5 + 5 * 5, 10 * 5 + 5 * 5
+    check(kind(3, 5, num_layers=2, bidirectional=True), torch.randn(7, 2, 3), 7 * 2 * gates * 2 * (first + second))
+
+
+def test_projected_lstm():
+    check(nn.LSTM(3, 5, proj_size=2), torch.randn(7, 4, 3), 7 * 4 * (4 * (3 * 5 + 2 * 5) + 5 * 2))
+
+
+@pytest.mark.parametrize(("kind", "op", "gates"), [(nn.LSTM, "lstm", 4), (nn.GRU, "gru", 3)])
+def test_packed_sequences_count_what_is_there(kind, op, gates):
+    func, weights, hidden = getattr(torch.ops.aten, op).data, list(kind(3, 5).parameters()), torch.zeros(1, 2, 5)
+    state = [hidden, hidden] if op == "lstm" else hidden
+    args = (torch.randn(5, 3), torch.tensor([2, 2, 1]), state, weights, True, 1, 0.0, False, False)
+    assert op_macs(func, args, {}, func(*args)) == 5 * gates * (3 * 5 + 5 * 5)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_recurrent_cells(kind, gates):
+    check(kind(3, 5), torch.randn(2, 3), 2 * gates * (3 * 5 + 5 * 5))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("case", CASES_OF_THE_ZOO, ids=lambda case: case.name)
+def test_the_report_counts_as_the_counter(case, batch):
+    """Before and after, products of weights alone and recurrent layers included, also where the analysis widens the batch."""
+    model, inputs = case.build(case.width).eval(), case.inputs(batch)
+    pruned = fxprune.prune(model, inputs, channels=0.5)
+    with slow_path():
+        assert pruned.report.macs_before == cost_of(model, inputs).macs
+        assert pruned.report.macs_after == cost_of(pruned.model, inputs).macs
+
+
+class Merged(nn.Module):
+    """Low-rank matrices are multiplied into a weight at every call, whatever the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 2)
+        self.down, self.up = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(x, self.first.weight + self.up @ self.down).relu())
+
+
+def test_products_of_weights_do_not_grow_with_the_batch():
+    report = fxprune.prune(Merged(), torch.randn(1, 8), macs=0.6).report
+    assert report.macs_before == 6 * 3 * 8 + 8 * 6 + 6 * 2
+    assert report.macs_after <= 0.6 * report.macs_before

@@ -122,18 +122,18 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     >>> net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
     >>> values = rank(lambda view: torch.arange(view.group.size), coupling, net).value
-    >>> values[list(coupling.groups[0].units)].tolist()
+    >>> values[coupling.groups[0].units].tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
     criterion = _found(criterion)
     value = _of_labels(criterion, coupling, model) if hasattr(criterion, "scores") else _of_views(criterion, coupling, model)
     per_group = any(criterion is one for one in _PER_GROUP) or isinstance(criterion, _PER_GROUP_KINDS)
     for group in coupling.groups:
-        own = value[list(group.units)]
+        own = value[group.units]
         if not np.isfinite(own).all():
             raise ArgumentError(f"the criterion gives scores that are not finite for group {group.name!r}.")
         if per_group:
-            value[list(group.units)] = own / max(own.mean(), np.finfo(np.float64).tiny)
+            value[group.units] = own / max(own.mean(), np.finfo(np.float64).tiny)
     if isinstance(criterion, CPMC):
         return Ranking(value, criterion.alpha, criterion.beta, criterion.gamma)
     return Ranking(value)
@@ -172,5 +172,5 @@ def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one score per unit, a tensor of shape "
                 f"({view.group.size},)."
             )
-        value[list(view.group.units)] = scores.detach().to("cpu", torch.float64).numpy()
+        value[view.group.units] = scores.detach().to("cpu", torch.float64).numpy()
     return value

@@ -61,7 +61,7 @@ class Taylor:
     <All keys matched successfully>
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
     >>> scores = Taylor([(torch.tensor([[1.], [5.]]),)], lambda output: output.mean()).scores(coupling, net)
-    >>> scores[list(coupling.groups[0].units)].tolist()  # the mean output is 3 (1 * 1 + 2 * 3); either factor of a product counts
+    >>> scores[coupling.groups[0].units].tolist()  # the mean output is 3 (1 * 1 + 2 * 3); either factor of a product counts
     [6.0, 36.0]
     """
 
@@ -104,7 +104,7 @@ class Fisher:
     <All keys matched successfully>
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
     >>> scores = Fisher([(torch.tensor([[1.]]),), (torch.tensor([[2.]]),)], lambda output: output.mean()).scores(coupling, net)
-    >>> scores[list(coupling.groups[0].units)].tolist()  # (2 ** 2 + 4 ** 2) / 2 and (12 ** 2 + 24 ** 2) / 2
+    >>> scores[coupling.groups[0].units].tolist()  # (2 ** 2 + 4 ** 2) / 2 and (12 ** 2 + 24 ** 2) / 2
     [10.0, 360.0]
     """
 
@@ -151,7 +151,7 @@ class Activation:
     <All keys matched successfully>
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
     >>> scores = Activation([(torch.tensor([[1.], [2.], [-1.]]),)]).scores(coupling, net)
-    >>> scores[list(coupling.groups[0].units)].round(4).tolist()  # (1 + 2 + 0) / 3 and (0 + 0 + 4) / 3
+    >>> scores[coupling.groups[0].units].round(4).tolist()  # (1 + 2 + 0) / 3 and (0 + 0 + 4) / 3
     [1.0, 1.3333]
     """
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling, Group
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
@@ -83,17 +82,21 @@ class Views:
         key = (function, check_roles(roles))
         if key in self._totals:
             return self._totals[key]
-        out = np.zeros(self.coupling.context.units.count)
+        parts: list[tuple[Array, Floats]] = []
+        values, last = torch.empty(0), ""
         for name, labels in self._fields(key[1]):
-            tensor = self.tensors[name].detach()
-            values = function(widened(tensor))
+            if name != last:
+                values, last = function(widened(self.tensors[name].detach())), name
             first = next(d for d, size in enumerate(labels.shape) if size > 1)
             rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
             # Leading dimensions first: both sums then run along memory.
             summed = values.sum(list(range(first)), keepdim=True) if first else values
             summed = summed.sum(rest, keepdim=True) if rest else summed
-            weights = summed.expand(labels.shape).cpu().numpy().ravel().astype(np.float64)
-            out += np.bincount(labels.ravel(), weights=weights, minlength=len(out))
+            parts.append((labels.ravel(), summed.expand(labels.shape).cpu().numpy().ravel()))
+        out: Floats = np.zeros(self.coupling.context.units.count)
+        if parts:
+            units, weights = (np.concatenate(own) for own in zip(*parts, strict=True))
+            out += np.bincount(units, weights=weights, minlength=len(out))
         out[0] = 0
         self._totals[key] = out
         return out
@@ -102,7 +105,7 @@ class Views:
         for name in self.coupling.parameters:
             if name in self.tensors:
                 for labels in self.coupling.parameter_labels(name):
-                    if self.coupling.role(name, shrinking_dim(labels, self.coupling.balance.block)) in roles:
+                    if self.coupling.role(name, self.coupling.shrinking_dim(labels)) in roles:
                         yield name, labels
 
 
@@ -118,7 +121,7 @@ class UnitView:
 
         ``function`` works element by element (``torch.abs``, ``torch.square``). ``roles`` says which elements count.
         """
-        return torch.from_numpy(self.views.totals(function, roles)[list(self.group.units)])
+        return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
     @property
     def blocks(self) -> Tensor:
@@ -135,7 +138,7 @@ class UnitView:
         """
         coupling, roles = self.views.coupling, check_roles(roles)
         index = np.full(coupling.context.units.count, -1, dtype=np.int64)
-        index[list(self.group.units)] = np.arange(self.group.size)
+        index[self.group.units] = np.arange(self.group.size)
         parts = []
         for name in dict.fromkeys(axis.parameter for axis in self.group.axes):
             if name not in self.views.tensors:
@@ -143,7 +146,7 @@ class UnitView:
             tensor = self.views.tensors[name].detach()
             for labels in coupling.parameter_labels(name):
                 own = index[labels]
-                if not (own >= 0).any() or coupling.role(name, shrinking_dim(labels, coupling.balance.block)) not in roles:
+                if not (own >= 0).any() or coupling.role(name, coupling.shrinking_dim(labels)) not in roles:
                     continue
                 varied = [d for d, size in enumerate(labels.shape) if size > 1]
                 rest = [d for d in range(tensor.dim()) if d not in varied]

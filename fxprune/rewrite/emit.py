@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, Field, compact, varied
@@ -86,8 +85,8 @@ class _Emission:
         self.env: dict[fx.Node, Any] = {}  # the values of the new nodes, but for those that nobody has needed yet
         self.unrun: dict[fx.Node, Tensor] = {}  # the original's result, for new nodes that need not run
         self.standing: dict[int, Tensor] = {}  # by the id of a tensor of the original: what stands for it in the smaller model
-        groups = coupling.groups
-        self.units = np.array(sorted(u for g in groups for u in g.units if survivors.alive[u]), dtype=np.int64)
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
 
     # -- what correctors ask
@@ -167,7 +166,7 @@ class _Emission:
         commutes = not self.thorough and args == node.args and kwargs == node.kwargs and self._commutes(node)
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.made.get(n, n))
         new = self.graph.create_node(op, target, args, kwargs, name=node.name)
-        module = self.root.get_submodule(str(target)) if op == "call_module" else None
+        module = self.modules[str(target)] if op == "call_module" else None
         if module is not None:
             resize(self.survivors, module, node, value)
         if commutes:
@@ -222,7 +221,7 @@ class _Emission:
         Every position of every operand gets a number of its own. The emitted node must bring the survivors' numbers to where the
         original's node brings them.
         """
-        if node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters()):
+        if node.op == "call_module" and any(True for _ in self.modules[str(node.target)].parameters()):
             return
         operands = [n for n in node.all_input_nodes if isinstance(_value(n), Tensor) and self.survivors.fields(_value(n))]
         if not operands:
@@ -331,7 +330,7 @@ def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
 
     What is left varies along the blocks only, where it would be taken for labels of whole blocks.
     """
-    return len(varied(before)) > 1 and after.shape[shrinking_dim(before, coupling.balance.block)] == 1
+    return len(varied(before)) > 1 and after.shape[coupling.shrinking_dim(before)] == 1
 
 
 def _old_units(coupling: Coupling) -> Context:

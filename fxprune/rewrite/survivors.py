@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.balance import shrinking_dim
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, alive_mask, varied
@@ -34,10 +33,10 @@ class Survivors:
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
         self._masks: dict[int, tuple[Array, int, Mask | None]] = {}  # by the id of labels, which it keeps alive
-        self._shapes: dict[int, list[int]] = {}  # by the id of a tensor that the coupling keeps alive
+        self._left: dict[tuple[int, ...], dict[int, int]] = {}  # by the ids of labels: dimension -> what is left of it
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         for group in coupling.groups:
-            units = np.array(group.units)
+            units = group.units
             self.alive[units] = False
             self.alive[units[list(kept[group.name])]] = True
 
@@ -47,7 +46,7 @@ class Survivors:
         for labels in self.coupling.labels(tensor):
             if id(labels) not in self._masks:
                 mask = self.alive[labels]
-                dim = shrinking_dim(labels, self.coupling.balance.block)
+                dim = self.coupling.shrinking_dim(labels)
                 self._masks[id(labels)] = (labels, dim, None if mask.all() else mask)
             _, shrink, known = self._masks[id(labels)]
             if known is not None:
@@ -89,20 +88,18 @@ class Survivors:
 
     def shape(self, tensor: Tensor) -> list[int]:
         """The tensor's size in the smaller model."""
-        cached = self._shapes.get(id(tensor))
-        if cached is not None:
-            return list(cached)
-        fields = self.fields(tensor)
-        if not fields:
-            return list(tensor.shape)
-        size = list(tensor.shape)
-        for dim in {shrink for _, shrink, _ in fields}:
-            left = self.count(tensor, dim, 0, size[dim])
+        size, labels = list(tensor.shape), self.coupling.labels(tensor)
+        if not labels:
+            return size
+        key = tuple(map(id, labels))
+        if key not in self._left:
+            dims = {shrink for _, shrink, _ in self.fields(tensor)}
+            self._left[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
+        for dim, left in self._left[key].items():
             if not left:
                 raise RewriteError(f"nothing would be left of dimension {dim} of a tensor of shape {tuple(tensor.shape)}")
             size[dim] = left
-        self._shapes[id(tensor)] = size
-        return list(size)
+        return size
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
         """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the removed elements.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,17 @@ class Met:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contraction:
-    """An executed ATen op that costs multiply-accumulates, with its arguments and its result."""
+    """An executed ATen op that costs multiply-accumulates, with its arguments and its result.
+
+    The labelled batch can be larger than the example's: ``share`` is the part of the costs that the example has.
+    """
 
     node: str
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+    share: Fraction = Fraction(1)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -87,7 +92,7 @@ class Contraction:
         return found
 
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
-        """Its multiply-accumulates; ``shape`` gives another size to each tensor."""
+        """Multiply-accumulates of the labelled batch; ``shape`` gives another size to each tensor."""
 
         def resized(tensor: Tensor) -> Tensor:
             return tensor if shape is None else torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
