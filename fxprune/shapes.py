@@ -108,7 +108,8 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
     tensors = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    sizes = {t.shape for t in tensors}
+    shape = torch.broadcast_shapes(*sizes) if len(sizes) > 1 else sizes.pop() if sizes else torch.Size()
     dtype = _pointwise_dtype(func, *_kinds(args, kwargs))
     if dtype is None:
         return None

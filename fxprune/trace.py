@@ -224,7 +224,10 @@ def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_module":
-        return root.get_submodule(target)(*args, **kwargs)
+        module: Any = root  # past Module.__getattr__, which is slow
+        for name in target.split("."):
+            module = module._modules[name]
+        return module(*args, **kwargs)
     return operator.attrgetter(target)(root)
 
 
@@ -407,7 +410,7 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if not type(module).__module__.startswith("torch.nn"):
         return False
-    return parametrize.is_parametrized(module) or not any(True for _ in module.children())
+    return all(child is None for child in module._modules.values()) or parametrize.is_parametrized(module)
 
 
 class _ModeReadError(Exception):
@@ -436,10 +439,7 @@ class _Tracer(fx.Tracer):
         self._inside_leaf_function = 0
         self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
 
-    # -- what is a leaf
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+    # -- inputs and arguments
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
@@ -549,7 +549,10 @@ class _Tracer(fx.Tracer):
             self._executing = False
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
+        # Without torch.fx's record of the stack of modules, copied for each node: nobody reads it.
+        if self._executing or not is_leaf(m):
+            return forward(*args, **kwargs)
+        return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     # -- decisions
 
