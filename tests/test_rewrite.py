@@ -101,3 +101,37 @@ def test_plain_tensors_are_copied_too() -> None:
     model = fxprune.prune(Between(lambda x: x * table), torch.randn(2, 6, 5), channels=0.5).model
     x = torch.randn(3, 6, 5)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_groups_that_keep_one_input_each_still_sum(kind: Any) -> None:
+    """What is left looks like a depthwise convolution; its outputs are units of their own all the same."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), kind(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    pruned = fxprune.prune(net, torch.randn(2, 3, 6, 6), channels=0.5, verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error <= 1e-9
+    assert pruned.plan.pinned_nodes == ()
+    assert pruned.model.get_submodule("2").weight.shape == (2, 1, 3, 3)
+
+
+class Nested(nn.Module):
+    """Two groups of all channels; two groups of some of them, which lie inside the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 1)
+        self.all, self.some = nn.Conv2d(12, 4, 1, groups=2), nn.Conv2d(8, 6, 1, groups=2)
+        self.head = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        some = torch.cat([x[:, :4], x[:, 6:10]], dim=1)
+        return self.head(torch.cat([self.all(x), self.some(some)], dim=1).relu())
+
+
+@pytest.mark.parametrize("budget", [{"channels": 0.4, "scope": "global"}, {"macs": 0.3}, {"params": 0.3}])
+def test_groups_within_groups(budget: dict[str, Any]) -> None:
+    pruned = fxprune.prune(Nested(), torch.randn(2, 3, 4, 4), verify=True, **budget)
+    assert pruned.report.error is not None
+    assert pruned.report.error <= 1e-9
+    assert pruned.plan.pinned_nodes == ()

@@ -338,6 +338,7 @@ def _old_units(coupling: Coupling) -> Context:
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
+    context.summed_groups = coupling.context.summed_groups
     return context
 
 

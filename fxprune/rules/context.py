@@ -121,6 +121,7 @@ class Context:
         self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
         self.positional: set[str] = set()  # nodes with an op that tells positions apart: these, slices, groups, look-ups
         self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
+        self.summed_groups: set[str] = set()  # nodes with a convolution whose groups sum over several input channels
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements

@@ -22,6 +22,11 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     transposed = a.get("transposed", "transpose" in func._schema.name)
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
     incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
+    if groups > 1:
+        if w.shape[0] > groups if transposed else w.shape[1] > 1:
+            ctx.summed_groups.add(ctx.node)
+        elif ctx.node in ctx.summed_groups:
+            incoming = []  # in a smaller model, where one input channel of each group is left: a sum, not a depthwise convolution
     record = ctx.record(w)
     if record is not None and record.axes and w.shape[0 if transposed else 1] > 1:
         ctx.summed_axes.add(record.axes[0 if transposed else 1])
