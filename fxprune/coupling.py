@@ -316,14 +316,14 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     layers: dict[int, int] = {}
     for name, dim, number, rows in axes:
         layer = layers[number] = layers.get(number, -1) + 1
-        own = signature[rows[0]] if len(rows) == 1 else signature[rows].max(axis=0)
-        cuts = [] if (own == own[0]).all() else (np.flatnonzero(np.diff(own)) + 1).tolist()
-        for start, stop in itertools.pairwise([0, *cuts, len(own)]):
-            key = int(own[start])
-            if key:
-                segment = Axis(name, dim, start, stop, len(own), layer)
-                graph.add_node(segment)
-                by_signature.setdefault(key, []).append((segment, number))
+        own = signature[rows]
+        cuts = (np.flatnonzero((own[:, 1:] != own[:, :-1]).any(axis=0)) + 1).tolist()
+        for start, stop in itertools.pairwise([0, *cuts, own.shape[1]]):
+            for key in sorted(set(own[:, start].tolist())):  # several where blocks of an axis bear units of different kinds
+                if key:
+                    segment = Axis(name, dim, start, stop, own.shape[1], layer)
+                    graph.add_node(segment)
+                    by_signature.setdefault(key, []).append((segment, number))
     for alike in by_signature.values():
         _connect(graph, alike, context)
     # Cells of one kind keep equally many units: the groups they lie in are one.
@@ -337,14 +337,17 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         (node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
         for (node, _), arrays in context.statistics.items()
     ]
-    key_of = {segment: key for key, segments in by_signature.items() for segment, _ in segments}
+    keys_of: dict[Axis, list[int]] = {}
+    for key, alike in by_signature.items():
+        for segment, _ in alike:
+            keys_of.setdefault(segment, []).append(key)
     order = {segment: i for i, segment in enumerate(graph.nodes)}
     sorter = np.argsort(signature[units], kind="stable")
     sorted_keys = signature[units][sorter]
     groups = []
     for component in nx.connected_components(graph):
         segments = sorted(component, key=order.__getitem__)
-        keys = np.array(sorted({key_of[s] for s in segments}), dtype=np.uint64)
+        keys = np.array(sorted({key for segment in segments for key in keys_of[segment]}), dtype=np.uint64)
         spans = [sorter[np.searchsorted(sorted_keys, k, "left") : np.searchsorted(sorted_keys, k, "right")] for k in keys]
         members = np.sort(units[np.concatenate(spans)])
         members.flags.writeable = False

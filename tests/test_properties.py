@@ -171,6 +171,11 @@ def _error(found: Tensor, expected: Tensor) -> float:
     ),
     channels=0.5,
 )
+@hypothesis.example(
+    # Found by a random network: units that padding makes and channels lie at one place of two blocks.
+    net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)), outputs=(3,)),
+    channels=0.5,
+)
 def test_equals_the_masked_original(net: Network, channels: float) -> None:
     """The emitted model computes what the original computes with the removed elements zeroed."""
     model, x = build(net), example(net)
