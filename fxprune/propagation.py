@@ -19,9 +19,6 @@ from fxprune.trace import execute
 
 __all__ = ["LabelMode", "run_node", "seen_whole"]
 
-# Recurrent layers are single ops to the analysis: their inside depends on the device that runs them.
-_WHOLE = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
-
 
 # Movements that keep survivors in order whatever is removed: nothing in them is a number that describes a position.
 _IN_ORDER = frozenset(
@@ -97,9 +94,8 @@ def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[st
 @functools.cache
 def seen_whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
-    if rules.find(func) is not None or func._schema.name.removeprefix("aten::") in _WHOLE:
-        return True
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return rules.find(func) is not None or not composite
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

@@ -373,9 +373,9 @@ def test_trains_with_inductor(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @zoo
 def test_zoo_compiles_as_one_graph(case: Case) -> None:
-    if case.name in ("lstm_in_the_middle", "lstm_bidirectional", "gru_in_the_middle", "weight_norm_old_hook"):
-        pytest.skip("torch.compile breaks the graph on the original already")
     model, inputs = randomised(case.build(case.width)), case.inputs(2)
+    if case.name == "weight_norm_old_hook" or any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        pytest.skip("torch.compile breaks the graph on the original already")
     pruned = fxprune.prune(model, inputs, channels=0.5).model
     torch._dynamo.reset()
     compiled = torch.compile(pruned, fullgraph=True, backend="eager")

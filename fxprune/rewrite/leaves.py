@@ -55,9 +55,21 @@ def _sizes(
         return {"num_parameters": module.weight.numel()}
     if isinstance(module, nn.Embedding):
         return dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _recurrent_sizes(module, new_input[-1])
     if isinstance(module, nn.Unflatten) and new_output is not None and isinstance(module.dim, int):
         dim = module.dim % old_input.dim()
         sizes = list(module.unflattened_size)
         new = new_output[dim : dim + len(sizes)]
         return {"unflattened_size": tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))}
     return {}
+
+
+def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase, features: int) -> dict[str, Any]:
+    """From the weights, which are the smaller ones already: (gates * hidden, features) and (gates * hidden, what is seen)."""
+    weight: Any = module.weight_hh_l0 if isinstance(module, nn.RNNBase) else module.weight_hh
+    gates = {"LSTM": 4, "GRU": 3, "LSTMCell": 4, "GRUCell": 3}.get(getattr(module, "mode", type(module).__name__), 1)
+    sizes = {"input_size": features, "hidden_size": weight.shape[0] // gates}
+    if isinstance(module, nn.RNNBase) and module.proj_size:
+        sizes["proj_size"] = weight.shape[1]
+    return sizes

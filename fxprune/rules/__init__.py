@@ -1,6 +1,17 @@
 """All knowledge of ATen ops: one small rule per op family, registered by name. Importing the package fills the registry."""
 
-from fxprune.rules import contraction, convolution, creation, indexing, movement, normalisation, pointwise, reduction, resampling
+from fxprune.rules import (
+    contraction,
+    convolution,
+    creation,
+    indexing,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    resampling,
+)
 from fxprune.rules.context import Context, Contraction, Record, Sighting
 from fxprune.rules.registry import REGISTRY, Rule, bind, find
 
@@ -20,6 +31,7 @@ __all__ = [
     "movement",
     "normalisation",
     "pointwise",
+    "recurrent",
     "reduction",
     "resampling",
 ]

@@ -1,5 +1,7 @@
 """Sequences of tokens without or beside attention: embeddings, mixers, gated MLPs, recurrent layers."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,20 +112,56 @@ class GatedMLP(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Convolutions, a recurrent layer, linear layers. The recurrent layer may stay whole, with what it touches."""
+    """Convolutions, a recurrent layer, linear layers that read its outputs and its last state."""
 
-    def __init__(self, width: int, layer: type[nn.RNNBase], bidirectional: bool, whole: int = 16) -> None:
+    def __init__(self, width: int, layer: type[nn.RNNBase], project: bool = False, **options: Any) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv1d(3, 2 * width, 3, padding=1), nn.Conv1d(2 * width, 4 * width, 3, padding=1)
-        self.c3 = nn.Conv1d(4 * width, whole, 3, padding=1)
-        self.rnn = layer(whole, whole, batch_first=True, bidirectional=bidirectional)
-        self.fc = nn.Linear(whole * (1 + bidirectional), 4 * width)
-        self.fc2, self.head = nn.Linear(4 * width, 4 * width), nn.Linear(4 * width, 10)
+        self.conv = nn.Conv1d(3, width, 3, padding=1)
+        self.rnn = layer(width, 2 * width, batch_first=True, **options, **({"proj_size": width} if project else {}))
+        seen = width if project else 2 * width
+        self.fc, self.last = nn.Linear(seen * (1 + self.rnn.bidirectional), 2 * width), nn.Linear(seen, 2 * width)
+        self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c3(F.relu(self.c2(F.relu(self.c1(x))))).transpose(1, 2)
-        x, _ = self.rnn(x)
-        return self.head(F.relu(self.fc2(F.relu(self.fc(x[:, -1])))))
+        x, state = self.rnn(F.relu(self.conv(x)).transpose(1, 2))
+        state = state[0] if isinstance(self.rnn, nn.LSTM) else state
+        return self.head(F.relu(self.fc(x[:, -1]) + self.last(state[-1])))
+
+
+class Started(nn.Module):
+    """A recurrent layer whose first state is a parameter, or computed from the input."""
+
+    def __init__(self, width: int, learned: bool) -> None:
+        super().__init__()
+        self.width, self.learned = width, learned
+        self.start = nn.Parameter(torch.randn(2, 1, width)) if learned else nn.Linear(8, 2 * width)
+        self.embed, self.rnn, self.head = nn.Linear(8, width), nn.GRU(width, width, 2), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.learned:
+            start = self.start.expand(-1, x.shape[0], -1)
+        else:
+            start = self.start(x[:, 0]).tanh().unflatten(1, (2, self.width)).transpose(0, 1)
+        out, _ = self.rnn(F.relu(self.embed(x)).transpose(0, 1), start.contiguous())
+        return self.head(out[-1])
+
+
+class Cells(nn.Module):
+    """A loop over steps in Python."""
+
+    def __init__(self, width: int, cell: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.embed, self.cell, self.head = nn.Linear(8, width), cell(width, 2 * width), nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.embed(x))
+        state, memory = x.new_zeros(x.shape[0], self.cell.hidden_size), x.new_zeros(x.shape[0], self.cell.hidden_size)
+        for step in x.unbind(1):
+            if isinstance(self.cell, nn.LSTMCell):
+                state, memory = self.cell(step, (state, memory))
+            else:
+                state = self.cell(step, state)
+        return self.head(state)
 
 
 class OuterProduct(nn.Module):
@@ -149,8 +187,15 @@ CASES = [
         Case(f"gated_mlp_{how.replace(' ', '_')}", lambda w, how=how: GatedMLP(w, how), floats(5, 6))
         for how in ("two layers", "glu", "chunk", "unflatten")
     ),
-    Case("lstm_in_the_middle", lambda w: Recurrent(w, nn.LSTM, False), floats(3, 8)),
-    Case("lstm_bidirectional", lambda w: Recurrent(w, nn.LSTM, True), floats(3, 8)),
-    Case("gru_in_the_middle", lambda w: Recurrent(w, nn.GRU, False), floats(3, 8)),
+    Case("lstm_in_the_middle", lambda w: Recurrent(w, nn.LSTM), floats(3, 8)),
+    Case("lstm_bidirectional", lambda w: Recurrent(w, nn.LSTM, bidirectional=True), floats(3, 8)),
+    Case("lstm_of_several_layers", lambda w: Recurrent(w, nn.LSTM, num_layers=3, bias=False), floats(3, 8)),
+    Case("lstm_projected", lambda w: Recurrent(w, nn.LSTM, project=True, num_layers=2, bidirectional=True), floats(3, 8)),
+    Case("gru_in_the_middle", lambda w: Recurrent(w, nn.GRU), floats(3, 8)),
+    Case("gru_of_several_layers", lambda w: Recurrent(w, nn.GRU, num_layers=2, bidirectional=True), floats(3, 8)),
+    Case("rnn_in_the_middle", lambda w: Recurrent(w, nn.RNN), floats(3, 8)),
+    Case("recurrent_from_a_parameter", lambda w: Started(w, learned=True), floats(4, 8)),
+    Case("recurrent_from_the_input", lambda w: Started(w, learned=False), floats(4, 8)),
+    *(Case(cell.__name__, lambda w, cell=cell: Cells(w, cell), floats(4, 8)) for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     Case("outer_product", OuterProduct, floats(6), width=8),
 ]

@@ -1,0 +1,102 @@
+"""Recurrent layers: a hidden unit has a row in every gate, packed into one axis, and a column that reads it at the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.labels import Array, Field
+from fxprune.rules.context import Context, Operand
+from fxprune.rules.convolution import channel_fields
+from fxprune.rules.registry import rule
+
+_STEPS = "is an axis of positions that a recurrent layer steps over"
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Hidden units, the same positions in all layers and directions, as the one initial state of all of them has it.
+
+    A removed unit starts at zero and stays there: its gates see nothing, so tanh(0) is all that is ever added to it.
+    """
+    x, weights = a["data"] if "data" in a else a["input"], list(a["params"])
+    states = [a["hx"]] if isinstance(a["hx"], Tensor) else list(a["hx"])
+    directions = 2 if a["bidirectional"] else 1
+    seen, units, zero = _units(ctx, states)
+    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    each = len(weights) // (a["num_layers"] * directions)
+    for start in range(0, len(weights), each):
+        if start >= each * directions:
+            incoming = [Field(np.tile(seen, directions), zero)]
+        own = weights[start : start + each]
+        _step(ctx, incoming, seen, units, zero, own[:2], own[2:4] if a["has_biases"] else ())
+        if seen is not units:
+            _meet(ctx, seen, _product(ctx, [Field(units, zero)], own[-1]))
+    last = x.dim() - 1
+    _put(ctx, out[0], np.tile(seen, directions), zero, last)
+    for state, labels in zip(out[1:], (seen, units), strict=False):
+        _put(ctx, state, labels, zero, state.dim() - 1)
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """One step of a recurrent layer."""
+    x, states = a["input"], [a["hx"]] if isinstance(a["hx"], Tensor) else list(a["hx"])
+    seen, units, zero = _units(ctx, states)
+    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    biases = [b for b in (a["b_ih"], a["b_hh"]) if b is not None]
+    _step(ctx, incoming, seen, units, zero, [a["w_ih"], a["w_hh"]], biases)
+    for state in [out] if isinstance(out, Tensor) else out:
+        _put(ctx, state, units, zero, state.dim() - 1)
+
+
+def _units(ctx: Context, states: Sequence[Tensor]) -> tuple[Array, Array, bool]:
+    """Labels of what the next step and the next layer see, and of the hidden units: the same but where an LSTM projects them.
+
+    They are those of the initial states. Also whether a removed unit starts at zero.
+    """
+    sizes = [state.shape[-1] for state in (states[0], states[-1])]
+    units = ctx.units.fresh(sizes[1], -1)
+    seen = units if sizes[0] == sizes[1] else ctx.units.fresh(sizes[0], -1)
+    zero = True
+    for state, labels in zip(states, (seen, units), strict=False):
+        fields = channel_fields(ctx, state, state.dim() - 1, "is an axis of layers or of a batch")
+        _meet(ctx, labels, fields)
+        zero = zero and all(f.zero for f in fields)
+    for labels in (seen, units):
+        if not zero:
+            ctx.pin(labels, "is a hidden unit that does not start at zero where it is removed")
+        elif labels.size == 1:
+            ctx.pin(labels, "its removal would empty a tensor")
+    return seen, units, zero
+
+
+def _step(
+    ctx: Context, incoming: list[Field], seen: Array, units: Array, zero: bool, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> None:
+    """The gates: a product with what comes in, one with what was seen before, and biases."""
+    gates = np.tile(units, weights[0].shape[0] // len(units))
+    for fields, weight in zip((incoming, [Field(seen, zero)]), weights, strict=True):
+        _meet(ctx, gates, _product(ctx, fields, weight))
+    for bias in biases:
+        ctx.merge([Operand([Field(gates, True)], {0}, {}), ctx.operand(bias, (0,), 1)], 1)
+
+
+def _product(ctx: Context, fields: list[Field], weight: Tensor) -> list[Field]:
+    """What a vector with these fields times the transposed weight (outputs, inputs) carries."""
+    vector = Operand([Field(f.labels.reshape(1, -1), f.zero) for f in fields if (f.labels > 0).any()], {1}, {})
+    found = ctx.contract([vector, ctx.operand(weight, (0, 1), 2)], 2, {1})
+    return [Field(f.labels.reshape(-1), f.zero) for f in found]
+
+
+def _meet(ctx: Context, labels: Array, fields: list[Field]) -> None:
+    """Labels of one axis meet a vector with these fields, position by position."""
+    ctx.merge([Operand([Field(labels, True)], {0}, {}), Operand(fields, {0}, {})], 1)
+
+
+def _put(ctx: Context, out: Tensor, labels: Array, zero: bool, dim: int) -> None:
+    if labels.size > 1:
+        ctx.put(out, [Field(labels.reshape([-1 if d == dim else 1 for d in range(out.dim())]), zero)])
