@@ -88,7 +88,7 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tu
         If a glob of ``layers`` matches no group.
     """
     pools = pools_of(coupling)
-    order, least = _spared(coupling, pools, [_ascending(coupling, pool, ranking.value) for pool in pools])
+    order, least = _spared(coupling, pools, [_ascending(pool, ranking.value) for pool in pools])
     least = [max(math.ceil(budget.min_channels / pool.blocks), spared) for pool, spared in zip(pools, least, strict=True)]
     widths, fixed = _given(coupling, pools, budget, least)
     if budget.macs is not None or budget.params is not None or (budget.channels is not None and budget.scope == "global"):
@@ -100,10 +100,9 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tu
     return {name: tuple(sorted(units)) for name, units in kept.items()}
 
 
-def _ascending(coupling: Coupling, pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
+def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
     """For each block the positions of its units, the least important first; of equals, the last first."""
-    own = value[coupling.groups[pool.group].units[pool.units]]
-    return pool.width - 1 - np.argsort(own[:, ::-1], axis=1, kind="stable")
+    return pool.width - 1 - np.argsort(value[pool.labels][:, ::-1], axis=1, kind="stable")
 
 
 def _spared(
@@ -119,7 +118,7 @@ def _spared(
     height = np.zeros(len(spared), dtype=np.int64)  # how many of its block a unit has behind it in the order
     labels = []
     for pool, ascending in zip(pools, order, strict=True):
-        labels.append(coupling.groups[pool.group].units[np.take_along_axis(pool.units, ascending, axis=1)])
+        labels.append(np.take_along_axis(pool.labels, ascending, axis=1))
         height[labels[-1]] = np.arange(pool.width)[::-1]
         spared[labels[-1][:, -1]] = True
     known: set[tuple[int, ...]] = set()
@@ -209,7 +208,7 @@ class _Descent:
         # by pool: the value of the k-th unit to go, the mean over the blocks, which lose one each
         self.values: list[list[float]] = []
         for number, (pool, ascending) in enumerate(zip(pools, order, strict=True)):
-            labels = np.take_along_axis(coupling.groups[pool.group].units[pool.units], ascending, axis=1)
+            labels = np.take_along_axis(pool.labels, ascending, axis=1)
             self.values.append(ranking.value[labels].mean(axis=0).tolist())
             start, stop = self.first[number : number + 2]
             last = (kinds.of_unit[labels[:, ::-1, np.newaxis]] == np.arange(start, stop)).sum(axis=0)  # the last to go first

@@ -40,10 +40,13 @@ class Pool:
         The group's position in ``coupling.groups``.
     units:
         Indices into the group's units, shape (blocks, width): one row per block; one row in all where the group is not split.
+    labels:
+        The labels of these units, shape (blocks, width).
     """
 
     group: int
     units: npt.NDArray[np.int64]
+    labels: Array
 
     @property
     def blocks(self) -> int:
@@ -64,12 +67,13 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
         for kind in np.unique(kinds):
             members = np.flatnonzero(kinds == kind)
             if kind < 0:
-                out.append(Pool(index, members[np.newaxis]))
+                out.append(Pool(index, members[np.newaxis], group.units[members][np.newaxis]))
                 continue
             # Blocks of a split have as many cells of each size, so cells of one size can keep equally many by themselves.
             rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
             for size in sorted({len(row) for row in rows}):
-                out.append(Pool(index, np.stack([row for row in rows if len(row) == size])))
+                units = np.stack([row for row in rows if len(row) == size])
+                out.append(Pool(index, units, group.units[units]))
     return tuple(out)
 
 
@@ -99,7 +103,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
     count = coupling.context.units.count
     pool_of = np.full(count, -1, dtype=np.int64)
     for number, pool in enumerate(pools):
-        pool_of[coupling.groups[pool.group].units[pool.units.ravel()]] = number
+        pool_of[pool.labels] = number
     rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
     profile = np.zeros(count, dtype=np.uint64)
     seen: set[int] = set()

@@ -82,31 +82,33 @@ class Views:
         key = (function, check_roles(roles))
         if key in self._totals:
             return self._totals[key]
-        parts: list[tuple[Array, Floats]] = []
-        values, last = torch.empty(0), ""
-        for name, labels in self._fields(key[1]):
-            if name != last:
-                values, last = function(widened(self.tensors[name].detach())), name
-            first = next(d for d, size in enumerate(labels.shape) if size > 1)
-            rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
-            # Leading dimensions first: both sums then run along memory.
-            summed = values.sum(list(range(first)), keepdim=True) if first else values
-            summed = summed.sum(rest, keepdim=True) if rest else summed
-            parts.append((labels.ravel(), summed.expand(labels.shape).cpu().numpy().ravel()))
-        out: Floats = np.zeros(self.coupling.context.units.count)
-        if parts:
-            units, weights = (np.concatenate(own) for own in zip(*parts, strict=True))
-            out += np.bincount(units, weights=weights, minlength=len(out))
+        units: list[Array] = [np.zeros(0, dtype=np.int64)]
+        weights: list[Floats] = [np.zeros(0)]
+        for name, fields in self._fields(key[1]):
+            values = function(widened(self.tensors[name].detach()))
+            for labels in fields:
+                first = next(d for d, size in enumerate(labels.shape) if size > 1)
+                rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
+                # Leading dimensions first: both sums then run along memory.
+                summed = values.sum(list(range(first)), keepdim=True) if first else values
+                summed = summed.sum(rest, keepdim=True) if rest else summed
+                units.append(labels.ravel())
+                weights.append(summed.expand(labels.shape).cpu().numpy().ravel())
+        count = self.coupling.context.units.count
+        out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count)
+        out = out.astype(np.float64, copy=False)  # of nothing it makes integers
         out[0] = 0
         self._totals[key] = out
         return out
 
-    def _fields(self, roles: tuple[str, ...]) -> Iterator[tuple[str, Array]]:
+    def _fields(self, roles: tuple[str, ...]) -> Iterator[tuple[str, list[Array]]]:
+        """The labellings of each tensor that lie on an axis of one of the roles."""
+        role, dim = self.coupling.role, self.coupling.shrinking_dim
         for name in self.coupling.parameters:
             if name in self.tensors:
-                for labels in self.coupling.parameter_labels(name):
-                    if self.coupling.role(name, self.coupling.shrinking_dim(labels)) in roles:
-                        yield name, labels
+                fields = [labels for labels in self.coupling.parameter_labels(name) if role(name, dim(labels)) in roles]
+                if fields:
+                    yield name, fields
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,10 +66,9 @@ def _sizes(
 
 
 def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase, features: int) -> dict[str, Any]:
-    """From the weights, which are the smaller ones already: (gates * hidden, features) and (gates * hidden, what is seen)."""
-    weight: Any = module.weight_hh_l0 if isinstance(module, nn.RNNBase) else module.weight_hh
-    gates = {"LSTM": 4, "GRU": 3, "LSTMCell": 4, "GRUCell": 3}.get(getattr(module, "mode", type(module).__name__), 1)
-    sizes = {"input_size": features, "hidden_size": weight.shape[0] // gates}
-    if isinstance(module, nn.RNNBase) and module.proj_size:
-        sizes["proj_size"] = weight.shape[1]
-    return sizes
+    """From the weights, which are the smaller ones already: (gates * hidden, what is seen) and (projection, hidden)."""
+    own: dict[str, Any] = module._parameters
+    seen = own["weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"].shape[1]
+    if getattr(module, "proj_size", 0):
+        return {"input_size": features, "hidden_size": own["weight_hr_l0"].shape[1], "proj_size": seen}
+    return {"input_size": features, "hidden_size": seen}

@@ -32,13 +32,12 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._masks: dict[int, tuple[Array, int, Mask | None]] = {}  # by the id of labels, which it keeps alive
+        self._masks: dict[int, Mask | None] = {}  # by the id of labels, which the coupling keeps alive; None: nothing is lost
         self._left: dict[tuple[int, ...], dict[int, int]] = {}  # by the ids of labels: dimension -> what is left of it
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
+        self.alive[coupling.units] = False
         for group in coupling.groups:
-            units = group.units
-            self.alive[units] = False
-            self.alive[units[list(kept[group.name])]] = True
+            self.alive[group.units[list(kept[group.name])]] = True
 
     def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
         """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run that loses something."""
@@ -46,11 +45,10 @@ class Survivors:
         for labels in self.coupling.labels(tensor):
             if id(labels) not in self._masks:
                 mask = self.alive[labels]
-                dim = self.coupling.shrinking_dim(labels)
-                self._masks[id(labels)] = (labels, dim, None if mask.all() else mask)
-            _, shrink, known = self._masks[id(labels)]
+                self._masks[id(labels)] = None if mask.all() else mask
+            known = self._masks[id(labels)]
             if known is not None:
-                out.append((labels, shrink, known))
+                out.append((labels, self.coupling.shrinking_dim(labels), known))
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:

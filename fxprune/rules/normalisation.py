@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context
+from fxprune.rules.context import Context, place
 from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
@@ -16,10 +16,9 @@ def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: l
     """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""
     ctx.is_scale(parameters[0])
     rank = x.dim()
-    form = [-1 if d == channel else 1 for d in range(rank)]
     if len(fields) == 1 and all(ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None):
-        return [Field(fields[0].labels.reshape(form), parameters[0] is not None or fields[0].zero)]
-    laid = [Field(f.labels.reshape(form), f.zero) for f in fields]
+        return [Field(place(fields[0].labels, (channel,), rank), parameters[0] is not None or fields[0].zero)]
+    laid = [Field(place(f.labels, (channel,), rank), f.zero) for f in fields]
     given = [p for p in parameters if p is not None]
     stand_in = x.new_empty(x.shape)
     ctx.put(stand_in, laid)
@@ -59,7 +58,7 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     shared = groups < x.shape[1]
-    ctx.statistic([f.labels.reshape([-1 if d == 1 else 1 for d in range(x.dim())]) for f in fields] if shared else [])
+    ctx.statistic([place(f.labels, (1,), x.dim()) for f in fields] if shared else [])
     if shared:
         for f in fields:
             if groups > 1:

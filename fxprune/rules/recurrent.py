@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.labels import Array, Field
-from fxprune.rules.context import Context, Operand
+from fxprune.rules.context import Context, Operand, place
 from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
@@ -23,9 +23,8 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     A removed unit starts at zero and stays there: its gates see nothing, so tanh(0) is all that is ever added to it.
     """
     x, weights = a["data"] if "data" in a else a["input"], list(a["params"])
-    states = [a["hx"]] if isinstance(a["hx"], Tensor) else list(a["hx"])
     directions = 2 if a["bidirectional"] else 1
-    seen, units, zero = _units(ctx, states)
+    seen, units, zero = _units(ctx, a["hx"])
     incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
     each = len(weights) // (a["num_layers"] * directions)
     for start in range(0, len(weights), each):
@@ -35,29 +34,28 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         _step(ctx, incoming, seen, units, zero, own[:2], own[2:4] if a["has_biases"] else ())
         if seen is not units:
             _meet(ctx, seen, _product(ctx, [Field(units, zero)], own[-1]))
-    last = x.dim() - 1
-    _put(ctx, out[0], np.tile(seen, directions), zero, last)
-    for state, labels in zip(out[1:], (seen, units), strict=False):
-        _put(ctx, state, labels, zero, state.dim() - 1)
+    for result, labels in zip(out, (np.tile(seen, directions), seen, units), strict=False):
+        _put(ctx, result, labels, zero)
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One step of a recurrent layer."""
-    x, states = a["input"], [a["hx"]] if isinstance(a["hx"], Tensor) else list(a["hx"])
-    seen, units, zero = _units(ctx, states)
+    x = a["input"]
+    seen, units, zero = _units(ctx, a["hx"])
     incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
     biases = [b for b in (a["b_ih"], a["b_hh"]) if b is not None]
     _step(ctx, incoming, seen, units, zero, [a["w_ih"], a["w_hh"]], biases)
     for state in [out] if isinstance(out, Tensor) else out:
-        _put(ctx, state, units, zero, state.dim() - 1)
+        _put(ctx, state, units, zero)
 
 
-def _units(ctx: Context, states: Sequence[Tensor]) -> tuple[Array, Array, bool]:
+def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, bool]:
     """Labels of what the next step and the next layer see, and of the hidden units: the same but where an LSTM projects them.
 
     They are those of the initial states. Also whether a removed unit starts at zero.
     """
+    states = [hx] if isinstance(hx, Tensor) else list(hx)
     sizes = [state.shape[-1] for state in (states[0], states[-1])]
     units = ctx.units.fresh(sizes[1], -1)
     seen = units if sizes[0] == sizes[1] else ctx.units.fresh(sizes[0], -1)
@@ -87,7 +85,7 @@ def _step(
 
 def _product(ctx: Context, fields: list[Field], weight: Tensor) -> list[Field]:
     """What a vector with these fields times the transposed weight (outputs, inputs) carries."""
-    vector = Operand([Field(f.labels.reshape(1, -1), f.zero) for f in fields if (f.labels > 0).any()], {1}, {})
+    vector = Operand([Field(f.labels.reshape(1, -1), f.zero) for f in fields], {1}, {})
     found = ctx.contract([vector, ctx.operand(weight, (0, 1), 2)], 2, {1})
     return [Field(f.labels.reshape(-1), f.zero) for f in found]
 
@@ -97,6 +95,7 @@ def _meet(ctx: Context, labels: Array, fields: list[Field]) -> None:
     ctx.merge([Operand([Field(labels, True)], {0}, {}), Operand(fields, {0}, {})], 1)
 
 
-def _put(ctx: Context, out: Tensor, labels: Array, zero: bool, dim: int) -> None:
+def _put(ctx: Context, out: Tensor, labels: Array, zero: bool) -> None:
+    """A result carries labels along its last dimension."""
     if labels.size > 1:
-        ctx.put(out, [Field(labels.reshape([-1 if d == dim else 1 for d in range(out.dim())]), zero)])
+        ctx.put(out, [Field(place(labels, (out.dim() - 1,), out.dim()), zero)])
