@@ -95,8 +95,8 @@ class Views:
                 units.append(labels.ravel())
                 weights.append(summed.expand(labels.shape).cpu().numpy().ravel())
         count = self.coupling.context.units.count
-        out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count)
-        out = out.astype(np.float64, copy=False)  # of nothing it makes integers
+        # Of nothing, bincount makes integers.
+        out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count).astype(np.float64, copy=False)
         out[0] = 0
         self._totals[key] = out
         return out
