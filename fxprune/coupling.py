@@ -205,12 +205,14 @@ class Labelling:
 
     def __init__(self, twin: Twin, keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> None:
         self.twin = twin
-        self.context = Context()
+        self.context, weights = Context(), Context()
+        self.context.weights, weights.units.pinning = weights, False
         self.parameters = twin.tensors
         number = 0
         for name, tensor in self.parameters.items():
             if tensor.is_meta:
-                self.context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
+                for context in (self.context, weights):
+                    context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
                 number += tensor.dim()
         self.traces: list[Trace] = []
         self._pinned_nodes = frozenset(pinned_nodes)

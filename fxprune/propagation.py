@@ -42,6 +42,8 @@ class LabelMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if seen_whole(func):
             out = self._execute(func, args, kwargs)
+            if self.context.weights is not None:
+                _follow_weights(self.context.weights, func, args, kwargs, out)
             if op_macs(func, args, kwargs, out):
                 self.context.contractions.append(Contraction(self.context.node, func, args, kwargs, out))
             return out
@@ -71,6 +73,18 @@ class LabelMode(TorchDispatchMode):
                 raise RewriteError(f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", ctx.node) from error
             _note_positions(ctx, func, rule, bound)
         return out
+
+
+def _follow_weights(weights: Context, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Carry the labels of parameters on to what is computed from parameters alone: a product with it reads their axes."""
+    tensors = shapes.tensors_in(args, kwargs)
+    if not tensors or any(id(t) not in weights.records for t in tensors):
+        return
+    rule = rules.find(func)
+    if rule is not None:
+        rule.handler(weights, func, rules.bind(func, args, kwargs), out)
+    for leaf in shapes.tensors_in((out,), {}):
+        weights.records.setdefault(id(leaf), rules.Record(leaf, []))
 
 
 def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, Any]) -> None:

@@ -180,3 +180,62 @@ def test_both_modes_are_labelled_together() -> None:
 
     (group,) = fxprune.analyze(Modes(), torch.randn(2, 4)).groups
     assert {axis.parameter for axis in group.axes} == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "d.weight"}
+
+
+# -- roles
+
+
+def standardised(weight: Tensor) -> Tensor:
+    return (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + weight.norm() + 1e-5)
+
+
+COMPUTED = {
+    "transposed": lambda x, weight: x @ weight.t(),
+    "standardised": lambda x, weight: F.linear(x, standardised(weight)),
+    "einsum": lambda x, weight: torch.einsum("ni,oi->no", x, weight * 2),
+    "convolution": lambda x, weight: F.conv1d(x[..., None], torch.tanh(weight)[..., None]).flatten(1),
+    "transposed_convolution": lambda x, weight: F.conv_transpose1d(x[..., None], -weight.t()[..., None]).flatten(1),
+}
+
+
+class Reads(nn.Module):
+    """Two layers, the weights of which go through a computation before they meet the input."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(4, 8))
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(F.relu(self.product(x, self.first)), self.second)
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_computed_weight_is_read_where_its_parameter_is(how: str) -> None:
+    coupling = fxprune.analyze(Reads(COMPUTED[how]), torch.randn(2, 6))
+    assert [names(group) for group in coupling.groups] == [["first:0", "second:1"]]
+    assert [coupling.role("first", 0), coupling.role("second", 1)] == ["own", "dependent"]
+
+
+def test_overrides_by_name_mean_the_layer_whose_filters_they_are_though_its_weight_is_computed() -> None:
+    def normed() -> nn.Sequential:
+        layers = (nn.utils.parametrizations.weight_norm(nn.Linear(a, b)) for a, b in ((6, 8), (8, 8), (8, 3)))
+        return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
+
+    pruned = fxprune.prune(normed(), torch.randn(2, 6), layers={"2.*": 0.5})
+    assert [(g.name.split(".")[0], len(g.kept)) for g in pruned.plan.groups] == [("0", 8), ("2", 4)]
+
+
+def test_a_product_of_weights_alone_reads_its_own_factors() -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(5, 6), nn.Linear(8, 2)
+            self.left, self.right = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(F.relu(F.linear(F.relu(self.before(x)), self.left @ self.right)))
+
+    coupling = fxprune.analyze(LowRank(), torch.randn(2, 5))
+    roles = {str(axis): coupling.role(axis.parameter, axis.dim) for group in coupling.groups for axis in group.axes}
+    assert {name for name, role in roles.items() if role == "dependent"} == {"after.weight:1", "left:1", "right:0", "right:1"}

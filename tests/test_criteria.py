@@ -962,7 +962,6 @@ def wrong_loaders() -> dict[str, tuple[Any, str]]:
         "empty_batches": ([()], "empty batch.*tuples"),
         "no_tensors": ([("text", y)], r"without a tensor.*str"),
         "no_batch": ([], "no batch.*read again"),
-        "used_up": (iter(()), "no batch.*generator"),
     }
 
 
@@ -975,6 +974,14 @@ def test_loaders_that_are_refused(loader: tuple[Any, str]) -> None:
         with pytest.raises(ArgumentError, match=words):
             rank(criterion, coupling, model)
         assert_unharmed(model, before)
+
+
+@pytest.mark.parametrize(
+    "criterion", [lambda loader: Taylor(loader, F.cross_entropy), lambda loader: Fisher(loader, F.cross_entropy), Activation]
+)
+def test_what_can_be_read_only_once_is_refused_at_once(criterion: Callable[[Any], Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"generator.*only once.*DataLoader"):
+        criterion(batch for batch in [data(4)])
 
 
 @pytest.mark.parametrize(

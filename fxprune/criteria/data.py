@@ -51,7 +51,8 @@ class Taylor:
     Raises
     ------
     ArgumentError
-        When scoring, if the loader gives no batch, or something else than such batches, or the loss is no number with a gradient.
+        If the loader is an iterator; when scoring, if it gives no batch, or something else than such batches, or the loss is no
+        number with a gradient.
 
     Examples
     --------
@@ -67,6 +68,9 @@ class Taylor:
 
     loader: Loader
     loss: Loss
+
+    def __post_init__(self) -> None:
+        _check_readable(self.loader)
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
@@ -111,6 +115,9 @@ class Fisher:
     loader: Loader
     loss: Loss
 
+    def __post_init__(self) -> None:
+        _check_readable(self.loader)
+
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         total, samples = np.zeros(coupling.context.units.count), 0
@@ -141,7 +148,7 @@ class Activation:
     Raises
     ------
     ArgumentError
-        When scoring, if the loader gives no batch, or something else than such batches.
+        If the loader is an iterator; when scoring, if it gives no batch, or something else than such batches.
 
     Examples
     --------
@@ -156,6 +163,9 @@ class Activation:
     """
 
     loader: Loader
+
+    def __post_init__(self) -> None:
+        _check_readable(self.loader)
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
@@ -384,6 +394,15 @@ def _mean(total: Floats, samples: int) -> Floats:
     both = _reduced(np.append(total, samples))
     check_read(both[-1])
     return both[:-1] / both[-1]
+
+
+def _check_readable(loader: Loader) -> None:
+    """Refuse what can be read only once: scores are taken anew whenever a model is analysed anew, and at every pruning step."""
+    if isinstance(loader, Iterator):
+        raise ArgumentError(
+            f"the loader is a {type(loader).__name__}, which can be read only once. Pass one that can be read again: a DataLoader, "
+            "or list(...) of it."
+        )
 
 
 def check_read(samples: float) -> None:

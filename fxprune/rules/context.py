@@ -6,7 +6,7 @@ what is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Conte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -60,6 +60,7 @@ class Operand:
     unborn: dict[int, int]  # virtual dimension -> axis of the parameter
     record: Record | None = None
     dims: tuple[int, ...] = ()
+    tensor: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +124,7 @@ class Context:
         self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
         self.summed_groups: set[str] = set()  # nodes with a convolution whose groups sum over several input channels
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
+        self.weights: Context | None = None  # the parameters and what is computed from them alone, under labels of their own
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
@@ -308,6 +310,28 @@ class Context:
             return True
         return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
 
+    def reads(self, operands: Sequence[tuple[Tensor | None, Iterable[int]]]) -> None:
+        """A contraction sums over these dimensions of its operands: note the parameter axes that are read so.
+
+        A product of weights alone makes a weight and reads none but its own operands.
+        """
+        weights = self.weights
+        consumes = weights is not None and any(id(tensor) not in weights.records for tensor, _ in operands)
+        for tensor, dims in operands:
+            record = self.records.get(id(tensor))
+            if record is not None and record.axes:
+                self.summed_axes.update(record.axes[d] for d in dims)
+            elif consumes and weights is not None and tensor is not None and id(tensor) in weights.records:
+                self.summed_axes.update(weights._axes_behind(tensor, set(dims)))
+
+    def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
+        """The numbers of the parameter axes whose labels a tensor carries along some of its dimensions."""
+        carried = [self.units.find(f.labels).ravel() for f in self.fields(tensor) if f.dims & dims]
+        for record in self.records.values() if carried else ():
+            for f in record.born:
+                if np.isin(self.units.find(f.labels), np.concatenate(carried)).any():
+                    yield from (record.axes[d] for d in f.dims)
+
     def is_scale(self, tensor: Any) -> None:
         """Note the scale of a normalisation."""
         record = self.records.get(id(tensor))
@@ -327,7 +351,7 @@ class Context:
             fields = self.fields(tensor)
         laid = [Field(place(f.labels, dims, rank), f.zero) for f in fields]
         sized = {dims[d] for d, size in enumerate(tensor.shape) if size > 1}
-        return Operand(laid, sized, unborn, record, tuple(dims))
+        return Operand(laid, sized, unborn, record, tuple(dims), tensor)
 
     def merge(self, operands: Sequence[Operand], rank: int) -> list[Met]:
         """Operands meet element by element on a virtual broadcast: pair their fields and unite the labels that meet.
@@ -415,9 +439,7 @@ class Context:
     def contract(self, operands: Sequence[Operand], rank: int, summed: Iterable[int]) -> list[Field]:
         """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
         summed = set(summed)
-        for operand in operands:
-            if operand.record is not None and operand.record.axes:
-                self.summed_axes.update(operand.record.axes[d] for d, v in enumerate(operand.dims) if v in summed)
+        self.reads([(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands])
         out = []
         for met in self.merge(operands, rank):
             dims = set(varied(met.labels))

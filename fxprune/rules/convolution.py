@@ -28,8 +28,8 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         elif ctx.node in ctx.summed_groups:
             incoming = []  # in a smaller model, where one input channel of each group is left: a sum, not a depthwise convolution
     record = ctx.record(w)
-    if record is not None and record.axes and w.shape[0 if transposed else 1] > 1:
-        ctx.summed_axes.add(record.axes[0 if transposed else 1])
+    if (w.shape[0] // groups if transposed else w.shape[1]) > 1:
+        ctx.reads([(x, ()), (w, [0 if transposed else 1])])
     if record is not None and record.unborn and not transposed and not record.fields:
         labels = _first_use(ctx, record, incoming, groups, w)
     else:
