@@ -1,0 +1,166 @@
+"""The parts of the benchmarks that no result would show to be wrong: what the data are, and what a row of the table means."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+import fxprune
+from fxprune.criteria import CPMC
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    """The script as a module; its own imports are those of a script, from its folder."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import accuracy
+
+        yield accuracy
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def data(accuracy: Any) -> ModuleType:
+    return sys.modules["_data"]
+
+
+# -- data
+
+
+def write_cifar(folder: Path, kind: type[datasets.CIFAR10], monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The files of CIFAR as its authors ship them, filled with noise; 6,000 images to train on and 40 to test."""
+    generator, written = np.random.default_rng(0), {}
+    labels, classes = ("labels", 10) if kind is datasets.CIFAR10 else ("fine_labels", 100)
+    below = folder / kind.base_folder
+    below.mkdir(parents=True)
+
+    def write(name: str, content: dict[str, Any]) -> str:
+        (below / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((below / name).read_bytes()).hexdigest()
+
+    for attribute, total in (("train_list", 6000), ("test_list", 40)):
+        listed = []
+        for name, _ in getattr(kind, attribute):
+            count = total // len(getattr(kind, attribute))
+            images = generator.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
+            targets = generator.integers(0, classes, count).tolist()
+            listed.append([name, write(name, {"data": images, labels: targets})])
+            written[name] = images
+        monkeypatch.setattr(kind, attribute, listed)
+    meta = {**kind.meta, "md5": write(kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(classes)]})}
+    monkeypatch.setattr(kind, "meta", meta)
+    return written
+
+
+@pytest.mark.parametrize(("name", "kind", "classes"), [("cifar10", datasets.CIFAR10, 10), ("cifar100", datasets.CIFAR100, 100)])
+def test_cifar_is_read_from_its_folder(
+    name: str, kind: type[datasets.CIFAR10], classes: int, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_cifar(tmp_path, kind, monkeypatch)
+    found = data.load(name, folder=tmp_path)
+    parts = (found.train, found.validation, found.test)
+    assert [tuple(part.images.shape) for part in parts] == [(1000, 3, 32, 32), (5000, 3, 32, 32), (40, 3, 32, 32)]
+    assert (found.classes, found.channels, found.flip) == (classes, 3, True)
+    assert found.train.labels.max() < classes
+    # The first image is the first one of the first file, red, green and blue one after the other, normalised.
+    first = next(iter(written.values()))[0].reshape(3, 32, 32)
+    for channel in range(3):
+        assert np.corrcoef(first[channel].ravel(), found.train.images[0, channel].ravel())[0, 1] == pytest.approx(1)
+    assert found.train.images.mean().item() == pytest.approx(0, abs=1e-4)
+    assert found.train.images.std().item() == pytest.approx(1, abs=1e-3)
+    assert data.load(name, 16, tmp_path).test.images.shape == (40, 3, 16, 16)
+
+
+def test_cifar_that_is_not_there_is_an_error(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not found"):
+        data.load("cifar10", folder=tmp_path)
+
+
+def test_textures_are_equal_at_every_call_and_no_image_is_in_two_parts(data: Any) -> None:
+    once, again = data.load("textures"), data.load("textures")
+    assert torch.equal(once.train.images, again.train.images)
+    every = torch.cat([once.train.images, once.validation.images, once.test.images])
+    assert len({image.numpy().tobytes() for image in every}) == len(every) == 4500
+    assert once.train.labels.unique().tolist() == list(range(once.classes))
+
+
+def test_digits_have_the_parts_that_are_written_down(data: Any) -> None:
+    digits = data.load("digits")
+    assert [len(part.labels) for part in (digits.train, digits.validation, digits.test)] == [1047, 250, 500]
+    assert digits.example.shape == (1, 1, 16, 16)
+
+
+def test_augmentation_moves_each_image_on_its_own_and_no_further_than_it_says(data: Any) -> None:
+    digits = data.load("digits", 8)
+    images = torch.zeros(200, 1, 8, 8)
+    images[:, :, 4, 4] = 1
+    moved = data.augmented(images, replace(digits, shift=2), torch.Generator().manual_seed(0))
+    places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(y, x) for y in range(2, 7) for x in range(2, 7)}
+    assert moved.flatten(1).sum(1).eq(1).all()
+
+
+# -- rows
+
+
+def test_criteria_are_read_from_text(accuracy: Any) -> None:
+    assert accuracy.cpmc("cpmc") == CPMC()
+    assert accuracy.cpmc("cpmc:alpha=0:roles=own+scale") == CPMC(alpha=0, roles=("own", "scale"))
+    assert accuracy.cpmc("cpmc:by=max") == accuracy.Variant(by="max")
+    with pytest.raises(fxprune.FxpruneError, match="choose one or several of"):
+        accuracy.cpmc("cpmc:roles=none")
+
+
+def test_a_variant_with_the_settings_of_cpmc_is_cpmc(accuracy: Any, data: Any) -> None:
+    digits = data.load("digits", 8)
+    model = accuracy.NETWORKS["vgg_narrow"](digits.channels, digits.classes).eval()
+    plans = [fxprune.prune(model, digits.example, macs=0.5, criterion=c).plan for c in (CPMC(), accuracy.Variant())]
+    assert plans[0] == plans[1]
+
+
+@pytest.fixture
+def few(accuracy: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A setting of one epoch over 70 digits, and where its weights go."""
+    digits = data.load("digits", 8)
+    parts = {
+        part: data.Part(getattr(digits, part).images[:70], getattr(digits, part).labels[:70])
+        for part in ("train", "validation", "test")
+    }
+    monkeypatch.setattr(accuracy, "_loaded", lambda *_: replace(digits, **parts))
+    accuracy.trained.cache_clear()
+    return accuracy.Setting("digits", 8, "vgg_narrow", 0, 1, 1, 0.1), accuracy.Where(str(tmp_path), None, "cpu")
+
+
+@pytest.mark.parametrize("criterion", ["cpmc", "l2", "taylor", "activation", "random", "cpmc/constants", "cpmc/least_squares"])
+def test_a_row_keeps_to_its_budget_and_leaves_the_dense_network_as_it_was(criterion: str, accuracy: Any, few: Any) -> None:
+    setting, where = few
+    dense = accuracy.dense_row(setting, where)
+    weights = {name: tensor.clone() for name, tensor in accuracy.trained(setting, where).state_dict().items()}
+    row = accuracy.pruned_row(setting, criterion, 0.7, where)
+    assert 0.2 < row["macs_left"] <= 0.3
+    assert set(row["before"]) == set(row["after"]) == set(dense["accuracy"]) == {"validation", "test"}
+    again = accuracy.trained(setting, where).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
+
+
+def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, few: Any) -> None:
+    setting, where = few
+    first = accuracy.trained(setting, where)
+    accuracy.trained.cache_clear()
+    second = accuracy.trained(setting, where)
+    assert first is not second
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
