@@ -205,14 +205,14 @@ class Labelling:
 
     def __init__(self, twin: Twin, keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> None:
         self.twin = twin
-        self.context, weights = Context(), Context()
-        self.context.weights, weights.units.pinning = weights, False
+        self.context = Context()
+        self.context.weights = Context()
+        self.context.weights.units.pinning = False
         self.parameters = twin.tensors
         number = 0
         for name, tensor in self.parameters.items():
             if tensor.is_meta:
-                for context in (self.context, weights):
-                    context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
+                self.context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
                 number += tensor.dim()
         self.traces: list[Trace] = []
         self._pinned_nodes = frozenset(pinned_nodes)

@@ -43,7 +43,7 @@ class LabelMode(TorchDispatchMode):
         if seen_whole(func):
             out = self._execute(func, args, kwargs)
             if self.context.weights is not None:
-                _follow_weights(self.context.weights, func, args, kwargs, out)
+                _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
             if op_macs(func, args, kwargs, out):
                 self.context.contractions.append(Contraction(self.context.node, func, args, kwargs, out))
             return out
@@ -75,11 +75,15 @@ class LabelMode(TorchDispatchMode):
         return out
 
 
-def _follow_weights(weights: Context, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def _follow_weights(ctx: Context, weights: Context, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Carry the labels of parameters on to what is computed from parameters alone: a product with it reads their axes."""
     tensors = shapes.tensors_in(args, kwargs)
-    if not tensors or any(id(t) not in weights.records for t in tensors):
+    if not tensors or not all(map(ctx.of_weights, tensors)):
         return
+    for tensor in tensors:
+        if id(tensor) not in weights.records:
+            known = ctx.records[id(tensor)]
+            weights.parameter(tensor, known.name, known.axes)
     rule = rules.find(func)
     if rule is not None:
         rule.handler(weights, func, rules.bind(func, args, kwargs), out)

@@ -124,7 +124,7 @@ class Context:
         self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
         self.summed_groups: set[str] = set()  # nodes with a convolution whose groups sum over several input channels
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
-        self.weights: Context | None = None  # the parameters and what is computed from them alone, under labels of their own
+        self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
@@ -316,13 +316,18 @@ class Context:
         A product of weights alone makes a weight and reads none but its own operands.
         """
         weights = self.weights
-        consumes = weights is not None and any(id(tensor) not in weights.records for tensor, _ in operands)
+        consumes = weights is not None and not all(self.of_weights(tensor) for tensor, _ in operands)
         for tensor, dims in operands:
             record = self.records.get(id(tensor))
             if record is not None and record.axes:
                 self.summed_axes.update(record.axes[d] for d in dims)
             elif consumes and weights is not None and tensor is not None and id(tensor) in weights.records:
                 self.summed_axes.update(weights._axes_behind(tensor, set(dims)))
+
+    def of_weights(self, tensor: Any) -> bool:
+        """Whether a tensor is a parameter or buffer, or computed from such alone."""
+        record = self.records.get(id(tensor))
+        return bool(record and record.axes) or (self.weights is not None and id(tensor) in self.weights.records)
 
     def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
         """The numbers of the parameter axes whose labels a tensor carries along some of its dimensions."""
