@@ -34,7 +34,21 @@ Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Taylor:
+class _Reader:
+    """Has a loader that can be read again: scores are taken anew when a model is analysed anew, and at every pruning step."""
+
+    loader: Loader
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loader, Iterator):
+            raise ArgumentError(
+                f"the loader is a {type(self.loader).__name__}, which can be read only once. Pass one that can be read again: a "
+                "DataLoader, or list(...) of it."
+            )
+
+
+@dataclass(frozen=True)
+class Taylor(_Reader):
     r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the first-order change of the loss.
 
     L is the mean loss over all samples; how they are split into batches makes no difference. Molchanov et al., "Importance
@@ -66,11 +80,7 @@ class Taylor:
     [6.0, 36.0]
     """
 
-    loader: Loader
     loss: Loss
-
-    def __post_init__(self) -> None:
-        _check_readable(self.loader)
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
@@ -86,7 +96,7 @@ class Taylor:
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(_Reader):
     r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the diagonal Fisher information of a
     unit's mask.
 
@@ -112,11 +122,7 @@ class Fisher:
     [10.0, 360.0]
     """
 
-    loader: Loader
     loss: Loss
-
-    def __post_init__(self) -> None:
-        _check_readable(self.loader)
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
@@ -132,7 +138,7 @@ class Fisher:
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(_Reader):
     r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and positions.
 
     Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015 (inbound pruning). What reads is a
@@ -161,11 +167,6 @@ class Activation:
     >>> scores[coupling.groups[0].units].round(4).tolist()  # (1 + 2 + 0) / 3 and (0 + 0 + 4) / 3
     [1.0, 1.3333]
     """
-
-    loader: Loader
-
-    def __post_init__(self) -> None:
-        _check_readable(self.loader)
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
@@ -394,15 +395,6 @@ def _mean(total: Floats, samples: int) -> Floats:
     both = _reduced(np.append(total, samples))
     check_read(both[-1])
     return both[:-1] / both[-1]
-
-
-def _check_readable(loader: Loader) -> None:
-    """Refuse what can be read only once: scores are taken anew whenever a model is analysed anew, and at every pruning step."""
-    if isinstance(loader, Iterator):
-        raise ArgumentError(
-            f"the loader is a {type(loader).__name__}, which can be read only once. Pass one that can be read again: a DataLoader, "
-            "or list(...) of it."
-        )
 
 
 def check_read(samples: float) -> None:

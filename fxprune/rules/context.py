@@ -321,7 +321,7 @@ class Context:
             record = self.records.get(id(tensor))
             if record is not None and record.axes:
                 self.summed_axes.update(record.axes[d] for d in dims)
-            elif consumes and weights is not None and tensor is not None and id(tensor) in weights.records:
+            elif weights is not None and consumes and tensor is not None and self.of_weights(tensor):
                 self.summed_axes.update(weights._axes_behind(tensor, set(dims)))
 
     def of_weights(self, tensor: Any) -> bool:
@@ -331,10 +331,10 @@ class Context:
 
     def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
         """The numbers of the parameter axes whose labels a tensor carries along some of its dimensions."""
-        carried = [self.units.find(f.labels).ravel() for f in self.fields(tensor) if f.dims & dims]
-        for record in self.records.values() if carried else ():
+        carried = [self.units.find(f.labels) for f in self.fields(tensor) if f.dims & dims]
+        for record in self.records.values():
             for f in record.born:
-                if np.isin(self.units.find(f.labels), np.concatenate(carried)).any():
+                if any(np.isin(self.units.find(f.labels), labels).any() for labels in carried):
                     yield from (record.axes[d] for d in f.dims)
 
     def is_scale(self, tensor: Any) -> None:

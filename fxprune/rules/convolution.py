@@ -22,13 +22,14 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     transposed = a.get("transposed", "transpose" in func._schema.name)
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
     incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
+    each = w.shape[0] // groups if transposed else w.shape[1]  # input channels of a group
     if groups > 1:
-        if w.shape[0] > groups if transposed else w.shape[1] > 1:
+        if each > 1:
             ctx.summed_groups.add(ctx.node)
         elif ctx.node in ctx.summed_groups:
             incoming = []  # in a smaller model, where one input channel of each group is left: a sum, not a depthwise convolution
     record = ctx.record(w)
-    if (w.shape[0] // groups if transposed else w.shape[1]) > 1:
+    if each > 1:
         ctx.reads([(x, ()), (w, [0 if transposed else 1])])
     if record is not None and record.unborn and not transposed and not record.fields:
         labels = _first_use(ctx, record, incoming, groups, w)
