@@ -21,8 +21,8 @@ the same from a tenth of the rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by`` says
 what a value is divided by within its group: max, mean, sum, or, as CPMC does, left, what is left of the group when all smaller
-units have gone; ``power=1`` adds up weights in the place of their squares). ``/constants`` or ``/least_squares`` behind it
-compensates the pruned network on the images that criteria read.
+units have gone; ``power=2`` takes the root of the sum of squares, not the sum of magnitudes). ``/constants`` or
+``/least_squares`` behind it compensates the pruned network on the images that criteria read.
 
 Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows that are there already, measured
 under the same settings, are not measured again; ``--again`` forgets those of the criteria that it names.
@@ -92,7 +92,7 @@ def _ablation() -> dict[str, str]:
         "all three, own filter only": "cpmc:roles=own+scale",
         "all three, by the group's mean": "cpmc:by=mean",
         "all three, by the group's largest": "cpmc:by=max",
-        "all three, sums of magnitudes": "cpmc:power=1",
+        "all three, roots of squares": "cpmc:power=2",
     }
 
 
@@ -101,7 +101,7 @@ class Variant(CPMC):
     """CPMC with another magnitude or another normaliser within the group: what the choice of the defaults was compared with."""
 
     by: str = "left"
-    power: int = 2
+    power: int = 1
 
     def __call__(self, view: UnitView) -> Tensor:
         value = view.sum(torch.abs if self.power == 1 else torch.square, self.roles) ** (1 / self.power)

@@ -109,7 +109,7 @@ def naive_lamp(units: list[list[float]]) -> list[float]:
 
 
 def naive_cpmc(units: list[list[float]]) -> list[float]:
-    values = naive_l2(units)
+    values = naive_l1(units)
     return [len(values) * s / math.fsum(t for t in values if t >= s) for s in values]
 
 
