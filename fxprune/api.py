@@ -13,14 +13,15 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Labelling, couple
 from fxprune.criteria import rank
-from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError
+from fxprune.eager import some_data
+from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError, TraceError
 from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
 from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
@@ -48,7 +49,7 @@ class Pruned:
         What changed; ``print`` it.
     """
 
-    model: fx.GraphModule
+    model: nn.Module
     plan: Plan
     report: Report
 
@@ -404,7 +405,7 @@ def _analyze(
     with clock("trace"):
         labelling = _label(model, inputs, exact, kept, pinned)
     with clock("couple"):
-        return couple(labelling, _share(exact, labelling.traces[0].placeholders))
+        return couple(labelling, _share(exact, labelling.inputs))
 
 
 def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...]) -> Labelling:
@@ -416,10 +417,12 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...
     try:
         labelling = evaluated(inputs)
     except FxpruneError:
-        if _sizes(inputs) == _sizes(exact):
-            raise
-        inputs = exact  # a model may insist on its batch of 1
-        labelling = evaluated(inputs)
+        try:
+            if _sizes(inputs) == _sizes(exact):
+                raise
+            labelling, inputs = evaluated(exact), exact  # a model may insist on its batch of 1
+        except TraceError as error:
+            return _label_parts(model, inputs, kept, pinned, error)
     if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*inputs, training=True)
@@ -428,6 +431,24 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...
             labelling.traces[0].decisions.append(
                 f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
             )
+    return labelling
+
+
+def _label_parts(
+    model: nn.Module, inputs: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...], refused: FxpruneError
+) -> Labelling:
+    """The labels of a model that cannot be traced whole, for the reason given."""
+    twin = twin_of(model)
+    twin.model.eval()
+    labelling = Labelling(twin, kept, pinned)
+    try:
+        labelling.run(*some_data(inputs))
+    except FxpruneError:
+        raise
+    except Exception:
+        raise refused from None  # it cannot be run on made-up data either
+    if not labelling.traces or (labelling.decided and labelling.missed()):
+        raise refused  # what did not run may be called for other values, on whatever there is
     return labelling
 
 
@@ -470,6 +491,7 @@ def _emit(
             statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
             params_pinned=_pinned_parameters(coupling),
             macs_pinned=_pinned_macs(coupling),
+            parts=coupling.parts,
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.coupling import Coupling
 from fxprune.criteria.data import Batch, batches_of, check_read, evaluated
+from fxprune.errors import ArgumentError
 from fxprune.rewrite import Survivors
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
@@ -211,6 +212,8 @@ def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor,
 
 def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
     """The linear layers and convolutions, called once, that read a tensor which loses channels; in the order in which they run."""
+    if coupling.parts:
+        raise ArgumentError("this model cannot be traced whole, and compensation reads its graph: fine-tune instead.")
     trace = coupling.traces[0]
     calls: dict[str, list[fx.Node]] = {}
     for node in trace.graph.nodes:

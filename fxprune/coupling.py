@@ -20,9 +20,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
+from fxprune.eager import PYTHON, Parts
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
+from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
 __all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
@@ -107,13 +109,19 @@ class Coupling:
     untouched: tuple[str, ...]
     decisions: tuple[str, ...]
     graph: nx.Graph
+    twin: Twin
     traces: tuple[Trace, ...]
     context: Context
     balance: Balance
     parameters: dict[str, Tensor]
-    contractions: tuple[Contraction, ...]  # of the first trace
+    contractions: tuple[Contraction, ...]  # in evaluation mode
     _labels: dict[int, list[Array]] = field(default_factory=dict, init=False, repr=False)  # by the id of a tensor
     _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the modules that were traced one by one; empty if the model was traced whole."""
+        return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
 
     @functools.cached_property
     def units(self) -> Array:
@@ -133,6 +141,11 @@ class Coupling:
                 return []  # nothing keeps this tensor, so its id may become another's
             known = self._labels[id(tensor)] = [f.labels for f in record.fields]
         return known
+
+    def wide_dims(self, tensor: Any) -> list[int]:
+        """Dimensions of a tensor between parts that keep their size, because Python code that is not traced reads them."""
+        wide = self.context.wide
+        return sorted({self.shrinking_dim(a) for a in self.labels(tensor) if wide and np.isin(a, wide[0]).any()})
 
     def shrinking_dim(self, labels: Array) -> int:
         """Along which dimension a tensor with these live labels gets smaller (:func:`fxprune.balance.shrinking_dim`)."""
@@ -215,6 +228,8 @@ class Labelling:
                 self.context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
                 number += tensor.dim()
         self.traces: list[Trace] = []
+        self.inputs: list[Any] = []
+        self.decided = ""  # the line of Python that reads values, in a model that was not traced whole
         self._pinned_nodes = frozenset(pinned_nodes)
         for name in keep:
             record = self.context.record(self.parameters[name])
@@ -222,9 +237,36 @@ class Labelling:
             for axis in sorted(record.unborn):
                 self.context.adopt_nothing(record, axis, "is kept by request")
 
-    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False, bake: bool = False) -> Trace:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
-        context, prefix = self.context, "train." if training else ""
+        watch = self._watch("train." if training else "")
+        traced = trace(self.twin, args, kwargs, training=training, watch=watch, bake=bake)
+        self.context.node = traced.prefix + "output"
+        self._finish(traced.outputs)
+        self.inputs, self.traces = traced.placeholders, [*self.traces, traced]
+        return traced
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run a twin that cannot be traced whole, and trace what it calls (see :class:`fxprune.eager.Parts`)."""
+        parts = Parts(self.twin, self.context, self._watch)
+        self.inputs = [*args, *kwargs.values()]
+        out = parts.run(args, kwargs)
+        self.context.node = "output"
+        self._finish(out)
+        parts.settle()
+        self.decided = parts.decided
+        self.traces += parts.traces.values()
+
+    def missed(self) -> list[str]:
+        """Parameters that no op has met."""
+        return [n for n, t in self.parameters.items() if t.is_floating_point() and _untouched(self.context, t)]
+
+    def _finish(self, outputs: Any) -> None:
+        for leaf in tree_leaves(outputs):
+            self.context.pin_all(self.context.fields(leaf), "is an output of the model")
+
+    def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode]:
+        context, mode = self.context, LabelMode(self.context)
 
         def watch(node: fx.Node) -> LabelMode:
             context.node, context.target = prefix + node.name, node.target
@@ -234,14 +276,7 @@ class Labelling:
                         context.pin_all(context.fields(leaf), "could not be emitted smaller")
             return mode
 
-        mode = LabelMode(context)
-        traced = trace(self.twin, args, kwargs, training=training, watch=watch)
-        output = next(iter(reversed(traced.graph.nodes)))
-        context.node = prefix + output.name
-        for leaf in tree_leaves(fx.node.map_arg(output.args[0], lambda node: node.meta["val"])):
-            context.pin_all(context.fields(leaf), "is an output of the model")
-        self.traces.append(traced)
-        return traced
+        return watch
 
 
 def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
@@ -258,28 +293,48 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
         if context.units.version == version:
             break
     groups, graph = _groups(context, parameters, balance)
-    share_of = _shares(traces[0].graph, share)
+    share_of = {name: part for own in traces if not own.training for name, part in _shares(own, share).items()}
     return Coupling(
         groups,
         _pins(context, parameters),
-        tuple(n for n, t in parameters.items() if t.is_floating_point() and _untouched(context, t)),
+        tuple(labelling.missed()),
         tuple(dict.fromkeys(d for trace in traces for d in trace.decisions)),
         graph,
+        labelling.twin,
         traces,
         context,
         balance,
         parameters,
-        tuple(replace(ran, share=share_of[ran.node]) for ran in context.contractions if ran.node in share_of),
+        tuple(
+            replace(ran, share=share_of[ran.node]) if ran.node in share_of else _of_python(ran, context, share)
+            for ran in context.contractions
+            if ran.node in share_of or ran.node.startswith(PYTHON)
+        ),
     )
 
 
-def _shares(graph: fx.Graph, share: Fraction) -> dict[str, Fraction]:
+def _shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
     """For each node the part of its costs that the example has: all of it where only weights are read."""
     out: dict[str, Fraction] = {}
-    for node in graph.nodes:
-        read = [out[source.name] for source in node.all_input_nodes]
-        out[node.name] = share if node.op == "placeholder" else min(read, default=Fraction(1))
+    for node in traced.graph.nodes:
+        read = [out[traced.prefix + source.name] for source in node.all_input_nodes]
+        out[traced.prefix + node.name] = share if node.op == "placeholder" else min(read, default=Fraction(1))
     return out
+
+
+def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contraction:
+    """What Python code contracts, without the data; at full width where it sees that."""
+    wide = context.wide[0] if context.wide else np.zeros(0, dtype=np.int64)
+    whole = any(np.isin(f.labels, wide).any() for tensor in ran.tensors for f in context.fields(tensor))
+
+    def shape_of(tensor: Tensor) -> Tensor:
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
+        if not whole and context.fields(tensor):
+            context.records[id(made)] = Record(made, list(context.fields(tensor)))
+        return made
+
+    args, kwargs, out = (map_tensors(shape_of, value) for value in (ran.args, ran.kwargs, ran.out))
+    return replace(ran, args=args, kwargs=kwargs, out=out, share=share)
 
 
 def _untouched(context: Context, tensor: Tensor) -> bool:

@@ -17,11 +17,11 @@ from fxprune.errors import RewriteError
 from fxprune.rules import Context, Contraction
 from fxprune.trace import execute
 
-__all__ = ["LabelMode", "run_node", "seen_whole"]
+__all__ = ["IN_ORDER", "LabelMode", "run_node", "seen_whole"]
 
 
 # Movements that keep survivors in order whatever is removed: nothing in them is a number that describes a position.
-_IN_ORDER = frozenset(
+IN_ORDER = frozenset(
     {"permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "unsqueeze", "squeeze", "alias", "detach", "clone"}
     | {"contiguous", "expand", "expand_as", "cat", "stack", "unbind", "constant_pad_nd", "pad"}
     | {f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
@@ -98,7 +98,7 @@ def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[st
     """
     name = func._schema.name.removeprefix("aten::")
     if rule.family in ("movement", "resampling"):
-        if name in _IN_ORDER:
+        if name in IN_ORDER:
             return
         ctx.moved.add(ctx.node)
     elif rule.family == "convolution":

@@ -40,6 +40,7 @@ class Report:
         pinned: what was never up for pruning, with reasons.
         untouched: names of parameters that no executed operation used; they stay as they are.
         decisions: control flow that the trace fixed, as text.
+        parts: paths of the modules that were emitted as graphs inside the model's own class; empty if the model is one graph.
         statistics: normalisations whose statistics go over the surviving channels only, as text. This is the one
             place where a pruned model may differ from the original with its removed channels zeroed.
         seconds: wall-clock seconds per stage, in the order in which the stages ran.
@@ -72,13 +73,14 @@ class Report:
     error: float | None = None
     params_pinned: int | None = None
     macs_pinned: int | None = None
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
         object.__setattr__(self, "groups", tuple(GroupRow(*row) for row in self.groups))
         pinned = (PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in self.pinned)
         object.__setattr__(self, "pinned", tuple(pinned))
-        for name in ("untouched", "decisions", "statistics"):
+        for name in ("untouched", "decisions", "statistics", "parts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Report:
             "error": self.error,
             "params_pinned": self.params_pinned,
             "macs_pinned": self.macs_pinned,
+            "parts": list(self.parts),
         }
 
     @classmethod
@@ -128,6 +131,8 @@ class Report:
         fixed = [f"{_share(part, whole)} of the {name}" for part, whole, name in shares if part is not None and whole]
         if fixed:
             yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
+        if self.parts:
+            yield f"emitted     in the model's own class, whose Python stays, graphs at {', '.join(self.parts)}"
         if self.error is not None:
             yield f"verified    equals the masked original, relative error {self.error:.1e}"
         if self.seconds:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import inspect
 import itertools
 import operator
 import sys
@@ -36,7 +37,7 @@ from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
 from fxprune.shapes import META, ShapeMode
 
-__all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of"]
+__all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of", "user_line"]
 
 _TRAINING = "training"
 
@@ -63,12 +64,26 @@ class Twin:
             for store, name, tensor in changed:
                 store[name] = tensor
 
+    def instance(self, values: Mapping[int, Tensor] | None = None) -> nn.Module:
+        """A copy of the twin's model to run: with these tensors, by the ids of the twin's, or the user's (buffers copied)."""
+        memo: dict[int, Any] = {}
+        for tensor in self.tensors.values():
+            own = self.real[id(tensor)].detach() if values is None else values[id(tensor)]
+            memo[id(tensor)] = nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone()
+        return _copy_module(self.model, memo)
+
+    def part(self, path: str) -> Twin:
+        """The twin of a module below."""
+        model = self.model.get_submodule(path)
+        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+
 
 @dataclass
 class Trace:
     """A traced model: the graph, its twin, and what tracing had to decide.
 
-    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta tensors, ints, tuples).
+    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta tensors, ints, tuples). The twin is
+    that of the traced module.
     """
 
     graph: fx.Graph
@@ -79,11 +94,23 @@ class Trace:
     asked_mode: bool = False
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
+    path: str = ""  # of the traced module below the model; empty: the model itself
+
+    @property
+    def prefix(self) -> str:
+        """What tells the nodes of this graph from those of the others, in front of their names."""
+        return (f"{self.path}:" if self.path else "") + ("train." if self.training else "")
 
     @property
     def placeholders(self) -> list[Any]:
         """The example's values in the order of the graph's placeholders."""
         return [*self.args, *self.kwargs.values()]
+
+    @property
+    def outputs(self) -> Any:
+        """What the graph gave for the example."""
+        output = next(iter(reversed(self.graph.nodes)))
+        return fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
 
 
 def twin_of(model: nn.Module) -> Twin:
@@ -238,6 +265,7 @@ def trace(
     *,
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
+    bake: bool = False,
 ) -> Trace:
     """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
 
@@ -246,6 +274,9 @@ def trace(
     watch:
         Called with each node before it runs, for what it is to run under: a dispatch mode that executes ATen ops on tensors
         without data, and may look on. Default: :class:`~fxprune.shapes.ShapeMode`.
+    bake:
+        Take the defaults of whole numbers among the arguments (how many iterations) for good. Otherwise a model that reads such an
+        argument cannot be traced whole.
 
     Raises
     ------
@@ -256,7 +287,7 @@ def trace(
     """
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         twin.model.train(training)
-    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()))
+    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()), bake)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
@@ -266,10 +297,14 @@ def trace(
         stack.enter_context(_mode_through_graph(twin.model, tracer))
         try:
             graph = tracer.trace(twin.model)
+            for node in tracer.left_out:
+                if node.users:
+                    raise TraceError(_number_decides(node))
+                graph.erase_node(node)
         except FxpruneError:
             raise
         except Exception as error:
-            where = _user_line(traceback.extract_tb(error.__traceback__))
+            where = user_line(traceback.extract_tb(error.__traceback__))
             raise TraceError(
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
@@ -427,6 +462,7 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
         training: bool,
         watch: Callable[[fx.Node], AbstractContextManager[Any]],
+        bake: bool,
     ) -> None:
         super().__init__(autowrap_modules=())
         self.example = (args, kwargs)
@@ -435,6 +471,8 @@ class _Tracer(fx.Tracer):
         self.training = training
         self.decisions: list[str] = []
         self.asked_mode = False
+        self.bake = bake
+        self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         self.constant_targets: set[str] = set()
         self._inside_leaf_function = 0
         self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
@@ -450,6 +488,9 @@ class _Tracer(fx.Tracer):
         proxies = {name: self._placeholder(name, value) for name, value in values.items()}
         positional = [proxies[name] for name in names]
         keywords = {name: proxies[name] for name in kwargs}
+        for name, value in {} if self.bake else _left_out(root_fn, values).items():
+            keywords[name] = self._placeholder(name, value)
+            self.left_out.append(keywords[name].node)
 
         def call(module: nn.Module, *inputs: Any) -> Any:
             return root_fn(module, *inputs, **keywords)
@@ -544,7 +585,7 @@ class _Tracer(fx.Tracer):
             )
             own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
             has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
-            raise kind(f"{what!r} failed on shapes {shapes}{has}: {error} (at {_user_line()}). {advice}") from error
+            raise kind(f"{what!r} failed on shapes {shapes}{has}: {error} (at {user_line()}). {advice}") from error
         finally:
             self._executing = False
 
@@ -567,10 +608,12 @@ class _Tracer(fx.Tracer):
     def decide(self, proxy: ValueProxy, kind: type) -> Any:
         """A Python decision needs a value now: take the example's, list it, and guard it in the graph."""
         value = proxy.value
+        if proxy.node in self.left_out:
+            raise TraceError(_number_decides(proxy.node))
         if isinstance(value, Tensor):
             if value.is_meta:
                 raise TraceError(
-                    f"the model branches on the values of a tensor (at {_user_line()}). A graph has one path for all values: "
+                    f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
                     "use torch.where or masks, or keep that part in a module that is not pruned."
                 )
             return kind(value)
@@ -580,7 +623,7 @@ class _Tracer(fx.Tracer):
             self.asked_mode = True
             return kind(value)
         value = kind(value) if not isinstance(value, tuple | list | str) and value is not None else value
-        where = _user_line()
+        where = user_line()
         text = f"{where}: {_formula(proxy.node)} was taken as {value!r}"
         if text not in self.decisions and not _of_rank(proxy.node):
             self.decisions.append(text)
@@ -604,6 +647,16 @@ def _parameter_names(function: Any, count: int) -> list[str]:
             "Pass a tuple of positional arguments or a dict of keyword arguments."
         )
     return (names + [f"args_{i}" for i in range(count)])[:count]
+
+
+def _left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """The arguments that a call leaves to their defaults, and these are whole numbers."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if name not in given and type(parameter.default) is int}
+
+
+def _number_decides(node: fx.Node) -> str:
+    return f"what the model does depends on its argument {str(node.target)!r}, a number: a graph is for one number only."
 
 
 def _check_keywords(function: Any, kwargs: Mapping[str, Any]) -> None:
@@ -650,7 +703,7 @@ def _formula(node: fx.Node) -> str:
     return f"{name}({', '.join(parts)})"
 
 
-def _user_line(stack: Any = None) -> str:
+def user_line(stack: Any = None) -> str:
     """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune."""
     if stack is not None:
         for entry in reversed(stack):

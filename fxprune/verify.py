@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.coupling import Coupling
+from fxprune.eager import intercepted
 from fxprune.errors import RewriteError, VerificationError
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.propagation import seen_whole
 from fxprune.rewrite import Survivors, emit
 from fxprune.rules import bind
-from fxprune.trace import execute, put_tensors
+from fxprune.trace import Trace, execute, put_tensors
 
 __all__ = ["Verification", "check"]
 
@@ -40,7 +42,7 @@ class Verification:
 
 def check(
     model: nn.Module,
-    pruned: fx.GraphModule,
+    pruned: nn.Module,
     plan: Plan,
     coupling: Coupling,
     kept: dict[str, tuple[int, ...]],
@@ -59,10 +61,13 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     original = _values(model, dtype, generator if randomize else None)
     args, kwargs = _inputs(model, plan, example_inputs, dtype, generator if randomize else None)
-    reference = _reference(coupling, survivors, original, args, kwargs)
+    reference = _reference(coupling, survivors, original, args, kwargs, dtype)
     smaller = _smaller(pruned, coupling, survivors, original if randomize else None, dtype)
-    with torch.no_grad():
-        result = smaller(*tree_map(_copy, args), **tree_map(_copy, kwargs))
+    result: list[Any] = []
+    for path in coupling.parts:
+        smaller.get_submodule(path).register_forward_hook(lambda module, inputs, out: result.append(tree_map(_copy, out)))
+    with torch.no_grad(), _InDtype(dtype):
+        result.append(smaller(*tree_map(_copy, args), **tree_map(_copy, kwargs)))
     error, count = 0.0, 0
     pairs = list(zip(tree_leaves(result), tree_leaves(reference), strict=True))
     for out, ref in pairs:
@@ -78,7 +83,7 @@ def check(
     return Verification(error, count, dtype)
 
 
-def _same_structure(pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors) -> None:
+def _same_structure(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
     """Emit again, label by label, and compare the graph that comes out with the one at hand."""
     try:
         again = emit(coupling, survivors, thorough=True)
@@ -88,8 +93,10 @@ def _same_structure(pruned: fx.GraphModule, coupling: Coupling, survivors: Survi
     for name, tensor in pruned.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
             raise VerificationError(f"{name!r} has shape {tuple(tensor.shape)}, the plan leaves {shapes.get(name)}.")
-    if again.code.strip() != pruned.code.strip():
-        raise VerificationError("the model's graph is not the one that the plan emits; it was changed after pruning.")
+    for path in coupling.parts or ("",):
+        code, wanted = (getattr(model.get_submodule(path), "code", "") for model in (pruned, again))
+        if code.strip() != wanted.strip():
+            raise VerificationError("the model's graph is not the one that the plan emits; it was changed after pruning.")
 
 
 def _values(model: nn.Module, dtype: torch.dtype, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -141,7 +148,7 @@ def _copy(value: Any) -> Any:
 
 
 def _smaller(
-    pruned: fx.GraphModule, coupling: Coupling, survivors: Survivors, values: dict[str, Tensor] | None, dtype: torch.dtype
+    pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: dict[str, Tensor] | None, dtype: torch.dtype
 ) -> nn.Module:
     """A copy of the pruned model that holds the surviving elements of ``values`` (None: its own) in ``dtype``."""
     memo = {id(t): t for t in [*pruned.parameters(), *pruned.buffers()]}
@@ -162,35 +169,74 @@ def _smaller(
     return model.eval()
 
 
-def _reference(coupling: Coupling, survivors: Survivors, values: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """Run the original graph with removed parameter elements at zero and statistics over the survivors."""
-    trace = coupling.traces[0]
+def _reference(
+    coupling: Coupling, survivors: Survivors, values: dict[str, Tensor], args: Any, kwargs: Any, dtype: torch.dtype
+) -> list[Any]:
+    """Run the original with removed parameter elements at zero and statistics over the survivors.
+
+    What its parts give, if it was not traced whole, in the order of their calls, and what it returns.
+    """
     masked = {}
-    for name in coupling.parameters:
+    for name, tensor in coupling.parameters.items():
         value = values[name].clone()
         for labels in coupling.parameter_labels(name):
             value = value * torch.from_numpy(survivors.alive[labels]).to(value.dtype)
-        masked[name] = value
+        masked[id(tensor)] = value
+    traces = {trace.path: trace for trace in reversed(coupling.traces)}
+    found: list[Any] = []
+
+    def part(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        out = _of_graph(traces[path], coupling, survivors, masked, args, kwargs)
+        pairs = zip(tree_leaves(out), tree_leaves(traces[path].outputs), strict=True)
+        found.append([leaf if coupling.wide_dims(old) else survivors.take(old, leaf) for leaf, old in pairs])
+        return tree_map(_copy, out)  # what Python may write into
+
+    with torch.no_grad(), _InDtype(dtype):
+        if not coupling.parts:
+            return [_of_graph(traces[""], coupling, survivors, masked, args, kwargs)]
+        real = coupling.twin.instance(masked).eval()
+        with intercepted(real, coupling.parts, part):
+            out = real(*tree_map(_copy, args), **tree_map(_copy, kwargs))
+        return [*found, out]
+
+
+class _InDtype(TorchFunctionMode):
+    """Python that says float32 means the model's dtype here, or it could not be run in another."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].to(self.dtype)
+        args, kwargs = tree_map(lambda value: self.dtype if value is torch.float32 else value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _of_graph(trace: Trace, coupling: Coupling, survivors: Survivors, masked: dict[int, Tensor], args: Any, kwargs: Any) -> Any:
     twin = trace.twin.model.eval()
     inputs = iter([*args, *kwargs.values()])
     env: dict[fx.Node, Any] = {}
-    with trace.twin.holding({id(coupling.parameters[name]): value for name, value in masked.items()}), torch.no_grad():
+    with trace.twin.holding(masked), torch.no_grad():
         for node in trace.graph.nodes:
             if node.op == "placeholder":
-                env[node] = _copy(next(inputs))
+                env[node] = tree_map(_copy, next(inputs))
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], env.__getitem__)
             elif node.op == "get_attr" and node.target in trace.constants:
                 value = trace.constants[node.target].detach().cpu()
                 env[node] = value.to(next(iter(masked.values())).dtype) if value.is_floating_point() else value
             else:
-                env[node] = _run(node, twin, env, coupling, survivors)
+                env[node] = _run(node, trace, env, twin, coupling, survivors)
     raise VerificationError("the traced graph has no output")
 
 
-def _run(node: fx.Node, twin: nn.Module, env: dict[fx.Node, Any], coupling: Coupling, survivors: Survivors) -> Any:
+def _run(
+    node: fx.Node, trace: Trace, env: dict[fx.Node, Any], twin: nn.Module, coupling: Coupling, survivors: Survivors
+) -> Any:
     call_args, call_kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    with torch.inference_mode(), _MaskedStatistics(node.name, coupling, survivors):
+    with torch.inference_mode(), _MaskedStatistics(trace.prefix + node.name, coupling, survivors):
         value = execute(twin, node, call_args, call_kwargs)
     # 0/0 at an element that is not there any more (a weight norm of a zero filter) says nothing.
     for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):

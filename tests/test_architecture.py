@@ -21,6 +21,7 @@ ROOMS = [
     "rules",
     "balance",
     "propagation",
+    "eager",
     "coupling",
     "sparsity",
     "widths",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from fxprune.rules import REGISTRY
 from tests.support.coupling_text import Operand, Seen, constant, couple_one, labelled, weight
@@ -578,6 +579,20 @@ CASES = [
     Case("tile", "(i,j)->(2*i,2*j)", lambda x: x.tile(2, 2), t(2, 3)),
     Case("to", "(i,j)->(i,j)", lambda x: x.to(torch.float64), t(2, 3)),
     Case("topk", "(i,!)->(i~,2),(i~,2)", lambda x: x.topk(2, 1), t(2, 3)),
+    Case(
+        "torchvision::roi_align",
+        "(!,i,!,!),(5,5)->(5,i,3,3)",
+        lambda x, boxes: torchvision.ops.roi_align(x, boxes, 3),
+        t(2, 3, 8, 8),
+        c(5, 5),
+    ),
+    Case(
+        "torchvision::roi_pool",
+        "(!,i,!,!),(5,5)->(5,i,3,3)",
+        lambda x, boxes: torchvision.ops.roi_pool(x, boxes, 3),
+        t(2, 3, 8, 8),
+        c(5, 5),
+    ),
     Case("transpose", "(i,j)->(j,i)", lambda x: x.transpose(0, 1), t(2, 3)),
     Case("transpose_", "(i,j)->(j,i)", lambda x: x.transpose_(0, 1), t(2, 3)),
     Case("tril, has no rule", "(!,!)->(3,3)", torch.tril, t(3, 3)),

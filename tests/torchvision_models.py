@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.video import mvit
 
-#: Families that are not covered yet: they take targets, lists of images or pairs of images.
+#: Families of another interface (lists of images, targets, pairs of images): ``tests/test_detection.py`` covers them.
 EXCLUDED_MODULES = ("detection", "optical_flow")
 
 #: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes many seconds; the

@@ -170,6 +170,11 @@ class Activation(_Reader):
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
+        if coupling.parts:
+            raise ArgumentError(
+                "criterion Activation runs the model's graph, and this model cannot be traced whole: choose another criterion, "
+                "Taylor and Fisher read data too."
+            )
         trace, meter = coupling.traces[0], _Meter(coupling)
         # Parameters are only read; buffers are copied, should a module write to its own.
         real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in trace.twin.real.items()}

@@ -9,7 +9,9 @@ survivors of what it gave before. Such a node is run by the thorough check only.
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,15 +26,15 @@ from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
-from fxprune.rewrite.survivors import Survivors
+from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
-from fxprune.shapes import META
+from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, is_leaf, put_tensors
 
 __all__ = ["emit"]
 
 
-def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thorough: bool = False) -> PrunedModule:
+def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thorough: bool = False) -> nn.Module:
     """The smaller model, with the surviving elements of the user's parameters.
 
     Parameters
@@ -45,24 +47,32 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
     RewriteError
         If a node cannot be made smaller, or units that were separate meet; it carries the node's name.
     """
-    trace = coupling.traces[0]
+    twin, parts = coupling.twin, coupling.parts
     smaller: dict[int, Tensor] = {}
     for tensor in coupling.parameters.values():
         stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
-    root = _skeleton(trace.twin.model, smaller, {})
+    root = _skeleton(twin.model, smaller, {}, keep_classes=bool(parts))
     context = _old_units(coupling)
-    for own in coupling.traces:
-        for target in own.constants:
-            _set(root, target, operator.attrgetter(target)(own.twin.model))
     original = {id(smaller[id(tensor)]): tensor for tensor in coupling.parameters.values()}
-    graphs = [_Emission(coupling, survivors, own, root, original, context, thorough).run() for own in coupling.traces]
-    if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
-        del graphs[1]  # the model asks for its mode, but does the same in both
+    emitted: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
+    for path in parts or ("",):
+        below, own = root.get_submodule(path), [trace for trace in coupling.traces if trace.path == path]
+        for trace in own:
+            for target in trace.constants:
+                _set(below, target, operator.attrgetter(target)(trace.twin.model))
+        graphs = [_Emission(coupling, survivors, trace, below, original, context, thorough).run() for trace in own]
+        if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
+            del graphs[1]  # the model asks for its mode, but does the same in both
+        emitted[path] = below, graphs
     _fill(root, _survivors_of(coupling, survivors), smaller)
-    for target, tensor in (item for own in coupling.traces for item in own.constants.items()):
-        _set(root, target, tensor)
-    return PrunedModule(root, graphs[0], name, *graphs[1:])
+    for trace in coupling.traces:
+        for target, tensor in trace.constants.items():
+            _set(emitted[trace.path][0], target, tensor)
+    for path, (below, graphs) in emitted.items():
+        module = PrunedModule(below, graphs[0], type(below).__name__ if path else name, *graphs[1:])
+        root = _replaced(root, below, module.behaving_like(below) if path else module)
+    return root
 
 
 class _Emission:
@@ -79,7 +89,7 @@ class _Emission:
         self.coupling, self.survivors, self.trace, self.root, self.context = coupling, survivors, trace, root, context
         self.original = original  # by the id of a parameter of the smaller model: the twin's
         self.thorough = thorough
-        self.prefix = "train." if trace.training else ""
+        self.prefix = trace.prefix
         self.graph = fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.env: dict[fx.Node, Any] = {}  # the values of the new nodes, but for those that nobody has needed yet
@@ -100,12 +110,15 @@ class _Emission:
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
         if new not in self.env:
-            old = self.unrun[new]
-            if id(old) not in self.standing:
-                stand_in = self.standing[id(old)] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
-                self.context.put(stand_in, self._left(old))
-            self.env[new] = self.standing[id(old)]
+            self.env[new] = self._stand_in(self.unrun[new])
         return self.env[new]
+
+    def _stand_in(self, old: Tensor) -> Tensor:
+        """A tensor with the labels of what is left of one of the original."""
+        if id(old) not in self.standing:
+            stand_in = self.standing[id(old)] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
+            self.context.put(stand_in, self._left(old))
+        return self.standing[id(old)]
 
     def sized(self, value: Any, wanted: Any) -> Any:
         """A literal becomes the wanted number; so does an expression of sizes that all changed. One that also depends on sizes
@@ -139,16 +152,16 @@ class _Emission:
                 try:
                     self._emit(node, inputs)
                 except RewriteError as error:
-                    error.node = error.node or node.name
+                    error.node = self.prefix + (error.node or node.name)
                     raise
         return self.graph
 
     def _emit(self, node: fx.Node, inputs: Any) -> None:
         if node.op == "placeholder":
-            new = self.graph.node_copy(node)
-            self.env[new] = next(inputs)
+            new = self._taken_in(self.graph.node_copy(node), next(inputs))
         elif node.op == "output":
-            new = self.graph.node_copy(node, self.made.__getitem__)
+            handed = fx.node.map_arg(node.args, lambda n: self._handed_out(self.made[n], _value(n)))
+            new = self.graph.create_node("output", "output", handed, name=node.name)
         else:
             emitted = self._call(node)
             if emitted is None:
@@ -156,6 +169,38 @@ class _Emission:
             new = emitted
         new.meta = {}
         self.made[node] = new
+
+    def _taken_in(self, new: fx.Node, value: Any) -> fx.Node:
+        """An input as it comes from Python code: smaller too, or as wide as it was, and what is still read is taken from it."""
+        self.env[new] = map_tensors(lambda old: self._stand_in(old) if self.coupling.labels(old) else old, value)
+        for dim, alive in self._padded(value):
+            kept = np.flatnonzero(alive)
+            new = self.graph.call_function(torch.index_select, (new, dim, self._positions(kept)))
+            self.env[new] = self._stand_in(value)
+        return new
+
+    def _handed_out(self, new: fx.Node, old: Any) -> fx.Node:
+        """A result as Python code gets it: smaller, or as wide as it was, with zeros where something is gone."""
+        for dim, alive in self._padded(old):
+            padding = [0, 0] * (old.dim() - 1 - dim) + [0, 1]
+            new = self.graph.call_function(torch.nn.functional.pad, (new, padding))
+            places = np.where(alive, np.cumsum(alive) - 1, np.count_nonzero(alive))
+            new = self.graph.call_function(torch.index_select, (new, dim, self._positions(places)))
+        return new
+
+    def _padded(self, tensor: Any) -> Iterator[tuple[int, Mask]]:
+        """The dimensions of an input or output that Python sees as wide as they were, and which of their positions are left."""
+        for dim in self.coupling.wide_dims(tensor) if self.trace.path else ():
+            rows = self.survivors.rows(tensor, dim)
+            if rows is not None:
+                yield dim, rows[0]
+
+    def _positions(self, index: Array) -> fx.Node:
+        """A node that reads these positions, which are a buffer outside the state dict."""
+        name = next(n for n in map("_positions{}".format, itertools.count()) if not hasattr(self.root, n))
+        with torch.inference_mode(False):
+            self.root.register_buffer(name, torch.tensor(index), persistent=False)
+        return self.graph.get_attr(name)
 
     def _call(self, node: fx.Node) -> fx.Node | None:
         value = _value(node)
@@ -342,14 +387,29 @@ def _old_units(coupling: Coupling) -> Context:
     return context
 
 
-def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module], whole: bool = False) -> nn.Module:
-    """The module tree of the emitted model: leaves copied with all below them, the rest plain containers. Sharing is kept."""
+def _replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The tree with one module in the place of another, wherever that stands."""
+    for module in root.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+    return new if root is old else root
+
+
+def _skeleton(
+    module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module], whole: bool = False, keep_classes: bool = False
+) -> nn.Module:
+    """The module tree of the emitted model. Sharing is kept.
+
+    Leaves are copied with all below them, the rest are plain containers, unless there is Python that calls their methods.
+    """
     if id(module) in done:
         return done[id(module)]
     kind = type(module)
     leaf = whole or is_leaf(module)
-    new = kind.__new__(kind) if leaf else nn.Module()
-    if leaf:
+    own_class = leaf or keep_classes
+    new = kind.__new__(kind) if own_class else nn.Module()
+    if own_class:
         new.__dict__.update(module.__dict__)
     for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[store] = module.__dict__[store].copy()
@@ -362,13 +422,13 @@ def _skeleton(module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn
                 own[name] = replaced[id(tensor)]
     for name, child in module._modules.items():
         if child is not None:
-            new._modules[name] = _skeleton(child, replaced, done, leaf)
+            new._modules[name] = _skeleton(child, replaced, done, leaf, keep_classes)
     return new
 
 
 def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]:
     """The surviving elements of the user's tensors, by the id of the twin's tensor."""
-    real = coupling.traces[0].twin.real
+    real = coupling.twin.real
     out: dict[int, Tensor] = {}
     for tensor in coupling.parameters.values():
         source = real[id(tensor)]

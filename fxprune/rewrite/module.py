@@ -40,6 +40,16 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = training_graph
         self.graph = graph  # compiles it
 
+    def behaving_like(self, original: nn.Module) -> PrunedModule:
+        """Take over class and attributes of the module in the place of which this one stands: Python code calls its methods."""
+        self.__dict__.update({name: value for name, value in vars(original).items() if name not in self.__dict__})
+        self._inherit(getattr(type(original), "_original_class", type(original)))
+        return self
+
+    def _inherit(self, kind: type) -> None:
+        # After construction: GraphModule's __init__ would call that of the other class.
+        self.__class__ = type(type(self).__name__, (type(self), kind), {"_original_class": kind})
+
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
         code = super().recompile()
@@ -63,11 +73,14 @@ class PrunedModule(fx.GraphModule):
             root.__dict__[store] = copy.deepcopy(self.__dict__[store], memo)
         root.__dict__.update(copy.deepcopy(_constants(self), memo))
         root.training = self.training
-        name = type(self).__name__
+        name = self._get_name()
         new = PrunedModule(root, copy.deepcopy(self.graph), name, copy.deepcopy(self.training_graph))
         memo[id(self)] = new
         new.meta = copy.deepcopy(self.meta, memo)
         for key, value in self.__dict__.items():
             if key not in new.__dict__:
                 new.__dict__[key] = copy.deepcopy(value, memo)
+        kind = getattr(type(self), "_original_class", None)
+        if kind is not None:
+            new._inherit(kind)
         return new

@@ -14,7 +14,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, alive_mask, varied
 
-__all__ = ["Survivors"]
+__all__ = ["Mask", "Survivors"]
 
 Mask = npt.NDArray[np.bool_]
 

@@ -124,6 +124,7 @@ class Context:
         self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
         self.summed_groups: set[str] = set()  # nodes with a convolution whose groups sum over several input channels
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
+        self.wide: list[Array] = []  # labels of axes that Python code, which is not traced, has to see as wide as they were
         self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements

@@ -38,17 +38,18 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.put(result, passing if result.is_floating_point() else [Field(f.labels, False) for f in passing])
 
 
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "torchvision::roi_align", "torchvision::roi_pool")
 def grid(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Samples positions; channels (dimension 1) pass."""
-    ctx.pin_all(ctx.fields(a["grid"]), "is a sampling grid")
+    """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
+    ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
     passing = []
     for f in ctx.fields(a["input"]):
         if f.dims == {1}:
             passing.append(f)
         else:
             ctx.pin(f.labels, "is an axis of positions that is resampled")
-    ctx.put(out, passing)
+    for result in out if isinstance(out, tuple) else (out,):
+        ctx.put(result, [Field(f.labels, f.zero and result.is_floating_point()) for f in passing])
 
 
 @rule("pixel_shuffle")

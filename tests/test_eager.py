@@ -1,0 +1,282 @@
+"""Models that cannot be traced whole: their Python stays, the modules that it calls are pruned as graphs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torchvision.ops import nms, roi_align
+
+import fxprune
+from fxprune.errors import TraceError
+
+IMAGE = (2, 3, 16, 16)
+
+
+def block(a: int, b: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1))
+
+
+def data_dependent(x: Tensor) -> None:
+    """What no graph holds: the model cannot be traced whole."""
+    x.flatten()[x.flatten() > 1e9].tolist()
+
+
+class Between(nn.Module):
+    """Two parts with some Python between them."""
+
+    def __init__(self, code: Callable[[Any, Tensor], Tensor], width: int = 16) -> None:
+        super().__init__()
+        self.first, self.second = block(3, width), block(width, width)
+        self.head = nn.Conv2d(width, 4, 1)
+        self.scale = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
+        self.norm = nn.BatchNorm2d(width)
+        self.code, self.width = code, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.nonzero(x.flatten() > 1e9)
+        y = self.code(self, self.first(x))
+        return self.head(F.relu(self.second(y)))
+
+
+def split_at_a_literal(model: Any, y: Tensor) -> Tensor:
+    a, b = torch.split(y, [model.width // 2, model.width // 2], dim=1)
+    return torch.cat([b, a], dim=1)
+
+
+def scaled_by_the_width(model: Any, y: Tensor) -> Tensor:
+    return y / math.sqrt(y.shape[1])
+
+
+def scaled_by_the_width_as_a_tensor(model: Any, y: Tensor) -> Tensor:
+    _batch, width, *_ = y.shape
+    return y / torch.sqrt(torch.tensor(width))
+
+
+def laid_out_anew(model: Any, y: Tensor) -> Tensor:
+    batch, width, high, wide = y.shape
+    return y.view(batch, width, high * wide).view(batch, width, high, wide)
+
+
+def laid_out_by_a_literal(model: Any, y: Tensor) -> Tensor:
+    return y.reshape(y.shape[0], model.width, -1).reshape(y.shape)
+
+
+def laid_out_by_the_width_of_another(model: Any, y: Tensor) -> Tensor:
+    other = model.second(torch.relu(y))
+    return y.reshape(y.shape[0], other.shape[1], *y.shape[2:]) * 2
+
+
+def collected(model: Any, y: Tensor) -> Tensor:
+    out = torch.zeros(y.shape, dtype=y.dtype)
+    for i in range(y.shape[0]):
+        out[torch.tensor([i])] = y[torch.tensor([i])]
+    return out
+
+
+def normalised(model: Any, y: Tensor) -> Tensor:
+    return (y - y.mean(dim=1, keepdim=True)) * 2
+
+
+def chosen(model: Any, y: Tensor) -> Tensor:
+    return y * (torch.sigmoid(y.mean(dim=(2, 3), keepdim=True)) > 0.25)
+
+
+PYTHON: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "nothing": lambda model, y: y,
+    "relu": lambda model, y: F.relu(y),
+    "batch_norm": lambda model, y: model.norm(y),
+    "own_parameter": lambda model, y: y * model.scale,
+    "pooled": lambda model, y: F.interpolate(F.max_pool2d(y, 2), scale_factor=2.0),
+    "one_channel": lambda model, y: y + y[:, 3:4],
+    "split_at_a_literal": split_at_a_literal,
+    "scaled_by_the_width": scaled_by_the_width,
+    "scaled_by_the_width_as_a_tensor": scaled_by_the_width_as_a_tensor,
+    "laid_out_anew": laid_out_anew,
+    "laid_out_by_a_literal": laid_out_by_a_literal,
+    "laid_out_by_the_width_of_another": laid_out_by_the_width_of_another,
+    "collected": collected,
+    "mean_over_channels": normalised,
+    "layer_norm": lambda model, y: F.layer_norm(y.movedim(1, -1), (model.width,)).movedim(-1, 1),
+    "group_norm": lambda model, y: F.group_norm(y, 4),
+    "grouped_convolution": lambda model, y: F.conv2d(y, model.scale[:, None], groups=model.width),
+    "concatenated": lambda model, y: torch.cat([y, -y], dim=1)[:, : model.width] + torch.stack([y, y]).sum(0),
+    "softmax": lambda model, y: y.softmax(dim=1),
+    "counted": lambda model, y: y / len(y[0]) + y.numel() / 1e5 + y.shape.numel() / 1e5,
+    "flipped": lambda model, y: y.flip(1),
+    "chosen": chosen,
+    "sigmoid": lambda model, y: torch.sigmoid(y),
+    "in_place": lambda model, y: y.mul_(2),
+    "gathered": lambda model, y: y[torch.arange(y.shape[0]).flip(0)],
+}
+
+
+def share_left(pruned: fxprune.Pruned) -> float:
+    return pruned.report.params_after / pruned.report.params_before
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_between_parts_does_the_same_on_what_is_left(name: str) -> None:
+    model, x = Between(PYTHON[name]).eval(), torch.randn(IMAGE)
+    before = copy.deepcopy(model.state_dict())
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.45
+    assert type(pruned.model) is Between
+    assert isinstance(pruned.model.first, fx.GraphModule)
+    assert isinstance(pruned.model.second, fx.GraphModule)
+    assert set(pruned.model.state_dict()) == set(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    pruned.model.train()
+    pruned.model(torch.randn(3, 3, 20, 12)).sum().backward()
+    assert all(p.grad is not None for n, p in pruned.model.named_parameters() if n.split(".")[0] in ("first", "second", "head"))
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    model, x = Between(PYTHON[name]).eval(), torch.randn(IMAGE)
+    pruned = fxprune.prune(model, x, channels=1.0)
+    for mode in (True, False):
+        model.train(mode), pruned.model.train(mode)
+        assert torch.equal(model(x), pruned.model(x))
+
+
+class Refines(nn.Module):
+    """A loop of as many steps as the caller likes, over a state that a part updates."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.encoder, self.update, self.head = block(3, 2 * width), block(2 * width, width), nn.Conv2d(width, 2, 1)
+        self.width = width
+
+    def forward(self, x: Tensor, steps: int = 3) -> list[Tensor]:
+        hidden, context = torch.split(self.encoder(x), [self.width, self.width], dim=1)
+        out = []
+        for _ in range(steps):
+            hidden = torch.tanh(self.update(torch.cat([hidden, F.relu(context)], dim=1)))
+            out.append(self.head(hidden))
+        return out
+
+
+def test_a_number_of_steps_stays_the_callers() -> None:
+    model, x = Refines().eval(), torch.randn(IMAGE)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.35
+    assert [len(pruned.model(x, steps)) for steps in (1, 5)] == [1, 5]
+    assert torch.equal(pruned.model(x, 5)[2], pruned.model(x)[2])
+
+
+class Detects(nn.Module):
+    """Two levels, a head that they share, boxes where it fires, features pooled from these boxes, classes."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.body, self.down = block(3, width), nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.rpn = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 5, 1))
+        self.box = nn.Sequential(nn.Flatten(), nn.Linear(width * 9, 32), nn.ReLU())
+        self.classes = nn.Linear(32, 6)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        x = torch.stack([F.interpolate(image[None], (16, 16))[0] for image in images])
+        features = [self.body(x)]
+        features.append(self.down(features[0]))
+        found: list[dict[str, Tensor]] = []
+        heads = [self.rpn(level) for level in features]
+        for i in range(len(images)):
+            boxes, scores = [], []
+            for level, out in enumerate(heads):
+                score = out[i, 0].flatten()
+                top = score.topk(min(6, score.numel())).indices
+                corner = torch.stack([top % out.shape[-1], top // out.shape[-1]], dim=1) * 2.0**level
+                size = out[i, 1:3].flatten(1)[:, top].T.sigmoid() * 6 + 1
+                boxes.append(torch.cat([corner, corner + size], dim=1).to(x.dtype))
+                scores.append(score[top])
+            box, score = torch.cat(boxes), torch.cat(scores)
+            kept = nms(box, score, 0.5)
+            pooled = roi_align(features[0], [box[kept] if j == i else box[:0] for j in range(len(images))], 3)
+            found.append({"boxes": box[kept], "logits": self.classes(self.box(pooled))})
+        return found
+
+
+def test_a_detector_prunes_through_its_boxes() -> None:
+    model, images = Detects().eval(), [torch.rand(3, 20, 30), torch.rand(3, 30, 20)]
+    pruned = fxprune.prune(model, (images,), channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.35
+    assert pruned.model.box[1].in_features == 8 * 9  # the features keep half of their channels through the pooling of boxes
+    for count in (1, 3):
+        assert len(pruned.model([torch.rand(3, 25, 25)] * count)) == count
+    sum(out["logits"].sum() for out in pruned.model.train()(images)).backward()
+
+
+class Branches(nn.Module):
+    """Goes on in another way for other values; every module is called either way."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.head = block(3, width), block(width, width), block(width, width), nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if y.sum() > 0:
+            return self.head(self.b(F.relu(self.a(y))))
+        return self.head(self.a(self.b(y)))
+
+
+def test_where_values_decide_parts_are_whole_to_each_other() -> None:
+    model, x = Branches().double().eval(), torch.randn(IMAGE, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert 0.3 < share_left(pruned) < 0.8
+    kept = {group.name: group.kept for group in pruned.plan.groups}
+    masked = copy.deepcopy(model)
+    for name, units in kept.items():  # the units of a part's inner axis: filters, norm, and what reads them
+        part = masked.get_submodule(name.split(".")[0])
+        gone = [i for i in range(16) if i not in units]
+        for tensor in (part[0].weight, part[0].bias, part[1].weight, part[1].bias):
+            tensor.data[gone] = 0
+        part[3].weight.data[:, gone] = 0
+    for shift in (-3.0, 3.0):
+        for m in (masked, pruned.model):
+            m.first[3].bias.data += shift
+        torch.testing.assert_close(pruned.model(x), masked(x), rtol=1e-9, atol=1e-12)
+
+
+class Hides(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(self.a(y)) if y.sum() > 0 else self.head(self.b(y))
+
+
+def test_a_branch_on_values_that_hides_a_module_is_refused_by_its_line() -> None:
+    with pytest.raises(TraceError, match=r"branches on the values of a tensor \(at test_eager.py:\d+\)"):
+        fxprune.prune(Hides().eval(), torch.randn(IMAGE), channels=0.5)
+
+
+def test_plans_of_parts_replay_and_are_saved(tmp_path: Any) -> None:
+    model, x = Between(split_at_a_literal).eval(), torch.randn(IMAGE)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    again = fxprune.apply(fxprune.Plan.from_json(pruned.plan.to_json()), model)
+    assert torch.equal(again.model(x), pruned.model(x))
+    pruned.save(tmp_path / "out")
+    loaded = fxprune.load(tmp_path / "out", lambda: copy.deepcopy(model))
+    assert torch.equal(loaded.model(x), pruned.model(x))
+    twice = fxprune.prune(pruned.model, x, channels=0.5, verify=True)
+    assert twice.report.error < 1e-9
+    assert share_left(twice) < 0.5
+
+
+def test_a_pruned_model_with_parts_can_be_copied_and_moved_to_another_dtype() -> None:
+    pruned = fxprune.prune(Between(split_at_a_literal).eval(), torch.randn(IMAGE), channels=0.5)
+    copied = copy.deepcopy(pruned.model).double()
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(copied(x.double()), pruned.model(x).double(), rtol=1e-4, atol=1e-5)
+    assert isinstance(copied.first, nn.Sequential)
+    assert isinstance(copied.first, fx.GraphModule)
