@@ -17,6 +17,7 @@ from fxprune.errors import (
 )
 from fxprune.plan import GroupPlan, Plan
 from fxprune.report import Report
+from fxprune.rules import register_rule
 from fxprune.sparsity import GroupSparsity
 from fxprune.steps import Steps
 from fxprune.verify import Verification
@@ -51,5 +52,6 @@ __all__ = [
     "criteria",
     "load",
     "prune",
+    "register_rule",
     "verify",
 ]

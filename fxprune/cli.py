@@ -224,7 +224,7 @@ def prune(
         found = _criterion(criterion)
         module, example_inputs = _built(model, input_shapes, weights, checkpoint, saved)
         with _stage("pruning and verifying" if verify else "pruning"):
-            pruned = api.prune(module, example_inputs, criterion=found, verify=verify, **options)
+            pruned = api.prune(module, example_inputs, criterion=found, verify=verify or None, **options)
         _deliver(pruned, out, as_json)
 
 

@@ -152,7 +152,7 @@ class _RealMode(LabelMode):
         statistics = len(ctx.statistics)
         bound = rules.bind(func, args, kwargs)
         if labelled or (isinstance(out, Tensor) and out.is_floating_point()):
-            rule.handler(ctx, func, bound, out)
+            self._follow(rule, func, bound, out)
         if creates:
             for f in ctx.fields(out):  # as wide as what it was measured by
                 for labels in (a for width in self.widths for a in width.labels if a.size == f.labels.size):

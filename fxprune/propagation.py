@@ -67,12 +67,21 @@ class LabelMode(TorchDispatchMode):
                 ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
         elif labelled or out.is_floating_point():
             bound = rules.bind(func, args, kwargs)
-            try:
-                rule.handler(ctx, func, bound, out)
-            except Exception as error:
-                raise RewriteError(f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", ctx.node) from error
+            self._follow(rule, func, bound, out)
             _note_positions(ctx, func, rule, bound)
         return out
+
+    def _follow(self, rule: rules.Rule, func: Any, bound: dict[str, Any], out: Any) -> None:
+        """Let an op's rule say what its result carries."""
+        ctx = self.context
+        if rule.of_user:
+            ctx.trusted.add(func._schema.name)
+        try:
+            rule.handler(ctx, func, bound, out)
+        except Exception as error:
+            # A node that is named is tried again without pruning what enters it; who wrote a rule wants to see that it fails.
+            node = "" if rule.of_user else ctx.node
+            raise RewriteError(f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", node) from error
 
 
 def _follow_weights(ctx: Context, weights: Context, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -109,11 +118,14 @@ def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[st
     ctx.positional.add(ctx.node)
 
 
-@functools.cache
 def seen_whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return rules.find(func) is not None or not composite
+    return rules.find(func) is not None or not _composite(func)
+
+
+@functools.cache
+def _composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """All knowledge of ATen ops: one small rule per op family, registered by name. Importing the package fills the registry."""
 
+from fxprune.labels import Field
 from fxprune.rules import (
     contraction,
     convolution,
@@ -13,12 +14,13 @@ from fxprune.rules import (
     resampling,
 )
 from fxprune.rules.context import Context, Contraction, Record, Sighting
-from fxprune.rules.registry import REGISTRY, Rule, bind, find
+from fxprune.rules.registry import REGISTRY, Rule, bind, find, register_rule
 
 __all__ = [
     "REGISTRY",
     "Context",
     "Contraction",
+    "Field",
     "Record",
     "Rule",
     "Sighting",
@@ -33,5 +35,6 @@ __all__ = [
     "pointwise",
     "recurrent",
     "reduction",
+    "register_rule",
     "resampling",
 ]

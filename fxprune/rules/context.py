@@ -126,6 +126,7 @@ class Context:
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
         self.wide: list[Array] = []  # labels of axes that Python code, which is not traced, has to see as wide as they were
         self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
+        self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
 
@@ -191,6 +192,10 @@ class Context:
             if len(f.dims) > 1:
                 self.sight(f.labels)
         self.records[id(tensor)] = Record(tensor, kept, base=root)
+
+    def give(self, out: Tensor, fields: Iterable[Field], dims: Sequence[int]) -> None:
+        """Say what a result carries, from fields over virtual dimensions: its i-th dimension is the virtual one ``dims[i]``."""
+        self.put(out, [Field(take(f.labels, dims), f.zero) for f in fields])
 
     def overwrite(self, tensor: Tensor, fields: list[Field]) -> None:
         """An in-place op wrote into a tensor (maybe a view); its labels were united with what was written."""

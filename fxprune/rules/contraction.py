@@ -8,19 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context, take
+from fxprune.rules.context import Context
 from fxprune.rules.registry import rule
 
 
 def _finish(ctx: Context, out: Tensor, fields: list[Field], dims: Sequence[int], extra: Tensor | None = None) -> None:
     """Read the result's dimensions off the virtual ones; add a bias that broadcasts to it."""
-    laid = [Field(take(f.labels, dims), f.zero) for f in fields]
+    ctx.give(out, fields, dims)
     if extra is not None:
         rank = out.dim()
-        ctx.put(out, laid)
         met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(extra, range(rank - extra.dim(), rank), rank)], rank)
-        laid = [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met]
-    ctx.put(out, laid)
+        ctx.put(out, [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met])
 
 
 @rule("linear")

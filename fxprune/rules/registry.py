@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from fxprune.errors import ArgumentError
 from fxprune.rules.context import Context
 
-__all__ = ["REGISTRY", "Rule", "bind", "find", "rule"]
+__all__ = ["REGISTRY", "Rule", "bind", "find", "register_rule", "rule"]
 
 Handler = Callable[[Context, Any, dict[str, Any], Any], None]
 """``handler(context, op, arguments by name, result)``: reads the fields of the arguments, puts those of the result."""
@@ -19,9 +20,12 @@ Handler = Callable[[Context, Any, dict[str, Any], Any], None]
 
 @dataclass(frozen=True)
 class Rule:
+    """How labels pass through an op, and who says so."""
+
     handler: Handler
     family: str
     doc: str
+    of_user: bool = False
 
 
 REGISTRY: dict[str, Rule] = {}
@@ -39,6 +43,59 @@ def rule(*names: str) -> Callable[[Handler], Handler]:
             REGISTRY[name] = Rule(handler, family, doc)
         return handler
 
+    return register
+
+
+def register_rule(name: str, *, like: str | None = None) -> Callable[[Handler], Handler]:
+    """Say how channels pass through an op of your own; see ``docs/extending.md`` for the verbs of a rule.
+
+    :func:`fxprune.prune` proves every model in which such a rule takes part against the masked original.
+
+    Parameters
+    ----------
+    name:
+        ``"library::op"``, as the op is registered with ``torch.library``; all its overloads have the rule.
+    like:
+        The name of an op whose rule serves for this one too, its arguments being called the same: ``"linear"``; ``"pointwise"``
+        for any op that works element by element, broadcast included. Without it, use the result as a decorator of a function
+        ``rule(context, op, arguments by name, result)``.
+
+    Raises
+    ------
+    ArgumentError
+        If the name has no library, is one of PyTorch's own, or has a rule already; if ``like`` has none.
+
+    Examples
+    --------
+    >>> import fxprune, torch
+    >>> @torch.library.custom_op("fxprune_doc::halve", mutates_args=())
+    ... def halve(x: torch.Tensor) -> torch.Tensor:
+    ...     return x / 2
+    >>> halve.register_fake(torch.empty_like)  # doctest: +ELLIPSIS
+    <...>
+    >>> _ = fxprune.register_rule("fxprune_doc::halve", like="pointwise")
+    >>> class Net(torch.nn.Sequential):
+    ...     def forward(self, x):
+    ...         return self[1](halve(self[0](x)))
+    >>> net = Net(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+    >>> fxprune.prune(net, torch.zeros(1, 3), channels=0.5).model.get_submodule("1").weight.shape
+    torch.Size([2, 4])
+    """
+    library, _, op = name.partition("::")
+    if not library or not op or library in ("aten", "prims", "prim"):
+        raise ArgumentError(f'register_rule: {name!r} is no op of your own: give its name as "library::op".')
+    if name in REGISTRY:
+        raise ArgumentError(f"register_rule: {name} has a rule already.")
+    if like is not None and like not in REGISTRY:
+        raise ArgumentError(f"register_rule: {like!r} has no rule that {name} could share; docs/rules.md lists those that have.")
+
+    def register(handler: Handler, family: str = "user") -> Handler:
+        REGISTRY[name] = Rule(handler, family, (handler.__doc__ or "").strip().split("\n")[0], of_user=True)
+        find.cache_clear()
+        return handler
+
+    if like is not None:
+        register(REGISTRY[like].handler, REGISTRY[like].family)
     return register
 
 
