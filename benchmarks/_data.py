@@ -127,7 +127,7 @@ def _textures(size: int) -> Data:
     The class is the pair of shape and texture, 20 in all: neither the outline nor the filling tells it alone. Equal on every
     machine up to rounding: one seeded generator draws everything.
     """
-    counts = (2400, 600, 1500)
+    counts = (2400, 3000, 3000)
     generator = torch.Generator().manual_seed(20)
     total = sum(counts)
     labels = torch.randint(len(_SHAPES) * len(_TEXTURES), (total,), generator=generator)
