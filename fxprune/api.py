@@ -6,7 +6,7 @@ import fnmatch
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
-from fxprune.coupling import Coupling, Labelling, couple
+from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.criteria import rank
 from fxprune.eager import some_data
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError, TraceError, VerificationError
@@ -70,7 +70,7 @@ class Pruned:
         save_pruned(folder, self.model, self.plan, self.report)
 
 
-def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = ()) -> Coupling:
+def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str | Mapping[str, str] = "dims") -> Coupling:
     """Find which channels are coupled, without changing or even reading a weight.
 
     Parameters
@@ -81,6 +81,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = ()) -> Couplin
         A tensor, a tuple of positional arguments or a dict of keyword arguments. Only shapes and dtypes matter.
     keep:
         What must not be pruned: a module name, a glob, a module object, or several of these.
+    units:
+        What a unit of an attention is, see :func:`prune`.
 
     Raises
     ------
@@ -93,7 +95,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = ()) -> Couplin
     8 units: 0.weight:0, 0.bias:0, 2.weight:1
     """
     _check_model(model)
-    return _analyze(model, example_of(example_inputs, 2), example_of(example_inputs), _kept_parameters(model, keep), ())
+    terms = Terms(_kept_parameters(model, keep), (), _of_whole_heads(model, units))
+    return _analyze(model, example_of(example_inputs, 2), example_of(example_inputs), terms)
 
 
 def prune(
@@ -107,6 +110,7 @@ def prune(
     layers: Mapping[str, float] | None = None,
     criterion: Any = "cpmc",
     keep: Any = (),
+    units: str | Mapping[str, str] = "dims",
     round_to: int = 1,
     min_channels: int = 1,
     verify: bool | None = None,
@@ -138,6 +142,10 @@ def prune(
         :class:`~fxprune.criteria.UnitView` to one score per unit.
     keep:
         What must not be pruned: a module name, a glob, a module object, or several of these. Their parameters keep their shapes.
+    units:
+        What a unit of an attention is: ``"dims"``, one of the dimensions of its heads, every head losing equally many; ``"heads"``,
+        a whole head (with the key's and value's, all query heads that share them). Or glob of module names -> either of the two;
+        the last that matches counts.
     round_to:
         Groups keep a multiple of this many units, where they have as many.
     min_channels:
@@ -163,24 +171,23 @@ def prune(
     with clock("check"):
         _check_model(model)
         inputs, exact = example_of(example_inputs, 2), example_of(example_inputs)
-        kept = _kept_parameters(model, keep)
-    pinned: tuple[str, ...] = ()
+        terms = Terms(_kept_parameters(model, keep), (), _of_whole_heads(model, units))
     for _ in range(_ATTEMPTS):
-        coupling = _analyze(model, inputs, exact, kept, pinned, clock)
+        coupling = _analyze(model, inputs, exact, terms, clock)
         with clock("score"):
             ranking = rank(criterion, coupling, model)
         with clock("select"):
             survivors = select(coupling, ranking, budget)
         try:
-            pruned = _emit(model, coupling, survivors, kept, pinned, exact, clock)
+            pruned = _emit(model, coupling, survivors, terms, exact, clock)
             break
         except RewriteError as error:
             # Never guess: a node that cannot be made smaller keeps its operands whole.
-            if not error.node or error.node in pinned:
+            if not error.node or error.node in terms.pinned_nodes:
                 raise
-            pinned = (*pinned, error.node)
+            terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
     else:
-        failed = ", ".join(pinned)
+        failed = ", ".join(terms.pinned_nodes)
         raise RewriteError(f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass modules in keep=.")
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
@@ -336,7 +343,7 @@ def verify(
         if stage is stages[-1]:
             smaller = pruned.model
         else:
-            smaller = _emit(model, coupling, survivors, stage.keep, stage.pinned_nodes, exact, clock).model
+            smaller = _emit(model, coupling, survivors, _terms(stage), exact, clock).model
         found.append(check(model, smaller, stage, coupling, survivors, **options))
         model = smaller
     return max(found, key=lambda verification: verification.error)
@@ -407,19 +414,27 @@ class _Clock:
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _analyze(
-    model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...], clock: _Clock | None = None
-) -> Coupling:
+def _terms(plan: Plan) -> Terms:
+    return Terms(plan.keep, plan.pinned_nodes, plan.heads)
+
+
+def _analyze(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, clock: _Clock | None = None) -> Coupling:
     clock = clock or _Clock()
     with clock("trace"):
-        labelling = _label(model, inputs, exact, kept, pinned)
+        options: dict[str, Any] = {}
+        if terms.heads:
+            first = _label(model, inputs, exact, terms, coupling=False)
+            options = {"unread": first.unread(), "ties": first.head_ties(terms.heads)}
+        labelling = _label(model, inputs, exact, terms, **options)
     with clock("couple"):
         return couple(labelling, _share(exact, labelling.inputs))
 
 
-def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...]) -> Labelling:
+def _label(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, **options: Any) -> Labelling:
+    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model, traced whole if that can be."""
+
     def evaluated(values: Inputs) -> Labelling:
-        labelling = Labelling(twin_of(model), kept, pinned)
+        labelling = Labelling(twin_of(model), terms, **options)
         labelling.trace(*values)
         return labelling
 
@@ -431,7 +446,7 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...
                 raise
             labelling, inputs = evaluated(exact), exact  # a model may insist on its batch of 1
         except TraceError as error:
-            return _label_parts(model, inputs, kept, pinned, error)
+            return _label_parts(model, inputs, terms, error, **options)
     if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*inputs, training=True)
@@ -443,13 +458,11 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, kept: tuple[str, ...
     return labelling
 
 
-def _label_parts(
-    model: nn.Module, inputs: Inputs, kept: tuple[str, ...], pinned: tuple[str, ...], refused: FxpruneError
-) -> Labelling:
+def _label_parts(model: nn.Module, inputs: Inputs, terms: Terms, refused: FxpruneError, **options: Any) -> Labelling:
     """The labels of a model that cannot be traced whole, for the reason given."""
     twin = twin_of(model)
     twin.model.eval()
-    labelling = Labelling(twin, kept, pinned)
+    labelling = Labelling(twin, terms, **options)
     try:
         labelling.run(*some_data(inputs))
     except FxpruneError:
@@ -475,8 +488,7 @@ def _emit(
     model: nn.Module,
     coupling: Coupling,
     survivors: dict[str, tuple[int, ...]],
-    kept: tuple[str, ...],
-    pinned: tuple[str, ...],
+    terms: Terms,
     exact: Inputs,
     clock: _Clock,
 ) -> Pruned:
@@ -486,7 +498,9 @@ def _emit(
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(groups, pack_inputs(*exact), kept, pinned, fingerprint(model), history(model))
+        plan = Plan(
+            groups, pack_inputs(*exact), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads
+        )
         remember(smaller, plan)
         report = Report(
             params_before=count_parameters(model),
@@ -535,7 +549,7 @@ def _stages(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
 
 def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
     coupling, survivors, exact, clock = _replay(stage, model)
-    return _emit(model, coupling, survivors, stage.keep, stage.pinned_nodes, exact, clock)
+    return _emit(model, coupling, survivors, _terms(stage), exact, clock)
 
 
 def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, _Clock]:
@@ -545,12 +559,12 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
             "differ. Build the model exactly as it was when the plan was made."
         )
     known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    unknown = [name for name in plan.keep if name not in known]
+    unknown = [name for name in (*plan.keep, *plan.heads) if name not in known]
     if unknown:
-        raise PlanError(f"the plan keeps {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
+        raise PlanError(f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
     exact = unpack_inputs(plan.inputs)
     clock = _Clock()
-    coupling = _analyze(model, example_of_pair(exact), exact, plan.keep, plan.pinned_nodes, clock)
+    coupling = _analyze(model, example_of_pair(exact), exact, _terms(plan), clock)
     found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
@@ -570,23 +584,48 @@ def example_of_pair(exact: Inputs) -> Inputs:
 def _kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
     """Names of all parameters and buffers below the modules that ``keep`` names."""
     entries = [keep] if isinstance(keep, (str, nn.Module)) else list(keep)
-    if not entries:
-        return ()
+    return _tensors_below(model, {name for entry in entries for name in _matches(model, entry, "keep")})
+
+
+def _of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
+    """Names of all parameters and buffers whose heads are units."""
+    chosen = units if isinstance(units, Mapping) else {"*": units}
+    whole: set[str] = set()
+    for glob, unit in chosen.items():
+        if unit not in ("dims", "heads"):
+            raise ArgumentError(f'units: {unit!r} is neither "dims" (of heads, balanced over them) nor "heads" (whole ones).')
+        found = set(_matches(model, glob, "units"))
+        below = {name for name, _ in model.named_modules(remove_duplicate=False) if any(_is_below(name, top) for top in found)}
+        whole = whole | below if unit == "heads" else whole - below
+    return _tensors_below(model, whole, recurse=False)
+
+
+def _is_below(name: str, top: str) -> bool:
+    return not top or name == top or name.startswith(f"{top}.")
+
+
+def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
+    """Names of the modules that an entry of an option names: by a name, a glob, or as an object."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    names: set[str] = set()
-    for entry in entries:
-        if isinstance(entry, nn.Module):
-            found = [name for name, module in modules.items() if module is entry]
-        elif isinstance(entry, str):
-            found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
-        else:
-            raise ArgumentError(f"keep holds a {type(entry).__name__}: give module names, globs or module objects.")
-        if not found:
-            what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
-            some = ", ".join([n for n in modules if n][:8])
-            raise ArgumentError(f"keep: {what} matches no module of this {type(model).__name__}. Its modules are: {some}, ...")
-        names.update(found)
-    tensors = {id(t) for name in names for t in (*modules[name].parameters(), *modules[name].buffers())}
+    if isinstance(entry, nn.Module):
+        found = [name for name, module in modules.items() if module is entry]
+    elif isinstance(entry, str):
+        found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
+    else:
+        raise ArgumentError(f"{option} holds a {type(entry).__name__}: give module names, globs or module objects.")
+    if not found:
+        what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
+        some = ", ".join([n for n in modules if n][:8])
+        raise ArgumentError(f"{option}: {what} matches no module of this {type(model).__name__}. Its modules are: {some}, ...")
+    return found
+
+
+def _tensors_below(model: nn.Module, modules: Collection[str], *, recurse: bool = True) -> tuple[str, ...]:
+    """Names of the floating-point parameters and buffers of these modules, and of the modules below them."""
+    if not modules:
+        return ()
+    own = [model.get_submodule(name) for name in modules]
+    tensors = {id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))}
     every = [*model.named_parameters(), *model.named_buffers()]
     return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
 

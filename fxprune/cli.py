@@ -117,6 +117,15 @@ _Layers = Annotated[
         show_default=False,
     ),
 ]
+_Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="UNIT",
+        help="What a unit of an attention is: dims (of its heads, the default) or heads (whole ones); GLOB=UNIT for single "
+        "modules, may be repeated.",
+        show_default=False,
+    ),
+]
 _Criterion = Annotated[
     str,
     typer.Option(metavar="NAME", help=f"How important a unit is: {', '.join(CRITERIA)}, or package.module:criterion of your own."),
@@ -143,6 +152,7 @@ def _root(
 def inspect(
     model: _Model,
     keep: _Keep = None,
+    units: _Units = None,
     input_shapes: _Input = None,
     weights: _Weights = None,
     checkpoint: _Checkpoint = None,
@@ -154,7 +164,7 @@ def inspect(
         with _stage(f"building {model}"):
             module, example_inputs = _load(model, input_shapes, weights, checkpoint)
         with _stage("analysing"):
-            coupling = api.analyze(module, example_inputs, keep=tuple(keep or ()))
+            coupling = api.analyze(module, example_inputs, keep=tuple(keep or ()), units=_units(units))
         if as_json:
             typer.echo(json.dumps(_coupling_to_dict(coupling), indent=2))
         elif full:
@@ -177,6 +187,7 @@ def plan(
     layers: _Layers = None,
     criterion: _Criterion = "cpmc",
     keep: _Keep = None,
+    units: _Units = None,
     round_to: _RoundTo = 1,
     min_channels: _MinChannels = 1,
     input_shapes: _Input = None,
@@ -187,7 +198,7 @@ def plan(
 ) -> None:
     """Choose what survives, and write that down; nothing else is written."""
     with _errors_to_stderr():
-        options = _options(channels, macs, params, scope, layers, keep, round_to, min_channels)
+        options = _options(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
         found = _criterion(criterion)
         module, example_inputs = _built(model, input_shapes, weights, checkpoint, saved)
         with _stage("planning"):
@@ -209,6 +220,7 @@ def prune(
     layers: _Layers = None,
     criterion: _Criterion = "cpmc",
     keep: _Keep = None,
+    units: _Units = None,
     round_to: _RoundTo = 1,
     min_channels: _MinChannels = 1,
     verify: _Verify = False,
@@ -220,7 +232,7 @@ def prune(
 ) -> None:
     """Prune a model and write the plan, the weights and a report."""
     with _errors_to_stderr():
-        options = _options(channels, macs, params, scope, layers, keep, round_to, min_channels)
+        options = _options(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
         found = _criterion(criterion)
         module, example_inputs = _built(model, input_shapes, weights, checkpoint, saved)
         with _stage("pruning and verifying" if verify else "pruning"):
@@ -267,6 +279,7 @@ def compare(
     scope: _Scope = "group",
     layers: _Layers = None,
     keep: _Keep = None,
+    units: _Units = None,
     round_to: _RoundTo = 1,
     min_channels: _MinChannels = 1,
     input_shapes: _Input = None,
@@ -278,7 +291,7 @@ def compare(
 ) -> None:
     """Show what several criteria leave within the same budget: cost, units kept per group, and how much they agree."""
     with _errors_to_stderr():
-        options = _options(channels, macs, params, scope, layers, keep, round_to, min_channels)
+        options = _options(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
         names = [name.strip() for name in criteria.split(",") if name.strip()]
         if len(set(names)) < 2 or len(set(names)) < len(names):
             raise ArgumentError(f"--criteria {criteria!r} must name two criteria or more, each once, as --criteria cpmc,l1.")
@@ -304,6 +317,7 @@ def _options(
     scope: str,
     layers: list[str] | None,
     keep: list[str] | None,
+    units: list[str] | None,
     round_to: int,
     min_channels: int,
 ) -> dict[str, Any]:
@@ -315,6 +329,7 @@ def _options(
         "scope": scope,
         "layers": dict(_layer(text) for text in layers or ()),
         "keep": tuple(keep or ()),
+        "units": _units(units),
         "round_to": round_to,
         "min_channels": min_channels,
     }
@@ -328,6 +343,11 @@ def _layer(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ArgumentError(f"--layer {text!r} is not GLOB=SHARE: write for instance --layer 'layer4.*=0.3'.")
+
+
+def _units(texts: list[str] | None) -> dict[str, str]:
+    """The last that matches counts; one without a glob is for all modules."""
+    return {glob or "*": unit for glob, _, unit in (text.rpartition("=") for text in texts or ())}
 
 
 def _criterion(text: str) -> Any:

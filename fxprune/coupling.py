@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -24,7 +24,7 @@ from fxprune.eager import PYTHON, Parts
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
-from fxprune.shapes import META, map_tensors
+from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
 __all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
@@ -205,20 +205,51 @@ class Coupling:
         return "\n".join(lines)
 
 
-class Labelling:
-    """Labels on the tensors of a twin, put there while it is traced: in one mode, or in both.
+@dataclass(frozen=True)
+class Terms:
+    """What the analysis is told.
 
-    Parameters
+    Attributes
     ----------
     keep:
         Names of parameters whose every axis stays.
     pinned_nodes:
         Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted smaller.
+    heads:
+        Names of parameters whose attention heads go as a whole or not at all.
     """
 
-    def __init__(self, twin: Twin, keep: Sequence[str] = (), pinned_nodes: Sequence[str] = ()) -> None:
+    keep: tuple[str, ...] = ()
+    pinned_nodes: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+
+class Labelling:
+    """Labels on the tensors of a twin, put there while it is traced: in one mode, or in both.
+
+    Parameters
+    ----------
+    ties:
+        Number of a parameter axis -> for each position the first one that it goes with (:meth:`head_ties`).
+    unread:
+        Names of nodes that get no labels, because nothing comes of them (:meth:`unread`).
+    coupling:
+        Without it nothing is united and nothing pinned: labels say where they were born, wherever an op can carry them.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        terms: Terms,
+        *,
+        ties: Mapping[int, Array] | None = None,
+        unread: Collection[str] = (),
+        coupling: bool = True,
+    ) -> None:
         self.twin = twin
         self.context = Context()
+        self.context.units.pinning = self.context.units.uniting = coupling
+        self.context.ties = dict(ties or {})
         self.context.weights = Context()
         self.context.weights.units.pinning = False
         self.parameters = twin.tensors
@@ -230,8 +261,8 @@ class Labelling:
         self.traces: list[Trace] = []
         self.inputs: list[Any] = []
         self.decided = ""  # the line of Python that reads values, in a model that was not traced whole
-        self._pinned_nodes = frozenset(pinned_nodes)
-        for name in keep:
+        self._pinned_nodes, self._unread = frozenset(terms.pinned_nodes), frozenset(unread)
+        for name in terms.keep:
             record = self.context.record(self.parameters[name])
             assert record is not None
             for axis in sorted(record.unborn):
@@ -257,6 +288,47 @@ class Labelling:
         self.decided = parts.decided
         self.traces += parts.traces.values()
 
+    def head_ties(self, names: Collection[str]) -> dict[int, Array]:
+        """What must go together for the heads of these parameters to stay whole or go: see ``ties``.
+
+        A head is what a product of two activations sums over at one position of an axis that both have: the query's and the key's
+        channels for the scores of one head. Nothing is known of modules or of names.
+        """
+        context, units = self.context, self.context.units
+        units.uniting = True
+        born = {
+            record.axes[next(iter(f.dims))]: f.labels.ravel()
+            for name, tensor in self.parameters.items()
+            if (record := context.record(tensor)) is not None
+            for f in record.born
+            if len(f.dims) == 1
+        }
+        asked = [born[number] for name in names for number in self._axes(name) if number in born]
+        for labels, along in context.heads:
+            if any(np.isin(units.find(labels), units.find(own)).any() for own in asked):
+                context.tie(labels, along)
+        ties = {}
+        for number, labels in born.items():
+            _, first, inverse = np.unique(units.find(labels), return_index=True, return_inverse=True)
+            if len(first) < labels.size:
+                ties[number] = first[inverse]
+        return ties
+
+    def unread(self) -> set[str]:
+        """Names of the nodes that change no tensor and of which nothing is read: attention weights for a caller who drops them."""
+        out: set[str] = set()
+        for traced in self.traces:
+            for node in reversed(traced.graph.nodes):
+                name = traced.prefix + node.name
+                read = any(traced.prefix + user.name not in out for user in node.users)
+                if node.op.startswith("call") and not read and not node.is_impure() and name not in self.context.writes:
+                    out.add(name)
+        return out
+
+    def _axes(self, name: str) -> tuple[int, ...]:
+        record = self.context.record(self.parameters[name])
+        return () if record is None else record.axes
+
     def missed(self) -> list[str]:
         """Parameters that no op has met."""
         return [n for n, t in self.parameters.items() if t.is_floating_point() and _untouched(self.context, t)]
@@ -265,11 +337,13 @@ class Labelling:
         for leaf in tree_leaves(outputs):
             self.context.pin_all(self.context.fields(leaf), "is an output of the model")
 
-    def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode]:
+    def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
         context, mode = self.context, LabelMode(self.context)
 
-        def watch(node: fx.Node) -> LabelMode:
+        def watch(node: fx.Node) -> LabelMode | ShapeMode:
             context.node, context.target = prefix + node.name, node.target
+            if context.node in self._unread:
+                return ShapeMode()
             if context.node in self._pinned_nodes:
                 for operand in node.all_input_nodes:
                     for leaf in tree_leaves(operand.meta["val"]):

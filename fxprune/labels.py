@@ -62,6 +62,7 @@ class Units:
         self._owner = np.full(1024, -1, dtype=np.int32)
         self.count = 1  # label 0 stands for "nothing removable"
         self.pinning = True  # a check of an emitted model looks for wrong unions only
+        self.uniting = True  # without it labels say where they were born, and nothing else
         self.version = 0  # grows whenever an earlier answer of find or live may have become stale
 
     def fresh(self, n: int, owner: int) -> Array:
@@ -107,6 +108,8 @@ class Units:
 
     def unite(self, a: Array, b: Array) -> None:
         """Make ``a[i]`` and ``b[i]`` one unit for every i (broadcast). A 0 on one side pins the other."""
+        if not self.uniting:
+            return
         a, b = np.broadcast_arrays(a, b)
         a, b = a.ravel(), b.ravel()
         if not (a.all() and b.all()):

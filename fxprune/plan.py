@@ -19,8 +19,8 @@ from fxprune.shapes import META
 
 __all__ = ["GroupPlan", "Plan", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
 
-SCHEMA = 2
-_READABLE = (1, 2)  # 1 had no chain
+SCHEMA = 3
+_READABLE = (1, 2, 3)  # 1 had no chain, 2 no heads
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Plan:
         Shapes and dtypes of the example (see :func:`pack_inputs`), so that a plan can be replayed without one.
     keep, pinned_nodes:
         What the analysis was told to leave alone.
+    heads:
+        Parameters whose attention heads went as a whole or not at all.
     fingerprint:
         Of the architecture: names and shapes of its tensors, which no upgrade of torch or torchvision changes.
     previous:
@@ -56,6 +58,7 @@ class Plan:
     pinned_nodes: tuple[str, ...]
     fingerprint: str
     previous: Plan | None = None
+    heads: tuple[str, ...] = ()
 
     @property
     def chain(self) -> tuple[Plan, ...]:
@@ -90,7 +93,7 @@ class Plan:
             schema = data.pop("schema")
             if type(schema) is int and schema in _READABLE:
                 for stage in [*([] if schema == 1 else _list(data.pop("previous"))), data]:
-                    plan = _unpack(stage, plan)
+                    plan = _unpack(stage if schema > 2 else {**stage, "heads": []}, plan)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is not a plan: {type(error).__name__}: {error}. Write plans with Plan.to_json().") from error
         if type(schema) is not int or schema not in _READABLE:
@@ -119,6 +122,7 @@ def _pack(plan: Plan) -> dict[str, Any]:
         "inputs": plan.inputs,
         "keep": list(plan.keep),
         "pinned_nodes": list(plan.pinned_nodes),
+        "heads": list(plan.heads),
         "fingerprint": plan.fingerprint,
     }
 
@@ -132,6 +136,7 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
         pinned_nodes=tuple(map(_text, _list(data["pinned_nodes"]))),
         fingerprint=_text(data["fingerprint"]),
         previous=previous,
+        heads=tuple(map(_text, _list(data["heads"]))),
     )
 
 

@@ -40,6 +40,8 @@ class LabelMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self.context.writes.add(self.context.node)
         if seen_whole(func):
             out = self._execute(func, args, kwargs)
             if self.context.weights is not None:

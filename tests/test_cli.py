@@ -256,6 +256,8 @@ def test_every_budget_is_an_option(tiny):
         (["--macs", 0.7, "--params", 0.6], {"macs": 0.7, "params": 0.6}),
         (["--channels", 0.5, "--scope", "global"], {"channels": 0.5, "scope": "global"}),
         (["--layer", "0=0.25", "--layer", "2.*=0.5"], {"layers": {"0": 0.25, "2.*": 0.5}}),
+        (["--macs", 0.8, "--units", "heads"], {"macs": 0.8, "units": "heads"}),
+        (["--macs", 0.8, "--units", "heads", "--units", "0=dims"], {"macs": 0.8, "units": {"*": "heads", "0": "dims"}}),
         (["--macs", 0.6, "--round-to", 2], {"macs": 0.6, "round_to": 2}),
         (["--macs", 0.6, "--min-channels", 5], {"macs": 0.6, "min_channels": 5}),
         (["--macs", 0.8, "--keep", "0"], {"macs": 0.8, "keep": "0"}),

@@ -540,7 +540,7 @@ CASES = [
     ),
     Case(
         "scaled_dot_product_attention, grouped queries",
-        "(!,!,!,!),(!,!,!,!),(!,!,!,!)->(2,4,3,6)",
+        "(i,j*2,!,k),(i,j,!,k),(i,j,!,l)->(i,j*2,3,l)",
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         t(2, 4, 3, 5),
         t(2, 2, 3, 5),

@@ -126,6 +126,9 @@ class Context:
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
         self.wide: list[Array] = []  # labels of axes that Python code, which is not traced, has to see as wide as they were
         self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
+        self.heads: list[tuple[Array, list[int]]] = []  # fields that a product of activations sums over, head by head, along what
+        self.writes: set[str] = set()  # nodes with an op that writes into a tensor
+        self.ties: dict[int, Array] = {}  # axis number -> for each position the first that it goes with, whatever it meets
         self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
@@ -218,7 +221,10 @@ class Context:
         n = record.tensor.shape[axis]
         shape = [1] * record.tensor.dim()
         shape[axis] = n
-        born = Field(self.units.fresh(n, record.axes[axis]).reshape(shape), True)
+        labels = self.units.fresh(n, record.axes[axis])
+        if record.axes[axis] in self.ties:
+            self.units.unite(labels, labels[self.ties[record.axes[axis]]])
+        born = Field(labels.reshape(shape), True)
         record.fields.append(born)
         record.born.append(born)
         return born
@@ -261,8 +267,9 @@ class Context:
     def tie(self, labels: Array, along: Iterable[int]) -> Array:
         """Make labels constant along dimensions, by uniting; return them compact."""
         for d in along:
-            if labels.shape[d] > 1:
-                self.unite(labels, labels[(slice(None),) * d + (slice(0, 1),)])
+            first = labels[(slice(None),) * d + (slice(0, 1),)]
+            self.unite(labels, first)
+            labels = first
         return compact(self.units.live(labels))
 
     def pin(self, labels: Array, why: str) -> None:
@@ -393,13 +400,12 @@ class Context:
             if not common:
                 out.append(met)
                 continue
-            partner = _partner(met.labels, dims, free, alone=sum(set(varied(m.labels)) == dims for m in acc) == 1)
+            partner = _partner(self.units, met.labels, dims, free, alone=sum(set(varied(m.labels)) == dims for m in acc) == 1)
             adopted = b.unborn.get(max(dims)) if max(dims) in common else None
             if partner is not None:
                 free.remove(partner)
                 self.unite(met.labels, partner.labels)
-                small = min(met.labels, partner.labels, key=lambda x: x.size)
-                out.append(Met(small, {**met.zero, index: partner.zero}))
+                out.append(Met(self._either(met.labels, partner.labels), {**met.zero, index: partner.zero}))
             elif adopted is not None and b.record is not None:
                 for v in common - {max(dims)}:  # one value for many: those go together
                     if v in b.unborn:
@@ -407,7 +413,7 @@ class Context:
                 labels = self.tie(met.labels, dims - {max(dims)})
                 if labels.size > 1:
                     self.adopt(b.record, adopted, take(labels, b.dims))
-                    out.append(Met(labels, {**met.zero, index: True}))
+                    out.append(Met(self._either(labels, met.labels), {**met.zero, index: True}))
             elif dims <= b.sized:
                 self.pin(met.labels, "meets a tensor of fixed size")
             else:
@@ -430,6 +436,10 @@ class Context:
             out.append(Met(f.labels, {index: True}))
         return out
 
+    def _either(self, a: Array, b: Array) -> Array:
+        """One for two arrays of labels that were united: the smaller. If they were not, the one that says more."""
+        return a if (a.size <= b.size) == self.units.uniting else b
+
     def _birth_rest(self, b: Operand, met_sizes: set[int], rank: int) -> list[Field]:
         """Axes of a parameter that met no labels: pinned where they met a size, born where they met nothing."""
         born: list[Field] = []
@@ -451,6 +461,9 @@ class Context:
         """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
         summed = set(summed)
         self.reads([(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands])
+        if len(operands) > 1 and not any(self.of_weights(o.tensor) for o in operands):
+            fields = [f for operand in operands for f in operand.fields]
+            self.heads += [(f.labels, sorted(f.dims & summed)) for f in fields if f.dims & summed and f.dims - summed]
         out = []
         for met in self.merge(operands, rank):
             dims = set(varied(met.labels))
@@ -485,7 +498,7 @@ def take(labels: Array, dims: Sequence[int]) -> Array:
     return reduced.transpose([kept.index(v) for v in dims])
 
 
-def _partner(labels: Array, dims: set[int], free: list[Field], alone: bool) -> Field | None:
+def _partner(units: Units, labels: Array, dims: set[int], free: list[Field], alone: bool) -> Field | None:
     """The field among ``free`` that pairs with these labels."""
     same = [f for f in free if f.dims == dims]
     inner = [f for f in free if max(dims) in f.dims and (f.dims < dims or f.dims > dims)]
@@ -493,14 +506,15 @@ def _partner(labels: Array, dims: set[int], free: list[Field], alone: bool) -> F
         related = [f for f in same + inner if np.isin(f.labels, labels[labels > 0]).any()]
         if related:
             return related[0]
-    if same:
-        if alone and len(same) == 1:
-            return same[0]
-        for f in same:  # several fields on one axis: pair those that repeat in the same pattern
-            if f.labels.shape == labels.shape and _same_pattern(f.labels, labels):
-                return f
-        return None
-    return inner[0] if inner else None
+    if alone and len(same) == 1 and not inner:
+        return same[0]
+    for f in same:  # several fields on one axis: pair those that repeat in the same pattern
+        if f.labels.shape == labels.shape and _same_pattern(f.labels, labels):
+            return f
+    of_weights = [f for f in same if units.owners(f.labels) != [-1]]  # rather than the copies that a size made
+    if alone and len(of_weights) == 1:
+        return of_weights[0]
+    return inner[0] if inner and (alone or not same) else None
 
 
 def _same_pattern(a: Array, b: Array) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context
+from fxprune.rules.context import Context, Operand
 from fxprune.rules.registry import rule
 
 
@@ -101,16 +101,23 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F), S is summed."""
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if a.get("enable_gqa") or not q.dim() == k.dim() == v.dim() or (mask is not None and not 0 < mask.dim() <= q.dim()):
+    if not q.dim() == k.dim() == v.dim() or (mask is not None and not 0 < mask.dim() <= q.dim()):
         for t in (q, k, v, mask):
-            ctx.pin_all(ctx.fields(t), "attention whose operands differ in rank or in number of heads")
+            ctx.pin_all(ctx.fields(t), "attention whose operands differ in rank")
         return
     batch = q.dim() - 2
     length, source, width = batch, batch + 1, batch + 2
     lead, rank = [*range(batch)], batch + 3
-    scores = ctx.contract(
-        [ctx.operand(q, [*lead, length, width], rank), ctx.operand(k, [*lead, source, width], rank)], rank, {width}
-    )
+
+    def of_source(t: Tensor) -> Operand:
+        """The key or value; several query heads in turn may read one of its heads."""
+        operand = ctx.operand(t, [*lead, source, width], rank)
+        if a.get("enable_gqa") and t.shape[-3] > 1:
+            times, heads = q.shape[-3] // t.shape[-3], batch - 1
+            operand.fields = [Field(f.labels.repeat(times if heads in f.dims else 1, heads), f.zero) for f in operand.fields]
+        return operand
+
+    scores = ctx.contract([ctx.operand(q, [*lead, length, width], rank), of_source(k)], rank, {width})
     for f in scores:
         if f.dims & {length, source}:
             ctx.pin(f.labels, "is a token axis of attention")
@@ -126,5 +133,5 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
                 ctx.pin(f.labels, "is a token axis of attention")
         met = ctx.merge([weights, ctx.operand(mask, mask_dims, rank)], rank)
         weights.fields = [Field(m.labels, False) for m in met]
-    fields = ctx.contract([weights, ctx.operand(v, [*lead, source, width], rank)], rank, {source})
+    fields = ctx.contract([weights, of_source(v)], rank, {source})
     _finish(ctx, out, fields, [*lead, length, width])

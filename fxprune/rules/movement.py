@@ -111,13 +111,13 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         return
     ctx.put(out, reshape(ctx, ctx.fields(x), x.shape, out.shape), base=x)
     if isinstance(a.get("other"), Tensor):
-        _sized_like(ctx, out, a["other"], x)
+        _sized_like(ctx, out, out, a["other"], x)
 
 
-def _sized_like(ctx: Context, out: Tensor, other: Tensor, base: Tensor) -> None:
-    """The result takes its sizes from another tensor, so their labels meet."""
+def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
+    """The result holds ``x`` at the sizes of another tensor, so their labels meet."""
     rank = out.dim()
-    met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(other, range(rank), rank)], rank)
+    met = ctx.merge([ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)], rank)
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met], base=base)
 
 
@@ -156,12 +156,12 @@ def reshape(ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequ
 def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Dimensions made from size 1 shrink with what they meet."""
     x = a["self"]
+    if isinstance(a.get("other"), Tensor):
+        return _sized_like(ctx, out, x, a["other"], x)
     lead = out.dim() - x.dim()
     fields = [Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)]
     made = [d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)]
-    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
-    if isinstance(a.get("other"), Tensor):
-        _sized_like(ctx, out, a["other"], x)
+    return ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
 
 
 @rule("repeat", "tile")

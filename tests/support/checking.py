@@ -6,7 +6,7 @@ the emitted model. Neither the plan nor the coupling is consulted.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +166,7 @@ def check_exact(
     at_most: float,
     zeroable: bool = True,
     batches: Callable[[int], Inputs] | None = None,
-    keep: str | nn.Module | Iterable[str | nn.Module] = (),
+    **options: Any,
 ) -> Any:
     """Prune a randomised float64 `model` and assert all that is promised about the result.
 
@@ -179,7 +179,7 @@ def check_exact(
             surviving channels (LayerNorm, GroupNorm, RMSNorm, weight standardisation), nor where a zeroed filter is
             divided by its own norm (weight_norm). Those rest on `fxprune.verify` alone.
         batches: gives inputs of a batch size; tried at 1, 2 and 5.
-        keep: passed on to `fxprune.prune`.
+        options: passed on to `fxprune.prune`.
 
     Returns:
         The `Pruned` for further asserts.
@@ -187,7 +187,7 @@ def check_exact(
     randomise(model).eval()
     inputs = as_dtype(inputs, torch.float64)
     before = snapshot(model)
-    pruned = fxprune.prune(model, inputs, channels=channels, keep=keep)
+    pruned = fxprune.prune(model, inputs, channels=channels, **options)
     check = fxprune.verify(model, pruned, inputs, dtype=torch.float64, randomize=True)
     assert_unharmed(model, before)
     assert check.error <= TOLERANCE, f"relative error {check.error:.2e}"

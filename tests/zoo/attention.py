@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.case import Case, floats, several
+from tests.zoo.case import Case, floats, several, tokens
 
 HEADS = 4
 
@@ -84,6 +84,80 @@ class ModuleAttention(nn.Module):
             return self.attention(x, x, x, need_weights=False)[0]
         x = x.transpose(0, 1)
         return self.attention(x, x, x)[0].transpose(0, 1)
+
+
+class GroupedAttention(nn.Module):
+    """Two query heads on each key and value head: copied for each by one of three spellings, or by the fused kernel itself."""
+
+    def __init__(self, width: int, copied: str, rotary: bool = False) -> None:
+        super().__init__()
+        self.head_dim, self.copied = width // HEADS, copied
+        self.q, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, width // 2, bias=False) for _ in range(2))
+        self.rotary = Rotary(self.head_dim) if rotary else None
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        q, k, v = (t(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for t in (self.q, self.k, self.v))
+        if self.rotary is not None:
+            cos, sin = self.rotary(x)
+            q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        if self.copied == "repeat_interleave":
+            k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        elif self.copied == "expand":
+            k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.copied == "kernel")
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of rotary positions, both halves of a head alike."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 10.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=self.frequencies.dtype)
+        angles = positions[:, None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class RMSNorm(nn.Module):
+    """As decoders write it: nothing but a scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Decoder(nn.Module):
+    """A causal decoder of two blocks: grouped queries, rotary positions, RMSNorm, a gated MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.attentions = nn.ModuleList(GroupedAttention(width, "expand", rotary=True) for _ in range(2))
+        self.gates, self.ups = (nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2)) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(2))
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(5))
+        self.head = nn.Linear(width, 20, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for i in range(2):
+            x = x + self.attentions[i](self.norms[2 * i](x), causal=True)
+            y = self.norms[2 * i + 1](x)
+            x = x + self.downs[i](F.silu(self.gates[i](y)) * self.ups[i](y))
+        return self.head(self.norms[4](x))
 
 
 class WindowAttention(nn.Module):
@@ -201,12 +275,15 @@ ATTENTIONS: dict[str, Callable[[int], nn.Module]] = {
     "einsum": EinsumAttention,
     "module": ModuleAttention,
     "module_sequence_first": lambda width: ModuleAttention(width, batch_first=False),
+    **{f"grouped_{how}": lambda w, how=how: GroupedAttention(w, how) for how in ("repeat_interleave", "expand", "kernel")},
+    "grouped_rotary": lambda width: GroupedAttention(width, "kernel", rotary=True),
 }
 
 CASES = [
     *(Case(f"attention_{name}", lambda w, a=a: BareAttention(w, a), floats(5, 6)) for name, a in ATTENTIONS.items()),
     *(Case(f"vit_{name}", lambda w, a=a: Transformer(w, a), floats(3, 8, 8), zeroable=False) for name, a in ATTENTIONS.items()),
     Case("window_attention", Windows, floats(3, 8, 8), zeroable=False),
+    Case("decoder", Decoder, tokens(6, 20), zeroable=False),
     Case("cross_attention", CrossAttention, several((5, 6), (7, 5))),
     Case("encoder_layer", lambda w: EncoderLayer(w, norm_first=False), floats(5, 6), zeroable=False),
     Case("encoder_layer_norm_first", lambda w: EncoderLayer(w, norm_first=True), floats(5, 6), zeroable=False),

@@ -1,0 +1,131 @@
+"""Attention: whole heads as units, found in every spelling and never declared."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import ArgumentError, PlanError
+from tests.support.checking import check_exact
+from tests.zoo.attention import ATTENTIONS, CASES, HEADS, BareAttention, CrossAttention, Decoder, Transformer
+from tests.zoo.case import Case
+
+parametrised = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@parametrised
+def test_half_of_the_heads(case: Case) -> None:
+    torch.manual_seed(0)
+    check_exact(
+        case.build(case.width),
+        case.inputs(2),
+        at_most=case.bound(),
+        zeroable=case.zeroable,
+        batches=case.inputs,
+        units="heads",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTENTIONS) - {"einsum"}))
+def test_a_head_keeps_all_its_dimensions_or_none(name: str) -> None:
+    """The surviving rows of every projection come in whole heads, and as many of them as asked for."""
+    torch.manual_seed(0)
+    model, x = BareAttention(16, ATTENTIONS[name]), torch.zeros(1, 5, 6)
+    width = 16 // HEADS
+    coupling = fxprune.analyze(model, x, units="heads")
+    shared = 2 if name.startswith("grouped") else 1  # query heads that go with one head of the keys and values
+    (heads,) = [g for g in coupling.groups if g.size == HEADS // shared and g.axes[0].parameter.startswith("attention.")]
+    checked = 0
+    for parameter, (field,) in coupling.elements(heads).items():
+        if field.dim() == 2 and field.shape[0] > 1:  # the rows of a projection, not the columns of what reads the heads
+            rows = field[:, 0].reshape(-1, width)
+            assert (rows == rows[:, :1]).all(), parameter
+            assert rows[:, 0].unique().tolist() == list(range(HEADS // shared)), parameter
+            checked += 1
+    assert checked in (1, 3)  # packed, or one each
+
+
+def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
+    """nn.MultiheadAttention averages its weights over the heads unless told not to; most callers drop them."""
+
+    class Kept(CrossAttention):
+        def forward(self, x: Tensor, memory: Tensor) -> Any:
+            q, memory = self.q(x), self.kv(memory)
+            q, weights = self.attention(q, memory, memory)
+            return self.head(self.up(q)), weights
+
+    inputs = (torch.zeros(1, 5, 6), torch.zeros(1, 7, 5))
+    dropped = fxprune.analyze(CrossAttention(16), inputs, units="heads")
+    assert HEADS in [group.size for group in dropped.groups]
+    kept = fxprune.analyze(Kept(16), inputs, units="heads")
+    assert HEADS not in [group.size for group in kept.groups]
+    assert any("removed elements are not zero" in pinned.reason for pinned in kept.pinned)
+
+
+def test_each_layer_may_have_its_own() -> None:
+    model, x = Transformer(16, ATTENTIONS["packed"]), torch.zeros(1, 3, 8, 8)
+    sizes = {}
+    for name, units in {
+        "dims": "dims",
+        "heads": "heads",
+        "first": {"attentions.0": "heads"},
+        "all but the first": {"attentions.*": "heads", "attentions.0": "dims"},
+    }.items():
+        groups = fxprune.analyze(model, x, units=units).groups
+        sizes[name] = [next(g.size for g in groups if g.name.startswith(f"attentions.{i}.qkv.weight:0")) for i in range(2)]
+    assert sizes["heads"] == [HEADS, HEADS]
+    assert sizes["dims"][0] > HEADS
+    assert sizes["first"] == [HEADS, sizes["dims"][1]]
+    assert sizes["all but the first"] == [sizes["dims"][0], HEADS]
+
+
+def test_a_plan_knows_its_units() -> None:
+    torch.manual_seed(0)
+    model, x = Decoder(16), torch.zeros(1, 6, dtype=torch.long)
+    pruned = fxprune.prune(model, x, channels=0.5, units={"attentions.1": "heads"})
+    plan = fxprune.Plan.from_json(pruned.plan.to_json())
+    assert plan == pruned.plan
+    assert plan.heads == tuple(
+        f"attentions.1.{name}" for name in ("q.weight", "out.weight", "k.weight", "v.weight", "rotary.frequencies")
+    )
+    again = fxprune.apply(plan, model)
+    tokens = torch.randint(20, (3, 9))
+    assert torch.equal(again.model(tokens), pruned.model(tokens))
+    twice = fxprune.prune(pruned.model, x, channels=0.5)
+    assert fxprune.verify(model, twice).error < 1e-9
+    changed = plan.to_json().replace("attentions.1.q.weight", "attentions.9.q.weight")
+    with pytest.raises(PlanError, match=re.escape("the plan names 'attentions.9.q.weight'")):
+        fxprune.apply(fxprune.Plan.from_json(changed), model)
+
+
+@pytest.mark.parametrize(
+    ("units", "says"),
+    [("channels", '"heads"'), ({"attentions": "head"}, '"heads"'), ({"nowhere.*": "heads"}, "matches no module")],
+)
+def test_units_that_are_refused(units: Any, says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        fxprune.analyze(Decoder(16), torch.zeros(1, 6, dtype=torch.long), units=units)
+
+
+def test_without_attention_heads_change_nothing() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1))
+    x = torch.zeros(1, 3, 8, 8)
+    assert str(fxprune.analyze(net, x, units="heads")) == str(fxprune.analyze(net, x))
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", pytest.param("vit_b_16", marks=pytest.mark.slow)])
+def test_transformers_of_torchvision(name: str) -> None:
+    """Windows, tables of relative positions, a learned scale per head, a network that computes biases per head."""
+    size = 224 if name.startswith("vit") else 64
+    model = torchvision.models.get_model(name, weights=None).eval()
+    pruned = fxprune.prune(model, torch.zeros(1, 3, size, size), channels=0.5, units="heads", verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-9
+    assert pruned.report.params_after < 0.27 * pruned.report.params_before
+    heads = {name: module.num_heads for name, module in model.named_modules() if hasattr(module, "num_heads")}
+    found = [row for row in pruned.report.groups if row.total in set(heads.values())]
+    assert len([row for row in found if row.kept == max(1, row.total // 2)]) >= len(heads)
