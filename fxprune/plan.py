@@ -98,7 +98,7 @@ class Plan:
             raise PlanError(f"this is not a plan: {type(error).__name__}: {error}. Write plans with Plan.to_json().") from error
         if type(schema) is not int or schema not in _READABLE:
             raise PlanError(
-                f"the plan has schema {schema}, this version of fxprune reads {' and '.join(map(str, _READABLE))}: "
+                f"the plan has schema {schema}, this version of fxprune reads {_READABLE[0]} to {SCHEMA}: "
                 "upgrade fxprune, or prune anew."
             )
         assert plan is not None  # the last stage is the file itself

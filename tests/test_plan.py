@@ -29,7 +29,7 @@ def plans(draw: Any) -> Plan:
             size = draw(st.integers(1, 9))
             groups.append(GroupPlan(name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))))
         keep, pinned = tuple(draw(st.lists(words))), tuple(draw(st.lists(words)))
-        plan = Plan(tuple(groups), draw(words), keep, pinned, draw(words), plan)
+        plan = Plan(tuple(groups), draw(words), keep, pinned, draw(words), plan, tuple(draw(st.lists(words))))
     assert plan is not None
     return plan
 
@@ -48,7 +48,7 @@ def test_cut_short(cut: int) -> None:
         Plan.from_json(GOOD.to_json()[:cut])
 
 
-@pytest.mark.parametrize("key", ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint", "previous"])
+@pytest.mark.parametrize("key", ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint", "previous", "heads"])
 def test_a_key_is_missing(key: str) -> None:
     data = json.loads(GOOD.to_json())
     del data[key]
@@ -64,10 +64,10 @@ def test_survivors_that_cannot_be(kept: Any) -> None:
         Plan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("schema", [0, 3, 99, "1", None, True, 1.0, []])
+@pytest.mark.parametrize("schema", [0, 4, 99, "1", None, True, 1.0, []])
 def test_another_schema(schema: Any) -> None:
     data = {**json.loads(GOOD.to_json()), "schema": schema}
-    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 and 2.*upgrade"):
+    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 to 3.*upgrade"):
         Plan.from_json(json.dumps(data))
 
 
@@ -77,6 +77,15 @@ def test_a_file_of_schema_1_still_loads() -> None:
         "inputs": "{\\"args\\": {\\"tuple\\": [{\\"shape\\": [1], \\"dtype\\": \\"float32\\"}]}, \\"kwargs\\": {\\"dict\\": {}}}",
         "keep": [], "pinned_nodes": [], "fingerprint": "abc"}"""
     assert Plan.from_json(text) == GOOD
+
+
+def test_a_file_of_schema_2_still_loads() -> None:
+    """From before whole heads could be units: neither the plan nor those before it have any."""
+    first = replace(GOOD, fingerprint="first")
+    data = {**json.loads(replace(GOOD, previous=first).to_json()), "schema": 2}
+    for stage in (data, *data["previous"]):
+        del stage["heads"]
+    assert Plan.from_json(json.dumps(data)) == replace(GOOD, previous=first)
 
 
 @pytest.mark.parametrize("text", ["null", "3", "[]", '"text"', "{" * 100_000, "[" * 100_000])
@@ -292,5 +301,5 @@ def test_plans_are_frozen_and_not_copied() -> None:
 
 def test_a_plan_that_keeps_an_unknown_parameter() -> None:
     plan = fxprune.prune(net(), torch.randn(2, 4), channels=0.5).plan
-    with pytest.raises(PlanError, match="keeps 'nowhere'"):
+    with pytest.raises(PlanError, match="names 'nowhere'"):
         fxprune.apply(replace(plan, keep=("nowhere",)), net())
