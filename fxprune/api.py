@@ -439,14 +439,14 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, **opti
         return labelling
 
     try:
-        labelling = evaluated(inputs)
+        labelling, inputs = _deciding_alike(evaluated, inputs, exact)
     except FxpruneError:
         try:
             if _sizes(inputs) == _sizes(exact):
                 raise
             labelling, inputs = evaluated(exact), exact  # a model may insist on its batch of 1
         except TraceError as error:
-            return _label_parts(model, inputs, terms, error, **options)
+            return _label_parts(model, inputs, exact, terms, error, **options)
     if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*inputs, training=True)
@@ -458,13 +458,31 @@ def _label(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, **opti
     return labelling
 
 
-def _label_parts(model: nn.Module, inputs: Inputs, terms: Terms, refused: FxpruneError, **options: Any) -> Labelling:
+def _deciding_alike(label: Callable[[Inputs], Labelling], inputs: Inputs, exact: Inputs) -> tuple[Labelling, Inputs]:
+    """The labels for inputs of a larger batch than the example's, unless the model decides otherwise for the example itself."""
+    labelling = label(inputs)
+    decisions = [own.decisions for own in labelling.traces]
+    if any(decisions) and _sizes(inputs) != _sizes(exact):
+        again = label(exact)
+        if [own.decisions for own in again.traces] != decisions:
+            return again, exact
+    return labelling, inputs
+
+
+def _label_parts(
+    model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, refused: FxpruneError, **options: Any
+) -> Labelling:
     """The labels of a model that cannot be traced whole, for the reason given."""
-    twin = twin_of(model)
-    twin.model.eval()
-    labelling = Labelling(twin, terms, **options)
+
+    def run(values: Inputs) -> Labelling:
+        twin = twin_of(model)
+        twin.model.eval()
+        labelling = Labelling(twin, terms, **options)
+        labelling.run(*some_data(values))
+        return labelling
+
     try:
-        labelling.run(*some_data(inputs))
+        labelling, _ = _deciding_alike(run, inputs, exact)
     except FxpruneError:
         raise
     except Exception:

@@ -30,7 +30,7 @@ from fxprune.errors import FxpruneError
 from fxprune.labels import Array
 from fxprune.propagation import IN_ORDER, LabelMode
 from fxprune.rules import Context, Record
-from fxprune.shapes import META, tensors_in
+from fxprune.shapes import META, holds_tensors, tensors_in
 from fxprune.trace import SizeTuple, Trace, Twin, trace, user_line
 
 __all__ = ["PYTHON", "Parts", "intercepted", "some_data"]
@@ -262,13 +262,15 @@ class Parts:
         traced = replace(trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:")), path=path)
         self.traces.setdefault((path, False), traced)
         for value in traced.placeholders:
-            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value)]
+            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         if traced.asked_mode:
             training = trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:train."), training=True)
             self.traces.setdefault((path, True), replace(training, path=path))
         return traced
 
-    def _stand_in(self, real: Tensor) -> Tensor:
+    def _stand_in(self, real: Any) -> Any:
+        if not isinstance(real, Tensor):
+            return real
         if id(real) not in self._stand_ins:
             self._stand_ins[id(real)] = real, _shape_of(real)
         made = self._stand_ins[id(real)][1]
@@ -278,8 +280,12 @@ class Parts:
         return made
 
 
+_CONSTANTS = (type(None), bool, int, float, str)
+"""What a part may be called with beside tensors: its graph says so where it is called with another one."""
+
+
 class _Finder:
-    """Finds the largest modules that can be traced: called on tensors alone, and every time the same graph."""
+    """Finds the largest modules that can be traced: called on tensors, and every time the same graph."""
 
     def __init__(self, twin: Twin) -> None:
         self.twin = twin
@@ -306,8 +312,11 @@ class _Finder:
         return call()
 
     def _traceable(self, path: str, args: Any, kwargs: Any) -> bool:
-        leaves = tree_leaves((args, kwargs))
-        if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        every = [*args, *kwargs.values()]
+        nested = [value for value in every if holds_tensors(value)]
+        if not nested or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(nested)):
+            return False
+        if not all(type(value) in _CONSTANTS for value in every if not holds_tensors(value)):
             return False
         try:
             graph = str(trace(self.twin.part(path), *tree_map(_shape_of, (args, kwargs))).graph)
@@ -361,5 +370,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for _, tensor in named]
 
 
-def _shape_of(tensor: Tensor) -> Tensor:
+def _shape_of(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor
     return torch.empty(tuple(tensor.size()), dtype=tensor.dtype, device=META)

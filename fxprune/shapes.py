@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -34,6 +34,11 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor anywhere in nested containers."""
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

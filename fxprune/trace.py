@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -31,11 +32,11 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree_map
 
 from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
-from fxprune.shapes import META, ShapeMode
+from fxprune.shapes import META, ShapeMode, holds_tensors
 
 __all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of", "user_line"]
 
@@ -292,7 +293,7 @@ def trace(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(slow_path())
-        stack.enter_context(_factories(tracer))
+        stack.enter_context(_taken_over(twin.model, tracer))
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_mode_through_graph(twin.model, tracer))
         try:
@@ -486,11 +487,15 @@ class _Tracer(fx.Tracer):
         _check_keywords(root_fn, kwargs)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
         proxies = {name: self._placeholder(name, value) for name, value in values.items()}
-        positional = [proxies[name] for name in names]
-        keywords = {name: proxies[name] for name in kwargs}
+        given = {name: proxy if holds_tensors(values[name]) else values[name] for name, proxy in proxies.items()}
+        positional = [given[name] for name in names]
+        keywords = {name: given[name] for name in kwargs}
         for name, value in {} if self.bake else _left_out(root_fn, values).items():
             keywords[name] = self._placeholder(name, value)
             self.left_out.append(keywords[name].node)
+        for name, proxy in proxies.items():
+            if given[name] is not proxy:
+                self._hold(proxy, values[name], f"its argument {name!r}")
 
         def call(module: nn.Module, *inputs: Any) -> Any:
             return root_fn(module, *inputs, **keywords)
@@ -525,6 +530,9 @@ class _Tracer(fx.Tracer):
             return tuple(self.create_arg(item) for item in a)
         if isinstance(a, tuple) and hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
             return self.create_proxy("call_function", type(a), tuple(a), {}).node
+        if isinstance(a, dict) and type(a) is not dict and type(a) in SUPPORTED_NODES:  # OrderedDict, and what libraries return
+            content: Any = ((), dict(a)) if dataclasses.is_dataclass(a) else ((dict(a),), {})
+            return self.create_proxy("call_function", type(a), *content).node
         if isinstance(a, Tensor):
             known = {id(t): name for t, name in self.tensor_attrs.items()}
             name = known.get(id(a))
@@ -627,12 +635,17 @@ class _Tracer(fx.Tracer):
         text = f"{where}: {_formula(proxy.node)} was taken as {value!r}"
         if text not in self.decisions and not _of_rank(proxy.node):
             self.decisions.append(text)
+        self._hold(proxy, value, f"inputs with {_formula(proxy.node)}", f" (decided at {where})")
+        return value
+
+    def _hold(self, proxy: ValueProxy, value: Any, what: str, why: str = "") -> None:
+        """Let the graph say so where a value is another one than it was traced for."""
         # Not operator.not_, which asks for the truth of a proxy when the emitted graph is traced in its turn.
-        held = proxy if value is True else self.create_proxy("call_function", operator.eq, (proxy, value), {})
-        message = f"this graph was traced for inputs with {_formula(proxy.node)} == {value!r} (decided at {where})"
+        same = operator.is_ if value is None else operator.eq
+        held = proxy if value is True else self.create_proxy("call_function", same, (proxy, value), {})
+        message = f"this graph was traced for {what} == {value!r}{why}"
         guard = self.create_proxy("call_function", torch._assert, (held, message), {})
         guard.node.meta["guard"] = True
-        return value
 
     def to_bool(self, obj: Any) -> bool:
         return bool(self.decide(obj, bool))
@@ -745,13 +758,44 @@ _FACTORIES = (
 )
 
 
+# Functions of torch that try a number before a tensor at some argument: a proxy says that it is a tensor, and is then read as one
+# in C++, which ends the process. A test finds them by their signatures.
+_NUMBER_FIRST = {
+    torch: (
+        *("bitwise_and", "bitwise_left_shift", "bitwise_or", "bitwise_right_shift", "bitwise_xor", "float_power", "isin"),
+        *("logspace", "pow", "quantize_per_tensor", "randint_like", "remainder", "result_type", "where", "xlogy"),
+    ),
+    torch.special: (
+        *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
+        *(f"{prefix}chebyshev_polynomial_{kind}" for prefix in ("", "shifted_") for kind in "tuvw"),
+        *("xlog1py", "xlogy", "zeta"),
+    ),
+}
+
+
 @contextmanager
-def _factories(tracer: _Tracer) -> Iterator[None]:
+def _taken_over(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
+    create = functools.partial(tracer.create_proxy, "call_function")
+    number_first = [(space, name, getattr(space, name)) for space, names in _NUMBER_FIRST.items() for name in names]
     with ExitStack() as stack:
+        by_id = {id(function): _if_symbolic(function, create) for _, _, function in number_first}
+        for names in _namespaces(root):  # what was imported by name
+            own = {name: by_id[id(value)] for name, value in names.items() if id(value) in by_id}
+            if own:
+                stack.enter_context(mock.patch.dict(names, own))
+        for space, name, function in number_first:
+            stack.enter_context(mock.patch.object(space, name, by_id[id(function)]))
         for name in _FACTORIES:
-            create = functools.partial(tracer.create_proxy, "call_function")
             stack.enter_context(mock.patch.object(torch, name, _if_symbolic(getattr(torch, name), create)))
         yield
+
+
+def _namespaces(root: nn.Module) -> list[dict[str, Any]]:
+    """The globals of the files that the classes of a model's modules stand in, those of torch aside."""
+    files = {kind.__module__ for module in root.modules() for kind in type(module).__mro__}
+    own = [name for name in files if name.partition(".")[0] not in ("torch", "builtins")]
+    return [vars(sys.modules[name]) for name in own if name in sys.modules]
 
 
 @contextmanager
@@ -787,7 +831,15 @@ def _symbolic(value: Any) -> bool:
 
 
 def _read_mode(module: nn.Module) -> Any:
-    return module.__dict__[_TRACER].read_mode(module)
+    tracer = module.__dict__.get(_TRACER)
+    return module.__dict__[_TRAINING] if tracer is None else tracer.read_mode(module)
+
+
+def _write_mode(module: nn.Module, value: bool) -> None:
+    """A module that forward makes, a slice of a ModuleList say, has a mode of its own; the others keep theirs."""
+    if _TRACER in module.__dict__:
+        raise TraceError(f"forward changes the mode of a {type(module).__name__} (at {user_line()}), which a graph cannot do.")
+    module.__dict__[_TRAINING] = value
 
 
 _TRACER = "_fxprune_tracer"
@@ -804,7 +856,8 @@ def _mode_through_graph(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
                 continue
             kind = type(module)
             if kind not in _mode_classes:
-                _mode_classes[kind] = type(kind.__name__, (kind,), {_TRAINING: property(_read_mode), "__module__": kind.__module__})
+                mode = property(_read_mode, _write_mode)
+                _mode_classes[kind] = type(kind.__name__, (kind,), {_TRAINING: mode, "__module__": kind.__module__})
             changed.append((module, kind))
             module.__dict__[_TRACER] = tracer
             module.__class__ = _mode_classes[kind]

@@ -174,6 +174,70 @@ def test_a_number_of_steps_stays_the_callers() -> None:
     assert torch.equal(pruned.model(x, 5)[2], pruned.model(x)[2])
 
 
+class Scales(nn.Module):
+    """What is handed to it beside the tensor settles its path."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, scale: float, mask: Tensor | None = None, twice: bool = False) -> Tensor:
+        y = F.relu(self.up(x if mask is None else x * mask))
+        return self.down(y * scale if twice else y)
+
+
+class HandsOn(nn.Module):
+    """Calls a part as often as it is told, with numbers, flags and nothing among the arguments."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.scales, self.head = nn.Linear(3, width), Scales(width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, steps: int = 2, scale: float = 0.5) -> Tensor:
+        x = self.stem(x)
+        for _ in range(steps):
+            x = x + self.scales(x, scale, None, twice=True)
+        return self.head(x)
+
+
+def test_a_part_is_called_with_more_than_tensors_and_says_so_where_that_changes() -> None:
+    model, x = HandsOn(8), torch.randn(2, 3)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.parts == ("stem", "scales", "head")
+    assert pruned.report.params_after < 0.35 * pruned.report.params_before
+    kept = fxprune.prune(model, x, channels=1.0).model
+    assert torch.allclose(kept(x, steps=5), model(x, steps=5), rtol=1e-6)
+    with pytest.raises(AssertionError, match=r"its argument 'scale' == 0\.5"):
+        pruned.model(x, scale=0.25)
+    with pytest.raises(AssertionError, match="its argument 'mask' == None"):
+        pruned.model.scales(torch.zeros(2, 4), 0.5, torch.zeros(2, 4), twice=True)
+
+
+class BatchDecides(nn.Module):
+    """As a decoder does with positions that it makes itself: one row for all, unless there are several sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.positions = nn.Linear(3, 8), nn.Linear(8, 2), nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, positions = self.up(x), self.positions
+        if y.shape[0] != positions.shape[0]:
+            positions = positions.expand(y.shape[0], -1)
+        return self.down(F.relu(y + positions))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_decided_is_decided_for_the_example(batch: int) -> None:
+    """The analysis takes a batch of two where the example is one image: not where the model would do something else then."""
+    model, x = BatchDecides(), torch.randn(batch, 3)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.model(x).shape == (batch, 2)
+    assert pruned.report.params_after < 0.6 * pruned.report.params_before
+    with pytest.raises(AssertionError, match="this graph was traced for"):
+        pruned.model(torch.randn(4 - batch, 3))
+
+
 class Detects(nn.Module):
     """Two levels, a head that they share, boxes where it fires, features pooled from these boxes, classes."""
 

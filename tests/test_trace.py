@@ -1,12 +1,15 @@
 """Tracing: what Python decides is listed and guarded, what does not depend on the example stays open, and nothing is taken."""
 
 import itertools
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import pow as power
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
@@ -14,7 +17,7 @@ from torchvision.ops.stochastic_depth import stochastic_depth
 
 import fxprune
 from fxprune.errors import InputError, TraceError
-from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
+from fxprune.trace import _FACTORIES, _NUMBER_FIRST, Trace, example_of, is_leaf, trace, twin_of
 from tests.support.checking import assert_unharmed, call, relative_error, snapshot
 
 
@@ -183,6 +186,109 @@ def test_factories_are_themselves_again(name: str) -> None:
     before = getattr(torch, name)
     traced(Computes(by_width), torch.randn(2, 3, 4, 4))
     assert getattr(torch, name) is before
+
+
+def test_functions_that_try_a_number_first_are_all_taken_over() -> None:
+    """Their signatures, in the order in which they are tried, say which functions would read a proxy as a tensor in C++."""
+    found = {}
+    for space in (torch, torch.special, torch.linalg, torch.fft, torch._C._nn):
+        for name in dir(space):
+            function = getattr(space, name)
+            if name.startswith("_") or type(function).__name__ != "builtin_function_or_method":
+                continue
+            signatures = [re.findall(r"(?:^|, )(\w+)", text) for text in _signatures(function)]
+            if any(
+                kind in ("Number", "int", "float", "bool")
+                and any(later[i : i + 1] == ["Tensor"] for later in signatures[turn + 1 :])
+                for turn, kinds in enumerate(signatures)
+                for i, kind in enumerate(kinds)
+            ):
+                found.setdefault(space, set()).add(name)
+    assert {"pow", "where", "remainder"} <= found[torch]
+    known = {space: set(names) for space, names in _NUMBER_FIRST.items()}
+    assert all(names <= known.get(space, set()) | set(_FACTORIES) for space, names in found.items())
+
+
+def _signatures(function: Any) -> list[str]:
+    try:
+        function(*[object()] * 9)
+    except TypeError as error:
+        return [text.split(", *")[0] for text in re.findall(r"\* \((.*?)\)(?=\n|$)", str(error))]
+    except Exception:
+        return []
+    return []
+
+
+class ByName(nn.Module):
+    def __init__(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(4, 8), nn.Linear(8, 2), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.how(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: torch.pow(x, 2.0),
+        lambda x: power(x, 2.0),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: torch.where(x > 0, 0.5, x),
+        lambda x: torch.remainder(x, 0.3),
+        lambda x: torch.float_power(x, 2.0).to(x.dtype),
+        lambda x: torch.special.xlog1py(x, 0.5),
+    ],
+)
+def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """torch.fx would end the process here: see the comment at ``_NUMBER_FIRST``."""
+    model, x = ByName(how), torch.randn(3, 4)
+    before = torch.pow, torch.where, power
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+    assert (torch.pow, torch.where, power) == before
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.model.get_submodule("second").weight.shape == (2, 4)
+
+
+def test_the_mode_of_what_forward_makes() -> None:
+    """A slice of a ModuleList is a new module, with a mode of its own."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers[:3]:
+                x = layer(x).relu()
+            return x
+
+    pruned = fxprune.prune(Sliced(), torch.zeros(1, 8), channels=0.5, verify=True)
+    assert pruned.model.get_submodule("layers.1").weight.shape == (4, 4)
+    assert pruned.report.untouched == ("layers.3.weight", "layers.3.bias")
+
+    class Switches(Sliced):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.training = False
+            return super().forward(x)
+
+    with pytest.raises(TraceError, match=r"changes the mode of a Switches \(at test_trace.py:\d+\)"):
+        traced(Switches(), torch.zeros(2, 8))
+
+
+def test_containers_come_out_as_what_they_are() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return OrderedDict(b=self.second(self.first(x)), a={"c": [x]})
+
+    out = fxprune.prune(Named(), torch.zeros(2, 4), channels=0.5, verify=True).model(torch.zeros(3, 4))
+    assert type(out) is OrderedDict
+    assert list(out) == ["b", "a"]
+    assert type(out["a"]) is dict
 
 
 # -- parameters, buffers, constants
