@@ -55,7 +55,7 @@ def fold_constants(
     means = _mean_inputs(model, consumers, loader)
     changed, left = [], []
     for name, node in consumers.items():
-        follower = _follower(node, coupling)
+        follower = _follower(name, node, coupling)
         bias = coupling.parameters.get(f"{name}.bias")
         if name not in means or (bias is None and follower is None):
             left.append(name)
@@ -102,6 +102,11 @@ def reconstruct(
     model, pruned, loader:
         As for :func:`fold_constants`. All batches are held in memory.
     """
+    if coupling.parts:
+        raise ArgumentError(
+            "this model was not traced whole: its Python may hand other things to the pruned layers than to the original's, which "
+            'least squares would compare. Take method="constants".'
+        )
     changed, left, batches = [], [], list(batches_of(loader, model))
     check_read(len(batches))
     for name, node in _consumers(coupling, survivors).items():
@@ -212,21 +217,19 @@ def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor,
 
 def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
     """The linear layers and convolutions, called once, that read a tensor which loses channels; in the order in which they run."""
-    if coupling.parts:
-        raise ArgumentError("this model cannot be traced whole, and compensation reads its graph: fine-tune instead.")
-    trace = coupling.traces[0]
-    calls: dict[str, list[fx.Node]] = {}
-    for node in trace.graph.nodes:
-        if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
-            calls.setdefault(str(node.target), []).append(node)
     out = {}
-    for name, nodes in calls.items():
-        module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]  # type: ignore[union-attr]
-        kind = type(module)
-        weight: Any = getattr(module, "weight", None)
-        fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim())
-        if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
-            out[name] = nodes[0]
+    for trace in coupling.traces:
+        calls: dict[str, list[fx.Node]] = {}
+        for node in trace.graph.nodes if not trace.training else ():
+            if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+                calls.setdefault(str(node.target), []).append(node)
+        for name, nodes in calls.items():
+            module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]  # type: ignore[union-attr]
+            kind = type(module)
+            weight: Any = getattr(module, "weight", None)
+            fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim())
+            if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
+                out[f"{trace.path}.{name}" if trace.path else name] = nodes[0]
     return out
 
 
@@ -234,12 +237,12 @@ def _channel(module: nn.Module, x: Tensor) -> int:
     return x.dim() - 1 if isinstance(module, nn.Linear) else 1
 
 
-def _follower(node: fx.Node, coupling: Coupling) -> str | None:
-    """The batch normalisation that alone reads a node, if it keeps statistics and is called once."""
+def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
+    """The batch normalisation that alone reads what a consumer gives, if it keeps statistics and is called once."""
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module":
         return None
-    name = str(users[0].target)
-    calls = sum(1 for other in node.graph.nodes if other.op == "call_module" and other.target == name)
-    module = coupling.traces[0].twin.model.get_submodule(name)
+    calls = sum(1 for other in node.graph.nodes if other.op == "call_module" and other.target == users[0].target)
+    name = consumer.removesuffix(str(node.target)) + str(users[0].target)
+    module = coupling.twin.model.get_submodule(name)
     return name if isinstance(module, _BatchNorm) and f"{name}.running_mean" in coupling.parameters and calls == 1 else None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
 import fxprune
-from fxprune.errors import TraceError
+from fxprune.errors import ArgumentError, TraceError
 
 IMAGE = (2, 3, 16, 16)
 
@@ -344,3 +344,54 @@ def test_a_pruned_model_with_parts_can_be_copied_and_moved_to_another_dtype() ->
     torch.testing.assert_close(copied(x.double()), pruned.model(x).double(), rtol=1e-4, atol=1e-5)
     assert isinstance(copied.first, nn.Sequential)
     assert isinstance(copied.first, fx.GraphModule)
+
+
+def test_activations_are_read_in_every_part() -> None:
+    """Two steps read the state: its units have the mean over both, and over both parts that read it."""
+    model, data = Refines(8).eval(), [(torch.randn(4, 3, 8, 8),), (torch.randn(2, 3, 8, 8),)]
+    coupling = fxprune.analyze(model, data[0][0])
+    scores = fxprune.criteria.Activation(data).scores(coupling, model)
+    read: dict[str, list[Tensor]] = {}
+    for name in ("update.3", "encoder.3"):  # inside of a part, and read by another one after Python has cut and joined it
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, out, name=name: read.setdefault(name, []).append(inputs[0])
+        )
+    for (x,) in data:
+        model(x)
+    (inner,) = [group for group in coupling.groups if group.name == "update.0.weight:0"]
+    expected = sum(x.abs().mean((2, 3)).sum(0) for x in read["update.3"]) / sum(len(x) for x in read["update.3"])
+    assert torch.allclose(torch.from_numpy(scores[inner.units]).float(), expected, rtol=1e-5)
+    assert (scores[coupling.units] > 0).mean() > 0.9
+    pruned = fxprune.prune(model, data[0][0], channels=0.5, criterion=fxprune.criteria.Activation(data), verify=True)
+    assert share_left(pruned) < 0.4
+
+
+def test_constants_go_into_the_biases_of_parts() -> None:
+    """Channels that are constant everywhere can go without a trace, in every part and at every step."""
+    model, x = Refines(8).double().eval(), torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight[::2], 0.0)
+            nn.init.constant_(module.bias, 2.0)
+        elif isinstance(module, nn.Conv2d):
+            module.padding_mode = "replicate"  # no border of zeros, which would be none of the constant
+    inner = {"encoder.0": 0.5, "update.0": 0.5}
+
+    def scale(view: Any) -> Tensor:
+        return (
+            fxprune.criteria.bn_scale(view)
+            if view.group.name in ("encoder.0.weight:0", "update.0.weight:0")
+            else torch.ones(view.group.size)
+        )
+
+    pruned = fxprune.prune(model, x, layers=inner, criterion=scale)
+
+    @torch.no_grad()
+    def error() -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(pruned.model(x, 4), model(x, 4), strict=True))
+
+    assert error() > 0.01
+    assert fxprune.compensate(model, pruned, [(x,)]).changed == ("encoder.3", "update.3")
+    assert error() < 1e-12
+    with pytest.raises(ArgumentError, match='method="constants"'):
+        fxprune.compensate(model, pruned, [(x,)], method="least_squares")

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.coupling import Coupling
 from fxprune.criteria.views import Views, widened
+from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
@@ -170,21 +171,33 @@ class Activation(_Reader):
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
-        if coupling.parts:
-            raise ArgumentError(
-                "criterion Activation runs the model's graph, and this model cannot be traced whole: choose another criterion, "
-                "Taylor and Fisher read data too."
-            )
-        trace, meter = coupling.traces[0], _Meter(coupling)
+        meter = _Meter(coupling)
         # Parameters are only read; buffers are copied, should a module write to its own.
-        real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in trace.twin.real.items()}
-        with torch.no_grad(), trace.twin.holding(real) as twin, evaluated(twin):
+        real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in coupling.twin.real.items()}
+        with torch.no_grad(), coupling.twin.holding(real) as twin, evaluated(twin):
             for batch in batches_of(self.loader, model):
-                meter.watch(twin, _arguments(trace, batch), batch.size)
+                if coupling.parts:
+                    _watch_parts(meter, coupling, twin, batch)
+                else:
+                    meter.watch("", twin, _arguments(coupling.traces[0], batch), batch.size)
+                meter.samples += batch.size
         units = coupling.context.units.count
         both = _reduced(np.concatenate([meter.total, meter.times, [meter.samples]]))
         check_read(both[-1])
         return both[:units] / np.maximum(both[units:-1], 1)
+
+
+def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: Batch) -> None:
+    """Run a model that was not traced whole, every part of it under the meter."""
+
+    def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        names = [str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"]
+        inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, [*args, *kwargs.values()])
+        meter.watch(path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size)
+        return call()
+
+    with intercepted(model, coupling.parts, part):
+        model(*batch.args, **batch.kwargs)
 
 
 class _Sum:
@@ -231,32 +244,32 @@ def _each_gradient(model: nn.Module, loader: Loader, loss: Loss, visit: Callable
 
 
 class _Meter:
-    """Adds up what the layers of a traced graph read, unit by unit."""
+    """Adds up what the layers of traced graphs read, unit by unit."""
 
     def __init__(self, coupling: Coupling) -> None:
-        self.trace = coupling.traces[0]
-        self.reads = _reads(coupling)
+        self.traces = {trace.path: trace for trace in coupling.traces if not trace.training}
+        self.reads = {path: _reads(coupling, trace) for path, trace in self.traces.items()}
         self.total = np.zeros(coupling.context.units.count)
         self.times = np.zeros(coupling.context.units.count)
         self.samples = 0
         self._last: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.trace.graph.nodes:
-            if node.users:
-                self._last.setdefault(max(node.users), []).append(node)
+        for trace in self.traces.values():
+            for node in trace.graph.nodes:
+                if node.users:
+                    self._last.setdefault(max(node.users), []).append(node)
 
-    def watch(self, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
-        """Run the graph on a batch of ``size`` samples."""
+    def watch(self, path: str, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
+        """Run a graph on a batch of ``size`` samples."""
         values: dict[fx.Node, Any] = {}
-        for node in self.trace.graph.nodes:
+        for node in self.traces[path].graph.nodes:
             if node.op == "output":
                 break
             # Now, not when the operand was made: it may have been changed in place since.
-            for operand, labels in self.reads.get(node, ()):
+            for operand, labels in self.reads[path].get(node, ()):
                 self._add(values[operand], labels, size)
-            values[node] = _value(self.trace, root, node, arguments, values)
+            values[node] = _value(self.traces[path], root, node, arguments, values)
             for done in self._last.get(node, ()):
                 del values[done]
-        self.samples += size
 
     def _add(self, value: Tensor, labels: Array, size: int) -> None:
         alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
@@ -268,12 +281,13 @@ class _Meter:
         self.times[units[here]] += size
 
 
-def _reads(coupling: Coupling) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
+def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
     """For each node that reads units: the operands, with their labels."""
     contracting = {ran.node for ran in coupling.contractions}
     learned: set[fx.Node] = set()
     out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
-    for node in coupling.traces[0].graph.nodes:
+    for node in trace.graph.nodes:
+        name = trace.prefix + node.name
         operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)]
         if node.op == "get_attr" or (operands and learned.issuperset(operands)):
             learned.add(node)  # a weight, or made of weights alone: no activation
@@ -283,8 +297,8 @@ def _reads(coupling: Coupling) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
         left = np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for leaf in results for labels in coupling.labels(leaf))])
         for operand in operands:
             for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
-                summed_up = not np.isin(labels[labels > 0], left).any() and node.name not in coupling.context.positional
-                if node.name in contracting or summed_up:
+                summed_up = not np.isin(labels[labels > 0], left).any() and name not in coupling.context.positional
+                if name in contracting or summed_up:
                     out.setdefault(node, []).append((operand, labels))
     return out
 
