@@ -537,6 +537,7 @@ def _coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
             {"axes": [str(axis) for axis in pinned.axes], "reason": pinned.reason, "node": pinned.node}
             for pinned in coupling.pinned
         ],
+        "pinned_macs": coupling.pinned_macs(),
         "untouched": list(coupling.untouched),
         "decisions": list(coupling.decisions),
     }
@@ -564,7 +565,12 @@ def _print_coupling(coupling: Coupling) -> None:
             shown = ", ".join(str(axis) for axis in entry.axes[:2]) + (", ..." if len(entry.axes) > 2 else "")
             pinned.add_row(escape(shown), escape(entry.reason), escape(entry.node))
         console.print(pinned)
-    for title, lines in (("not used by any operation", coupling.untouched), ("control flow fixed", coupling.decisions)):
+    held = [f"{share:.1%} {reason}" for reason, share in coupling.pinned_macs().items()]
+    for title, lines in (
+        ("multiply-accumulates held by pins, of all", held),
+        ("not used by any operation", coupling.untouched),
+        ("control flow fixed", coupling.decisions),
+    ):
         if lines:
             console.print(f"{title}:")
             for line in lines:

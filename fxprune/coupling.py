@@ -24,6 +24,7 @@ from fxprune.eager import PYTHON, Parts
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
+from fxprune.rules.convolution import KERNEL
 from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
@@ -160,6 +161,29 @@ class Coupling:
         """
         return round(sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of)))
 
+    def pinned_macs(self) -> dict[str, float]:
+        """For each reason of a pin the share of the multiply-accumulates that it holds, the largest first.
+
+        Those of a layer count for its two channel axes in equal parts, and for an axis as far as its positions stay: where all
+        inputs and half of the outputs stay, three quarters of them are held, one half and one quarter by two reasons.
+        """
+        held: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
+        for pinned in self.pinned:
+            for axis in pinned.axes:
+                part = Fraction(axis.stop - axis.start, axis.length)
+                held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        names = {id(tensor): name for name, tensor in self.parameters.items()}
+        shares: dict[str, Fraction] = {}
+        for ran in self.contractions:
+            weights = [(names[id(t)], t) for t in ran.tensors if id(t) in names and t.dim() > 1]
+            axes = [(name, dim) for name, weight in weights for dim, size in enumerate(weight.shape) if size > 1]
+            axes = [own for own in axes if all(reason != KERNEL for reason, _ in held.get(own, ()))]
+            for own in axes:
+                for reason, part in held.get(own, ()):
+                    shares[reason] = shares.get(reason, Fraction(0)) + ran.share * ran.macs() * part / len(axes)
+        total = self.macs() or 1
+        return {reason: float(share / total) for reason, share in sorted(shares.items(), key=lambda item: -item[1])}
+
     def role(self, name: str, dim: int) -> str:
         """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or
         ``"dependent"`` (what the next layers read them with)."""
@@ -197,6 +221,8 @@ class Coupling:
         if self.pinned:
             lines.append("pinned")
             lines += [f"  {p}" for p in self.pinned]
+            shares = [f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()]
+            lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
         if self.untouched:
             lines.append(f"untouched: {', '.join(self.untouched)}")
         if self.decisions:

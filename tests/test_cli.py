@@ -156,6 +156,7 @@ def test_inspect_shows_groups_and_reasons(tiny):
     assert "2 groups, 14 units" in result.stdout
     assert "0.weight:0" in result.stdout
     assert "pinned, never pruned" in result.stdout
+    assert "% is an output of the model" in result.stdout
 
 
 def test_inspect_full_prints_the_coupling(tiny):
@@ -168,7 +169,8 @@ def test_inspect_full_prints_the_coupling(tiny):
 def test_inspect_json(tiny):
     data = json.loads(run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--json").stdout)
     assert sorted(group["units"] for group in data["groups"]) == [6, 8]
-    assert set(data) == {"groups", "pinned", "untouched", "decisions"}
+    assert set(data) == {"groups", "pinned", "pinned_macs", "untouched", "decisions"}
+    assert 0 < sum(data["pinned_macs"].values()) < 1
     assert all(pinned["reason"] for pinned in data["pinned"])
 
 

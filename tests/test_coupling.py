@@ -52,6 +52,40 @@ def test_printing(coupling: Any) -> None:
     assert any("c.weight:0: is an output of the model (at output)" in line for line in lines[lines.index("pinned") :])
 
 
+def test_shares_of_the_macs_that_pins_hold() -> None:
+    """Every axis of a layer has an equal part of its MACs; what stays of an axis counts for the reason."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    coupling = fxprune.analyze(net, torch.zeros(1, 3, 8, 8))
+    first, depthwise, last = 36 * 8 * 27, 16 * 8 * 9, 16 * 8 * 4
+    total = first + depthwise + last
+    assert coupling.macs() == total
+    found = coupling.pinned_macs()
+    assert list(found) == ["meets a tensor of fixed size", "is an output of the model"]
+    assert found["meets a tensor of fixed size"] == pytest.approx(first / 2 / total)  # the three channels of the image
+    assert found["is an output of the model"] == pytest.approx(last / 2 / total)
+    assert "multiply-accumulates held: 41.2% because it meets a tensor of fixed size, 2.7% because it is" in str(coupling)
+
+    kept = fxprune.analyze(net, torch.zeros(1, 3, 8, 8), keep="0").pinned_macs()
+    assert kept["is kept by request"] == pytest.approx(first / total)
+    assert kept["meets a tensor of fixed size"] == pytest.approx((depthwise + last / 2) / total)
+
+    halves = Halves()
+    part = fxprune.analyze(halves, torch.zeros(1, 3)).pinned_macs()
+    assert part["is an output of the model"] == pytest.approx((24 / 2 * 0.5) / (24 + 4 * 2) + (8 / 2) / (24 + 4 * 2))
+
+
+class Halves(nn.Module):
+    """Half of what a layer gives is returned, the other half is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.first(x).chunk(2, dim=1)
+        return a, self.second(b)
+
+
 def test_long_lines_are_cut() -> None:
     axes = tuple(Axis(f"layer{i}.weight", 0, 0, 4, 4) for i in range(9))
     assert str(Group("g", 4, axes, 2, (), ())).startswith("4 units in 2 balanced blocks: layer0.weight:0, ")

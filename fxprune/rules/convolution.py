@@ -14,6 +14,9 @@ from fxprune.rules.registry import rule
 # Virtual dimensions: the group, the input channel and the output channel within it.
 GROUP, INPUT, OUTPUT = 0, 1, 2
 
+KERNEL = "is a kernel axis"
+"""Why a kernel's height and width stay, whatever else happens."""
+
 
 @rule("convolution", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
@@ -74,7 +77,7 @@ def _first_use(ctx: Context, record: Record, incoming: list[Field], groups: int,
     outputs, inputs = w.shape[0] // groups, w.shape[1]
     tail = [1] * (w.dim() - 2)
     for axis in record.unborn - {0, 1}:
-        ctx.adopt_nothing(record, axis, "is a kernel axis")
+        ctx.adopt_nothing(record, axis, KERNEL)
     if inputs > 1:
         for f in incoming:
             blocks = f.labels.reshape(groups, 1, inputs)
@@ -106,7 +109,7 @@ def _general(
     laid = []
     for f in ctx.fields(w):
         if f.dims - {0, 1}:
-            ctx.pin(f.labels, "is a kernel axis")
+            ctx.pin(f.labels, KERNEL)
             continue
         first, second = f.labels.shape[:2]
         split = (groups, -1) if first > 1 else (1, 1)
