@@ -154,9 +154,12 @@ class _RealMode(LabelMode):
         if labelled or (isinstance(out, Tensor) and out.is_floating_point()):
             self._follow(rule, func, bound, out)
         if creates:
-            for f in ctx.fields(out):  # as wide as what it was measured by
-                for labels in (a for width in self.widths for a in width.labels if a.size == f.labels.size):
+            for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
+                measured = [a for width in self.widths for a in width.labels if a.size == f.labels.size]
+                for labels in measured:
                     ctx.unite(f.labels.ravel(), labels.ravel())
+                ctx.wide += [] if measured else [f.labels]
+            return out
         if not self._narrows(func, rule, bound, before, out, statistics):
             ctx.wide += [*before, *(a for width in self.widths for a in width.labels)]
             ctx.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]

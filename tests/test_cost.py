@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune.cost import cost_of, count_parameters, op_macs
+from fxprune.eager import some_data
 from fxprune.trace import slow_path
-from tests.torchvision_models import CASES
+from tests.torchvision_models import CASES, COMPOSITE
 from tests.zoo import CASES as CASES_OF_THE_ZOO
 
 
@@ -32,9 +33,7 @@ def test_depthwise_convolution():
 
 
 def test_transposed_convolution():
-    check(
-        nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, groups=2), torch.randn(2, 8, 5, 5), 2 * 8 * 25 * (6 // 2) * 16
-    )
+    check(nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, groups=2), torch.randn(2, 8, 5, 5), 2 * 8 * 25 * (6 // 2) * 16)
 
 
 def test_same_padding_convolution():
@@ -237,6 +236,16 @@ def test_the_report_counts_as_the_counter(case, batch):
     with slow_path():
         assert pruned.report.macs_before == cost_of(model, inputs).macs
         assert pruned.report.macs_after == cost_of(pruned.model, inputs).macs
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if case.slow else []) for n, case in COMPOSITE.items()])
+def test_what_is_not_traced_whole_counts_as_the_counter(name):
+    """Detectors and flows on the data that they are analysed with: how much they do depends on it."""
+    model, inputs = COMPOSITE[name].build(), COMPOSITE[name].inputs(batch=2)
+    coupling = fxprune.analyze(model, inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as reference:
+        model(*some_data(inputs))
+    assert 2 * coupling.macs() == reference.get_total_flops()
 
 
 class Merged(nn.Module):

@@ -7,47 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 
 import fxprune
-from tests.torchvision_models import cheap_weights
+from tests.torchvision_models import CASES, COMPOSITE, Composite, cheap_weights
 
 LARGEST_ERROR = 1e-9
 MOST_LEFT = 0.50
 
 
-def _names(family: str) -> list[str]:
-    return [n for n in models.list_models() if models.get_model_builder(n).__module__.split(".")[2] == family]
-
-
-DETECTORS, FLOWS = _names("detection"), _names("optical_flow")
-SLOW = {name for name in DETECTORS if "rcnn_resnet50" in name or name.endswith("_v2")}
-"""Half a minute each; of every family a smaller one stays in the default set."""
-
-
-def _marked(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
-
-
-def images(count: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(3, 80 + 16 * i, 128 - 16 * i, generator=generator) for i in range(count)]
-
-
-def detector(name: str) -> nn.Module:
-    """Small images where the family takes them; all weights drawn, none downloaded."""
-    sizes = (
-        {} if models.get_model_builder(name).__module__.rpartition(".")[2].startswith("ssd") else {"min_size": 96, "max_size": 160}
-    )
-    with cheap_weights():
-        return models.get_model(name, weights=None, weights_backbone=None, **sizes).eval()
+DETECTORS, FLOWS = (
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+        for case in COMPOSITE.values()
+        if of in case.module
+    ]
+    for of in ("detection", "optical_flow")
+)
 
 
 @functools.lru_cache(maxsize=1)
-def pruned_detector(name: str) -> tuple[nn.Module, fxprune.Pruned]:
-    model = detector(name)
-    return model, fxprune.prune(model, (images(2),), channels=0.5, verify=True)
+def pruned_detector(case: Composite) -> tuple[nn.Module, fxprune.Pruned]:
+    model = case.build()
+    return model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True)
 
 
 def threshold(model: nn.Module, value: float) -> None:
@@ -57,14 +40,12 @@ def threshold(model: nn.Module, value: float) -> None:
 
 
 def test_with_these_every_torchvision_model_is_covered() -> None:
-    from tests.torchvision_models import CASES
-
-    assert sorted([*CASES, *DETECTORS, *FLOWS]) == sorted(models.list_models())
+    assert sorted([*CASES, *COMPOSITE]) == sorted(models.list_models())
 
 
-@pytest.mark.parametrize("name", _marked(DETECTORS))
-def test_detectors(name: str) -> None:
-    model, pruned = pruned_detector(name)
+@pytest.mark.parametrize("case", DETECTORS)
+def test_detectors(case: Composite) -> None:
+    model, pruned = pruned_detector(case)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     assert pruned.report.params_after / pruned.report.params_before <= MOST_LEFT
@@ -74,14 +55,15 @@ def test_detectors(name: str) -> None:
         threshold(pruned.model, least)
         for count in (1, 3):
             with torch.no_grad():
-                found = pruned.model(images(count, seed=count))
+                found = pruned.model(*case.inputs(batch=count, seed=count))
             assert len(found) == count
             assert all(bool(len(one["boxes"])) is some for one in found)
 
 
-@pytest.mark.parametrize("name", _marked(DETECTORS))
-def test_detectors_train(name: str) -> None:
-    _, pruned = pruned_detector(name)
+@pytest.mark.parametrize("case", DETECTORS)
+def test_detectors_train(case: Composite) -> None:
+    _, pruned = pruned_detector(case)
+    (images,) = case.inputs(batch=2)
     targets = [
         {
             "boxes": torch.tensor([[10.0, 10.0, 50.0, 60.0], [30.0, 20.0, 90.0, 70.0]]),
@@ -89,11 +71,11 @@ def test_detectors_train(name: str) -> None:
             "masks": torch.ones(2, *image.shape[1:], dtype=torch.uint8),
             "keypoints": torch.tensor([[20.0, 30.0, 1.0]]).expand(2, 17, 3).clone(),
         }
-        for image in images(2)
+        for image in images
     ]
     pruned.model.train()
     optimizer = torch.optim.SGD(pruned.model.parameters(), lr=1e-4)
-    losses = pruned.model(images(2), targets)
+    losses = pruned.model(images, targets)
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(p.grad is not None for p in pruned.model.parameters())
@@ -101,12 +83,10 @@ def test_detectors_train(name: str) -> None:
     pruned.model.eval()
 
 
-@pytest.mark.parametrize("name", FLOWS)
-def test_flows(name: str) -> None:
-    with cheap_weights():
-        model = models.get_model(name, weights=None).eval()
-    pair = tuple(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    pruned = fxprune.prune(model, pair, channels=0.5, verify=True)
+@pytest.mark.parametrize("case", FLOWS)
+def test_flows(case: Composite) -> None:
+    pair = case.inputs()
+    pruned = fxprune.prune(case.build(), pair, channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     assert pruned.report.params_after / pruned.report.params_before <= MOST_LEFT
@@ -128,7 +108,8 @@ def test_frozen_batch_norms_stay_frozen_and_get_smaller() -> None:
         backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d)
         model = RetinaNet(backbone, 5, anchor_generator=None, min_size=96, max_size=160).eval()
     # Its default anchors are for five levels, as this backbone has.
-    pruned = fxprune.prune(model, (images(2),), channels=0.5, verify=True)
+    images = COMPOSITE["retinanet_resnet50_fpn"].inputs(batch=2)
+    pruned = fxprune.prune(model, images, channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     norm = pruned.model.get_submodule("backbone.body.layer1.0.bn1")

@@ -80,6 +80,12 @@ def collected(model: Any, y: Tensor) -> Tensor:
     return out
 
 
+def collected_by_a_literal(model: Any, y: Tensor) -> Tensor:
+    out = torch.zeros(y.shape[0], model.width, *y.shape[2:], dtype=y.dtype)
+    out[torch.arange(y.shape[0])] = y
+    return out
+
+
 def normalised(model: Any, y: Tensor) -> Tensor:
     return (y - y.mean(dim=1, keepdim=True)) * 2
 
@@ -102,6 +108,9 @@ PYTHON: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "laid_out_by_a_literal": laid_out_by_a_literal,
     "laid_out_by_the_width_of_another": laid_out_by_the_width_of_another,
     "collected": collected,
+    "collected_by_a_literal": collected_by_a_literal,
+    "made_by_a_literal": lambda model, y: y * torch.full((1, model.width, 1, 1), 0.5, dtype=y.dtype),
+    "made_by_the_width": lambda model, y: y * torch.full((1, y.shape[1], 1, 1), 0.5, dtype=y.dtype),
     "mean_over_channels": normalised,
     "layer_norm": lambda model, y: F.layer_norm(y.movedim(1, -1), (model.width,)).movedim(-1, 1),
     "group_norm": lambda model, y: F.group_norm(y, 4),

@@ -48,6 +48,9 @@ class Case:
         return couple_one(self.function, self.operands, self.target)
 
 
+put = torch.ops.aten.index_put
+
+
 # fmt: off
 CASES = [
     Case("_cdist_forward, has no rule", "(!,!),(!,!)->(2,4)", torch.cdist, t(2, 3), t(4, 3)),
@@ -280,11 +283,16 @@ CASES = [
     Case("im2col", "(i,j,!,!)->(i,j*4,9)", lambda x: F.unfold(x, 2), t(2, 3, 4, 4)),
     Case("index", "(i,!),(4)->(i,4)", lambda x, i: x[:, i], t(2, 3), ix(4)),
     Case("index, two apart", "(!,i,!),(5),(5)->(5,i)", lambda x, i, j: x[i, :, j], t(2, 3, 4), ix(5), ix(5)),
+    Case("index_put", "(!,i),(2),(!,i)->(3,i)", lambda x, i, y: x.index_put((i,), y), t(3, 4), ix(2), t(2, 4)),
+    Case("index_put, behind", "(i,!),(2),(i,!)->(i,3)", lambda x, i, y: put(x, [None, i], y), t(4, 3), ix(2), t(4, 2)),
+    Case("index_put, by a mask", "(!,!),(3),(!)->(3,4)", lambda x, i, y: x.index_put((i > 0,), y), t(3, 4), ix(3), t(4)),
+    Case("index_put, one for all", "(!,i,j),(2),(i,j)->(3,i,j)", lambda x, i, y: put(x, [i], y), t(3, 4, 5), ix(2), t(4, 5)),
     Case(
-        "index_put, has no rule",
-        "(!,!),(2),(!,!)->(3,4)",
-        lambda x, i, y: x.index_put((i,), y),
-        t(3, 4),
+        "index_put, two apart",
+        "(!,i,!),(2),(2),(!,i)->(3,i,5)",
+        lambda x, i, j, y: put(x, [i, None, j], y),
+        t(3, 4, 5),
+        ix(2),
         ix(2),
         t(2, 4),
     ),
@@ -649,6 +657,7 @@ ALIASES = {
         "upsample_nearest1d upsample_nearest3d upsample_trilinear3d"
     ),
     "all": "amin argmin kthvalue min mode",
+    "index_put": "index_put_",
     "conv2d": "conv3d conv_transpose1d conv_transpose3d convolution",
     "alpha_dropout": (
         "_to_copy bernoulli_ celu_ clip_ elu_ exponential_ fill hardsigmoid_ hardswish_ hardtanh_ "

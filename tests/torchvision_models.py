@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.video import mvit
 
-#: Families of another interface (lists of images, targets, pairs of images): ``tests/test_detection.py`` covers them.
+#: Families of another interface (lists of images, targets, pairs of images): they are in :data:`COMPOSITE`.
 EXCLUDED_MODULES = ("detection", "optical_flow")
 
 #: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes many seconds; the
@@ -83,6 +83,28 @@ class Case:
         """Return a float32 batch of normal noise, of shape ``small`` or ``native`` with the batch size replaced."""
         shape = self.small if size == "small" else self.native
         return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, eq=False)
+class Composite(Case):
+    """A detector or an optical flow: no graph holds it whole."""
+
+    def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
+        """As of any model; a detector takes its images as small as it can, and nothing is downloaded for its backbone."""
+        options: dict[str, Any] = {"weights_backbone": None} if self.module.startswith("detection") else {}
+        if size == "small":
+            options |= self.small_options
+        with cheap_weights(seed):
+            return models.get_model(self.name, weights=None, **options).eval()
+
+    def inputs(self, *, size: str = "small", batch: int = 1, seed: int = 0) -> Any:
+        """A list of images, each of another size than the one before, or a pair of batches."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = self.small if size == "small" else self.native
+        if self.module.startswith("optical_flow"):
+            return tuple(torch.rand(batch, *shape[1:], generator=generator) for _ in range(2))
+        _, colours, height, width = shape
+        return ([torch.rand(colours, height + 16 * i, width - 16 * i, generator=generator) for i in range(batch)],)
 
 
 @contextlib.contextmanager
@@ -169,5 +191,22 @@ def _cases() -> Iterator[Case]:
         yield Case(name, module, parameters, *_shapes(name, module), slow=slow)
 
 
-#: Every covered model by name, in alphabetical order.
+def _composites() -> Iterator[Composite]:
+    for name in models.list_models():
+        module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+        if module.split(".")[0] not in EXCLUDED_MODULES:
+            continue
+        parameters = models.get_model_weights(name).DEFAULT.meta["num_params"]
+        if module.startswith("optical_flow"):
+            yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
+        else:  # SSD resizes to the one size that it is built for
+            sizes = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
+            slow = "rcnn_resnet50" in name or name.endswith("_v2")  # half a minute each
+            yield Composite(name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow)
+
+
+#: Every covered model that maps one batch of images to tensors, by name, in alphabetical order.
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
+
+#: All others.
+COMPOSITE: dict[str, Composite] = {case.name: case for case in _composites()}

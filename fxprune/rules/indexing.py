@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fxprune.labels import Field
-from fxprune.rules.context import Context
+from fxprune.labels import Field, varied
+from fxprune.rules.context import Context, take
 from fxprune.rules.registry import rule
 
 
@@ -32,26 +34,55 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @rule("index")
 def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x[i, :, j]: indexed dimensions are pinned; the result lies as in NumPy."""
-    x, indices = a["self"], [*a["indices"], *[None] * (a["self"].dim() - len(a["indices"]))]
+    x = a["self"]
+    layout = _layout(ctx, x, a["indices"])
+    if layout is None:
+        ctx.pin_all(ctx.fields(x), "is read by a mask")
+        return
+    passing = []
+    for f in ctx.fields(x):
+        if f.dims <= set(layout):
+            passing.append(Field(take(f.labels.reshape(*f.labels.shape, *[1] * len(layout)), layout), f.zero))
+        else:
+            ctx.pin(f.labels, "is read by indices")
+    ctx.put(out, passing)
+
+
+@rule("index_put", "index_put_")
+def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """x[i, :, j] = v: indexed dimensions are pinned, on the others x and v meet."""
+    x, values = a["self"], a["values"]
+    layout = _layout(ctx, x, a["indices"])
+    if layout is None:
+        ctx.pin_all([*ctx.fields(x), *ctx.fields(values)], "is written by a mask")
+        return
+    rank = x.dim() + len(layout)
+    met = ctx.merge([ctx.operand(x, range(x.dim()), rank), ctx.operand(values, layout[len(layout) - values.dim() :], rank)], rank)
+    fields = []
+    for m in met:
+        if set(varied(m.labels)) <= set(layout) & set(range(x.dim())):
+            fields.append(Field(take(m.labels, range(x.dim())), m.zero.get(0, False) and m.zero.get(1, False)))
+        else:
+            ctx.pin(m.labels, "is written by indices")
+    if out is x:
+        ctx.overwrite(out, fields)
+    else:
+        ctx.put(out, fields)
+
+
+def _layout(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> list[int] | None:
+    """Which dimension of ``x`` each one of ``x[given]`` is; those of the indices are numbered on behind. None: there is a mask."""
+    indices = [*given, *[None] * (x.dim() - len(given))]
     for i in indices:
         if i is not None:
             ctx.pin_all(ctx.fields(i), "is a tensor of indices")
-    if any(i is not None and i.dtype.is_floating_point is False and str(i.dtype) in ("torch.bool", "torch.uint8") for i in indices):
-        ctx.pin_all(ctx.fields(x), "is read by a mask")
-        return
+    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+        return None
     indexed = [d for d, i in enumerate(indices) if i is not None]
     shape = np.broadcast_shapes(*(tuple(i.shape) for i in indices if i is not None))
-    consecutive = indexed == list(range(indexed[0], indexed[-1] + 1))
-    where = indexed[0] if consecutive else 0
+    where = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
     kept = [d for d in range(x.dim()) if d not in indexed]
-    passing = []
-    for f in ctx.fields(x):
-        if f.dims & set(indexed):
-            ctx.pin(f.labels, "is read by indices")
-            continue
-        sizes = [f.labels.shape[d] for d in kept]
-        passing.append(Field(f.labels.reshape([*sizes[:where], *[1] * len(shape), *sizes[where:]]), f.zero))
-    ctx.put(out, passing)
+    return [*kept[:where], *range(x.dim(), x.dim() + len(shape)), *kept[where:]]
 
 
 @rule("index_select")
