@@ -64,7 +64,8 @@ _Input = Annotated[
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="Shape of an example input, as 1,3,224,224; once per positional argument. A torchvision name needs none.",
+        help="Shape of an example input, as 1,3,224,224; once per positional argument. A list of tensors has + behind each: "
+        "3,320,320+3,300,400+. A torchvision name needs none.",
         show_default=False,
     ),
 ]
@@ -373,7 +374,7 @@ def _note_random(model: str, weights: str | None, checkpoint: Path | None, saved
 
 def _built(
     model: str, input_shapes: list[str] | None, weights: str | None, checkpoint: Path | None, saved: Path | None
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
+) -> tuple[nn.Module, tuple[Any, ...]]:
     with _stage(f"building {model}"):
         built = _load(model, input_shapes, weights, checkpoint, saved)
     _note_random(model, weights, checkpoint, saved)
@@ -400,13 +401,13 @@ def _load(
     weights: str | None,
     checkpoint: Path | None,
     saved: Path | None = None,
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
+) -> tuple[nn.Module, tuple[Any, ...]]:
     """The model that ``spec`` names, in eval mode, and example inputs for it."""
     module = _load_model(spec, weights, checkpoint, saved)
     shapes = input_shapes
     if not shapes and ":" in spec:
         raise InputError(f"{spec} is not a torchvision name, so its input is not known: pass --input, as --input 1,3,224,224.")
-    return module, tuple(torch.randn(_shape(text)) for text in shapes or [_usual_shape(spec)])
+    return module, tuple(_example(text) for text in shapes or _usual_shapes(spec))
 
 
 def _load_model(spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None) -> nn.Module:
@@ -451,8 +452,8 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     return module
 
 
-def _usual_shape(name: str) -> str:
-    """Batch 1 at the resolution that the model's published weights expect; 16 frames for video."""
+def _usual_shapes(name: str) -> list[str]:
+    """What ``--input`` would be: batch 1 at the resolution that the model's published weights expect; 16 frames for video."""
     import torchvision
 
     for entry in torchvision.models.get_model_weights(name):
@@ -460,11 +461,14 @@ def _usual_shape(name: str) -> str:
         preset = getattr(transform, "func", transform).__name__
         if preset == "VideoClassification":
             height, width = transform.keywords["crop_size"]
-            return f"1,3,16,{height},{width}"
+            return [f"1,3,16,{height},{width}"]
         if preset == "OpticalFlow":
-            raise InputError(f"{name} compares two images: pass --input twice, as --input 1,3,128,128 --input 1,3,128,128.")
+            height, width = entry.meta["min_size"]
+            return 2 * [f"1,3,{height},{width}"]
+        if preset == "ObjectDetection":
+            return ["3,320,320+3,300,400+"]
     # inception_v3's auxiliary classifier, alive in training, needs more than the others.
-    return "1,3,299,299" if name == "inception_v3" else "1,3,224,224"
+    return ["1,3,299,299" if name == "inception_v3" else "1,3,224,224"]
 
 
 def _own_model(spec: str) -> nn.Module:
@@ -508,13 +512,22 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
         raise ArgumentError(f"Checkpoint {path} does not fit the model: {error}") from error
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _example(text: str) -> Tensor | list[Tensor]:
+    """A tensor, or a list of tensors, of random values in [0, 1): a detector refuses others."""
+    if "+" in text:
+        return [torch.rand(_shape(part, text)) for part in text.removesuffix("+").split("+")]
+    return torch.rand(_shape(text, text))
+
+
+def _shape(text: str, given: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise InputError(f"--input {text!r} is not a shape: write positive sizes with commas, as 1,3,224,224.")
+        raise InputError(
+            f"--input {given!r} is not a shape: write positive sizes with commas, as 1,3,224,224, or several with + behind each."
+        )
     return shape
 
 

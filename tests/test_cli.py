@@ -227,15 +227,32 @@ def test_out_that_cannot_be_written(tiny):
     )
 
 
-def test_video_and_optical_flow_inputs_are_known_or_asked_for():
-    from fxprune.cli import _usual_shape
+def test_inputs_of_torchvision_models_are_known():
+    from fxprune.cli import _usual_shapes
 
-    assert _usual_shape("resnet50") == "1,3,224,224"
-    assert _usual_shape("inception_v3") == "1,3,299,299"
-    assert _usual_shape("mvit_v2_s") == "1,3,16,224,224"
-    assert _usual_shape("r3d_18") == "1,3,16,112,112"
-    with pytest.raises(fxprune.InputError, match="two images"):
-        _usual_shape("raft_small")
+    assert _usual_shapes("resnet50") == ["1,3,224,224"]
+    assert _usual_shapes("inception_v3") == ["1,3,299,299"]
+    assert _usual_shapes("mvit_v2_s") == ["1,3,16,224,224"]
+    assert _usual_shapes("r3d_18") == ["1,3,16,112,112"]
+    assert _usual_shapes("raft_small") == 2 * ["1,3,128,128"]
+    assert _usual_shapes("ssd300_vgg16") == ["3,320,320+3,300,400+"]
+
+
+def test_an_optical_flow_from_the_command_line():
+    result = run("prune", "raft_small", "--channels", 0.5, "--verify")
+    assert result.exit_code == 0, result.output
+    assert "in the model's own class" in result.stdout
+    assert "equals the masked original" in result.stdout
+
+
+def test_a_list_of_tensors_is_an_input(tiny):
+    from fxprune.cli import _example
+
+    assert [tuple(t.shape) for t in _example("3,8,8+3,16,4+")] == [tuple(t.shape) for t in _example("3,8,8+3,16,4")]
+    assert isinstance(_example("3,8,8+"), list)
+    assert isinstance(_example("3,8,8"), torch.Tensor)
+    for text in ("3,8+x", "+", "3,8++3,8"):
+        fails(run("inspect", "tinymodels:build", "--input", text), "is not a shape", "+ behind each")
 
 
 # ---- budgets and criteria
