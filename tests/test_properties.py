@@ -28,7 +28,9 @@ import fxprune
 from .specs import (
     KINDS,
     Activation,
+    Add,
     Again,
+    Attention,
     BatchNorm,
     Chunk,
     Concat,
@@ -47,6 +49,7 @@ from .specs import (
     Permute,
     Pool,
     PReLU,
+    Recurrent,
     RMSNorm,
     Roll,
     Scale,
@@ -145,11 +148,12 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 @share(1)
-@given(net=networks(), channels=st.sampled_from(RATIOS))
+@given(net=networks(), channels=st.sampled_from(RATIOS), units=st.sampled_from(("dims", "heads")))
 @hypothesis.example(
     # Found by a random network: without a bias on the grouped convolution the gate failed to be rewritten.
     net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), Conv(1, out=8, groups=2, bias=False), Glu(2)), outputs=(3,)),
     channels=0.5,
+    units="dims",
 )
 @hypothesis.example(
     # Found by a random network: positions of one unit were shuffled among each other, which labels of units cannot tell.
@@ -157,6 +161,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
         input=(3, 4, 4), nodes=(Conv(0, out=12), Shuffle(1, groups=6, style="function"), Conv(2, out=12, groups=3)), outputs=(3,)
     ),
     channels=0.5,
+    units="dims",
 )
 @hypothesis.example(
     # Found by a random network: two labellings of one axis (the group, and the place in it) were taken for one group of units.
@@ -170,16 +175,18 @@ def _error(found: Tensor, expected: Tensor) -> float:
         outputs=(8,),
     ),
     channels=0.5,
+    units="dims",
 )
 @hypothesis.example(
     # Found by a random network: units that padding makes and channels lie at one place of two blocks.
     net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)), outputs=(3,)),
     channels=0.5,
+    units="dims",
 )
-def test_equals_the_masked_original(net: Network, channels: float) -> None:
+def test_equals_the_masked_original(net: Network, channels: float, units: str) -> None:
     """The emitted model computes what the original computes with the removed elements zeroed."""
     model, x = build(net), example(net)
-    pruned = fxprune.prune(model, x, channels=channels)
+    pruned = fxprune.prune(model, x, channels=channels, units=units if net.has(Attention) else "dims")
     event("something was removed" if _count(pruned.model) < _count(model) else "nothing was removed")
     assert fxprune.verify(model, pruned, x).error <= LARGEST_ERROR
 
@@ -310,6 +317,43 @@ def test_plain_chains_are_pruned(net: Network) -> None:
     for index in plain:
         name = f"{type(net.nodes[index - 1]).__name__.lower()}{index}.weight"
         assert emitted.state_dict()[name].shape[0] == max(1, net.signals[index].channels // 2), name
+
+
+@share(5)
+@given(net=networks(only=(Linear, Attention, Recurrent, Activation, LayerNorm, Add, Concat, Tokens), max_nodes=12))
+def test_attention_and_recurrent_layers_are_pruned(net: Network) -> None:
+    """Every head loses half of its dimensions, or half of the heads go; a recurrent layer loses half of its hidden units."""
+    model, x = build(net), example(net)
+    for units in ("dims", "heads"):
+        state = fxprune.prune(model, x, channels=0.5, units=units).model.state_dict()
+        for index, node in enumerate(net.nodes, start=1):
+            name = f"{type(node).__name__.lower()}{index}"
+            if isinstance(node, Attention):
+                (read,) = (t.shape[1] for key, t in state.items() if key.startswith(f"{name}.") and _reads_heads(key))
+                assert read == _left_of_heads(node, units), (name, units)
+            elif isinstance(node, Recurrent) and not _is_output(net, index):
+                assert state[f"{name}.weight_hh_l0"].shape[1] == node.out // 2, name
+
+
+def _reads_heads(parameter: str) -> bool:
+    return parameter.endswith((".proj.weight", "out_proj.weight"))
+
+
+def _left_of_heads(node: Attention, units: str) -> int:
+    """How wide all heads together are when half is gone; keys and values of one head are no block to balance."""
+    shared = 1 if node.style not in ("grouped", "rotary") else 2 if node.heads % 2 == 0 else node.heads
+    keys = node.heads // shared
+    if units == "dims":
+        return node.heads * max(1, node.head_dim // 2)
+    if keys > 1:
+        return keys // 2 * shared * node.head_dim
+    return max(1, node.heads // 2) * max(1, node.head_dim // 2)
+
+
+def _is_output(net: Network, index: int) -> bool:
+    """Whether a value is returned, or added to or mixed with what is."""
+    readers = [i for i, node in enumerate(net.nodes, start=1) if index in node.inputs]
+    return index in net.outputs or any(not isinstance(net.nodes[i - 1], Linear) and _is_output(net, i) for i in readers)
 
 
 def test_most_networks_get_smaller() -> None:

@@ -454,6 +454,32 @@ class _SeparateAttention(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
+class _GroupedAttention(nn.Module):
+    """Two query heads (or all of an odd number) on one key and value head; with rotary positions, each head turned by them."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, rotary: bool) -> None:
+        super().__init__()
+        self.head_dim, self.times = head_dim, 2 if heads % 2 == 0 else heads
+        self.q, self.proj = nn.Linear(width, heads * head_dim), nn.Linear(heads * head_dim, width)
+        self.k, self.v = (nn.Linear(width, heads // self.times * head_dim, bias=False) for _ in range(2))
+        self.register_buffer("frequencies", torch.rand(head_dim // 2) if rotary else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.frequencies is not None:
+            q, k = self._turned(q), self._turned(k)
+        if self.frequencies is None:
+            k, v = k.repeat_interleave(self.times, dim=1), v.repeat_interleave(self.times, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.frequencies is not None)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)
+        angles = torch.outer(positions, self.frequencies).repeat(1, 2)
+        one, other = x.chunk(2, dim=-1)
+        return x * angles.cos() + torch.cat([-other, one], dim=-1) * angles.sin()
+
+
 class _ModuleAttention(nn.Module):
     """torch's own composite."""
 
@@ -467,7 +493,8 @@ class _ModuleAttention(nn.Module):
 
 @dataclass(frozen=True, repr=False)
 class Attention(_Shaped):
-    """Self-attention: ``packed`` (one qkv projection), ``separate`` (three) or ``module`` (nn.MultiheadAttention)."""
+    """Self-attention: ``packed`` (one qkv projection), ``separate`` (three), ``module`` (nn.MultiheadAttention), ``grouped``
+    (query heads that share a head of the keys and values) or ``rotary`` (grouped, with rotary positions)."""
 
     x: int
     heads: int = 2
@@ -484,8 +511,33 @@ class Attention(_Shaped):
         width = signals[0].channels
         if self.style == "module":
             return _ModuleAttention(width, self.heads)
+        if self.style in ("grouped", "rotary"):
+            return _GroupedAttention(width, self.heads, self.head_dim, self.style == "rotary")
         kind = _PackedAttention if self.style == "packed" else _SeparateAttention
         return kind(width, self.heads, self.head_dim)
+
+
+@dataclass(frozen=True, repr=False)
+class Recurrent(Node):
+    """A recurrent layer over the tokens: ``lstm`` or ``gru``, in one direction or ``both``, whose results lie side by side."""
+
+    x: int
+    out: int = 4
+    kind: str = "lstm"
+    both: bool = False
+    layouts: ClassVar = ("tokens",)
+
+    def infer(self, *signals: Signal) -> Signal:
+        self._need_layout(*signals)
+        return signals[0].with_channels(self.out * (1 + self.both))
+
+    def module(self, *signals: Signal) -> nn.Module:
+        kind = nn.LSTM if self.kind == "lstm" else nn.GRU
+        return kind(signals[0].channels, self.out, batch_first=True, bidirectional=self.both)
+
+    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+        assert module is not None
+        return module(tensors[0])[0]
 
 
 # --- several values in
@@ -869,6 +921,26 @@ class Upsample(Node):
 
 
 @dataclass(frozen=True, repr=False)
+class Fit(Node):
+    """Control flow on sizes: a picture whose sides are no multiples is padded until they are, any other one is left alone."""
+
+    x: int
+    multiple: int = 4
+    layouts: ClassVar = ("chw",)
+
+    def infer(self, *signals: Signal) -> Signal:
+        self._need_layout(*signals)
+        return signals[0].with_space(*(-(-side // self.multiple) * self.multiple for side in signals[0].shape[1:]))
+
+    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+        height, width = tensors[0].shape[-2:]
+        down, right = (self.multiple - side % self.multiple for side in (height, width))
+        if down < self.multiple or right < self.multiple:
+            return F.pad(tensors[0], (0, right % self.multiple, 0, down % self.multiple))
+        return tensors[0]
+
+
+@dataclass(frozen=True, repr=False)
 class Softmax(_Shaped):
     """A softmax over the channels: nothing may be removed in front of it."""
 
@@ -926,8 +998,10 @@ KINDS: tuple[type[Node], ...] = (
     Shuffle,
     SqueezeExcite,
     Attention,
+    Recurrent,
     Again,
     TransposedConv,
+    Fit,
     Upsample,
     InstanceNorm,
     RMSNorm,

@@ -42,7 +42,8 @@ WEIGHTS: dict[type[Node], int] = {
     n.Shuffle: 3,
     n.Tokens: 4,
     n.ClassToken: 4,
-    n.Attention: 6,
+    n.Attention: 8,
+    n.Recurrent: 3,
     n.Again: 4,
     n.TransposedConv: 3,
     n.PadChannels: 1,
@@ -226,9 +227,10 @@ def _mul(pick: Picker, draft: Draft, x: int) -> Node:
 
 
 def _attention(pick: Picker, draft: Draft, x: int) -> Node:
-    width, style = draft.signals[x].channels, pick("packed", "separate", "module")
-    heads = pick(*(reversed(_divisors(width)) if style == "module" else (2, 1, 3)))
-    return n.Attention(x, heads=heads, head_dim=width // heads if style == "module" else pick(4, 2, 3), style=style)
+    width, style = draft.signals[x].channels, pick("packed", "separate", "module", "grouped", "rotary")
+    heads = pick(*(reversed(_divisors(width)) if style == "module" else (2, 1, 3, 4)))
+    head_dim = width // heads if style == "module" else pick(4, 2) if style == "rotary" else pick(4, 2, 3)
+    return n.Attention(x, heads=heads, head_dim=head_dim, style=style)
 
 
 def _global_pool(pick: Picker, draft: Draft, x: int) -> Node:
@@ -253,6 +255,8 @@ MAKE: dict[type[Node], Callable[[Picker, Draft, int], Node]] = {
     n.Shuffle: _shuffle,
     n.Linear: lambda pick, draft, x: n.Linear(x, out=pick(*draft.widths), bias=pick(True, False)),
     n.TokenMix: lambda pick, draft, x: n.TokenMix(x, out=pick(*draft.widths)),
+    n.Recurrent: lambda pick, draft, x: n.Recurrent(x, out=pick(4, 6), kind=pick("lstm", "gru"), both=pick(False, True)),
+    n.Fit: lambda pick, draft, x: n.Fit(x, multiple=pick(4, 3)),
     n.Activation: lambda pick, draft, x: n.Activation(x, fn=pick(*n.ACTIVATIONS)),
     n.Add: lambda pick, draft, x: n.Add(x, pick(*draft.partners(x))),
     n.Again: lambda pick, draft, x: n.Again(x, of=pick(*draft.layers(x))),
@@ -287,6 +291,7 @@ FITS: dict[type[Node], Callable[[Draft, int, Signal], bool]] = {
     n.Image: lambda draft, x, here: bool(_heights(here)),
     n.ClassToken: lambda draft, x, here: here.shape[0] < MAX_TOKENS,
     n.Pool: lambda draft, x, here: min(here.shape[1:]) >= 2,
+    n.Fit: lambda draft, x, here: max(here.shape[1:]) + 2 <= MAX_SIDE,
     n.Pad: lambda draft, x, here: max(here.shape[1:]) + 2 <= MAX_SIDE,
     n.Upsample: lambda draft, x, here: _grows(here),
     n.PixelShuffle: lambda draft, x, here: here.channels % 4 == 0 and here.channels > 4 and _grows(here),
@@ -338,10 +343,12 @@ def steps(kinds: Sequence[type[Node]], max_size: int) -> SearchStrategy[list[Ste
 
 
 @st.composite
-def networks(draw: DrawFn, *, max_nodes: int = 30, without: tuple[type[Node], ...] = ()) -> Network:
+def networks(
+    draw: DrawFn, *, max_nodes: int = 30, without: tuple[type[Node], ...] = (), only: tuple[type[Node], ...] = KINDS
+) -> Network:
     """Networks of one to ``max_nodes`` nodes with small sizes, each as a spec that prints as Python source.
 
-    ``without`` names kinds that are not drawn.
+    ``without`` names kinds that are not drawn, ``only`` those that are.
 
     >>> networks(max_nodes=3).example()  # doctest: +SKIP
     Network(
@@ -362,7 +369,7 @@ def networks(draw: DrawFn, *, max_nodes: int = 30, without: tuple[type[Node], ..
     further = draw(st.sampled_from((0, 0, 0, 1, 2)), label="further outputs")
 
     draft = Draft([Signal.of_input(shape)], widths)
-    kinds = [kind for kind in KINDS if kind not in without]
+    kinds = [kind for kind in KINDS if kind in only and kind not in without]
     if stem and max_nodes > 1:
         draft.oldest = draft.add((n.Conv if layout == "chw" else n.Linear)(0, out=widths[0]))
     for step in draw(steps(kinds, max_nodes - stem - 4 * joined), label="steps"):
