@@ -434,6 +434,11 @@ class _ValueAttribute(ValueProxy):
         kind = type(getattr(self.root.value, self.attr))
         return Tensor if issubclass(kind, Tensor) else kind if kind in (int, float, bool) else _ValueAttribute
 
+    def __repr__(self) -> str:
+        return f"{self.root!r}.{self.attr}={getattr(self.root.value, self.attr)!r}"  # without making the node
+
+    __str__ = __repr__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 

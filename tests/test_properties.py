@@ -340,11 +340,11 @@ def _reads_heads(parameter: str) -> bool:
 
 
 def _left_of_heads(node: Attention, units: str) -> int:
-    """How wide all heads together are when half is gone; keys and values of one head are no block to balance."""
+    """How wide all heads together are when half is gone. A head of one dimension goes whole, a single one by its dimensions."""
     shared = 1 if node.style not in ("grouped", "rotary") else 2 if node.heads % 2 == 0 else node.heads
     keys = node.heads // shared
-    if units == "dims":
-        return node.heads * max(1, node.head_dim // 2)
+    if units == "dims" and node.head_dim > 1:
+        return node.heads * (node.head_dim // 2)
     if keys > 1:
         return keys // 2 * shared * node.head_dim
     return max(1, node.heads // 2) * max(1, node.head_dim // 2)

@@ -453,6 +453,7 @@ CASES = [
     Case("relu_", "(i,j)->(i,j)", torch.relu_, t(2, 3)),
     Case("repeat", "(i)->(a~,2*i)", lambda x: x.repeat(2, 2), t(3)),
     Case("repeat_interleave", "(i,j)->(i,j*2)", lambda x: x.repeat_interleave(2, 1), t(2, 3)),
+    Case("repeat_interleave, a dimension of size 1", "(i,1)->(i,a~)", lambda x: x.repeat_interleave(4, 1), t(2, 1)),
     Case("repeat_interleave, a vector", "(i)->(i*2)", lambda x: x.repeat_interleave(2), t(3)),
     Case("reshape, merged", "(i,j)->(i*j)", lambda x: x.reshape(6), t(2, 3)),
     Case("reshape, regrouped", "(i,j)->(i*j1,j2) with (2*j1*j2)", lambda x: x.reshape(4, 3), t(2, 6)),

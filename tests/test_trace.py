@@ -250,6 +250,18 @@ def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> N
     assert pruned.model.get_submodule("second").weight.shape == (2, 4)
 
 
+def test_a_message_about_sizes_costs_no_node() -> None:
+    """As libraries write their checks: the message is made whether the check fails or not."""
+
+    def checked(model: nn.Module, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim} of {x.dtype}, {x.shape[1]} channels of {x}")
+        return x.relu()
+
+    model, emitted = pruned(checked, 2, 3, 4, 4)
+    assert "dtype" not in [argument for node in emitted.graph.nodes for argument in node.args]  # type: ignore[union-attr]
+    assert torch.equal(emitted(torch.ones(1, 3, 5, 5)), model(torch.ones(1, 3, 5, 5)))
+
+
 def test_the_mode_of_what_forward_makes() -> None:
     """A slice of a ModuleList is a new module, with a mode of its own."""
 

@@ -154,6 +154,17 @@ def _repeat(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     return node.target, (x, *([tuple(new)] if packed else new)), node.kwargs
 
 
+@corrects("repeat_interleave")
+def _repeat_interleave(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
+    given = {**dict(zip(("input", "repeats", "dim"), node.args, strict=False)), **node.kwargs}
+    if given.get("dim") is None or not isinstance(emission.old(given["repeats"]), int) or "output_size" in given:
+        return node.target, node.args, node.kwargs
+    axis = emission.old(given["dim"]) % value.dim()
+    before, after = (emission.survivors.shape(tensor)[axis] for tensor in (emission.old(given["input"]), value))
+    (times,) = _sizes(emission, [given["repeats"]], [after // before])
+    return node.target, (given["input"], times), {"dim": given["dim"]}
+
+
 @corrects("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
 def _split(emission: Corrector, node: fx.Node, value: Any) -> Arguments:
     x = node.args[0]

@@ -180,7 +180,7 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("repeat_interleave")
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each position several times: the copies carry the same label."""
+    """Each position several times: the copies carry the same label; those of a dimension of size 1 are as in expand."""
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
     if isinstance(x, Tensor) and x.dim() == 1:
         dim = 0
@@ -189,7 +189,8 @@ def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> N
             ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")
         return
     dim %= x.dim()
-    ctx.put(out, [Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero) for f in ctx.fields(x)])
+    fields = [Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero) for f in ctx.fields(x)]
+    ctx.put(out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)])
 
 
 @rule("cat", "concat", "concatenate")
