@@ -293,7 +293,7 @@ def trace(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(slow_path())
-        stack.enter_context(_taken_over(twin.model, tracer))
+        stack.enter_context(_taken_over(tracer))
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_mode_through_graph(twin.model, tracer))
         try:
@@ -779,28 +779,33 @@ _NUMBER_FIRST = {
 
 
 @contextmanager
-def _taken_over(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
+def _taken_over(tracer: _Tracer) -> Iterator[None]:
     """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
     create = functools.partial(tracer.create_proxy, "call_function")
-    number_first = [(space, name, getattr(space, name)) for space, names in _NUMBER_FIRST.items() for name in names]
-    with ExitStack() as stack:
-        by_id = {id(function): _if_symbolic(function, create) for _, _, function in number_first}
-        for names in _namespaces(root):  # what was imported by name
-            own = {name: by_id[id(value)] for name, value in names.items() if id(value) in by_id}
-            if own:
-                stack.enter_context(mock.patch.dict(names, own))
-        for space, name, function in number_first:
-            stack.enter_context(mock.patch.object(space, name, by_id[id(function)]))
-        for name in _FACTORIES:
-            stack.enter_context(mock.patch.object(torch, name, _if_symbolic(getattr(torch, name), create)))
+    places = [*_number_first(), *((vars(torch), name) for name in _FACTORIES)]
+    before = [(space, name, space[name]) for space, name in places]
+    for space, name, function in before:
+        space[name] = _if_symbolic(function, create)
+    try:
         yield
+    finally:
+        for space, name, function in before:
+            space[name] = function
 
 
-def _namespaces(root: nn.Module) -> list[dict[str, Any]]:
-    """The globals of the files that the classes of a model's modules stand in, those of torch aside."""
-    files = {kind.__module__ for module in root.modules() for kind in type(module).__mro__}
-    own = [name for name in files if name.partition(".")[0] not in ("torch", "builtins")]
-    return [vars(sys.modules[name]) for name in own if name in sys.modules]
+_scanned: set[str] = set()
+_found: list[tuple[dict[str, Any], str]] = []
+
+
+def _number_first() -> list[tuple[dict[str, Any], str]]:
+    """Wherever a function of :data:`_NUMBER_FIRST` has a name: in torch, and in the modules that imported it from there."""
+    functions = {id(getattr(space, name)) for space, names in _NUMBER_FIRST.items() for name in names}
+    for name in sys.modules.keys() - _scanned:
+        _scanned.add(name)
+        if name in ("torch", "torch.special") or name.partition(".")[0] != "torch":
+            space = getattr(sys.modules[name], "__dict__", {})
+            _found.extend((space, key) for key, value in list(space.items()) if id(value) in functions)
+    return [(space, key) for space, key in _found if id(space.get(key)) in functions]
 
 
 @contextmanager
