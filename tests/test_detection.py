@@ -28,7 +28,8 @@ DETECTORS, FLOWS = (
 
 
 @functools.lru_cache(maxsize=1)
-def pruned_detector(case: Composite) -> tuple[nn.Module, fxprune.Pruned]:
+def pruned_detector(name: str) -> tuple[nn.Module, fxprune.Pruned]:
+    case = COMPOSITE[name]
     model = case.build()
     return model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True)
 
@@ -45,7 +46,7 @@ def test_with_these_every_torchvision_model_is_covered() -> None:
 
 @pytest.mark.parametrize("case", DETECTORS)
 def test_detectors(case: Composite) -> None:
-    model, pruned = pruned_detector(case)
+    model, pruned = pruned_detector(case.name)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     assert pruned.report.params_after / pruned.report.params_before <= MOST_LEFT
@@ -62,7 +63,7 @@ def test_detectors(case: Composite) -> None:
 
 @pytest.mark.parametrize("case", DETECTORS)
 def test_detectors_train(case: Composite) -> None:
-    _, pruned = pruned_detector(case)
+    _, pruned = pruned_detector(case.name)
     (images,) = case.inputs(batch=2)
     targets = [
         {

@@ -85,7 +85,7 @@ class Case:
         return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Composite(Case):
     """A detector or an optical flow: no graph holds it whole."""
 
