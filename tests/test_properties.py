@@ -237,17 +237,17 @@ def test_keeping_all_is_the_identity(net: Network) -> None:
 @share(5)
 @given(net=networks())
 def test_groups_partition_the_units(net: Network) -> None:
-    """No two groups share a position of an axis, no group has a pinned one, and each unit of a group owns something."""
+    """No two groups share a position of a labelling of an axis, and each unit of a group owns something."""
     model, x = build(net), example(net)
     coupling = fxprune.analyze(model, x)
     shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
-    owners: dict[tuple[str, int, int], str] = {}
+    owners: dict[tuple[str, int, int, int], str] = {}
     for group in coupling.groups:
         for axis in group.axes:
             assert axis.length == shapes[axis.parameter][axis.dim], axis
             assert 0 <= axis.start < axis.stop <= axis.length, axis
             for position in range(axis.start, axis.stop):
-                owner = owners.setdefault((axis.parameter, axis.dim, position), group.name)
+                owner = owners.setdefault((axis.parameter, axis.dim, axis.layer, position), group.name)
                 assert owner == group.name, f"{axis} is in {owner} and in {group.name}"
         seen = torch.cat([field.reshape(-1) for fields in coupling.elements(group).values() for field in fields])
         assert seen[seen >= 0].unique().tolist() == list(range(group.size)), group.name
