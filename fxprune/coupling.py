@@ -341,7 +341,8 @@ class Labelling:
         return ties
 
     def unread(self) -> set[str]:
-        """Names of the nodes that change no tensor and of which nothing is read: attention weights for a caller who drops them."""
+        """Names of the nodes of which nothing is read, and that change no tensor and draw no random number: attention weights for a
+        caller who drops them, say."""
         out: set[str] = set()
         for traced in self.traces:
             for node in reversed(traced.graph.nodes):
@@ -350,6 +351,13 @@ class Labelling:
                 if node.op.startswith("call") and not read and not node.is_impure() and name not in self.context.writes:
                     out.add(name)
         return out
+
+    def drop_unread(self) -> None:
+        """Take the nodes that got no labels out of the graphs: they are not emitted."""
+        for traced in self.traces:
+            for node in reversed(list(traced.graph.nodes)):
+                if traced.prefix + node.name in self._unread:
+                    traced.graph.erase_node(node)
 
     def _axes(self, name: str) -> tuple[int, ...]:
         record = self.context.record(self.parameters[name])
@@ -384,6 +392,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
 
     ``share`` is the example's batch over the labelled one.
     """
+    labelling.drop_unread()
     context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
     context.node = ""
     while True:

@@ -40,7 +40,7 @@ class LabelMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             self.context.writes.add(self.context.node)
         if seen_whole(func):
             out = self._execute(func, args, kwargs)

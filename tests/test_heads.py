@@ -66,6 +66,22 @@ def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
     assert any("removed elements are not zero" in pinned.reason for pinned in kept.pinned)
 
 
+def test_what_nobody_reads_is_not_emitted() -> None:
+    """Nor is it labelled, so that it could not be checked either. What draws random numbers stays, for those drawn after it."""
+
+    class Idle(BareAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            torch.relu(x[:, None]).mean()
+            torch.dropout(x, 0.5, self.training)
+            return self.head(self.up(x + self.attention(x)))
+
+    pruned = fxprune.prune(Idle(16, ATTENTIONS["packed"]), torch.zeros(1, 5, 6), channels=0.5, units="heads", verify=True)
+    code = pruned.model.code
+    assert "relu" not in code
+    assert "dropout" in code
+
+
 def test_each_layer_may_have_its_own() -> None:
     model, x = Transformer(16, ATTENTIONS["packed"]), torch.zeros(1, 3, 8, 8)
     sizes = {}

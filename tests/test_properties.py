@@ -36,9 +36,11 @@ from .specs import (
     Concat,
     Conv,
     Dropout,
+    Flatten,
     Flip,
     GlobalPool,
     Glu,
+    Image,
     InstanceNorm,
     LayerNorm,
     Linear,
@@ -182,6 +184,19 @@ def _error(found: Tensor, expected: Tensor) -> float:
     net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)), outputs=(3,)),
     channels=0.5,
     units="dims",
+)
+@hypothesis.example(
+    # Found by a random network: views that nobody reads had no labels with whole heads, and were emitted all the same.
+    net=Network(
+        input=(6, 3),
+        nodes=(
+            *(Image(0, height=2), Attention(0), Conv(1, out=24), Conv(3, out=4), Flatten(4), Add(3, 5)),
+            *(GlobalPool(6), GlobalPool(2), Concat((7, 8)), Linear(9, out=4)),
+        ),
+        outputs=(10,),
+    ),
+    channels=0.5,
+    units="heads",
 )
 def test_equals_the_masked_original(net: Network, channels: float, units: str) -> None:
     """The emitted model computes what the original computes with the removed elements zeroed."""

@@ -127,7 +127,7 @@ class Context:
         self.wide: list[Array] = []  # labels of axes that Python code, which is not traced, has to see as wide as they were
         self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
         self.heads: list[tuple[Array, list[int]]] = []  # fields that a product of activations sums over, head by head, along what
-        self.writes: set[str] = set()  # nodes with an op that writes into a tensor
+        self.writes: set[str] = set()  # nodes with an op that writes into a tensor or draws random numbers
         self.ties: dict[int, Array] = {}  # axis number -> for each position the first that it goes with, whatever it meets
         self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
