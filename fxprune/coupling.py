@@ -294,10 +294,10 @@ class Labelling:
             for axis in sorted(record.unborn):
                 self.context.adopt_nothing(record, axis, "is kept by request")
 
-    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False, bake: bool = False) -> Trace:
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
         watch = self._watch("train." if training else "")
-        traced = trace(self.twin, args, kwargs, training=training, watch=watch, bake=bake)
+        traced = trace(self.twin, args, kwargs, training=training, watch=watch)
         self.context.node = traced.prefix + "output"
         self._finish(traced.outputs)
         self.inputs, self.traces = traced.placeholders, [*self.traces, traced]

@@ -266,7 +266,6 @@ def trace(
     *,
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
-    bake: bool = False,
 ) -> Trace:
     """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
 
@@ -275,9 +274,6 @@ def trace(
     watch:
         Called with each node before it runs, for what it is to run under: a dispatch mode that executes ATen ops on tensors
         without data, and may look on. Default: :class:`~fxprune.shapes.ShapeMode`.
-    bake:
-        Take the defaults of whole numbers among the arguments (how many iterations) for good. Otherwise a model that reads such an
-        argument cannot be traced whole.
 
     Raises
     ------
@@ -288,7 +284,7 @@ def trace(
     """
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         twin.model.train(training)
-    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()), bake)
+    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
@@ -468,7 +464,6 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
         training: bool,
         watch: Callable[[fx.Node], AbstractContextManager[Any]],
-        bake: bool,
     ) -> None:
         super().__init__(autowrap_modules=())
         self.example = (args, kwargs)
@@ -477,7 +472,6 @@ class _Tracer(fx.Tracer):
         self.training = training
         self.decisions: list[str] = []
         self.asked_mode = False
-        self.bake = bake
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         self.constant_targets: set[str] = set()
         self._inside_leaf_function = 0
@@ -495,7 +489,7 @@ class _Tracer(fx.Tracer):
         given = {name: proxy if holds_tensors(values[name]) else values[name] for name, proxy in proxies.items()}
         positional = [given[name] for name in names]
         keywords = {name: given[name] for name in kwargs}
-        for name, value in {} if self.bake else _left_out(root_fn, values).items():
+        for name, value in _left_out(root_fn, values).items():
             keywords[name] = self._placeholder(name, value)
             self.left_out.append(keywords[name].node)
         for name, proxy in proxies.items():

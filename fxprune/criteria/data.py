@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.coupling import Coupling
 from fxprune.criteria.views import Views, widened
@@ -192,7 +192,7 @@ def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: Bat
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         names = [str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"]
-        inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, [*args, *kwargs.values()])
+        inputs = tree_map_only(Tensor, Tensor.clone, [*args, *kwargs.values()])
         meter.watch(path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size)
         return call()
 
