@@ -4,6 +4,7 @@ from fxprune import criteria
 from fxprune.api import Pruned, analyze, apply, compensate, load, prune, verify
 from fxprune.compensation import Compensation
 from fxprune.coupling import Axis, Coupling, Group, Pinned
+from fxprune.deploy import deploy
 from fxprune.errors import (
     ArgumentError,
     BudgetError,
@@ -50,6 +51,7 @@ __all__ = [
     "apply",
     "compensate",
     "criteria",
+    "deploy",
     "load",
     "prune",
     "register_rule",

@@ -31,6 +31,7 @@ ROOMS = [
     "rewrite",
     "compensation",
     "verify",
+    "deploy",
     "latency",
     "report",
     "saving",

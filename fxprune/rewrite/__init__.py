@@ -5,6 +5,7 @@ corrects numbers that stand in the graph, ``emit`` writes the new graph and chec
 """
 
 from fxprune.rewrite.emit import emit
+from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.survivors import Survivors
 
-__all__ = ["Survivors", "emit"]
+__all__ = ["PrunedModule", "Survivors", "emit"]

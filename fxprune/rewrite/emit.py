@@ -167,7 +167,7 @@ class _Emission:
             if emitted is None:
                 return
             new = emitted
-        new.meta = {}
+        new.meta = {"rank": value.dim()} if isinstance(value := node.meta.get("val"), Tensor) else {}
         self.made[node] = new
 
     def _taken_in(self, new: fx.Node, value: Any) -> fx.Node:

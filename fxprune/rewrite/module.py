@@ -47,8 +47,11 @@ class PrunedModule(fx.GraphModule):
         return self
 
     def _inherit(self, kind: type) -> None:
-        # After construction: GraphModule's __init__ would call that of the other class.
-        self.__class__ = type(type(self).__name__, (type(self), kind), {"_original_class": kind})
+        # After construction: GraphModule's __init__ would call that of the other class. Its own way of calling comes along, or
+        # recompile() would make a second one, around the first, which calls the second.
+        own = type(self)
+        members = {"_original_class": kind, "_wrapped_call": vars(own)["_wrapped_call"]}
+        self.__class__ = type(own.__name__, (own, kind), members)
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""

@@ -1,0 +1,105 @@
+"""The form of a pruned model that only predicts: as fast as a network written by hand at its widths.
+
+``constants`` computes once what depends on parameters alone, ``identities`` takes out what does nothing outside training,
+``folding`` puts what scales and shifts the channels of a contraction into its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fxprune.deploy.constants import compute_constants, writes
+from fxprune.deploy.folding import fold
+from fxprune.deploy.identities import drop_identities
+from fxprune.errors import ModelError
+from fxprune.rewrite import PrunedModule
+
+__all__ = ["deploy"]
+
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
+    """A copy of a pruned model for inference: batch normalisations folded, constants computed, training code gone.
+
+    Whatever multiplies and shifts the channels of a convolution or a linear layer goes into its weights: batch normalisation,
+    frozen or not, written as a module, a function or as arithmetic, and layer scales.
+
+    Parameters
+    ----------
+    model:
+        What :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load` gave, on any device; it is left as it is. A
+        dense model becomes one with ``fxprune.prune(model, example, channels=1.0).model``.
+    channels_last:
+        Lay out weights of convolutions over images and volumes channels-last, which is what GPUs compute in: give inputs as
+        ``x.to(memory_format=torch.channels_last)``, so that nothing has to be laid out anew. False: as they are.
+
+    Returns
+    -------
+    A module in ``eval`` mode whose parameters need no gradient; outputs differ by rounding only. Its state dict has other names
+    than the model's: keep the model, or what :meth:`~fxprune.Pruned.save` wrote, to train or prune further.
+
+    Raises
+    ------
+    ModelError
+        If there is no graph in the model.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> pruned = fxprune.prune(net, x, channels=0.5).model.eval()
+    >>> fast = deploy(pruned)
+    >>> [name for name, _ in fast.named_children()], bool((fast(x) - pruned(x)).abs().max() < 1e-5)
+    (['0', '2', '4'], True)
+    """
+    if not isinstance(model, nn.Module) or not any(isinstance(module, fx.GraphModule) for module in model.modules()):
+        raise ModelError(
+            f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no graph. Of a dense model make one "
+            "with prune(model, example_inputs, channels=1.0).model."
+        )
+    root = _copy_of(model).eval()
+    for name, module in list(root.named_modules()):
+        if isinstance(module, fx.GraphModule):
+            with torch.no_grad():
+                _deploy_graph(module)
+            if not name:
+                root = fx.GraphModule(module, module.graph, type(model).__name__)  # takes over what the graph calls, and no more
+    for module in root.modules():
+        if channels_last and isinstance(module, _ConvNd) and module.weight.dim() in _LAYOUTS:
+            module.weight.data = module.weight.data.contiguous(memory_format=_LAYOUTS[module.weight.dim()])
+    return root.eval().requires_grad_(False)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, of tensors as well that hooks compute (``torch.nn.utils.weight_norm``), which torch refuses to copy."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+
+
+def _deploy_graph(root: fx.GraphModule) -> None:
+    """One graph and what it calls, changed in place."""
+    graph = root.graph
+    if isinstance(root, PrunedModule):
+        root.__dict__["training_graph"] = None
+
+    def has_effect(node: fx.Node) -> bool:
+        in_place = node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False)
+        return node.is_impure() or in_place or writes(node)
+
+    for node in graph.find_nodes(op="call_method", target="view"):
+        # Channels-last, what was contiguous no longer is. Where something is written through the view it has to be one.
+        if not any(isinstance(size, torch.dtype) for size in node.args) and not any(map(writes, node.users)):
+            node.target = "reshape"
+    constants = compute_constants(root)
+    drop_identities(root)
+    graph.eliminate_dead_code(has_effect)
+    while fold(root, constants):
+        graph.eliminate_dead_code(has_effect)
+    graph.lint()
+    root.recompile()

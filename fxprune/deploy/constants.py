@@ -1,0 +1,110 @@
+"""What depends on parameters, buffers and the mode alone is computed once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.trace import execute
+
+__all__ = ["compute_constants", "new_buffer", "writes"]
+
+_NUMBERS = (bool, int, float)
+
+
+def compute_constants(root: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Evaluate every node that needs no input; of them, what others read becomes a buffer, or a number in their arguments.
+
+    Returns the constant nodes and their values, the new buffers included. Random numbers stay calls, and so does what something
+    in the graph writes to.
+    """
+    constants: dict[fx.Node, Any] = {}
+    written = _written(root.graph)
+    for node in root.graph.nodes:
+        if node.op == "get_attr":
+            value = execute(root, node, (), {})
+            if node.target not in written and isinstance(value, (Tensor, *_NUMBERS)):
+                constants[node] = value
+        elif _computable(node, constants):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
+            with _Watch() as watch:
+                value = execute(root, node, args, kwargs)
+            if watch.pure:
+                constants[node] = value
+    for node, value in list(constants.items()):
+        if isinstance(value, _NUMBERS):
+            for user in list(node.users):
+                user.args, user.kwargs = _with_literal(node, value, user)
+        elif isinstance(value, Tensor) and node.op != "get_attr" and any(user not in constants for user in node.users):
+            node.replace_all_uses_with(new_buffer(root, constants, node.name, value))
+    return constants
+
+
+def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
+    operands = node.all_input_nodes
+    called = node.op in ("call_function", "call_method") and not writes(node)
+    return called and bool(operands) and all(operand in constants for operand in operands)
+
+
+def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor) -> fx.Node:
+    """A node that reads a new buffer of the module, at the top of the graph."""
+    free = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 10**6))) if not hasattr(root, n))
+    root.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
+    with root.graph.inserting_before(next(n for n in root.graph.nodes if n.op != "placeholder")):
+        node = root.graph.get_attr(free)
+    node.meta = {"rank": value.dim()}
+    constants[node] = value
+    return node
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call may change an argument: said by a trailing underscore, by ``inplace`` or ``out``, or an operator's name.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> [writes(graph.call_function(f, (x, x))) for f in (torch.add, operator.iadd, torch.relu_, operator.invert)]
+    [False, True, True, False]
+    """
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target: Any = node.target
+    if node.kwargs.get("inplace") or "out" in node.kwargs or target in (operator.setitem, operator.delitem):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name.startswith("i") and getattr(operator, name, None) is target:
+        return hasattr(operator, f"__{name[1:]}__")  # iadd is add's, but invert is nobody's
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _written(graph: fx.Graph) -> set[Any]:
+    """Names of the parameters and buffers that something in the graph writes to."""
+    targets = set()
+    for node in graph.nodes:
+        for base in node.all_input_nodes if writes(node) else ():
+            while base.op in ("call_function", "call_method") and base.args and isinstance(base.args[0], fx.Node):
+                base = base.args[0]  # a view's first argument is what it looks at
+            if base.op == "get_attr":
+                targets.add(base.target)
+    return targets
+
+
+def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
+    """The arguments of a node with a number in the place of another node."""
+    return fx.node.map_arg((user.args, user.kwargs), lambda operand: value if operand is node else operand)
+
+
+class _Watch(TorchDispatchMode):
+    """Says whether all that ran gives the same each time and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pure = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.pure &= torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
+        return func(*args, **(kwargs or {}))

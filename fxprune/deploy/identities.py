@@ -1,0 +1,50 @@
+"""What gives back its input as it is when nothing is being trained."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+__all__ = ["drop_identities"]
+
+
+def drop_identities(root: fx.GraphModule) -> None:
+    """Take them out of the graph."""
+    for node in list(root.graph.nodes):
+        source = _source(root, node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            root.graph.erase_node(node)
+
+
+def _source(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """What a node hands on: it is called with an empty probe, and gives back that very object."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node) or node.all_input_nodes != [first] or "rank" not in node.meta:
+        return None
+    function: Any
+    if node.op == "call_module":
+        function = root.get_submodule(str(node.target))
+        if not isinstance(function, (nn.Identity, _DropoutNd)):
+            return None
+    elif node.op == "call_function" and _has_mode(node.target):
+        function = node.target
+    else:
+        return None
+    probe = torch.zeros([2] * node.meta["rank"], device="meta")
+    try:
+        return first if function(probe, *node.args[1:], **node.kwargs) is probe else None
+    except Exception:  # not made for such a probe: it stays
+        return None
+
+
+def _has_mode(function: Any) -> bool:
+    """Whether a function is told if it is called in training."""
+    try:
+        return "training" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin does not say
+        return False
