@@ -20,8 +20,8 @@ that falls tenfold after 50 % and after 75 % of the epochs, images moved (and mi
 the same from a tenth of the rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by`` says
-what a value is divided by within its group: max, mean, sum, or, as CPMC does, left, what is left of the group when all smaller
-units have gone; ``power=2`` takes the root of the sum of squares, not the sum of magnitudes). ``/constants`` or
+what a value is divided by within its group: max, sum, as CPMC does the mean, or left, what is left of the group when all smaller
+units have gone; ``power=1`` takes the sum of magnitudes, not the root of the sum of squares). ``/constants`` or
 ``/least_squares`` behind it compensates the pruned network on the images that criteria read.
 
 Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows that are there already, measured
@@ -90,9 +90,10 @@ def _ablation() -> dict[str, str]:
         "all three": "cpmc",
         "value, own filter only": f"cpmc:{alpha}:{no_cost}:{no_parameters}:roles=own+scale",
         "all three, own filter only": "cpmc:roles=own+scale",
-        "all three, by the group's mean": "cpmc:by=mean",
+        "all three, costs as much as the value": "cpmc:beta=1:gamma=1",
         "all three, by the group's largest": "cpmc:by=max",
-        "all three, roots of squares": "cpmc:power=2",
+        "all three, by what is left of the group": "cpmc:by=left",
+        "all three, sums of magnitudes": "cpmc:power=1",
     }
 
 
@@ -100,8 +101,8 @@ def _ablation() -> dict[str, str]:
 class Variant(CPMC):
     """CPMC with another magnitude or another normaliser within the group: what the choice of the defaults was compared with."""
 
-    by: str = "left"
-    power: int = 1
+    by: str = "mean"
+    power: int = 2
 
     def __call__(self, view: UnitView) -> Tensor:
         value = view.sum(torch.abs if self.power == 1 else torch.square, self.roles) ** (1 / self.power)

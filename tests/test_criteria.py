@@ -109,8 +109,8 @@ def naive_lamp(units: list[list[float]]) -> list[float]:
 
 
 def naive_cpmc(units: list[list[float]]) -> list[float]:
-    values = naive_l1(units)
-    return [len(values) * s / math.fsum(t for t in values if t >= s) for s in values]
+    values = naive_l2(units)
+    return [len(values) * value / math.fsum(values) for value in values]
 
 
 def naive_fpgm(units: list[list[float]], blocks: list[int]) -> list[float]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.views import ROLES, UnitView, check_roles
-from fxprune.criteria.weights import share_of_the_rest
 from fxprune.errors import ArgumentError
 
 __all__ = ["CPMC"]
@@ -22,7 +21,7 @@ class CPMC:
     .. math::
 
        I(u) = \alpha V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
-       V'(u) = n \frac{V(u)}{\sum_{v : V(v) \ge V(u)} V(v)}, \qquad V(u) = \sum_{w \in W(u)} |w|
+       V'(u) = \frac{V(u)}{\frac{1}{n} \sum_v V(v)}, \qquad V(u) = \sqrt{\sum_{w \in W(u)} w^2}
 
     The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via Multi-Criteria based on Weight
     Dependency", IJCNN 2021): :math:`W(u)` are all weights that vanish with a unit, its own filters and the slices of every next
@@ -30,14 +29,13 @@ class CPMC:
     widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'` alike, is how COP normalises costs (Wang
     et al., IJCAI 2019).
 
-    The normaliser of the value is ours: its share of what is left of the group's n units when all smaller ones have gone, as LAMP
-    normalises single weights (Lee et al., ICLR 2021), times n, so that groups of all sizes start around 1. It is the value at the
-    current width, as the costs are: the fewer units a group has left, the more each is worth, and no group is emptied because its
-    weights are small. Dividing by the group's largest value, which does not change as widths shrink, leaves bottlenecks. Magnitudes
-    are added up, not their squares: a unit that many layers read through many small weights counts for all of them.
-    ``benchmarks/accuracy.py --ablation`` shows what either choice is worth.
+    The magnitude, the normaliser of the value and the weights are ours. Dividing by the mean over the group's n units makes groups
+    compare, whatever their widths and scales: an average unit counts 1 in each of them. Within a group values differ by tenths, and
+    the costs of a network's units differ by tenths of their largest. Weighed as much as the value, costs therefore decide alone,
+    and empty the layers that cost most, residual streams first; weighed this little, they decide between units of about equal
+    value. ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
 
-    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n]; the selection adds the costs, which change as widths
+    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n], of mean 1; the selection adds the costs, which change as widths
     shrink.
 
     Parameters
@@ -58,15 +56,15 @@ class CPMC:
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
     >>> weights = {"0.weight": torch.tensor([[0., 4.], [0., 3.], [0., 0.]]), "2.weight": torch.tensor([[3., 0., 2.]])}
     >>> (view,) = Views(fxprune.analyze(net, torch.zeros(1, 2)), weights)
-    >>> CPMC()(view)  # V is 7, 3, 2: 3 * 7 / 7, 3 * 3 / (3 + 7), 3 * 2 / (2 + 3 + 7)
-    tensor([3.0000, 0.9000, 0.5000], dtype=torch.float64)
+    >>> CPMC()(view)  # V is 5, 3, 2
+    tensor([1.5000, 0.9000, 0.6000], dtype=torch.float64)
     >>> CPMC(roles=("own", "scale"))(view)  # of its own filters alone V is 4, 3, 0
-    tensor([3.0000, 1.2857, 0.0000], dtype=torch.float64)
+    tensor([1.7143, 1.2857, 0.0000], dtype=torch.float64)
     """
 
     alpha: float = 1.0
-    beta: float = 1.0
-    gamma: float = 1.0
+    beta: float = 0.01
+    gamma: float = 0.05
     roles: tuple[str, ...] = ROLES
 
     def __post_init__(self) -> None:
@@ -78,4 +76,5 @@ class CPMC:
             )
 
     def __call__(self, view: UnitView) -> Tensor:
-        return view.group.size * share_of_the_rest(view.sum(torch.abs, self.roles))
+        value = view.sum(torch.square, self.roles).sqrt()
+        return value / value.mean().clamp_min(torch.finfo(value.dtype).tiny)
