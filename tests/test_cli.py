@@ -228,14 +228,14 @@ def test_out_that_cannot_be_written(tiny):
 
 
 def test_inputs_of_torchvision_models_are_known():
-    from fxprune.cli import _usual_shapes
+    from fxprune.cli.loading import usual_shapes
 
-    assert _usual_shapes("resnet50") == ["1,3,224,224"]
-    assert _usual_shapes("inception_v3") == ["1,3,299,299"]
-    assert _usual_shapes("mvit_v2_s") == ["1,3,16,224,224"]
-    assert _usual_shapes("r3d_18") == ["1,3,16,112,112"]
-    assert _usual_shapes("raft_small") == 2 * ["1,3,128,128"]
-    assert _usual_shapes("ssd300_vgg16") == ["3,320,320+3,300,400+"]
+    assert usual_shapes("resnet50") == ["1,3,224,224"]
+    assert usual_shapes("inception_v3") == ["1,3,299,299"]
+    assert usual_shapes("mvit_v2_s") == ["1,3,16,224,224"]
+    assert usual_shapes("r3d_18") == ["1,3,16,112,112"]
+    assert usual_shapes("raft_small") == 2 * ["1,3,128,128"]
+    assert usual_shapes("ssd300_vgg16") == ["3,320,320+3,300,400+"]
 
 
 def test_an_optical_flow_from_the_command_line():
@@ -246,11 +246,11 @@ def test_an_optical_flow_from_the_command_line():
 
 
 def test_a_list_of_tensors_is_an_input(tiny):
-    from fxprune.cli import _example
+    from fxprune.cli.loading import example
 
-    assert [tuple(t.shape) for t in _example("3,8,8+3,16,4+")] == [tuple(t.shape) for t in _example("3,8,8+3,16,4")]
-    assert isinstance(_example("3,8,8+"), list)
-    assert isinstance(_example("3,8,8"), torch.Tensor)
+    assert [tuple(t.shape) for t in example("3,8,8+3,16,4+")] == [tuple(t.shape) for t in example("3,8,8+3,16,4")]
+    assert isinstance(example("3,8,8+"), list)
+    assert isinstance(example("3,8,8"), torch.Tensor)
     for text in ("3,8+x", "+", "3,8++3,8"):
         fails(run("inspect", "tinymodels:build", "--input", text), "is not a shape", "+ behind each")
 

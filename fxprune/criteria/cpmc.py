@@ -35,8 +35,8 @@ class CPMC:
     and empty the layers that cost most, residual streams first; weighed this little, they decide between units of about equal
     value. ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
 
-    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n], of mean 1; the selection adds the costs, which change as widths
-    shrink.
+    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n], of mean 1; the selection adds the costs, which change as
+    widths shrink.
 
     Parameters
     ----------

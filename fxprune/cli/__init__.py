@@ -1,0 +1,239 @@
+"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply`` and ``compare``.
+
+Results go to standard output, progress and errors to standard error, so that ``--json`` can be piped. An error of
+fxprune's own is printed without a traceback and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxprune import api
+from fxprune.cli.loading import built, load, load_model, note_random
+from fxprune.cli.options import (
+    Channels,
+    Checkpoint,
+    Criterion,
+    Input,
+    Json,
+    Keep,
+    Layers,
+    Macs,
+    MinChannels,
+    Model,
+    Out,
+    Params,
+    RoundTo,
+    Saved,
+    Scope,
+    Units,
+    Verify,
+    Weights,
+    criterion_of,
+    options_of,
+    units_of,
+)
+from fxprune.cli.printing import comparison_to_dict, coupling_to_dict, planned, print_comparison, print_coupling
+from fxprune.cli.terminal import dumps, errors_to_stderr, read_text, stage, write_text
+from fxprune.errors import ArgumentError
+from fxprune.plan import Plan
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fxprune",
+    help="Structured pruning of any traceable PyTorch model: exact, without a rule per model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def main() -> None:
+    """Entry point of the ``fxprune`` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"fxprune {importlib.metadata.version('fxprune')}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Model,
+    keep: Keep = None,
+    units: Units = None,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+    full: Annotated[bool, typer.Option("--full", help="Print every axis, and the nodes that tie them.")] = False,
+) -> None:
+    """Show what must be pruned together, and what is never pruned and why."""
+    with errors_to_stderr():
+        with stage(f"building {model}"):
+            module, example_inputs = load(model, input_shapes, weights, checkpoint)
+        with stage("analysing"):
+            coupling = api.analyze(module, example_inputs, keep=tuple(keep or ()), units=units_of(units))
+        if as_json:
+            typer.echo(json.dumps(coupling_to_dict(coupling), indent=2))
+        elif full:
+            typer.echo(str(coupling))
+        else:
+            print_coupling(coupling)
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where the plan goes, as JSON.", show_default=False),
+    ] = None,
+    channels: Channels = None,
+    macs: Macs = None,
+    params: Params = None,
+    scope: Scope = "group",
+    layers: Layers = None,
+    criterion: Criterion = "cpmc",
+    keep: Keep = None,
+    units: Units = None,
+    round_to: RoundTo = 1,
+    min_channels: MinChannels = 1,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+    as_json: Json = False,
+) -> None:
+    """Choose what survives, and write that down; nothing else is written."""
+    with errors_to_stderr():
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        found = criterion_of(criterion)
+        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        with stage("planning"):
+            pruned = api.prune(module, example_inputs, criterion=found, **options)
+        if out is not None:
+            with stage(f"writing {out}"):
+                write_text(out, pruned.plan.to_json() + "\n")
+        typer.echo(pruned.plan.to_json() if as_json else planned(pruned))
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out = None,
+    channels: Channels = None,
+    macs: Macs = None,
+    params: Params = None,
+    scope: Scope = "group",
+    layers: Layers = None,
+    criterion: Criterion = "cpmc",
+    keep: Keep = None,
+    units: Units = None,
+    round_to: RoundTo = 1,
+    min_channels: MinChannels = 1,
+    verify: Verify = False,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a model and write the plan, the weights and a report."""
+    with errors_to_stderr():
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        found = criterion_of(criterion)
+        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        with stage("pruning and verifying" if verify else "pruning"):
+            pruned = api.prune(module, example_inputs, criterion=found, verify=verify or None, **options)
+        _deliver(pruned, out, as_json)
+
+
+@app.command()
+def apply(
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="What fxprune plan or fxprune prune wrote: a plan.json.", show_default=False)
+    ],
+    model: Model,
+    out: Out = None,
+    verify: Verify = False,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a plan on a model of the architecture that it was made for, for instance with other weights."""
+    with errors_to_stderr():
+        replayed = Plan.from_json(read_text(plan))
+        with stage(f"building {model}"):
+            module = load_model(model, weights, checkpoint, saved)
+        note_random(model, weights, checkpoint, saved)
+        with stage("applying and verifying" if verify else "applying"):
+            pruned = api.apply(replayed, module)
+            if verify:
+                error = api.verify(module, pruned).error
+                pruned = dataclasses.replace(pruned, report=dataclasses.replace(pruned.report, error=error))
+        _deliver(pruned, out, as_json)
+
+
+@app.command()
+def compare(
+    model: Model,
+    criteria: Annotated[
+        str, typer.Option(metavar="NAMES", help="Criteria to set side by side, with commas; each as --criterion of prune.")
+    ] = "cpmc,l1,lamp",
+    channels: Channels = None,
+    macs: Macs = None,
+    params: Params = None,
+    scope: Scope = "group",
+    layers: Layers = None,
+    keep: Keep = None,
+    units: Units = None,
+    round_to: RoundTo = 1,
+    min_channels: MinChannels = 1,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+    as_json: Json = False,
+    full: Annotated[bool, typer.Option("--full", help="Print all groups, not only those on which the criteria differ.")] = False,
+) -> None:
+    """Show what several criteria leave within the same budget: cost, units kept per group, and how much they agree."""
+    with errors_to_stderr():
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        names = [name.strip() for name in criteria.split(",") if name.strip()]
+        if len(set(names)) < 2 or len(set(names)) < len(names):
+            raise ArgumentError(f"--criteria {criteria!r} must name two criteria or more, each once, as --criteria cpmc,l1.")
+        found = {name: criterion_of(name) for name in names}
+        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        results = {}
+        for name in names:
+            with stage(f"pruning by {name}"):
+                results[name] = api.prune(module, example_inputs, criterion=found[name], **options)
+        if as_json:
+            typer.echo(dumps(comparison_to_dict(results)), nl=False)
+        else:
+            print_comparison(results, full)
+
+
+def _deliver(pruned: api.Pruned, out: Path | None, as_json: bool) -> None:
+    """Write the result, if asked to, and print its report."""
+    if out is not None:
+        with stage(f"writing {out}"):
+            pruned.save(out)
+    if as_json:
+        typer.echo(dumps(pruned.report.to_dict()), nl=False)
+    else:
+        typer.echo(str(pruned.report))

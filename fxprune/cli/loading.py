@@ -1,0 +1,183 @@
+"""Models that the command line names, their weights, and example inputs for them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect as inspection
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fxprune import api
+from fxprune.cli.terminal import stage, stderr
+from fxprune.errors import ArgumentError, InputError
+
+__all__ = [
+    "attribute_named",
+    "built",
+    "example",
+    "load",
+    "load_model",
+    "note_random",
+    "usual_shapes",
+]
+
+
+def note_random(model: str, weights: str | None, checkpoint: Path | None, saved: Path | None) -> None:
+    if weights is None and checkpoint is None and saved is None and ":" not in model:
+        stderr().print(
+            "note: the weights are random; --weights, --checkpoint or --saved gives trained ones", style="yellow", soft_wrap=True
+        )
+
+
+def built(
+    model: str, input_shapes: list[str] | None, weights: str | None, checkpoint: Path | None, saved: Path | None
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    with stage(f"building {model}"):
+        built = load(model, input_shapes, weights, checkpoint, saved)
+    note_random(model, weights, checkpoint, saved)
+    return built
+
+
+def load(
+    spec: str,
+    input_shapes: list[str] | None,
+    weights: str | None,
+    checkpoint: Path | None,
+    saved: Path | None = None,
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The model that ``spec`` names, in eval mode, and example inputs for it."""
+    module = load_model(spec, weights, checkpoint, saved)
+    shapes = input_shapes
+    if not shapes and ":" in spec:
+        raise InputError(f"{spec} is not a torchvision name, so its input is not known: pass --input, as --input 1,3,224,224.")
+    return module, tuple(example(text) for text in shapes or usual_shapes(spec))
+
+
+def load_model(spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None) -> nn.Module:
+    """The model that ``spec`` names, with the weights that are asked for, in eval mode."""
+    torch.manual_seed(0)  # the same command gives the same plan, also on random weights
+    if saved is not None and (weights is not None or checkpoint is not None):
+        raise ArgumentError("--saved holds weights of its own: leave out --weights and --checkpoint.")
+    if ":" in spec:
+        if weights is not None:
+            raise ArgumentError(f"--weights is for torchvision names; {spec} is your own: load its weights with --checkpoint.")
+        module = _own_model(spec)
+    else:
+        module = _torchvision_model(spec, weights)
+    if saved is not None:
+        module = api.load(saved, module).model
+    if checkpoint is not None:
+        _load_checkpoint(module, checkpoint)
+    return module.eval()
+
+
+def _torchvision_model(name: str, weights: str | None) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise ArgumentError(f"No torchvision model is named {name!r}. {hint}Your own is named as package.module:factory.")
+    builder = torchvision.models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": weights}
+    if "weights_backbone" in inspection.signature(builder).parameters:
+        options["weights_backbone"] = None  # the default would download a backbone
+    try:
+        with warnings.catch_warnings():
+            # inception_v3 and googlenet announce a change of their random initialisation.
+            warnings.filterwarnings("ignore", message="The default weight initialization", category=FutureWarning)
+            module = builder(**options)
+    except (KeyError, ValueError) as error:
+        choices = ", ".join(torchvision.models.get_model_weights(name).__members__) or "none"
+        raise ArgumentError(f"{name} has no weights named {weights!r}. Available: {choices}.") from error
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def usual_shapes(name: str) -> list[str]:
+    """What ``--input`` would be: batch 1 at the resolution that the model's published weights expect; 16 frames for video."""
+    import torchvision
+
+    for entry in torchvision.models.get_model_weights(name):
+        transform = entry.transforms  # a preset class, mostly inside functools.partial
+        preset = getattr(transform, "func", transform).__name__
+        if preset == "VideoClassification":
+            height, width = transform.keywords["crop_size"]
+            return [f"1,3,16,{height},{width}"]
+        if preset == "OpticalFlow":
+            height, width = entry.meta["min_size"]
+            return 2 * [f"1,3,{height},{width}"]
+        if preset == "ObjectDetection":
+            return ["3,320,320+3,300,400+"]
+    # inception_v3's auxiliary classifier, alive in training, needs more than the others.
+    return ["1,3,299,299" if name == "inception_v3" else "1,3,224,224"]
+
+
+def _own_model(spec: str) -> nn.Module:
+    found = attribute_named(spec, "MODEL")
+    made = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    if not isinstance(made, nn.Module):
+        raise ArgumentError(f"{spec} gave {type(made).__name__}, not a torch.nn.Module.")
+    return made
+
+
+def attribute_named(spec: str, what: str) -> Any:
+    """What ``package.module:attribute`` names."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ArgumentError(f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune knows by name.")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as python -m does, so that a model beside the user is found
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ArgumentError(f"Cannot import {module_name!r} for {what} {spec!r}: {error}.") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ArgumentError(f"{module_name!r} has no {attribute!r} ({what} is named as package.module:attribute).")
+        found = getattr(found, part)
+    return found
+
+
+def _load_checkpoint(module: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.load_model(module, str(path))
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts commonly wrap the state_dict with an epoch and an optimiser.
+        module.load_state_dict(state.get("state_dict", state.get("model", state)))
+    except OSError as error:
+        raise ArgumentError(f"Cannot read checkpoint {path}: {error.strerror or error}.") from error
+    except Exception as error:  # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
+        raise ArgumentError(f"Checkpoint {path} does not fit the model: {error}") from error
+
+
+def example(text: str) -> Tensor | list[Tensor]:
+    """A tensor, or a list of tensors, of random values in [0, 1): a detector refuses others."""
+    if "+" in text:
+        return [torch.rand(_shape(part, text)) for part in text.removesuffix("+").split("+")]
+    return torch.rand(_shape(text, text))
+
+
+def _shape(text: str, given: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise InputError(
+            f"--input {given!r} is not a shape: write positive sizes with commas, as 1,3,224,224, or several with + behind each."
+        )
+    return shape

@@ -1,0 +1,173 @@
+"""The options that commands share, and what they say as arguments of the front doors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxprune.cli.loading import attribute_named
+from fxprune.criteria import CRITERIA
+from fxprune.errors import ArgumentError
+
+__all__ = [
+    "Channels",
+    "Checkpoint",
+    "Criterion",
+    "Input",
+    "Json",
+    "Keep",
+    "Layers",
+    "Macs",
+    "MinChannels",
+    "Model",
+    "Out",
+    "Params",
+    "RoundTo",
+    "Saved",
+    "Scope",
+    "Units",
+    "Verify",
+    "Weights",
+    "criterion_of",
+    "options_of",
+    "units_of",
+]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A torchvision name (resnet50), or package.module:factory for your own.",
+        show_default=False,
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A module name or glob that must not be pruned; may be repeated.", show_default=False),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        help="Shape of an example input, as 1,3,224,224; once per positional argument. A list of tensors has + behind each: "
+        "3,320,320+3,300,400+. A torchvision name needs none.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="torchvision weights to load, as DEFAULT or IMAGENET1K_V1 (downloads).", show_default=False),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A state_dict to load: .safetensors, or what torch.save wrote.", show_default=False),
+]
+Saved = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Start from an earlier result of -o instead, whose first model was MODEL.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FOLDER",
+        help="Where plan.json, model.safetensors, report.json and report.txt go; made if missing.",
+        show_default=False,
+    ),
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Prove that the result equals the masked original.")]
+Channels = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of units to keep, in (0, 1]: of every group, see --scope.", show_default=False),
+]
+Macs = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of multiply-accumulates to keep, in (0, 1].", show_default=False),
+]
+Params = Annotated[float | None, typer.Option(metavar="SHARE", help="Share of parameters to keep, in (0, 1].", show_default=False)]
+Scope = Annotated[str, typer.Option(metavar="SCOPE", help="What --channels counts: group (each group) or global (all together).")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="GLOB=SHARE",
+        help="Share of units that matching layers keep, whatever the budgets ask for; may be repeated.",
+        show_default=False,
+    ),
+]
+Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="UNIT",
+        help="What a unit of an attention is: dims (of its heads, the default) or heads (whole ones); GLOB=UNIT for single "
+        "modules, may be repeated.",
+        show_default=False,
+    ),
+]
+Criterion = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"How important a unit is: {', '.join(CRITERIA)}, or package.module:criterion of your own."),
+]
+RoundTo = Annotated[int, typer.Option(metavar="N", help="Keep a multiple of N units per group.")]
+MinChannels = Annotated[int, typer.Option(metavar="N", help="Keep at least N units per group.")]
+
+
+def options_of(
+    channels: float | None,
+    macs: float | None,
+    params: float | None,
+    scope: str,
+    layers: list[str] | None,
+    keep: list[str] | None,
+    units: list[str] | None,
+    round_to: int,
+    min_channels: int,
+) -> dict[str, Any]:
+    """The budget, as arguments of :func:`fxprune.prune`."""
+    return {
+        "channels": channels,
+        "macs": macs,
+        "params": params,
+        "scope": scope,
+        "layers": dict(_layer(text) for text in layers or ()),
+        "keep": tuple(keep or ()),
+        "units": units_of(units),
+        "round_to": round_to,
+        "min_channels": min_channels,
+    }
+
+
+def _layer(text: str) -> tuple[str, float]:
+    glob, _, share = text.rpartition("=")
+    try:
+        if glob:
+            return glob, float(share)
+    except ValueError:
+        pass
+    raise ArgumentError(f"--layer {text!r} is not GLOB=SHARE: write for instance --layer 'layer4.*=0.3'.")
+
+
+def units_of(texts: list[str] | None) -> dict[str, str]:
+    """The last that matches counts; one without a glob is for all modules."""
+    return {glob or "*": unit for glob, _, unit in (text.rpartition("=") for text in texts or ())}
+
+
+def criterion_of(text: str) -> Any:
+    """A name that fxprune knows, or what ``package.module:attribute`` names."""
+    if ":" not in text:
+        if text not in CRITERIA:
+            raise ArgumentError(
+                f"No criterion is named {text!r}: choose from {', '.join(CRITERIA)}, or name your own as package.module:criterion."
+            )
+        return text
+    found = attribute_named(text, "a criterion")
+    if not callable(found) and not hasattr(found, "scores"):
+        raise ArgumentError(f"{text} is a {type(found).__name__}: a criterion is a function or has scores(coupling, model).")
+    return found

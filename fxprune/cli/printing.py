@@ -1,0 +1,162 @@
+"""What commands print: couplings, plans, comparisons of criteria."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fxprune import api
+from fxprune.coupling import Coupling
+
+__all__ = [
+    "comparison_to_dict",
+    "coupling_to_dict",
+    "planned",
+    "print_comparison",
+    "print_coupling",
+]
+
+
+def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "units": group.size,
+                "axes": [str(axis) for axis in group.axes],
+                "blocks": group.blocks,
+                "normalised": list(group.normalised),
+            }
+            for group in coupling.groups
+        ],
+        "pinned": [
+            {"axes": [str(axis) for axis in pinned.axes], "reason": pinned.reason, "node": pinned.node}
+            for pinned in coupling.pinned
+        ],
+        "pinned_macs": coupling.pinned_macs(),
+        "untouched": list(coupling.untouched),
+        "decisions": list(coupling.decisions),
+    }
+
+
+def print_coupling(coupling: Coupling) -> None:
+    console = Console()
+    units = sum(group.size for group in coupling.groups)
+    groups = Table(title=f"{len(coupling.groups)} groups, {units:,} units", title_justify="left")
+    groups.add_column("group", overflow="fold")
+    groups.add_column("units", justify="right")
+    groups.add_column("axes", justify="right")
+    groups.add_column("of the axes", overflow="fold")
+    for group in coupling.groups:
+        shown = ", ".join(str(axis) for axis in group.axes[:2]) + (", ..." if len(group.axes) > 2 else "")
+        size = f"{group.size} in {group.blocks} blocks" if group.blocks else str(group.size)
+        groups.add_row(escape(group.name), size, str(len(group.axes)), escape(shown))
+    console.print(groups)
+    if coupling.pinned:
+        pinned = Table(title="pinned, never pruned", title_justify="left")
+        pinned.add_column("axes", overflow="fold")
+        pinned.add_column("reason", overflow="fold")
+        pinned.add_column("node", overflow="fold")
+        for entry in coupling.pinned:
+            shown = ", ".join(str(axis) for axis in entry.axes[:2]) + (", ..." if len(entry.axes) > 2 else "")
+            pinned.add_row(escape(shown), escape(entry.reason), escape(entry.node))
+        console.print(pinned)
+    held = [f"{share:.1%} {reason}" for reason, share in coupling.pinned_macs().items()]
+    for title, lines in (
+        ("multiply-accumulates held by pins, of all", held),
+        ("not used by any operation", coupling.untouched),
+        ("control flow fixed", coupling.decisions),
+    ):
+        if lines:
+            console.print(f"{title}:")
+            for line in lines:
+                console.print(f"  {line}", markup=False, highlight=False)
+
+
+def planned(pruned: api.Pruned) -> str:
+    """A plan and what it would bring, for a person."""
+    report = dataclasses.replace(pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=())
+    cost = str(report).split("\n\n")[0]  # the figures, without the sections
+    return f"{cost}\n\n{pruned.plan}"
+
+
+def _removed(pruned: api.Pruned) -> set[tuple[str, int]]:
+    return {(group.name, unit) for group in pruned.plan.groups for unit in set(range(group.size)) - set(group.kept)}
+
+
+def _overlaps(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, float]]:
+    """For each two criteria the share of the units that either removes which both remove; 1 where neither removes any."""
+    removed = {name: _removed(pruned) for name, pruned in results.items()}
+
+    def overlap(one: str, other: str) -> float:
+        either = removed[one] | removed[other]
+        return len(removed[one] & removed[other]) / len(either) if either else 1.0
+
+    return {one: {other: overlap(one, other) for other in results} for one in results}
+
+
+def _kept_units(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, int]]:
+    """For each group how many units each criterion keeps.
+
+    A node that cannot be emitted smaller is pinned for that criterion alone, so that it may have fewer groups than another.
+    """
+    sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
+    kept = {name: {group.name: len(group.kept) for group in pruned.plan.groups} for name, pruned in results.items()}
+    return {group: {name: kept[name].get(group, size) for name in results} for group, size in sizes.items()}
+
+
+def comparison_to_dict(results: Mapping[str, api.Pruned]) -> dict[str, Any]:
+    sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
+    return {
+        "criteria": {
+            name: {
+                "macs_before": pruned.report.macs_before,
+                "macs_after": pruned.report.macs_after,
+                "params_before": pruned.report.params_before,
+                "params_after": pruned.report.params_after,
+                "units_before": sum(group.size for group in pruned.plan.groups),
+                "units_after": sum(len(group.kept) for group in pruned.plan.groups),
+                "seconds": sum(pruned.report.seconds.values()),
+            }
+            for name, pruned in results.items()
+        },
+        "groups": [{"name": name, "units": sizes[name], "kept": kept} for name, kept in _kept_units(results).items()],
+        "overlap": _overlaps(results),
+    }
+
+
+def print_comparison(results: Mapping[str, api.Pruned], full: bool) -> None:
+    data, console = comparison_to_dict(results), Console()
+    cost = Table(title="what is left", title_justify="left")
+    cost.add_column("criterion", overflow="fold")
+    for column in ("MACs", "%", "parameters", "%", "units", "%", "seconds"):
+        cost.add_column(column, justify="right")
+    for name, row in data["criteria"].items():
+        cells = []
+        for what in ("macs", "params", "units"):
+            before, after = row[f"{what}_before"], row[f"{what}_after"]
+            cells += [f"{after:,}", f"{100 * after / before:.1f}" if before else "-"]
+        cost.add_row(escape(name), *cells, f"{row['seconds']:.2f}")
+    console.print(cost)
+
+    rows = [row for row in data["groups"] if full or len(set(row["kept"].values())) > 1]
+    groups = Table(title=f"units kept, {len(rows)} of {len(data['groups'])} groups", title_justify="left")
+    groups.add_column("group", overflow="fold")
+    for column in ("units", *results):
+        groups.add_column(escape(column), justify="right")
+    for row in rows:
+        groups.add_row(escape(row["name"]), str(row["units"]), *(str(row["kept"][name]) for name in results))
+    if rows:
+        console.print(groups)
+
+    overlap = Table(title="removed by both, % of what either removes", title_justify="left")
+    for column in ("", *results):
+        overlap.add_column(escape(column), justify="right" if column else "left")
+    for one, others in data["overlap"].items():
+        overlap.add_row(escape(one), *(f"{100 * others[other]:.1f}" for other in results))
+    console.print(overlap)
