@@ -8,6 +8,7 @@ from fxprune.deploy import deploy
 from fxprune.errors import (
     ArgumentError,
     BudgetError,
+    ExportError,
     FxpruneError,
     InputError,
     ModelError,
@@ -16,6 +17,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.export import export
 from fxprune.plan import GroupPlan, Plan
 from fxprune.report import Report
 from fxprune.rules import register_rule
@@ -31,6 +33,7 @@ __all__ = [
     "BudgetError",
     "Compensation",
     "Coupling",
+    "ExportError",
     "FxpruneError",
     "Group",
     "GroupPlan",
@@ -52,6 +55,7 @@ __all__ = [
     "compensate",
     "criteria",
     "deploy",
+    "export",
     "load",
     "prune",
     "register_rule",

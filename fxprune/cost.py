@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fxprune import shapes
+from fxprune.inputs import as_call
 
 __all__ = ["Cost", "cost_of", "count_parameters", "op_macs"]
 
@@ -108,7 +109,7 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         >>> print(found)
         75,776 MACs, 20,706 parameters
     """
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = as_call(example_inputs)
     # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps the module's own
     # tensors out for the call and back, also when the forward pass raises.
     metas: dict[int, Tensor] = {}
@@ -148,14 +149,6 @@ class _Counter(TorchDispatchMode):
 def _makes_tensors(func: Any) -> bool:
     """Whether an operation takes no tensor (arange, empty, ...): where a tensor is born nothing is computed."""
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
-
-
-def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BudgetError",
+    "ExportError",
     "FxpruneError",
     "InputError",
     "ModelError",
@@ -56,6 +57,10 @@ class RewriteError(FxpruneError):
     def __init__(self, message: str, node: str = "") -> None:
         super().__init__(message)
         self.node = node
+
+
+class ExportError(FxpruneError):
+    """A model cannot be written in another format."""
 
 
 class VerificationError(FxpruneError):

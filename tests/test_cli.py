@@ -419,3 +419,35 @@ def test_compare_needs_two(criteria, tiny):
 
 def test_compare_names_an_unknown_criterion(tiny):
     fails(run("compare", *TINY_ARGS, "--criteria", "cpmc,nonsense", "--macs", 0.5), "No criterion is named 'nonsense'")
+
+
+def test_bench_prints_a_line_per_model_and_setting(tiny):
+    quick = ("--rounds", 2, "--seconds", 0.005, "--device", "cpu")
+    result = run("bench", *TINY_ARGS, "--channels", 0.5, "--batch", "1,4", "--precision", "fp32,bf16", *quick, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    names = ["as given", "pruned", "pruned, deployed"]
+    assert [(row["precision"], row["batch"], row["model"]) for row in rows] == [
+        (precision, batch, name) for precision in ("fp32", "bf16") for batch in (1, 4) for name in names
+    ]
+    assert all(row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1] and row["measurements"] == 2 for row in rows)
+    result = run("bench", *TINY_ARGS, *quick)
+    assert result.exit_code == 0, result.output
+    assert "fp32, eager, batch 1, on the CPU" in result.stdout
+    assert "as given" in result.stdout
+    assert "pruned" not in result.stdout
+
+
+def test_bench_refuses(tiny):
+    fails(run("bench", *TINY_ARGS, "--precision", "fp8"), "precision='fp8'", "bf16")
+    fails(run("bench", *TINY_ARGS, "--batch", "many"), "--batch 'many' is not a list of sizes")
+
+
+def test_export_of_a_saved_model(tiny):
+    assert run("prune", *TINY_ARGS, "--channels", 0.5, "--out", "small").exit_code == 0
+    result = run("export", *TINY_ARGS, "--saved", "small", "--pt2", "small.pt2")
+    assert result.exit_code == 0, result.output
+    assert "small.pt2: largest relative error" in result.stdout
+    program = torch.export.load(tiny / "small.pt2")
+    assert max(t.shape[0] for t in program.state_dict.values() if t.dim() == 4) == 4
+    fails(run("export", *TINY_ARGS), "nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2")

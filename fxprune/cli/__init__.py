@@ -1,4 +1,4 @@
-"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply`` and ``compare``.
+"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
 
 Results go to standard output, progress and errors to standard error, so that ``--json`` can be piped. An error of
 fxprune's own is printed without a traceback and ends with exit code 2.
@@ -36,12 +36,25 @@ from fxprune.cli.options import (
     Verify,
     Weights,
     criterion_of,
+    listed,
     options_of,
+    sizes,
     units_of,
 )
-from fxprune.cli.printing import comparison_to_dict, coupling_to_dict, planned, print_comparison, print_coupling
+from fxprune.cli.printing import (
+    comparison_to_dict,
+    coupling_to_dict,
+    latency_to_dict,
+    planned,
+    print_comparison,
+    print_coupling,
+    print_latencies,
+)
 from fxprune.cli.terminal import dumps, errors_to_stderr, read_text, stage, write_text
+from fxprune.deploy import deploy
 from fxprune.errors import ArgumentError
+from fxprune.export import export as write_exported
+from fxprune.latency import MODES, PRECISIONS, Setting, measure
 from fxprune.plan import Plan
 
 __all__ = ["app", "main"]
@@ -213,7 +226,7 @@ def compare(
     """Show what several criteria leave within the same budget: cost, units kept per group, and how much they agree."""
     with errors_to_stderr():
         options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
-        names = [name.strip() for name in criteria.split(",") if name.strip()]
+        names = listed(criteria)
         if len(set(names)) < 2 or len(set(names)) < len(names):
             raise ArgumentError(f"--criteria {criteria!r} must name two criteria or more, each once, as --criteria cpmc,l1.")
         found = {name: criterion_of(name) for name in names}
@@ -226,6 +239,91 @@ def compare(
             typer.echo(dumps(comparison_to_dict(results)), nl=False)
         else:
             print_comparison(results, full)
+
+
+@app.command()
+def bench(
+    model: Model,
+    channels: Channels = None,
+    macs: Macs = None,
+    params: Params = None,
+    scope: Scope = "group",
+    layers: Layers = None,
+    criterion: Criterion = "cpmc",
+    keep: Keep = None,
+    units: Units = None,
+    round_to: RoundTo = 1,
+    min_channels: MinChannels = 1,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False)
+    ] = None,
+    precisions: Annotated[
+        str, typer.Option("--precision", metavar="NAMES", help=f"Of {', '.join(PRECISIONS)}, with commas.")
+    ] = "fp32",
+    modes: Annotated[str, typer.Option("--mode", metavar="NAMES", help=f"Of {', '.join(MODES)}, with commas.")] = "eager",
+    batches: Annotated[str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")] = "1",
+    channels_last: Annotated[bool, typer.Option(help="Lay images out channels-last.")] = True,
+    rounds: Annotated[int, typer.Option(metavar="N", help="How many turns each model has.")] = 9,
+    seconds: Annotated[float, typer.Option(metavar="S", help="About how long each turn lasts.")] = 0.2,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+    as_json: Json = False,
+) -> None:
+    """Time a model, and side by side with it what a budget leaves, as emitted and in its inference form."""
+    with errors_to_stderr():
+        found = criterion_of(criterion)
+        settings = [
+            Setting(device, precision, mode, channels_last, batch)
+            for precision in listed(precisions)
+            for mode in listed(modes)
+            for batch in sizes(batches)
+        ]
+        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        models = {"as given": module}
+        if any(budget is not None for budget in (channels, macs, params, layers)):
+            options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+            with stage("pruning"):
+                pruned = api.prune(module, example_inputs, criterion=found, **options).model
+            models |= {"pruned": pruned, "pruned, deployed": deploy(pruned)}
+        rows = []
+        for setting in settings:
+            with stage(f"timing {setting.precision}, {setting.mode}, batch {setting.batch}"):
+                timed = measure(models, example_inputs, setting, rounds=rounds, seconds=seconds)
+            rows += [(setting, name, latency) for name, latency in timed.items()]
+        if as_json:
+            typer.echo(dumps([latency_to_dict(*row) for row in rows]), nl=False)
+        else:
+            print_latencies(rows)
+
+
+@app.command()
+def export(
+    model: Model,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Write ONNX, to FILE.onnx.", show_default=False)] = None,
+    pt2: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a program of torch.export, to FILE.pt2.", show_default=False)
+    ] = None,
+    dynamic_batch: Annotated[bool, typer.Option(help="Take any batch size.")] = True,
+    check: Annotated[bool, typer.Option(help="Run what was written in a process of its own, and compare.")] = True,
+    input_shapes: Input = None,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    saved: Saved = None,
+) -> None:
+    """Write a model, in its inference form if it was pruned, for other runtimes."""
+    with errors_to_stderr():
+        files = [file for file in (onnx, pt2) if file is not None]
+        if not files:
+            raise ArgumentError("nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2, or both.")
+        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        if saved is not None:
+            module = deploy(module)
+        for file in files:
+            with stage(f"writing {file}"):
+                error = write_exported(module, example_inputs, file, dynamic_batch=dynamic_batch, check=check)
+            typer.echo(f"{file}: " + ("not checked" if error is None else f"largest relative error {error:.1e}"))
 
 
 def _deliver(pruned: api.Pruned, out: Path | None, as_json: bool) -> None:

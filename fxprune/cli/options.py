@@ -31,7 +31,9 @@ __all__ = [
     "Verify",
     "Weights",
     "criterion_of",
+    "listed",
     "options_of",
+    "sizes",
     "units_of",
 ]
 
@@ -171,3 +173,24 @@ def criterion_of(text: str) -> Any:
     if not callable(found) and not hasattr(found, "scores"):
         raise ArgumentError(f"{text} is a {type(found).__name__}: a criterion is a function or has scores(coupling, model).")
     return found
+
+
+def listed(text: str) -> list[str]:
+    """Names with commas between them.
+
+    >>> listed("cpmc, l1,")
+    ['cpmc', 'l1']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def sizes(text: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    >>> sizes("1,64")
+    [1, 64]
+    """
+    try:
+        return [int(size) for size in listed(text)]
+    except ValueError:
+        raise ArgumentError(f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64.") from None

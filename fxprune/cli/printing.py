@@ -1,24 +1,29 @@
-"""What commands print: couplings, plans, comparisons of criteria."""
+"""What commands print: couplings, plans, comparisons of criteria, latencies."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fxprune import api
 from fxprune.coupling import Coupling
+from fxprune.latency import Latency, Setting
 
 __all__ = [
     "comparison_to_dict",
     "coupling_to_dict",
+    "latency_to_dict",
     "planned",
     "print_comparison",
     "print_coupling",
+    "print_latencies",
 ]
 
 
@@ -160,3 +165,50 @@ def print_comparison(results: Mapping[str, api.Pruned], full: bool) -> None:
     for one, others in data["overlap"].items():
         overlap.add_row(escape(one), *(f"{100 * others[other]:.1f}" for other in results))
     console.print(overlap)
+
+
+def latency_to_dict(setting: Setting, name: str, latency: Latency) -> dict[str, Any]:
+    """One measurement, as JSON."""
+    return {
+        "model": name,
+        "device": str(setting.place),
+        "precision": setting.precision,
+        "mode": setting.mode,
+        "channels_last": setting.channels_last,
+        "batch": latency.batch,
+        "milliseconds": latency.timing.ms,
+        "quartiles": [latency.timing.low, latency.timing.high],
+        "measurements": latency.timing.count,
+        "floor_milliseconds": latency.floor_ms,
+        "throughput": latency.throughput,
+        "peak_bytes": latency.peak_bytes,
+    }
+
+
+def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
+    """One table per setting; its last column is relative to the first model."""
+    console = Console()
+    for setting, alike in itertools.groupby(rows, key=lambda row: row[0]):
+        measured = [(name, latency) for _, name, latency in alike]
+        batch, first = measured[0][1].batch, measured[0][1].timing.ms
+        table = Table(title=f"{setting.precision}, {setting.mode}, batch {batch}, on {_place(setting)}", title_justify="left")
+        table.add_column("model")
+        for column in ("ms", "quartiles", "floor, ms", "per second", "MiB", "relative"):
+            table.add_column(column, justify="right")
+        for name, latency in measured:
+            timing, peak = latency.timing, latency.peak_bytes
+            table.add_row(
+                escape(name),
+                f"{timing.ms:.3f}",
+                f"{timing.low:.3f}-{timing.high:.3f}",
+                f"{latency.floor_ms:.3f}",
+                f"{latency.throughput:,.0f}",
+                "-" if peak is None else f"{peak / 2**20:,.0f}",
+                f"{timing.ms / first:.2f}",
+            )
+        console.print(table)
+    console.print("floor: at this device's measured rate of multiply-accumulates and bandwidth; nothing can be faster")
+
+
+def _place(setting: Setting) -> str:
+    return torch.cuda.get_device_name(setting.place) if setting.on_gpu else f"the CPU, {torch.get_num_threads()} threads"

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def dumps(data: dict[str, Any]) -> str:
+def dumps(data: Any) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 

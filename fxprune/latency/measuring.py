@@ -1,0 +1,251 @@
+"""A model and its inputs in one precision, layout and mode, timed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxprune.cost import cost_of
+from fxprune.errors import ArgumentError
+from fxprune.inputs import as_call, batch_size, drawn
+from fxprune.latency.clock import Timing, time_in_turns
+from fxprune.latency.roofline import roofline
+
+__all__ = ["MODES", "PRECISIONS", "Latency", "Setting", "measure"]
+
+PRECISIONS: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Name -> dtype; tf32 is float32 whose products a GPU computes with 10 bits of mantissa."""
+
+MODES = ("eager", "compiled", "cudagraph")
+"""As it is; ``torch.compile``; recorded once as a CUDA graph and replayed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model runs.
+
+    Attributes
+    ----------
+    device:
+        ``"cuda"`` or ``"cpu"``, or with a number; None: the GPU where there is one.
+    precision:
+        Of :data:`PRECISIONS`.
+    mode:
+        Of :data:`MODES`.
+    channels_last:
+        Lay images and the weights of convolutions out channels-last.
+    batch:
+        Images per call; None: as in the example.
+    """
+
+    device: str | None = None
+    precision: str = "fp32"
+    mode: str = "eager"
+    channels_last: bool = True
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS or self.mode not in MODES:
+            known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
+            raise ArgumentError(f"precision={self.precision!r}, mode={self.mode!r}: {known}.")
+        if self.batch is not None and self.batch < 1:
+            raise ArgumentError(f"batch={self.batch}: a batch holds at least 1.")
+        if self.on_gpu and not torch.cuda.is_available():
+            raise ArgumentError(f"device={self.device!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
+        if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
+            what = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
+            raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.place.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What one model took.
+
+    Attributes
+    ----------
+    timing:
+        Milliseconds of one call.
+    batch:
+        Images per call.
+    floor_ms:
+        What the call would take at the device's measured rate of multiply-accumulates and its measured bandwidth, whichever is
+        longer, if weights, inputs and outputs went through memory once and nothing else did.
+    peak_bytes:
+        The largest amount of memory in use during a call, weights included; None on a CPU, which does not tell.
+    """
+
+    timing: Timing
+    batch: int
+    floor_ms: float
+    peak_bytes: int | None
+
+    @property
+    def throughput(self) -> float:
+        """Images per second."""
+        return 1e3 * self.batch / self.timing.ms
+
+    def __str__(self) -> str:
+        spread = f"{self.timing.low:.3f} to {self.timing.high:.3f}"
+        memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**20:,.0f} MiB"
+        return f"{self.timing.ms:.3f} ms ({spread}; floor {self.floor_ms:.3f}), {self.throughput:,.0f} per second{memory}"
+
+
+def measure(
+    models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting | None = None, *, rounds: int = 9, seconds: float = 0.2
+) -> dict[str, Latency]:
+    """Time models side by side, in turns, on the same inputs.
+
+    Parameters
+    ----------
+    models:
+        Name -> module; copies are measured, in ``eval`` mode, without gradients.
+    example_inputs:
+        A tensor, a tuple of positional arguments or a dict of keyword arguments. Shapes and dtypes matter; floating-point values
+        are drawn anew. On a GPU several batches take turns, more than its L2 cache holds.
+    rounds, seconds:
+        How many turns each model has, and about how long each lasts.
+
+    Returns
+    -------
+    Name -> latency, in the order of ``models``.
+
+    Raises
+    ------
+    ArgumentError
+        If the setting cannot be had here, or there is no model.
+
+    Examples
+    --------
+    >>> small, large = (nn.Conv2d(3, width, 3).eval() for width in (4, 256))
+    >>> models = {"small": small, "large": large}
+    >>> found = measure(models, torch.zeros(1, 3, 32, 32), Setting("cpu", batch=4), rounds=3, seconds=0.02)
+    >>> found["small"].batch, found["small"].timing.count, found["small"].floor_ms < found["large"].floor_ms
+    (4, 3, True)
+    """
+    setting = setting or Setting()
+    with _precision(setting), torch.inference_mode():
+        batches = _batches(example_inputs, setting)
+        ready = {name: _placed(model, setting) for name, model in models.items()}
+        runs = {name: _runner(model, batches, setting) for name, model in ready.items()}
+        timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
+        limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
+        out = {}
+        for name, model in ready.items():
+            cost, moved = cost_of(model, batches[0]), _bytes(model, batches[0])
+            peak = _peak(runs[name]) if setting.on_gpu else None
+            out[name] = Latency(timings[name], batch_size(batches[0]), limits.floor_ms(cost.macs, moved), peak)
+    return out
+
+
+@contextlib.contextmanager
+def _precision(setting: Setting) -> Iterator[None]:
+    """tf32 exactly where it is asked for; cuDNN tries its algorithms, as it would in production."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    wanted = setting.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
+def _placed(model: nn.Module, setting: Setting) -> nn.Module:
+    """A copy, on the device, in the precision and layout."""
+    own = copy.deepcopy(model).eval().to(setting.place, PRECISIONS[setting.precision])
+    return own.to(memory_format=torch.channels_last) if setting.channels_last and _only_images(own) else own
+
+
+def _only_images(model: nn.Module) -> bool:
+    return not any(tensor.dim() == 5 for tensor in model.parameters())
+
+
+def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
+    """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache."""
+    first = _batch(example_inputs, setting, 0)
+    count = 1
+    if setting.on_gpu:
+        cache = torch.cuda.get_device_properties(setting.place).L2_cache_size
+        own = sum(leaf.nbytes for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+        count = min(max(2 * cache // max(own, 1), 1), 64)
+    return [first, *(_batch(example_inputs, setting, seed) for seed in range(1, count))]
+
+
+def _batch(example_inputs: Any, setting: Setting, seed: int) -> Any:
+    def placed(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None)
+        images = setting.channels_last and tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+    return tree_map_only(Tensor, placed, drawn(example_inputs, batch=setting.batch, seed=seed))
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    args, kwargs = as_call(inputs)
+    return model(*args, **kwargs)
+
+
+def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
+    taken = itertools.cycle(batches)
+    if setting.mode == "cudagraph":
+        return _replayed(model, batches, taken)
+    called: Any = torch.compile(model, dynamic=False) if setting.mode == "compiled" else model
+    return lambda: _call(called, next(taken))
+
+
+def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
+    """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
+    still = tree_map_only(Tensor, torch.clone, batches[0])
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            _call(model, still)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _call(model, still)
+    places = [leaf for leaf in tree_leaves(still) if isinstance(leaf, Tensor)]
+
+    def run() -> None:
+        for place, value in zip(places, (leaf for leaf in tree_leaves(next(taken)) if isinstance(leaf, Tensor)), strict=True):
+            place.copy_(value)
+        graph.replay()
+
+    return run
+
+
+def _bytes(model: nn.Module, inputs: Any) -> int:
+    """Weights, inputs and outputs, once each."""
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs), *tree_leaves(_call(model, inputs))]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values())
+
+
+def _peak(run: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()

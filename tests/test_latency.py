@@ -1,0 +1,152 @@
+"""Measuring: settings that cannot be had are refused, what is measured is what was asked for."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import ArgumentError
+from fxprune.latency import Latency, Roofline, Setting, Timing, measure, measuring, roofline, time_in_turns
+from tests.support.checking import assert_unharmed, snapshot
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
+QUICK = {"rounds": 2, "seconds": 0.005}
+
+
+class Recording(nn.Module):
+    """Notes the inputs that it is called with; copies share the notes."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.conv, self.seen = nn.Conv2d(3, 4, 1), (seen,)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if not x.is_meta:
+            self.seen[0].append((x, scale, self.conv.weight, self.training, torch.is_grad_enabled()))
+        return self.conv(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
+        new = Recording(self.seen[0])
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+def test_runs_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = time_in_turns(runs, rounds=4, seconds=1e-9, warm_up=1)
+    assert {timing.count for timing in found.values()} == {4}
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert "".join(turns[3:]) == "abc" + "bca" + "cab" + "abc"  # behind the warm-up; in a turn, calls that do not count come first
+
+
+def test_the_median_and_the_quartiles() -> None:
+    assert Timing.of([5.0, 1.0, 100.0, 2.0, 3.0, 4.0, 6.0, 7.0]) == Timing(4.5, 3.0, 7.0, 8)
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"seconds": 0}])
+def test_nothing_to_time(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="have to be positive"):
+        time_in_turns({"run": lambda: None}, **options)
+    with pytest.raises(ArgumentError, match="0 callables"):
+        time_in_turns({})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision='fp8'.*fp32, tf32, bf16, fp16"),
+        ({"mode": "fast"}, "mode='fast'.*eager, compiled, cudagraph"),
+        ({"batch": 0}, "batch=0"),
+        ({"device": "cpu", "mode": "cudagraph"}, "mode 'cudagraph' needs a GPU"),
+        ({"device": "cpu", "precision": "tf32"}, "precision 'tf32' needs a GPU"),
+    ],
+)
+def test_settings_that_cannot_be_had(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Setting(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu() -> None:
+    with pytest.raises(ArgumentError, match="torch sees no GPU here"):
+        Setting("cuda")
+    assert Setting().place == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_runs_is_what_was_asked_for(precision: str, dtype: torch.dtype) -> None:
+    seen: list[Any] = []
+    model = Recording(seen).train()
+    before = snapshot(model)
+    found = measure({"model": model}, (torch.zeros(2, 3, 8, 8), torch.tensor(2)), Setting("cpu", precision, batch=5), **QUICK)
+    assert_unharmed(model, before)
+    assert model.training
+    assert seen
+    for x, scale, weight, training, grad in seen:
+        assert x.shape == (5, 3, 8, 8)
+        assert x.dtype == weight.dtype == dtype
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert float(x.float().std()) > 0.5
+        assert scale.item() == 2
+        assert (training, grad) == (False, False)
+    latency = found["model"]
+    assert latency.batch == 5
+    assert latency.peak_bytes is None
+    assert latency.throughput == pytest.approx(5e3 / latency.timing.ms)
+
+
+def test_a_floor_is_the_longer_of_two() -> None:
+    limits = Roofline(macs_per_second=2e9, bytes_per_second=1e9)
+    assert limits.floor_ms(4_000_000, 1) == 2.0
+    assert limits.floor_ms(1, 3_000_000) == 3.0
+    text = str(Latency(Timing(4.0, 3.5, 4.5, 9), 8, 2.0, None))
+    assert text == "4.000 ms (3.500 to 4.500; floor 2.000), 2,000 per second"
+
+
+def test_the_floor_counts_macs_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Limits:
+        def floor_ms(self, macs: int, nbytes: int) -> float:
+            asked.append((macs, nbytes))
+            return 1.0
+
+    monkeypatch.setattr(measuring, "roofline", lambda *_: Limits())
+    measure({"model": nn.Conv2d(3, 4, 1)}, torch.zeros(2, 3, 8, 8), Setting("cpu"), **QUICK)
+    assert asked == [(2 * 64 * 12, 4 * (12 + 4 + 2 * 64 * 3 + 2 * 64 * 4))]
+
+
+def test_the_roofline_is_measured_once() -> None:
+    first = roofline(torch.device("cpu"), torch.float32)
+    assert first is roofline(torch.device("cpu"), torch.float32)
+    assert first.macs_per_second > 1e8
+    assert first.bytes_per_second > 1e8
+
+
+def test_inputs_by_name_and_compiled() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    torch._dynamo.reset()
+    inputs = {"x": torch.zeros(2, 3), "y": torch.zeros(2, 3)}
+    assert measure({"model": Named()}, inputs, Setting("cpu", mode="compiled"), **QUICK)["model"].timing.count == 2
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["eager", "compiled", "cudagraph"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_on_a_gpu(mode: str, precision: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    before = torch.backends.cuda.matmul.allow_tf32
+    found = measure({"model": model}, torch.zeros(2, 3, 16, 16), Setting("cuda", precision, mode, batch=4), **QUICK)["model"]
+    assert found.timing.count >= 6
+    assert found.peak_bytes is not None
+    assert found.peak_bytes > 0
+    assert torch.backends.cuda.matmul.allow_tf32 == before
