@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.cost import cost_of
 from fxprune.errors import ArgumentError
@@ -153,9 +154,9 @@ def measure(
         limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
         out = {}
         for name, model in ready.items():
-            cost, moved = cost_of(model, batches[0]), _bytes(model, batches[0])
+            floor = limits.floor_ms(_macs(model, batches[0]), _bytes(model, batches[0]))
             peak = _peak(runs[name]) if setting.on_gpu else None
-            out[name] = Latency(timings[name], batch_size(batches[0]), limits.floor_ms(cost.macs, moved), peak)
+            out[name] = Latency(timings[name], batch_size(batches[0]), floor, peak)
     return out
 
 
@@ -235,6 +236,15 @@ def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Cal
         graph.replay()
 
     return run
+
+
+def _macs(model: nn.Module, inputs: Any) -> int:
+    try:
+        return cost_of(model, inputs).macs
+    except Exception:  # the values decide what runs, as in a detector: count while it does
+        with FlopCounterMode(display=False) as counter:
+            _call(model, inputs)
+        return counter.get_total_flops() // 2
 
 
 def _bytes(model: nn.Module, inputs: Any) -> int:
