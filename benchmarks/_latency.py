@@ -1,0 +1,181 @@
+"""What the latency benchmarks share: their models, their options, one file of results per device."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common as common
+import torch
+from torch import nn
+
+from fxprune.latency import MODES, PRECISIONS, Latency, Setting, measure
+from tests.torchvision_models import CASES, COMPOSITE
+
+KNOWN = {**CASES, **COMPOSITE}
+MODELS = (
+    "vgg16_bn",
+    "resnet18",
+    "resnet50",
+    "densenet121",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_v2_s",
+    "regnet_y_8gf",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+    "deeplabv3_resnet50",
+    "retinanet_resnet50_fpn",
+)
+QUICK_MODELS = ("resnet18", "mobilenet_v2")
+
+
+def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.ArgumentParser:
+    """The options of all latency benchmarks."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", type=names, default=None, help=f"default: {','.join(models)}")
+    made.add_argument("--precisions", type=names, help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU")
+    made.add_argument("--modes", type=names, help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU")
+    made.add_argument("--batches", type=numbers, help="default: 1,256 on a GPU and 1,8 on a CPU")
+    made.add_argument("--rounds", type=int, default=7, help="how often the models take turns")
+    made.add_argument("--seconds", type=float, default=0.2, help="about how long each turn lasts")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--quick", action="store_true", help="small images, two models, batch 1 and 4")
+    return made
+
+
+def options(made: argparse.ArgumentParser, models: Sequence[str] = MODELS, known: Mapping[str, Any] = KNOWN) -> argparse.Namespace:
+    """Read the command line, fill in what depends on the device, and say where it runs."""
+    found = made.parse_args()
+    on_gpu = torch.device(found.device).type == "cuda"
+    quick = tuple(name for name in QUICK_MODELS if name in models) or models[:1]
+    found.models = found.models or (quick if found.quick else models)
+    found.precisions = found.precisions or (("bf16",) if on_gpu else ("fp32",))
+    found.modes = found.modes or (("eager", "compiled") if on_gpu else ("eager",))
+    found.batches = found.batches or ((1, 4) if found.quick else (1, 256) if on_gpu else (1, 8))
+    found.size = "small" if found.quick else "native"
+    unknown = [*set(found.models) - set(known), *set(found.precisions) - set(PRECISIONS), *set(found.modes) - set(MODES)]
+    if unknown:
+        made.error(f"unknown: {', '.join(unknown)}")
+    warnings.simplefilter("ignore")
+    print("On the GPU." if on_gpu else "No GPU: these are latencies of the CPU.", flush=True)
+    return found
+
+
+def settings(found: argparse.Namespace) -> Iterator[Setting]:
+    """Every pairing of precision, mode and batch size."""
+    for precision, mode, batch in itertools.product(found.precisions, found.modes, found.batches):
+        yield Setting(found.device, precision, mode, batch=batch)
+
+
+def built(name: str, size: str) -> tuple[nn.Module, Any]:
+    """A model in eval mode, and an example of one image."""
+    case = KNOWN[name]
+    return case.build(size=size).eval(), case.inputs(size=size, batch=1)
+
+
+def time_all(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace) -> list[common.Record]:
+    """One row per setting: the milliseconds of every model, or the error that stopped it."""
+    rows = []
+    for setting in settings(found):
+        row: common.Record = {"precision": setting.precision, "mode": setting.mode, "batch": setting.batch}
+        try:
+            row["latency"] = {
+                name: as_record(latency)
+                for name, latency in measure(models, inputs, setting, rounds=found.rounds, seconds=found.seconds).items()
+            }
+            said = "  ".join(f"{name} {latency['ms']:.3f} ms" for name, latency in row["latency"].items())
+        except Exception as error:
+            said = row["error"] = common.one_line(error)
+        print(f"  {setting.precision} {setting.mode:9} batch {setting.batch:4}  {said}", flush=True)
+        rows.append(row)
+        torch._dynamo.reset()
+    return rows
+
+
+def as_record(latency: Latency) -> common.Record:
+    """One measurement, as JSON."""
+    timing = latency.timing
+    return {
+        "ms": timing.ms,
+        "quartiles": [timing.low, timing.high],
+        "measurements": timing.count,
+        "floor_ms": latency.floor_ms,
+        "throughput": latency.throughput,
+        "peak_bytes": latency.peak_bytes,
+    }
+
+
+def run(
+    found: argparse.Namespace,
+    question: str,
+    measure: Callable[[str, argparse.Namespace], common.Record],
+    report: Callable[[common.Record], str],
+    *,
+    alike: Sequence[str],
+    plot: Callable[[common.Record], None] | None = None,
+) -> None:
+    """Measure each model and write the results after each; models in the device's file that were not asked for now stay.
+
+    ``alike`` names the options that have to be what they were, or the file starts anew.
+    """
+    about = common.machine()
+    if not found.device.startswith("cuda"):
+        about["accelerator"] = None
+    common.warn_if_busy(about)
+    print(common.machine_line(about), flush=True)
+    label = about["accelerator"] or f"cpu {about['processor']}"
+    stem = f"{question}_" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") + ("_quick" if found.quick else "")
+    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(found).items()}
+    before = common.read(stem)
+    kept = before.get("models", {}) if all(before.get("settings", {}).get(name) == chosen[name] for name in alike) else {}
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".rstrip()
+    results: common.Record = {"machine": about, "command": command, "settings": chosen, "stem": stem, "models": kept}
+    for name in found.models:
+        print(name, flush=True)
+        try:
+            record = measure(name, found)
+        except Exception as error:
+            record = {"error": common.one_line(error)}
+            print(f"  {record['error']}", flush=True)
+        else:
+            measured = {_setting(row) for row in record["rows"]}
+            others = [row for row in kept.get(name, {}).get("rows", ()) if _setting(row) not in measured]
+            record["rows"] = sorted([*others, *record["rows"]], key=_setting)
+        results["models"][name] = record
+        if plot is not None:
+            plot(results)
+        common.write(stem, results, report(results))
+    print("\n" + report(results))
+
+
+def _setting(row: common.Record) -> tuple[str, str, int]:
+    return row["precision"], row["mode"], row["batch"]
+
+
+def where(about: common.Record) -> str:
+    """What a title says."""
+    return f"on the GPU ({about['accelerator']})" if about["accelerator"] else "on the CPU (no GPU was there)"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in names(text))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(float(part) for part in names(text))

@@ -1,0 +1,112 @@
+"""Are pruned graphs as fast as networks written by hand at their widths?
+
+    python benchmarks/latency_plain.py            # the GPU where there is one, otherwise the CPU
+    python benchmarks/latency_plain.py --quick    # small images, two models
+
+Each model is pruned to half of its multiply-accumulates. Then four forms of the same network, with the same weights, take turns:
+
+* ``plain``: torchvision's own class, its layers put at the pruned widths, normalisations folded by
+  ``torch.nn.utils.fusion``: what somebody would write by hand;
+* ``deployed``: ``fxprune.deploy`` of the pruned graph;
+* ``class``: torchvision's own class at the pruned widths, as it trains;
+* ``graph``: the pruned graph as ``fxprune.prune`` gives it.
+
+The project's aim is that ``deployed`` takes at most 1.02 of ``plain``, and ``graph`` at most 1.02 of ``class``.
+
+The figures go to ``benchmarks/results/latency_plain_<device>.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+
+import _common as common
+import _latency as shared
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import fxprune
+
+MODELS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "densenet121", "regnet_y_8gf")
+AIM = 1.02
+
+
+def at_widths_of(dense: nn.Module, pruned: nn.Module) -> nn.Module:
+    """The dense model's class with the pruned model's layers: leaf for leaf, by name."""
+    plain = copy.deepcopy(dense)
+    for name, module in list(plain.named_modules()):
+        if name and not list(module.children()) and any(True for _ in module.parameters(recurse=False)):
+            parent, _, own = name.rpartition(".")
+            setattr(plain.get_submodule(parent), own, copy.deepcopy(pruned.get_submodule(name)))
+    return plain.eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Convolutions with the normalisation that is registered right behind them, fused; that one then does nothing."""
+    model = copy.deepcopy(model)
+    for parent in model.modules():
+        children = list(parent.named_children())
+        for (first, conv), (second, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
+    return model.eval()
+
+
+def measure(name: str, found: argparse.Namespace) -> common.Record:
+    """Build the four forms, see that they compute the same, and time them."""
+    dense, inputs = shared.built(name, found.size)
+    pruned = fxprune.prune(dense, inputs, macs=0.5, round_to=8).model
+    by_hand = at_widths_of(dense, pruned)
+    models = {"plain": folded(by_hand), "deployed": fxprune.deploy(pruned), "class": by_hand, "graph": pruned}
+    with torch.no_grad():
+        x = torch.randn(inputs.shape)
+        outputs: dict[str, Tensor] = {form: model(x) for form, model in models.items()}
+    differences = {form: float((out - outputs["class"]).norm() / outputs["class"].norm()) for form, out in outputs.items()}
+    if max(differences.values()) > 1e-3:
+        raise RuntimeError(f"the forms differ: {differences}")
+    return {"differences": differences, "rows": shared.time_all(models, inputs, found)}
+
+
+def report(results: common.Record) -> str:
+    """The page of one device."""
+    rows = []
+    for name, record in results["models"].items():
+        if "error" in record:
+            rows.append([f"`{name}`", record["error"]])
+        for row in record.get("rows", ()):
+            line = [f"`{name}`", row["precision"], row["mode"], row["batch"]]
+            if "error" in row:
+                rows.append([*line, row["error"]])
+                continue
+            ms = {form: latency["ms"] for form, latency in row["latency"].items()}
+            line += [f"{ms[form]:.3f}" for form in ("plain", "deployed", "class", "graph")]
+            rows.append([*line, f"**{ms['deployed'] / ms['plain']:.3f}**", f"**{ms['graph'] / ms['class']:.3f}**"])
+    header = ["model", "precision", "mode", "batch", "plain", "deployed", "class", "graph", "deployed / plain", "graph / class"]
+    return "\n".join(
+        [
+            f"# Pruned graphs against the same networks written by hand, {shared.where(results['machine'])}",
+            "",
+            f"`{results['command']}`",
+            "",
+            "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class at the pruned widths,",
+            f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most.",
+            "",
+            common.machine_line(results["machine"]),
+            "",
+            common.markdown_table(header, rows),
+        ]
+    )
+
+
+def main() -> None:
+    """Read the command line, measure each model, write the results after each."""
+    found = shared.options(shared.parser(__doc__, MODELS), MODELS)
+    shared.run(found, "latency_plain", measure, report, alike=("quick",))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Latency of single layers against their width: the steps that hardware has.
+
+    python benchmarks/latency_staircase.py            # the GPU where there is one, otherwise the CPU
+    python benchmarks/latency_staircase.py --quick
+
+A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step by step, and their inputs too.
+
+The figures go to ``benchmarks/results/latency_staircase_<device>.json``, ``.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import _common as common
+import _latency as shared
+import torch
+from torch import nn
+
+from fxprune.latency import measure as time_models
+
+LAYERS = {
+    "conv3x3, 256 -> w, 14 x 14": (lambda w: nn.Conv2d(256, w, 3, padding=1), 256, (256, 14, 14)),
+    "conv1x1, 1024 -> w, 14 x 14": (lambda w: nn.Conv2d(1024, w, 1), 256, (1024, 14, 14)),
+    "linear, 768 -> w, 197 tokens": (lambda w: nn.Linear(768, w), 768, (197, 768)),
+}
+
+
+def measure(name: str, found: argparse.Namespace) -> common.Record:
+    """One layer at every width."""
+    make, widest, shape = LAYERS[name]
+    widths = range(widest // 8 if found.quick else found.step, widest + 1, widest // 8 if found.quick else found.step)
+    rows = []
+    for setting in shared.settings(found):
+        layers = {str(width): make(width) for width in widths}
+        timed = time_models(layers, torch.zeros(1, *shape), setting, rounds=found.rounds, seconds=found.seconds)
+        ms = {width: latency.timing.ms for width, latency in timed.items()}
+        rows.append({"precision": setting.precision, "mode": setting.mode, "batch": setting.batch, "ms": ms})
+        print(f"  {name}, {setting.precision} {setting.mode} batch {setting.batch}: {len(ms)} widths", flush=True)
+    return {"rows": rows}
+
+
+def report(results: common.Record) -> str:
+    """The page of one device: of each layer, by how much single steps rise."""
+    rows = []
+    for name, record in results["models"].items():
+        for row in record.get("rows", ()):
+            widths = sorted(map(int, row["ms"]))
+            ms = [row["ms"][str(width)] for width in widths]
+            line = sum(ms) / len(ms)
+            worst = max(range(1, len(ms)), key=lambda i: ms[i - 1] - ms[i])
+            rows.append(
+                [
+                    name,
+                    row["precision"],
+                    row["mode"],
+                    row["batch"],
+                    f"{ms[0]:.4f}",
+                    f"{ms[-1]:.4f}",
+                    f"{line:.4f}",
+                    f"{widths[worst - 1]} -> {widths[worst]}: {ms[worst] / ms[worst - 1]:.2f}",
+                ]
+            )
+    header = [
+        "layer",
+        "precision",
+        "mode",
+        "batch",
+        "narrowest, ms",
+        "widest, ms",
+        "mean, ms",
+        "where wider is fastest against narrower",
+    ]
+    return "\n".join(
+        [
+            f"# Latency against width {shared.where(results['machine'])}",
+            "",
+            f"`{results['command']}`",
+            "",
+            common.machine_line(results["machine"]),
+            "",
+            common.markdown_table(header, rows),
+            "",
+            f"![latency against width]({results['stem']}.png)",
+        ]
+    )
+
+
+def plot(results: common.Record) -> None:
+    """One panel per layer, one line per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results["models"]), figsize=(5.5 * len(results["models"]), 4), squeeze=False)
+    for axis, (name, record) in zip(axes[0], results["models"].items(), strict=True):
+        for row in record.get("rows", ()):
+            widths = sorted(map(int, row["ms"]))
+            label = f"{row['precision']}, {row['mode']}, batch {row['batch']}"
+            axis.plot(widths, [row["ms"][str(width)] / row["ms"][str(widths[-1])] for width in widths], label=label)
+        axis.set_title(name)
+        axis.set_xlabel("width")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("latency, of the widest")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(common.RESULTS / f"{results['stem']}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read the command line, measure each layer, write the results after each."""
+    made = shared.parser(__doc__, tuple(LAYERS))
+    made.add_argument("--step", type=int, default=4, help="how far apart widths are")
+    found = shared.options(made, tuple(LAYERS), LAYERS)
+    shared.run(found, "latency_staircase", measure, report, alike=("quick", "step"), plot=plot)
+
+
+if __name__ == "__main__":
+    main()
