@@ -46,7 +46,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,20 @@ def _compensation() -> dict[str, str]:
 
 def cpmc(text: str) -> CPMC:
     """Read ``cpmc``, or ``cpmc:name=value:...``; CPMC itself where only its own settings are named."""
-    settings: dict[str, Any] = {}
+    found = variant(text)
+    own = {entry.name: getattr(found, entry.name) for entry in fields(CPMC)}
+    return CPMC(**own) if found == Variant(**own) else found
+
+
+def variant(text: str) -> Variant:
+    """The same with all that it does in its ``repr``: a row measured by an earlier CPMC is not taken for one of today's."""
+    read = {"roles": lambda value: tuple(value.split("+")), "by": str, "power": int}
+    plain = CPMC()
+    settings: dict[str, Any] = {"alpha": plain.alpha, "beta": plain.beta, "gamma": plain.gamma}
     for part in text.split(":")[1:]:
         name, _, value = part.partition("=")
-        settings[name] = tuple(value.split("+")) if name == "roles" else value if name == "by" else float(value)
-    if {"by", "power"} & set(settings):
-        plain = CPMC()
-        return replace(Variant(plain.alpha, plain.beta, plain.gamma), **settings)
-    return replace(CPMC(), **settings)
+        settings[name] = read.get(name, float)(value)
+    return Variant(**settings)
 
 
 def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
@@ -353,7 +359,7 @@ def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> com
 def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
     """Under what a row is kept: all that its figures depend on. The dense network's row has no criterion."""
     plain, slash, method = name.partition("/")
-    described = (repr(cpmc(plain)) if plain.startswith("cpmc") else plain) + slash + method
+    described = (repr(variant(plain)) if plain.startswith("cpmc") else plain) + slash + method
     shown = replace(setting, finetune=0) if not name else setting
     return f"{shown} {described} {removed:g}" if name else f"{shown}"
 

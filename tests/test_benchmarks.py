@@ -120,7 +120,7 @@ def test_augmentation_moves_each_image_on_its_own_and_no_further_than_it_says(da
 def test_criteria_are_read_from_text(accuracy: Any) -> None:
     assert accuracy.cpmc("cpmc") == CPMC()
     assert accuracy.cpmc("cpmc:alpha=0:roles=own+scale") == CPMC(alpha=0, roles=("own", "scale"))
-    assert accuracy.cpmc("cpmc:by=max") == accuracy.Variant(by="max")
+    assert accuracy.cpmc("cpmc:by=max") == accuracy.Variant(by="max", beta=CPMC().beta, gamma=CPMC().gamma)
     with pytest.raises(fxprune.FxpruneError, match="choose one or several of"):
         accuracy.cpmc("cpmc:roles=none")
 
