@@ -285,7 +285,7 @@ def trace(
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         twin.model.train(training)
     tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()))
-    with ExitStack() as stack:
+    with _attributes_restored(twin.model) as assigned, ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(slow_path())
@@ -306,6 +306,7 @@ def trace(
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
             ) from error
+    _refuse_memory(graph, assigned, twin.model)
     constants = {
         name: twin.real.get(id(t), t)
         for t, name in tracer.tensor_attrs.items()
@@ -870,6 +871,43 @@ def _mode_through_graph(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
         for module, kind in changed:
             module.__class__ = kind
             del module.__dict__[_TRACER]
+
+
+@contextmanager
+def _attributes_restored(root: nn.Module) -> Iterator[set[str]]:
+    """What forward sets on its modules to something traced is as it was afterwards; yields the names of these attributes."""
+    stores = [(path, store) for path, module in root.named_modules() for store in (vars(module), module._buffers)]
+    befores = [dict(store) for _, store in stores]
+    assigned: set[str] = set()
+    try:
+        yield assigned
+    finally:
+        for (path, store), before in zip(stores, befores, strict=True):
+            for name in [name for name, value in store.items() if before.get(name) is not value]:
+                if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(store[name])):
+                    assigned.add(f"{path}.{name}".removeprefix("."))
+                    if name in before:
+                        store[name] = before[name]
+                    else:
+                        del store[name]
+
+
+def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
+    """A tensor that forward keeps for its next call is state, which a graph has not; one that only lends its size is a cache.
+
+    Raises
+    ------
+    TraceError
+        If values are read that a call before would have set.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in assigned:
+            for user in node.users:
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(user.meta.get("val"))):
+                    raise TraceError(
+                        f"forward of this {type(root).__name__} reads {node.target!r} and sets it for its next call, which a graph "
+                        "cannot do. Hand it in and out as an argument, or make it a buffer and write into it in place."
+                    )
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:

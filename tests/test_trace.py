@@ -335,6 +335,53 @@ def test_tensors_that_are_plain_attributes() -> None:
     runs_alike(model, emitted, torch.randn(3, 4))
 
 
+class Remembers(nn.Module):
+    """Keeps a table of the size that it saw last, and, if asked to, its last result."""
+
+    def __init__(self, buffer: bool, memory: bool) -> None:
+        super().__init__()
+        self.conv, self.memory = nn.Conv2d(3, 8, 1), memory
+        if buffer:
+            self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+            self.register_buffer("last", torch.zeros(()), persistent=False)
+        else:
+            self.table, self.last = torch.zeros(1, 1), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[1] != x.shape[3]:
+            self.table = torch.arange(x.shape[3], dtype=x.dtype)[None]
+        y = self.conv(x) + self.table
+        if self.memory:
+            y = y + self.last
+            self.last = y.mean()
+        return y
+
+
+@pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
+def test_a_table_that_forward_sets_is_computed_in_the_graph(buffer: bool) -> None:
+    """Of the one that it had before only the size is read."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Remembers(buffer, memory=False), nn.Conv2d(8, 2, 1)).eval()
+    pruned = fxprune.prune(model, torch.zeros(2, 3, 4, 5), channels=0.5, verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-12
+    assert pruned.model.get_submodule("2").in_channels == 4
+    assert any("size(3)" in decision for decision in pruned.report.decisions)  # not that of the last call, and it says so
+    assert model[1].table.shape == (1, 1)
+
+
+@pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
+def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1), Remembers(buffer, memory=True)).eval()
+    with pytest.raises(TraceError, match=r"reads '2\.last' and sets it for its next call"):
+        traced(model, x)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.parts
+    for _ in range(2):
+        runs_alike(model, fxprune.prune(model, x, channels=1.0).model, x)
+    assert not torch.equal(pruned.model(x), pruned.model(x))
+
+
 def test_a_parameter_read_twice_is_one_node() -> None:
     graph = traced(Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)).graph
     assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["conv.bias"]
