@@ -275,3 +275,21 @@ def read(stem: str) -> Record:
 def median(values: Sequence[float]) -> float:
     """Return the median as a plain float."""
     return float(statistics.median(values))
+
+
+# ------------------------------------------------------------------------------------------------------ command lines
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in names(text))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(float(part) for part in names(text))

@@ -41,10 +41,12 @@ QUICK_MODELS = ("resnet18", "mobilenet_v2")
 def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.ArgumentParser:
     """The options of all latency benchmarks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--models", type=names, default=None, help=f"default: {','.join(models)}")
-    made.add_argument("--precisions", type=names, help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU")
-    made.add_argument("--modes", type=names, help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU")
-    made.add_argument("--batches", type=numbers, help="default: 1,256 on a GPU and 1,8 on a CPU")
+    made.add_argument("--models", type=common.names, default=None, help=f"default: {','.join(models)}")
+    made.add_argument("--precisions", type=common.names, help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU")
+    made.add_argument(
+        "--modes", type=common.names, help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU"
+    )
+    made.add_argument("--batches", type=common.numbers, help="default: 1,256 on a GPU and 1,8 on a CPU")
     made.add_argument("--rounds", type=int, default=7, help="how often the models take turns")
     made.add_argument("--seconds", type=float, default=0.2, help="about how long each turn lasts")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -161,21 +163,9 @@ def _setting(row: common.Record) -> tuple[str, str, int]:
     return row["precision"], row["mode"], row["batch"]
 
 
-def where(about: common.Record) -> str:
-    """What a title says."""
-    return f"on the GPU ({about['accelerator']})" if about["accelerator"] else "on the CPU (no GPU was there)"
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Names with commas between them."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
-    return tuple(int(part) for part in names(text))
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    return tuple(float(part) for part in names(text))
+def page(results: common.Record, title: str, text: Sequence[str], *blocks: str) -> str:
+    """A Markdown page: title and device, the command, what the figures are, the machine, tables."""
+    accelerator = results["machine"]["accelerator"]
+    where = f"on the GPU ({accelerator})" if accelerator else "on the CPU (no GPU was there)"
+    heading = [f"# {title}, {where}", f"`{results['command']}`", "\n".join(text), common.machine_line(results["machine"])]
+    return "\n\n".join([*(part for part in heading if part), *blocks])

@@ -570,13 +570,13 @@ def _command(arguments: Sequence[str]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=_names, help=f"of {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}")
+    parser.add_argument("--networks", type=common.names, help=f"of {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}")
     parser.add_argument("--data", choices=_data.DATA, help="default: cifar10 with --data-dir, else digits, else textures")
     parser.add_argument("--data-dir", help="folder of torchvision's CIFAR, where it lies already")
     parser.add_argument("--size", type=int, help="height and width of an image")
-    parser.add_argument("--criteria", type=_names, help=f"default: {','.join(CRITERIA)} and torch-pruning's")
-    parser.add_argument("--removed", type=_shares, help="shares of the MACs to remove; default: 0.3,0.5,0.7,0.85")
-    parser.add_argument("--seeds", type=_numbers, help="default: 0,1,2")
+    parser.add_argument("--criteria", type=common.names, help=f"default: {','.join(CRITERIA)} and torch-pruning's")
+    parser.add_argument("--removed", type=common.shares, help="shares of the MACs to remove; default: 0.3,0.5,0.7,0.85")
+    parser.add_argument("--seeds", type=common.numbers, help="default: 0,1,2")
     parser.add_argument("--epochs", type=int, help="of training; default 30 (160 with --full)")
     parser.add_argument("--finetune", type=int, help="epochs after pruning; default 6 (40 with --full); 0: none")
     parser.add_argument("--rate", type=float, default=0.1, help="first learning rate of the training")
@@ -585,7 +585,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--judge", choices=PARTS, help="the part in the tables and plots; default: test (--ablation: validation)")
     parser.add_argument("--quick", action="store_true", help="one network, one seed, two budgets, few epochs")
     parser.add_argument("--full", action="store_true", help="the paper's networks, image size and epochs")
-    parser.add_argument("--again", type=_names, default=(), help="measure these criteria again (all: everything but training)")
+    parser.add_argument("--again", type=common.names, default=(), help="measure these criteria again; all: all of them")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "fxprune-accuracy"), help="folder of trained weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes; default: one per core, or 1 on a GPU")
@@ -687,18 +687,6 @@ def main() -> None:
         plot(table, network)
     common.write(options.stem, record, report(record, table))
     print("\n" + report(record, table))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in _names(text))
 
 
 if __name__ == "__main__":

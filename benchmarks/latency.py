@@ -67,31 +67,21 @@ def report(results: common.Record) -> str:
     header = ["model", "precision", "mode", "batch", "dense, ms (floor)", "per second"]
     for label in labels:
         header += [f"{label}, ms (floor)", "of dense"]
-    return "\n".join(
-        [
-            f"# Latency {shared.where(results['machine'])}, dense against pruned",
-            "",
-            f"`{results['command']}`",
-            "",
-            "Milliseconds per batch, medians of models that take turns; in brackets what the multiply-accumulates and bytes take",
-            f"at the device's own measured rates. Widths are multiples of {results['settings']['round_to']}; all models in their",
-            "inference form, channels-last. Native resolution of each model." if not results["settings"]["quick"] else "",
-            "",
-            common.machine_line(results["machine"]),
-            "",
-            common.markdown_table(header, rows),
-            "",
-            "Left of the multiply-accumulates / parameters:",
-            "",
-            common.markdown_table(["model", *labels], left),
-        ]
-    )
+    settings = results["settings"]
+    text = [
+        "Milliseconds per batch, medians of models that take turns; in brackets what the multiply-accumulates and bytes take at",
+        f"the device's own measured rates. Widths are multiples of {settings['round_to']}; all models in their inference form,",
+        f"channels-last, at {settings['size']} resolution.",
+    ]
+    shares = common.markdown_table(["model", *labels], left)
+    left_over = f"Left of the multiply-accumulates / parameters:\n\n{shares}"
+    return shared.page(results, "Latency of dense and pruned models", text, common.markdown_table(header, rows), left_over)
 
 
 def main() -> None:
     """Read the command line, measure each model, write the results after each."""
     made = shared.parser(__doc__)
-    made.add_argument("--removed", type=shared.shares, default=(0.3, 0.5, 0.7), help="shares of the MACs; default 0.3,0.5,0.7")
+    made.add_argument("--removed", type=common.shares, default=(0.3, 0.5, 0.7), help="shares of the MACs; default 0.3,0.5,0.7")
     made.add_argument("--round-to", type=int, default=8, help="keep multiples of this many channels")
     shared.run(shared.options(made), "latency", measure, report, alike=("removed", "round_to", "quick"))
 

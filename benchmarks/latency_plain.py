@@ -86,20 +86,12 @@ def report(results: common.Record) -> str:
             line += [f"{ms[form]:.3f}" for form in ("plain", "deployed", "class", "graph")]
             rows.append([*line, f"**{ms['deployed'] / ms['plain']:.3f}**", f"**{ms['graph'] / ms['class']:.3f}**"])
     header = ["model", "precision", "mode", "batch", "plain", "deployed", "class", "graph", "deployed / plain", "graph / class"]
-    return "\n".join(
-        [
-            f"# Pruned graphs against the same networks written by hand, {shared.where(results['machine'])}",
-            "",
-            f"`{results['command']}`",
-            "",
-            "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class at the pruned widths,",
-            f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most.",
-            "",
-            common.machine_line(results["machine"]),
-            "",
-            common.markdown_table(header, rows),
-        ]
-    )
+    text = [
+        "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class at the pruned widths,",
+        f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most.",
+    ]
+    title = "Pruned graphs against the same networks written by hand"
+    return shared.page(results, title, text, common.markdown_table(header, rows))
 
 
 def main() -> None:

@@ -145,24 +145,13 @@ def report(results: common.Record) -> str:
         *(f"{tool}, ms" for tool in TOOLS),
         *(f"{tool}, of dense" for tool in TOOLS[1:]),
     ]
-    return "\n".join(
-        [
-            f"# Latency {shared.where(results['machine'])}, fxprune and torch-pruning at equal multiply-accumulates",
-            "",
-            f"`{results['command']}`",
-            "",
-            f"Both to {settings['macs']} of the dense model's (within {settings['tolerance']:.0%} where the widths allow), widths",
-            f"rounded to {settings['round_to']}; as the tools give them, channels-last, medians in milliseconds per batch.",
-            "",
-            common.machine_line(results["machine"]),
-            "",
-            common.markdown_table(header, rows),
-            "",
-            "What was pruned:",
-            "",
-            common.markdown_table(["model", "by", "channels kept", "MMACs", "of dense", "M parameters"], costs),
-        ]
-    )
+    text = [
+        f"Both to {settings['macs']} of the dense model's (within {settings['tolerance']:.0%} where the widths allow), widths",
+        f"rounded to {settings['round_to']}; as the tools give them, channels-last, medians in milliseconds per batch.",
+    ]
+    pruned = common.markdown_table(["model", "by", "channels kept", "MMACs", "of dense", "M parameters"], costs)
+    title = "Latency of fxprune and torch-pruning at equal multiply-accumulates"
+    return shared.page(results, title, text, common.markdown_table(header, rows), f"What was pruned:\n\n{pruned}")
 
 
 def main() -> None:

@@ -69,21 +69,10 @@ def report(results: common.Record) -> str:
         "narrowest, ms",
         "widest, ms",
         "mean, ms",
-        "where wider is fastest against narrower",
+        "largest fall for a wider one",
     ]
-    return "\n".join(
-        [
-            f"# Latency against width {shared.where(results['machine'])}",
-            "",
-            f"`{results['command']}`",
-            "",
-            common.machine_line(results["machine"]),
-            "",
-            common.markdown_table(header, rows),
-            "",
-            f"![latency against width]({results['stem']}.png)",
-        ]
-    )
+    picture = f"![latency against width]({results['stem']}.png)"
+    return shared.page(results, "Latency of layers against their width", [], common.markdown_table(header, rows), picture)
 
 
 def plot(results: common.Record) -> None:
