@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,20 +18,13 @@ from torchvision import datasets
 
 import fxprune
 from fxprune.criteria import CPMC
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.support.scripts import imported
 
 
 @pytest.fixture(scope="module")
-def accuracy() -> Any:
-    """The script as a module; its own imports are those of a script, from its folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import accuracy
-
-        yield accuracy
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def accuracy() -> Iterator[ModuleType]:
+    with imported("accuracy") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
