@@ -145,3 +145,25 @@ def test_transformers_of_torchvision(name: str) -> None:
     heads = {name: module.num_heads for name, module in model.named_modules() if hasattr(module, "num_heads")}
     found = [row for row in pruned.report.groups if row.total in set(heads.values())]
     assert len([row for row in found if row.kept == max(1, row.total // 2)]) >= len(heads)
+
+
+def test_one_dimension_of_a_shared_head() -> None:
+    """Where a head of keys is repeated for its queries and one dimension of it is left, there is nothing to put in order."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.q, self.kv, self.proj = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(8, 8), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            q = self.q(x).unflatten(2, (3, 4)).transpose(1, 2)
+            k, v = (t.unflatten(2, (1, 4)).transpose(1, 2).repeat_interleave(3, dim=1) for t in self.kv(x).chunk(2, dim=2))
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    pruned = fxprune.prune(Shared().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64), channels=0.25, verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-12
+    assert pruned.plan.pinned_nodes == ()
+    assert pruned.model.get_submodule("q").out_features == 3

@@ -294,7 +294,9 @@ class _Emission:
                 left = self.survivors.take(old, torch.from_numpy(np.ascontiguousarray(f.labels))).numpy()
                 wanted = compact(before.units.find(left))
                 wanted = np.where(wanted < count, wanted, 0)
-                if wanted.size > 1 and not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
+                if wanted.size == 1 or not wanted.any():  # labels that were born here, by a dimension that is repeated, say nothing
+                    continue
+                if not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
                     raise self._mixed(node)
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
