@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import os
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from fxprune.analysis import Clock, Inputs, label_and_couple
+from fxprune.arguments import budget_of, check_model, kept_parameters, of_whole_heads
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
-from fxprune.coupling import Coupling, Labelling, Terms, couple
+from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import rank
-from fxprune.eager import some_data
-from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError, RewriteError, TraceError, VerificationError
+from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
 from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
 from fxprune.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
-from fxprune.selection import Budget, select
-from fxprune.trace import example_of, twin_of
+from fxprune.selection import select
+from fxprune.trace import example_of
 from fxprune.verify import Verification, check
 
 __all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"]
@@ -94,9 +89,9 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     >>> print(analyze(net, torch.zeros(1, 3, 8, 8)).groups[0])
     8 units: 0.weight:0, 0.bias:0, 2.weight:1
     """
-    _check_model(model)
-    terms = Terms(_kept_parameters(model, keep), (), _of_whole_heads(model, units))
-    return _analyze(model, example_of(example_inputs, 2), example_of(example_inputs), terms)
+    check_model(model)
+    terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
+    return label_and_couple(model, example_of(example_inputs), terms)
 
 
 def prune(
@@ -166,14 +161,14 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    budget = _budget(channels, macs, params, scope, layers, round_to, min_channels)
-    clock = _Clock()
+    budget = budget_of(channels, macs, params, scope, layers, round_to, min_channels)
+    clock = Clock()
     with clock("check"):
-        _check_model(model)
-        inputs, exact = example_of(example_inputs, 2), example_of(example_inputs)
-        terms = Terms(_kept_parameters(model, keep), (), _of_whole_heads(model, units))
+        check_model(model)
+        exact = example_of(example_inputs)
+        terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
     for _ in range(_ATTEMPTS):
-        coupling = _analyze(model, inputs, exact, terms, clock)
+        coupling = label_and_couple(model, exact, terms, clock)
         with clock("score"):
             ranking = rank(criterion, coupling, model)
         with clock("select"):
@@ -221,7 +216,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     >>> apply(Plan.from_json(plan.to_json()), net).plan == plan
     True
     """
-    _check_model(model)
+    check_model(model)
     stages = _stages(plan, model)
     pruned = _apply_stage(stages[0], model)
     for stage in stages[1:]:
@@ -396,110 +391,8 @@ def compensate(
     return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=ridge)
 
 
-@dataclass
-class _Clock:
-    """Wall-clock seconds per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 def _terms(plan: Plan) -> Terms:
     return Terms(plan.keep, plan.pinned_nodes, plan.heads)
-
-
-def _analyze(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, clock: _Clock | None = None) -> Coupling:
-    clock = clock or _Clock()
-    with clock("trace"):
-        options: dict[str, Any] = {}
-        if terms.heads:
-            first = _label(model, inputs, exact, terms, coupling=False)
-            options = {"unread": first.unread(), "ties": first.head_ties(terms.heads)}
-        labelling = _label(model, inputs, exact, terms, **options)
-    with clock("couple"):
-        return couple(labelling, _share(exact, labelling.inputs))
-
-
-def _label(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, **options: Any) -> Labelling:
-    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model, traced whole if that can be."""
-
-    def evaluated(values: Inputs) -> Labelling:
-        labelling = Labelling(twin_of(model), terms, **options)
-        labelling.trace(*values)
-        return labelling
-
-    try:
-        labelling, inputs = _deciding_alike(evaluated, inputs, exact)
-    except FxpruneError:
-        try:
-            if _sizes(inputs) == _sizes(exact):
-                raise
-            labelling, inputs = evaluated(exact), exact  # a model may insist on its batch of 1
-        except TraceError as error:
-            return _label_parts(model, inputs, exact, terms, error, **options)
-    if labelling.traces[0].asked_mode:
-        try:
-            labelling.trace(*inputs, training=True)
-        except FxpruneError as error:
-            labelling = evaluated(inputs)  # without the labels of the failed attempt
-            labelling.traces[0].decisions.append(
-                f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
-            )
-    return labelling
-
-
-def _deciding_alike(label: Callable[[Inputs], Labelling], inputs: Inputs, exact: Inputs) -> tuple[Labelling, Inputs]:
-    """The labels for inputs of a larger batch than the example's, unless the model decides otherwise for the example itself."""
-    labelling = label(inputs)
-    decisions = [own.decisions for own in labelling.traces]
-    if any(decisions) and _sizes(inputs) != _sizes(exact):
-        again = label(exact)
-        if [own.decisions for own in again.traces] != decisions:
-            return again, exact
-    return labelling, inputs
-
-
-def _label_parts(
-    model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, refused: FxpruneError, **options: Any
-) -> Labelling:
-    """The labels of a model that cannot be traced whole, for the reason given."""
-
-    def run(values: Inputs) -> Labelling:
-        twin = twin_of(model)
-        twin.model.eval()
-        labelling = Labelling(twin, terms, **options)
-        labelling.run(*some_data(values))
-        return labelling
-
-    try:
-        labelling, _ = _deciding_alike(run, inputs, exact)
-    except FxpruneError:
-        raise
-    except Exception:
-        raise refused from None  # it cannot be run on made-up data either
-    if not labelling.traces or (labelling.decided and labelling.missed()):
-        raise refused  # what did not run may be called for other values, on whatever there is
-    return labelling
-
-
-def _share(exact: Any, ran: Any) -> Fraction:
-    """The example's batch over the labelled one, which may be 2 where the example has 1."""
-    asked, given = (sum(leaf.numel() for leaf in tree_leaves(tree) if leaf.dim()) for tree in (exact, ran))
-    return Fraction(asked, given) if given else Fraction(1)
-
-
-def _sizes(inputs: Inputs) -> list[torch.Size]:
-    return [leaf.shape for leaf in tree_leaves(inputs)]
 
 
 def _emit(
@@ -508,7 +401,7 @@ def _emit(
     survivors: dict[str, tuple[int, ...]],
     terms: Terms,
     exact: Inputs,
-    clock: _Clock,
+    clock: Clock,
 ) -> Pruned:
     with clock("rewrite"):
         left = Survivors(coupling, survivors)
@@ -570,7 +463,7 @@ def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
     return _emit(model, coupling, survivors, _terms(stage), exact, clock)
 
 
-def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, _Clock]:
+def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, Clock]:
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
@@ -581,8 +474,8 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
     if unknown:
         raise PlanError(f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
     exact = unpack_inputs(plan.inputs)
-    clock = _Clock()
-    coupling = _analyze(model, example_of_pair(exact), exact, _terms(plan), clock)
+    clock = Clock()
+    coupling = label_and_couple(model, exact, _terms(plan), clock)
     found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
@@ -590,131 +483,3 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
             f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew."
         )
     return coupling, {g.name: g.kept for g in plan.groups}, exact, clock
-
-
-def example_of_pair(exact: Inputs) -> Inputs:
-    """The inputs of the analysis (batch of at least 2) for inputs that are already normalised."""
-    args, kwargs = exact
-    widened = example_of({**{str(i): a for i, a in enumerate(args)}, **kwargs}, 2)[1]
-    return tuple(widened.pop(str(i)) for i in range(len(args))), widened
-
-
-def _kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
-    """Names of all parameters and buffers below the modules that ``keep`` names."""
-    entries = [keep] if isinstance(keep, (str, nn.Module)) else list(keep)
-    return _tensors_below(model, {name for entry in entries for name in _matches(model, entry, "keep")})
-
-
-def _of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
-    """Names of all parameters and buffers whose heads are units."""
-    chosen = units if isinstance(units, Mapping) else {"*": units}
-    whole: set[str] = set()
-    for glob, unit in chosen.items():
-        if unit not in ("dims", "heads"):
-            raise ArgumentError(f'units: {unit!r} is neither "dims" (of heads, balanced over them) nor "heads" (whole ones).')
-        found = set(_matches(model, glob, "units"))
-        below = {name for name, _ in model.named_modules(remove_duplicate=False) if any(_is_below(name, top) for top in found)}
-        whole = whole | below if unit == "heads" else whole - below
-    return _tensors_below(model, whole, recurse=False)
-
-
-def _is_below(name: str, top: str) -> bool:
-    return not top or name == top or name.startswith(f"{top}.")
-
-
-def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
-    """Names of the modules that an entry of an option names: by a name, a glob, or as an object."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(entry, nn.Module):
-        found = [name for name, module in modules.items() if module is entry]
-    elif isinstance(entry, str):
-        found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
-    else:
-        raise ArgumentError(f"{option} holds a {type(entry).__name__}: give module names, globs or module objects.")
-    if not found:
-        what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
-        some = ", ".join([n for n in modules if n][:8])
-        raise ArgumentError(f"{option}: {what} matches no module of this {type(model).__name__}. Its modules are: {some}, ...")
-    return found
-
-
-def _tensors_below(model: nn.Module, modules: Collection[str], *, recurse: bool = True) -> tuple[str, ...]:
-    """Names of the floating-point parameters and buffers of these modules, and of the modules below them."""
-    if not modules:
-        return ()
-    own = [model.get_submodule(name) for name in modules]
-    tensors = {id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))}
-    every = [*model.named_parameters(), *model.named_buffers()]
-    return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
-
-
-def _budget(
-    channels: float | None,
-    macs: float | None,
-    params: float | None,
-    scope: str,
-    layers: Mapping[str, float] | None,
-    round_to: int,
-    min_channels: int,
-) -> Budget:
-    layers = dict(layers or {})
-    if channels is None and macs is None and params is None and not layers:
-        raise ArgumentError("nothing says how much to prune: give channels=, macs=, params= or layers=, e.g. macs=0.5.")
-    for name, value, what in (("channels", channels, "channels"), ("macs", macs, "MACs"), ("params", params, "parameters")):
-        if value is not None:
-            _check_number(name, value, f"the share of {what} to keep", above=0, most=1)
-    for glob, share in layers.items():
-        _check_number(f"layers[{glob!r}]", share, "the share of channels that these layers keep", above=0, most=1)
-    if scope not in ("group", "global"):
-        raise ArgumentError(f'scope={scope!r} is neither "group" (every group keeps the share) nor "global" (all groups together).')
-    _check_integer("round_to", round_to)
-    _check_integer("min_channels", min_channels)
-    return Budget(channels, macs, params, scope, layers, round_to, min_channels)
-
-
-def _check_number(name: str, value: Any, meaning: str, *, above: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not above < value <= most:
-        raise ArgumentError(f"{name}={value!r} is outside ({above}, {most}]: it is {meaning}, e.g. {name}=0.5.")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
-    if "forward" in vars(model):
-        raise ModelError(
-            f"forward was replaced on this {type(model).__name__} object: the class's own forward would be traced. "
-            "Put the new forward into a subclass or a wrapper module."
-        )
-    parameters = list(model.named_parameters())
-    tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
-    lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
-    if lazy:
-        raise ModelError(f"{lazy[0]!r} is uninitialised (a lazy module): run the model once on an input, then prune it.")
-    devices = {t.device: name for name, t in reversed(tensors)}
-    if len(devices) > 1:
-        where = ", ".join(sorted(f"{name} on {device}" for device, name in devices.items()))
-        raise ModelError(f"the model lies on {len(devices)} devices ({where}): move it to one with model.to(device) first.")
-    for name, module in model.named_modules():
-        kind = type(module)
-        quantised = "quantized" in kind.__module__ and any(p in kind.__module__ for p in ("nn.quantized", "nn.intrinsic.quantized"))
-        if quantised and "Functional" not in kind.__name__.removeprefix("Q"):
-            raise _quantised(name or "the model", kind.__name__)
-    for name, tensor in tensors:
-        if tensor.is_quantized or type(tensor.data) not in (Tensor, nn.Parameter):
-            raise _quantised(name, type(tensor.data).__name__ if not tensor.is_quantized else str(tensor.dtype))
-    readable = {name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() and not tensor.is_meta}
-    norms = [torch.linalg.vector_norm(tensor).double() for tensor in readable.values()]
-    if norms and bool(torch.stack(norms).isnan().any()):
-        name = next(name for name, norm in zip(readable, norms, strict=True) if bool(norm.isnan()))
-        raise ModelError(f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the weights first.")
-
-
-def _quantised(name: str, kind: str) -> ModelError:
-    return ModelError(f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the result.")
