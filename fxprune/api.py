@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from fxprune.analysis import Clock, Inputs, label_and_couple
-from fxprune.arguments import budget_of, check_model, kept_parameters, of_whole_heads
+from fxprune.arguments import budget_of, check_model, kept_parameters, of_whole_heads, setting_of
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
-from fxprune.criteria import rank
+from fxprune.criteria import Ranking, rank
 from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
+from fxprune.latency import Setting
+from fxprune.latency.search import search
 from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
-from fxprune.report import GroupRow, PinnedRow, Report
+from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
-from fxprune.selection import select
+from fxprune.selection import Budget, select
 from fxprune.trace import example_of
 from fxprune.verify import Verification, check
 
@@ -101,6 +103,8 @@ def prune(
     channels: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
+    device: torch.device | str | Setting | None = None,
     scope: str = "group",
     layers: Mapping[str, float] | None = None,
     criterion: Any = "cpmc",
@@ -126,6 +130,14 @@ def prune(
     macs, params:
         The share of multiply-accumulates, or of parameters, to keep, in (0, 1]. The least important units of the whole network go,
         one by one, until it holds; giving the last one back would break it (``round_to`` aside). Of several budgets all hold.
+    latency:
+        The share of the time of one call to keep, in (0, 1], of the whole model in its inference form (:func:`deploy`), for the
+        example's batch. What the model's layers take is measured at several widths (and kept on disk), CPMC counts nanoseconds in
+        the place of multiply-accumulates, and widths land where the device has its steps. The result is measured next to the dense
+        model; the report shows the forecast and the measured time.
+    device:
+        Where the latency is that counts: ``"cuda"``, ``"cpu"``, or a :class:`~fxprune.latency.Setting`, which also says precision,
+        mode, layout and batch; default: the GPU where there is one.
     scope:
         What ``channels`` counts: ``"group"`` or ``"global"``.
     layers:
@@ -161,7 +173,8 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    budget = budget_of(channels, macs, params, scope, layers, round_to, min_channels)
+    budget = budget_of(channels, macs, params, latency, scope, layers, round_to, min_channels)
+    setting = setting_of(device, budget, example_inputs)
     clock = Clock()
     with clock("check"):
         check_model(model)
@@ -171,9 +184,12 @@ def prune(
         coupling = label_and_couple(model, exact, terms, clock)
         with clock("score"):
             ranking = rank(criterion, coupling, model)
-        with clock("select"):
-            survivors = select(coupling, ranking, budget)
         try:
+            if setting is not None:
+                pruned, survivors = _within_time(model, coupling, ranking, budget, terms, exact, clock, example_inputs, setting)
+                break
+            with clock("select"):
+                survivors = select(coupling, ranking, budget)
             pruned = _emit(model, coupling, survivors, terms, exact, clock)
             break
         except RewriteError as error:
@@ -196,6 +212,35 @@ def prune(
             )
         pruned = replace(pruned, report=replace(pruned.report, error=measured, seconds=dict(clock.seconds)))
     return pruned
+
+
+def _within_time(
+    model: nn.Module,
+    coupling: Coupling,
+    ranking: Ranking,
+    budget: Budget,
+    terms: Terms,
+    exact: Inputs,
+    clock: Clock,
+    example_inputs: Any,
+    setting: Setting,
+) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
+    """What a latency budget leaves, with its time in the report."""
+    assert budget.latency is not None
+    with clock("latency"):
+        found = search(
+            budget.latency,
+            coupling,
+            example_inputs,
+            setting,
+            some=lambda share: select(coupling, ranking, Budget(channels=share)),
+            choose=lambda aim, timed: select(coupling, ranking, replace(budget, latency=aim), timed),
+            emit=lambda kept: _emit(model, coupling, dict(kept), terms, exact, Clock()),
+            model_of=lambda pruned: pruned.model,
+        )
+    time = LatencyRow(found.dense_ms, found.ms, found.forecast_ms, str(setting))
+    report = replace(found.result.report, latency=time, seconds=dict(clock.seconds))
+    return replace(found.result, report=report), dict(found.kept)
 
 
 def apply(plan: Plan, model: nn.Module) -> Pruned:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import ArgumentError, ModelError
+from fxprune.latency import Setting
 from fxprune.selection import Budget
 
-__all__ = ["budget_of", "check_model", "kept_parameters", "of_whole_heads"]
+__all__ = ["budget_of", "check_model", "kept_parameters", "of_whole_heads", "setting_of"]
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
@@ -69,15 +71,22 @@ def budget_of(
     channels: float | None,
     macs: float | None,
     params: float | None,
+    latency: float | None,
     scope: str,
     layers: Mapping[str, float] | None,
     round_to: int,
     min_channels: int,
 ) -> Budget:
     layers = dict(layers or {})
-    if channels is None and macs is None and params is None and not layers:
-        raise ArgumentError("nothing says how much to prune: give channels=, macs=, params= or layers=, e.g. macs=0.5.")
-    for name, value, what in (("channels", channels, "channels"), ("macs", macs, "MACs"), ("params", params, "parameters")):
+    shares = (
+        ("channels", channels, "channels"),
+        ("macs", macs, "MACs"),
+        ("params", params, "parameters"),
+        ("latency", latency, "the time"),
+    )
+    if all(value is None for _, value, _ in shares) and not layers:
+        raise ArgumentError("nothing says how much to prune: give channels=, macs=, params=, latency= or layers=, e.g. macs=0.5.")
+    for name, value, what in shares:
         if value is not None:
             _check_number(name, value, f"the share of {what} to keep", above=0, most=1)
     for glob, share in layers.items():
@@ -86,7 +95,18 @@ def budget_of(
         raise ArgumentError(f'scope={scope!r} is neither "group" (every group keeps the share) nor "global" (all groups together).')
     _check_integer("round_to", round_to)
     _check_integer("min_channels", min_channels)
-    return Budget(channels, macs, params, scope, layers, round_to, min_channels)
+    return Budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
+
+
+def setting_of(device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any) -> Setting | None:
+    """Where a latency budget counts; None if there is none."""
+    if budget.latency is None:
+        if device is not None:
+            raise ArgumentError("device= says where latency counts: give latency= too. The model is pruned on the device it is on.")
+        return None
+    if any(leaf.is_meta for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)):
+        raise ArgumentError("latency= is measured, on example inputs with data: these are meta tensors.")
+    return device if isinstance(device, Setting) else Setting(None if device is None else str(device))
 
 
 def _check_number(name: str, value: Any, meaning: str, *, above: float, most: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["GroupRow", "PinnedRow", "Report"]
+__all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
 
 
 class GroupRow(NamedTuple):
@@ -23,6 +23,15 @@ class PinnedRow(NamedTuple):
     axes: tuple[str, ...]
     reason: str
     node: str
+
+
+class LatencyRow(NamedTuple):
+    """Milliseconds of one call of the dense and of the pruned model, both deployed and measured in turns; and the forecast."""
+
+    before: float
+    after: float
+    forecast: float
+    setting: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Report:
             place where a pruned model may differ from the original with its removed channels zeroed.
         seconds: wall-clock seconds per stage, in the order in which the stages ran.
         error: relative error of the verification, None if none was asked for.
+        latency: what a latency budget came to, None if there was none.
 
     Example:
         >>> report = Report(params_before=1000, params_after=250, macs_before=4000, macs_after=1000,
@@ -74,6 +84,7 @@ class Report:
     params_pinned: int | None = None
     macs_pinned: int | None = None
     parts: tuple[str, ...] = ()
+    latency: LatencyRow | None = None
 
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
@@ -100,6 +111,7 @@ class Report:
             "params_pinned": self.params_pinned,
             "macs_pinned": self.macs_pinned,
             "parts": list(self.parts),
+            "latency": None if self.latency is None else self.latency._asdict(),
         }
 
     @classmethod
@@ -112,7 +124,8 @@ class Report:
         """
         groups = tuple(GroupRow(**row) for row in data["groups"])
         pinned = tuple(PinnedRow(**row) for row in data["pinned"])
-        return cls(**{**data, "groups": groups, "pinned": pinned})
+        latency = LatencyRow(**data["latency"]) if data.get("latency") else None
+        return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
 
     def __str__(self) -> str:
         lines = [*self._summary(), *self._groups(), *self._pinned()]
@@ -127,6 +140,10 @@ class Report:
             yield "MACs        not counted"
         else:
             yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        if self.latency is not None:
+            before, after, forecast, setting = self.latency
+            measured = f"{before:.3f} -> {after:.3f} ms ({100 * after / before:.1f} % left), {forecast:.3f} forecast"
+            yield f"latency     {measured}; deployed {setting}"
         shares = ((self.params_pinned, self.params_before, "parameters"), (self.macs_pinned, self.macs_before, "MACs"))
         fixed = [f"{_share(part, whole)} of the {name}" for part, whole, name in shares if part is not None and whole]
         if fixed:

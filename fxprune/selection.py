@@ -2,6 +2,8 @@
 
 One greedy pass over the whole network: the pool whose least unit ranks lowest loses it, costs are brought up to date as widths
 shrink, until every budget holds. The order of removals does not depend on the budget, so a smaller budget keeps a subset.
+
+Under a latency budget the greedy choice is then improved by exchanges between pools, each of them a knapsack problem.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +23,19 @@ from torch.utils._pytree import tree_leaves
 from fxprune.coupling import Coupling, Group
 from fxprune.criteria import Ranking
 from fxprune.errors import ArgumentError, BudgetError
+from fxprune.knapsack import best_options
 from fxprune.widths import Polynomial, Pool, kinds_of, lines, macs_of, params_of, pools_of
 
-__all__ = ["Budget", "keep_count", "select"]
+__all__ = ["Budget", "Cost", "Timed", "keep_count", "select"]
 
 Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 _REFRESHES = 512  # how often, at most, costs are brought up to date while a whole network is taken apart
 _ROUNDING = 1e-15  # shares are decimals that floats miss: 0.29 of 100 is 29
+_EXCHANGES = 8  # rounds of exchanges at most
+_STRIDE = 0.05  # of a pool's width: by how much, or twice as much, a round changes it
+_REACH = 0.25  # of the greedy choice's width: how far exchanges may lead away from it
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Budget:
         Share of units kept: by every group (``scope="group"``) or by all together (``"global"``).
     macs, params:
         Share of multiply-accumulates and of parameters kept, of the whole model, pinned parts included.
+    latency:
+        Share of the time that the whole model takes.
     layers:
         Glob -> share of units kept, for groups in which a matching module (or parameter) has filters of its own. The last glob that
         matches counts. These groups are left alone otherwise.
@@ -52,6 +62,7 @@ class Budget:
     channels: float | None = None
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
     scope: str = "group"
     layers: Mapping[str, float] = field(default_factory=dict)
     round_to: int = 1
@@ -73,8 +84,27 @@ def keep_count(size: int, share: float, round_to: int, min_channels: int) -> int
     return min(rounded, size)
 
 
-def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tuple[int, ...]]:
+class Cost(Protocol):
+    """What a model costs, in whole numbers, where so many units of each kind survive (:class:`~fxprune.widths.Kinds`)."""
+
+    def at(self, counts: Counts) -> int:
+        """Shape (kinds,) -> the cost."""
+
+    def saved(self, counts: Counts, lost: Counts) -> Counts:
+        """By how much it falls when a pool alone loses what ``lost`` says of its kinds; shape (pools,)."""
+
+
+class Timed(Cost, Protocol):
+    """What it takes, and by how many units at a time pools should shrink, so that widths are such as the hardware likes."""
+
+    @property
+    def steps(self) -> Sequence[int]: ...
+
+
+def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None) -> dict[str, tuple[int, ...]]:
     """Choose the survivors.
+
+    ``timed`` is what a latency budget counts.
 
     Returns
     -------
@@ -91,8 +121,12 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget) -> dict[str, tu
     order, least = _spared(coupling, pools, [_ascending(pool, ranking.value) for pool in pools])
     least = [max(math.ceil(budget.min_channels / pool.blocks), spared) for pool, spared in zip(pools, least, strict=True)]
     widths, fixed = _given(coupling, pools, budget, least)
-    if budget.macs is not None or budget.params is not None or (budget.channels is not None and budget.scope == "global"):
-        widths = _Descent(coupling, pools, order, ranking, budget, widths, fixed, least).run()
+    whole = (budget.macs, budget.params, budget.latency, budget.channels if budget.scope == "global" else None)
+    if any(share is not None for share in whole):
+        descent = _Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
+        widths = descent.run()
+        if budget.latency is not None:
+            widths = descent.exchanged()
     kept: dict[str, list[int]] = {group.name: [] for group in coupling.groups}
     for pool, ascending, width in zip(pools, order, widths, strict=True):
         survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
@@ -194,15 +228,19 @@ class _Descent:
         widths: Sequence[int],
         fixed: Sequence[bool],
         least: Sequence[int],
+        timed: Timed | None = None,
     ) -> None:
         self.pools, self.budget, self.ranking = pools, budget, ranking
         self.widths, self.fixed = list(widths), fixed
         self.blocks = np.array([pool.blocks for pool in pools], dtype=np.int64)
         self.steps = [_step(pool, budget) for pool in pools]
+        if timed is not None:
+            self.steps = [math.lcm(own, liked) for own, liked in zip(self.steps, timed.steps, strict=True)]
         floors = [keep_count(pool.width, 1e-12, step, own) for pool, step, own in zip(pools, self.steps, least, strict=True)]
         self.floor = [w if still else min(floor, w) for floor, w, still in zip(floors, widths, fixed, strict=True)]
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
+        self.computation: Cost = self.macs if timed is None else timed  # what the cost term of CPMC counts
         self.first = np.searchsorted(kinds.pool, np.arange(len(pools) + 1)).tolist()
         self.survivors: list[npt.NDArray[np.int64]] = []  # by pool, shape (width + 1, kinds): how many there are at each width
         # by pool: the value of the k-th unit to go, the mean over the blocks, which lose one each
@@ -215,12 +253,17 @@ class _Descent:
             self.survivors.append(np.concatenate([np.zeros((1, stop - start), dtype=np.int64), last.cumsum(axis=0)]))
         # (what is limited, its polynomial, its limit); whole numbers, so that nothing is lost to rounding but the share's own.
         self.full = self._counts([pool.width for pool in pools])
-        self.limits: list[tuple[str, Polynomial, int]] = []
+        self.limits: list[tuple[str, Cost, int]] = []
         counted = Polynomial(kinds, np.array([[0.0, *(0.0 if fixed[p] else 1.0 for p in kinds.pool)]]), [(1.0, (0,))])
-        shares = (("macs", self.macs, budget.macs), ("params", self.params, budget.params))
-        for name, polynomial, share in (*shares, ("channels", counted, budget.channels if budget.scope == "global" else None)):
+        shares: list[tuple[str, Cost, float | None]] = [
+            ("macs", self.macs, budget.macs),
+            ("params", self.params, budget.params),
+            ("latency", self.computation, budget.latency),
+            ("channels", counted, budget.channels if budget.scope == "global" else None),
+        ]
+        for name, cost, share in shares:
             if share is not None:
-                self.limits.append((name, polynomial, math.floor(share * polynomial.at(self.full) * (1 + _ROUNDING))))
+                self.limits.append((name, cost, math.floor(share * cost.at(self.full) * (1 + _ROUNDING))))
 
     def run(self) -> list[int]:
         self._check()
@@ -230,18 +273,68 @@ class _Descent:
             width if still else _aligned(width, step, floor)
             for width, still, step, floor in zip(self.widths, self.fixed, self.steps, self.floor, strict=True)
         ]
-        batch = max(1, (sum(self.widths) - sum(self.floor)) // _REFRESHES)
+        removals = sum((width - floor) // step for width, floor, step in zip(self.widths, self.floor, self.steps, strict=True))
+        batch = max(1, removals // _REFRESHES)
         while not self._holds():
             before = list(self.widths)
-            removals = self._batch(batch)
+            removed = self._batch(batch)
             if self._holds():
                 # Somewhere in this batch the budgets were met: go through it again, one by one.
                 self.widths = before
-                for pool, width in removals:
+                for pool, width in removed:
                     self.widths[pool] = width
                     if self._holds():
                         break
         return self.widths
+
+    def exchanged(self) -> list[int]:
+        """Pools trade units, as long as what survives is worth more within the same budgets.
+
+        Each round is a knapsack problem: every pool may get wider or narrower by a little, for the time that this alone costs or
+        saves (Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022). What it costs together is looked at
+        afterwards, and where that is too much the round is played again with less to share out. Exchanges stay near the greedy
+        choice: further away a unit that is cheap would always win against one that is dear, until layers are empty.
+        """
+        bounds = [
+            (width, width) if still else (max(floor, math.ceil(width * (1 - _REACH))), min(pool.width, int(width * (1 + _REACH))))
+            for pool, width, still, floor in zip(self.pools, self.widths, self.fixed, self.floor, strict=True)
+        ]
+        (time, limit), *_ = [(cost, limit) for name, cost, limit in self.limits if name == "latency"]
+        for _ in range(_EXCHANGES):
+            options = [self._options(pool, *own) for pool, own in enumerate(bounds)]
+            worth = [[self._worth(pool, width) for width in own] for pool, own in enumerate(options)]
+            counts = self._counts(self.widths)
+            change = []
+            for place in range(max(map(len, options), default=0)):
+                there = [own[min(place, len(own) - 1)] for own in options]
+                change.append((-time.saved(counts, counts - self._counts(there))).tolist())
+            cost = [[change[place][pool] for place in range(len(own))] for pool, own in enumerate(options)]
+            spare, before = float(limit - time.at(counts)), list(self.widths)
+            now = sum(own[widths.index(width)] for own, widths, width in zip(worth, options, before, strict=True))
+            for _ in range(_EXCHANGES):
+                chosen = best_options(worth, cost, spare)
+                if chosen is None:
+                    break
+                self.widths = [own[option] for own, option in zip(options, chosen, strict=True)]
+                if self._holds():
+                    break
+                spare -= 1.1 * max(time.at(self._counts(self.widths)) - limit, abs(limit) / 1000)
+            then = sum(self._worth(pool, width) for pool, width in enumerate(self.widths))
+            if not self._holds() or then <= now:
+                self.widths = before
+                break
+        return self.widths
+
+    def _options(self, pool: int, low: int, high: int) -> list[int]:
+        """The width of a pool, and those near it, in reach and on its steps."""
+        width, step = self.widths[pool], self.steps[pool]
+        stride = max(round(width * _STRIDE / step), 1) * step
+        near = {(width + k * stride) // step * step for k in (-2, -1, 1, 2)} | {self.pools[pool].width}
+        return sorted({width, *(own for own in near if low <= own <= high)})
+
+    def _worth(self, pool: int, width: int) -> float:
+        """The importance of what is left of a pool."""
+        return self.ranking.alpha * float(self.blocks[pool]) * sum(self.values[pool][self.pools[pool].width - width :])
 
     def _check(self) -> None:
         for name, polynomial, limit in self.limits:
@@ -292,10 +385,13 @@ class _Descent:
         if not (self.ranking.beta or self.ranking.gamma):
             return out
         counts = self._counts(self.widths)
-        lost = counts - self._counts([max(width - 1, 0) for width in self.widths])
-        for weight, polynomial in ((self.ranking.beta, self.macs), (self.ranking.gamma, self.params)):
+        after = [self._next(pool) for pool in range(len(self.pools))]
+        lost = counts - self._counts(after)
+        units = np.maximum(np.array(self.widths, dtype=np.int64) - after, 1) * self.blocks
+        for weight, polynomial in ((self.ranking.beta, self.computation), (self.ranking.gamma, self.params)):
             if weight:
-                cost = np.log2(1 + polynomial.saved(counts, lost) / self.blocks)
+                # A measured cost may rise where a width that the hardware likes less is reached: that saves nothing.
+                cost = np.log2(1 + np.maximum(polynomial.saved(counts, lost), 0) / units)
                 out += weight * (1 - cost / max(cost.max(initial=0.0), np.finfo(np.float64).tiny))
         return out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
 
@@ -22,7 +22,7 @@ from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.rules import Contraction
 
-__all__ = ["Kinds", "Polynomial", "Pool", "kinds_of", "lines", "macs_of", "params_of", "pools_of"]
+__all__ = ["Kinds", "Polynomial", "Pool", "Sizes", "Sum", "kinds_of", "lines", "macs_of", "params_of", "pools_of", "products_of"]
 
 Floats = npt.NDArray[np.float64]
 Factors = tuple[int, ...]
@@ -216,7 +216,7 @@ class Polynomial:
         return np.rint(np.bincount(self._pool, weights=change, minlength=self._pools)).astype(np.int64)
 
 
-class _Sizes:
+class Sizes:
     """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine factors."""
 
     def __init__(self, coupling: Coupling, kinds: Kinds) -> None:
@@ -282,6 +282,23 @@ class _Sizes:
             self._rows.append(row)
         return self._row_numbers[key]
 
+    def values(self) -> Callable[[Floats], Floats]:
+        """What gives all sizes, shape (n, sizes), at n rows of how many units of each kind survive, shape (n, kinds)."""
+        rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
+        terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
+        order = max((len(factors) for *_, factors in terms), default=0)
+        starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
+        coefficient = np.array([c for _, c, _ in terms])
+        factors = np.array([[f + 1 for f in own] + [0] * (order - len(own)) for *_, own in terms], dtype=np.int64)
+
+        def at(counts: Floats) -> Floats:
+            if not terms:
+                return np.zeros((len(counts), 0))
+            affine = np.concatenate([np.ones((len(counts), 1)), rows[:, 0] + counts @ rows[:, 1:].T], axis=1)
+            return np.add.reduceat(coefficient * affine[:, factors].prod(axis=2), starts, axis=1)
+
+        return at
+
     def falling(self, size: int, degree: int) -> list[Sum]:
         """The factors s, s - 1, ..., s - degree + 1 of a falling factorial."""
         (coefficient, factors), *others = self.sizes[size]
@@ -305,7 +322,7 @@ class _Sizes:
 
 def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
     """Number of learnable parameters."""
-    sizes, products = _Sizes(coupling, kinds), []
+    sizes, products = Sizes(coupling, kinds), []
     for tensor in coupling.parameters.values():
         if isinstance(tensor, torch.nn.Parameter):
             dims = sizes.dims(tensor)
@@ -316,15 +333,20 @@ def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 
 def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
     """Multiply-accumulates of the example's batch."""
-    sizes, products = _Sizes(coupling, kinds), []
-    for ran in coupling.contractions:
-        for coefficient, degrees in _interpolated(ran, sizes):
-            factors = [factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)]
-            products.append((float(coefficient * ran.share), factors))
-    return sizes.polynomial(products)
+    sizes = Sizes(coupling, kinds)
+    return sizes.polynomial([product for ran in coupling.contractions for product in products_of(ran, sizes)])
 
 
-def _interpolated(ran: Contraction, sizes: _Sizes) -> list[tuple[int, dict[int, int]]]:
+def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]:
+    """The multiply-accumulates of one op, as products of sizes."""
+    found = []
+    for coefficient, degrees in _interpolated(ran, sizes):
+        factors = [factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)]
+        found.append((float(coefficient * ran.share), factors))
+    return found
+
+
+def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, int]]]:
     r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it reads.
 
     A formula is a polynomial, of a degree in a size that is at most the number of dimensions which have that size: they are the

@@ -18,9 +18,10 @@ from fxprune.deploy.identities import drop_identities
 from fxprune.errors import ModelError
 from fxprune.rewrite import PrunedModule
 
-__all__ = ["deploy"]
+__all__ = ["LAYOUTS", "deploy", "lay_out"]
 
-_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of dimensions of images and videos, and of the weights of convolutions over them."""
 
 
 def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
@@ -70,10 +71,16 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
                 _deploy_graph(module)
             if not name:
                 root = fx.GraphModule(module, module.graph, type(model).__name__)  # takes over what the graph calls, and no more
-    for module in root.modules():
-        if channels_last and isinstance(module, _ConvNd) and module.weight.dim() in _LAYOUTS:
-            module.weight.data = module.weight.data.contiguous(memory_format=_LAYOUTS[module.weight.dim()])
+    if channels_last:
+        lay_out(root)
     return root.eval().requires_grad_(False)
+
+
+def lay_out(model: nn.Module) -> None:
+    """Bring weights of convolutions over images and volumes into channels-last order, in place."""
+    for module in model.modules():
+        if isinstance(module, _ConvNd) and module.weight.dim() in LAYOUTS:
+            module.weight.data = module.weight.data.contiguous(memory_format=LAYOUTS[module.weight.dim()])
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

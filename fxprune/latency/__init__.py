@@ -2,6 +2,9 @@
 
 ``clock`` times callables in turns, ``roofline`` measures what the device can do at best, ``measuring`` brings a model and its
 inputs into a precision, layout and mode and times it.
+
+What a latency budget needs: ``table`` keeps what single operations take, ``layers`` runs the operations of a model at other widths,
+``surface`` interpolates between measured widths, ``forecast`` puts them together, ``search`` chooses, measures and corrects.
 """
 
 from fxprune.latency.clock import Timing, time_in_turns

@@ -15,12 +15,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.cost import cost_of
+from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.errors import ArgumentError
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.roofline import roofline
 
-__all__ = ["MODES", "PRECISIONS", "Latency", "Setting", "measure"]
+__all__ = [
+    "MODES",
+    "PRECISIONS",
+    "Latency",
+    "Setting",
+    "batch_of",
+    "captured",
+    "measure",
+    "precision_of",
+    "prepared",
+    "time_models",
+]
 
 PRECISIONS: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -47,7 +59,7 @@ class Setting:
     mode:
         Of :data:`MODES`.
     channels_last:
-        Lay images and the weights of convolutions out channels-last.
+        Lay images, videos and the weights of convolutions over them out channels-last.
     batch:
         Images per call; None: as in the example.
     """
@@ -69,6 +81,15 @@ class Setting:
         if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
             what = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
             raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
+
+    def __str__(self) -> str:
+        """
+        >>> print(Setting("cpu", batch=8))
+        on cpu, fp32, eager, channels-last, batch 8
+        """
+        layout = ", channels-last" if self.channels_last else ""
+        batch = "the example's batch" if self.batch is None else f"batch {self.batch}"
+        return f"on {self.place}, {self.precision}, {self.mode}{layout}, {batch}"
 
     @property
     def place(self) -> torch.device:
@@ -146,10 +167,7 @@ def measure(
     (4, 3, True)
     """
     setting = setting or Setting()
-    with _precision(setting), torch.inference_mode():
-        batches = _batches(example_inputs, setting)
-        ready = {name: _placed(model, setting) for name, model in models.items()}
-        runs = {name: _runner(model, batches, setting) for name, model in ready.items()}
+    with _running(models, example_inputs, setting) as (batches, ready, runs):
         timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
         limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
         out = {}
@@ -160,8 +178,27 @@ def measure(
     return out
 
 
+def time_models(
+    models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting, *, rounds: int = 9, seconds: float = 0.2
+) -> dict[str, Timing]:
+    """As :func:`measure`, the times alone."""
+    with _running(models, example_inputs, setting) as (_, _, runs):
+        return time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
+
+
 @contextlib.contextmanager
-def _precision(setting: Setting) -> Iterator[None]:
+def _running(
+    models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
+) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
+    """The batches, the models as they run, and what calls them, in the setting's precision and without gradients."""
+    with precision_of(setting), torch.inference_mode():
+        batches = _batches(example_inputs, setting)
+        ready = {name: prepared(model, setting) for name, model in models.items()}
+        yield batches, ready, {name: _runner(model, batches, setting) for name, model in ready.items()}
+
+
+@contextlib.contextmanager
+def precision_of(setting: Setting) -> Iterator[None]:
     """tf32 exactly where it is asked for; cuDNN tries its algorithms, as it would in production."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     wanted = setting.precision == "tf32"
@@ -173,32 +210,32 @@ def _precision(setting: Setting) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
-def _placed(model: nn.Module, setting: Setting) -> nn.Module:
+def prepared(model: nn.Module, setting: Setting) -> nn.Module:
     """A copy, on the device, in the precision and layout."""
     own = copy.deepcopy(model).eval().to(setting.place, PRECISIONS[setting.precision])
-    return own.to(memory_format=torch.channels_last) if setting.channels_last and _only_images(own) else own
-
-
-def _only_images(model: nn.Module) -> bool:
-    return not any(tensor.dim() == 5 for tensor in model.parameters())
+    if setting.channels_last:
+        lay_out(own)
+    return own
 
 
 def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
     """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache."""
-    first = _batch(example_inputs, setting, 0)
+    first = batch_of(example_inputs, setting)
     count = 1
     if setting.on_gpu:
         cache = torch.cuda.get_device_properties(setting.place).L2_cache_size
         own = sum(leaf.nbytes for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
         count = min(max(2 * cache // max(own, 1), 1), 64)
-    return [first, *(_batch(example_inputs, setting, seed) for seed in range(1, count))]
+    return [first, *(batch_of(example_inputs, setting, seed) for seed in range(1, count))]
 
 
-def _batch(example_inputs: Any, setting: Setting, seed: int) -> Any:
+def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
+    """Inputs like the example's, of the setting's batch size, precision and layout, on its device."""
+
     def placed(tensor: Tensor) -> Tensor:
         tensor = tensor.to(setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None)
-        images = setting.channels_last and tensor.dim() == 4
-        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+        laid_out = setting.channels_last and tensor.dim() in LAYOUTS
+        return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()]) if laid_out else tensor
 
     return tree_map_only(Tensor, placed, drawn(example_inputs, batch=setting.batch, seed=seed))
 
@@ -219,23 +256,33 @@ def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[
 def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
     """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
     still = tree_map_only(Tensor, torch.clone, batches[0])
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            _call(model, still)
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _call(model, still)
+    replay = captured(lambda: _call(model, still))
     places = [leaf for leaf in tree_leaves(still) if isinstance(leaf, Tensor)]
 
     def run() -> None:
         for place, value in zip(places, (leaf for leaf in tree_leaves(next(taken)) if isinstance(leaf, Tensor)), strict=True):
             place.copy_(value)
-        graph.replay()
+        replay()
 
     return run
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """What replays a CUDA graph of one call."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay(kept: object = kept) -> None:  # what the graph writes to lives as long as this does
+        graph.replay()
+
+    return replay
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:

@@ -1,0 +1,90 @@
+"""What operations take that differ in their widths only: measured on a grid, interpolated between."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Surface", "grid"]
+
+Floats = npt.NDArray[np.float64]
+
+_EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
+"""By the number of sizes that an operation depends on: the eighths of each at which it is measured."""
+
+
+_LATE = 1.15  # times what more work took: an operation that took longer is measured again
+
+
+def grid(full: int, axes: int) -> tuple[int, ...]:
+    """The sizes to measure, ascending: eighths, multiples of a power of two where there are enough of them, the full one last.
+
+    >>> grid(512, 2), grid(24, 2), grid(3, 1), grid(100, 3)
+    ((64, 128, 192, 256, 384, 512), (4, 6, 10, 12, 18, 24), (1, 2, 3), (32, 64, 100))
+    """
+    step = 1
+    while step < 32 and full >= 16 * step:
+        step *= 2
+    eighths = _EIGHTHS.get(axes, _EIGHTHS[3])
+    return tuple(sorted({min(-(-full * k // 8 // step) * step or step, full) for k in eighths}))
+
+
+class Surface:
+    """Milliseconds as a function of one size or several, linear between the points of a grid.
+
+    Below the grid it goes on straight, but not below nothing; above it, too.
+
+    Parameters
+    ----------
+    axes:
+        The sizes measured, ascending, for each size that counts.
+    ms:
+        What the operation takes at these sizes.
+    again:
+        What it takes if it is measured once more, the least of all times. It is asked where less work took longer: either the
+        device is like that, or something else held it up.
+
+    Examples
+    --------
+    >>> plane = Surface([(2, 4), (1, 3)], lambda sizes: sizes[0] + 10.0 * sizes[1])
+    >>> plane.at(np.array([[3.0, 2.0], [4.0, 3.0], [1.0, 1.0]])).tolist()
+    [23.0, 34.0, 11.0]
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[Sequence[int]],
+        ms: Callable[[tuple[int, ...]], float],
+        again: Callable[[tuple[int, ...]], float] | None = None,
+    ) -> None:
+        self.axes = [np.array(axis, dtype=np.float64) for axis in axes]
+        self.values = np.zeros([len(axis) for axis in axes])
+        points = list(np.ndindex(self.values.shape))
+        for point in points:
+            self.values[point] = ms(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
+        for point in points if again is not None else ():
+            larger = self.values[tuple(slice(i, None) for i in point)]
+            if again is not None and self.values[point] > _LATE * larger.min():
+                self.values[point] = again(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
+
+    def at(self, sizes: Floats) -> Floats:
+        """Shape (n, axes) -> shape (n,)."""
+        corners, parts = [], []
+        for axis, own in zip(self.axes, sizes.T, strict=True):
+            if len(axis) == 1:
+                corners.append(np.zeros((2, len(own)), dtype=np.int64))
+                parts.append(np.zeros(len(own)))
+                continue
+            low = np.clip(np.searchsorted(axis, own, side="right") - 1, 0, len(axis) - 2)
+            corners.append(np.stack([low, low + 1]))
+            parts.append((own - axis[low]) / (axis[low + 1] - axis[low]))
+        out = np.zeros(len(sizes))
+        for choice in itertools.product((0, 1), repeat=len(self.axes)):
+            weight = np.ones(len(sizes))
+            for side, part in zip(choice, parts, strict=True):
+                weight = weight * (part if side else 1 - part)
+            out += weight * self.values[tuple(corner[side] for corner, side in zip(corners, choice, strict=True))]
+        return np.maximum(out, 0.0)

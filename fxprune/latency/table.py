@@ -1,0 +1,124 @@
+"""Milliseconds of single operations on one device, measured once and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxprune.latency.clock import time_in_turns
+from fxprune.latency.measuring import Setting, captured
+
+__all__ = ["Table", "cache_folder", "device_name"]
+
+_CALLS_PER_GRAPH = 10  # of one operation, so that replaying the graph costs little against what is in it
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache folder."""
+    given = os.environ.get("FXPRUNE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+class Table:
+    """What operations take, by a description that holds everything that their time depends on but the device.
+
+    One file per device, torch version, precision, layout and kind of call; it grows as more is measured. A file that cannot be read
+    is measured anew, and one that cannot be written is done without.
+
+    Parameters
+    ----------
+    setting:
+        Where, in which precision and layout. Operations of a compiled model, or of one that is replayed, are timed on a GPU without
+        what it costs to launch them.
+    folder:
+        Where the file lies; None: :func:`cache_folder`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = Table(Setting("cpu"), folder)
+    ...     first = table.ms("sum of ten", lambda: lambda: sum(range(10)))
+    ...     table.save()
+    ...     Table(Setting("cpu"), folder).ms("sum of ten", None) == first
+    True
+    """
+
+    def __init__(self, setting: Setting, folder: str | os.PathLike[str] | None = None) -> None:
+        self.setting = setting
+        self.measured = 0
+        """How many operations were timed, not looked up."""
+        launched = setting.on_gpu and setting.mode == "eager"
+        own = {
+            "device": device_name(setting.place),
+            "torch": torch.__version__,
+            "precision": setting.precision,
+            "layout": "channels-last" if setting.channels_last else "as is",
+            "launches": "counted" if launched or not setting.on_gpu else "not counted",
+        }
+        self._about = own
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(own.values())).strip("-")
+        self.path = Path(folder or cache_folder()) / f"{name}.json"
+        self._ms = self._read()
+        self._twice: set[str] = set()
+
+    def ms(self, description: str, prepare: Callable[[], Callable[[], object]] | None, *, again: bool = False) -> float:
+        """Milliseconds of a call; ``prepare`` makes the callable if it is not known yet.
+
+        ``again`` measures it once more if that was not done before, and takes the lesser time.
+        """
+        if description not in self._ms or (again and description not in self._twice):
+            assert prepare is not None
+            run, calls = prepare(), 1
+            if self.setting.on_gpu and self.setting.mode != "eager":
+                run, calls = captured(lambda run=run: [run() for _ in range(_CALLS_PER_GRAPH)]), _CALLS_PER_GRAPH  # type: ignore[misc]
+            timing = time_in_turns({"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2)["run"]
+            self._ms[description] = min(timing.low / calls, self._ms.get(description, float("inf")))
+            self.measured += 1
+            if again:
+                self._twice.add(description)
+        return self._ms[description]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; what others have measured meanwhile is kept."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = self.path.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps({**self._about, "ms": {**self._read(), **self._ms}}, indent=0), encoding="utf-8")
+            os.replace(new, self.path)
+
+    def _read(self) -> dict[str, float]:
+        try:
+            data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            found = data.pop("ms")
+            if data == self._about and all(isinstance(value, float) for value in found.values()):
+                return dict(found)
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass
+        return {}
