@@ -34,15 +34,15 @@ def best_options(worth: Sequence[Sequence[float]], cost: Sequence[Sequence[float
     spare = capacity - sum(map(min, cost))
     if spare < 0:
         return None
-    step = spare / _BINS if spare > 0 else 1.0
     best = np.zeros(_BINS + 1)
     taken = []
     for worths, costs in zip(worth, cost, strict=True):
         least = min(costs)
-        bins = [math.ceil((own - least) / step - 1e-9) for own in costs]
+        bins = [math.ceil(_BINS * (own - least) / spare) if own - least <= spare and own > least else 0 for own in costs]
+        fits = [own - least <= spare for own in costs]
         tried = np.full((len(worths), _BINS + 1), -np.inf)
         for option, (value, used) in enumerate(zip(worths, bins, strict=True)):
-            if used <= _BINS:
+            if fits[option]:
                 tried[option, used:] = best[: _BINS + 1 - used] + value
         taken.append((tried.argmax(axis=0), bins))
         best = tried.max(axis=0)

@@ -70,8 +70,8 @@ class Steps:
             raise ArgumentError(f"count={count!r} must be a whole number of steps, at least 1.")
         if macs is None and params is None:
             raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
-        if "channels" in options or "layers" in options:
-            raise ArgumentError("channels= and layers= count the units of the model at hand: give macs= or params= instead.")
+        if any(name in options for name in ("channels", "layers", "latency")):
+            raise ArgumentError("channels=, layers= and latency= count what the model at hand has: give macs= or params= instead.")
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
         self.budget = {name: share for name, share in (("macs", macs), ("params", params)) if share is not None}
         self.folder = None if folder is None else Path(folder)

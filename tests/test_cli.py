@@ -290,6 +290,21 @@ def test_every_budget_is_an_option(tiny):
     assert fxprune.prune(model, image, layers={"0": 0.25}).plan.groups[0].kept
 
 
+def test_a_latency_budget(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+    result = run("prune", *TINY_ARGS, "--latency", 1.0, "--device", "cpu", "--batch", 2, "--json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)["latency"]
+    assert row["setting"] == "on cpu, fp32, eager, channels-last, batch 2"
+    assert 0 < row["after"] <= 2 * row["before"]
+    result = run("plan", *TINY_ARGS, "--macs", 0.5, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "say how --latency is measured" in result.stderr
+    result = run("plan", *TINY_ARGS, "--latency", 0.5, "--device", "cpu", "--mode", "cudagraph")
+    assert result.exit_code == 2
+    assert "needs a GPU" in result.stderr
+
+
 def test_a_criterion_of_ones_own(tiny):
     kept = []
     for name in ("first_units", "last_units"):

@@ -17,18 +17,23 @@ import typer
 from fxprune import api
 from fxprune.cli.loading import built, load, load_model, note_random
 from fxprune.cli.options import (
+    Batch,
     Channels,
     Checkpoint,
     Criterion,
+    Device,
     Input,
     Json,
     Keep,
+    Latency,
     Layers,
     Macs,
     MinChannels,
+    Mode,
     Model,
     Out,
     Params,
+    Precision,
     RoundTo,
     Saved,
     Scope,
@@ -38,6 +43,7 @@ from fxprune.cli.options import (
     criterion_of,
     listed,
     options_of,
+    setting_of,
     sizes,
     units_of,
 )
@@ -117,6 +123,11 @@ def plan(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
+    latency: Latency = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    mode: Mode = "eager",
+    batch: Batch = None,
     scope: Scope = "group",
     layers: Layers = None,
     criterion: Criterion = "cpmc",
@@ -132,7 +143,8 @@ def plan(
 ) -> None:
     """Choose what survives, and write that down; nothing else is written."""
     with errors_to_stderr():
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        setting = setting_of(latency, device, precision, mode, batch)
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
         found = criterion_of(criterion)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         with stage("planning"):
@@ -150,6 +162,11 @@ def prune(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
+    latency: Latency = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    mode: Mode = "eager",
+    batch: Batch = None,
     scope: Scope = "group",
     layers: Layers = None,
     criterion: Criterion = "cpmc",
@@ -166,7 +183,8 @@ def prune(
 ) -> None:
     """Prune a model and write the plan, the weights and a report."""
     with errors_to_stderr():
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        setting = setting_of(latency, device, precision, mode, batch)
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
         found = criterion_of(criterion)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         with stage("pruning and verifying" if verify else "pruning"):
@@ -254,9 +272,7 @@ def bench(
     units: Units = None,
     round_to: RoundTo = 1,
     min_channels: MinChannels = 1,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False)
-    ] = None,
+    device: Device = None,
     precisions: Annotated[
         str, typer.Option("--precision", metavar="NAMES", help=f"Of {', '.join(PRECISIONS)}, with commas.")
     ] = "fp32",

@@ -10,20 +10,26 @@ import typer
 from fxprune.cli.loading import attribute_named
 from fxprune.criteria import CRITERIA
 from fxprune.errors import ArgumentError
+from fxprune.latency import MODES, PRECISIONS, Setting
 
 __all__ = [
+    "Batch",
     "Channels",
     "Checkpoint",
     "Criterion",
+    "Device",
     "Input",
     "Json",
     "Keep",
+    "Latency",
     "Layers",
     "Macs",
     "MinChannels",
+    "Mode",
     "Model",
     "Out",
     "Params",
+    "Precision",
     "RoundTo",
     "Saved",
     "Scope",
@@ -33,6 +39,7 @@ __all__ = [
     "criterion_of",
     "listed",
     "options_of",
+    "setting_of",
     "sizes",
     "units_of",
 ]
@@ -94,6 +101,20 @@ Macs = Annotated[
     typer.Option(metavar="SHARE", help="Share of multiply-accumulates to keep, in (0, 1].", show_default=False),
 ]
 Params = Annotated[float | None, typer.Option(metavar="SHARE", help="Share of parameters to keep, in (0, 1].", show_default=False)]
+Latency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the time of one call to keep, in (0, 1], measured on this machine in the inference form.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False)]
+Precision = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(PRECISIONS)}.")]
+Mode = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(MODES)}.")]
+Batch = Annotated[
+    int | None, typer.Option(metavar="N", help="Of --latency: images per call; the example's otherwise.", show_default=False)
+]
 Scope = Annotated[str, typer.Option(metavar="SCOPE", help="What --channels counts: group (each group) or global (all together).")]
 Layers = Annotated[
     list[str] | None,
@@ -131,12 +152,16 @@ def options_of(
     units: list[str] | None,
     round_to: int,
     min_channels: int,
+    latency: float | None = None,
+    device: Setting | None = None,
 ) -> dict[str, Any]:
     """The budget, as arguments of :func:`fxprune.prune`."""
     return {
         "channels": channels,
         "macs": macs,
         "params": params,
+        "latency": latency,
+        "device": device,
         "scope": scope,
         "layers": dict(_layer(text) for text in layers or ()),
         "keep": tuple(keep or ()),
@@ -144,6 +169,15 @@ def options_of(
         "round_to": round_to,
         "min_channels": min_channels,
     }
+
+
+def setting_of(latency: float | None, device: str | None, precision: str, mode: str, batch: int | None) -> Setting | None:
+    """Where and how the latency counts; None if there is no budget for it."""
+    if latency is not None:
+        return Setting(device, precision, mode, batch=batch)
+    if (device, precision, mode, batch) != (None, "fp32", "eager", None):
+        raise ArgumentError("--device, --precision, --mode and --batch say how --latency is measured: give that too.")
+    return None
 
 
 def _layer(text: str) -> tuple[str, float]:

@@ -79,8 +79,9 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
 def lay_out(model: nn.Module) -> None:
     """Bring weights of convolutions over images and volumes into channels-last order, in place."""
     for module in model.modules():
-        if isinstance(module, _ConvNd) and module.weight.dim() in LAYOUTS:
-            module.weight.data = module.weight.data.contiguous(memory_format=LAYOUTS[module.weight.dim()])
+        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None  # none where a hook computes it
+        if weight is not None and weight.dim() in LAYOUTS:
+            weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.dim()])
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.latency.layers import Layer, Operand, Prepare, record
@@ -108,17 +109,15 @@ class Forecast:
         self._alike: dict[str, _Alike] = {}
         self._products: list[tuple[float, list[Sum]]] = []
         self._factors = (1.0, 1.0, 0.0)  # of contractions, of everything else, and what comes on top
+        for tensor in [*coupling.parameters.values(), *_traced(coupling)]:
+            self._sizes.dims(tensor)
+        self._values = self._sizes.values()
+        self._full = self._values(self.full[np.newaxis].astype(np.float64))[0]
+        self._lost = self._lost_at_once()
+        self._proportional = self._names_of_proportional()
         with precision_of(setting), torch.inference_mode():
             self._idle = self._launch()
-            seen: list[Layer] = []
-            ready = prepared(model, setting)
-            record(ready, batch_of(example_inputs, setting), coupling, self._sizes, lambda *own: self._see(seen, *own))
-            self._values = self._sizes.values()
-            self._full = self._values(self.full[np.newaxis].astype(np.float64))[0]
-            self._lost = self._lost_at_once()
-            self._proportional = self._names_of_proportional()
-            for layer in seen:
-                self._add(layer)
+            record(prepared(model, setting), batch_of(example_inputs, setting), coupling, self._sizes, self._see)
             for alike in self._alike.values():
                 self._measure(alike)
             self._rest: Polynomial = self._sizes.polynomial(self._products)
@@ -183,24 +182,26 @@ class Forecast:
         one = torch.zeros(1, device=self.setting.place)
         return self.table.ms("relu of one number", lambda: lambda: torch.relu(one))
 
-    def _see(self, seen: list[Layer], layer: Layer, again: Prepare) -> None:
-        """Keep what depends on widths and is to be measured at several of them; time everything else at once."""
-        free = layer.free()
-        ran = self._contractions.get(layer.node)
-        if ran and free:
-            seen.append(layer)
+    def _see(self, layer: Layer, again: Prepare) -> None:
+        """Keep a contraction that is to be measured at several widths; time everything else at once."""
+        free, ran = layer.free(), self._contractions.get(layer.node, [])
+        if ran and free and self._keep(layer):
             return
         try:
             ms = self.table.ms(layer.description({}), again)
         except RuntimeError:
             return  # cannot be recorded in a CUDA graph, because it waits for the GPU: what comes on top has it
+        total = float(sum(one.macs() * one.share for one in ran))
         if not free:
             self._products.append((_NS * ms, []))
-            return
-        self._products.append((_NS * min(ms, self._idle), []))
-        total = sum(prod(own.shape) * own.dtype.itemsize for own in layer.operands)
-        for own in layer.operands:
-            self._products.append((_NS * max(ms - self._idle, 0.0) / total, self._product(own)))
+        elif total:  # a contraction that does not run at other widths as it stands goes in proportion to its work
+            for one in ran:
+                self._products += [(_NS * ms * c / total, factors) for c, factors in products_of(one, self._sizes)]
+        else:
+            self._products.append((_NS * min(ms, self._idle), []))
+            nbytes = sum(prod(own.shape) * own.dtype.itemsize for own in layer.operands)
+            for own in layer.operands:
+                self._products.append((_NS * max(ms - self._idle, 0.0) / nbytes, self._product(own)))
 
     def _product(self, own: Operand) -> list[Sum]:
         """The bytes of a tensor, as a product of sizes."""
@@ -214,8 +215,8 @@ class Forecast:
         _, first, inverse = np.unique(np.round(tried / self._full, 9), axis=1, return_index=True, return_inverse=True)
         return first[inverse.reshape(-1)]
 
-    def _add(self, layer: Layer) -> None:
-        """Put a contraction with those that differ from it in their widths only."""
+    def _keep(self, layer: Layer) -> bool:
+        """Put a contraction with those that differ from it in their widths only, if it runs at other widths."""
         free = layer.free()
         by_name: dict[int, list[int]] = defaultdict(list)
         for number in sorted(free):
@@ -226,12 +227,18 @@ class Forecast:
             step = max(int(np.gcd.reduce(np.rint(self._lost[:, base]).astype(np.int64))), 1)
             axes.append(_Axis(base, free[base], step, {number: free[number] / free[base] for number in numbers}))
         if len(axes) > _MOST_AXES:
-            self._in_proportion(layer)
-            return
-        multiples = [[axis.step, *axis.multiples.values()] for axis in axes]
+            return False
         masks = {number: -1 - place for place, axis in enumerate(axes) for number in axis.multiples}
-        alike = self._alike.setdefault(f"{layer.description(masks)} {multiples}", _Alike(layer))
-        alike.axes.append(axes)
+        key = f"{layer.description(masks)} {[[axis.step, *axis.multiples.values()] for axis in axes]}"
+        if key not in self._alike:
+            fewer = {n: s for axis in axes for n, s in axis.sizes(-(-axis.steps // 2)).items()}
+            try:
+                layer.prepared(fewer, self.setting.place)()
+            except (RuntimeError, ValueError, AttributeError):  # sizes stand in it as numbers that do not follow
+                return False
+            self._alike[key] = _Alike(layer)
+        self._alike[key].axes.append(axes)
+        return True
 
     def _measure(self, alike: _Alike) -> None:
         """Time one of them at the widths of a grid that reaches up to the widest."""
@@ -252,13 +259,6 @@ class Forecast:
 
     def _ms(self, layer: Layer, sizes: Mapping[int, int], again: bool = False) -> float:
         return self.table.ms(layer.description(sizes), lambda: layer.prepared(sizes, self.setting.place), again=again)
-
-    def _in_proportion(self, layer: Layer) -> None:
-        """A contraction that is not measured at other widths goes in proportion to its multiply-accumulates."""
-        ms, ran = self._ms(layer, {}), self._contractions[layer.node]
-        total = sum(one.macs() * one.share for one in ran)
-        for one in ran:
-            self._products += [(_NS * ms * c / float(total), factors) for c, factors in products_of(one, self._sizes)]
 
     # -- at other widths
 
@@ -325,3 +325,10 @@ class Forecast:
             if sum(taken for taken, _ in between) <= _WORSE * sum(line for _, line in between):
                 return step
         return coarse // 2
+
+
+def _traced(coupling: Coupling) -> Iterator[Tensor]:
+    """What the nodes give."""
+    for trace in coupling.traces:
+        for node in trace.graph.nodes:
+            yield from (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor))

@@ -14,6 +14,7 @@ from fxprune.deploy import deploy
 from fxprune.errors import BudgetError
 from fxprune.latency.forecast import Forecast
 from fxprune.latency.measuring import Setting, time_models
+from fxprune.latency.table import Table
 from fxprune.selection import Timed
 
 __all__ = ["Attempt", "search"]
@@ -64,6 +65,7 @@ def search(
     choose: Callable[[float, Timed], Kept],
     emit: Callable[[Kept], T],
     model_of: Callable[[T], nn.Module],
+    table: Table | None = None,
 ) -> Attempt[T]:
     """Find survivors that take a share of the dense model's time, all deployed.
 
@@ -80,6 +82,8 @@ def search(
         The survivors for an aim, a share of the dense model's time as forecast.
     emit, model_of:
         What makes a result of survivors, and the model in it.
+    table:
+        What layers take; None: what the setting has on disk.
 
     Returns
     -------
@@ -95,7 +99,7 @@ def search(
         return deploy(model_of(emit(kept)))
 
     whole = deployed(some(1.0))
-    forecast = Forecast(coupling, whole, example_inputs, setting)
+    forecast = Forecast(coupling, whole, example_inputs, setting, table)
 
     def counts(kept: Kept) -> np.ndarray[Any, np.dtype[np.int64]]:
         labels = [group.units[list(kept[group.name])] for group in coupling.groups]

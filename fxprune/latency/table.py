@@ -119,6 +119,6 @@ class Table:
             found = data.pop("ms")
             if data == self._about and all(isinstance(value, float) for value in found.values()):
                 return dict(found)
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             pass
         return {}

@@ -1,0 +1,157 @@
+"""A latency budget against a budget of multiply-accumulates, at equal measured latency: which of them keeps more?
+
+    python benchmarks/latency_budget.py            # the GPU where there is one, otherwise the CPU
+    python benchmarks/latency_budget.py --quick    # one model, small images
+
+Each model is pruned by ``fxprune.prune(latency=share)``, untrained weights, by CPMC. Then ``macs=`` is searched until the
+model that it leaves is as fast as that one, both deployed and measured in turns with the dense model. Set side by side: what
+was forecast and what was measured, and the shares of multiply-accumulates, parameters and importance (the sum of CPMC's
+normalised values) that each of the two keeps.
+
+The figures go to ``benchmarks/results/latency_budget_<device>.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import _common as common
+import _latency as shared
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.criteria import rank
+from fxprune.errors import FxpruneError
+from fxprune.latency import Setting
+from fxprune.latency.measuring import time_models
+
+MODELS = ("resnet50", "mobilenet_v2", "densenet121")
+NEAR = 0.02  # how far apart two latencies may be and count as equal
+ATTEMPTS = 7
+
+
+def kept(dense: nn.Module, inputs: Any, pruned: fxprune.Pruned) -> common.Record:
+    """Shares of the dense model that are left."""
+    coupling = fxprune.analyze(dense, inputs)
+    value = rank("cpmc", coupling, dense).value
+    names = {group.name: group for group in coupling.groups}
+    importance = sum(float(value[names[own.name].units[list(own.kept)]].sum()) for own in pruned.plan.groups)
+    report = pruned.report
+    assert report.macs_before is not None
+    assert report.macs_after is not None
+    return {
+        "macs": report.macs_after / report.macs_before,
+        "parameters": report.params_after / report.params_before,
+        "importance": importance / float(value[coupling.units].sum()),
+    }
+
+
+def as_fast(
+    dense: nn.Module, inputs: Any, share: float, setting: Setting, found: argparse.Namespace
+) -> tuple[fxprune.Pruned, float]:
+    """Search the budget of multiply-accumulates that leaves this share of the latency; also the share that it does leave."""
+    whole = fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)
+    low, high, macs = 0.0, 1.0, share
+    best: tuple[float, fxprune.Pruned, float] | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            pruned = fxprune.prune(dense, inputs, macs=macs)
+        except FxpruneError:  # below what can be reached
+            low, macs = macs, (macs + high) / 2
+            continue
+        models = {"dense": whole, "pruned": fxprune.deploy(pruned.model)}
+        timed = time_models(models, inputs, setting, rounds=found.rounds, seconds=found.seconds)
+        torch._dynamo.reset()
+        left = timed["pruned"].low / timed["dense"].low
+        print(f"    macs={macs:.3f} leaves {left:.3f} of the latency", flush=True)
+        if best is None or abs(left - share) < best[0]:
+            best = abs(left - share), pruned, left
+        if best[0] <= NEAR * share:
+            break
+        low, high = (macs, high) if left < share else (low, macs)
+        macs = (low + high) / 2
+    assert best is not None
+    return best[1], best[2]
+
+
+def measure(name: str, found: argparse.Namespace) -> common.Record:
+    """Prune by both budgets in each setting, and time what they leave."""
+    torch.manual_seed(0)
+    dense, inputs = shared.built(name, found.size)
+    rows = []
+    for setting in shared.settings(found):
+        for share in found.shares:
+            row: common.Record = {"precision": setting.precision, "mode": setting.mode, "batch": setting.batch, "share": share}
+            try:
+                start = time.perf_counter()
+                timed = fxprune.prune(dense, inputs, latency=share, device=setting)
+                row["seconds"] = round(time.perf_counter() - start, 1)
+                time_left = timed.report.latency
+                assert time_left is not None
+                row["by latency"] = kept(dense, inputs, timed) | {"left": time_left.after / time_left.before}
+                row["ms"] = {"dense": time_left.before, "forecast": time_left.forecast, "measured": time_left.after}
+                counted, left = as_fast(dense, inputs, time_left.after / time_left.before, setting, found)
+                row["by macs"] = kept(dense, inputs, counted) | {"left": left}
+                said = ", ".join(f"{by} {row[by]['importance']:.3f}" for by in ("by latency", "by macs"))
+            except Exception as error:
+                said = row["error"] = common.one_line(error)
+            print(f"  {setting.precision} {setting.mode} batch {setting.batch} latency={share}: {said}", flush=True)
+            rows.append(row)
+            torch._dynamo.reset()
+    return {"rows": rows}
+
+
+def report(results: common.Record) -> str:
+    """The page of one device."""
+    rows = []
+    for name, record in results["models"].items():
+        if "error" in record:
+            rows.append([f"`{name}`", record["error"]])
+        for row in record.get("rows", ()):
+            line = [f"`{name}`", row["precision"], row["mode"], row["batch"], row["share"]]
+            if "error" in row:
+                rows.append([*line, row["error"]])
+                continue
+            ms = row["ms"]
+            line += [f"{ms[what]:.2f}" for what in ("dense", "forecast", "measured")]
+            line.append(f"{ms['forecast'] / ms['measured'] - 1:+.1%}")
+            pairs = [[row[by][what] for by in ("by latency", "by macs")] for what in ("left", "macs", "parameters", "importance")]
+            rows.append([*line, *(" / ".join(f"{own:.3f}" for own in pair) for pair in pairs), row["seconds"]])
+    header = [
+        "model",
+        "precision",
+        "mode",
+        "batch",
+        "latency=",
+        "dense, ms",
+        "forecast",
+        "measured",
+        "off by",
+        "latency left",
+        "MACs left",
+        "parameters left",
+        "importance left",
+        "seconds",
+    ]
+    text = [
+        "Deployed models, milliseconds per batch, lower quartiles of forms that take turns. Pairs are: by the latency budget / by",
+        "the budget of multiply-accumulates that leaves as much of the latency. *Seconds*: of `prune(latency=)`, with all that it",
+        "measures.",
+    ]
+    title = "A latency budget against a budget of multiply-accumulates"
+    return shared.page(results, title, text, common.markdown_table(header, rows))
+
+
+def main() -> None:
+    """Read the command line, measure each model, write the results after each."""
+    made = shared.parser(__doc__, MODELS)
+    made.add_argument("--shares", type=common.shares, default=(0.7, 0.5), help="of the dense model's latency; default: 0.7,0.5")
+    found = shared.options(made, MODELS)
+    shared.run(found, "latency_budget", measure, report, alike=("quick", "shares"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""A latency budget: what is forecast, chosen, measured and corrected. Clocks are put in that tell what can be known."""
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxprune
+from fxprune.cost import cost_of
+from fxprune.coupling import Coupling
+from fxprune.criteria import rank
+from fxprune.errors import ArgumentError, BudgetError
+from fxprune.latency import Setting, Timing
+from fxprune.latency import search as searching
+from fxprune.latency.forecast import Forecast
+from fxprune.latency.layers import Layer, record
+from fxprune.latency.surface import Surface, grid
+from fxprune.latency.table import Table, cache_folder, device_name
+from fxprune.report import LatencyRow, Report
+from fxprune.selection import Budget, select
+from fxprune.widths import Sizes, kinds_of, macs_of, params_of, pools_of
+from tests.support.checking import assert_unharmed, randomise, snapshot
+from tests.support.families import FAMILIES, Family
+from tests.zoo import CASES
+from tests.zoo.case import Case
+
+CPU = Setting("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
+
+
+def recurrent_flops(x: Any, of_input: Any, of_hidden: Any, *_: Any, **__: Any) -> int:
+    """Of a layer of an LSTM on a CPU: (steps, batch, features), (gates, features), (gates, hidden)."""
+    return 2 * prod(x[:-1]) * (prod(of_input) + prod(of_hidden))
+
+
+class Work(Table):
+    """A clock that takes a millisecond for each thousand multiply-accumulates, and for nothing else; it never reads the real one.
+
+    ``dislikes`` says of a description how much longer it takes.
+    """
+
+    def __init__(self, dislikes: Callable[[str], float] = lambda description: 1.0) -> None:
+        super().__init__(CPU, "never written")
+        self.dislikes = dislikes
+        self._ms.clear()
+
+    def ms(self, description: str, prepare: Any, *, again: bool = False) -> float:
+        if description not in self._ms:
+            run = prepare()
+            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: recurrent_flops}) as counter:
+                run()
+            self._ms[description] = 1e-3 * counter.get_total_flops() / 2 * self.dislikes(description)
+        return self._ms[description]
+
+    def save(self) -> None:
+        pass
+
+
+def forecast_of(model: nn.Module, example: Any, table: Table | None = None) -> tuple[Coupling, Forecast]:
+    dense = fxprune.deploy(fxprune.prune(model, example, channels=1.0).model)
+    coupling = fxprune.analyze(model, example)
+    return coupling, Forecast(coupling, dense, example, CPU, table or Work())
+
+
+def counts_of(coupling: Coupling, forecast: Forecast, kept: dict[str, tuple[int, ...]]) -> Any:
+    labels = np.concatenate([group.units[list(kept[group.name])] for group in coupling.groups])
+    kinds = forecast.kinds.of_unit[labels]
+    return np.bincount(kinds[kinds >= 0], minlength=len(forecast.full))
+
+
+class Net(nn.Module):
+    """A residual stream, grouped and depthwise convolutions, a transposed one and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.grouped = nn.Conv2d(32, 48, 3, padding=1, groups=4, bias=False)
+        self.norm = nn.BatchNorm2d(48)
+        self.depthwise = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.back = nn.ConvTranspose2d(48, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.back(self.depthwise(self.norm(self.grouped(x)).relu()))
+        return self.head(x.mean((2, 3)))
+
+
+EXAMPLE = torch.randn(2, 3, 8, 8)
+
+
+# -------------------------------------------------------------------------------------------------------------- the table
+
+
+def test_a_table_is_kept_on_disk(tmp_path: Path) -> None:
+    table = Table(CPU, tmp_path)
+    first = table.ms("sleep", lambda: lambda: sum(range(1000)))
+    table.save()
+    other = Table(CPU, tmp_path)
+    assert other.ms("sleep", None) == first
+    assert other.measured == 0
+    (file,) = tmp_path.iterdir()
+    told = json.loads(file.read_text())
+    assert told["torch"] == torch.__version__
+    assert told["device"] == device_name(torch.device("cpu"))
+    assert Table(Setting("cpu", "bf16"), tmp_path).path != file
+
+
+def test_two_who_measure_at_once_keep_each_others_times(tmp_path: Path) -> None:
+    one, other = Table(CPU, tmp_path), Table(CPU, tmp_path)
+    one.ms("a", lambda: lambda: None)
+    other.ms("b", lambda: lambda: None)
+    one.save()
+    other.save()
+    assert set(json.loads(one.path.read_text())["ms"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"ms": {"a": "fast"}}', '{"ms": {"a": 1.0}}'])
+def test_a_damaged_table_is_measured_anew(tmp_path: Path, text: str) -> None:
+    path = Table(CPU, tmp_path).path
+    path.write_text(text)
+    table = Table(CPU, tmp_path)
+    assert table.ms("a", lambda: lambda: None) != 1.0
+    assert table.measured == 1
+
+
+def test_measured_again_the_lesser_time_counts(tmp_path: Path) -> None:
+    table = Table(CPU, tmp_path)
+    table._ms["a"] = 1e9
+    assert table.ms("a", None) == 1e9
+    assert table.ms("a", lambda: lambda: None, again=True) < 1.0
+    assert table.ms("a", None, again=True) < 1.0, "once again is enough"
+
+
+def test_where_tables_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FXPRUNE_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "fxprune"
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    table = Table(CPU)
+    table.ms("a", lambda: lambda: None)
+    (tmp_path / "own").write_text("a file where the folder should be")
+    table.save()  # it is done without
+
+
+# ------------------------------------------------------------------------------------------------------------ the surface
+
+
+def test_a_surface_goes_through_its_points_and_straight_between() -> None:
+    axes = [(2, 4, 8), (1, 3)]
+    surface = Surface(axes, lambda sizes: float(sizes[0] * sizes[1]))
+    for a in axes[0]:
+        for b in axes[1]:
+            assert surface.at(np.array([[a, b]], dtype=float)) == a * b
+    assert surface.at(np.array([[3.0, 2.0], [6.0, 1.5], [1.0, 1.0], [10.0, 3.0]])).tolist() == [6.0, 9.0, 1.0, 30.0]
+
+
+def test_less_work_that_took_longer_is_measured_again() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def again(sizes: tuple[int, ...]) -> float:
+        asked.append(sizes)
+        return 2.0
+
+    surface = Surface([(1, 2, 3)], lambda sizes: {1: 1.0, 2: 50.0, 3: 3.0}[sizes[0]], again)
+    assert asked == [(2,)]
+    assert surface.at(np.array([[2.0]])) == 2.0
+
+
+@pytest.mark.parametrize("full", [1, 2, 3, 7, 8, 24, 64, 100, 512, 2048])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_grid_ends_at_the_full_width(full: int, axes: int) -> None:
+    found = grid(full, axes)
+    assert found[-1] == full
+    assert found[0] >= 1
+    assert list(found) == sorted(set(found))
+
+
+# ----------------------------------------------------------------------------------------------------------- the forecast
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_forecast_by_work_is_the_work(case: Case) -> None:
+    """Every contraction of the deployed model is found, once, and at other widths it is what the smaller model runs."""
+    torch.manual_seed(0)
+    model, example = case.build(case.width).eval(), case.inputs(2)
+    coupling, forecast = forecast_of(model, example)
+    macs = macs_of(coupling, forecast.kinds)
+    if macs.at(forecast.full) != coupling.macs():
+        return
+    assert forecast.at(forecast.full) == pytest.approx(1e3 * macs.at(forecast.full), rel=1e-6)
+    half = select(coupling, rank("l2", coupling, model), Budget(channels=0.5))
+    counts = counts_of(coupling, forecast, half)
+    # Between the points of the grid a square (a layer from a stream to itself) is not straight.
+    assert forecast.at(counts) == pytest.approx(1e3 * macs.at(counts), rel=0.1)
+
+
+def test_what_is_saved_is_the_difference() -> None:
+    _, forecast = forecast_of(Net().eval(), EXAMPLE)
+    forecast.fit([(forecast.full, 3.0), (forecast.full // 2, 1.0)])
+    lost = np.maximum(forecast.full // 4, 1)
+    saved = forecast.saved(forecast.full, lost)
+    for pool in range(len(forecast.pools)):
+        alone = np.where(forecast.kinds.pool == pool, forecast.full - lost, forecast.full)
+        assert saved[pool] == pytest.approx(forecast.at(forecast.full) - forecast.at(alone), abs=2)
+    assert (saved > 0).all()
+
+
+def test_a_fit_meets_the_dense_model_and_comes_near_the_others() -> None:
+    _, forecast = forecast_of(Net().eval(), EXAMPLE)
+    half, quarter = forecast.full // 2, forecast.full // 4
+    known = [(c, 2e-6 * forecast._measured(c) + 3e-6 * forecast._rest.at(c) + 0.5) for c in (forecast.full, half, quarter)]
+    forecast.fit(known)
+    for counts, ms in known:
+        assert forecast.at(counts) == pytest.approx(1e6 * ms, rel=1e-6)
+    forecast.fit([(forecast.full, 7.0), (half, 9.0)])  # slower with half of the work: no weight may be negative for that
+    assert forecast.at(forecast.full) == pytest.approx(7e6, rel=1e-6)
+    assert min(forecast._factors) >= 0
+
+
+def test_widths_land_on_the_steps_that_the_device_likes() -> None:
+    """A device for which a convolution takes twice as long where a width is not a multiple of 8."""
+
+    def dislikes(description: str) -> float:
+        if "weight=" not in description:
+            return 1.0
+        out, into = description.split("weight=float32[")[1].split("]")[0].split(",")[:2]
+        return 2.0 if int(out) % 8 or int(into) % 8 else 1.0
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 1)).eval()
+    example = torch.randn(1, 3, 8, 8)
+    coupling, forecast = forecast_of(model, example, Work(dislikes))
+    assert forecast.steps == (8, 8)
+    _, indifferent = forecast_of(model, example)
+    assert indifferent.steps == (1, 1)
+    kept = select(coupling, rank("cpmc", coupling, model), Budget(latency=0.4), forecast)
+    assert all(len(own) % 8 == 0 for own in kept.values()), {name: len(own) for name, own in kept.items()}
+    assert forecast.at(counts_of(coupling, forecast, kept)) <= 0.4 * forecast.at(forecast.full)
+
+
+def test_layers_run_at_other_widths() -> None:
+    model = Net().eval()
+    dense = fxprune.deploy(fxprune.prune(model, EXAMPLE, channels=1.0).model)
+    coupling = fxprune.analyze(model, EXAMPLE)
+    kinds = kinds_of(coupling, pools_of(coupling))
+    macs_of(coupling, kinds), params_of(coupling, kinds)
+    sizes, seen = Sizes(coupling, kinds), list[Layer]()
+    state = snapshot(dense)
+    with torch.inference_mode():
+        record(dense, EXAMPLE, coupling, sizes, lambda layer, again: (seen.append(layer), again()()))  # type: ignore[func-returns-value]
+        assert_unharmed(dense, state)
+        for layer in seen:
+            layer.prepared({}, torch.device("cpu"))()
+            at = {number: size // 2 for number, size in layer.free().items()}
+            if isinstance(layer.target, nn.Module) and not isinstance(layer.target, nn.ReLU):
+                out = layer.prepared(at, torch.device("cpu"))()
+                assert tuple(getattr(out, "shape", ())) == layer.results[0].at(at), layer.node
+    assert {"stem_0", "grouped", "depthwise", "back", "head"} <= {layer.node for layer in seen}
+    assert not any("norm" in layer.node for layer in seen), "folded"
+
+
+# ------------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
+def test_exchanges_keep_more_within_the_same_time(share: float) -> None:
+    torch.manual_seed(0)
+    model = randomise(Net()).eval()
+    coupling, forecast = forecast_of(model, EXAMPLE.double())
+    ranking = rank("cpmc", coupling, model)
+
+    def worth(kept: dict[str, tuple[int, ...]]) -> float:
+        return sum(float(ranking.value[group.units[list(kept[group.name])]].sum()) for group in coupling.groups)
+
+    exchanged = select(coupling, ranking, Budget(latency=share), forecast)
+    greedy = select(coupling, ranking, Budget(macs=share), forecast)  # the table counts MACs; without a latency nothing is traded
+    limit = share * forecast.at(forecast.full)
+    assert forecast.at(counts_of(coupling, forecast, exchanged)) <= limit
+    assert worth(exchanged) >= worth(greedy) * (1 - 1e-9)
+
+
+def test_all_of_several_budgets_hold() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    coupling, forecast = forecast_of(model, EXAMPLE)
+    kept = select(coupling, rank("cpmc", coupling, model), Budget(latency=0.6, params=0.3, min_channels=4), forecast)
+    counts = counts_of(coupling, forecast, kept)
+    params = params_of(coupling, forecast.kinds)
+    assert forecast.at(counts) <= 0.6 * forecast.at(forecast.full)
+    assert params.at(counts) <= 0.3 * params.at(forecast.full)
+    assert all(len(own) >= 4 for own in kept.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- the search
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], float]]:
+    """Measured times are a function of a model's multiply-accumulates; put another one in to change it."""
+    law: list[Callable[[int], float]] = [lambda macs: 1e-3 * macs]
+
+    def told(models: dict[str, nn.Module], example: Any, setting: Setting, **_: Any) -> dict[str, Timing]:
+        found = {name: law[0](cost_of(model, example).macs) for name, model in models.items()}
+        return {name: Timing(ms, ms, ms, 1) for name, ms in found.items()}
+
+    monkeypatch.setattr(searching, "time_models", told)
+    monkeypatch.setattr("fxprune.latency.forecast.Table", lambda setting: Work())
+    return law
+
+
+def test_a_latency_budget_is_met(clock: list[Callable[[int], float]]) -> None:
+    torch.manual_seed(0)
+    model = randomise(Net()).eval()
+    state = snapshot(model)
+    pruned = fxprune.prune(model, EXAMPLE.double(), latency=0.5, device="cpu", verify=True)
+    assert_unharmed(model, state)
+    row = pruned.report.latency
+    assert isinstance(row, LatencyRow)
+    assert 0.4 < row.after / row.before <= 0.51
+    assert row.forecast == pytest.approx(row.after, rel=0.1)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-9
+    assert "left), " in str(pruned.report)
+    assert "forecast; deployed on cpu, fp32" in str(pruned.report)
+    assert Report.from_dict(json.loads(json.dumps(pruned.report.to_dict()))) == pruned.report
+
+
+def test_the_aim_is_corrected_by_what_is_measured(clock: list[Callable[[int], float]]) -> None:
+    """A device on which small models gain little: neither a share of the work nor a constant on top describes it."""
+    clock[0] = lambda macs: macs**0.6
+    torch.manual_seed(0)
+    row = fxprune.prune(Net().eval(), EXAMPLE, latency=0.6, device="cpu").report.latency
+    assert row is not None
+    assert 0.5 < row.after / row.before <= 0.6 * 1.02
+    assert row.forecast == pytest.approx(row.after, rel=0.1)
+
+
+def test_what_cannot_be_reached(clock: list[Callable[[int], float]]) -> None:
+    with pytest.raises(BudgetError, match=r"latency=0.0001 cannot be reached: the smallest model .* has latency=0\.\d+"):
+        fxprune.prune(Net().eval(), EXAMPLE, latency=0.0001, device="cpu")
+    clock[0] = lambda macs: 1000.0 + macs / 1e9  # whatever is removed, it stays as slow
+    with pytest.raises(BudgetError, match="latency"):
+        fxprune.prune(Net().eval(), EXAMPLE, latency=0.5, device="cpu")
+
+
+def test_nothing_slower_than_the_dense_model_is_chosen(clock: list[Callable[[int], float]]) -> None:
+    dense = cost_of(Net(), EXAMPLE).macs
+    clock[0] = lambda macs: 1.0 if macs == dense else 2.0  # all that is pruned is slower
+    kept = fxprune.prune(Net().eval(), EXAMPLE, latency=1.0, device="cpu")
+    assert all(row.kept == row.total for row in kept.report.groups)
+    with pytest.raises(BudgetError, match=r"latency=0.9 "):
+        fxprune.prune(Net().eval(), EXAMPLE, latency=0.9, device="cpu")
+
+
+def test_what_the_readme_says(clock: list[Callable[[int], float]]) -> None:
+    """Its other examples run as they stand; this one on a clock that does not depend on what else the machine does."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    blocks = text.split("```py\n")[1:]
+    assert len(blocks) == 1
+    names = {"fxprune": fxprune, "model": Net().eval(), "image": EXAMPLE}
+    exec(compile(blocks[0].split("```")[0], "README.md", "exec"), names)
+    assert names["pruned"].report.latency.after <= 0.51 * names["pruned"].report.latency.before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latency": 0.0}, r"latency=0.0 is outside \(0, 1\]"),
+        ({"latency": 1.5}, r"latency=1.5 is outside"),
+        ({"macs": 0.5, "device": "cpu"}, "give latency= too"),
+        ({}, "latency="),
+    ],
+)
+def test_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        fxprune.prune(Net(), EXAMPLE, **options)
+
+
+def test_latency_needs_data() -> None:
+    with pytest.raises(ArgumentError, match="meta tensors"):
+        fxprune.prune(Net(), EXAMPLE.to("meta"), latency=0.5)
+
+
+@pytest.mark.slow  # two minutes: each layer runs at dozens of widths
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[int], float]]) -> None:
+    torch.manual_seed(0)
+    model, example = family.build().eval(), torch.randn(2, *family.shape)
+    row = fxprune.prune(model, example, latency=0.6, device="cpu", verify=True).report.latency
+    assert row is not None
+    assert row.after <= 0.6 * 1.02 * row.before
+
+
+def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asserted about times, which machines may spoil, but that they are there and the table is kept."""
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    row = fxprune.prune(net, torch.randn(4, 3, 48, 48), latency=0.8, device=Setting("cpu", batch=8)).report.latency
+    assert row is not None
+    assert 0 < row.after < row.before
+    assert "batch 8" in row.setting
+    (file,) = tmp_path.iterdir()
+    assert len(json.loads(file.read_text())["ms"]) > 10
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["eager", "cudagraph"])
+def test_on_a_gpu(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.ReLU(), nn.Conv2d(512, 8, 3)).eval()
+    setting = Setting("cuda", precision="bf16", mode=mode, batch=64)
+    row = fxprune.prune(net, torch.randn(1, 3, 64, 64), latency=0.6, device=setting).report.latency
+    assert row is not None
+    assert row.after < row.before
