@@ -159,6 +159,16 @@ def run(
     print("\n" + report(results))
 
 
+def lines(results: common.Record) -> Iterator[tuple[list[Any], common.Record | None]]:
+    """For each row of each model the beginning of its line in a table, and the row; errors have the whole line, and no row."""
+    for name, record in results["models"].items():
+        if "error" in record:
+            yield [f"`{name}`", record["error"]], None
+        for row in record.get("rows", ()):
+            line = [f"`{name}`", row["precision"], row["mode"], row["batch"]]
+            yield ([*line, row["error"]], None) if "error" in row else (line, row)
+
+
 def _setting(row: common.Record) -> tuple[str, str, int]:
     return row["precision"], row["mode"], row["batch"]
 

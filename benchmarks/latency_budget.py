@@ -107,19 +107,15 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 def report(results: common.Record) -> str:
     """The page of one device."""
     rows = []
-    for name, record in results["models"].items():
-        if "error" in record:
-            rows.append([f"`{name}`", record["error"]])
-        for row in record.get("rows", ()):
-            line = [f"`{name}`", row["precision"], row["mode"], row["batch"], row["share"]]
-            if "error" in row:
-                rows.append([*line, row["error"]])
-                continue
+    for line, row in shared.lines(results):
+        if row is not None:
             ms = row["ms"]
-            line += [f"{ms[what]:.2f}" for what in ("dense", "forecast", "measured")]
+            line += [row["share"], *(f"{ms[what]:.2f}" for what in ("dense", "forecast", "measured"))]
             line.append(f"{ms['forecast'] / ms['measured'] - 1:+.1%}")
-            pairs = [[row[by][what] for by in ("by latency", "by macs")] for what in ("left", "macs", "parameters", "importance")]
-            rows.append([*line, *(" / ".join(f"{own:.3f}" for own in pair) for pair in pairs), row["seconds"]])
+            for what in ("left", "macs", "parameters", "importance"):
+                line.append(" / ".join(f"{row[by][what]:.3f}" for by in ("by latency", "by macs")))
+            line.append(row["seconds"])
+        rows.append(line)
     header = [
         "model",
         "precision",

@@ -74,17 +74,12 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 def report(results: common.Record) -> str:
     """The page of one device."""
     rows = []
-    for name, record in results["models"].items():
-        if "error" in record:
-            rows.append([f"`{name}`", record["error"]])
-        for row in record.get("rows", ()):
-            line = [f"`{name}`", row["precision"], row["mode"], row["batch"]]
-            if "error" in row:
-                rows.append([*line, row["error"]])
-                continue
+    for line, row in shared.lines(results):
+        if row is not None:
             ms = {form: latency["ms"] for form, latency in row["latency"].items()}
             line += [f"{ms[form]:.3f}" for form in ("plain", "deployed", "class", "graph")]
-            rows.append([*line, f"**{ms['deployed'] / ms['plain']:.3f}**", f"**{ms['graph'] / ms['class']:.3f}**"])
+            line += [f"**{ms['deployed'] / ms['plain']:.3f}**", f"**{ms['graph'] / ms['class']:.3f}**"]
+        rows.append(line)
     header = ["model", "precision", "mode", "batch", "plain", "deployed", "class", "graph", "deployed / plain", "graph / class"]
     text = [
         "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class at the pruned widths,",
