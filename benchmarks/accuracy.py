@@ -19,9 +19,9 @@ The recipe is the usual one for CIFAR: SGD with Nesterov momentum 0.9, weight de
 that falls tenfold after 50 % and after 75 % of the epochs, images moved (and mirrored where that keeps their class). Fine-tuning is
 the same from a tenth of the rate.
 
-A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by`` says
-what a value is divided by within its group: max, sum, as CPMC does the mean, or left, what is left of the group when all smaller
-units have gone; ``power=1`` takes the sum of magnitudes, not the root of the sum of squares). ``/constants`` or
+A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by=mean``
+and ``by=max`` divide a value by its group's, and by nothing else; ``standing=0`` leaves out what the group weighs in the network;
+``of=roots`` and ``of=magnitudes`` take the roots of the sums of squares, or the sums of magnitudes). ``/constants`` or
 ``/least_squares`` behind it compensates the pruned network on the images that criteria read.
 
 Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows that are there already, measured
@@ -53,6 +53,7 @@ from typing import Any
 
 import _common as common
 import _data
+import numpy as np
 import torch
 from _networks import NETWORKS
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune import criteria
 from fxprune.criteria import CPMC, UnitView
-from fxprune.criteria.weights import share_of_the_rest
+from fxprune.criteria.cpmc import share_left
 
 CRITERIA = ("cpmc", "l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "fisher", "activation", "random")
 RIVALS = ("torch-pruning magnitude", "torch-pruning taylor")
@@ -91,9 +92,11 @@ def _ablation() -> dict[str, str]:
         "value, own filter only": f"cpmc:{alpha}:{no_cost}:{no_parameters}:roles=own+scale",
         "all three, own filter only": "cpmc:roles=own+scale",
         "all three, costs as much as the value": "cpmc:beta=1:gamma=1",
+        "all three, whatever the group weighs": "cpmc:standing=0",
+        "all three, by the group's mean": "cpmc:by=mean",
         "all three, by the group's largest": "cpmc:by=max",
-        "all three, by what is left of the group": "cpmc:by=left",
-        "all three, sums of magnitudes": "cpmc:power=1",
+        "all three, roots of the sums of squares": "cpmc:of=roots",
+        "all three, sums of magnitudes": "cpmc:of=magnitudes",
     }
 
 
@@ -101,15 +104,22 @@ def _ablation() -> dict[str, str]:
 class Variant(CPMC):
     """CPMC with another magnitude or another normaliser within the group: what the choice of the defaults was compared with."""
 
-    by: str = "mean"
-    power: int = 2
+    by: str = "seats"
+    of: str = "squares"
 
     def __call__(self, view: UnitView) -> Tensor:
-        value = view.sum(torch.abs if self.power == 1 else torch.square, self.roles) ** (1 / self.power)
-        if self.by == "left":
-            return len(value) * share_of_the_rest(value)
-        whole = {"max": value.max, "mean": value.mean, "sum": value.sum}[self.by]()
-        return value / whole.clamp_min(torch.finfo(value.dtype).tiny)
+        value = view.sum(torch.abs if self.of == "magnitudes" else torch.square, self.roles)
+        value = value.sqrt() if self.of == "roots" else value
+        if self.by == "seats":
+            return value / value.mean() * self._standing(view) / share_left(value, view.blocks)
+        return value / {"max": value.max, "mean": value.mean}[self.by]().clamp_min(torch.finfo(value.dtype).tiny)
+
+    def _standing(self, view: UnitView) -> float:
+        """The group's mean over the network's."""
+        totals = view.views.totals(torch.abs if self.of == "magnitudes" else torch.square, self.roles)
+        totals = np.sqrt(totals) if self.of == "roots" else totals
+        units = view.views.coupling.units
+        return float(totals[view.group.units].mean() / totals[units].mean()) if self.standing else 1.0
 
 
 def _compensation() -> dict[str, str]:
@@ -127,7 +137,7 @@ def cpmc(text: str) -> CPMC:
 
 def variant(text: str) -> Variant:
     """The same with all that it does in its ``repr``: a row measured by an earlier CPMC is not taken for one of today's."""
-    read = {"roles": lambda value: tuple(value.split("+")), "by": str, "power": int}
+    read = {"roles": lambda value: tuple(value.split("+")), "by": str, "of": str, "standing": lambda value: value != "0"}
     plain = CPMC()
     settings: dict[str, Any] = {"alpha": plain.alpha, "beta": plain.beta, "gamma": plain.gamma}
     for part in text.split(":")[1:]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxprune.analysis import Clock, Inputs, label_and_couple
 from fxprune.arguments import budget_of, check_model, kept_parameters, of_whole_heads, setting_of
+from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
@@ -23,7 +24,7 @@ from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, rem
 from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
-from fxprune.selection import Budget, select
+from fxprune.selection import select
 from fxprune.trace import example_of
 from fxprune.verify import Verification, check
 

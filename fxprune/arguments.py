@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.budget import Budget
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.latency import Setting
-from fxprune.selection import Budget
 
 __all__ = ["budget_of", "check_model", "kept_parameters", "of_whole_heads", "setting_of"]
 

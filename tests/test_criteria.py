@@ -108,9 +108,14 @@ def naive_lamp(units: list[list[float]]) -> list[float]:
     return [s / math.fsum(t for t in squares if t >= s) for s in squares]
 
 
-def naive_cpmc(units: list[list[float]]) -> list[float]:
-    values = naive_l2(units)
-    return [len(values) * value / math.fsum(values) for value in values]
+def naive_cpmc(units: list[list[float]], blocks: list[int], mean: float) -> list[float]:
+    """Seats for parties: units go from the heaviest, of equals from the first; each is worth what it is over the share it fills."""
+    values, scores = [math.fsum(w * w for w in unit) for unit in units], [0.0] * len(units)
+    for block in set(blocks):
+        own = [u for u, other in enumerate(blocks) if other == block]
+        for rank_, u in enumerate(sorted(own, key=lambda u: (-values[u], u)), start=1):
+            scores[u] = values[u] / mean / (rank_ / len(own))
+    return scores
 
 
 def naive_fpgm(units: list[list[float]], blocks: list[int]) -> list[float]:
@@ -139,14 +144,20 @@ SEVERAL = cases(
 def test_every_criterion_against_loops(case: Case) -> None:
     model, _, coupling = analysed(case)
     tensors = dict(model.named_parameters())
+    squares = [w * w for group in coupling.groups for unit in elements(coupling, group, tensors) for w in flat(unit)]
+    everywhere = math.fsum(squares) / sum(group.size for group in coupling.groups)
     for view in views(coupling, model):
         group = view.group
         found = elements(coupling, group, tensors)
         units = [flat(unit) for unit in found]
-        for criterion, naive in ((l1, naive_l1), (l2, naive_l2), (lamp, naive_lamp), (CPMC(), naive_cpmc)):
+        for criterion, naive in ((l1, naive_l1), (l2, naive_l2), (lamp, naive_lamp)):
             np.testing.assert_allclose(criterion(view), naive(units), rtol=1e-12, err_msg=f"{criterion} {group.name}")
+        blocks = view.blocks.tolist()
+        np.testing.assert_allclose(CPMC()(view), naive_cpmc(units, blocks, everywhere), rtol=1e-12, err_msg=group.name)
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own", "scale"))]
-        np.testing.assert_allclose(CPMC(roles=("own", "scale"))(view), naive_cpmc(own), rtol=1e-12)
+        mean = math.fsum(w * w for unit in own for w in unit) / len(own)
+        alone = CPMC(roles=("own", "scale"), standing=False)(view)
+        np.testing.assert_allclose(alone, naive_cpmc(own, blocks, mean or 1.0), rtol=1e-12)
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own",))]
         np.testing.assert_allclose(fpgm(view), naive_fpgm(own, coupling.blocks(group).tolist()), rtol=1e-9)
 
@@ -362,16 +373,23 @@ def test_l2_ranks_as_before_when_units_move() -> None:
 
 @cases("residual", "dense_block", "grouped", "attention_packed")
 def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
+    """V' within the group; what groups are worth to each other does change, by the square of the scale."""
     model, _, coupling = analysed(case)
+    alone = CPMC(standing=False)
+
+    def scored(view: UnitView) -> tuple[Tensor, Tensor, Tensor]:
+        return alone(view), l1(view), CPMC()(view) * view.network_mean(torch.square)
+
     for group in coupling.groups:
         tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-        before = {view.group.name: (CPMC()(view), l1(view)) for view in Views(coupling, tensors)}[group.name]
+        before = {view.group.name: scored(view) for view in Views(coupling, tensors)}[group.name]
         for name, fields in coupling.elements(group).items():
             for field in fields if name in tensors else ():
-                tensors[name] *= torch.where(field >= 0, 3.7, 1.0)
-        (after,) = [(CPMC()(view), l1(view)) for view in Views(coupling, tensors) if view.group is group]
+                tensors[name] *= torch.where(field >= 0, 4.0, 1.0)
+        (after,) = [scored(view) for view in Views(coupling, tensors) if view.group is group]
         np.testing.assert_allclose(after[0], before[0], rtol=1e-12)
         assert (after[1] > 3 * before[1]).all()
+        np.testing.assert_allclose(after[2], 16 * before[2], rtol=1e-12)
 
 
 @pure

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -257,6 +258,17 @@ def test_it_compiles_and_exports() -> None:
     exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     x = torch.randn(5, 3, 7, 7, dtype=torch.float64)
     torch.testing.assert_close(exported.module()(x), pruned(x))
+
+
+def test_a_weight_that_a_hook_computes_before_the_first_call() -> None:
+    net = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated by torch, in use everywhere
+        torch.nn.utils.weight_norm(net[2])
+    x = torch.randn(2, 3, 8, 8)
+    pruned = fxprune.prune(net, x, channels=0.5).model
+    fast = fxprune.deploy(pruned)  # nobody has called it, so no hook has run
+    assert relative_error(fast(x), pruned(x)) < 1e-5
 
 
 def test_weights_are_laid_out_channels_last() -> None:

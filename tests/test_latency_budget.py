@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
+from fxprune.budget import Budget
 from fxprune.cost import cost_of
 from fxprune.coupling import Coupling
 from fxprune.criteria import rank
@@ -24,20 +23,16 @@ from fxprune.latency.layers import Layer, record
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table, cache_folder, device_name
 from fxprune.report import LatencyRow, Report
-from fxprune.selection import Budget, select
+from fxprune.selection import select
 from fxprune.widths import Sizes, kinds_of, macs_of, params_of, pools_of
 from tests.support.checking import assert_unharmed, randomise, snapshot
+from tests.support.counting import flop_counter
 from tests.support.families import FAMILIES, Family
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
 CPU = Setting("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
-
-
-def recurrent_flops(x: Any, of_input: Any, of_hidden: Any, *_: Any, **__: Any) -> int:
-    """Of a layer of an LSTM on a CPU: (steps, batch, features), (gates, features), (gates, hidden)."""
-    return 2 * prod(x[:-1]) * (prod(of_input) + prod(of_hidden))
 
 
 class Work(Table):
@@ -54,7 +49,7 @@ class Work(Table):
     def ms(self, description: str, prepare: Any, *, again: bool = False) -> float:
         if description not in self._ms:
             run = prepare()
-            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: recurrent_flops}) as counter:
+            with flop_counter() as counter:
                 run()
             self._ms[description] = 1e-3 * counter.get_total_flops() / 2 * self.dislikes(description)
         return self._ms[description]

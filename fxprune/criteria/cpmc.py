@@ -11,7 +11,7 @@ from torch import Tensor
 from fxprune.criteria.views import ROLES, UnitView, check_roles
 from fxprune.errors import ArgumentError
 
-__all__ = ["CPMC"]
+__all__ = ["CPMC", "share_left"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class CPMC:
 
     .. math::
 
-       I(u) = \alpha V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
-       V'(u) = \frac{V(u)}{\frac{1}{n} \sum_v V(v)}, \qquad V(u) = \sqrt{\sum_{w \in W(u)} w^2}
+       I(u) = \alpha \frac{\bar V_g}{\bar V} V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
+       V'(u) = \frac{V(u)}{\bar V_g} \Big/ \frac{r(u)}{n}, \qquad V(u) = \sum_{w \in W(u)} w^2
 
     The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via Multi-Criteria based on Weight
     Dependency", IJCNN 2021): :math:`W(u)` are all weights that vanish with a unit, its own filters and the slices of every next
@@ -29,14 +29,17 @@ class CPMC:
     widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'` alike, is how COP normalises costs (Wang
     et al., IJCAI 2019).
 
-    The magnitude, the normaliser of the value and the weights are ours. Dividing by the mean over the group's n units makes groups
-    compare, whatever their widths and scales: an average unit counts 1 in each of them. Within a group values differ by tenths, and
-    the costs of a network's units differ by tenths of their largest. Weighed as much as the value, costs therefore decide alone,
-    and empty the layers that cost most, residual streams first; weighed this little, they decide between units of about equal
-    value. ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
+    The magnitude, the normalisers and the weights are ours. :math:`V'` is normalised within the group: by the mean over its n
+    units, :math:`\bar V_g`, and by the share of the unit's block that is left when all smaller units have gone, :math:`r(u) / n`,
+    the unit itself included. That share matters most: trained units of a group differ by a tenth or two, and without it a group
+    whose units are a little smaller than another's would lose them all first. With it groups shrink together, none is emptied.
+    :math:`\bar V_g / \bar V`, the mean over all units of the network, is what makes groups compare globally: each keeps a share of
+    its units in proportion to what they weigh, which is how seats are shared out among parties (D'Hondt's highest averages), and
+    training makes the units of residual streams and of early layers heavy. ``benchmarks/accuracy.py --ablation`` shows what each of
+    these choices is worth.
 
-    Calling it gives :math:`V'`, shape (units,), float64, values in [0, n], of mean 1; the selection adds the costs, which change as
-    widths shrink.
+    Calling it gives :math:`V' \bar V_g / \bar V`, shape (units,), float64, none negative; the selection adds the costs, which
+    change as widths shrink.
 
     Parameters
     ----------
@@ -44,6 +47,9 @@ class CPMC:
         Weights of value, computation and parameters; none negative, not all 0.
     roles:
         Which elements count for the value; ``("own", "scale")`` leaves out the dependent weights of the next layers.
+    standing:
+        Whether groups count by their mean magnitude. False: :math:`V'` alone, which does not change when all of a group's weights
+        are scaled; for networks whose layers were scaled by hand.
 
     Raises
     ------
@@ -56,16 +62,17 @@ class CPMC:
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
     >>> weights = {"0.weight": torch.tensor([[0., 4.], [0., 3.], [0., 0.]]), "2.weight": torch.tensor([[3., 0., 2.]])}
     >>> (view,) = Views(fxprune.analyze(net, torch.zeros(1, 2)), weights)
-    >>> CPMC()(view)  # V is 5, 3, 2
-    tensor([1.5000, 0.9000, 0.6000], dtype=torch.float64)
-    >>> CPMC(roles=("own", "scale"))(view)  # of its own filters alone V is 4, 3, 0
-    tensor([1.7143, 1.2857, 0.0000], dtype=torch.float64)
+    >>> CPMC()(view)  # V is 25, 9, 4: over their mean 1.97, 0.71, 0.32; a third, two thirds and all are left
+    tensor([5.9211, 1.0658, 0.3158], dtype=torch.float64)
+    >>> CPMC(roles=("own", "scale"))(view)  # of its own filters alone V is 16, 9, 0
+    tensor([5.7600, 1.6200, 0.0000], dtype=torch.float64)
     """
 
     alpha: float = 1.0
-    beta: float = 0.01
-    gamma: float = 0.05
+    beta: float = 0.2
+    gamma: float = 0.2
     roles: tuple[str, ...] = ROLES
+    standing: bool = True
 
     def __post_init__(self) -> None:
         check_roles(self.roles)
@@ -76,5 +83,22 @@ class CPMC:
             )
 
     def __call__(self, view: UnitView) -> Tensor:
-        value = view.sum(torch.square, self.roles).sqrt()
-        return value / value.mean().clamp_min(torch.finfo(value.dtype).tiny)
+        value = view.sum(torch.square, self.roles)
+        whole = view.network_mean(torch.square, self.roles) if self.standing else float(value.mean())
+        return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
+
+
+def share_left(values: Tensor, blocks: Tensor) -> Tensor:
+    """What share of its block is left when all smaller units have gone, the unit itself included; of equals, the last goes first.
+
+    >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 0, 0])).tolist()
+    [0.75, 0.25, 0.5, 1.0]
+    >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 1, 1])).tolist()
+    [1.0, 0.5, 0.5, 1.0]
+    """
+    left = torch.empty_like(values)
+    for block in blocks.unique():
+        members = (blocks == block).nonzero().flatten()
+        order = members[torch.argsort(values[members], descending=True, stable=True)]
+        left[order] = torch.arange(1, len(order) + 1, dtype=values.dtype) / len(order)
+    return left

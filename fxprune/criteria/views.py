@@ -125,6 +125,11 @@ class UnitView:
         """
         return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
+    def network_mean(self, function: Elementwise, roles: Iterable[str] = ROLES) -> float:
+        """The mean of :meth:`sum` over the units of all groups."""
+        units = self.views.coupling.units
+        return float(self.views.totals(function, roles)[units].mean()) if len(units) else 0.0
+
     @property
     def blocks(self) -> Tensor:
         """The block of each unit, shape (units,), int64: only units of one block can take each other's place.

@@ -100,10 +100,11 @@ class Layer:
         """What it is, at these sizes, in a line."""
         target = self.target
         if isinstance(target, nn.Module):
-            own = {name: value for name, value in vars(target).items() if not name.startswith("_") and name not in _FORGOTTEN}
-            name = f"{type(target).__name__}({', '.join(f'{key}={value}' for key, value in own.items())})"
+            own = {key: value for key, value in vars(target).items() if key not in _FORGOTTEN and isinstance(value, _PLAIN)}
+            told = ", ".join(f"{key}={value}" for key, value in own.items() if not key.startswith("_"))
+            name = f"{type(target).__name__}({told})"
         else:
-            name = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
+            name = target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
         shown = [_text(value, sizes) for value in self.args]
         shown += [f"{key}={_text(value, sizes)}" for key, value in self.kwargs.items()]
         shown += [f"{key}={own.text(sizes)}" for key, own in self.parameters.items()]
@@ -135,6 +136,8 @@ class Layer:
 
 _FORGOTTEN = ("training", "groups", "in_channels", "out_channels", "in_features", "out_features", "num_features")
 """Attributes of modules that operands tell, or that do not matter."""
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def _groups(groups: int, channels: int, left: int) -> int:

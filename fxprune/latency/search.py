@@ -11,11 +11,11 @@ from torch import nn
 
 from fxprune.coupling import Coupling
 from fxprune.deploy import deploy
+from fxprune.descent import Timed
 from fxprune.errors import BudgetError
 from fxprune.latency.forecast import Forecast
 from fxprune.latency.measuring import Setting, time_models
 from fxprune.latency.table import Table
-from fxprune.selection import Timed
 
 __all__ = ["Attempt", "search"]
 
