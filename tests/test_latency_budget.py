@@ -396,16 +396,21 @@ def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[
 
 
 def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asserted about times, which machines may spoil, but that they are there and the table is kept."""
+    """Nothing is asserted about times, which whatever else runs here may spoil, to the point that the budget is refused."""
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
-    row = fxprune.prune(net, torch.randn(4, 3, 48, 48), latency=0.8, device=Setting("cpu", batch=8)).report.latency
-    assert row is not None
-    assert 0 < row.after < row.before
-    assert "batch 8" in row.setting
+    try:
+        row = fxprune.prune(net, torch.randn(4, 3, 48, 48), latency=0.8, device=Setting("cpu", batch=8)).report.latency
+    except BudgetError as error:
+        assert "was not reached" in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert row is not None
+        assert 0 < row.after < row.before
+        assert "batch 8" in row.setting
     (file,) = tmp_path.iterdir()
-    assert len(json.loads(file.read_text())["ms"]) > 10
+    times = json.loads(file.read_text())["ms"]
+    assert sum("weight=float32[" in description for description in times) > 36, "the second layer's grid alone has so many"
+    assert all(ms > 0 for ms in times.values())
 
 
 @pytest.mark.gpu

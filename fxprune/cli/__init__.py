@@ -228,6 +228,11 @@ def compare(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
+    latency: Latency = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    mode: Mode = "eager",
+    batch: Batch = None,
     scope: Scope = "group",
     layers: Layers = None,
     keep: Keep = None,
@@ -243,7 +248,8 @@ def compare(
 ) -> None:
     """Show what several criteria leave within the same budget: cost, units kept per group, and how much they agree."""
     with errors_to_stderr():
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+        setting = setting_of(latency, device, precision, mode, batch)
+        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
         names = listed(criteria)
         if len(set(names)) < 2 or len(set(names)) < len(names):
             raise ArgumentError(f"--criteria {criteria!r} must name two criteria or more, each once, as --criteria cpmc,l1.")
