@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ __all__ = ["Attempt", "search"]
 T = TypeVar("T")
 Kept = Mapping[str, tuple[int, ...]]
 
-_ATTEMPTS = 4
+_ATTEMPTS = 6
 _FITTED = (0.5, 0.25)  # of the channels of every group: what the forecast is fitted to, beside the dense model
 _ROUNDS, _SECONDS = 15, 0.1  # of a measurement; of its turns the fast ones count, which nothing else on the machine held up
 _ABOVE, _BELOW = 0.02, 0.04  # how far from the budget, relative to it, the measured time may be before another choice is tried
@@ -71,7 +71,7 @@ def search(
     """Find survivors that take a share of the dense model's time, all deployed.
 
     The forecast is fitted to the dense model and to ones with half and a quarter of its channels. What is chosen by it is measured
-    next to the dense model; where the time is not the budget's, the aim is corrected by the difference, up to three times.
+    next to the dense model; where the time is not the budget's, the aim is corrected by the difference, up to five times.
 
     Parameters
     ----------
@@ -110,22 +110,17 @@ def search(
     fewer = {str(kept): some(kept) for kept in _FITTED}
     models = {"dense": whole} | {name: deployed(kept) for name, kept in fewer.items()}
     found = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
-    dense_ms = found["dense"].low
-    known = [(forecast.full, dense_ms), *((counts(kept), found[name].low) for name, kept in fewer.items())]
-    aim, off = share, 1.0
+    forecast.fit([(forecast.full, found["dense"].low), *((counts(kept), found[name].low) for name, kept in fewer.items())])
+    tried: list[tuple[float, float]] = []  # what was forecast and what was measured, as shares of the dense model
     attempts: list[Attempt[T]] = []
     for _ in range(_ATTEMPTS):
-        forecast.fit(known)
-        if attempts:
-            off = attempts[-1].share * forecast.at(forecast.full) / forecast.at(known[-1][0])
-            aim = min(1.0, share / off)
         try:
-            kept = choose(aim, forecast)
+            kept = choose(min(1.0, _aim(share, tried)), forecast)
         except BudgetError:
             if attempts:
                 break
             raise
-        result, left = emit(kept), counts(kept)
+        result = emit(kept)
         both = {"dense": whole, "pruned": deploy(model_of(result))}
         ms = {"dense": float("inf"), "pruned": float("inf")}
         for _ in range(_LOOKS):
@@ -133,12 +128,12 @@ def search(
             ms = {name: min(found[name].low, before) for name, before in ms.items()}
             if ms["pruned"] <= share * (1 + _ABOVE) * ms["dense"]:
                 break
-        expected = off * forecast.at(left) / forecast.at(forecast.full)
-        attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected * ms["dense"]))
+        told = forecast.at(counts(kept)) / forecast.at(forecast.full)
+        attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], _corrected(told, share, tried) * ms["dense"]))
         reached = attempts[-1].share
-        if share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE) or (reached <= share and aim >= 1):
+        if share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE) or (reached <= share and told >= 1):
             break
-        known.append((left, reached * dense_ms))
+        tried.append((told, reached))
     within = [attempt for attempt in attempts if attempt.share <= share * (1 + _ABOVE)]
     best = max(within, key=lambda own: own.share) if within else min(attempts, key=lambda own: own.share)
     if best.share > share * (1 + _REFUSED):
@@ -148,3 +143,34 @@ def search(
             "nothing else, or see what is pinned with print(fxprune.analyze(model, example_inputs))."
         )
     return best
+
+
+def _corrected(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
+    """What a forecast means, after what was measured: straight between the nearest on either side of the budget, if there are two.
+
+    >>> _corrected(0.5, 0.6, []), _corrected(0.6, 0.6, [(0.5, 0.55)]), _corrected(0.55, 0.6, [(0.5, 0.55), (0.6, 0.65)])
+    (0.5, 0.66, 0.6)
+    """
+    if not tried:
+        return told
+    (low, slow), (high, fast) = _around(share, tried)
+    return round(slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12)
+
+
+def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
+    """What has to be forecast for a share to be measured: the inverse of :func:`_corrected`.
+
+    >>> _aim(0.6, []), round(_aim(0.6, [(0.5, 0.55)]), 4), round(_aim(0.6, [(0.5, 0.55), (0.6, 0.65)]), 4)
+    (0.6, 0.5455, 0.55)
+    """
+    if not tried:
+        return share
+    (low, slow), (high, fast) = _around(share, tried)
+    return low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
+
+
+def _around(share: float, tried: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The nearest attempts below and above a share, as (forecast, measured); twice the last where all are on one side."""
+    below = max((own for own in tried if own[1] <= share), key=lambda own: own[1], default=None)
+    above = min((own for own in tried if own[1] > share), key=lambda own: own[1], default=None)
+    return (below, above) if below and above and below[0] < above[0] else (tried[-1], tried[-1])
