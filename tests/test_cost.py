@@ -264,3 +264,22 @@ def test_products_of_weights_do_not_grow_with_the_batch():
     report = fxprune.prune(Merged(), torch.randn(1, 8), macs=0.6).report
     assert report.macs_before == 6 * 3 * 8 + 8 * 6 + 6 * 2
     assert report.macs_after <= 0.6 * report.macs_before
+
+
+def test_what_forward_remembers_is_not_what_counting_left():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.grid = nn.Conv2d(3, 4, 1), None
+            self.register_buffer("last", torch.zeros(1))
+
+        def forward(self, x):
+            self.grid = x.new_ones(1) if self.grid is None else self.grid
+            self.last = x.mean().reshape(1)
+            return self.conv(x) * self.grid
+
+    model, x = Remembers(), torch.randn(1, 3, 4, 4)
+    assert cost_of(model, x).macs == 4 * 3 * 16
+    assert model.grid is None
+    assert torch.equal(model.last, torch.zeros(1))
+    assert torch.equal(model(x), model.conv(x))
