@@ -48,22 +48,17 @@ def report(results: common.Record) -> str:
     labels = [f"{removed:.0%} removed" for removed in results["settings"]["removed"]]
     rows, left = [], []
     for name, record in results["models"].items():
-        if "error" in record:
-            rows.append([f"`{name}`", record["error"]])
-            continue
-        left.append([f"`{name}`", *(f"{record['left'][k]['macs']:.3f} / {record['left'][k]['parameters']:.3f}" for k in labels)])
-        for row in record["rows"]:
-            start = [f"`{name}`", row["precision"], row["mode"], row["batch"]]
-            if "error" in row:
-                rows.append([*start, row["error"]])
-                continue
+        if "error" not in record:
+            shares = [record["left"][label] for label in labels]
+            left.append([f"`{name}`", *(f"{share['macs']:.3f} / {share['parameters']:.3f}" for share in shares)])
+    for line, row in shared.lines(results):
+        if row is not None:
             dense = row["latency"][DENSE]
-            line = [*start, f"{dense['ms']:.3f} ({dense['floor_ms']:.3f})", f"{dense['throughput']:,.0f}"]
+            line += [f"{dense['ms']:.3f} ({dense['floor_ms']:.3f})", f"{dense['throughput']:,.0f}"]
             for label in labels:
                 own = row["latency"][label]
-                line.append(f"{own['ms']:.3f} ({own['floor_ms']:.3f})")
-                line.append(f"**{own['ms'] / dense['ms']:.2f}**")
-            rows.append(line)
+                line += [f"{own['ms']:.3f} ({own['floor_ms']:.3f})", f"**{own['ms'] / dense['ms']:.2f}**"]
+        rows.append(line)
     header = ["model", "precision", "mode", "batch", "dense, ms (floor)", "per second"]
     for label in labels:
         header += [f"{label}, ms (floor)", "of dense"]
@@ -73,8 +68,8 @@ def report(results: common.Record) -> str:
         f"the device's own measured rates. Widths are multiples of {settings['round_to']}; all models in their inference form,",
         f"channels-last, at {settings['size']} resolution.",
     ]
-    shares = common.markdown_table(["model", *labels], left)
-    left_over = f"Left of the multiply-accumulates / parameters:\n\n{shares}"
+    table = common.markdown_table(["model", *labels], left)
+    left_over = f"Left of the multiply-accumulates / parameters:\n\n{table}"
     return shared.page(results, "Latency of dense and pruned models", text, common.markdown_table(header, rows), left_over)
 
 

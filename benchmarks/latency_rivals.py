@@ -117,7 +117,6 @@ def report(results: common.Record) -> str:
     costs, rows = [], []
     for name, record in results["models"].items():
         if "error" in record:
-            rows.append([f"`{name}`", record["error"]])
             continue
         total = record["cost"]["dense"]["macs"]
         for tool in TOOLS:
@@ -129,14 +128,12 @@ def report(results: common.Record) -> str:
             costs.append(
                 [f"`{name}`", tool, f"{own['kept']:.3f}", f"{own['macs'] / 1e6:.1f}", share, f"{own['parameters'] / 1e6:.2f}"]
             )
-        for row in record["rows"]:
-            line = [f"`{name}`", row["precision"], row["mode"], row["batch"]]
-            if "error" in row:
-                rows.append([*line, row["error"]])
-                continue
+    for line, row in shared.lines(results):
+        if row is not None:
             ms = {tool: latency["ms"] for tool, latency in row["latency"].items()}
             line += [f"{ms[tool]:.3f}" if tool in ms else "-" for tool in TOOLS]
-            rows.append([*line, *(f"{ms[tool] / ms['dense']:.2f}" if tool in ms else "-" for tool in TOOLS[1:])])
+            line += [f"{ms[tool] / ms['dense']:.2f}" if tool in ms else "-" for tool in TOOLS[1:]]
+        rows.append(line)
     header = [
         "model",
         "precision",
