@@ -189,7 +189,7 @@ def validation_transform(size: int, resize: int) -> v2.Compose:
 
 
 def _normalised() -> list[nn.Module]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION)]
+    return [v2.PILToTensor(), v2.ToDtype(torch.get_default_dtype(), scale=True), v2.Normalize(MEAN, DEVIATION)]
 
 
 def load_data(options: argparse.Namespace, world: World) -> Data:
@@ -406,18 +406,23 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
+def _exact(outputs: Tensor) -> Tensor:
+    """In single precision, or in the double precision that the model has."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-    """What a step lowers. The networks run in mixed precision, the losses in single precision."""
+    """What a step lowers. The networks run in mixed precision, the losses in single precision at least."""
     options = run.options
     with torch.autocast(run.world.device.type, DTYPES.get(options.amp), enabled=options.amp != "none"):
         outputs = [leaf for leaf in tree_leaves(run.model(images)) if isinstance(leaf, Tensor)]
         with torch.no_grad():
             taught = common.first_tensor(run.teacher(images)) if run.teacher else None
-    main, *auxiliary = (F.cross_entropy(output.float(), labels, label_smoothing=options.smoothing) for output in outputs)
+    main, *auxiliary = (F.cross_entropy(_exact(output), labels, label_smoothing=options.smoothing) for output in outputs)
     loss = main + AUXILIARY * sum(auxiliary)
     if taught is None:
         return loss
-    soft = distillation(outputs[0].float(), taught.float(), options.temperature)
+    soft = distillation(_exact(outputs[0]), _exact(taught), options.temperature)
     return (1 - options.distill) * loss + options.distill * soft
 
 
