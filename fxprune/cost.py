@@ -117,13 +117,13 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     state = {name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)}
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
     counter = _Counter()
-    with _attributes_restored(module), torch.inference_mode(), counter:
+    with _remembering_nothing(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
     return Cost(macs=counter.macs, params=count_parameters(module), uncounted=dict(sorted(counter.uncounted.items())))
 
 
 @contextlib.contextmanager
-def _attributes_restored(module: nn.Module) -> Iterator[None]:
+def _remembering_nothing(module: nn.Module) -> Iterator[None]:
     """What forward remembers on its modules (a detector its anchors) has no data here: it must not meet the next real call."""
     stores = [store for own in module.modules() for store in (vars(own), own._buffers)]
     before = [dict(store) for store in stores]

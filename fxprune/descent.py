@@ -53,6 +53,7 @@ class Timed(Cost, Protocol):
 
 
 def step_of(pool: Pool, budget: Budget) -> int:
+    """By how many units each block shrinks at a time, so that all blocks together keep a multiple of ``round_to``."""
     return budget.round_to // math.gcd(budget.round_to, pool.blocks)
 
 
@@ -92,7 +93,7 @@ class Descent:
             start, stop = self.first[number : number + 2]
             last = (kinds.of_unit[labels[:, ::-1, np.newaxis]] == np.arange(start, stop)).sum(axis=0)  # the last to go first
             self.survivors.append(np.concatenate([np.zeros((1, stop - start), dtype=np.int64), last.cumsum(axis=0)]))
-        # (what is limited, its polynomial, its limit); whole numbers, so that nothing is lost to rounding but the share's own.
+        # (what is limited, what it costs, its limit); whole numbers, so that nothing is lost to rounding but the share's own.
         self.full = self._counts([pool.width for pool in pools])
         self.limits: list[tuple[str, Cost, int]] = []
         counted = Polynomial(kinds, np.array([[0.0, *(0.0 if fixed[p] else 1.0 for p in kinds.pool)]]), [(1.0, (0,))])
@@ -151,7 +152,7 @@ class Descent:
                 change.append((-time.saved(counts, counts - self._counts(there))).tolist())
             cost = [[change[place][pool] for place in range(len(own))] for pool, own in enumerate(options)]
             spare, before = float(limit - time.at(counts)), list(self.widths)
-            now = sum(own[widths.index(width)] for own, widths, width in zip(worth, options, before, strict=True))
+            now = self._left(before)
             for _ in range(_EXCHANGES):
                 chosen = best_options(worth, cost, spare)
                 if chosen is None:
@@ -160,8 +161,7 @@ class Descent:
                 if self._holds():
                     break
                 spare -= 1.1 * max(time.at(self._counts(self.widths)) - limit, abs(limit) / 1000)
-            then = sum(self._worth(pool, width) for pool, width in enumerate(self.widths))
-            if not self._holds() or then <= now:
+            if not self._holds() or self._left(self.widths) <= now:
                 self.widths = before
                 break
         return self.widths
@@ -173,13 +173,17 @@ class Descent:
         near = {(width + k * stride) // step * step for k in (-2, -1, 1, 2)} | {self.pools[pool].width}
         return sorted({width, *(own for own in near if low <= own <= high)})
 
+    def _left(self, widths: Sequence[int]) -> float:
+        """The importance of what is left of all pools."""
+        return sum(self._worth(pool, width) for pool, width in enumerate(widths))
+
     def _worth(self, pool: int, width: int) -> float:
         """The importance of what is left of a pool."""
         return self.ranking.alpha * float(self.blocks[pool]) * sum(self.values[pool][self.pools[pool].width - width :])
 
     def _check(self) -> None:
-        for name, polynomial, limit in self.limits:
-            least, whole = polynomial.at(self._counts(self.floor)), polynomial.at(self.full)
+        for name, cost, limit in self.limits:
+            least, whole = cost.at(self._counts(self.floor)), cost.at(self.full)
             if least > limit:
                 raise BudgetError(
                     f"{name}={getattr(self.budget, name)} cannot be reached: the smallest model that the analysis and the other "
@@ -195,7 +199,7 @@ class Descent:
 
     def _holds(self) -> bool:
         counts = self._counts(self.widths)
-        return all(polynomial.at(counts) <= limit for _, polynomial, limit in self.limits)
+        return all(cost.at(counts) <= limit for _, cost, limit in self.limits)
 
     def _next(self, pool: int) -> int:
         """The width of a pool after its next loss: the multiple of its step below."""
@@ -229,11 +233,11 @@ class Descent:
         after = [self._next(pool) for pool in range(len(self.pools))]
         lost = counts - self._counts(after)
         units = np.maximum(np.array(self.widths, dtype=np.int64) - after, 1) * self.blocks
-        for weight, polynomial in ((self.ranking.beta, self.computation), (self.ranking.gamma, self.params)):
+        for weight, cost in ((self.ranking.beta, self.computation), (self.ranking.gamma, self.params)):
             if weight:
                 # A measured cost may rise where a width that the hardware likes less is reached: that saves nothing.
-                cost = np.log2(1 + np.maximum(polynomial.saved(counts, lost), 0) / units)
-                out += weight * (1 - cost / max(cost.max(initial=0.0), np.finfo(np.float64).tiny))
+                each = np.log2(1 + np.maximum(cost.saved(counts, lost), 0) / units)
+                out += weight * (1 - each / max(each.max(initial=0.0), np.finfo(np.float64).tiny))
         return out
 
 

@@ -65,9 +65,11 @@ class Surface:
         points = list(np.ndindex(self.values.shape))
         for point in points:
             self.values[point] = ms(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
-        for point in points if again is not None else ():
+        if again is None:
+            return
+        for point in points:
             larger = self.values[tuple(slice(i, None) for i in point)]
-            if again is not None and self.values[point] > _LATE * larger.min():
+            if self.values[point] > _LATE * larger.min():
                 self.values[point] = again(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
 
     def at(self, sizes: Floats) -> Floats:
