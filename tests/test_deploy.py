@@ -123,7 +123,7 @@ def test_what_scales_channels_goes_into_the_weights(name: str) -> None:
 def test_a_head_with_two_norms_becomes_two_modules() -> None:
     _, fast = deployed(FOLDED["shared"][0](), 2, 3, 7, 7)
     called = sorted(node.target for node in fast.graph.nodes if node.op == "call_module")
-    assert called == ["0", "1", "2_conv_1", "2_conv_1", "2_conv_2", "3", "4"]
+    assert called == ["0", "1", "2.conv_1", "2.conv_1", "2.conv_2", "3", "4"]
 
 
 def weight_normed() -> nn.Module:
@@ -175,8 +175,8 @@ def test_training_code_goes() -> None:
 
     model = conv_and_norm(forward, drop=nn.Dropout2d(0.5), nothing=nn.Identity(), auxiliary=nn.Conv2d(8, 8, 1))
     _, fast = deployed(model, 2, 3, 7, 7)
-    assert [n.target for n in fast.graph.nodes if n.op != "get_attr"] == ["input", "0", "1", "2_conv", "3", "4", "output"]
-    assert sorted({name.rpartition(".")[0] for name, _ in fast.named_parameters()}) == ["0", "2_conv", "4"]
+    assert [n.target for n in fast.graph.nodes if n.op != "get_attr"] == ["input", "0", "1", "2.conv", "3", "4", "output"]
+    assert sorted({name.rpartition(".")[0] for name, _ in fast.named_parameters()}) == ["0", "2.conv", "4"]
 
 
 def test_what_is_random_stays_so() -> None:

@@ -135,3 +135,47 @@ def test_groups_within_groups(budget: dict[str, Any]) -> None:
     assert pruned.report.error is not None
     assert pruned.report.error <= 1e-9
     assert pruned.plan.pinned_nodes == ()
+
+
+class InContainers(nn.Module):
+    """Containers in containers; ``in_body`` is the name that code would give to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3)))
+        self.in_body = nn.Conv2d(4, 4, 1)
+        self.scale = nn.Module()
+        self.scale.factor = nn.Parameter(torch.rand(4, 1, 1))
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, in_body_: Tensor) -> Tensor:
+        x = self.body(self.in_body(in_body_)) * self.scale.factor
+        return self.head(x + self.body[1][0](x))
+
+
+def test_each_container_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = fxprune.prune(InContainers().eval(), x := torch.randn(2, 4, 5, 5), channels=0.5).model
+    asked: list[str] = []
+    ask = nn.Module.__getattr__
+
+    def noting(module: nn.Module, name: str) -> Any:
+        found = ask(module, name)
+        if isinstance(found, nn.Module) and (found._modules or name == "scale"):
+            asked.append(name)
+        return found
+
+    for model in (pruned, copy.deepcopy(pruned), fxprune.deploy(pruned)):
+        asked.clear()
+        with monkeypatch.context() as during:
+            during.setattr(nn.Module, "__getattr__", noting)
+            model(x)
+        assert sorted(asked) == ["0", "1", "2", "body", "scale"]
+    check_exact(InContainers().eval(), x, channels=0.5, at_most=0.7)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_reads_it() -> None:
+    pruned = fxprune.prune(InContainers().eval(), x := torch.randn(2, 4, 5, 5), channels=0.5).model
+    for model in (pruned, fxprune.deploy(pruned)):
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))

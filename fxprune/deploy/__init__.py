@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import copy
-import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,7 +70,8 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             with torch.no_grad():
                 _deploy_graph(module)
             if not name:
-                root = _flat(module, type(model).__name__)
+                called = fx.GraphModule(module, module.graph)  # takes over what the graph calls, and no more
+                root = PrunedModule(called, called.graph, type(model).__name__)
     if channels_last:
         lay_out(root)
     return root.eval().requires_grad_(False)
@@ -90,22 +89,6 @@ def _copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, of tensors as well that hooks compute (``torch.nn.utils.weight_norm``), which torch refuses to copy."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
-
-
-def _flat(root: fx.GraphModule, name: str) -> fx.GraphModule:
-    """What the graph calls and reads, and no more, side by side: finding a module four levels down takes as long as a ReLU."""
-    taken: dict[int, str] = {}
-    members: dict[str, Any] = {}
-    for node in root.graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            value = operator.attrgetter(node.target)(root)
-            if id(value) not in taken:
-                plain = node.target.replace(".", "_")
-                tried = (plain, *(f"{plain}_{i}" for i in range(1, len(members) + 2)))
-                taken[id(value)] = next(free for free in tried if free not in members)
-                members[taken[id(value)]] = value
-            node.target = taken[id(value)]
-    return fx.GraphModule(members, root.graph, name)
 
 
 def _deploy_graph(root: fx.GraphModule) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
+
+from fxprune.rewrite.containers import containers_named
 
 __all__ = ["PrunedModule"]
 
@@ -26,7 +28,8 @@ class PrunedModule(fx.GraphModule):
     ``training_graph``, which runs in training mode.
     """
 
-    training_graph: fx.Graph | None
+    if TYPE_CHECKING:  # TorchScript reads annotations, and does not know this one
+        training_graph: fx.Graph | None
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, class_name: str = "Pruned", training_graph: fx.Graph | None = None
@@ -55,12 +58,14 @@ class PrunedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
-        code = super().recompile()
+        with containers_named(self.graph):
+            code = super().recompile()
         training_graph = self.__dict__.get("training_graph")
         if training_graph is not None:
             kind = type(self)
             evaluation = kind.forward
-            training = type(fx.GraphModule(self, training_graph)).forward
+            with containers_named(training_graph):
+                training = type(fx.GraphModule(self, training_graph)).forward
 
             @functools.wraps(evaluation)
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
