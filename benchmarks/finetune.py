@@ -406,7 +406,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
-def _exact(outputs: Tensor) -> Tensor:
+def _at_least_single(outputs: Tensor) -> Tensor:
     """In single precision, or in the double precision that the model has."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
@@ -418,11 +418,11 @@ def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
         outputs = [leaf for leaf in tree_leaves(run.model(images)) if isinstance(leaf, Tensor)]
         with torch.no_grad():
             taught = common.first_tensor(run.teacher(images)) if run.teacher else None
-    main, *auxiliary = (F.cross_entropy(_exact(output), labels, label_smoothing=options.smoothing) for output in outputs)
+    main, *auxiliary = (F.cross_entropy(_at_least_single(output), labels, label_smoothing=options.smoothing) for output in outputs)
     loss = main + AUXILIARY * sum(auxiliary)
     if taught is None:
         return loss
-    soft = distillation(_exact(outputs[0]), _exact(taught), options.temperature)
+    soft = distillation(_at_least_single(outputs[0]), _at_least_single(taught), options.temperature)
     return (1 - options.distill) * loss + options.distill * soft
 
 

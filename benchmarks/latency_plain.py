@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import operator
 import random
 import statistics
 from collections.abc import Mapping
@@ -85,17 +86,19 @@ def repeated(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Names
         runs.append(shared.time_all({form: models[form] for form in order}, inputs, found))
     rows = []
     for same in zip(*runs, strict=True):
-        failed = [row for row in same if "error" in row]
-        latencies = {} if failed else {form: [row["latency"][form] for row in same] for form in models}
-        rows.append((failed or same)[0] | ({"latency": latencies} if latencies else {}))
+        failed = next((row for row in same if "error" in row), None)
+        rows.append(failed or same[0] | {"latency": {form: [row["latency"][form] for row in same] for form in models}})
     return rows
 
 
-def median_of(row: common.Record, form: str, over: str | None = None) -> float:
-    """The median over the repetitions of the milliseconds of a form, or of their ratio to another's."""
-    ms = [latency["ms"] for latency in row["latency"][form]]
-    others = [latency["ms"] for latency in row["latency"][over]] if over else [1.0] * len(ms)
-    return statistics.median(own / other for own, other in zip(ms, others, strict=True))
+def milliseconds(row: common.Record, form: str) -> list[float]:
+    """What a form took, one figure per repetition."""
+    return [latency["ms"] for latency in row["latency"][form]]
+
+
+def ratio(row: common.Record, form: str, to: str) -> float:
+    """The median over the repetitions of what a form took of another's time."""
+    return statistics.median(map(operator.truediv, milliseconds(row, form), milliseconds(row, to)))
 
 
 def report(results: common.Record) -> str:
@@ -103,8 +106,8 @@ def report(results: common.Record) -> str:
     rows = []
     for line, row in shared.lines(results):
         if row is not None:
-            line += [f"{median_of(row, form):.3f}" for form in ("plain", "deployed", "class", "graph")]
-            line += [f"**{median_of(row, 'deployed', 'plain'):.3f}**", f"**{median_of(row, 'graph', 'class'):.3f}**"]
+            line += [f"{statistics.median(milliseconds(row, form)):.3f}" for form in ("plain", "deployed", "class", "graph")]
+            line += [f"**{ratio(row, 'deployed', 'plain'):.3f}**", f"**{ratio(row, 'graph', 'class'):.3f}**"]
         rows.append(line)
     header = ["model", "precision", "mode", "batch", "plain", "deployed", "class", "graph", "deployed / plain", "graph / class"]
     text = [
