@@ -428,6 +428,13 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
+def _with_error(values: Sequence[float]) -> str:
+    """The mean, and its standard error."""
+    if len(values) < 2:
+        return "-"
+    return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
+
+
 class Table:
     """The rows of one run, by network, criterion and share removed."""
 
@@ -477,6 +484,23 @@ class Table:
         header = ["criterion", *(f"{removed:.0%} removed" for removed in self.options.removed), "mean"]
         return common.markdown_table(header, lines)
 
+    def ahead(self, network: str, when: str, part: str) -> str:
+        """By how much the first criterion is ahead of each other one on the same weights."""
+        (_, first), *others = self.options.shown.items()
+
+        def gap(name: str, removed: float, setting: Setting) -> float | None:
+            pair = [self.rows.get(key_of(setting, of, removed), {}).get(when) for of in (first, name)]
+            return pair[0][part] - pair[1][part] if all(pair) else None
+
+        lines = []
+        for label, name in others:
+            gaps = [[gap(name, removed, setting) for removed in self.options.removed] for setting in self.settings(network)]
+            columns = [[value for value in column if value is not None] for column in zip(*gaps, strict=True)]
+            every = [statistics.mean(row) for row in gaps if None not in row]
+            lines.append([label, *map(_with_error, [*columns, every])])
+        header = ["criterion", *(f"{removed:.0%} removed" for removed in self.options.removed), "mean"]
+        return common.markdown_table(header, lines)
+
     def whole(self, network: str) -> list[float]:
         """Shares of the MACs left minus what was asked for, for all rows: how near the budgets were met."""
         out = []
@@ -487,6 +511,9 @@ class Table:
                     if "macs_left" in row:
                         out.append(row["macs_left"] - (1 - removed))
         return out
+
+
+_WHEN = {"before": "right after pruning", "after": "after fine-tuning"}
 
 
 def report(record: common.Record, table: Table) -> str:
@@ -511,8 +538,11 @@ def report(record: common.Record, table: Table) -> str:
         if gaps:
             lines.append(f"MACs left: the share asked for {min(gaps):+.3f} to {max(gaps):+.3f}.")
         for when in moments:
-            lines += ["", {"before": "Right after pruning:", "after": "After fine-tuning:"}[when], ""]
+            lines += ["", f"{_WHEN[when].capitalize()}:", ""]
             lines.append(table.markdown(network, when, part))
+        if len(options.seeds) > 1 and len(options.shown) > 1:
+            what = f"{next(iter(options.shown))} less each of the others, seed by seed, {_WHEN[moments[-1]]}"
+            lines += ["", f"{what}; mean ± standard error:", "", table.ahead(network, moments[-1], part)]
         lines += ["", f"![{network}]({_plot_name(options, network)})"]
     failed = list(table.errors())
     if failed:

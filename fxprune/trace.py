@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -36,6 +36,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree
 
 from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
+from fxprune.memory import AUGMENTED, Snapshot, written
 from fxprune.shapes import META, ShapeMode, holds_tensors
 
 __all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of", "user_line"]
@@ -298,6 +299,9 @@ def trace(
                 if node.users:
                     raise TraceError(_number_decides(node))
                 graph.erase_node(node)
+            place = tracer.made.changed()
+            if place is not None:
+                raise TraceError(f"a tensor is changed after a graph has taken it for a constant (at {place}). {_MADE_FROM_INPUT}")
         except FxpruneError:
             raise
         except Exception as error:
@@ -315,6 +319,9 @@ def trace(
     result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, training, constants)
     _drop_unused_sizes(graph)
     return result
+
+
+_MADE_FROM_INPUT = "Make it from an input, with x.new_zeros(...) or device=x.device, so that the graph makes it at each call."
 
 
 class SizeTuple(tuple[Any, ...]):
@@ -371,6 +378,14 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name) and not _writes_into(getattr(value, "node", None), getattr, self.node, name):
+            raise TraceError(
+                f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write into the tensor instead, with "
+                "copy_() or another operation in place."
+            )
+        super().__setattr__(name, value)
+
     def __len__(self) -> int:
         return len(self.value)
 
@@ -409,6 +424,31 @@ class ValueProxy(fx.Proxy):
 
     def __format__(self, spec: str) -> str:
         return repr(self)
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``x += y`` writes into a tensor; a number is bound anew, to what ``x + y`` gives."""
+
+    def write(self: ValueProxy, other: Any) -> Any:
+        if not isinstance(self.value, Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name in AUGMENTED:
+    setattr(ValueProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
+def _writes_into(node: fx.Node | None, *source: Any) -> bool:
+    """Whether a node is another name, after ``+=`` and its kind, of what ``(target, *args)`` gives."""
+    while node is not None and node.target in _AUGMENTED:
+        node = cast(fx.Node, node.args[0])
+    return node is not None and (node.target, *node.args) == source
+
+
+_AUGMENTED = frozenset(getattr(operator, name) for name in AUGMENTED)
 
 
 class _ValueAttribute(ValueProxy):
@@ -475,6 +515,7 @@ class _Tracer(fx.Tracer):
         self.asked_mode = False
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         self.constant_targets: set[str] = set()
+        self.made = Snapshot()  # tensors that forward makes without any input, and the graph holds as constants
         self._inside_leaf_function = 0
         self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
 
@@ -539,6 +580,7 @@ class _Tracer(fx.Tracer):
             if name is None and not isinstance(a, nn.Parameter):
                 name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
                 self.tensor_attrs[a] = name
+                self.made.take(a, user_line())
                 setattr(self.root, name, a)
             if name is not None:
                 self.constant_targets.add(name)
@@ -549,8 +591,17 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        self._refuse_to_write_into_constants(node)
         node.meta["val"] = self._execute(node)
         return self.proxy(node)
+
+    def _refuse_to_write_into_constants(self, node: fx.Node) -> None:
+        values = (place.meta["val"] for place in written(node))
+        if any(isinstance(value, Tensor) and self.made.shares_memory_with(value) for value in values):
+            raise TraceError(
+                f"values that depend on the input are written into a tensor that forward makes without it (at {user_line()}), and "
+                f"that a graph has once for all calls. {_MADE_FROM_INPUT}"
+            )
 
     def call_leaf_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace into a function that its library marked as a leaf; leave it whole where it branches on the mode."""
@@ -885,7 +936,9 @@ def _attributes_restored(root: nn.Module) -> Iterator[set[str]]:
         for (path, store), before in zip(stores, befores, strict=True):
             for name in [name for name, value in store.items() if before.get(name) is not value]:
                 if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(store[name])):
-                    assigned.add(f"{path}.{name}".removeprefix("."))
+                    full = f"{path}.{name}".removeprefix(".")
+                    if not _writes_into(getattr(store[name], "node", None), full):  # ``self.count += 1`` is the buffer still
+                        assigned.add(full)
                     if name in before:
                         store[name] = before[name]
                     else:

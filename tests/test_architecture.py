@@ -17,6 +17,7 @@ ROOMS = [
     "shapes",
     "cost",
     "lowering",
+    "memory",
     "trace",
     "labels",
     "rules",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,22 @@ def test_a_row_keeps_to_its_budget_and_leaves_the_dense_network_as_it_was(criter
     assert set(row["before"]) == set(row["after"]) == set(dense["accuracy"]) == {"validation", "test"}
     again = accuracy.trained(setting, where).state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
+
+
+def test_criteria_are_compared_on_the_same_weights(accuracy: Any) -> None:
+    """Seeds differ by far more than criteria; a seed that one of the two lacks says nothing."""
+    names = {"cpmc": "cpmc", "l1": "l1", "random": "random"}
+    dense = {"data": "digits", "size": 8, "epochs": 1, "finetune": 1, "rate": 0.1}
+    options = SimpleNamespace(shown=names, removed=(0.5, 0.85), seeds=(0, 1, 2), **dense)
+    rows = {}
+    for seed, base in enumerate((50.0, 70.0, 90.0)):
+        setting = accuracy.setting_of(options, "vgg_narrow", seed)
+        for removed, (better, spread) in {0.5: (1.0, 0.0), 0.85: (2.0, 3.0)}.items():
+            rows[accuracy.key_of(setting, "cpmc", removed)] = {"after": {"test": base + better + spread * (seed - 1)}}
+            rows[accuracy.key_of(setting, "l1", removed)] = {"after": {"test": base}}
+    del rows[accuracy.key_of(accuracy.setting_of(options, "vgg_narrow", 2), "l1", 0.5)]
+    lines = accuracy.Table(rows, options).ahead("vgg_narrow", "after", "test").splitlines()
+    assert lines[2:] == ["| l1 | +1.00 ± 0.00 | +2.00 ± 1.73 | +0.75 ± 0.75 |", "| random | - | - | - |"]
 
 
 def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, few: Any) -> None:

@@ -196,6 +196,61 @@ def test_what_the_graph_writes_to_is_no_constant() -> None:
     assert relative_error(first, second) > 0.1
 
 
+def test_a_constant_that_is_changed_on_the_way_is_none() -> None:
+    """The copy of a parameter is written to through a view, as ``torchvision``'s second Swin does with its biases."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        shift = m.shift.clone()
+        shift[2:5].zero_()
+        shift += m.shift
+        return m.conv(x) * shift.sum()
+
+    deployed(conv_and_norm(forward, shift=torch.arange(6.0)), 2, 3, 7, 7)
+
+
+def seen_by_both(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    flat = y.view(y.shape[0], -1)
+    flat += 1
+    return y * flat.mean()
+
+
+def seen_through_a_slice(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    part = y.flatten(1)[:, 3:]
+    part *= 2
+    return y
+
+
+def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    same = y.contiguous()
+    y += 1
+    return same
+
+
+@pytest.mark.parametrize("forward", [seen_by_both, seen_through_a_slice, seen_by_the_view], ids=lambda f: f.__name__)
+def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Tensor]) -> None:
+    model = randomise(conv_and_norm(forward)).eval()
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5).model
+    with pytest.raises(ModelError, match=r"written to later.*channels_last=False"):
+        fxprune.deploy(pruned)
+    assert relative_error(fxprune.deploy(pruned, channels_last=False)(x), pruned(x)) <= TOLERANCE
+
+
+def test_writing_before_or_beside_a_view_is_no_reason() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y += 1
+        flat = y.view(y.shape[0], -1)
+        flat += flat.mean()
+        return flat.unflatten(1, y.shape[1:])
+
+    _, fast = deployed(conv_and_norm(forward), 2, 3, 7, 7)
+    assert [str(node.target) for node in fast.graph.nodes if node.op == "call_method"].count("reshape") == 1
+
+
 def test_constants_are_computed_once() -> None:
     """A table of relative positions is looked up by a table of indices: nothing of that depends on the input."""
     model = torchvision.models.swin_transformer.ShiftedWindowAttention(12, [4, 4], [0, 0], 3)

@@ -382,6 +382,143 @@ def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -
     assert not torch.equal(pruned.model(x), pruned.model(x))
 
 
+# -- writing in place
+
+
+def sum_into(m: nn.Module, x: Tensor) -> Tensor:
+    y = x
+    y += x.sigmoid()
+    return x * y
+
+
+def scaled_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    x *= 2
+    x -= 1
+    x /= 3
+    x **= 2
+    return x
+
+
+def relu_then_sum(m: nn.Module, x: Tensor) -> Tensor:
+    y = F.relu(x, inplace=True)
+    y += 1
+    return x + y
+
+
+def through_a_view(m: nn.Module, x: Tensor) -> Tensor:
+    flat = x.view(x.shape[0], -1)
+    flat += 1.5
+    return x.sigmoid()
+
+
+def behind_a_view(m: nn.Module, x: Tensor) -> Tensor:
+    flat = x.view(x.shape[0], -1)
+    x += x.sigmoid()
+    return x * flat.view(x.shape)
+
+
+def its_data(m: nn.Module, x: Tensor) -> Tensor:
+    x.data += 1
+    return x
+
+
+def numbers(m: nn.Module, x: Tensor) -> Tensor:
+    count = width = x.shape[-1]
+    count += 1
+    count *= 2
+    return x * count + width
+
+
+WRITING = [sum_into, scaled_in_place, relu_then_sum, through_a_view, behind_a_view, its_data, numbers]
+
+
+@pytest.mark.parametrize("function", WRITING, ids=lambda function: function.__name__)
+def test_what_is_written_is_seen_under_every_name(function: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    runs_alike(*pruned(function, *x.shape), x)
+    model = nn.Sequential(Computes(function), nn.Conv2d(8, 4, 1)).eval()
+    assert not traced(model, x).path
+    half = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert half.report.error is not None
+    assert half.report.error < 1e-12
+    assert half.model.get_submodule("1").in_channels == 4
+
+
+def test_augmented_assignment_to_a_buffer_is_kept() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = self.conv(x)
+            self.mean *= 0.5
+            self.mean += x.mean((0, 2, 3))
+            return x * self.calls - self.mean[:, None, None]
+
+    model, x = nn.Sequential(Counts(), nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, 4, 5)
+    emitted = fxprune.prune(model, x, channels=1.0)
+    assert not emitted.report.parts
+    assert float(model[0].calls) == 0
+    for _ in range(3):
+        runs_alike(model, emitted.model, x)
+    half = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert half.report.error is not None
+    assert half.report.error < 1e-12
+    assert half.model.get_buffer("0.mean").shape == (4,)
+
+
+def fills_a_constant(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros(1, 8, 1, 1)
+    table += x.mean((0, 2, 3), keepdim=True)
+    return x * table
+
+
+def fills_a_part_of_a_constant(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros(1, 8, 1, 1)
+    table[:, :4] = x[:1, :4, :1, :1]
+    return x * (table + 1)
+
+
+def changes_a_constant(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros(1, 8, 1, 1)
+    x = x + table
+    table += 1
+    return x * table
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fills_a_constant, r"written into a tensor that forward makes without it \(at test_trace.py:\d+\).*x.new_zeros"),
+        (fills_a_part_of_a_constant, r"written into a tensor that forward makes without it \(at test_trace.py:\d+\)"),
+        (changes_a_constant, r"changed after a graph has taken it for a constant \(at test_trace.py:\d+\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_constant_that_is_written_to_is_in_no_graph(function: Callable[..., Tensor], message: str) -> None:
+    """It would be written to by one call after the other."""
+    x = torch.randn(2, 3, 4, 5)
+    with pytest.raises(TraceError, match=message):
+        traced(Computes(function), x)
+    model, emitted = pruned(function, *x.shape)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert relative_error(emitted(x), model(x)) <= 1e-6
+
+
+def test_what_is_set_on_a_tensor_is_in_no_graph() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x.data = x.relu()
+        return x
+
+    with pytest.raises(TraceError, match=r"'data' of a tensor is set \(at test_trace.py:\d+\).*copy_"):
+        traced(Computes(forward), torch.randn(2, 3, 4, 5))
+
+
 def test_a_parameter_read_twice_is_one_node() -> None:
     graph = traced(Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)).graph
     assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["conv.bias"]

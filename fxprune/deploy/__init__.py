@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.deploy.constants import compute_constants, writes
+from fxprune.deploy.constants import compute_constants
 from fxprune.deploy.folding import fold
 from fxprune.deploy.identities import drop_identities
 from fxprune.errors import ModelError
+from fxprune.memory import Memory, name_of, writes
 from fxprune.rewrite import PrunedModule
 
 __all__ = ["LAYOUTS", "deploy", "lay_out"]
@@ -47,7 +48,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     Raises
     ------
     ModelError
-        If there is no graph in the model.
+        If there is no graph in the model; if it writes through a view that it would not get channels-last.
 
     Examples
     --------
@@ -68,7 +69,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
             with torch.no_grad():
-                _deploy_graph(module)
+                _deploy_graph(module, channels_last)
             if not name:
                 called = fx.GraphModule(module, module.graph)  # takes over what the graph calls, and no more
                 root = PrunedModule(called, called.graph, type(model).__name__)
@@ -91,19 +92,32 @@ def _copy_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
 
 
-def _deploy_graph(root: fx.GraphModule) -> None:
+# Which of them give a view, and which a copy or an error, depends on how their argument lies in memory.
+_BY_LAYOUT = frozenset({"view", "reshape", "flatten", "contiguous", "ravel", "view_as", "reshape_as", "unflatten", "to"})
+
+
+def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
     """One graph and what it calls, changed in place."""
     graph = root.graph
     if isinstance(root, PrunedModule):
         root.__dict__["training_graph"] = None
 
     def has_effect(node: fx.Node) -> bool:
-        in_place = node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False)
-        return node.is_impure() or in_place or writes(node)
+        return node.is_impure() or writes(node, root)
 
-    for node in graph.find_nodes(op="call_method", target="view"):
-        # Channels-last, what was contiguous no longer is. Where something is written through the view it has to be one.
-        if not any(isinstance(size, torch.dtype) for size in node.args) and not any(map(writes, node.users)):
+    memory = Memory(root)
+    for node in graph.nodes:
+        # Channels-last, what was contiguous no longer is.
+        if name_of(node, root) not in _BY_LAYOUT:
+            continue
+        if memory.changed_behind(node):
+            *_, base = memory.roots(node)
+            if channels_last and base.op != "get_attr":
+                raise ModelError(
+                    f"{node.name!r} looks at memory that is written to later, and channels-last it would be a copy. Deploy with "
+                    "channels_last=False, or write that line without an operation in place."
+                )
+        elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in node.args):
             node.target = "reshape"
     constants = compute_constants(root)
     drop_identities(root)

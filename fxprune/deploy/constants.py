@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.memory import Memory, writes
 from fxprune.trace import execute
 
-__all__ = ["compute_constants", "new_buffer", "writes"]
+__all__ = ["compute_constants", "new_buffer"]
 
 _NUMBERS = (bool, int, float)
 
@@ -24,13 +24,13 @@ def compute_constants(root: fx.GraphModule) -> dict[fx.Node, Any]:
     in the graph writes to.
     """
     constants: dict[fx.Node, Any] = {}
-    written = _written(root.graph)
+    changing = Memory(root).changing()
     for node in root.graph.nodes:
         if node.op == "get_attr":
             value = execute(root, node, (), {})
-            if node.target not in written and isinstance(value, (Tensor, *_NUMBERS)):
+            if node not in changing and isinstance(value, (Tensor, *_NUMBERS)):
                 constants[node] = value
-        elif _computable(node, constants):
+        elif node not in changing and _computable(node, constants):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
             with _Watch() as watch:
                 value = execute(root, node, args, kwargs)
@@ -60,37 +60,6 @@ def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, v
     node.meta = {"rank": value.dim()}
     constants[node] = value
     return node
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a call may change an argument: said by a trailing underscore, by ``inplace`` or ``out``, or an operator's name.
-
-    >>> graph = fx.Graph()
-    >>> x = graph.placeholder("x")
-    >>> [writes(graph.call_function(f, (x, x))) for f in (torch.add, operator.iadd, torch.relu_, operator.invert)]
-    [False, True, True, False]
-    """
-    if node.op not in ("call_function", "call_method"):
-        return False
-    target: Any = node.target
-    if node.kwargs.get("inplace") or "out" in node.kwargs or target in (operator.setitem, operator.delitem):
-        return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if name.startswith("i") and getattr(operator, name, None) is target:
-        return hasattr(operator, f"__{name[1:]}__")  # iadd is add's, but invert is nobody's
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _written(graph: fx.Graph) -> set[Any]:
-    """Names of the parameters and buffers that something in the graph writes to."""
-    targets = set()
-    for node in graph.nodes:
-        for base in node.all_input_nodes if writes(node) else ():
-            while base.op in ("call_function", "call_method") and base.args and isinstance(base.args[0], fx.Node):
-                base = base.args[0]  # a view's first argument is what it looks at
-            if base.op == "get_attr":
-                targets.add(base.target)
-    return targets
 
 
 def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:

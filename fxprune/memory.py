@@ -1,0 +1,183 @@
+"""Which calls write into a tensor, and which results share memory with what they were made of.
+
+A graph is a list of calls in order. As long as none writes, it says all; where one does, whoever looks at the same memory under
+another name sees it too.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["AUGMENTED", "Memory", "Snapshot", "name_of", "shares", "writes", "written"]
+
+AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
+"""The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
+
+_WRITING = frozenset({*(getattr(operator, name) for name in AUGMENTED), operator.setitem, operator.delitem})
+
+_SIZES = frozenset({"size", "dim", "numel", "getattr"})  # they do not read what a tensor holds
+
+# Without a word in their schemas these give back their argument, or a part of it, for some arguments; a test looks for others.
+_MAY_GIVE_BACK = frozenset(
+    {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}  # in evaluation mode
+    | {"conj_physical", "lift", "to_dense", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"}
+)
+
+
+def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
+    """Whether a call may change an argument: an operator's name says so, a trailing underscore, ``inplace`` or ``out``.
+
+    Parameters
+    ----------
+    root:
+        The module of the graph; without it, calls of modules are not looked at.
+
+    Examples
+    --------
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> [writes(graph.call_function(f, (x, x))) for f in (torch.add, operator.iadd, torch.relu_, operator.invert)]
+    [False, True, True, False]
+    """
+    if node.op == "call_module":
+        return root is not None and bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("inplace") or "out" in node.kwargs or node.target in _WRITING:
+        return True
+    name = name_of(node)
+    if _of_operator(node):
+        return False  # is_ and and_ end like add_, but for another reason
+    if name.startswith("__") and name.endswith("__"):
+        return name[2:-2] in AUGMENTED or name == "__setitem__"
+    return name.endswith("_")
+
+
+def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
+    """What a call may write into: of an operation that torch documents the first argument and ``out``, else any argument."""
+    if not writes(node, root):
+        return ()
+    known = node.op == "call_module" or node.target in _WRITING or hasattr(torch.ops.aten, name_of(node).strip("_"))
+    places: list[fx.Node] = []
+    fx.node.map_arg((node.args[:1], node.kwargs.get("out")), places.append)
+    return places if known and places else node.all_input_nodes
+
+
+def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The argument of a call of whose memory its result may be, if there is one: what is not known to be new may be shared."""
+    if node.op not in ("call_function", "call_method", "call_module") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if not writes(node, root) and _makes_new(node, root):
+        return None
+    return node.args[0]
+
+
+def _makes_new(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return next(root.get_submodule(str(node.target)).parameters(), None) is not None  # it computes with them
+    if _of_operator(node):
+        return node.target is not operator.getitem
+    return _op_makes_new(name_of(node))
+
+
+def _of_operator(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(operator, name_of(node), None) is node.target
+
+
+@functools.cache
+def _op_makes_new(name: str) -> bool:
+    """Whether there is an ATen operation of that name, and its schemas say that what it returns is not its arguments' memory."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or name in _MAY_GIVE_BACK:
+        return False
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return not any(entry.alias_info for schema in schemas if not schema.is_mutable for entry in schema.returns)
+
+
+def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
+    """The name of the method or function that a node calls, or of the kind of module: ``flatten`` for all three."""
+    if node.op == "call_module":
+        return "" if root is None else type(root.get_submodule(str(node.target))).__name__.lower()
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+class Memory:
+    """Who shares memory with whom in a graph as it is now.
+
+    Parameters
+    ----------
+    root:
+        The module of the graph.
+    """
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        nodes = list(root.graph.nodes)
+        self._writing = [(place, to) for place, node in enumerate(nodes) for to in written(node, root)]
+        self._source = {node: shares(node, root) for node in nodes}
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._families: dict[fx.Node, list[fx.Node]] = {}
+        for node, source in self._source.items():
+            base = self._base[node] = node if source is None else self._base[source]
+            self._families.setdefault(base, []).append(node)
+        self._place = {node: place for place, node in enumerate(nodes)}
+        self._last_read = {
+            node: max((self._place[user] for user in node.users if name_of(user) not in _SIZES), default=-1) for node in nodes
+        }
+
+    def roots(self, node: fx.Node) -> Iterator[fx.Node]:
+        """A node, and the nodes of whose memory it may be, the nearest first."""
+        above: fx.Node | None = node
+        while above is not None:
+            yield above
+            above = self._source[above]
+
+    def changing(self) -> set[fx.Node]:
+        """Nodes of whose memory, under whatever name, something is overwritten; all that read the same parameter or buffer."""
+        nodes = {node for _, to in self._writing for node in self.roots(to)}
+        stored = {node.target for node in nodes if node.op == "get_attr"}
+        return nodes | {node for node in self._source if node.op == "get_attr" and node.target in stored}
+
+    def changed_behind(self, view: fx.Node) -> bool:
+        """Whether a view has to stay one: it or what it looks at is written to, and the other is read afterwards."""
+        base = self._base[view]
+        writing = [(place, to) for place, to in self._writing if place > self._place[view] and self._base[to] is base]
+        if not writing:
+            return False
+        through = {node for node in self._families[base] if view in self.roots(node)}
+        beside = set(self._families[base]) - through
+        outlives = base.op in ("placeholder", "get_attr")
+        for place, to in writing:
+            others = beside if to in through else through
+            if (outlives and to in through) or any(self._last_read[other] > place for other in others):
+                return True
+        return False
+
+
+class Snapshot:
+    """Values of tensors, to see later whether they still have them."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[Tensor, Tensor, str]] = []
+
+    def take(self, tensor: Tensor, what: str) -> None:
+        """``what`` is told of a tensor that has changed."""
+        if not tensor.is_meta:
+            self._taken.append((tensor, tensor.detach().clone(), what))
+
+    def shares_memory_with(self, tensor: Tensor) -> bool:
+        """Whether a tensor is, or looks at, one of these."""
+        own = tensor.untyped_storage().data_ptr()
+        return own != 0 and any(own == held.untyped_storage().data_ptr() for held, _, _ in self._taken)
+
+    def changed(self) -> str | None:
+        """What was said of a tensor that is not what it was."""
+        for tensor, before, what in self._taken:
+            same = (tensor == before) | ((tensor != tensor) & (before != before))  # a nan is one still
+            if not bool(same.all()):
+                return what
+        return None

@@ -1,0 +1,154 @@
+"""What writes, and what shares memory: said by names and schemas, and held against what torch does."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune import memory
+from fxprune.memory import AUGMENTED, Memory, Snapshot, shares, writes, written
+
+
+def call(target: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
+    """An input, and a call of a function or (by its name) of a method on it."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    make = graph.call_method if isinstance(target, str) else graph.call_function
+    return x, make(target, (x, *args), kwargs)
+
+
+def test_augmented_assignments_are_those_of_tensors() -> None:
+    tensors = {name for name in fx.graph.inplace_methods if hasattr(torch.Tensor, f"__{name}__")}
+    assert tensors - {"setitem"} == set(AUGMENTED)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs", "answer"),
+    [
+        (operator.iadd, (1,), {}, True),
+        (operator.setitem, (0, 1), {}, True),
+        ("__iadd__", (1,), {}, True),
+        ("__setitem__", (0, 1), {}, True),
+        ("add_", (1,), {}, True),
+        (torch.relu_, (), {}, True),
+        (nn.functional.relu, (), {"inplace": True}, True),
+        (nn.functional.relu, (), {"inplace": False}, False),
+        ("__add__", (1,), {}, False),
+        (operator.add, (1,), {}, False),
+        (operator.invert, (), {}, False),
+        (operator.index, (), {}, False),
+        (operator.is_, (1,), {}, False),
+    ],
+)
+def test_writes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool) -> None:
+    x, node = call(target, *args, **kwargs)
+    assert writes(node) is answer
+    assert list(written(node)) == [x] * answer
+
+
+def test_what_is_written_is_the_first_argument_or_out() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    assert list(written(graph.call_function(operator.iadd, (x, y)))) == [x]
+    assert set(written(graph.call_function(torch.add, (x, y), {"out": y}))) == {x, y}
+    assert set(written(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}  # nobody says what it does
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["view", "reshape", "flatten", "__getitem__", "contiguous", "chunk", "dropout", "unheard_of", operator.getitem, torch.squeeze],
+)
+def test_what_may_share_memory(target: Any) -> None:
+    x, node = call(target)
+    assert shares(node, nn.Module()) is x
+
+
+@pytest.mark.parametrize("target", ["clone", "relu", "mean", "matmul", operator.add, operator.truediv, nn.functional.linear])
+def test_what_does_not(target: Any) -> None:
+    assert shares(call(target)[1], nn.Module()) is None
+
+
+def test_modules() -> None:
+    root = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "flatten": nn.Flatten(), "relu": nn.ReLU(inplace=True)})
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    nodes = {name: graph.call_module(name, (x,)) for name in root}
+    assert {name: shares(node, root) for name, node in nodes.items()} == {"conv": None, "flatten": x, "relu": x}
+    assert {name: writes(node, root) for name, node in nodes.items()} == {"conv": False, "flatten": False, "relu": True}
+
+
+_VALUES: dict[str, Any] = {"int": 1, "float": 0.5, "bool": False, "number": 1, "List[int]": [1]}
+
+
+def results(operation: Any, x: torch.Tensor) -> list[Any]:
+    """What an operation gives for one tensor and made-up numbers; nothing if it does not take them."""
+    first, *rest = operation._schema.arguments or [None]
+    kinds = [str(argument.type) for argument in rest if not argument.has_default_value()]
+    if first is None or str(first.type) != "Tensor" or any(kind not in _VALUES for kind in kinds):
+        return []
+    try:
+        found = operation(x, *(_VALUES[kind] for kind in kinds))
+    except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
+        return []
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated and experimental operations are tried as well, and say so once per process
+def test_schemas_can_be_believed() -> None:
+    """No operation that is said to make new memory gives back its argument's."""
+    silent = set()
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        if name.startswith("_") or not hasattr(packet, "overloads") or not memory._op_makes_new(name):
+            continue
+        for operation in (getattr(packet, overload) for overload in packet.overloads()):
+            for x in (torch.ones(2, 3, 4, 4), torch.ones(3), torch.ones(3, 4, dtype=torch.long)):
+                for result in () if operation._schema.is_mutable else results(operation, x):
+                    dense = isinstance(result, torch.Tensor) and result.numel() and result.layout == torch.strided
+                    if dense and result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                        silent.add(name)
+    assert not silent
+
+
+def test_changed_behind() -> None:
+    """Writing matters through or behind a view, if the other is read afterwards."""
+
+    def answer(write_view: bool, read_view: bool, order: str) -> bool:
+        graph = fx.Graph()
+        x = graph.call_function(torch.abs, (graph.placeholder("x"),))
+        view: Any = None
+        for step in order:
+            if step == "v":
+                view = graph.call_method("view", (x, -1))
+            else:
+                graph.call_function(operator.iadd, (view if write_view and view is not None else x, 1))
+        graph.output(view if read_view else x)
+        return Memory(fx.GraphModule({}, graph)).changed_behind(view)
+
+    assert answer(True, False, "vw")
+    assert answer(False, True, "vw")
+    assert not answer(True, True, "vw")
+    assert not answer(False, False, "vw")
+    assert not answer(False, True, "wv")
+
+
+def test_an_input_outlives_the_graph() -> None:
+    graph = fx.Graph()
+    view = graph.call_method("view", (graph.placeholder("x"), -1))
+    graph.output(graph.call_function(operator.iadd, (view, 1)))
+    assert Memory(fx.GraphModule({}, graph)).changed_behind(view)
+
+
+def test_snapshot() -> None:
+    taken, x, y = Snapshot(), torch.tensor([1.0, float("nan")]), torch.zeros(2, 2)
+    taken.take(x, "x")
+    taken.take(y, "y")
+    taken.take(torch.empty(2, device="meta"), "no data")
+    assert taken.changed() is None
+    assert taken.shares_memory_with(y[1:])
+    assert not taken.shares_memory_with(y + 1)
+    assert not taken.shares_memory_with(torch.empty(2, device="meta"))
+    y[0, 0] = float("nan")
+    assert taken.changed() == "y"
