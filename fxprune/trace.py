@@ -37,6 +37,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree
 from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
 from fxprune.memory import AUGMENTED, Snapshot, written
+from fxprune.regions import BOUNDS, enter, leave, recorded
 from fxprune.shapes import META, ShapeMode, holds_tensors
 
 __all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of", "user_line"]
@@ -249,7 +250,7 @@ def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     """What a node of a graph over ``root`` gives for these arguments."""
     target: Any = node.target
     if node.op == "call_function":
-        return target(*args, **kwargs)
+        return None if target in BOUNDS else target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_module":
@@ -293,6 +294,8 @@ def trace(
         stack.enter_context(_taken_over(tracer))
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_mode_through_graph(twin.model, tracer))
+        stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
+        stack.enter_context(_states_refused(tracer))
         try:
             graph = tracer.trace(twin.model)
             for node in tracer.left_out:
@@ -654,6 +657,23 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
+    # -- regions
+
+    def is_users(self, filename: str) -> bool:
+        """Whether code of this file is followed: not while a node runs, and not inside of torch."""
+        return not self._executing and not filename.startswith((_OWN, _TORCH))
+
+    def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> ValueProxy:
+        proxy: ValueProxy = self.create_proxy("call_function", enter, (kind, *args), kwargs)
+        return proxy
+
+    def end_region(self, entry: ValueProxy) -> None:
+        following = itertools.dropwhile(lambda node: node is not entry.node, self.graph.nodes)
+        if any(holds_tensors(node.meta["val"]) for node in following):
+            self.create_proxy("call_function", leave, (entry,), {})
+        else:
+            self.graph.erase_node(entry.node)
+
     # -- decisions
 
     def read_mode(self, module: nn.Module) -> Any:
@@ -839,6 +859,28 @@ def _taken_over(tracer: _Tracer) -> Iterator[None]:
             space[name] = function
 
 
+@contextmanager
+def _states_refused(tracer: _Tracer) -> Iterator[None]:
+    """What a caller of the model decides (whether gradients are wanted, in which precision) is not known to a graph."""
+    with ExitStack() as stack:
+        for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
+            stack.enter_context(mock.patch.object(torch, name, _unless_users(getattr(torch, name), tracer)))
+        yield
+
+
+def _unless_users(function: Callable[..., Any], tracer: _Tracer) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_users(sys._getframe(1).f_code.co_filename):
+            raise TraceError(
+                f"forward asks torch.{function.__name__}() (at {user_line()}), which a graph cannot: it has one path for all "
+                "answers. Do the same for all, or keep that line inside a module of its own."
+            )
+        return function(*args, **kwargs)
+
+    return ask
+
+
 _scanned: set[str] = set()
 _found: list[tuple[dict[str, Any], str]] = []
 
@@ -966,7 +1008,7 @@ def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None
 def _drop_unused_sizes(graph: fx.Graph) -> None:
     """Remove scalar nodes that nobody reads; tensors stay, because an in-place operation may have no reader."""
     for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or node.target is torch._assert:
+        if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
             continue
         value = node.meta.get("val")
         scalar = node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])

@@ -18,6 +18,7 @@ ROOMS = [
     "cost",
     "lowering",
     "memory",
+    "regions",
     "trace",
     "labels",
     "rules",

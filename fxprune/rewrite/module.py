@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.regions import blocks
 from fxprune.rewrite.containers import containers_named
 
 __all__ = ["PrunedModule"]
@@ -58,13 +59,13 @@ class PrunedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
-        with containers_named(self.graph):
+        with containers_named(self.graph), blocks(self.graph):
             code = super().recompile()
         training_graph = self.__dict__.get("training_graph")
         if training_graph is not None:
             kind = type(self)
             evaluation = kind.forward
-            with containers_named(training_graph):
+            with containers_named(training_graph), blocks(training_graph):
                 training = type(fx.GraphModule(self, training_graph)).forward
 
             @functools.wraps(evaluation)
