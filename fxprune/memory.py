@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["AUGMENTED", "Memory", "Snapshot", "name_of", "shares", "writes", "written"]
+__all__ = ["AUGMENTED", "Memory", "Snapshot", "is_again", "name_of", "shares", "writes", "written"]
 
 AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
 """The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
@@ -104,6 +105,13 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
     if node.op == "call_module":
         return "" if root is None else type(root.get_submodule(str(node.target))).__name__.lower()
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def is_again(node: fx.Node | None, *call: Any) -> bool:
+    """Whether a node is what ``(target, *args)`` gives, under the name that it got from ``+=`` or its kind."""
+    while node is not None and node.target in _WRITING:
+        node = cast(fx.Node, node.args[0])
+    return node is not None and (node.target, *node.args) == call
 
 
 class Memory:

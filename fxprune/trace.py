@@ -23,10 +23,10 @@ import sys
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -36,9 +36,10 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree
 
 from fxprune.errors import FxpruneError, InputError, TraceError
 from fxprune.lowering import lower
-from fxprune.memory import AUGMENTED, Snapshot, written
+from fxprune.memory import AUGMENTED, Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave, recorded
 from fxprune.shapes import META, ShapeMode, holds_tensors
+from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
 
 __all__ = ["Trace", "Twin", "example_of", "execute", "is_leaf", "put_tensors", "slow_path", "trace", "twin_of", "user_line"]
 
@@ -286,8 +287,31 @@ def trace(
     """
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         twin.model.train(training)
-    tracer = _Tracer(twin, args, kwargs, training, watch or (lambda node: ShapeMode()))
-    with _attributes_restored(twin.model) as assigned, ExitStack() as stack:
+    attributes, made = Attributes(twin.model), frozenset[str]()
+    try:
+        result, made = _follow(_Tracer(twin, args, kwargs, training, watch or _on_shapes), twin)
+        changes = [*attributes.changes(made)]
+        _refuse_memory(result.graph, assigned(changes), twin.model)
+        state = carried(changes)
+        if state:
+            attributes.restore(made)
+            keep(state)
+            _refuse_state(result, state)
+        return result
+    except FxpruneError:
+        made = frozenset()
+        raise
+    finally:
+        attributes.restore(made)
+
+
+def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
+    return ShapeMode()
+
+
+def _follow(tracer: _Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
+    """Trace once; also the names of the constants that the twin's module has got by it."""
+    with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(slow_path())
@@ -313,15 +337,15 @@ def trace(
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
             ) from error
-    _refuse_memory(graph, assigned, twin.model)
     constants = {
         name: twin.real.get(id(t), t)
         for t, name in tracer.tensor_attrs.items()
         if isinstance(t, Tensor) and name in tracer.constant_targets
     }
-    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, training, constants)
+    args, kwargs = tracer.example
+    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants)
     _drop_unused_sizes(graph)
-    return result
+    return result, frozenset(tracer.made_names)
 
 
 _MADE_FROM_INPUT = "Make it from an input, with x.new_zeros(...) or device=x.device, so that the graph makes it at each call."
@@ -382,7 +406,7 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(Tensor, name) and not _writes_into(getattr(value, "node", None), getattr, self.node, name):
+        if hasattr(Tensor, name) and not is_again(getattr(value, "node", None), getattr, self.node, name):
             raise TraceError(
                 f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write into the tensor instead, with "
                 "copy_() or another operation in place."
@@ -442,16 +466,6 @@ def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in AUGMENTED:
     setattr(ValueProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
-
-
-def _writes_into(node: fx.Node | None, *source: Any) -> bool:
-    """Whether a node is another name, after ``+=`` and its kind, of what ``(target, *args)`` gives."""
-    while node is not None and node.target in _AUGMENTED:
-        node = cast(fx.Node, node.args[0])
-    return node is not None and (node.target, *node.args) == source
-
-
-_AUGMENTED = frozenset(getattr(operator, name) for name in AUGMENTED)
 
 
 class _ValueAttribute(ValueProxy):
@@ -518,6 +532,7 @@ class _Tracer(fx.Tracer):
         self.asked_mode = False
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         self.constant_targets: set[str] = set()
+        self.made_names: list[str] = []
         self.made = Snapshot()  # tensors that forward makes without any input, and the graph holds as constants
         self._inside_leaf_function = 0
         self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
@@ -584,6 +599,7 @@ class _Tracer(fx.Tracer):
                 name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
                 self.tensor_attrs[a] = name
                 self.made.take(a, user_line())
+                self.made_names.append(name)
                 setattr(self.root, name, a)
             if name is not None:
                 self.constant_targets.add(name)
@@ -966,27 +982,6 @@ def _mode_through_graph(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
             del module.__dict__[_TRACER]
 
 
-@contextmanager
-def _attributes_restored(root: nn.Module) -> Iterator[set[str]]:
-    """What forward sets on its modules to something traced is as it was afterwards; yields the names of these attributes."""
-    stores = [(path, store) for path, module in root.named_modules() for store in (vars(module), module._buffers)]
-    befores = [dict(store) for _, store in stores]
-    assigned: set[str] = set()
-    try:
-        yield assigned
-    finally:
-        for (path, store), before in zip(stores, befores, strict=True):
-            for name in [name for name, value in store.items() if before.get(name) is not value]:
-                if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(store[name])):
-                    full = f"{path}.{name}".removeprefix(".")
-                    if not _writes_into(getattr(store[name], "node", None), full):  # ``self.count += 1`` is the buffer still
-                        assigned.add(full)
-                    if name in before:
-                        store[name] = before[name]
-                    else:
-                        del store[name]
-
-
 def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
     """A tensor that forward keeps for its next call is state, which a graph has not; one that only lends its size is a cache.
 
@@ -1003,6 +998,31 @@ def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None
                         f"forward of this {type(root).__name__} reads {node.target!r} and sets it for its next call, which a graph "
                         "cannot do. Hand it in and out as an argument, or make it a buffer and write into it in place."
                     )
+
+
+def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
+    """What the first call has left on the modules, where it now is, must not lead to another graph.
+
+    Raises
+    ------
+    TraceError
+        If a second call does something else, or leaves something else behind.
+    """
+    twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
+    try:
+        second, made = _follow(_Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin)
+        same = same_graph(first.graph, second.graph, first.constants, second.constants)
+        moving = [change for change in carried(attributes.changes(made)) if not holds_tensors(change.after)]
+    except FxpruneError:
+        same, moving = False, []
+    finally:
+        attributes.restore(made)
+    if not same or moving:
+        names = ", ".join(sorted(repr(change.path) for change in state))
+        raise TraceError(
+            f"forward of this {type(twin.model).__name__} does something else when it is called again, because it sets {names}: a "
+            "graph is one call. Hand it in and out as an argument, or make it a buffer and write into it in place."
+        )
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:

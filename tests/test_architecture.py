@@ -19,6 +19,7 @@ ROOMS = [
     "lowering",
     "memory",
     "regions",
+    "state",
     "trace",
     "labels",
     "rules",

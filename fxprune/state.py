@@ -1,0 +1,165 @@
+"""What forward keeps on its modules for its next call. A graph is one call: it would do the same each time.
+
+Not all that forward sets is state. What it only stores for somebody to look at changes nothing, and a table that follows from sizes
+is computed in the graph, whatever an earlier call has left. So where an attribute holds something else than before that may matter,
+forward is followed a second time, from there: with the same graph again there is no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxprune.memory import is_again
+from fxprune.shapes import holds_tensors
+
+__all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph"]
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """An attribute that holds something else after forward than before; ``path`` leads to it from the root."""
+
+    store: dict[str, Any]
+    name: str
+    path: str
+    before: Any
+    after: Any
+
+
+class Attributes:
+    """The plain attributes and the buffers of all modules as they are now, to be compared and restored."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._before = [
+            (path, store, dict(store), {name: _copy(value) for name, value in store.items() if type(value) in _CONTAINERS})
+            for path, module in root.named_modules()
+            for store in (vars(module), module._buffers)
+        ]
+
+    def changes(self, ignore: Iterable[str] = ()) -> Iterator[Change]:
+        """What is different, but for the root's attributes named in ``ignore``."""
+        ignored = {*ignore}
+        for path, store, before, contents in self._before:
+            for name in [*store.keys() | before.keys()]:
+                old, new = before.get(name, _MISSING), store.get(name, _MISSING)
+                full = f"{path}.{name}".removeprefix(".")
+                if name in _INTERNAL or full in ignored:
+                    continue
+                if old is new and (name not in contents or _alike(contents[name], new)):
+                    continue
+                if type(old) is type(new) and type(old) in _PLAIN and old == new:
+                    continue
+                yield Change(store, name, full, contents.get(name, old), _copy(new) if type(new) in _CONTAINERS else new)
+
+    def restore(self, ignore: Iterable[str] = ()) -> None:
+        """Put everything back."""
+        for change in [*self.changes(ignore)]:
+            before = next(values for _, store, values, _ in self._before if store is change.store)
+            if change.name not in before:
+                del change.store[change.name]
+                continue
+            original = change.store[change.name] = before[change.name]
+            if type(original) in _CONTAINERS:
+                _refill(original, change.before)
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({list, dict, set})
+
+
+def _copy(value: Any) -> Any:
+    return {*value} if type(value) is set else tree_map(lambda leaf: leaf, value)
+
+
+def _alike(copied: Any, now: Any) -> bool:
+    if type(now) is set:
+        return bool(copied == now)
+    before, after = tree_leaves(copied), tree_leaves(now)
+    return len(before) == len(after) and all(a is b or (type(a) in _PLAIN and a == b) for a, b in zip(before, after, strict=True))
+
+
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    container.extend(contents) if type(container) is list else container.update(contents)
+
+
+def assigned(changes: Iterable[Change]) -> set[str]:
+    """Paths of what was set to something that was traced; ``self.count += 1`` writes into a buffer, which is there still."""
+    return {
+        change.path
+        for change in changes
+        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(change.after))
+        and not is_again(getattr(change.after, "node", None), change.path)
+    }
+
+
+def carried(changes: Iterable[Change]) -> list[Change]:
+    """Those that may make the next call another one: what depends on the values of inputs, and what Python has computed."""
+    return [change for change in changes if _carries(change)]
+
+
+def _carries(change: Change) -> bool:
+    if is_again(getattr(change.after, "node", None), change.path):
+        return False
+    leaves = tree_leaves(change.after)
+    proxies = [leaf for leaf in leaves if isinstance(leaf, fx.Proxy)]
+    return any(_from_inputs(proxy.node) for proxy in proxies) if proxies else True
+
+
+_SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
+
+
+def _from_inputs(node: fx.Node) -> bool:
+    """Whether a value depends on those of the inputs, and not on their sizes alone."""
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node in seen or name in _SHAPED_LIKE or not holds_tensors(node.meta.get("val")):
+            continue
+        if node.op == "placeholder":
+            return True
+        seen.add(node)
+        waiting.extend(node.all_input_nodes)
+    return False
+
+
+def keep(changes: Iterable[Change]) -> None:
+    """Leave on the modules what the call has left, for another one."""
+    for change in changes:
+        if change.after is _MISSING:
+            change.store.pop(change.name, None)
+        else:
+            change.store[change.name] = change.after if type(change.after) is set else tree_map(_value, change.after)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.node.meta["val"] if isinstance(leaf, fx.Proxy) else leaf
+
+
+def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may be another one."""
+    if len(one.nodes) != len(other.nodes):
+        return False
+    for left, right, line, another in zip(one.nodes, other.nodes, _described(one), _described(other), strict=True):
+        a, b = constants.get(str(left.target)), others.get(str(right.target))
+        if left.op == right.op == "get_attr" and a is not None and b is not None:
+            if a is not b and (a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)):
+                return False
+        elif line != another:
+            return False
+    return True
+
+
+def _described(graph: fx.Graph) -> list[str]:
+    number = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
+    return [repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__))) for node in graph.nodes]

@@ -1,0 +1,209 @@
+"""A graph is one call: what forward keeps for the next is found, and stays Python."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxprune
+from fxprune.errors import TraceError
+from fxprune.state import Attributes, same_graph
+from fxprune.trace import example_of, trace, twin_of
+from tests.support.checking import relative_error
+
+
+class Keeps(nn.Module):
+    """Two convolutions, and in between a function that may set attributes."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **members: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), function
+        for name, value in members.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self, self.first(x)))
+
+
+def adds_the_last(m: Any, x: Tensor) -> Tensor:
+    m.last_one = x if m.last_one is None else x + m.last_one
+    return m.last_one
+
+
+def counts(m: Any, x: Tensor) -> Tensor:
+    m.step += 1
+    return x * m.step
+
+
+def begins_otherwise(m: Any, x: Tensor) -> Tensor:
+    if not m.begun:
+        m.begun = True
+        return x * 2
+    return x
+
+
+def remembers_all(m: Any, x: Tensor) -> Tensor:
+    m.seen.append(x.mean())
+    return x + sum(m.seen)
+
+
+def remembers_by_name(m: Any, x: Tensor) -> Tensor:
+    y = x + m.table["last"] if "last" in m.table else x
+    m.table["last"] = x
+    return y
+
+
+def remembers_sizes(m: Any, x: Tensor) -> Tensor:
+    size = int(x.shape[-1])
+    y = x * len(m.sizes)
+    m.sizes.add(size + len(m.sizes))
+    return y
+
+
+def moves_a_constant(m: Any, x: Tensor) -> Tensor:
+    m.shift = m.shift + 1
+    return x + m.shift
+
+
+STATEFUL = [
+    (adds_the_last, {"last_one": None}, "last_one"),
+    (counts, {"step": 0}, "step"),
+    (begins_otherwise, {"begun": False}, "begun"),
+    (remembers_all, {"seen": []}, "seen"),
+    (remembers_by_name, {"table": {}}, "table"),
+    (remembers_sizes, {"sizes": set()}, "sizes"),
+    (moves_a_constant, {"shift": torch.zeros(())}, "shift"),
+]
+
+
+@pytest.mark.parametrize(("function", "members", "name"), STATEFUL, ids=[case[0].__name__ for case in STATEFUL])
+def test_what_changes_the_next_call_is_in_no_graph(function: Any, members: dict[str, Any], name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps(function, **copy.deepcopy(members)).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(TraceError, match=rf"because it sets '{name}'"):
+        trace(twin_of(model), *example_of(x))
+    pruned = fxprune.prune(model, x, channels=1.0)
+    assert pruned.report.parts
+    assert getattr(model, name) == members[name]  # the user's model was not called
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(pruned.model(x), model(x)) <= 1e-6
+
+
+def shows(m: Any, x: Tensor) -> Tensor:
+    m.seen_last, m.width = x, x.shape[-1]
+    m.all_seen = []
+    m.all_seen.append(x)
+    return x
+
+
+def caches(m: Any, x: Tensor) -> Tensor:
+    if m.table is None or m.table.shape[0] != x.shape[-1]:
+        m.table = torch.arange(x.shape[-1]).float()
+    return x + m.table
+
+
+def caches_by_number(m: Any, x: Tensor) -> Tensor:
+    if m.width != x.shape[-1]:
+        m.width, m.table = x.shape[-1], torch.arange(x.shape[-1]).float()
+    return x + m.table
+
+
+def caches_a_constant(m: Any, x: Tensor) -> Tensor:
+    if m.table is None:
+        m.table = torch.arange(6).float()
+    return x + m.table
+
+
+def caches_in_a_dict(m: Any, x: Tensor) -> Tensor:
+    if x.shape[-1] not in m.tables:
+        m.tables[int(x.shape[-1])] = torch.ones(int(x.shape[-1]))
+    return x + m.tables[int(x.shape[-1])]
+
+
+STATELESS = [
+    (shows, {"seen_last": None, "width": 0, "all_seen": []}),
+    (caches, {"table": None}),
+    (caches_by_number, {"width": 0, "table": None}),
+    (caches_a_constant, {"table": None}),
+    (caches_in_a_dict, {"tables": {}}),
+]
+
+
+@pytest.mark.parametrize(("function", "members"), STATELESS, ids=[case[0].__name__ for case in STATELESS])
+def test_what_does_not_is_traced_whole(function: Any, members: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps(function, **copy.deepcopy(members)).eval(), torch.randn(2, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert not pruned.report.parts
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-12
+    whole = fxprune.prune(model, x, channels=1.0).model
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(whole(x), model(x)) <= 1e-6
+
+
+def test_tracing_leaves_the_twin_as_it_was() -> None:
+    for function, members, _ in STATEFUL:
+        twin = twin_of(Keeps(function, **copy.deepcopy(members)).eval())
+        before = Attributes(twin.model)
+        with pytest.raises(TraceError):
+            trace(twin, *example_of(torch.randn(2, 3, 8, 8)))
+        assert not [*before.changes()]
+    for function, members in STATELESS:
+        twin = twin_of(Keeps(function, **copy.deepcopy(members)).eval())
+        before = Attributes(twin.model)
+        trace(twin, *example_of(torch.randn(2, 3, 8, 8)))
+        assert not [change for change in before.changes() if not change.path.startswith("_constant")]
+
+
+def test_attributes_are_compared_and_restored() -> None:
+    inner = nn.Identity()
+    inner.names, inner.nested, inner.gone, inner.number = ["a"], {"b": [1]}, "here", 1
+    root = nn.Sequential(inner)
+    root.register_buffer("table", torch.zeros(2))
+    names, nested, table, before = inner.names, inner.nested, root.table, Attributes(root)
+    assert not [*before.changes()]
+    inner.names.append("c")
+    inner.nested["b"].append(2)
+    inner.number += 1
+    inner.new = 5
+    root.table = torch.ones(2)
+    del inner.gone
+    paths = {change.path for change in before.changes()}
+    assert paths == {"0.names", "0.nested", "0.number", "0.new", "0.gone", "table"}
+    assert {change.path for change in before.changes(["table"])} == paths - {"table"}
+    before.restore()
+    assert not [*before.changes()]
+    assert inner.names is names and names == ["a"]  # noqa: PT018
+    assert inner.nested is nested and nested == {"b": [1]}  # noqa: PT018
+    assert (inner.number, inner.gone, root.table is table, hasattr(inner, "new")) == (1, "here", True, False)
+
+
+def graph_of(value: Tensor, name: str, function: Any) -> tuple[fx.Graph, dict[str, Tensor]]:
+    graph = fx.Graph()
+    x, constant = graph.placeholder("x"), graph.get_attr(name)
+    graph.output(graph.call_function(function, (x, constant)))
+    return graph, {name: value}
+
+
+def test_constants_count_by_value() -> None:
+    """Their names say how many there were before."""
+    one, held = graph_of(torch.ones(2), "_constant0", torch.add)
+    for value, function, answer in (
+        (torch.ones(2), torch.add, True),
+        (torch.zeros(2), torch.add, False),
+        (torch.ones(2), torch.mul, False),
+        (torch.ones(3), torch.add, False),
+        (torch.ones(2, dtype=torch.float64), torch.add, False),
+        (torch.ones(2, device="meta"), torch.add, False),
+    ):
+        other, others = graph_of(value, "_constant1", function)
+        assert same_graph(one, other, held, others) is answer
+    longer, others = graph_of(torch.ones(2), "_constant1", torch.add)
+    longer.call_function(torch.abs, (next(iter(longer.nodes)),))
+    assert not same_graph(one, longer, held, others)
