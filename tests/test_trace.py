@@ -17,7 +17,8 @@ from torchvision.ops.stochastic_depth import stochastic_depth
 
 import fxprune
 from fxprune.errors import InputError, TraceError
-from fxprune.trace import _FACTORIES, _NUMBER_FIRST, Trace, example_of, is_leaf, trace, twin_of
+from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
+from fxprune.trace.takeover import FACTORIES, NUMBER_FIRST
 from tests.support.checking import assert_unharmed, call, relative_error, snapshot
 
 
@@ -205,8 +206,8 @@ def test_functions_that_try_a_number_first_are_all_taken_over() -> None:
             ):
                 found.setdefault(space, set()).add(name)
     assert {"pow", "where", "remainder"} <= found[torch]
-    known = {space: set(names) for space, names in _NUMBER_FIRST.items()}
-    assert all(names <= known.get(space, set()) | set(_FACTORIES) for space, names in found.items())
+    known = {space: set(names) for space, names in NUMBER_FIRST.items()}
+    assert all(names <= known.get(space, set()) | set(FACTORIES) for space, names in found.items())
 
 
 def _signatures(function: Any) -> list[str]:
@@ -241,7 +242,7 @@ class ByName(nn.Module):
     ],
 )
 def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """torch.fx would end the process here: see the comment at ``_NUMBER_FIRST``."""
+    """torch.fx would end the process here: see the comment at ``NUMBER_FIRST``."""
     model, x = ByName(how), torch.randn(3, 4)
     before = torch.pow, torch.where, power
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))

@@ -1,0 +1,222 @@
+"""Model and example inputs -> ``torch.fx.GraphModule``, on tensors without data.
+
+Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not:
+
+* every proxy carries the value it has for the example, so Python control flow on shapes runs, while the sizes themselves stay
+  symbolic in the graph. What was decided is listed, and guarded by an assertion in the graph;
+* ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their modes;
+* functions that libraries mark as leaves are entered, because parameters pass through them.
+
+``twin`` copies the model, ``arguments`` reads the example, ``proxies`` stand for values, ``tracer`` makes nodes of what is done to
+them, ``decisions`` names what Python asked them, ``takeover`` puts into torch's place what torch.fx would not see, and ``lines``
+finds the user's line for a message.
+
+The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is never called nor changed.
+"""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from fxprune.errors import FxpruneError, TraceError
+from fxprune.regions import BOUNDS
+from fxprune.shapes import ShapeMode, holds_tensors
+from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
+from fxprune.trace.arguments import example_of
+from fxprune.trace.decisions import number_decides
+from fxprune.trace.lines import user_line
+from fxprune.trace.proxies import SizeTuple
+from fxprune.trace.takeover import slow_path, taken_over
+from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
+from fxprune.trace.twin import Twin, put_tensors, twin_of
+
+__all__ = [
+    "SizeTuple",
+    "Trace",
+    "Twin",
+    "example_of",
+    "execute",
+    "is_leaf",
+    "put_tensors",
+    "slow_path",
+    "trace",
+    "twin_of",
+    "user_line",
+]
+
+
+@dataclass
+class Trace:
+    """A traced model: the graph, its twin, and what tracing had to decide.
+
+    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta tensors, ints, tuples). The twin is
+    that of the traced module.
+    """
+
+    graph: fx.Graph
+    twin: Twin
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    decisions: list[str] = field(default_factory=list)
+    asked_mode: bool = False
+    training: bool = False
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    path: str = ""  # of the traced module below the model; empty: the model itself
+
+    @property
+    def prefix(self) -> str:
+        """What tells the nodes of this graph from those of the others, in front of their names."""
+        return (f"{self.path}:" if self.path else "") + ("train." if self.training else "")
+
+    @property
+    def placeholders(self) -> list[Any]:
+        """The example's values in the order of the graph's placeholders."""
+        return [*self.args, *self.kwargs.values()]
+
+    @property
+    def outputs(self) -> Any:
+        """What the graph gave for the example."""
+        output = next(iter(reversed(self.graph.nodes)))
+        return fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
+
+
+def trace(
+    twin: Twin,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    training: bool = False,
+    watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
+) -> Trace:
+    """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
+
+    Parameters
+    ----------
+    watch:
+        Called with each node before it runs, for what it is to run under: a dispatch mode that executes ATen ops on tensors
+        without data, and may look on. Default: :class:`~fxprune.shapes.ShapeMode`.
+
+    Raises
+    ------
+    TraceError
+        If the model branches on values, if a call leaves behind what makes the next one another (:mod:`fxprune.state`), or if its
+        code cannot be followed; the message names the line, or the attribute.
+    InputError
+        If an operation refuses the shapes of the example.
+    """
+    if any(module.__dict__["training"] is not training for module in twin.model.modules()):
+        twin.model.train(training)
+    attributes, made = Attributes(twin.model), frozenset[str]()
+    try:
+        result, made = _follow(Tracer(twin, args, kwargs, training, watch or _on_shapes), twin)
+        changes = [*attributes.changes(made)]
+        _refuse_memory(result.graph, assigned(changes), twin.model)
+        state = carried(changes)
+        if state:
+            attributes.restore(made)
+            keep(state)
+            _refuse_state(result, state)
+        return result
+    except FxpruneError:
+        made = frozenset()
+        raise
+    finally:
+        attributes.restore(made)
+
+
+def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
+    return ShapeMode()
+
+
+def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
+    """Trace once; also the names of the constants that the twin's module has got by it."""
+    with torch.inference_mode(), taken_over(tracer, twin.model):
+        try:
+            graph = tracer.trace(twin.model)
+            for node in tracer.left_out:
+                if node.users:
+                    raise TraceError(number_decides(node))
+                graph.erase_node(node)
+            place = tracer.made.changed()
+            if place is not None:
+                raise TraceError(f"a tensor is changed after a graph has taken it for a constant (at {place}). {MADE_FROM_INPUT}")
+        except FxpruneError:
+            raise
+        except Exception as error:
+            where = user_line(traceback.extract_tb(error.__traceback__))
+            raise TraceError(
+                f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
+                "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
+            ) from error
+    constants = {
+        name: twin.real.get(id(t), t)
+        for t, name in tracer.tensor_attrs.items()
+        if isinstance(t, Tensor) and name in tracer.constant_targets
+    }
+    args, kwargs = tracer.example
+    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants)
+    _drop_unused_sizes(graph)
+    return result, frozenset(tracer.made_names)
+
+
+def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
+    """A tensor that forward keeps for its next call is state, which a graph has not; one that only lends its size is a cache.
+
+    Raises
+    ------
+    TraceError
+        If values are read that a call before would have set.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in assigned:
+            for user in node.users:
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(user.meta.get("val"))):
+                    raise TraceError(
+                        f"forward of this {type(root).__name__} reads {node.target!r} and sets it for its next call, which a graph "
+                        "cannot do. Hand it in and out as an argument, or make it a buffer and write into it in place."
+                    )
+
+
+def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
+    """What the first call has left on the modules, where it now is, must not lead to another graph.
+
+    Raises
+    ------
+    TraceError
+        If a second call does something else, or leaves something else behind.
+    """
+    twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
+    try:
+        second, made = _follow(Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin)
+        same = same_graph(first.graph, second.graph, first.constants, second.constants)
+        moving = [change for change in carried(attributes.changes(made)) if not holds_tensors(change.after)]
+    except FxpruneError:
+        same, moving = False, []
+    finally:
+        attributes.restore(made)
+    if not same or moving:
+        names = ", ".join(sorted(repr(change.path) for change in state))
+        raise TraceError(
+            f"forward of this {type(twin.model).__name__} does something else when it is called again, because it sets {names}: a "
+            "graph is one call. Hand it in and out as an argument, or make it a buffer and write into it in place."
+        )
+
+
+def _drop_unused_sizes(graph: fx.Graph) -> None:
+    """Remove scalar nodes that nobody reads; tensors stay, because an in-place operation may have no reader."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
+            continue
+        value = node.meta.get("val")
+        scalar = node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+        if scalar and node.target is not operator.setitem:
+            graph.erase_node(node)

@@ -1,0 +1,183 @@
+"""While a model is traced, some functions and attributes answer through the graph: those that torch.fx would not see."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx, nn
+
+from fxprune.errors import TraceError
+from fxprune.regions import recorded
+from fxprune.trace.lines import user_line
+from fxprune.trace.proxies import symbolic
+from fxprune.trace.tracer import Tracer, is_leaf
+
+__all__ = ["FACTORIES", "NUMBER_FIRST", "slow_path", "taken_over"]
+
+
+@contextmanager
+def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
+    """Everything of this file, for one trace of a module."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(slow_path())
+        stack.enter_context(_functions(tracer))
+        stack.enter_context(_leaf_functions(tracer))
+        stack.enter_context(_mode_through_graph(root, tracer))
+        stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
+        stack.enter_context(_states_refused(tracer))
+        yield
+
+
+@contextmanager
+def slow_path() -> Iterator[None]:
+    """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and hide the widths."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+# Functions without a tensor among their arguments, to which proxies of sizes are passed: torch.fx does not see them otherwise.
+FACTORIES = (
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"),
+    *("broadcast_shapes", "tril_indices", "triu_indices"),
+)
+
+
+# Functions of torch that try a number before a tensor at some argument: a proxy says that it is a tensor, and is then read as one
+# in C++, which ends the process. A test finds them by their signatures.
+NUMBER_FIRST = {
+    torch: (
+        *("bitwise_and", "bitwise_left_shift", "bitwise_or", "bitwise_right_shift", "bitwise_xor", "float_power", "isin"),
+        *("logspace", "pow", "quantize_per_tensor", "randint_like", "remainder", "result_type", "where", "xlogy"),
+    ),
+    torch.special: (
+        *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
+        *(f"{prefix}chebyshev_polynomial_{kind}" for prefix in ("", "shifted_") for kind in "tuvw"),
+        *("xlog1py", "xlogy", "zeta"),
+    ),
+}
+
+
+@contextmanager
+def _functions(tracer: Tracer) -> Iterator[None]:
+    """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
+    create = functools.partial(tracer.create_proxy, "call_function")
+    places = [*_number_first(), *((vars(torch), name) for name in FACTORIES)]
+    before = [(space, name, space[name]) for space, name in places]
+    for space, name, function in before:
+        space[name] = _if_symbolic(function, create)
+    try:
+        yield
+    finally:
+        for space, name, function in before:
+            space[name] = function
+
+
+@contextmanager
+def _states_refused(tracer: Tracer) -> Iterator[None]:
+    """What a caller of the model decides (whether gradients are wanted, in which precision) is not known to a graph."""
+    with ExitStack() as stack:
+        for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
+            stack.enter_context(mock.patch.object(torch, name, _unless_users(getattr(torch, name), tracer)))
+        yield
+
+
+def _unless_users(function: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_users(sys._getframe(1).f_code.co_filename):
+            raise TraceError(
+                f"forward asks torch.{function.__name__}() (at {user_line()}), which a graph cannot: it has one path for all "
+                "answers. Do the same for all, or keep that line inside a module of its own."
+            )
+        return function(*args, **kwargs)
+
+    return ask
+
+
+_scanned: set[str] = set()
+_found: list[tuple[dict[str, Any], str]] = []
+
+
+def _number_first() -> list[tuple[dict[str, Any], str]]:
+    """Wherever a function of :data:`NUMBER_FIRST` has a name: in torch, and in the modules that imported it from there."""
+    functions = {id(getattr(space, name)) for space, names in NUMBER_FIRST.items() for name in names}
+    for name in sys.modules.keys() - _scanned:
+        _scanned.add(name)
+        if name in ("torch", "torch.special") or name.partition(".")[0] != "torch":
+            space = getattr(sys.modules[name], "__dict__", {})
+            _found.extend((space, key) for key, value in list(space.items()) if id(value) in functions)
+    return [(space, key) for space, key in _found if id(space.get(key)) in functions]
+
+
+@contextmanager
+def _leaf_functions(tracer: Tracer) -> Iterator[None]:
+    """Take over from torch.fx the functions that were registered with ``torch.fx.wrap``."""
+    registered = fx._symbolic_trace._wrapped_fns_to_patch
+    with ExitStack() as stack:
+        for (_, name), namespace in list(registered.items()):
+            if callable(namespace.get(name)):
+                patched = _if_symbolic(namespace[name], tracer.call_leaf_function)
+                stack.enter_context(mock.patch.dict(namespace, {name: patched}))
+        stack.enter_context(mock.patch.dict(registered, clear=True))
+        yield
+
+
+def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but for calls with a proxy among their arguments."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return create(original, args, kwargs) if symbolic(args) or symbolic(kwargs) else original(*args, **kwargs)
+
+    return call
+
+
+def _read_mode(module: nn.Module) -> Any:
+    tracer = module.__dict__.get(_TRACER)
+    return module.__dict__[_TRAINING] if tracer is None else tracer.read_mode(module)
+
+
+def _write_mode(module: nn.Module, value: bool) -> None:
+    """A module that forward makes, a slice of a ModuleList say, has a mode of its own; the others keep theirs."""
+    if _TRACER in module.__dict__:
+        raise TraceError(f"forward changes the mode of a {type(module).__name__} (at {user_line()}), which a graph cannot do.")
+    module.__dict__[_TRAINING] = value
+
+
+_TRAINING = "training"
+_TRACER = "_fxprune_tracer"
+_mode_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _mode_through_graph(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """While tracing, reading ``module.training`` in any module that is traced into gives a node of the graph."""
+    changed: list[tuple[nn.Module, type]] = []
+    try:
+        for name, module in root.named_modules():
+            if name and is_leaf(module):
+                continue
+            kind = type(module)
+            if kind not in _mode_classes:
+                mode = property(_read_mode, _write_mode)
+                _mode_classes[kind] = type(kind.__name__, (kind,), {_TRAINING: mode, "__module__": kind.__module__})
+            changed.append((module, kind))
+            module.__dict__[_TRACER] = tracer
+            module.__class__ = _mode_classes[kind]
+        yield
+    finally:
+        for module, kind in changed:
+            module.__class__ = kind
+            del module.__dict__[_TRACER]
