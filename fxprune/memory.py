@@ -26,7 +26,8 @@ _SIZES = frozenset({"size", "dim", "numel", "getattr"})  # they do not read what
 # Without a word in their schemas these give back their argument, or a part of it, for some arguments; a test looks for others.
 _MAY_GIVE_BACK = frozenset(
     {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}  # in evaluation mode
-    | {"conj_physical", "lift", "to_dense", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"}
+    | {"atleast_1d", "atleast_2d", "atleast_3d", "data", "type_as", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"}
+    | {"conj_physical", "dequantize", "lift", "set", "to_dense", "to_dense_backward", "to_mkldnn_backward"}
 )
 
 
