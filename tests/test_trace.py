@@ -1,5 +1,6 @@
 """Tracing: what Python decides is listed and guarded, what does not depend on the example stays open, and nothing is taken."""
 
+import copy
 import itertools
 import re
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch import pow as power
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from torchvision.ops.stochastic_depth import stochastic_depth
 
@@ -381,6 +383,69 @@ def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -
     for _ in range(2):
         runs_alike(model, fxprune.prune(model, x, channels=1.0).model, x)
     assert not torch.equal(pruned.model(x), pruned.model(x))
+
+
+# -- functions with gradients of their own, and checkpoints
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the input, with three times its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+doubled = Doubled.apply
+
+
+def applied(m: nn.Module, x: Tensor) -> Tensor:
+    return Doubled.apply(x)
+
+
+def applied_by_a_name(m: nn.Module, x: Tensor) -> Tensor:
+    return doubled(x)
+
+
+def applied_by_an_attribute(m: Any, x: Tensor) -> Tensor:
+    return m.conv.twice(x)
+
+
+@pytest.mark.parametrize("function", [applied, applied_by_a_name, applied_by_an_attribute], ids=lambda function: function.__name__)
+def test_functions_with_gradients_of_their_own(function: Callable[..., Tensor]) -> None:
+    """C++ takes a proxy for the tensor that it says it is: without care the process ends."""
+    x = torch.randn(2, 3, 4, 5)
+    model = nn.Sequential(Computes(function), nn.Conv2d(8, 4, 1))
+    model[0].conv.twice = Doubled.apply
+    half = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert half.report.error is not None
+    assert half.report.error < 1e-12
+    assert half.model.get_submodule("1").in_channels == 4
+    assert not half.report.parts
+    whole = fxprune.prune(model, x, channels=1.0).model
+    for net in (model, whole, copy.deepcopy(whole)):
+        net(x).sum().backward()
+    assert relative_error(whole.get_submodule("0.conv").weight.grad, model[0].conv.weight.grad) < 1e-6
+    assert Doubled.apply(x).equal(2 * x)
+    assert type(doubled) is type(Doubled.apply)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the original's, which runs without gradients here
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("imported", [False, True], ids=["from torch", "imported"])
+def test_a_checkpoint_is_what_it_computes(imported: bool, reentrant: bool) -> None:
+    x = torch.randn(2, 3, 4, 5)
+
+    def forward(m: nn.Module, y: Tensor) -> Tensor:
+        called = checkpoint if imported else torch.utils.checkpoint.checkpoint
+        return called(F.gelu, y, use_reentrant=reentrant, preserve_rng_state=False)
+
+    runs_alike(*pruned(forward, *x.shape), x)
+    assert torch.utils.checkpoint.checkpoint is checkpoint
 
 
 # -- writing in place

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch.utils import checkpoint
 
 from fxprune.errors import TraceError
 from fxprune.regions import recorded
@@ -30,6 +33,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(slow_path())
         stack.enter_context(_functions(tracer))
         stack.enter_context(_leaf_functions(tracer))
+        stack.enter_context(_applications(tracer, root))
         stack.enter_context(_mode_through_graph(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
         stack.enter_context(_states_refused(tracer))
@@ -73,7 +77,7 @@ NUMBER_FIRST = {
 def _functions(tracer: Tracer) -> Iterator[None]:
     """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
     create = functools.partial(tracer.create_proxy, "call_function")
-    places = [*_number_first(), *((vars(torch), name) for name in FACTORIES)]
+    places = [*_named(_is_number_first), *((vars(torch), name) for name in FACTORIES)]
     before = [(space, name, space[name]) for space, name in places]
     for space, name, function in before:
         space[name] = _if_symbolic(function, create)
@@ -106,19 +110,82 @@ def _unless_users(function: Callable[..., Any], tracer: Tracer) -> Callable[...,
     return ask
 
 
-_scanned: set[str] = set()
+_scanned: dict[str, int] = {}
 _found: list[tuple[dict[str, Any], str]] = []
 
 
-def _number_first() -> list[tuple[dict[str, Any], str]]:
-    """Wherever a function of :data:`NUMBER_FIRST` has a name: in torch, and in the modules that imported it from there."""
-    functions = {id(getattr(space, name)) for space, names in NUMBER_FIRST.items() for name in names}
-    for name in sys.modules.keys() - _scanned:
-        _scanned.add(name)
+def _named(wanted: Callable[[Any], bool]) -> list[tuple[dict[str, Any], str]]:
+    """Wherever such functions have a name: in torch's own two spaces, and in the modules that imported them from there."""
+    for name, module in list(sys.modules.items()):
+        space = getattr(module, "__dict__", {})
+        if _scanned.get(name) == len(space) and name != "__main__":
+            continue
+        _scanned[name] = len(space)
         if name in ("torch", "torch.special") or name.partition(".")[0] != "torch":
-            space = getattr(sys.modules[name], "__dict__", {})
-            _found.extend((space, key) for key, value in list(space.items()) if id(value) in functions)
-    return [(space, key) for space, key in _found if id(space.get(key)) in functions]
+            _found.extend((space, key) for key, value in list(space.items()) if _is_number_first(value) or _is_bound(value))
+    unique = {(id(space), key): (space, key) for space, key in _found if key in space and wanted(space[key])}
+    return list(unique.values())
+
+
+def _is_number_first(value: Any) -> bool:
+    return id(value) in _NUMBER_FIRST_IDS
+
+
+_NUMBER_FIRST_IDS = frozenset(id(getattr(space, name)) for space, names in NUMBER_FIRST.items() for name in names)
+
+
+def _is_bound(value: Any) -> bool:
+    """``Function.apply``, or what recomputes a part of forward in the backward pass."""
+    if value is _CHECKPOINT[0]:
+        return True
+    kind = getattr(value, "__self__", None) if type(value) in (types.BuiltinMethodType, types.MethodType) else None
+    return isinstance(kind, type) and issubclass(kind, torch.autograd.Function) and value.__name__ == "apply"
+
+
+@contextmanager
+def _applications(tracer: Tracer, root: nn.Module) -> Iterator[None]:
+    """An ``autograd.Function`` is called by a node; a checkpoint is what it computes.
+
+    Both are read in C++, which takes a proxy for the tensor that it says it is, and ends the process.
+    """
+    original = next(vars(base)["apply"] for base in torch.autograd.Function.__mro__ if "apply" in vars(base))
+
+    def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
+        if _symbolic_among(args, kwargs):
+            return tracer.create_proxy("call_function", _application(kind), args, kwargs)
+        return original.__get__(None, kind)(*args, **kwargs)
+
+    def taken(value: Any) -> Any:
+        return _unchecked if value is _CHECKPOINT[0] else functools.partial(apply, value.__self__)
+
+    spaces = [*_named(_is_bound), (vars(checkpoint), "checkpoint")]
+    spaces += [(vars(module), name) for module in root.modules() for name, value in vars(module).items() if _is_bound(value)]
+    with ExitStack() as stack:
+        for space, name in spaces:
+            stack.enter_context(mock.patch.dict(space, {name: taken(space[name])}))
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)))
+        yield
+
+
+@functools.cache
+def _application(kind: Any) -> Callable[..., Any]:
+    """What a node calls to apply a function with gradients of its own; a bound method has no name that code could say."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return kind.apply(*args, **kwargs)
+
+    apply.__name__ = apply.__qualname__ = f"{kind.__name__}_apply"
+    apply.__module__ = kind.__module__
+    return apply
+
+
+_CHECKPOINT = (checkpoint.checkpoint,)  # no name of this file that would be found, and taken over
+_OF_CHECKPOINTS = frozenset(inspect.signature(checkpoint.checkpoint).parameters) - {"function", "args", "kwargs"}
+
+
+def _unchecked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint's function, called: what is kept for the backward pass is not a graph's business."""
+    return function(*args, **{name: value for name, value in kwargs.items() if name not in _OF_CHECKPOINTS})
 
 
 @contextmanager
@@ -139,9 +206,13 @@ def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Ca
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return create(original, args, kwargs) if symbolic(args) or symbolic(kwargs) else original(*args, **kwargs)
+        return create(original, args, kwargs) if _symbolic_among(args, kwargs) else original(*args, **kwargs)
 
     return call
+
+
+def _symbolic_among(args: Any, kwargs: Any) -> bool:
+    return symbolic(args) or symbolic(kwargs)
 
 
 def _read_mode(module: nn.Module) -> Any:
