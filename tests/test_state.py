@@ -68,7 +68,21 @@ def moves_a_constant(m: Any, x: Tensor) -> Tensor:
     return x + m.shift
 
 
+class Same(torch.autograd.Function):
+    """The input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def counts_beside_a_function(m: Any, x: Tensor) -> Tensor:
+    m.step += 1
+    return m.same(x) * m.step
+
+
 STATEFUL = [
+    (counts_beside_a_function, {"same": Same.apply, "step": 0}, "step"),
     (adds_the_last, {"last_one": None}, "last_one"),
     (counts, {"step": 0}, "step"),
     (begins_otherwise, {"begun": False}, "begun"),

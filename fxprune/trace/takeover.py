@@ -7,8 +7,8 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -74,18 +74,23 @@ NUMBER_FIRST = {
 
 
 @contextmanager
-def _functions(tracer: Tracer) -> Iterator[None]:
-    """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
-    create = functools.partial(tracer.create_proxy, "call_function")
-    places = [*_named(_is_number_first), *((vars(torch), name) for name in FACTORIES)]
-    before = [(space, name, space[name]) for space, name in places]
-    for space, name, function in before:
-        space[name] = _if_symbolic(function, create)
+def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Something else under these names, and under no other: whatever is set beside them meanwhile stays."""
+    before = [(space, name, space[name]) for space, name, _ in places]
+    for space, name, value in places:
+        space[name] = value
     try:
         yield
     finally:
-        for space, name, function in before:
-            space[name] = function
+        for space, name, value in before:
+            space[name] = value
+
+
+def _functions(tracer: Tracer) -> AbstractContextManager[None]:
+    """Make nodes of the calls of functions that torch.fx would not see, or would not survive."""
+    create = functools.partial(tracer.create_proxy, "call_function")
+    places = [*_named(_is_number_first), *((vars(torch), name) for name in FACTORIES)]
+    return _put([(space, name, _if_symbolic(space[name], create)) for space, name in places])
 
 
 @contextmanager
@@ -111,7 +116,7 @@ def _unless_users(function: Callable[..., Any], tracer: Tracer) -> Callable[...,
 
 
 _scanned: dict[str, int] = {}
-_found: list[tuple[dict[str, Any], str]] = []
+_found: dict[tuple[int, str], dict[str, Any]] = {}  # by the id of a space, which is held here, and the name
 
 
 def _named(wanted: Callable[[Any], bool]) -> list[tuple[dict[str, Any], str]]:
@@ -122,9 +127,9 @@ def _named(wanted: Callable[[Any], bool]) -> list[tuple[dict[str, Any], str]]:
             continue
         _scanned[name] = len(space)
         if name in ("torch", "torch.special") or name.partition(".")[0] != "torch":
-            _found.extend((space, key) for key, value in list(space.items()) if _is_number_first(value) or _is_bound(value))
-    unique = {(id(space), key): (space, key) for space, key in _found if key in space and wanted(space[key])}
-    return list(unique.values())
+            names = [key for key, value in list(space.items()) if _is_number_first(value) or _is_bound(value)]
+            _found.update({(id(space), key): space for key in names})
+    return [(space, key) for (_, key), space in _found.items() if key in space and wanted(space[key])]
 
 
 def _is_number_first(value: Any) -> bool:
@@ -151,7 +156,7 @@ def _applications(tracer: Tracer, root: nn.Module) -> Iterator[None]:
     original = next(vars(base)["apply"] for base in torch.autograd.Function.__mro__ if "apply" in vars(base))
 
     def apply(kind: type, *args: Any, **kwargs: Any) -> Any:
-        if _symbolic_among(args, kwargs):
+        if symbolic((args, kwargs)):
             return tracer.create_proxy("call_function", _application(kind), args, kwargs)
         return original.__get__(None, kind)(*args, **kwargs)
 
@@ -160,10 +165,8 @@ def _applications(tracer: Tracer, root: nn.Module) -> Iterator[None]:
 
     spaces = [*_named(_is_bound), (vars(checkpoint), "checkpoint")]
     spaces += [(vars(module), name) for module in root.modules() for name, value in vars(module).items() if _is_bound(value)]
-    with ExitStack() as stack:
-        for space, name in spaces:
-            stack.enter_context(mock.patch.dict(space, {name: taken(space[name])}))
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)))
+    places = [(space, name, taken(space[name])) for space, name in spaces]
+    with _put(places), mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
         yield
 
 
@@ -192,12 +195,9 @@ def _unchecked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _leaf_functions(tracer: Tracer) -> Iterator[None]:
     """Take over from torch.fx the functions that were registered with ``torch.fx.wrap``."""
     registered = fx._symbolic_trace._wrapped_fns_to_patch
-    with ExitStack() as stack:
-        for (_, name), namespace in list(registered.items()):
-            if callable(namespace.get(name)):
-                patched = _if_symbolic(namespace[name], tracer.call_leaf_function)
-                stack.enter_context(mock.patch.dict(namespace, {name: patched}))
-        stack.enter_context(mock.patch.dict(registered, clear=True))
+    named = [(space, name) for (_, name), space in registered.items() if callable(space.get(name))]
+    places = [(space, name, _if_symbolic(space[name], tracer.call_leaf_function)) for space, name in named]
+    with _put(places), mock.patch.dict(registered, clear=True):
         yield
 
 
@@ -206,13 +206,9 @@ def _if_symbolic(original: Callable[..., Any], create: Callable[..., Any]) -> Ca
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return create(original, args, kwargs) if _symbolic_among(args, kwargs) else original(*args, **kwargs)
+        return create(original, args, kwargs) if symbolic((args, kwargs)) else original(*args, **kwargs)
 
     return call
-
-
-def _symbolic_among(args: Any, kwargs: Any) -> bool:
-    return symbolic(args) or symbolic(kwargs)
 
 
 def _read_mode(module: nn.Module) -> Any:
