@@ -481,8 +481,7 @@ class Table:
             every = [statistics.mean(v) for r in self.options.removed if (v := self.values(network, name, r, when, part))]
             line.append(f"{statistics.mean(every):.1f}" if len(every) == len(self.options.removed) else "-")
             lines.append(line)
-        header = ["criterion", *(f"{removed:.0%} removed" for removed in self.options.removed), "mean"]
-        return common.markdown_table(header, lines)
+        return self._by_share(lines)
 
     def ahead(self, network: str, when: str, part: str) -> str:
         """By how much the first criterion is ahead of each other one on the same weights."""
@@ -498,6 +497,9 @@ class Table:
             columns = [[value for value in column if value is not None] for column in zip(*gaps, strict=True)]
             every = [statistics.mean(row) for row in gaps if None not in row]
             lines.append([label, *map(_with_error, [*columns, every])])
+        return self._by_share(lines)
+
+    def _by_share(self, lines: Sequence[Sequence[str]]) -> str:
         header = ["criterion", *(f"{removed:.0%} removed" for removed in self.options.removed), "mean"]
         return common.markdown_table(header, lines)
 

@@ -128,10 +128,10 @@ class Memory:
         nodes = list(root.graph.nodes)
         self._writing = [(place, to) for place, node in enumerate(nodes) for to in written(node, root)]
         self._source = {node: shares(node, root) for node in nodes}
-        self._base: dict[fx.Node, fx.Node] = {}
+        self.base: dict[fx.Node, fx.Node] = {}  # of each node the one whose memory it may be, and that is nobody else's
         self._families: dict[fx.Node, list[fx.Node]] = {}
         for node, source in self._source.items():
-            base = self._base[node] = node if source is None else self._base[source]
+            base = self.base[node] = node if source is None else self.base[source]
             self._families.setdefault(base, []).append(node)
         self._place = {node: place for place, node in enumerate(nodes)}
         self._last_read = {
@@ -153,8 +153,8 @@ class Memory:
 
     def changed_behind(self, view: fx.Node) -> bool:
         """Whether a view has to stay one: it or what it looks at is written to, and the other is read afterwards."""
-        base = self._base[view]
-        writing = [(place, to) for place, to in self._writing if place > self._place[view] and self._base[to] is base]
+        base = self.base[view]
+        writing = [(place, to) for place, to in self._writing if place > self._place[view] and self.base[to] is base]
         if not writing:
             return False
         through = {node for node in self._families[base] if view in self.roots(node)}

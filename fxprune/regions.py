@@ -58,7 +58,7 @@ def recorded(begin: Callable[..., Any], end: Callable[[Any], None], mine: Callab
     """
     open_regions: dict[int, Any] = {}
 
-    def watched(kind: type, entering: Any, leaving: Any) -> tuple[Any, Any]:
+    def watched(entering: Any, leaving: Any) -> tuple[Any, Any]:
         def on_enter(region: Any) -> Any:
             if mine(_caller()):
                 name, args, kwargs = _described(region)
@@ -75,7 +75,7 @@ def recorded(begin: Callable[..., Any], end: Callable[[Any], None], mine: Callab
     with ExitStack() as stack:
         kinds: tuple[Any, ...] = (*_KINDS.values(), torch.set_grad_enabled)
         for kind in kinds:
-            on_enter, on_exit = watched(kind, kind.__enter__, kind.__exit__)
+            on_enter, on_exit = watched(kind.__enter__, kind.__exit__)
             stack.enter_context(mock.patch.object(kind, "__enter__", on_enter))
             stack.enter_context(mock.patch.object(kind, "__exit__", on_exit))
         yield

@@ -7,7 +7,7 @@ forward is followed a second time, from there: with the same graph again there i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.memory import is_again
+from fxprune.memory import is_again, name_of
 from fxprune.shapes import holds_tensors
 
 __all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph"]
@@ -26,13 +26,27 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Change:
-    """An attribute that holds something else after forward than before; ``path`` leads to it from the root."""
+    """An attribute that holds something else after forward than before; ``path`` leads to it from the root.
+
+    ``contents`` is what a list, dict or set held before, which may itself be there still.
+    """
 
     store: dict[str, Any]
     name: str
     path: str
     before: Any
+    contents: Any
     after: Any
+
+    @property
+    def rebound(self) -> bool:
+        """False for a buffer that ``self.count += 1`` has written into: it is there still."""
+        return not is_again(getattr(self.after, "node", None), self.path)
+
+    @property
+    def proxies(self) -> list[fx.Proxy]:
+        """What was traced of what is there now."""
+        return [leaf for leaf in tree_leaves(self.after) if isinstance(leaf, fx.Proxy)]
 
 
 class Attributes:
@@ -51,25 +65,24 @@ class Attributes:
         for path, store, before, contents in self._before:
             for name in [*store.keys() | before.keys()]:
                 old, new = before.get(name, _MISSING), store.get(name, _MISSING)
-                full = f"{path}.{name}".removeprefix(".")
-                if name in _INTERNAL or full in ignored:
-                    continue
                 if old is new and (name not in contents or _alike(contents[name], new)):
                     continue
-                if type(old) is type(new) and type(old) in _PLAIN and old == new:
+                if name in _INTERNAL or (type(old) is type(new) and type(old) in _PLAIN and old == new):
                     continue
-                yield Change(store, name, full, contents.get(name, old), _copy(new) if type(new) in _CONTAINERS else new)
+                full = f"{path}.{name}".removeprefix(".")
+                if full not in ignored:
+                    after = _copy(new) if type(new) in _CONTAINERS else new
+                    yield Change(store, name, full, old, contents.get(name), after)
 
     def restore(self, ignore: Iterable[str] = ()) -> None:
         """Put everything back."""
         for change in [*self.changes(ignore)]:
-            before = next(values for _, store, values, _ in self._before if store is change.store)
-            if change.name not in before:
+            if change.before is _MISSING:
                 del change.store[change.name]
                 continue
-            original = change.store[change.name] = before[change.name]
-            if type(original) in _CONTAINERS:
-                _refill(original, change.before)
+            change.store[change.name] = change.before
+            if type(change.before) in _CONTAINERS:
+                _refill(change.before, change.contents)
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -93,26 +106,17 @@ def _refill(container: Any, contents: Any) -> None:
 
 
 def assigned(changes: Iterable[Change]) -> set[str]:
-    """Paths of what was set to something that was traced; ``self.count += 1`` writes into a buffer, which is there still."""
-    return {
-        change.path
-        for change in changes
-        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(change.after))
-        and not is_again(getattr(change.after, "node", None), change.path)
-    }
+    """Paths of what was set to something that was traced."""
+    return {change.path for change in changes if change.rebound and change.proxies}
 
 
 def carried(changes: Iterable[Change]) -> list[Change]:
     """Those that may make the next call another one: what depends on the values of inputs, and what Python has computed."""
-    return [change for change in changes if _carries(change)]
+    return [change for change in changes if change.rebound and _carries(change.proxies)]
 
 
-def _carries(change: Change) -> bool:
-    if is_again(getattr(change.after, "node", None), change.path):
-        return False
-    leaves = tree_leaves(change.after)
-    proxies = [leaf for leaf in leaves if isinstance(leaf, fx.Proxy)]
-    return any(_from_inputs(proxy.node) for proxy in proxies) if proxies else True
+def _carries(proxies: Sequence[fx.Proxy]) -> bool:
+    return not proxies or any(_from_inputs(proxy.node) for proxy in proxies)
 
 
 _SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
@@ -123,8 +127,7 @@ def _from_inputs(node: fx.Node) -> bool:
     seen, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node in seen or name in _SHAPED_LIKE or not holds_tensors(node.meta.get("val")):
+        if node in seen or name_of(node) in _SHAPED_LIKE or not holds_tensors(node.meta.get("val")):
             continue
         if node.op == "placeholder":
             return True

@@ -111,15 +111,14 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
         if name_of(node, root) not in _BY_LAYOUT:
             continue
         if memory.changed_behind(node):
-            *_, base = memory.roots(node)
-            if channels_last and base.op != "get_attr":
+            if channels_last and memory.base[node].op != "get_attr":
                 raise ModelError(
                     f"{node.name!r} looks at memory that is written to later, and channels-last it would be a copy. Deploy with "
                     "channels_last=False, or write that line without an operation in place."
                 )
         elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in node.args):
             node.target = "reshape"
-    constants = compute_constants(root)
+    constants = compute_constants(root, memory.changing())
     drop_identities(root)
     graph.eliminate_dead_code(has_effect)
     while fold(root, constants):

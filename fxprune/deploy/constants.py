@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxprune.memory import Memory, writes
 from fxprune.trace import execute
 
 __all__ = ["compute_constants", "new_buffer"]
@@ -17,14 +16,13 @@ __all__ = ["compute_constants", "new_buffer"]
 _NUMBERS = (bool, int, float)
 
 
-def compute_constants(root: fx.GraphModule) -> dict[fx.Node, Any]:
+def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> dict[fx.Node, Any]:
     """Evaluate every node that needs no input; of them, what others read becomes a buffer, or a number in their arguments.
 
     Returns the constant nodes and their values, the new buffers included. Random numbers stay calls, and so does what something
-    in the graph writes to.
+    in the graph writes to: the nodes in ``changing`` (:meth:`fxprune.memory.Memory.changing`).
     """
     constants: dict[fx.Node, Any] = {}
-    changing = Memory(root).changing()
     for node in root.graph.nodes:
         if node.op == "get_attr":
             value = execute(root, node, (), {})
@@ -47,8 +45,7 @@ def compute_constants(root: fx.GraphModule) -> dict[fx.Node, Any]:
 
 def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
     operands = node.all_input_nodes
-    called = node.op in ("call_function", "call_method") and not writes(node)
-    return called and bool(operands) and all(operand in constants for operand in operands)
+    return node.op in ("call_function", "call_method") and bool(operands) and all(operand in constants for operand in operands)
 
 
 def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor) -> fx.Node:

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fxprune.errors import FxpruneError, TraceError
 from fxprune.regions import BOUNDS
@@ -179,7 +178,7 @@ def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in assigned:
             for user in node.users:
-                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(user.meta.get("val"))):
+                if holds_tensors(user.meta.get("val")):
                     raise TraceError(
                         f"forward of this {type(root).__name__} reads {node.target!r} and sets it for its next call, which a graph "
                         "cannot do. Hand it in and out as an argument, or make it a buffer and write into it in place."
@@ -216,7 +215,6 @@ def _drop_unused_sizes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
             continue
-        value = node.meta.get("val")
-        scalar = node.op == "get_attr" or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+        scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
         if scalar and node.target is not operator.setitem:
             graph.erase_node(node)
