@@ -1,14 +1,19 @@
 """Measuring: settings that cannot be had are refused, what is measured is what was asked for."""
 
+import contextlib
+import functools
 import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.errors import ArgumentError
 from fxprune.latency import Latency, Roofline, Setting, Timing, measure, measuring, roofline, time_in_turns
+from fxprune.latency.cuda import captured, peak_bytes
 from tests.support.checking import assert_unharmed, snapshot
 
 gpu = pytest.mark.gpu
@@ -137,6 +142,112 @@ def test_inputs_by_name_and_compiled() -> None:
     assert measure({"model": Named()}, inputs, Setting("cpu", mode="compiled"), **QUICK)["model"].timing.count == 2
 
 
+def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten models of one class: torch compiles the code of a class eight times, and then runs it as it is."""
+
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width, self.linear = width, nn.Linear(3, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.linear(x).relu())
+
+    compiled: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: Tensor) -> Any:
+            out = graph(*args)
+            compiled.append(out[0].shape[-1])
+            return out
+
+        return run
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    widths = range(1, 11)
+    measure({str(width): Wide(width) for width in widths}, torch.zeros(2, 3), Setting("cpu", mode="compiled"), **QUICK)
+    assert set(compiled) == set(widths)
+
+
+class OnAGpu:
+    """Stands in for a GPU: what was done, in order, and a clock that every call moves by a millisecond."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.now, self.used, self.peak, self.mode = 0.0, 1000, 0, 0
+        for name, made in {"Event": self._event, "Stream": self._new_stream, "CUDAGraph": self._cudagraph}.items():
+            monkeypatch.setattr(torch.cuda, name, made)
+        for name in ("device", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, functools.partial(self._entered, name))
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, functools.partial(self.log.append, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", self._new_stream)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.used)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.peak)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", functools.partial(setattr, self, "mode"))
+
+    def call(self) -> str:
+        self.log.append("call")
+        self.now += 1.0
+        self.peak = self.used + 50
+        if self.mode == "error" and "waits" in self.log:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return "result"
+
+    @contextlib.contextmanager
+    def _entered(self, what: str, value: Any) -> Iterator[None]:
+        self.log.append(f"{what} {value}" if what == "device" else what)
+        yield
+        self.log.append(f"leave {what}")
+
+    def _event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        event = SimpleNamespace(at=-1.0)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda after: after.at - event.at
+        return event
+
+    def _new_stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+
+    def _cudagraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+
+def test_events_time_every_call_on_the_gpu_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = OnAGpu(monkeypatch)
+    found = time_in_turns({"a": there.call, "b": there.call}, "cuda:1", rounds=2, seconds=1e-9, warm_up=1)
+    assert {name: (timing.ms, timing.count) for name, timing in found.items()} == {"a": (1.0, 6), "b": (1.0, 6)}
+    assert there.log[0] == "device cuda:1"
+    assert there.log[-2:] == ["synchronize", "leave device"]
+
+
+def test_a_recording_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = OnAGpu(monkeypatch)
+    replay = captured(there.call)
+    assert there.log == ["wait", "stream", *["call"] * 4, "leave stream", "wait", "graph", "call", "leave graph"]
+    assert there.mode == 0
+    replay()
+    assert there.log[-1] == "replay"
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = OnAGpu(monkeypatch)
+    there.log.append("waits")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        captured(there.call)
+    assert "graph" not in there.log
+    assert there.mode == 0
+
+
+def test_the_peak_is_what_a_call_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = OnAGpu(monkeypatch)
+    assert peak_bytes(there.call) == 50
+    assert there.log == ["synchronize", "reset_peak_memory_stats", "call", "synchronize"]
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("mode", ["eager", "compiled", "cudagraph"])
@@ -148,5 +259,7 @@ def test_on_a_gpu(mode: str, precision: str) -> None:
     found = measure({"model": model}, torch.zeros(2, 3, 16, 16), Setting("cuda", precision, mode, batch=4), **QUICK)["model"]
     assert found.timing.count >= 6
     assert found.peak_bytes is not None
-    assert found.peak_bytes > 0
+    weights, bytes_each = sum(parameter.numel() for parameter in model.parameters()), 2 if precision.endswith("16") else 4
+    images, outputs = 4 * 3 * 16**2, 4 * 8 * 12**2
+    assert (weights + images + outputs) * bytes_each <= found.peak_bytes <= 2**26, "the model's own, and what cuDNN works with"
     assert torch.backends.cuda.matmul.allow_tf32 == before

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fxprune.errors import ArgumentError
+from fxprune.latency.cuda import current
 
 __all__ = ["Timing", "time_in_turns"]
 
@@ -64,14 +65,17 @@ def time_in_turns(
     """
     if not runs or rounds < 1 or seconds <= 0:
         raise ArgumentError(f"time_in_turns: {len(runs)} callables, rounds={rounds}, seconds={seconds}: all have to be positive.")
-    on_gpu = torch.device(device).type == "cuda"
-    calls = {name: _warmed_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    turn = _turn_on_gpu if on_gpu else _turn
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    for turn in range(rounds):
-        first = turn % len(order)
-        for name in order[first:] + order[:first]:
-            times[name] += _turn_on_gpu(runs[name], calls[name]) if on_gpu else _turn(runs[name], calls[name])
+    with current(device):
+        calls = {name: _warmed_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
+        for number in range(rounds):
+            first = number % len(order)
+            for name in order[first:] + order[:first]:
+                times[name] += turn(runs[name], calls[name])
     return {name: Timing.of(own) for name, own in times.items()}
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.latency.layers import Layer, Operand, Prepare, record
-from fxprune.latency.measuring import Setting, batch_of, precision_of, prepared
+from fxprune.latency.measuring import Setting, batch_of, prepared, running
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
 from fxprune.rules import Contraction
@@ -115,7 +115,7 @@ class Forecast:
         self._full = self._values(self.full[np.newaxis].astype(np.float64))[0]
         self._lost = self._lost_at_once()
         self._proportional = self._names_of_proportional()
-        with precision_of(setting), torch.inference_mode():
+        with running(setting), torch.inference_mode():
             self._idle = self._launch()
             record(prepared(model, setting), batch_of(example_inputs, setting), coupling, self._sizes, self._see)
             for alike in self._alike.values():

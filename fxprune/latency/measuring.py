@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.errors import ArgumentError
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
+from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
 from fxprune.latency.roofline import roofline
 
 __all__ = [
@@ -27,10 +30,9 @@ __all__ = [
     "Latency",
     "Setting",
     "batch_of",
-    "captured",
     "measure",
-    "precision_of",
     "prepared",
+    "running",
     "time_models",
 ]
 
@@ -44,6 +46,8 @@ PRECISIONS: Mapping[str, torch.dtype] = {
 
 MODES = ("eager", "compiled", "cudagraph")
 """As it is; ``torch.compile``; recorded once as a CUDA graph and replayed."""
+
+_MOST_BATCHES = 4096  # of inputs so small that reading them counts for nothing
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Latency:
         What the call would take at the device's measured rate of multiply-accumulates and its measured bandwidth, whichever is
         longer, if weights, inputs and outputs went through memory once and nothing else did.
     peak_bytes:
-        The largest amount of memory in use during a call, weights included; None on a CPU, which does not tell.
+        Weights, inputs, and the most memory that one call takes beside them; None on a CPU, which does not tell.
     """
 
     timing: Timing
@@ -172,9 +176,12 @@ def measure(
         limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
         out = {}
         for name, model in ready.items():
-            floor = limits.floor_ms(_macs(model, batches[0]), _bytes(model, batches[0]))
-            peak = _peak(runs[name]) if setting.on_gpu else None
-            out[name] = Latency(timings[name], batch_size(batches[0]), floor, peak)
+            first, peak = batches[0], None
+            floor = limits.floor_ms(_macs(model, first), _bytes(model, first, _call(model, first)))
+            if setting.on_gpu:  # replaying takes no memory, since what was recorded has it already
+                run = functools.partial(_call, model, first) if setting.mode == "cudagraph" else runs[name]
+                peak = _bytes(model, first) + peak_bytes(run)
+            out[name] = Latency(timings[name], batch_size(first), floor, peak)
     return out
 
 
@@ -191,21 +198,24 @@ def _running(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
 ) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
     """The batches, the models as they run, and what calls them, in the setting's precision and without gradients."""
-    with precision_of(setting), torch.inference_mode():
+    # Models of one class share the code that is compiled. Past a limit it would run as it is, silently: none, then.
+    no_limit = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+    with running(setting), no_limit, torch.inference_mode():
         batches = _batches(example_inputs, setting)
         ready = {name: prepared(model, setting) for name, model in models.items()}
         yield batches, ready, {name: _runner(model, batches, setting) for name, model in ready.items()}
 
 
 @contextlib.contextmanager
-def precision_of(setting: Setting) -> Iterator[None]:
-    """tf32 exactly where it is asked for; cuDNN tries its algorithms, as it would in production."""
+def running(setting: Setting) -> Iterator[None]:
+    """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its algorithms, as in production."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     wanted = setting.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with current(setting.place):
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
@@ -219,13 +229,12 @@ def prepared(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
-    """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache."""
+    """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache twice."""
     first = batch_of(example_inputs, setting)
     count = 1
     if setting.on_gpu:
-        cache = torch.cuda.get_device_properties(setting.place).L2_cache_size
         own = sum(leaf.nbytes for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
-        count = min(max(2 * cache // max(own, 1), 1), 64)
+        count = min(-(-2 * cache_bytes(setting.place) // max(own, 1)), _MOST_BATCHES)
     return [first, *(batch_of(example_inputs, setting, seed) for seed in range(1, count))]
 
 
@@ -267,24 +276,6 @@ def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Cal
     return run
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """What replays a CUDA graph of one call."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay(kept: object = kept) -> None:  # what the graph writes to lives as long as this does
-        graph.replay()
-
-    return replay
-
-
 def _macs(model: nn.Module, inputs: Any) -> int:
     try:
         return cost_of(model, inputs).macs
@@ -294,15 +285,7 @@ def _macs(model: nn.Module, inputs: Any) -> int:
         return counter.get_total_flops() // 2
 
 
-def _bytes(model: nn.Module, inputs: Any) -> int:
-    """Weights, inputs and outputs, once each."""
-    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs), *tree_leaves(_call(model, inputs))]
+def _bytes(model: nn.Module, *more: Any) -> int:
+    """Weights and the tensors in ``more``, once each."""
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
     return sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values())
-
-
-def _peak(run: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()

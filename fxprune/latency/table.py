@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fxprune.latency.clock import time_in_turns
-from fxprune.latency.measuring import Setting, captured
+from fxprune.latency.cuda import captured
+from fxprune.latency.measuring import Setting
 
 __all__ = ["Table", "cache_folder", "device_name"]
 
