@@ -207,7 +207,7 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
                 f"{timing.ms / first:.2f}",
             )
         console.print(table)
-    console.print("floor: at this device's measured rate of multiply-accumulates and bandwidth; nothing can be faster")
+    console.print("floor: the multiply-accumulates and bytes at this device's measured rates, whichever takes longer")
 
 
 def _place(setting: Setting) -> str:

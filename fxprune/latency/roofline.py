@@ -1,4 +1,7 @@
-"""What the device can do at best, measured: no model can be faster than its work at these rates.
+"""What the device can do at best, measured, and how long a model's work takes at these rates.
+
+A model is hardly ever below: an algorithm has to multiply less than the model says, as Winograd's does, or one that leaves out
+what falls on the padding, which is half of a convolution that is dilated far enough.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", CACM 2009.
 """
@@ -6,9 +9,11 @@ Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from fxprune.latency.clock import time_in_turns
 
@@ -17,13 +22,13 @@ __all__ = ["Roofline", "roofline"]
 
 @dataclass(frozen=True)
 class Roofline:
-    """Multiply-accumulates per second of large matrix products, and bytes per second of large copies."""
+    """Multiply-accumulates per second of large matrix products and convolutions, and bytes per second of large copies."""
 
     macs_per_second: float
     bytes_per_second: float
 
     def floor_ms(self, macs: int, nbytes: int) -> float:
-        """Milliseconds that so many multiply-accumulates and bytes of traffic take at least.
+        """Milliseconds that so many multiply-accumulates and bytes of traffic take at these rates, whichever takes longer.
 
         >>> Roofline(1e9, 1e9).floor_ms(macs=2_000_000, nbytes=500_000)
         2.0
@@ -33,18 +38,31 @@ class Roofline:
 
 @functools.lru_cache(maxsize=32)
 def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Roofline:
-    """Measure a device: the best of square matrix products in ``dtype``, and a copy that no cache holds.
+    """Measure a device: the best of large products in ``dtype``, and a copy that no cache holds.
 
     ``tf32`` is part of the name under which the result is remembered; the caller has switched it on.
     """
     on_gpu = device.type == "cuda"
-    rate = 0.0
-    for size in (4096, 8192) if on_gpu else (512, 1024):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        timing = time_in_turns({"product": lambda a=a, b=b: a @ b}, device, rounds=5, seconds=0.05)["product"]  # type: ignore[misc]
-        rate = max(rate, size**3 / (1e-3 * timing.low))
+    made = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
+    made.append(_convolution(64 if on_gpu else 1, device, dtype))
+    timings = time_in_turns({str(number): run for number, (run, _) in enumerate(made)}, device, rounds=5, seconds=0.05)
+    rate = max(macs / (1e-3 * timing.low) for (_, macs), timing in zip(made, timings.values(), strict=True))
     megabytes = 1024 if on_gpu else 128
     source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = time_in_turns({"copy": lambda: target.copy_(source)}, device, rounds=5, seconds=0.05)["copy"]
     return Roofline(rate, 2 * source.nbytes / (1e-3 * timing.low))
+
+
+def _square(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A product of square matrices, and its multiply-accumulates."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, size**3
+
+
+def _convolution(batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A convolution of 3x3: where other libraries compute it than matrix products, it can be the faster of the two."""
+    channels, size, layout = 256, 56, torch.channels_last
+    x = torch.randn(batch, channels, size, size, device=device).to(dtype, memory_format=layout)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=layout)
+    return lambda: F.conv2d(x, weight, padding=1), batch * (size * channels * 3) ** 2
