@@ -10,6 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,31 @@ def time_all(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Names
     for setting in settings(found):
         row: common.Record = {"precision": setting.precision, "mode": setting.mode, "batch": setting.batch}
         try:
-            row["latency"] = {
-                name: as_record(latency)
-                for name, latency in measure(models, inputs, setting, rounds=found.rounds, seconds=found.seconds).items()
-            }
+            row |= fitting(models, inputs, setting, found)
             said = "  ".join(f"{name} {latency['ms']:.3f} ms" for name, latency in row["latency"].items())
         except Exception as error:
             said = row["error"] = common.one_line(error)
-        print(f"  {setting.precision} {setting.mode:9} batch {setting.batch:4}  {said}", flush=True)
+        print(f"  {setting.precision} {setting.mode:9} batch {row['batch']:4}  {said}", flush=True)
         rows.append(row)
         torch._dynamo.reset()
     return rows
+
+
+def fitting(models: Mapping[str, nn.Module], inputs: Any, setting: Setting, found: argparse.Namespace) -> common.Record:
+    """What the models took, and at which batch: half of it, and half again, until a GPU's memory holds it."""
+    batch = setting.batch
+    assert batch is not None
+    while True:
+        try:
+            measured = measure(models, inputs, replace(setting, batch=batch), rounds=found.rounds, seconds=found.seconds)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        else:
+            return {"batch": batch, "latency": {name: as_record(latency) for name, latency in measured.items()}}
+        batch //= 2  # behind the error, which holds what was allocated
+        print(f"  out of memory: the batch is {batch} now", flush=True)
+        torch.cuda.empty_cache()
 
 
 def as_record(latency: Latency) -> common.Record:

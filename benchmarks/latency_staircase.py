@@ -2,8 +2,9 @@
 
     python benchmarks/latency_staircase.py            # the GPU where there is one, otherwise the CPU
     python benchmarks/latency_staircase.py --quick
+    python benchmarks/latency_staircase.py --models linear --batches 1    # adds to what the file of the device holds
 
-A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step by step, and their inputs too.
+A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step by step.
 
 The figures go to ``benchmarks/results/latency_staircase_<device>.json``, ``.md`` and ``.png``.
 """
@@ -20,15 +21,16 @@ from torch import nn
 from fxprune.latency import measure as time_models
 
 LAYERS = {
-    "conv3x3, 256 -> w, 14 x 14": (lambda w: nn.Conv2d(256, w, 3, padding=1), 256, (256, 14, 14)),
-    "conv1x1, 1024 -> w, 14 x 14": (lambda w: nn.Conv2d(1024, w, 1), 256, (1024, 14, 14)),
-    "linear, 768 -> w, 197 tokens": (lambda w: nn.Linear(768, w), 768, (197, 768)),
+    "conv3x3": ("256 -> w, 14 x 14", lambda w: nn.Conv2d(256, w, 3, padding=1), 256, (256, 14, 14)),
+    "conv1x1": ("1024 -> w, 14 x 14", lambda w: nn.Conv2d(1024, w, 1), 256, (1024, 14, 14)),
+    "linear": ("768 -> w, 197 tokens", lambda w: nn.Linear(768, w), 768, (197, 768)),
 }
+"""Name -> what it is, what makes it at a width, the largest width, the shape of one input."""
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
     """One layer at every width."""
-    make, widest, shape = LAYERS[name]
+    _, make, widest, shape = LAYERS[name]
     widths = range(widest // 8 if found.quick else found.step, widest + 1, widest // 8 if found.quick else found.step)
     rows = []
     for setting in shared.settings(found):
@@ -51,7 +53,7 @@ def report(results: common.Record) -> str:
             worst = max(range(1, len(ms)), key=lambda i: ms[i - 1] - ms[i])
             rows.append(
                 [
-                    name,
+                    f"{name}, {LAYERS[name][0]}",
                     row["precision"],
                     row["mode"],
                     row["batch"],
@@ -88,7 +90,7 @@ def plot(results: common.Record) -> None:
             widths = sorted(map(int, row["ms"]))
             label = f"{row['precision']}, {row['mode']}, batch {row['batch']}"
             axis.plot(widths, [row["ms"][str(width)] / row["ms"][str(widths[-1])] for width in widths], label=label)
-        axis.set_title(name)
+        axis.set_title(f"{name}, {LAYERS[name][0]}")
         axis.set_xlabel("width")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("latency, of the widest")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from torchvision import datasets
 
 import fxprune
 from fxprune.criteria import CPMC
+from fxprune.latency import Latency, Setting, Timing
 from tests.support.scripts import imported
 
 
@@ -174,3 +176,94 @@ def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, fe
     second = accuracy.trained(setting, where)
     assert first is not second
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+# -- latency
+
+
+@pytest.fixture
+def run_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a latency benchmark on small images for a moment, and returns the file of results that it wrote."""
+
+    def run(name: str, *more: str) -> Any:
+        with imported(name) as module:
+            monkeypatch.setattr(sys.modules["_common"], "RESULTS", tmp_path)
+            monkeypatch.setattr(sys.modules["_latency"], "keep_memory", lambda: False)  # it would be for this whole process
+            argv = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.001", "--batches", "2", *more]
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+            module.main()
+        written = sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".json", ".md"))
+        assert [name.rpartition(".")[2] for name in written] == ["json", "md"]
+        assert all(name.startswith(f"{module.__name__}_") and "_quick" in name for name in written)
+        assert "on the CPU" in (tmp_path / written[1]).read_text()
+        return json.loads((tmp_path / written[0]).read_text())["models"]
+
+    return run
+
+
+def test_the_latency_of_every_budget(run_quickly: Callable[..., Any]) -> None:
+    record = run_quickly("latency", "--models", "mobilenet_v2", "--removed", "0.3,0.5", "--round-to", "1")["mobilenet_v2"]
+    (row,) = record["rows"]
+    assert list(row["latency"]) == ["dense", "30% removed", "50% removed"]
+    assert (row["precision"], row["mode"], row["batch"]) == ("fp32", "eager", 2)
+    for label, most in {"30% removed": 0.7, "50% removed": 0.5}.items():
+        assert most - 0.05 < record["left"][label]["macs"] <= most
+        assert row["latency"][label]["floor_ms"] < row["latency"]["dense"]["floor_ms"]
+    assert all(own["quartiles"][0] <= own["ms"] <= own["quartiles"][1] for own in row["latency"].values())
+
+
+def test_by_hand_at_the_pruned_widths(run_quickly: Callable[..., Any]) -> None:
+    record = run_quickly("latency_plain", "--models", "resnet18", "--repeats", "2")["resnet18"]
+    assert list(record["differences"]) == ["plain", "deployed", "class", "graph"]
+    assert max(record["differences"].values()) < 1e-4
+    (row,) = record["rows"]
+    assert {form: len(own) for form, own in row["latency"].items()} == dict.fromkeys(record["differences"], 2)
+
+
+def test_both_tools_at_equal_macs(run_quickly: Callable[..., Any]) -> None:
+    pytest.importorskip("torch_pruning", reason="the rival is not installed")
+    record = run_quickly("latency_rivals", "--models", "resnet18")["resnet18"]
+    assert "error" not in record
+    (row,) = record["rows"]
+    assert len(row["latency"]) >= 3
+
+
+def test_the_staircase_of_a_layer(run_quickly: Callable[..., Any]) -> None:
+    pytest.importorskip("matplotlib", reason="it draws")
+    record = run_quickly("latency_staircase", "--models", "linear")
+    (row,) = record["linear"]["rows"]
+    assert list(row["ms"]) == [str(width) for width in range(96, 769, 96)]
+
+
+@pytest.mark.slow
+def test_both_budgets_at_equal_latency(run_quickly: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
+    record = run_quickly("latency_budget", "--models", "resnet50", "--shares", "0.7")["resnet50"]
+    (row,) = record["rows"]
+    if "error" not in row:  # on a busy machine the budget may be refused
+        assert 0 < row["ms"]["measured"] < row["ms"]["dense"]
+        for by in ("by latency", "by macs"):
+            assert 0 < row[by]["macs"] < 1
+            assert row[by]["macs"] < row[by]["importance"] < 1
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def measure(models: Any, inputs: Any, setting: Setting, **options: Any) -> dict[str, Latency]:
+        assert setting.batch is not None
+        tried.append(setting.batch)
+        if setting.batch > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"dense": Latency(Timing(2.0, 1.0, 3.0, 5), setting.batch, 1.0, 100)}
+
+    found = SimpleNamespace(device="cpu", precisions=["fp32"], modes=["eager"], batches=[256], rounds=1, seconds=0.1)
+    with imported("_latency") as shared:
+        monkeypatch.setattr(shared, "measure", measure)
+        limit = 100
+        (row,) = shared.time_all({}, None, found)
+        assert (tried, row["batch"], row["latency"]["dense"]["throughput"]) == ([256, 128, 64], 64, 32_000.0)
+        limit = 0
+        (row,) = shared.time_all({}, None, found)
+        assert row["error"] == "OutOfMemoryError: CUDA out of memory."
+        assert tried[-1] == 1
