@@ -104,7 +104,7 @@ def _label_parts(
         twin = twin_of(model)
         twin.model.eval()
         labelling = Labelling(twin, terms, **options)
-        labelling.run(*some_data(values))
+        labelling.run(*some_data(values, twin.device))
         return labelling
 
     try:

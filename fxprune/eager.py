@@ -328,14 +328,14 @@ class _Finder:
         return self.graphs.setdefault(path, graph) == graph
 
 
-def some_data(inputs: Any) -> Any:
-    """Inputs of these shapes with data, always the same: Python that is not traced reads them."""
+def some_data(inputs: Any, device: torch.device) -> Any:
+    """Inputs of these shapes with data, on every device the same: Python that is not traced reads them."""
     generator = torch.Generator().manual_seed(0)
 
     def filled(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            return torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+            return torch.rand(tensor.shape, generator=generator).to(device, tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
 
     return tree_map(filled, inputs)
 

@@ -404,3 +404,65 @@ def test_constants_go_into_the_biases_of_parts() -> None:
     assert error() < 1e-12
     with pytest.raises(ArgumentError, match='method="constants"'):
         fxprune.compensate(model, pruned, [(x,)], method="least_squares")
+
+
+ON_CPU = torch.device("cpu")
+ASKS: dict[str, Callable[[Any, Tensor], bool]] = {
+    "type": lambda model, x: x.device.type == "cpu",
+    "type among several": lambda model, x: x.device.type in ("cpu", "cuda"),
+    "type of a result": lambda model, x: (x * 2).device.type != "cuda",
+    "type of a weight": lambda model, x: model.first.weight.device.type == "cpu",
+    "type of the first parameter": lambda model, x: next(model.parameters()).device.type == "cpu",
+    "device": lambda model, x: x.device == ON_CPU,
+    "device the other way round": lambda model, x: ON_CPU == x.device,  # noqa: SIM300 - torch.device answers first
+    "device of the first parameter": lambda model, x: next(model.parameters()).device in (ON_CPU, "cpu"),
+    "text": lambda model, x: str(x.device) == "cpu",
+    "formatted text": lambda model, x: f"on {x.device}" == "on cpu",
+    "is_cpu": lambda model, x: x.is_cpu,
+    "is_cuda": lambda model, x: not x.is_cuda,
+    "is_meta": lambda model, x: not x.is_meta,
+    "is_meta of the first parameter": lambda model, x: not next(model.parameters()).is_meta,
+    "get_device": lambda model, x: x.get_device() < 0,
+    "get_device of the first parameter": lambda model, x: next(model.parameters()).get_device() < 0,
+}
+
+
+class AsksForTheDevice(nn.Module):
+    """Does one thing on a CPU, and another elsewhere."""
+
+    def __init__(self, question: Callable[[Any, Tensor], bool]) -> None:
+        super().__init__()
+        self.first, self.last, self.question = nn.Linear(8, 16), nn.Linear(16, 4), question
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x * 2 if self.question(self, x) else x)))
+
+
+@pytest.mark.parametrize("question", ASKS.values(), ids=ASKS)
+def test_what_is_done_on_one_device_only_stays_python(question: Callable[[Any, Tensor], bool]) -> None:
+    """Models are traced on the meta device, whose answer would be another one; and a graph would give it on all devices."""
+    model, x = AsksForTheDevice(question).eval(), torch.randn(3, 8)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert isinstance(pruned.model, AsksForTheDevice)
+    assert pruned.model.first.weight.shape == (8, 8)
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [lambda model, x: x.device, lambda model, x: model.first.weight.device, lambda model, x: next(model.parameters()).device],
+    ids=["of the input", "of a weight", "of the first parameter"],
+)
+def test_a_device_that_is_handed_on_stays_a_graph(device: Callable[[Any, Tensor], torch.device]) -> None:
+    class HandsOn(AsksForTheDevice):
+        def forward(self, x: Tensor) -> Tensor:
+            place = device(self, x)
+            assert isinstance(place, torch.device)
+            assert place == x.device
+            return self.last(torch.relu(self.first(x.to(place) + torch.ones(8, device=place))))
+
+    model, x = HandsOn(lambda *_: True).eval(), torch.randn(3, 8)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert isinstance(pruned.model, fx.GraphModule)
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+    assert pruned.model.to("meta")(x.to("meta")).device.type == "meta"

@@ -746,3 +746,20 @@ def test_a_large_model_costs_no_memory() -> None:
 )
 def test_what_is_a_leaf(module: nn.Module, leaf: bool) -> None:
     assert is_leaf(module) == leaf
+
+
+def test_what_is_computed_from_constants_can_be_trained_through() -> None:
+    """It is computed while the graph is traced, under inference mode, whose tensors autograd refuses."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.order = nn.Linear(4, 4), torch.arange(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(self.order > 1, self.linear(x), 0.0)
+
+    graph = fxprune.prune(Masked(), torch.randn(2, 4), channels=1.0).model
+    assert isinstance(graph, torch.fx.GraphModule)
+    graph(torch.randn(2, 4)).sum().backward()
+    assert (graph.get_parameter("linear.weight").grad != 0).any(dim=1).tolist() == [False, False, True, True]

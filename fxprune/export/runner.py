@@ -7,7 +7,7 @@ import sys
 def run(file: str, given: str, got: str) -> None:
     """Read a list of calls, run the file on each, and write the output tensors of each."""
     import torch
-    from torch.utils._pytree import tree_leaves
+    from torch.utils._pytree import tree_leaves, tree_map_only
 
     with contextlib.suppress(ImportError):
         import torchvision  # noqa: F401 - some programs call its operations
@@ -21,7 +21,10 @@ def run(file: str, given: str, got: str) -> None:
         results = [session.run(None, dict(zip(names, arrays, strict=True))) for arrays in fed]
         outputs = [[torch.from_numpy(array) for array in result] for result in results]
     else:
-        program = torch.export.load(file).module()
+        exported = torch.export.load(file)
+        place = next((tensor.device for tensor in exported.state_dict.values()), torch.device("cpu"))
+        program = exported.module()
+        calls = tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), calls)
         results = [tree_leaves(program(*args, **kwargs)) for args, kwargs in calls]
         outputs = [[leaf.detach().cpu() for leaf in result if isinstance(leaf, torch.Tensor)] for result in results]
     if "fxprune" in sys.modules:

@@ -60,7 +60,8 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
         below, own = root.get_submodule(path), [trace for trace in coupling.traces if trace.path == path]
         for trace in own:
             for target in trace.constants:
-                _set(below, target, operator.attrgetter(target)(trace.twin.model))
+                constant = operator.attrgetter(target)(trace.twin.model)
+                _set(below, target, constant if constant.is_meta else constant.cpu())
         graphs = [_Emission(coupling, survivors, trace, below, original, context, thorough).run() for trace in own]
         if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
             del graphs[1]  # the model asks for its mode, but does the same in both
@@ -70,9 +71,16 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
         for target, tensor in trace.constants.items():
             _set(emitted[trace.path][0], target, tensor)
     for path, (below, graphs) in emitted.items():
+        for buffer in below._non_persistent_buffers_set:
+            if buffer.startswith(_POSITIONS):
+                below.register_buffer(buffer, below.get_buffer(buffer).to(coupling.twin.device), persistent=False)
         module = PrunedModule(below, graphs[0], type(below).__name__ if path else name, *graphs[1:])
         root = _replaced(root, below, module.behaving_like(below) if path else module)
     return root
+
+
+_POSITIONS = "_positions"
+"""How the names of buffers begin that say which positions Python sees."""
 
 
 class _Emission:
@@ -197,7 +205,7 @@ class _Emission:
 
     def _positions(self, index: Array) -> fx.Node:
         """A node that reads these positions, which are a buffer outside the state dict."""
-        name = next(n for n in map("_positions{}".format, itertools.count()) if not hasattr(self.root, n))
+        name = next(n for n in map(f"{_POSITIONS}{{}}".format, itertools.count()) if not hasattr(self.root, n))
         with torch.inference_mode(False):
             self.root.register_buffer(name, torch.tensor(index), persistent=False)
         return self.graph.get_attr(name)

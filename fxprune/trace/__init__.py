@@ -157,7 +157,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
             ) from error
     constants = {
-        name: twin.real.get(id(t), t)
+        name: twin.real[id(t)] if id(t) in twin.real else t.clone()  # not an inference tensor, or the graph could not train
         for t, name in tracer.tensor_attrs.items()
         if isinstance(t, Tensor) and name in tracer.constant_targets
     }

@@ -16,7 +16,26 @@ from fxprune.trace.lines import user_line
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 
-__all__ = ["SizeTuple", "ValueAttribute", "ValueProxy", "symbolic"]
+__all__ = ["TELLS_DEVICE", "SizeTuple", "ValueAttribute", "ValueProxy", "asks_device", "symbolic"]
+
+
+_of_the_tensor = torch._C.DisableTorchFunction
+"""Attributes of the stand-ins themselves: what looks at how they are read answers for the user's tensors."""
+
+_TOLD = (int, float, bool, torch.device)
+"""Kinds of values that ``isinstance`` tells, beside tensors."""
+
+TELLS_DEVICE = frozenset(
+    {"get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla", "is_xpu"}
+)
+"""Attributes of a tensor that say on which device it is."""
+
+
+def asks_device(what: str) -> str:
+    return (
+        f"forward asks on which device a tensor is ({what}, at {user_line()}), to do something else there. A graph has one path "
+        "for all devices: hand x.device on, as in device=x.device, or keep that line inside a module of its own."
+    )
 
 
 class SizeTuple(tuple[Any, ...]):
@@ -46,7 +65,7 @@ class ValueProxy(fx.Proxy):
     def __class__(self) -> type:
         # isinstance(x, Tensor) in users' code must be answered as for the tensor itself.
         kind = type(self.node.meta.get("val"))
-        return Tensor if issubclass(kind, Tensor) else kind if kind in (int, float, bool) else ValueProxy
+        return Tensor if issubclass(kind, Tensor) else kind if kind in _TOLD else ValueProxy
 
     @__class__.setter
     def __class__(self, value: type) -> None:
@@ -59,10 +78,14 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, dict) and name in ("values", "items"):
             pairs = [(key, self[key]) for key in value]
             return lambda: pairs if name == "items" else [item for _, item in pairs]
-        if not hasattr(value, name):
+        with _of_the_tensor():
+            has = hasattr(value, name)
+        if not has:
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        if isinstance(value, torch.device | torch.dtype):
+        if isinstance(value, torch.dtype):
             return getattr(value, name)
+        if isinstance(value, torch.device) or (isinstance(value, Tensor) and name in TELLS_DEVICE):
+            raise TraceError(asks_device(f"{self!r}.{name}"))
         return ValueAttribute(self, name)
 
     def size(self, dim: Any = None) -> Any:
@@ -115,10 +138,13 @@ class ValueProxy(fx.Proxy):
         value = self.__dict__["node"].meta.get("val")
         return f"{self.node.name}{tuple(value.shape)}" if isinstance(value, Tensor) else f"{self.node.name}={value!r}"
 
-    __str__ = __repr__
+    def __str__(self) -> str:
+        if self.__class__ is torch.device:
+            raise TraceError(asks_device(f"str({self!r})"))
+        return repr(self)
 
     def __format__(self, spec: str) -> str:
-        return repr(self)
+        return str(self)
 
 
 def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,13 +179,16 @@ class ValueAttribute(ValueProxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        kind = type(getattr(self.root.value, self.attr))
-        return Tensor if issubclass(kind, Tensor) else kind if kind in (int, float, bool) else ValueAttribute
+        kind = type(self._read())
+        return Tensor if issubclass(kind, Tensor) else kind if kind in _TOLD else ValueAttribute
 
     def __repr__(self) -> str:
-        return f"{self.root!r}.{self.attr}={getattr(self.root.value, self.attr)!r}"  # without making the node
+        return f"{self.root!r}.{self.attr}={self._read()!r}"
 
-    __str__ = __repr__
+    def _read(self) -> Any:
+        """What it is for the example, without making the node."""
+        with _of_the_tensor():
+            return getattr(self.root.value, self.attr)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

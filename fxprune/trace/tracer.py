@@ -22,7 +22,7 @@ from fxprune.shapes import holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import is_ours, user_line
-from fxprune.trace.proxies import SizeTuple, ValueAttribute, ValueProxy
+from fxprune.trace.proxies import SizeTuple, ValueAttribute, ValueProxy, asks_device
 from fxprune.trace.twin import Twin
 
 __all__ = ["MADE_FROM_INPUT", "Tracer", "execute", "is_leaf"]
@@ -116,6 +116,11 @@ class Tracer(fx.Tracer):
         node.meta["val"] = value
         return self.proxy(node)
 
+    def proxy_of(self, tensor: Tensor) -> ValueProxy | None:
+        """A parameter or buffer of the model, read through the graph."""
+        name = None if self._executing else self._tensor_names.get(id(tensor))
+        return None if name is None else self.create_proxy("get_attr", name, (), {})
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are read through the graph, each by one node."""
         if self._executing or not isinstance(attr_val, Tensor):
@@ -154,13 +159,14 @@ class Tracer(fx.Tracer):
             if name is not None:
                 self.constant_targets.add(name)
                 node = self.create_node("get_attr", name, (), {})
-                node.meta["val"] = a
+                node.meta["val"] = a if a.is_meta else a.cpu()  # the graph runs on the meta device, which takes data from a CPU
                 return node
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         self._refuse_to_write_into_constants(node)
+        _refuse_to_compare_devices(node)
         node.meta["val"] = self._execute(node)
         return self.proxy(node)
 
@@ -286,6 +292,14 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: Any) -> bool:
         return bool(self.decide(obj, bool))
+
+
+def _refuse_to_compare_devices(node: fx.Node) -> None:
+    """With one that is written down, that is; two tensors lie on the same one wherever the model is."""
+    if node.target in (operator.eq, operator.ne):
+        of_tensors = [isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args]
+        if any(of_tensors) and not all(of_tensors):
+            raise TraceError(asks_device(formula(node)))
 
 
 def _is_torch(function: Any) -> bool:

@@ -48,7 +48,16 @@ class Twin:
         for tensor in self.tensors.values():
             own = self.real[id(tensor)].detach() if values is None else values[id(tensor)]
             memo[id(tensor)] = nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone()
+        if values is not None:  # where these lie, the model's constants have to be
+            place = next((value.device for value in values.values()), self.device)
+            constants = {key: own for key, own in self.real.items() if key not in memo and own.grad_fn is None}
+            memo |= {key: own.detach().to(place, copy=True) for key, own in constants.items()}
         return _copy_module(self.model, memo)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the user's model lies; without any tensor, on the CPU."""
+        return next((tensor.device for tensor in self.real.values()), torch.device("cpu"))
 
     def part(self, path: str) -> Twin:
         """The twin of a module below."""
@@ -57,7 +66,7 @@ class Twin:
 
 
 def twin_of(model: nn.Module) -> Twin:
-    """Copy a model's structure; its parameters and float buffers become meta tensors, other tensors stay data on the CPU.
+    """Copy a model's structure; parameters and float buffers become meta tensors, other buffers data on the CPU, constants stay.
 
     Raises
     ------
@@ -88,7 +97,7 @@ def twin_of(model: nn.Module) -> Twin:
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:
                 # Not a parameter, not a buffer: a constant whose value may matter, or one that a hook computes at each call.
-                held = value.detach().to("cpu", copy=True) if value.grad_fn is None else torch.empty_like(value, device=META)
+                held = value.detach().clone() if value.grad_fn is None else torch.empty_like(value, device=META)
                 memo[id(value)], real[id(held)] = held, value
     try:
         copied = _copy_module(model, memo)
