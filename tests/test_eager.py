@@ -423,12 +423,18 @@ ASKS: dict[str, Callable[[Any, Tensor], bool]] = {
     "is_meta": lambda model, x: not x.is_meta,
     "is_meta of the first parameter": lambda model, x: not next(model.parameters()).is_meta,
     "get_device": lambda model, x: x.get_device() < 0,
+    "kind of tensor": lambda model, x: x.type() == "torch.FloatTensor",
+    "device as a key": lambda model, x: {ON_CPU: True}.get(x.device, False),
+    "dtype as a key": lambda model, x: {torch.float32: True}.get(x.dtype, False),
+    "gradient of a weight": lambda model, x: model.first.weight.requires_grad,
+    "gradient of the first parameter": lambda model, x: next(model.parameters()).requires_grad,
+    "gradient of the input": lambda model, x: not x.requires_grad,
     "get_device of the first parameter": lambda model, x: next(model.parameters()).get_device() < 0,
 }
 
 
-class AsksForTheDevice(nn.Module):
-    """Does one thing on a CPU, and another elsewhere."""
+class Asks(nn.Module):
+    """Does one thing on a CPU, say, and another elsewhere."""
 
     def __init__(self, question: Callable[[Any, Tensor], bool]) -> None:
         super().__init__()
@@ -439,11 +445,11 @@ class AsksForTheDevice(nn.Module):
 
 
 @pytest.mark.parametrize("question", ASKS.values(), ids=ASKS)
-def test_what_is_done_on_one_device_only_stays_python(question: Callable[[Any, Tensor], bool]) -> None:
-    """Models are traced on the meta device, whose answer would be another one; and a graph would give it on all devices."""
-    model, x = AsksForTheDevice(question).eval(), torch.randn(3, 8)
+def test_what_is_done_for_some_callers_only_stays_python(question: Callable[[Any, Tensor], bool]) -> None:
+    """The twin lies on the meta device and has no gradients: it would answer otherwise. A graph would have one answer for all."""
+    model, x = Asks(question).eval(), torch.randn(3, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
-    assert isinstance(pruned.model, AsksForTheDevice)
+    assert isinstance(pruned.model, Asks)
     assert pruned.model.first.weight.shape == (8, 8)
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
 
@@ -454,7 +460,7 @@ def test_what_is_done_on_one_device_only_stays_python(question: Callable[[Any, T
     ids=["of the input", "of a weight", "of the first parameter"],
 )
 def test_a_device_that_is_handed_on_stays_a_graph(device: Callable[[Any, Tensor], torch.device]) -> None:
-    class HandsOn(AsksForTheDevice):
+    class HandsOn(Asks):
         def forward(self, x: Tensor) -> Tensor:
             place = device(self, x)
             assert isinstance(place, torch.device)

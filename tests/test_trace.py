@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import operator
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -763,3 +764,25 @@ def test_what_is_computed_from_constants_can_be_trained_through() -> None:
     assert isinstance(graph, torch.fx.GraphModule)
     graph(torch.randn(2, 4)).sum().backward()
     assert (graph.get_parameter("linear.weight").grad != 0).any(dim=1).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda x: f"{x.shape[1]}" == "4",
+        lambda x: f"{x.size(1):03d}" == "004",
+        lambda x: "%d" % x.shape[1] == "4",  # noqa: UP031 - another way to the same
+        lambda x: str(x.dim()) == "2",
+        lambda x: str(x.dtype) == "torch.float32",
+        lambda x: f"in {x.dtype}" == "in torch.float32",
+    ],
+)
+def test_the_text_of_a_size_or_dtype_is_its_own(text: Callable[[Tensor], bool]) -> None:
+    """Not that of the stand-in for it."""
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if text(x) else x
+
+    found = traced(Reads(), torch.zeros(3, 4))
+    assert [node.target for node in found.graph.nodes if node.op == "call_function"][-1] is operator.mul

@@ -16,26 +16,34 @@ from fxprune.trace.lines import user_line
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 
-__all__ = ["TELLS_DEVICE", "SizeTuple", "ValueAttribute", "ValueProxy", "asks_device", "symbolic"]
+__all__ = ["ASKS", "SizeTuple", "ValueAttribute", "ValueProxy", "asks_device", "symbolic"]
 
 
 _of_the_tensor = torch._C.DisableTorchFunction
 """Attributes of the stand-ins themselves: what looks at how they are read answers for the user's tensors."""
 
-_TOLD = (int, float, bool, torch.device)
+_TOLD = (int, float, bool, torch.device, torch.dtype)
 """Kinds of values that ``isinstance`` tells, beside tensors."""
 
-TELLS_DEVICE = frozenset(
-    {"get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla", "is_xpu"}
-)
-"""Attributes of a tensor that say on which device it is."""
+_DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
+
+ASKS: dict[str, str] = {
+    **dict.fromkeys(("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"), _DEVICE),
+    **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
+    **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
+}
+"""Attributes of a tensor that tell what is the caller's business, and what they tell."""
 
 
-def asks_device(what: str) -> str:
+def asks(what: str, how: str) -> str:
     return (
-        f"forward asks on which device a tensor is ({what}, at {user_line()}), to do something else there. A graph has one path "
-        "for all devices: hand x.device on, as in device=x.device, or keep that line inside a module of its own."
+        f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has one path for all answers: hand "
+        "x.device and x.dtype on, as in device=x.device, or keep that line inside a module of its own."
     )
+
+
+def asks_device(how: str) -> str:
+    return asks(_DEVICE, how)
 
 
 class SizeTuple(tuple[Any, ...]):
@@ -82,10 +90,10 @@ class ValueProxy(fx.Proxy):
             has = hasattr(value, name)
         if not has:
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        if isinstance(value, torch.dtype):
-            return getattr(value, name)
-        if isinstance(value, torch.device) or (isinstance(value, Tensor) and name in TELLS_DEVICE):
+        if isinstance(value, torch.device):
             raise TraceError(asks_device(f"{self!r}.{name}"))
+        if isinstance(value, Tensor) and name in ASKS:
+            raise TraceError(asks(ASKS[name], f"{self!r}.{name}"))
         return ValueAttribute(self, name)
 
     def size(self, dim: Any = None) -> Any:
@@ -132,6 +140,8 @@ class ValueProxy(fx.Proxy):
         return bool(self.tracer.decide(self, bool))
 
     def __hash__(self) -> int:
+        if self.__class__ in (torch.device, torch.dtype):
+            raise TraceError(asks("for something by the device or the dtype of a tensor", f"{self!r} as a key"))
         return id(self)
 
     def __repr__(self) -> str:
@@ -139,12 +149,18 @@ class ValueProxy(fx.Proxy):
         return f"{self.node.name}{tuple(value.shape)}" if isinstance(value, Tensor) else f"{self.node.name}={value!r}"
 
     def __str__(self) -> str:
-        if self.__class__ is torch.device:
-            raise TraceError(asks_device(f"str({self!r})"))
-        return repr(self)
+        return format(self)
 
     def __format__(self, spec: str) -> str:
-        return str(self)
+        """The text of the example's value, which no node holds: most of it goes into messages that are never shown."""
+        kind = self.__class__
+        if kind is torch.device:
+            raise TraceError(asks_device(f"str({self!r})"))
+        return format(self._read(), spec) if kind in _TOLD else repr(self)
+
+    def _read(self) -> Any:
+        """The value, without making a node of it."""
+        return self.node.meta.get("val")
 
 
 def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,7 +202,6 @@ class ValueAttribute(ValueProxy):
         return f"{self.root!r}.{self.attr}={self._read()!r}"
 
     def _read(self) -> Any:
-        """What it is for the example, without making the node."""
         with _of_the_tensor():
             return getattr(self.root.value, self.attr)
 

@@ -20,7 +20,7 @@ from torch.utils import checkpoint
 from fxprune.errors import TraceError
 from fxprune.regions import recorded
 from fxprune.trace.lines import user_line
-from fxprune.trace.proxies import TELLS_DEVICE, symbolic
+from fxprune.trace.proxies import ASKS, symbolic
 from fxprune.trace.tracer import Tracer, is_leaf
 
 __all__ = ["FACTORIES", "NUMBER_FIRST", "slow_path", "taken_over"]
@@ -38,26 +38,26 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(_mode_through_graph(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
         stack.enter_context(_states_refused(tracer))
-        stack.enter_context(_Devices(tracer))
+        stack.enter_context(_Parameters(tracer))
         yield
 
 
-class _Devices(TorchFunctionMode):
-    """``next(self.parameters()).device`` is a node's: of the model as it is then, not of its twin, which is nowhere."""
+class _Parameters(TorchFunctionMode):
+    """``next(self.parameters()).device`` is a node's: of the model as it is then, not of its twin, which lies nowhere."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _DEVICES.get(func, "")
+        name = _GETTERS.get(func, "")
         proxy = self.tracer.proxy_of(args[0]) if name else None
         return func(*args, **(kwargs or {})) if proxy is None else getattr(proxy, name)
 
 
-_DEVICES: dict[Any, str] = {
+_GETTERS: dict[Any, str] = {
     getattr(value, "__get__") if inspect.isgetsetdescriptor(value) else value: name  # noqa: B009 - mypy knows no descriptor here
-    for name in ("device", *TELLS_DEVICE)
+    for name in ("device", *ASKS)
     if (value := getattr(torch.Tensor, name, None)) is not None
 }
 """What reads these attributes of a tensor -> their names."""

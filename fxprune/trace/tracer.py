@@ -166,7 +166,7 @@ class Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         self._refuse_to_write_into_constants(node)
-        _refuse_to_compare_devices(node)
+        _refuse_to_tell_devices(node)
         node.meta["val"] = self._execute(node)
         return self.proxy(node)
 
@@ -294,12 +294,12 @@ class Tracer(fx.Tracer):
         return bool(self.decide(obj, bool))
 
 
-def _refuse_to_compare_devices(node: fx.Node) -> None:
-    """With one that is written down, that is; two tensors lie on the same one wherever the model is."""
-    if node.target in (operator.eq, operator.ne):
-        of_tensors = [isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args]
-        if any(of_tensors) and not all(of_tensors):
-            raise TraceError(asks_device(formula(node)))
+def _refuse_to_tell_devices(node: fx.Node) -> None:
+    """From one that is written down, that is: two tensors lie on the same one wherever the model is. ``x.type()`` names it, too."""
+    of_tensors = [isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args]
+    compares = node.target in (operator.eq, operator.ne) and any(of_tensors) and not all(of_tensors)
+    if compares or (node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs):
+        raise TraceError(asks_device(formula(node)))
 
 
 def _is_torch(function: Any) -> bool:
