@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxprune
 from tests.support.checking import TOLERANCE, as_dtype, call, count, nesting, randomise, relative_error, tensors
@@ -318,22 +317,6 @@ def test_device_is_kept(family: Family) -> None:
     assert {t.device.type for t in (*pruned.model.parameters(), *pruned.model.buffers())} == {"cuda"}
     assert fxprune.verify(model, pruned, x, dtype=torch.float64, randomize=True).error <= TOLERANCE
     check_trains(model, pruned.model, x)
-
-
-@families
-def test_what_was_pruned_on_one_device_runs_on_another(family: Family) -> None:
-    """All of a call takes place where weights and inputs are: tensors that pretend to be on a GPU meet no other."""
-    pruned, elsewhere = halved(family)[1].model, FakeTensorMode()
-
-    def moved(tensor: Tensor) -> Tensor:
-        with elsewhere:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
-
-    for model in (pruned, fxprune.deploy(pruned)):
-        state = {name: moved(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        with elsewhere, torch.no_grad():
-            out = torch.func.functional_call(model, state, (moved(torch.randn(2, *family.shape)),))
-        assert {tensor.device for tensor in tensors(out)} == {torch.device("cuda:0")}
 
 
 # -- compile, export, convert

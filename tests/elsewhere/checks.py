@@ -23,9 +23,13 @@ from tests.zoo import CASES as ZOO
 from tests.zoo.case import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-register()
 BATCHES = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,))) for _ in range(3)]
 IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> None:
+    register()  # not where this file is only imported
 
 
 def moved(value: Any) -> Any:
