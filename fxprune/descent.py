@@ -108,9 +108,9 @@ class Descent:
                 self.limits.append((name, cost, math.floor(share * cost.at(self.full) * (1 + _ROUNDING))))
 
     def run(self) -> list[int]:
-        self._check()
-        if self._holds():
+        if self._holds():  # asked first: of what is measured, the smallest model can be the slower one
             return self.widths
+        self._check()
         self.widths = [
             width if still else _aligned(width, step, floor)
             for width, still, step, floor in zip(self.widths, self.fixed, self.steps, self.floor, strict=True)

@@ -356,6 +356,17 @@ def test_nothing_slower_than_the_dense_model_is_chosen(clock: list[Callable[[int
         fxprune.prune(Net().eval(), EXAMPLE, latency=0.9, device="cpu")
 
 
+def test_the_smallest_model_may_be_forecast_to_be_the_slowest(
+    clock: list[Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small layers, measured, the narrow ones can take longer: a budget that the dense model keeps is kept all the same."""
+    monkeypatch.setattr(Forecast, "at", lambda self, counts: 1000 + int((self.full - counts).sum()))
+    kept = fxprune.prune(Net().eval(), EXAMPLE, latency=1.0, device="cpu")
+    assert all(row.kept == row.total for row in kept.report.groups)
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        fxprune.prune(Net().eval(), EXAMPLE, latency=0.9, device="cpu")
+
+
 def test_what_the_readme_says(clock: list[Callable[[int], float]]) -> None:
     """Its other examples run as they stand; this one on a clock that does not depend on what else the machine does."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
