@@ -1,5 +1,6 @@
 """A pruned model trains in several processes as any other: with DDP and with FSDP2, to the weights of one process."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fxprune
+from tests.support import ranks as scoring_ranks
 from tests.support import training_ranks as ranks
 from tests.zoo.blocks import Residual
 
@@ -43,6 +45,15 @@ def test_two_processes_end_with_the_weights_of_one(kind: str, name: str, found: 
     parameters = {key for key, _ in ranks.pruned_network(name).named_parameters()}
     assert set(moved(alone, before)) == parameters, "three steps must move every parameter, and nothing else"
     assert moved(ranks.alone(name, slice(0, None, 2)), alone), "a process's own images must not be enough"
+
+
+@pytest.mark.skipif(not scoring_ranks.threads(), reason="this system does not tell a process's threads")
+def test_pruning_in_a_process_group_does_not_keep_it(tmp_path: Path) -> None:
+    """A group that outlives its destruction leaves threads behind, and they abort the process at its end, now and then."""
+    torch.multiprocessing.spawn(scoring_ranks.visit, (1, str(tmp_path)), nprocs=1)
+    threads = json.loads((tmp_path / "threads.json").read_text())
+    assert any("gloo" in name for name in threads["during"])
+    assert not any("gloo" in name for name in threads["after"])
 
 
 def test_batch_normalisation_is_synchronised_by_the_usual_conversion() -> None:

@@ -27,6 +27,12 @@ from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
 
+if torch.distributed.is_available():
+    # Its functions take the process group of the moment in which they are imported as their default, and keep it for ever. PyTorch
+    # imports it at its first tracing: in a process group, that group would outlive destroy_process_group, its threads the
+    # interpreter, and now and then a process would be aborted at its end. So it is imported before any group is there.
+    import torch.distributed.nn
+
 __all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "check_read", "evaluated"]
 
 Floats = npt.NDArray[np.float64]

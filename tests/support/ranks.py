@@ -1,6 +1,7 @@
 """What a process of a process group does in the tests of distributed scores. Spawned processes import it by name."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def process_group(rank: int, size: int, meeting: str) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def threads() -> list[str]:
+    """Of this process, by the names that the system knows; empty where it does not tell."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+def visit(rank: int, size: int, folder: str) -> None:
+    """Prune, and note the threads there are in the process group and after it."""
+    with process_group(rank, size, f"{folder}/meeting"):
+        fxprune.prune(network(), torch.zeros(2, 3, 6, 6, dtype=torch.float64), channels=0.5)
+        during = threads()
+    (Path(folder) / "threads.json").write_text(json.dumps({"during": during, "after": threads()}))
 
 
 def work(rank: int, size: int, folder: str) -> None:
