@@ -182,9 +182,7 @@ def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 90
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch_pruning"])
     folders = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        dict.fromkeys(filter(None, folders))
-    )  # the server does not inherit sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))  # the server does not inherit sys.path
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, target, arguments, torch.get_num_threads()), daemon=True)
     process.start()

@@ -141,9 +141,7 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
     deepest, times_faster = REACH_DEEPEST
     if deepest in both:
         speed = 1 / both[deepest]["ratio"]
-        aims.append(
-            (f"{deepest} at least {times_faster:.0f} times faster", f"{speed:.1f} times", speed >= times_faster)
-        )
+        aims.append((f"{deepest} at least {times_faster:.0f} times faster", f"{speed:.1f} times", speed >= times_faster))
     rows = [
         [
             f"`{name}`",
@@ -174,9 +172,7 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
         + ", ".join(f"{stage} {share:.0%}" for stage, share in summary["stage_share"].items())
         + ".",
         "",
-        common.markdown_table(
-            ["model", "fxprune, s", "torch-pruning, s", "ratio", "repeats", "left", "left (t-p)"], rows
-        ),
+        common.markdown_table(["model", "fxprune, s", "torch-pruning, s", "ratio", "repeats", "left", "left (t-p)"], rows),
     ]
     for tool in ("fxprune", "torch-pruning"):
         failed = [f"- `{name}`: {r['failed'][tool]}" for name, r in records.items() if tool in r.get("failed", {})]
@@ -240,9 +236,7 @@ class SyntheticDenseNet(nn.Module):
             widths = [2 * growth + i * growth for i in range(layers)]
             self.blocks.append(nn.ModuleList([_dense_layer(width, growth) for width in widths]))
             end = 2 * growth + layers * growth
-            self.transitions.append(
-                nn.Sequential(nn.BatchNorm2d(end), nn.ReLU(), nn.Conv2d(end, 2 * growth, 1, bias=False))
-            )
+            self.transitions.append(nn.Sequential(nn.BatchNorm2d(end), nn.ReLU(), nn.Conv2d(end, 2 * growth, 1, bias=False)))
         self.head = nn.Linear(2 * growth, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -336,8 +330,7 @@ def run_scaling(options: argparse.Namespace) -> bool:
         said = f"time ~ nodes^{exponents['nodes']:.2f} ~ edges^{exponents['edges']:.2f}"
         print(f"{family}: {said}\n", flush=True)
         table = [
-            [row["nodes"], row["edges"], f"{row['seconds']:.3f}", f"{1e6 * row['seconds'] / row['nodes']:.0f}"]
-            for row in rows
+            [row["nodes"], row["edges"], f"{row['seconds']:.3f}", f"{1e6 * row['seconds'] / row['nodes']:.0f}"] for row in rows
         ]
         parts += ["", f"## A synthetic DenseNet, {family}: {said}", ""]
         parts.append(common.markdown_table(["nodes", "edges", "seconds", "us per node"], table))
@@ -390,11 +383,7 @@ def run_memory(options: argparse.Namespace) -> bool:
     """Print the peak memory of pruning for models of all kinds."""
     about = common.machine() | {"inputs": options.inputs}
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system at once
-    chosen = (
-        options.only
-        if options.only != "*"
-        else "resnet50,densenet201,vgg16_bn,mobilenet_v2,vit_b_16,swin_b,regnet_y_32gf"
-    )
+    chosen = options.only if options.only != "*" else "resnet50,densenet201,vgg16_bn,mobilenet_v2,vit_b_16,swin_b,regnet_y_32gf"
     rows: dict[str, common.Record] = {}
     for name in chosen.split(","):
         rows[name] = row = common.in_child(peak_memory, name, options.inputs, timeout=options.timeout)
@@ -431,9 +420,7 @@ def run_memory(options: argparse.Namespace) -> bool:
             "",
             common.machine_line(about),
             "",
-            common.markdown_table(
-                ["model", "weights, MiB", "pruned, MiB", "rise, MiB", "rise / weights", "peak / weights"], table
-            ),
+            common.markdown_table(["model", "weights, MiB", "pruned, MiB", "rise, MiB", "rise / weights", "peak / weights"], table),
         ]
     )
     common.write("prune_memory", {"machine": about, "models": rows}, markdown)
@@ -447,9 +434,7 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("small", "native"), default="native", help="size of the example inputs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30.0, help="stop repeating one model after about this long")
-    parser.add_argument(
-        "--limit", type=float, default=180.0, help="a tool that takes longer for one model cannot do it"
-    )
+    parser.add_argument("--limit", type=float, default=180.0, help="a tool that takes longer for one model cannot do it")
     parser.add_argument("--timeout", type=float, default=1200.0, help="end a process after this many seconds")
     parser.add_argument("--threads", type=int, default=0, help="threads for torch (default: its own choice)")
     parser.add_argument("--scaling", action="store_true", help="cost against the number of nodes")

@@ -118,9 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train, prune and fine-tune a small ResNet on scikit-learn's digits.")
     parser.add_argument("--epochs", type=int, default=50, help="epochs of the first training (default 50)")
     parser.add_argument("--finetune", type=int, default=20, help="epochs of fine-tuning after pruning (default 20)")
-    parser.add_argument(
-        "--channels", type=float, default=0.5, help="share of every group's channels to keep (default 0.5)"
-    )
+    parser.add_argument("--channels", type=float, default=0.5, help="share of every group's channels to keep (default 0.5)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
 
@@ -168,9 +166,7 @@ def main() -> None:
     print(f"Right after pruning, before fine-tuning, the test accuracy is {at_once:.2f} %.")
     if options.json:
         figures = {name: {"before": before, "after": after} for name, before, after, _ in rows}
-        options.json.write_text(
-            json.dumps({**figures, "test accuracy before fine-tuning, %": at_once}, indent=2) + "\n"
-        )
+        options.json.write_text(json.dumps({**figures, "test accuracy before fine-tuning, %": at_once}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,7 @@ def _deciding_alike(label: Callable[[Inputs], Labelling], inputs: Inputs, exact:
     return labelling, inputs
 
 
-def _label_parts(
-    model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, refused: FxpruneError, **options: Any
-) -> Labelling:
+def _label_parts(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, refused: FxpruneError, **options: Any) -> Labelling:
     """The labels of a model that cannot be traced whole, for the reason given."""
 
     def run(values: Inputs) -> Labelling:

@@ -455,9 +455,7 @@ def _emit(
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(
-            groups, pack_inputs(*exact), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads
-        )
+        plan = Plan(groups, pack_inputs(*exact), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads)
         remember(smaller, plan)
         report = Report(
             params_before=count_parameters(model),

@@ -242,9 +242,7 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
         return None
     x, weight = args[0], args[1]
     count = weight.dim() - 2
-    stride, padding, dilation = (
-        _each(args[i] if len(args) > i else default, count) for i, default in ((3, 1), (4, 0), (5, 1))
-    )
+    stride, padding, dilation = (_each(args[i] if len(args) > i else default, count) for i, default in ((3, 1), (4, 0), (5, 1)))
     groups = args[6] if len(args) > 6 else 1
     if x.dim() != count + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or x.dtype != weight.dtype:
         return None  # PyTorch says what is wrong

@@ -232,9 +232,7 @@ def _of_graph(trace: Trace, coupling: Coupling, survivors: Survivors, masked: di
     raise VerificationError("the traced graph has no output")
 
 
-def _run(
-    node: fx.Node, trace: Trace, env: dict[fx.Node, Any], twin: nn.Module, coupling: Coupling, survivors: Survivors
-) -> Any:
+def _run(node: fx.Node, trace: Trace, env: dict[fx.Node, Any], twin: nn.Module, coupling: Coupling, survivors: Survivors) -> Any:
     call_args, call_kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     with torch.inference_mode(), _MaskedStatistics(trace.prefix + node.name, coupling, survivors):
         value = execute(twin, node, call_args, call_kwargs)

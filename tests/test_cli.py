@@ -186,9 +186,7 @@ def test_unknown_model_suggests_a_name():
 
 
 def test_unknown_weights_list_the_choices():
-    fails(
-        run("inspect", "resnet18", "--weights", "NONSENSE"), "resnet18 has no weights named 'NONSENSE'", "IMAGENET1K_V1"
-    )
+    fails(run("inspect", "resnet18", "--weights", "NONSENSE"), "resnet18 has no weights named 'NONSENSE'", "IMAGENET1K_V1")
 
 
 def test_own_model_needs_an_input_shape(tiny):

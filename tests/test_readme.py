@@ -77,9 +77,7 @@ def test_example_runs(tmp_path):
     import json
 
     figures = tmp_path / "figures.json"
-    subprocess.run(
-        [sys.executable, ROOT / "examples/digits.py", "--epochs=4", "--finetune=2", f"--json={figures}"], check=True
-    )
+    subprocess.run([sys.executable, ROOT / "examples/digits.py", "--epochs=4", "--finetune=2", f"--json={figures}"], check=True)
     found = json.loads(figures.read_text())
     assert found["test accuracy, %"]["after"] > 80
     assert found["MACs"]["after"] < 0.4 * found["MACs"]["before"]

@@ -160,6 +160,7 @@ def test_what_the_caller_decides_is_not_asked_in_a_graph(question: str) -> None:
 
 def test_regions_inside_of_torch_are_its_own() -> None:
     """Checkpointing computes without gradients first, and again with them later; a graph just computes."""
+
     def forward(inner: nn.Module, x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
 

@@ -26,9 +26,7 @@ def _parameter(case: Case) -> object:
 def test_every_model_is_covered() -> None:
     """The list is torchvision's own: nothing is dropped by name."""
     excluded = [
-        name
-        for name in models.list_models()
-        if models.get_model_builder(name).__module__.split(".")[2] in EXCLUDED_MODULES
+        name for name in models.list_models() if models.get_model_builder(name).__module__.split(".")[2] in EXCLUDED_MODULES
     ]
     assert sorted([*excluded, *CASES]) == sorted(models.list_models())
     assert len(CASES) >= 107

@@ -165,9 +165,7 @@ class _Shown(str):
         return str(self)
 
 
-def record(
-    model: nn.Module, inputs: Any, coupling: Coupling, sizes: Sizes, see: Callable[[Layer, Prepare], None]
-) -> None:
+def record(model: nn.Module, inputs: Any, coupling: Coupling, sizes: Sizes, see: Callable[[Layer, Prepare], None]) -> None:
     """Run the deployed dense model, and hand over each of its operations, with what makes a callable that runs it again.
 
     Parameters
