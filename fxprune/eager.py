@@ -31,7 +31,7 @@ from fxprune.labels import Array
 from fxprune.propagation import IN_ORDER, LabelMode
 from fxprune.rules import Context, Record
 from fxprune.shapes import META, holds_tensors, tensors_in
-from fxprune.trace import SizeTuple, Trace, Twin, trace, user_line
+from fxprune.trace import SizeTuple, Trace, Twin, following, trace, user_line
 
 __all__ = ["PYTHON", "Parts", "intercepted", "some_data"]
 
@@ -225,7 +225,7 @@ class Parts:
                     self.context.records[id(leaf)] = Record(leaf, list(self.context.fields(stand_in)))
             return out
 
-        with intercepted(real, found.parts, part), torch.inference_mode(), _Sizes(mode), mode:
+        with intercepted(real, found.parts, part), torch.inference_mode(), _Sizes(mode), mode, following():
             out = real(*args, **kwargs)
         self.decided = mode.decided
         inside = {id(t) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path))}

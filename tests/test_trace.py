@@ -86,6 +86,18 @@ def test_a_decision_names_its_line_and_its_formula() -> None:
     assert len(decisions) == 1
 
 
+def test_no_line_outside_of_the_model_is_named() -> None:
+    """All of this forward is torch's own: the caller's line is none of the model's, and a graph is the same from every line."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
+    one = traced(model, torch.randn(2, 5, 3))
+    other = traced(model, torch.randn(2, 5, 3))
+    assert one.decisions == other.decisions
+    assert str(one.graph) == str(other.graph)
+    assert one.decisions
+    assert "test_trace.py" not in str(one.graph) + str(one.decisions)
+
+
 def test_a_loop_over_a_size_is_a_decision() -> None:
     model, emitted = pruned(lambda m, x: sum(x[:, :, i] for i in range(x.shape[2])), 2, 3, 4, 4)
     runs_alike(model, emitted, torch.randn(3, 3, 4, 6))

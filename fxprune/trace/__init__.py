@@ -32,7 +32,7 @@ from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
 from fxprune.trace.arguments import example_of
 from fxprune.trace.decisions import number_decides
-from fxprune.trace.lines import user_line
+from fxprune.trace.lines import following, user_line
 from fxprune.trace.proxies import SizeTuple
 from fxprune.trace.takeover import slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
@@ -44,6 +44,7 @@ __all__ = [
     "Twin",
     "example_of",
     "execute",
+    "following",
     "is_leaf",
     "put_tensors",
     "slow_path",
@@ -138,7 +139,7 @@ def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
 
 def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     """Trace once; also the names of the constants that the twin's module has got by it."""
-    with torch.inference_mode(), taken_over(tracer, twin.model):
+    with torch.inference_mode(), taken_over(tracer, twin.model), following():
         try:
             graph = tracer.trace(twin.model)
             for node in tracer.left_out:

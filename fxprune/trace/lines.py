@@ -4,27 +4,58 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
-__all__ = ["is_ours", "user_line"]
+__all__ = ["following", "is_ours", "user_line"]
+
+
+class _Followed(threading.local):
+    """The frame in which this thread entered the model that it follows."""
+
+    entry: FrameType | None = None
+
+
+_followed = _Followed()
+
+
+@contextmanager
+def following() -> Iterator[None]:
+    """A model's code is followed from here: what lies further out (who called ``prune``) is no line of the model."""
+    outer = _followed.entry
+    _followed.entry = sys._getframe(2)  # past contextlib
+    try:
+        yield
+    finally:
+        _followed.entry = outer
 
 
 def user_line(stack: Any = None) -> str:
-    """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune."""
+    """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune.
+
+    Where a model that is followed consists of torch's own code alone, it is the innermost line of torch.
+    """
     if stack is not None:
         for entry in reversed(stack):
             if not _internal(entry.filename):
                 return f"{entry.filename.rsplit('/', 1)[-1]}:{entry.lineno}"
         return "an unknown line"
-    frame = sys._getframe(1)
-    while frame is not None:
-        if not _internal(frame.f_code.co_filename):
-            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+    frame, of_torch = sys._getframe(1), ""
+    while frame is not None and frame is not _followed.entry:
+        filename = frame.f_code.co_filename
+        line = f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        if not _internal(filename):
+            return line
+        if not of_torch and filename.startswith(_TORCH):
+            of_torch = line
         frame = frame.f_back  # type: ignore[assignment]
-    return "an unknown line"
+    return of_torch or "an unknown line"
 
 
 _OWN = f"{Path(__file__).parents[1]}/"
