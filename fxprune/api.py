@@ -204,7 +204,7 @@ def prune(
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            measured = check(model, pruned.model, pruned.plan, coupling, survivors).error
+            measured = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs).error
         if not measured <= _WRONG:
             blamed = f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
             raise VerificationError(

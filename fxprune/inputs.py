@@ -13,15 +13,15 @@ __all__ = ["as_call", "batch_size", "drawn"]
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments.
+    """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything else, a list too, is one argument.
 
-    >>> as_call(1), as_call([1, 2]), as_call({"x": 1})
-    (((1,), {}), ((1, 2), {}), ((), {'x': 1}))
+    >>> as_call(1), as_call((1, 2)), as_call([1, 2]), as_call({"x": 1})
+    (((1,), {}), ((1, 2), {}), (([1, 2],), {}), ((), {'x': 1}))
     """
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
     return (example_inputs,), {}
 
 
@@ -67,7 +67,7 @@ def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> An
 
     if isinstance(example_inputs, Mapping):
         return {name: value(given) for name, given in example_inputs.items()}
-    if isinstance(example_inputs, (tuple, list)):
+    if isinstance(example_inputs, tuple):
         return tuple(value(given) for given in example_inputs)
     return value(example_inputs)
 

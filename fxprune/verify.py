@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import RewriteError, VerificationError
+from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.propagation import seen_whole
 from fxprune.rewrite import Survivors, emit
@@ -121,12 +122,7 @@ def _values(model: nn.Module, dtype: torch.dtype, generator: torch.Generator | N
 
 
 def _inputs(model: nn.Module, plan: Plan, example: Any, dtype: torch.dtype, generator: torch.Generator | None) -> Any:
-    if example is None:
-        args, kwargs = unpack_inputs(plan.inputs)
-    elif isinstance(example, dict):
-        args, kwargs = (), dict(example)
-    else:
-        args, kwargs = example if isinstance(example, tuple) else (example,), {}
+    args, kwargs = unpack_inputs(plan.inputs) if example is None else as_call(example)
     # Indices into a table must stay inside it, whatever the table: the smallest first axis of a parameter is safe.
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     top = min([*tables, 2])
@@ -140,7 +136,7 @@ def _inputs(model: nn.Module, plan: Plan, example: Any, dtype: torch.dtype, gene
             return tensor.detach().to("cpu", dtype)
         return torch.randn(tensor.shape, generator=generator, dtype=dtype)
 
-    return tree_map(value, (args, kwargs))
+    return tree_map_only(Tensor, value, (args, kwargs))
 
 
 def _copy(value: Any) -> Any:

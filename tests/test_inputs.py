@@ -40,6 +40,13 @@ def test_another_batch_of_images_of_several_sizes() -> None:
     assert [tuple(image.shape) for image in images] == [(3, 8, 8), (3, 6, 9), (3, 8, 8)]
 
 
+def test_a_list_at_the_top_is_one_argument() -> None:
+    assert batch_size(IMAGES) == 2
+    new = drawn(IMAGES, batch=3)
+    assert isinstance(new, list)
+    assert [tuple(image.shape) for image in new] == [(3, 8, 8), (3, 6, 9), (3, 8, 8)]
+
+
 def test_only_what_has_a_row_per_example_changes() -> None:
     new = drawn({"x": torch.zeros(2, 3), "index": torch.tensor([1, 0]), "table": torch.zeros(3, 3), "scale": 2.0}, batch=4)
     assert {name: tuple(t.shape) for name, t in new.items() if isinstance(t, torch.Tensor)} == {
@@ -54,5 +61,6 @@ def test_only_what_has_a_row_per_example_changes() -> None:
 def test_calls() -> None:
     x = torch.zeros(1)
     assert as_call(x) == ((x,), {})
-    assert as_call([x, 2]) == ((x, 2), {})
+    assert as_call((x, 2)) == ((x, 2), {})
+    assert as_call([x, 2]) == (([x, 2],), {})  # a list is one argument that is a list
     assert as_call({"x": x}) == ((), {"x": x})

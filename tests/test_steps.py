@@ -101,3 +101,24 @@ def test_what_cannot_be() -> None:
         fxprune.Steps(model, x, count=2, macs=0.5, channels=0.5)
     with pytest.raises(ArgumentError, match="folder="):
         fxprune.Steps(model, x, count=2, macs=0.5).last()
+
+
+class OfImages(nn.Module):
+    """As a detector: one argument, which is a list of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.net(image) for image in images]
+
+
+def test_a_list_as_example_is_one_argument_at_every_door() -> None:
+    model, images = OfImages().eval(), [torch.randn(IMAGE), torch.randn(IMAGE)]
+    assert cost_of(model, images).macs == 2 * cost_of(model.net, images[0]).macs
+    *_, last = fxprune.Steps(model, images, count=2, macs=0.5)
+    assert cost_of(last.model, images).macs <= 0.5 * cost_of(model, images).macs
+    assert fxprune.prune(model, images, channels=0.5, verify=True).report.error < 1e-9
+    assert fxprune.verify(model, last, images).error < 1e-9
+    assert fxprune.latency.measure({"it": model}, images, rounds=1, seconds=0.001)["it"].batch == 2
