@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.eager import PYTHON, Parts
+from fxprune.identity import TensorMap
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
@@ -116,7 +117,7 @@ class Coupling:
     balance: Balance
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]  # in evaluation mode
-    _labels: dict[int, list[Array]] = field(default_factory=dict, init=False, repr=False)  # by the id of a tensor
+    _labels: TensorMap[list[Array]] = field(default_factory=TensorMap, init=False, repr=False)
     _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
 
     @property
@@ -135,12 +136,12 @@ class Coupling:
 
     def labels(self, tensor: Any) -> list[Array]:
         """The live labels of a tensor of the labelled run, one array per field; not to be changed."""
-        known = self._labels.get(id(tensor))
+        known = self._labels.get(tensor)
         if known is None:
             record = self.context.record(tensor)
             if record is None:
-                return []  # nothing keeps this tensor, so its id may become another's
-            known = self._labels[id(tensor)] = [f.labels for f in record.fields]
+                return []
+            known = self._labels[tensor] = [f.labels for f in record.fields]
         return known
 
     def wide_dims(self, tensor: Any) -> list[int]:
@@ -172,10 +173,10 @@ class Coupling:
             for axis in pinned.axes:
                 part = Fraction(axis.stop - axis.start, axis.length)
                 held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
-        names = {id(tensor): name for name, tensor in self.parameters.items()}
+        names = TensorMap((tensor, name) for name, tensor in self.parameters.items())
         shares: dict[str, Fraction] = {}
         for ran in self.contractions:
-            weights = [(names[id(t)], t) for t in ran.tensors if id(t) in names and t.dim() > 1]
+            weights = [(names[t], t) for t in ran.tensors if t in names and t.dim() > 1]
             axes = [(name, dim) for name, weight in weights for dim, size in enumerate(weight.shape) if size > 1]
             axes = [own for own in axes if all(reason != KERNEL for reason, _ in held.get(own, ()))]
             for own in axes:
@@ -439,7 +440,7 @@ def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contracti
     def shape_of(tensor: Tensor) -> Tensor:
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
         if not whole and context.fields(tensor):
-            context.records[id(made)] = Record(made, list(context.fields(tensor)))
+            context.records[made] = Record(made, list(context.fields(tensor)))
         return made
 
     args, kwargs, out = (map_tensors(shape_of, value) for value in (ran.args, ran.kwargs, ran.out))

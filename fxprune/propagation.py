@@ -56,7 +56,7 @@ class LabelMode(TorchDispatchMode):
         ctx = self.context
         rule = rules.find(func)
         tensors = shapes.tensors_in(args, kwargs)
-        labelled = any(id(t) in ctx.records for t in tensors)
+        labelled = any(t in ctx.records for t in tensors)
         if not labelled and (rule is None or rule.family != "creation"):
             return shapes.run(func, args, kwargs)
         if not tensors:
@@ -92,14 +92,14 @@ def _follow_weights(ctx: Context, weights: Context, func: Any, args: Any, kwargs
     if not tensors or not all(map(ctx.of_weights, tensors)):
         return
     for tensor in tensors:
-        if id(tensor) not in weights.records:
-            known = ctx.records[id(tensor)]
+        if tensor not in weights.records:
+            known = ctx.records[tensor]
             weights.parameter(tensor, known.name, known.axes)
     rule = rules.find(func)
     if rule is not None:
         rule.handler(weights, func, rules.bind(func, args, kwargs), out)
     for leaf in shapes.tensors_in((out,), {}):
-        weights.records.setdefault(id(leaf), rules.Record(leaf, []))
+        weights.records.setdefault(leaf, rules.Record(leaf, []))
 
 
 def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.cost import op_macs
+from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, Units, compact, varied
 from fxprune.shapes import META, map_tensors
 
@@ -106,7 +107,7 @@ class Context:
 
     def __init__(self) -> None:
         self.units = Units()
-        self.records: dict[int, Record] = {}
+        self.records: TensorMap[Record] = TensorMap()
         self.node = ""
         self.target: Any = None
         self.sightings: list[Sighting] = []
@@ -137,14 +138,14 @@ class Context:
 
     def parameter(self, tensor: Tensor, name: str, axes: tuple[int, ...], fields: list[Field] | None = None) -> None:
         unborn = {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
-        self.records[id(tensor)] = Record(tensor, list(fields or ()), name=name, axes=axes, unborn=unborn, born=list(fields or ()))
+        self.records[tensor] = Record(tensor, list(fields or ()), name=name, axes=axes, unborn=unborn, born=list(fields or ()))
 
     def record(self, tensor: Tensor) -> Record | None:
-        return self.records.get(id(tensor))
+        return self.records.get(tensor)
 
     def fields(self, tensor: Any) -> list[Field]:
         """The live fields of a tensor. Pinned labels are gone; a field that is one single label is pinned on sight."""
-        record = self.records.get(id(tensor))
+        record = self.records.get(tensor)
         if record is None:
             return []
         if record.unborn:
@@ -185,16 +186,16 @@ class Context:
         if not isinstance(tensor, Tensor):
             return
         kept = [f if f.labels.ndim == tensor.dim() else _wrong_rank(f, tensor) for f in fields]
-        root = self.records.get(id(base)) if base is not None else None
+        root = self.records.get(base) if base is not None else None
         if root is not None and root.base is not None:
             root = root.base
         if not kept and root is None:
-            self.records.pop(id(tensor), None)
+            self.records.discard(tensor)
             return
         for f in kept:
             if len(f.dims) > 1:
                 self.sight(f.labels)
-        self.records[id(tensor)] = Record(tensor, kept, base=root)
+        self.records[tensor] = Record(tensor, kept, base=root)
 
     def give(self, out: Tensor, fields: Iterable[Field], dims: Sequence[int]) -> None:
         """Say what a result carries, from fields over virtual dimensions: its i-th dimension is the virtual one ``dims[i]``."""
@@ -202,10 +203,10 @@ class Context:
 
     def overwrite(self, tensor: Tensor, fields: list[Field]) -> None:
         """An in-place op wrote into a tensor (maybe a view); its labels were united with what was written."""
-        record = self.records.get(id(tensor))
+        record = self.records.get(tensor)
         if record is None:
             if fields:
-                self.records[id(tensor)] = Record(tensor, fields)
+                self.records[tensor] = Record(tensor, fields)
             return
         record.fields, record.version = fields, -1
         if not all(f.zero for f in fields):
@@ -315,7 +316,7 @@ class Context:
 
         False (and nothing done) where it has labels already that are not these.
         """
-        record = self.records.get(id(vector))
+        record = self.records.get(vector)
         if record is None or vector.dim() != 1:
             return False
         if record.unborn:
@@ -331,7 +332,7 @@ class Context:
         weights = self.weights
         consumes = weights is not None and not all(self.of_weights(tensor) for tensor, _ in operands)
         for tensor, dims in operands:
-            record = self.records.get(id(tensor))
+            record = self.records.get(tensor)
             if record is not None and record.axes:
                 self.summed_axes.update(record.axes[d] for d in dims)
             elif weights is not None and consumes and tensor is not None and self.of_weights(tensor):
@@ -339,8 +340,8 @@ class Context:
 
     def of_weights(self, tensor: Any) -> bool:
         """Whether a tensor is a parameter or buffer, or computed from such alone."""
-        record = self.records.get(id(tensor))
-        return bool(record and record.axes) or (self.weights is not None and id(tensor) in self.weights.records)
+        record = self.records.get(tensor)
+        return bool(record and record.axes) or (self.weights is not None and tensor in self.weights.records)
 
     def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
         """The numbers of the parameter axes whose labels a tensor carries along some of its dimensions."""
@@ -352,7 +353,7 @@ class Context:
 
     def is_scale(self, tensor: Any) -> None:
         """Note the scale of a normalisation."""
-        record = self.records.get(id(tensor))
+        record = self.records.get(tensor)
         if record is not None:
             self.scale_axes.update(record.axes)
 
@@ -360,7 +361,7 @@ class Context:
 
     def operand(self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False) -> Operand:
         """Lay a tensor's fields into ``rank`` virtual dimensions."""
-        record = self.records.get(id(tensor))
+        record = self.records.get(tensor)
         unborn: dict[int, int] = {}
         if record is not None and record.unborn and not born:
             unborn = {dims[a]: a for a in record.unborn}

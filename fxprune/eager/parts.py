@@ -1,0 +1,138 @@
+"""Runs a model for real, Python and all, and traces the modules that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily as _without_function_mode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxprune.eager.calls import intercepted
+from fxprune.eager.finder import Finder, shape_of
+from fxprune.eager.python import PYTHON, RealMode, Sizes
+from fxprune.identity import TensorMap
+from fxprune.rules import Context, Record
+from fxprune.trace import Trace, Twin, following, trace
+
+__all__ = ["Parts", "some_data"]
+
+
+class Parts:
+    """Runs a twin for real, Python and all, and traces the modules that it calls.
+
+    Parameters
+    ----------
+    watch:
+        Gives, for a prefix of node names, what nodes run under while they are traced (see :func:`fxprune.trace.trace`).
+    """
+
+    def __init__(self, twin: Twin, context: Context, watch: Callable[[str], Any]) -> None:
+        self.twin, self.context, self.watch = twin, context, watch
+        self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
+        self._stand_ins: TensorMap[Tensor] = TensorMap()
+        self.decided = ""  # the line at which Python reads values
+        self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns, for inputs of these shapes."""
+        found = Finder(self.twin)
+        found.run(args, kwargs)
+        real, mode = self.twin.instance(), RealMode(self.context)
+        for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
+            record = self.context.record(stand_in)
+            if record is not None:
+                self.context.records[own] = record
+        mode.note((_tensors(real), args, kwargs))
+
+        def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            with _disable_current_modes(), _without_function_mode():
+                traced = self._traced(path, args, kwargs)
+                with torch.inference_mode():
+                    out = call()
+            for leaf, stand_in in zip(tree_leaves(out), tree_leaves(traced.outputs), strict=True):
+                if isinstance(leaf, Tensor):
+                    self._handed.append((stand_in, True, True))
+                    mode.note(leaf)
+                    self.context.records[leaf] = Record(leaf, list(self.context.fields(stand_in)))
+            return out
+
+        with intercepted(real, found.parts, part), torch.inference_mode(), Sizes(mode), mode, following():
+            out = real(*args, **kwargs)
+        self.decided = mode.decided
+        inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
+        for tensor in _tensors(self.twin.model):
+            record = self.context.record(tensor)
+            if tensor not in inside and record is not None and record.fields:
+                self._handed.append((tensor, True, False))
+        return out
+
+    def settle(self) -> None:
+        """Extend what Python sees at full width to all that goes with it; pin it where it cannot be handed out so.
+
+        Where Python decides by values, parts may be called in another order and on other things than for the example. Then nothing
+        is removed between them: a part whose inputs and outputs are whole does the right thing wherever it is called.
+        """
+        ctx = self.context
+        for tensor, _, _ in self._handed if self.decided else ():
+            ctx.node = PYTHON + self.decided
+            ctx.pin_all(ctx.fields(tensor), "passes Python code that decides by values")
+        wide, before = np.unique(np.concatenate([np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.wide)])), -1
+        wide = wide[wide > 0]
+        while len(wide) != before:
+            before = len(wide)
+            for tensor, given, can in self._handed:
+                fields = ctx.fields(tensor)
+                if not any(np.isin(f.labels, wide).any() for f in fields):
+                    continue
+                for f in fields:
+                    if not can or len(f.dims) > 1 or (given and not f.zero):
+                        ctx.node = "python"
+                        ctx.pin(f.labels, "is read in Python code that is not traced")
+                    wide = np.union1d(wide, f.labels[f.labels > 0])
+        ctx.wide = [wide]
+
+    def _traced(self, path: str, args: Any, kwargs: Any) -> Trace:
+        inputs = tree_map(self._stand_in, (args, kwargs))
+        traced = replace(trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:")), path=path)
+        self.traces.setdefault((path, False), traced)
+        for value in traced.placeholders:
+            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        if traced.asked_mode:
+            training = trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:train."), training=True)
+            self.traces.setdefault((path, True), replace(training, path=path))
+        return traced
+
+    def _stand_in(self, real: Any) -> Any:
+        if not isinstance(real, Tensor):
+            return real
+        if real not in self._stand_ins:
+            self._stand_ins[real] = shape_of(real)
+        made = self._stand_ins[real]
+        fields = self.context.fields(real)
+        if fields:
+            self.context.records[made] = Record(made, list(fields))
+        return made
+
+
+def some_data(inputs: Any, device: torch.device) -> Any:
+    """Inputs of these shapes with data, on every device the same: Python that is not traced reads them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.rand(tensor.shape, generator=generator).to(device, tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+    return tree_map(filled, inputs)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, one for each name."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [tensor for _, tensor in named]
