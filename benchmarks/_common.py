@@ -27,7 +27,8 @@ if str(ROOT) not in sys.path:  # run from a checkout, installed or not
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from fxprune.cost import MacCounter  # noqa: E402
 
 Record = dict[str, Any]
 
@@ -55,15 +56,9 @@ def weight_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Tensor) -> int:
     """Count multiply-accumulates of one forward, the same way for every kind of model (by the ATen ops that run)."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder op has no formula in the counter
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-            model(inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() // 2
+    with MacCounter() as counter:
+        model(inputs)
+    return counter.macs
 
 
 # ------------------------------------------------------------------------------------------------------------ the rival

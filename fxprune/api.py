@@ -316,7 +316,7 @@ def load(
     """
     plan, weights, report = read_pruned(folder)
     built = callable(model_factory) and not isinstance(model_factory, nn.Module)
-    pruned = apply(plan, model_factory() if built else model_factory)  # type: ignore[arg-type]  # apply checks what it is
+    pruned = apply(plan, model_factory() if built else model_factory)  # apply checks what it is
     load_tensors(pruned.model, weights)
     if device is not None:
         try:

@@ -61,7 +61,7 @@ def fold_constants(
             left.append(name)
             continue
         module = model.get_submodule(name)
-        x = node.args[0].meta["val"]  # type: ignore[union-attr]
+        x = node.args[0].meta["val"]
         rows = survivors.rows(x, _channel(module, x))
         assert rows is not None
         weight = module.get_parameter("weight").detach().double()
@@ -71,10 +71,10 @@ def fold_constants(
         shift = torch.einsum("goi,gi->go", flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)).reshape(-1)
         with torch.no_grad():
             if bias is not None:
-                own: Tensor = pruned.get_submodule(name).bias  # type: ignore[assignment]
+                own: Tensor = pruned.get_submodule(name).bias
                 own += survivors.take(bias, shift).to(own.dtype)
             else:
-                running: Tensor = pruned.get_submodule(str(follower)).running_mean  # type: ignore[assignment]
+                running: Tensor = pruned.get_submodule(str(follower)).running_mean
                 running -= survivors.take(coupling.parameters[f"{follower}.running_mean"], shift).to(running.dtype)
         changed.append(name)
     return Compensation(tuple(changed), tuple(left))
@@ -116,8 +116,8 @@ def reconstruct(
         if sums is None:
             left.append(name)
             continue
-        weight: Tensor = smaller.weight  # type: ignore[assignment]
-        bias: Tensor | None = smaller.bias  # type: ignore[assignment]
+        weight: Tensor = smaller.weight
+        bias: Tensor | None = smaller.bias
         start = weight.detach().double().flatten(1)
         start = start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
         moment, product = (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
@@ -224,7 +224,7 @@ def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
             if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
                 calls.setdefault(str(node.target), []).append(node)
         for name, nodes in calls.items():
-            module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]  # type: ignore[union-attr]
+            module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]
             kind = type(module)
             weight: Any = getattr(module, "weight", None)
             fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim())

@@ -2,33 +2,28 @@
 
 The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory, so that the cost of any model
 at any resolution is had without allocating an activation and without touching a weight. What one operation costs is a
-pure function of its arguments' shapes: the formulas are those of :mod:`torch.utils.flop_counter`, which counts a
-multiply and an add as two operations. **One MAC is one multiply-accumulate here**, which is half of that.
-
-Only contractions are counted (matrix products, convolutions, attention): additions, activations and normalisations
-cost memory traffic, not MACs. What ran without a formula is reported by name in :attr:`Cost.uncounted`, so that
-nothing is missed silently.
+pure function of its arguments' shapes (:mod:`fxprune.macs`). What ran without a formula is reported by name in
+:attr:`Cost.uncounted`, so that nothing is missed silently.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from fxprune import shapes
 from fxprune.inputs import as_call
+from fxprune.macs import has_formula, op_macs
 
-__all__ = ["Cost", "cost_of", "count_parameters", "op_macs"]
+__all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
 
 
 @dataclass(frozen=True)
@@ -58,29 +53,6 @@ def count_parameters(module: nn.Module) -> int:
         40
     """
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int | None:
-    """Multiply-accumulates of one ATen operation, or None where it has no formula.
-
-    Meant for a ``TorchDispatchMode``: ``func``, ``args`` and ``kwargs`` are what ``__torch_dispatch__`` receives,
-    ``out`` is what the operation returned. Only shapes are read.
-
-    Example:
-        >>> import torch
-        >>> a, b = torch.empty(3, 5), torch.empty(5, 7)
-        >>> op_macs(torch.ops.aten.mm.default, (a, b), {}, a @ b) == 3 * 5 * 7
-        True
-        >>> op_macs(torch.ops.aten.relu.default, (a,), {}, a) is None
-        True
-    """
-    packet = getattr(func, "overloadpacket", func)
-    if packet in _EXTRA:
-        return _EXTRA[packet](args, out)
-    formula = flop_registry.get(packet)
-    if formula is None:
-        return None
-    return int(formula(*args, **kwargs, out_val=out)) // 2
 
 
 def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
@@ -116,7 +88,7 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     metas: dict[int, Tensor] = {}
     state = {name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)}
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
-    counter = _Counter()
+    counter = _ShapeCounter()
     with _remembering_nothing(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
     return Cost(macs=counter.macs, params=count_parameters(module), uncounted=dict(sorted(counter.uncounted.items())))
@@ -135,8 +107,20 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
             store.update(values)
 
 
-class _Counter(TorchDispatchMode):
-    """Runs every operation on shapes alone and adds up its MACs."""
+class MacCounter(TorchDispatchMode):
+    """Adds up the multiply-accumulates of everything that runs while it is entered.
+
+    Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the kernels that torch chose for them.
+    Both are counted, and what has no formula is in ``uncounted``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(2, 4, 6, 8)  # 4 heads, 6 tokens
+        >>> with MacCounter() as counter:
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> counter.macs == 2 * 4 * 6 * 6 * (8 + 8)
+        True
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,19 +129,39 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func.overloadpacket
-        if packet not in flop_registry and packet not in _EXTRA and not shapes.is_quick(func):
+        if not has_formula(func) and not self.runs_whole(func):
             with self:  # einsum, lstm, ... are made of operations that have a formula
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = shapes.run(func, args, kwargs)
-        macs = op_macs(func, args, kwargs, out)
+        out = self.run(func, args, kwargs)
+        macs = self.macs_of(func, args, kwargs, out)
         if macs is not None:
             self.macs += macs
         elif not (func.is_view or torch.Tag.pointwise in func.tags or _makes_tensors(func)):
-            self.uncounted[str(packet)] += 1
+            self.uncounted[str(func.overloadpacket)] += 1
         return out
+
+    def runs_whole(self, func: Any) -> bool:
+        """Whether an operation without a formula is run as it is, not taken apart."""
+        return False
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def macs_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+        ragged = any(tensor.is_nested for tensor in shapes.tensors_in(args, kwargs))  # no shape, so no formula
+        return None if ragged else op_macs(func, args, kwargs, out)
+
+
+class _ShapeCounter(MacCounter):
+    """Runs every operation on shapes alone."""
+
+    def runs_whole(self, func: Any) -> bool:
+        return shapes.is_quick(func)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return shapes.run(func, args, kwargs)
 
 
 def _makes_tensors(func: Any) -> bool:
@@ -178,114 +182,3 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def _meta_tree(tree: Any) -> Any:
     return tree_map_only(Tensor, _to_meta, tree)
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _elements_of(index: int) -> Callable[[tuple[Any, ...], Any], int]:
-    """One MAC per element of the argument at ``index``: matrix-vector and vector-vector products."""
-    return lambda args, out: prod(_shape(args[index]))
-
-
-def _per_output(args: tuple[Any, ...], out: Any) -> int:
-    """Linear layers and convolutions: each output element is a dot product with one row of the weight."""
-    return prod(_shape(out)) * prod(_shape(args[1])[1:])
-
-
-def _per_input(args: tuple[Any, ...], out: Any) -> int:
-    """Transposed convolutions: each input element is spread over one row of the weight."""
-    return prod(_shape(args[0])) * prod(_shape(args[1])[1:])
-
-
-def _attention(args: tuple[Any, ...], out: Any) -> int:
-    """softmax(q k^T) v with q (..., L, E), k (..., S, E), v (..., S, V): L x S x (E + V) for each head."""
-    (*batch, length, _), keys, values = _shape(out), _shape(args[1]), _shape(args[2])
-    return prod(batch) * length * keys[-2] * (keys[-1] + values[-1])
-
-
-def _einsum(args: tuple[Any, ...], out: Any) -> int:
-    """Pair by pair, from the left, as ATen does it.
-
-    What only one of the two has, and nothing later needs, is summed first; if they then share an axis that is summed, the product
-    costs one MAC for each value of all axes together, else it is elementwise and none is counted.
-    """
-    tensors = list(args[1])
-    names, result = _einsum_axes(args[0].replace(" ", ""), [tensor.dim() for tensor in tensors])
-    sizes: dict[Any, int] = {}
-    for own, tensor in zip(names, tensors, strict=True):
-        for axis, size in zip(own, tensor.shape, strict=True):
-            if sizes.get(axis, 1) == 1:  # a size of 1 broadcasts
-                sizes[axis] = size
-    total, held = 0, set(names[0])
-    for i, own in enumerate(names[1:], start=2):
-        needed = {*result, *(axis for later in names[i:] for axis in later)}
-        summed = (held & set(own)) - needed
-        held = (held | set(own)) & (needed | summed)
-        total += prod(sizes[axis] for axis in held) if summed else 0
-        held -= summed
-    return total
-
-
-def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list[Any]]:
-    """The axes of the operands and of the result: letters, and -1, -2, ... for those of an ellipsis, from the last.
-
-    >>> _einsum_axes("b...i,ij->b...j", [4, 2])
-    ([['b', -2, -1, 'i'], ['i', 'j']], ['b', -2, -1, 'j'])
-    """
-
-    def axes(term: str, more: int) -> list[Any]:
-        before, dots, after = term.partition("...")
-        return [*before, *(range(-more, 0) if dots else ()), *after]
-
-    terms, arrow, result = equation.partition("->")
-    more = [rank - len(term.replace("...", "")) for term, rank in zip(terms.split(","), ranks, strict=True)]
-    if not arrow:  # every axis that occurs once
-        letters = terms.replace("...", "").replace(",", "")
-        result = ("..." if "..." in terms else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    return [axes(term, own) for term, own in zip(terms.split(","), more, strict=True)], axes(result, max(more))
-
-
-def _recurrent(args: tuple[Any, ...], out: Any) -> int:
-    """Every step multiplies with every weight matrix of every layer and direction once; args[0] is (..., features)."""
-    weights = args[2] if isinstance(args[3], bool) else args[3]  # packed sequences have their batch sizes in front
-    return prod(_shape(args[0])[:-1]) * sum(prod(_shape(weight)) for weight in weights if weight.dim() == 2)
-
-
-def _recurrent_cell(args: tuple[Any, ...], out: Any) -> int:
-    """One step: both weight matrices, of the input and of the hidden state."""
-    return prod(_shape(args[0])[:-1]) * (prod(_shape(args[2])) + prod(_shape(args[3])))
-
-
-_aten = torch.ops.aten
-
-# (args, out) -> MACs of contractions that torch.utils.flop_counter knows only in parts or not at all.
-_EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
-    _aten.einsum: _einsum,
-    _aten.linear: _per_output,
-    _aten.conv1d: _per_output,
-    _aten.conv2d: _per_output,
-    _aten.conv3d: _per_output,
-    _aten.conv_transpose1d: _per_input,
-    _aten.conv_transpose2d: _per_input,
-    _aten.conv_transpose3d: _per_input,
-    _aten.scaled_dot_product_attention: _attention,
-    _aten.lstm: _recurrent,
-    _aten.gru: _recurrent,
-    _aten.rnn_tanh: _recurrent,
-    _aten.rnn_relu: _recurrent,
-    _aten.lstm_cell: _recurrent_cell,
-    _aten.gru_cell: _recurrent_cell,
-    _aten.rnn_tanh_cell: _recurrent_cell,
-    _aten.rnn_relu_cell: _recurrent_cell,
-    _aten.matmul: lambda args, out: prod(_shape(out)) * _shape(args[0])[-1],
-    _aten.mv: _elements_of(0),
-    _aten.addmv: _elements_of(1),
-    _aten.dot: _elements_of(0),
-    _aten.vdot: _elements_of(0),
-    # (b, m, k) by (b, k, n), summed over b as well.
-    _aten.addbmm: lambda args, out: prod(_shape(args[1])) * _shape(args[2])[-1],
-    # nn.Bilinear: for each row and output an in1 x in2 form; the weight is (1, out, in1, in2).
-    _aten._trilinear: lambda args, out: prod(_shape(out)) * prod(_shape(args[1])[-2:]),
-}

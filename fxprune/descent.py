@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from fxprune.widths import Polynomial, Pool, kinds_of, macs_of, params_of
 
 __all__ = ["Cost", "Descent", "Timed", "step_of"]
 
-Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 _REFRESHES = 512  # how often, at most, costs are brought up to date while a whole network is taken apart
 _ROUNDING = 1e-15  # shares are decimals that floats miss: 0.29 of 100 is 29

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules, shapes
-from fxprune.cost import op_macs
 from fxprune.errors import RewriteError
+from fxprune.macs import op_macs
 from fxprune.rules import Context, Contraction
 from fxprune.trace import execute
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from fxprune.widths import Pool, lines, pools_of
 
 __all__ = ["select"]
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from fxprune.rules import Contraction
 
 __all__ = ["Kinds", "Polynomial", "Pool", "Sizes", "Sum", "kinds_of", "lines", "macs_of", "params_of", "pools_of", "products_of"]
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 Factors = tuple[int, ...]
 Sum = tuple[tuple[float, Factors], ...]
 """A sum of products: (coefficient, numbers of the affine factors)."""

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ROOMS = [
     "identity",
     "inputs",
     "shapes",
+    "macs",
     "cost",
     "lowering",
     "memory",
@@ -104,3 +106,11 @@ def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
     (room / "bad.py").write_text("from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n")
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     assert imported_modules(room / "bad.py") == [(1, "fxprune.api"), (2, "fxprune.rules.registry"), (3, "fxprune.cli")]
+
+
+def test_no_stub_of_another_package_decides_whether_the_types_are_right():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    (override,) = settings["overrides"]
+    assert (override["follow_imports"], override["follow_imports_for_stubs"]) == ("skip", True)
+    others = {name.split(".")[0] for path in FILES for _, name in imported_modules(path)} - sys.stdlib_module_names - {"fxprune"}
+    assert {f"{name}.*" for name in others} == set(override["module"])

@@ -26,7 +26,7 @@ from fxprune.report import LatencyRow, Report
 from fxprune.selection import select
 from fxprune.widths import Sizes, kinds_of, macs_of, params_of, pools_of
 from tests.support.checking import assert_unharmed, randomise, snapshot
-from tests.support.counting import flop_counter
+from tests.support.counting import CheckedCounter
 from tests.support.families import FAMILIES, Family
 from tests.zoo import CASES
 from tests.zoo.case import Case
@@ -49,9 +49,9 @@ class Work(Table):
     def ms(self, description: str, prepare: Any, *, again: bool = False) -> float:
         if description not in self._ms:
             run = prepare()
-            with flop_counter() as counter:
+            with CheckedCounter() as counter:
                 run()
-            self._ms[description] = 1e-3 * counter.get_total_flops() / 2 * self.dislikes(description)
+            self._ms[description] = 1e-3 * counter.macs * self.dislikes(description)
         return self._ms[description]
 
     def save(self) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
 from fxprune.errors import ArgumentError
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 __all__ = [
     "CPMC",

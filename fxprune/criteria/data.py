@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ if torch.distributed.is_available():
 
 __all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "check_read", "evaluated"]
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 Loader = Iterable[Any]
 Loss = Callable[..., Tensor]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ __all__ = ["ROLES", "UnitView", "Views", "check_roles", "widened"]
 ROLES = ("own", "scale", "dependent")
 """A unit's own filters and biases; the scale of a normalisation; the slices of the next layers' weights that read it."""
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 Elementwise = Callable[[Tensor], Tensor]
 
 

@@ -81,7 +81,7 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.shape.__get__:
             return self._sizes(args[0])
         if name == "size" and isinstance(args[0], Tensor):
             found = self._sizes(args[0])

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from fxprune.widths import Kinds, Polynomial, Pool, Sizes, Sum, kinds_of, pools_
 
 __all__ = ["Forecast"]
 
-Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 _NS = 1e6  # nanoseconds in a millisecond: forecasts are whole numbers, as the other costs are
 _MOST_AXES = 3

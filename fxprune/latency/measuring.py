@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.cost import cost_of
+from fxprune.cost import MacCounter, cost_of
 from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.errors import ArgumentError
 from fxprune.inputs import as_call, batch_size, drawn
@@ -280,9 +279,9 @@ def _macs(model: nn.Module, inputs: Any) -> int:
     try:
         return cost_of(model, inputs).macs
     except Exception:  # the values decide what runs, as in a detector: count while it does
-        with FlopCounterMode(display=False) as counter:
+        with MacCounter() as counter:
             _call(model, inputs)
-        return counter.get_total_flops() // 2
+        return counter.macs
 
 
 def _bytes(model: nn.Module, *more: Any) -> int:

@@ -415,7 +415,7 @@ def _skeleton(
     """
     if id(module) in done:
         return done[id(module)]
-    kind = type(module)
+    kind: Any = type(module)
     leaf = whole or is_leaf(module)
     own_class = leaf or keep_classes
     new = kind.__new__(kind) if own_class else nn.Module()

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.cost import op_macs
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, Units, compact, varied
+from fxprune.macs import op_macs
 from fxprune.shapes import META, map_tensors
 
 __all__ = ["Context", "Contraction", "Met", "Operand", "Record", "Sighting"]

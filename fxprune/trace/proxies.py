@@ -187,7 +187,7 @@ class ValueAttribute(ValueProxy):
         self._node: fx.Node | None = None
 
     @property
-    def node(self) -> fx.Node:  # type: ignore[override]
+    def node(self) -> fx.Node:
         if self._node is None:
             made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self._node = made.node

@@ -137,7 +137,8 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copied
     if hasattr(type(module), "__deepcopy__"):
         return copy.deepcopy(module, memo)
-    new = type(module).__new__(type(module))
+    kind: Any = type(module)
+    new = kind.__new__(kind)
     memo[id(module)] = new
     for child in module._modules.values():
         if child is not None and id(child) not in memo:

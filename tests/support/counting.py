@@ -1,17 +1,20 @@
-"""torch's own counter of floating-point operations, with the one operation that it does not know on a CPU."""
+"""A second count of multiply-accumulates: kernel by kernel, each against torch's own formula where this torch has one."""
 
-from math import prod
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
+
+from fxprune.cost import MacCounter
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts what runs below it; an LSTM in float32 is one operation of oneDNN there."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent})
+class CheckedCounter(MacCounter):
+    """Counts what runs below it. A formula of torch's that says another number fails on the spot."""
 
-
-def _recurrent(x: Any, of_input: Any, of_hidden: Any, *_: Any, **__: Any) -> int:
-    """Of one layer and direction: (steps, batch, features), (gates, features), (gates, hidden)."""
-    return 2 * prod(x[:-1]) * (prod(of_input) + prod(of_hidden))
+    def macs_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+        macs = super().macs_of(func, args, kwargs, out)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            assert flops % 2 == 0
+            assert macs == flops // 2, f"{func}: {macs} MACs by fxprune, {flops // 2} by torch"
+        return macs
