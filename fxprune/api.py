@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from fxprune.analysis import Clock, Inputs, label_and_couple
-from fxprune.arguments import budget_of, check_model, kept_parameters, of_whole_heads, setting_of
+from fxprune.arguments import budget_of, check_model, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import Ranking, rank
+from fxprune.criteria.data import check_loader
+from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
 from fxprune.latency import Setting
 from fxprune.latency.search import search
@@ -26,6 +28,7 @@ from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
 from fxprune.selection import select
 from fxprune.trace import example_of
+from fxprune.values import number, switch, whole
 from fxprune.verify import Verification, check
 
 __all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"]
@@ -52,6 +55,7 @@ class Pruned:
     plan: Plan
     report: Report
 
+    @door
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write plan.json, model.safetensors, report.json, report.txt and a manifest of them; :func:`load` reads them.
 
@@ -68,6 +72,7 @@ class Pruned:
         save_pruned(folder, self.model, self.plan, self.report)
 
 
+@door
 def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str | Mapping[str, str] = "dims") -> Coupling:
     """Find which channels are coupled, without changing or even reading a weight.
 
@@ -97,6 +102,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     return label_and_couple(model, example_of(example_inputs), terms)
 
 
+@door
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -176,6 +182,7 @@ def prune(
     """
     budget = budget_of(channels, macs, params, latency, scope, layers, round_to, min_channels)
     setting = setting_of(device, budget, example_inputs)
+    verify = None if verify is None else switch("verify", verify)
     clock = Clock()
     with clock("check"):
         check_model(model)
@@ -244,6 +251,7 @@ def _within_time(
     return replace(found.result, report=report), dict(found.kept)
 
 
+@door
 def apply(plan: Plan, model: nn.Module) -> Pruned:
     """Replay a plan on a model of the architecture it was made for.
 
@@ -262,6 +270,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     >>> apply(Plan.from_json(plan.to_json()), net).plan == plan
     True
     """
+    check_plan(plan, "apply")
     check_model(model)
     stages = _stages(plan, model)
     pruned = _apply_stage(stages[0], model)
@@ -272,6 +281,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     return pruned
 
 
+@door
 def load(
     folder: str | os.PathLike[str], model_factory: Callable[[], nn.Module] | nn.Module, *, device: torch.device | str | None = None
 ) -> Pruned:
@@ -315,8 +325,7 @@ def load(
     True
     """
     plan, weights, report = read_pruned(folder)
-    built = callable(model_factory) and not isinstance(model_factory, nn.Module)
-    pruned = apply(plan, model_factory() if built else model_factory)  # apply checks what it is
+    pruned = apply(plan, _model_of(model_factory))
     load_tensors(pruned.model, weights)
     if device is not None:
         try:
@@ -326,6 +335,7 @@ def load(
     return replace(pruned, report=report)
 
 
+@door
 def verify(
     model: nn.Module,
     pruned: Pruned,
@@ -370,13 +380,19 @@ def verify(
     >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
     True
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"dtype={dtype!r:.60} is no floating-point type of torch, e.g. torch.float64.")
     options: dict[str, Any] = {
         "example_inputs": example_inputs,
         "dtype": dtype,
-        "randomize": randomize,
-        "seed": seed,
-        "numeric": numeric,
+        "randomize": switch("randomize", randomize),
+        "seed": whole("seed", seed, 0),
+        "numeric": switch("numeric", numeric),
     }
+    check_pruned(pruned, "verify")
+    check_model(model)
+    if example_inputs is not None:
+        example_of(example_inputs)  # refuses what is no example
     stages = _stages(pruned.plan, model)
     found = []
     for stage in stages:
@@ -390,6 +406,7 @@ def verify(
     return max(found, key=lambda verification: verification.error)
 
 
+@door
 def compensate(
     model: nn.Module, pruned: Pruned, loader: Iterable[Any], *, method: str = "constants", ridge: float = 1e-4
 ) -> Compensation:
@@ -425,8 +442,14 @@ def compensate(
     >>> compensate(net, prune(net, x, channels=0.5), [(x,)]).changed
     ('2',)
     """
-    if method not in ("constants", "least_squares"):
-        raise ArgumentError(f"method={method!r} is neither 'constants' nor 'least_squares'.")
+    if not isinstance(method, str) or method not in ("constants", "least_squares"):
+        raise ArgumentError(f"method={method!r:.60} is neither 'constants' nor 'least_squares'.")
+    damping = number(ridge)
+    if damping is None or not 0 <= damping < float("inf"):
+        raise ArgumentError(f"ridge={ridge!r:.60} must be a number of at least 0, e.g. ridge=1e-4.")
+    check_pruned(pruned, "compensate")
+    check_model(model)
+    check_loader(loader)
     stages = _stages(pruned.plan, model)
     if len(stages) > 1:
         raise ArgumentError("compensate takes the model that was pruned last: call it after each prune, with the model before it.")
@@ -434,7 +457,15 @@ def compensate(
     survivors = Survivors(coupling, kept)
     if method == "constants":
         return fold_constants(coupling, survivors, model, pruned.model, loader)
-    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=ridge)
+    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
+
+
+def _model_of(model_factory: Any) -> Any:
+    """What a factory builds; what is none is taken for the model itself."""
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        return model_factory
+    with calling("the model_factory"):
+        return model_factory()
 
 
 def _terms(plan: Plan) -> Terms:

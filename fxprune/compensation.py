@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.coupling import Coupling
-from fxprune.criteria.data import Batch, batches_of, check_read, evaluated
+from fxprune.criteria.data import Batch, batches_of, called, check_finite, check_read, evaluated
 from fxprune.errors import ArgumentError
 from fxprune.rewrite import Survivors
 
@@ -122,7 +122,10 @@ def reconstruct(
         start = start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
         moment, product = (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
         damping = ridge * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+        try:
+            solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+        except torch.linalg.LinAlgError as error:
+            raise ArgumentError(f"ridge={ridge}: the data does not determine the weights of {name!r}. Give ridge=1e-4.") from error
         with torch.no_grad():
             weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
             if bias is not None:
@@ -147,6 +150,7 @@ def _moments(
         y = y.reshape(-1, y.shape[-1])
         moment = x.T @ x if moment is None else moment + x.T @ x
         product = x.T @ y if product is None else product + x.T @ y
+    check_finite((moment, product), f"what {name!r} reads or gives")
     return None if moment is None or product is None else (moment, product)
 
 
@@ -186,14 +190,15 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
             stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
         for batch in batches_of(loader, model):
             read += 1
-            model(*batch.args, **batch.kwargs)
+            called(model, batch)
     if consumers:
         check_read(read)
+    check_finite(sums.values(), "the mean of what a layer reads")
     return {name: total / count[name] for name, total in sums.items()}
 
 
-class _SeenError(Exception):
-    """Ends a forward pass that has shown what was wanted."""
+class _Seen(BaseException):
+    """Ends a forward pass that has shown what was wanted; no error, so that the model does not take it for one."""
 
 
 def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -202,13 +207,13 @@ def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor,
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         found.append((inputs[0], output))
-        raise _SeenError
+        raise _Seen
 
     handle = module.register_forward_hook(hook)
     try:
         with evaluated(model), torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    except _SeenError:
+            called(model, batch)
+    except _Seen:
         pass
     finally:
         handle.remove()

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fxprune import shapes
+from fxprune.doors import calling, door
+from fxprune.errors import ModelError
 from fxprune.inputs import as_call
 from fxprune.macs import has_formula, op_macs
 
@@ -44,6 +46,7 @@ class Cost:
         return f"{self.macs:,} MACs, {self.params:,} parameters"
 
 
+@door
 def count_parameters(module: nn.Module) -> int:
     """Number of elements in all parameters of ``module``, a tied parameter counted once.
 
@@ -52,9 +55,16 @@ def count_parameters(module: nn.Module) -> int:
         >>> count_parameters(nn.Linear(4, 8))
         40
     """
+    _check(module, "count_parameters")
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _check(module: Any, function: str) -> None:
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{function} takes a torch.nn.Module, and got a {type(module).__name__}.")
+
+
+@door
 def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     """MACs and parameters of ``module`` on ``example_inputs``, without allocating activations.
 
@@ -69,8 +79,9 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         The cost of one forward pass over the whole batch.
 
     Raises:
-        RuntimeError: (or what the module itself raises) if the control flow depends on values, as a detector's
-            non-maximum suppression does.
+        ModelError: if it is no module.
+        CallbackError: if the module raises something, as it does where the control flow depends on values (a detector's
+            non-maximum suppression).
 
     Example:
         >>> import torch
@@ -82,6 +93,7 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         >>> print(found)
         75,776 MACs, 20,706 parameters
     """
+    _check(module, "cost_of")
     args, kwargs = as_call(example_inputs)
     # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps the module's own
     # tensors out for the call and back, also when the forward pass raises.
@@ -89,7 +101,8 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     state = {name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)}
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
     counter = _ShapeCounter()
-    with _remembering_nothing(module), torch.inference_mode(), counter:
+    running = calling(f"the {type(module).__name__}, run on tensors without data,")
+    with running, _remembering_nothing(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
     return Cost(macs=counter.macs, params=count_parameters(module), uncounted=dict(sorted(counter.uncounted.items())))
 

@@ -16,11 +16,12 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.eager import PYTHON, Parts
+from fxprune.errors import ArgumentError, ModelError
 from fxprune.identity import TensorMap
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
@@ -29,7 +30,7 @@ from fxprune.rules.convolution import KERNEL
 from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "couple"]
+__all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
 
 
 @dataclass(frozen=True, order=True)
@@ -386,6 +387,26 @@ class Labelling:
             return mode
 
         return watch
+
+
+def check_coupling(coupling: Any, model: Any) -> None:
+    """Refuse what is no analysis of a model.
+
+    Raises
+    ------
+    ModelError, ArgumentError
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module as model, got a {type(model).__name__}.")
+    if not isinstance(coupling, Coupling):
+        raise ArgumentError(f"coupling is a {type(coupling).__name__}: give what fxprune.analyze(model, example_inputs) gives.")
+    parameters = dict(model.named_parameters())
+    for name, analysed in coupling.parameters.items():
+        if isinstance(analysed, nn.Parameter) and (name not in parameters or parameters[name].shape != analysed.shape):
+            raise ArgumentError(
+                f"the coupling is of another architecture than this {type(model).__name__}: it has {name!r} of shape "
+                f"{tuple(analysed.shape)}. Analyse the very model."
+            )
 
 
 def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:

@@ -9,23 +9,36 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BudgetError",
+    "CallbackError",
     "ExportError",
     "FxpruneError",
+    "FxpruneWarning",
     "InputError",
+    "InternalError",
     "ModelError",
     "PlanError",
+    "ResourceError",
     "RewriteError",
+    "SignatureError",
     "TraceError",
     "VerificationError",
 ]
 
 
 class FxpruneError(Exception):
-    """Everything that fxprune raises on purpose; catch this to catch them all."""
+    """Everything that fxprune raises; catch this to catch them all."""
+
+
+class FxpruneWarning(UserWarning):
+    """A call did what it was asked for, and the result is hardly what was meant."""
 
 
 class ArgumentError(FxpruneError, ValueError):
     """An option is outside what it may be (``channels``, ``keep``, ``round_to``, ``min_channels``)."""
+
+
+class SignatureError(ArgumentError, TypeError):
+    """A public function was called with an argument that it has not, or without one that it needs."""
 
 
 class BudgetError(FxpruneError, ValueError):
@@ -57,6 +70,18 @@ class RewriteError(FxpruneError):
     def __init__(self, message: str, node: str = "") -> None:
         super().__init__(message)
         self.node = node
+
+
+class CallbackError(FxpruneError):
+    """Code that the caller handed in (a factory, a loader, a loss, a criterion) raised something; the message says where."""
+
+
+class InternalError(FxpruneError):
+    """Something failed that nobody foresaw: a bug in fxprune. The error it came from is its cause."""
+
+
+class ResourceError(FxpruneError):
+    """Memory ran out."""
 
 
 class ExportError(FxpruneError):

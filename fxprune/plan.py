@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.doors import door
 from fxprune.errors import PlanError
 from fxprune.shapes import META
 
-__all__ = ["GroupPlan", "Plan", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
+__all__ = ["GroupPlan", "Plan", "check_groups", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
 
 SCHEMA = 3
 _READABLE = (1, 2, 3)  # 1 had no chain, 2 no heads
@@ -68,6 +69,7 @@ class Plan:
             plans.append(plans[-1].previous)
         return tuple(reversed(plans))
 
+    @door
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` is its inverse.
 
@@ -79,6 +81,7 @@ class Plan:
         return json.dumps({"schema": SCHEMA, **last, "previous": earlier}, indent=1)
 
     @classmethod
+    @door
     def from_json(cls, text: str) -> Plan:
         """Read a plan, also one that an earlier version wrote.
 
@@ -102,8 +105,7 @@ class Plan:
                 "upgrade fxprune, or prune anew."
             )
         assert plan is not None  # the last stage is the file itself
-        for stage in plan.chain:
-            _check_groups(stage.groups)
+        check_groups(plan)
         return plan
 
     def __str__(self) -> str:
@@ -158,12 +160,23 @@ def _of_type(value: Any, kind: type) -> Any:
     return value
 
 
-def _check_groups(groups: tuple[GroupPlan, ...]) -> None:
-    if len({group.name for group in groups}) < len(groups):
-        raise PlanError("the plan has two groups of one name. Write plans with Plan.to_json().")
-    for group in groups:
-        if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
-            raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
+def check_groups(plan: Plan) -> None:
+    """Refuse a plan, or one before it, of which a group keeps units that cannot be.
+
+    Raises
+    ------
+    PlanError
+    """
+    for stage in plan.chain:
+        if len({group.name for group in stage.groups}) < len(stage.groups):
+            raise PlanError("the plan has two groups of one name. Write plans with Plan.to_json().")
+        for group in stage.groups:
+            _check_group(group)
+
+
+def _check_group(group: GroupPlan) -> None:
+    if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
+        raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
 
 
 # ---- the architecture that a plan is for ---------------------------------------------------------------------

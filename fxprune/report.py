@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fxprune.doors import door
+from fxprune.errors import PlanError
+
 __all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
 
 
@@ -115,17 +118,29 @@ class Report:
         }
 
     @classmethod
+    @door
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of :meth:`to_dict`.
 
-        >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),), seconds={"trace": 0.5})
-        >>> Report.from_dict(report.to_dict()) == report
-        True
+        Raises:
+            PlanError: if the data is something else.
+
+        Example:
+            >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),), seconds={"trace": 0.5})
+            >>> Report.from_dict(report.to_dict()) == report
+            True
         """
-        groups = tuple(GroupRow(**row) for row in data["groups"])
-        pinned = tuple(PinnedRow(**row) for row in data["pinned"])
-        latency = LatencyRow(**data["latency"]) if data.get("latency") else None
-        return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
+        if not isinstance(data, Mapping):
+            raise PlanError(f"this is not a report, but a {type(data).__name__}. Write reports with Report.to_dict().")
+        try:
+            groups = tuple(GroupRow(**row) for row in data["groups"])
+            pinned = tuple(PinnedRow(**row) for row in data["pinned"])
+            latency = LatencyRow(**data["latency"]) if data.get("latency") else None
+            return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(
+                f"this is not a report: {type(error).__name__}: {error}. Write reports with Report.to_dict()."
+            ) from error
 
     def __str__(self) -> str:
         lines = [*self._summary(), *self._groups(), *self._pinned()]

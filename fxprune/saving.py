@@ -31,7 +31,7 @@ from fxprune.errors import ArgumentError, ModelError, PlanError
 from fxprune.plan import Plan
 from fxprune.report import Report
 
-__all__ = ["load_tensors", "read_files", "read_pruned", "save_pruned", "save_tensors", "write_files"]
+__all__ = ["load_tensors", "path_of", "read_files", "read_pruned", "save_pruned", "save_tensors", "write_files"]
 
 PLAN, WEIGHTS, REPORT, TEXT = "plan.json", "model.safetensors", "report.json", "report.txt"
 MANIFEST = "manifest.json"
@@ -71,8 +71,8 @@ def read_pruned(folder: Folder) -> tuple[Plan, Path, Report]:
     plan = Plan.from_json(_read_text(files[PLAN]))
     try:
         report = Report.from_dict(json.loads(_read_text(files[REPORT])))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PlanError(f"{files[REPORT]} is not a report: {type(error).__name__}: {error}.") from error
+    except ValueError as error:  # of JSON, or a PlanError
+        raise PlanError(f"{files[REPORT]} is not a report: {error}") from error
     return plan, files[WEIGHTS], report
 
 
@@ -118,7 +118,11 @@ def save_tensors(model: nn.Module, path: Path) -> None:
             path,
             metadata={"format": "pt", **aliases},
         )
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except SafetensorError as error:  # of the library's core, which writes; what may be written has been checked before
+        raise ArgumentError(
+            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk with room."
+        ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
 
 
@@ -199,7 +203,7 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
     ArgumentError
         If the folder cannot be written to.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     with _disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise ArgumentError(f"{folder} is a file, not a folder: name another.")
@@ -229,7 +233,7 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
     PlanError
         If a file is missing, was cut short or changed, or the manifest lacks one that is ``needed``.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not folder.is_dir():
         raise ArgumentError(f"there is no folder {folder}: name one that Pruned.save() or fxprune prune -o wrote.")
     with _disk_errors(folder):
@@ -241,6 +245,19 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
         for name, path in paths.items():
             _check_file(path, listed[name])
     return paths
+
+
+def path_of(folder: Any) -> Path:
+    """A folder as a path.
+
+    Raises
+    ------
+    ArgumentError
+        If it is none.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(f"the folder is {folder!r:.60}, a {type(folder).__name__}: give a path.")
+    return Path(folder)
 
 
 def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], object]]) -> Path:

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.coupling import Coupling
+from fxprune.coupling import Coupling, check_coupling
+from fxprune.doors import door
 
 __all__ = ["GroupSparsity"]
 
 
+@door
 class GroupSparsity:
     r"""Group lasso over the units of a coupling: :math:`\sum_u \sqrt{\sum_{w \in u} w^2}`.
 
@@ -34,6 +36,7 @@ class GroupSparsity:
     """
 
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        check_coupling(coupling, model)
         units = coupling.units
         place = np.full(coupling.context.units.count, len(units), dtype=np.int64)  # what is no unit goes to one place more
         place[units] = np.arange(len(units))
@@ -42,7 +45,7 @@ class GroupSparsity:
         # (parameter, dimensions that are summed whole, where each remaining sum goes)
         self._parts: list[tuple[nn.Parameter, list[int], Tensor]] = []
         for name, parameter in parameters.items():
-            for labels in coupling.parameter_labels(name):
+            for labels in coupling.parameter_labels(name) if name in coupling.parameters else ():
                 whole = [d for d, size in enumerate(labels.shape) if size == 1]
                 self._parts.append((parameter, whole, torch.from_numpy(place[labels].ravel())))
 

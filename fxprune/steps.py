@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -11,15 +12,20 @@ from typing import Any
 from torch import nn
 
 from fxprune.api import Pruned, load, prune
+from fxprune.arguments import check_model
 from fxprune.cost import cost_of
-from fxprune.errors import ArgumentError
-from fxprune.saving import read_files, write_files
+from fxprune.doors import door
+from fxprune.errors import ArgumentError, SignatureError
+from fxprune.saving import path_of, read_files, write_files
+from fxprune.values import share, whole
 
 __all__ = ["Steps"]
 
 _SETTINGS = "steps.json"
+_OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_inputs"}
 
 
+@door
 class Steps:
     """Iterate over ever smaller models; train each in the body of the loop, in place.
 
@@ -66,25 +72,29 @@ class Steps:
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ArgumentError(f"count={count!r} must be a whole number of steps, at least 1.")
-        if macs is None and params is None:
-            raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise SignatureError(f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of prune.")
         if any(name in options for name in ("channels", "layers", "latency")):
             raise ArgumentError("channels=, layers= and latency= count what the model at hand has: give macs= or params= instead.")
+        check_model(model)
+        count = whole("count", count)
+        asked = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+        if not asked:
+            raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
+        self.budget = {name: share(name, value, "the share of the original to end with") for name, value in asked.items()}
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
-        self.budget = {name: share for name, share in (("macs", macs), ("params", params)) if share is not None}
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else path_of(folder)
         if self.folder is not None:
             self._claim(self.folder)
 
     def __iter__(self) -> Iterator[Pruned]:
         done = self.done
         current = self.model if done == 0 else self._load(done).model
-        whole = self._cost(self.model)
+        start = self._cost(self.model)
         for k in range(done + 1, self.count + 1):
             now = self._cost(current)
-            shares = {name: min(1.0, share ** (k / self.count) * whole[name] / now[name]) for name, share in self.budget.items()}
+            shares = {name: min(1.0, part ** (k / self.count) * start[name] / now[name]) for name, part in self.budget.items()}
             step = prune(current, self.inputs, **shares, **self.options)
             yield step
             if self.folder is not None:
@@ -92,12 +102,14 @@ class Steps:
             current = step.model
 
     @property
+    @door
     def done(self) -> int:
         """How many steps the folder holds, trained."""
         if self.folder is None:
             return 0
         return max((k for k in range(1, self.count + 1) if self._path(k).is_dir()), default=0)
 
+    @door
     def last(self) -> Pruned:
         """The last finished step, from the folder.
 

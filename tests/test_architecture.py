@@ -15,6 +15,8 @@ PACKAGE = Path(fxprune.__file__).parent
 ROOMS = [
     "errors",
     "identity",
+    "doors",
+    "values",
     "inputs",
     "shapes",
     "macs",

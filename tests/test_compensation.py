@@ -121,3 +121,28 @@ def test_unknown_method_and_no_data() -> None:
         fxprune.compensate(model, pruned, [(x,)], method="magic")
     with pytest.raises(fxprune.ArgumentError, match="no batch"):
         fxprune.compensate(model, pruned, [])
+
+
+@pytest.mark.parametrize("method", ["constants", "least_squares"])
+def test_what_is_no_number_is_refused(method: str) -> None:
+    """NaN in a batch, or infinity; the pruned model's weights stay finite and as they were."""
+    model, x = teacher(), torch.randn(4, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    before = {name: tensor.clone() for name, tensor in pruned.model.state_dict().items()}
+    spoilt = x.clone()
+    spoilt[2, 1, 3, 3] = float("nan")
+    for batch in (spoilt, torch.full_like(x, float("inf"))):
+        with pytest.raises(fxprune.ArgumentError, match=r"NaN"):
+            fxprune.compensate(model, pruned, [(x,), (batch,)], method=method)
+    for name, tensor in pruned.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("method", ["constants", "least_squares"])
+def test_data_of_a_wrong_shape_is_named(method: str) -> None:
+    model, x = teacher(), torch.randn(4, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    with pytest.raises(fxprune.CallbackError, match=r"given a batch of the loader"):
+        fxprune.compensate(model, pruned, [(torch.randn(4, 5, 8, 8),)], method=method)
+    with pytest.raises(fxprune.ArgumentError, match=r"the loader is a Tensor"):
+        fxprune.compensate(model, pruned, x, method=method)

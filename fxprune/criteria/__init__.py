@@ -18,6 +18,7 @@ Those that read data have no name, because they need a loader: :class:`Taylor`, 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -27,12 +28,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fxprune.coupling import Coupling
+from fxprune.coupling import Coupling, Group, check_coupling
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
-from fxprune.errors import ArgumentError
+from fxprune.doors import calling, door
+from fxprune.errors import ArgumentError, FxpruneError, ModelError
+from fxprune.values import whole
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -55,6 +58,7 @@ __all__ = [
 ]
 
 
+@door
 @dataclass(frozen=True)
 class Random:
     """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal seeds.
@@ -69,8 +73,13 @@ class Random:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0))
+
+    @door
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
+        check_coupling(coupling, model)
         return np.random.default_rng(self.seed).random(coupling.context.units.count)
 
 
@@ -102,6 +111,7 @@ class Ranking:
     gamma: float = 0.0
 
 
+@door
 def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     """Score all units of a model.
 
@@ -125,13 +135,14 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     >>> values[coupling.groups[0].units].tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
+    check_coupling(coupling, model)
     criterion = _found(criterion)
     value = _of_labels(criterion, coupling, model) if hasattr(criterion, "scores") else _of_views(criterion, coupling, model)
     per_group = any(criterion is one for one in _PER_GROUP) or isinstance(criterion, _PER_GROUP_KINDS)
     for group in coupling.groups:
         own = value[group.units]
         if not np.isfinite(own).all():
-            raise ArgumentError(f"the criterion gives scores that are not finite for group {group.name!r}.")
+            raise _not_finite(group, model)
         if per_group:
             value[group.units] = own / max(own.mean(), np.finfo(np.float64).tiny)
     if isinstance(criterion, CPMC):
@@ -139,20 +150,46 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     return Ranking(value)
 
 
+def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
+    """What is said of scores that cannot be ranked: it is the weights, or the criterion."""
+    parameters = dict(model.named_parameters())
+    for name in dict.fromkeys(axis.parameter for axis in group.axes):
+        if name in parameters and not bool(parameters[name].isfinite().all()):
+            return ModelError(
+                f"parameter {name!r} holds infinity, so its units cannot be ranked: load or initialise the weights anew."
+            )
+    return ArgumentError(
+        f"the criterion gives scores that are not finite for group {group.name!r}. Scores must be numbers; weights so large "
+        "that their squares overflow have none."
+    )
+
+
 def _found(criterion: Any) -> Any:
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
-            raise ArgumentError(f"criterion {criterion!r} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.")
+            near = difflib.get_close_matches(criterion, CRITERIA, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(
+                f"criterion {criterion!r:.60} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.{hint}"
+            )
         return CRITERIA[criterion]
     if isinstance(criterion, type):
         raise ArgumentError(f"criterion is the class {criterion.__name__}: pass an object of it, {criterion.__name__}(...).")
     if not hasattr(criterion, "scores") and not callable(criterion):
-        raise ArgumentError(f"criterion is a {type(criterion).__name__}: pass a name, or a callable from a UnitView to scores.")
+        kind = "None" if criterion is None else f"a {type(criterion).__name__}"
+        raise ArgumentError(f"criterion is {kind}: pass a name, or a callable from a UnitView to scores.")
     return criterion
 
 
 def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
-    value = np.array(criterion.scores(coupling, model), dtype=np.float64)
+    with calling(f"scores(coupling, model) of the criterion {type(criterion).__name__}"):
+        given = criterion.scores(coupling, model)
+    try:
+        value = np.array(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"the criterion's scores(coupling, model) gave no array of numbers, but a {type(given).__name__}."
+        ) from error
     if value.shape != (coupling.context.units.count,):
         raise ArgumentError(
             f"the criterion's scores(coupling, model) gave shape {value.shape}: it must give one number per label, shape "
@@ -165,8 +202,9 @@ def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        scores = criterion(view)
-        if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
+        with calling(f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a UnitView,"):
+            scores = criterion(view)
+        if not isinstance(scores, Tensor) or scores.is_complex() or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ArgumentError(
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one score per unit, a tensor of shape "

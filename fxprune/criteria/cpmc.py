@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.views import ROLES, UnitView, check_roles
+from fxprune.doors import door
 from fxprune.errors import ArgumentError
+from fxprune.values import number, switch
 
 __all__ = ["CPMC", "share_left"]
 
 
+@door
 @dataclass(frozen=True)
 class CPMC:
     r"""Multi-criteria importance based on weight dependency.
@@ -75,12 +78,13 @@ class CPMC:
     standing: bool = True
 
     def __post_init__(self) -> None:
-        check_roles(self.roles)
-        weights = (self.alpha, self.beta, self.gamma)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise ArgumentError(
-                f"CPMC: alpha, beta and gamma are {', '.join(map(str, weights))}: give numbers of at least 0, not all of them 0."
-            )
+        weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
+        if not all(w is not None and math.isfinite(w) and w >= 0 for w in weights.values()) or not any(weights.values()):
+            given = ", ".join(f"{getattr(self, name)!r:.60}" for name in weights)
+            raise ArgumentError(f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all of them 0.")
+        checked = {**weights, "roles": check_roles(self.roles), "standing": switch("standing", self.standing)}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, view: UnitView) -> Tensor:
         value = view.sum(torch.square, self.roles)

@@ -8,6 +8,7 @@ of them, so the scores are those of one process that reads everything.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.coupling import Coupling
+from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.views import Views, widened
+from fxprune.doors import calling, door, read
 from fxprune.eager import intercepted
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
 
@@ -33,7 +35,18 @@ if torch.distributed.is_available():
     # interpreter, and now and then a process would be aborted at its end. So it is imported before any group is there.
     import torch.distributed.nn
 
-__all__ = ["Activation", "Batch", "Fisher", "Taylor", "batches_of", "check_read", "evaluated"]
+__all__ = [
+    "Activation",
+    "Batch",
+    "Fisher",
+    "Taylor",
+    "batches_of",
+    "called",
+    "check_finite",
+    "check_loader",
+    "check_read",
+    "evaluated",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Loader = Iterable[Any]
@@ -47,6 +60,7 @@ class _Reader:
     loader: Loader
 
     def __post_init__(self) -> None:
+        check_loader(self.loader)
         if isinstance(self.loader, Iterator):
             raise ArgumentError(
                 f"the loader is a {type(self.loader).__name__}, which can be read only once. Pass one that can be read again: a "
@@ -55,7 +69,23 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class Taylor(_Reader):
+class _LossReader(_Reader):
+    """Has a loss as well."""
+
+    loss: Loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.loss, type) or not callable(self.loss):
+            what = f"the class {self.loss.__name__}" if isinstance(self.loss, type) else f"a {type(self.loss).__name__}"
+            raise ArgumentError(
+                f"the loss is {what}: give a function loss(output, *targets), as torch.nn.functional.cross_entropy."
+            )
+
+
+@door
+@dataclass(frozen=True)
+class Taylor(_LossReader):
     r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the first-order change of the loss.
 
     L is the mean loss over all samples; how they are split into batches makes no difference. Molchanov et al., "Importance
@@ -87,10 +117,10 @@ class Taylor(_Reader):
     [6.0, 36.0]
     """
 
-    loss: Loss
-
+    @door
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
+        check_coupling(coupling, model)
         summed, samples = _Sum(), 0
 
         def visit(gradients: dict[str, Tensor], size: int) -> None:
@@ -102,8 +132,9 @@ class Taylor(_Reader):
         return np.abs(_mean(_products(coupling, model, summed.tensors), samples))
 
 
+@door
 @dataclass(frozen=True)
-class Fisher(_Reader):
+class Fisher(_LossReader):
     r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the diagonal Fisher information of a
     unit's mask.
 
@@ -129,10 +160,10 @@ class Fisher(_Reader):
     [10.0, 360.0]
     """
 
-    loss: Loss
-
+    @door
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
+        check_coupling(coupling, model)
         total, samples = np.zeros(coupling.context.units.count), 0
 
         def visit(gradients: dict[str, Tensor], size: int) -> None:
@@ -144,6 +175,7 @@ class Fisher(_Reader):
         return _mean(total, samples)
 
 
+@door
 @dataclass(frozen=True)
 class Activation(_Reader):
     r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and positions.
@@ -175,8 +207,10 @@ class Activation(_Reader):
     [1.0, 1.3333]
     """
 
+    @door
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
+        check_coupling(coupling, model)
         meter = _Meter(coupling)
         # Parameters are only read; buffers are copied, should a module write to its own.
         real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in coupling.twin.real.items()}
@@ -203,7 +237,7 @@ def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: Bat
         return call()
 
     with intercepted(model, coupling.parts, part):
-        model(*batch.args, **batch.kwargs)
+        called(model, batch)
 
 
 class _Sum:
@@ -237,14 +271,16 @@ def _each_gradient(model: nn.Module, loader: Loader, loss: Loss, visit: Callable
         held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         for batch in batches_of(loader, model):
-            output = torch.func.functional_call(model, {**held, **buffers}, batch.args, batch.kwargs)
-            value = loss(output, *batch.targets)
+            output = called(functools.partial(torch.func.functional_call, model, {**held, **buffers}), batch, apart=True)
+            with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
+                value = loss(output, *batch.targets)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise ArgumentError(
                     f"the loss gave {given}: it must give the mean loss over the batch, one number that depends on the output "
                     "through differentiable operations."
                 )
+            check_finite([value], "the loss of a batch")
             found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
             visit({name: widened(g) for name, g in zip(held, found, strict=True) if g is not None}, batch.size)
 
@@ -316,7 +352,9 @@ def _value(trace: Trace, root: nn.Module, node: fx.Node, arguments: Mapping[str,
         return trace.constants[str(node.target)]
     try:
         return execute(root, node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-    except AssertionError as error:
+    except (FxpruneError, Warning):
+        raise
+    except Exception as error:
         raise ArgumentError(
             f"a batch of the loader does not fit the example that the model was analysed with: {error}. Give batches of the "
             "example's sizes; only the number of samples may be another."
@@ -343,7 +381,7 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
     def copied(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, copy=True)  # a model may write into its inputs, and they are the loader's
 
-    for batch in loader:
+    for batch in read(loader):
         args, kwargs, targets = call_of(batch)
         leaf = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None)
         if leaf is None:
@@ -351,8 +389,51 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
                 f"the loader gave inputs without a tensor of samples ({type(batch[0]).__name__}): batches must be tuples "
                 "(inputs, *targets)."
             )
+        if any(bool(leaf.isnan().any()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+            raise ArgumentError("a batch of the loader holds NaN, of which nothing can be measured. Look at how its data is made.")
         args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
         yield Batch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
+
+
+def called(model: Callable[..., Any], batch: Batch, *, apart: bool = False) -> Any:
+    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as two.
+
+    Raises
+    ------
+    CallbackError
+        If the batch does not fit the model.
+    """
+    with calling("the model, given a batch of the loader,"):
+        return model(batch.args, batch.kwargs) if apart else model(*batch.args, **batch.kwargs)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what gives no batches.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    listed = isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
+    if isinstance(loader, (str, bytes, Mapping, Tensor, type)) or not listed:
+        what = f"the class {loader.__name__}" if isinstance(loader, type) else f"a {type(loader).__name__}"
+        raise ArgumentError(
+            f"the loader is {what}, which holds no batches: give a DataLoader, or a list of batches (inputs, *targets)."
+        )
+
+
+def check_finite(values: Iterable[Any], what: str) -> None:
+    """Refuse what came to NaN or infinity.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ArgumentError(
+                f"{what} is NaN or infinite, so nothing can be measured. Look at what the loader gives, and its scale."
+            )
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprune.coupling import Coupling, Group
+from fxprune.doors import door, read
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 
@@ -41,12 +42,13 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
     ArgumentError
         If one is unknown, or there is none: every sum would be 0.
     """
-    found = (roles,) if isinstance(roles, str) else tuple(roles)
-    if not found or not set(found) <= set(ROLES):
-        raise ArgumentError(f"roles={roles!r}: choose one or several of {', '.join(map(repr, ROLES))}.")
+    found = (roles,) if isinstance(roles, str) else tuple(read(roles, "roles")) if isinstance(roles, Iterable) else ()
+    if not found or not all(isinstance(role, str) and role in ROLES for role in found):
+        raise ArgumentError(f"roles={roles!r:.60}: choose one or several of {', '.join(map(repr, ROLES))}.")
     return found
 
 
+@door
 class Views:
     """All groups of a coupling with the tensors to score them by.
 

@@ -15,9 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from fxprune.deploy.constants import compute_constants
 from fxprune.deploy.folding import fold
 from fxprune.deploy.identities import drop_identities
+from fxprune.doors import door
 from fxprune.errors import ModelError
 from fxprune.memory import Memory, name_of, writes
 from fxprune.rewrite import PrunedModule
+from fxprune.values import switch
 
 __all__ = ["LAYOUTS", "deploy", "lay_out"]
 
@@ -25,6 +27,7 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By the number of dimensions of images and videos, and of the weights of convolutions over them."""
 
 
+@door
 def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     """A copy of a pruned model for inference: batch normalisations folded, constants computed, training code gone.
 
@@ -65,6 +68,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no graph. Of a dense model make one "
             "with prune(model, example_inputs, channels=1.0).model."
         )
+    channels_last = switch("channels_last", channels_last)
     root = _copy_of(model).eval()
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.errors import ArgumentError, ExportError, VerificationError
+from fxprune.doors import calling, door
+from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.inputs import as_call, batch_size, drawn
+from fxprune.values import switch
 
 __all__ = ["export"]
 
@@ -35,6 +37,7 @@ _ONE_FILE = 3 * 2**29  # bytes of weights that an ONNX file holds itself: protoc
 _FORMATS = {".onnx": "ONNX", ".pt2": "an exported program"}
 
 
+@door
 def export(
     model: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = True, check: bool = True
 ) -> float | None:
@@ -76,6 +79,11 @@ def export(
     ...     torch.export.load(f"{folder}/net.pt2").module()(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5, 4, 4, 4])
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"export(model, example_inputs, path) takes a torch.nn.Module as model, and got a {type(model).__name__}.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"path is {path!r:.60}, a {type(path).__name__}: give a file name that ends with .onnx or .pt2.")
+    dynamic_batch, check = switch("dynamic_batch", dynamic_batch), switch("check", check)
     path = Path(path)
     if path.suffix not in _FORMATS:
         raise ArgumentError(f"{path.name} ends with neither .onnx nor .pt2: the suffix says what to write.")
@@ -84,7 +92,23 @@ def export(
         raise ArgumentError(f"ONNX needs {', '.join(needed)}: pip install {' '.join(needed)}.")
     model = copy.deepcopy(model).eval()
     args, kwargs = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _written(model, example_inputs, args, kwargs, path, dynamic_batch, check)
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror or error}. Name a place that can be written to.") from error
+
+
+def _written(
+    model: nn.Module,
+    example_inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: Path,
+    dynamic_batch: bool,
+    check: bool,
+) -> float | None:
+    """Write the file beside its place, check it, and put it there; returns the error that was measured."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         file = Path(folder) / path.name
         _write(model, args, kwargs, file, dynamic_batch)
@@ -140,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 def _check(model: nn.Module, calls: list[Call], file: Path) -> float:
     """Run the file on all calls in one process of its own; returns the largest relative error."""
-    with torch.no_grad():
+    with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [_tensors(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError
 from fxprune.latency.cuda import current
+from fxprune.values import device_of, number, whole
 
 __all__ = ["Timing", "time_in_turns"]
 
@@ -38,6 +40,7 @@ class Timing:
         return cls(statistics.median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4], len(ordered))
 
 
+@door
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
     device: torch.device | str = "cpu",
@@ -63,17 +66,22 @@ def time_in_turns(
     >>> list(found), found["short"].count, found["long"].low <= found["long"].ms <= found["long"].high
     (['short', 'long'], 3, True)
     """
-    if not runs or rounds < 1 or seconds <= 0:
-        raise ArgumentError(f"time_in_turns: {len(runs)} callables, rounds={rounds}, seconds={seconds}: all have to be positive.")
-    device = torch.device(device)
+    if not isinstance(runs, Mapping) or not runs or not all(map(callable, runs.values())):
+        raise ArgumentError("time_in_turns takes functions without arguments by name: a dict from text to callables, not empty.")
+    rounds, warm_up, lasting = whole("rounds", rounds), whole("warm_up", warm_up, 0), number(seconds)
+    if lasting is None or not 0 < lasting < float("inf"):
+        raise ArgumentError(f"seconds={seconds!r:.60} must be a number above 0.")
+    seconds, device = lasting, device_of("device", device, here=False)
     on_gpu = device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ArgumentError(f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
     turn = _turn_on_gpu if on_gpu else _turn
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    with current(device):
+    with current(device), calling("a function that is timed"):
         calls = {name: _warmed_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
-        for number in range(rounds):
-            first = number % len(order)
+        for turned in range(rounds):
+            first = turned % len(order)
             for name in order[first:] + order[:first]:
                 times[name] += turn(runs[name], calls[name])
     return {name: Timing.of(own) for name, own in times.items()}

@@ -17,11 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.cost import MacCounter, cost_of
 from fxprune.deploy import LAYOUTS, lay_out
+from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
 from fxprune.latency.roofline import roofline
+from fxprune.values import switch, whole
 
 __all__ = [
     "MODES",
@@ -49,6 +51,7 @@ MODES = ("eager", "compiled", "cudagraph")
 _MOST_BATCHES = 4096  # of inputs so small that reading them counts for nothing
 
 
+@door
 @dataclass(frozen=True)
 class Setting:
     """How a model runs.
@@ -74,16 +77,32 @@ class Setting:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS or self.mode not in MODES:
+        named = isinstance(self.precision, str) and isinstance(self.mode, str)
+        if not named or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
-            raise ArgumentError(f"precision={self.precision!r}, mode={self.mode!r}: {known}.")
-        if self.batch is not None and self.batch < 1:
-            raise ArgumentError(f"batch={self.batch}: a batch holds at least 1.")
-        if self.on_gpu and not torch.cuda.is_available():
-            raise ArgumentError(f"device={self.device!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
+            raise ArgumentError(f"precision={self.precision!r:.60}, mode={self.mode!r:.60}: {known}.")
+        if self.batch is not None:
+            object.__setattr__(self, "batch", whole("batch", self.batch))
+        object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
+        if self.device is not None:
+            object.__setattr__(self, "device", self._checked())
         if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
             what = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
             raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
+
+    def _checked(self) -> str:
+        """The device's name, of one that can be measured here."""
+        given: Any = self.device
+        device = torch.device(given) if isinstance(given, (str, torch.device)) and _is_device(given) else None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ArgumentError(
+                f'device={given!r:.60}: latency is measured on "cuda" or "cpu", or either with a number, as "cuda:1".'
+            )
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ArgumentError(f"device={given!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ArgumentError(f"device={given!r}: torch sees {torch.cuda.device_count()} GPUs here, numbered from 0.")
+        return str(given)
 
     def __str__(self) -> str:
         """
@@ -102,6 +121,14 @@ class Setting:
     @property
     def on_gpu(self) -> bool:
         return self.place.type == "cuda"
+
+
+def _is_device(name: Any) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -137,6 +164,7 @@ class Latency:
         return f"{self.timing.ms:.3f} ms ({spread}; floor {self.floor_ms:.3f}), {self.throughput:,.0f} per second{memory}"
 
 
+@door
 def measure(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting | None = None, *, rounds: int = 9, seconds: float = 0.2
 ) -> dict[str, Latency]:
@@ -169,7 +197,11 @@ def measure(
     >>> found["small"].batch, found["small"].timing.count, found["small"].floor_ms < found["large"].floor_ms
     (4, 3, True)
     """
-    setting = setting or Setting()
+    if not isinstance(models, Mapping) or not models or not all(isinstance(model, nn.Module) for model in models.values()):
+        raise ArgumentError('measure() takes models by name, as {"dense": model}: a dict from text to torch.nn.Module, not empty.')
+    setting = Setting() if setting is None else setting
+    if not isinstance(setting, Setting):
+        raise ArgumentError(f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as Setting(device='cpu').")
     with _running(models, example_inputs, setting) as (batches, ready, runs):
         timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
         limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
@@ -250,7 +282,8 @@ def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
 
 def _call(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = as_call(inputs)
-    return model(*args, **kwargs)
+    with calling(f"the {type(model).__name__}"):
+        return model(*args, **kwargs)
 
 
 def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:

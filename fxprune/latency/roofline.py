@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from fxprune.doors import door
+from fxprune.errors import ArgumentError
 from fxprune.latency.clock import time_in_turns
+from fxprune.values import device_of, switch
 
 __all__ = ["Roofline", "roofline"]
 
@@ -36,12 +39,24 @@ class Roofline:
         return 1e3 * max(macs / self.macs_per_second, nbytes / self.bytes_per_second)
 
 
-@functools.lru_cache(maxsize=32)
+@door
 def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Roofline:
     """Measure a device: the best of large products in ``dtype``, and a copy that no cache holds.
 
     ``tf32`` is part of the name under which the result is remembered; the caller has switched it on.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such device, or the type is no floating-point one.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"dtype={dtype!r:.60} is no floating-point type of torch, e.g. torch.float32.")
+    return _measured(device_of("device", device), dtype, switch("tf32", tf32))
+
+
+@functools.lru_cache(maxsize=32)
+def _measured(device: torch.device, dtype: torch.dtype, tf32: bool) -> Roofline:
     on_gpu = device.type == "cuda"
     made = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
     made.append(_convolution(64 if on_gpu else 1, device, dtype))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fxprune.doors import door
 from fxprune.errors import ArgumentError
 from fxprune.rules.context import Context
 
@@ -46,6 +47,7 @@ def rule(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
+@door
 def register_rule(name: str, *, like: str | None = None) -> Callable[[Handler], Handler]:
     """Say how channels pass through an op of your own; see ``docs/extending.md`` for the verbs of a rule.
 
@@ -81,15 +83,20 @@ def register_rule(name: str, *, like: str | None = None) -> Callable[[Handler], 
     >>> fxprune.prune(net, torch.zeros(1, 3), channels=0.5).model.get_submodule("1").weight.shape
     torch.Size([2, 4])
     """
-    library, _, op = name.partition("::")
+    library, _, op = name.partition("::") if isinstance(name, str) else ("", "", "")
     if not library or not op or library in ("aten", "prims", "prim"):
         raise ArgumentError(f'register_rule: {name!r} is no op of your own: give its name as "library::op".')
     if name in REGISTRY:
         raise ArgumentError(f"register_rule: {name} has a rule already.")
-    if like is not None and like not in REGISTRY:
+    if like is not None and (not isinstance(like, str) or like not in REGISTRY):
         raise ArgumentError(f"register_rule: {like!r} has no rule that {name} could share; docs/rules.md lists those that have.")
 
     def register(handler: Handler, family: str = "user") -> Handler:
+        if not callable(handler):
+            raise ArgumentError(
+                f"register_rule: a rule of {name} is a function rule(context, op, arguments by name, result), not a "
+                f"{type(handler).__name__}."
+            )
         REGISTRY[name] = Rule(handler, family, (handler.__doc__ or "").strip().split("\n")[0], of_user=True)
         find.cache_clear()
         return handler

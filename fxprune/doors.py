@@ -1,0 +1,159 @@
+"""The doors of the package: whatever leaves them is an :class:`~fxprune.errors.FxpruneError`.
+
+:func:`door` guards what users call. :func:`calling` and :func:`read` run what users hand in, so that an error of their code is told
+apart from one of fxprune.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from fxprune.errors import CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
+
+__all__ = ["calling", "door", "read"]
+
+T = TypeVar("T")
+
+
+def door(public: T) -> T:
+    """Guard a public function, or the constructor of a public class: unforeseen errors become one of fxprune's own.
+
+    Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and what is no ``Exception``
+    (``KeyboardInterrupt``).
+
+    Examples
+    --------
+    >>> @door
+    ... def half(number):
+    ...     return number / 2
+    >>> half(3)
+    1.5
+    >>> half(nubmer=3)
+    Traceback (most recent call last):
+    fxprune.errors.SignatureError: half() got an unexpected keyword argument 'nubmer'. Did you mean number=?
+    """
+    if isinstance(public, type):
+        public.__init__ = _guarded(public.__init__, public.__name__)  # type: ignore[misc]
+        return public
+    return _guarded(public, public.__qualname__)  # type: ignore[attr-defined]
+
+
+def _guarded(function: Any, name: str) -> Any:
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (FxpruneError, Warning):
+            raise
+        except Exception as error:
+            raise _own(error, function, name, args, kwargs) from error
+
+    return guarded
+
+
+def _own(error: Exception, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError:
+    """What an error that nobody foresaw is told as."""
+    if isinstance(error, TypeError):
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return SignatureError(f"{_said(error)}.{_meant(function, kwargs)}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ResourceError(f"{name}: memory ran out ({_said(error)}). Give smaller example inputs, or another device.")
+    return InternalError(
+        f"{name} failed where it should not: {type(error).__name__}: {_said(error)} (at {_place(error.__traceback__)}). This is a "
+        "bug in fxprune: please report it, with this traceback. Until it is mended, modules in keep= are left as they are."
+    )
+
+
+def _meant(function: Any, kwargs: dict[str, Any]) -> str:
+    """A hint at the argument that an unknown one is like."""
+    known = list(inspect.signature(function).parameters)
+    near = [difflib.get_close_matches(name, known, n=1) for name in kwargs if name not in known]
+    return f" Did you mean {near[0][0]}=?" if near and near[0] else ""
+
+
+@contextmanager
+def calling(what: str) -> Iterator[None]:
+    """Run code that the caller handed in; what it raises becomes a :class:`CallbackError` that says so.
+
+    >>> with calling("the loss"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    fxprune.errors.CallbackError: the loss raised ZeroDivisionError: division by zero (at <doctest ...>:2). ...
+    """
+    try:
+        yield
+    except (FxpruneError, Warning):
+        raise
+    except Exception as error:
+        text = f"{what} raised {type(error).__name__}: {_said(error)}{_line_of_caller(error.__traceback__)}."
+        raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
+
+
+def read(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
+    """What an iterable of the caller's gives, one by one.
+
+    Raises
+    ------
+    CallbackError
+        If it raises something, as what is no iterable does.
+    """
+    with calling(what):
+        items = iter(loader)
+    end = object()
+    while True:
+        with calling(what):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
+
+
+def _said(error: BaseException) -> str:
+    """An error's text as one line, without a full stop."""
+    return " ".join(str(error).split())[:300].rstrip(".") or "no message"
+
+
+_PACKAGE = f"{Path(__file__).parent}/"
+_LIBRARIES = tuple(f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def _place(trace: TracebackType | None) -> str:
+    """The innermost line of fxprune, and the caller's line below it if there is one."""
+    frames = traceback.extract_tb(trace)
+    own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
+    if not own:
+        return "an unknown line"
+    last = frames[own[-1]]
+    theirs = [_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
+    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (f", reached from {theirs[-1]}" if theirs else "")
+
+
+def _line_of_caller(trace: TracebackType | None) -> str:
+    """The innermost line that belongs to no library, in brackets; nothing where there is none."""
+    theirs = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
+    return f" (at {_line(theirs[-1])})" if theirs else ""
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _is_own(filename: str) -> bool:
+    return filename.startswith(_PACKAGE)
+
+
+def _is_library(filename: str) -> bool:
+    return _is_own(filename) or filename.startswith((*_LIBRARIES, "<frozen"))

@@ -1,0 +1,333 @@
+"""Arguments that nobody could have meant, at every argument of every public door: an error of fxprune's own, or a result."""
+
+import functools
+import inspect
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+from fxprune import cost, criteria, latency
+from fxprune.doors import calling, door, read
+from fxprune.errors import ArgumentError, CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
+from fxprune.report import Report
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
+
+def raising(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("the user's own")
+
+
+class RaisesWhenRead:
+    def __iter__(self) -> Iterator[Any]:
+        raise OSError("the disk is gone")
+
+
+WRONG: dict[str, Any] = {
+    "None": None,
+    "True": True,
+    "0": 0,
+    "-1": -1,
+    "2.5": 2.5,
+    "nan": math.nan,
+    "infinity": math.inf,
+    "1j": 1j,
+    "text": "nowhere",
+    "empty text": "",
+    "bytes": b"bytes",
+    "[]": [],
+    "[None]": [None],
+    "[text]": ["nowhere"],
+    "()": (),
+    "{}": {},
+    "{0: 0.5}": {0: 0.5},
+    "{text: text}": {"nowhere": "nothing"},
+    "object": object(),
+    "class": nn.Conv2d,
+    "module": nn.Conv2d(1, 1, 1),
+    "tensor": torch.zeros(2),
+    "integers": torch.zeros(2, 3, dtype=torch.int64),
+    "NaN": torch.full((2, 3), math.nan),
+    "strings": np.array(["nowhere"]),
+    "array": np.zeros(3),
+    "dtype": torch.int32,
+    "function": lambda: 1,
+    "raising": raising,
+    "raises when read": RaisesWhenRead(),
+    "path": Path("nowhere"),
+}
+
+
+@functools.cache
+def made() -> dict[str, Any]:
+    """What the doors are called with; nothing here is changed by a call."""
+    model, x = network(), torch.randn(4, 3)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    folder = tempfile.mkdtemp()
+    pruned.save(folder)
+    return {"model": model, "x": x, "pruned": pruned, "folder": folder, "coupling": fxprune.analyze(model, x)}
+
+
+def loader() -> list[Any]:
+    return [(made()["x"], torch.zeros(4, 2))]
+
+
+def steps(**arguments: Any) -> None:
+    for _ in fxprune.Steps(**arguments):
+        pass
+
+
+def penalty(**arguments: Any) -> None:
+    fxprune.GroupSparsity(**arguments)()
+
+
+def scored(kind: Any) -> Callable[..., None]:
+    return lambda coupling, model, **options: kind(**options).scores(coupling, model)
+
+
+def registered(rule: Any, **arguments: Any) -> None:
+    known = fxprune.rules.registry.REGISTRY
+    before = dict(known)
+    try:
+        fxprune.register_rule(**arguments)(rule)
+    finally:
+        known.clear()
+        known.update(before)
+
+
+def pruning(**more: Any) -> dict[str, Any]:
+    return {"model": made()["model"], "example_inputs": made()["x"], "channels": 0.5, **more}
+
+
+def stepping() -> dict[str, Any]:
+    return {"model": network(), "example_inputs": made()["x"], "count": 2, "macs": 0.6}
+
+
+def both(**more: Any) -> dict[str, Any]:
+    return {"model": made()["model"], "pruned": made()["pruned"], **more}
+
+
+def data(**more: Any) -> dict[str, Any]:
+    return {"coupling": made()["coupling"], "model": made()["model"], "loader": loader(), **more}
+
+
+SHARES = {"channels": 0.9, "macs": 0.9, "params": 0.9}
+OPTIONS = {"scope": "global", "layers": {"2": 0.9}, "criterion": "l1", "keep": "1", "units": "dims", "round_to": 2}
+
+DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "prune": (fxprune.prune, lambda: pruning(**SHARES, **OPTIONS, min_channels=2, verify=True)),
+    "prune in time": (fxprune.prune, lambda: pruning(device=None)),
+    "analyze": (fxprune.analyze, lambda: {"model": made()["model"], "example_inputs": made()["x"], "keep": (), "units": "dims"}),
+    "apply": (fxprune.apply, lambda: {"plan": made()["pruned"].plan, "model": made()["model"]}),
+    "load": (fxprune.load, lambda: {"folder": made()["folder"], "model_factory": network, "device": None}),
+    "save": (lambda folder: made()["pruned"].save(folder), lambda: {"folder": "saved"}),
+    "verify": (
+        fxprune.verify,
+        lambda: both(example_inputs=made()["x"], dtype=torch.float64, randomize=True, seed=0, numeric=True),
+    ),
+    "constants": (fxprune.compensate, lambda: both(loader=loader(), method="constants", ridge=1e-4)),
+    "least squares": (fxprune.compensate, lambda: both(loader=loader(), method="least_squares", ridge=1e-4)),
+    "deploy": (fxprune.deploy, lambda: {"model": made()["pruned"].model, "channels_last": False}),
+    "Steps": (steps, lambda: {**stepping(), "params": 0.6, "folder": None}),
+    "Steps with options": (steps, lambda: {**stepping(), "criterion": "l1", "keep": ()}),
+    "GroupSparsity": (penalty, lambda: {"model": made()["model"], "coupling": made()["coupling"]}),
+    "register_rule": (registered, lambda: {"name": "slips::none", "like": None, "rule": lambda *arguments: None}),
+    "cost_of": (cost.cost_of, lambda: {"module": made()["model"], "example_inputs": made()["x"]}),
+    "count_parameters": (cost.count_parameters, lambda: {"module": made()["model"]}),
+    "Plan.from_json": (fxprune.Plan.from_json, lambda: {"text": made()["pruned"].plan.to_json()}),
+    "Report.from_dict": (Report.from_dict, lambda: {"data": made()["pruned"].report.to_dict()}),
+    "Setting": (
+        latency.Setting,
+        lambda: {"device": "cpu", "precision": "fp32", "mode": "eager", "channels_last": True, "batch": 2},
+    ),
+    "measure": (
+        latency.measure,
+        lambda: {
+            "models": {"one": made()["model"]},
+            "example_inputs": made()["x"],
+            "setting": latency.Setting("cpu"),
+            "rounds": 1,
+            "seconds": 1e-4,
+        },
+    ),
+    "time_in_turns": (
+        latency.time_in_turns,
+        lambda: {"runs": {"one": lambda: None}, "device": "cpu", "rounds": 1, "seconds": 1e-4, "warm_up": 0},
+    ),
+    "roofline": (latency.roofline, lambda: {"device": torch.device("cpu"), "dtype": torch.float32, "tf32": False}),
+    "CPMC": (criteria.CPMC, lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "standing": True}),
+    "Random": (scored(criteria.Random), lambda: {"seed": 1, "coupling": made()["coupling"], "model": made()["model"]}),
+    "Taylor": (scored(criteria.Taylor), lambda: data(loss=F.mse_loss)),
+    "Fisher": (scored(criteria.Fisher), lambda: data(loss=F.mse_loss)),
+    "Activation": (scored(criteria.Activation), lambda: data()),
+    "rank": (criteria.rank, lambda: {"criterion": "l1", "coupling": made()["coupling"], "model": made()["model"]}),
+}
+
+
+RUN = {("prune", "example_inputs"), ("verify", "example_inputs")}
+"""Where the model is run on the example as it is, and raises what it likes."""
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, (_, arguments) in DOORS.items() for argument in arguments()]
+)
+def test_a_wrong_value(name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is, it is told by an error of fxprune's own that is no mere "bug in fxprune", or it is taken."""
+    monkeypatch.chdir(tmp_path)
+    function, arguments = DOORS[name]
+    function(**arguments())
+    for label, value in WRONG.items():
+        error = outcome(function, {**arguments(), argument: value})
+        foreseen = not isinstance(error, InternalError) or (name, argument) in RUN
+        told = isinstance(error, FxpruneError) and foreseen and len(str(error)) < 1200
+        assert error is None or told, f"{argument}={label}: {type(error).__name__}: {error}"
+
+
+def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            function(**arguments)
+        except Exception as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("name", ["prune", "analyze", "apply", "load", "verify", "constants", "deploy", "cost_of", "GroupSparsity"])
+def test_arguments_in_a_wrong_order(name: str) -> None:
+    function, arguments = DOORS[name]
+    given = list(arguments().values())
+    names = list(arguments())
+    for one in range(min(2, len(given) - 1)):
+        swapped = dict(zip(names, given, strict=True))
+        swapped[names[one]], swapped[names[one + 1]] = given[one + 1], given[one]
+        with pytest.raises(FxpruneError) as caught:
+            function(**swapped)
+        assert not isinstance(caught.value, InternalError)
+
+
+PUBLIC = [
+    getattr(fxprune, name)
+    for name in fxprune.__all__
+    if inspect.isfunction(getattr(fxprune, name)) or name in ("Steps", "GroupSparsity")
+]
+
+
+def required(public: Any) -> list[str]:
+    parameters = inspect.signature(public).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_a_call_without_its_arguments(public: Any) -> None:
+    """Both what Python raises and what fxprune does; a name that is nearly right is suggested."""
+    with pytest.raises(SignatureError, match="missing"):
+        public()
+    with pytest.raises(TypeError, match=r"unexpected keyword.*nowhere"):
+        public(**dict.fromkeys(required(public)), nowhere=None)
+    assert list(inspect.signature(public).parameters)  # documentation and editors see the arguments
+
+
+def test_a_misspelt_keyword() -> None:
+    with pytest.raises(SignatureError, match=r"'chanels'.*channels="):
+        fxprune.prune(made()["model"], made()["x"], chanels=0.5)  # type: ignore[call-arg]
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    "half", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).half()]
+)
+def test_numbers_of_other_libraries(half: Any) -> None:
+    model, x = made()["model"], made()["x"]
+    wanted = fxprune.prune(model, x, channels=0.5, round_to=2, layers={"2": 0.5}).plan
+    whole: Any
+    for whole in (np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)):
+        assert fxprune.prune(model, x, channels=half, round_to=whole, layers={"2": half}).plan == wanted
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, torch.tensor])
+def test_a_number_of_few_digits_is_the_decimal_that_it_is_written_as(kind: Any) -> None:
+    """0.7 in float32 is a little less than 0.7, of ten units a whole unit less."""
+    model = nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2))
+    assert fxprune.prune(model, made()["x"], channels=kind(0.7)).report.groups[0].kept == 7
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), torch.tensor(True), np.complex64(0.5), torch.tensor([0.5, 0.5]), np.zeros(1)])
+def test_what_is_no_number(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"channels=.*outside \(0, 1\]"):
+        fxprune.prune(made()["model"], made()["x"], channels=value)
+
+
+# ---- the doors themselves
+
+
+def test_an_unforeseen_error_is_told_as_a_bug() -> None:
+    @door
+    def fails() -> None:
+        {}["missing"]
+
+    with pytest.raises(InternalError, match=r"fails failed where it should not: KeyError: 'missing'.*report") as caught:
+        fails()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, DeprecationWarning, FxpruneError, ArgumentError])
+def test_what_passes_as_it_is(error: type[BaseException]) -> None:
+    @door
+    def fails() -> None:
+        with calling("the callback"):
+            raise error("as it is")
+
+    with pytest.raises(error, match="as it is") as caught:
+        fails()
+    assert caught.value.__cause__ is None
+
+
+def test_memory_that_ran_out_is_no_bug() -> None:
+    @door
+    def fails() -> None:
+        raise torch.OutOfMemoryError("20 GiB were asked for")
+
+    with pytest.raises(ResourceError, match=r"20 GiB.*smaller example"):
+        fails()
+
+
+def test_code_of_the_caller_is_named() -> None:
+    with pytest.raises(CallbackError, match=r"the loss raised RuntimeError: the user's own \(at test_slips.py:\d+\)"):  # noqa: SIM117
+        with calling("the loss"):
+            raising()
+    with pytest.raises(CallbackError, match="the loader raised OSError: the disk is gone"):
+        list(read(RaisesWhenRead()))
+    assert list(read([1, 2])) == [1, 2]
+
+
+def test_a_factory_that_fails_or_wants_arguments(tmp_path: Path) -> None:
+    made()["pruned"].save(tmp_path)
+    with pytest.raises(CallbackError, match=r"model_factory raised RuntimeError: the user's own \(at test_slips.py"):
+        fxprune.load(tmp_path, raising)
+    with pytest.raises(CallbackError, match=r"model_factory raised TypeError.*missing"):
+        fxprune.load(tmp_path, nn.Linear)
+    with pytest.raises(FxpruneError, match="another architecture"):
+        fxprune.load(tmp_path, lambda: nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 2)))
+
+
+def test_a_criterion_that_fails_is_named() -> None:
+    with pytest.raises(CallbackError, match=r"criterion raising.*the user's own \(at test_slips.py"):
+        fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion=raising)
+    with pytest.raises(ArgumentError, match=r"'lampp' is unknown.*Did you mean 'lamp'"):
+        fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion="lampp")
