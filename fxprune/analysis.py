@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling, Labelling, Terms, couple
-from fxprune.eager import some_data
-from fxprune.errors import FxpruneError, TraceError
-from fxprune.trace import example_of, twin_of
+from fxprune.eager import runnable
+from fxprune.errors import FxpruneError
+from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
+from fxprune.trace import twin_of
 
-__all__ = ["Clock", "Inputs", "label_and_couple"]
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Clock", "label_and_couple"]
 
 
 @dataclass
@@ -38,96 +36,106 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def label_and_couple(model: nn.Module, exact: Inputs, terms: Terms, clock: Clock | None = None) -> Coupling:
-    """The coupling of a model whose example's arguments are ``exact``, meta tensors.
+def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: Clock | None = None) -> Coupling:
+    """The coupling of a model that is called as in the example, whose tensors may be meta tensors.
 
     Raises
     ------
     InputError, TraceError
     """
-    clock, inputs = clock or Clock(), _widened(exact)
+    clock = clock or Clock()
     with clock("trace"):
         options: dict[str, Any] = {}
         if terms.heads:
-            first = _label(model, inputs, exact, terms, coupling=False)
-            options = {"unread": first.unread(), "ties": first.head_ties(terms.heads)}
-        labelling = _label(model, inputs, exact, terms, **options)
+            first = _label(model, example, terms, coupling=False)
+            options = {"unread": first.labelling.unread(), "ties": first.labelling.head_ties(terms.heads)}
+        found = _label(model, example, terms, **options)
     with clock("couple"):
-        return couple(labelling, _share(exact, labelling.inputs))
+        coupling = couple(found.labelling, _share(example, found.labelling.inputs))
+        coupling.example, coupling.not_one_graph = found.example, found.refused
+        return coupling
 
 
-def _label(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, **options: Any) -> Labelling:
-    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model, traced whole if that can be."""
+@dataclass
+class _Found:
+    """Labels; the example as far as it was read, in shapes or in values; and why the model is not one graph, if it is not."""
 
-    def evaluated(values: Inputs) -> Labelling:
+    labelling: Labelling
+    example: Arguments
+    refused: str = ""
+
+
+def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -> _Found:
+    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one graph, or in parts, or neither.
+
+    The error is that of the first attempt on the example itself, unless the model fails on it for real.
+    """
+    try:
+        return _label_whole(model, shapes_of(example), terms, **options)
+    except FxpruneError as error:
+        return _label_parts(model, example, terms, error, **options)
+
+
+def _label_whole(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -> _Found:
+    def evaluated(call: Arguments) -> Labelling:
         labelling = Labelling(twin_of(model), terms, **options)
-        labelling.trace(*values)
+        labelling.trace(*call)
         return labelling
 
+    wide = widened(example)
     try:
-        labelling, inputs = _deciding_alike(evaluated, inputs, exact)
+        labelling, call = _deciding_alike(evaluated, wide, example)
     except FxpruneError:
-        try:
-            if _sizes(inputs) == _sizes(exact):
-                raise
-            labelling, inputs = evaluated(exact), exact  # a model may insist on its batch of 1
-        except TraceError as error:
-            return _label_parts(model, inputs, exact, terms, error, **options)
+        if _sizes(wide) == _sizes(example):
+            raise
+        labelling, call = evaluated(example), example  # a model may insist on its batch of 1
     if labelling.traces[0].asked_mode:
         try:
-            labelling.trace(*inputs, training=True)
+            labelling.trace(*call, training=True)
         except FxpruneError as error:
-            labelling = evaluated(inputs)  # without the labels of the failed attempt
+            labelling = evaluated(call)  # without the labels of the failed attempt
             labelling.traces[0].decisions.append(
                 f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
             )
-    return labelling
+    return _Found(labelling, example)
 
 
-def _deciding_alike(label: Callable[[Inputs], Labelling], inputs: Inputs, exact: Inputs) -> tuple[Labelling, Inputs]:
-    """The labels for inputs of a larger batch than the example's, unless the model decides otherwise for the example itself."""
-    labelling = label(inputs)
+def _deciding_alike(label: Callable[[Arguments], Labelling], wide: Arguments, example: Arguments) -> tuple[Labelling, Arguments]:
+    """The labels for a call of a larger batch than the example's, unless the model decides otherwise for the example itself."""
+    labelling = label(wide)
     decisions = [own.decisions for own in labelling.traces]
-    if any(decisions) and _sizes(inputs) != _sizes(exact):
-        again = label(exact)
+    if any(decisions) and _sizes(wide) != _sizes(example):
+        again = label(example)
         if [own.decisions for own in again.traces] != decisions:
-            return again, exact
-    return labelling, inputs
+            return again, example
+    return labelling, wide
 
 
-def _label_parts(model: nn.Module, inputs: Inputs, exact: Inputs, terms: Terms, refused: FxpruneError, **options: Any) -> Labelling:
+def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: FxpruneError, **options: Any) -> _Found:
     """The labels of a model that cannot be traced whole, for the reason given."""
 
-    def run(values: Inputs) -> Labelling:
+    def run(call: Arguments) -> Labelling:
         twin = twin_of(model)
         twin.model.eval()
         labelling = Labelling(twin, terms, **options)
-        labelling.run(*some_data(values, twin.device))
+        labelling.run(*placed(call, twin.device))
         return labelling
 
+    call = runnable(twin_of(model), example, refused)
     try:
-        labelling, _ = _deciding_alike(run, inputs, exact)
-    except FxpruneError:
-        raise
-    except Exception:
-        raise refused from None  # it cannot be run on made-up data either
-    if not labelling.traces or (labelling.decided and labelling.missed()):
-        raise refused  # what did not run may be called for other values, on whatever there is
-    return labelling
+        labelling, _ = _deciding_alike(run, widened(call), call)
+    except Exception as error:  # whatever the model's own Python raises, and what cannot be followed in it
+        raise refused from error
+    if not labelling.traces:
+        raise refused  # there is nothing to prune
+    return _Found(labelling, call, str(refused))
 
 
-def _share(exact: Any, ran: Any) -> Fraction:
+def _share(example: Arguments, ran: Any) -> Fraction:
     """The example's batch over the labelled one, which may be 2 where the example has 1."""
-    asked, given = (sum(leaf.numel() for leaf in tree_leaves(tree) if leaf.dim()) for tree in (exact, ran))
+    asked, given = (sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim()) for tree in (example, ran))
     return Fraction(asked, given) if given else Fraction(1)
 
 
-def _sizes(inputs: Inputs) -> list[torch.Size]:
-    return [leaf.shape for leaf in tree_leaves(inputs)]
-
-
-def _widened(exact: Inputs) -> Inputs:
-    """The inputs of the analysis: a batch of at least 2, because sizes of 1 say nothing."""
-    args, kwargs = exact
-    widened = example_of({**{str(i): a for i, a in enumerate(args)}, **kwargs}, 2)[1]
-    return tuple(widened.pop(str(i)) for i in range(len(args))), widened
+def _sizes(call: Arguments) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_of(call)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.analysis import Clock, Inputs, label_and_couple
+from fxprune.analysis import Clock, label_and_couple
 from fxprune.arguments import budget_of, check_model, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
@@ -20,6 +20,7 @@ from fxprune.criteria import Ranking, rank
 from fxprune.criteria.data import check_loader
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
+from fxprune.inputs import read
 from fxprune.latency import Setting
 from fxprune.latency.search import search
 from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
@@ -27,7 +28,6 @@ from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
 from fxprune.selection import select
-from fxprune.trace import example_of
 from fxprune.values import number, switch, whole
 from fxprune.verify import Verification, check
 
@@ -81,7 +81,9 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     model:
         Any module; it is not run and not changed.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments. Only shapes and dtypes matter.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside
+        the tensors, and are constants of the call. Of tensors only shapes and dtypes matter, unless the model's Python reads
+        values.
     keep:
         What must not be pruned: a module name, a glob, a module object, or several of these.
     units:
@@ -99,7 +101,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     """
     check_model(model)
     terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
-    return label_and_couple(model, example_of(example_inputs), terms)
+    return label_and_couple(model, read(example_inputs), terms)
 
 
 @door
@@ -129,8 +131,9 @@ def prune(
         Any module that can be traced; it is left exactly as it is. A model that was pruned before can be pruned again: shares are
         then of what it has now, and the plan leads from the original architecture to the new one, through the plans before it.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``. Only shapes and dtypes
-        matter.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``; numbers, flags, text
+        and None may stand beside the tensors, and are constants of the call. Of tensors only shapes and dtypes matter, unless the
+        model's Python reads values.
     channels:
         The share of units to keep, in (0, 1]: by each group, or with ``scope="global"`` by all groups together, the least important
         of the whole network going first. 1.0 returns an equal model.
@@ -186,19 +189,19 @@ def prune(
     clock = Clock()
     with clock("check"):
         check_model(model)
-        exact = example_of(example_inputs)
+        example = read(example_inputs)
         terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
     for _ in range(_ATTEMPTS):
-        coupling = label_and_couple(model, exact, terms, clock)
+        coupling = label_and_couple(model, example, terms, clock)
         with clock("score"):
             ranking = rank(criterion, coupling, model)
         try:
             if setting is not None:
-                pruned, survivors = _within_time(model, coupling, ranking, budget, terms, exact, clock, example_inputs, setting)
+                pruned, survivors = _within_time(model, coupling, ranking, budget, terms, clock, example_inputs, setting)
                 break
             with clock("select"):
                 survivors = select(coupling, ranking, budget)
-            pruned = _emit(model, coupling, survivors, terms, exact, clock)
+            pruned = _emit(model, coupling, survivors, terms, clock)
             break
         except RewriteError as error:
             # Never guess: a node that cannot be made smaller keeps its operands whole.
@@ -228,7 +231,6 @@ def _within_time(
     ranking: Ranking,
     budget: Budget,
     terms: Terms,
-    exact: Inputs,
     clock: Clock,
     example_inputs: Any,
     setting: Setting,
@@ -243,7 +245,7 @@ def _within_time(
             setting,
             some=lambda share: select(coupling, ranking, Budget(channels=share)),
             choose=lambda aim, timed: select(coupling, ranking, replace(budget, latency=aim), timed),
-            emit=lambda kept: _emit(model, coupling, dict(kept), terms, exact, Clock()),
+            emit=lambda kept: _emit(model, coupling, dict(kept), terms, Clock()),
             model_of=lambda pruned: pruned.model,
         )
     time = LatencyRow(found.dense_ms, found.ms, found.forecast_ms, str(setting))
@@ -392,15 +394,15 @@ def verify(
     check_pruned(pruned, "verify")
     check_model(model)
     if example_inputs is not None:
-        example_of(example_inputs)  # refuses what is no example
+        read(example_inputs)  # refuses what is no example
     stages = _stages(pruned.plan, model)
     found = []
     for stage in stages:
-        coupling, survivors, exact, clock = _replay(stage, model)
+        coupling, survivors, clock = _replay(stage, model)
         if stage is stages[-1]:
             smaller = pruned.model
         else:
-            smaller = _emit(model, coupling, survivors, _terms(stage), exact, clock).model
+            smaller = _emit(model, coupling, survivors, _terms(stage), clock).model
         found.append(check(model, smaller, stage, coupling, survivors, **options))
         model = smaller
     return max(found, key=lambda verification: verification.error)
@@ -453,7 +455,7 @@ def compensate(
     stages = _stages(pruned.plan, model)
     if len(stages) > 1:
         raise ArgumentError("compensate takes the model that was pruned last: call it after each prune, with the model before it.")
-    coupling, kept, _, _ = _replay(stages[0], model)
+    coupling, kept, _ = _replay(stages[0], model)
     survivors = Survivors(coupling, kept)
     if method == "constants":
         return fold_constants(coupling, survivors, model, pruned.model, loader)
@@ -477,7 +479,6 @@ def _emit(
     coupling: Coupling,
     survivors: dict[str, tuple[int, ...]],
     terms: Terms,
-    exact: Inputs,
     clock: Clock,
 ) -> Pruned:
     with clock("rewrite"):
@@ -486,7 +487,9 @@ def _emit(
         _restore_modes(model, smaller)
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(groups, pack_inputs(*exact), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads)
+        plan = Plan(
+            groups, pack_inputs(*coupling.example), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads
+        )
         remember(smaller, plan)
         report = Report(
             params_before=count_parameters(model),
@@ -501,6 +504,7 @@ def _emit(
             params_pinned=_pinned_parameters(coupling),
             macs_pinned=_pinned_macs(coupling),
             parts=coupling.parts,
+            not_one_graph=coupling.not_one_graph,
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 
@@ -534,11 +538,11 @@ def _stages(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
 
 
 def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
-    coupling, survivors, exact, clock = _replay(stage, model)
-    return _emit(model, coupling, survivors, _terms(stage), exact, clock)
+    coupling, survivors, clock = _replay(stage, model)
+    return _emit(model, coupling, survivors, _terms(stage), clock)
 
 
-def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Inputs, Clock]:
+def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
@@ -548,13 +552,12 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
     unknown = [name for name in (*plan.keep, *plan.heads) if name not in known]
     if unknown:
         raise PlanError(f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
-    exact = unpack_inputs(plan.inputs)
     clock = Clock()
-    coupling = label_and_couple(model, exact, _terms(plan), clock)
+    coupling = label_and_couple(model, unpack_inputs(plan.inputs), _terms(plan), clock)
     found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
         raise PlanError(
             f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew."
         )
-    return coupling, {g.name: g.kept for g in plan.groups}, exact, clock
+    return coupling, {g.name: g.kept for g in plan.groups}, clock

@@ -23,6 +23,7 @@ from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.identity import TensorMap
+from fxprune.inputs import Arguments
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
@@ -105,6 +106,10 @@ class Coupling:
         Parameters that no executed op met; they stay as they are.
     decisions:
         Control flow that was decided while tracing, one line each.
+    example:
+        What the model is called with, in shapes; in values where its Python has run on them.
+    not_one_graph:
+        What keeps the model from being one graph, with the line; empty if it is one.
     """
 
     groups: tuple[Group, ...]
@@ -118,6 +123,8 @@ class Coupling:
     balance: Balance
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]  # in evaluation mode
+    example: Arguments = ((), {})
+    not_one_graph: str = ""
     _labels: TensorMap[list[Array]] = field(default_factory=TensorMap, init=False, repr=False)
     _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
 
@@ -227,6 +234,8 @@ class Coupling:
             lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
         if self.untouched:
             lines.append(f"untouched: {', '.join(self.untouched)}")
+        if self.not_one_graph:
+            lines.append(f"in parts, not one graph: {self.not_one_graph}")
         if self.decisions:
             lines.append("decided while tracing")
             lines += [f"  {d}" for d in self.decisions]

@@ -1,18 +1,48 @@
-"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments, tensors nested inside."""
+"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; tensors and constants nested inside.
+
+Shapes are all that a graph is traced with. Where a model's Python runs for real it reads values as well: :func:`kept` says which
+values a plan can hold, so that a replay reads the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import base64
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["as_call", "batch_size", "drawn"]
+from fxprune.errors import InputError
+
+__all__ = [
+    "Arguments",
+    "as_call",
+    "batch_size",
+    "compressed",
+    "drawn",
+    "filled",
+    "is_plain",
+    "kept",
+    "placed",
+    "random",
+    "read",
+    "restored",
+    "shapes_of",
+    "tensors_of",
+    "value_range",
+    "widened",
+    "within",
+]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(example_inputs: Any) -> Arguments:
     """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything else, a list too, is one argument.
 
     >>> as_call(1), as_call((1, 2)), as_call([1, 2]), as_call({"x": 1})
@@ -23,6 +53,159 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     return (example_inputs,), {}
+
+
+def read(example_inputs: Any) -> Arguments:
+    """The call that example inputs stand for, checked: at least one tensor is in it; what else is in it is a constant of the call.
+
+    Raises
+    ------
+    InputError
+        If there is no tensor, or an array of NumPy.
+
+    Examples
+    --------
+    >>> read({"x": torch.zeros(1), "mask": None, "scale": 2})
+    ((), {'x': tensor([0.]), 'mask': None, 'scale': 2})
+    """
+    call = as_call(example_inputs)
+    leaves = tree_leaves(call)
+    if not leaves:
+        raise InputError("example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the model is called with.")
+    wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
+    if wrong is None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        wrong = leaves[0]
+    if wrong is not None:
+        raise InputError(
+            f"example_inputs must hold tensors, got {type(wrong).__name__}: {wrong!r:.60}. Pass a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside the tensors."
+        )
+    return call
+
+
+def tensors_of(call: Any) -> list[Tensor]:
+    """The tensors of a call, in order."""
+    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+def shapes_of(call: Arguments) -> Arguments:
+    """The same call with meta tensors."""
+    return _each(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
+
+
+def widened(call: Arguments, batch: int = 2) -> Arguments:
+    """A call of a larger batch, its rows repeated, where every tensor has one row; else the call as it is.
+
+    A batch of 1 is ambiguous: an axis of size 1 broadcasts.
+    """
+    ranked = [tensor for tensor in tensors_of(call) if tensor.dim()]
+    if not ranked or any(tensor.shape[0] != 1 for tensor in ranked):
+        return call
+    return _each(lambda t: t.expand(batch, *t.shape[1:]).clone() if t.dim() else t, call)
+
+
+def placed(call: Arguments, device: torch.device) -> Arguments:
+    """Copies of the tensors on a device, none of which has a gradient."""
+    return _each(lambda t: t.detach().to(device, copy=True), call)
+
+
+def filled(call: Arguments) -> Arguments:
+    """Data for meta tensors: zeros, and floating-point values between 0 and 1, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return _each(lambda t: _random(t, generator) if t.is_meta else t, call)
+
+
+def random(call: Arguments) -> Arguments:
+    """Floating-point values between 0 and 1 in the place of the example's, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return _each(lambda t: _random(t, generator) if t.is_floating_point() else t, call)
+
+
+def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if tensor.is_floating_point():
+        return torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _each(function: Callable[[Tensor], Tensor], call: Arguments) -> Arguments:
+    args, kwargs = tree_map_only(Tensor, function, call)
+    return args, kwargs
+
+
+# ---- values that a plan holds --------------------------------------------------------------------------------
+
+_MOST = 1 << 16  # characters of a tensor's data in a plan
+
+
+def kept(call: Arguments) -> Arguments:
+    """What of a call's values a plan holds: small tensors as they are, of large ones a draw within their range.
+
+    What is kept is kept again as it is: a replay reads the values that the first analysis has read.
+
+    >>> (ids, image), _ = kept(((torch.tensor([5, 3]), torch.rand(3, 400, 400)), {}))
+    >>> ids, image.shape, bool(image.max() < 1)
+    (tensor([5, 3]), torch.Size([3, 400, 400]), True)
+    """
+
+    def one(tensor: Tensor) -> Tensor:
+        if not is_plain(tensor) or compressed(tensor):
+            return tensor
+        return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
+
+    return _each(one, call)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its elements one by one in memory of its own kind: no meta tensor, no sparse one, no subclass."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def compressed(tensor: Tensor, most: float = _MOST) -> str:
+    """A tensor's data as text; empty if that has more than so many characters."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    text = base64.b64encode(zlib.compress(raw)).decode()
+    return text if len(text) <= most else ""
+
+
+def restored(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`compressed`.
+
+    Raises
+    ------
+    ValueError
+        If the text is no such data, or of another size.
+    """
+    size = torch.empty(shape, dtype=dtype, device="meta").nbytes
+    try:
+        raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    except zlib.error as error:
+        raise ValueError(f"the data of a tensor is damaged: {error}") from error
+    if len(raw) != size:
+        raise ValueError(f"the data of a tensor has {len(raw)} bytes, {size} are wanted")
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+def value_range(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest finite value of a tensor, as numbers of its kind."""
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten()
+    values = values[values.isfinite()]
+    return (values.min().item(), values.max().item()) if values.numel() else (0.0, 0.0)
+
+
+def within(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) -> Tensor:
+    """A tensor drawn evenly within a range, which its first and its last element mark; the same one each time."""
+    if dtype.is_complex:
+        return torch.view_as_complex(within((*shape, 2), dtype.to_real(), low, high))
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(shape, generator=generator, dtype=torch.float64)
+    spread = share * (high - low) + low if dtype.is_floating_point else (share * (high - low + 1)).floor() + low
+    out = spread.clamp(low, high).to(dtype)
+    if out.numel():
+        out.view(-1)[0], out.view(-1)[-1] = low, high
+    return out
+
+
+# ---- batches -------------------------------------------------------------------------------------------------
 
 
 def batch_size(example_inputs: Any) -> int:

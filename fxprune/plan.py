@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from fxprune.doors import door
 from fxprune.errors import PlanError
+from fxprune.inputs import Arguments, compressed, is_plain, restored, value_range, within
 from fxprune.shapes import META
 
 __all__ = ["GroupPlan", "Plan", "check_groups", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
 
-SCHEMA = 3
-_READABLE = (1, 2, 3)  # 1 had no chain, 2 no heads
+SCHEMA = 4
+_READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Plan:
     groups:
         One entry per group of the analysis.
     inputs:
-        Shapes and dtypes of the example (see :func:`pack_inputs`), so that a plan can be replayed without one.
+        The example (see :func:`pack_inputs`), so that a plan can be replayed without one: its shapes, dtypes and constants, and
+        the values that Python reads in a model which is not one graph.
     keep, pinned_nodes:
         What the analysis was told to leave alone.
     heads:
@@ -211,37 +214,72 @@ def history(model: nn.Module) -> Plan | None:
 
 
 def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Shapes and dtypes of example inputs as JSON text.
+    """Example inputs as JSON text: shapes and dtypes of meta tensors, values of others.
 
-    >>> pack_inputs((torch.ones(2, 3),), {})
-    '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {}}}'
+    Of a large tensor only the range of its values is stored, where they are those that :func:`fxprune.inputs.within` draws from it.
+
+    >>> pack_inputs((torch.ones(2, 3, device="meta"),), {"scale": 2})
+    '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {"scale": {"value": 2}}}}'
     """
-
-    def pack(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if isinstance(value, dict):
-            return {"dict": {key: pack(item) for key, item in value.items()}}
-        if isinstance(value, (list, tuple)):
-            return {type(value).__name__: [pack(item) for item in value]}
-        raise PlanError(f"inputs of type {type(value).__name__} cannot be stored in a plan")
-
-    return json.dumps({"args": pack(tuple(args)), "kwargs": pack(dict(kwargs))})
+    return json.dumps({"args": _packed(tuple(args)), "kwargs": _packed(dict(kwargs))})
 
 
-def unpack_inputs(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inverse of :func:`pack_inputs`, with meta tensors."""
+def _packed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), **_values(value)}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _packed(item) for key, item in value.items()}}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_packed(item) for item in value]}
+    if type(value) in (type(None), bool, int, float, str):
+        return {"value": value}
+    if isinstance(value, torch.dtype):
+        return {"torch": str(value).removeprefix("torch.")}
+    return {"object": type(value).__name__}
 
-    def unpack(value: Any) -> Any:
-        if "shape" in value:
-            return torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device=META)
-        if "dict" in value:
-            return {key: unpack(item) for key, item in value["dict"].items()}
-        kind = "tuple" if "tuple" in value else "list"
-        return (tuple if kind == "tuple" else list)(unpack(item) for item in value[kind])
 
+def _values(tensor: Tensor) -> dict[str, Any]:
+    if not is_plain(tensor):
+        return {}
+    data = compressed(tensor)
+    if not data:
+        low, high = value_range(tensor)
+        if torch.equal(within(tuple(tensor.shape), tensor.dtype, low, high), tensor.cpu()):
+            return {"range": [low, high]}
+    return {"data": data or compressed(tensor, math.inf)}
+
+
+def unpack_inputs(text: str) -> Arguments:
+    """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta tensors.
+
+    Raises
+    ------
+    PlanError
+        If the text is damaged, or the example held an object that no plan can hold.
+    """
     try:
         data = json.loads(text)
-        return unpack(data["args"]), unpack(data["kwargs"])
+        return _unpacked(data["args"]), _unpacked(data["kwargs"])
+    except PlanError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise PlanError(f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json().") from error
+
+
+def _unpacked(value: Any) -> Any:
+    if "shape" in value:
+        shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
+        if "data" in value:
+            return restored(value["data"], shape, dtype)
+        return within(shape, dtype, *value["range"]) if "range" in value else torch.empty(shape, dtype=dtype, device=META)
+    if "dict" in value:
+        return {key: _unpacked(item) for key, item in value["dict"].items()}
+    if "value" in value:
+        return value["value"]
+    if "torch" in value:
+        return getattr(torch, value["torch"])
+    if "object" in value:
+        kind = value["object"]
+        raise PlanError(f"the model was pruned on an example with {kind} in it, which no plan can hold: prune anew.")
+    kind = "tuple" if "tuple" in value else "list"
+    return (tuple if kind == "tuple" else list)(_unpacked(item) for item in value[kind])

@@ -53,6 +53,7 @@ class Report:
         untouched: names of parameters that no executed operation used; they stay as they are.
         decisions: control flow that the trace fixed, as text.
         parts: paths of the modules that were emitted as graphs inside the model's own class; empty if the model is one graph.
+        not_one_graph: what keeps the model from being one graph, with the line; empty if it is one.
         statistics: normalisations whose statistics go over the surviving channels only, as text. This is the one
             place where a pruned model may differ from the original with its removed channels zeroed.
         seconds: wall-clock seconds per stage, in the order in which the stages ran.
@@ -87,6 +88,7 @@ class Report:
     params_pinned: int | None = None
     macs_pinned: int | None = None
     parts: tuple[str, ...] = ()
+    not_one_graph: str = ""
     latency: LatencyRow | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ class Report:
             "params_pinned": self.params_pinned,
             "macs_pinned": self.macs_pinned,
             "parts": list(self.parts),
+            "not_one_graph": self.not_one_graph,
             "latency": None if self.latency is None else self.latency._asdict(),
         }
 
@@ -165,6 +168,8 @@ class Report:
             yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
         if self.parts:
             yield f"emitted     in the model's own class, whose Python stays, graphs at {', '.join(self.parts)}"
+        if self.not_one_graph:
+            yield f"because     {self.not_one_graph}"
         if self.error is not None:
             yield f"verified    equals the masked original, relative error {self.error:.1e}"
         if self.seconds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
 import fxprune
-from fxprune.errors import ArgumentError, TraceError
+from fxprune.errors import ArgumentError
 
 IMAGE = (2, 3, 16, 16)
 
@@ -308,18 +309,24 @@ def test_where_values_decide_parts_are_whole_to_each_other() -> None:
     model, x = Branches().double().eval(), torch.randn(IMAGE, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert 0.3 < share_left(pruned) < 0.8
-    kept = {group.name: group.kept for group in pruned.plan.groups}
-    masked = copy.deepcopy(model)
-    for name, units in kept.items():  # the units of a part's inner axis: filters, norm, and what reads them
-        part = masked.get_submodule(name.split(".")[0])
-        gone = [i for i in range(16) if i not in units]
+    same_on_both_paths(model, pruned, x)
+
+
+def same_on_both_paths(model: Any, pruned: fxprune.Pruned, x: Tensor) -> None:
+    """The pruned model equals the masked original whichever way it goes on after the first part."""
+    masked, paths = copy.deepcopy(model), set()
+    for group in pruned.plan.groups:  # the units of a part's inner axis: filters, norm, and what reads them
+        part = masked.get_submodule(group.name.split(".")[0])
+        gone = [i for i in range(16) if i not in group.kept]
         for tensor in (part[0].weight, part[0].bias, part[1].weight, part[1].bias):
             tensor.data[gone] = 0
         part[3].weight.data[:, gone] = 0
-    for shift in (-3.0, 3.0):
+    for bias in (-3.0, 3.0):
         for m in (masked, pruned.model):
-            m.first[3].bias.data += shift
+            nn.init.constant_(m.first[3].bias, bias)
+        paths.add(bool(masked.first(x).sum() > 0))
         torch.testing.assert_close(pruned.model(x), masked(x), rtol=1e-9, atol=1e-12)
+    assert paths == {True, False}
 
 
 class Hides(Branches):
@@ -328,9 +335,22 @@ class Hides(Branches):
         return self.head(self.a(y)) if y.sum() > 0 else self.head(self.b(y))
 
 
-def test_a_branch_on_values_that_hides_a_module_is_refused_by_its_line() -> None:
-    with pytest.raises(TraceError, match=r"branches on the values of a tensor \(at test_eager.py:\d+\)"):
-        fxprune.prune(Hides().eval(), torch.randn(IMAGE), channels=0.5)
+class HidesWhatItShares(Hides):
+    """The hidden module has a filter of the one that is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b[0].weight = self.a[0].weight
+
+
+@pytest.mark.parametrize("kind", [Hides, HidesWhatItShares])
+def test_a_module_that_a_branch_on_values_hides_is_whole(kind: Callable[[], nn.Module]) -> None:
+    model, x = kind().double().eval(), torch.randn(IMAGE, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert re.search(r"branches on the values of a tensor \(at test_eager.py:\d+\)", pruned.report.not_one_graph)
+    assert pruned.report.not_one_graph in str(pruned.report)
+    assert share_left(pruned) < 0.95
+    same_on_both_paths(model, pruned, x)
 
 
 def test_plans_of_parts_replay_and_are_saved(tmp_path: Any) -> None:

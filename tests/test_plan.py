@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import PlanError
+from fxprune.inputs import kept
 from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
 
 words = st.text(max_size=8)
@@ -39,7 +40,7 @@ def test_json_and_back(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-GOOD = Plan((GroupPlan("conv.weight:0", 4, (0, 3)),), pack_inputs((torch.ones(1),), {}), (), (), "abc")
+GOOD = Plan((GroupPlan("conv.weight:0", 4, (0, 3)),), pack_inputs((torch.ones(1, device="meta"),), {}), (), (), "abc")
 
 
 @given(cut=st.integers(0, len(GOOD.to_json()) - 1))
@@ -64,10 +65,10 @@ def test_survivors_that_cannot_be(kept: Any) -> None:
         Plan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("schema", [0, 4, 99, "1", None, True, 1.0, []])
+@pytest.mark.parametrize("schema", [0, 5, 99, "1", None, True, 1.0, []])
 def test_another_schema(schema: Any) -> None:
     data = {**json.loads(GOOD.to_json()), "schema": schema}
-    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 to 3.*upgrade"):
+    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 to 4.*upgrade"):
         Plan.from_json(json.dumps(data))
 
 
@@ -168,9 +169,70 @@ def test_inputs_of_an_unknown_dtype() -> None:
         unpack_inputs(pack_inputs((torch.ones(1),), {}).replace("float32", "float33"))
 
 
-def test_inputs_that_cannot_be_stored() -> None:
-    with pytest.raises(PlanError, match="str"):
-        pack_inputs(("text",), {})
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor([[5, 3], [1, 2]]),
+        torch.tensor(7),
+        torch.tensor([True, False]),
+        torch.tensor([0.1, float("nan"), float("-inf")], dtype=torch.bfloat16),
+        torch.tensor([1 + 2j]),
+        torch.zeros(0, 3),
+        torch.arange(6).view(2, 3).T,
+        torch.zeros(300, 300),
+    ],
+)
+def test_values_of_small_tensors_are_stored(tensor: torch.Tensor) -> None:
+    (found,), _ = unpack_inputs(pack_inputs((tensor,), {}))
+    assert found.dtype == tensor.dtype
+    torch.testing.assert_close(found, tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        torch.randn(3, 200, 200),
+        torch.randint(-7, 50000, (300, 300)),
+        torch.rand(800, 800) > 0.5,
+        torch.randn(200, 200, dtype=torch.complex64),
+        torch.rand(400, 400, dtype=torch.float16),
+    ],
+)
+def test_of_large_tensors_the_range_is_stored(large: torch.Tensor) -> None:
+    call = kept(((large,), {}))
+    text = pack_inputs(*call)
+    assert len(text) < 200
+    (found,), _ = unpack_inputs(text)
+    assert torch.equal(found, call[0][0])
+    assert (found.shape, found.dtype) == (large.shape, large.dtype)
+    if not large.is_complex():
+        assert (found.min(), found.max()) == (large.min(), large.max())
+    assert kept(((found,), {}))[0][0] is not large
+    assert pack_inputs(*kept(((found,), {}))) == text  # what is kept is kept again as it is
+
+
+def test_a_large_tensor_that_is_no_draw_is_stored_whole() -> None:
+    large = torch.randn(200, 200)
+    (found,), _ = unpack_inputs(pack_inputs((large,), {}))
+    assert torch.equal(found, large)
+
+
+def test_constants_are_stored() -> None:
+    call = (1, None, True, 0.5, "text", [(8, 8)], torch.float16, {"a": {"b": None}}), {"scale": 2}
+    assert unpack_inputs(pack_inputs(*call)) == call
+
+
+def test_objects_are_named_where_they_are_missed() -> None:
+    with pytest.raises(PlanError, match=r"^the model was pruned on an example with object in it"):
+        unpack_inputs(pack_inputs((object(),), {}))
+
+
+@pytest.mark.parametrize("data", ["", "eJw=", "????", 3])
+def test_damaged_data_of_inputs(data: Any) -> None:
+    text = json.loads(pack_inputs((torch.tensor([1, 2]),), {}))
+    text["args"]["tuple"][0]["data"] = data
+    with pytest.raises(PlanError, match="inputs are damaged"):
+        unpack_inputs(json.dumps(text))
 
 
 # -- architectures

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch import pow as power
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from torchvision.ops.stochastic_depth import stochastic_depth
@@ -659,17 +658,6 @@ def test_nested_inputs(scaled: bool) -> None:
 def test_positional_dict() -> None:
     model = Nested()
     runs_alike(model, fxprune.prune(model, (nested(2),), channels=0.5).model, (nested(3),))
-
-
-def test_example_of_reads_shapes_only() -> None:
-    args, kwargs = example_of({"batch": nested(1)}, batch=2)
-    assert args == ()
-    assert all(leaf.is_meta and leaf.shape == (2, 4) for leaf in tree_leaves(kwargs))
-
-
-def test_example_of_widens_only_a_batch_of_one_everywhere() -> None:
-    args, _ = example_of((torch.zeros(1, 3), torch.zeros(4, 3)), batch=2)
-    assert [tuple(a.shape) for a in args] == [(1, 3), (4, 3)]
 
 
 def test_example_of_keeps_dtypes() -> None:

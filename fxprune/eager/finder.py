@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.eager.calls import intercepted
 from fxprune.errors import FxpruneError
@@ -39,7 +39,8 @@ class Finder:
         while known != len(self.python):
             known = len(self.python)
             with intercepted(real, everything - self.python, self._try), torch.inference_mode():
-                real(*tree_map(Tensor.clone, args), **tree_map(Tensor.clone, kwargs))
+                own, named = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+                real(*own, **named)
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         if not self._traceable(path, args, kwargs):

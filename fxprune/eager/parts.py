@@ -20,7 +20,7 @@ from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
 from fxprune.trace import Trace, Twin, following, trace
 
-__all__ = ["Parts", "some_data"]
+__all__ = ["Parts"]
 
 
 class Parts:
@@ -70,7 +70,16 @@ class Parts:
             record = self.context.record(tensor)
             if tensor not in inside and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
+        if self.decided:  # what a part shares with a module that has not run is read there as it is
+            self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
         return out
+
+    def _outside(self) -> list[Tensor]:
+        """The parameters and buffers of modules that are in no part."""
+        paths = {path for path, _ in self.traces}
+        modules = self.twin.model.named_modules(remove_duplicate=False)
+        own = [m for name, m in modules if not any(name == path or name.startswith(f"{path}.") for path in paths)]
+        return [t for m in own for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
     def settle(self) -> None:
         """Extend what Python sees at full width to all that goes with it; pin it where it cannot be handed out so.
@@ -118,18 +127,6 @@ class Parts:
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made
-
-
-def some_data(inputs: Any, device: torch.device) -> Any:
-    """Inputs of these shapes with data, on every device the same: Python that is not traced reads them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            return torch.rand(tensor.shape, generator=generator).to(device, tensor.dtype)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-
-    return tree_map(filled, inputs)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["following", "is_ours", "user_line"]
+__all__ = ["UNKNOWN", "following", "is_ours", "user_line"]
+
+UNKNOWN = "an unknown line"
 
 
 class _Followed(threading.local):
@@ -45,7 +47,7 @@ def user_line(stack: Any = None) -> str:
         for entry in reversed(stack):
             if not _internal(entry.filename):
                 return f"{entry.filename.rsplit('/', 1)[-1]}:{entry.lineno}"
-        return "an unknown line"
+        return UNKNOWN
     frame, of_torch = sys._getframe(1), ""
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename

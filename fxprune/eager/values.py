@@ -1,0 +1,86 @@
+"""Which values a model's Python runs on where it is not one graph."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fxprune.eager.calls import intercepted
+from fxprune.errors import FxpruneError, InputError
+from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
+from fxprune.trace import Twin, user_line
+from fxprune.trace.lines import UNKNOWN
+
+__all__ = ["runnable"]
+
+
+def runnable(twin: Twin, example: Arguments, refused: FxpruneError) -> Arguments:
+    """The example with values on which the model runs, and calls as many of its modules as can be reached.
+
+    These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own; else random ones. Later ones are
+    tried only where those before them leave a module out.
+
+    Raises
+    ------
+    InputError
+        If the model fails on the example's own values.
+    FxpruneError
+        ``refused``, why the model is no graph, if it lies on the meta device and cannot be run.
+    """
+    if twin.device.type == "meta":
+        raise refused
+    every = {path for path, module in twin.model.named_modules() if path and any(True for _ in module.parameters())}
+    best, most = None, -1
+    for call, own in _calls(example):
+        try:
+            called = len(_called(twin, call, every))
+        except Exception as error:  # whatever the model raises
+            if own:
+                raise _fails(twin, error, refused) from error
+            continue
+        if called > most:
+            best, most = call, called
+        if called == len(every):
+            break
+    if best is None:
+        raise refused
+    return best
+
+
+def _calls(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
+    """Values to try, and whether they are the example's own."""
+    data = filled(example)
+    real = not any(tensor.is_meta for tensor in tensors_of(example))
+    stored = kept(data)
+    same = all(a is b for a, b in zip(tensors_of(stored), tensors_of(data), strict=True))
+    yield stored, same and real
+    if not same:
+        yield data, real
+    yield random(data), False
+
+
+def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
+    """Which of these modules a call reaches."""
+    model, found = twin.instance().eval(), set[str]()
+
+    def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        found.add(path)
+        return NotImplemented
+
+    args, kwargs = placed(call, twin.device)
+    with torch.no_grad(), intercepted(model, paths, note):
+        model(*args, **kwargs)
+    return found
+
+
+def _fails(twin: Twin, error: Exception, refused: FxpruneError) -> FxpruneError:
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    if isinstance(refused, InputError) and (where in str(refused) or where == UNKNOWN):
+        return refused  # it says more: the arguments that forward takes, or shapes and the layer's weights
+    return InputError(
+        f"{type(twin.model).__name__} fails on the example inputs: {type(error).__name__}: {error} (at {where}). Check that they "
+        "are what the model is called with: shapes, dtypes, values and the order of arguments."
+    )
