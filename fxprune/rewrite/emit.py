@@ -26,6 +26,7 @@ from fxprune.propagation import run_node
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
+from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META, map_tensors
@@ -106,14 +107,7 @@ class _Emission:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
-
-    # -- what correctors ask
-
-    def old(self, value: Any) -> Any:
-        return fx.node.map_arg(value, _value)
-
-    def new(self, value: Any) -> Any:
-        return fx.node.map_arg(value, lambda n: self.value(self.made.get(n, n)))
+        self.numbers = Numbers(survivors, trace.twin.model, self.graph, self.made, self.env)
 
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
@@ -127,27 +121,6 @@ class _Emission:
             stand_in = self.standing[id(old)] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
             self.context.put(stand_in, self._left(old))
         return self.standing[id(old)]
-
-    def sized(self, value: Any, wanted: Any) -> Any:
-        """A literal becomes the wanted number; so does an expression of sizes that all changed. One that also depends on sizes
-        which did not change (a batch, a resolution) is scaled, so that it stays right for other inputs."""
-        if not isinstance(value, fx.Node) or not self._dynamic(value):
-            return wanted
-        now = self.new(value)
-        if isinstance(now, float) or isinstance(wanted, float):
-            return self._scalar(operator.mul, self.made[value], wanted / now)
-        return self._scalar(operator.floordiv, self._scalar(operator.mul, self.made[value], wanted), now)
-
-    def _dynamic(self, node: fx.Node) -> bool:
-        scalars = [n for n in node.all_input_nodes if not isinstance(_value(n), Tensor)]
-        if not scalars:
-            return bool(_value(node) == self.new(node))
-        return any(self._dynamic(n) for n in scalars)
-
-    def _scalar(self, function: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(function, args)
-        self.env[node] = function(*fx.node.map_arg(args, self.env.__getitem__))
-        return node
 
     # -- the graph
 
@@ -168,7 +141,7 @@ class _Emission:
         if node.op == "placeholder":
             new = self._taken_in(self.graph.node_copy(node), next(inputs))
         elif node.op == "output":
-            handed = fx.node.map_arg(node.args, lambda n: self._handed_out(self.made[n], _value(n)))
+            handed = fx.node.map_arg(node.args, lambda n: self._handed_out(self.numbers.original(n), _value(n)))
             new = self.graph.create_node("output", "output", handed, name=node.name)
         else:
             emitted = self._call(node)
@@ -212,12 +185,12 @@ class _Emission:
 
     def _call(self, node: fx.Node) -> fx.Node | None:
         value = _value(node)
-        if node.target is torch._assert and not self.new(node.args[0]):
-            return None  # held for the original's widths only
-        target, args, kwargs = correct(self, node, value)
+        if self.numbers.shrunk(node) or (node.target is torch._assert and not self._open(node.args[0])):
+            return None
+        target, args, kwargs = correct(self.numbers, node)
         op = "call_function" if callable(target) and node.op == "call_method" else node.op
         commutes = not self.thorough and args == node.args and kwargs == node.kwargs and self._commutes(node)
-        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.made.get(n, n))
+        args, kwargs = self.numbers.original((args, kwargs))
         new = self.graph.create_node(op, target, args, kwargs, name=node.name)
         module = self.modules[str(target)] if op == "call_module" else None
         if module is not None:
@@ -239,6 +212,10 @@ class _Emission:
         if self.prefix + node.name in self.coupling.context.moved:
             self._check_order(node, new, value)
         return new
+
+    def _open(self, held: Any) -> bool:
+        """Whether what an assertion holds can be otherwise for other inputs: it does not follow from widths alone."""
+        return isinstance(self.numbers.original(held), fx.Node)
 
     def _label(self, smaller: Any) -> None:
         """Give what is left of a parameter the units of its elements, when it is first needed."""
@@ -264,7 +241,7 @@ class _Emission:
             if isinstance(own, Tensor):
                 if not own.is_meta:
                     return False
-            elif isinstance(own, (tuple, list, dict)) or own != self.new(operand):
+            elif isinstance(own, (tuple, list, dict)) or self.numbers.shrunk(operand):
                 return False
         return True
 
@@ -290,7 +267,7 @@ class _Emission:
         for operand, arrays in numbered.items():
             old = _value(operand)
             taken = [compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays]
-            after.put(self.new(operand), [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1])
+            after.put(self.value(self.made[operand]), [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1])
         count = before.units.count
         result = run_node(before, self.trace.twin.model, node, _value)
         emitted = run_node(after, self.root, new, self.value)

@@ -31,7 +31,7 @@ from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
 from fxprune.trace.arguments import example_of
-from fxprune.trace.decisions import number_decides
+from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
 from fxprune.trace.proxies import SizeTuple
 from fxprune.trace.takeover import slow_path, taken_over
@@ -45,6 +45,7 @@ __all__ = [
     "example_of",
     "execute",
     "following",
+    "formula",
     "is_leaf",
     "put_tensors",
     "slow_path",

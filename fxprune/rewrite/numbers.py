@@ -1,0 +1,271 @@
+"""Numbers in the smaller graph that were computed from sizes: each use gets the one that is right there, for inputs of any size.
+
+A number that depends on a size which has shrunk is two numbers in the smaller graph. Where it is used as a number (a scale, a
+divisor, something to decide by) it is the original's: :meth:`Numbers.original` computes it from sizes that are scaled back. Where
+it is used as a size it is the smaller model's: :meth:`Numbers.sized`. Where it does not follow for inputs of other sizes, the graph
+asserts the example's.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.memory import name_of
+from fxprune.rewrite.extents import Extent, Extents, axes_read
+from fxprune.rewrite.survivors import Survivors
+from fxprune.shapes import holds_tensors
+from fxprune.trace import execute, formula
+
+__all__ = ["Numbers"]
+
+
+class Numbers:
+    """The numbers of one graph while its smaller form is written.
+
+    Parameters
+    ----------
+    survivors:
+        What is left of each tensor for the example.
+    root:
+        The module of the original's graph.
+    graph, made, values:
+        The smaller graph, its nodes by those of the original's, and what they give for the example. All three grow while it is
+        written; numbers that depend on what has shrunk are made here, when asked for.
+    """
+
+    def __init__(
+        self,
+        survivors: Survivors,
+        root: nn.Module,
+        graph: fx.Graph,
+        made: dict[fx.Node, fx.Node],
+        values: dict[fx.Node, Any],
+    ) -> None:
+        self.survivors, self.root, self.graph, self.made, self.values = survivors, root, graph, made, values
+        self.extents = Extents(survivors, root)
+        self._shrunk: dict[fx.Node, bool] = {}
+        self._originals: dict[fx.Node, Any] = {}
+        self._news: dict[fx.Node, Any] = {}
+        self._sizes: dict[tuple[fx.Node, int], Any] = {}
+        self._held: set[fx.Node] = set()
+        self._steady: set[tuple[fx.Node, int]] = set()  # axes that are held to the example's size
+
+    def old(self, value: Any) -> Any:
+        """What an argument is in the original, for the example."""
+        return fx.node.map_arg(value, lambda node: node.meta["val"])
+
+    # -- which numbers
+
+    def shrunk(self, node: fx.Node) -> bool:
+        """Whether a node of the original's graph gives a number that depends on a size which has shrunk."""
+        if node not in self._shrunk:
+            self._shrunk[node] = self._depends(node)
+        return self._shrunk[node]
+
+    def _depends(self, node: fx.Node) -> bool:
+        if node.op in ("placeholder", "get_attr", "output") or holds_tensors(node.meta["val"]) or not _is_number(node.meta["val"]):
+            return False
+        if any(self.shrunk(n) for n in node.all_input_nodes):
+            return True
+        read = axes_read(node)
+        if read is not None:
+            old = read[0].meta["val"]
+            left = self.survivors.shape(old)
+            return any(left[axis] != old.shape[axis] for axis in read[1])
+        asks = any(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes)
+        return asks and type(node.meta["val"]) is not bool and self.new(node) != node.meta["val"]
+
+    def new(self, value: Any) -> Any:
+        """What an argument is in the smaller model, as the original's code computes it there, for the example.
+
+        ``nan`` where it cannot be computed.
+        """
+        return fx.node.map_arg(value, self._new)
+
+    def _new(self, node: fx.Node) -> Any:
+        if node in self.values:
+            return self.values[node]
+        if node not in self._news:
+            self._news[node] = self._computed(node)
+        return self._news[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return value if not value.is_meta else torch.empty(self.survivors.shape(value), dtype=value.dtype, device=value.device)
+        if node.op in ("placeholder", "get_attr") or holds_tensors(value) or not _is_number(value):
+            return value
+        try:
+            return execute(self.root, node, *fx.node.map_arg((node.args, node.kwargs), self._new))
+        except Exception:
+            return math.nan
+
+    # -- as a number
+
+    def original(self, value: Any) -> Any:
+        """An argument with the original's numbers, for inputs of any size."""
+        return fx.node.map_arg(value, self._original)
+
+    def _original(self, node: fx.Node) -> Any:
+        if node.graph is self.graph:
+            return node
+        if not self.shrunk(node):
+            return self.made[node]
+        if node not in self._originals:
+            self._originals[node] = self._as_it_was(node)
+        return self._originals[node]
+
+    def _as_it_was(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        read = axes_read(node)
+        if read is not None:
+            return self._scaled_back(node, *read)
+        if any(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes):
+            sizes = self._all_sizes(node)
+            return self._held_at(node) if sizes is None else sizes
+        args, kwargs = self.original((node.args, node.kwargs))
+        if not _nodes(args, kwargs):
+            return tuple(value) if isinstance(value, tuple) else value
+        return self.create(node.op, node.target, args, kwargs, value)
+
+    def _all_sizes(self, node: fx.Node) -> Any:
+        """``x.shape`` as one."""
+        whole = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
+        if not whole and not (node.target is getattr and node.args[1] == "shape"):
+            return None
+        sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]  # type: ignore[arg-type]
+        return self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"]) if _nodes(sizes) else tuple(sizes)
+
+    def size(self, tensor: fx.Node, axis: int) -> Any:
+        """The size of an axis of a tensor in the original."""
+        old = tensor.meta["val"].shape[axis]
+        extent = self.extents.of(tensor, axis)
+        if extent is Extent.FIXED:
+            return old
+        if extent is Extent.UNKNOWN:
+            self.hold_positions(tensor, axis)
+            return old
+        if (tensor, axis) not in self._sizes:
+            left = self.survivors.shape(tensor.meta["val"])[axis]
+            now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+            self._sizes[tensor, axis] = self.times(now, old, left)
+        return self._sizes[tensor, axis]
+
+    def _scaled_back(self, node: fx.Node, tensor: fx.Node, axes: Sequence[int]) -> Any:
+        """A product of sizes, of which all that have shrunk did so by a share that is known."""
+        value, left = tensor.meta["val"], self.survivors.shape(tensor.meta["val"])
+        lost = [axis for axis in axes if left[axis] != value.shape[axis]]
+        if len(axes) == 1:
+            return self.size(tensor, axes[0])
+        if all(self.extents.of(tensor, axis) is Extent.FIXED for axis in axes):
+            return node.meta["val"]
+        for axis in lost:
+            if self.extents.of(tensor, axis) is Extent.UNKNOWN:
+                self.size(tensor, axis)  # held
+        now = self.now(node)
+        return self.times(now, math.prod(value.shape[a] for a in lost), math.prod(left[a] for a in lost))
+
+    def _held_at(self, node: fx.Node) -> Any:
+        """Something else that a tensor is asked for: right as long as it is what it is for the example."""
+        self.hold(self.now(node), self._new(node), formula(node), node.meta["val"])
+        return node.meta["val"]
+
+    # -- as a size
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """A number computed as the original's code does, from the smaller model's sizes."""
+        if node.graph is self.graph:
+            return node
+        if node not in self.made:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.now)
+            self.made[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
+        return self.made[node]
+
+    def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
+        """A number that is ``old`` in the original, and ``wanted`` in the smaller model for the example, for inputs of any size.
+
+        Parameters
+        ----------
+        value:
+            A literal, or a node of the original's graph.
+        even:
+            Whether what is wanted is the same share of the original's for inputs of any size. Otherwise these are held to the
+            example's size.
+        """
+        if not isinstance(value, fx.Node):
+            return wanted
+        if wanted == old:
+            return self._original(value)
+        if self.shrunk(value) and self._new(value) == wanted and self._is_product(value):
+            return wanted if self.extents.constant(value) else self.now(value)
+        original = self._original(value)
+        if not isinstance(original, fx.Node):
+            return wanted
+        if not even:
+            self.hold(original, old, formula(value), old)
+            return wanted
+        return self.times(original, wanted, old)
+
+    def hold_positions(self, tensor: fx.Node, axis: int, *bounds: Any) -> None:
+        """Hold an axis that shrinks, and numbers that tell its positions, to the example's: literals take their place."""
+        if self.extents.of(tensor, axis) is not Extent.FIXED and (tensor, axis) not in self._steady:
+            self._steady.add((tensor, axis))
+            left = self.survivors.shape(tensor.meta["val"])[axis]
+            now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+            self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
+        for number in _nodes(bounds):
+            if _is_number(number.meta["val"]):
+                self.hold(self.original(number), number.meta["val"], formula(number), number.meta["val"])
+
+    def _is_product(self, value: Any) -> bool:
+        """Whether a number is a product of sizes, each a known share of the original's: so is it itself."""
+        if not isinstance(value, fx.Node) or not self.shrunk(value):
+            return True
+        read = axes_read(value)
+        if read is not None:
+            return all(self.extents.of(read[0], axis) is not Extent.UNKNOWN for axis in read[1])
+        return value.target is operator.mul and all(map(self._is_product, value.args))
+
+    # -- nodes
+
+    def create(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        """A node of the smaller graph that gives a number; ``value`` is the example's."""
+        node = self.graph.create_node(op, target, tuple(args), kwargs)
+        self.values[node] = value
+        return node
+
+    def times(self, number: fx.Node, numerator: int, denominator: int) -> fx.Node:
+        """A number, multiplied by a fraction that is known to give a whole one."""
+        shared = math.gcd(numerator, denominator)
+        numerator, denominator = numerator // shared, denominator // shared
+        for function, factor in ((operator.mul, numerator), (operator.floordiv, denominator)):
+            if factor != 1:
+                number = self.create("call_function", function, (number, factor), {}, function(self.values[number], factor))
+        return number
+
+    def hold(self, number: Any, value: Any, what: str, old: Any) -> None:
+        """Let the graph say so where a number is another one than for the example; ``what`` it is in the original, and ``old``."""
+        if not isinstance(number, fx.Node) or number in self._held:
+            return
+        self._held.add(number)
+        same = self.create("call_function", operator.eq, (number, value), {}, True)
+        message = f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for others is not known"
+        self.create("call_function", torch._assert, (same, message), {}, None)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_number, value))
+    return isinstance(value, (bool, int, float, complex))
+
+
+def _nodes(*values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(values, found.append)
+    return found

@@ -1,0 +1,267 @@
+"""Numbers that forward computes from sizes: at every size the original's, or the graph says that it was pruned for another.
+
+A spec is two texts: an expression of the sizes of ``h``, and what is done with it. A failure prints both: paste them into
+``judge``.
+"""
+
+import math
+import operator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.errors import FxpruneError
+from tests.support.checking import masked, randomise, relative_error
+
+KNOWN = {"math": math, "torch": torch, "F": F, "operator": operator, "Tensor": Tensor}
+SIZES = [(2, 3, 8, 6), (3, 3, 8, 6), (1, 3, 4, 9), (2, 3, 12, 12), (5, 3, 6, 8)]
+"""Sizes of the image; the first is the example's."""
+
+
+class Counting(nn.Module):
+    """Two convolutions, and between them something that is done with ``n``, an expression of the sizes of ``h``."""
+
+    def __init__(self, number: str, use: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.number, self.use = eval(f"lambda h: {number}", KNOWN), eval(f"lambda h, n: {use}", KNOWN)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x).relu()
+        h = self.use(h, self.number(h))
+        h, *others = h if isinstance(h, tuple) else (h,)
+        return self.c(self.b(h).relu()), *others
+
+
+def runs(model: nn.Module, x: Tensor) -> Any:
+    """What a model gives; None where it refuses the size."""
+    try:
+        with torch.no_grad():
+            return model(x)
+    except Exception:
+        return None
+
+
+def judge(number: str, use: str, left: float = 0.8) -> list[bool]:
+    """For each size that the original takes whether the pruned model takes it: then it gives what the masked original gives."""
+    torch.manual_seed(0)
+    model = randomise(Counting(number, use).eval())
+    images = [torch.randn(size, dtype=torch.float64) for size in SIZES]
+    pruned = fxprune.prune(model, images[0], channels=0.5).model
+    assert sum(p.numel() for p in pruned.parameters()) <= left * sum(p.numel() for p in model.parameters())
+    reference, taken = masked(model, pruned), []
+    for x in images:
+        wanted = runs(reference, x)
+        if wanted is None:
+            continue
+        try:
+            with torch.no_grad():
+                got = pruned(x)
+        except AssertionError as error:
+            if not str(error).startswith("this graph was "):
+                raise
+            taken.append(False)
+            continue
+        taken.append(True)
+        assert relative_error(got[0], wanted[0]) <= 1e-9, f"at {tuple(x.shape)}"
+        assert got[1:] == wanted[1:], f"at {tuple(x.shape)}"
+    assert taken[0], "the example is refused"
+    return taken
+
+
+READ = [
+    "h.size(1)",
+    "h.shape[1]",
+    "h.size(-3)",
+    "h.shape[-3]",
+    "h.size(dim=1)",
+    "h[0].shape[0]",
+    "h[:, :, 0].shape[1]",
+    "len(h[0])",
+]
+"""How a width is read."""
+
+MIXED = [
+    *("h.shape[1] * h.shape[2]", "h.flatten(1).shape[1]", "h.flatten(1, 2).size(-2)", "h[0].numel()", "h.numel()", "h.nelement()"),
+    *(
+        "torch.numel(h)",
+        "h.shape.numel()",
+        "math.prod(h.shape)",
+        "math.prod(h.shape[1:])",
+        "sum(h.shape)",
+        "h.transpose(1, 3).flatten(2).shape[2]",
+    ),
+    *("h.permute(0, 2, 3, 1).reshape(h.shape[0], -1).shape[1]", "h.view(h.shape[0], -1).size(1)", "h.shape[1] * h.shape[2] + 1"),
+    *("h.shape[2] - h.shape[1]", "h.shape[1] * h.shape[2] // 5", "h.shape[1] * h.shape[2] % 7", "h.shape[2] ** 2 / h.shape[1]"),
+    *("torch.cat([h, h], 1).flatten(1).shape[1]", "F.max_pool2d(h, 2).flatten(1).shape[1]", "h.mean(3).flatten(1).shape[1]"),
+    *(
+        "(h @ h.transpose(2, 3)).flatten(1).shape[1]",
+        "h.chunk(2, 1)[0].flatten(1).shape[1]",
+        "F.unfold(h, 3).shape[1] * h.shape[2]",
+    ),
+]
+"""Numbers that mix it with a batch or a resolution, and follow both."""
+
+HELD = [
+    "max(h.shape[1], h.shape[2])",
+    "math.log(h.shape[1] * h.shape[2])",
+    "math.sqrt(h[0].numel())",
+]
+"""Numbers that Python takes for the example, and holds the graph to."""
+
+USES = [
+    *(
+        "h / (abs(n) + 1)",
+        "h * n",
+        "torch.mul(h, other=n)",
+        "torch.add(h, h, alpha=n)",
+        "h - torch.full_like(h, n)",
+        "h.clamp(max=n / 100)",
+    ),
+    *(
+        "F.pad(h, (1, 1), value=n)",
+        "h + h.new_full((h.shape[1], 1, 1), n)",
+        "h + h.new_full((1, 1, 1), fill_value=n)",
+        "(h, n)",
+        "(h, {'n': [n]})",
+    ),
+    *(
+        "h[:, :, : n % 3 + 1]",
+        "F.interpolate(h, size=(n % 4 + 2, h.shape[3]))",
+        "h.pow(1 + 1 / (n ** 2 + 1))",
+        "h.mul_(n)",
+        "h.__mul__(n)",
+    ),
+    *("h * (h.new_zeros(n % 5 + 1).numel())", "h.softmax(2) * n ** 0.5", "F.leaky_relu(-h, negative_slope=1 / (n ** 2 + 1))"),
+]
+
+BRANCHES = [
+    "h.sigmoid() if n > 40 else h",
+    "h.sigmoid() if n % 3 else h.tanh()",
+    "h.sigmoid() if 20 < n < 70 else h",
+    "h[:, :, ::2] if n == 64 else h",
+]
+
+
+AS_SIZES = {
+    "both": ("h.shape[1] * h.shape[2]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
+    "read off": ("h.flatten(1, 2).shape[1]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
+    "a quotient": ("h[0].numel() // h.shape[3]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
+    "a sum": ("h.shape[1] * (h.shape[2] - 1) + h.shape[1]", "h.reshape(h.shape[0], n, -1).reshape(h.shape) / n"),
+    "a difference": ("h.shape[1] * h.shape[2] + 1", "h.reshape(h.shape[0], n - 1, -1).reshape(h.shape) / n"),
+    "all": ("h.numel()", "h.view(n).view(h.shape) / n"),
+    "by keyword": ("h.shape[1] * h.shape[2]", "h.reshape(shape=(h.shape[0], n, -1)).reshape(*h.shape) / n"),
+    "unflattened": ("h.shape[1]", "h.flatten(1, 2).unflatten(1, (n, -1)) / n"),
+    "expanded": ("h.shape[1]", "h * h.mean(1, keepdim=True).expand(-1, n, -1, -1) / n"),
+    "repeated": ("h.shape[1]", "h * h.mean(1, keepdim=True).repeat(1, n, 1, 1) / n"),
+    "made": ("h.shape[1] * h.shape[2]", "h + h.new_ones(n).view(h.shape[1], -1, 1) * n"),
+    "made by torch": ("h.shape[1] * h.shape[2]", "h + torch.ones(n).view(h.shape[1], -1, 1) * n"),
+    "the larger one": ("max(h.shape[1], h.shape[2])", "h / n + h.new_ones(n).sum()"),
+    "another axis": ("h.shape[1] - 8 + h.shape[2]", "h.reshape(h.shape[0], -1, n, h.shape[3]) / n"),
+}
+"""Numbers that are sizes too: as such they follow the smaller model."""
+
+AT_POSITIONS = {
+    "split": (
+        "h.flatten(1, 2).shape[1] // 2",
+        "torch.cat(h.flatten(1, 2).split(n, 1)[::-1], 1).reshape(h.shape)",
+    ),
+    "chunk": ("2", "torch.cat(h.flatten(1, 2).chunk(n, 1)[::-1], 1).reshape(h.shape)"),
+    "slice": ("h.shape[2]", "h - h.flatten(1, 2)[:, n : 2 * n].reshape(h.shape[0], 1, *h.shape[2:])"),
+    "slice of literals": ("8", "h - h.flatten(1, 2)[:, n:16].sum(1)[:, None, None]"),
+    "narrow": ("h.shape[2]", "h - h.flatten(1, 2).narrow(1, n, n).reshape(h.shape[0], 1, *h.shape[2:])"),
+    "select": ("h.shape[2]", "h - h.flatten(1, 2).select(1, n)[:, None, None]"),
+    "item": ("h.shape[2]", "h - h.flatten(1, 2)[:, n][:, None, None]"),
+    "roll": ("h.shape[2]", "h.flatten(1, 2).roll(n, 1).reshape(h.shape)"),
+}
+"""Positions on an axis on which a width is laid out with a resolution: right at the example's size, refused at others."""
+
+
+@pytest.mark.parametrize("read", READ)
+def test_a_width_is_the_originals_as_a_number(read: str) -> None:
+    assert all(judge(read, "h / n"))
+    assert all(judge(read, "h.sigmoid() if n > 7 else h"))
+
+
+@pytest.mark.parametrize("number", MIXED)
+def test_a_width_and_a_resolution(number: str) -> None:
+    assert all(judge(number, "h / (abs(n) + 1)"))
+    judge(number, "h.sigmoid() if n > 40 else h")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_place_for_a_number(use: str) -> None:
+    assert all(judge("h.shape[1] * h.shape[2] + 1", use))
+
+
+@pytest.mark.parametrize("number", HELD)
+def test_what_python_takes_is_held_by_the_originals_value(number: str) -> None:
+    taken = judge(number, "h * n")
+    assert taken[1]
+    assert not all(taken)
+
+
+@pytest.mark.parametrize("use", BRANCHES)
+def test_a_branch_is_held_by_the_originals_value(use: str) -> None:
+    taken = judge("h.shape[1] * h.shape[2]", use)
+    assert taken[1]
+    assert not all(taken)
+
+
+@pytest.mark.parametrize("case", AS_SIZES)
+def test_a_number_that_is_a_size_too(case: str) -> None:
+    taken = judge(*AS_SIZES[case], left=0.85)
+    assert all(taken) or case == "the larger one"
+
+
+@pytest.mark.parametrize("case", AT_POSITIONS)
+def test_positions_on_a_mixed_axis(case: str) -> None:
+    assert judge(*AT_POSITIONS[case], left=1.0)[1]
+
+
+def test_a_guard_on_widths_alone_is_dropped() -> None:
+    model = Counting("h.shape[1]", "h.sigmoid() if n % 4 == 0 else h").eval()
+    pruned = fxprune.prune(model, torch.randn(SIZES[0]), channels=0.5).model
+    assert "assert" not in pruned.code
+
+
+def test_numbers_in_both_modes() -> None:
+    """In training the other branch: divided by one number more."""
+    model = Counting("h.shape[1] * h.shape[2]", "F.dropout(h, 0.0, h.requires_grad) / n")
+    model.use = lambda h, n: h / n if not model.training else h / (n + 1)
+    model = randomise(model)
+    pruned = fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=0.5).model
+    reference = masked(model, pruned)
+    for training in (True, False):
+        for size in SIZES:
+            x = torch.randn(size, dtype=torch.float64)
+            assert relative_error(pruned.train(training)(x), reference.train(training)(x)) <= 1e-9
+
+
+expressions = st.recursive(
+    st.sampled_from([*READ, *MIXED, "h.shape[0]", "h.shape[2]", "h.shape[3]", "1", "3", "8"]),
+    lambda inner: st.one_of(
+        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "//", "%", "/"]), inner),
+        st.builds("{}({}, {})".format, st.sampled_from(["max", "min"]), inner, inner),
+        st.builds("{}({})".format, st.sampled_from(["math.sqrt", "abs", "int", "float"]), inner),
+    ),
+    max_leaves=4,
+)
+
+
+@given(number=expressions, use=st.sampled_from([*USES, *BRANCHES]))
+@settings(max_examples=60)
+def test_any_expression(number: str, use: str) -> None:
+    """Right at every size, or refused: when pruning, or at that size."""
+    try:
+        taken = judge(number, use)
+    except FxpruneError:
+        event("not pruned")
+    else:
+        event("right at all sizes" if all(taken) else "held to some")
