@@ -1,0 +1,280 @@
+"""Python source of a drawn network: the text of a module class as a person writes it, and the module that it makes."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .spec import Item, Spec
+
+HEADER = """import collections, dataclasses, functools, math, types
+from typing import Any, NamedTuple, Optional
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+"""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a variable of forward holds: an image (B, C, H, W), tokens (B, T, C) or a vector (B, C).
+
+    ``width`` is C, ``size`` the other sizes at the example: (H, W), (T,) or ().
+    """
+
+    name: str
+    kind: str
+    width: int
+    size: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def rank(self) -> int:
+        return len(self.size) + 2
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels."""
+        return 2 if self.kind == "tokens" else 1
+
+
+@dataclass
+class File:
+    """The source file that is being written: its classes and functions, and the draws of the block at hand."""
+
+    rng: Random = field(default_factory=Random)
+    parts: list[str] = field(default_factory=list)
+    count: int = 0
+    branches: bool = False  # forward asks for sizes: another size may be refused
+
+    def number(self) -> int:
+        self.count += 1
+        return self.count
+
+
+class Writer:
+    """The class that is being written: the lines of ``__init__`` and of ``forward``."""
+
+    def __init__(self, file: File, name: str) -> None:
+        self.file, self.name = file, name
+        self.setup: list[str] = []
+        self.body: list[str] = []
+        self.indent = ""
+        self.pool: list[Signal] = []  # values that later lines may read
+        self.extra: list[Signal] = []  # values that are returned beside the last
+
+    # --- draws
+
+    def pick(self, *options: Any) -> Any:
+        return self.file.rng.choice(options)
+
+    def chance(self, share: float) -> bool:
+        return self.file.rng.random() < share
+
+    def between(self, low: int, high: int) -> int:
+        return self.file.rng.randint(low, high)
+
+    def some_width(self) -> int:
+        return self.pick(4, 6, 8, 8, 10, 12, 12, 16)
+
+    # --- lines
+
+    def fresh(self, stem: str = "x") -> str:
+        return f"{stem}{self.file.number()}"
+
+    def module(self, code: str, stem: str = "layer") -> str:
+        name = self.fresh(stem)
+        self.setup.append(f"self.{name} = {code}")
+        return f"self.{name}"
+
+    def parameter(self, *shape: int) -> str:
+        name = self.fresh("weight")
+        self.setup.append(f"self.{name} = nn.Parameter(torch.randn({', '.join(map(str, shape))}))")
+        return f"self.{name}"
+
+    def buffer(self, code: str, *, saved: bool = True) -> str:
+        name = self.fresh("table")
+        self.setup.append(f'self.register_buffer("{name}", {code}{"" if saved else ", persistent=False"})')
+        return f"self.{name}"
+
+    def line(self, text: str) -> None:
+        self.body.append(self.indent + text)
+
+    def assign(self, code: str, stem: str = "x") -> str:
+        name = self.fresh(stem)
+        self.line(f"{name} = {code}")
+        return name
+
+    def value(self, x: Signal, code: str, **changes: Any) -> Signal:
+        """A new variable that holds ``code``, in which ``{x}`` is ``x``."""
+        return replace(x, name=self.assign(code.replace("{x}", x.name)), **changes)
+
+    @contextmanager
+    def under(self, text: str) -> Iterator[None]:
+        """What is written inside stands under ``text``, one step further to the right; its variables stay there."""
+        self.line(text)
+        kept, self.indent = list(self.pool), self.indent + "    "
+        yield
+        self.pool, self.indent = kept, self.indent[4:]
+
+    # --- sizes
+
+    def dim(self, x: Signal, axis: int | None = None) -> int:
+        """The axis of the channels, or another one, counted from the front or from the back."""
+        axis = x.axis if axis is None else axis
+        return self.pick(axis, axis - x.rank)
+
+    def space(self, x: Signal) -> tuple[int, ...]:
+        """All axes but batch and channels."""
+        return tuple(self.dim(x, axis) for axis in range(1, x.rank) if axis != x.axis)
+
+    def width(self, x: Signal) -> str:
+        """The number of channels: a literal, or read from the tensor."""
+        axis = self.dim(x)
+        return self.pick(str(x.width), str(x.width), f"{x}.shape[{axis}]", f"{x}.size({axis})")
+
+    def batch(self, x: Signal) -> str:
+        return self.pick(f"{x}.shape[0]", f"{x}.size(0)", f"len({x})", f"{x}.size(dim=0)")
+
+    def side(self, x: Signal, which: int) -> str:
+        """One of the other sizes: nearly always read from the tensor."""
+        axis = [a for a in range(1, x.rank) if a != x.axis][which]
+        if self.chance(0.1):
+            return str(x.size[which])
+        return self.pick(f"{x}.shape[{axis}]", f"{x}.size({axis})", f"{x}.shape[{axis - x.rank}]")
+
+    def along(self, x: Signal, vector: str) -> str:
+        """A vector of as many elements as ``x`` has channels, written so that it meets them."""
+        if x.axis == x.rank - 1:
+            return vector
+        after = x.rank - 1 - x.axis
+        return self.pick(
+            f"{vector}[:{', None' * after}]",
+            f"{vector}.view(1, -1{', 1' * after})",
+            f"{vector}.reshape(-1{', 1' * after})",
+            f"{vector}.view(1, {self.width(x)}{', 1' * after})",
+            f"{vector}[None, :{', None' * after}]",
+            f"{vector}[(None, slice(None)) + (None,) * {after}]",
+            vector + ".unsqueeze(-1)" * after,
+            f"{vector}.reshape([1, {self.width(x)}] + [1] * {after})",
+            f"{vector}[..., {', '.join(['None'] * after)}].expand_as({x})",
+        )
+
+    # --- classes
+
+    def child(self) -> Writer:
+        """A class of its own in the same file; :meth:`finish` closes it."""
+        return Writer(self.file, f"Part{self.file.number()}")
+
+    def finish(self, result: str, arguments: str = "x", base: str = "nn.Module") -> str:
+        """Write the class, whose forward returns ``result``, and return its name."""
+        setup = "\n".join(f"        {line}" for line in ("super().__init__()", *self.setup))
+        body = "\n".join(f"        {line}" for line in (*self.body, f"return {result}"))
+        self.file.parts.append(
+            f"class {self.name}({base}):\n    def __init__(self):\n{setup}\n\n    def forward(self, {arguments}):\n{body}\n"
+        )
+        return self.name
+
+    def function(self, text: str) -> None:
+        """A function or class at the top of the file."""
+        self.file.parts.append(text)
+
+
+Inside = Callable[[Writer, Signal], Signal]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a network reads: ``make(batch, more)`` gives its inputs, with ``more`` positions than the example along each axis."""
+
+    arguments: str
+    make: Callable[[int, int], Any]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A network as source text, with its inputs and the options of prune."""
+
+    spec: Spec
+    text: str
+    example: Example
+    options: dict[str, Any]
+    branches: bool
+
+    @property
+    def python(self) -> str:
+        """The name of the module of Python that the text becomes."""
+        return f"drawn_{zlib.crc32(self.text.encode()):08x}"
+
+    def build(self) -> nn.Module:
+        """The module, freshly made."""
+        name = self.python
+        if name not in sys.modules:
+            module = types.ModuleType(name)
+            module.__file__ = f"<{name}>"
+            sys.modules[name] = module
+            linecache.cache[module.__file__] = (len(self.text), None, self.text.splitlines(True), module.__file__)
+            exec(compile(self.text, module.__file__, "exec"), module.__dict__)
+        return sys.modules[name].Network()
+
+    def forget(self) -> None:
+        """Drop the module of Python that the source became."""
+        module = sys.modules.pop(self.python, None)
+        if module is not None:
+            linecache.cache.pop(str(module.__file__), None)
+
+
+def write(spec: Spec) -> Drawn:
+    """The source of a network."""
+    from .blocks import OPTIONS, RESULTS, SOURCES
+
+    file = File()
+    w = Writer(file, "Network")
+    file.rng = Random(spec.source.seed)
+    x, example = SOURCES[spec.source.kind].write(w)
+    w.pool.append(x)
+    x = emit(w, spec.blocks, x)
+    file.rng = Random(spec.result.seed)
+    fits = spec.result.kind if x.kind in RESULTS[spec.result.kind].takes else "plain"
+    result = RESULTS[fits].write(w, x)
+    w.finish(result, example.arguments)
+    file.rng = Random(spec.options.seed)
+    options = OPTIONS[spec.options.kind](w)
+    return Drawn(spec, HEADER + "\n\n" + "\n\n".join(file.parts), example, options, file.branches)
+
+
+def emit(w: Writer, items: tuple[Item, ...], x: Signal) -> Signal:
+    """Write blocks one after the other; one that cannot take what the one before it gives is left out."""
+    from .blocks import BLOCKS
+
+    for item in items:
+        block = BLOCKS[item.kind]
+        if x.kind not in block.takes or (block.fits is not None and not block.fits(x)):
+            continue
+        kept, w.file.rng = w.file.rng, Random(item.seed)
+
+        def inside(c: Writer, y: Signal, children: tuple[Item, ...] = item.children) -> Signal:
+            return emit(c, children, y)
+
+        x = block.write(w, x, inside) if block.holds else block.write(w, x)
+        w.pool.append(x)
+        w.file.rng = kept
+    return x
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
