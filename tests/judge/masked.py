@@ -1,7 +1,7 @@
 """The masked original: what the pruned model must equal, found without asking the pruner.
 
-Every element of the original gets a value that occurs once. What is found again in the pruned model survived; all else is set to zero in a
-copy of the original. Fused norms take their statistics over the channels whose weight survived.
+Every element of the original gets a value that occurs once. What is found again in the pruned model survived; all else is set to
+zero in the original, built once more. Fused norms take their statistics over the channels whose weight survived.
 """
 
 from __future__ import annotations
@@ -47,18 +47,34 @@ def survivors(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
 
 
 def mask(model: nn.Module, alive: dict[str, Tensor]) -> None:
-    """Set every element that did not survive to zero."""
+    """Set every element that did not survive to zero.
+
+    Directions of weight_norm of which nothing survived stay: their magnitude is zero, and 0 / 0 is no number.
+    """
     with torch.no_grad():
         for name, t in stored(model).items():
-            t.mul_(alive[name].to(t.dtype))
+            on = alive[name]
+            if name.endswith("parametrizations.weight.original1"):
+                on = on | ~on.flatten(1).any(1).view(-1, *[1] * (t.dim() - 1))
+            t.mul_(on.to(t.dtype))
 
 
 class WithoutDropout(TorchFunctionMode):
     """Dropout does nothing, so that training can be compared."""
 
     drops = frozenset(
-        f for f in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout, torch.feature_dropout, torch.dropout_)
-    )  # fmt: skip
+        f
+        for f in (
+            F.dropout,
+            F.dropout1d,
+            F.dropout2d,
+            F.dropout3d,
+            F.alpha_dropout,
+            torch.dropout,
+            torch.feature_dropout,
+            torch.dropout_,
+        )
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.drops:
@@ -70,7 +86,9 @@ class OverSurvivors(TorchFunctionMode):
     """Fused norms take their statistics over the channels whose weight is not zero."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        norm = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm}.get(func)
+        norm = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm}.get(
+            func
+        )
         norm = {F.group_norm: _group_norm, torch.group_norm: _group_norm}.get(func, norm)
         return (norm or func)(*args, **(kwargs or {}))
 
@@ -82,7 +100,9 @@ def _standardised(x: Tensor, on: Tensor, dims: tuple[int, ...], eps: float, cent
     return (x - mean) / (variance + eps).sqrt() * on
 
 
-def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None) -> Tensor:
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None
+) -> Tensor:
     if weight is None:
         return torch.native_layer_norm(input, list(normalized_shape), weight, bias, eps)[0]
     on = (weight != 0).to(input.dtype)
@@ -96,7 +116,9 @@ def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any
     return y if weight is None else y * weight
 
 
-def _group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None) -> Tensor:
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None
+) -> Tensor:
     channels = input.shape[1]
     on = torch.ones(channels, dtype=input.dtype) if weight is None else (weight != 0).to(input.dtype)
     split = input.reshape(input.shape[0], num_groups, channels // num_groups, -1)

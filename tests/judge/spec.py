@@ -1,7 +1,7 @@
 """A drawn network as a line of text: what it reads, its blocks, what it returns, how it is pruned.
 
-``image:3 conv:17 residual:4(norm:8 activation:1) classify:9 | channels:2`` names blocks; the number after each is the seed from which
-the block draws its own choices, so that a network from which a block was dropped keeps the others as they were.
+``image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2`` names blocks; the number after each is the seed from
+which the block draws its own choices, so that a network from which a block was dropped keeps the others as they were.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Spec:
 
     Examples
     --------
-    >>> spec = Spec.parse("image:3 conv:17 residual:4(norm:8 activation:1) classify:9 channels:2")
+    >>> spec = Spec.parse("image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2")
     >>> spec.blocks[1].children
     (Item(kind='norm', seed=8, children=()), Item(kind='activation', seed=1, children=()))
     >>> str(spec)
-    'image:3 conv:17 residual:4(norm:8 activation:1) classify:9 channels:2'
+    'image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2'
     """
 
     source: Item
@@ -52,7 +52,7 @@ class Spec:
         words = re.findall(r"[a-z_]+:\d+|[()]|\S+", text)
         items = _items(words)
         if words or len(items) < 3 or str(spec := cls(items[0], items[1:-2], items[-2], items[-1])) != " ".join(text.split()):
-            raise ValueError(f"{text!r} is no spec; one reads 'image:3 conv:17 classify:9 channels:2'")
+            raise ValueError(f"{text!r} is no spec; one reads 'image:3 layer:17 classify:9 channels:2'")
         return spec
 
     def without_one(self) -> Iterator[Spec]:

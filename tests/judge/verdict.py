@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from .spec import Spec
 LIMIT = 1e-7  # the largest relative error, in float64
 
 
-class Short(Exception):
+class ShortError(Exception):
     """What fell short: in which setting, and how."""
 
     def __init__(self, setting: str, what: str) -> None:
@@ -34,8 +35,9 @@ class Short(Exception):
 class Verdict:
     """What came of one network.
 
-    ``outcome`` is ``"right"``, ``"whole"`` (right, and nothing was pruned), ``"refused"`` (an FxpruneError from prune), ``"wrong"``, or
-    ``"invalid"`` (the drawn network itself does not run); ``what`` says more, ``left`` is the share of parameters that is left.
+    ``outcome`` is ``"right"``, ``"whole"`` (right, and nothing was pruned), ``"refused"`` (an FxpruneError from prune),
+    ``"wrong"``, or ``"invalid"`` (the drawn network itself does not run); ``what`` says more, ``left`` is the share of
+    parameters that is left.
     """
 
     spec: str
@@ -50,9 +52,10 @@ def judge(spec: Spec) -> Verdict:
     """Draw the network's source, prune it, and compare."""
     drawn = write(spec)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # networks use what torch calls deprecated; that is none of the pruner's faults
             return _judge(drawn)
-    except Short as error:
+    except ShortError as error:
         return Verdict(str(spec), "invalid" if error.setting == "original" else "wrong", str(error))
     except fxprune.FxpruneError as error:
         return Verdict(str(spec), "refused", _text(error))
@@ -70,8 +73,12 @@ def _judge(drawn: Drawn) -> Verdict:
     except fxprune.FxpruneError:
         raise
     except Exception as error:
-        raise Short("prune", _text(error)) from error
-    _expect("original untouched", modes == [m.training for m in model.modules()] and _same(before, model.state_dict()), "prune changed it")
+        raise ShortError("prune", _text(error)) from error
+    _expect(
+        "original untouched",
+        modes == [m.training for m in model.modules()] and _same(before, model.state_dict()),
+        "prune changed it",
+    )
     emitted = pruned.model
     alive = survivors(model, emitted)
     reference = _filled(drawn)
@@ -106,14 +113,14 @@ def _filled(drawn: Drawn) -> nn.Module:
 
 
 def _original(drawn: Drawn) -> tuple[nn.Module, Any]:
-    """The module with values that occur once, and its example; Short where the drawn network itself does not run."""
+    """The module with values that occur once, and its example; ShortError where the drawn network itself does not run."""
     inputs = drawn.example.make(3, 0)
     try:
         model = _filled(drawn)
         found = [t for t in leaves(run(model, inputs)) if t.is_floating_point()]
         training = [t for t in leaves(run(_filled(drawn).train(), inputs)) if t.is_floating_point()]
     except Exception as error:
-        raise Short("original", _text(error)) from error
+        raise ShortError("original", _text(error)) from error
     finite = all(bool(t.isfinite().all()) and float(t.abs().sum()) < 1e9 for t in (*found, *training))
     _expect("original", found and finite, "no finite output")
     return model, inputs
@@ -159,14 +166,20 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
     try:
         _sum(got).backward()
     except RuntimeError as error:
-        raise Short("gradients", _text(error)) from error
+        raise ShortError("gradients", _text(error)) from error
     ours, theirs = dict(emitted.named_parameters()), dict(reference.named_parameters())
     for name, old in theirs.items():
         if (new := ours.get(name)) is None or name not in alive:
             continue
-        _expect("gradients", (old.grad is None) == (new.grad is None) or not bool(_grad(old)[alive[name]].any()), f"{name} has one in one of the two")
+        _expect(
+            "gradients",
+            (old.grad is None) == (new.grad is None) or not bool(_grad(old)[alive[name]].any()),
+            f"{name} has one in one of the two",
+        )
         expected, found = _grad(old)[alive[name]], _grad(new).flatten()
-        _expect("gradients", expected.numel() == found.numel(), f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived")
+        _expect(
+            "gradients", expected.numel() == found.numel(), f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived"
+        )
         if bool(expected.isfinite().all()):
             _near("gradients", [found], [expected], name)
     ours, theirs = dict(emitted.named_buffers()), stored(reference)
@@ -190,17 +203,22 @@ def _saved(drawn: Drawn, pruned: fxprune.Pruned, emitted: nn.Module, inputs: Any
             pruned.save(folder)
             loaded = fxprune.load(folder, lambda: drawn.build().eval().double()).model
         except Exception as error:
-            raise Short("save and load", _text(error)) from error
+            raise ShortError("save and load", _text(error)) from error
     _expect("save and load", _same(emitted.state_dict(), loaded.state_dict()), "other tensors")
     _near("save and load", _outputs("save and load", loaded, inputs), leaves(run(emitted, inputs)), "the loaded model")
 
 
 def _deployed(drawn: Drawn, emitted: nn.Module, inputs: Any) -> None:
-    """In the inference form the same outputs, at another batch too."""
+    """In the inference form the same outputs, at another batch too; views that are written to forbid channels-last."""
     try:
-        fast = fxprune.deploy(emitted)
+        try:
+            fast = fxprune.deploy(emitted)
+        except fxprune.ModelError as error:
+            if "channels_last=False" not in str(error):
+                raise
+            fast = fxprune.deploy(emitted, channels_last=False)
     except Exception as error:
-        raise Short("deploy", _text(error)) from error
+        raise ShortError("deploy", _text(error)) from error
     for given in (inputs, drawn.example.make(2, 0)):
         try:
             want = leaves(run(emitted, given))
@@ -214,7 +232,7 @@ def _proved(model: nn.Module, pruned: fxprune.Pruned, inputs: Any) -> None:
     try:
         measured = fxprune.verify(model, pruned, inputs).error
     except Exception as error:
-        raise Short("verify", _text(error)) from error
+        raise ShortError("verify", _text(error)) from error
     _expect("verify", measured <= 1e-6, f"measures {measured:.1e}")
 
 
@@ -253,10 +271,12 @@ def _outputs(setting: str, model: nn.Module, inputs: Any, grad: bool = False) ->
     except (AssertionError, fxprune.FxpruneError):
         raise
     except Exception as error:
-        raise Short(setting, f"the pruned model raises {_text(error)}") from error
+        raise ShortError(setting, f"the pruned model raises {_text(error)}") from error
 
 
-def _compare(setting: str, reference: nn.Module, emitted: nn.Module, inputs: Any, grad: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+def _compare(
+    setting: str, reference: nn.Module, emitted: nn.Module, inputs: Any, grad: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     with OverSurvivors():
         want = leaves(run(reference, inputs, grad))
     try:
@@ -264,7 +284,7 @@ def _compare(setting: str, reference: nn.Module, emitted: nn.Module, inputs: Any
     except (AssertionError, fxprune.FxpruneError) as error:
         if setting.startswith(("batch", "other")):
             raise
-        raise Short(setting, f"the pruned model raises {_text(error)}") from error
+        raise ShortError(setting, f"the pruned model raises {_text(error)}") from error
     _near(setting, got, want, "the masked original")
     return got, want
 
@@ -283,7 +303,7 @@ def _near(setting: str, got: list[Tensor], want: list[Tensor], whom: str) -> Non
 
 def _expect(setting: str, holds: Any, what: str) -> None:
     if not holds:
-        raise Short(setting, what)
+        raise ShortError(setting, what)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -299,6 +319,3 @@ def _text(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = next((f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno} {f.name}" for f in reversed(frames) if "fxprune" in f.filename), "")
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{f' [{place}]' if place else ''}"
-
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from ..source import Inside, Signal, Writer
 from .layers import layer_of
@@ -36,8 +37,21 @@ def early_return(w: Writer, x: Signal, inside: Inside) -> Signal:
     start = replace(x, name="x")
     c.pool.append(start)
     last, at = x.rank - 1, x.axis
-    yes = [f"x.shape[{at}] > {x.width // 2}", f"x.size(0) >= 1", f"x.dim() == {x.rank}", f"len(x.shape) == {x.rank}", f"x.shape[{at - x.rank}] == {x.width}"]  # noqa: F541
-    no = [f"x.shape[{last}] > 60", f"x.size(1) < 2 and x.size(0) > 100", f"x.ndim != {x.rank}", "x.numel() == 0", f"x.shape[{at}] % {x.width + 1} == 0 and x.size(0) > 99", "x.size(0) == 1"]  # noqa: F541
+    yes = [
+        f"x.shape[{at}] > {x.width // 2}",
+        "x.size(0) >= 1",
+        f"x.dim() == {x.rank}",
+        f"len(x.shape) == {x.rank}",
+        f"x.shape[{at - x.rank}] == {x.width}",
+    ]
+    no = [
+        f"x.shape[{last}] > 60",
+        "x.size(1) < 2 and x.size(0) > 100",
+        f"x.ndim != {x.rank}",
+        "x.numel() == 0",
+        f"x.shape[{at}] % {x.width + 1} == 0 and x.size(0) > 99",
+        "x.size(0) == 1",
+    ]
     if x.size:
         side = w.pick(*range(1, x.rank))
         if side != at:
@@ -78,12 +92,26 @@ def optional(w: Writer, x: Signal, inside: Inside) -> Signal:
     form = w.pick("none", "set", "flag", "assert", "getattr", "isinstance", "scripting", "try")
     w.setup.append(f"self.{name} = {'None' if form == 'none' else 'True' if form != 'set' else 'nn.Identity()'}")
     tests = {
-        "none": f"if self.{name} is None:", "set": f"if self.{name} is not None:", "flag": f"if self.{name}:", "assert": "if True:", "getattr": f"if getattr(self, '{name}', False):", "isinstance": f"if isinstance({x}, torch.Tensor):",
-        "scripting": "if not torch.jit.is_scripting():", "try": "try:",
-    }  # fmt: skip
+        "none": f"if self.{name} is None:",
+        "set": f"if self.{name} is not None:",
+        "flag": f"if self.{name}:",
+        "assert": "if True:",
+        "getattr": f"if getattr(self, '{name}', False):",
+        "isinstance": f"if isinstance({x}, torch.Tensor):",
+        "scripting": "if not torch.jit.is_scripting():",
+        "try": "try:",
+    }
     y = w.value(x, "{x} * 1.0")
     if form == "assert":
-        w.line(w.pick(f"assert {x}.shape[{x.axis}] == {x.width}, 'width'", f"assert {x}.dim() == {x.rank}", f"assert {x}.size(0) > 0, f'{{{x}.shape}}'", f"torch._assert({x}.shape[{x.axis}] == {x.width}, 'width')", f"torch._assert({x}.ndim == {x.rank}, f'{{{x}.shape}}')"))
+        w.line(
+            w.pick(
+                f"assert {x}.shape[{x.axis}] == {x.width}, 'width'",
+                f"assert {x}.dim() == {x.rank}",
+                f"assert {x}.size(0) > 0, f'{{{x}.shape}}'",
+                f"torch._assert({x}.shape[{x.axis}] == {x.width}, 'width')",
+                f"torch._assert({x}.ndim == {x.rank}, f'{{{x}.shape}}')",
+            )
+        )
     with w.under(tests[form]):
         w.line(f"{y} = {fitted(w, inside(w, x), x)}")
     if form == "try":
@@ -110,7 +138,7 @@ def container(w: Writer, x: Signal) -> Signal:
         widths = [x.width] * (count + 1)
     same = len(set(widths)) == 1
     make = (lambda a, b: f"nn.Conv2d({a}, {b}, 1)") if x.kind == "image" else (lambda a, b: f"nn.Linear({a}, {b})")
-    layers = [make(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [make(a, b) for a, b in pairwise(widths)]
     y = w.fresh()
     form = w.pick("list", "dict", "sequence", "attributes", "slices", "index", "plain", "while", "dense", "call")
     if form == "dict":
@@ -123,7 +151,9 @@ def container(w: Writer, x: Signal) -> Signal:
             w.line(f"for key in {[chr(97 + n) for n in range(count)]}:")
             w.line(f"    {y} = F.relu(self.{name}[key]({y}))")
     elif form == "sequence":
-        w.setup.append(f"self.{name} = nn.Sequential({', '.join(c for layer in layers for c in (layer, w.pick('nn.ReLU()', 'nn.ReLU(inplace=True)', 'nn.Tanh()')))})")
+        w.setup.append(
+            f"self.{name} = nn.Sequential({', '.join(c for layer in layers for c in (layer, w.pick('nn.ReLU()', 'nn.ReLU(inplace=True)', 'nn.Tanh()')))})"
+        )
         w.line(f"{y} = self.{name}({x})")
     elif form == "attributes":
         for n, code in enumerate(layers):
@@ -137,12 +167,18 @@ def container(w: Writer, x: Signal) -> Signal:
         w.line(f"for layer in self.{name}:")
         w.line(f"    {y}.append(layer({w.pick(f'{y}[-1]', f'sum({y})', f'torch.stack({y}).mean(0)')}).relu())")
         total = w.fresh()
-        w.line(f"{total} = {w.pick(f'sum({y})', f'torch.stack({y}, 0).amax(0)', f'{y}[-1] + {y}[0]', f'torch.stack({y}, -1).sum(-1)')}")
+        w.line(
+            f"{total} = {w.pick(f'sum({y})', f'torch.stack({y}, 0).amax(0)', f'{y}[-1] + {y}[0]', f'torch.stack({y}, -1).sum(-1)')}"
+        )
         y = total
     elif form == "plain":  # a list that torch does not know, of layers that it knows by another name
         for n, code in enumerate(layers):
             w.setup.append(f"self.{name}_{n} = {code}")
-        w.setup.append(f"self.{name} = [{', '.join(f'self.{name}_{n}' for n in range(count))}]" if w.chance(0.3) else f"self.{name} = tuple('{name}_%d' % n for n in range({count}))")
+        w.setup.append(
+            f"self.{name} = [{', '.join(f'self.{name}_{n}' for n in range(count))}]"
+            if w.chance(0.3)
+            else f"self.{name} = tuple('{name}_%d' % n for n in range({count}))"
+        )
         listed = "[" in w.setup[-1].split("= ", 1)[1][:1]
         w.line(f"{y} = {x}")
         w.line(f"for layer in self.{name}:")
@@ -159,9 +195,23 @@ def container(w: Writer, x: Signal) -> Signal:
     else:
         w.setup.append(f"self.{name} = nn.ModuleList([{', '.join(layers)}])")
         w.line(f"{y} = {x}")
-        loops = {"slices": f"for layer in self.{name}[:]:", "index": f"for layer in (self.{name}[n] for n in range(len(self.{name}))):"}
-        w.line(loops.get(form, w.pick(f"for layer in self.{name}:", f"for n, layer in enumerate(self.{name}):", f"for layer, _ in zip(self.{name}, range(9)):")))
-        w.line(f"    {y} = {w.pick('F.relu(layer({y}))', 'layer({y}).tanh()', 'F.silu(layer({y}), inplace=True)').replace('{y}', y)}")
+        loops = {
+            "slices": f"for layer in self.{name}[:]:",
+            "index": f"for layer in (self.{name}[n] for n in range(len(self.{name}))):",
+        }
+        w.line(
+            loops.get(
+                form,
+                w.pick(
+                    f"for layer in self.{name}:",
+                    f"for n, layer in enumerate(self.{name}):",
+                    f"for layer, _ in zip(self.{name}, range(9)):",
+                ),
+            )
+        )
+        w.line(
+            f"    {y} = {w.pick('F.relu(layer({y}))', 'layer({y}).tanh()', 'F.silu(layer({y}), inplace=True)').replace('{y}', y)}"
+        )
     return Signal(y, x.kind, widths[-1], x.size)
 
 

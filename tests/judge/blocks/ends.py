@@ -125,7 +125,9 @@ def objects(w: Writer, x: Signal) -> str:
         text = f"class {name}:\n    def __init__(self, small, wide, other):\n        self.small, self.wide, self.other = small, wide, other\n"
         w.function(text)
     elif form == "subclass":
-        w.function(f"class {name}(collections.OrderedDict):\n    @property\n    def first(self):\n        return next(iter(self.values()))\n")
+        w.function(
+            f"class {name}(collections.OrderedDict):\n    @property\n    def first(self):\n        return next(iter(self.values()))\n"
+        )
     else:
         name = "types.SimpleNamespace"
     return str(w.pick(f"{name}(small={a}, wide={b}, other={c})", f"{name}(**{{'small': {a}, 'wide': {b}}}, other={c})"))
@@ -143,7 +145,13 @@ def tied_words(w: Writer, x: Signal) -> str:
     elif form == "functional":
         y = w.assign(f"F.linear({x}, {table}.weight)")
     elif form == "product":
-        y = w.assign(w.pick(f"{x} @ {table}.weight.t()", f"torch.matmul({x}, {table}.weight.T)", f"torch.einsum('btc,vc->btv', {x}, {table}.weight)"))
+        y = w.assign(
+            w.pick(
+                f"{x} @ {table}.weight.t()",
+                f"torch.matmul({x}, {table}.weight.T)",
+                f"torch.einsum('btc,vc->btv', {x}, {table}.weight)",
+            )
+        )
     else:
         y = w.assign(f"{w.module(f'nn.Linear({x.width}, 7)', 'head')}({x})")
     if form != "alone" and w.chance(0.6):
@@ -157,7 +165,13 @@ def dense(w: Writer, x: Signal) -> str:
     """A map of classes over the picture."""
     layer = w.module(f"nn.Conv2d({x.width}, 2, {w.pick('1', '1, bias=False', '3, padding=1')})", "head")
     y = w.assign(f"{layer}({x})")
-    return w.pick(y, f"{y}.argmax(1), {y}", f"F.interpolate({y}, scale_factor=2)", f"{y}.permute(0, 2, 3, 1)", f"{{'out': {y}, 'p': {y}.softmax(1)}}")
+    return w.pick(
+        y,
+        f"{y}.argmax(1), {y}",
+        f"F.interpolate({y}, scale_factor=2)",
+        f"{y}.permute(0, 2, 3, 1)",
+        f"{{'out': {y}, 'p': {y}.softmax(1)}}",
+    )
 
 
 # --- how it is pruned

@@ -14,7 +14,15 @@ from .registry import block
 def without_gradients(w: Writer, x: Signal, inside: Inside) -> Signal:
     """Blocks under no_grad and its kind."""
     y = w.value(x, "{x} * 1")
-    with w.under(w.pick("with torch.no_grad():", "with torch.enable_grad():", "with torch.set_grad_enabled(False):", "with torch.autocast('cpu', enabled=False):", "with torch.autocast(device_type='cpu', enabled=False), torch.no_grad():")):
+    with w.under(
+        w.pick(
+            "with torch.no_grad():",
+            "with torch.enable_grad():",
+            "with torch.set_grad_enabled(False):",
+            "with torch.autocast('cpu', enabled=False):",
+            "with torch.autocast(device_type='cpu', enabled=False), torch.no_grad():",
+        )
+    ):
         z = fitted(w, inside(w, x), x)
         w.line(f"{y} = {w.pick(str(z), f'{z}.sigmoid()')}")
     return w.value(x, w.pick(f"{{x}} + {y}", f"{{x}} * {y}", f"{y} * {{x}}.sigmoid()"))
@@ -36,7 +44,14 @@ def functions(w: Writer, x: Signal) -> Signal:
     """Functions of the user: plain, with gradients of their own, scripted, mapped over the batch."""
     name = w.fresh("function")
     form = w.pick("plain", "autograd", "scripted", "vmap", "static", "closure", "partial", "decorated")
-    inner = w.pick("value * value.sigmoid()", "value.relu() * 0.5", "torch.where(value > 0, value, value * 0.1)", "F.gelu(value) + 1", "value.clamp(min=0) ** 2", "torch.tanh(value) * value")
+    inner = w.pick(
+        "value * value.sigmoid()",
+        "value.relu() * 0.5",
+        "torch.where(value > 0, value, value * 0.1)",
+        "F.gelu(value) + 1",
+        "value.clamp(min=0) ** 2",
+        "torch.tanh(value) * value",
+    )
     if form == "autograd":
         w.function(
             f"class {name}(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, value):\n        ctx.save_for_backward(value)\n        return {inner}\n\n"
@@ -64,8 +79,22 @@ def codebook(w: Writer, x: Signal) -> Signal:
     """The nearest of learned points, with straight-through gradients."""
     y = x if x.axis == x.rank - 1 else replace(x, name=w.assign(f"{x}.movedim(1, -1)"))
     points = w.parameter(5, x.width)
-    near = w.assign(w.pick(f"({y}.unsqueeze(-2) - {points}).pow(2).sum(-1).argmin(-1)", f"({y} @ {points}.t()).argmax(dim=-1)", f"torch.max({y}.matmul({points}.T), -1)[1]"), "near")
-    z = w.assign(w.pick(f"{points}[{near}]", f"F.embedding({near}, {points})", f"{points}.index_select(0, {near}.flatten()).view_as({y})", f"F.one_hot({near}, 5).to({y}.dtype) @ {points}"))
+    near = w.assign(
+        w.pick(
+            f"({y}.unsqueeze(-2) - {points}).pow(2).sum(-1).argmin(-1)",
+            f"({y} @ {points}.t()).argmax(dim=-1)",
+            f"torch.max({y}.matmul({points}.T), -1)[1]",
+        ),
+        "near",
+    )
+    z = w.assign(
+        w.pick(
+            f"{points}[{near}]",
+            f"F.embedding({near}, {points})",
+            f"{points}.index_select(0, {near}.flatten()).view_as({y})",
+            f"F.one_hot({near}, 5).to({y}.dtype) @ {points}",
+        )
+    )
     z = w.assign(w.pick(z, f"{y} + ({z} - {y}).detach()"))
     y = layer_of(w, x, x.width)
     return w.value(x, f"{y} + {z if x.axis == x.rank - 1 else f'{z}.movedim(-1, 1)'}")

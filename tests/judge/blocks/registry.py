@@ -49,7 +49,9 @@ def options(write: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
     return write
 
 
-def _enter(table: dict[str, Block], takes: tuple[str, ...], settings: dict[str, Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _enter(
+    table: dict[str, Block], takes: tuple[str, ...], settings: dict[str, Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(write: Callable[..., Any]) -> Callable[..., Any]:
         name = write.__name__.strip("_")
         table[name] = Block(name, write, takes or ANY, **settings)

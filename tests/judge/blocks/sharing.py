@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..source import Inside, Signal, Writer
-from .layers import layer_of, linear
 from .control import fitted
+from .layers import layer_of, linear
 from .registry import block
 
 
@@ -35,7 +35,14 @@ def called_twice(w: Writer, x: Signal, inside: Inside) -> Signal:
         w.line(f"    {z} = layer({z})")
         return replace(x, name=z)
     if form == "sum":
-        return w.value(x, w.pick(f"{layer}({{x}}) + {layer}(-{{x}})", f"{layer}({{x}}) * {layer}({{x}}.tanh())", f"torch.maximum({layer}({{x}}), {layer}({{x}} * 0.5))"))
+        return w.value(
+            x,
+            w.pick(
+                f"{layer}({{x}}) + {layer}(-{{x}})",
+                f"{layer}({{x}}) * {layer}({{x}}.tanh())",
+                f"torch.maximum({layer}({{x}}), {layer}({{x}} * 0.5))",
+            ),
+        )
     if form == "siamese":
         return w.value(x, f"(lambda a, b: (a - b).abs())({layer}({{x}}), {layer}({{x}}.flip(0)))")
     return w.value(x, w.pick(f"{layer}({layer}({{x}}))", f"{layer}({{x}} + {layer}({{x}}))", f"{layer}(F.relu({layer}({{x}})))"))
@@ -50,19 +57,51 @@ def tied(w: Writer, x: Signal) -> Signal:
         if form == "transposed":
             layer = w.module(f"nn.Conv2d({x.width}, {out}, 3, padding=1)", "conv")
             y = w.value(x, f"{layer}({{x}}).relu()", width=out)
-            return w.value(y, w.pick(f"F.conv_transpose2d({{x}}, {layer}.weight, padding=1)", f"F.conv2d({{x}}, {layer}.weight.transpose(0, 1), padding=1)", f"F.conv2d({{x}}, {layer}.weight.permute(1, 0, 2, 3).flip(2, 3), padding=1)"), width=x.width)
+            return w.value(
+                y,
+                w.pick(
+                    f"F.conv_transpose2d({{x}}, {layer}.weight, padding=1)",
+                    f"F.conv2d({{x}}, {layer}.weight.transpose(0, 1), padding=1)",
+                    f"F.conv2d({{x}}, {layer}.weight.permute(1, 0, 2, 3).flip(2, 3), padding=1)",
+                ),
+                width=x.width,
+            )
         layer = w.module(f"nn.Conv2d({x.width}, {x.width}, 1)", "conv")
         other = w.module(f"nn.Conv2d({x.width}, {x.width}, 1{w.pick('', ', bias=False')})", "conv")
         w.setup.append(f"{other}.weight = {layer}.weight")
-        return w.value(x, w.pick(f"{other}({layer}({{x}}).relu())", f"{other}({{x}}) + {layer}({{x}}.tanh())", f"{{x}} + {other}(F.gelu({layer}({{x}})))"))
+        return w.value(
+            x,
+            w.pick(
+                f"{other}({layer}({{x}}).relu())",
+                f"{other}({{x}}) + {layer}({{x}}.tanh())",
+                f"{{x}} + {other}(F.gelu({layer}({{x}})))",
+            ),
+        )
     form = w.pick("transposed", "same", "symmetric", "norm", "three", "slice")
     if form == "transposed":
         layer = w.module(f"nn.Linear({x.width}, {out})")
         y = w.value(x, f"{layer}({{x}}).relu()", width=out)
-        return w.value(y, w.pick(f"F.linear({{x}}, {layer}.weight.t())", f"{{x}} @ {layer}.weight", f"F.linear({{x}}, {layer}.weight.T, {w.parameter(x.width)})", f"torch.matmul({{x}}, {layer}.weight) + {w.parameter(x.width)}"), width=x.width)
+        return w.value(
+            y,
+            w.pick(
+                f"F.linear({{x}}, {layer}.weight.t())",
+                f"{{x}} @ {layer}.weight",
+                f"F.linear({{x}}, {layer}.weight.T, {w.parameter(x.width)})",
+                f"torch.matmul({{x}}, {layer}.weight) + {w.parameter(x.width)}",
+            ),
+            width=x.width,
+        )
     if form == "symmetric":
         weight = w.parameter(x.width, x.width)
-        return w.value(x, w.pick(f"{{x}} @ ({weight} + {weight}.T)", f"F.linear({{x}}, {weight} @ {weight}.t())", f"F.linear({{x}}, {weight}.triu() + {weight}.triu(1).transpose(-1, -2))", f"{{x}} @ ({weight} - {weight}.mT)"))
+        return w.value(
+            x,
+            w.pick(
+                f"{{x}} @ ({weight} + {weight}.T)",
+                f"F.linear({{x}}, {weight} @ {weight}.t())",
+                f"F.linear({{x}}, {weight}.triu() + {weight}.triu(1).transpose(-1, -2))",
+                f"{{x}} @ ({weight} - {weight}.mT)",
+            ),
+        )
     if form == "norm":
         norm = w.module(f"nn.LayerNorm({x.width})", "norm")
         y = linear(w, w.value(x, f"{norm}({{x}})"), x.width)
@@ -70,22 +109,46 @@ def tied(w: Writer, x: Signal) -> Signal:
     if form == "slice":
         weight = w.parameter(out + x.width, x.width)
         y = w.value(x, f"F.linear({{x}}, {weight}[:{out}]).relu()", width=out)
-        return w.value(y, w.pick(f"{{x}} @ {weight}[:{out}]", f"{{x}}.matmul({weight}.split([{out}, {x.width}])[0])"), width=x.width)
+        return w.value(
+            y, w.pick(f"{{x}} @ {weight}[:{out}]", f"{{x}}.matmul({weight}.split([{out}, {x.width}])[0])"), width=x.width
+        )
     layer, other = w.module(f"nn.Linear({x.width}, {x.width})"), w.module(f"nn.Linear({x.width}, {x.width})")
-    w.setup.append(w.pick(f"{other}.weight = {layer}.weight", f"{other}.bias = {layer}.bias", f"{other}.weight, {other}.bias = {layer}.weight, {layer}.bias"))
+    w.setup.append(
+        w.pick(
+            f"{other}.weight = {layer}.weight",
+            f"{other}.bias = {layer}.bias",
+            f"{other}.weight, {other}.bias = {layer}.weight, {layer}.bias",
+        )
+    )
     if form == "three":
         third = w.module(f"nn.Linear({x.width}, {x.width}, bias=False)")
         w.setup.append(f"{third}.weight = {other}.weight")
         return w.value(x, f"{third}({other}({layer}({{x}}).relu()).relu())")
-    return w.value(x, w.pick(f"{other}({layer}({{x}}).relu())", f"{other}({{x}}) * {layer}({{x}}).sigmoid()", f"{{x}} + {other}(F.gelu({layer}({{x}})))"))
+    return w.value(
+        x,
+        w.pick(
+            f"{other}({layer}({{x}}).relu())",
+            f"{other}({{x}}) * {layer}({{x}}).sigmoid()",
+            f"{{x}} + {other}(F.gelu({layer}({{x}})))",
+        ),
+    )
 
 
 HOOKS = (
-    ("register_forward_hook", "lambda module, args, output: output * 0.5"), ("register_forward_hook", "lambda module, args, output: output + args[0].mean()"), ("register_forward_hook", "lambda module, args, output: torch.relu(output)"),
-    ("register_forward_hook", "lambda module, args, output: None"), ("register_forward_pre_hook", "lambda module, args: (args[0] * 2,)"), ("register_forward_pre_hook", "lambda module, args: args[0].tanh()"), ("register_forward_pre_hook", "lambda module, args: None"),
-    ("register_forward_hook", "lambda module, args, kwargs, output: output - 1, with_kwargs=True"), ("register_forward_pre_hook", "lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True"), ("register_forward_hook", "lambda module, args, output: output * (1 + output.softmax(-1))"),
-    ("register_forward_hook", "functools.partial(lambda factor, module, args, output: output * factor, 3.0)"), ("register_forward_hook", "lambda module, args, output: output.mul_(0.5), prepend=True"), ("register_forward_hook", "lambda module, args, output: output / output.shape[1]"),
-)  # fmt: skip
+    ("register_forward_hook", "lambda module, args, output: output * 0.5"),
+    ("register_forward_hook", "lambda module, args, output: output + args[0].mean()"),
+    ("register_forward_hook", "lambda module, args, output: torch.relu(output)"),
+    ("register_forward_hook", "lambda module, args, output: None"),
+    ("register_forward_pre_hook", "lambda module, args: (args[0] * 2,)"),
+    ("register_forward_pre_hook", "lambda module, args: args[0].tanh()"),
+    ("register_forward_pre_hook", "lambda module, args: None"),
+    ("register_forward_hook", "lambda module, args, kwargs, output: output - 1, with_kwargs=True"),
+    ("register_forward_pre_hook", "lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True"),
+    ("register_forward_hook", "lambda module, args, output: output * (1 + output.softmax(-1))"),
+    ("register_forward_hook", "functools.partial(lambda factor, module, args, output: output * factor, 3.0)"),
+    ("register_forward_hook", "lambda module, args, output: output.mul_(0.5), prepend=True"),
+    ("register_forward_hook", "lambda module, args, output: output / output.shape[1]"),
+)
 
 
 @block(weight=1.5)
@@ -105,10 +168,18 @@ def captured(w: Writer, x: Signal) -> Signal:
     layer = w.module(f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})", "watched")
     kept = w.fresh("kept")
     w.setup.append(f"self.{kept} = {{}}")
-    w.setup.append(w.pick(f"{layer}.register_forward_hook(lambda module, args, output: self.{kept}.update(out=output))", f"{layer}.register_forward_hook(lambda module, args, output: self.{kept}.__setitem__('out', output.{w.pick('detach', 'clone')}()))", f"{layer}.register_forward_pre_hook(lambda module, args: self.{kept}.update(out=args[0]))"))
+    w.setup.append(
+        w.pick(
+            f"{layer}.register_forward_hook(lambda module, args, output: self.{kept}.update(out=output))",
+            f"{layer}.register_forward_hook(lambda module, args, output: self.{kept}.__setitem__('out', output.{w.pick('detach', 'clone')}()))",
+            f"{layer}.register_forward_pre_hook(lambda module, args: self.{kept}.update(out=args[0]))",
+        )
+    )
     given = w.setup[-1].endswith("args[0]))")
     y = w.value(x, f"{layer}({{x}}).tanh()", width=out)
-    z = replace(x, name=w.assign(f"self.{kept}.pop('out')" if w.chance(0.5) else f"self.{kept}['out']"), width=x.width if given else out)
+    z = replace(
+        x, name=w.assign(f"self.{kept}.pop('out')" if w.chance(0.5) else f"self.{kept}['out']"), width=x.width if given else out
+    )
     w.extra.append(z)
     if given or w.chance(0.5):
         return y
@@ -132,5 +203,11 @@ def hooked_part(w: Writer, x: Signal, inside: Inside) -> Signal:
 def hooked_root(w: Writer, x: Signal) -> Signal:
     """A hook of the module that is pruned."""
     y = layer_of(w, x, x.width)
-    w.setup.append(w.pick("self.register_forward_pre_hook(lambda module, args: None)", "self.register_forward_hook(lambda module, args, output: None)", "self.register_forward_hook(lambda module, args, output: output * 2 if isinstance(output, Tensor) else None)"))
+    w.setup.append(
+        w.pick(
+            "self.register_forward_pre_hook(lambda module, args: None)",
+            "self.register_forward_hook(lambda module, args, output: None)",
+            "self.register_forward_hook(lambda module, args, output: output * 2 if isinstance(output, Tensor) else None)",
+        )
+    )
     return y

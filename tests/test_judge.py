@@ -1,0 +1,128 @@
+"""The second judge: what it draws is varied and runs, and what is wrong it calls wrong."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from tests.judge.blocks import BLOCKS, OPTIONS, RESULTS, SOURCES
+from tests.judge.campaign import Summary, campaign
+from tests.judge.shrink import shrunk
+from tests.judge.source import write
+from tests.judge.spec import Item, Spec, draw
+from tests.judge.verdict import Verdict, judge, leaves, run
+
+
+def test_a_seed_gives_one_network() -> None:
+    """The same seed draws the same spec, the spec prints as it reads, and its source is always the same."""
+    for seed in range(60):
+        spec = draw(seed)
+        assert spec == draw(seed) == Spec.parse(str(spec))
+        assert write(spec).text == write(spec).text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "image:3", "image:3 classify:9", "image layer:3 classify:1 half:2", "image:3 layer:4) classify:9 half:1"]
+)
+def test_what_is_no_spec_is_said(text: str) -> None:
+    """A spec that was cut short is no network."""
+    with pytest.raises(ValueError, match="is no spec"):
+        Spec.parse(text)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_block_is_drawn_and_nearly_every_network_runs() -> None:
+    """All kinds of blocks occur, and the networks compute something finite before anything is pruned."""
+    kinds: collections.Counter[str] = collections.Counter()
+
+    def count(items: tuple[Item, ...]) -> None:
+        for item in items:
+            kinds[item.kind] += 1
+            count(item.children)
+
+    for seed in range(800):
+        spec = draw(seed)
+        count((spec.source, *spec.blocks, spec.result, spec.options))
+    assert set(kinds) == {*BLOCKS, *SOURCES, *RESULTS, *OPTIONS}
+    fail = 0
+    for seed in range(100):
+        drawn = write(draw(seed))
+        try:
+            outputs = leaves(run(drawn.build().double().eval(), drawn.example.make(3, 0)))
+            assert outputs
+        except (RuntimeError, KeyError):
+            fail += 1
+        finally:
+            drawn.forget()
+    assert fail <= 4
+
+
+def test_blocks_can_be_dropped() -> None:
+    """Dropping any block leaves a network that is written, with the choices of the others as they were."""
+    spec = Spec.parse("tokens:2 layer:1 residual:4(norm:8 activation:1) attention:5 pooled:3 norm:2 classify:9 half:2")
+    smaller = list(spec.without_one())
+    assert len({str(s) for s in smaller}) == len(smaller) == 8
+    for s in smaller:
+        assert "class Network(nn.Module)" in write(s).text
+
+
+def _changed(model: nn.Module) -> None:
+    """One weight is another."""
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() > 1).mul_(1.001)
+
+
+def _in_training(model: nn.Module) -> None:
+    """A norm forgets how fast it learns."""
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).momentum = 0.9
+
+
+def _frozen(model: nn.Module) -> None:
+    next(model.parameters()).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "setting"), [(_changed, "example"), (_in_training, "statistics after training"), (_frozen, "gradients")]
+)
+def test_a_wrong_model_is_called_wrong(spoil: Callable[[nn.Module], None], setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruner that makes a mistake is found out, in the setting in which it shows."""
+    specs = (Spec.parse(f"image:3 layer:1 norm:{n} activation:4 classify:9 half:2") for n in range(1000))
+    spec = next(spec for spec in specs if "nn.BatchNorm2d" in write(spec).text)
+    assert judge(spec).outcome == "right"
+    right = fxprune.prune
+
+    def wrong(*args: object, **options: object) -> fxprune.Pruned:
+        pruned = right(*args, **options)  # type: ignore[arg-type]
+        spoil(pruned.model)
+        return pruned
+
+    monkeypatch.setattr(fxprune, "prune", wrong)
+    verdict = judge(spec)
+    assert (verdict.outcome, verdict.what.split(":")[0]) == ("wrong", setting)
+
+
+def test_a_failure_is_shrunk_to_its_cause() -> None:
+    """Blocks that have no part in a failure go."""
+
+    def fails_with_norm(spec: Spec) -> Verdict:
+        return Verdict(str(spec), "wrong" if "norm:" in str(spec) else "right", "example: other numbers")
+
+    spec = Spec.parse("image:3 layer:17 residual:4(norm:8 activation:1) layer:9 classify:9 half:2")
+    assert str(shrunk(spec, fails_with_norm)) == "image:3 norm:8 classify:9 half:2"
+
+
+def test_a_campaign_counts_what_came_of_each_network() -> None:
+    """Each seed is judged once; the summary says how many, and how."""
+    summary = Summary("a command")
+    for verdict in campaign(range(3)):
+        summary.add(verdict)
+    assert summary.count == 3
+    assert "drawn: 3" in str(summary)
+    summary.add(dataclasses.replace(verdict, outcome="wrong", what="batch 5: shapes"))
+    assert summary.as_dict()["wrong_by_setting"]["batch 5"] >= 1
