@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
+from fxprune.hooks import refuse_hooks
 from fxprune.identity import TensorMap
 from fxprune.inputs import Arguments
 from fxprune.labels import Array
@@ -309,6 +310,7 @@ class Labelling:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
         watch = self._watch("train." if training else "")
         traced = trace(self.twin, args, kwargs, training=training, watch=watch)
+        refuse_hooks(self.twin.model)
         self.context.node = traced.prefix + "output"
         self._finish(traced.outputs)
         self.inputs, self.traces = traced.placeholders, [*self.traces, traced]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from fxprune.plan import Plan, unpack_inputs
 from fxprune.propagation import seen_whole
 from fxprune.rewrite import Survivors, emit
 from fxprune.rules import bind
-from fxprune.trace import Trace, execute, put_tensors
+from fxprune.trace import Trace, copy_of, execute, put_tensors
 
 __all__ = ["Verification", "check"]
 
@@ -65,9 +64,12 @@ def check(
     reference = _reference(coupling, survivors, original, args, kwargs, dtype)
     smaller = _smaller(pruned, coupling, survivors, original if randomize else None, dtype)
     result: list[Any] = []
-    for path in coupling.parts:
-        smaller.get_submodule(path).register_forward_hook(lambda module, inputs, out: result.append(tree_map(_copy, out)))
-    with torch.no_grad(), _InDtype(dtype):
+
+    def part(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        result.append(out := call())
+        return tree_map(_copy, out)  # what Python may write into
+
+    with torch.no_grad(), _InDtype(dtype), intercepted(smaller, coupling.parts, part):
         result.append(smaller(*tree_map(_copy, args), **tree_map(_copy, kwargs)))
     error, count = 0.0, 0
     pairs = list(zip(tree_leaves(result), tree_leaves(reference), strict=True))
@@ -148,7 +150,7 @@ def _smaller(
 ) -> nn.Module:
     """A copy of the pruned model that holds the surviving elements of ``values`` (None: its own) in ``dtype``."""
     memo = {id(t): t for t in [*pruned.parameters(), *pruned.buffers()]}
-    model = copy.deepcopy(pruned, dict(memo))
+    model = copy_of(pruned, dict(memo))
     by_old: dict[int, Tensor] = {}
     for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
         if values is None or name not in coupling.parameters:

@@ -18,6 +18,8 @@ ROOMS = [
     "doors",
     "values",
     "inputs",
+    "hooks",
+    "references",
     "shapes",
     "macs",
     "cost",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -492,3 +493,201 @@ def test_a_device_that_is_handed_on_stays_a_graph(device: Callable[[Any, Tensor]
     assert isinstance(pruned.model, fx.GraphModule)
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
     assert pruned.model.to("meta")(x.to("meta")).device.type == "meta"
+
+
+def opaque(x: Tensor) -> Tensor:
+    """What no graph holds."""
+    torch.nonzero(x.flatten() > 1e9)
+    return x
+
+
+class Cell(nn.Module):
+    """One cell three times, the first time with less than later."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(6, 16), nn.Linear(16, 3)
+        self.cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}.get(kind, Repeated)(16, 16)
+
+    def forward(self, x: Tensor, steps: int = 3) -> Tensor:
+        x = self.first(opaque(x))
+        h = self.cell(x)
+        for _ in range(steps - 1):
+            h = self.cell(x, h)
+        return self.last(h[0] if self.kind == "lstm" else h)
+
+
+class Repeated(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(a, 2 * b), nn.Linear(2 * b, b)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        return self.down(F.relu(self.up(x if h is None else x + h)))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "own"])
+def test_a_module_that_is_called_in_two_ways_runs_in_both(kind: str) -> None:
+    model, x = Cell(kind).eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < (0.7 if kind == "own" else 1.01)
+    for steps in (1, 2, 4):
+        assert pruned.model(x, steps).shape == (2, 3)
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+
+
+class CallsInside(nn.Module):
+    """Calls a module, and one inside of it once more: by its path, by a method of the outer one, by ``forward``."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.outer, self.last, self.way = nn.Linear(6, 16), Repeated(16, 16), nn.Linear(32, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(opaque(x))
+        y = self.outer.forward(x) if self.way == "forward" else self.outer(x)
+        return self.last(self.outer.up(y) if self.way != "method" else self.outer.down.forward(self.outer.up(y)).repeat(1, 2))
+
+
+@pytest.mark.parametrize("way", ["path", "method", "forward"])
+def test_a_part_lies_in_no_other(way: str) -> None:
+    model, x = CallsInside(way).eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.7
+    assert not any(a != b and b.startswith(f"{a}.") for a in pruned.report.parts for b in pruned.report.parts)
+
+
+HELD: dict[str, Callable[[Any], Any]] = {
+    "list": lambda model: [model.adapter],
+    "dict": lambda model: {0: model.adapter},
+    "tuple": lambda model: (model.adapter,),
+    "nested": lambda model: [[model.adapter]],
+    "method": lambda model: model.adapter.forward,
+    "closure": lambda model: lambda x: model.adapter(x),
+    "partial": lambda model: functools.partial(nn.Linear.__call__, model.adapter),
+}
+
+
+class Holds(nn.Module):
+    """Calls a module through what else holds it."""
+
+    def __init__(self, hold: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.adapter, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.held = hold(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = self.held
+        while not callable(call):
+            call = call[0]
+        return self.last(F.relu(call(self.first(opaque(x)))))
+
+
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_module_is_called_through_whatever_holds_it(hold: Callable[[Any], Any], whole: bool, monkeypatch: Any) -> None:
+    if whole:
+        monkeypatch.setitem(globals(), "opaque", lambda x: x)
+    model, x = Holds(hold).eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert isinstance(pruned.model, fx.GraphModule) is whole
+    assert pruned.report.error < 1e-9
+    assert pruned.model.adapter.weight.shape == (8, 8)
+    pruned.model(x).sum().backward()
+    assert pruned.model.adapter.weight.grad is not None
+    assert model.adapter.weight.grad is None
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+
+
+class Fusible(Repeated):
+    def forward_fused(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)) * 2)
+
+
+class Replaced(nn.Module):
+    """A module whose forward was replaced on the object: by a method, a function or a partial."""
+
+    def __init__(self, way: str, whole: bool) -> None:
+        super().__init__()
+        self.first, self.block, self.last, self.whole = nn.Linear(6, 16), Fusible(16, 16), nn.Linear(16, 3), whole
+        own = self.block if way != "leaf" else self.first
+        plain = type(own).forward
+        own.forward = {  # type: ignore[method-assign]
+            "method": self.block.forward_fused,
+            "closure": lambda x: own.forward_fused(x) + 1,
+            "partial": functools.partial(plain, own),
+            "leaf": lambda x: plain(own, x) * 2,
+        }[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.first(x if self.whole else opaque(x))))
+
+
+@pytest.mark.parametrize("way", ["method", "closure", "partial", "leaf"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_replaced_forward_computes_with_the_pruned_weights(way: str, whole: bool) -> None:
+    model, x = Replaced(way, whole).eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert isinstance(pruned.model, fx.GraphModule) is whole
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.7
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+    before = pruned.model(x)
+    pruned.model(x).sum().backward()
+    assert all(p.grad is not None for p in pruned.model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        pruned.model.block.up.weight.zero_()
+    assert not torch.equal(pruned.model(x), before)
+
+
+class Hooked(nn.Module):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(6, 16), Repeated(16, 16), nn.Linear(16, 3)
+        self.where = where
+
+    @property
+    def owner(self) -> Any:
+        return {"root": self, "block": self.block, "leaf": self.block.up}[self.where]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.block(F.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("where", ["root", "block", "leaf"])
+def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str) -> None:
+    model, x, seen = Hooked(where).double().eval(), torch.randn(2, 6).double(), []
+    model.owner.register_forward_hook(lambda module, inputs, out: seen.append((module, out)))
+    model.owner.register_forward_hook(lambda module, inputs, out: out * 2 / math.sqrt(out.shape[-1]))
+    model.owner.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.7
+    assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+    assert not any(out.shape[-1] == 8 for _, out in seen)  # what the analysis ran has left nothing
+    seen.clear()
+    out = pruned.model(x)
+    ((module, kept),) = seen
+    assert module is pruned.model.owner
+    assert kept.shape[0] == 2
+    if where == "root":
+        assert torch.equal(kept * 2 / math.sqrt(3), out)
+
+
+def test_modules_whose_calls_are_looked_at_are_a_copys_alone() -> None:
+    """Nothing of torch.nn is changed for a while, so other threads, and other models, run as ever."""
+    model, x = Refines().eval(), torch.randn(IMAGE)
+    calls: list[tuple[bool, bool]] = []
+    plain = nn.Module.__call__
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append((nn.Module.__call__ is plain, "forward" in vars(model.encoder)))
+            return x
+
+    model.encoder.add_module("looks", Looks())
+    fxprune.prune(model, x, channels=0.5)
+    assert (True, False) in calls

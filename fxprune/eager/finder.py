@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from fxprune.eager.calls import intercepted
 from fxprune.errors import FxpruneError
@@ -16,51 +16,79 @@ from fxprune.trace import Twin, trace
 
 __all__ = ["Finder", "shape_of"]
 
-
 _CONSTANTS = (type(None), bool, int, float, str)
 """What a part may be called with beside tensors: its graph says so where it is called with another one."""
 
 
 class Finder:
-    """Finds the largest modules that can be traced: called on tensors, and every time the same graph."""
+    """Finds the largest modules that can be traced: called on tensors, every time the same graph, and from outside only.
+
+    Attributes
+    ----------
+    python:
+        Paths of the modules that were called, and that stay Python.
+    graphs:
+        Path of a part -> its graph, as text.
+    """
 
     def __init__(self, twin: Twin) -> None:
         self.twin = twin
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
+        self._traced: dict[tuple[str, str], str | None] = {}  # by path and what it is called with; None: it cannot be traced
 
     @property
     def parts(self) -> frozenset[str]:
         return frozenset(self.graphs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the model until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
         everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
         while known != len(self.python):
-            known = len(self.python)
+            known, self.graphs = len(self.python), {}
             with intercepted(real, everything - self.python, self._try), torch.inference_mode():
                 own, named = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
                 real(*own, **named)
+            self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        if not self._traceable(path, args, kwargs):
+        graph = self._graph(path, args, kwargs) if path not in self.python else None
+        if graph is None or self.graphs.setdefault(path, graph) != graph:
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
         return call()
 
-    def _traceable(self, path: str, args: Any, kwargs: Any) -> bool:
+    def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         every = [*args, *kwargs.values()]
         nested = [value for value in every if holds_tensors(value)]
         if not nested or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(nested)):
-            return False
+            return None
         if not all(type(value) in _CONSTANTS for value in every if not holds_tensors(value)):
-            return False
+            return None
+        leaves, spec = tree_flatten(tree_map(shape_of, (args, kwargs)))
+        said = repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        key = path, f"{spec} {said}"
+        if key not in self._traced:
+            self._traced[key] = self._try_to_trace(path, args, kwargs)
+        return self._traced[key]
+
+    def _try_to_trace(self, path: str, args: Any, kwargs: Any) -> str | None:
         try:
-            graph = str(trace(self.twin.part(path), *tree_map(shape_of, (args, kwargs))).graph)
+            return str(trace(self.twin.part(path), *tree_map(shape_of, (args, kwargs))).graph)
         except FxpruneError:
-            return False
-        return self.graphs.setdefault(path, graph) == graph
+            return None
+
+    def _entered(self) -> set[str]:
+        """The parts inside of which another part lies: Python calls that one, too, which is as wide as Python sees it."""
+        model, found = self.twin.model, set()
+        called = {id(model.get_submodule(path)): path for path in self.graphs}
+        for path in self.graphs:
+            outer = model.get_submodule(path)
+            if any(inner is not outer and id(inner) in called for inner in outer.modules()):
+                found.add(path)
+        return found
 
 
 def shape_of(tensor: Any) -> Any:

@@ -23,6 +23,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.propagation import run_node
+from fxprune.references import HOOKS, hooks_of
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
@@ -30,7 +31,7 @@ from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META, map_tensors
-from fxprune.trace import Trace, is_leaf, put_tensors
+from fxprune.trace import Trace, attribute, is_leaf, put_tensors
 
 __all__ = ["emit"]
 
@@ -53,7 +54,8 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
     for tensor in coupling.parameters.values():
         stand_in = torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META) if tensor.is_meta else tensor.clone()
         smaller[id(tensor)] = nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
-    root = _skeleton(twin.model, smaller, {}, keep_classes=bool(parts))
+    made: dict[int, nn.Module] = {}
+    root = _skeleton(twin.model, smaller, made, keep_classes=bool(parts))
     context = _old_units(coupling)
     original = {id(smaller[id(tensor)]): tensor for tensor in coupling.parameters.values()}
     emitted: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
@@ -67,16 +69,23 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
         if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
             del graphs[1]  # the model asks for its mode, but does the same in both
         emitted[path] = below, graphs
-    _fill(root, _survivors_of(coupling, survivors), smaller)
+    filled = _survivors_of(coupling, survivors)
+    _fill(root, filled, smaller)
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
             _set(emitted[trace.path][0], target, tensor)
+    standing: dict[int, nn.Module] = {}
     for path, (below, graphs) in emitted.items():
         for buffer in below._non_persistent_buffers_set:
             if buffer.startswith(_POSITIONS):
                 below.register_buffer(buffer, below.get_buffer(buffer).to(coupling.twin.device), persistent=False)
         module = PrunedModule(below, graphs[0], type(below).__name__ if path else name, *graphs[1:])
-        root = _replaced(root, below, module.behaving_like(below) if path else module)
+        standing[id(below)] = module.behaving_like(below) if path else module
+        root = _replaced(root, below, standing[id(below)])
+    if parts:
+        final = {key: standing.get(id(below), below) for key, below in made.items()}
+        _refer_to(made, final, filled)
+        _hook(twin.modules, final)
     return root
 
 
@@ -383,6 +392,30 @@ def _replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if root is old else root
 
 
+def _refer_to(made: dict[int, nn.Module], final: dict[int, nn.Module], tensors: dict[int, Tensor]) -> None:
+    """What Python holds of the twin's modules and tensors (in lists, methods, closures) are the emitted ones from now on.
+
+    ``made`` leads from the id of a twin's module to its skeleton, ``final`` to the module that was emitted.
+    """
+    memo: dict[int, Any] = {**final, **tensors}
+    for key, below in made.items():
+        own = vars(final[key])
+        for name, value in vars(below).items():
+            if name not in (*_STORES, *HOOKS) and own.get(name) is value:
+                own[name] = attribute(name, value, memo)
+
+
+def _hook(users: dict[int, nn.Module], final: dict[int, nn.Module]) -> None:
+    """The emitted modules have the hooks of the user's: those of the twin collected what was run for the analysis."""
+    memo: dict[int, Any] = {id(user): final[key] for key, user in users.items() if key in final}
+    for key, user in users.items():
+        for store in HOOKS if key in final else ():
+            vars(final[key])[store] = hooks_of(vars(user)[store], memo)
+
+
+_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+
+
 def _skeleton(
     module: nn.Module, replaced: dict[int, Tensor], done: dict[int, nn.Module], whole: bool = False, keep_classes: bool = False
 ) -> nn.Module:
@@ -398,7 +431,7 @@ def _skeleton(
     new = kind.__new__(kind) if own_class else nn.Module()
     if own_class:
         new.__dict__.update(module.__dict__)
-    for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+    for store in _STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
     done[id(module)] = new

@@ -46,9 +46,13 @@ class PrunedModule(fx.GraphModule):
 
     def behaving_like(self, original: nn.Module) -> PrunedModule:
         """Take over class and attributes of the module in the place of which this one stands: Python code calls its methods."""
-        self.__dict__.update({name: value for name, value in vars(original).items() if name not in self.__dict__})
+        self.__dict__.update({name: value for name, value in vars(original).items() if self._takes(name)})
         self._inherit(getattr(type(original), "_original_class", type(original)))
         return self
+
+    def _takes(self, name: str) -> bool:
+        """Whether an attribute of another module can be this one's: hooks, and what a GraphModule has no attribute for."""
+        return name not in self.__dict__ or "_hooks" in name
 
     def _inherit(self, kind: type) -> None:
         # After construction: GraphModule's __init__ would call that of the other class. Its own way of calling comes along, or
@@ -87,7 +91,7 @@ class PrunedModule(fx.GraphModule):
         memo[id(self)] = new
         new.meta = copy.deepcopy(self.meta, memo)
         for key, value in self.__dict__.items():
-            if key not in new.__dict__:
+            if new._takes(key):
                 new.__dict__[key] = copy.deepcopy(value, memo)
         kind = getattr(type(self), "_original_class", None)
         if kind is not None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, TraceError
+from fxprune.hooks import refuse_hooks
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
@@ -36,12 +37,14 @@ from fxprune.trace.lines import following, user_line
 from fxprune.trace.proxies import SizeTuple
 from fxprune.trace.takeover import slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
-from fxprune.trace.twin import Twin, put_tensors, twin_of
+from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, twin_of
 
 __all__ = [
     "SizeTuple",
     "Trace",
     "Twin",
+    "attribute",
+    "copy_of",
     "example_of",
     "execute",
     "following",
@@ -109,8 +112,8 @@ def trace(
     Raises
     ------
     TraceError
-        If the model branches on values, if a call leaves behind what makes the next one another (:mod:`fxprune.state`), or if its
-        code cannot be followed; the message names the line, or the attribute.
+        If hooks run around a module, if the model branches on values, if a call leaves behind what makes the next one another
+        (:mod:`fxprune.state`), or if its code cannot be followed; the message names the line, or the attribute.
     InputError
         If an operation refuses the shapes of the example.
     """
@@ -119,6 +122,7 @@ def trace(
     attributes, made = Attributes(twin.model), frozenset[str]()
     try:
         result, made = _follow(Tracer(twin, args, kwargs, training, watch or _on_shapes), twin)
+        refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
         _refuse_memory(result.graph, assigned(changes), twin.model)
         state = carried(changes)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves
 
 from fxprune.errors import FxpruneError, InputError, TraceError
+from fxprune.hooks import has_own_forward
 from fxprune.memory import Snapshot, written
 from fxprune.regions import BOUNDS, enter, leave
 from fxprune.shapes import holds_tensors
@@ -48,10 +49,10 @@ def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module stays one node.
 
-    A module of torch.nn without children is one operation. One with children is a container or a composite, unless the children are
-    parametrisations, which compute its weights and belong to it.
+    A module of torch.nn without children is one operation, unless its forward was replaced. One with children is a container or
+    a composite, unless the children are parametrisations, which compute its weights and belong to it.
     """
-    if not type(module).__module__.startswith("torch.nn"):
+    if not type(module).__module__.startswith("torch.nn") or has_own_forward(module):
         return False
     return all(child is None for child in module._modules.values()) or parametrize.is_parametrized(module)
 

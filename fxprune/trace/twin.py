@@ -7,7 +7,7 @@ import copy
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,22 +15,24 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.lowering import lower
+from fxprune.references import HOOKS, copied, hooks_apart
 from fxprune.shapes import META
 
-__all__ = ["Twin", "put_tensors", "twin_of"]
+__all__ = ["Twin", "attribute", "copy_of", "put_tensors", "twin_of"]
 
 
 @dataclass(frozen=True)
 class Twin:
     """A structural copy of a model with parameters on the meta device.
 
-    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for; ``tensors`` are the twin's
-    parameters and buffers by name.
+    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for, ``modules`` from the id of
+    a twin's module to the user's; ``tensors`` are the twin's parameters and buffers by name.
     """
 
     model: nn.Module
     real: dict[int, Tensor]
     tensors: dict[str, Tensor]
+    modules: dict[int, nn.Module] = field(default_factory=dict)
 
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[nn.Module]:
@@ -52,7 +54,7 @@ class Twin:
             place = next((value.device for value in values.values()), self.device)
             constants = {key: own for key, own in self.real.items() if key not in memo and own.grad_fn is None}
             memo |= {key: own.detach().to(place, copy=True) for key, own in constants.items()}
-        return _copy_module(self.model, memo)
+        return copy_of(self.model, memo)
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +64,7 @@ class Twin:
     def part(self, path: str) -> Twin:
         """The twin of a module below."""
         model = self.model.get_submodule(path)
-        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())}, self.modules)
 
 
 def twin_of(model: nn.Module) -> Twin:
@@ -100,14 +102,15 @@ def twin_of(model: nn.Module) -> Twin:
                 held = value.detach().clone() if value.grad_fn is None else torch.empty_like(value, device=META)
                 memo[id(value)], real[id(held)] = held, value
     try:
-        copied = _copy_module(model, memo)
+        new_model = copy_of(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}). fxprune traces a copy so that your model stays untouched: "
             "make every attribute of the model copyable with copy.deepcopy (no locks, open files or generators)."
         ) from error
-    twin = lower(copied)
-    return Twin(twin, real, {**dict(twin.named_parameters()), **dict(twin.named_buffers())})
+    twin = lower(new_model)
+    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    return Twin(twin, real, tensors, {id(memo[id(module)]): module for module in modules})
 
 
 def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -126,31 +129,46 @@ def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[
     return changed
 
 
-_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), types.FunctionType, types.BuiltinFunctionType, type})
+_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), types.BuiltinFunctionType, type})
 _STORES = frozenset({dict, collections.OrderedDict, set})
 
 
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which need no copy."""
+def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which need no copy.
+
+    All modules are there before their attributes are copied, which may refer to any of them.
+    """
+    shells: list[nn.Module] = []
+    _make_shells(module, memo, shells)
+    for own in shells:
+        new = memo[id(own)]
+        for name, value in vars(own).items():
+            new.__dict__[name] = attribute(name, value, memo)
+    copied_module: nn.Module = memo[id(module)]
+    return copied_module
+
+
+def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module]) -> None:
     if id(module) in memo:
-        copied: nn.Module = memo[id(module)]
-        return copied
+        return
     if hasattr(type(module), "__deepcopy__"):
-        return copy.deepcopy(module, memo)
+        memo[id(module)] = copy.deepcopy(module, memo)
+        return
     kind: Any = type(module)
-    new = kind.__new__(kind)
-    memo[id(module)] = new
+    memo[id(module)] = kind.__new__(kind)
+    shells.append(module)
     for child in module._modules.values():
-        if child is not None and id(child) not in memo:
-            _copy_module(child, memo)
-    for name, value in vars(module).items():
-        kind = type(value)
-        if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
-            new.__dict__[name] = value
-        elif kind in _STORES and not value:
-            new.__dict__[name] = value.copy()
-        elif kind is dict and name in ("_parameters", "_buffers", "_modules"):
-            new.__dict__[name] = {key: None if item is None else memo[id(item)] for key, item in value.items()}
-        else:
-            new.__dict__[name] = copy.deepcopy(value, memo)
-    return new
+        if child is not None:
+            _make_shells(child, memo, shells)
+
+
+def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands in its place."""
+    kind = type(value)
+    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+        return value
+    if kind in _STORES and not value:
+        return value.copy()
+    if kind is dict and name in ("_parameters", "_buffers", "_modules"):
+        return {key: None if item is None else memo[id(item)] for key, item in value.items()}
+    return hooks_apart(value, memo) if name in HOOKS else copied(value, memo)

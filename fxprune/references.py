@@ -1,0 +1,175 @@
+"""Copies of what Python holds, with other objects in the places of those that it refers to."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["HOOKS", "copied", "hooks_apart", "hooks_of"]
+
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_MAPPINGS = (dict, collections.OrderedDict)
+_CONTAINERS = frozenset({list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict})
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default arguments.
+
+    Parameters
+    ----------
+    memo:
+        ``id`` of an object -> what stands in its place. The caller keeps these objects alive.
+
+    Functions and methods are the same object again where they refer to none of these, so what a closure collects is still
+    collected there.
+
+    Examples
+    --------
+    >>> one, other = [1], [2]
+    >>> read = lambda: one[0]
+    >>> copied({"read": read}, {id(one): other})["read"](), copied(len, {}) is len
+    (2, True)
+    """
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is types.FunctionType:
+        return _function(value, memo) if _refers(value, memo) else value
+    if kind is types.MethodType:
+        if not _refers(value, memo):
+            return value
+        return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
+    if kind is functools.partial:
+        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
+        return functools.partial(copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords)
+    if kind is list:
+        new: list[Any] = []
+        memo[id(value)] = new
+        new.extend(copied(item, memo) for item in value)
+        return new
+    if kind in _MAPPINGS:
+        made: dict[Any, Any] = kind()
+        memo[id(value)] = made
+        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        return made
+    if kind in _SEQUENCES:
+        return kind(copied(item, memo) for item in value)
+    return copy.deepcopy(value, memo)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Names of the attributes of a module that hold its hooks, by a number each."""
+
+
+def hooks_apart(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
+    """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves nothing to the user."""
+    return type(hooks)((key, _hook_apart(hook, memo)) for key, hook in hooks.items())
+
+
+def _hook_apart(hook: Any, memo: dict[int, Any]) -> Any:
+    for container in _collections(hook):
+        _apart(container, memo)
+    if type(hook) is types.MethodType:
+        return types.MethodType(hook.__func__, _apart(hook.__self__, memo))
+    return copied(hook, memo) if type(hook) is types.FunctionType else _apart(hook, memo)
+
+
+def _apart(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a container, or of an object and the containers that it has; what is collected in them stays the same."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in _CONTAINERS:
+        made = memo[id(value)] = copy.copy(value)
+        if isinstance(value, dict):
+            made.update((key, _apart(item, memo)) for key, item in value.items())
+        elif isinstance(value, list):
+            made[:] = [_apart(item, memo) for item in value]
+        return made
+    if hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)):
+        made = memo[id(value)] = copy.copy(value)
+        for name, item in vars(value).items():
+            vars(made)[name] = _apart(item, memo) if type(item) in _CONTAINERS else memo.get(id(item), item)
+        return made
+    return value
+
+
+def hooks_of(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
+    """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given ones collect into."""
+    memo |= {id(container): container for hook in hooks.values() for container in _collections(hook)}
+    return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
+
+
+def _collections(function: Any) -> list[Any]:
+    """The lists, dicts and sets that a function holds."""
+    return [held for held in _held(function) if type(held) in _CONTAINERS] if type(function) is types.FunctionType else []
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """The same object where it refers to none of those in ``memo``, else a copy."""
+    return copied(value, memo) if _refers(value, memo) else value
+
+
+def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
+    closure = tuple(new for _, new, _ in cells) or None
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    memo[id(function)] = made  # before its cells are filled, which may hold it
+    made.__dict__.update(function.__dict__)
+    made.__qualname__, made.__kwdefaults__ = function.__qualname__, _rebound(function.__kwdefaults__, memo)
+    made.__defaults__ = _rebound(function.__defaults__, memo)
+    for cell, new, fresh in cells:
+        if fresh and _filled(cell):
+            new.cell_contents = _rebound(cell.cell_contents, memo)
+    return made
+
+
+def _cell(cell: types.CellType, memo: dict[int, Any]) -> tuple[types.CellType, bool]:
+    """The cell in the place of one, which several functions can share, and whether it is a new one."""
+    fresh = id(cell) not in memo
+    if fresh:
+        memo[id(cell)] = types.CellType()
+    return memo[id(cell)], fresh
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is cell.cell_contents
+    except ValueError:  # a name that the function around has not bound yet
+        return False
+
+
+def _refers(value: Any, memo: dict[int, Any]) -> bool:
+    """Whether one of the objects to be replaced is reached from here."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        own = waiting.pop()
+        if id(own) in memo:
+            return True
+        if id(own) not in seen:
+            seen.add(id(own))
+            waiting += _held(own)
+    return False
+
+
+def _held(value: Any) -> list[Any]:
+    kind = type(value)
+    if kind is types.FunctionType:
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if kind is types.MethodType:
+        return [value.__func__, value.__self__]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind in _MAPPINGS:
+        return [*value.keys(), *value.values()]
+    if kind in _SEQUENCES:
+        return [*value]
+    if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+        return []
+    return [*getattr(value, "__dict__", {}).values()]

@@ -1,0 +1,127 @@
+"""Copies of what Python holds, with other objects in the places of some."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from typing import Any
+
+import pytest
+
+from fxprune.references import copied, hooks_apart, hooks_of
+
+
+class Old:
+    def __init__(self, name: str = "old") -> None:
+        self.name = name
+
+    def says(self, *_: Any) -> str:
+        return self.name
+
+
+OLD, NEW = Old(), Old("new")
+MEMO = {id(OLD): NEW}
+
+
+def closure(value: Any) -> Any:
+    return lambda *_: value.says()
+
+
+def nested(value: Any) -> Any:
+    inner = closure(value)
+    return lambda *_: inner()
+
+
+def defaults(value: Any) -> Any:
+    def read(held: Any = value, *, also: Any = value) -> str:
+        assert held is also
+        return held.says()
+
+    return read
+
+
+def recursive(value: Any) -> Any:
+    def read(depth: int = 2) -> str:
+        return read(depth - 1) if depth else value.says()
+
+    return read
+
+
+REFERENCES = {
+    "itself": (lambda value: value, lambda found: found.says()),
+    "list": (lambda value: [value], lambda found: found[0].says()),
+    "dict": (lambda value: {"a": [value]}, lambda found: found["a"][0].says()),
+    "key": (lambda value: {value: 1}, lambda found: next(iter(found)).says()),
+    "ordered": (lambda value: collections.OrderedDict(a=value), lambda found: found["a"].says()),
+    "tuple": (lambda value: (1, value), lambda found: found[1].says()),
+    "set": (lambda value: {value}, lambda found: next(iter(found)).says()),
+    "deque": (lambda value: collections.deque([value]), lambda found: found[0].says()),
+    "method": (lambda value: value.says, lambda found: found()),
+    "partial": (lambda value: functools.partial(Old.says, value), lambda found: found()),
+    "closure": (closure, lambda found: found()),
+    "nested closures": (nested, lambda found: found()),
+    "defaults": (defaults, lambda found: found()),
+    "recursive": (recursive, lambda found: found()),
+    "list of closures": (lambda value: [closure(value)], lambda found: found[0]()),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_copy_refers_to_what_stands_in_the_place(name: str) -> None:
+    make, read = REFERENCES[name]
+    held = make(OLD)
+    assert read(copied(held, dict(MEMO))) == "new"
+    assert read(held) == "old"
+
+
+def test_a_list_that_holds_itself() -> None:
+    held: list[Any] = [OLD]
+    held.append(held)
+    new = copied(held, dict(MEMO))
+    assert new[0] is NEW
+    assert new[1] is new
+
+
+def test_functions_that_share_a_variable_go_on_sharing_it() -> None:
+    def pair() -> Any:
+        value, count = OLD, 0
+
+        def add() -> str:
+            nonlocal count
+            count += 1
+            return value.says()
+
+        return add, lambda: (count, value.says())
+
+    add, read = copied(pair(), dict(MEMO))
+    add()
+    assert read() == (1, "new")
+
+
+def test_what_refers_to_nothing_replaced_is_the_same_object() -> None:
+    seen: list[Any] = []
+    collect = lambda value: seen.append(value)  # noqa: E731
+    collector = Old()
+    says = collector.says
+    assert copied(collect, dict(MEMO)) is collect
+    assert copied(says, dict(MEMO)) is says
+
+
+def test_hooks_collect_apart_in_a_trial_and_where_the_user_looks_afterwards() -> None:
+    seen: list[Any] = [OLD]
+    hooks = {1: lambda: seen.append(OLD.says()), 2: lambda: seen.append("second")}
+    trial = hooks_apart(hooks, dict(MEMO))
+    trial[1](), trial[2]()
+    assert seen == [OLD]
+    for hook in hooks_of(hooks, dict(MEMO)).values():
+        hook()
+    assert seen == [OLD, "old", "second"]  # OLD is a global of this file, which no copy changes
+
+
+def test_an_object_whose_method_is_a_hook_is_left_alone_in_a_trial() -> None:
+    collector = Old()
+    (trial,) = hooks_apart({1: collector.says}, {}).values()
+    trial.__self__.name = "changed"
+    assert collector.name == "old"
+    (kept,) = hooks_of({1: collector.says}, {}).values()
+    assert kept.__self__ is collector
