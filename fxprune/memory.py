@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["AUGMENTED", "Memory", "Snapshot", "is_again", "name_of", "shares", "writes", "written"]
+__all__ = ["AUGMENTED", "Memory", "Snapshot", "first_of", "is_again", "name_of", "shares", "writes", "written"]
 
 AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
 """The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
@@ -66,17 +66,27 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
         return ()
     known = node.op == "call_module" or node.target in _WRITING or hasattr(torch.ops.aten, name_of(node).strip("_"))
     places: list[fx.Node] = []
-    fx.node.map_arg((node.args[:1], node.kwargs.get("out")), places.append)
+    fx.node.map_arg((first_of(node), node.kwargs.get("out")), places.append)
     return places if known and places else node.all_input_nodes
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The argument of a call of whose memory its result may be, if there is one: what is not known to be new may be shared."""
-    if node.op not in ("call_function", "call_method", "call_module") or not node.args or not isinstance(node.args[0], fx.Node):
+    first = first_of(node)
+    if node.op not in ("call_function", "call_method", "call_module") or not isinstance(first, fx.Node):
         return None
-    if not writes(node, root) and _makes_new(node, root):
-        return None
-    return node.args[0]
+    return None if not writes(node, root) and _makes_new(node, root) else first
+
+
+def first_of(node: fx.Node) -> Any:
+    """The first argument of a call, by position or by the name that torch gives it; None if it has none.
+
+    >>> x = fx.Graph().placeholder("x")
+    >>> call = x.graph.call_function
+    >>> first_of(call(torch.relu, (x,))) is first_of(call(torch.relu, (), {"input": x})) is x
+    True
+    """
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
 def _makes_new(node: fx.Node, root: nn.Module) -> bool:

@@ -68,6 +68,21 @@ def arithmetic(m: nn.Module, x: Tensor) -> Tensor:
     return 0.5 + m.norm.weight.reshape(1, -1, 1, 1) * y
 
 
+def by_keywords(m: nn.Module, x: Tensor) -> Tensor:
+    """Every call spelt with as many keywords as it takes."""
+    weight = m.conv.weight - m.conv.weight.mean(dim=(1, 2, 3), keepdim=True)
+    y = F.conv2d(padding=1, weight=weight, input=x)
+    y = F.batch_norm(
+        input=F.dropout(input=y, p=0.5, training=m.training),
+        running_mean=m.norm.running_mean,
+        running_var=m.norm.running_var,
+        weight=m.norm.weight,
+        training=m.training,
+    )
+    y = torch.mul(other=y, input=m.norm.weight.reshape(shape=(1, -1, 1, 1))).add(other=m.norm.bias.reshape(1, -1, 1, 1))
+    return m.other(input=m.conv(input=y))
+
+
 def two_norms(m: nn.Module, x: Tensor) -> Tensor:
     """A head that two scales share, each with its own statistics, and one with the first's again."""
     return m.norm(m.conv(x)) + m.other(m.conv(x.roll(1, -1))) + m.norm(m.conv(2 * x))
@@ -105,6 +120,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 3, 7, 7),
     ),
     "arithmetic": (lambda: conv_and_norm(arithmetic), (2, 3, 7, 7)),
+    "keywords": (lambda: conv_and_norm(by_keywords, other=nn.BatchNorm2d(8)), (2, 3, 7, 7)),
     "shared": (lambda: conv_and_norm(two_norms, other=nn.BatchNorm2d(8)), (2, 3, 7, 7)),
 }
 
@@ -222,6 +238,13 @@ def seen_through_a_slice(m: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def seen_under_a_keyword(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    flat = torch.flatten(input=y, start_dim=1)
+    F.relu(input=flat, inplace=True)
+    return y * flat.mean()
+
+
 def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
     y = m.conv(x)
     same = y.contiguous()
@@ -229,7 +252,9 @@ def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
     return same
 
 
-@pytest.mark.parametrize("forward", [seen_by_both, seen_through_a_slice, seen_by_the_view], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward", [seen_by_both, seen_through_a_slice, seen_under_a_keyword, seen_by_the_view], ids=lambda f: f.__name__
+)
 def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Tensor]) -> None:
     model = randomise(conv_and_norm(forward)).eval()
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)

@@ -120,8 +120,9 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
                     f"{node.name!r} looks at memory that is written to later, and channels-last it would be a copy. Deploy with "
                     "channels_last=False, or write that line without an operation in place."
                 )
-        elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in node.args):
+        elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
             node.target = "reshape"
+            node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
     constants = compute_constants(root, memory.changing())
     drop_identities(root)
     graph.eliminate_dead_code(has_effect)

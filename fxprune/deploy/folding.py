@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from fxprune.deploy.constants import new_buffer
+from fxprune.memory import first_of
 
 __all__ = ["fold"]
 
@@ -27,6 +28,7 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED, F.linear)
 _TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_MODULES, nn.Linear)
+_OPERANDS = ("input", "other")  # as torch names those of arithmetic
 _ARITHMETIC: Mapping[Any, str] = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "mul"),
     **dict.fromkeys((operator.truediv, torch.div, "div"), "div"),
@@ -91,9 +93,10 @@ class _Folder:
     def affine(self, node: fx.Node) -> _Affine | None:
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            if not isinstance(module, _BatchNorm) or not _plain(module) or not isinstance(node.args[0], fx.Node):
+            source = first_of(node)
+            if not isinstance(module, _BatchNorm) or not _plain(module) or not isinstance(source, fx.Node):
                 return None
-            return _normalisation(node.args[0], module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+            return _normalisation(source, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
         if node.target is F.batch_norm:
             return self._functional_norm(node)
         return self._arithmetic(node, _ARITHMETIC[node.target]) if node.target in _ARITHMETIC else None
@@ -109,9 +112,10 @@ class _Folder:
         return _normalisation(values["input"], mean, var, weight, bias, values["eps"])
 
     def _arithmetic(self, node: fx.Node, kind: str) -> _Affine | None:
-        if len(node.args) != 2 or node.kwargs:
+        given = {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
+        if len(node.args) > 2 or set(given) != set(_OPERANDS):
             return None
-        first, second = node.args
+        first, second = map(given.__getitem__, _OPERANDS)
         source, factor = (first, second) if self._varies(first) else (second, first)
         if not isinstance(source, fx.Node) or self._varies(factor) or (kind in ("div", "sub") and source is not first):
             return None
@@ -173,10 +177,8 @@ class _Folder:
         if source.op == "call_module":
             source.target = self._module(source, str(node.target) if node.op == "call_module" else node.name, weight, bias)
             return True
-        named = (("weight", weight), ("bias", bias))
-        places = [new_buffer(self.root, self.constants, f"{source.name}_{name}", value) for name, value in named]
-        source.args = (source.args[0], *places, *source.args[3:])
-        source.kwargs = {name: value for name, value in source.kwargs.items() if name not in ("weight", "bias")}
+        for position, name, value in ((1, "weight", weight), (2, "bias", bias)):
+            _give(source, position, name, new_buffer(self.root, self.constants, f"{source.name}_{name}", value))
         return True
 
     def _module(self, source: fx.Node, folded: str, weight: Tensor, bias: Tensor) -> str:
@@ -220,6 +222,14 @@ def _plain(module: nn.Module) -> bool:
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _give(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
+    """Let a call have another argument, spelt as it is."""
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def _has(root: nn.Module, path: str) -> bool:

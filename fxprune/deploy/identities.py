@@ -23,9 +23,9 @@ def drop_identities(root: fx.GraphModule) -> None:
 
 def _source(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """What a node hands on: it is called with an empty probe, and gives back that very object."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node) or node.all_input_nodes != [first] or "rank" not in node.meta:
+    if len(node.all_input_nodes) != 1 or "rank" not in node.meta:
         return None
+    (first,) = node.all_input_nodes
     function: Any
     if node.op == "call_module":
         function = root.get_submodule(str(node.target))
@@ -36,8 +36,9 @@ def _source(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     else:
         return None
     probe = torch.zeros([2] * node.meta["rank"], device="meta")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: probe)
     try:
-        return first if function(probe, *node.args[1:], **node.kwargs) is probe else None
+        return first if function(*args, **kwargs) is probe else None
     except Exception:  # not made for such a probe: it stays
         return None
 
