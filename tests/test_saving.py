@@ -1,6 +1,8 @@
 """Pruned models on disk: round trips, every way in which a folder can be damaged, and saves that are interrupted at every step."""
 
+import copy
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -14,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune import saving
@@ -589,3 +593,141 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
     assert state_of(tmp_path)
     saving.write_files(tmp_path, texts("next"))
     assert state_of(tmp_path) == "next"
+
+
+# ---- the whole model as one file of torch.save
+
+
+class TwoPaths(nn.Module):
+    """A second output in training; a region without gradients; a branch by size, which becomes an assertion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.aux = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.tables = [torch.arange(3.0)]
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            scale = x.square().mean()
+        hidden = (self.stem(x + self.tables[0]) * scale).relu()
+        if x.shape[0] > 3:
+            hidden = hidden * 2
+        return (self.head(hidden), self.aux(hidden)) if self.training else self.head(hidden)
+
+
+def _noted(module: nn.Module, args: Any, output: Any) -> None:
+    vars(module)["calls"] = vars(module).get("calls", 0) + 1
+
+
+class Doubled(torch.autograd.Function):
+    """A gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+class WithFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.ops.aten.relu.default(Doubled.apply(self.a(x)))[:, :])
+
+
+class InParts(nn.Module):
+    """Python that no graph can hold, around parts with two modes each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = WithFunction(), TwoPathsInside()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y if y.sum().item() > 0 else -y)
+
+
+class TwoPathsInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.b(h) + self.c(h) if self.training else self.b(h)
+
+
+def through_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.save": through_torch,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "twice": lambda model: through_torch(copy.deepcopy(through_torch(model))),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [TwoPaths, WithFunction, InParts])
+def test_the_whole_model_comes_back_in_both_modes(kind: type[nn.Module], way: str) -> None:
+    torch.manual_seed(0)
+    pruned, x = fxprune.prune(kind(), torch.randn(4, 3), channels=0.5), torch.randn(5, 3)
+    for again in (WAYS[way](pruned.model), WAYS[way](pruned).model) if way != "copy" else (copy.copy(pruned.model),):
+        assert type(again).__name__ == type(pruned.model).__name__
+        assert same_state(again, pruned.model)
+        for training in (True, False):
+            results, gradients = [], []
+            for model in (pruned.model.train(training), again.train(training)):
+                given = x.clone().requires_grad_()
+                leaves = tree_leaves(model(given))
+                results.append(leaves)
+                gradients.append(torch.autograd.grad(sum(leaf.sum() for leaf in leaves), given)[0])
+            assert len(results[0]) == len(results[1])
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert torch.equal(*gradients)
+        assert fxprune.verify(kind(), replace(pruned, model=again.eval()), x, numeric=False).outputs == 0
+    if kind is TwoPaths:
+        with pytest.raises(AssertionError):
+            again(torch.randn(2, 3))
+
+
+def test_a_part_behaves_like_its_class_after_it_was_saved() -> None:
+    model = through_torch(fxprune.prune(InParts(), torch.randn(4, 3), channels=0.5).model)
+    assert isinstance(model, InParts)
+    assert isinstance(model.second, TwoPathsInside)
+    deployed = fxprune.deploy(model)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(through_torch(deployed)(x), model.eval()(x))
+
+
+def test_what_is_added_to_a_pruned_model_is_kept() -> None:
+    """Hooks, attributes, and what makes it possible to prune it again."""
+    model = fxprune.prune(build(), IMAGE, channels=0.5).model
+    model.register_forward_hook(_noted)
+    model.note = {"epoch": 3}
+    for again in (through_torch(model), copy.deepcopy(model)):
+        again(IMAGE)
+        assert vars(again)["calls"] == 1
+        assert again.note == {"epoch": 3}
+        again._forward_hooks.clear()  # with it the model would be pruned in parts
+        twice = fxprune.prune(again, IMAGE, channels=0.5)
+        assert len(twice.plan.chain) == 2
+        assert fxprune.apply(twice.plan, build()).plan == twice.plan
+    assert "calls" not in vars(model)
+
+
+def test_a_graph_longer_than_the_stack() -> None:
+    deep = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(1500)))
+    model = fxprune.prune(deep, torch.randn(1, 2), channels=1.0).model
+    assert len(through_torch(model).graph.nodes) == len(model.graph.nodes)

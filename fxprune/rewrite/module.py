@@ -10,9 +10,11 @@ from torch import Tensor, fx, nn
 
 from fxprune.regions import blocks
 from fxprune.rewrite.containers import containers_named
+from fxprune.rewrite.pickled import pack, unpack
 
 __all__ = ["PrunedModule"]
 
+_NAME = "class name"  # no attribute can be called so
 _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -79,21 +81,49 @@ class PrunedModule(fx.GraphModule):
             kind.forward = forward
         return code
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+    def _rebuild(self, stores: dict[str, Any], rest: dict[str, Any], graphs: tuple[fx.Graph, fx.Graph | None], kind: Any) -> None:
+        """Make this object, which has nothing yet, a module of these parts."""
+        name = rest.pop(_NAME)
         root = nn.Module()
-        memo[id(self)] = root
-        for store in _STORES:
-            root.__dict__[store] = copy.deepcopy(self.__dict__[store], memo)
-        root.__dict__.update(copy.deepcopy(_constants(self), memo))
-        root.training = self.training
-        name = self._get_name()
-        new = PrunedModule(root, copy.deepcopy(self.graph), name, copy.deepcopy(self.training_graph))
-        memo[id(self)] = new
-        new.meta = copy.deepcopy(self.meta, memo)
-        for key, value in self.__dict__.items():
-            if new._takes(key):
-                new.__dict__[key] = copy.deepcopy(value, memo)
-        kind = getattr(type(self), "_original_class", None)
+        root.__dict__.update({**stores, **{key: value for key, value in rest.items() if isinstance(value, Tensor)}})
+        root.training = rest["training"]
+        PrunedModule.__init__(self, root, graphs[0], name, graphs[1])
+        self.__dict__.update(rest)
         if kind is not None:
-            new._inherit(kind)
+            self._inherit(kind)
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """What :meth:`_rebuild` takes beside the graphs: the stores, all other attributes, and the class it behaves like."""
+        stores = {name: self.__dict__[name] for name in _STORES}
+        rest = {name: value for name, value in self.__dict__.items() if name not in {*stores, "_graph", "training_graph"}}
+        return stores, {**rest, _NAME: self._get_name()}, getattr(type(self), "_original_class", None)
+
+    def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
+        return copy.deepcopy(self.graph), copy.deepcopy(self.training_graph)
+
+    def __copy__(self) -> PrunedModule:
+        new = _empty()
+        stores, rest, kind = self._parts()
+        new._rebuild(stores, rest, self._graphs(), kind)
         return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+        new = memo[id(self)] = _empty()
+        stores, rest, kind = self._parts()
+        new._rebuild(copy.deepcopy(stores, memo), copy.deepcopy(rest, memo), self._graphs(), kind)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stores, rest, kind = self._parts()
+        graphs = pack(self.graph), None if self.training_graph is None else pack(self.training_graph)
+        return _empty, (), {"stores": stores, "rest": rest, "graphs": graphs, "kind": kind}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph, training_graph = state["graphs"]
+        graphs = unpack(graph), None if training_graph is None else unpack(training_graph)
+        self._rebuild(state["stores"], dict(state["rest"]), graphs, state["kind"])
+
+
+def _empty() -> PrunedModule:
+    """An object that :meth:`PrunedModule._rebuild` makes a module of: what refers to it can be copied or read before it is one."""
+    return PrunedModule.__new__(PrunedModule)

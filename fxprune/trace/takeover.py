@@ -202,6 +202,7 @@ def _application(kind: Any) -> Callable[..., Any]:
 
     apply.__name__ = apply.__qualname__ = f"{kind.__name__}_apply"
     apply.__module__ = kind.__module__
+    vars(apply)["made_by"] = _application, (kind,)  # for what keeps graphs in files
     return apply
 
 

@@ -1,0 +1,95 @@
+"""Graphs as plain data that ``pickle`` takes: what ``torch.save`` keeps of an emitted model.
+
+``torch.fx`` keeps the generated code and traces it anew, which loses the second mode's graph, regions without gradients, and what a
+traced call would decide. Here every node is kept as it is.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+__all__ = ["pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for the node at a place of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A function that has no name of its own, by what makes it."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Op:
+    """An operation of ``torch.ops``, which no pickle takes, by its name: ``aten.relu.default``."""
+
+    path: str
+
+
+def pack(graph: fx.Graph) -> list[dict[str, Any]]:
+    """The nodes of a graph in order, each as a dict; :func:`unpack` is the inverse.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> _ = graph.output(graph.call_function(torch.ops.aten.relu.default, (x,)))
+    >>> str(unpack(pack(graph))) == str(graph)
+    True
+    """
+    places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+
+    def data(value: Any) -> Any:
+        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _Op(str(value))
+        if isinstance(value, types.FunctionType) and hasattr(value, "made_by"):
+            return _Made(*value.made_by)
+        return places[value] if isinstance(value, fx.Node) else value
+
+    return [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": data(node.target),
+            "args": map_aggregate(node.args, data),
+            "kwargs": map_aggregate(node.kwargs, data),
+            "type_expr": node.type,
+            "meta": {key: value for key, value in node.meta.items() if isinstance(value, (bool, int, float, str))},
+        }
+        for node in graph.nodes
+    ]
+
+
+def unpack(packed: list[dict[str, Any]]) -> fx.Graph:
+    """The graph of what :func:`pack` gave."""
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def live(value: Any) -> Any:
+        if isinstance(value, _Made):
+            return value.function(*value.args)
+        if isinstance(value, _Op):
+            found: Any = torch.ops
+            for name in value.path.split("."):
+                found = getattr(found, name)
+            return found
+        return nodes[value.index] if isinstance(value, _Place) else value
+
+    for entry in packed:
+        args, kwargs = (map_aggregate(entry[key], live) for key in ("args", "kwargs"))
+        node = graph.create_node(entry["op"], live(entry["target"]), args, kwargs, entry["name"], entry["type_expr"])
+        node.meta = dict(entry["meta"])
+        nodes.append(node)
+    return graph
