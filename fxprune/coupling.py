@@ -355,13 +355,14 @@ class Labelling:
 
     def unread(self) -> set[str]:
         """Names of the nodes of which nothing is read, and that change no tensor and draw no random number: attention weights for a
-        caller who drops them, say."""
+        caller who drops them, say. A module that is called stays: it may count, or draw, in training."""
         out: set[str] = set()
         for traced in self.traces:
             for node in reversed(traced.graph.nodes):
                 name = traced.prefix + node.name
                 read = any(traced.prefix + user.name not in out for user in node.users)
-                if node.op.startswith("call") and not read and not node.is_impure() and name not in self.context.writes:
+                call = node.op in ("call_function", "call_method")
+                if call and not read and not node.is_impure() and name not in self.context.writes:
                     out.add(name)
         return out
 

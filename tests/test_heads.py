@@ -118,6 +118,25 @@ def test_a_plan_knows_its_units() -> None:
         fxprune.apply(fxprune.Plan.from_json(changed), model)
 
 
+def test_a_module_whose_result_nobody_reads_stays() -> None:
+    """It is still called: in training, a norm goes on counting."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head, self.norm = BareAttention(16, ATTENTIONS["packed"]), nn.Linear(6, 6), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x)
+            self.head(x).relu()
+            return self.attention(x)
+
+    model, x = Counting(), torch.randn(4, 5, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, units="heads", verify=True)
+    pruned.model.train()(x)
+    assert torch.allclose(pruned.model.get_buffer("norm.running_mean"), 0.1 * x.mean((0, 2)))
+
+
 @pytest.mark.parametrize(
     ("units", "says"),
     [("channels", '"heads"'), ({"attentions": "head"}, '"heads"'), ({"nowhere.*": "heads"}, "matches no module")],
