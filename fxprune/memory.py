@@ -115,6 +115,8 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
     """The name of the method or function that a node calls, or of the kind of module: ``flatten`` for all three."""
     if node.op == "call_module":
         return "" if root is None else type(root.get_submodule(str(node.target))).__name__.lower()
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.removeprefix("aten::")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 

@@ -15,17 +15,20 @@ from fxprune import rules, shapes
 from fxprune.errors import RewriteError
 from fxprune.macs import op_macs
 from fxprune.rules import Context, Contraction
+from fxprune.rules.normalisation import FUSED
 from fxprune.trace import execute
 
-__all__ = ["IN_ORDER", "LabelMode", "run_node", "seen_whole"]
+__all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole"]
 
 
-# Movements that keep survivors in order whatever is removed: nothing in them is a number that describes a position.
-IN_ORDER = frozenset(
-    {"permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "unsqueeze", "squeeze", "alias", "detach", "clone"}
-    | {"contiguous", "expand", "expand_as", "cat", "stack", "unbind", "constant_pad_nd", "pad"}
+# Movements whose arguments are numbers of dimensions and sizes along axes of positions: no number in them describes a channel.
+_IN_ORDER = frozenset(
+    {"permute", "transpose", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims", "unsqueeze"}
+    | {"alias", "detach", "clone", "contiguous", "cat", "concat", "concatenate", "stack", "unbind"}
     | {f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 )
+_WITH_NUMBERS = frozenset({"glu", "group_norm", "layer_norm", "rms_norm"})
+"""Ops of the other families that have a size among their arguments, or cut a dimension in halves."""
 
 
 class LabelMode(TorchDispatchMode):
@@ -54,6 +57,9 @@ class LabelMode(TorchDispatchMode):
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx = self.context
+        ctx.ran.setdefault(ctx.node, []).append((func, args, kwargs))
+        if func._schema.name.removeprefix("aten::") in FUSED:
+            ctx.count_statistic()
         rule = rules.find(func)
         tensors = shapes.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
@@ -70,7 +76,10 @@ class LabelMode(TorchDispatchMode):
         elif labelled or out.is_floating_point():
             bound = rules.bind(func, args, kwargs)
             self._follow(rule, func, bound, out)
-            _note_positions(ctx, func, rule, bound)
+            if not keeps_order(ctx, func, rule, bound):
+                ctx.positional.add(ctx.node)
+            if rule.family in ("movement", "resampling") and ctx.node in ctx.positional:
+                ctx.moved.add(ctx.node)
         return out
 
     def _follow(self, rule: rules.Rule, func: Any, bound: dict[str, Any], out: Any) -> None:
@@ -102,22 +111,25 @@ def _follow_weights(ctx: Context, weights: Context, func: Any, args: Any, kwargs
         weights.records.setdefault(leaf, rules.Record(leaf, []))
 
 
-def _note_positions(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, Any]) -> None:
-    """Note the nodes in which an op tells the positions of an axis apart, by a size or an index.
+def keeps_order(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, Any]) -> bool:
+    """Whether an op commutes with removal: run on the survivors, with the same arguments, it gives the survivors of what it gave.
 
-    All other ops commute with removal: run on the survivors, they give the survivors of what they gave before.
+    It does not where it tells the positions of an axis that can shrink apart, by a size or an index.
     """
-    name = func._schema.name.removeprefix("aten::")
+    name = func._schema.name.removeprefix("aten::").removesuffix("_copy")
     if rule.family in ("movement", "resampling"):
-        if name in IN_ORDER:
-            return
-        ctx.moved.add(ctx.node)
-    elif rule.family == "convolution":
-        if bound["groups"] == 1 or bound["groups"] == bound["weight"].shape[0] == bound["input"].shape[1]:
-            return
-    elif rule.family in ("pointwise", "contraction", "normalisation", "reduction") and name not in ("glu", "group_norm"):
-        return
-    ctx.positional.add(ctx.node)
+        own = {dim for f in ctx.fields(bound["self"]) for dim in f.dims} if isinstance(bound.get("self"), Tensor) else set()
+        if name in ("constant_pad_nd", "pad"):
+            rank = bound["self"].dim()
+            return not own & {rank - 1 - i // 2 for i, amount in enumerate(bound["pad"]) if amount}
+        if name == "squeeze":  # of a channel axis with one survivor nothing would be left
+            dims = bound.get("dim")
+            named = own if dims is None else {d % bound["self"].dim() for d in ([dims] if isinstance(dims, int) else dims)}
+            return not own & named
+        return name in _IN_ORDER
+    if rule.family == "convolution":
+        return bool(bound["groups"] == 1 or bound["groups"] == bound["weight"].shape[0] == bound["input"].shape[1])
+    return rule.family in ("pointwise", "contraction", "normalisation", "reduction") and name not in _WITH_NUMBERS
 
 
 def seen_whole(func: Any) -> bool:

@@ -245,7 +245,7 @@ def _run(node: fx.Node, trace: Trace, env: dict[fx.Node, Any], twin: nn.Module, 
 
 
 class _MaskedStatistics(TorchDispatchMode):
-    """Takes the statistics that the analysis recorded over surviving elements only."""
+    """Lets the normalisations that the analysis recorded take their statistics over surviving elements only."""
 
     def __init__(self, node: str, coupling: Coupling, survivors: Survivors) -> None:
         super().__init__()
@@ -311,25 +311,9 @@ def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
     return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
 
 
-def _variance(a: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor]:
-    x, dims = a["self"], a.get("dim")
-    dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-    correction = a.get("correction", 1 if a.get("unbiased", True) else 0)
-    correction = 1 if correction is None else correction
-    mean, variance, count = _moments(x, mask, dims)
-    variance = variance * count / (count - correction)
-    if not a.get("keepdim", False):
-        mean, variance = mean.squeeze(dims), variance.squeeze(dims)
-    return variance, mean
-
-
 _STATISTICS = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
-    "var": lambda a, mask: _variance(a, mask)[0],
-    "std": lambda a, mask: _variance(a, mask)[0].sqrt(),
-    "var_mean": _variance,
-    "std_mean": lambda a, mask: (_variance(a, mask)[0].sqrt(), _variance(a, mask)[1]),
 }

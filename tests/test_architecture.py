@@ -25,6 +25,7 @@ ROOMS = [
     "cost",
     "lowering",
     "memory",
+    "moments",
     "regions",
     "state",
     "trace",

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules
 from fxprune.identity import TensorMap
 from fxprune.labels import Array
-from fxprune.propagation import IN_ORDER, LabelMode
+from fxprune.propagation import LabelMode, keeps_order
 from fxprune.rules import Context
 from fxprune.shapes import tensors_in
 from fxprune.trace import SizeTuple, user_line
@@ -173,7 +173,7 @@ class RealMode(LabelMode):
             return all(f.labels.ravel().tobytes() in read for leaf in tree_leaves(out) for f in ctx.fields(leaf))
         if rule.family in ("pointwise", "contraction", "convolution", "normalisation", "reduction"):
             return True
-        if name in IN_ORDER:
+        if keeps_order(ctx, func, rule, bound):
             return True
         needed = {live.ravel().tobytes() for live in map(ctx.units.live, before) if live.any()}
         return needed == {f.labels.ravel().tobytes() for leaf in tree_leaves(out) for f in ctx.fields(leaf)}

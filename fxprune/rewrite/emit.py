@@ -10,6 +10,7 @@ survivors of what it gave before. Such a node is run by the thorough check only.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, Field, compact, varied
+from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
 from fxprune.references import HOOKS, hooks_of
+from fxprune.rewrite.calls import Call, call_of
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
@@ -131,6 +134,17 @@ class _Emission:
             self.context.put(stand_in, self._left(old))
         return self.standing[id(old)]
 
+    def call(self, node: fx.Node) -> Call | None:
+        """The ATen op that a node of the original is, if it is one."""
+        return call_of(node, self.coupling.context.ran.get(self.prefix + node.name, []), self.numbers.old)
+
+    def left_of(self, node: fx.Node) -> tuple[int, int] | None:
+        """Of how many elements that a statistic reduces to one how many are left; None if all are, or if it is none."""
+        mask = self.survivors.mask(self.coupling.context.rescaled.get(self.prefix + node.name, []))
+        kept, total = int(np.count_nonzero(mask)), mask.size
+        common = math.gcd(kept, total)
+        return None if kept == total else (kept // common, total // common)
+
     # -- the graph
 
     def run(self) -> fx.Graph:
@@ -196,7 +210,7 @@ class _Emission:
         value = _value(node)
         if self.numbers.shrunk(node) or (node.target is torch._assert and not self._open(node.args[0])):
             return None
-        target, args, kwargs = correct(self.numbers, node)
+        target, args, kwargs = correct(self.numbers, node, self.call(node), self.left_of(node))
         op = "call_function" if callable(target) and node.op == "call_method" else node.op
         commutes = not self.thorough and args == node.args and kwargs == node.kwargs and self._commutes(node)
         args, kwargs = self.numbers.original((args, kwargs))
@@ -295,10 +309,13 @@ class _Emission:
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
         """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
-        share = float(self.survivors.mask(self.coupling.context.rescaled[self.prefix + node.name]).mean())
-        if share == 1.0:
+        left = self.left_of(node)
+        if left is None or new.target in FUNCTIONS.values():  # they count what is gone by themselves
             return new
-        scaled = self.graph.call_function(operator.mul, (new, share))
+        call = self.call(node)
+        if call is None or call.name != "mean":
+            raise RewriteError(f"node {node.name!r} ({node.target}) averages inside a larger operation", node.name)
+        scaled = self.graph.call_function(operator.mul, (new, left[0] / left[1]))
         self.env[scaled] = run_node(self.context, self.root, scaled, self.value)
         return scaled
 

@@ -1,7 +1,7 @@
 """Numbers in the graph that were true for the original's sizes, corrected from the labels of the node that they feed.
 
-Each corrector belongs to a spelling in Python (``view``, ``x[:, a:b]``, ``F.layer_norm``), not to a model. It returns the node's
-new arguments. Other numbers are the original's (:mod:`fxprune.rewrite.numbers`).
+Each corrector belongs to an ATen op, however it is spelled (:mod:`fxprune.rewrite.calls`), not to a model. It returns the arguments
+that are to be others. Other numbers are the original's (:mod:`fxprune.rewrite.numbers`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import RewriteError
+from fxprune.memory import name_of
+from fxprune.moments import FUNCTIONS
+from fxprune.rewrite.calls import Arguments, Call
 from fxprune.rewrite.extents import Extent
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Survivors
+from fxprune.rules.movement import split_dim
+from fxprune.rules.reduction import correction_of, reduced_dims
 
-__all__ = ["correct", "name_of"]
+__all__ = ["correct", "padding", "shuffled_groups"]
 
-Arguments = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""Target, positional and keyword arguments of a node of the new graph."""
+Change = dict[str, Any] | Arguments
+"""Arguments by name that are to be others, or another call altogether."""
 
-
-_TABLE: dict[str, Callable[[Numbers, fx.Node, Any], Arguments]] = {}
+_TABLE: dict[str, Callable[[Numbers, Call, Any], Change]] = {}
 
 
 def corrects(*names: str) -> Callable[[Any], Any]:
+    """Register a corrector for ATen ops, by their names."""
+
     def register(function: Any) -> Any:
         for name in names:
             _TABLE[name] = function
@@ -37,27 +43,41 @@ def corrects(*names: str) -> Callable[[Any], Any]:
     return register
 
 
-def name_of(node: fx.Node) -> str:
-    """The spelling of a call: ``view``, ``getitem``, ``layer_norm``."""
-    if node.op == "call_method":
-        return str(node.target)
-    return getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else ""
+def correct(numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int, int] | None) -> Arguments:
+    """The arguments of a node, right for the smaller model; nodes of the original's graph stay where nothing is to be corrected.
+
+    Parameters
+    ----------
+    call:
+        The ATen op that the node is, if it is one.
+    left:
+        Of how many elements that a statistic reduces to one how many are left; None if all are, or if it is none.
+    """
+    if name_of(node) in ("getitem", "setitem"):
+        return _item(numbers, node)
+    if left is not None and node.target in FUNCTIONS.values():
+        return _fewer_left(node, left)
+    if left is not None and call is not None and call.name in FUNCTIONS:
+        return _counting(call, left)
+    handler = _TABLE.get(call.name) if call is not None else None
+    if call is None or handler is None:
+        return node.target, node.args, node.kwargs
+    change = handler(numbers, call, node.meta["val"])
+    return change if isinstance(change, tuple) else call.with_(change)
 
 
-def correct(numbers: Numbers, node: fx.Node) -> Arguments:
-    """The arguments of a node, right for the smaller model; nodes of the original's graph stay where nothing is to be corrected."""
-    handler = _TABLE.get(name_of(node))
-    return handler(numbers, node, node.meta["val"]) if handler else (node.target, node.args, node.kwargs)
-
-
-def _sizes(numbers: Numbers, node: fx.Node, value: Any, given: Sequence[Any], first: int = 0) -> list[Any]:
+def _sizes(numbers: Numbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
     """The sizes of a result's axes, from the axis ``first`` on."""
     wanted = numbers.survivors.shape(value)
+    if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):  # a list that forward computed
+        if list(numbers.new(given)) != wanted[first : first + len(given.meta["val"])]:
+            raise RewriteError(f"the sizes that node {call.node.name!r} is given are computed as one", call.node.name)
+        return numbers.now(given)
     out = []
-    for axis, entry in enumerate(given, first):
+    for axis, entry in enumerate(given if isinstance(given, (tuple, list)) else [given], first):
         if isinstance(entry, fx.Node):
             lost = wanted[axis] != value.shape[axis]
-            even = not lost or numbers.extents.of(node, axis) is not Extent.UNKNOWN or numbers.extents.even(value, axis)
+            even = not lost or numbers.extents.of(call.node, axis) is not Extent.UNKNOWN or numbers.extents.even(value, axis)
             out.append(numbers.sized(entry, value.shape[axis], wanted[axis], even=even))
         else:
             out.append(entry if entry == -1 else wanted[axis])
@@ -69,114 +89,84 @@ def _scaled(numbers: Numbers, entry: Any, wanted: int) -> Any:
     return numbers.sized(entry, numbers.old(entry), wanted)
 
 
-def _spread(args: Sequence[Any]) -> tuple[list[Any], bool]:
-    """Sizes given one by one or as one sequence."""
-    if len(args) == 1 and isinstance(args[0], (tuple, list)):
-        return list(args[0]), True
-    return list(args), False
-
-
-@corrects("view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty", "unsafe_view")
-def _result_size(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    name = name_of(node)
-    key = "size" if "size" in node.kwargs else "shape" if "shape" in node.kwargs else None
-    if key is not None:
-        given: Any = node.kwargs[key]
-        return node.target, node.args, {**node.kwargs, key: _sizes(numbers, node, value, given)}
-    if len(node.args) > 1 and isinstance(node.args[1], torch.dtype):
-        return node.target, node.args, node.kwargs
-    tail = 1 if name == "new_full" else 0
-    sizes, packed = _spread(node.args[1 : len(node.args) - tail])
-    if len(sizes) != value.dim():
-        return node.target, node.args, node.kwargs
-    new = _sizes(numbers, node, value, sizes)
-    return node.target, (node.args[0], *([tuple(new)] if packed else new), *node.args[len(node.args) - tail :]), node.kwargs
-
-
+@corrects("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty")
 @corrects("zeros", "ones", "empty", "full", "rand", "randn")
-def _factory_size(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    if "size" in node.kwargs:
-        given: Any = node.kwargs["size"]
-        return node.target, node.args, {**node.kwargs, "size": _sizes(numbers, node, value, given)}
-    tail = 1 if name_of(node) == "full" and len(node.args) > 1 else 0
-    sizes, packed = _spread(node.args[: len(node.args) - tail])
-    if len(sizes) != value.dim():
-        return node.target, node.args, node.kwargs
-    new = _sizes(numbers, node, value, sizes)
-    return node.target, (*([tuple(new)] if packed else new), *node.args[len(node.args) - tail :]), node.kwargs
+def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
+    name = "size" if "size" in call.given else "shape"
+    if name not in call.given:  # x.view(dtype)
+        return {}
+    return {name: _sizes(numbers, call, value, call.given[name])}
 
 
 @corrects("unflatten")
-def _unflatten(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, dim, sizes = _arguments(node, ("input", "dim", "sizes"))
-    start = numbers.old(dim) % numbers.old(x).dim()
-    return node.target, (x, dim, _sizes(numbers, node, value, sizes, start)), {}
+def _unflatten(numbers: Numbers, call: Call, value: Any) -> Change:
+    start = call.ran["dim"] % call.ran["self"].dim()
+    return {"sizes": _sizes(numbers, call, value, call.given["sizes"], start)}
 
 
 @corrects("repeat", "tile")
-def _repeat(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x = node.args[0]
-    times, packed = _spread(node.args[1:])
-    before, after = numbers.survivors.shape(numbers.old(x)), numbers.survivors.shape(value)
+def _repeat(numbers: Numbers, call: Call, value: Any) -> Change:
+    name = "repeats" if "repeats" in call.given else "dims"
+    given = call.given[name]
+    times = list(given) if isinstance(given, (tuple, list)) else [given]
+    before, after = numbers.survivors.shape(call.ran["self"]), numbers.survivors.shape(value)
     lead = len(after) - len(before)
     if len(times) != len(after):
-        return node.target, node.args, node.kwargs
+        return {}
     wanted = [n // (before[d - lead] if d >= lead else 1) for d, n in enumerate(after)]
-    new = [_scaled(numbers, entry, want) for entry, want in zip(times, wanted, strict=True)]
-    return node.target, (x, *([tuple(new)] if packed else new)), node.kwargs
+    return {name: [_scaled(numbers, entry, want) for entry, want in zip(times, wanted, strict=True)]}
 
 
 @corrects("repeat_interleave")
-def _repeat_interleave(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    given = {**dict(zip(("input", "repeats", "dim"), node.args, strict=False)), **node.kwargs}
-    if given.get("dim") is None or not isinstance(numbers.old(given["repeats"]), int) or "output_size" in given:
-        return node.target, node.args, node.kwargs
-    axis = numbers.old(given["dim"]) % value.dim()
-    before, after = (numbers.survivors.shape(tensor)[axis] for tensor in (numbers.old(given["input"]), value))
-    times = _scaled(numbers, given["repeats"], after // before)
-    return node.target, (given["input"], times), {"dim": given["dim"]}
+def _repeat_interleave(numbers: Numbers, call: Call, value: Any) -> Change:
+    if call.ran.get("dim") is None or not isinstance(call.ran["repeats"], int) or "output_size" in call.given:
+        return {}
+    axis = call.ran["dim"] % value.dim()
+    before, after = (numbers.survivors.shape(tensor)[axis] for tensor in (call.ran["self"], value))
+    return {"repeats": _scaled(numbers, call.given["repeats"], after // before)}
 
 
-@corrects("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
-def _split(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x = node.args[0]
-    default = 0
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", default)
-    tensor = numbers.old(x)
-    axis = numbers.old(dim) % tensor.dim()
+@corrects("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
+@corrects("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+def _split(numbers: Numbers, call: Call, value: Any) -> Change:
+    tensor = call.ran["self"]
+    axis = split_dim(call.name, call.ran)
     if numbers.survivors.rows(tensor, axis) is None:
-        return node.target, node.args, node.kwargs
-    numbers.hold_positions(x, axis, node.args[1:2], node.kwargs)  # type: ignore[arg-type]
+        return {}
+    numbers.hold_positions(call.given["self"], axis, *(a for name, a in call.given.items() if name not in ("self", "dim")))
     ends = [0]
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
     sizes = [_count(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
-    return torch.split, (x, sizes, dim), {}
+    return torch.split, (call.given["self"], sizes, axis), {}
 
 
 @corrects("narrow")
-def _narrow(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, dim, start, length = _arguments(node, ("input", "dim", "start", "length"))
-    tensor = numbers.old(x)
-    axis, first = numbers.old(dim) % tensor.dim(), numbers.old(start)
-    if numbers.survivors.rows(tensor, axis) is None:
-        return node.target, node.args, node.kwargs
-    numbers.hold_positions(x, axis, start, length)
+def _narrow(numbers: Numbers, call: Call, value: Any) -> Change:
+    tensor = call.ran["self"]
+    axis, first = call.ran["dim"] % tensor.dim(), call.ran["start"]
+    if isinstance(first, Tensor) or numbers.survivors.rows(tensor, axis) is None:
+        return {}
+    numbers.hold_positions(call.given["self"], axis, call.given["start"], call.given["length"])
     first %= tensor.shape[axis]
-    count = _count(numbers, tensor, axis, first, first + numbers.old(length))
-    return node.target, (x, dim, _count(numbers, tensor, axis, 0, first), count), {}
+    count = _count(numbers, tensor, axis, first, first + call.ran["length"])
+    return {"start": _count(numbers, tensor, axis, 0, first), "length": count}
+
+
+@corrects("slice")
+def _slice(numbers: Numbers, call: Call, value: Any) -> Change:
+    part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
+    new = _index(numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part)
+    return {name: bound for name, bound in (("start", new.start), ("end", new.stop)) if name in call.given}
 
 
 @corrects("select")
-def _select(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, dim, index = _arguments(node, ("input", "dim", "index"))
-    tensor = numbers.old(x)
-    axis = numbers.old(dim) % tensor.dim()
-    return node.target, (x, dim, _position(numbers, x, axis, index)), {}
+def _select(numbers: Numbers, call: Call, value: Any) -> Change:
+    axis = call.ran["dim"] % call.ran["self"].dim()
+    return {"index": _position(numbers, call.given["self"], axis, call.given["index"])}
 
 
-@corrects("getitem", "setitem")
-def _item(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
+def _item(numbers: Numbers, node: fx.Node) -> Arguments:
     x: Any = node.args[0]
     index, tensor = node.args[1], numbers.old(x)
     if not isinstance(tensor, Tensor):
@@ -227,83 +217,77 @@ def _position(numbers: Numbers, x: fx.Node, axis: int, index: Any) -> Any:
 
 
 @corrects("roll")
-def _roll(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, shifts, dims = _arguments(node, ("input", "shifts", "dims"))
-    tensor = numbers.old(x)
-    several = isinstance(shifts, (tuple, list))
-    pairs = list(zip(shifts, dims, strict=True)) if several else [(shifts, dims[0] if isinstance(dims, (tuple, list)) else dims)]
-    new = []
-    for shift, dim in pairs:
-        if dim is None:
-            return node.target, node.args, node.kwargs
-        axis = numbers.old(dim) % tensor.dim()
-        if numbers.survivors.rows(tensor, axis) is None:
-            new.append(shift)
-        else:
-            numbers.hold_positions(x, axis, shift)
+def _roll(numbers: Numbers, call: Call, value: Any) -> Change:
+    tensor, given = call.ran["self"], call.given["shifts"]
+    shifts = list(given) if isinstance(given, (tuple, list)) else [given]
+    if len(call.ran["dims"]) != len(shifts):
+        return {}
+    for i, (shift, dim) in enumerate(zip(call.ran["shifts"], call.ran["dims"], strict=True)):
+        axis = dim % tensor.dim()
+        if numbers.survivors.rows(tensor, axis) is not None:
+            numbers.hold_positions(call.given["self"], axis, shifts[i])
             size = tensor.shape[axis]
-            new.append(_count(numbers, tensor, axis, (size - numbers.old(shift)) % size, size) if numbers.old(shift) % size else 0)
-    return node.target, (x, tuple(new) if several else new[0], dims), {}
+            shifts[i] = _count(numbers, tensor, axis, (size - shift) % size, size) if shift % size else 0
+    return {"shifts": shifts}
 
 
-@corrects("pad")
-def _pad(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    given: tuple[Any, ...] = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["pad"])
-    x, amounts, *rest = given
-    tensor = numbers.old(x)
+@corrects("pad", "constant_pad_nd")
+def _pad(numbers: Numbers, call: Call, value: Any) -> Change:
+    given, before = call.given["pad"], call.ran["pad"]
+    after = padding(numbers.survivors, value, before)
+    if after == list(before):
+        return {}
+    if isinstance(given, fx.Node):
+        raise RewriteError(f"the paddings that node {call.node.name!r} is given are computed as one", call.node.name)
+    new = list(given)
+    for i in range(len(new) // 2):
+        if numbers.survivors.rows(value, value.dim() - 1 - i) is not None and any(before[2 * i : 2 * i + 2]):
+            numbers.hold_positions(call.given["self"], value.dim() - 1 - i, *new[2 * i : 2 * i + 2])
+            new[2 * i : 2 * i + 2] = after[2 * i : 2 * i + 2]
+    return {"pad": new}
+
+
+def padding(survivors: Survivors, padded: Tensor, amounts: Sequence[int]) -> list[int]:
+    """How much of a padding (as ``F.pad`` has it, the last dimension first) is left; ``padded`` is its result in the original."""
     new = list(amounts)
     for i in range(len(amounts) // 2):
-        axis = tensor.dim() - 1 - i
-        before, after = numbers.old(amounts[2 * i]), numbers.old(amounts[2 * i + 1])
-        if (before or after) and numbers.survivors.rows(value, axis) is not None:
-            numbers.hold_positions(x, axis, *amounts[2 * i : 2 * i + 2])
-            size = value.shape[axis]
-            new[2 * i] = _count(numbers, value, axis, 0, before)
-            new[2 * i + 1] = _count(numbers, value, axis, size - after, size)
-    return node.target, (x, new, *rest), {k: v for k, v in node.kwargs.items() if k != "pad"}
+        axis, (before, after) = padded.dim() - 1 - i, amounts[2 * i : 2 * i + 2]
+        size = padded.shape[axis]
+        if (before or after) and survivors.rows(padded, axis) is not None:
+            new[2 * i : 2 * i + 2] = [survivors.count(padded, axis, *span) or 0 for span in ((0, before), (size - after, size))]
+    return new
 
 
 @corrects("layer_norm", "rms_norm")
-def _normalized_shape(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    given: tuple[Any, ...] = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["normalized_shape"])
-    x, shape, *rest = given
-    return (
-        node.target,
-        (x, _sizes(numbers, node, value, shape, value.dim() - len(shape)), *rest),
-        {k: v for k, v in node.kwargs.items() if k != "normalized_shape"},
-    )
+def _normalized_shape(numbers: Numbers, call: Call, value: Any) -> Change:
+    first = value.dim() - len(call.ran["normalized_shape"])
+    return {"normalized_shape": _sizes(numbers, call, value, call.given["normalized_shape"], first)}
 
 
 @corrects("group_norm")
-def _num_groups(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, groups, *rest = node.args if len(node.args) > 1 else (node.args[0], node.kwargs["num_groups"])
-    if numbers.old(groups) == numbers.old(x).shape[1]:
-        groups = _scaled(numbers, groups, numbers.survivors.shape(numbers.old(x))[1])
-    return node.target, (x, groups, *rest), {k: v for k, v in node.kwargs.items() if k != "num_groups"}
+def _num_groups(numbers: Numbers, call: Call, value: Any) -> Change:
+    x = call.ran["input"]
+    if call.ran["num_groups"] != x.shape[1]:
+        return {}
+    return {"num_groups": _scaled(numbers, call.given["num_groups"], numbers.survivors.shape(x)[1])}
 
 
-@corrects(*(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-def _groups(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    transposed, position = "transpose" in name_of(node), 6  # groups is the seventh argument of both
-    groups = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
-    if numbers.old(groups) == 1:
-        return node.target, node.args, node.kwargs
-    x, w = numbers.old(node.args[0]), numbers.old(node.args[1] if len(node.args) > 1 else node.kwargs["weight"])
+@corrects("convolution", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+def _groups(numbers: Numbers, call: Call, value: Any) -> Change:
+    x, w, groups = call.ran["input"], call.ran["weight"], call.ran["groups"]
+    if groups == 1:
+        return {}
     channels = numbers.survivors.shape(x)[x.dim() - w.dim() + 1]
-    if transposed:
-        new = channels if numbers.old(groups) == w.shape[0] else numbers.old(groups)
+    if call.ran.get("transposed", "transpose" in call.name):
+        new = channels if groups == w.shape[0] else groups
     else:
         new = channels // numbers.survivors.shape(w)[1]
-    fixed = _scaled(numbers, groups, new)
-    if len(node.args) > position:
-        return node.target, (*node.args[:position], fixed, *node.args[position + 1 :]), node.kwargs
-    return node.target, node.args, {**node.kwargs, "groups": fixed}
+    return {"groups": _scaled(numbers, call.given["groups"], new)}
 
 
-@corrects("channel_shuffle")
-def _channel_shuffle(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    x, groups = _arguments(node, ("input", "groups"))
-    return node.target, (x, shuffled_groups(numbers.survivors, numbers.old(x), numbers.old(groups))), {}
+@corrects("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(numbers: Numbers, call: Call, value: Any) -> Change:
+    return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
 
 
 def shuffled_groups(survivors: Survivors, tensor: Tensor, groups: int) -> int:
@@ -316,36 +300,29 @@ def shuffled_groups(survivors: Survivors, tensor: Tensor, groups: int) -> int:
     return int(split.any(axis=1).sum()) if whole.all() else groups
 
 
-@corrects("pixel_shuffle", "flatten", "size", "getattr")
-def _nothing(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    return node.target, node.args, node.kwargs
-
-
 @corrects("scaled_dot_product_attention")
-def _scale(numbers: Numbers, node: fx.Node, value: Any) -> Arguments:
-    query = node.args[0] if node.args else node.kwargs["query"]
-    tensor: Tensor = numbers.old(query)
-    if node.kwargs.get("scale") is None and numbers.survivors.shape(tensor)[-1] != tensor.shape[-1]:
-        width = numbers.size(query, tensor.dim() - 1)  # type: ignore[arg-type]
-        scale, given = tensor.shape[-1] ** -0.5, isinstance(width, fx.Node)
-        scale = numbers.create("call_function", operator.pow, (width, -0.5), {}, scale) if given else scale
-        return node.target, node.args, {**node.kwargs, "scale": scale}
-    return node.target, node.args, node.kwargs
+def _scale(numbers: Numbers, call: Call, value: Any) -> Change:
+    query, tensor = call.given["query"], call.ran["query"]
+    if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
+        return {}
+    width, scale = numbers.size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
+    given = isinstance(width, fx.Node)
+    return {"scale": numbers.create("call_function", operator.pow, (width, -0.5), {}, scale) if given else scale}
+
+
+def _counting(call: Call, left: tuple[int, int]) -> Arguments:
+    """A variance that counts the zeros that were removed."""
+    dims, keepdim = reduced_dims(call.ran, call.ran["self"])
+    return FUNCTIONS[call.name], (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *left), {}
+
+
+def _fewer_left(node: fx.Node, left: tuple[int, int]) -> Arguments:
+    """A statistic that was corrected before: of what was left then, less is left now."""
+    values: tuple[Any, ...] = node.args
+    *rest, kept, total = values
+    return node.target, (*rest, kept * left[0], total * left[1]), node.kwargs
 
 
 def _count(numbers: Numbers, tensor: Tensor, axis: int, start: int, stop: int) -> int:
     count = numbers.survivors.count(tensor, axis, start, stop)
     return stop - start if count is None else count
-
-
-def _arguments(node: fx.Node, names: Sequence[str]) -> list[Any]:
-    """Positional or keyword arguments of a call, by the names they have in PyTorch's documentation."""
-    values = list(node.args)
-    for name in names[len(values) :]:
-        if name not in node.kwargs:
-            if name == "dims":
-                values.append(None)
-                continue
-            raise RewriteError(f"node {node.name!r} ({name_of(node)}) has no argument {name!r}", node.name)
-        values.append(node.kwargs[name])
-    return values

@@ -132,7 +132,8 @@ class Context:
         self.ties: dict[int, Array] = {}  # axis number -> for each position the first that it goes with, whatever it meets
         self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
-        self.rescaled: dict[str, list[Array]] = {}  # mean nodes -> labels of the averaged elements
+        self.rescaled: dict[str, list[Array]] = {}  # nodes that are a mean or a variance -> labels of the averaged elements
+        self.ran: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}  # node -> the ops that it ran, their arguments
 
     # -- tensors
 
@@ -291,14 +292,13 @@ class Context:
             self.sightings.append(Sighting(labels, fixed, merged, self.node))
 
     def statistic(self, labels: list[Array]) -> None:
-        """An op takes statistics, over the survivors of these labels (none: over fixed dimensions only).
-
-        Every such op calls this, so that the i-th one within a node can be told again when the node is executed with data.
-        """
-        index = self._statistics_in_node.get(self.node, 0)
-        self._statistics_in_node[self.node] = index + 1
+        """The normalisation that runs takes statistics over the survivors of these labels (none: over fixed dimensions only)."""
         if labels:
-            self.statistics[self.node, index] = labels
+            self.statistics[self.node, max(self._statistics_in_node.get(self.node, 0) - 1, 0)] = labels
+
+    def count_statistic(self) -> None:
+        """A normalisation runs, with labels or without: the i-th one of a node is found again when the node runs with data."""
+        self._statistics_in_node[self.node] = self._statistics_in_node.get(self.node, 0) + 1
 
     def _reason(self, why: str) -> int:
         key = (why, self.node)

@@ -6,7 +6,7 @@ other (``reshape``) does a rule add what must hold for the smaller tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -343,10 +343,16 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Consecutive ranges of positions."""
     x = a["self"]
-    name = func._schema.name.removeprefix("aten::")
-    dim = {"hsplit": 1 if x.dim() > 1 else 0, "vsplit": 0, "dsplit": 2}.get(name, a.get("dim", 0)) % x.dim()
+    dim = split_dim(func._schema.name.removeprefix("aten::"), a)
     ends = np.cumsum([part.shape[dim] for part in out]).tolist()
     _slices(ctx, x, dim, list(zip([0, *ends[:-1]], ends, strict=True)), out)
+
+
+def split_dim(name: str, a: Mapping[str, Any]) -> int:
+    """The dimension that an op of the family of ``split`` cuts."""
+    rank = a["self"].dim()
+    dim: int = {"hsplit": 1 if rank > 1 else 0, "vsplit": 0, "dsplit": 2}.get(name, a.get("dim", 0))
+    return dim % rank
 
 
 @rule("roll")

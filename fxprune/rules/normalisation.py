@@ -11,6 +11,9 @@ from fxprune.rules.context import Context, place
 from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
+FUSED = frozenset({"batch_norm", "group_norm", "layer_norm", "rms_norm"})
+"""Ops that normalise by statistics over channels: in the smaller model over those that survive."""
+
 
 def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int) -> list[Field]:
     """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""

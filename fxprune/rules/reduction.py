@@ -1,8 +1,9 @@
-"""Reductions: a sum over removed zeros is exact, a statistic is taken over survivors, anything else pins what it reduces."""
+"""Reductions: over removed zeros a sum, a mean or a variance is exact; anything else pins what it reduces."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,19 @@ from fxprune.rules.pointwise import elementwise
 from fxprune.rules.registry import rule
 
 
-def _reduced(a: dict[str, Any], x: Tensor) -> tuple[set[int], bool]:
+def reduced_dims(a: Mapping[str, Any], x: Tensor) -> tuple[set[int], bool]:
+    """The dimensions of ``x`` that a reduction with these arguments removes, and whether they stay with size 1."""
     dims = a.get("dim")
     if dims is None or dims == []:
         return set(range(x.dim())), bool(a.get("keepdim", False))
     dims = [dims] if isinstance(dims, int) else dims
     return {d % max(x.dim(), 1) for d in dims}, bool(a.get("keepdim", False))
+
+
+def correction_of(a: Mapping[str, Any]) -> float:
+    """What a variance with these arguments subtracts from the number of elements."""
+    correction = a.get("correction", bool(a.get("unbiased", True)))
+    return 1 if correction is None else correction + 0
 
 
 def _put(ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool) -> None:
@@ -39,9 +47,10 @@ def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
     return Field(labels, f.zero) if labels.size > 1 else None
 
 
-def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: bool) -> None:
+def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, verb: str = "is summed", counts: bool = False) -> None:
+    """Reduce removed zeros; ``counts`` says that their number counts, as a divisor."""
     x = a["self"] if "self" in a else a["x"]
-    reduced, keepdim = _reduced(a, x)
+    reduced, keepdim = reduced_dims(a, x)
     passing = []
     for f in ctx.fields(x):
         if not f.dims & reduced:
@@ -52,19 +61,25 @@ def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, mean: boo
             if tied is not None:
                 passing.append(tied)
         elif not f.zero:
-            ctx.pin(f.labels, "is summed although removed elements are not zero")
-        elif mean and ctx.target not in MEANS:
-            ctx.pin(f.labels, "is averaged inside a larger operation, whose divisor cannot be kept")
+            ctx.pin(f.labels, f"{verb} although removed elements are not zero")
+        elif counts and not _is_one_statistic(ctx.target):
+            ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
         else:
             if f.dims - reduced:
                 ctx.sight(f.labels, fixed=f.dims - reduced)
-            if mean:
+            if counts:
                 ctx.rescaled.setdefault(ctx.node, []).append(f.labels)
     _put(ctx, out, x, passing, reduced, keepdim)
 
 
-MEANS = (torch.mean, "mean", torch.Tensor.mean)
-"""Graph targets that are one mean: the emitted graph keeps the original's divisor by a factor behind the node."""
+_STATISTICS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+
+
+def _is_one_statistic(target: Any) -> bool:
+    """Whether a graph's target is one of these ops by itself: the emitted graph can then count what was removed."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target._schema.name.removeprefix("aten::")
+    return (target if isinstance(target, str) else getattr(target, "__name__", "")) in _STATISTICS
 
 
 @rule("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum", "count_nonzero")
@@ -73,27 +88,21 @@ def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     order = a.get("ord", a.get("p", 2))
     if isinstance(order, (int, float)) and order <= 0:
         return anything_else(ctx, func, a, out)
-    return _sum_like(ctx, func, a, out, mean=False)
+    return _sum_like(ctx, func, a, out)
 
 
 @rule("mean")
 def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """As a sum; the divisor stays the original's."""
-    _sum_like(ctx, func, a, out, mean=True)
+    _sum_like(ctx, func, a, out, verb="is averaged", counts=True)
 
 
 @rule("var", "std", "var_mean", "std_mean")
-def statistic(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Variances are statistics: taken over the surviving elements."""
-    x = a["self"]
-    reduced, keepdim = _reduced(a, x)
-    touched = [f for f in ctx.fields(x) if f.dims & reduced]
-    for f in touched:
-        if f.dims - reduced:
-            ctx.sight(f.labels, fixed=f.dims - reduced)
-    ctx.statistic([f.labels for f in touched])
-    passing = [f for f in ctx.fields(x) if not f.dims & reduced]
-    _put(ctx, out, x, passing, reduced, keepdim)
+def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """As a mean: removed elements count as the zeros that they are."""
+    if a["self"].is_complex() or correction_of(a) > 1:
+        return anything_else(ctx, func, a, out)
+    return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
 
 
 @rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "logsumexp", "aminmax", "median", "mode", "kthvalue")
@@ -102,7 +111,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
         return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
-    reduced, keepdim = _reduced(a, x)
+    reduced, keepdim = reduced_dims(a, x)
     passing = []
     for f in ctx.fields(x):
         if f.dims <= reduced:

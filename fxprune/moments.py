@@ -1,0 +1,103 @@
+"""Mean, variance and standard deviation of a tensor from which zeros were removed: the removed elements still count.
+
+A statistic that forward takes by itself (``x.var(1)``) over channels of which some are gone must be that of the masked original, in
+which these channels are zeros. The emitted graph calls these functions in the place of ``torch.var`` and its kind. From the mean
+:math:`m` and the biased variance :math:`v` of the :math:`n` elements that are left of :math:`N`, the variance of all is
+
+.. math:: \\frac{n v + n (N - n) / N \\cdot m^2}{N - \\text{correction}}
+
+As torch's own functions, they are one call for whoever traces them; a second pruning corrects its numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+__all__ = ["FUNCTIONS", "std", "std_mean", "var", "var_mean"]
+
+
+def var_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> tuple[Tensor, Tensor]:
+    """Return variance and mean over ``dim`` of ``x`` with the removed zeros.
+
+    Parameters
+    ----------
+    x:
+        Real; what is left.
+    dim:
+        The dimensions that are reduced.
+    correction:
+        What is subtracted from the number of elements, at most 1: 1 for the sample variance, 0 for that of the population.
+    keepdim:
+        Whether reduced dimensions stay, with size 1.
+    kept, total:
+        Of ``total`` elements that are reduced to one, ``kept`` are left.
+
+    Examples
+    --------
+    >>> x = torch.tensor([1.0, 5.0])  # [1.0, 0.0, 5.0, 0.0] without its zeros
+    >>> var_mean(x, [0], 1, False, kept=1, total=2)
+    (tensor(5.6667), tensor(1.5000))
+    >>> torch.var_mean(torch.tensor([1.0, 0.0, 5.0, 0.0]))
+    (tensor(5.6667), tensor(1.5000))
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(var_mean, (x,), x, dim, correction, keepdim, kept, total)
+    share = kept / total
+    scale = share * _corrected(x, dim, correction, kept, total)
+    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=keepdim)
+    return scale * variance + (scale * (1.0 - share)) * mean * mean, share * mean
+
+
+def std_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> tuple[Tensor, Tensor]:
+    """Return standard deviation and mean over ``dim`` of ``x`` with the removed zeros; see :func:`var_mean`.
+
+    As that of ``torch.std``, the gradient is 0 where all elements are.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(std_mean, (x,), x, dim, correction, keepdim, kept, total)
+    share = kept / total
+    deviation, mean = torch.std_mean(x, dim, correction=0, keepdim=keepdim)
+    both = torch.stack((share**0.5 * deviation, (share * (1.0 - share)) ** 0.5 * mean))
+    deviation = torch.linalg.vector_norm(both, dim=0)
+    if correction != 0:  # a tensor: torch.export knows no root of a size
+        deviation = deviation * x.new_full([], _corrected(x, dim, correction, kept, total)).sqrt()
+    return deviation, share * mean
+
+
+def var(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> Tensor:
+    """Return the variance over ``dim`` of ``x`` with the removed zeros; see :func:`var_mean`.
+
+    >>> var(torch.tensor([1.0, 5.0]), [0], 0, False, kept=1, total=2)
+    tensor(4.2500)
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(var, (x,), x, dim, correction, keepdim, kept, total)
+    return var_mean(x, dim, correction, keepdim, kept, total)[0]
+
+
+def std(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> Tensor:
+    """Return the standard deviation over ``dim`` of ``x`` with the removed zeros; see :func:`std_mean`.
+
+    >>> std(torch.tensor([3.0, 3.0]), [0], 0, False, kept=1, total=2)
+    tensor(1.5000)
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(std, (x,), x, dim, correction, keepdim, kept, total)
+    return std_mean(x, dim, correction, keepdim, kept, total)[0]
+
+
+def _corrected(x: Tensor, dim: list[int], correction: float, kept: int, total: int) -> float:
+    """N / (N - correction), for N elements with the removed ones."""
+    if correction == 0:
+        return 1.0
+    count = 1
+    for d in dim:
+        count *= x.size(d)
+    full = count * total // kept
+    return full / (full - correction)
+
+
+FUNCTIONS = {"var": var, "std": std, "var_mean": var_mean, "std_mean": std_mean}
+"""What takes the place of the function of torch, by its name."""
