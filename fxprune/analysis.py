@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fxprune.coupling import Coupling, Labelling, Terms, couple
-from fxprune.eager import runnable
+from fxprune.eager import ONLY_EVALUATION, runnable
 from fxprune.errors import FxpruneError
 from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
-from fxprune.trace import twin_of
+from fxprune.trace import slow_path, twin_of
 
 __all__ = ["Clock", "label_and_couple"]
 
@@ -94,9 +94,7 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, **options: 
             labelling.trace(*call, training=True)
         except FxpruneError as error:
             labelling = evaluated(call)  # without the labels of the failed attempt
-            labelling.traces[0].decisions.append(
-                f"training mode takes another path, which the example cannot take; only evaluation's is emitted: {error}"
-            )
+            labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {error}")
     return _Found(labelling, example)
 
 
@@ -118,7 +116,8 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Fx
         twin = twin_of(model)
         twin.model.eval()
         labelling = Labelling(twin, terms, **options)
-        labelling.run(*placed(call, twin.device))
+        with slow_path():
+            labelling.run(*placed(call, twin.device))
         return labelling
 
     call = runnable(twin_of(model), example, refused)

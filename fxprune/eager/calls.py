@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
-__all__ = ["intercepted"]
+__all__ = ["intercepted", "without_function_modes"]
 
 Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
 
@@ -56,3 +57,12 @@ class _Watch:
             return forward(*args, **kwargs) if out is NotImplemented else out
 
         return watched
+
+
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Without what looks at the functions that the model calls."""
+    with ExitStack() as stack:
+        for _ in _get_current_function_mode_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        yield

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from fxprune.eager.calls import intercepted
+from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.decisions import Answers, followed
 from fxprune.errors import FxpruneError
 from fxprune.shapes import META, holds_tensors
 from fxprune.trace import Twin, trace
@@ -29,27 +30,30 @@ class Finder:
         Paths of the modules that were called, and that stay Python.
     graphs:
         Path of a part -> its graph, as text.
+    evaluated:
+        Path of a part that can be traced for evaluation only -> why.
     """
 
     def __init__(self, twin: Twin) -> None:
         self.twin = twin
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
+        self.evaluated: dict[str, str] = {}
         self._traced: dict[tuple[str, str], str | None] = {}  # by path and what it is called with; None: it cannot be traced
 
     @property
     def parts(self) -> frozenset[str]:
         return frozenset(self.graphs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Call the model until all that it calls is a part, or Python."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], ways: Sequence[Answers]) -> None:
+        """Call the model, and let it go each of these ways, until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
         everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
-            with intercepted(real, everything - self.python, self._try), torch.inference_mode():
-                own, named = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-                real(*own, **named)
+            with intercepted(real, everything - self.python, self._try):
+                for answers in ways:
+                    followed(real, args, kwargs, answers)
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -67,18 +71,29 @@ class Finder:
             return None
         if not all(type(value) in _CONSTANTS for value in every if not holds_tensors(value)):
             return None
-        leaves, spec = tree_flatten(tree_map(shape_of, (args, kwargs)))
+        try:
+            inputs = tree_map(shape_of, (args, kwargs))
+        except Exception:  # a container that refuses tensors without data, as a packed sequence does
+            return None
+        leaves, spec = tree_flatten(inputs)
         said = repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         key = path, f"{spec} {said}"
         if key not in self._traced:
-            self._traced[key] = self._try_to_trace(path, args, kwargs)
+            with without_function_modes():
+                self._traced[key] = self._try_to_trace(path, *inputs)
         return self._traced[key]
 
     def _try_to_trace(self, path: str, args: Any, kwargs: Any) -> str | None:
         try:
-            return str(trace(self.twin.part(path), *tree_map(shape_of, (args, kwargs))).graph)
+            traced = trace(self.twin.part(path), args, kwargs)
         except FxpruneError:
             return None
+        if traced.asked_mode:
+            try:
+                trace(self.twin.part(path), args, kwargs, training=True)
+            except FxpruneError as error:
+                self.evaluated[path] = str(error)
+        return str(traced.graph)
 
     def _entered(self) -> set[str]:
         """The parts inside of which another part lies: Python calls that one, too, which is as wide as Python sees it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch.overrides import _pop_mode_temporarily as _without_function_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.eager.calls import intercepted
+from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.decisions import Answers, followed, ways_of
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
-from fxprune.trace import Trace, Twin, following, trace
+from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["Parts"]
+__all__ = ["ONLY_EVALUATION", "Parts"]
+
+ONLY_EVALUATION = "training mode takes another path, which the example cannot take; only evaluation's is emitted"
 
 
 class Parts:
@@ -39,32 +42,18 @@ class Parts:
         self.decided = ""  # the line at which Python reads values
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns, for inputs of these shapes."""
-        found = Finder(self.twin)
-        found.run(args, kwargs)
-        real, mode = self.twin.instance(), RealMode(self.context)
-        for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
-            record = self.context.record(stand_in)
-            if record is not None:
-                self.context.records[own] = record
-        mode.note((_tensors(real), args, kwargs))
-
-        def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-            with _disable_current_modes(), _without_function_mode():
-                traced = self._traced(path, args, kwargs)
-                with torch.inference_mode():
-                    out = call()
-            for leaf, stand_in in zip(tree_leaves(out), tree_leaves(traced.outputs), strict=True):
-                if isinstance(leaf, Tensor):
-                    self._handed.append((stand_in, True, True))
-                    mode.note(leaf)
-                    self.context.records[leaf] = Record(leaf, list(self.context.fields(stand_in)))
-            return out
-
-        with intercepted(real, found.parts, part), torch.inference_mode(), Sizes(mode), mode, following():
-            out = real(*args, **kwargs)
-        self.decided = mode.decided
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What the model returns for this call, and for each other way that its Python can go."""
+        ways = ways_of(lambda answers: followed(self.twin.instance(), args, kwargs, answers)[1])
+        self.decided = ways.decided
+        self._found = found = Finder(self.twin)
+        found.run(args, kwargs, ways.answers)
+        results = []
+        for answers in ways.answers:
+            contractions = len(self.context.contractions)
+            results.append(self._run(found.parts, args, kwargs, answers))
+            if answers:  # the example goes another way: what is computed there is not what it costs
+                del self.context.contractions[contractions:]
         inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
         for tensor in _tensors(self.twin.model):
             record = self.context.record(tensor)
@@ -72,7 +61,29 @@ class Parts:
                 self._handed.append((tensor, True, False))
         if self.decided:  # what a part shares with a module that has not run is read there as it is
             self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
-        return out
+        return results
+
+    def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], answers: Answers) -> Any:
+        real, mode = self.twin.instance(), RealMode(self.context)
+        for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
+            record = self.context.record(stand_in)
+            if record is not None:
+                self.context.records[own] = record
+
+        def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            with _disable_current_modes():
+                with without_function_modes():
+                    traced = self._traced(path, args, kwargs)
+                with _without_function_mode(), torch.inference_mode():  # of sizes; it is seen what the result depends on
+                    out = call()
+            for leaf, stand_in in zip(tree_leaves(out), tree_leaves(traced.outputs), strict=True):
+                if isinstance(leaf, Tensor):
+                    self._handed.append((stand_in, True, True))
+                    self.context.records[leaf] = Record(leaf, list(self.context.fields(stand_in)))
+            return out
+
+        with intercepted(real, parts, part):
+            return followed(real, args, kwargs, answers, Sizes(mode), mode)[0]
 
     def _outside(self) -> list[Tensor]:
         """The parameters and buffers of modules that are in no part."""
@@ -112,7 +123,9 @@ class Parts:
         self.traces.setdefault((path, False), traced)
         for value in traced.placeholders:
             self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        if traced.asked_mode:
+        if path in self._found.evaluated:
+            traced.decisions.append(f"{ONLY_EVALUATION}: {self._found.evaluated[path]}")
+        elif traced.asked_mode:
             training = trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:train."), training=True)
             self.traces.setdefault((path, True), replace(training, path=path))
         return traced

@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
-from fxprune.identity import TensorMap
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode, keeps_order
 from fxprune.rules import Context
@@ -67,10 +66,6 @@ _SIZED = frozenset(
 """Functions that take sizes as sizes: with a width that Python read off a tensor they give the right ones for a smaller one too."""
 
 
-_READ = frozenset({"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy"})
-"""What gives the values of a tensor to Python, which may then do something else for other values."""
-
-
 class Sizes(TorchFunctionMode):
     """Sees Python read sizes, and give them back."""
 
@@ -87,8 +82,6 @@ class Sizes(TorchFunctionMode):
             found = self._sizes(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return found if dim is None else found[dim]
-        if name in _READ and args[0] in self.mode.depends:
-            self.mode.decided = self.mode.decided or user_line()
         if name in ("numel", "nelement", "__len__"):
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])  # whatever widths are in it are told
         widths = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Width]
@@ -116,15 +109,7 @@ class RealMode(LabelMode):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.widths: list[Width] = []  # among the sizes that this call is given
-        self.depends: TensorMap[None] = TensorMap()  # tensors that depend on inputs or weights
-        self.decided = ""  # the first line that reads values of such a tensor
         self._number = itertools.count()
-
-    def note(self, values: Any) -> None:
-        """Note that these depend on inputs or weights."""
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, Tensor):
-                self.depends[leaf] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx, rule, tensors = self.context, rules.find(func), tensors_in(args, kwargs)
@@ -133,8 +118,6 @@ class RealMode(LabelMode):
         labelled = any(t in ctx.records for t in tensors)
         creates = rule is not None and rule.family == "creation"
         out = func(*args, **kwargs)
-        if any(t in self.depends for t in tensors):
-            self.note(out)
         if not labelled and not (creates and self.widths):
             return out
         if rule is None:

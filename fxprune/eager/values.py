@@ -11,7 +11,7 @@ import torch
 from fxprune.eager.calls import intercepted
 from fxprune.errors import FxpruneError, InputError
 from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
-from fxprune.trace import Twin, user_line
+from fxprune.trace import Twin, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN
 
 __all__ = ["runnable"]
@@ -71,7 +71,7 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
         return NotImplemented
 
     args, kwargs = placed(call, twin.device)
-    with torch.no_grad(), intercepted(model, paths, note):
+    with torch.no_grad(), slow_path(), intercepted(model, paths, note):
         model(*args, **kwargs)
     return found
 

@@ -38,6 +38,15 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         _put(ctx, result, labels, zero)
 
 
+@rule("_pack_padded_sequence", "_pad_packed_sequence")
+def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Steps of several sequences, one after the other or padded to one length: features stay on the last axis."""
+    x, padding = (a["input"], 0) if "input" in a else (a["data"], a["padding_value"])
+    fields = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    place_of = (out[0].dim() - 1,)
+    ctx.put(out[0], [Field(place(f.labels, place_of, out[0].dim()), f.zero and padding == 0) for f in fields])
+
+
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One step of a recurrent layer."""
