@@ -19,11 +19,31 @@ from fxprune.latency import Setting
 from fxprune.plan import Plan, check_groups
 from fxprune.values import share, whole
 
-__all__ = ["budget_of", "check_model", "check_plan", "check_pruned", "kept_parameters", "of_whole_heads", "setting_of"]
+__all__ = [
+    "budget_of",
+    "check_model",
+    "check_plan",
+    "check_pruned",
+    "kept_modules",
+    "kept_parameters",
+    "of_whole_heads",
+    "setting_of",
+]
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
     """Names of all parameters and buffers below the modules that ``keep`` names."""
+    return _tensors_below(model, kept_modules(model, keep))
+
+
+def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
+    """Names of the modules that ``keep`` names, in the order in which it does.
+
+    Raises
+    ------
+    ArgumentError
+        If one of its entries names none.
+    """
     if isinstance(keep, (str, nn.Module)):
         entries = [keep]
     elif isinstance(keep, Iterable) and not isinstance(keep, (Tensor, Mapping, type, bytes)):
@@ -32,7 +52,7 @@ def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
         raise ArgumentError(
             f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list of these; () keeps none."
         )
-    return _tensors_below(model, {name for entry in entries for name in _matches(model, entry, "keep")})
+    return tuple(dict.fromkeys(name for entry in entries for name in _matches(model, entry, "keep")))
 
 
 def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:

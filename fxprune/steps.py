@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxprune.api import Pruned, load, prune
-from fxprune.arguments import check_model
+from fxprune.arguments import check_model, kept_modules
 from fxprune.cost import cost_of
 from fxprune.doors import door
-from fxprune.errors import ArgumentError, SignatureError
+from fxprune.errors import ArgumentError, PlanError, SignatureError
 from fxprune.saving import path_of, read_files, write_files
-from fxprune.values import share, whole
+from fxprune.values import number, share, whole
 
 __all__ = ["Steps"]
 
@@ -49,7 +52,8 @@ class Steps:
     Raises
     ------
     ArgumentError
-        If the folder belongs to a run with other settings, or no budget is given.
+        If the folder belongs to another run (of another model or other weights, with other inputs, budgets or options), or no
+        budget is given.
 
     Examples
     --------
@@ -83,6 +87,8 @@ class Steps:
         if not asked:
             raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
         self.budget = {name: share(name, value, "the share of the original to end with") for name, value in asked.items()}
+        if "keep" in options:  # by their names, which the smaller models have too
+            options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
         self.folder = None if folder is None else path_of(folder)
         if self.folder is not None:
@@ -136,11 +142,70 @@ class Steps:
         return {"macs": float(found.macs), "params": float(found.params)}
 
     def _claim(self, folder: Path) -> None:
-        """Write the settings into a new folder; compare them with those of an old one."""
-        settings = json.dumps({"count": self.count, "budget": self.budget}, sort_keys=True)
-        if (folder / _SETTINGS).exists():
-            found = read_files(folder, (_SETTINGS,))[_SETTINGS].read_text(encoding="utf-8").strip()
-            if found != settings:
-                raise ArgumentError(f"{folder} holds a run with other settings ({found}; now {settings}): give another folder=.")
-        else:
-            write_files(folder, {_SETTINGS: lambda path: path.write_text(settings + "\n", encoding="utf-8")})
+        """Write what the run is into a new folder; compare it with what an old one holds."""
+        settings = {
+            "count": self.count,
+            "budget": self.budget,
+            "model": _digest(self.model),
+            "inputs": described(self.inputs),
+            "options": described(self.options),
+        }
+        settings = json.loads(json.dumps(settings))
+        if not (folder / _SETTINGS).exists():
+            text = json.dumps(settings, sort_keys=True) + "\n"
+            write_files(folder, {_SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
+            return
+        found = _read_settings(read_files(folder, (_SETTINGS,))[_SETTINGS])
+        other = [name for name in settings if found.get(name) != settings[name]]
+        if other:
+            was, now = ({name: run.get(name) for name in other} for run in (found, settings))
+            raise ArgumentError(
+                f"{folder} holds a run with other settings: another {' and another '.join(other)}. It has {was!s:.300}, and now "
+                f"there is {now!s:.300}. Give another folder=, or what the run began with."
+            )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlanError(f"{path} is damaged: {error}. Give another folder=.") from error
+    if not isinstance(found, dict):
+        raise PlanError(f"{path} is damaged: it holds no settings. Give another folder=.")
+    return found
+
+
+def _digest(model: nn.Module) -> str:
+    """Of names, shapes, types and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def described(value: Any) -> Any:
+    """What tells a setting from another one, as data that is the same in every process: of an object its type and settings.
+
+    >>> described((torch.zeros(2, 3), {"share": 0.5})), described(torch.relu)
+    (['float32 (2, 3)', {'share': 0.5}], 'torch.relu')
+    """
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)) or number(value) is not None:
+        return value if isinstance(value, bool) else number(value)
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": described(type(value)), **{own.name: described(getattr(value, own.name)) for own in fields(value)}}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(named, '__module__', None) or 'torch'}.{named.__name__}"

@@ -1,14 +1,18 @@
 """Pruning in steps: budgets on the way, training in the body, and what an interruption leaves."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxprune
 from fxprune.cost import cost_of
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, PlanError
+from fxprune.saving import write_files
 
 IMAGE = (1, 3, 8, 8)
 
@@ -89,6 +93,51 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     fxprune.Steps(model, x, count=3, macs=0.2, folder=tmp_path)
     with pytest.raises(ArgumentError, match=r"other settings.*another folder"):
         fxprune.Steps(model, x, count=3, macs=0.3, folder=tmp_path)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "budget": ({"macs": 0.3}, "budget"),
+    "count": ({"count": 4}, "count"),
+    "architecture": ({"model": nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 1))}, "model"),
+    "weights": ({"model": network().requires_grad_(False).apply(lambda m: [p.add_(1) for p in m.parameters()])}, "model"),
+    "dtype": ({"model": network().double(), "example_inputs": torch.randn(IMAGE).double()}, "model and another inputs"),
+    "resolution": ({"example_inputs": torch.randn(1, 3, 12, 12)}, "inputs"),
+    "criterion": ({"criterion": "l2"}, "options"),
+    "settings of a criterion": ({"criterion": fxprune.criteria.CPMC(beta=0.5)}, "options"),
+    "option": ({"min_channels": 4}, "options"),
+    "keep": ({"keep": "0"}, "options"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_does_not_go_on_with_what_another_left(name: str, tmp_path: Path) -> None:
+    run = {"model": network(), "example_inputs": torch.randn(IMAGE), "count": 3, "macs": 0.2, "criterion": fxprune.criteria.CPMC()}
+    next(iter(fxprune.Steps(**run, folder=tmp_path)))
+    fxprune.Steps(**run, folder=tmp_path)
+    change, what = OTHERS[name]
+    with pytest.raises(ArgumentError, match=rf"other settings: another {what}.*another folder"):
+        fxprune.Steps(**{**run, **change}, folder=tmp_path)
+
+
+def test_the_same_run_is_known_in_another_process(tmp_path: Path) -> None:
+    """Modules in keep=, functions and loaders have other addresses there; numbers may be NumPy's."""
+
+    def steps() -> fxprune.Steps:
+        model, x = network(), torch.randn(IMAGE)
+        criterion = fxprune.criteria.Taylor([(x, torch.zeros(1))], lambda output, target: output.mean())
+        return fxprune.Steps(model, x, count=2, macs=np.float32(0.6), criterion=criterion, keep=[model[5]], folder=tmp_path)
+
+    for _ in steps():
+        pass
+    assert steps().done == 2
+
+
+def test_a_damaged_record_of_the_run(tmp_path: Path) -> None:
+    model, x = network(), torch.randn(IMAGE)
+    for text in ("[]", "{", "3"):
+        write_files(tmp_path, {"steps.json": functools.partial(Path.write_text, data=text)})
+        with pytest.raises(PlanError, match=r"steps.json is damaged"):
+            fxprune.Steps(model, x, count=3, macs=0.2, folder=tmp_path)
 
 
 def test_what_cannot_be() -> None:
