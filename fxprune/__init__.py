@@ -28,7 +28,7 @@ from fxprune.report import Report
 from fxprune.rules import register_rule
 from fxprune.sparsity import GroupSparsity
 from fxprune.steps import Steps
-from fxprune.verify import Verification
+from fxprune.verification import Verification
 
 __version__ = "0.1.0"
 

@@ -29,12 +29,11 @@ from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned
 from fxprune.selection import select
 from fxprune.values import number, switch, whole
-from fxprune.verify import Verification, check
+from fxprune.verification import Verification, check
 
 __all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"]
 
 _ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
-_WRONG = 1e-6  # the relative error in float64 from which on a pruned model is no rounding away from the masked original
 
 
 @dataclass(frozen=True)
@@ -214,14 +213,14 @@ def prune(
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            measured = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs).error
-        if not measured <= _WRONG:
+            proof = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs)
+        if not proof.error <= proof.limit:
             blamed = f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
             raise VerificationError(
-                f"the pruned model differs from the masked original by {measured:.1e}, relative. {blamed}; modules in keep= are "
+                f"the pruned model differs from the masked original by {proof.error:.1e}, relative. {blamed}; modules in keep= are "
                 "left as they are, and verify=False returns the model all the same."
             )
-        pruned = replace(pruned, report=replace(pruned.report, error=measured, seconds=dict(clock.seconds)))
+        pruned = replace(pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds)))
     return pruned
 
 

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules, shapes
 from fxprune.errors import RewriteError
 from fxprune.macs import op_macs
-from fxprune.rules import Context, Contraction
+from fxprune.rules import Context, Contraction, Event
 from fxprune.rules.normalisation import FUSED
 from fxprune.trace import execute
 
-__all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole"]
+__all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole", "takes_statistics"]
 
 
 # Movements whose arguments are numbers of dimensions and sizes along axes of positions: no number in them describes a channel.
@@ -46,7 +46,10 @@ class LabelMode(TorchDispatchMode):
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             self.context.writes.add(self.context.node)
         if seen_whole(func):
+            self.context.noted = ()
             out = self._execute(func, args, kwargs)
+            if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
+                self.context.events.append(Event(self.context.node, func, out, self.context.noted))
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
             if op_macs(func, args, kwargs, out):
@@ -58,8 +61,6 @@ class LabelMode(TorchDispatchMode):
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx = self.context
         ctx.ran.setdefault(ctx.node, []).append((func, args, kwargs))
-        if func._schema.name.removeprefix("aten::") in FUSED:
-            ctx.count_statistic()
         rule = rules.find(func)
         tensors = shapes.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
@@ -135,6 +136,11 @@ def keeps_order(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, A
 def seen_whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
     return rules.find(func) is not None or not _composite(func)
+
+
+def takes_statistics(func: Any) -> bool:
+    """Whether an op takes statistics over the surviving elements only (:meth:`fxprune.rules.Context.statistic`)."""
+    return func._schema.name.removeprefix("aten::") in FUSED
 
 
 @functools.cache

@@ -46,7 +46,7 @@ ROOMS = [
     "selection",
     "rewrite",
     "compensation",
-    "verify",
+    "verification",
     "deploy",
     "export",
     "latency",

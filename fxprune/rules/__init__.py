@@ -13,13 +13,14 @@ from fxprune.rules import (
     reduction,
     resampling,
 )
-from fxprune.rules.context import Context, Contraction, Record, Sighting
+from fxprune.rules.context import Context, Contraction, Event, Record, Sighting
 from fxprune.rules.registry import REGISTRY, Rule, bind, find, register_rule
 
 __all__ = [
     "REGISTRY",
     "Context",
     "Contraction",
+    "Event",
     "Field",
     "Record",
     "Rule",

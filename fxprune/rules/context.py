@@ -20,7 +20,7 @@ from fxprune.labels import Array, Field, Units, compact, varied
 from fxprune.macs import op_macs
 from fxprune.shapes import META, map_tensors
 
-__all__ = ["Context", "Contraction", "Met", "Operand", "Record", "Sighting"]
+__all__ = ["Context", "Contraction", "Event", "Met", "Operand", "Record", "Sighting"]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +102,26 @@ class Contraction:
         return op_macs(self.func, *map_tensors(resized, (self.args, self.kwargs, self.out))) or 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """An executed ATen op that a run with data has to know again: one that takes statistics, or one that draws random numbers.
+
+    Attributes
+    ----------
+    node, op:
+        The node that executed it, and the op.
+    out:
+        What it gave: a tensor, or several.
+    gone:
+        For statistics: labels of the input whose removed elements leave them.
+    """
+
+    node: str
+    op: Any
+    out: Any
+    gone: tuple[Array, ...] = ()
+
+
 class Context:
     """The state of one labelling run."""
 
@@ -120,6 +140,8 @@ class Context:
             tuple[str, int], list[Array]
         ] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
+        self.noted: tuple[Array, ...] = ()  # of the op that runs: labels of its input that its statistics go over
+        self.events: list[Event] = []  # in the order of execution
         self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
         self.positional: set[str] = set()  # nodes with an op that tells positions apart: these, slices, groups, look-ups
         self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
@@ -291,14 +313,16 @@ class Context:
             self._seen.add(key)
             self.sightings.append(Sighting(labels, fixed, merged, self.node))
 
-    def statistic(self, labels: list[Array]) -> None:
-        """The normalisation that runs takes statistics over the survivors of these labels (none: over fixed dimensions only)."""
-        if labels:
-            self.statistics[self.node, max(self._statistics_in_node.get(self.node, 0) - 1, 0)] = labels
+    def statistic(self, labels: list[Array], *, taken: bool = True) -> None:
+        """An op takes statistics over the survivors of these labels (none: over fixed dimensions only).
 
-    def count_statistic(self) -> None:
-        """A normalisation runs, with labels or without: the i-th one of a node is found again when the node runs with data."""
-        self._statistics_in_node[self.node] = self._statistics_in_node.get(self.node, 0) + 1
+        ``taken=False``: in another mode than this it would.
+        """
+        self.noted = tuple(labels)
+        index = self._statistics_in_node.get(self.node, 0)
+        self._statistics_in_node[self.node] = index + 1
+        if labels and taken:
+            self.statistics[self.node, index] = labels
 
     def _reason(self, why: str) -> int:
         key = (why, self.node)

@@ -38,7 +38,7 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x = a["input"]
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
     # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
-    ctx.statistic([f.labels for f in others] if a["training"] else [])
+    ctx.statistic([f.labels for f in others], taken=a["training"])
     rest = [Field(f.labels, False) for f in others]  # the shift reaches their removed elements
     channels = [f for f in ctx.fields(x) if 1 in f.dims]
     tied = [Field(labels.reshape(-1), f.zero) for f in channels if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1]

@@ -1,0 +1,256 @@
+"""All that is proved of a pruned model, situation by situation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxprune.coupling import Coupling
+from fxprune.errors import FxpruneError, VerificationError
+from fxprune.inputs import as_call
+from fxprune.plan import Plan, unpack_inputs
+from fxprune.rewrite import Survivors
+from fxprune.verification.comparing import NotFiniteError, kinds
+from fxprune.verification.copies import plain
+from fxprune.verification.gradients import check_gradients
+from fxprune.verification.modes import clone, seeded
+from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
+from fxprune.verification.structure import check_structure
+from fxprune.verification.values import Call, choices, inputs_of, other_batch, other_sizes, weights_of
+
+__all__ = ["Verification", "check"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured.
+
+    Attributes
+    ----------
+    error:
+        The relative error ``||out - reference|| / ||reference||``, the largest over the outputs and over all situations that were
+        compared; NaN if only the structure was checked.
+    outputs:
+        The number of output tensors compared for the example.
+    dtype:
+        In which both models ran: float32 where an operation of the model has no float64.
+    compared:
+        The situations in which both models agree.
+    left_out:
+        The situations that could not be compared, each with the reason; and where the traced graph stood for the original's code.
+    """
+
+    error: float
+    outputs: int
+    dtype: torch.dtype
+    compared: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def limit(self) -> float:
+        """The error that is still rounding in this dtype."""
+        return LIMITS.get(self.dtype, LIMITS[torch.float32])
+
+    def __str__(self) -> str:
+        return f"relative error {self.error:.1e} over {self.outputs} outputs in {str(self.dtype).removeprefix('torch.')}"
+
+
+def check(
+    model: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    coupling: Coupling,
+    kept: dict[str, tuple[int, ...]],
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype = torch.float64,
+    randomize: bool = True,
+    seed: int = 0,
+    numeric: bool = True,
+) -> Verification:
+    """Both checks; see :func:`fxprune.verify`."""
+    try:
+        survivors = Survivors(coupling, kept)
+        check_structure(pruned, coupling, survivors)
+        if not numeric:
+            return Verification(float("nan"), 0, dtype)
+        call = unpack_inputs(plan.inputs) if example_inputs is None else as_call(example_inputs)
+        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(dtype)
+    except FxpruneError:
+        raise
+    except Exception as error:
+        raise VerificationError(f"the check itself failed: {said(error)}") from error
+
+
+class _Proof:
+    """One proof: which values, and in which situations."""
+
+    def __init__(
+        self, model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors, call: Call, randomize: bool, seed: int
+    ) -> None:
+        self.model, self.pruned, self.coupling, self.survivors = model, pruned, coupling, survivors
+        self.call, self.randomize, self.seed = call, randomize, seed
+        self.compared: list[str] = []
+        self.left_out: list[str] = []
+
+    def run(self, dtype: torch.dtype) -> Verification:
+        bench, inputs, outcome = self._first(dtype)
+        found = Verification(outcome.error, outcome.outputs, bench.dtype)
+        self._note("the example's sizes", outcome)
+        if outcome.error <= found.limit:
+            worst = [outcome.error, *self._situations(bench, inputs)]
+            found = replace(found, error=max(worst))
+        return replace(found, compared=tuple(self.compared), left_out=tuple(self.left_out))
+
+    # -- values on which the original runs
+
+    def _first(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
+        """The first values, and the first dtype, for which both models can be run."""
+        failed: Exception | None = None
+        for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
+            for bench, inputs in self._benches(own):
+                try:
+                    return bench, inputs, bench.compare(inputs)
+                except (RefusedError, NotFiniteError) as error:
+                    failed = failed or error  # the first values are those that show the most
+                except (PrunedFailsError, GuardedError) as error:
+                    failed = error
+                    break
+        if isinstance(failed, VerificationError):
+            raise failed
+        if isinstance(failed, RefusedError):
+            raise VerificationError(
+                f"the original itself fails on values like the example's, so that nothing can be compared: {failed}. Pass "
+                "example_inputs on which it runs."
+            ) from failed
+        raise VerificationError(f"the pruned model fails where the original runs: {failed}.") from failed
+
+    def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Call]]:
+        for choice in choices(self.randomize, self.call):
+            values = weights_of(self.model, dtype, choice, self.seed)
+            inputs = inputs_of(self.model, self.call, dtype, choice, self.seed)
+            own = not self.randomize
+            yield Bench(self.model, self.pruned, self.coupling, self.survivors, values, own=own, seed=self.seed), inputs
+
+    # -- situations
+
+    def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
+        """The errors in every other situation."""
+        self._as_given()
+        trained, batch = self._trains(), other_batch(inputs)
+        yield from self._try("training mode", trained, Bench.compare, bench, inputs, training=True)
+        yield from self._try("another batch", "" if batch else "no input has rows", Bench.compare, bench, batch)
+        small = inputs
+        for error, size in self._resolutions(bench, inputs):
+            yield error
+            small = size
+        yield from self._try("gradients", "", check_gradients, bench, small, training=False)
+        if any(trace.training or trace.path for trace in self.coupling.traces):
+            yield from self._try("gradients in training mode", trained, check_gradients, bench, small, training=True)
+
+    def _try(self, name: str, why_not: str, compare: Callable[..., Any], bench: Bench, call: Any, **mode: bool) -> Iterator[float]:
+        """Compare in one situation: the error, if the original can be brought into it.
+
+        Raises
+        ------
+        VerificationError
+            If the pruned model fails there, or differs.
+        """
+        try:
+            if why_not:
+                raise RefusedError(why_not)
+            try:
+                outcome = compare(bench, call, **mode)
+            except PrunedFailsError:
+                if bench.dtype is not torch.float64:
+                    raise
+                outcome = compare(self._single(bench), _in_single(call), **mode)  # what it makes may be single, whatever it is told
+        except (RefusedError, GuardedError, NotFiniteError) as error:
+            self.left_out.append(f"{name}: {error}")
+            return
+        except PrunedFailsError as error:
+            raise VerificationError(f"{name}: the pruned model fails where the original runs: {error}.") from error
+        except VerificationError as error:
+            raise VerificationError(f"{name}: {error}") from error
+        if isinstance(outcome, Outcome):
+            self._note(name, outcome)
+            if not outcome.error <= LIMITS[bench.dtype]:
+                raise VerificationError(
+                    f"{name}: the pruned model differs from the masked original by {outcome.error:.1e}, relative. Modules in keep= "
+                    "are left as they are."
+                )
+            yield outcome.error
+        else:
+            self.compared.append(name)
+
+    def _resolutions(self, bench: Bench, inputs: Call) -> Iterator[tuple[float, Call]]:
+        """Other sizes of inputs, until the original has taken two of them."""
+        taken, left = 0, len(self.left_out)
+        for text, call in itertools.islice(other_sizes(inputs), _SIZES):
+            for error in self._try(f"another size ({text})", "", Bench.compare, bench, call):
+                yield error, call
+                taken += 1
+            if taken == 2:
+                break
+        if taken:
+            del self.left_out[left:]
+
+    def _note(self, name: str, outcome: Outcome) -> None:
+        self.compared.append(name)
+        self.left_out += [f"{name}: instead of the original's own code, {note}" for note in outcome.notes]
+
+    def _trains(self) -> str:
+        """Why training mode is not compared; empty if it is."""
+        asked = [trace for trace in self.coupling.traces if trace.asked_mode and not trace.training]
+        both = {trace.path for trace in self.coupling.traces if trace.training}
+        return "" if all(trace.path in both for trace in asked) else "only the path of evaluation was traced"
+
+    def _single(self, bench: Bench) -> Bench:
+        """The same models in float32."""
+        values = {name: _in_single(value) for name, value in bench.values.items()}
+        return Bench(self.model, self.pruned, self.coupling, self.survivors, values, own=bench.own, seed=self.seed)
+
+    # -- the example itself
+
+    def _as_given(self) -> None:
+        """Run the pruned model on the example as it is, where it lies and in its own dtype.
+
+        Raises
+        ------
+        VerificationError
+            If it fails where the original runs, or gives other shapes or dtypes.
+        """
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(self.call)):
+            self.left_out.append("the example itself: only its shapes are known")
+            return
+        try:
+            wanted = kinds(self._called(self.model))
+        except Exception as error:
+            self.left_out.append(f"the example itself: {said(error)}")
+            return
+        try:
+            found = kinds(self._called(self.pruned))
+        except Exception as error:
+            raise VerificationError(f"the pruned model fails on the example, where the original runs: {said(error)}.") from error
+        if found != wanted:
+            raise VerificationError(f"on the example the pruned model gives {', '.join(found)}, the original {', '.join(wanted)}.")
+        self.compared.append("the example itself")
+
+    def _called(self, model: nn.Module) -> Any:
+        args, kwargs = clone(self.call)
+        with seeded(self.seed), torch.no_grad():
+            return plain(model).eval()(*args, **kwargs)
+
+
+_SIZES = 8
+"""How many other sizes of inputs are tried."""
+
+
+def _in_single(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)

@@ -1,0 +1,127 @@
+"""Outputs of two runs held against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fxprune.errors import VerificationError
+
+__all__ = ["NotFiniteError", "difference", "kinds", "leaves", "relative_error"]
+
+
+class NotFiniteError(VerificationError):
+    """The values that both models were run on give nothing that can be compared."""
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Tensors, numbers and strings in an output, whatever holds them, in a fixed order."""
+    seen: set[int] = set()
+
+    def walk(value: Any) -> Iterator[Any]:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, (Tensor, int, float, complex, str)):
+                yield leaf
+            elif leaf is not None and id(leaf) not in seen:
+                seen.add(id(leaf))
+                yield from walk(_content(leaf))
+
+    return walk(value)
+
+
+def _content(holder: Any) -> Any:
+    """What an object that is no container of torch's holds."""
+    if isinstance(holder, Mapping):
+        return list(holder.values())
+    if isinstance(holder, Set):
+        return sorted((leaf for item in holder for leaf in tree_leaves(item) if isinstance(leaf, Tensor)), key=_size)
+    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+        return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
+    if isinstance(holder, Iterator):
+        return list(holder)
+    return [] if isinstance(holder, type) or callable(holder) else list(getattr(holder, "__dict__", {}).values())
+
+
+def _size(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.dim(), *tensor.shape)
+
+
+def kinds(value: Any) -> list[str]:
+    """Shape and dtype of each tensor, for a message."""
+    return [f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def difference(got: Any, wanted: Any) -> tuple[float, int]:
+    """The largest relative error over the tensors of two outputs, and how many there are.
+
+    Raises
+    ------
+    VerificationError
+        If they differ in number, shape or kind, in a value that is no tensor, or if there is nothing to compare.
+    """
+    one, other = list(leaves(got)), list(leaves(wanted))
+    tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
+    if len([leaf for leaf in one if isinstance(leaf, Tensor)]) != len(tensors) or len(one) != len(other):
+        raise VerificationError(f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}.")
+    if not tensors:
+        raise VerificationError("the model gives no tensor, so that there is nothing to compare.")
+    error, number = 0.0, 0
+    for mine, yours in zip(one, other, strict=True):
+        if isinstance(yours, Tensor) != isinstance(mine, Tensor):
+            raise VerificationError(f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}.")
+        if isinstance(yours, Tensor):
+            error = max(error, _compared(mine, yours, number))
+            number += 1
+        elif not _equal(mine, yours):
+            raise VerificationError(f"the pruned model gives the number {mine!r}, the masked original {yours!r}.")
+    if not any(_has_numbers(tensor) for tensor in tensors):
+        raise NotFiniteError("the outputs are not finite, or empty: the check needs weights and inputs that give finite outputs.")
+    return error, len(tensors)
+
+
+def _compared(got: Tensor, wanted: Tensor, number: int) -> float:
+    if got.shape != wanted.shape:
+        raise VerificationError(f"output {number} has shape {tuple(got.shape)}, the masked original gives {tuple(wanted.shape)}.")
+    if got.dtype != wanted.dtype:
+        raise VerificationError(f"output {number} has dtype {got.dtype}, the masked original gives {wanted.dtype}.")
+    return relative_error(got, wanted)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """``||got - wanted|| / ||wanted||``. Infinities, and values that are no number, are equal where both have them."""
+    got, wanted = (_dense(tensor) for tensor in (got, wanted))
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    gap = torch.where(same, 0.0, (got - wanted).abs())
+    if not bool(gap.isfinite().all()):
+        return math.inf
+    norm = float(torch.linalg.vector_norm(torch.where(wanted.isfinite(), wanted, 0.0)))
+    return float(torch.linalg.vector_norm(gap)) / (norm or 1.0)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return bool(_dense(tensor).isfinite().any())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return bool(one == other)
+    return bool(one == other) or abs(one - other) <= 1e-6 * abs(other) or (one != one and other != other)
+
+
+def _list(found: list[Any]) -> str:
+    return f"{len(found)} outputs ({', '.join(kinds(found)) or 'no tensor'})"

@@ -1,0 +1,89 @@
+"""The traced graph as reference: node by node, for the runs in which the original's own code cannot be followed.
+
+It says less than the original's own run, because what was traced wrong is wrong here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxprune.coupling import Coupling
+from fxprune.errors import VerificationError
+from fxprune.rewrite import Survivors
+from fxprune.rules import Event
+from fxprune.trace import Trace, execute
+from fxprune.verification.modes import Draw, Followed, NotFollowedError, clone, events_of
+
+__all__ = ["GraphRun"]
+
+
+class GraphRun:
+    """Runs the traced graphs on the masked original's tensors, given by name; keeps what they draw."""
+
+    def __init__(
+        self, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor], *, training: bool, constant: bool
+    ) -> None:
+        self.coupling, self.survivors, self.training, self.constant = coupling, survivors, training, constant
+        self.values = {id(tensor): values[name].clone() for name, tensor in coupling.parameters.items()}
+        self.dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.get_default_dtype())
+        self.events: dict[str, list[Event]] = {}
+        for own in events_of(coupling).values():
+            for event in own:
+                self.events.setdefault(event.node, []).append(event)
+        self.draws: list[Draw] = []
+
+    def trace_of(self, path: str) -> Trace:
+        """The graph of the module at this path, for the mode of the run where there is one for each."""
+        own = [trace for trace in self.coupling.traces if trace.path == path]
+        return next((trace for trace in own if trace.training is self.training), own[0])
+
+    def run(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the graph gives for these inputs."""
+        trace = self.trace_of(path)
+        twin = trace.twin.model
+        modes = {module: module.training for module in twin.modules()}
+        inputs, env = iter([*args, *kwargs.values()]), {}
+        try:
+            twin.train(self.training)
+            with trace.twin.holding(self.values), torch.no_grad():
+                for node in trace.graph.nodes:
+                    if node.op == "placeholder":
+                        env[node] = clone(next(inputs))
+                    elif node.op == "output":
+                        return fx.node.map_arg(node.args[0], env.__getitem__)
+                    elif node.op == "get_attr" and node.target in trace.constants:
+                        value = trace.constants[node.target].detach().cpu()
+                        env[node] = value.to(self.dtype) if value.is_floating_point() else value
+                    else:
+                        env[node] = self._node(node, trace, env)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        raise VerificationError("the traced graph has no output")
+
+    def _node(self, node: fx.Node, trace: Trace, env: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        own = self.events.get(trace.prefix + node.name, [])
+        mode = Followed({"": own}, self.survivors, False, self.constant)
+        try:
+            with torch.inference_mode(), mode.inside(""), mode:
+                value = execute(trace.twin.model, node, args, kwargs)
+        except NotFollowedError as error:
+            raise VerificationError(f"node {node.name!r} cannot be followed: {error}") from error
+        self.draws += mode.draws
+        self._clean(node, value)
+        return value
+
+    def _clean(self, node: fx.Node, value: Any) -> None:
+        """0/0 at an element that is not there any more (a filter that is gone divided by its norm) says nothing."""
+        for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point() and bool(torch.isnan(new).any()):
+                for labels in self.coupling.labels(old):
+                    gone = torch.from_numpy(~self.survivors.alive[labels])
+                    with torch.inference_mode():
+                        new.masked_fill_(gone & torch.isnan(new), 0.0)

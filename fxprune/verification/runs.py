@@ -1,0 +1,282 @@
+"""One run of each model on the same values, and what comes out of them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.coupling import Coupling
+from fxprune.eager import intercepted
+from fxprune.errors import FxpruneError, VerificationError
+from fxprune.rewrite import Survivors
+from fxprune.trace import user_line
+from fxprune.verification.comparing import difference, leaves
+from fxprune.verification.copies import masked, original, smaller
+from fxprune.verification.graph import GraphRun
+from fxprune.verification.modes import Draw, Followed, InDtype, MismatchError, NotFollowedError, Replayed, clone, events_of, seeded
+from fxprune.verification.structure import guards
+from fxprune.verification.values import Call
+
+__all__ = ["LIMITS", "Bench", "GuardedError", "Outcome", "PrunedFailsError", "RefusedError", "said"]
+
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""The relative error from which on a difference is no rounding."""
+
+
+class RefusedError(Exception):
+    """The original cannot be run on these values."""
+
+
+class PrunedFailsError(Exception):
+    """The pruned model cannot be run where the original can."""
+
+
+class GuardedError(Exception):
+    """The pruned model's graph says that it was traced for other sizes."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured in one run of each model."""
+
+    error: float
+    outputs: int
+    notes: tuple[str, ...] = ()  # what stood for the original's own code, and why
+
+
+@dataclass
+class _Run:
+    """What a run gives: outputs of the parts and of the model, its buffers after it, and the numbers it drew."""
+
+    outputs: list[Any] = field(default_factory=list)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    draws: list[Draw] = field(default_factory=list)
+
+
+class Bench:
+    """Both models, with one choice of weights in one dtype.
+
+    Parameters
+    ----------
+    values:
+        The original's tensors, by name.
+    own:
+        The pruned model runs on its own tensors instead of the survivors of these.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruned: nn.Module,
+        coupling: Coupling,
+        survivors: Survivors,
+        values: Mapping[str, Tensor],
+        *,
+        own: bool,
+        seed: int,
+    ) -> None:
+        self.model, self.pruned, self.coupling, self.survivors, self.seed = model, pruned, coupling, survivors, seed
+        self.values, self.own = values, own
+        self.masked = masked(coupling, survivors, values)
+        self.dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.get_default_dtype())
+        self.events = events_of(coupling)
+        self.guards = guards(pruned, coupling)
+        self._modes: dict[str, bool] = {}
+
+    # -- what is compared
+
+    def compare(self, call: Call, *, training: bool = False) -> Outcome:
+        """Run both and compare all that comes out.
+
+        Raises
+        ------
+        RefusedError, PrunedFailsError, GuardedError
+        VerificationError
+            If outputs differ in more than their values, or random numbers cannot be compared.
+        """
+        try:
+            outcome = self._compare(call, training, constant=False)
+        except MismatchError:
+            outcome = None
+        if outcome is not None:
+            return outcome
+        try:
+            return self._compare(call, training, constant=True)
+        except MismatchError as error:
+            raise VerificationError(f"the random numbers of both models cannot be compared: {error}.") from error
+
+    def _compare(self, call: Call, training: bool, constant: bool) -> Outcome:
+        reference, notes = self._reference(call, training, constant)
+        result, deciding = self._smaller(call, training, constant, reference.draws)
+        if not notes and _undefined(reference, result):
+            reference, notes = self._graph(call, training, constant), ("the traced graph: 0/0 at removed elements",)
+            result, deciding = self._smaller(call, training, constant, reference.draws)
+        outcome = self._held(result, reference, deciding, notes)
+        if not outcome.error <= LIMITS[self.dtype]:
+            second, _ = self._reference(call, training, constant)
+            if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
+                raise VerificationError(
+                    "the original gives other outputs when it runs again: random numbers that it draws cannot be compared."
+                )
+        return outcome
+
+    def _held(self, result: _Run, reference: _Run, deciding: list[tuple[Tensor, Tensor]], notes: tuple[str, ...]) -> Outcome:
+        error, count = difference(result.outputs, reference.outputs)
+        for mine, yours in deciding:
+            error = max(error, difference(mine, yours)[0])
+        for name, buffer in result.buffers.items():
+            wanted = reference.buffers.get(name)
+            if wanted is not None and name in self.coupling.parameters:
+                wanted = self.survivors.take(self.coupling.parameters[name], wanted)
+                error = max(error, difference([buffer], [wanted])[0])
+        return Outcome(error, count, notes)
+
+    # -- the original
+
+    def original(self, training: bool) -> nn.Module:
+        """The user's model with zeros at what is removed, in the mode that its own train() gives each module."""
+        model = original(self.model, self.masked, self.dtype)
+        model.train(training)
+        self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+        return model
+
+    def _reference(self, call: Call, training: bool, constant: bool) -> tuple[_Run, tuple[str, ...]]:
+        try:
+            return self._followed(call, training, constant), ()
+        except NotFollowedError as error:
+            return self._graph(call, training, constant), (f"the traced graph: {error}",)
+
+    def _followed(self, call: Call, training: bool, constant: bool) -> _Run:
+        """The user's own code."""
+        model = self.original(training)
+        mode = Followed(self.events, self.survivors, training, constant)
+        run = _Run(draws=mode.draws)
+
+        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            with mode.inside(path):
+                out = instead()
+            run.outputs.append(clone(self._cut(path, out)))
+            return out
+
+        args, kwargs = clone(call)
+        with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), mode:
+            try:
+                with self._parts(model, part) if self.coupling.parts else mode.inside(""):
+                    run.outputs.append(_taken(model(*args, **kwargs)))
+            except (NotFollowedError, FxpruneError):
+                raise
+            except Exception as error:
+                raise RefusedError(said(error)) from error
+        run.buffers = _buffers(model) if training else {}
+        return run
+
+    def _graph(self, call: Call, training: bool, constant: bool) -> _Run:
+        """The traced graph; where there are parts, in the user's code around them."""
+        graph = GraphRun(self.coupling, self.survivors, self.masked, training=training, constant=constant)
+        run = _Run(draws=graph.draws)
+        args, kwargs = clone(call)
+
+        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            out = graph.run(path, args, kwargs)
+            run.outputs.append(clone(self._cut(path, out)))
+            return clone(out)  # what Python may write into
+
+        with seeded(self.seed), torch.no_grad(), InDtype(self.dtype):
+            try:
+                if not self.coupling.parts:
+                    run.outputs.append(_taken(graph.run("", args, kwargs)))
+                else:
+                    model = self.original(training)
+                    with self._parts(model, part):
+                        run.outputs.append(_taken(model(*args, **kwargs)))
+            except FxpruneError:
+                raise
+            except Exception as error:
+                raise RefusedError(said(error)) from error
+        return run
+
+    def _parts(self, model: nn.Module, instead: Callable[..., Any]) -> AbstractContextManager[None]:
+        """While calls of the parts go to a function; see :func:`fxprune.eager.intercepted`."""
+        return intercepted(model, self.coupling.parts, instead) if self.coupling.parts else nullcontext()
+
+    def _cut(self, path: str, out: Any) -> list[Any]:
+        """What is left of a part's outputs, as the pruned model's part gives them."""
+        trace = next(trace for trace in self.coupling.traces if trace.path == path)
+        found, old = tree_leaves(out), tree_leaves(trace.outputs)
+        if len(found) != len(old):
+            return found
+        cut = []
+        for leaf, labelled in zip(found, old, strict=True):
+            narrow = isinstance(leaf, Tensor) and not self.coupling.wide_dims(labelled)
+            cut.append(self.survivors.take(labelled, leaf) if narrow else leaf)
+        return cut
+
+    # -- the pruned model
+
+    def smaller(self, training: bool) -> nn.Module:
+        """The pruned model, module by module in the mode of the original."""
+        model = smaller(self.pruned, self.coupling, self.survivors, None if self.own else self.values, self.dtype)
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.training = self._modes.get(name, training)
+        return model
+
+    def _smaller(self, call: Call, training: bool, constant: bool, draws: list[Draw]) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
+        model = self.smaller(training)
+        run, mode = _Run(), Replayed(draws, self.survivors, constant)
+
+        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            out = instead()
+            run.outputs.append(clone(tree_leaves(out)))
+            return out
+
+        args, kwargs = clone(call)
+        with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), self._parts(model, part), mode:
+            try:
+                run.outputs.append(_taken(model(*args, **kwargs)))
+            except (MismatchError, FxpruneError):
+                raise
+            except AssertionError as error:
+                if str(error) in self.guards:
+                    raise GuardedError(str(error)) from error
+                raise PrunedFailsError(said(error)) from error
+            except Exception as error:
+                raise PrunedFailsError(said(error)) from error
+        if mode.ahead:
+            raise MismatchError(f"the pruned model draws {len(mode.ahead)} numbers fewer than the original")
+        run.buffers = _buffers(model) if training else {}
+        return run, mode.compared
+
+
+def _taken(out: Any) -> list[Any]:
+    """The leaves of an output, as they are now."""
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.named_buffers()}
+
+
+def _undefined(reference: _Run, result: _Run) -> bool:
+    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a removed element spreads so."""
+    pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
+    return any(
+        isinstance(old, Tensor)
+        and isinstance(new, Tensor)
+        and old.shape == new.shape
+        and old.is_floating_point()
+        and bool((old.isnan() & ~new.isnan()).any())
+        for old, new in pairs
+    )
+
+
+def said(error: Exception) -> str:
+    """An error with the user's line, for a message."""
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    return f"{type(error).__name__}: {error} (at {where})"

@@ -1,0 +1,74 @@
+"""Fused normalisations with their statistics taken over some elements only: what the pruned model computes, at full width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["OVER_SURVIVORS"]
+
+
+def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over ``dims`` of the elements under the mask, dimensions kept."""
+    weight = mask.to(x.dtype).expand(x.shape)
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * weight).sum(dims, keepdim=True) / count
+    return mean, variance, count
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: list[int]) -> Tensor:
+    x = x if weight is None else x * weight.reshape(form)
+    return x if bias is None else x + bias.reshape(form)
+
+
+def _layer_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, shape = a["input"], list(a["normalized_shape"])
+    mean, variance, _ = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
+    return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], shape)
+
+
+def _rms_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, shape = a["input"], list(a["normalized_shape"])
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    weight = mask.to(x.dtype).expand(x.shape)
+    square = (x.square() * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
+    eps = torch.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
+    return _affine(x * (square + eps).rsqrt(), a["weight"], None, shape)
+
+
+def _group_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+    x, groups = a["input"], a["num_groups"]
+    split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
+    y = x.reshape(split)
+    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape([1, *split[1:3], *[1] * (x.dim() - 2)])
+    mean, variance, _ = _moments(y, own, list(range(2, y.dim())))
+    y = ((y - mean) * (variance + a["eps"]).rsqrt()).reshape(x.shape)
+    return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
+
+
+def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor | None:
+    x = a["input"]
+    if not a["training"]:
+        return None  # with the statistics that are stored
+    mean, variance, count = _moments(x, mask, [0, *range(2, x.dim())])
+    if a["running_mean"] is not None:
+        n = count.reshape(-1)
+        a["running_mean"].lerp_(mean.reshape(-1), a["momentum"])
+        a["running_var"].lerp_(variance.reshape(-1) * n / (n - 1), a["momentum"])
+    return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
+
+
+OVER_SURVIVORS: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
+    "aten::layer_norm": _layer_norm,
+    "aten::rms_norm": _rms_norm,
+    "aten::group_norm": _group_norm,
+    "aten::batch_norm": _batch_norm,
+}
+"""By the op's name: a function of its arguments by name and of a mask that is broadcastable to its input.
+
+None where the op takes no statistics this time.
+"""

@@ -1,0 +1,76 @@
+"""The structural half of the proof: the graph at hand is the one that the plan emits, and its labels match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.coupling import Coupling
+from fxprune.errors import RewriteError, VerificationError
+from fxprune.rewrite import Survivors, emit
+
+__all__ = ["check_structure", "guards"]
+
+
+def check_structure(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
+    """Emit again, label by label, and compare the graph that comes out with the one at hand.
+
+    Raises
+    ------
+    VerificationError
+        If labels do not match, or the graph or a shape is not the one that the plan emits.
+    """
+    try:
+        again = emit(coupling, survivors, thorough=True)
+    except RewriteError as error:
+        raise VerificationError(f"the labels of the emitted model do not match: {error}") from error
+    found, wanted = _shapes(pruned), _shapes(again)
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            raise VerificationError(f"{name!r} has shape {found.get(name)}, the plan leaves {wanted.get(name)}.")
+    for path in coupling.parts or ("",):
+        for one, other in zip(_graphs(pruned, path), _graphs(again, path), strict=True):
+            if [*_lines(one)] != [*_lines(other)]:
+                raise VerificationError("the model's graph is not the one that the plan emits; it was changed after pruning.")
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def guards(pruned: nn.Module, coupling: Coupling) -> frozenset[str]:
+    """What the assertions say with which the graph refuses inputs that it was not traced for."""
+    names = {node.name for trace in coupling.traces for node in trace.graph.nodes if node.meta.get("guard")}
+    found = [node for path in coupling.parts or ("",) for graph in _graphs(pruned, path) for node in (graph.nodes if graph else ())]
+    return frozenset(str(node.args[1]) for node in found if node.target is torch._assert and node.name in names)
+
+
+def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
+    """The graphs of both modes; None where there is none."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return [None, None]
+    return [getattr(module, "graph", None), getattr(module, "training_graph", None)]
+
+
+def _lines(graph: fx.Graph | None) -> Iterator[tuple[Any, ...]]:
+    """What a graph computes, node by node. The text of an assertion is none of it."""
+    for node in graph.nodes if graph is not None else ():
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _named)
+        if node.target is torch._assert:
+            args = args[:1]
+        yield node.op, node.name, _name(node.target), repr(args), repr(kwargs)
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or target}"
+
+
+def _named(node: fx.Node) -> Any:
+    return f"%{node.name}"

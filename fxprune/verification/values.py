@@ -1,0 +1,165 @@
+"""What both models are run on: weights, drawn at random or the user's own, and inputs, for the example's sizes or others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxprune.inputs import batch_size
+
+__all__ = ["Call", "Choice", "choices", "inputs_of", "other_batch", "other_sizes", "weights_of"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where weights and inputs come from.
+
+    Attributes
+    ----------
+    weights, floats:
+        Whether they are drawn at random; else they are the user's, where there are any.
+    whole:
+        For whole numbers of which only the shape is known: 0, 1, or None for both, at random.
+    """
+
+    weights: bool
+    floats: bool
+    whole: int | None = None
+
+
+def choices(randomize: bool, call: Call) -> Iterator[Choice]:
+    """The values to try, until the original can be run on some and gives numbers.
+
+    Values drawn at random show the most: no zero in a fresh model hides an error. A model may refuse them (an index that it
+    computes leaves its table), or give nothing that is finite (the logarithm of a negative number).
+    """
+    unknown = any(isinstance(leaf, Tensor) and leaf.is_meta and not _real(leaf) for leaf in tree_leaves(call))
+    for weights, floats in ((True, True), (True, False), (False, False)) if randomize else ((False, False),):
+        for whole in (None, 0, 1) if unknown else (None,):
+            yield Choice(weights, floats, whole)
+
+
+def weights_of(model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int) -> dict[str, Tensor]:
+    """The original's tensors by name, on the CPU, in ``dtype``.
+
+    Random ones keep activations of order one and variances positive. A tensor that has two names is one tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[str, Tensor] = {}
+    shared: dict[int, Tensor] = {}
+    parameters = {id(p) for p in model.parameters()}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(tensor) not in shared:
+            if not _real(tensor):
+                held = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
+                shared[id(tensor)] = held.to(_complex(dtype)) if held.is_complex() else held
+            elif not choice.weights and not tensor.is_meta:
+                shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
+            elif id(tensor) in parameters and tensor.dim() > 1:
+                fan_in = max(tensor[0].numel(), 1)
+                drawn = torch.empty(tensor.shape, dtype=dtype).uniform_(-1, 1, generator=generator)
+                shared[id(tensor)] = drawn * (4.5 / fan_in) ** 0.5
+            else:
+                shared[id(tensor)] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+        values[name] = shared[id(tensor)]
+    return values
+
+
+def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
+    """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as they are."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    # An index must stay inside its table, whichever that is.
+    top = min([2, *(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))])
+
+    def value(tensor: Tensor) -> Tensor:
+        if not _real(tensor):
+            if not tensor.is_meta:
+                own = tensor.detach().cpu()
+                return own.to(_complex(dtype)) if own.is_complex() else own
+            if choice.whole is not None:
+                return torch.full(tensor.shape, min(choice.whole, top - 1)).to(tensor.dtype)
+            return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
+        if not choice.floats and not tensor.is_meta:
+            return tensor.detach().to("cpu", dtype)
+        if not choice.floats:
+            return torch.rand(tensor.shape, generator=generator, dtype=dtype)
+        return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+
+    return tree_map_only(Tensor, value, call)
+
+
+def other_batch(call: Call) -> Call | None:
+    """The example with another number of rows, 1 if it has more; None where its tensors have none."""
+    args, kwargs = call
+    rows = batch_size((*args, *kwargs.values()))
+    wanted = 3 if rows == 1 else 1
+    found = False
+
+    def value(given: Any) -> Any:
+        nonlocal found
+        if type(given) is list and len(given) == rows and all(isinstance(item, Tensor) for item in given):
+            found = True
+            return [given[i % rows] for i in range(wanted)]
+        if isinstance(given, Tensor) and given.dim() and given.shape[0] == rows:
+            found = True
+            return _resized(given, 0, wanted)
+        if type(given) in (tuple, list):
+            return type(given)(value(item) for item in given)
+        return {key: value(item) for key, item in given.items()} if type(given) is dict else given
+
+    changed = tuple(value(given) for given in args), {name: value(given) for name, given in kwargs.items()}
+    return changed if found else None
+
+
+def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
+    """The example at other resolutions and lengths, with what changed: sizes that are equal change together."""
+    args, kwargs = call
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+    listed = any(type(value) is list for value in (*args, *kwargs.values()))
+    first = 0 if listed else 1  # images in a list have no axis for the batch
+    found = {size for tensor in tensors for size in tensor.shape[first:] if size > 2}
+    images = {size for tensor in tensors for size in tensor.shape[-2:] if tensor.dim() - first > 2 and size > 2}
+    together = [tuple(sorted(images))] if len(images) > 1 else []
+    for sizes in [*together, *((size,) for size in sorted(found, reverse=True))]:
+        for other in (_half, _next):
+            new = {size: other(size) for size in sizes}
+            text = ", ".join(f"{to} for {size}" for size, to in new.items())
+            yield text, tree_map_only(Tensor, functools.partial(_with_sizes, new=new, first=first), call)
+
+
+def _half(size: int) -> int:
+    return size // 2 if size % 2 == 0 else size - 1
+
+
+def _next(size: int) -> int:
+    """Another multiple of 32, if it is one; small ones get larger, large ones smaller, which takes less time."""
+    return size - 32 if size > 64 else 2 * size
+
+
+def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
+    for dim, size in enumerate(tensor.shape[first:], start=first):
+        if size in new:
+            tensor = _resized(tensor, dim, new[size])
+    return tensor
+
+
+def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with another size along one dimension: cut, or repeated from its beginning."""
+    return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+
+
+def _real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype is torch.float64 else torch.complex64
