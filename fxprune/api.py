@@ -352,12 +352,15 @@ def verify(
     A model that was pruned several times can be held against the original, or against the model of any of its stages.
 
     Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart
-    may meet; and both models run, in ``dtype``, and their outputs are compared.
+    may meet; and both models run, in ``dtype``, and their outputs are compared. The original runs as its own code, hooks included.
+    Compared are the outputs for the example; in training mode, with dropout off; for another batch and other sizes, where the
+    original takes them; which parameters get a gradient; and shapes and dtypes on the example as it is. Both runs draw the same
+    random numbers. A model with an operation that has no float64 is proved in float32.
 
     Parameters
     ----------
     example_inputs:
-        As in :func:`prune`; shapes, and values unless ``randomize``. Without them, the shapes of the plan.
+        As in :func:`prune`; whole numbers stay as they are, others unless ``randomize``. Without them, the shapes of the plan.
     randomize:
         Draw all parameters, buffers and inputs at random (variances positive), so that no zero in a fresh model hides an error.
     seed:
@@ -367,12 +370,15 @@ def verify(
 
     Returns
     -------
-    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one.
+    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one; ``compared`` and ``left_out`` say what
+    was compared, and what could not be and why.
 
     Raises
     ------
     VerificationError
-        If the structures differ or an output is not finite.
+        If the structures differ; if nothing can be compared (there is no tensor, or none that is finite, or the original fails);
+        if the pruned model fails where the original runs; or if anything but the values for the example's sizes differs: how far
+        these differ is the error that is returned.
 
     Examples
     --------

@@ -49,7 +49,7 @@ class LabelMode(TorchDispatchMode):
             self.context.noted = ()
             out = self._execute(func, args, kwargs)
             if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
-                self.context.events.append(Event(self.context.node, func, out, self.context.noted))
+                self.context.events.append(Event(self.context.node, func, out, self.context.noted, self))
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
             if op_macs(func, args, kwargs, out):

@@ -1,18 +1,25 @@
-"""The proof finds what is wrong, also when a rule is."""
+"""The proof finds what is wrong, also when a rule is, and never calls wrong what is right."""
 
 import dataclasses
 import math
 import operator
+import random
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import RewriteError, VerificationError
 from fxprune.rules import REGISTRY, Context
+from fxprune.rules.normalisation import FUSED
+from fxprune.verification import check
+from fxprune.verification.statistics import OVER_SURVIVORS
 
 
 class Flipped(nn.Module):
@@ -34,9 +41,12 @@ def as_identity(context: Context, func: Any, a: dict[str, Any], out: Any) -> Non
     context.put(out, context.fields(a["self"]))
 
 
-def pruned(model: nn.Module | None = None) -> tuple[nn.Module, Any]:
+def pruned(model: nn.Module | None = None, inputs: Any = X) -> tuple[nn.Module, Any]:
     model = Flipped() if model is None else model
-    return model, fxprune.prune(model, X, channels=0.5)
+    return model, fxprune.prune(model, inputs, channels=0.5)
+
+
+# -- structure
 
 
 def test_the_right_rule_is_proved() -> None:
@@ -56,14 +66,17 @@ def test_a_wrong_rule_is_caught() -> None:
     assert error > 1e-3
 
 
-@pytest.mark.parametrize("how", ["target", "order"])
+@pytest.mark.parametrize("how", ["target", "order", "argument"])
 def test_a_changed_graph_is_caught(how: str) -> None:
     model, result = pruned()
-    (node,) = (n for n in result.model.graph.nodes if n.target is operator.add)
+    (add,) = (n for n in result.model.graph.nodes if n.target is operator.add)
+    (flip,) = (n for n in result.model.graph.nodes if "flip" in str(n.target))
     if how == "target":
-        node.target = operator.sub
+        add.target = operator.sub
+    elif how == "order":
+        add.args = add.args[::-1]
     else:
-        node.args = node.args[::-1]
+        flip.args = (flip.args[0], 0)
     result.model.recompile()
     with pytest.raises(VerificationError, match="changed after pruning"):
         fxprune.verify(model, result)
@@ -76,11 +89,21 @@ def test_a_changed_shape_is_caught() -> None:
         fxprune.verify(model, result)
 
 
+def test_a_lost_tensor_is_caught() -> None:
+    model, result = pruned()
+    result.model.c.bias = None
+    with pytest.raises(VerificationError, match=r"c\.bias.*None.*\(3,\)"):
+        fxprune.verify(model, result)
+
+
 def test_structure_alone() -> None:
     with mock.patch("fxprune.verification.check.Bench", side_effect=AssertionError):
-        check = fxprune.verify(*pruned(), numeric=False)
-    assert math.isnan(check.error)
-    assert check.outputs == 0
+        proof = fxprune.verify(*pruned(), numeric=False)
+    assert math.isnan(proof.error)
+    assert proof.outputs == 0
+
+
+# -- values
 
 
 def test_weights_as_they_are() -> None:
@@ -109,3 +132,449 @@ def test_seeds_and_dtypes() -> None:
 
 def test_printing() -> None:
     assert str(fxprune.verify(*pruned())).endswith("over 1 outputs in float64")
+
+
+class Of(nn.Module):
+    """Two layers; what is done between and behind them is given."""
+
+    def __init__(self, forward: Callable[[Any, Any], Any], **extra: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 8)
+        for name, module in extra.items():
+            self.add_module(name, module)
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own(self, x)
+
+
+def two(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x).relu())
+
+
+def proved(model: nn.Module, inputs: Any = X, **options: Any) -> Any:
+    """The proof of a model that is pruned right."""
+    result = fxprune.prune(model, inputs, channels=0.5, verify=True)
+    proof = fxprune.verify(model, result, inputs, **options)
+    assert result.report.params_after < result.report.params_before
+    assert proof.error <= (1e-9 if proof.dtype is torch.float64 else 1e-4)
+    return proof
+
+
+EVERYTHING = {"the example's sizes", "the example itself", "training mode", "another batch", "gradients"}
+
+
+def test_what_is_compared() -> None:
+    proof = proved(Of(lambda m, x: two(m, x).mean(1)), torch.randn(2, 6, 4))
+    assert set(proof.compared) >= EVERYTHING
+    assert any(name.startswith("another size (3 for 6)") for name in proof.compared)
+    assert not proof.left_out
+
+
+def test_a_model_that_takes_one_size_alone() -> None:
+    """What the original refuses is no fault of the pruned model."""
+    proof = proved(Of(lambda m, x: two(m, x) + x.new_zeros(2, 6, 1)), torch.randn(2, 6, 4))
+    assert "another size (3 for 6)" not in proof.compared
+    assert any("another size" in reason for reason in proof.left_out)
+
+
+def checked(model: nn.Module, result: Any, inputs: Any = X, analysed: nn.Module | None = None) -> Any:
+    """The proof with an analysis that was made before: of the model as it was."""
+    kept = {group.name: group.kept for group in result.plan.groups}
+    return check(model, result.model, result.plan, fxprune.analyze(analysed or model, inputs), kept, example_inputs=inputs)
+
+
+def test_a_model_without_a_tensor_among_its_outputs() -> None:
+    """Nothing that agrees is no proof."""
+    model, mute = Of(two), Of(two)
+    result = fxprune.prune(model, X, channels=0.5)
+    mute.load_state_dict(model.state_dict())
+    for silent in (mute, result.model):
+        silent.register_forward_hook(lambda module, given, out: "done")
+    with pytest.raises(VerificationError, match="no tensor"):
+        checked(mute, result, analysed=model)
+
+
+# -- results that are broken by hand, in a way that no graph shows
+
+
+def broken(model: nn.Module, inputs: Any, match: str, how: Callable[[nn.Module], None], **options: Any) -> None:
+    result = fxprune.prune(model, inputs, channels=0.5)
+    assert fxprune.verify(model, result, inputs, **options).error < 1e-9
+    how(result.model)
+    with pytest.raises(VerificationError, match=match):
+        fxprune.verify(model, result, inputs, **options)
+
+
+def test_a_lost_output() -> None:
+    def drop(model: nn.Module) -> None:
+        model.register_forward_hook(lambda module, given, out: out[0])
+
+    broken(Of(lambda m, x: (two(m, x), x.sum())), X, "gives 1 outputs", drop)
+
+
+def test_another_number() -> None:
+    def change(model: nn.Module) -> None:
+        model.register_forward_hook(lambda module, given, out: (out[0], 5))
+
+    broken(Of(lambda m, x: (two(m, x), x.shape[1])), X, "the number 5", change)
+
+
+def test_a_frozen_parameter() -> None:
+    def freeze(model: nn.Module) -> None:
+        model.b.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+
+    broken(Of(two), X, r"'b\.bias' gets a gradient in the original", freeze)
+
+
+def test_a_path_that_carries_no_gradient() -> None:
+    def detach(model: nn.Module) -> None:
+        model.a.register_forward_hook(lambda module, given, out: out.detach())  # type: ignore[union-attr, operator]
+
+    broken(Of(two), X, r"'a\.weight' gets a gradient in the original", detach)
+
+
+def test_a_mode_that_is_lost() -> None:
+    """Its batch normalisation goes on with stored statistics."""
+
+    def hold(model: nn.Module) -> None:
+        model.norm.train = lambda mode=True: model.norm  # type: ignore[union-attr, operator, assignment]
+        model.norm.register_forward_pre_hook(lambda module, given: vars(module).update(training=False))  # type: ignore[operator]
+
+    broken(Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)), torch.randn(8, 4), "^training mode: ", hold)
+
+
+def test_statistics_that_are_not_updated() -> None:
+    """The outputs of training are right; what it leaves behind is not."""
+
+    def forget(model: nn.Module) -> None:
+        model.norm.momentum = 0.0  # type: ignore[union-attr, assignment]
+
+    broken(Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)), torch.randn(8, 4), "^training mode: ", forget)
+
+
+def test_a_batch_of_another_size() -> None:
+    def square(model: nn.Module) -> None:
+        model.register_forward_hook(lambda module, given, out: out if len(out) == 2 else out * 2)
+
+    broken(Of(two), X, "^another batch: .*differs", square)
+
+
+def test_a_failure_at_another_length() -> None:
+    def count(module: nn.Module, given: Any, out: Tensor) -> None:
+        if out.shape[1] != 6:
+            raise ValueError("six words are needed")
+
+    broken(
+        Of(two),
+        torch.randn(2, 6, 4),
+        r"^another size .*ValueError: six words",
+        lambda model: _ignored(model.register_forward_hook(count)),
+    )
+
+
+def _ignored(handle: Any) -> None:
+    return None
+
+
+def test_a_failure_on_the_example_itself() -> None:
+    """In float32, where it lies."""
+
+    def insist(module: nn.Module, given: Any) -> None:
+        if given[0].dtype is torch.float32:
+            raise TypeError("no float32")
+
+    broken(Of(two), X, "on the example, .*TypeError", lambda model: _ignored(model.register_forward_pre_hook(insist)))
+
+
+def test_a_guard_is_a_refusal() -> None:
+    """The graph says that it was traced for another length: nothing is computed wrong."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return two(m, x if x.shape[1] > 4 else x * 2)
+
+    proof = proved(Of(forward), torch.randn(2, 6, 4))
+    assert (
+        any("3 for 6" in reason and "traced for" in reason for reason in proof.left_out)
+        or "another size (12 for 6)" in proof.compared
+    )
+
+
+def test_a_guard_that_is_gone() -> None:
+    """The graph computes what the original computes for long inputs, for all of them."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return two(m, x if x.shape[1] > 4 else x * 2)
+
+    def remove(model: nn.Module) -> None:
+        assert isinstance(model, fx.GraphModule)
+        for node in reversed(list(model.graph.nodes)):
+            if node.target is torch._assert:
+                model.graph.erase_node(node)
+        model.recompile()
+
+    model = Of(forward)
+    result = fxprune.prune(model, torch.randn(2, 6, 4), channels=0.5)
+    remove(result.model)
+    with pytest.raises(VerificationError), mock.patch("fxprune.verification.check.check_structure"):
+        fxprune.verify(model, result, torch.randn(2, 6, 4))
+    with pytest.raises(VerificationError, match="changed after pruning"):
+        fxprune.verify(model, result, torch.randn(2, 6, 4))
+
+
+# -- held against the user's own code, not against what was traced
+
+
+def test_a_trace_that_is_wrong_is_caught() -> None:
+    """Graph and pruned model agree with each other, and both with what the model's code was before."""
+    factor = [1.0]
+    model = Of(lambda m, x: two(m, x) * factor[0])
+    result = fxprune.prune(model, X, channels=0.5)
+    kept = {group.name: group.kept for group in result.plan.groups}
+    coupling = fxprune.analyze(model, X)
+    factor[0] = 3.0
+    assert check(model, result.model, result.plan, coupling, kept, example_inputs=X).error > 1e-3
+
+
+def test_a_hook_that_was_not_traced_is_caught() -> None:
+    model, hooked = Of(two), Of(two)
+    result = fxprune.prune(model, X, channels=0.5)
+    assert checked(hooked, result, analysed=model).error < 1e-9
+    hooked.register_forward_hook(lambda module, given, out: out + 1)
+    assert checked(hooked, result, analysed=model).error > 1e-3
+
+
+def test_every_statistic_is_known() -> None:
+    assert {name.removeprefix("aten::") for name in OVER_SURVIVORS} == FUSED
+
+
+NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "layer_norm": lambda m, x: F.layer_norm(x, (16,)),
+    "layer_norm by its module": lambda m, x: m.layer(x),
+    "rms_norm": lambda m, x: F.rms_norm(x, (16,), eps=1e-6),
+    "group_norm": lambda m, x: F.group_norm(x, 4),
+    "two of them": lambda m, x: F.layer_norm(F.rms_norm(x, (16,)) + x, (16,)),
+    "one over a constant": lambda m, x: F.layer_norm(x, (16,)) + F.layer_norm(torch.arange(5.0, dtype=x.dtype), (5,)).mean(),
+    "one over the input": lambda m, x: F.layer_norm(x, (16,)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_over_survivors(norm: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, (4,)) if norm == "one over the input" else x
+        return m.b(NORMS[norm](m, m.a(x)))
+
+    proof = proved(Of(forward, layer=nn.LayerNorm(16)), torch.randn(3, 4))
+    assert not [reason for reason in proof.left_out if "own code" in reason]
+
+
+class Twice(torch.autograd.Function):
+    """Two norms in one node, the first of which is none that was labelled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],)) + F.layer_norm(table, (5,)).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+def test_two_norms_in_one_node() -> None:
+    proved(Of(lambda m, x: m.b(Twice.apply(m.a(x), torch.arange(5.0, dtype=x.dtype)))))
+
+
+def test_norms_in_parts() -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2 if float(x.sum()) > -1e9 else 1):
+                x = self.block(x)
+            return x
+
+    proof = proved(Looped().eval())
+    assert not [reason for reason in proof.left_out if "own code" in reason]
+
+
+def test_attention_of_torch() -> None:
+    """Its fused path hides the widths; the proof takes the plain one."""
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 16), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(16, 3))
+    proof = proved(model.eval(), torch.randn(2, 5, 4))
+    assert set(proof.compared) >= EVERYTHING
+
+
+def test_a_filter_that_is_gone_has_no_direction() -> None:
+    """Weights divided by their norms: 0/0 where a filter is gone."""
+    proved(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 16)), nn.Linear(16, 3)))
+
+
+# -- random numbers
+
+
+DRAWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "behind": lambda m, x: two(m, x) + torch.randn(x.shape[0], 8, dtype=x.dtype),
+    "like the output": lambda m, x: (y := two(m, x)) + torch.rand_like(y),
+    "of a width that shrinks": lambda m, x: m.b((h := m.a(x)) + torch.randn_like(h)),
+    "of two widths": lambda m, x: m.b((h := m.a(x)) + torch.randn_like(h)) + torch.randn(8, dtype=x.dtype),
+    "by a mean and a deviation": lambda m, x: two(m, x) + torch.normal(x, 1.0)[:, :1],
+    "dropout": lambda m, x: m.b(F.dropout(m.a(x), 0.5, training=True)),
+    "dropout of the output": lambda m, x: F.dropout(two(m, x), 0.5, training=True),
+    "dropout of channels": lambda m, x: m.b(F.dropout1d(m.a(x)[..., None], 0.5, training=True)[..., 0]),
+    "self-normalising dropout": lambda m, x: m.b(F.alpha_dropout(m.a(x), 0.5, training=True)),
+    "bernoulli": lambda m, x: two(m, x) * torch.bernoulli(torch.sigmoid(x[:, :1])),
+    "gumbel": lambda m, x: F.gumbel_softmax(two(m, x)),
+    "a leaky ReLU of random slopes": lambda m, x: F.rrelu(two(m, x), training=True),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_both_runs_draw_the_same(draw: str) -> None:
+    proved(Of(DRAWS[draw]), torch.randn(3, 4))
+
+
+def test_what_decides_a_draw_is_compared() -> None:
+    """The numbers are the original's; that they would be drawn by other odds shows all the same."""
+    model = Of(lambda m, x: torch.bernoulli(torch.sigmoid(two(m, x))))
+    result = fxprune.prune(model, X, channels=0.5)
+    assert fxprune.verify(model, result, X).error < 1e-9
+    result.model.b.register_forward_hook(lambda module, given, out: out + 1)
+    assert fxprune.verify(model, result, X).error > 1e-3
+
+
+def test_what_no_seed_makes_the_same() -> None:
+    """It cannot be compared, and is not reported as a fault."""
+    calls = iter(range(100))
+    model, drifting = Of(two), Of(two)
+    result = fxprune.prune(model, X, channels=0.5)
+    drifting.b.register_forward_hook(lambda module, given, out: out * next(calls))
+    with pytest.raises(VerificationError, match="random numbers that it draws cannot be compared") as raised:
+        checked(drifting, result, analysed=model)
+    assert "report" not in str(raised.value)
+
+
+def test_nobody_elses_random_numbers_are_touched() -> None:
+    model, result = pruned(Of(DRAWS["behind"]))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    fxprune.verify(model, result, X)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # type: ignore[index]
+
+
+# -- inputs and dtypes
+
+
+class Looked(nn.Module):
+    """Rows of a table; where, is a difference of the input's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.Embedding(9, 4), Of(two)
+
+    def forward(self, spans: Tensor) -> Tensor:
+        return self.net(self.table(spans[..., 1] - spans[..., 0]))
+
+
+def test_whole_numbers_are_kept() -> None:
+    proved(Looked(), torch.tensor([[2, 9], [1, 7], [3, 3]]))
+
+
+def test_whole_numbers_of_which_only_the_shape_is_known() -> None:
+    spans = torch.tensor([[2, 9], [1, 7], [3, 3]])
+    model = Looked()
+    assert fxprune.verify(model, fxprune.prune(model, spans, channels=0.5)).error < 1e-9
+
+
+def test_values_that_a_model_insists_on() -> None:
+    """The logarithm of a normal number is none: then the example's own values are taken."""
+    proved(Of(lambda m, x: two(m, x.log()).sum() + x.new_zeros(1)), torch.rand(2, 4) + 0.5)
+
+
+def test_an_index_that_is_computed() -> None:
+    table = torch.randn(3, 4)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return two(m, table.to(x.dtype)[(x[:, 0] * 2).long()])
+
+    proved(Of(forward), torch.rand(5, 4))
+
+
+MADE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "zeros": lambda m, x: two(m, x) + torch.zeros(2, 8).index_add_(0, torch.tensor([0, 1]), x.repeat(1, 2)),
+    "a range": lambda m, x: two(m, x) * torch.arange(8.0),
+    "a table": lambda m, x: two(m, x) @ torch.tensor([[0.5] * 3] * 8),
+    "a cast": lambda m, x: two(m, x.float()),
+    "a cast by type": lambda m, x: two(m, x.to(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_single_tensors_made_in_forward(made: str) -> None:
+    assert proved(Of(MADE[made])).dtype is torch.float64
+
+
+class Single(torch.autograd.Function):
+    """An operation that has no double."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            raise NotImplementedError("not for Double")
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * 2
+
+
+def test_an_operation_without_double() -> None:
+    proof = proved(Of(lambda m, x: Single.apply(two(m, x))))
+    assert proof.dtype is torch.float32
+    assert proof.limit == 1e-3
+    assert "float32" in str(proof)
+    assert proved(Of(two)).limit == 1e-6
+
+
+def test_infinities_in_the_same_places() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return two(m, x).masked_fill(torch.arange(8) % 2 == 0, -math.inf)
+
+    proved(Of(forward))
+
+
+def test_what_is_no_number_in_the_same_places() -> None:
+    proved(Of(lambda m, x: torch.where(torch.arange(8) < 2, math.nan, two(m, x))))
+
+
+def test_no_error_but_its_own() -> None:
+    """Whatever goes wrong is told with the user's line."""
+    model, result = pruned(Of(two))
+    with pytest.raises(VerificationError, match=r"original itself fails.*test_verify"):
+        fxprune.verify(model, result, torch.randn(2, 5))
+    with mock.patch("fxprune.verification.check.check_structure", side_effect=KeyError("x")), pytest.raises(VerificationError):
+        fxprune.verify(model, result, X)
+
+
+def test_the_user_keeps_everything() -> None:
+    """Also what forward writes, and the mode."""
+    model = Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)).train()
+    model.norm.eval()
+    x = torch.randn(5, 4)
+    result = fxprune.prune(model, x, channels=0.5)
+    state = {name: value.clone() for name, value in [*model.state_dict().items(), *result.model.state_dict().items()]}
+    modes = [module.training for module in (*model.modules(), *result.model.modules())]
+    fxprune.verify(model, result, x)
+    after = dict([*model.state_dict().items(), *result.model.state_dict().items()])
+    assert all(torch.equal(value, after[name]) for name, value in state.items())
+    assert modes == [module.training for module in (*model.modules(), *result.model.modules())]
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *result.model.parameters()))
+
+
+def test_a_model_without_data() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 3)).to("meta")
+    result = fxprune.prune(model, torch.zeros(2, 4, device="meta"), channels=0.5, criterion="random")
+    assert fxprune.verify(model, result).error < 1e-9

@@ -114,12 +114,15 @@ class Event:
         What it gave: a tensor, or several.
     gone:
         For statistics: labels of the input whose removed elements leave them.
+    run:
+        What tells the runs of one graph apart, of which a part that is called several times has several.
     """
 
     node: str
     op: Any
     out: Any
-    gone: tuple[Array, ...] = ()
+    gone: tuple[Array, ...]
+    run: object
 
 
 class Context:

@@ -68,7 +68,7 @@ class InDtype(TorchFunctionMode):
 
 
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_dtype = torch.Tensor.dtype.__get__
 
 
 @contextmanager
@@ -113,19 +113,14 @@ class _Ahead:
 
 
 def events_of(coupling: Coupling) -> dict[str, list[Event]]:
-    """The events of the analysis by the prefix of their graph, each graph's as often as it ran first."""
-    found: dict[str, dict[str, list[Event]]] = {}
-    closed: set[str] = set()
-    last = ""
+    """The events of the analysis by the prefix of their graph, each graph's as they came when it ran first."""
+    found: dict[str, list[Event]] = {}
     for event in coupling.context.events:
         prefix = event.node[: max(event.node.rfind(":"), event.node.rfind(".")) + 1]
-        nodes = found.setdefault(prefix, {})
-        if event.node != last and last:
-            closed.add(last)
-        last = event.node
-        if event.node not in closed:
-            nodes.setdefault(event.node, []).append(event)
-    return {prefix: [event for events in nodes.values() for event in events] for prefix, nodes in found.items()}
+        own = found.setdefault(prefix, [])
+        if not own or own[0].run is event.run:
+            own.append(event)
+    return found
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
