@@ -6,7 +6,7 @@ from torch import nn
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_own_forward", "refuse_hooks"]
+__all__ = ["has_own_forward", "is_hooked", "refuse_hooks"]
 
 _STORES = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -34,7 +34,7 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
             "Put the new forward into a subclass or a wrapper module."
         )
     for path, module in root.named_modules():
-        if _is_hooked(module) and not (below and module is root):
+        if is_hooked(module) and not (below and module is root):
             name = repr(path) if path else f"this {type(root).__name__}"
             raise TraceError(
                 f"a forward hook is registered on {name}: it is Python that runs at every call, which a graph has not. "
@@ -42,6 +42,7 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
             )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of a user run before or after a module's forward."""
     hooks = [hook for store in _STORES for hook in vars(module).get(store, {}).values()]
     return any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)

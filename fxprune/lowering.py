@@ -142,6 +142,6 @@ class PlainAttention(nn.Module):
 
 
 def _as_float(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.dtype is torch.bool:
+    if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
     return mask

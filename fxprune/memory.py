@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["AUGMENTED", "Memory", "Snapshot", "first_of", "is_again", "name_of", "shares", "writes", "written"]
+__all__ = ["AUGMENTED", "Memory", "Snapshot", "first_of", "is_again", "name_of", "node_of", "shares", "writes", "written"]
 
 AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
 """The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
@@ -118,6 +118,11 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def node_of(value: Any) -> fx.Node | None:
+    """The node whose value something stands for while a model is traced; None for what is no stand-in."""
+    return getattr(value, "fx_node", None)
 
 
 def is_again(node: fx.Node | None, *call: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.memory import is_again, name_of
+from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
 __all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph"]
@@ -41,12 +41,12 @@ class Change:
     @property
     def rebound(self) -> bool:
         """False for a buffer that ``self.count += 1`` has written into: it is there still."""
-        return not is_again(getattr(self.after, "node", None), self.path)
+        return not is_again(node_of(self.after), self.path)
 
     @property
-    def proxies(self) -> list[fx.Proxy]:
-        """What was traced of what is there now."""
-        return [leaf for leaf in tree_leaves(self.after) if isinstance(leaf, fx.Proxy)]
+    def nodes(self) -> list[fx.Node]:
+        """The nodes of what was traced of what is there now."""
+        return [node for node in map(node_of, tree_leaves(self.after)) if node is not None]
 
 
 class Attributes:
@@ -107,16 +107,16 @@ def _refill(container: Any, contents: Any) -> None:
 
 def assigned(changes: Iterable[Change]) -> set[str]:
     """Paths of what was set to something that was traced."""
-    return {change.path for change in changes if change.rebound and change.proxies}
+    return {change.path for change in changes if change.rebound and change.nodes}
 
 
 def carried(changes: Iterable[Change]) -> list[Change]:
     """Those that may make the next call another one: what depends on the values of inputs, and what Python has computed."""
-    return [change for change in changes if change.rebound and _carries(change.proxies)]
+    return [change for change in changes if change.rebound and _carries(change.nodes)]
 
 
-def _carries(proxies: Sequence[fx.Proxy]) -> bool:
-    return not proxies or any(_from_inputs(proxy.node) for proxy in proxies)
+def _carries(nodes: Sequence[fx.Node]) -> bool:
+    return not nodes or any(map(_from_inputs, nodes))
 
 
 _SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
@@ -146,7 +146,8 @@ def keep(changes: Iterable[Change]) -> None:
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.node.meta["val"] if isinstance(leaf, fx.Proxy) else leaf
+    node = node_of(leaf)
+    return leaf if node is None else node.meta["val"]
 
 
 def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

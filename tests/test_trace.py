@@ -3,7 +3,6 @@
 import copy
 import itertools
 import operator
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ from torchvision.ops.stochastic_depth import stochastic_depth
 import fxprune
 from fxprune.errors import InputError, TraceError
 from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
-from fxprune.trace.takeover import FACTORIES, NUMBER_FIRST
 from tests.support.checking import assert_unharmed, call, relative_error, snapshot
 
 
@@ -203,37 +201,6 @@ def test_factories_are_themselves_again(name: str) -> None:
     assert getattr(torch, name) is before
 
 
-def test_functions_that_try_a_number_first_are_all_taken_over() -> None:
-    """Their signatures, in the order in which they are tried, say which functions would read a proxy as a tensor in C++."""
-    found = {}
-    for space in (torch, torch.special, torch.linalg, torch.fft, torch._C._nn):
-        for name in dir(space):
-            function = getattr(space, name)
-            if name.startswith("_") or type(function).__name__ != "builtin_function_or_method":
-                continue
-            signatures = [re.findall(r"(?:^|, )(\w+)", text) for text in _signatures(function)]
-            if any(
-                kind in ("Number", "int", "float", "bool")
-                and any(later[i : i + 1] == ["Tensor"] for later in signatures[turn + 1 :])
-                for turn, kinds in enumerate(signatures)
-                for i, kind in enumerate(kinds)
-            ):
-                found.setdefault(space, set()).add(name)
-    assert {"pow", "where", "remainder"} <= found[torch]
-    known = {space: set(names) for space, names in NUMBER_FIRST.items()}
-    assert all(names <= known.get(space, set()) | set(FACTORIES) for space, names in found.items())
-
-
-def _signatures(function: Any) -> list[str]:
-    try:
-        function(*[object()] * 9)
-    except TypeError as error:
-        return [text.split(", *")[0] for text in re.findall(r"\* \((.*?)\)(?=\n|$)", str(error))]
-    except Exception:
-        return []
-    return []
-
-
 class ByName(nn.Module):
     def __init__(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -256,7 +223,7 @@ class ByName(nn.Module):
     ],
 )
 def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """torch.fx would end the process here: see the comment at ``NUMBER_FIRST``."""
+    """Functions whose first signatures take a number: torch.fx's own proxies end the process here."""
     model, x = ByName(how), torch.randn(3, 4)
     before = torch.pow, torch.where, power
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))

@@ -125,7 +125,8 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
     first = run(())
     if first.decided:
         return Ways([()], first.decided)
-    found, seen = [()], set(first.asked)
+    found: list[Answers] = [()]
+    seen = set(first.asked)
     waiting = _others(first)
     while waiting:
         answers, line = waiting.pop(0)

@@ -76,8 +76,8 @@ class Extents:
         value, name = node.meta["val"], self._name(node)
         if node.op == "placeholder" or not isinstance(value, Tensor):
             return Extent.UNKNOWN
-        if node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor):  # type: ignore[union-attr]
-            return self._of_part(node.args[0], value, axis)  # type: ignore[arg-type]
+        if node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor):
+            return self._of_part(node.args[0], value, axis)
         width = self._width(node, name)
         if width is not None and axis == width:
             return Extent.FIXED
@@ -109,7 +109,7 @@ class Extents:
         old = None if first is None else first.meta["val"]
         if not isinstance(old, Tensor) or old.dim() != value.dim() or old.shape[axis] != value.shape[axis]:
             return Extent.UNKNOWN
-        return self.of(first, axis)  # type: ignore[arg-type]
+        return self.of(first, axis)
 
     def _of_operands(self, node: fx.Node, axis: int) -> Extent:
         """An axis of what is computed element by element: that of any operand that has it."""
@@ -286,7 +286,7 @@ def _sizes_given(node: fx.Node) -> Sequence[Any]:
     if name_of(node) not in ("view", "reshape", "unsafe_view"):
         return ()
     given = node.kwargs.get("size", node.kwargs.get("shape", node.args[1:]))
-    return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given  # type: ignore
+    return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def _first(node: fx.Node) -> fx.Node | None:

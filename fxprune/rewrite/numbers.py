@@ -139,7 +139,7 @@ class Numbers:
         whole = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
         if not whole and not (node.target is getattr and node.args[1] == "shape"):
             return None
-        sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]  # type: ignore[arg-type]
+        sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
         return self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"]) if _nodes(sizes) else tuple(sizes)
 
     def size(self, tensor: fx.Node, axis: int) -> Any:

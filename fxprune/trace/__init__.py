@@ -2,14 +2,14 @@
 
 Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not:
 
-* every proxy carries the value it has for the example, so Python control flow on shapes runs, while the sizes themselves stay
+* a stand-in for a value knows what that is for the example, so Python control flow on shapes runs, while the sizes themselves stay
   symbolic in the graph. What was decided is listed, and guarded by an assertion in the graph;
 * ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their modes;
 * functions that libraries mark as leaves are entered, because parameters pass through them.
 
-``twin`` copies the model, ``arguments`` reads the example, ``proxies`` stand for values, ``tracer`` makes nodes of what is done to
-them, ``decisions`` names what Python asked them, ``takeover`` puts into torch's place what torch.fx would not see, and ``lines``
-finds the user's line for a message.
+``twin`` copies the model, ``arguments`` reads the example, ``values`` stand for values, ``tracer`` makes nodes of what is done to
+them, ``decisions`` names what Python asked them, ``takeover`` leads through the tracer what torch would do without a word to it,
+and ``lines`` finds the user's line for a message.
 
 The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is never called nor changed.
 """
@@ -34,10 +34,10 @@ from fxprune.state import Attributes, Change, assigned, carried, keep, same_grap
 from fxprune.trace.arguments import example_of
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
-from fxprune.trace.proxies import SizeTuple
 from fxprune.trace.takeover import slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
 from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, twin_of
+from fxprune.trace.values import SizeTuple
 
 __all__ = [
     "SizeTuple",
@@ -144,9 +144,9 @@ def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
 
 def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     """Trace once; also the names of the constants that the twin's module has got by it."""
-    with torch.inference_mode(), taken_over(tracer, twin.model), following():
+    with torch.no_grad(), taken_over(tracer, twin.model), following():
         try:
-            graph = tracer.trace(twin.model)
+            graph = tracer.trace()
             for node in tracer.left_out:
                 if node.users:
                     raise TraceError(number_decides(node))
@@ -162,10 +162,12 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
             ) from error
+        finally:
+            tracer.close()
     constants = {
-        name: twin.real[id(t)] if id(t) in twin.real else t.clone()  # not an inference tensor, or the graph could not train
-        for t, name in tracer.tensor_attrs.items()
-        if isinstance(t, Tensor) and name in tracer.constant_targets
+        name: twin.real[id(t)] if id(t) in twin.real else t.clone()
+        for t, name in tracer.constants.values()
+        if name in tracer.constant_targets
     }
     args, kwargs = tracer.example
     result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants)
@@ -217,10 +219,15 @@ def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:
-    """Remove scalar nodes that nobody reads; tensors stay, because an in-place operation may have no reader."""
+    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation in place may have no reader."""
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
             continue
         scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
-        if scalar and node.target is not operator.setitem:
+        if _is_entry(node) or (scalar and node.target is not operator.setitem):
             graph.erase_node(node)
+
+
+def _is_entry(node: fx.Node) -> bool:
+    """Whether a node takes an entry out of a tuple, list or dict."""
+    return node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor)

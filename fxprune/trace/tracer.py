@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import enum
+import functools
 import itertools
 import operator
+import threading
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import SUPPORTED_NODES, tree_leaves
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
 from fxprune.errors import FxpruneError, InputError, TraceError
-from fxprune.hooks import has_own_forward
-from fxprune.memory import Snapshot, written
+from fxprune.hooks import has_own_forward, is_hooked
+from fxprune.memory import Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave
-from fxprune.shapes import holds_tensors
+from fxprune.shapes import META, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import is_ours, user_line
-from fxprune.trace.proxies import SizeTuple, ValueAttribute, ValueProxy, asks_device
 from fxprune.trace.twin import Twin
+from fxprune.trace.values import ASKS, Number, SizeTuple, Traced, TracedTensor, asks, asks_device, find_traced, map_leaves, stand_in
 
 __all__ = ["MADE_FROM_INPUT", "Tracer", "execute", "is_leaf"]
 
@@ -57,14 +63,55 @@ def is_leaf(module: nn.Module) -> bool:
     return all(child is None for child in module._modules.values()) or parametrize.is_parametrized(module)
 
 
+def _unseen(method: Any) -> Any:
+    """A method in which torch's functions do what they do outside of tracing."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return call
+
+
 class _ModeReadError(Exception):
     """A leaf function branches on ``training``: it has to stay whole."""
 
 
-class Tracer(fx.Tracer):
-    """One trace: the graph so far, and what was learned while making it."""
+class _DrawsError(Exception):
+    """A call without stand-ins among its arguments draws random numbers."""
 
-    proxy_buffer_attributes = True
+
+class _NoDraws(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _DrawsError
+        return func(*args, **(kwargs or {}))
+
+
+class _Recording(TorchFunctionMode):
+    """Sees, in the thread that traces, the calls of torch's functions in which no argument is a stand-in for a tensor."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.tracer.on_call(func, args, kwargs or {})
+
+
+_OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.Generator, enum.Enum)
+
+
+class Tracer:
+    """One trace: the graph so far, and what was learned while making it.
+
+    Parameters
+    ----------
+    watch:
+        What a node runs under (see :func:`fxprune.trace.trace`).
+    """
 
     def __init__(
         self,
@@ -74,102 +121,303 @@ class Tracer(fx.Tracer):
         training: bool,
         watch: Callable[[fx.Node], AbstractContextManager[Any]],
     ) -> None:
-        super().__init__(autowrap_modules=())
+        self.root = twin.model
+        self.graph = fx.Graph()
         self.example = (args, kwargs)
         self.watch = watch
-        self._tensor_names = {id(tensor): name for name, tensor in twin.tensors.items()}
         self.training = training
+        self.thread = threading.get_ident()
         self.decisions: list[str] = []
         self.asked_mode = False
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
+        # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held here.
+        self.constants: dict[int, tuple[Tensor, str]] = {}
         self.constant_targets: set[str] = set()
         self.made_names: list[str] = []
         self.made = Snapshot()  # tensors that forward makes without any input, and the graph holds as constants
+        self._names = {id(tensor): name for name, tensor in twin.tensors.items()}
+        self._tensors = list(twin.tensors.values())  # keeps the ids above
+        self._paths = {id(module): name for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))}
+        self._read: dict[str, Any] = {}  # parameters and buffers that have a node: their stand-ins
+        self._values: dict[int, fx.Node] = {}  # by the id of the tensor that a node gave, which its meta keeps
         self._inside_leaf_function = 0
-        self._executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
+        self.executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
+        self._closed = False
+
+    def trace(self) -> fx.Graph:
+        """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its graph, in Python."""
+        for path, module in self.root.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    self.constants.setdefault(id(value), (value, f"{path}.{name}".removeprefix(".")))
+        args, kwargs = self._arguments()
+        with _Recording(self), torch._C._AutoDispatchBelowAutograd():
+            result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
+            self.create_node("output", "output", (self.create_arg(result),), {})
+        return self.graph
+
+    def close(self) -> None:
+        """From now on the stand-ins of this trace stand for nothing."""
+        self._closed = True
 
     # -- inputs and arguments
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    @_unseen
+    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
         args, kwargs = self.example
-        names = parameter_names(root_fn, len(args))
-        check_keywords(root_fn, kwargs)
+        forward = type(self.root).forward
+        names = parameter_names(forward, len(args))
+        check_keywords(forward, kwargs)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
-        proxies = {name: self._placeholder(name, value) for name, value in values.items()}
-        given = {name: proxy if holds_tensors(values[name]) else values[name] for name, proxy in proxies.items()}
-        positional = [given[name] for name in names]
+        made = {name: self._placeholder(name, value) for name, value in values.items()}
+        given = {name: made[name] if holds_tensors(values[name]) else values[name] for name in made}
         keywords = {name: given[name] for name in kwargs}
-        for name, value in left_out(root_fn, values).items():
+        for name, value in left_out(forward, values).items():
             keywords[name] = self._placeholder(name, value)
-            self.left_out.append(keywords[name].node)
-        for name, proxy in proxies.items():
-            if given[name] is not proxy:
-                self._hold(proxy, values[name], f"its argument {name!r}")
-
-        def call(module: nn.Module, *inputs: Any) -> Any:
-            return root_fn(module, *inputs, **keywords)
-
-        return call, [self.root, *positional]
+            self.left_out.append(keywords[name].fx_node)
+        for name, value in made.items():
+            if given[name] is not value:
+                self._hold(value, values[name], f"its argument {name!r}")
+        return [given[name] for name in names], keywords
 
     def _placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
         node.meta["val"] = value
-        return self.proxy(node)
+        return node if value is None or isinstance(value, str) else stand_in(node, self)
 
-    def proxy_of(self, tensor: Tensor) -> ValueProxy | None:
-        """A parameter or buffer of the model, read through the graph."""
-        name = None if self._executing else self._tensor_names.get(id(tensor))
-        return None if name is None else self.create_proxy("get_attr", name, (), {})
+    @_unseen
+    def known(self, value: Any) -> Any:
+        """A parameter or buffer of the model, or what a node gave: the stand-in for it. Anything else as it is."""
+        if not isinstance(value, Tensor) or isinstance(value, Traced):
+            return value
+        name = self._names.get(id(value))
+        if name is not None:
+            if name not in self._read:
+                self._read[name] = self.record("get_attr", name, (), {})
+            return self._read[name]
+        node = self._values.get(id(value)) if value.is_meta else None
+        return value if node is None else stand_in(node, self)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers are read through the graph, each by one node."""
-        if self._executing or not isinstance(attr_val, Tensor):
-            return attr_val
-        name = self._tensor_names.get(id(attr_val))
-        if name is None:
-            return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
+    # -- what is called
+
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call of one of torch's functions in the thread that traces, whatever its arguments."""
+        if self.executing:
+            return func(*args, **kwargs)
+        if _in_transform():
+            return self._below(func, args, kwargs)
+        if find_traced((args, kwargs)) is None:
+            args, kwargs = map_leaves(self.known, args), map_leaves(self.known, kwargs)
+            if find_traced((args, kwargs)) is None:
+                return self._without_inputs(func, args, kwargs)
+        return self.on_function(func, args, kwargs)
+
+    def _without_inputs(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What follows from constants alone is one, but for random numbers: the graph draws them at each call."""
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        try:
+            with _NoDraws():
+                return func(*args, **kwargs)
+        except _DrawsError:
+            return self._draw(func, args, kwargs)
+
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Random numbers that depend on no input: a node, whose value nobody can know, and the generator stays as it was."""
+        state = torch.get_rng_state()
+        try:
+            drawn = self._function(func, args, kwargs)
+        finally:
+            torch.set_rng_state(state)
+        drawn.fx_node.meta["val"] = tree_map_only(Tensor, lambda tensor: tensor.to(META), drawn.example)
+        return stand_in(drawn.fx_node, self)
+
+    def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call of one of torch's functions, methods or properties with a stand-in among its arguments."""
+        if self.executing:
+            args, kwargs = self._of_examples((args, kwargs))
+            return func(*args, **kwargs)
+        if _in_transform():
+            return self._below(func, args, kwargs)
+        return self._function(func, map_leaves(self.known, args), map_leaves(self.known, kwargs))
+
+    def _below(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*map_leaves(self.known, args), **map_leaves(self.known, kwargs))
+
+    def _function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            what = func.__self__.__name__
+            return self._attribute(args[0], what) if name == "__get__" else self._set_attribute(args[0], what, args[1])
+        if not is_tensor_method_or_property(func):
+            return self.record("call_function", func, args, kwargs)
+        if name == "size":
+            return self._size(*args, **kwargs)
+        if name in ASKS:
+            raise TraceError(asks(ASKS[name], f"{args[0]!r}.{name}"))
+        if name.startswith("__") and name.endswith("__"):
+            return self._special(name, func, args, kwargs)
+        return self.record("call_method", name, args, kwargs)
+
+    def _special(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A method behind an operator or a builtin function, of a tensor that is no stand-in itself."""
+        own = name.strip("_")
+        if own in _OPERATORS or own in ("setitem", "getitem"):
+            return self.record("call_function", getattr(operator, own), args, kwargs)
+        if own.startswith("r") and own[1:] in _OPERATORS:
+            return self.record("call_function", getattr(operator, own[1:]), args[::-1], kwargs)
+        if isinstance(args[0], TracedTensor) and name in vars(TracedTensor):
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        return self.record("call_method", name, args, kwargs)
+
+    def _attribute(self, tensor: Any, name: str) -> Any:
+        if name == "shape":
+            return self._size(tensor)
+        if name in ASKS:
+            raise TraceError(asks(ASKS[name], f"{tensor!r}.{name}"))
+        return self.record("call_function", getattr, (tensor, name), {})
+
+    @_unseen
+    def _set_attribute(self, tensor: Any, name: str, value: Any) -> None:
+        if not is_again(getattr(value, "fx_node", None), getattr, getattr(tensor, "fx_node", None), name):
+            raise TraceError(
+                f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write into the tensor instead, with "
+                "copy_() or another operation in place."
+            )
+
+    @_unseen
+    def _size(self, tensor: Any, dim: Any = None) -> Any:
+        if dim is not None:
+            return self.record("call_method", "size", (tensor, dim), {})
+        return SizeTuple(self.size_of(tensor, i) for i in range(tensor.example.dim()))
+
+    def size_of(self, tensor: Any, dim: int) -> Any:
+        """The size of a tensor along a dimension, as a number of the graph."""
+        return self.record("call_method", "size", (tensor, dim), {})
+
+    def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An ATen operation on stand-ins that no function of torch's Python interface has announced."""
+        if self.executing:
+            args, kwargs = self._of_examples((args, kwargs))
+            return func(*args, **kwargs)
+        return self.record("call_function", func, args, kwargs)
+
+    def _of_examples(self, value: Any) -> Any:
+        def example(leaf: Any) -> Any:
+            return leaf.example if isinstance(leaf, Traced) else leaf
+
+        return map_leaves(example, value)
 
     # -- nodes
 
-    def proxy(self, node: fx.Node) -> ValueProxy:
-        return ValueProxy(node, self)
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        return self.graph.create_node(kind, target, args, kwargs)
 
-    def create_arg(self, a: Any) -> Any:
-        if type(a) in (ValueProxy, ValueAttribute):
-            return a.node
-        if type(a) is SizeTuple:
-            return tuple(self.create_arg(item) for item in a)
-        if isinstance(a, tuple) and hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
-            return self.create_proxy("call_function", type(a), tuple(a), {}).node
-        if isinstance(a, dict) and type(a) is not dict and type(a) in SUPPORTED_NODES:  # OrderedDict, and what libraries return
-            content: Any = ((), dict(a)) if dataclasses.is_dataclass(a) else ((dict(a),), {})
-            return self.create_proxy("call_function", type(a), *content).node
-        if isinstance(a, Tensor):
-            known = {id(t): name for t, name in self.tensor_attrs.items()}
-            name = known.get(id(a))
-            if name is None and not isinstance(a, nn.Parameter):
-                name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
-                self.tensor_attrs[a] = name
-                self.made.take(a, user_line())
-                self.made_names.append(name)
-                setattr(self.root, name, a)
-            if name is not None:
-                self.constant_targets.add(name)
-                node = self.create_node("get_attr", name, (), {})
-                node.meta["val"] = a if a.is_meta else a.cpu()  # the graph runs on the meta device, which takes data from a CPU
-                return node
-        return super().create_arg(a)
+    @_unseen
+    def record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Make a node, run it, and give back what stands for its value.
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        Raises
+        ------
+        TraceError, InputError
+        """
+        if self._closed:
+            raise TraceError(
+                f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward kept it, in a cache say, outside "
+                "of the model. Empty that cache."
+            )
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         self._refuse_to_write_into_constants(node)
         _refuse_to_tell_devices(node)
+        value = node.meta["val"] = self._execute(node)
+        if isinstance(value, Tensor):
+            self._values.setdefault(id(value), node)
+        return stand_in(node, self)
+
+    @_unseen
+    def create_arg(self, a: Any) -> Any:
+        """An argument of a node: nodes in the place of stand-ins, at any depth.
+
+        Raises
+        ------
+        TraceError
+            If it is of a kind that a graph cannot hold.
+        """
+        kind = type(a)
+        if issubclass(kind, Traced):
+            return a.fx_node
+        if a is None or a is ... or kind is fx.Node or issubclass(kind, _CONSTANTS):
+            return a
+        if issubclass(kind, (tuple, list)):
+            return self._sequence(a)
+        if issubclass(kind, dict):
+            return self._mapping(a)
+        if kind is slice:
+            return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
+        if kind is range:
+            return a
+        if isinstance(a, Tensor):
+            return self._tensor(a)
+        if kind in (torch.SymInt, torch.SymFloat, torch.SymBool) and isinstance(getattr(a.node, "number", None), Number):
+            return a.node.number.fx_node
+        if kind is torch.device:
+            if a.type == "meta":
+                raise TraceError(asks_device("torch.device(x.device)"))
+            return a
+        if dataclasses.is_dataclass(a) and not isinstance(a, type) and all(own.init for own in dataclasses.fields(a)):
+            fields = {own.name: self.create_arg(getattr(a, own.name)) for own in dataclasses.fields(a)}
+            return self._made_by(kind, (), fields)
+        if isinstance(a, nn.Module) and id(a) in self._paths:
+            return self.create_node("get_attr", self._paths[id(a)], (), {})
+        if callable(a) and find_traced(getattr(a, "__dict__", {})) is None and not isinstance(a, nn.Module):
+            return a
+        raise TraceError(f"forward handles a {kind.__qualname__} (at {user_line()}), which a graph cannot hold.")
+
+    def _sequence(self, a: Any) -> Any:
+        if hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
+            return self._made_by(type(a), tuple(map(self.create_arg, a)), {})
+        entries = [self.create_arg(entry) for entry in a]
+        return tuple(entries) if isinstance(a, tuple) else entries
+
+    def _mapping(self, a: Any) -> Any:
+        if type(a) is dict:
+            return {key: self.create_arg(value) for key, value in a.items()}
+        if type(a) not in SUPPORTED_NODES:
+            raise TraceError(f"forward handles a {type(a).__qualname__} (at {user_line()}), which a graph cannot hold.")
+        content = dict(zip(a.keys(), map(self.create_arg, a.values()), strict=True))
+        return self._made_by(type(a), *(((), content) if dataclasses.is_dataclass(a) else ((content,), {})))
+
+    def _made_by(self, kind: type, args: Any, kwargs: Any) -> fx.Node:
+        """A node that makes an object of what stands in its arguments."""
+        node = self.create_node("call_function", kind, args, kwargs)
         node.meta["val"] = self._execute(node)
-        return self.proxy(node)
+        return node
+
+    def _tensor(self, a: Tensor) -> fx.Node:
+        """A node for a tensor that is no stand-in: one of the model's, one that a node gave, or a constant."""
+        known = self.known(a)
+        if known is not a:
+            return cast(fx.Node, known.fx_node)
+        if torch._C._functorch.is_functorch_wrapped_tensor(a):
+            raise TraceError(f"a tensor inside of a transform of torch.func is handled outside of it (at {user_line()}).")
+        _, name = self.constants.get(id(a), (None, None))
+        if name is None:
+            if isinstance(a, nn.Parameter):
+                raise TraceError(f"forward makes a parameter of its own (at {user_line()}), which a graph cannot hold.")
+            if a.is_meta:
+                raise TraceError(f"forward uses a tensor without data that no operation made (at {user_line()}).")
+            name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
+            self.constants[id(a)] = a, name
+            self.made.take(a, user_line())
+            self.made_names.append(name)
+            setattr(self.root, name, a)
+        self.constant_targets.add(name)
+        node = self.create_node("get_attr", name, (), {})
+        node.meta["val"] = a if a.is_meta else a.cpu()  # the graph runs on the meta device, which takes data from a CPU
+        return node
 
     def _refuse_to_write_into_constants(self, node: fx.Node) -> None:
         values = (place.meta["val"] for place in written(node))
@@ -179,10 +427,64 @@ class Tracer(fx.Tracer):
                 f"that a graph has once for all calls. {MADE_FROM_INPUT}"
             )
 
+    def _execute(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        try:
+            with self._as_outside(), self.watch(node):
+                return execute(self.root, node, args, kwargs)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise self._refusal(node, args, kwargs, error) from error
+
+    @contextmanager
+    def _as_outside(self) -> Iterator[None]:
+        """Run torch as if nothing were traced."""
+        self.executing = True
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.executing = False
+
+    def _refusal(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> FxpruneError:
+        """Why a node cannot run without data: because it needs some, or because it cannot run at all."""
+        shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
+        own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
+        has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
+        failed = f"{what!r} failed on shapes {shapes}{has}: {error} (at {user_line()})."
+        if self._runs_on_data(node, args, kwargs):
+            return TraceError(
+                f"{failed} The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), "
+                "boolean indexing or other reads of values."
+            )
+        return InputError(
+            f"{failed} Check that the example input has the shape, dtype and order of arguments that the model is called with."
+        )
+
+    def _runs_on_data(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
+        """Whether an operation that fails on tensors without data runs on zeros."""
+        state = torch.get_rng_state()
+        try:
+            args, kwargs = tree_map_only(Tensor, _zeros, (args, kwargs))
+            root = self.root
+            if node.op == "call_module":
+                root = _Only(str(node.target), copy.deepcopy(root.get_submodule(str(node.target))).to_empty(device="cpu"))
+            with self._as_outside():
+                execute(root, node, args, kwargs)
+        except Exception:
+            return False
+        finally:
+            torch.set_rng_state(state)
+        return True
+
+    # -- modules
+
     def call_leaf_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace into a function that its library marked as a leaf; leave it whole where it branches on the mode."""
         if not isinstance(function, types.FunctionType) or _is_torch(function):
-            return self.create_proxy("call_function", function, args, kwargs)
+            return self.record("call_function", function, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
         decisions = len(self.decisions)
         self._inside_leaf_function += 1
@@ -194,105 +496,105 @@ class Tracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             del self.decisions[decisions:]
-            return self.create_proxy("call_function", function, args, kwargs)
+            return self.record("call_function", function, args, kwargs)
         finally:
             self._inside_leaf_function -= 1
 
-    def _execute(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        try:
-            self._executing = True
-            with self.watch(node):
-                return execute(self.root, node, args, kwargs)
-        except FxpruneError:
-            raise
-        except Exception as error:
-            shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-            what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
-            kind = (
-                TraceError if "data" in str(error) or "item" in str(error) or isinstance(error, NotImplementedError) else InputError
-            )
-            advice = (
-                "The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), boolean "
-                "indexing or other reads of values."
-                if kind is TraceError
-                else "Check that the example input has the shape, dtype and order of arguments that the model is called with."
-            )
-            own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
-            has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
-            raise kind(f"{what!r} failed on shapes {shapes}{has}: {error} (at {user_line()}). {advice}") from error
-        finally:
-            self._executing = False
+    def call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a module of the twin does when it is called: a leaf becomes a node, of others the code is followed."""
+        if self.executing or _in_transform() or not is_leaf(module):
+            return module._call_impl(*args, **kwargs)
+        return self.record("call_module", self._paths[id(module)], args, kwargs)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        # Without torch.fx's record of the stack of modules, copied for each node: nobody reads it.
-        if self._executing or not is_leaf(m):
-            return forward(*args, **kwargs)
-        return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+    @_unseen
+    def read_mode(self, module: nn.Module) -> Any:
+        path = self._paths[id(module)]
+        node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
+        node.meta["val"] = self.training
+        node.meta["mode"] = True
+        return stand_in(node, self)
 
     # -- regions
 
     def is_users(self, filename: str) -> bool:
-        """Whether code of this file is followed: not while a node runs, and not inside of torch."""
-        return not self._executing and not is_ours(filename)
+        """Whether code of this file is followed: not while a node runs, not inside of torch, and not in another thread."""
+        return not self.executing and self.is_mine() and not is_ours(filename)
 
-    def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> ValueProxy:
-        proxy: ValueProxy = self.create_proxy("call_function", enter, (kind, *args), kwargs)
-        return proxy
+    def is_mine(self) -> bool:
+        """Whether the thread that asks is the one that traces."""
+        return threading.get_ident() == self.thread
 
-    def end_region(self, entry: ValueProxy) -> None:
-        following = itertools.dropwhile(lambda node: node is not entry.node, self.graph.nodes)
+    def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.create_node("call_function", enter, self.create_arg((kind, *args)), self.create_arg(kwargs))
+        node.meta["val"] = None
+        return node
+
+    @_unseen
+    def end_region(self, entry: fx.Node) -> None:
+        following = itertools.dropwhile(lambda node: node is not entry, self.graph.nodes)
         if any(holds_tensors(node.meta["val"]) for node in following):
-            self.create_proxy("call_function", leave, (entry,), {})
+            self.create_node("call_function", leave, (entry,), {}).meta["val"] = None
         else:
-            self.graph.erase_node(entry.node)
+            self.graph.erase_node(entry)
 
     # -- decisions
 
-    def read_mode(self, module: nn.Module) -> Any:
-        path = self.path_of_module(module) if module is not self.root else ""
-        target = f"{path}.training" if path else "training"
-        node = self.create_node("get_attr", target, (), {})
-        node.meta["val"] = self.training
-        node.meta["mode"] = True
-        return self.proxy(node)
-
-    def decide(self, proxy: ValueProxy, kind: type) -> Any:
+    @_unseen
+    def decide(self, value: Any, kind: type) -> Any:
         """A Python decision needs a value now: take the example's, list it, and guard it in the graph."""
-        value = proxy.value
-        if proxy.node in self.left_out:
-            raise TraceError(number_decides(proxy.node))
-        if isinstance(value, Tensor):
-            if value.is_meta:
+        node, example = value.fx_node, value.example
+        if node in self.left_out:
+            raise TraceError(number_decides(node))
+        if isinstance(example, Tensor):
+            if example.is_meta:
                 raise TraceError(
                     f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
                     "use torch.where or masks, or keep that part in a module that is not pruned."
                 )
-            return kind(value)
-        if from_mode(proxy.node):
+            return kind(example)
+        if from_mode(node):
             if self._inside_leaf_function:
                 raise _ModeReadError
             self.asked_mode = True
-            return kind(value)
-        value = kind(value) if not isinstance(value, tuple | list | str) and value is not None else value
+            return kind(example)
+        taken = kind(example)
         where = user_line()
-        text = f"{where}: {formula(proxy.node)} was taken as {value!r}"
-        if text not in self.decisions and not of_rank(proxy.node):
+        text = f"{where}: {formula(node)} was taken as {taken!r}"
+        if text not in self.decisions and not of_rank(node):
             self.decisions.append(text)
-        self._hold(proxy, value, f"inputs with {formula(proxy.node)}", f" (decided at {where})")
-        return value
+        self._hold(value, taken, f"inputs with {formula(node)}", f" (decided at {where})")
+        return taken
 
-    def _hold(self, proxy: ValueProxy, value: Any, what: str, why: str = "") -> None:
+    def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
         """Let the graph say so where a value is another one than it was traced for."""
-        # Not operator.not_, which asks for the truth of a proxy when the emitted graph is traced in its turn.
-        same = operator.is_ if value is None else operator.eq
-        held = proxy if value is True else self.create_proxy("call_function", same, (proxy, value), {})
-        message = f"this graph was traced for {what} == {value!r}{why}"
-        guard = self.create_proxy("call_function", torch._assert, (held, message), {})
-        guard.node.meta["guard"] = True
+        # Not operator.not_, which asks for the truth of a stand-in when the emitted graph is traced in its turn.
+        same = operator.is_ if taken is None else operator.eq
+        held = value if taken is True else self.record("call_function", same, (value, taken), {})
+        message = f"this graph was traced for {what} == {taken!r}{why}"
+        node = self.create_node("call_function", torch._assert, (self.create_arg(held), message), {})
+        node.meta.update(val=None, guard=True)
 
-    def to_bool(self, obj: Any) -> bool:
-        return bool(self.decide(obj, bool))
+
+class _Only(nn.Module):
+    """A tree with one module in it, at a path of its own."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        super().__init__()
+        *above, name = path.split(".")
+        place: nn.Module = self
+        for own in above:
+            place._modules[own] = nn.Module()
+            place = cast(nn.Module, place._modules[own])
+        place._modules[name] = module
+
+
+def _in_transform() -> bool:
+    """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
 
 
 def _refuse_to_tell_devices(node: fx.Node) -> None:

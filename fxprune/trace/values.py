@@ -1,0 +1,536 @@
+"""Stand-ins for the values of a traced call: each belongs to a node of the graph and knows the example's value but for its data.
+
+The stand-in for a tensor *is* a tensor: a wrapper subclass on the meta device, which holds no memory. C++ can be handed it like any
+other. What Python does with it is recorded at ``__torch_function__``, in the words of torch's Python interface. What passes below
+that unseen (scripted functions, ``vmap``, extensions) is recorded at ``__torch_dispatch__``, as calls of ATen operations. Whoever
+asks for its memory gets an error.
+
+The stand-ins for numbers are ``torch.SymInt``, ``SymFloat`` and ``SymBool``, which torch's functions accept wherever they accept a
+number; those for devices and dtypes are accepted as such.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import magic_methods, reflectable_magic_methods
+
+from fxprune.errors import TraceError
+from fxprune.memory import AUGMENTED
+from fxprune.shapes import META
+from fxprune.trace.lines import user_line
+
+if TYPE_CHECKING:
+    from fxprune.trace.tracer import Tracer
+
+__all__ = ["ASKS", "Number", "SizeTuple", "Traced", "TracedTensor", "asks", "asks_device", "find_traced", "map_leaves", "stand_in"]
+
+
+_DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
+
+ASKS: dict[str, str] = {
+    **dict.fromkeys(("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"), _DEVICE),
+    **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
+    **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
+}
+"""Attributes of a tensor that tell what is the caller's business, and what they tell."""
+
+
+def asks(what: str, how: str) -> str:
+    return (
+        f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has one path for all answers: hand "
+        "x.device and x.dtype on, as in device=x.device, or keep that line inside a module of its own."
+    )
+
+
+def asks_device(how: str) -> str:
+    return asks(_DEVICE, how)
+
+
+class SizeTuple(tuple[Any, ...]):
+    """What ``x.shape`` gives while tracing: a tuple whose entries stand for ``x.size(i)``."""
+
+    @property
+    def __class__(self) -> type:
+        return torch.Size  # for isinstance(x.shape, torch.Size) in users' code
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+
+class Traced:
+    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to them."""
+
+    fx_node: fx.Node
+    tracer: Tracer
+
+    @property
+    def example(self) -> Any:
+        """The value for the example."""
+        return self.fx_node.meta["val"]
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions a tensor has."""
+        with torch._C.DisableTorchFunction():
+            return int(self.example.dim())
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TraceError(f"forward writes {self!r} to a file or to another process (at {user_line()}), which a graph cannot do.")
+
+
+class _SeenByTorch(Traced):
+    """What torch's functions hand over before they look at it.
+
+    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of the thread that traces sees them.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = find_traced((args, kwargs))
+        if found is None:  # torch asks about its own attributes of the class
+            return func(*args, **kwargs)
+        return found.tracer.on_function(func, args, kwargs)
+
+
+class _Operators:
+    """Python's operators, recorded as functions of :mod:`operator`."""
+
+    tracer: Tracer
+
+
+def _operator(name: str, reflected: bool) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def record(self: Any, *others: Any) -> Any:
+        if any(isinstance(other, (list, str)) or type(other) is tuple for other in others) and name in ("add", "mul"):
+            return NotImplemented  # a sequence, so often as the number says
+        args = (*others, self) if reflected else (self, *others)
+        return self.tracer.record("call_function", function, args, {})
+
+    return record
+
+
+for _name in filter(operator.__dict__.__contains__, magic_methods):
+    setattr(_Operators, f"__{_name.strip('_')}__", _operator(_name, reflected=False))
+for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
+    setattr(_Operators, f"__r{_name.strip('_')}__", _operator(_name, reflected=True))
+
+
+# -- tensors
+
+
+class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
+    """Stands for a tensor; ``example`` is one without data, unless it follows from constants alone.
+
+    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of that class is used.
+    """
+
+    @staticmethod
+    def __new__(cls: Any, node: fx.Node, tracer: Tracer) -> TracedTensor:
+        value: Tensor = node.meta["val"]
+        if value.layout is not torch.strided:
+            raise TraceError(f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a graph cannot follow.")
+        made: TracedTensor = Tensor._make_wrapper_subclass(
+            cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype, device=META
+        )
+        made.fx_node = made.node = node
+        made.tracer = tracer
+        return made
+
+    def __init__(self, node: fx.Node, tracer: Tracer) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = cast(Traced, find_traced((args, kwargs)))
+        return found.tracer.on_dispatch(func, args, kwargs or {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.record("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        if not self.rank:
+            raise TypeError("len() of a 0-d tensor")
+        return int(self.tracer.size_of(self, 0))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self))])
+
+    def __reversed__(self) -> Any:
+        return self.tracer.record("call_method", "flip", (self, 0), {}) if self.rank else self
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.decide(self, complex))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with torch._C.DisableTorchFunction():
+            return f"{self.fx_node.name}{tuple(self.example.shape)}"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``x += y`` writes into a tensor."""
+    return lambda self, other: self.tracer.record("call_function", function, (self, other), {})
+
+
+for _name in AUGMENTED:
+    setattr(TracedTensor, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
+# -- numbers
+
+
+class _ForCpp:
+    """What C++ asks of a number that it was given: with each answer of Python's the number is decided upon."""
+
+    def __init__(self, number: Number) -> None:
+        self.number = number
+
+    def is_int(self) -> bool:
+        return isinstance(self.number, TracedInt)
+
+    def is_float(self) -> bool:
+        return isinstance(self.number, TracedFloat)
+
+    def is_bool(self) -> bool:
+        return isinstance(self.number, TracedBool)
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def is_constant(self) -> bool:
+        return False
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def nested_int(self) -> None:
+        return None
+
+    def maybe_as_int(self) -> None:
+        return None
+
+    def guard_int(self, file: Any = None, line: Any = None) -> int:
+        return int(self.number)
+
+    def guard_float(self, file: Any = None, line: Any = None) -> float:
+        return float(self.number)
+
+    def guard_bool(self, file: Any = None, line: Any = None) -> bool:
+        return bool(self.number)
+
+    expect_size = expect_true = guard_size_oblivious = guard_or_false = guard_or_true = guard_bool
+
+    def clone(self) -> _ForCpp:
+        return self
+
+    def _graph_repr(self) -> str:
+        return str(self.number)
+
+    def wrap_int(self, value: int) -> int:
+        return value
+
+    wrap_float = wrap_bool = wrap_int
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "str":
+            return self._graph_repr
+        function: Any = getattr(operator, {"and": "and_", "or": "or_", "sym_not": "not_"}.get(name, name), None)
+        if function is None:
+            raise TraceError(f"C++ reads the number {self.number!r} (at {user_line()}), which a graph cannot follow.")
+        numbers = [self.number]
+
+        def compute(*others: Any) -> Any:
+            result = function(*numbers, *(getattr(other, "number", other) for other in others))
+            return result.node if isinstance(result, Number) else result
+
+        return compute
+
+
+class Number(_Operators, Traced):
+    """Stands for a number that follows from sizes. Python's questions about it are decisions, which the graph guards."""
+
+    def __init__(self, node: fx.Node, tracer: Tracer) -> None:
+        self.fx_node, self.tracer = node, tracer
+
+    @property
+    def node(self) -> _ForCpp:
+        return _ForCpp(self)
+
+    @property
+    def __class__(self) -> type:
+        return type(self.fx_node.meta["val"])
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(self.example, name):
+            raise AttributeError(f"{type(self.example).__name__!r} object has no attribute {name!r}")
+        return getattr(self.tracer.decide(self, type(self.example)), name)
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.decide(self, complex))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
+
+    def __abs__(self) -> Any:
+        return self.tracer.record("call_function", operator.abs, (self,), {})
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self.tracer.record("call_function", round, (self,) if digits is None else (self, digits), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.record("call_function", math.floor, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.record("call_function", math.ceil, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.record("call_function", math.trunc, (self,), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"{self.fx_node.name}={self.example!r}"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, spec: str) -> str:
+        """The text of the example's value, which no node holds: most of it goes into messages that are never shown."""
+        return format(self.example, spec)
+
+
+class TracedInt(Number, torch.SymInt):
+    """Stands for a whole number."""
+
+
+class TracedFloat(Number, torch.SymFloat):
+    """Stands for a floating-point number."""
+
+
+class TracedBool(Number, _SeenByTorch, torch.SymBool):
+    """Stands for a truth value: a comparison of sizes, or the mode of a module."""
+
+
+# -- devices and dtypes
+
+
+class TracedDevice(Traced, str):
+    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a text for a device."""
+
+    def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
+        made = super().__new__(cls, "meta")
+        made.fx_node, made.tracer = node, tracer
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            return torch.device
+        if name in ("fx_node", "tracer", "example") or name.startswith("__"):
+            return super().__getattribute__(name)
+        raise TraceError(asks_device(f"{self!r}.{name}"))
+
+    def __eq__(self, other: Any) -> Any:
+        return self.tracer.record("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: Any) -> Any:
+        return self.tracer.record("call_function", operator.ne, (self, other), {})
+
+    def __hash__(self) -> int:
+        raise TraceError(asks("for something by the device or the dtype of a tensor", f"{self!r} as a key"))
+
+    def __repr__(self) -> str:
+        return f"{self.fx_node.name}={self.example!r}"
+
+    def __str__(self) -> str:
+        raise TraceError(asks_device(f"str({self!r})"))
+
+    def __format__(self, spec: str) -> str:
+        raise TraceError(asks_device(f"str({self!r})"))
+
+
+class TracedDtype(_SeenByTorch):
+    """Stands for a dtype."""
+
+    def __init__(self, node: fx.Node, tracer: Tracer) -> None:
+        self.fx_node, self.tracer = node, tracer
+
+    @property
+    def __class__(self) -> type:
+        return torch.dtype
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(self.example, name):
+            raise AttributeError(f"'torch.dtype' object has no attribute {name!r}")
+        if callable(getattr(self.example, name)):
+            return lambda *args: self.tracer.record("call_method", name, (self, *args), {})
+        return self.tracer.record("call_function", getattr, (self, name), {})
+
+    def __eq__(self, other: Any) -> Any:
+        return self.tracer.record("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: Any) -> Any:
+        return self.tracer.record("call_function", operator.ne, (self, other), {})
+
+    def __hash__(self) -> int:
+        raise TraceError(asks("for something by the device or the dtype of a tensor", f"{self!r} as a key"))
+
+    def __repr__(self) -> str:
+        return f"{self.fx_node.name}={self.example!r}"
+
+    def __str__(self) -> str:
+        return str(self.example)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.example, spec)
+
+
+# -- all of them
+
+
+_KINDS: dict[type, Any] = {
+    bool: TracedBool,
+    int: TracedInt,
+    float: TracedFloat,
+    torch.device: TracedDevice,
+    torch.dtype: TracedDtype,
+}
+
+
+def stand_in(node: fx.Node, tracer: Tracer) -> Any:
+    """What stands for the value of a node: containers hold a stand-in for each entry; None, text and the like are themselves.
+
+    Raises
+    ------
+    TraceError
+        If the value is of a kind that a graph cannot follow.
+    """
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return TracedTensor(node, tracer)
+    kind = _KINDS.get(type(value))
+    if isinstance(value, torch.dtype) and not (value.is_floating_point or value.is_complex):
+        return value  # no conversion of the model changes it
+    if kind is not None:
+        return kind(node, tracer)
+    if isinstance(value, (tuple, list)):
+        entries = [tracer.record("call_function", operator.getitem, (node, i), {}) for i in range(len(value))]
+        if isinstance(value, torch.Size):
+            return SizeTuple(entries)
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    if isinstance(value, dict):
+        pairs = {key: tracer.record("call_function", operator.getitem, (node, key), {}) for key in value}
+        return pairs if type(value) is dict else type(value)(pairs)
+    if value is None or isinstance(value, (str, complex, torch.layout, torch.memory_format)):
+        return value
+    raise TraceError(f"{node.name!r} gives a {type(value).__name__} (at {user_line()}), which a graph cannot follow.")
+
+
+def find_traced(value: Any) -> Traced | None:
+    """The first stand-in in nested arguments; also one that C++ hands back as a number of torch."""
+    kind = type(value)
+    if issubclass(kind, Traced):
+        return cast(Traced, value)
+    if kind is tuple or kind is list or issubclass(kind, (tuple, list)):
+        entries: Any = value
+    elif issubclass(kind, dict):
+        entries = value.values()
+    elif kind is slice:
+        entries = (value.start, value.stop, value.step)
+    elif kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
+        return getattr(value.node, "number", None)
+    else:
+        return None
+    for entry in entries:
+        found = find_traced(entry)
+        if found is not None:
+            return found
+    return None
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has changed."""
+    kind = type(value)
+    if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
+        entries = [map_leaves(function, entry) for entry in value]
+        if all(new is old for new, old in zip(entries, value, strict=True)):
+            return value
+        return kind(*entries) if hasattr(value, "_fields") else kind(entries)
+    if kind is dict:
+        pairs = {key: map_leaves(function, entry) for key, entry in value.items()}
+        return value if all(pairs[key] is value[key] for key in value) else pairs
+    if kind is slice:
+        return slice(*(map_leaves(function, bound) for bound in (value.start, value.stop, value.step)))
+    return function(value)
