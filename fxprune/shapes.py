@@ -7,6 +7,7 @@ normalisations, poolings) have a shape that is plain to see, and are answered he
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "ShapeMode", "is_quick", "map_tensors", "run", "tensors_in"]
+__all__ = ["META", "ShapeMode", "is_quick", "leaves_of", "map_tensors", "run", "tensors_in"]
 
 META = torch.device("meta")
 
@@ -34,6 +35,17 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of nested containers, and of dataclasses in them."""
+    leaves: list[Any] = []
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += leaves_of([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
 
 
 def holds_tensors(value: Any) -> bool:

@@ -19,6 +19,7 @@ ROOMS = [
     "values",
     "inputs",
     "hooks",
+    "module_sizes",
     "references",
     "shapes",
     "macs",

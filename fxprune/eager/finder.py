@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import Answers, followed
 from fxprune.errors import FxpruneError
-from fxprune.shapes import META, holds_tensors
+from fxprune.shapes import META, holds_tensors, leaves_of
 from fxprune.trace import Twin, trace
 
 __all__ = ["Finder", "shape_of"]
@@ -93,7 +93,8 @@ class Finder:
                 trace(self.twin.part(path), args, kwargs, training=True)
             except FxpruneError as error:
                 self.evaluated[path] = str(error)
-        return str(traced.graph)
+        known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves_of(traced.outputs))
+        return str(traced.graph) if known else None  # another object may hold tensors
 
     def _entered(self) -> set[str]:
         """The parts inside of which another part lies: Python calls that one, too, which is as wide as Python sees it."""

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import Answers, followed, ways_of
 from fxprune.eager.finder import Finder, shape_of
-from fxprune.eager.python import PYTHON, RealMode, Sizes
+from fxprune.eager.python import PYTHON, RealMode, Sizes, Width, measure
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
+from fxprune.shapes import leaves_of
 from fxprune.trace import Trace, Twin, trace
 
 __all__ = ["ONLY_EVALUATION", "Parts"]
@@ -40,6 +41,7 @@ class Parts:
         self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
         self._stand_ins: TensorMap[Tensor] = TensorMap()
         self.decided = ""  # the line at which Python reads values
+        self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -55,9 +57,10 @@ class Parts:
             if answers:  # the example goes another way: what is computed there is not what it costs
                 del self.context.contractions[contractions:]
         inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
+        read = TensorMap((tensor, None) for tensor in self._read)
         for tensor in _tensors(self.twin.model):
             record = self.context.record(tensor)
-            if tensor not in inside and record is not None and record.fields:
+            if (tensor not in inside or tensor in read) and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
         if self.decided:  # what a part shares with a module that has not run is read there as it is
             self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
@@ -66,24 +69,30 @@ class Parts:
     def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], answers: Answers) -> Any:
         real, mode = self.twin.instance(), RealMode(self.context)
         for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
+            mode.own[own] = stand_in
             record = self.context.record(stand_in)
             if record is not None:
                 self.context.records[own] = record
+        measure(real, mode)
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            args, kwargs = tree_map(_as_number, (args, kwargs))
             with _disable_current_modes():
                 with without_function_modes():
                     traced = self._traced(path, args, kwargs)
-                with _without_function_mode(), torch.inference_mode():  # of sizes; it is seen what the result depends on
+                # Of sizes; it is seen what the result depends on.
+                with _without_function_mode(), torch.inference_mode(), mode.paused():
                     out = call()
-            for leaf, stand_in in zip(tree_leaves(out), tree_leaves(traced.outputs), strict=True):
+            for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):
                     self._handed.append((stand_in, True, True))
                     self.context.records[leaf] = Record(leaf, list(self.context.fields(stand_in)))
             return out
 
         with intercepted(real, parts, part):
-            return followed(real, args, kwargs, answers, Sizes(mode), mode)[0]
+            out = followed(real, args, kwargs, answers, Sizes(mode), mode)[0]
+        self._read += mode.read
+        return out
 
     def _outside(self) -> list[Tensor]:
         """The parameters and buffers of modules that are in no part."""
@@ -120,7 +129,9 @@ class Parts:
     def _traced(self, path: str, args: Any, kwargs: Any) -> Trace:
         inputs = tree_map(self._stand_in, (args, kwargs))
         traced = replace(trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:")), path=path)
-        self.traces.setdefault((path, False), traced)
+        first = self.traces.setdefault((path, False), traced)
+        if first is not traced:
+            self._laid_out_alike(first, traced)
         for value in traced.placeholders:
             self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         if path in self._found.evaluated:
@@ -129,6 +140,19 @@ class Parts:
             training = trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:train."), training=True)
             self.traces.setdefault((path, True), replace(training, path=path))
         return traced
+
+    def _laid_out_alike(self, first: Trace, again: Trace) -> None:
+        """One graph stands for all calls of a part: what it takes and gives keeps the same positions in each of them."""
+        ctx = self.context
+        ctx.node = f"{first.path}:output"
+        both = [leaves_of((own.placeholders, own.outputs)) for own in (first, again)]
+        for one, other in zip(*both, strict=True):
+            fields, others = ctx.fields(one), ctx.fields(other)
+            if [f.labels.shape for f in fields] == [f.labels.shape for f in others]:
+                for f, g in zip(fields, others, strict=True):
+                    ctx.unite(f.labels, g.labels)
+            else:
+                ctx.pin_all([*fields, *others], "is laid out in another way in another call")
 
     def _stand_in(self, real: Any) -> Any:
         if not isinstance(real, Tensor):
@@ -140,6 +164,14 @@ class Parts:
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made
+
+
+def _as_number(leaf: Any) -> Any:
+    """A width that a part is called with is a number to its graph, which holds for no other one."""
+    if not isinstance(leaf, Width):
+        return leaf
+    leaf.told()
+    return int(leaf)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

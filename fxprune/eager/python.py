@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
+from fxprune.eager.narrowing import narrows
+from fxprune.identity import TensorMap
 from fxprune.labels import Array
-from fxprune.propagation import LabelMode, keeps_order
+from fxprune.module_sizes import remembered
+from fxprune.propagation import LabelMode
 from fxprune.rules import Context
 from fxprune.shapes import tensors_in
 from fxprune.trace import SizeTuple, user_line
 
-__all__ = ["PYTHON", "RealMode", "Sizes"]
+__all__ = ["PYTHON", "RealMode", "Sizes", "Width", "measure"]
 
 PYTHON = "python:"
 """What the names of nodes begin with that are no nodes: lines of Python code."""
 
 
 class Width(int):
-    """A size that shrinks, read by Python code: whatever is computed from it would change, so that its ``labels`` become wide."""
+    """A size that shrinks, read by Python code.
 
-    labels: list[Array]  # of the axis, by field
-    wide: list[Array]
+    Attributes
+    ----------
+    read:
+        Gives the labels of the axis, by field.
+    tell:
+        Called with the labels where something is computed from the number, which a smaller one would change.
+    """
+
+    read: Callable[[], list[Array]]
+    tell: Callable[[list[Array]], None]
 
     @classmethod
-    def of(cls, value: int, labels: list[Array], wide: list[Array]) -> Width:
+    def of(cls, value: int, read: Callable[[], list[Array]], tell: Callable[[list[Array]], None]) -> Width:
         made = cls(value)
-        made.labels, made.wide = labels, wide
+        made.read, made.tell = read, tell
         return made
 
+    @property
+    def labels(self) -> list[Array]:
+        return self.read()
+
     def told(self) -> None:
-        self.wide += self.labels
+        self.tell(self.read())
+
+    def is_size_of(self, other: Any) -> bool:
+        """Whether another number is the same size, also when both have shrunk."""
+        pairs = zip(self.labels, other.labels, strict=False) if isinstance(other, Width) and int(self) == int(other) else ()
+        return any(np.array_equal(a.ravel(), b.ravel()) for a, b in pairs)
 
 
 def _telling(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
     def method(self: Width, *args: Any) -> Any:
-        self.told()
+        if not (name in ("__eq__", "__ne__") and self.is_size_of(args[0])):
+            for width in (self, *args):
+                if isinstance(width, Width):
+                    width.told()
         return plain(self, *args)
 
     return method
@@ -98,9 +124,41 @@ class Sizes(TorchFunctionMode):
     def _sizes(self, tensor: Tensor) -> Any:
         context, sizes = self.mode.context, list(tensor.size())
         fields = context.fields(tensor)
+        self.mode.reads(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
-            sizes[dim] = Width.of(sizes[dim], [f.labels for f in fields if dim in f.dims], context.wide)
+            labels = [f.labels for f in fields if dim in f.dims]
+            sizes[dim] = Width.of(sizes[dim], functools.partial(_live, context, labels), context.wide.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
+
+
+def _live(context: Context, labels: list[Array]) -> list[Array]:
+    return [*map(context.units.live, labels)]
+
+
+def measure(model: nn.Module, mode: RealMode) -> None:
+    """Let the numbers that modules remember of their sizes (``in_features``) say so where Python reads them.
+
+    They are those of the smaller model there. What is computed from one keeps its value: the axis stays.
+    """
+    context = mode.context
+
+    def attribute(tensor: Tensor, dim: int) -> Width:
+        def read() -> list[Array]:
+            if mode.pausing:
+                return []
+            mode.reads(tensor)
+            return [f.labels for f in context.fields(tensor) if dim in f.dims]
+
+        def tell(labels: list[Array]) -> None:
+            for own in labels:
+                context.pin(own, "has its size read in Python code")
+
+        return Width.of(tensor.shape[dim], read, tell)
+
+    for module in model.modules():
+        for name, tensor, dim in [*remembered(module)]:
+            if tensor in mode.own and context.record(tensor) is not None:
+                vars(module)[name] = attribute(tensor, dim)
 
 
 class RealMode(LabelMode):
@@ -109,10 +167,29 @@ class RealMode(LabelMode):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.widths: list[Width] = []  # among the sizes that this call is given
+        self.own: TensorMap[Tensor] = TensorMap()  # the model's parameters and buffers -> those of the twin
+        self.read: TensorMap[None] = TensorMap()  # those of the twin that Python reads itself, outside of parts
+        self.pausing = False  # while a part runs
         self._number = itertools.count()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a part runs: what it reads of its own is no business of Python's."""
+        self.pausing = True
+        try:
+            yield
+        finally:
+            self.pausing = False
+
+    def reads(self, tensor: Tensor) -> None:
+        """Python reads this tensor, or its size: what is a parameter is seen there as it is, and not as wide as it was."""
+        if tensor in self.own:
+            self.read[self.own[tensor]] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx, rule, tensors = self.context, rules.find(func), tensors_in(args, kwargs)
+        for tensor in tensors:
+            self.reads(tensor)
         ctx.node = f"{PYTHON}{user_line()}#{next(self._number)}"
         ctx.target = func
         labelled = any(t in ctx.records for t in tensors)
@@ -121,8 +198,7 @@ class RealMode(LabelMode):
         if not labelled and not (creates and self.widths):
             return out
         if rule is None:
-            for tensor in tensors:
-                ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
+            ctx.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
             return out
         before = [f.labels for t in tensors for f in ctx.fields(t)]
         statistics = len(ctx.statistics)
@@ -136,12 +212,12 @@ class RealMode(LabelMode):
                     ctx.unite(f.labels.ravel(), labels.ravel())
                 ctx.wide += [] if measured else [f.labels]
             return out
-        if not self._narrows(func, rule, bound, before, out, statistics):
+        if not self._narrows(func, args, kwargs, rule, out, statistics):
             ctx.wide += [*before, *(a for width in self.widths for a in width.labels)]
             ctx.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
         return out
 
-    def _narrows(self, func: Any, rule: Any, bound: Mapping[str, Any], before: list[Array], out: Any, statistics: int) -> bool:
+    def _narrows(self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int) -> bool:
         """Whether the same call does the right thing on fewer channels."""
         ctx, name = self.context, func._schema.name.removeprefix("aten::").rstrip("_")
         if ctx.rescaled.pop(ctx.node, None) is not None:
@@ -149,14 +225,16 @@ class RealMode(LabelMode):
         if len(ctx.statistics) > statistics:
             ctx.statistics.popitem()  # they are taken at full width, where zeros count as in the masked original
             return False
-        if rule.family == "convolution" and bound["groups"] > 1:
+        if rule.family == "convolution" and rules.bind(func, args, kwargs)["groups"] > 1:
             return False
-        if name in _SIZED | {"_unsafe_view", "_reshape_alias", "as_strided"}:
-            read = {ctx.units.live(a).ravel().tobytes() for width in self.widths for a in width.labels}
-            return all(f.labels.ravel().tobytes() in read for leaf in tree_leaves(out) for f in ctx.fields(leaf))
-        if rule.family in ("pointwise", "contraction", "convolution", "normalisation", "reduction"):
+        if rule.family in ("pointwise", "contraction", "convolution", "normalisation", "reduction", "recurrent"):
             return True
-        if keeps_order(ctx, func, rule, bound):
+        if name in _SIZED | {"_unsafe_view", "_reshape_alias"} and self._measured(out):
             return True
-        needed = {live.ravel().tobytes() for live in map(ctx.units.live, before) if live.any()}
-        return needed == {f.labels.ravel().tobytes() for leaf in tree_leaves(out) for f in ctx.fields(leaf)}
+        return narrows(func, args, kwargs, out, lambda tensor: [f.labels for f in ctx.fields(tensor)])
+
+    def _measured(self, out: Any) -> bool:
+        """Whether every axis that shrinks was given its size by Python that read it off a tensor."""
+        live = self.context.units.live
+        read = {live(a).ravel().tobytes() for width in self.widths for a in width.labels}
+        return all(f.labels.ravel().tobytes() in read for leaf in tree_leaves(out) for f in self.context.fields(leaf))

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.labels import Array, Field, compact, varied
+from fxprune.module_sizes import sizes_of
 from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
 from fxprune.references import HOOKS, hooks_of
@@ -33,7 +34,7 @@ from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
-from fxprune.shapes import META, map_tensors
+from fxprune.shapes import META, leaves_of, map_tensors
 from fxprune.trace import Trace, attribute, is_leaf, put_tensors
 
 __all__ = ["emit"]
@@ -89,6 +90,8 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
         final = {key: standing.get(id(below), below) for key, below in made.items()}
         _refer_to(made, final, filled)
         _hook(twin.modules, final)
+        for module in final.values():
+            vars(module).update(sizes_of(module))
     return root
 
 
@@ -164,7 +167,7 @@ class _Emission:
         if node.op == "placeholder":
             new = self._taken_in(self.graph.node_copy(node), next(inputs))
         elif node.op == "output":
-            handed = fx.node.map_arg(node.args, lambda n: self._handed_out(self.numbers.original(n), _value(n)))
+            handed = fx.node.map_arg(node.args, self._handed_out)
             new = self.graph.create_node("output", "output", handed, name=node.name)
         else:
             emitted = self._call(node)
@@ -183,8 +186,20 @@ class _Emission:
             self.env[new] = self._stand_in(value)
         return new
 
-    def _handed_out(self, new: fx.Node, old: Any) -> fx.Node:
+    def _handed_out(self, node: fx.Node) -> Any:
         """A result as Python code gets it: smaller, or as wide as it was, with zeros where something is gone."""
+        new, value = self.numbers.original(node), _value(node)
+        if isinstance(value, Tensor):
+            return self._widened(new, value)
+        if not any(True for leaf in leaves_of(value) for _ in self._padded(leaf)):
+            return new
+        if isinstance(node.target, type):  # a named tuple, or another object that holds tensors: made of what is handed out
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._handed_out)
+            return self.graph.call_function(node.target, args, kwargs)
+        items = [self._widened(self.graph.call_function(operator.getitem, (new, i)), item) for i, item in enumerate(value)]
+        return type(value)(items) if type(value) in (tuple, list) else self.graph.call_function(type(value), (items,))
+
+    def _widened(self, new: fx.Node, old: Any) -> fx.Node:
         for dim, alive in self._padded(old):
             padding = [0, 0] * (old.dim() - 1 - dim) + [0, 1]
             new = self.graph.call_function(torch.nn.functional.pad, (new, padding))

@@ -1,0 +1,103 @@
+"""Whether a call gives on fewer channels what is left of its result on all of them: found out by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxprune.identity import TensorMap
+from fxprune.labels import Array, varied
+from fxprune.shapes import tensors_in
+
+__all__ = ["narrows"]
+
+Labels = Callable[[Tensor], list[Array]]
+
+
+def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool:
+    """Whether the call, its numbers as they are, commutes with the removal of labelled positions.
+
+    The call is made on random values, on all positions and on some that are left. That is enough for operations that move values:
+    what they do does not depend on the values.
+
+    Parameters
+    ----------
+    out:
+        What the call gave.
+    labels:
+        The live labels of a tensor, one array for each field.
+    """
+    given = TensorMap((tensor, labels(tensor)) for tensor in tensors_in(args, kwargs))
+    results = [labels(leaf) if isinstance(leaf, Tensor) else [] for leaf in tree_leaves(out)]
+    fields = [array for arrays in (*given.values(), *results) for array in arrays]
+    filled = TensorMap((tensor, _random(tensor)) for tensor, arrays in given.items() if arrays and tensor.is_floating_point())
+    whole = _called(func, args, kwargs, filled)
+    if whole is None:
+        return False
+    tried = not fields
+    for gone in _removals(fields):
+        small = TensorMap((tensor, _left(value, given[tensor], gone)) for tensor, value in filled.items())
+        if any(value is None for value in small.values()):
+            continue
+        tried, found = True, _called(func, args, kwargs, small)
+        if found is None or len(found) != len(whole):
+            return False
+        for own, value, arrays in zip(found, whole, results, strict=True):
+            if isinstance(value, Tensor) and not _alike(own, _left(value, arrays, gone)):
+                return False
+    return tried
+
+
+def _removals(fields: list[Array]) -> Iterator[Array]:
+    """Labels to remove: of every field the last positions, then the first, and every other one."""
+    several = [array for array in fields if len(varied(array)) > 1]
+    if several:  # what is left of a rectangle is a rectangle
+        for dim in varied(several[0]):
+            yield np.unique(several[0].take([-1], axis=dim))
+            yield np.unique(several[0].take([0], axis=dim))
+        return
+    units = [own[own > 0] for own in map(np.unique, fields)]
+    for part in (lambda own: own[len(own) // 2 :], lambda own: own[: len(own) // 2], lambda own: own[::2]):
+        if units:
+            yield np.concatenate([part(own) for own in units])
+
+
+def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
+    """A tensor without the positions of some labels; None where what is left is no rectangle, or nothing."""
+    for array in fields:
+        alive = ~np.isin(array, gone)
+        product = np.ones((), dtype=bool)
+        for dim in varied(alive):
+            kept = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim), keepdims=True)
+            product = product & kept
+            if array.shape[dim] == value.shape[dim]:
+                value = value.index_select(dim, torch.from_numpy(np.flatnonzero(kept)).to(value.device))
+        if not value.numel() or not np.array_equal(np.broadcast_to(product, alive.shape), alive):
+            return None
+    return value
+
+
+def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[Any] | None:
+    """The leaves of what the call gives on these values; None if it fails."""
+    own, named = tree_map(lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    try:
+        return tree_leaves(func(*own, **named))
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        return None
+
+
+def _random(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor).uniform_(0.5, 1.5, generator=torch.Generator(tensor.device).manual_seed(tensor.numel()))
+
+
+def _alike(found: Any, wanted: Tensor | None) -> bool:
+    if wanted is None or not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, wanted)
+    return torch.allclose(found.double(), wanted.double(), rtol=1e-5)
