@@ -380,6 +380,8 @@ class Tracer:
         if hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
             return self._made_by(type(a), tuple(map(self.create_arg, a)), {})
         entries = [self.create_arg(entry) for entry in a]
+        if hasattr(type(a), "n_sequence_fields"):  # what torch.max gives
+            return self._made_by(type(a), (tuple(entries),), {})
         return tuple(entries) if isinstance(a, tuple) else entries
 
     def _mapping(self, a: Any) -> Any:
