@@ -42,7 +42,10 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | 
     """
     pools = pools_of(coupling)
     order, least = _spared(coupling, pools, [_ascending(pool, ranking.value) for pool in pools])
-    least = [max(math.ceil(budget.min_channels / pool.blocks), spared) for pool, spared in zip(pools, least, strict=True)]
+    least = [
+        max(math.ceil(budget.min_channels / pool.blocks), spared, pair)
+        for pool, spared, pair in zip(pools, least, _pairs(coupling, pools), strict=True)
+    ]
     widths, fixed = _given(coupling, pools, budget, least)
     whole = (budget.macs, budget.params, budget.latency, budget.channels if budget.scope == "global" else None)
     if any(share is not None for share in whole):
@@ -95,6 +98,15 @@ def _spared(
     put_off = [np.argsort(spared[own], axis=1, kind="stable") for own in labels]
     late = [np.take_along_axis(ascending, moved, axis=1) for ascending, moved in zip(order, put_off, strict=True)]
     return late, [int(spared[own].sum(axis=1).max()) for own in labels]
+
+
+def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
+    """How many units every block has to keep so that no statistic is taken of one value: two, where it has two, or one."""
+    context = coupling.context
+    needed = np.zeros(context.units.count, dtype=bool)
+    for labels in context.pairs:
+        needed[context.units.live(labels)] = True
+    return [min(2, pool.width) if needed[pool.labels].any() else 1 for pool in pools]
 
 
 def _all_tensors(coupling: Coupling) -> list[Tensor]:

@@ -394,3 +394,35 @@ def test_a_recurrent_network_is_counted_too() -> None:
     pruned = fxprune.prune(Recurrent().eval(), x, macs=0.5)
     assert pruned.report.macs_before == 10 * 2 * (32 * 6 + 32 * 8) + 10 * 16 * 3
     assert pruned.report.macs_after == _macs(pruned.model, x)
+
+
+class Pooled(nn.Module):
+    """Features without positions under a group norm: (batch, channels), or (batch, channels, 1, 1)."""
+
+    def __init__(self, groups: int, spatial: bool) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 12, 3), nn.GroupNorm(groups, 12), nn.Conv2d(12, 2, 1)
+        self.spatial = spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).mean((2, 3), keepdim=True)
+        h = self.norm(h) if self.spatial else self.norm(h.flatten(1))[..., None, None]
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    "budget", [{"channels": 0.05}, {"params": 0.6}, {"channels": 0.6, "scope": "global"}, {"layers": {"a": 0.01}}]
+)
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_no_group_norm_is_left_with_one_value(groups: int, spatial: bool, budget: dict[str, Any]) -> None:
+    model = Pooled(groups, spatial)
+    pruned = fxprune.prune(model, torch.randn(2, 3, 6, 6), **budget)
+    left = pruned.model.get_parameter("norm.weight").numel()
+    assert 2 * groups <= left < 12
+    assert pruned.model(torch.randn(1, 3, 6, 6)).shape == (1, 2, 1, 1)
+
+
+def test_a_group_norm_over_positions_keeps_one_channel() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.Conv2d(12, 2, 1))
+    assert fxprune.prune(net, torch.randn(2, 3, 6, 6), channels=0.1).model.get_parameter("1.weight").numel() == 3

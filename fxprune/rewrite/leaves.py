@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.padding import _ConstantPadNd
 
-from fxprune.rewrite.literals import shuffled_groups
+from fxprune.rewrite.literals import padding, shuffled_groups
 from fxprune.rewrite.survivors import Survivors
 
 __all__ = ["resize"]
@@ -24,6 +25,8 @@ def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -
     new_output = survivors.shape(value) if isinstance(value, Tensor) else None
     # Numbers, past Module.__setattr__, which is slow.
     vars(module).update(_sizes(survivors, module, old_input, new_input, new_output))
+    if isinstance(module, _ConstantPadNd):
+        module.padding = tuple(padding(survivors, value, module.padding))
 
 
 def _sizes(

@@ -158,6 +158,7 @@ class Context:
         self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
         self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
         self.rescaled: dict[str, list[Array]] = {}  # nodes that are a mean or a variance -> labels of the averaged elements
+        self.pairs: list[Array] = []  # labels of which every block keeps two, because of one value alone no statistic is taken
         self.ran: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}  # node -> the ops that it ran, their arguments
 
     # -- tensors

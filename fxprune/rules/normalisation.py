@@ -57,12 +57,14 @@ def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("group_norm")
 def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over each group's surviving channels; every group loses equally many."""
+    """Statistics over each group's surviving channels; every group loses equally many, and keeps two where it has no positions."""
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     shared = groups < x.shape[1]
     ctx.statistic([place(f.labels, (1,), x.dim()) for f in fields] if shared else [])
     if shared:
+        if x.shape[2:].numel() == 1:  # F.group_norm refuses a batch of one then, if a group is one value
+            ctx.pairs += [f.labels for f in fields]
         for f in fields:
             if groups > 1:
                 ctx.sight(f.labels.reshape(groups, -1), fixed={0})

@@ -108,9 +108,9 @@ def register_rule(name: str, *, like: str | None = None) -> Callable[[Handler], 
 
 @functools.cache
 def find(func: Any) -> Rule | None:
-    """The rule for an ATen overload: its own, that of its functional form, or the pointwise one by its tag."""
+    """The rule for an ATen overload: its own, that of its functional form or of the view that it copies, or by its tag."""
     name = func._schema.name.removeprefix("aten::")
-    own = REGISTRY.get(name)
+    own = REGISTRY.get(name) or REGISTRY.get(name.removesuffix("_copy"))
     if own is None and name.endswith("_") and not name.endswith("__"):
         own = REGISTRY.get(name[:-1])
     if own is None and torch.Tag.pointwise in func.tags:
