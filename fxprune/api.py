@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.advice import warn_of_little
 from fxprune.analysis import Clock, label_and_couple
 from fxprune.arguments import budget_of, check_model, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
@@ -170,6 +171,11 @@ def prune(
         Prove the result against the masked original at once (see :func:`verify`); the report then shows the error, and one above
         1e-6 is raised. By default that is done where a rule of your own took part (:func:`register_rule`).
 
+    Warns
+    -----
+    FxpruneWarning
+        If channels were to go and none, or nearly none, could.
+
     Raises
     ------
     ArgumentError, BudgetError, InputError, ModelError, TraceError, RewriteError, VerificationError
@@ -221,6 +227,7 @@ def prune(
                 "left as they are, and verify=False returns the model all the same."
             )
         pruned = replace(pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds)))
+    warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
 
 

@@ -32,7 +32,10 @@ from fxprune.rules.convolution import KERNEL
 from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
+__all__ = ["KEPT", "Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
+
+KEPT = "is kept by request"
+"""The reason of a pin that the caller asked for."""
 
 
 @dataclass(frozen=True, order=True)
@@ -304,7 +307,7 @@ class Labelling:
             record = self.context.record(self.parameters[name])
             assert record is not None
             for axis in sorted(record.unborn):
-                self.context.adopt_nothing(record, axis, "is kept by request")
+                self.context.adopt_nothing(record, axis, KEPT)
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""

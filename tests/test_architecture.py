@@ -53,6 +53,7 @@ ROOMS = [
     "latency",
     "arguments",
     "report",
+    "advice",
     "saving",
     "api",
     "steps",

@@ -1,0 +1,51 @@
+"""What a caller should hear of a result that is hardly what was meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from fxprune.budget import Budget
+from fxprune.coupling import KEPT, Coupling
+from fxprune.errors import FxpruneWarning
+from fxprune.report import Report
+
+__all__ = ["warn_of_little"]
+
+_LITTLE = 0.2  # of the share that was asked to go: where less of the parameters goes, the channels that go are the small ones
+
+
+def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stacklevel: int) -> None:
+    """Warn where channels were to go and (nearly) none did, though the caller kept none: something in the model holds them.
+
+    Budgets of multiply-accumulates, parameters or time hold, or there would be no result: only ``channels`` and ``layers`` count.
+    """
+    shares = [share for share in (budget.channels, *budget.layers.values()) if share is not None]
+    wanted = min(shares, default=1.0)
+    if wanted >= 1:
+        return
+    units, left = sum(group.total for group in report.groups), sum(group.kept for group in report.groups)
+    gone = 1 - report.params_after / max(report.params_before, 1)
+    pinned = (report.params_pinned or 0) > report.params_before / 2
+    held = coupling.pinned_macs()
+    if next(iter(held), None) == KEPT:
+        return
+    if left < units and (budget.channels is None or not pinned or gone >= _LITTLE * (1 - budget.channels)):
+        return
+    asked = f"channels={budget.channels:g}" if budget.channels is not None else f"layers={dict(budget.layers)}"
+    result = f"{report.params_after / max(report.params_before, 1):.0%} of the parameters are left"
+    if not units:
+        result = "nothing in this model can be pruned"
+    elif left == units:
+        result = f"none of the {units} units went, each group being left what min_channels= and round_to= ask for"
+    way = "print(fxprune.analyze(model, example_inputs)) shows all that is pinned, and why."
+    text = f"{asked} was asked for, and {result}. {_most_pinned(coupling, held)}{way}"
+    warnings.warn(text, FxpruneWarning, stacklevel=stacklevel + 1)
+
+
+def _most_pinned(coupling: Coupling, held: Mapping[str, float]) -> str:
+    """The pin that holds most, as a sentence."""
+    if held:
+        reason, share = next(iter(held.items()))
+        return f"What holds most, {share:.0%} of the multiply-accumulates: {reason}. "
+    return f"Pinned: {coupling.pinned[0].reason}. " if coupling.pinned else ""

@@ -1,0 +1,81 @@
+"""A call that removes hardly anything says so, and what holds it; one that removes what was asked for says nothing."""
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import FxpruneWarning
+
+
+class Sorted(nn.Module):
+    """An order of the channels, in which nothing can be removed; a small rest can."""
+
+    def __init__(self, rest: int) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.small, self.head = nn.Linear(32, rest), nn.Linear(rest, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.wide(x).relu().sort(dim=-1).values
+        return self.head(self.small(self.narrow(hidden).cumsum(-1)).relu())
+
+
+def convolutions(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3))
+
+
+X, IMAGE = torch.randn(2, 32), torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_what_is_nearly_all_pinned(scope: str) -> None:
+    with pytest.warns(FxpruneWarning) as caught:
+        report = fxprune.prune(Sorted(4), X, channels=0.5, scope=scope).report
+    (warning,) = caught
+    left = report.params_after / report.params_before
+    assert left > 0.9
+    text = str(warning.message)
+    for part in (r"channels=0\.5 was asked for", f"{left:.0%} of the parameters are left", r"\d+% of the mul.*: ", "analyze"):
+        assert re.search(part, text), text
+    reason = next(iter(fxprune.analyze(Sorted(4), X).pinned_macs()))
+    assert reason in text
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("options", [{"channels": 0.5}, {"channels": 0.9, "scope": "global"}])
+def test_what_cannot_be_pruned_at_all(options: dict[str, Any]) -> None:
+    with pytest.warns(FxpruneWarning, match="nothing in this model can be pruned"):
+        fxprune.prune(nn.Sequential(nn.Conv2d(3, 4, 3)), IMAGE, **options)
+
+
+def test_groups_that_are_left_as_they_are_by_rounding() -> None:
+    for options in ({"round_to": 16}, {"min_channels": 16}):
+        with pytest.warns(FxpruneWarning, match=r"none of the 8 units went.*round_to="):
+            fxprune.prune(convolutions(), IMAGE, channels=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "options"),
+    [
+        (convolutions(), IMAGE, {"channels": 0.5}),
+        (convolutions(), IMAGE, {"channels": 0.95, "scope": "global"}),
+        (convolutions(), IMAGE, {"channels": 1.0}),
+        (convolutions(), IMAGE, {"layers": {"0": 0.9}}),
+        (convolutions(), IMAGE, {"channels": 0.5, "keep": "0"}),
+        (convolutions(), IMAGE, {"macs": 1.0}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), IMAGE, {"channels": 1.0}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), IMAGE, {"params": 1.0}),
+        (Sorted(4), X, {"params": 0.99}),
+        (Sorted(512), X, {"channels": 0.5}),
+        (nn.Sequential(nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 512)), X, {"channels": 0.75}),
+    ],
+)
+def test_no_false_alarm(model: nn.Module, x: Tensor, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxprune.prune(model, x, **options)
