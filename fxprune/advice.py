@@ -45,7 +45,9 @@ def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stackl
 
 def _most_pinned(coupling: Coupling, held: Mapping[str, float]) -> str:
     """The pin that holds most, as a sentence."""
-    if held:
-        reason, share = next(iter(held.items()))
-        return f"What holds most, {share:.0%} of the multiply-accumulates: {reason}. "
-    return f"Pinned: {coupling.pinned[0].reason}. " if coupling.pinned else ""
+    if not coupling.pinned:
+        return ""
+    reason = next(iter(held), coupling.pinned[0].reason)
+    axis = next((str(pinned.axes[0]) for pinned in coupling.pinned if pinned.reason == reason and pinned.axes), "")
+    share = f", {held[reason]:.0%} of the multiply-accumulates" if reason in held else ""
+    return f'What pins most: "{reason}"{f", as {axis}" if axis else ""}{share}. '

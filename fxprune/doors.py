@@ -21,7 +21,7 @@ import torch
 
 from fxprune.errors import CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
 
-__all__ = ["calling", "door", "read"]
+__all__ = ["calling", "door", "guarded", "read"]
 
 T = TypeVar("T")
 
@@ -51,24 +51,40 @@ def door(public: T) -> T:
 
 def _guarded(function: Any, name: str) -> Any:
     @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def entered(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (FxpruneError, Warning):
             raise
         except Exception as error:
-            raise _own(error, function, name, args, kwargs) from error
+            slip = _slip(error, function, args, kwargs) if isinstance(error, TypeError) else None
+            raise slip or _own(error, name) from error
 
-    return guarded
+    return entered
 
 
-def _own(error: Exception, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError:
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """As :func:`door`, for a block of code; ``name`` is what an error says failed."""
+    try:
+        yield
+    except (FxpruneError, Warning):
+        raise
+    except Exception as error:
+        raise _own(error, name) from error
+
+
+def _slip(error: TypeError, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
+    """What is said of a call that does not fit the function; None if it fits, and the error came later."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return SignatureError(f"{_said(error)}.{_meant(function, kwargs)}")
+    return None
+
+
+def _own(error: Exception, name: str) -> FxpruneError:
     """What an error that nobody foresaw is told as."""
-    if isinstance(error, TypeError):
-        try:
-            inspect.signature(function).bind(*args, **kwargs)
-        except TypeError:
-            return SignatureError(f"{_said(error)}.{_meant(function, kwargs)}")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ResourceError(f"{name}: memory ran out ({_said(error)}). Give smaller example inputs, or another device.")
     return InternalError(

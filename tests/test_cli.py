@@ -204,6 +204,118 @@ def test_own_model_that_is_not_there(tiny):
     fails(run("inspect", "tinymodels:NUMBER", "--input", "1,3"), "gave int, not a torch.nn.Module")
 
 
+FACTORIES = """
+    import sys
+    import torch
+    from torch import nn
+
+    def raises():
+        raise RuntimeError("the user's own")
+
+    def wants(width):
+        return nn.Linear(3, width)
+
+    def pinned():
+        return nn.Sequential(nn.Conv2d(3, 4, 3))
+
+    class Odd:
+        @property
+        def build(self):
+            raise OSError("the property's own")
+
+    odd = Odd()
+"""
+
+
+@pytest.fixture
+def factories(tiny):
+    (tiny / "factories.py").write_text(textwrap.dedent(FACTORIES))
+    (tiny / "unfinished.py").write_text("def build(:\n")
+    (tiny / "failing.py").write_text("raise ValueError('the import itself fails')\n")
+    return tiny
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("factories:raises", ["factories:raises, called without arguments, raised RuntimeError: the user's own", "factories.py:"]),
+        ("factories:wants", ["factories:wants, called without arguments, raised TypeError", "width"]),
+        ("factories:odd.build", ["the property's own"]),
+        ("unfinished:build", ["import of 'unfinished' raised SyntaxError"]),
+        ("failing:build", ["import of 'failing' raised ValueError: the import itself fails (at failing.py:1)"]),
+        ("../factories:raises", ["'../factories:raises' is no Python name", "package.module:attribute"]),
+        ("factories.py:raises", ["Cannot import 'factories.py'"]),
+        (".factories:raises", ["is no Python name"]),
+        ("factories:", ["must be named as package.module:attribute"]),
+        (":raises", ["must be named as package.module:attribute"]),
+        ("factories:a b", ["is no Python name"]),
+    ],
+)
+def test_a_model_that_cannot_be_built(spec, said, factories):
+    fails(run("prune", spec, "--input", "1,3,8,8", "--channels", 0.5), *said)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--latency", 0.5, "--device", "tpu"),
+        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--latency", 0.5, "--device", "nonsense"),
+        ("bench", "tinymodels:build", "--input", "1,3,8,8", "--device", "tpu"),
+        ("bench", "tinymodels:build", "--input", "1,3,8,8", "--batch", ","),
+        ("bench", "tinymodels:build", "--input", "1,3,8,8", "--rounds", 0),
+        ("bench", "tinymodels:build", "--input", "1,3,8,8", "--seconds", "nan"),
+        ("prune", "tinymodels:build", "--input", "1,3,8,8"),
+        ("prune", "tinymodels:build", "--input", "99999999999,99999999999", "--channels", 0.5),
+        ("prune", "tinymodels:build", "--input", "1,5,8,8", "--channels", 0.5),
+        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--criterion", "tinymodels:build"),
+        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--criterion", "l9"),
+        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "-o", "/proc/nowhere"),
+        ("plan", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "-o", "/proc/nowhere"),
+        ("export", "tinymodels:build", "--input", "1,3,8,8", "--pt2", "/proc/nowhere/net.pt2", "--no-check"),
+        ("export", "tinymodels:build", "--input", "1,3,8,8", "--pt2", "net.txt"),
+        ("apply", "missing.json", "tinymodels:build"),
+        ("apply", ".", "tinymodels:build"),
+        ("apply", "broken.json", "tinymodels:build"),
+        ("plan", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--saved", "missing"),
+        ("inspect", "tinymodels:build", "--input", "1,3,8,8", "--checkpoint", "."),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[4:])),
+)
+def test_a_slip_is_told_in_a_sentence(arguments, tiny):
+    (tiny / "broken.json").write_text('{"schema": 3, "groups": [{"name": 3}]}')
+    fails(run(*arguments))
+
+
+@pytest.mark.parametrize("arguments", [(), ("prune",), ("prune", "resnet18", "--channels", "half"), ("prune", "--nonsense")])
+def test_a_command_line_that_is_none(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert "Usage" in result.output
+
+
+def test_a_warning_is_a_sentence(factories):
+    result = run("prune", "factories:pinned", "--input", "1,3,8,8", "--channels", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "warning: channels=0.5 was asked for, and nothing in this model can be pruned" in result.stderr
+    assert "advice.py" not in result.stderr
+
+
+def test_a_bug_has_another_exit_status_and_its_traceback_on_demand(tiny, monkeypatch):
+    def fails_inside(*arguments, **options):
+        return {}["missing"]
+
+    monkeypatch.setattr("fxprune.cli.coupling_to_dict", fails_inside)
+    result = run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--json")
+    assert result.exit_code == 1
+    assert "KeyError: 'missing'" in result.stderr
+    assert "FXPRUNE_DEBUG=1" in result.stderr
+    monkeypatch.setenv("FXPRUNE_DEBUG", "1")
+    result = run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--json")
+    assert isinstance(result.exception, fxprune.InternalError)
+    assert isinstance(result.exception.__cause__, KeyError)
+
+
 def test_error_of_the_engine_is_one_line_without_traceback(tiny):
     fails(run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 1.5), "channels", "1.5")
     fails(run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--keep", "nowhere.*"), "nowhere.*")

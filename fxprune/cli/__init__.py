@@ -1,7 +1,7 @@
 """The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
 
-Results go to standard output, progress and errors to standard error, so that ``--json`` can be piped. An error of
-fxprune's own is printed without a traceback and ends with exit code 2.
+Results go to standard output, progress, warnings and errors to standard error, so that ``--json`` can be piped. An error is printed
+without a traceback and ends with exit code 2, or 1 where it is a bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 """
 
 from __future__ import annotations
@@ -296,11 +296,15 @@ def bench(
     """Time a model, and side by side with it what a budget leaves, as emitted and in its inference form."""
     with errors_to_stderr():
         found = criterion_of(criterion)
+        named = {"--precision": listed(precisions), "--mode": listed(modes), "--batch": sizes(batches)}
+        empty = [option for option, values in named.items() if not values]
+        if empty:
+            raise ArgumentError(f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager --batch 1,64.")
         settings = [
             Setting(device, precision, mode, channels_last, batch)
-            for precision in listed(precisions)
-            for mode in listed(modes)
-            for batch in sizes(batches)
+            for precision in named["--precision"]
+            for mode in named["--mode"]
+            for batch in named["--batch"]
         ]
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         models = {"as given": module}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect as inspection
+import math
 import os
 import sys
 import warnings
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from fxprune import api
 from fxprune.cli.terminal import stage, stderr
-from fxprune.errors import ArgumentError, InputError
+from fxprune.doors import calling
+from fxprune.errors import ArgumentError, CallbackError, InputError
 
 __all__ = [
     "attribute_named",
@@ -100,6 +102,8 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     except (KeyError, ValueError) as error:
         choices = ", ".join(torchvision.models.get_model_weights(name).__members__) or "none"
         raise ArgumentError(f"{name} has no weights named {weights!r}. Available: {choices}.") from error
+    except OSError as error:  # of the download, or of the disk
+        raise ArgumentError(f"the weights {weights!r} of {name} cannot be had: {error}. Give a file with --checkpoint.") from error
     assert isinstance(module, nn.Module)
     return module
 
@@ -125,7 +129,8 @@ def usual_shapes(name: str) -> list[str]:
 
 def _own_model(spec: str) -> nn.Module:
     found = attribute_named(spec, "MODEL")
-    made = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    with calling(f"{spec}, called without arguments,"):
+        made = found() if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(made, nn.Module):
         raise ArgumentError(f"{spec} gave {type(made).__name__}, not a torch.nn.Module.")
     return made
@@ -136,17 +141,27 @@ def attribute_named(spec: str, what: str) -> Any:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise ArgumentError(f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune knows by name.")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ArgumentError(
+            f"{what} {spec!r} is no Python name: write package.module:attribute, with dots and without .py, and run fxprune in the "
+            "folder that holds the package."
+        )
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)  # as python -m does, so that a model beside the user is found
     try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ArgumentError(f"Cannot import {module_name!r} for {what} {spec!r}: {error}.") from error
+        with calling(f"the import of {module_name!r}"):
+            found: Any = importlib.import_module(module_name)
+    except CallbackError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise ArgumentError(f"Cannot import {module_name!r} for {what} {spec!r}: {error.__cause__}.") from error
+        raise
+    missing = object()
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        with calling(f"{spec}, asked for {part!r},"):
+            found = getattr(found, part, missing)
+        if found is missing:
             raise ArgumentError(f"{module_name!r} has no {attribute!r} ({what} is named as package.module:attribute).")
-        found = getattr(found, part)
     return found
 
 
@@ -171,13 +186,17 @@ def example(text: str) -> Tensor | list[Tensor]:
     return torch.rand(_shape(text, text))
 
 
+_LARGEST = 2**32  # elements of an example: 16 GiB
+
+
 def _shape(text: str, given: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
+    if not shape or min(shape) < 1 or math.prod(shape) > _LARGEST:
         raise InputError(
-            f"--input {given!r} is not a shape: write positive sizes with commas, as 1,3,224,224, or several with + behind each."
+            f"--input {given!r} is not a shape: write positive sizes with commas, as 1,3,224,224, or several with + behind each; "
+            f"at most {_LARGEST:,} elements."
         )
     return shape

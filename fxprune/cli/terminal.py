@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.doors import guarded
+from fxprune.errors import ArgumentError, FxpruneError, FxpruneWarning, InternalError
 
 __all__ = [
     "dumps",
@@ -74,10 +77,34 @@ def stage(text: str) -> Iterator[None]:
 
 @contextmanager
 def errors_to_stderr() -> Iterator[None]:
-    try:
-        yield
-    except FxpruneError as error:
-        console = stderr()
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+    """Say what went wrong in a sentence, and end with status 2, or 1 for what nobody foresaw; warnings of fxprune are said alike.
+
+    With FXPRUNE_DEBUG set in the environment, errors keep their traceback.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FxpruneWarning)
+        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        try:
+            with guarded("fxprune"):
+                yield
+        except FxpruneError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                raise error.__cause__ from None  # whoever read the output has enough
+            if os.environ.get("FXPRUNE_DEBUG"):
+                raise
+            unforeseen = isinstance(error, InternalError)
+            _say("error:", "bold red", f"{error} Set FXPRUNE_DEBUG=1 to see the traceback." if unforeseen else str(error))
+            raise typer.Exit(1 if unforeseen else 2) from None
+
+
+def _show(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    if issubclass(category, FxpruneWarning):
+        _say("warning:", "bold yellow", str(message))
+    else:
+        otherwise(message, category, *where, **options)
+
+
+def _say(what: str, style: str, text: str) -> None:
+    console = stderr()
+    console.print(what, style=style, end=" ")
+    console.print(text, markup=False, soft_wrap=True)
