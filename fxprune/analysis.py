@@ -14,7 +14,7 @@ from torch import nn
 
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import ONLY_EVALUATION, runnable
-from fxprune.errors import FxpruneError
+from fxprune.errors import ChanceError, FxpruneError
 from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
 from fxprune.trace import slow_path, twin_of
 
@@ -92,6 +92,8 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, **options: 
     if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*call, training=True)
+        except ChanceError:
+            raise  # Python that stays draws at each call
         except FxpruneError as error:
             labelling = evaluated(call)  # without the labels of the failed attempt
             labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {error}")

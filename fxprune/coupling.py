@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
+from fxprune.contents import leaves, refuse_lazy
 from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
@@ -385,7 +386,8 @@ class Labelling:
         return [n for n, t in self.parameters.items() if t.is_floating_point() and _untouched(self.context, t)]
 
     def _finish(self, outputs: Any) -> None:
-        for leaf in tree_leaves(outputs):
+        refuse_lazy(outputs, self.twin.model)
+        for leaf in leaves(outputs):
             self.context.pin_all(self.context.fields(leaf), "is an output of the model")
 
     def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:

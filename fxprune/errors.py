@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentError",
     "BudgetError",
     "CallbackError",
+    "ChanceError",
     "ExportError",
     "FxpruneError",
     "FxpruneWarning",
@@ -55,6 +56,10 @@ class ModelError(FxpruneError, ValueError):
 
 class TraceError(FxpruneError):
     """The model's Python code cannot be turned into a graph; the message names the line."""
+
+
+class ChanceError(TraceError):
+    """The model's Python code goes by random numbers: another way at each call, where a graph has one."""
 
 
 class PlanError(FxpruneError, ValueError):

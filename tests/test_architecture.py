@@ -14,6 +14,8 @@ PACKAGE = Path(fxprune.__file__).parent
 # Top to bottom. A room may import from the rooms before it, and from inside itself.
 ROOMS = [
     "errors",
+    "contents",
+    "chance",
     "identity",
     "doors",
     "values",

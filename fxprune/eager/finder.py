@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import Answers, followed
-from fxprune.errors import FxpruneError
+from fxprune.errors import ChanceError, FxpruneError
 from fxprune.shapes import META, holds_tensors, leaves_of
 from fxprune.trace import Twin, trace
 
@@ -91,6 +91,8 @@ class Finder:
         if traced.asked_mode:
             try:
                 trace(self.twin.part(path), args, kwargs, training=True)
+            except ChanceError:
+                return None  # Python that stays draws at each call
             except FxpruneError as error:
                 self.evaluated[path] = str(error)
         known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves_of(traced.outputs))

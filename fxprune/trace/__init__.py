@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import FxpruneError, TraceError
+from fxprune.chance import undrawn
+from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
@@ -144,9 +145,15 @@ def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
 
 def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     """Trace once; also the names of the constants that the twin's module has got by it."""
-    with torch.no_grad(), taken_over(tracer, twin.model), following():
+    with torch.no_grad(), taken_over(tracer, twin.model), following(), undrawn() as drawn:
         try:
             graph = tracer.trace()
+            if drawn():
+                raise ChanceError(
+                    f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a "
+                    "graph would hold as constants. Draw them with torch and hand them on as tensors, or keep that line inside a "
+                    "module of its own."
+                )
             for node in tracer.left_out:
                 if node.users:
                     raise TraceError(number_decides(node))

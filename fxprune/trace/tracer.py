@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
-from fxprune.errors import FxpruneError, InputError, TraceError
+from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave
@@ -457,13 +457,30 @@ class Tracer:
         has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
         failed = f"{what!r} failed on shapes {shapes}{has}: {error} (at {user_line()})."
         if self._runs_on_data(node, args, kwargs):
-            return TraceError(
+            return (ChanceError if self._by_chance(node) else TraceError)(
                 f"{failed} The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), "
                 "boolean indexing or other reads of values."
             )
         return InputError(
             f"{failed} Check that the example input has the shape, dtype and order of arguments that the model is called with."
         )
+
+    def _by_chance(self, node: fx.Node) -> bool:
+        """Whether a value depends on random numbers."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            own = waiting.pop()
+            waiting += [above for above in own.all_input_nodes if above not in seen]
+            seen.update(own.all_input_nodes)
+            args, kwargs = fx.node.map_arg((own.args, own.kwargs), lambda n: n.meta["val"])
+            try:
+                with self._as_outside(), _NoDraws():
+                    execute(self.root, own, args, kwargs)
+            except _DrawsError:
+                return True
+            except Exception:
+                continue
+        return False
 
     def _runs_on_data(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
         """Whether an operation that fails on tensors without data runs on zeros."""
@@ -549,7 +566,8 @@ class Tracer:
             raise TraceError(number_decides(node))
         if isinstance(example, Tensor):
             if example.is_meta:
-                raise TraceError(
+                kind_of_error = ChanceError if self._by_chance(node) else TraceError
+                raise kind_of_error(
                     f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
                     "use torch.where or masks, or keep that part in a module that is not pruned."
                 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from fxprune.contents import leaves
 from fxprune.errors import VerificationError
 
 __all__ = ["NotFiniteError", "difference", "kinds", "leaves", "relative_error"]
@@ -18,38 +16,6 @@ __all__ = ["NotFiniteError", "difference", "kinds", "leaves", "relative_error"]
 
 class NotFiniteError(VerificationError):
     """The values that both models were run on give nothing that can be compared."""
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Tensors, numbers and strings in an output, whatever holds them, in a fixed order."""
-    seen: set[int] = set()
-
-    def walk(value: Any) -> Iterator[Any]:
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, (Tensor, int, float, complex, str)):
-                yield leaf
-            elif leaf is not None and id(leaf) not in seen:
-                seen.add(id(leaf))
-                yield from walk(_content(leaf))
-
-    return walk(value)
-
-
-def _content(holder: Any) -> Any:
-    """What an object that is no container of torch's holds."""
-    if isinstance(holder, Mapping):
-        return list(holder.values())
-    if isinstance(holder, Set):
-        return sorted((leaf for item in holder for leaf in tree_leaves(item) if isinstance(leaf, Tensor)), key=_size)
-    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
-        return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
-    if isinstance(holder, Iterator):
-        return list(holder)
-    return [] if isinstance(holder, type) or callable(holder) else list(getattr(holder, "__dict__", {}).values())
-
-
-def _size(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.dim(), *tensor.shape)
 
 
 def kinds(value: Any) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fxprune.contents import leaves
 from fxprune.errors import VerificationError
-from fxprune.verification.comparing import leaves
 from fxprune.verification.modes import InDtype, clone, seeded
 from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
 from fxprune.verification.values import Call

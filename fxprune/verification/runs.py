@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.contents import leaves
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
-from fxprune.verification.comparing import difference, leaves
+from fxprune.verification.comparing import difference
 from fxprune.verification.copies import masked, original, smaller
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import Draw, Followed, InDtype, MismatchError, NotFollowedError, Replayed, clone, events_of, seeded

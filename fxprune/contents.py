@@ -1,0 +1,82 @@
+"""What a value holds, also in objects that ``torch.utils._pytree`` does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Set
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.errors import TraceError
+
+__all__ = ["leaves", "refuse_lazy"]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Tensors, numbers and strings in a value, whatever holds them, in a fixed order.
+
+    >>> from types import SimpleNamespace
+    >>> list(leaves({"a": [1, SimpleNamespace(b=2)], "c": "text"}))
+    [1, 2, 'text']
+    """
+    return (leaf for leaf in _every(value) if isinstance(leaf, (Tensor, int, float, complex, str)))
+
+
+def refuse_lazy(output: Any, model: nn.Module) -> None:
+    """Refuse an output that computes its content later, where nothing can follow it.
+
+    Raises
+    ------
+    TraceError
+        If there is a generator, another iterator, or a function in the output.
+    """
+    for leaf in _every(output, lazy=True):
+        if isinstance(leaf, (Iterator, FunctionType, MethodType)):
+            raise TraceError(
+                f"{type(model).__name__} gives back a {type(leaf).__name__}, whose content is computed later, outside of forward: "
+                "what in it must keep its shape cannot be known. Give back a list, a tuple or a dict."
+            )
+
+
+def _every(value: Any, lazy: bool = False) -> Iterator[Any]:
+    """All that is no container; ``lazy`` leaves iterators as they are."""
+    seen: dict[int, Any] = {}
+
+    def walk(value: Any) -> Iterator[Any]:
+        for leaf in tree_leaves(value):
+            if id(leaf) in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
+                continue
+            content = None if lazy and isinstance(leaf, Iterator) else _content(leaf)
+            if content is None:
+                yield leaf
+            else:
+                seen[id(leaf)] = leaf
+                yield from walk(content)
+
+    return walk(value)
+
+
+def _content(holder: Any) -> list[Any] | None:
+    """What an object that is no container of torch's holds; None: nothing, it is a value itself."""
+    if holder is None or isinstance(holder, (Tensor, int, float, complex, str, bytes, type, nn.Module, FunctionType, MethodType)):
+        return None
+    if isinstance(holder, Mapping):
+        return list(holder.values())
+    if isinstance(holder, Set):
+        found = [leaf for item in holder for leaf in tree_leaves(item)]
+        return sorted((leaf for leaf in found if isinstance(leaf, Tensor)), key=lambda tensor: (tensor.dim(), *tensor.shape))
+    if dataclasses.is_dataclass(holder):
+        return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
+    if isinstance(holder, Iterator):
+        return list(holder)
+    slots = [name for kind in type(holder).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    own = [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name) for name in slots if hasattr(holder, name))]
+    return own or None
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
