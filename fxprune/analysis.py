@@ -72,7 +72,7 @@ def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -
     """
     try:
         return _label_whole(model, shapes_of(example), terms, **options)
-    except FxpruneError as error:
+    except Exception as error:  # of any kind: what fails in a graph may well be done in parts
         return _label_parts(model, example, terms, error, **options)
 
 
@@ -111,7 +111,7 @@ def _deciding_alike(label: Callable[[Arguments], Labelling], wide: Arguments, ex
     return labelling, wide
 
 
-def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: FxpruneError, **options: Any) -> _Found:
+def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Exception, **options: Any) -> _Found:
     """The labels of a model that cannot be traced whole, for the reason given."""
 
     def run(call: Arguments) -> Labelling:
@@ -129,7 +129,8 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Fx
         raise refused from error
     if not labelling.traces:
         raise refused  # there is nothing to prune
-    return _Found(labelling, call, str(refused))
+    why = str(refused) if isinstance(refused, FxpruneError) else f"{type(refused).__name__}: {refused}"
+    return _Found(labelling, call, why)
 
 
 def _share(example: Arguments, ran: Any) -> Fraction:

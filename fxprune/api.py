@@ -15,6 +15,7 @@ from fxprune.analysis import Clock, label_and_couple
 from fxprune.arguments import budget_of, check_model, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
+from fxprune.compiled import plain
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import Ranking, rank
@@ -99,6 +100,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     >>> print(analyze(net, torch.zeros(1, 3, 8, 8)).groups[0])
     8 units: 0.weight:0, 0.bias:0, 2.weight:1
     """
+    model = plain(model)
     check_model(model)
     terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
     return label_and_couple(model, read(example_inputs), terms)
@@ -193,6 +195,7 @@ def prune(
     verify = None if verify is None else switch("verify", verify)
     clock = Clock()
     with clock("check"):
+        model = plain(model)
         check_model(model)
         example = read(example_inputs)
         terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
@@ -279,6 +282,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     True
     """
     check_plan(plan, "apply")
+    model = plain(model)
     check_model(model)
     stages = _stages(plan, model)
     pruned = _apply_stage(stages[0], model)
@@ -404,6 +408,7 @@ def verify(
         "numeric": switch("numeric", numeric),
     }
     check_pruned(pruned, "verify")
+    model = plain(model)
     check_model(model)
     if example_inputs is not None:
         read(example_inputs)  # refuses what is no example
@@ -462,6 +467,7 @@ def compensate(
     if damping is None or not 0 <= damping < float("inf"):
         raise ArgumentError(f"ridge={ridge!r:.60} must be a number of at least 0, e.g. ridge=1e-4.")
     check_pruned(pruned, "compensate")
+    model = plain(model)
     check_model(model)
     check_loader(loader)
     stages = _stages(pruned.plan, model)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fxprune import shapes
+from fxprune.compiled import plain
 from fxprune.doors import calling, door
 from fxprune.errors import ModelError
 from fxprune.inputs import as_call
@@ -93,6 +94,7 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         >>> print(found)
         75,776 MACs, 20,706 parameters
     """
+    module = plain(module)
     _check(module, "cost_of")
     args, kwargs = as_call(example_inputs)
     # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps the module's own

@@ -53,7 +53,8 @@ def _guarded(function: Any, name: str) -> Any:
     @functools.wraps(function)
     def entered(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with _ordinary_tensors():
+                return function(*args, **kwargs)
         except (FxpruneError, Warning):
             raise
         except Exception as error:
@@ -61,6 +62,16 @@ def _guarded(function: Any, name: str) -> Any:
             raise slip or _own(error, name) from error
 
     return entered
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is made inside of the caller's ``torch.inference_mode()`` can be trained nevertheless."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxprune.api import Pruned, load, prune
 from fxprune.arguments import check_model, kept_modules
+from fxprune.compiled import plain
 from fxprune.cost import cost_of
 from fxprune.doors import door
 from fxprune.errors import ArgumentError, PlanError, SignatureError
@@ -81,6 +82,7 @@ class Steps:
             raise SignatureError(f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of prune.")
         if any(name in options for name in ("channels", "layers", "latency")):
             raise ArgumentError("channels=, layers= and latency= count what the model at hand has: give macs= or params= instead.")
+        model = plain(model)
         check_model(model)
         count = whole("count", count)
         asked = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}

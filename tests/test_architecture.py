@@ -19,6 +19,7 @@ ROOMS = [
     "identity",
     "doors",
     "values",
+    "compiled",
     "inputs",
     "hooks",
     "module_sizes",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxprune.eager.calls import intercepted
-from fxprune.errors import FxpruneError, InputError
+from fxprune.errors import InputError
 from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
 from fxprune.trace import Twin, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN
@@ -17,7 +17,7 @@ from fxprune.trace.lines import UNKNOWN
 __all__ = ["runnable"]
 
 
-def runnable(twin: Twin, example: Arguments, refused: FxpruneError) -> Arguments:
+def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
     """The example with values on which the model runs, and calls as many of its modules as can be reached.
 
     These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own; else random ones. Later ones are
@@ -27,7 +27,7 @@ def runnable(twin: Twin, example: Arguments, refused: FxpruneError) -> Arguments
     ------
     InputError
         If the model fails on the example's own values.
-    FxpruneError
+    Exception
         ``refused``, why the model is no graph, if it lies on the meta device and cannot be run.
     """
     if twin.device.type == "meta":
@@ -76,7 +76,7 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
     return found
 
 
-def _fails(twin: Twin, error: Exception, refused: FxpruneError) -> FxpruneError:
+def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
     where = user_line(traceback.extract_tb(error.__traceback__))
     if isinstance(refused, InputError) and (where in str(refused) or where == UNKNOWN):
         return refused  # it says more: the arguments that forward takes, or shapes and the layer's weights

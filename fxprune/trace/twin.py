@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.compiled import Uncompiled, is_compiled
 from fxprune.errors import TraceError
 from fxprune.lowering import lower
 from fxprune.references import HOOKS, copied, hooks_apart
@@ -83,7 +84,7 @@ def twin_of(model: nn.Module) -> Twin:
             return
         if isinstance(tensor, nn.Parameter):
             new: Tensor = nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
-        elif tensor.is_floating_point() or tensor.is_complex():
+        elif tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
             new = torch.empty_like(tensor, device=META)
         else:
             new = tensor.detach().to("cpu", copy=True)
@@ -154,6 +155,11 @@ def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module
     if hasattr(type(module), "__deepcopy__"):
         memo[id(module)] = copy.deepcopy(module, memo)
         return
+    if is_compiled(module):
+        inner: Any = module._modules["_orig_mod"]
+        _make_shells(inner, memo, shells)
+        memo[id(module)] = Uncompiled(memo[id(inner)])
+        return
     kind: Any = type(module)
     memo[id(module)] = kind.__new__(kind)
     shells.append(module)
@@ -164,6 +170,8 @@ def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module
 
 def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands in its place."""
+    if name == "_compiled_call_impl":  # it would call the module that is copied
+        return None
     kind = type(value)
     if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
         return value
