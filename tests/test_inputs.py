@@ -1,11 +1,15 @@
 """Example inputs in all their forms."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from fxprune.inputs import as_call, batch_size, drawn
+import fxprune
+from fxprune.errors import InputError, PlanError
+from fxprune.inputs import as_call, batch_size, drawn, read, shapes_of, widened
 
 IMAGES = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
 
@@ -64,3 +68,97 @@ def test_calls() -> None:
     assert as_call((x, 2)) == ((x, 2), {})
     assert as_call([x, 2]) == (([x, 2],), {})  # a list is one argument that is a list
     assert as_call({"x": x}) == ((), {"x": x})
+
+
+# -- what a call holds beside tensors
+
+
+class Takes(nn.Module):
+    """Everything that a call may hold."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        self.net, self.python = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), python
+
+    def forward(
+        self, batch: dict[str, Any], scale: int = 1, mask: Tensor | None = None, mode: str = "", whole: bool = False
+    ) -> Any:
+        outs = [self.net(x) * scale for x in batch["xs"]]
+        if self.python:
+            batch["xs"][0].sum().item()
+        if batch["mask"] is not None:
+            outs = [y * batch["mask"] for y in outs]
+        y = sum(outs) if mode == "sum" else outs[0]
+        return {"y": y if mask is None else y * mask, "all": outs if whole else None}
+
+
+X = torch.randn(2, 4, dtype=torch.float64)
+CALL = {"batch": {"xs": [X, X + 1], "mask": None, "n": 3}, "scale": 2, "mask": None, "mode": "sum", "whole": True}
+OTHERS: dict[str, Any] = {
+    "batch['xs']": {"batch": {"xs": [X], "mask": None, "n": 3}},
+    "batch['mask']": {"batch": {"xs": [X, X], "mask": X[:, :3], "n": 3}},
+    "scale": {"scale": 3},
+    "mask": {"mask": X[:, :3]},
+    "mode": {"mode": "first"},
+    "whole": {"whole": False},
+}
+
+
+@pytest.mark.parametrize("python", [False, True])
+def test_constants_of_a_call_are_held(python: bool) -> None:
+    model = Takes(python).double().eval()
+    pruned = fxprune.prune(model, CALL, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert pruned.report.params_after < 0.6 * pruned.report.params_before
+    assert pruned.model(**CALL)["y"].shape == (2, 3)
+    assert fxprune.verify(model, pruned, CALL).error < 1e-9
+    replayed = fxprune.apply(fxprune.Plan.from_json(pruned.plan.to_json()), model)
+    assert replayed.plan == pruned.plan
+    assert torch.equal(replayed.model(**CALL)["y"], pruned.model(**CALL)["y"])
+    for name, change in OTHERS.items():
+        if python:  # its Python does what it does
+            assert pruned.model(**{**CALL, **change})["y"].shape == (2, 3)
+        else:
+            with pytest.raises(AssertionError, match=re.escape(name)):
+                pruned.model(**{**CALL, **change})
+
+
+def test_objects_in_a_call_leave_it_to_python() -> None:
+    class Settings:
+        scale = 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, settings: Any) -> Tensor:
+            return self.b(self.a(x).relu()) * settings.scale
+
+    model = Net().double().eval()
+    pruned = fxprune.prune(model, (X, Settings()), channels=0.5)
+    assert pruned.report.params_after < 0.6 * pruned.report.params_before
+    assert pruned.report.parts
+    assert pruned.model(X, Settings()).shape == (2, 3)
+    with pytest.raises(PlanError, match="an example with Settings in it"):
+        fxprune.apply(pruned.plan, model)
+
+
+def test_no_tensor_at_all() -> None:
+    with pytest.raises(InputError, match="must hold tensors, got int: 3"):
+        read((3, None))
+    with pytest.raises(InputError, match="ndarray"):
+        read((X, X.numpy()))
+
+
+def test_rows_are_repeated_where_a_batch_of_one_is_widened() -> None:
+    (ids, x), kwargs = widened(((torch.tensor([5]), torch.ones(1, 2)), {"scale": 2}))
+    assert ids.tolist() == [5, 5]
+    assert (x.shape, kwargs) == ((2, 2), {"scale": 2})
+    (x, table), _ = widened(((torch.ones(1, 2), torch.ones(3)), {}))
+    assert (x.shape, table.shape) == ((1, 2), (3,))
+
+
+def test_shapes_keep_dtypes_and_constants() -> None:
+    (x, ids), kwargs = shapes_of(((X, torch.tensor([1])), {"mask": None}))
+    assert (x.is_meta, x.dtype, ids.dtype, ids.shape, kwargs) == (True, torch.float64, torch.int64, (1,), {"mask": None})

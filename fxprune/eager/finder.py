@@ -65,11 +65,8 @@ class Finder:
         return call()
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
-        every = [*args, *kwargs.values()]
-        nested = [value for value in every if holds_tensors(value)]
-        if not nested or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(nested)):
-            return None
-        if not all(type(value) in _CONSTANTS for value in every if not holds_tensors(value)):
+        leaves = tree_leaves((args, kwargs))
+        if not holds_tensors(leaves) or not all(isinstance(leaf, Tensor) or type(leaf) in _CONSTANTS for leaf in leaves):
             return None
         try:
             inputs = tree_map(shape_of, (args, kwargs))

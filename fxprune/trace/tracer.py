@@ -179,7 +179,23 @@ class Tracer:
         for name, value in made.items():
             if given[name] is not value:
                 self._hold(value, values[name], f"its argument {name!r}")
+        for node in [*self.graph.nodes]:
+            if node.op == "placeholder" and holds_tensors(node.meta["val"]):
+                self._hold_contents(node, str(node.target))
         return [given[name] for name in names], keywords
+
+    def _hold_contents(self, node: fx.Node, what: str) -> None:
+        """How long a container among the arguments is, before its entries are read, and the constants in it."""
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return
+        with self.graph.inserting_before(node.next):
+            if value is None or isinstance(value, (bool, int, float, str)):
+                self._hold(node, value, f"inputs with {what}")
+            elif isinstance(value, (list, tuple, dict)):
+                self._hold(self.record("call_function", len, (node,), {}), len(value), f"inputs with len({what})")
+        for entry in [user for user in node.users if user.target is operator.getitem]:
+            self._hold_contents(entry, f"{what}[{entry.args[1]!r}]")
 
     def _placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {})
