@@ -13,6 +13,7 @@ from torch.nn.utils import rnn
 
 import fxprune
 from fxprune.eager.decisions import Decisions, followed, ways_of
+from fxprune.errors import FxpruneWarning
 from tests.support.checking import masked, randomise, relative_error
 
 
@@ -80,7 +81,8 @@ def test_whichever_way_the_callers_values_lead(code: Any, mask: Tensor) -> None:
 
 def test_values_of_weights_keep_parts_whole_to_each_other() -> None:
     model, x = randomise(Asks(lambda m, y, mask: m.b(y) if y.sum() > 0 else m.c(y))).eval(), torch.randn(3, 6, dtype=torch.float64)
-    pruned = fxprune.prune(model, (x, MASKS[0].double()), channels=0.5)
+    with pytest.warns(FxpruneWarning, match="decides by values"):
+        pruned = fxprune.prune(model, (x, MASKS[0].double()), channels=0.5)
     assert pruned.report.params_after == pruned.report.params_before
     assert any("decides by values" in row.reason for row in pruned.report.pinned)
 
