@@ -7,7 +7,7 @@ forward is followed a second time, from there: with the same graph again there i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
-__all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph"]
+__all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph", "values_read"]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
@@ -46,7 +46,18 @@ class Change:
     @property
     def nodes(self) -> list[fx.Node]:
         """The nodes of what was traced of what is there now."""
-        return [node for node in map(node_of, tree_leaves(self.after)) if node is not None]
+        return [node for node in map(node_of, _leaves(self.after)) if node is not None]
+
+    def computed(self, of: Callable[[fx.Node], Any]) -> Any:
+        """What is there now, with what ``of`` says of a node in the place of what was traced."""
+
+        def value(leaf: Any) -> Any:
+            node = node_of(leaf)
+            if node is not None:
+                return of(node)
+            return torch.Size(map(value, leaf)) if isinstance(leaf, tuple) else leaf
+
+        return self.after if type(self.after) is set else tree_map(value, self.after)
 
 
 class Attributes:
@@ -85,6 +96,11 @@ class Attributes:
                 _refill(change.before, change.contents)
 
 
+def _leaves(value: Any) -> list[Any]:
+    """The leaves of nested containers, the sizes of a tensor among them, which are a tuple of a class of its own."""
+    return [own for leaf in tree_leaves(value) for own in (leaf if isinstance(leaf, tuple) else (leaf,))]
+
+
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({list, dict, set})
 
@@ -120,6 +136,13 @@ def _carries(nodes: Sequence[fx.Node]) -> bool:
 
 
 _SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
+_CAST_LIKE = frozenset({"to", "type_as"})
+
+
+def values_read(node: fx.Node) -> Sequence[fx.Node]:
+    """The arguments of a call on whose values its result depends: of others it takes the shape, the dtype or the device alone."""
+    name = name_of(node)
+    return () if name in _SHAPED_LIKE else node.all_input_nodes[:1] if name in _CAST_LIKE else node.all_input_nodes
 
 
 def _from_inputs(node: fx.Node) -> bool:
@@ -127,12 +150,12 @@ def _from_inputs(node: fx.Node) -> bool:
     seen, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
-        if node in seen or name_of(node) in _SHAPED_LIKE or not holds_tensors(node.meta.get("val")):
+        if node in seen or not holds_tensors(node.meta.get("val")):
             continue
         if node.op == "placeholder":
             return True
         seen.add(node)
-        waiting.extend(node.all_input_nodes)
+        waiting.extend(values_read(node))
     return False
 
 
@@ -142,12 +165,7 @@ def keep(changes: Iterable[Change]) -> None:
         if change.after is _MISSING:
             change.store.pop(change.name, None)
         else:
-            change.store[change.name] = change.after if type(change.after) is set else tree_map(_value, change.after)
-
-
-def _value(leaf: Any) -> Any:
-    node = node_of(leaf)
-    return leaf if node is None else node.meta["val"]
+            change.store[change.name] = change.computed(lambda node: node.meta["val"])
 
 
 def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

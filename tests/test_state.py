@@ -221,3 +221,138 @@ def test_constants_count_by_value() -> None:
     longer, others = graph_of(torch.ones(2), "_constant1", torch.add)
     longer.call_function(torch.abs, (next(iter(longer.nodes)),))
     assert not same_graph(one, longer, held, others)
+
+
+# -- what a call before pruning has left
+
+
+class Cached(nn.Module):
+    """Two convolutions, and in between something is added that the module keeps from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.seen: Any = None
+        self.table: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x).relu()))
+
+    def between(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class GridBySize(Cached):
+    def between(self, x: Tensor) -> Tensor:
+        if self.seen != x.shape[2:]:
+            self.seen, self.table = x.shape[2:], torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
+        return x + self.table
+
+
+class GridByWidth(Cached):
+    def between(self, x: Tensor) -> Tensor:
+        self.prepare(x)
+        return x + self.table
+
+    def prepare(self, x: Tensor) -> None:
+        if self.seen is None or self.seen != x.shape[-1]:
+            self.seen, self.table = x.shape[-1], torch.arange(x.shape[-1]).to(x)
+
+
+class TwoTables(Cached):
+    def between(self, x: Tensor) -> Tensor:
+        if self.seen != x.shape:
+            self.seen = x.shape
+            self.table = [torch.arange(n, dtype=x.dtype, device=x.device) for n in x.shape[2:]]
+        return x + self.table[0][:, None] * self.table[1]
+
+
+class TableThatGrows(Cached):
+    def between(self, x: Tensor) -> Tensor:
+        if self.table is None or self.table.size(0) < x.size(-1):
+            self.table = torch.arange(x.size(-1)).to(x).sin()
+        return x + self.table[: x.size(-1)]
+
+
+class BufferThatGrows(Cached):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.table
+        self.register_buffer("table", torch.zeros(0, dtype=torch.float64), persistent=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        if x.size(-1) > self.table.size(0):
+            self.table = torch.arange(x.size(-1)).to(x).cos()
+        return x + self.table[: x.size(-1)]
+
+
+class ShareOfLongest(Cached):
+    """What a shorter input reads is not what it would compute."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.table is None or self.table.size(0) < x.size(-1):
+            self.table = torch.arange(x.size(-1)).to(x) / x.size(-1)
+        return x + self.table[: x.size(-1)]
+
+
+class OfWeights(Cached):
+    def between(self, x: Tensor) -> Tensor:
+        if self.table is None or self.table.size(0) != x.size(-1):
+            self.table = torch.ones(x.size(-1)).to(x) * self.last.weight.sum()
+        return x + self.table.detach()
+
+
+SIZES = [(2, 3, 6, 8), (2, 3, 6, 5), (3, 3, 9, 8), (1, 3, 6, 8), (2, 3, 6, 12), (4, 3, 4, 4)]
+
+
+def called_before(kind: type[Cached], *size: int) -> Cached:
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    with torch.no_grad():
+        model(torch.randn(size, dtype=torch.float64))
+    return model
+
+
+def sizes_taken(model: Cached) -> list[bool]:
+    """For each size whether the pruned model takes it; it then gives what the original gives that has been called as often."""
+    pruned = fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=1.0).model
+    assert isinstance(pruned, fx.GraphModule)
+    taken = []
+    for size in SIZES:
+        x = torch.randn(size, dtype=torch.float64)
+        with torch.no_grad():
+            try:
+                got = pruned(x)
+            except AssertionError:
+                taken.append(False)
+                continue
+            assert relative_error(got, copy.deepcopy(model)(x)) <= 1e-9, size
+        taken.append(True)
+    assert taken[0]
+    return taken
+
+
+@pytest.mark.parametrize("kind", [GridBySize, GridByWidth, TwoTables, TableThatGrows])
+def test_a_table_of_an_earlier_call_is_computed_for_every_size(kind: type[Cached]) -> None:
+    model = called_before(kind, *SIZES[0])
+    kept = model.table
+    assert all(sizes_taken(model))
+    assert model.table is kept
+    assert fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=0.5, verify=True).report.error <= 1e-9  # type: ignore
+
+
+@pytest.mark.parametrize("kind", [GridByWidth, TwoTables])
+def test_a_table_of_an_earlier_call_of_another_size(kind: type[Cached]) -> None:
+    assert all(sizes_taken(called_before(kind, *SIZES[-2])))
+
+
+@pytest.mark.parametrize("kind", [GridBySize, GridByWidth, TableThatGrows])
+def test_a_table_that_somebody_changed_is_kept(kind: type[Cached]) -> None:
+    model = called_before(kind, *SIZES[0])
+    model.table = model.table + 1.0
+    assert not all(sizes_taken(model))
+
+
+@pytest.mark.parametrize("kind", [ShareOfLongest, OfWeights, BufferThatGrows])
+def test_a_table_that_the_original_would_not_compute_again_is_kept(kind: type[Cached]) -> None:
+    assert not all(sizes_taken(called_before(kind, *SIZES[0])))

@@ -33,6 +33,7 @@ from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
 from fxprune.trace.arguments import example_of
+from fxprune.trace.caches import forget_caches
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
 from fxprune.trace.takeover import slow_path, taken_over
@@ -121,7 +122,13 @@ def trace(
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         twin.model.train(training)
     attributes, made = Attributes(twin.model), frozenset[str]()
+
+    def follow(arguments: tuple[Any, Any]) -> tuple[fx.Graph, dict[str, Tensor]]:
+        found, _ = _follow(Tracer(twin, *arguments, training, _on_shapes), twin)
+        return found.graph, found.constants
+
     try:
+        forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
         result, made = _follow(Tracer(twin, args, kwargs, training, watch or _on_shapes), twin)
         refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
