@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fxprune import shapes
@@ -122,7 +121,7 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
             store.update(values)
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(shapes.DispatchMode):
     """Adds up the multiply-accumulates of everything that runs while it is entered.
 
     Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the kernels that torch chose for them.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules, shapes
@@ -31,7 +30,7 @@ _WITH_NUMBERS = frozenset({"glu", "group_norm", "layer_norm", "rms_norm"})
 """Ops of the other families that have a size among their arguments, or cut a dimension in halves."""
 
 
-class LabelMode(TorchDispatchMode):
+class LabelMode(shapes.DispatchMode):
     """Sees every ATen op on meta tensors and lets its rule carry the labels on.
 
     Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "ShapeMode", "is_quick", "leaves_of", "map_tensors", "run", "tensors_in"]
+__all__ = ["META", "DispatchMode", "ShapeMode", "is_quick", "leaves_of", "map_tensors", "run", "tensors_in"]
 
 META = torch.device("meta")
 
@@ -320,7 +320,19 @@ _QUICK: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
-class ShapeMode(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A mode whose ``__torch_dispatch__`` is called as it is.
+
+    torch wraps that of any other mode in what keeps the compiler out of it, which imports the compiler and sympy at the first call,
+    hundreds of modules, and takes longer at every call than most operations on meta tensors.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class ShapeMode(DispatchMode):
     """Run Python code on meta tensors through :func:`run`; enter it together with ``torch.inference_mode()``."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,15 +1,36 @@
 """Settings that every test shares."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.specs import profiles  # noqa: F401  registers the Hypothesis profiles before pytest looks one up
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="one case of every test, without those marked slow or long")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small tensors: a thread per core costs more than it brings, and xdist has the cores
+    if config.getoption("--fast"):
+        settings.load_profile("fast")
+
+
+@pytest.hookimpl(trylast=True)  # when what is marked slow is gone already
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    first: dict[tuple[Path, str], pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            first.setdefault((item.path, getattr(item, "originalname", item.name)), item)
+    kept = list(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

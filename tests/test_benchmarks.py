@@ -86,6 +86,7 @@ def test_cifar_that_is_not_there_is_an_error(data: Any, tmp_path: Path) -> None:
         data.load("cifar10", folder=tmp_path)
 
 
+@pytest.mark.long
 def test_textures_are_equal_at_every_call_and_no_image_is_in_two_parts(data: Any) -> None:
     once, again = data.load("textures"), data.load("textures")
     assert torch.equal(once.train.images, again.train.images)
@@ -201,6 +202,7 @@ def run_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return run
 
 
+@pytest.mark.long
 def test_the_latency_of_every_budget(run_quickly: Callable[..., Any]) -> None:
     record = run_quickly("latency", "--models", "mobilenet_v2", "--removed", "0.3,0.5", "--round-to", "1")["mobilenet_v2"]
     (row,) = record["rows"]

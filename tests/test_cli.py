@@ -573,6 +573,7 @@ def test_bench_refuses(tiny):
     fails(run("bench", *TINY_ARGS, "--batch", "many"), "--batch 'many' is not a list of sizes")
 
 
+@pytest.mark.long
 def test_export_of_a_saved_model(tiny):
     assert run("prune", *TINY_ARGS, "--channels", 0.5, "--out", "small").exit_code == 0
     result = run("export", *TINY_ARGS, "--saved", "small", "--pt2", "small.pt2")

@@ -1035,6 +1035,7 @@ def test_batches_that_do_not_fit_the_graph() -> None:
 # -- several processes
 
 
+@pytest.mark.long
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     alone = ranks.scores(ranks.batches())
     torch.multiprocessing.spawn(ranks.work, (2, str(tmp_path)), nprocs=2)

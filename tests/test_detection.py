@@ -84,6 +84,7 @@ def test_detectors_train(case: Composite) -> None:
     pruned.model.eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FLOWS)
 def test_flows(case: Composite) -> None:
     pair = case.inputs()
@@ -99,6 +100,7 @@ def test_flows(case: Composite) -> None:
     assert all(p.grad is not None for p in pruned.model.parameters())
 
 
+@pytest.mark.long
 def test_frozen_batch_norms_stay_frozen_and_get_smaller() -> None:
     """What torchvision builds when the backbone's weights are given: batch norms of buffers alone."""
     from torchvision.models.detection import RetinaNet

@@ -9,6 +9,7 @@ import pytest
 CHECKS = Path(__file__).parent / "elsewhere" / "checks.py"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["family", "python or constants", "criterion", "zoo"])
 def test_elsewhere(which: str) -> None:
     """A device made of Python, whose tensors refuse to meet the CPU's; see tests/support/elsewhere.py."""

@@ -31,6 +31,7 @@ def moved(weights: Weights, others: Weights) -> list[str]:
     return [name for name, value in weights.items() if not np.allclose(value, others[name], rtol=1e-6)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ranks.NETWORKS)
 @pytest.mark.parametrize("kind", ranks.KINDS)
 def test_two_processes_end_with_the_weights_of_one(kind: str, name: str, found: Callable[[str, str, int], Weights]) -> None:
@@ -47,6 +48,7 @@ def test_two_processes_end_with_the_weights_of_one(kind: str, name: str, found: 
     assert moved(ranks.alone(name, slice(0, None, 2)), alone), "a process's own images must not be enough"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not scoring_ranks.threads(), reason="this system does not tell a process's threads")
 def test_pruning_in_a_process_group_does_not_keep_it(tmp_path: Path) -> None:
     """A group that outlives its destruction leaves threads behind, and they abort the process at its end, now and then."""

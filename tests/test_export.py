@@ -40,6 +40,7 @@ def test_a_pruned_model_in_a_fresh_process(suffix: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"net{suffix}"]
 
 
+@pytest.mark.long
 def test_a_transformer_with_keywords(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -57,6 +58,7 @@ def test_a_transformer_with_keywords(tmp_path: Path) -> None:
         assert error < 1e-5
 
 
+@pytest.mark.long
 def test_without_a_dynamic_batch(tmp_path: Path) -> None:
     """A model that unrolls its batch in Python has no other."""
 
@@ -77,6 +79,7 @@ def test_without_a_dynamic_batch(tmp_path: Path) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.long
 def test_a_file_that_gives_something_else_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Path(runner.__file__).read_text().replace("leaf.detach().cpu()", "leaf.detach().cpu() * 1.001")
     (tmp_path / "wrong.py").write_text(program)
@@ -86,6 +89,7 @@ def test_a_file_that_gives_something_else_is_no_result(tmp_path: Path, monkeypat
     assert not (tmp_path / "net.pt2").exists()
 
 
+@pytest.mark.long
 def test_a_file_that_needs_fxprune_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Path(runner.__file__).read_text().replace("import sys\n", "import sys\nimport fxprune\n", 1)
     (tmp_path / "bringing.py").write_text(program)
@@ -95,6 +99,7 @@ def test_a_file_that_needs_fxprune_is_no_result(tmp_path: Path, monkeypatch: pyt
         fxprune.export(pruned_small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.pt2")
 
 
+@pytest.mark.long
 def test_operations_of_torchvision(tmp_path: Path) -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:

@@ -108,6 +108,7 @@ def dense(finetune: Any, images: Path, tmp_path_factory: pytest.TempPathFactory)
     return out / "pruned" / "model.safetensors"
 
 
+@pytest.mark.long
 def test_it_prunes_distills_averages_and_saves(finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "half"
     arguments = options_of(images, out, "--checkpoint", str(dense), "--macs", "0.5", "--distill", "0.5", "--temperature", "3")
@@ -136,6 +137,7 @@ def test_it_prunes_distills_averages_and_saves(finetune: Any, images: Path, dens
     assert sorted(path.name for path in out.iterdir()) == ["last.pt", "metrics.json", "pruned"]
 
 
+@pytest.mark.long
 def test_an_earlier_result_is_fine_tuned(finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
     model = build(LEARNS)()
     model.load_state_dict(finetune._read_checkpoint(dense))
@@ -153,6 +155,7 @@ def test_an_earlier_result_is_fine_tuned(finetune: Any, images: Path, dense: Pat
 EVERYTHING = ("--distill", "0.5", "--ema", "0.8", "--clip", "1", "--accumulate", "2", "--augment", "rand", "--rate", "0.05")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [("--amp", "bf16", *EVERYTHING), ("--amp", "fp16")], ids=["everything", "fp16"])
 def test_a_resumed_run_ends_with_the_same_bits(more: tuple[str, ...], finetune: Any, images: Path, tmp_path: Path) -> None:
     checkpoint = str(random_weights(NORMALISED, tmp_path / "dense.pt"))
@@ -251,6 +254,7 @@ def needs_fsdp(parallel: str) -> None:
 WAYS = {"ddp": ("--ema", "0.8"), "fsdp": ("--parallel", "fsdp")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", WAYS)
 def test_two_processes_agree(parallel: str, finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
     needs_fsdp(parallel)

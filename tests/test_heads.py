@@ -152,6 +152,7 @@ def test_without_attention_heads_change_nothing() -> None:
     assert str(fxprune.analyze(net, x, units="heads")) == str(fxprune.analyze(net, x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", pytest.param("vit_b_16", marks=pytest.mark.slow)])
 def test_transformers_of_torchvision(name: str) -> None:
     """Windows, tables of relative positions, a learned scale per head, a network that computes biases per head."""

@@ -371,6 +371,7 @@ def _is_output(net: Network, index: int) -> bool:
     return index in net.outputs or any(not isinstance(net.nodes[i - 1], Linear) and _is_output(net, i) for i in readers)
 
 
+@pytest.mark.long
 def test_most_networks_get_smaller() -> None:
     """The same over many networks as they come: half the channels cost a good part of the parameters."""
     sizes: list[tuple[int, int]] = []
@@ -388,6 +389,7 @@ def test_most_networks_get_smaller() -> None:
     assert sum(small < large for large, small in sizes) >= 0.6 * len(sizes)
 
 
+@pytest.mark.long
 def test_the_strategy_draws_every_kind_and_long_networks() -> None:
     """What the properties see is varied, prints as its own source, and runs at batch 1, 2 and 5."""
     kinds: Counter[str] = Counter()

@@ -63,6 +63,7 @@ def test_half_the_width(name: str, units: str) -> None:
         assert torch.isfinite(out.logits).all()
 
 
+@pytest.mark.long
 def test_a_decoder_that_remembers_still_generates() -> None:
     """Keys and values are kept in an object of the library: the modules around it are pruned, and it is used as before."""
     torch.manual_seed(0)

@@ -405,6 +405,7 @@ def test_exports_with_any_batch(name: str) -> None:
         assert relative_error(program.module()(x), pruned.model(x)) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "family",

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.shapes import DispatchMode
 from fxprune.trace import execute
 
 __all__ = ["compute_constants", "new_buffer"]
@@ -64,7 +64,7 @@ def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
     return fx.node.map_arg((user.args, user.kwargs), lambda operand: value if operand is node else operand)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Says whether all that ran gives the same each time and changes nothing."""
 
     def __init__(self) -> None:

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave
-from fxprune.shapes import META, holds_tensors
+from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import is_ours, user_line
@@ -82,7 +81,7 @@ class _DrawsError(Exception):
     """A call without stand-ins among its arguments draws random numbers."""
 
 
-class _NoDraws(TorchDispatchMode):
+class _NoDraws(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _DrawsError

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.coupling import Coupling
 from fxprune.propagation import seen_whole, takes_statistics
 from fxprune.rewrite import Survivors
 from fxprune.rules import Event, bind
-from fxprune.shapes import tensors_in
+from fxprune.shapes import DispatchMode, tensors_in
 from fxprune.verification.statistics import OVER_SURVIVORS
 
 __all__ = [
@@ -131,7 +130,7 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
     return OVER_SURVIVORS[func._schema.name](bind(func, args, kwargs), torch.from_numpy(mask))
 
 
-class Followed(TorchDispatchMode):
+class Followed(DispatchMode):
     """The original's run: what it normalises is normalised over survivors, and what it draws is kept.
 
     Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.
@@ -202,7 +201,7 @@ class Followed(TorchDispatchMode):
         return out
 
 
-class Replayed(TorchDispatchMode):
+class Replayed(DispatchMode):
     """The pruned model's run: it draws what the original drew, without what is removed.
 
     ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the original's.

@@ -2,6 +2,8 @@
 
 Only ``tests/conftest.py`` imports this module: pytest reads it before it looks the name up.
 
+``fast``
+    What ``--fast`` runs.
 ``default``
     What everyone and CI run: a few hundred networks over all properties, the same ones each time.
 ``thorough``
@@ -19,6 +21,7 @@ from hypothesis import HealthCheck, settings
 # far more on a busy one. A deadline, or the health check on slow draws, would fail at random.
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
+settings.register_profile("fast", max_examples=10, derandomize=True, **_COMMON)
 settings.register_profile("default", max_examples=150, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=5000, print_blob=True, **_COMMON)
 settings.load_profile("default")
