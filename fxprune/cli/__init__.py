@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -296,7 +296,7 @@ def bench(
     """Time a model, and side by side with it what a budget leaves, as emitted and in its inference form."""
     with errors_to_stderr():
         found = criterion_of(criterion)
-        named = {"--precision": listed(precisions), "--mode": listed(modes), "--batch": sizes(batches)}
+        named: dict[str, list[Any]] = {"--precision": listed(precisions), "--mode": listed(modes), "--batch": sizes(batches)}
         empty = [option for option, values in named.items() if not values]
         if empty:
             raise ArgumentError(f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager --batch 1,64.")
