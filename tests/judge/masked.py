@@ -28,7 +28,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, t in stored(model).items():
             values = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("var"):
+            if "running_var" in name:
                 values = values.abs() + 0.5
             elif t.dim() > 1:
                 values *= max(1, t[0].numel()) ** -0.5

@@ -112,6 +112,6 @@ def draw(seed: int) -> Spec:
 
     source = rng.choices(list(SOURCES), [SOURCES[name].weight for name in SOURCES])[0]
     kind = SOURCES[source].gives
-    blocks, kind = run(kind, rng.randint(2, 6), 2, False)
-    first = (item("layer"),) if rng.random() < 0.8 else ()
+    blocks, kind = run(kind, rng.randint(1, 6), 2, False)
+    first = (item("layer"), item("layer"))  # something to prune, whatever the blocks after it hold in place
     return Spec(item(source), (*first, *blocks), item(pick(RESULTS, kind, False)), item(rng.choice(list(OPTIONS))))
