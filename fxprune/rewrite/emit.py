@@ -28,6 +28,7 @@ from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
 from fxprune.references import HOOKS, hooks_of
 from fxprune.rewrite.calls import Call, call_of
+from fxprune.rewrite.extents import Extent
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
@@ -223,7 +224,7 @@ class _Emission:
 
     def _call(self, node: fx.Node) -> fx.Node | None:
         value = _value(node)
-        if self.numbers.shrunk(node) or (node.target is torch._assert and not self._open(node.args[0])):
+        if self.numbers.shrunk(node) or self._is_idle(node) or (node.target is torch._assert and not self._open(node.args[0])):
             return None
         target, args, kwargs = correct(self.numbers, node, self.call(node), self.left_of(node))
         op = "call_function" if callable(target) and node.op == "call_method" else node.op
@@ -253,7 +254,23 @@ class _Emission:
 
     def _open(self, held: Any) -> bool:
         """Whether what an assertion holds can be otherwise for other inputs: it does not follow from widths alone."""
-        return isinstance(self.numbers.original(held), fx.Node)
+        return not self._counts_widths(held) and isinstance(self.numbers.original(held), fx.Node)
+
+    def _counts_widths(self, held: Any) -> bool:
+        """Whether an assertion says into how many parts a width is cut, which is the same for every input."""
+        cut = self.numbers.extents.counted(held)
+        if cut is None:
+            return False
+        if self.survivors.rows(_value(cut[0]), cut[1]) is not None:
+            self.numbers.hold_positions(*cut)  # fewer parts may be left
+            return True
+        return self.numbers.extents.of(*cut) is Extent.FIXED
+
+    def _is_idle(self, node: fx.Node) -> bool:
+        """Whether a number is read by assertions alone that count the parts of a width."""
+        if node.target is len:
+            return bool(node.users) and all(map(self._is_idle, node.users))
+        return node.target is operator.eq and self._counts_widths(node) and all(n.target is torch._assert for n in node.users)
 
     def _label(self, smaller: Any) -> None:
         """Give what is left of a parameter the units of its elements, when it is first needed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,6 +59,19 @@ class Extents:
                 found = Extent.SHARE  # all of it
             self._known[key] = found
         return self._known[key]
+
+    def counted(self, held: Any) -> tuple[fx.Node, int] | None:
+        """The tensor and the axis that are cut, where ``held`` says how many parts that gives; None for anything else."""
+        if not isinstance(held, fx.Node) or held.target is not operator.eq or not isinstance(held.args[0], fx.Node):
+            return None
+        count = held.args[0]
+        source = count.args[0] if count.target is len else None
+        first = _first(source) if isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor) else None
+        if first is None or not isinstance(first.meta["val"], Tensor):
+            return None
+        name, rank = name_of(cast(fx.Node, source)), first.meta["val"].dim()
+        dim = _argument(cast(fx.Node, source), 1 if name == "unbind" else 2, "dim", _CUT.get(name, 0))
+        return (first, dim % rank) if isinstance(dim, int) else None
 
     def constant(self, number: Any) -> bool:
         """Whether a number is the same for every input."""
@@ -321,6 +334,8 @@ def _is_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name.strip("_"), None)
     return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
+
+_CUT = {"hsplit": 1, "dsplit": 2}  # the axes of those that are not told one, where it is not the first
 
 _ALIASES = {
     **{f"i{name}": name for name in ("add", "sub", "mul", "and", "or", "xor")},

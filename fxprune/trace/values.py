@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 from fxprune.errors import TraceError
-from fxprune.memory import AUGMENTED
+from fxprune.memory import AUGMENTED, name_of
 from fxprune.shapes import META
 from fxprune.trace.lines import user_line
 
@@ -65,6 +65,52 @@ class SizeTuple(tuple[Any, ...]):
 
     def numel(self) -> Any:
         return math.prod(self)
+
+
+class Parts(tuple[Any, ...]):
+    """What an operation gives that cuts one tensor into a list of them: their number depends on how long that tensor is.
+
+    Whoever asks how many there are holds the graph to this number; ``parts[0]`` asks for no more than that one.
+    """
+
+    tracer: Tracer
+    fx_node: fx.Node
+    counted = False
+
+    def _count(self) -> Parts:
+        if not self.counted and not self.tracer.executing:
+            self.counted = True
+            with self.tracer.graph.inserting_before(self.fx_node.next):  # before entries that another input has not
+                int(self.tracer.record("call_function", len, (self.fx_node,), {}))
+        return self
+
+    def __len__(self) -> int:
+        return tuple.__len__(self._count())
+
+    def __iter__(self) -> Iterator[Any]:
+        return tuple.__iter__(self._count())
+
+    def __getitem__(self, index: Any) -> Any:
+        first = isinstance(index, int) and 0 <= index < tuple.__len__(self)
+        return tuple.__getitem__(self if first else self._count(), index)
+
+    def __add__(self, other: Any) -> Any:
+        return tuple.__add__(self._count(), other)
+
+    def __mul__(self, times: Any) -> Any:
+        return tuple.__mul__(self._count(), times)
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether an operation makes a list of tensors out of one: ``split``, ``unbind`` and their kind."""
+    packet = getattr(torch.ops.aten, name_of(node), None)
+    schemas = () if packet is None else [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return any(
+        bool(schema.arguments and schema.returns)
+        and isinstance(schema.arguments[0].type, torch.TensorType)
+        and isinstance(schema.returns[0].type, torch.ListType)
+        for schema in schemas
+    )
 
 
 class Traced:
@@ -489,6 +535,10 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
         entries = [tracer.record("call_function", operator.getitem, (node, i), {}) for i in range(len(value))]
         if isinstance(value, torch.Size):
             return SizeTuple(entries)
+        if type(value) is tuple and _is_cut(node):
+            parts = Parts(entries)
+            parts.tracer, parts.fx_node = tracer, node
+            return parts
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     if isinstance(value, dict):
         pairs = {key: tracer.record("call_function", operator.getitem, (node, key), {}) for key in value}
@@ -525,6 +575,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     kind = type(value)
     if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
         entries = [map_leaves(function, entry) for entry in value]
+        kind = tuple if kind is Parts else kind
         if all(new is old for new, old in zip(entries, value, strict=True)):
             return value
         return kind(*entries) if hasattr(value, "_fields") else kind(entries)

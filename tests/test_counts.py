@@ -1,0 +1,81 @@
+"""Loops over the parts of a tensor are written out: a graph holds to how many there are where inputs decide it, and only there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+
+class Cut(nn.Module):
+    """A layer of 12 channels, and of its tokens' parts the first four channels of a sum."""
+
+    def __init__(self, cut: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.up, self.down, self.cut = nn.Linear(6, 12), nn.Linear(4, 3), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.cut(self.up(x))[..., :4])
+
+
+def _last(parts: Sequence[Tensor]) -> Tensor:
+    """The state of a recurrence over the parts."""
+    state = torch.zeros_like(parts[0])
+    for part in parts:
+        state = 0.5 * state + part
+    return state
+
+
+COUNTED: dict[str, Callable[[Tensor], Any]] = {
+    "unbind": lambda x: _last(x.unbind(1)),
+    "unbind by name": lambda x: _last(torch.unbind(input=x, dim=-2)),
+    "iteration": lambda x: _last(list(x.transpose(0, 1))),
+    "split": lambda x: _last([part.squeeze(1) for part in x.split(1, 1)]),
+    "chunk": lambda x: _last(torch.chunk(x, x.shape[1], dim=1)),
+    "tensor_split": lambda x: _last([*torch.tensor_split(x, x.size(1), dim=1)]),
+    "length": lambda x: x / len(x.unbind(1)),
+    "the last": lambda x: x.split(1, 1)[-1],
+    "reversed": lambda x: torch.stack(x.unbind(1)[::-1], 1),
+    "joined": lambda x: torch.stack(x.unbind(1) + x.unbind(1), 1),
+    "stacked": lambda x: torch.stack(x.unbind(1), 1),
+}
+
+
+@pytest.mark.parametrize("cut", COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize("length", [3, 8])
+def test_another_number_of_parts_is_refused(cut: Callable[[Tensor], Any], length: int) -> None:
+    """Never computed with as many as the example has; another batch is no other number."""
+    model = Cut(cut).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 5, 6), channels=0.5, verify=True)
+    assert pruned.model(torch.randn(7, 5, 6)).shape == model(torch.randn(7, 5, 6)).shape
+    with pytest.raises(AssertionError, match="this graph was traced for inputs with"):
+        pruned.model(torch.randn(2, length, 6))
+
+
+@pytest.mark.parametrize("length", [5, 2, 8])
+def test_one_part_asks_for_no_more_than_itself(length: int) -> None:
+    """``x.split(2, 1)[0]`` is there whatever the length."""
+    model = Cut(lambda x: x.split(2, 1)[0]).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 5, 6), channels=1.0)
+    x = torch.randn(2, length, 6)
+    assert torch.allclose(pruned.model(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: sum(x.chunk(3, -1)),
+        lambda x: (lambda a, b, c: a * b + c)(*x.split(4, 2)),
+        lambda x: torch.cat(torch.split(x, [4, 8], dim=-1)[::-1], -1),
+        lambda x: torch.stack(x.unbind(2), -1),
+    ],
+)
+def test_widths_are_cut_without_a_word(cut: Callable[[Tensor], Any]) -> None:
+    """A layer's channels are as many for every input: the graph counts and asserts nothing."""
+    pruned = fxprune.prune(Cut(cut).eval(), torch.randn(2, 5, 6), channels=0.5, verify=True)
+    assert "assert" not in pruned.model.code
+    assert "len(" not in pruned.model.code
+    assert pruned.model(torch.randn(3, 9, 6)).shape == (3, 9, 3)
