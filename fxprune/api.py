@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.advice import warn_of_little
 from fxprune.analysis import Clock, label_and_couple
-from fxprune.arguments import budget_of, check_model, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
+from fxprune.arguments import budget_of, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.compiled import plain
@@ -26,6 +26,7 @@ from fxprune.inputs import read
 from fxprune.latency import Setting
 from fxprune.latency.search import search
 from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
+from fxprune.prunable import check_model
 from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 from fxprune.saving import load_tensors, read_pruned, save_pruned

@@ -14,14 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.budget import Budget
 from fxprune.doors import read
-from fxprune.errors import ArgumentError, ModelError
+from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
 from fxprune.plan import Plan, check_groups
 from fxprune.values import share, whole
 
 __all__ = [
     "budget_of",
-    "check_model",
     "check_plan",
     "check_pruned",
     "kept_modules",
@@ -194,96 +193,3 @@ def check_plan(plan: Any, function: str) -> None:
         way = next((way for kind, way in ways.items() if isinstance(plan, kind)), "prune(...).plan is one")
         raise ArgumentError(f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}.")
     check_groups(plan)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what cannot be pruned, whatever the example.
-
-    Raises
-    ------
-    ModelError
-        It names the module or the tensor, and the way out.
-    """
-    if not isinstance(model, nn.Module):
-        inner = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise ModelError(f"expected a torch.nn.Module as model, got {_kind_of(model)}.{inner}")
-    _check_modules(model)
-    parameters = list(model.named_parameters())
-    tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
-    lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
-    if lazy:
-        raise ModelError(f"{lazy[0]!r} is uninitialised (a lazy module): run the model once on an input, then prune it.")
-    for name, tensor in tensors:
-        _check_kind(name, tensor)
-    devices = {t.device: name for name, t in reversed(tensors)}
-    if len(devices) > 1:
-        where = ", ".join(sorted(f"{name} on {device}" for device, name in devices.items()))
-        raise ModelError(f"the model lies on {len(devices)} devices ({where}): move it to one with model.to(device) first.")
-    readable = {name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() and not tensor.is_meta}
-    norms = [torch.linalg.vector_norm(tensor).double() for tensor in readable.values()]
-    if norms and bool(torch.stack(norms).isnan().any()):
-        name = next(name for name, norm in zip(readable, norms, strict=True) if bool(norm.isnan()))
-        raise ModelError(f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the weights first.")
-
-
-def _check_modules(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("a TorchScript module has no Python code to trace: prune the nn.Module it was made from.")
-    if "forward" in vars(model):
-        raise ModelError(
-            f"forward was replaced on this {type(model).__name__} object: the class's own forward would be traced. "
-            "Put the new forward into a subclass or a wrapper module."
-        )
-    _check_acyclic(model)
-    for name, module in model.named_modules():
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"{name!r} is a TorchScript module, which has no Python code to trace: put the nn.Module it was made from in "
-                "its place."
-            )
-        quantised = "quantized" in kind.__module__ and any(p in kind.__module__ for p in ("nn.quantized", "nn.intrinsic.quantized"))
-        if quantised and "Functional" not in kind.__name__.removeprefix("Q"):
-            raise _quantised(name or "the model", kind.__name__)
-
-
-def _check_acyclic(model: nn.Module) -> None:
-    """Refuse a module that is below itself: nothing that goes through its modules would come to an end."""
-    done: set[nn.Module] = set()
-
-    def visit(module: nn.Module, above: Mapping[nn.Module, str], prefix: str) -> None:
-        for name, child in module._modules.items():
-            if child is not None and child in above:
-                raise ModelError(
-                    f"{prefix}{name} is {above[child]}, so this {type(model).__name__} contains itself. Hold the module above "
-                    "where torch does not register it: in a list, or with object.__setattr__."
-                )
-            if child is not None and child not in done:
-                done.add(child)
-                visit(child, {**above, child: repr(f"{prefix}{name}")}, f"{prefix}{name}.")
-
-    visit(model, {model: "the model itself"}, "")
-
-
-def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuse tensors whose elements cannot be taken out or computed with as they are."""
-    if tensor.is_quantized:
-        raise _quantised(name, str(tensor.dtype))
-    if type(tensor.data) not in (Tensor, nn.Parameter):
-        raise ModelError(
-            f"{name!r} is a {type(tensor.data).__name__}, a tensor of a kind of its own, as quantised and distributed weights are: "
-            "prune the model with plain tensors first, then quantise or distribute the result."
-        )
-    if tensor.layout is not torch.strided:
-        raise ModelError(f"{name!r} is sparse ({tensor.layout}): give it as tensor.to_dense().")
-    if any(getattr(tensor, "names", ())):  # newer versions of torch know none
-        raise ModelError(f"{name!r} has named dimensions, which few operations take: take them off with rename(None).")
-    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-        raise ModelError(
-            f"{name!r} is stored as {tensor.dtype}, in which nothing can be added: prune the model in bfloat16 or float32, and "
-            "bring the result to 8 bits."
-        )
-
-
-def _quantised(name: str, kind: str) -> ModelError:
-    return ModelError(f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the result.")

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 from fxprune import shapes
 from fxprune.compiled import plain
 from fxprune.doors import calling, door
-from fxprune.errors import ModelError
-from fxprune.inputs import as_call
+from fxprune.inputs import read
 from fxprune.macs import has_formula, op_macs
+from fxprune.prunable import check_structure
 
 __all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
 
@@ -55,13 +55,8 @@ def count_parameters(module: nn.Module) -> int:
         >>> count_parameters(nn.Linear(4, 8))
         40
     """
-    _check(module, "count_parameters")
+    check_structure(module)
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _check(module: Any, function: str) -> None:
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"{function} takes a torch.nn.Module, and got a {type(module).__name__}.")
 
 
 @door
@@ -79,7 +74,7 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         The cost of one forward pass over the whole batch.
 
     Raises:
-        ModelError: if it is no module.
+        ModelError, InputError: if it is no module, or there is no example.
         CallbackError: if the module raises something, as it does where the control flow depends on values (a detector's
             non-maximum suppression).
 
@@ -94,8 +89,8 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
         75,776 MACs, 20,706 parameters
     """
     module = plain(module)
-    _check(module, "cost_of")
-    args, kwargs = as_call(example_inputs)
+    check_structure(module)
+    args, kwargs = read(example_inputs)
     # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps the module's own
     # tensors out for the call and back, also when the forward pass raises.
     metas: dict[int, Tensor] = {}

@@ -80,6 +80,8 @@ def read(example_inputs: Any) -> Arguments:
             f"example_inputs must hold tensors, got {type(wrong).__name__}: {wrong!r:.60}. Pass a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside the tensors."
         )
+    if any(tensor.is_nested for tensor in tensors_of(call)):
+        raise InputError("example_inputs holds a nested tensor, which has no shape that could be traced: pad it to a plain one.")
     return call
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.api import Pruned, load, prune
-from fxprune.arguments import check_model, kept_modules
+from fxprune.arguments import kept_modules
 from fxprune.compiled import plain
 from fxprune.cost import cost_of
 from fxprune.doors import door
 from fxprune.errors import ArgumentError, PlanError, SignatureError
+from fxprune.prunable import check_model
 from fxprune.saving import path_of, read_files, write_files
 from fxprune.values import number, share, whole
 

@@ -20,6 +20,7 @@ ROOMS = [
     "doors",
     "values",
     "compiled",
+    "prunable",
     "inputs",
     "hooks",
     "module_sizes",

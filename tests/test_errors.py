@@ -287,6 +287,98 @@ def test_scripted_model() -> None:
         fxprune.prune(scripted, torch.randn(IMAGE), channels=0.5)
 
 
+def with_tensor(name: str, tensor: Tensor, *, buffer: bool = False) -> nn.Module:
+    model = Small()
+    if buffer:
+        model.register_buffer(name, tensor)
+    else:
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+    return model
+
+
+class Kind(Tensor):
+    """A tensor of a kind of its own."""
+
+
+TENSORS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "8 bits": (
+        lambda: with_tensor("conv2.weight", torch.ones(16, 8, 3, 3).to(torch.float8_e4m3fn)),
+        (r"conv2\.weight", "float8_e4m3fn", "bfloat16"),
+    ),
+    "8 bits, a buffer": (lambda: with_tensor("scale", torch.ones(3).to(torch.float8_e5m2), buffer=True), ("scale", "float8_e5m2")),
+    "a kind of its own": (lambda: with_tensor("conv1.bias", torch.ones(8).as_subclass(Kind)), (r"conv1\.bias", "Kind", "plain")),
+    "sparse": (lambda: with_tensor("head.weight", torch.ones(10, 16).to_sparse()), (r"head\.weight", "sparse", "to_dense")),
+    "infinite": (
+        lambda: with_tensor("conv1.weight", torch.full((8, 3, 3, 3), float("inf"))),
+        (r"conv1\.weight", "infinity", "load|initialise"),
+    ),
+    "without values": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).to("meta"),
+        (r"0\.weight", "meta", "load the weights"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_cannot_be_pruned(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch of its own sparse tensors
+        build, words = TENSORS[name]
+        with pytest.raises(ModelError) as caught:
+            fxprune.prune(build(), torch.randn(IMAGE), channels=0.5)
+    for word in words:
+        assert re.search(word, str(caught.value)), str(caught.value)
+
+
+def test_a_sparse_buffer_stays_as_it_is() -> None:
+    """Nothing of it can be removed, and nothing has to be."""
+
+    class OnAGraph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.register_buffer("adjacency", (torch.rand(5, 5) > 0.5).float().to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.sparse.mm(self.adjacency, self.a(x)).relu())
+
+    pruned = fxprune.prune(OnAGraph(), torch.randn(5, 4), channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9  # type: ignore[operator]
+    assert pruned.model.get_buffer("adjacency").is_sparse
+    assert pruned.model.get_parameter("a.weight").shape == (4, 4)
+
+
+@pytest.mark.parametrize("does", [fxprune.prune, fxprune.analyze, fxprune.cost.cost_of])
+def test_a_module_that_contains_itself(does: Callable[..., Any]) -> None:
+    """Nothing that goes through its modules would come to an end; one that is held twice is no such module."""
+    model = nn.Sequential(Small(), nn.ReLU())
+    model[0].conv1.owner = model[0]
+    with pytest.raises(ModelError, match=r"0\.conv1\.owner is '0'.*contains itself.*list"):
+        does(model, torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
+    twice = nn.Sequential(relu := nn.ReLU(), nn.Conv2d(3, 8, 1), relu, nn.Conv2d(8, 4, 1))
+    does(twice, torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(IMAGE))])
+def test_a_scripted_module_inside_is_named(make: Callable[..., nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 3, 1), make(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh()))), nn.Conv2d(8, 4, 1)
+        )
+        with pytest.raises(ModelError, match=r"'0\.1' is a TorchScript module.*nn\.Module"):
+            fxprune.prune(model, torch.randn(IMAGE), channels=0.5)
+
+
+def test_a_nested_example() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ragged = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)])
+    with pytest.raises(InputError, match=r"nested.*pad"):
+        fxprune.prune(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), ragged, channels=0.5)
+
+
 class FailsLate(nn.Module):
     """Runs for a while, then does what no analysis follows; train mode, frozen weights and gradients stay."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune.coupling import Coupling, Group
 from fxprune.doors import door, read
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
 
 __all__ = ["ROLES", "UnitView", "Views", "check_roles", "widened"]
@@ -109,6 +109,11 @@ class Views:
         role, dim = self.coupling.role, self.coupling.shrinking_dim
         for name in self.coupling.parameters:
             if name in self.tensors:
+                if self.tensors[name].is_meta:
+                    raise ModelError(
+                        f"{name!r} is on the meta device and has no values, so nothing can be ranked: load the weights first, or "
+                        'take criterion="random". fxprune.analyze needs none.'
+                    )
                 fields = [labels for labels in self.coupling.parameter_labels(name) if role(name, dim(labels)) in roles]
                 if fields:
                     yield name, fields

@@ -501,6 +501,9 @@ def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]
     out: dict[int, Tensor] = {}
     for tensor in coupling.parameters.values():
         source = real[id(tensor)]
+        if source.layout is not torch.strided:
+            out[id(tensor)] = source.detach().clone()
+            continue
         taken = survivors.take(tensor, source.detach()) if tensor.is_meta else source.detach()
         if taken.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             taken = taken.clone()
