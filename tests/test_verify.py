@@ -578,3 +578,27 @@ def test_a_model_without_data() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 3)).to("meta")
     result = fxprune.prune(model, torch.zeros(2, 4, device="meta"), channels=0.5, criterion="random")
     assert fxprune.verify(model, result).error < 1e-9
+
+
+def test_a_path_that_carries_less_gradient() -> None:
+    """Every parameter still gets one; the outputs are right."""
+
+    def detach(model: nn.Module) -> None:
+        model.a.register_forward_hook(lambda module, given, out: (out + out.detach()) / 2)  # type: ignore[union-attr, operator]
+
+    broken(Of(two), X, r"^gradients: the gradient of 'a\.weight' differs", detach)
+
+
+def test_python_that_draws_no_more() -> None:
+    """A layer that the original leaves out half of the time."""
+
+    def layer_drop(model: nn.Module) -> nn.Module:
+        model.register_forward_hook(lambda module, given, out: out * (random.random() < 2.0))
+        return model
+
+    model, dropping = Of(two), layer_drop(Of(two))
+    result = fxprune.prune(model, X, channels=0.5)
+    with pytest.raises(VerificationError, match="random numbers of both models cannot be compared"):
+        checked(dropping, result, analysed=model)
+    layer_drop(result.model)
+    assert checked(dropping, result, analysed=model).error < 1e-9

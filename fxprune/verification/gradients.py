@@ -1,4 +1,4 @@
-"""Which parameters get a gradient."""
+"""Which parameters get a gradient, and which one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
@@ -19,37 +20,72 @@ __all__ = ["check_gradients"]
 def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
     """Run both models forward and backward; the number of parameters that get a gradient.
 
+    The gradients themselves are compared as well, unless statistics go over the survivors or random numbers are drawn.
+
     Raises
     ------
     RefusedError, PrunedFailsError, GuardedError
     VerificationError
         If they are others in the pruned model; it names the first.
     """
+    seen = _Draws()
     try:
-        wanted = _reached(bench.original(training), bench, call)
+        with seen:
+            wanted, numbers = _gradients(bench.original(training), bench, call)
     except Exception as error:
         raise RefusedError(said(error)) from error
     try:
-        found = _reached(bench.smaller(training), bench, call)
+        found, same = _gradients(bench.smaller(training), bench, call)
     except AssertionError as error:
         raise (GuardedError if str(error) in bench.guards else PrunedFailsError)(said(error)) from error
     except Exception as error:
         raise PrunedFailsError(said(error)) from error
-    for name in _in_order(bench.model, wanted ^ found):
+    for name in _in_order(bench.model, wanted.keys() ^ found.keys()):
         has, lacks = ("the original", "the pruned model") if name in wanted else ("the pruned model", "the original")
-        raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}{' in training mode' if training else ''}.")
+        raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
+    if not seen.any and not bench.normalises and not bench.own and numbers == same:
+        _compare(bench, found, wanted)
     return len(found)
 
 
-def _reached(model: nn.Module, bench: Bench, call: Call) -> set[str]:
+def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int]:
+    """Gradients by the names of parameters, and how many numbers there are among the outputs."""
     args, kwargs = clone(call)
     with seeded(bench.seed), torch.enable_grad(), InDtype(bench.dtype):
         found = [leaf for leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if found:
-            torch.autograd.backward([leaf.abs().sum() if leaf.is_complex() else leaf.sum() for leaf in found])
-    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            torch.autograd.backward([leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found])
+    numbers = sum(int(leaf.isfinite().sum()) for leaf in found)
+    return {name: own.grad.detach() for name, own in model.named_parameters() if own.grad is not None}, numbers
+
+
+def _weighted(output: Tensor) -> Tensor:
+    """A sum in which every element counts otherwise: a plain one has no gradient where they add up to a constant."""
+    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
+    return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
+
+
+def _compare(bench: Bench, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    kept = {name: bench.survivors.take(bench.coupling.parameters[name], grad) for name, grad in wanted.items() if name in found}
+    largest = max((float(grad.norm()) for grad in kept.values() if bool(grad.isfinite().all())), default=0.0)
+    for name in _in_order(bench.model, kept):
+        gap, size = float((found[name] - kept[name]).norm()), float(kept[name].norm())
+        # What is no number came from a removed element, where the derivative of a root or of a quotient is none.
+        if gap > bench.limit * (size + 1e-3 * largest):
+            raise VerificationError(f"the gradient of {name!r} differs from the masked original's by {gap:.1e}, of {size:.1e}.")
 
 
 def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     order = {name: n for n, (name, _) in enumerate(model.named_parameters())}
     return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+class _Draws(TorchDispatchMode):
+    """Sees whether random numbers are drawn."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None) -> object:
+        if torch.Tag.nondeterministic_seeded in func.tags:  # type: ignore[attr-defined]
+            self.any = True
+        return func(*args, **(kwargs or {}))  # type: ignore[operator, arg-type]

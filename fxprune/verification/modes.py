@@ -32,6 +32,7 @@ __all__ = [
     "Replayed",
     "clone",
     "events_of",
+    "python_state",
     "seeded",
 ]
 
@@ -83,6 +84,12 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(own)
             np.random.set_state(of_numpy)
+
+
+def python_state() -> tuple[Any, ...]:
+    """Where the generators of Python and of NumPy stand: two runs that draw the same leave them alike."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), rest
 
 
 class NotFollowedError(Exception):

@@ -21,7 +21,18 @@ from fxprune.trace import user_line
 from fxprune.verification.comparing import difference
 from fxprune.verification.copies import masked, original, smaller
 from fxprune.verification.graph import GraphRun
-from fxprune.verification.modes import Draw, Followed, InDtype, MismatchError, NotFollowedError, Replayed, clone, events_of, seeded
+from fxprune.verification.modes import (
+    Draw,
+    Followed,
+    InDtype,
+    MismatchError,
+    NotFollowedError,
+    Replayed,
+    clone,
+    events_of,
+    python_state,
+    seeded,
+)
 from fxprune.verification.structure import guards
 from fxprune.verification.values import Call
 
@@ -59,6 +70,7 @@ class _Run:
     outputs: list[Any] = field(default_factory=list)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
+    state: Any = None  # of the generators that Python code draws from
 
 
 class Bench:
@@ -89,7 +101,13 @@ class Bench:
         self.dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.get_default_dtype())
         self.events = events_of(coupling)
         self.guards = guards(pruned, coupling)
+        self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
         self._modes: dict[str, bool] = {}
+
+    @property
+    def limit(self) -> float:
+        """The relative error that is still rounding."""
+        return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
     # -- what is compared
 
@@ -119,8 +137,10 @@ class Bench:
         if not notes and _undefined(reference, result):
             reference, notes = self._graph(call, training, constant), ("the traced graph: 0/0 at removed elements",)
             result, deciding = self._smaller(call, training, constant, reference.draws)
+        if not notes and reference.state != result.state:
+            raise MismatchError("Python code draws them in one model, and not in the other")
         outcome = self._held(result, reference, deciding, notes)
-        if not outcome.error <= LIMITS[self.dtype]:
+        if not outcome.error <= self.limit:
             second, _ = self._reference(call, training, constant)
             if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
                 raise VerificationError(
@@ -175,6 +195,7 @@ class Bench:
                 raise
             except Exception as error:
                 raise RefusedError(said(error)) from error
+            run.state = python_state()
         run.buffers = _buffers(model) if training else {}
         return run
 
@@ -249,6 +270,7 @@ class Bench:
                 raise PrunedFailsError(said(error)) from error
             except Exception as error:
                 raise PrunedFailsError(said(error)) from error
+            run.state = python_state()
         if mode.ahead:
             raise MismatchError(f"the pruned model draws {len(mode.ahead)} numbers fewer than the original")
         run.buffers = _buffers(model) if training else {}

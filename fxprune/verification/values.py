@@ -101,7 +101,7 @@ def other_batch(call: Call) -> Call | None:
     """The example with another number of rows, 1 if it has more; None where its tensors have none."""
     args, kwargs = call
     rows = batch_size((*args, *kwargs.values()))
-    wanted = 3 if rows == 1 else 1
+    wanted = 2 if rows == 1 else 1
     found = False
 
     def value(given: Any) -> Any:
