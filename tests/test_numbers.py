@@ -104,11 +104,27 @@ MIXED = [
         "(h @ h.transpose(2, 3)).flatten(1).shape[1]",
         "h.chunk(2, 1)[0].flatten(1).shape[1]",
         "F.unfold(h, 3).shape[1] * h.shape[2]",
+        "torch.stack([h, h], 1).flatten(1).shape[1]",
+        "h.repeat(1, 2, 1, 1).flatten(1).shape[1]",
+        "h.expand(2, *h.shape).flatten(1, 2).shape[1]",
+        "F.pixel_shuffle(h, 2).flatten(1).shape[1]",
+        "F.interpolate(h, scale_factor=2).flatten(1).shape[1]",
+        "F.pad(h, (0, 1, 0, 0, 0, 2)).flatten(2).shape[1] * h.shape[2]",
+        "h[:, 2:].flatten(1).shape[1]",
+        "h.narrow(1, 2, 3).numel()",
+        "torch.cat([h.flatten(1), h.mean((2, 3))], 1).shape[1]",
+        "torch.zeros_like(h).flatten(1).shape[1]",
+        "h.flatten(0, 1).shape[0]",
+        "h.nbytes",
     ),
 ]
 """Numbers that mix it with a batch or a resolution, and follow both."""
 
 HELD = [
+    "int(h.shape[1] * h.shape[2] / 3)",
+    "h.stride(0)",
+    "torch.cat([h.flatten(1), torch.ones(h.shape[0], 5).to(h)], 1).shape[1]",
+    "max(h.shape)",
     "max(h.shape[1], h.shape[2])",
     "math.log(h.shape[1] * h.shape[2])",
     "math.sqrt(h[0].numel())",

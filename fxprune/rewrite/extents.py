@@ -154,6 +154,8 @@ class Extents:
     def _reshaped(self, node: fx.Node, axis: int) -> Extent:
         """An axis of what is laid out anew: the product, or a factor, of the axes that it came from."""
         first, value = _first(node), node.meta["val"]
+        if self._name(node) == "squeeze" and len(node.args) == 1 and not node.kwargs:
+            return Extent.UNKNOWN  # which axes are left depends on the batch
         given = _sizes_given(node)
         if len(given) == value.dim() and given[axis] != -1 and self.constant(given[axis]):
             return Extent.FIXED
@@ -217,13 +219,17 @@ class Extents:
         if not isinstance(first, fx.Node) or not isinstance(first.meta["val"], Tensor):
             return Extent.UNKNOWN
         parts = list(index) if isinstance(index, (tuple, list)) else [index]
-        if not all(p is None or p is Ellipsis or isinstance(p, slice) or type(p) is int for p in parts):
+        known = all(
+            p is None or p is Ellipsis or type(p) is int or (isinstance(p, slice) and self._constant_slice(p)) for p in parts
+        )
+        if not known:
             return Extent.UNKNOWN
         rank = first.meta["val"].dim()
         used = sum(1 for p in parts if p is not None and p is not Ellipsis)
         if Ellipsis not in parts:
             parts.append(Ellipsis)
-        dims: list[int | None] = []  # for each axis of the result the one that it is, if it is one whole
+        dims: list[int | None] = []  # for each axis of the result the one that it is, or a part of
+        parted = set()
         own = 0
         for part in parts:
             if part is None:
@@ -233,10 +239,68 @@ class Extents:
                 own += rank - used
             else:
                 if isinstance(part, slice):
-                    dims.append(own if part == slice(None) else None)
+                    parted |= {own} - ({own} if part == slice(None) else set())
+                    dims.append(own)
                 own += 1
         source = dims[axis]
-        return Extent.UNKNOWN if source is None else self.of(first, source)
+        if source is None:
+            return Extent.UNKNOWN
+        found = self.of(first, source)
+        return found if source not in parted or found is Extent.FIXED else Extent.UNKNOWN
+
+    def _constant_slice(self, part: slice) -> bool:
+        return all(bound is None or self.constant(bound) for bound in (part.start, part.stop, part.step))
+
+    def _narrowed(self, node: fx.Node, axis: int) -> Extent:
+        first, dim = _first(node), _argument(node, 1, "dim", None)
+        if first is None or not isinstance(dim, int):
+            return Extent.UNKNOWN
+        found = self.of(first, axis)
+        bounds = [_argument(node, 2, "start", None), _argument(node, 3, "length", None)]
+        fixed = found is Extent.FIXED and self.constant(bounds)
+        return found if axis != dim % node.meta["val"].dim() or fixed else Extent.UNKNOWN
+
+    def _stacked(self, node: fx.Node, axis: int) -> Extent:
+        parts, dim = _argument(node, 0, "tensors", ()), _argument(node, 1, "dim", 0)
+        if not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
+            return Extent.UNKNOWN
+        along = dim % node.meta["val"].dim()
+        return Extent.FIXED if axis == along else max(self.of(part, axis - (axis > along)) for part in parts)
+
+    def _expanded(self, node: fx.Node, axis: int) -> Extent:
+        """An axis that was there, or one of a given size."""
+        first, value = _first(node), node.meta["val"]
+        if first is None:
+            return Extent.UNKNOWN
+        old = first.meta["val"]
+        own = axis - value.dim() + old.dim()
+        if own >= 0 and old.shape[own] == value.shape[axis] > 1:
+            return self.of(first, own)
+        given = _sizes_given(node)
+        return Extent.FIXED if len(given) == value.dim() and given[axis] != -1 and self.constant(given[axis]) else Extent.UNKNOWN
+
+    def _repeated(self, node: fx.Node, axis: int) -> Extent:
+        first, value = _first(node), node.meta["val"]
+        given = _sizes_given(node)
+        if first is None or len(given) != value.dim() or not self.constant(given[axis]):
+            return Extent.UNKNOWN
+        own = axis - value.dim() + first.meta["val"].dim()
+        return self.of(first, own) if own >= 0 else Extent.FIXED
+
+    def _before_space(self, node: fx.Node, axis: int) -> Extent:
+        """The batch, or the channels of an image, of which each may make, or be made of, a constant number."""
+        first = _first(node)
+        return Extent.UNKNOWN if first is None or axis > 1 else self.of(first, axis)
+
+    def _padded(self, node: fx.Node, axis: int) -> Extent:
+        first, amounts = _first(node), _argument(node, 1, "pad", None)
+        if first is None or not isinstance(amounts, (tuple, list)):
+            return Extent.UNKNOWN
+        place = 2 * (node.meta["val"].dim() - 1 - axis)
+        own, found = list(amounts[place : place + 2]), self.of(first, axis)
+        if not any(isinstance(amount, fx.Node) or amount for amount in own):
+            return found
+        return found if found is Extent.FIXED and self.constant(own) else Extent.UNKNOWN
 
     def _selected(self, node: fx.Node, axis: int) -> Extent:
         first, dim = _first(node), _argument(node, 1, "dim", None)
@@ -295,8 +359,8 @@ def axes_read(number: fx.Node) -> tuple[fx.Node, Sequence[int]] | None:
 
 
 def _sizes_given(node: fx.Node) -> Sequence[Any]:
-    """The sizes that a call of ``view`` or ``reshape`` is given."""
-    if name_of(node) not in ("view", "reshape", "unsafe_view"):
+    """The sizes, one for each axis, that a call of ``view`` or its kind is given."""
+    if name_of(node) not in ("view", "reshape", "unsafe_view", "expand", "repeat"):
         return ()
     given = node.kwargs.get("size", node.kwargs.get("shape", node.args[1:]))
     return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
@@ -351,7 +415,7 @@ _RULES: dict[str, Callable[[Extents, fx.Node, int], Extent]] = {
                 "clone detach to float double half type_as relu_ relu6 hardswish hardsigmoid leakyrelu prelu softmax log_softmax",
                 "logsoftmax layer_norm rms_norm group_norm batch_norm instance_norm normalize layernorm rmsnorm groupnorm",
                 "batchnorm1d batchnorm2d batchnorm3d syncbatchnorm instancenorm1d instancenorm2d instancenorm3d",
-                "cumsum roll flip expand expand_as",
+                "cumsum roll flip expand_as data zeros_like ones_like empty_like full_like rand_like randn_like",
             )
         ).split(),
         Extents._same,
@@ -361,6 +425,12 @@ _RULES: dict[str, Callable[[Extents, fx.Node, int], Extent]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp"), Extents._reduced),
     **dict.fromkeys(("matmul", "bmm", "mm"), Extents._multiplied),
     "cat": Extents._joined,
+    "stack": Extents._stacked,
+    "expand": Extents._expanded,
+    "repeat": Extents._repeated,
+    "narrow": Extents._narrowed,
+    "pad": Extents._padded,
+    **dict.fromkeys(("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "pixelshuffle"), Extents._before_space),
     "getitem": Extents._indexed,
     "select": Extents._selected,
     "scaled_dot_product_attention": Extents._attended,

@@ -78,8 +78,7 @@ class Numbers:
             old = read[0].meta["val"]
             left = self.survivors.shape(old)
             return any(left[axis] != old.shape[axis] for axis in read[1])
-        asks = any(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes)
-        return asks and type(node.meta["val"]) is not bool and self.new(node) != node.meta["val"]
+        return _asks(node) and type(node.meta["val"]) is not bool and self.new(node) != node.meta["val"]
 
     def new(self, value: Any) -> Any:
         """What an argument is in the smaller model, as the original's code computes it there, for the example.
@@ -99,7 +98,7 @@ class Numbers:
         value = node.meta["val"]
         if isinstance(value, Tensor):
             return value if not value.is_meta else torch.empty(self.survivors.shape(value), dtype=value.dtype, device=value.device)
-        if node.op in ("placeholder", "get_attr") or holds_tensors(value) or not _is_number(value):
+        if node.op in ("placeholder", "get_attr") or holds_tensors(value):
             return value
         try:
             return execute(self.root, node, *fx.node.map_arg((node.args, node.kwargs), self._new))
@@ -126,7 +125,7 @@ class Numbers:
         read = axes_read(node)
         if read is not None:
             return self._scaled_back(node, *read)
-        if any(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes):
+        if _asks(node):
             sizes = self._all_sizes(node)
             return self._held_at(node) if sizes is None else sizes
         args, kwargs = self.original((node.args, node.kwargs))
@@ -219,6 +218,9 @@ class Numbers:
             left = self.survivors.shape(tensor.meta["val"])[axis]
             now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
             self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
+            if _ranks_vary(tensor.graph):
+                rank = tensor.meta["val"].dim()
+                self.hold(self.create("call_method", "dim", (self.made[tensor],), {}, rank), rank, f"{tensor.name}.dim()", rank)
         for number in _nodes(bounds):
             if _is_number(number.meta["val"]):
                 self.hold(self.original(number), number.meta["val"], formula(number), number.meta["val"])
@@ -263,6 +265,16 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(map(_is_number, value))
     return isinstance(value, (bool, int, float, complex))
+
+
+def _ranks_vary(graph: fx.Graph) -> bool:
+    """Whether there is a ``squeeze()`` that drops whatever is of size 1, the batch as well."""
+    return any(name_of(node) == "squeeze" and len(node.args) == 1 and not node.kwargs for node in graph.nodes)
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a number is not computed from numbers alone, but asked of a tensor or of something else."""
+    return not all(_is_number(n.meta["val"]) for n in node.all_input_nodes)
 
 
 def _nodes(*values: Any) -> list[fx.Node]:

@@ -597,7 +597,8 @@ class Tracer:
         text = f"{where}: {formula(node)} was taken as {taken!r}"
         if text not in self.decisions and not of_rank(node):
             self.decisions.append(text)
-        self._hold(value, taken, f"inputs with {formula(node)}", f" (decided at {where})")
+        held = example if kind is int else taken  # int(n / 3): the graph holds n / 3
+        self._hold(value, held, f"inputs with {formula(node)}", f" (decided at {where})")
         return taken
 
     def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
