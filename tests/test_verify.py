@@ -602,3 +602,11 @@ def test_python_that_draws_no_more() -> None:
         checked(dropping, result, analysed=model)
     layer_drop(result.model)
     assert checked(dropping, result, analysed=model).error < 1e-9
+
+
+def test_an_output_whose_zeros_are_left_out() -> None:
+    proved(Of(lambda m, x: two(m, x).relu().to_sparse()))
+
+
+def test_complex_outputs() -> None:
+    proved(Of(lambda m, x: torch.fft.fft(two(m, x))))

@@ -199,8 +199,7 @@ class _Proof:
                 taken += 1
             if taken == enough:
                 break
-        if taken:
-            del self.left_out[left:]
+        del self.left_out[left + (0 if taken else 1) :]  # one reason is enough, and none where another size was compared
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.compared.append(name)

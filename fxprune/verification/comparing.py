@@ -11,7 +11,7 @@ from torch import Tensor
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
 
-__all__ = ["NotFiniteError", "difference", "kinds", "leaves", "relative_error"]
+__all__ = ["NotFiniteError", "dense", "difference", "kinds", "leaves", "relative_error"]
 
 
 class NotFiniteError(VerificationError):
@@ -61,7 +61,7 @@ def _compared(got: Tensor, wanted: Tensor, number: int) -> float:
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """``||got - wanted|| / ||wanted||``. Infinities, and values that are no number, are equal where both have them."""
-    got, wanted = (_dense(tensor) for tensor in (got, wanted))
+    got, wanted = (_double(tensor) for tensor in (got, wanted))
     same = (got == wanted) | (got.isnan() & wanted.isnan())
     gap = torch.where(same, 0.0, (got - wanted).abs())
     if not bool(gap.isfinite().all()):
@@ -70,17 +70,20 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(gap)) / (norm or 1.0)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """A copy of a tensor whose elements all stand in memory, as numbers."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
+        return tensor.to_dense()
+    return tensor.dequantize() if tensor.is_quantized else tensor.clone()
+
+
+def _double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    return bool(_dense(tensor).isfinite().any())
+    return bool(_double(tensor).isfinite().any())
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -18,7 +18,7 @@ from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
-from fxprune.verification.comparing import difference
+from fxprune.verification.comparing import dense, difference
 from fxprune.verification.copies import masked, original, smaller
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
@@ -279,7 +279,7 @@ class Bench:
 
 def _taken(out: Any) -> list[Any]:
     """The leaves of an output, as they are now."""
-    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
+    return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
