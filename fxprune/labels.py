@@ -10,14 +10,14 @@ so an activation of any resolution costs as many integers as it has channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Field", "Units", "alive_mask", "compact", "reshape_blocks", "varied"]
+__all__ = ["Array", "Field", "Units", "alive_mask", "compact", "varied"]
 
 Array: TypeAlias = npt.NDArray[np.int64]
 
@@ -169,36 +169,6 @@ def compact(labels: Array) -> Array:
             if labels.strides[d] == 0 or np.array_equal(np.broadcast_to(first, labels.shape), labels):
                 labels = first
     return labels
-
-
-def reshape_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest independent blocks of dimensions: ``[(old dims, new dims), ...]``.
-
-    Dimensions of size 1 on the new side belong to no block. Labels that do not vary within a block need not be touched, whatever
-    the block's size.
-
-    >>> reshape_blocks((2, 6, 7, 7), (2, 2, 3, 49))
-    [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
-    """
-    blocks: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    old_dims = [d for d, size in enumerate(old) if size != 1]
-    new_dims = [d for d, size in enumerate(new) if size != 1]
-    while i < len(old_dims) and j < len(new_dims):
-        ins, outs = [old_dims[i]], [new_dims[j]]
-        a, b = old[old_dims[i]], new[new_dims[j]]
-        while a != b:
-            if a < b:
-                i += 1
-                ins.append(old_dims[i])
-                a *= old[old_dims[i]]
-            else:
-                j += 1
-                outs.append(new_dims[j])
-                b *= new[new_dims[j]]
-        blocks.append((ins, outs))
-        i, j = i + 1, j + 1
-    return blocks
 
 
 def alive_mask(labels: Iterable[Array], alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

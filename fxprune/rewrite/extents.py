@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.labels import reshape_blocks
 from fxprune.memory import name_of
 from fxprune.rewrite.survivors import Survivors
-from fxprune.shapes import holds_tensors
+from fxprune.shapes import holds_tensors, reshape_blocks
 
 __all__ = ["Extent", "Extents", "axes_read"]
 

@@ -12,9 +12,10 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from fxprune.labels import Array, Field, compact, reshape_blocks, varied
+from fxprune.labels import Array, Field, compact, varied
 from fxprune.rules.context import Context, as_torch, from_torch
 from fxprune.rules.registry import rule
+from fxprune.shapes import reshape_blocks
 
 
 @rule(

@@ -28,6 +28,7 @@ from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import is_ours, user_line
+from fxprune.trace.sizes import own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import ASKS, Number, SizeTuple, Traced, TracedTensor, asks, asks_device, find_traced, map_leaves, stand_in
 
@@ -258,7 +259,12 @@ class Tracer:
         return self._function(func, map_leaves(self.known, args), map_leaves(self.known, kwargs))
 
     def _below(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations."""
+        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations.
+
+        A size that Python reads there is a plain number, so the graph is held to it.
+        """
+        if reads_size(func):
+            self._hold_sizes(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map_leaves(self.known, args), **map_leaves(self.known, kwargs))
 
@@ -318,7 +324,26 @@ class Tracer:
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
-        return self.record("call_function", func, args, kwargs)
+        return self.record("call_function", func, self._with_sizes(func, args), kwargs)
+
+    @_unseen
+    def _with_sizes(self, func: Any, args: Any) -> Any:
+        """Numbers of the graph in the place of sizes that C++ has read."""
+        if not args or not isinstance(args[0], TracedTensor):
+            return args
+        of, hold = (functools.partial(function, args[0]) for function in (self.size_of, self._hold_size))
+        return with_sizes(func, args, args[0].example.shape, of, hold)
+
+    @_unseen
+    def _hold_sizes(self, wrapped: Any) -> None:
+        for tensor, dim in own_sizes(wrapped):
+            self._hold_size(tensor, dim)
+
+    @_unseen
+    def _hold_size(self, tensor: Any, dim: int) -> None:
+        """Hold the graph to the example's size of a dimension."""
+        number = self.size_of(tensor, dim)
+        self._hold(number, tensor.example.shape[dim], f"inputs with {formula(number.fx_node)}", f" (at {user_line()})")
 
     def _of_examples(self, value: Any) -> Any:
         def example(leaf: Any) -> Any:
