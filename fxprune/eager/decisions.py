@@ -1,9 +1,10 @@
-"""Which ways a model's Python can go for other inputs, and whether it goes by what the weights give.
+"""Which ways a model's Python can go for other values.
 
-Python reads masks, lengths and flags of its caller freely: that is no reason to prune less. But where a question about inputs
-(``if mask.all()``) is answered otherwise, the parts may be called in another order, and channels are tied there as well. So each
-such question is put once more, answered the other way, and what the model does then is followed, too. Where Python decides by
-values that depend on weights the answers cannot be known: nothing is removed between parts.
+Where a question about values (``if mask.all()``) is answered otherwise, the parts may be called in another order, and channels are
+tied there as well. So each question is put once more, answered the other way, and what the model does then is followed, too.
+
+Numbers that Python takes out of its caller's tensors (lengths, counts, ids) it reads freely: that is no reason to prune less. What
+it does with numbers that depend on weights cannot be known: nothing is removed between parts then.
 """
 
 from __future__ import annotations
@@ -23,33 +24,37 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
-__all__ = ["READ", "Answers", "Decisions", "Ways", "followed", "ways_of"]
+__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "ways_of"]
 
 Answers = tuple[bool, ...]
 
 _ASKS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
-READ = _ASKS | {"__int__", "__float__", "__complex__", "__index__", "__array__", "item", "tolist", "numpy"}
-"""What gives the values of a tensor to Python, which may then do something else for other values."""
+WHOLE = frozenset({"__array__", "__dlpack__", "numpy", "tolist"})
+"""What hands all values of a tensor to Python."""
 
-_MOST = 8  # ways that are followed
+_READ = _ASKS | WHOLE | {"__int__", "__float__", "__complex__", "__index__", "item"}
+"""What hands any of them to Python, which may then do something else for other values."""
+
+_MOST = 16  # ways that are followed
+_TURNS = 3  # of a loop: what ties channels from one turn to the next is seen in the second, and the third is as all later ones
 
 
 class Decisions(TorchFunctionMode):
-    """Sees which values Python reads while a model runs, and answers its questions about inputs as it is told.
+    """Sees which values Python reads while a model runs, and answers its questions about them as it is told.
 
     Parameters
     ----------
     weights, inputs:
         Tensors of the model, and of its caller; what is computed of either is known as such.
     answers:
-        To the first questions about inputs, in order; later ones get the true answer.
+        To the first questions, in order; later ones get the true answer.
 
     Attributes
     ----------
     asked:
-        The line of each question about inputs, and its answer.
-    decided:
-        The first line that reads what depends on weights; empty if there is none.
+        The line of each question about values that depend on weights or inputs, and its answer.
+    taken_out:
+        The first line that takes numbers out which depend on weights; empty if there is none.
     """
 
     def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor], answers: Answers = ()) -> None:
@@ -58,13 +63,13 @@ class Decisions(TorchFunctionMode):
         self._of_weights: Any = WeakTensorKeyDictionary((t, None) for t in weights if t.is_floating_point() or t.is_complex())
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
-        self.decided = ""
+        self.taken_out = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in READ:
+        if name in _READ:
             return self._read(name, given, out)
         for known in (self._of_weights, self._of_inputs):
             if any(tensor in known for tensor in given):
@@ -74,12 +79,15 @@ class Decisions(TorchFunctionMode):
         return out
 
     def _read(self, name: str, given: list[Tensor], value: Any) -> Any:
-        if any(tensor in self._of_weights for tensor in given):
-            self.decided = self.decided or user_line()
-        elif name in _ASKS and any(tensor in self._of_inputs for tensor in given):
+        of_weights = any(tensor in self._of_weights for tensor in given)
+        if not of_weights and not any(tensor in self._of_inputs for tensor in given):
+            return value
+        if name in _ASKS or isinstance(value, bool):
             place = len(self.asked)
             value = self.answers[place] if place < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))
+        elif of_weights:
+            self.taken_out = self.taken_out or user_line()
         return value
 
 
@@ -106,10 +114,13 @@ class Ways:
         For each way the answers that lead to it; the first are those of the example, none.
     decided:
         The line by which it cannot be known where Python goes; empty if it can.
+    taken_out:
+        The line that takes out numbers which depend on weights, where no question is put: unless there is a way to turn by them, it
+        is known where Python goes.
     """
 
-    def __init__(self, answers: list[Answers], decided: str = "") -> None:
-        self.answers, self.decided = answers, decided
+    def __init__(self, answers: list[Answers], decided: str = "", taken_out: str = "") -> None:
+        self.answers, self.decided, self.taken_out = answers, decided, taken_out
 
 
 def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
@@ -123,33 +134,47 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
         Runs the model with these answers to its first questions.
     """
     first = run(())
-    if first.decided:
-        return Ways([()], first.decided)
+    if first.taken_out:
+        return Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
     found: list[Answers] = [()]
-    seen = set(first.asked)
-    waiting = _others(first)
+    seen, waiting = set(_steps(first)), _others(first)
     while waiting:
-        answers, line = waiting.pop(0)
-        if (line, answers[-1]) in seen:
+        answers, step = waiting.pop(0)
+        if step in seen:
             continue
-        seen.add((line, answers[-1]))
+        seen.add(step)
         try:
             way = run(answers)
         except Exception as error:
             if _is_raised(error.__traceback__):
                 continue
-            return Ways([()], line)
-        if way.decided or len(found) == _MOST:
-            return Ways([()], way.decided or line)
+            return Ways([()], step[0])
+        if way.taken_out or len(found) == _MOST:
+            return Ways([()], way.taken_out or step[0])
         found.append(answers)
-        seen.update(way.asked)
+        seen.update(_steps(way))
         waiting += _others(way)
     return Ways(found)
 
 
-def _others(way: Decisions) -> list[tuple[Answers, str]]:
-    given = [answer for _, answer in way.asked]
-    return [((*given[:i], not answer), line) for i, (line, answer) in enumerate(way.asked)]
+Step = tuple[str, int, bool]
+"""A question's line, how often it was put before, and the answer."""
+
+
+def _steps(way: Decisions) -> list[Step]:
+    before: dict[str, int] = {}
+    out = []
+    for line, answer in way.asked:
+        out.append((line, min(before.get(line, 0), _TURNS - 1), answer))
+        before[line] = before.get(line, 0) + 1
+    return out
+
+
+def _others(way: Decisions) -> list[tuple[Answers, Step]]:
+    """For each question of a way the answers that lead to the other one."""
+    given = tuple(answer for _, answer in way.asked)
+    steps = enumerate(_steps(way))
+    return [((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps]
 
 
 def _is_raised(trace: TracebackType | None) -> bool:

@@ -17,6 +17,7 @@ from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import Answers, followed, ways_of
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, Width, measure
+from fxprune.eager.straight import is_straight
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
 from fxprune.shapes import leaves_of
@@ -40,7 +41,7 @@ class Parts:
         self.twin, self.context, self.watch = twin, context, watch
         self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
         self._stand_ins: TensorMap[Tensor] = TensorMap()
-        self.decided = ""  # the line at which Python reads values
+        self.decided = ""  # the line at which Python takes out numbers that depend on weights
         self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
@@ -50,6 +51,10 @@ class Parts:
         self.decided = ways.decided
         self._found = found = Finder(self.twin)
         found.run(args, kwargs, ways.answers)
+        if ways.taken_out:
+            real = self.twin.instance()
+            straight = is_straight(real, found.parts, lambda: followed(real, args, kwargs, ()))
+            self.decided = "" if straight else ways.taken_out
         results = []
         for answers in ways.answers:
             contractions = len(self.context.contractions)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
+from fxprune.eager.decisions import WHOLE
 from fxprune.eager.narrowing import narrows
 from fxprune.identity import TensorMap
 from fxprune.labels import Array
@@ -110,6 +111,8 @@ class Sizes(TorchFunctionMode):
             return found if dim is None else found[dim]
         if name in ("numel", "nelement", "__len__"):
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])  # whatever widths are in it are told
+        if name in WHOLE:
+            self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
         widths = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Width]
         if name not in _SIZED:
             for width in widths:
