@@ -71,6 +71,8 @@ class Pruned:
         ModelError
             If the state dict holds what only a pickle could.
         """
+        if not isinstance(self.model, nn.Module) or not isinstance(self.plan, Plan) or not isinstance(self.report, Report):
+            raise ArgumentError("a Pruned holds a module, a Plan and a Report, as those of prune do: this one does not.")
         save_pruned(folder, self.model, self.plan, self.report)
 
 
@@ -405,7 +407,7 @@ def verify(
         "example_inputs": example_inputs,
         "dtype": dtype,
         "randomize": switch("randomize", randomize),
-        "seed": whole("seed", seed, 0),
+        "seed": whole("seed", seed, 0) % 2**63,
         "numeric": switch("numeric", numeric),
     }
     check_pruned(pruned, "verify")

@@ -257,7 +257,13 @@ def path_of(folder: Any) -> Path:
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ArgumentError(f"the folder is {folder!r:.60}, a {type(folder).__name__}: give a path.")
-    return Path(folder)
+    try:
+        named = b"\0" not in os.fsencode(folder)
+    except ValueError:  # characters that no file name can have here
+        named = False
+    if not named:
+        raise ArgumentError(f"the folder {folder!r:.60} is a name that no file system takes: give another.")
+    return Path(os.fsdecode(folder))
 
 
 def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], object]]) -> Path:

@@ -595,6 +595,56 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
     assert state_of(tmp_path) == "next"
 
 
+# ---- disks that are full, names that are none
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of files are those of POSIX")
+@pytest.mark.parametrize("room", [0, 100, 5_000])
+def test_a_full_disk_is_told_and_leaves_the_earlier_state(room: int, tmp_path: Path) -> None:
+    """The system refuses to write more than so many bytes, as a full disk would: in the weights, or in what is written before."""
+    import resource
+
+    small, large = pruned_net(), fxprune.prune(build(64), IMAGE, channels=1.0)
+    small.save(tmp_path / "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        for folder in ("old", "new"):
+            with pytest.raises(ArgumentError, match=r"Name a folder that can be"):
+                large.save(tmp_path / folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert same_state(fxprune.load(tmp_path / "old", build).model, small.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_an_error_of_the_system_on_the_way(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(ArgumentError, match=str(error.strerror)):
+        pruned_net().save(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "a\ud800b", None, 3, b"bytes"])
+def test_a_name_that_is_none(folder: Any) -> None:
+    with pytest.raises(ArgumentError, match="folder"):
+        pruned_net().save(folder)
+    with pytest.raises(ArgumentError, match="folder"):
+        fxprune.load(folder, build)
+
+
+def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
+    pruned = pruned_net()
+    for broken in (replace(pruned, plan=None), replace(pruned, model=pruned), replace(pruned, report={})):  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="a Pruned holds a module, a Plan and a Report"):
+            broken.save(tmp_path / "new")
+
+
 # ---- the whole model as one file of torch.save
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -181,8 +182,15 @@ def _found(criterion: Any) -> Any:
     return criterion
 
 
+def _running(criterion: Any, what: str) -> AbstractContextManager[None]:
+    """Tells errors of a criterion of the caller's own apart from those of one of these."""
+    kind = criterion if hasattr(criterion, "__qualname__") else type(criterion)
+    ours = str(getattr(kind, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+    return nullcontext() if ours else calling(what)
+
+
 def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
-    with calling(f"scores(coupling, model) of the criterion {type(criterion).__name__}"):
+    with _running(criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"):
         given = criterion.scores(coupling, model)
     try:
         value = np.array(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
@@ -202,7 +210,7 @@ def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        with calling(f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a UnitView,"):
+        with _running(criterion, f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a UnitView,"):
             scores = criterion(view)
         if not isinstance(scores, Tensor) or scores.is_complex() or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
