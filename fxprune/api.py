@@ -25,7 +25,7 @@ from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationE
 from fxprune.inputs import read
 from fxprune.latency import Setting
 from fxprune.latency.search import search
-from fxprune.plan import GroupPlan, Plan, fingerprint, history, pack_inputs, remember, unpack_inputs
+from fxprune.plan import GroupPlan, Plan, fingerprint, history, holds_objects, pack_inputs, remember, unpack_inputs
 from fxprune.prunable import check_model
 from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
@@ -418,7 +418,7 @@ def verify(
     stages = _stages(pruned.plan, model)
     found = []
     for stage in stages:
-        coupling, survivors, clock = _replay(stage, model)
+        coupling, survivors, clock = _replay(stage, model, example_inputs)
         if stage is stages[-1]:
             smaller = pruned.model
         else:
@@ -563,7 +563,7 @@ def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
     return _emit(model, coupling, survivors, _terms(stage), clock)
 
 
-def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
+def _replay(plan: Plan, model: nn.Module, example: Any = None) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
@@ -574,7 +574,8 @@ def _replay(plan: Plan, model: nn.Module) -> tuple[Coupling, dict[str, tuple[int
     if unknown:
         raise PlanError(f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
     clock = Clock()
-    coupling = label_and_couple(model, unpack_inputs(plan.inputs), _terms(plan), clock)
+    call = read(example) if example is not None and holds_objects(plan.inputs) else unpack_inputs(plan.inputs)
+    coupling = label_and_couple(model, call, _terms(plan), clock)
     found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))

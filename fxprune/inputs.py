@@ -7,6 +7,7 @@ values a plan can hold, so that a replay reads the same ones.
 from __future__ import annotations
 
 import base64
+import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.errors import InputError
 
@@ -107,8 +108,20 @@ def widened(call: Arguments, batch: int = 2) -> Arguments:
 
 
 def placed(call: Arguments, device: torch.device) -> Arguments:
-    """Copies of the tensors on a device, none of which has a gradient."""
-    return _each(lambda t: t.detach().to(device, copy=True), call)
+    """A copy of a call for one run: tensors on a device, without gradients; other objects as well, which forward may change."""
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to(device, copy=True)
+        if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
+            return leaf
+        try:
+            return copy.deepcopy(leaf)
+        except Exception:  # whatever it is made of
+            return leaf
+
+    args, kwargs = tree_map(own, call)
+    return args, kwargs
 
 
 def filled(call: Arguments) -> Arguments:

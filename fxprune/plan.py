@@ -20,7 +20,17 @@ from fxprune.errors import PlanError
 from fxprune.inputs import Arguments, compressed, is_plain, restored, value_range, within
 from fxprune.shapes import META
 
-__all__ = ["GroupPlan", "Plan", "check_groups", "fingerprint", "history", "pack_inputs", "remember", "unpack_inputs"]
+__all__ = [
+    "GroupPlan",
+    "Plan",
+    "check_groups",
+    "fingerprint",
+    "history",
+    "holds_objects",
+    "pack_inputs",
+    "remember",
+    "unpack_inputs",
+]
 
 SCHEMA = 4
 _READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
@@ -247,6 +257,11 @@ def _values(tensor: Tensor) -> dict[str, Any]:
         if torch.equal(within(tuple(tensor.shape), tensor.dtype, low, high), tensor.cpu()):
             return {"range": [low, high]}
     return {"data": data or compressed(tensor, math.inf)}
+
+
+def holds_objects(text: str) -> bool:
+    """Whether the example held an object that no plan can hold."""
+    return '"object": ' in text
 
 
 def unpack_inputs(text: str) -> Arguments:

@@ -140,6 +140,7 @@ def test_objects_in_a_call_leave_it_to_python() -> None:
     assert pruned.report.params_after < 0.6 * pruned.report.params_before
     assert pruned.report.parts
     assert pruned.model(X, Settings()).shape == (2, 3)
+    assert fxprune.verify(model, pruned, (X, Settings())).error < 1e-9
     with pytest.raises(PlanError, match="an example with Settings in it"):
         fxprune.apply(pruned.plan, model)
 
@@ -162,3 +163,42 @@ def test_rows_are_repeated_where_a_batch_of_one_is_widened() -> None:
 def test_shapes_keep_dtypes_and_constants() -> None:
     (x, ids), kwargs = shapes_of(((X, torch.tensor([1])), {"mask": None}))
     assert (x.is_meta, x.dtype, ids.dtype, ids.shape, kwargs) == (True, torch.float64, torch.int64, (1,), {"mask": None})
+
+
+def test_objects_in_a_call_stay_as_they_are() -> None:
+    """A cache, say, in which forward keeps what it has computed."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.kept: list[Tensor] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            y = self.b(self.a(x).relu())
+            cache.kept.append(y)
+            return torch.stack(cache.kept).sum(0)
+
+    cache = Cache()
+    pruned = fxprune.prune(Net().double().eval(), (X, cache), channels=0.5)
+    assert not cache.kept
+    assert pruned.report.params_after < 0.6 * pruned.report.params_before
+    assert pruned.model(X, cache).shape == (2, 3)
+
+
+def test_a_loader_may_leave_out_the_constants_of_the_example() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, mask: Tensor | None, scale: int) -> Tensor:
+            y = self.b(self.a(x).relu()) * scale
+            return y if mask is None else y * mask
+
+    model, loader = Net().double().eval(), [({"x": X},), ([X, None, 2],)]
+    criterion = fxprune.criteria.Activation(loader)
+    assert fxprune.prune(model, {"x": X, "mask": None, "scale": 2}, channels=0.5, criterion=criterion).report.params_after > 0

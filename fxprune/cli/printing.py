@@ -46,6 +46,7 @@ def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
         "pinned_macs": coupling.pinned_macs(),
         "untouched": list(coupling.untouched),
         "decisions": list(coupling.decisions),
+        "not_one_graph": coupling.not_one_graph,
     }
 
 
@@ -75,6 +76,7 @@ def print_coupling(coupling: Coupling) -> None:
     for title, lines in (
         ("multiply-accumulates held by pins, of all", held),
         ("not used by any operation", coupling.untouched),
+        ("in parts, not one graph, because", [coupling.not_one_graph] if coupling.not_one_graph else []),
         ("control flow fixed", coupling.decisions),
     ):
         if lines:

@@ -27,6 +27,7 @@ from fxprune.doors import calling, door, read
 from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
+from fxprune.shapes import holds_tensors
 from fxprune.trace import Trace, execute
 
 if torch.distributed.is_available():
@@ -459,11 +460,18 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...
 
 
 def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
-    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes them."""
+    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes them.
+
+    Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
+    """
     # As the tracer reads it: the signature of the function itself, not of one that it wraps.
     signature = inspect.signature(type(trace.twin.model).forward, follow_wrapped=False)
+    names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
+    given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}
+    example = zip(names, trace.placeholders, strict=False)
+    constants = {name: value for name, value in example if name not in given and not holds_tensors(value)}
     try:
-        bound = signature.bind(trace.twin.model, *batch.args, **batch.kwargs).arguments
+        bound = signature.bind(trace.twin.model, *batch.args, **batch.kwargs, **constants).arguments
     except TypeError as error:
         raise ArgumentError(f"the loader's inputs do not fit the model's forward: {error}.") from error
     out: dict[str, Any] = {}
@@ -475,10 +483,9 @@ def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
             out.update(value)
         else:
             out[name] = value
-    expected = {str(node.target) for node in trace.graph.nodes if node.op == "placeholder"}
-    if set(out) != expected:
+    if set(out) != set(names):
         raise ArgumentError(
-            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with {', '.join(sorted(expected))}: "
+            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with {', '.join(sorted(names))}: "
             "give the same ones."
         )
     return out

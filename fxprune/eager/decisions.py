@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxprune.inputs import placed
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
@@ -95,7 +96,8 @@ def followed(
     model: nn.Module, args: Any, kwargs: Any, answers: Answers, *inside: AbstractContextManager[Any]
 ) -> tuple[Any, Decisions]:
     """What a model returns for a copy of a call, with these answers to its first questions; run under these contexts."""
-    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    args, kwargs = placed((args, kwargs), given[0].device if given else torch.device("cpu"))
     weights = [*model.parameters(), *model.buffers()]
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     decisions = Decisions(weights, inputs, answers)
