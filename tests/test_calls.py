@@ -145,6 +145,7 @@ class Between(nn.Module):
         return self.b(self.case.function(self.a(x)))
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can go
 @pytest.mark.parametrize("channels", [0.5, 0.1])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_spelling_is_exact_or_pinned(case: Case, channels: float) -> None:
@@ -158,6 +159,18 @@ def test_every_spelling_is_exact_or_pinned(case: Case, channels: float) -> None:
     for example in (x, torch.randn(3, 3, 3, 4, dtype=torch.float64)):
         with torch.no_grad():
             assert relative_error(pruned.model(example), reference(example)) <= TOLERANCE
+    if channels == 0.5:
+        assert fxprune.verify(model, pruned, x).error <= TOLERANCE
+
+
+def test_literal_sizes_hold_what_they_are_laid_out_from() -> None:
+    """At twice the width the original mixes rows of two images in silence; a graph of fewer channels would mix others."""
+    model = randomise(Between(Case("", lambda x: x.view(-1, 12, 12).relu().view(-1, 12, 3, 4)))).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5).model
+    wide = torch.randn(2, 3, 3, 8, dtype=torch.float64)
+    assert model(wide).shape == (4, 2, 3, 4)
+    with pytest.raises(AssertionError, match="pruned for inputs with"):
+        pruned(wide)
 
 
 @pytest.mark.parametrize("kind", [lambda n: nn.ConstantPad3d(n, 0.5), nn.ZeroPad3d])

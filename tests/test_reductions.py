@@ -192,6 +192,7 @@ class Reduced(nn.Module):
         return self.b(self.case.function(h)) if self.case.norm else (self.b(h), self.case.function(h))
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can go
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_zeros_count(case: Case) -> None:
     torch.manual_seed(0)

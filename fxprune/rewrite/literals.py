@@ -23,6 +23,7 @@ from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Survivors
 from fxprune.rules.movement import split_dim
 from fxprune.rules.reduction import correction_of, reduced_dims
+from fxprune.shapes import reshape_blocks
 
 __all__ = ["correct", "padding", "shuffled_groups"]
 
@@ -95,7 +96,21 @@ def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
     name = "size" if "size" in call.given else "shape"
     if name not in call.given:  # x.view(dtype)
         return {}
-    return {name: _sizes(numbers, call, value, call.given[name])}
+    given = call.given[name]
+    if call.name in ("view", "reshape", "_unsafe_view") and isinstance(given, (tuple, list)) and -1 in given:
+        _hold_layout(numbers, call, value, given)
+    return {name: _sizes(numbers, call, value, given)}
+
+
+def _hold_layout(numbers: Numbers, call: Call, value: Tensor, given: Sequence[Any]) -> None:
+    """Hold what literal sizes take from axes of other sizes: with another one, -1 would mix channels with the rest in silence."""
+    x, old = call.given["self"], call.ran["self"]
+    if numbers.survivors.shape(old) == list(old.shape):
+        return
+    for ins, outs in reshape_blocks(old.shape, value.shape):
+        if all(not isinstance(given[d], fx.Node) and given[d] != -1 for d in outs):
+            for d in ins:
+                numbers.hold_positions(x, d)
 
 
 @corrects("unflatten")

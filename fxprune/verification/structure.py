@@ -42,10 +42,11 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def guards(pruned: nn.Module, coupling: Coupling) -> frozenset[str]:
-    """What the assertions say with which the graph refuses inputs that it was not traced for."""
-    names = {node.name for trace in coupling.traces for node in trace.graph.nodes if node.meta.get("guard")}
+    """What the assertions say with which the graph refuses inputs that it was not traced or pruned for: all but the user's own."""
+    nodes = (node for trace in coupling.traces for node in trace.graph.nodes)
+    own = {node.name for node in nodes if node.target is torch._assert and not node.meta.get("guard")}
     found = [node for path in coupling.parts or ("",) for graph in _graphs(pruned, path) for node in (graph.nodes if graph else ())]
-    return frozenset(str(node.args[1]) for node in found if node.target is torch._assert and node.name in names)
+    return frozenset(str(node.args[1]) for node in found if node.target is torch._assert and node.name not in own)
 
 
 def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
