@@ -383,7 +383,8 @@ class Labelling:
 
     def missed(self) -> list[str]:
         """Parameters that no op has met."""
-        return [n for n, t in self.parameters.items() if t.is_floating_point() and _untouched(self.context, t)]
+        known = {name: self.context.record(tensor) for name, tensor in self.parameters.items() if tensor.is_floating_point()}
+        return [name for name, record in known.items() if record is not None and record.unmet]
 
     def _finish(self, outputs: Any) -> None:
         refuse_lazy(outputs, self.twin.model)
@@ -483,16 +484,6 @@ def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contracti
 
     args, kwargs, out = (map_tensors(shape_of, value) for value in (ran.args, ran.kwargs, ran.out))
     return replace(ran, args=args, kwargs=kwargs, out=out, share=share)
-
-
-def _untouched(context: Context, tensor: Tensor) -> bool:
-    record = context.record(tensor)
-    return (
-        record is not None
-        and not record.fields
-        and record.unborn == {a for a, n in enumerate(tensor.shape) if n > 1}
-        and bool(record.unborn)
-    )
 
 
 def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:

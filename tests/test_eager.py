@@ -720,11 +720,11 @@ class Tied(nn.Module):
 
     def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.inner = nn.Linear(6, 16), nn.Linear(16, 12, bias=False)
+        self.first, self.inner, self.more = nn.Linear(6, 16), nn.Linear(16, 12, bias=False), Repeated(16, 16)
         self.last, self.read = nn.Linear(16, 3), read
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.inner(self.first(opaque(x))))
+        y = torch.tanh(self.inner(self.more(self.first(opaque(x)))))
         return self.last(self.read(self, y))
 
 

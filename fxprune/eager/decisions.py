@@ -10,6 +10,7 @@ it does with numbers that depend on weights cannot be known: nothing is removed 
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -53,9 +54,9 @@ class Decisions(TorchFunctionMode):
     Attributes
     ----------
     asked:
-        The line of each question about values that depend on weights or inputs, and its answer.
+        The line of each question about values that depend on weights, inputs or chance, and its answer.
     taken_out:
-        The first line that takes numbers out which depend on weights; empty if there is none.
+        The first line that takes numbers out which depend on weights or chance; empty if there is none.
     """
 
     def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor], answers: Answers = ()) -> None:
@@ -73,7 +74,7 @@ class Decisions(TorchFunctionMode):
         if name in _READ:
             return self._read(name, given, out)
         for known in (self._of_weights, self._of_inputs):
-            if any(tensor in known for tensor in given):
+            if any(tensor in known for tensor in given) or (known is self._of_weights and _draws(name)):
                 for leaf in tree_leaves(out) if out is not None else given[:1]:  # None: what is written into
                     if isinstance(leaf, Tensor):
                         known[leaf] = None
@@ -90,6 +91,14 @@ class Decisions(TorchFunctionMode):
         elif of_weights:
             self.taken_out = self.taken_out or user_line()
         return value
+
+
+@functools.cache
+def _draws(name: str) -> bool:
+    """Whether torch's operation of this name draws random numbers."""
+    operation = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    overloads = [getattr(operation, each) for each in operation.overloads()] if operation is not None else []
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
 def followed(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.eager.calls import intercepted, without_function_modes
-from fxprune.eager.decisions import Answers, followed
+from fxprune.eager.routes import Route, run
 from fxprune.errors import ChanceError, FxpruneError
 from fxprune.shapes import META, holds_tensors, leaves_of
 from fxprune.trace import Twin, trace
@@ -45,15 +45,15 @@ class Finder:
     def parts(self) -> frozenset[str]:
         return frozenset(self.graphs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], ways: Sequence[Answers]) -> None:
-        """Call the model, and let it go each of these ways, until all that it calls is a part, or Python."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
+        """Let the model go each of these routes until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
         everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
             with intercepted(real, everything - self.python, self._try):
-                for answers in ways:
-                    followed(real, args, kwargs, answers)
+                for route in routes:
+                    run(real, args, kwargs, route)
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:

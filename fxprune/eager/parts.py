@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import functools
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.eager.calls import intercepted, without_function_modes
-from fxprune.eager.decisions import Answers, followed, ways_of
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, Width, measure
+from fxprune.eager.routes import Route, routes_of, run
 from fxprune.eager.straight import is_straight
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
@@ -46,21 +48,22 @@ class Parts:
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """What the model returns for this call, and for each other way that its Python can go."""
-        ways = ways_of(lambda answers: followed(self.twin.instance(), args, kwargs, answers)[1])
-        self.decided = ways.decided
+        """What the model returns for this call, and on each other route that its Python can take."""
+        routes = routes_of(self.twin, args, kwargs)
+        self.decided, self._untrained = routes.decided, routes.untrained
         self._found = found = Finder(self.twin)
-        found.run(args, kwargs, ways.answers)
-        if ways.taken_out:
-            real = self.twin.instance()
-            straight = is_straight(real, found.parts, lambda: followed(real, args, kwargs, ()))
-            self.decided = "" if straight else ways.taken_out
+        found.run(args, kwargs, routes.all)
+        if routes.taken_out:
+            real, plain = self.twin.instance(), [route for route in routes.all if not route.answers]
+            straight = all(is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route)) for route in plain)
+            self.decided = self.decided or ("" if straight else routes.taken_out)
         results = []
-        for answers in ways.answers:
+        for route in routes.all:
             contractions = len(self.context.contractions)
-            results.append(self._run(found.parts, args, kwargs, answers))
-            if answers:  # the example goes another way: what is computed there is not what it costs
+            results.append(self._run(found.parts, args, kwargs, route))
+            if not route.is_example:  # what is computed there is not what the example costs
                 del self.context.contractions[contractions:]
+        self._leave_whole_what_training_may_call()
         inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
         read = TensorMap((tensor, None) for tensor in self._read)
         for tensor in _tensors(self.twin.model):
@@ -71,7 +74,16 @@ class Parts:
             self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
         return results
 
-    def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], answers: Answers) -> Any:
+    def _leave_whole_what_training_may_call(self) -> None:
+        """Where training cannot be followed, modules that have not run may be called there, on whatever is between the parts."""
+        if not self._untrained or not self.traces:
+            return
+        next(iter(self.traces.values())).decisions.append(f"{ONLY_EVALUATION}: {self._untrained}")
+        records = [self.context.record(tensor) for tensor in self._outside() if tensor.is_floating_point()]
+        if any(record is not None and record.unmet for record in records) and not self.decided:
+            self.decided = "training, which the example cannot take"
+
+    def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
         real, mode = self.twin.instance(), RealMode(self.context)
         for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
             mode.own[own] = stand_in
@@ -84,7 +96,7 @@ class Parts:
             args, kwargs = tree_map(_as_number, (args, kwargs))
             with _disable_current_modes():
                 with without_function_modes():
-                    traced = self._traced(path, args, kwargs)
+                    traced = self._traced(path, args, kwargs, route.training)
                 # Of sizes; it is seen what the result depends on.
                 with _without_function_mode(), torch.inference_mode(), mode.paused():
                     out = call()
@@ -95,7 +107,7 @@ class Parts:
             return out
 
         with intercepted(real, parts, part):
-            out = followed(real, args, kwargs, answers, Sizes(mode), mode)[0]
+            out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
         self._read += mode.read
         return out
 
@@ -131,33 +143,53 @@ class Parts:
                     wide = np.union1d(wide, f.labels[f.labels > 0])
         ctx.wide = [wide]
 
-    def _traced(self, path: str, args: Any, kwargs: Any) -> Trace:
+    def _traced(self, path: str, args: Any, kwargs: Any, training: bool) -> Trace:
+        """A call of a part, under labels: its graph for evaluation, or for training where that is another."""
         inputs = tree_map(self._stand_in, (args, kwargs))
-        traced = replace(trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:")), path=path)
-        first = self.traces.setdefault((path, False), traced)
-        if first is not traced:
-            self._laid_out_alike(first, traced)
-        for value in traced.placeholders:
-            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        traced = self._follow(path, inputs, training=False)
         if path in self._found.evaluated:
             traced.decisions.append(f"{ONLY_EVALUATION}: {self._found.evaluated[path]}")
         elif traced.asked_mode:
-            training = trace(self.twin.part(path), *inputs, watch=self.watch(f"{path}:train."), training=True)
-            self.traces.setdefault((path, True), replace(training, path=path))
+            trained = self._follow(path, inputs, training=True)
+            if self._untrained:
+                self._give_alike(traced, trained)
+            return trained if training else traced
         return traced
+
+    def _follow(self, path: str, inputs: Any, training: bool) -> Trace:
+        """Trace a call. The graph of the first one is emitted; what others read and give has to be laid out as there."""
+        ctx = self.context
+        before, ctx.ran = ctx.ran, {}
+        watch = self.watch(f"{path}:train." if training else f"{path}:")
+        traced = replace(trace(self.twin.part(path), *inputs, watch=watch, training=training), path=path)
+        first = self.traces.setdefault((path, training), traced)
+        if first is not traced:
+            self._laid_out_alike(first, traced)
+        ctx.ran = {**before, **ctx.ran} if first is traced else before
+        for value in traced.placeholders:
+            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        return traced
+
+    def _give_alike(self, traced: Trace, trained: Trace) -> None:
+        """Python that was not followed in training gets there what it gets in evaluation, or the whole of what it gets."""
+        self.context.node = f"{trained.prefix}output"
+        self._unite([own.outputs for own in (traced, trained)], "is given in training only")
 
     def _laid_out_alike(self, first: Trace, again: Trace) -> None:
         """One graph stands for all calls of a part: what it takes and gives keeps the same positions in each of them."""
-        ctx = self.context
-        ctx.node = f"{first.path}:output"
-        both = [leaves_of((own.placeholders, own.outputs)) for own in (first, again)]
-        for one, other in zip(*both, strict=True):
-            fields, others = ctx.fields(one), ctx.fields(other)
-            if [f.labels.shape for f in fields] == [f.labels.shape for f in others]:
-                for f, g in zip(fields, others, strict=True):
+        self.context.node = f"{first.prefix}output"
+        self._unite([(own.placeholders, own.outputs) for own in (first, again)], "is laid out in another way in another call")
+
+    def _unite(self, both: Sequence[Any], why: str) -> None:
+        """Unite the labels of two values leaf by leaf; pin them where they are laid out in two ways."""
+        ctx, (ones, others) = self.context, map(leaves_of, both)
+        for one, other in itertools.zip_longest(ones, others):
+            fields, theirs = ctx.fields(one), ctx.fields(other)
+            if [f.labels.shape for f in fields] == [f.labels.shape for f in theirs]:
+                for f, g in zip(fields, theirs, strict=True):
                     ctx.unite(f.labels, g.labels)
             else:
-                ctx.pin_all([*fields, *others], "is laid out in another way in another call")
+                ctx.pin_all([*fields, *theirs], why)
 
     def _stand_in(self, real: Any) -> Any:
         if not isinstance(real, Tensor):

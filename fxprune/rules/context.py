@@ -37,6 +37,12 @@ class Record:
     unborn: set[int] = field(default_factory=set)
     born: list[Field] = field(default_factory=list)  # parameters: every field there ever was, for the report of pins
 
+    @property
+    def unmet(self) -> bool:
+        """Whether this is a parameter that no op has met."""
+        axes = {axis for axis, size in enumerate(self.tensor.shape) if size > 1}
+        return not self.fields and bool(axes) and self.unborn == axes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sighting:

@@ -1,0 +1,149 @@
+"""The runs of a model by which it is learned what its Python does: with other answers, in training, where something is found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fxprune.chance import undrawn
+from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
+from fxprune.trace import Twin
+
+__all__ = ["Route", "Routes", "routes_of", "run"]
+
+CHANCE = "random numbers of Python or NumPy"
+
+
+@dataclass(frozen=True)
+class Route:
+    """One run of a model.
+
+    Attributes
+    ----------
+    answers:
+        To the first questions about inputs (:mod:`fxprune.eager.decisions`).
+    training:
+        Whether the model is in training mode.
+    finds:
+        Whether something is found wherever the example has nothing: boxes above a threshold, say.
+    """
+
+    answers: Answers = ()
+    training: bool = False
+    finds: bool = False
+
+    @property
+    def is_example(self) -> bool:
+        """Whether it is what the model does for the example, in evaluation."""
+        return self == Route()
+
+
+@dataclass
+class Routes:
+    """All runs of a model.
+
+    Attributes
+    ----------
+    decided, taken_out:
+        As of :class:`fxprune.eager.decisions.Ways`.
+    untrained:
+        Why training could not be followed.
+    """
+
+    all: list[Route]
+    decided: str = ""
+    taken_out: str = ""
+    untrained: str = ""
+
+
+def run(model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]) -> tuple[Any, Decisions]:
+    """What the model, a private copy, returns on this route, run under these contexts."""
+    with _mode(model, route.training):
+        return followed(model, args, kwargs, route.answers, *inside, *([Found()] if route.finds else []))
+
+
+def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
+    """The routes that a model can take.
+
+    A route on which something is found where the example has nothing is one where the model can go it. Training is one, unless it
+    needs what the example has not: targets, say.
+    """
+    watch, found = Found(finds=False), Routes([])
+    with undrawn() as drawn:
+        _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
+        for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
+            try:
+                _add(found, functools.partial(_decisions, twin, args, kwargs, route), route)
+            except Exception as error:
+                found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
+        if drawn():
+            found.decided = found.decided or CHANCE
+    return found
+
+
+def _decisions(twin: Twin, args: Any, kwargs: Any, route: Route, answers: Answers) -> Decisions:
+    return run(twin.instance(), args, kwargs, replace(route, answers=answers))[1]
+
+
+def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route) -> None:
+    """Add all ways that a route can go."""
+    ways = ways_of(decisions)
+    routes.all += [replace(like, answers=answers) for answers in ways.answers]
+    routes.decided = routes.decided or ways.decided
+    routes.taken_out = routes.taken_out or ways.taken_out
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+_FINDS = frozenset({"nonzero", "nonzero_numpy", "argwhere", "where", "masked_select", "index"})
+
+
+class Found(TorchDispatchMode):
+    """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there instead.
+
+    Attributes
+    ----------
+    missed:
+        How often nothing was chosen of something.
+    """
+
+    def __init__(self, finds: bool = True) -> None:
+        super().__init__()
+        self.finds, self.missed = finds, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _FINDS or not any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in tree_leaves(out)):
+            return out
+        where = 0 if name in ("nonzero", "nonzero_numpy", "argwhere", "where") else 1
+        chosen = args[where] if len(args) > where else None
+        if chosen is None:
+            return out
+        mask, others = (chosen, None) if isinstance(chosen, Tensor) else (chosen[0], chosen[1:])
+        if not isinstance(mask, Tensor) or not mask.numel() or (where and mask.dtype is not torch.bool):
+            return out
+        self.missed += 1
+        if not self.finds:
+            return out
+        mask = mask.clone()
+        mask.view(-1)[:2] = True
+        changed = mask if others is None else [mask, *others]
+        return func(*args[:where], changed, *args[where + 1 :], **(kwargs or {}))
