@@ -103,7 +103,7 @@ class Parts:
             for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):
                     self._handed.append((stand_in, True, True))
-                    self.context.records[leaf] = Record(leaf, list(self.context.fields(stand_in)))
+                    mode.carry(leaf, self.context.fields(stand_in))
             return out
 
         with intercepted(real, parts, part):

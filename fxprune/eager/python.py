@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules
 from fxprune.eager.decisions import WHOLE
 from fxprune.eager.narrowing import narrows
+from fxprune.errors import FxpruneError
 from fxprune.identity import TensorMap
-from fxprune.labels import Array
+from fxprune.labels import Array, Field
 from fxprune.module_sizes import remembered
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context
-from fxprune.shapes import tensors_in
+from fxprune.shapes import map_tensors, tensors_in
 from fxprune.trace import SizeTuple, user_line
 
 __all__ = ["PYTHON", "RealMode", "Sizes", "Width", "measure"]
@@ -134,6 +135,14 @@ class Sizes(TorchFunctionMode):
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
+def _sizes_of_some(value: Any) -> Any:
+    """Sizes of which those that are 0 are found out, or two."""
+    if not isinstance(value, (list, tuple)) or not all(type(size) is int for size in value):
+        return value
+    free = -1 if -1 not in value and list(value).count(0) == 1 else 2
+    return [size or free for size in value]
+
+
 def _live(context: Context, labels: list[Array]) -> list[Array]:
     return [*map(context.units.live, labels)]
 
@@ -200,25 +209,74 @@ class RealMode(LabelMode):
         out = func(*args, **kwargs)
         if not labelled and not (creates and self.widths):
             return out
+        if labelled and any(not leaf.numel() for leaf in (*tensors, *tree_leaves(out)) if isinstance(leaf, Tensor)):
+            self._on_some(func, args, kwargs, out)
+        else:
+            self._note(func, rule, args, kwargs, out)
+        return out
+
+    def _note(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Carry labels on, and note whose width the call must see."""
+        ctx, tensors = self.context, tensors_in(args, kwargs)
         if rule is None:
             ctx.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
-            return out
+            return
         before = [f.labels for t in tensors for f in ctx.fields(t)]
         statistics = len(ctx.statistics)
         bound = rules.bind(func, args, kwargs)
-        if labelled or (isinstance(out, Tensor) and out.is_floating_point()):
+        if any(tensor in ctx.records for tensor in tensors) or (isinstance(out, Tensor) and out.is_floating_point()):
             self._follow(rule, func, bound, out)
-        if creates:
+        if rule.family == "creation":
             for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
                 measured = [a for width in self.widths for a in width.labels if a.size == f.labels.size]
                 for labels in measured:
                     ctx.unite(f.labels.ravel(), labels.ravel())
                 ctx.wide += [] if measured else [f.labels]
-            return out
+            return
         if not self._narrows(func, args, kwargs, rule, out, statistics):
             ctx.wide += [*before, *(a for width in self.widths for a in width.labels)]
             ctx.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
-        return out
+
+    def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Carry labels through a call on no elements: the labels that it carries on some are found out, and are those of none.
+
+        Where that cannot be found out Python sees the full width.
+        """
+        ctx, given = self.context, tensors_in(args, kwargs)
+        some = TensorMap((tensor, self._some(tensor)) for tensor in given)
+        own, named = map_tensors(some.__getitem__, (args, kwargs))
+        if func._schema.name.removeprefix("aten::").rstrip("_") in _SIZED | {"_unsafe_view", "_reshape_alias"}:
+            own = tuple(_sizes_of_some(value) for value in own)
+        try:
+            made = func(*own, **named)
+            self._note(func, rules.find(func), own, named, made)
+            pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
+        except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
+            ctx.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
+            pairs = [(leaf, None) for leaf in tree_leaves(out)]
+        for leaf, stand_in in pairs:
+            if isinstance(leaf, Tensor):
+                self.carry(leaf, ctx.fields(stand_in))
+
+    def _some(self, tensor: Tensor) -> Tensor:
+        """A tensor that has two of what there is none of; a mask that chooses the first two where it chooses nothing."""
+        if tensor.numel():
+            if tensor.dtype is not torch.bool or bool(tensor.any()):
+                return tensor
+            chosen = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+            chosen.view(-1)[:2] = True
+            return chosen
+        made = torch.zeros([size or 2 for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+        if made.dtype is torch.bool:
+            made[...] = True
+        self.carry(made, self.context.fields(tensor))
+        return made
+
+    def carry(self, tensor: Tensor, fields: list[Field]) -> None:
+        """Give a tensor the labels of another, of which it may have fewer elements; what does not fit is seen at full width."""
+        fit = [f for f in fields if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims) and f.labels.ndim == tensor.dim()]
+        self.context.wide += [f.labels for f in fields if f not in fit]
+        self.context.put(tensor, fit)
 
     def _narrows(self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int) -> bool:
         """Whether the same call does the right thing on fewer channels."""

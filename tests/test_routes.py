@@ -1,0 +1,178 @@
+"""Models in parts on other routes than the example's: in training, and where something is found, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import nms, roi_align
+
+import fxprune
+from tests.test_eager import Repeated, opaque, share_left
+
+ONE = torch.float64
+
+
+class Trained(nn.Module):
+    """Does more in training: another head, another order, several groups of queries."""
+
+    def __init__(self, more: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(6, 16), Repeated(16, 16), Repeated(16, 16), nn.Linear(16, 3)
+        self.auxiliary, self.queries, self.more = nn.Linear(16, 3), nn.Parameter(torch.randn(4, 16)), more
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(self.first(opaque(x)))
+        if self.training:
+            return self.last(self.b(h)), self.more(self, h)
+        return self.last(self.b(h + self.queries[: h.shape[0]]))
+
+
+MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a head": lambda model, h: model.auxiliary(h),
+    "another order": lambda model, h: model.last(model.a(model.b(h))),
+    "at full width": lambda model, h: model.last(h.flip(1)) + model.last(h.reshape(-1, 16)),
+    "all queries": lambda model, h: model.last(model.b(model.queries)) + h.mean(),
+    "a sum over pairs": lambda model, h: (h.unsqueeze(0) - model.first.weight.T.unsqueeze(1)).square().sum(-1),
+}
+
+
+def masked_like(model: nn.Module, small: nn.Module) -> nn.Module:
+    """The original with every element at zero that is not found in the pruned model. Elements are all different."""
+    left = torch.cat([p.detach().flatten() for p in small.parameters()])
+    masked = copy.deepcopy(model)
+    for parameter in masked.parameters():
+        parameter.data[~torch.isin(parameter, left)] = 0
+    return masked
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_only_training_does_is_followed(name: str) -> None:
+    model, x = Trained(MORE[name]).double().eval(), torch.randn(2, 6, dtype=ONE)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert share_left(pruned) < 0.8
+    assert not any("training" in decision for decision in pruned.report.decisions)
+    masked = masked_like(model, pruned.model)
+    for training in (False, True):
+        got, want = pruned.model.train(training)(x), masked.train(training)(x)
+        for a, b in zip(got if training else [got], want if training else [want], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Targets(Trained):
+    """Cannot be called in training without targets."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        h = self.a(self.first(opaque(x)))
+        if self.training:
+            if targets is None:
+                raise ValueError("targets should not be none")
+            return F.mse_loss(self.more(self, h), targets)
+        return self.last(self.b(h))
+
+
+def test_where_training_needs_more_than_the_example_its_modules_find_everything_whole() -> None:
+    model, x = Targets(MORE["a head"]).eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert pruned.report.error < 1e-9
+    assert any("targets should not be none" in decision for decision in pruned.report.decisions)
+    assert pruned.model.a.up.weight.shape == (16, 16)  # inside of a part: half of 32
+    pruned.model.train()(x, torch.randn(2, 3)).backward()
+    assert pruned.model.auxiliary.weight.grad is not None
+
+
+def test_targets_cost_nothing_where_training_calls_what_evaluation_calls() -> None:
+    model, x = Targets(MORE["another order"]).eval(), torch.randn(2, 6)
+    del model.auxiliary, model.queries
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert share_left(pruned) < 0.5
+
+
+class Drops(nn.Module):
+    """Leaves a layer out by chance, in training."""
+
+    def __init__(self, chance: Callable[[], Any]) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(6, 16), Repeated(16, 16), Repeated(16, 16), nn.Linear(16, 3)
+        self.chance = chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(self.first(opaque(x)))
+        if not self.training or self.chance() < 0.5:
+            h = self.b(h)
+        return self.last(h)
+
+
+CHANCE: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand([]),
+    "in place": lambda: torch.empty(1).uniform_(),
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("name", CHANCE)
+def test_what_python_decides_by_chance_fits_either_way(name: str) -> None:
+    model, x = Drops(CHANCE[name]).double().eval(), torch.randn(2, 6, dtype=ONE)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert share_left(pruned) < 0.8
+    masked = masked_like(model, pruned.model).train()
+    pruned.model.train()
+    for seed in range(8):
+        results = []
+        for own in (pruned.model, masked):
+            torch.manual_seed(seed), random.seed(seed)
+            results.append(own(x))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+class Finds(nn.Module):
+    """A detector in small: boxes where scores are high, features pooled there, a class and a finer box for each."""
+
+    def __init__(self, threshold: float, skips: bool, width: int = 16) -> None:
+        super().__init__()
+        self.body, self.scores = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 5, 1)
+        self.box = nn.Sequential(nn.Flatten(), nn.Linear(width * 9, 32), nn.ReLU())
+        self.classes, self.finer = nn.Linear(32, 4), nn.Linear(32, 4 * 4)
+        self.threshold, self.skips = threshold, skips
+
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        features = F.relu(self.body(images))
+        out = self.scores(features)
+        found = []
+        for i in range(len(images)):
+            score = out[i, 0].flatten().sigmoid()
+            kept = torch.where(score > self.threshold)[0]
+            corner = torch.stack([kept % out.shape[-1], kept // out.shape[-1]], dim=1).to(images.dtype)
+            boxes = torch.cat([corner, corner + 2 + out[i, 1:3].flatten(1)[:, kept].T.sigmoid() * 4], dim=1)
+            boxes = boxes[nms(boxes, score[kept], 0.3)]
+            if self.skips and not len(boxes):
+                found.append({"boxes": boxes, "classes": images.new_zeros(0, 4)})
+                continue
+            pooled = self.box(roi_align(features[i : i + 1], [boxes], 3))
+            finer = self.finer(pooled).reshape(boxes.shape[0], 4, 4)[:, 1:].reshape(-1, 4)
+            found.append({"boxes": finer, "classes": self.classes(pooled).softmax(-1)})
+        return found
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("threshold", [0.5, 2.0])
+def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> None:
+    """The example's images have boxes, or none; the pruned model does its work on both kinds."""
+    model, images = Finds(threshold, skips).double().eval(), torch.rand(2, 3, 8, 8, dtype=ONE)
+    pruned = fxprune.prune(model, images, channels=0.5, verify=True)
+    assert share_left(pruned) < 0.5
+    masked = masked_like(model, pruned.model)
+    for least in (0.45, 2.0):
+        pruned.model.threshold = masked.threshold = least
+        for got, want in zip(pruned.model(images), masked(images), strict=True):
+            assert got["boxes"].shape[1] == 4
+            assert bool(len(got["classes"])) is (least < 1)
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-12)
