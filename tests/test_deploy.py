@@ -367,3 +367,24 @@ def test_half_precision_stays() -> None:
 def test_only_pruned_models(what: Any) -> None:
     with pytest.raises(ModelError, match=r"holds no graph.*channels=1\.0"):
         fxprune.deploy(what)
+
+
+def test_hooks_of_what_is_deployed_are_its_own() -> None:
+    """A hook that keeps what a layer gives, for forward to read, keeps it in the deployed copy."""
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.kept: dict[str, Tensor] = {}
+            self.up.register_forward_hook(lambda module, args, output: self.kept.update(out=output))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x).tanh()
+            return self.down(x + self.kept.pop("out"))
+
+    pruned = fxprune.prune(Watching().eval(), torch.randn(4, 6), channels=0.5).model
+    fast = fxprune.deploy(pruned)
+    for batch in (4, 2):
+        x = torch.randn(batch, 6)
+        assert torch.allclose(fast(x), pruned(x), atol=1e-6)

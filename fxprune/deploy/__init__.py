@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from fxprune.doors import door
 from fxprune.errors import ModelError
 from fxprune.memory import Memory, name_of, writes
 from fxprune.rewrite import PrunedModule
+from fxprune.trace import copy_of
 from fxprune.values import switch
 
 __all__ = ["LAYOUTS", "deploy", "lay_out"]
@@ -91,9 +93,12 @@ def lay_out(model: nn.Module) -> None:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, of tensors as well that hooks compute (``torch.nn.utils.weight_norm``), which torch refuses to copy."""
+    """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch refuses to copy (``weight_norm``)."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copy.deepcopy(tensor, memo)
+    return copy_of(model, memo)
 
 
 # Which of them give a view, and which a copy or an error, depends on how their argument lies in memory.

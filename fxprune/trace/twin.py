@@ -140,24 +140,29 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     All modules are there before their attributes are copied, which may refer to any of them.
     """
     shells: list[nn.Module] = []
-    _make_shells(module, memo, shells)
+    whole: list[nn.Module] = []
+    _make_shells(module, memo, shells, whole)
     for own in shells:
         new = memo[id(own)]
         for name, value in vars(own).items():
             new.__dict__[name] = attribute(name, value, memo)
+    for own in whole:  # their own copies know nothing of what their hooks refer to
+        for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
+            vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS})
     copied_module: nn.Module = memo[id(module)]
     return copied_module
 
 
-def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module]) -> None:
+def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module], whole: list[nn.Module]) -> None:
     if id(module) in memo:
         return
     if hasattr(type(module), "__deepcopy__"):
         memo[id(module)] = copy.deepcopy(module, memo)
+        whole.append(module)
         return
     if is_compiled(module):
         inner: Any = module._modules["_orig_mod"]
-        _make_shells(inner, memo, shells)
+        _make_shells(inner, memo, shells, whole)
         memo[id(module)] = Uncompiled(memo[id(inner)])
         return
     kind: Any = type(module)
@@ -165,7 +170,7 @@ def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module
     shells.append(module)
     for child in module._modules.values():
         if child is not None:
-            _make_shells(child, memo, shells)
+            _make_shells(child, memo, shells, whole)
 
 
 def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:

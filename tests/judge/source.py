@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import types
 import zlib
@@ -24,6 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 """
+
+
+# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of math.
+_COUNTS = re.compile(r"unbind\(|\blen\(x|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Writer:
         return f"self.{name}"
 
     def line(self, text: str) -> None:
+        self.file.branches |= _COUNTS.search(text) is not None
         self.body.append(self.indent + text)
 
     def assign(self, code: str, stem: str = "x") -> str:

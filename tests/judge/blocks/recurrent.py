@@ -62,7 +62,6 @@ def cell_loop(w: Writer, x: Signal) -> Signal:
         w.line(text.removeprefix(w.indent))
     w.line(f"    {state} = {new}")
     w.line(f"    {steps}.append({f'{state}[0]' if kind == 'LSTMCell' else state})")
-    w.file.branches = True  # as many steps as the example has tokens
     return w.value(
         x,
         w.pick(

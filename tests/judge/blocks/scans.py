@@ -53,7 +53,6 @@ def state_space(w: Writer, x: Signal) -> Signal:
         )
     )
     w.line(f"    {steps}.append({w.pick(state, f'{state} * step', f'{state}.tanh()')})")
-    w.file.branches = True
     return w.value(x, w.pick(f"torch.stack({steps}, 1)", f"torch.stack({steps}, dim=-2)"))
 
 

@@ -68,7 +68,6 @@ def to_vector(w: Writer, x: Signal) -> Signal:
         "{x}.std((2, 3))",
     )
     code = w.pick(*forms)
-    w.file.branches |= "kernel_size={x}.shape" in code  # a window as large as the picture is a number of Python
     return w.value(x, code, kind="vector", size=())
 
 
