@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.references import copied
 from fxprune.regions import blocks
 from fxprune.rewrite.containers import containers_named
 from fxprune.rewrite.pickled import pack, unpack
@@ -110,7 +111,8 @@ class PrunedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         new = memo[id(self)] = _empty()
         stores, rest, kind = self._parts()
-        new._rebuild(copy.deepcopy(stores, memo), copy.deepcopy(rest, memo), self._graphs(), kind)
+        rest = {key: copied(value, memo) for key, value in rest.items()}  # hooks refer to the modules around them
+        new._rebuild(copy.deepcopy(stores, memo), rest, self._graphs(), kind)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -116,7 +116,10 @@ class _Proof:
         for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
             for bench, inputs in self._benches(own):
                 try:
-                    return bench, inputs, bench.compare(inputs)
+                    outcome = bench.compare(inputs)
+                    if own is not dtype:
+                        self.left_out.append(f"{dtype}: {failed}")
+                    return bench, inputs, outcome
                 except (RefusedError, NotFiniteError) as error:
                     failed = failed or error  # the first values are those that show the most
                 except (PrunedFailsError, GuardedError) as error:
@@ -257,7 +260,7 @@ def _unsized(kind: str) -> tuple[str, int]:
     return kind.partition("[")[0], kind.count(",")
 
 
-_SIZES = 8
+_SIZES = 12
 """How many other sizes of inputs are tried."""
 
 _LARGE = 50_000

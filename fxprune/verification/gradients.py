@@ -40,11 +40,13 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         raise (GuardedError if str(error) in bench.guards else PrunedFailsError)(said(error)) from error
     except Exception as error:
         raise PrunedFailsError(said(error)) from error
-    for name in _in_order(bench.model, wanted.keys() ^ found.keys()):
-        has, lacks = ("the original", "the pruned model") if name in wanted else ("the pruned model", "the original")
-        raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
+    kept = {name: bench.survivors.take(bench.coupling.parameters[name], grad) for name, grad in wanted.items()}
+    for name in _in_order(bench.model, kept.keys() ^ found.keys()):
+        has, lacks = ("the original", "the pruned model") if name in kept else ("the pruned model", "the original")
+        if bool((kept | found)[name].any()):  # what only led to removed elements has a gradient of zeros
+            raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
     if not seen.any and not bench.normalises and not bench.own and numbers == same:
-        _compare(bench, found, wanted)
+        _compare(bench, found, {name: grad for name, grad in kept.items() if name in found})
     return len(found)
 
 
@@ -65,8 +67,7 @@ def _weighted(output: Tensor) -> Tensor:
     return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
 
 
-def _compare(bench: Bench, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    kept = {name: bench.survivors.take(bench.coupling.parameters[name], grad) for name, grad in wanted.items() if name in found}
+def _compare(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     largest = max((float(grad.norm()) for grad in kept.values() if bool(grad.isfinite().all())), default=0.0)
     for name in _in_order(bench.model, kept):
         gap, size = float((found[name] - kept[name]).norm()), float(kept[name].norm())

@@ -130,7 +130,7 @@ def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
     images = {size for tensor in tensors for size in tensor.shape[-2:] if tensor.dim() - first > 2 and size > 2}
     together = [tuple(sorted(images))] if len(images) > 1 else []
     for sizes in [*together, *((size,) for size in sorted(found, reverse=True))]:
-        for other in (_half, _next):
+        for other in (_half, _odd, _next):
             new = {size: other(size) for size in sizes}
             text = ", ".join(f"{to} for {size}" for size, to in new.items())
             yield text, tree_map_only(Tensor, functools.partial(_with_sizes, new=new, first=first), call)
@@ -138,6 +138,11 @@ def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
 
 def _half(size: int) -> int:
     return size // 2 if size % 2 == 0 else size - 1
+
+
+def _odd(size: int) -> int:
+    """One more: a multiple of nothing that the example's size is a multiple of."""
+    return size + 1
 
 
 def _next(size: int) -> int:
