@@ -48,10 +48,10 @@ def runs(model: nn.Module, x: Tensor) -> Any:
         return None
 
 
-def judge(number: str, use: str, left: float = 0.8) -> list[bool]:
+def judge(number: str, use: str, left: float = 0.8, kind: Any = Counting) -> list[bool]:
     """For each size that the original takes whether the pruned model takes it: then it gives what the masked original gives."""
     torch.manual_seed(0)
-    model = randomise(Counting(number, use).eval())
+    model = randomise(kind(number, use).eval())
     images = [torch.randn(size, dtype=torch.float64) for size in SIZES]
     pruned = fxprune.prune(model, images[0], channels=0.5).model
     assert sum(p.numel() for p in pruned.parameters()) <= left * sum(p.numel() for p in model.parameters())
@@ -264,6 +264,49 @@ def test_numbers_in_both_modes() -> None:
         for size in SIZES:
             x = torch.randn(size, dtype=torch.float64)
             assert relative_error(pruned.train(training)(x), reference.train(training)(x)) <= 1e-9
+
+
+class InPython(Counting):
+    """What is done with the number is Python between parts: the model decides by values."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x)
+        return (h,) if float(x.flatten()[0]) < -100 else self.rest(h.relu())
+
+    def rest(self, h: Tensor) -> Any:
+        h = self.use(h, self.number(h))
+        h, *others = h if isinstance(h, tuple) else (h,)
+        return self.c(self.b(h).relu()), *others
+
+
+IN_PYTHON = [
+    *(
+        ("h.shape[1]", use)
+        for use in ("h / int(n)", "h / round(n)", "h * math.log(n)", "h * math.gcd(n, 6)", "h / n ** 0.5", "h * len([0] * n)")
+    ),
+    *(
+        ("h.shape[1]", use)
+        for use in ("h * sum(0.9 for _ in range(n))", "h * [*range(9)][n]", "h * {4: 2.0}.get(n, 3.0)", "h * float(f'{n}')")
+    ),
+    *(
+        ("h.shape[1]", use)
+        for use in ("(h, n)", "(h, {'n': [n]})", "h * torch.full((3,), n).sum()", "h + h.new_full((n, 1, 1), n)", "h.clamp(max=n)")
+    ),
+    *(
+        ("h.shape[1]", use)
+        for use in ("h.view(h.shape[0], n, -1).view(h.shape)", "h * (2.0 if isinstance(n, int) else 3.0)", "h / n.bit_length()")
+    ),
+    *(("h.shape", use) for use in ("(h, n)", "h * torch.tensor(n).prod()", "h / n[1:].numel()", "h / max(n)", "h / sum(n)")),
+    *(
+        (number, "h / n")
+        for number in ("h.stride(0)", "h.nbytes", "h.untyped_storage().nbytes()", "h[0].numel()", "h.flatten(1).shape[1]")
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "use"), IN_PYTHON)
+def test_numbers_in_python_between_parts(number: str, use: str) -> None:
+    assert all(judge(number, use, left=1.0, kind=InPython))
 
 
 expressions = st.recursive(

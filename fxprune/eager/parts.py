@@ -17,13 +17,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.finder import Finder, shape_of
-from fxprune.eager.python import PYTHON, RealMode, Sizes, Width, measure
+from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
 from fxprune.eager.routes import Route, routes_of, run
 from fxprune.eager.straight import is_straight
+from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
 from fxprune.shapes import leaves_of
 from fxprune.trace import Trace, Twin, trace
+from fxprune.trace.values import map_leaves
 
 __all__ = ["ONLY_EVALUATION", "Parts"]
 
@@ -93,7 +95,7 @@ class Parts:
         measure(real, mode)
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-            args, kwargs = tree_map(_as_number, (args, kwargs))
+            args, kwargs = map_leaves(_as_number, (args, kwargs))
             with _disable_current_modes():
                 with without_function_modes():
                     traced = self._traced(path, args, kwargs, route.training)
@@ -108,6 +110,7 @@ class Parts:
 
         with intercepted(real, parts, part):
             out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
+        map_leaves(_as_number, leaves_of(out))
         self._read += mode.read
         return out
 
@@ -204,11 +207,8 @@ class Parts:
 
 
 def _as_number(leaf: Any) -> Any:
-    """A width that a part is called with is a number to its graph, which holds for no other one."""
-    if not isinstance(leaf, Width):
-        return leaf
-    leaf.told()
-    return int(leaf)
+    """A width that a part is called with, or that the model gives, is a number, and no other one in the smaller model."""
+    return leaf.told() if type(leaf) is Width else leaf
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules
 from fxprune.eager.decisions import WHOLE
 from fxprune.eager.narrowing import narrows
+from fxprune.eager.width import Width
 from fxprune.errors import FxpruneError
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field
@@ -26,65 +26,12 @@ from fxprune.propagation import LabelMode
 from fxprune.rules import Context
 from fxprune.shapes import map_tensors, tensors_in
 from fxprune.trace import SizeTuple, user_line
+from fxprune.trace.values import map_leaves
 
-__all__ = ["PYTHON", "RealMode", "Sizes", "Width", "measure"]
+__all__ = ["PYTHON", "RealMode", "Sizes", "measure"]
 
 PYTHON = "python:"
 """What the names of nodes begin with that are no nodes: lines of Python code."""
-
-
-class Width(int):
-    """A size that shrinks, read by Python code.
-
-    Attributes
-    ----------
-    read:
-        Gives the labels of the axis, by field.
-    tell:
-        Called with the labels where something is computed from the number, which a smaller one would change.
-    """
-
-    read: Callable[[], list[Array]]
-    tell: Callable[[list[Array]], None]
-
-    @classmethod
-    def of(cls, value: int, read: Callable[[], list[Array]], tell: Callable[[list[Array]], None]) -> Width:
-        made = cls(value)
-        made.read, made.tell = read, tell
-        return made
-
-    @property
-    def labels(self) -> list[Array]:
-        return self.read()
-
-    def told(self) -> None:
-        self.tell(self.read())
-
-    def is_size_of(self, other: Any) -> bool:
-        """Whether another number is the same size, also when both have shrunk."""
-        pairs = zip(self.labels, other.labels, strict=False) if isinstance(other, Width) and int(self) == int(other) else ()
-        return any(np.array_equal(a.ravel(), b.ravel()) for a, b in pairs)
-
-
-def _telling(name: str) -> Callable[..., Any]:
-    plain = getattr(int, name)
-
-    def method(self: Width, *args: Any) -> Any:
-        if not (name in ("__eq__", "__ne__") and self.is_size_of(args[0])):
-            for width in (self, *args):
-                if isinstance(width, Width):
-                    width.told()
-        return plain(self, *args)
-
-    return method
-
-
-for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "truediv", "rtruediv", "mod", "rmod", "pow", "rpow"),
-    *("lt", "le", "eq", "ne", "gt", "ge", "neg", "abs", "float", "bool", "divmod", "rdivmod", "lshift", "rshift"),
-):
-    setattr(Width, f"__{_name}__", _telling(f"__{_name}__"))
-Width.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 _SIZED = frozenset(
@@ -92,6 +39,32 @@ _SIZED = frozenset(
     | {"repeat", "rand", "randn", "broadcast_to"}
 )
 """Functions that take sizes as sizes: with a width that Python read off a tensor they give the right ones for a smaller one too."""
+
+
+_READING = frozenset({"numel", "nelement", "nbytes", "__len__", "stride", "storage_offset", "storage", "untyped_storage"})
+"""What gives numbers that follow from the sizes of a tensor's memory."""
+
+
+_FILLED = {"full": 1, "new_full": 2}
+"""Functions that take sizes, and a number for what these hold, with its place."""
+
+
+def _numbers(name: str, args: Any, kwargs: Any) -> Any:
+    """The arguments of a call that are not taken as sizes."""
+    if name in _FILLED:
+        return args[_FILLED[name] :], kwargs.get("fill_value")
+    return () if name in _SIZED else (args, kwargs)
+
+
+def _widths(value: Any) -> list[Width]:
+    """The widths in nested arguments."""
+    found: list[Width] = []
+    map_leaves(lambda leaf: found.append(leaf) if type(leaf) is Width else None, value)
+    return found
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.number if type(leaf) is Width else leaf
 
 
 class Sizes(TorchFunctionMode):
@@ -110,16 +83,14 @@ class Sizes(TorchFunctionMode):
             found = self._sizes(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return found if dim is None else found[dim]
-        if name in ("numel", "nelement", "__len__"):
+        if name in _READING or getattr(getattr(func, "__self__", None), "__name__", "") in _READING:
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])  # whatever widths are in it are told
         if name in WHOLE:
             self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
-        widths = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Width]
-        if name not in _SIZED:
-            for width in widths:
-                width.told()
-            widths = []
-        before, self.mode.widths = self.mode.widths, widths
+        for width in _widths(_numbers(name, args, kwargs)):
+            width.told()
+        before, self.mode.widths = self.mode.widths, _widths((args, kwargs)) if name in _SIZED else []
+        args, kwargs = map_leaves(_plain, (args, kwargs))
         try:
             return func(*args, **kwargs)
         finally:
@@ -131,7 +102,7 @@ class Sizes(TorchFunctionMode):
         self.mode.reads(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
-            sizes[dim] = Width.of(sizes[dim], functools.partial(_live, context, labels), context.wide.extend)
+            sizes[dim] = Width(sizes[dim], functools.partial(_live, context, labels), context.wide.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
@@ -165,7 +136,7 @@ def measure(model: nn.Module, mode: RealMode) -> None:
             for own in labels:
                 context.pin(own, "has its size read in Python code")
 
-        return Width.of(tensor.shape[dim], read, tell)
+        return Width(tensor.shape[dim], read, tell)
 
     for module in model.modules():
         for name, tensor, dim in [*remembered(module)]:

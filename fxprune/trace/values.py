@@ -63,6 +63,10 @@ class SizeTuple(tuple[Any, ...]):
     def __class__(self, value: type) -> None:
         raise TypeError("the class of a stand-in is fixed")
 
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return SizeTuple(found) if isinstance(index, slice) else found
+
     def numel(self) -> Any:
         return math.prod(self)
 
