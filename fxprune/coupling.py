@@ -393,6 +393,7 @@ class Labelling:
 
     def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
         context, mode = self.context, LabelMode(self.context)
+        axes = {name: int(axis) for name, _, axis in (entry.rpartition("@") for entry in self._pinned_nodes) if name}
 
         def watch(node: fx.Node) -> LabelMode | ShapeMode:
             context.node, context.target = prefix + node.name, node.target
@@ -402,6 +403,11 @@ class Labelling:
                 for operand in node.all_input_nodes:
                     for leaf in tree_leaves(operand.meta["val"]):
                         context.pin_all(context.fields(leaf), "could not be emitted smaller")
+            elif context.node in axes:
+                values = tree_leaves([operand.meta["val"] for operand in node.all_input_nodes])
+                first = next(value for value in values if isinstance(value, Tensor))
+                cut = [own for own in context.fields(first) if axes[context.node] in own.dims]
+                context.pin_all(cut, "is cut to a length that inputs decide")
             return mode
 
         return watch

@@ -69,12 +69,14 @@ class PlanError(FxpruneError, ValueError):
 class RewriteError(FxpruneError):
     """The smaller graph could not be emitted; the message names the node.
 
-    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that node's channels pinned.
+    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that node's channels pinned, or, where
+    the name ends with ``@`` and a number, with that axis of its first operand pinned.
     """
 
-    def __init__(self, message: str, node: str = "") -> None:
+    def __init__(self, message: str, node: str = "", *, axis: int | None = None) -> None:
         super().__init__(message)
         self.node = node
+        self.axis = axis
 
 
 class CallbackError(FxpruneError):

@@ -79,3 +79,38 @@ def test_widths_are_cut_without_a_word(cut: Callable[[Tensor], Any]) -> None:
     assert "assert" not in pruned.model.code
     assert "len(" not in pruned.model.code
     assert pruned.model(torch.randn(3, 9, 6)).shape == (3, 9, 3)
+
+
+class Positions(nn.Module):
+    """A layer, and a table of 12 positions that is cut to the length of the input."""
+
+    def __init__(self, cut: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.cut = nn.Linear(6, 8), nn.Linear(8, 3), cut
+        self.table, self.places = nn.Parameter(torch.randn(1, 12, 8)), nn.Embedding(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) + self.cut(self, x)).mean(1)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda m, x: m.table[:, : x.size(1)],
+        lambda m, x: m.table[:, : x.shape[1], :],
+        lambda m, x: m.table.narrow(1, 0, x.size(1)),
+        lambda m, x: torch.narrow(dim=1, start=1, length=x.size(1), input=m.table),
+        lambda m, x: m.table[:, 12 - x.size(1) :],
+        lambda m, x: m.places.weight[: x.size(1)],
+        lambda m, x: m.places(torch.arange(x.size(1))),
+    ],
+)
+@pytest.mark.parametrize("length", [2, 9])
+def test_a_table_is_there_for_every_length(cut: Callable[[nn.Module, Tensor], Tensor], length: int) -> None:
+    """Rows that the example does not reach stay, whatever the budget; the channels go."""
+    model = Positions(cut).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 5, 6), params=0.6, verify=True)
+    assert pruned.model.get_submodule("down").in_features < 8
+    x = torch.randn(3, length, 6)
+    assert fxprune.verify(model, pruned, x).error < 1e-9
+    assert pruned.model(x).shape == (3, 3)

@@ -160,7 +160,7 @@ class _Emission:
                 try:
                     self._emit(node, inputs)
                 except RewriteError as error:
-                    error.node = self.prefix + (error.node or node.name)
+                    error.node = self.prefix + (error.node or node.name) + ("" if error.axis is None else f"@{error.axis}")
                     raise
         return self.graph
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.errors import RewriteError
 from fxprune.memory import name_of
 from fxprune.rewrite.extents import Extent, Extents, axes_read
 from fxprune.rewrite.survivors import Survivors
@@ -212,7 +213,13 @@ class Numbers:
         return self.times(original, wanted, old)
 
     def hold_positions(self, tensor: fx.Node, axis: int, *bounds: Any) -> None:
-        """Hold an axis that shrinks, and numbers that tell its positions, to the example's: literals take their place."""
+        """Hold an axis that shrinks, and numbers that tell its positions, to the example's: literals take their place.
+
+        Raises
+        ------
+        RewriteError
+            An axis that is the same for every input is cut to a length that the input decides, as a table of positions is.
+        """
         if self.extents.of(tensor, axis) is not Extent.FIXED and (tensor, axis) not in self._steady:
             self._steady.add((tensor, axis))
             left = self.survivors.shape(tensor.meta["val"])[axis]
@@ -223,6 +230,10 @@ class Numbers:
                 self.hold(self.create("call_method", "dim", (self.made[tensor],), {}, rank), rank, f"{tensor.name}.dim()", rank)
         for number in _nodes(bounds):
             if _is_number(number.meta["val"]):
+                if isinstance(self.original(number), fx.Node) and self.extents.of(tensor, axis) is Extent.FIXED:
+                    raise RewriteError(
+                        f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which inputs decide", axis=axis
+                    )
                 self.hold(self.original(number), number.meta["val"], formula(number), number.meta["val"])
 
     def _is_product(self, value: Any) -> bool:
