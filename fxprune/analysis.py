@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.chance import seeded
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import ONLY_EVALUATION, runnable
 from fxprune.errors import ChanceError, FxpruneError
@@ -118,11 +119,12 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Ex
         twin = twin_of(model)
         twin.model.eval()
         labelling = Labelling(twin, terms, **options)
-        with slow_path():
+        with slow_path(), seeded(0):
             labelling.run(*placed(call, twin.device))
         return labelling
 
-    call = runnable(twin_of(model), example, refused)
+    with seeded(0):
+        call = runnable(twin_of(model), example, refused)
     try:
         labelling, _ = _deciding_alike(run, widened(call), call)
     except Exception as error:  # whatever the model's own Python raises, and what cannot be followed in it

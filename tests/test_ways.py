@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,33 @@ def test_numbers_of_weights_in_code_that_can_turn(code: Any) -> None:
     with pytest.warns(FxpruneWarning, match="decides by values"):
         pruned = fxprune.prune(model, (x, MASKS[0].double()), channels=0.5)
     assert pruned.report.params_after == pruned.report.params_before
+
+
+class Drops(nn.Module):
+    """Layers that training leaves out now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.drop = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        if not self.training or torch.rand(()) < 0.5:
+            y = F.relu(self.b(self.drop(y)))
+        if y.sum() > 1e9:
+            y = y / 2
+        return self.head(y)
+
+
+def test_random_numbers_are_the_callers() -> None:
+    model, x = randomise(Drops()), torch.randn(2, 6, dtype=torch.float64)
+    plans = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before, own = torch.get_rng_state(), random.getstate()
+        plans.append(fxprune.prune(model, x, channels=0.5, verify=seed == 1).plan)
+        assert torch.equal(before, torch.get_rng_state())
+        assert own == random.getstate()
+    assert plans[0] == plans[1]
+    pruned = fxprune.apply(plans[0], model).model
+    assert {pruned.train()(x).shape for _ in range(20)} == {(2, 3)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.chance import seeded
 from fxprune.coupling import Coupling
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import as_call
@@ -19,7 +20,7 @@ from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain
 from fxprune.verification.gradients import check_gradients
-from fxprune.verification.modes import clone, seeded
+from fxprune.verification.modes import clone
 from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
 from fxprune.verification.structure import check_structure
 from fxprune.verification.values import Call, choices, inputs_of, other_batch, other_sizes, weights_of

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.chance import seeded
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
-from fxprune.verification.modes import InDtype, clone, seeded
+from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
 from fxprune.verification.values import Call
 

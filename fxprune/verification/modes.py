@@ -33,7 +33,6 @@ __all__ = [
     "clone",
     "events_of",
     "python_state",
-    "seeded",
 ]
 
 _LOW = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -69,21 +68,6 @@ class InDtype(TorchFunctionMode):
 
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _dtype = torch.Tensor.dtype.__get__
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The same random numbers for everything that runs inside, and after it the generators as they were."""
-    own, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(own)
-            np.random.set_state(of_numpy)
 
 
 def python_state() -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.chance import seeded
 from fxprune.contents import leaves
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
@@ -31,7 +32,6 @@ from fxprune.verification.modes import (
     clone,
     events_of,
     python_state,
-    seeded,
 )
 from fxprune.verification.structure import guards
 from fxprune.verification.values import Call
