@@ -36,7 +36,7 @@ from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
 from fxprune.shapes import META, leaves_of, map_tensors
-from fxprune.trace import Trace, attribute, is_leaf, put_tensors
+from fxprune.trace import Trace, attribute, is_leaf, plain_attention, put_tensors
 
 __all__ = ["emit"]
 
@@ -153,7 +153,7 @@ class _Emission:
 
     def run(self) -> fx.Graph:
         inputs = iter(self.trace.placeholders)
-        with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.inference_mode(), plain_attention():
             if self.root.training is not self.trace.training:
                 self.root.train(self.trace.training)
             for node in self.trace.graph.nodes:

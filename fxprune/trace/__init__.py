@@ -36,7 +36,7 @@ from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forget_caches
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
-from fxprune.trace.takeover import slow_path, taken_over
+from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
 from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, twin_of
 from fxprune.trace.values import SizeTuple
@@ -52,6 +52,7 @@ __all__ = [
     "following",
     "formula",
     "is_leaf",
+    "plain_attention",
     "put_tensors",
     "slow_path",
     "trace",

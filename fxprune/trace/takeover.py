@@ -25,17 +25,17 @@ from fxprune.trace.lines import user_line
 from fxprune.trace.tracer import Tracer, is_leaf
 from fxprune.trace.values import find_traced
 
-__all__ = ["TURN", "slow_path", "taken_over"]
+__all__ = ["plain_attention", "slow_path", "taken_over"]
 
 TURN = threading.RLock()
-"""One thread traces at a time: it holds this lock while anything of torch's is exchanged."""
+"""One thread at a time exchanges what belongs to torch."""
 
 
 @contextmanager
 def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
     """Everything of this file, for one trace of a module."""
     with TURN, ExitStack() as stack:
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(plain_attention())
         stack.enter_context(slow_path())
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_applications(tracer))
@@ -49,12 +49,20 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
 @contextmanager
 def slow_path() -> Iterator[None]:
     """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and hide the widths."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with TURN:  # the setting is the process's: two threads that exchange it would leave the wrong one
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let attention arrive as the products that it consists of."""
+    with TURN, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

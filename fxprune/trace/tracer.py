@@ -143,6 +143,8 @@ class Tracer:
         self._inside_leaf_function = 0
         self.executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
         self._closed = False
+        self._differentiates = False  # whether a transform of torch.func has taken gradients
+        self._sizes_held = False
 
     def trace(self) -> fx.Graph:
         """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its graph, in Python."""
@@ -263,6 +265,7 @@ class Tracer:
 
         A size that Python reads there is a plain number, so the graph is held to it.
         """
+        self._differentiates = self._differentiates or _in_gradient()
         if reads_size(func):
             self._hold_sizes(args[0])
         with torch._C.DisableTorchFunctionSubclass():
@@ -324,6 +327,8 @@ class Tracer:
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
+        if self._differentiates:
+            self._hold_inputs()
         return self.record("call_function", func, self._with_sizes(func, args), kwargs)
 
     @_unseen
@@ -344,6 +349,16 @@ class Tracer:
         """Hold the graph to the example's size of a dimension."""
         number = self.size_of(tensor, dim)
         self._hold(number, tensor.example.shape[dim], f"inputs with {formula(number.fx_node)}", f" (at {user_line()})")
+
+    def _hold_inputs(self) -> None:
+        """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for inputs of these sizes alone."""
+        if not self._sizes_held:
+            self._sizes_held = True
+            for node in [node for node in self.graph.nodes if node.op == "placeholder"]:
+                for tensor in tree_leaves(stand_in(node, self)) if node not in self.left_out else ():
+                    if isinstance(tensor, TracedTensor):
+                        for size in self._size(tensor):
+                            int(size)
 
     def _of_examples(self, value: Any) -> Any:
         def example(leaf: Any) -> Any:
@@ -652,6 +667,12 @@ class _Only(nn.Module):
 def _in_transform() -> bool:
     """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _in_gradient() -> bool:
+    """Whether ``grad``, ``vjp``, ``jvp`` or another transform that differentiates is at work."""
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(own.key() in kinds for own in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _zeros(tensor: Tensor) -> Tensor:

@@ -1,0 +1,209 @@
+"""Whatever forward calls, and however it reaches it: the process lives, and torch's own functions are followed."""
+
+import ctypes
+import functools
+import importlib.util
+import operator
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import where as imported_where
+
+import fxprune
+from fxprune.trace import example_of, trace, twin_of
+from tests.support.callables import apart, names, outcome, ways
+
+
+def scripted(function: Callable[..., Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch say that it is deprecated; models have it all the same
+        return torch.jit.script(function)
+
+
+@scripted
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+@scripted
+def in_place(x: Tensor) -> Tensor:
+    y = x + 1
+    y.mul_(0.5)
+    return y
+
+
+@scripted
+def scripted_views(x: Tensor, groups: int) -> Tensor:
+    a, b = torch.chunk(x, groups, dim=-1)
+    return torch.cat([b, a], dim=-1).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@torch.library.custom_op("fxprune_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Chooses:
+    """Keeps functions as attributes, as configurable layers do."""
+
+    pick = staticmethod(torch.where)
+
+    def __init__(self) -> None:
+        self.table = {"power": torch.pow, "where": torch.where}
+        self.bound = functools.partial(torch.where, other=torch.zeros(()))
+
+    def by_attribute(self, h: Tensor) -> Any:
+        return self.pick(h > 0, h, 0.0)
+
+    def by_table(self, h: Tensor) -> Any:
+        return self.table["where"](h > 0, h, self.table["power"](h, 2))
+
+
+def by_default(h: Tensor, op: Callable[..., Any] = torch.pow) -> Any:
+    return op(h, 2)
+
+
+FOLLOWED: dict[str, Callable[[Tensor], Any]] = {
+    "scripted": lambda h: swish(h),
+    "scripted, in place": lambda h: in_place(h),
+    "scripted, views": lambda h: scripted_views(h, 2),
+    "scripted, handed on": lambda h: functools.reduce(lambda x, f: f(x), [swish, torch.tanh, swish], h),
+    "vmap": torch.vmap(torch.relu),
+    "vmap of Python": torch.vmap(lambda row: row.sin() * 0.5 + row),
+    "vmap over columns": torch.vmap(torch.tanh, in_dims=1, out_dims=1),
+    "vmap with a constant": lambda h: torch.vmap(lambda row, scale: row * scale, in_dims=(0, None))(h, torch.tensor(2.0)),
+    "a class attribute": Chooses().by_attribute,
+    "a dict": Chooses().by_table,
+    "a partial function": lambda h: functools.partial(torch.where, h > 0)(h, 0.0),
+    "a default argument": by_default,
+    "an imported name": lambda h: imported_where(h > 0, h, 0.5),
+    "operator": lambda h: operator.pow(h, 2),
+    "map": lambda h: sum(map(torch.special.xlog1py, (h, h), (0.5, 0.25))),
+    "Variable": lambda h: torch.autograd.Variable(h).relu(),
+    "asarray": lambda h: torch.asarray(h) * 2,
+    "as_tensor": lambda h: torch.as_tensor(h) * 2,
+    "an ATen operation": lambda h: torch.ops.aten.relu(h),
+    "an overload": lambda h: torch.ops.aten.mul.Tensor(h, h),
+    "torch._C": lambda h: torch._C._nn.gelu(h),
+    "_VF": lambda h: torch._VF.tanh(h),
+    "a pybind function": lambda h: h if torch._C._functorch.is_batchedtensor(h) else h.relu(),
+    "a custom operation": lambda h: twice(h),
+    "a custom operation of torch.ops": lambda h: torch.ops.fxprune_tests.twice(h),
+}
+
+ALIVE: dict[str, Callable[[Tensor], Any]] = {
+    "func.grad": torch.func.grad(lambda h: h.tanh().sum()),
+    "func.vjp": lambda h: torch.func.vjp(torch.tanh, h)[1](h)[0],
+    "func.jvp": lambda h: torch.func.jvp(torch.tanh, (h,), (h,))[1],
+    "func.jacrev": lambda h: torch.func.jacrev(lambda row: row.sum(0))(h),
+    "func.hessian": lambda h: torch.func.hessian(lambda row: row.pow(3).sum())(h[0]),
+    "func.vmap of grad": lambda h: torch.func.vmap(torch.func.grad(lambda row: row.sin().sum()))(h),
+    "autograd.grad": lambda h: torch.autograd.grad(h.sum(), h)[0],
+    "numpy": lambda h: torch.from_numpy(np.tanh(h.detach().numpy())),
+    "numpy by itself": lambda h: np.asarray(h).sum(),
+    "dlpack": lambda h: torch.utils.dlpack.from_dlpack(h),
+    "data_ptr": lambda h: ctypes.c_float.from_address(h.data_ptr()).value,
+    "storage": lambda h: h.untyped_storage()[0],
+    "tolist": lambda h: h.tolist(),
+    "a buffer": lambda h: memoryview(h.numpy()),
+    "a sparse tensor": lambda h: h.to_sparse().to_dense(),
+    "a nested tensor": lambda h: torch.nested.nested_tensor([h, h]),
+    "named axes": lambda h: h.refine_names("n", "c").rename(None),
+    "a legacy constructor": lambda h: torch.FloatTensor([h.shape[0]]) + h,
+    "complex numbers": lambda h: torch.view_as_real(torch.complex(h, h)).sum(-1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_functions_are_followed_however_they_are_reached(name: str) -> None:
+    said = apart(lambda: outcome(FOLLOWED[name]))
+    assert said == "pruned", said
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALIVE)
+def test_what_cannot_be_followed_leaves_the_process_alive(name: str) -> None:
+    said = apart(lambda: outcome(ALIVE[name]))
+    assert said in ("pruned", "in parts", "refused", "random"), said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_extension_of_a_user() -> None:
+    if importlib.util.find_spec("ninja") is None or shutil.which("c++") is None:
+        pytest.skip("a C++ extension needs a compiler and ninja")
+    from torch.utils.cpp_extension import load_inline
+
+    source = "torch::Tensor twice(torch::Tensor x) { return x * 2; } float first(torch::Tensor x) { return *x.data_ptr<float>(); }"
+    built = load_inline("fxprune_tests_extension", source, functions=["twice", "first"])
+    assert apart(lambda: outcome(built.twice)) == "pruned"
+    assert apart(lambda: outcome(lambda h: h * built.first(h))) in ("in parts", "refused")
+
+
+def test_a_name_that_is_bound_later() -> None:
+    space: dict[str, Any] = {"power": None}
+    exec("def apply(x):\n    return x if power is None else power(x, 2)", space)
+    assert apart(lambda: outcome(space["apply"])) == "pruned"
+    space["power"] = torch.pow
+    assert apart(lambda: outcome(space["apply"])) == "pruned"
+
+
+def test_memory_of_a_stand_in_is_nobodys() -> None:
+    """Who reads it gets an error that names the line."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.linear(x).numpy()
+
+    with pytest.raises(fxprune.TraceError, match=r"numpy.*test_cpp\.py:\d+"):
+        trace(twin_of(Reads()), *example_of(torch.zeros(2, 4)))
+
+
+def test_sizes_below_python_are_those_of_the_example() -> None:
+    """A scripted function reads them where nothing can follow: another batch is refused."""
+
+    @scripted
+    def flat(x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1, 2).sum(-1)
+
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.second(flat(self.first(x)))
+
+    model, x = Scripted(), torch.randn(3, 4)
+    emitted = fxprune.prune(model, x, channels=0.5, verify=True).model
+    with pytest.raises(AssertionError, match=r"size.* == 3 \(decided at test_cpp"):
+        emitted(torch.randn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(32))
+def test_every_callable_of_torch(start: int) -> None:
+    """Each in a process of its own; see ``python -m tests.support.callables``."""
+    allowed = {"pruned", "in parts", "refused", "random"}
+
+    def told(name: str) -> str:
+        return ";".join(f"{name} {text}: {said}" for text, call in ways(name) if (said := outcome(call)) not in allowed)
+
+    found = {name: apart(functools.partial(told, name)) for name in names()[start::32]}
+    assert {name: said for name, said in found.items() if said} == {}
