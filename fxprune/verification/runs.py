@@ -177,7 +177,7 @@ class Bench:
     def _followed(self, call: Call, training: bool, constant: bool) -> _Run:
         """The user's own code."""
         model = self.original(training)
-        mode = Followed(self.events, self.survivors, training, constant)
+        mode, held = Followed(self.events, self.survivors, training, constant), dict(model.named_buffers())
         run = _Run(draws=mode.draws)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -196,7 +196,9 @@ class Bench:
             except Exception as error:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
-        run.buffers = _buffers(model) if training else {}
+        # One that forward exchanges for another is a cache: the graph computes it (see fxprune.state).
+        written = {name: tensor for name, tensor in model.named_buffers() if held.get(name) is tensor}
+        run.buffers = {name: tensor.clone() for name, tensor in written.items()} if training else {}
         return run
 
     def _graph(self, call: Call, training: bool, constant: bool) -> _Run:
