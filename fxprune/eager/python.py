@@ -59,7 +59,13 @@ def _numbers(name: str, args: Any, kwargs: Any) -> Any:
 def _widths(value: Any) -> list[Width]:
     """The widths in nested arguments."""
     found: list[Width] = []
-    map_leaves(lambda leaf: found.append(leaf) if type(leaf) is Width else None, value)
+
+    def note(leaf: Any) -> Any:
+        if type(leaf) is Width:
+            found.append(leaf)
+        return leaf
+
+    map_leaves(note, value)
     return found
 
 
