@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -176,3 +178,31 @@ def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> No
             assert bool(len(got["classes"])) is (least < 1)
             for name in want:
                 torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-12)
+
+
+def test_models_in_parts_are_pruned_by_several_threads_at_once() -> None:
+    """Beside a thread that serves a model of its own, and one that trains without torch's modules being looked at."""
+    models = [Trained(MORE["all queries"]).double().eval() for _ in range(3)]
+    x = torch.randn(2, 6, dtype=ONE)
+    wanted = [fxprune.prune(model, x, channels=0.5).plan.to_json() for model in models]
+    served, stop, errors = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double(), threading.Event(), []
+    right = served(x)
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                assert torch.equal(served(x), right)
+            except Exception as error:
+                errors.append(error)
+
+    beside = threading.Thread(target=serve)
+    beside.start()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for _ in range(2):
+                plans = list(pool.map(lambda model: fxprune.prune(model, x, channels=0.5).plan.to_json(), models))
+                assert plans == wanted
+    finally:
+        stop.set()
+        beside.join()
+    assert not errors

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
+from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.module_sizes import sizes_of
 from fxprune.moments import FUNCTIONS
@@ -119,7 +120,7 @@ class _Emission:
         self.made: dict[fx.Node, fx.Node] = {}
         self.env: dict[fx.Node, Any] = {}  # the values of the new nodes, but for those that nobody has needed yet
         self.unrun: dict[fx.Node, Tensor] = {}  # the original's result, for new nodes that need not run
-        self.standing: dict[int, Tensor] = {}  # by the id of a tensor of the original: what stands for it in the smaller model
+        self.standing: TensorMap[Tensor] = TensorMap()  # for a tensor of the original what stands for it in the smaller model
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
@@ -133,10 +134,10 @@ class _Emission:
 
     def _stand_in(self, old: Tensor) -> Tensor:
         """A tensor with the labels of what is left of one of the original."""
-        if id(old) not in self.standing:
-            stand_in = self.standing[id(old)] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
+        if old not in self.standing:
+            stand_in = self.standing[old] = torch.empty(self.survivors.shape(old), dtype=old.dtype, device=META)
             self.context.put(stand_in, self._left(old))
-        return self.standing[id(old)]
+        return self.standing[old]
 
     def call(self, node: fx.Node) -> Call | None:
         """The ATen op that a node of the original is, if it is one."""
@@ -247,7 +248,7 @@ class _Emission:
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
         if isinstance(value, Tensor) and value.is_meta:
-            self.standing[id(value)] = self.env[new]
+            self.standing[value] = self.env[new]
         if self.prefix + node.name in self.coupling.context.moved:
             self._check_order(node, new, value)
         return new

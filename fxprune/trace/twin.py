@@ -27,13 +27,15 @@ class Twin:
     """A structural copy of a model with parameters on the meta device.
 
     ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for, ``modules`` from the id of
-    a twin's module to the user's; ``tensors`` are the twin's parameters and buffers by name.
+    a twin's module to the user's; ``tensors`` are the twin's parameters and buffers by name. ``kept`` keeps all tensors alive
+    whose ids lead on, also where forward has replaced one.
     """
 
     model: nn.Module
     real: dict[int, Tensor]
     tensors: dict[str, Tensor]
     modules: dict[int, nn.Module] = field(default_factory=dict)
+    kept: tuple[Tensor, ...] = ()
 
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[nn.Module]:
@@ -65,7 +67,7 @@ class Twin:
     def part(self, path: str) -> Twin:
         """The twin of a module below."""
         model = self.model.get_submodule(path)
-        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())}, self.modules)
+        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())}, self.modules, self.kept)
 
 
 def twin_of(model: nn.Module) -> Twin:
@@ -111,7 +113,8 @@ def twin_of(model: nn.Module) -> Twin:
         ) from error
     twin = lower(new_model)
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    return Twin(twin, real, tensors, {id(memo[id(module)]): module for module in modules})
+    kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
+    return Twin(twin, real, tensors, {id(memo[id(module)]): module for module in modules}, kept)
 
 
 def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
