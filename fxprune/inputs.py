@@ -104,7 +104,13 @@ def widened(call: Arguments, batch: int = 2) -> Arguments:
     ranked = [tensor for tensor in tensors_of(call) if tensor.dim()]
     if not ranked or any(tensor.shape[0] != 1 for tensor in ranked):
         return call
-    return _each(lambda t: t.expand(batch, *t.shape[1:]).clone() if t.dim() else t, call)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:  # no data to copy
+            return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+        return tensor.expand(batch, *tensor.shape[1:]).clone()
+
+    return _each(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
 
 
 def placed(call: Arguments, device: torch.device) -> Arguments:

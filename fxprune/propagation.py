@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,17 +133,12 @@ def keeps_order(ctx: Context, func: Any, rule: rules.Rule, bound: Mapping[str, A
 
 def seen_whole(func: Any) -> bool:
     """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
-    return rules.find(func) is not None or not _composite(func)
+    return rules.find(func) is not None or not shapes.is_composite(func)
 
 
 def takes_statistics(func: Any) -> bool:
     """Whether an op takes statistics over the surviving elements only (:meth:`fxprune.rules.Context.statistic`)."""
     return func._schema.name.removeprefix("aten::") in FUSED
-
-
-@functools.cache
-def _composite(func: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 The analysis runs models on ``meta`` tensors, which hold no data, so its cost does not depend on the resolution. PyTorch's own meta
 kernels are exact but some are Python programs of a millisecond each; the ops that make up most of a network (pointwise ops,
-normalisations, poolings) have a shape that is plain to see, and are answered here at once. Every other op goes to PyTorch.
+normalisations, poolings) have a shape that is plain to see, and are answered here at once. An op that is made of others is run as
+these, each answered here. Every other op goes to PyTorch, many of whose kernels import sympy and the compiler at their first call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
-__all__ = ["META", "DispatchMode", "ShapeMode", "is_quick", "leaves_of", "map_tensors", "reshape_blocks", "run", "tensors_in"]
+__all__ = [
+    "META",
+    "DispatchMode",
+    "ShapeMode",
+    "is_composite",
+    "is_quick",
+    "leaves_of",
+    "map_tensors",
+    "reshape_blocks",
+    "run",
+    "tensors_in",
+]
 
 META = torch.device("meta")
 
@@ -74,6 +86,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     tensors = tensors_in(args, kwargs)
     if not any(t.is_meta for t in tensors):
+        if func.overloadpacket is aten.arange and kwargs.get("device") == META:
+            return _like(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
     quick = _quick(func)
     if quick is not None:
@@ -82,7 +96,16 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return out
     if "device" in kwargs or not all(t.is_meta for t in tensors):
         args, kwargs = tree_map(_to_meta, (args, kwargs))
+    if is_composite(func):
+        with ShapeMode():
+            return func.decompose(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+@functools.cache
+def is_composite(func: Any) -> bool:
+    """Whether an op is made of others, for every kind of tensor."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def is_quick(func: Any) -> bool:
@@ -107,7 +130,7 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         return None
     if torch.Tag.pointwise in func.tags:
         tensors = tensors_in(args, kwargs)
-        if torch.broadcast_shapes(*(t.shape for t in tensors)) != args[0].shape:
+        if _broadcast({t.shape for t in tensors}) != args[0].shape:
             return None  # PyTorch says what is wrong
         _pointwise_dtype(func, *_kinds(args, kwargs))  # raises where the result's dtype does not fit in
     return args[0]
@@ -125,8 +148,9 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
     tensors = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
-    sizes = {t.shape for t in tensors}
-    shape = torch.broadcast_shapes(*sizes) if len(sizes) > 1 else sizes.pop() if sizes else torch.Size()
+    shape = _broadcast({t.shape for t in tensors})
+    if shape is None:
+        return None
     dtype = _pointwise_dtype(func, *_kinds(args, kwargs))
     if dtype is None:
         return None
@@ -134,6 +158,25 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         if t.is_meta and t.shape == shape:
             return _like(t, dtype)
     return _empty(shape, dtype=dtype, device=META)
+
+
+def _broadcast(shapes: set[torch.Size]) -> torch.Size | None:
+    """The shape to which all of these broadcast. torch.broadcast_shapes imports sympy."""
+    if len(shapes) == 1:
+        return next(iter(shapes))
+    out = [1] * max(map(len, shapes), default=0)
+    for shape in shapes:
+        for dim, size in enumerate(reversed(shape), start=1):
+            if size != 1:
+                if out[-dim] not in (1, size):
+                    return None
+                out[-dim] = size
+    return torch.Size(out)
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that were given, by name."""
+    return {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -227,8 +270,7 @@ def _adaptive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 def _upsample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if func._overloadname != "vec":
         return None
-    names = [a.name for a in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _given(func, args, kwargs)
     x, size = given["input"], given.get("output_size")
     scale: Any = given.get("scale_factors")
     spatial: Sequence[int] = size if size is not None else [int(s * f) for s, f in zip(x.shape[2:], scale, strict=True)]
@@ -290,7 +332,166 @@ def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     return _empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
 
 
+def _convolution_either_way(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """aten.convolution, which the others become: transposed, or not."""
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    count = weight.dim() - 2
+    if not transposed:
+        return _convolution(func, (x, weight, bias, stride, padding, dilation, groups), kwargs)
+    stride, padding, dilation, more = (_each(value, count) for value in (stride, padding, dilation, output_padding))
+    if x.dim() != count + 2 or x.shape[1] != weight.shape[0] or x.shape[1] % groups or x.dtype != weight.dtype:
+        return None
+    outputs = weight.shape[1] * groups
+    if any(m >= max(s, d) for m, s, d in zip(more, stride, dilation, strict=True)):
+        return None
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        return None
+    spatial = [
+        (n - 1) * s - 2 * p + d * (k - 1) + m + 1
+        for n, k, s, p, d, m in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True)
+    ]
+    return _empty([x.shape[0], outputs, *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """mm: (m, k) by (k, n); bmm: one for each of a batch."""
+    a, b = args[:2]
+    rank = 3 if func.overloadpacket in (aten.bmm, aten.baddbmm) else 2
+    if len(args) > 2 or not a.dim() == b.dim() == rank or a.shape[:-2] != b.shape[:-2]:
+        return None
+    return _matmul(func, (a, b), kwargs)
+
+
+def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """As :func:`_product`, where leading dimensions broadcast; a vector is a row on the left and a column on the right."""
+    a, b = args
+    if not a.dim() or not b.dim() or a.dtype != b.dtype or a.shape[-1] != b.shape[max(-2, -b.dim())]:
+        return None
+    batch = _broadcast({a.shape[:-2], b.shape[:-2]})
+    if batch is None:
+        return None
+    return _empty([*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ())], dtype=a.dtype, device=META)
+
+
+def _sum_of_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """addmm, baddbmm: a product, and what broadcasts to it."""
+    out = _product(func, args[1:3], kwargs) if len(args) == 3 else None
+    fits = out is not None and args[0].dtype == out.dtype and _broadcast({args[0].shape, out.shape}) == out.shape
+    return out if fits else None
+
+
+def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Sums, means, extremes, norms of floating-point values: the dimensions that are named go, or stay with a size of 1."""
+    given = _given(func, args, kwargs)
+    x, dims, keep = given["self"], given.get("dim"), given.get("keepdim", False)
+    if not (x.is_meta and x.is_floating_point() and x.dim() and x.numel()) or given.get("dtype") is not None:
+        return None
+    dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
+    gone = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
+    if len(gone) != len(dims):
+        return None
+    return x.new_empty([1 if dim in gone else size for dim, size in enumerate(x.shape) if keep or dim not in gone])
+
+
+def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, times = args
+    if len(times) < x.dim() or any(count < 0 for count in times):
+        return None
+    sizes = [1] * (len(times) - x.dim()) + list(x.shape)
+    return _empty([count * size for count, size in zip(times, sizes, strict=True)], dtype=x.dtype, device=META)
+
+
+def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    weight, indices = args[:2]
+    whole = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
+    return weight.new_empty([*indices.shape, weight.shape[1]]) if whole else None
+
+
+def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = _given(func, args, kwargs)
+    tensors, dim = given["tensors"], given.get("dim", 0)
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.shape != first.shape or not t.is_meta for t in tensors):
+        return None
+    if not -first.dim() - 1 <= dim <= first.dim():
+        return None
+    dim %= first.dim() + 1
+    return _empty([*first.shape[:dim], len(tensors), *first.shape[dim:]], dtype=first.dtype, device=META)
+
+
+def _reordered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """roll, flip: over dimensions that are there, each once."""
+    x, given = args[0], _given(func, args, kwargs)
+    dims = given.get("dims") or ()
+    fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len({dim % x.dim() for dim in dims}) == len(dims)
+    return _like_first(func, args, kwargs) if fits and len(given.get("shifts", dims)) == len(dims) else None
+
+
+def _glu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, dim = args[0], args[1] if len(args) > 1 else -1
+    if not x.is_floating_point() or not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
+        return None
+    dim %= x.dim()
+    return x.new_empty([*x.shape[:dim], x.shape[dim] // 2, *x.shape[dim + 1 :]])
+
+
+def _shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """pixel_shuffle: channels become pixels; pixel_unshuffle: the other way."""
+    x, factor = args
+    if x.dim() < 3 or factor < 1:
+        return None
+    *batch, channels, height, width = x.shape
+    if func.overloadpacket is aten.pixel_shuffle:
+        fits, sizes = channels % factor**2 == 0, (channels // factor**2, height * factor, width * factor)
+    else:
+        fits, sizes = height % factor == width % factor == 0, (channels * factor**2, height // factor, width // factor)
+    return x.new_empty([*batch, *sizes]) if fits else None
+
+
+def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
+    given = _given(func, args, kwargs)
+    x, dtype = given["self"], given.get("dtype")
+    plain = x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
+    return _like(x, dtype) if plain else None
+
+
+def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """max_pool, avg_pool: windows that lie inside of what is padded."""
+    given = _given(func, args, kwargs)
+    x, count = given["self"], int(func._schema.name[-2])
+    kernel = _each(given["kernel_size"], count)
+    stride, padding, dilation = (
+        _each(given.get(name) or default, count) for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
+    )
+    if not x.is_meta or not x.is_floating_point() or given.get("ceil_mode") or x.dim() not in (count + 1, count + 2):
+        return None
+    if any(2 * p > k or s < 1 for p, k, s in zip(padding, kernel, stride, strict=True)):
+        return None
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
+
+
 _QUICK: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys((aten.mm, aten.bmm), _product),
+    **dict.fromkeys((aten.addmm, aten.baddbmm), _sum_of_product),
+    **dict.fromkeys(
+        (aten.mean, aten.sum, aten.amax, aten.amin, aten.std, aten.var, aten.norm, aten.linalg_vector_norm), _reduction
+    ),
+    **dict.fromkeys((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like), _blank),
+    **dict.fromkeys((aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool2d, aten.avg_pool3d), _pool),
+    **dict.fromkeys((aten.pixel_shuffle, aten.pixel_unshuffle), _shuffle),
+    **dict.fromkeys((aten.roll, aten.flip), _reordered),
+    aten.convolution: _convolution_either_way,
+    aten.matmul: _matmul,
+    aten.repeat: _repeat,
+    aten.embedding: _embedding,
+    aten.stack: _stack,
+    aten.glu: _glu,
+    aten._prelu_kernel: _pointwise,
     aten.batch_norm: _channel_norm,
     aten.conv1d: _convolution,
     aten.conv2d: _convolution,
@@ -307,6 +508,7 @@ _QUICK: dict[Any, Callable[..., Tensor | None]] = {
     aten.relu6: _like_first,
     aten.cat: _cat,
     aten.softmax: _softmax,
+    aten._safe_softmax: _softmax,
     aten.adaptive_avg_pool1d: _adaptive,
     aten.adaptive_avg_pool2d: _adaptive,
     aten.adaptive_avg_pool3d: _adaptive,

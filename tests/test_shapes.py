@@ -322,6 +322,113 @@ def test_upsample(mode: str, count: int, data: Any) -> None:
 # -- constants
 
 
+# -- what else networks are made of
+
+REDUCTIONS = [torch.mean, torch.sum, torch.amax, torch.amin, torch.std, torch.var, torch.norm, torch.linalg.vector_norm]
+
+
+@pytest.mark.parametrize("function", REDUCTIONS, ids=lambda function: function.__name__)
+@given(data=st.data(), rank=st.integers(0, 4), dtype=st.sampled_from(DTYPES), keep=st.booleans())
+def test_reductions(function: Callable[..., Any], data: Any, rank: int, dtype: torch.dtype, keep: bool) -> None:
+    x = strided(data.draw, tuple(data.draw(st.lists(sizes, min_size=rank, max_size=rank))), dtype)
+    dims = data.draw(st.one_of(st.none(), st.integers(-rank - 1, rank), st.lists(st.integers(-rank, max(0, rank - 1)), max_size=3)))
+    if function in (torch.mean, torch.sum) and dims is None:
+        agree(function, x)
+    agree(function, x, dim=dims, keepdim=keep)
+
+
+LEADS = st.lists(st.sampled_from([1, 2]), max_size=2)
+
+
+@given(
+    left=LEADS,
+    right=LEADS,
+    rows=st.integers(0, 3),
+    shared=sizes,
+    columns=st.integers(0, 3),
+    wrong=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_products(left: list[int], right: list[int], rows: int, shared: int, columns: int, wrong: bool, dtype: torch.dtype) -> None:
+    """Rows or columns of 0 stand for a vector."""
+    a = meta(*left, *([rows] if rows else []), shared) if rows else meta(shared)
+    b = meta(*right, shared + wrong, columns, dtype=dtype) if columns else meta(shared + wrong, dtype=dtype)
+    agree(torch.matmul, a, b)
+    agree(torch.mm, a, b)
+    agree(torch.bmm, a, b)
+    for bias in (meta(columns or 1), meta(rows or 1, 1), meta(columns + 3)):
+        agree(torch.addmm, bias, a, b)
+        agree(torch.baddbmm, bias, a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@given(data=st.data(), groups=st.sampled_from([1, 2]), bias=st.booleans())
+def test_transposed_convolution(data: Any, count: int, groups: int, bias: bool) -> None:
+    draw = data.draw
+    x = meta(2, 4, *draw(st.lists(sizes, min_size=count, max_size=count)))
+    weight = meta(4, 3, *draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)))
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    function = getattr(F, f"conv_transpose{count}d")
+    agree(function, x, weight, meta(3 * groups) if bias else None, stride, draw(seldom), draw(seldom), groups, dilation)
+
+
+@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"])
+@given(data=st.data(), batched=st.booleans(), ceil=st.booleans())
+def test_pool(name: str, data: Any, batched: bool, ceil: bool) -> None:
+    count, draw = int(name[-2]), data.draw
+    x = meta(*([2] if batched else []), 3, *draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)))
+    kernel, stride, padding = draw(st.integers(1, 4)), draw(st.one_of(st.none(), st.integers(1, 3))), draw(seldom)
+    agree(getattr(F, name), x, kernel, stride, padding, ceil_mode=ceil)
+
+
+@given(data=st.data(), rank=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
+def test_movements(data: Any, rank: int, dtype: torch.dtype) -> None:
+    draw = data.draw
+    x = strided(draw, tuple(draw(st.lists(sizes, min_size=rank, max_size=rank))), dtype)
+    dim = draw(st.integers(-rank - 2, rank + 1))
+    agree(torch.stack, [x] * draw(st.integers(1, 3)), dim)
+    agree(torch.stack, [x, meta(2)], 0)
+    agree(F.glu, x, dim)
+    agree(torch.flip, x, (dim,))
+    agree(torch.roll, x, 1, dim)
+    agree(x.repeat, *draw(st.lists(seldom, min_size=1, max_size=4)))
+    for like in (torch.empty_like, torch.zeros_like, torch.ones_like, torch.rand_like):
+        agree(like, x)
+        agree(like, x, dtype=torch.float16)
+    agree(torch.full_like, x, 3)
+
+
+@given(shape=st.lists(st.integers(1, 8), min_size=2, max_size=4), factor=st.integers(1, 3))
+def test_pixels(shape: list[int], factor: int) -> None:
+    agree(F.pixel_shuffle, meta(*shape), factor)
+    agree(F.pixel_unshuffle, meta(*shape), factor)
+
+
+@given(shape=st.lists(sizes, max_size=3), dtype=st.sampled_from([torch.int64, torch.int32, torch.float32]))
+def test_embedding(shape: list[int], dtype: torch.dtype) -> None:
+    agree(F.embedding, meta(*shape, dtype=dtype), meta(7, 4))
+
+
+@given(shape=st.lists(sizes, min_size=1, max_size=4), width=sizes)
+def test_prelu(shape: list[int], width: int) -> None:
+    agree(F.prelu, meta(*shape), meta(width))
+
+
+@pytest.mark.parametrize("function", [torch.einsum, torch.tensordot, F.normalize, F.cosine_similarity])
+def test_what_is_made_of_others(function: Callable[..., Any]) -> None:
+    x = meta(2, 3, 4)
+    given = {torch.einsum: ("bij,bkj->bik", x, x), torch.tensordot: (x, meta(3, 4, 2)), F.cosine_similarity: (x, x)}.get(
+        function, (x,)
+    )
+    assert agree(function, *given) != "refused"
+
+
+def test_a_range_is_on_the_device_that_was_asked_for() -> None:
+    agree(torch.arange, 5, device="meta")
+    agree(torch.arange, 1, 6, 2, dtype=torch.float64, device="meta")
+    agree(torch.arange, 0.0, 1.0, 0.25, device="meta")
+
+
 def test_data_is_computed_with_data() -> None:
     out = run(torch.ops.aten.add.Tensor, (torch.tensor([1, 2]), torch.tensor([3, 4])), {})
     assert out.tolist() == [4, 6]
