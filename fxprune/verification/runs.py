@@ -197,7 +197,7 @@ class Bench:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
         # One that forward exchanges for another is a cache: the graph computes it (see fxprune.state).
-        written = {name: tensor for name, tensor in model.named_buffers() if held.get(name) is tensor}
+        written: dict[str, Any] = {name: tensor for name, tensor in model.named_buffers() if held.get(name) is tensor}
         run.buffers = {name: tensor.clone() for name, tensor in written.items()} if training else {}
         return run
 
