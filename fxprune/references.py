@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import types
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind is functools.partial:
         keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
         return functools.partial(copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords)
+    if kind is weakref.ref:
+        held = value()
+        return value if held is None or id(held) not in memo else weakref.ref(memo[id(held)])
     if kind is list:
         new: list[Any] = []
         memo[id(value)] = new
@@ -170,6 +174,8 @@ def _held(value: Any) -> list[Any]:
         return [*value.keys(), *value.values()]
     if kind in _SEQUENCES:
         return [*value]
+    if kind is weakref.ref:
+        return [] if value() is None else [value()]
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return []
     return [*getattr(value, "__dict__", {}).values()]

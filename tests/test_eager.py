@@ -9,6 +9,7 @@ import functools
 import math
 import re
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -589,6 +590,9 @@ HELD: dict[str, Callable[[Any], Any]] = {
     "method": lambda model: model.adapter.forward,
     "closure": lambda model: lambda x: model.adapter(x),
     "partial": lambda model: functools.partial(nn.Linear.__call__, model.adapter),
+    "namespace": lambda model: types.SimpleNamespace(m=model.adapter),
+    "weak reference": lambda model: weakref.ref(model.adapter),
+    "weight": lambda model: [model.adapter.weight, model.adapter.bias],
 }
 
 
@@ -602,6 +606,10 @@ class Holds(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         call = self.held
+        if isinstance(call, list) and isinstance(call[0], Tensor):
+            call = functools.partial(lambda weights, x: F.linear(x, *weights), call)
+        if isinstance(call, (weakref.ref, types.SimpleNamespace)):
+            call = call() if isinstance(call, weakref.ref) else call.m
         while not callable(call):
             call = call[0]
         return self.last(F.relu(call(self.first(opaque(x)))))

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors
-from fxprune.trace import copy_of, put_tensors
+from fxprune.trace import copy_of
 
 __all__ = ["masked", "original", "plain", "smaller"]
 
@@ -50,10 +50,7 @@ def smaller(
     pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor] | None, dtype: torch.dtype
 ) -> nn.Module:
     """A copy of the pruned model with the survivors of these values; None: with its own."""
-    kept = {id(tensor): tensor for tensor in [*pruned.parameters(), *pruned.buffers()]}
-    with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
-        model = copy_of(pruned, dict(kept))
-    new: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
         if values is None or name not in coupling.parameters:
             value = _in_dtype(old, dtype)
@@ -61,9 +58,9 @@ def smaller(
             value = survivors.take(coupling.parameters[name], values[name]).clone()
         else:
             value = values[name].clone()
-        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-    put_tensors(model, new)
-    return model
+        memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
+        return copy_of(pruned, memo)
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
