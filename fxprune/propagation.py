@@ -62,7 +62,7 @@ class LabelMode(shapes.DispatchMode):
         rule = rules.find(func)
         tensors = shapes.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
-        if not labelled and (rule is None or rule.family != "creation"):
+        if not labelled and (rule is None or not (rule.family == "creation" or _makes_axes(func, tensors))):
             return shapes.run(func, args, kwargs)
         if not tensors:
             out = shapes.run(func, args, {**kwargs, "device": shapes.META}) if _makes_floats(kwargs) else func(*args, **kwargs)
@@ -139,6 +139,14 @@ def seen_whole(func: Any) -> bool:
 def takes_statistics(func: Any) -> bool:
     """Whether an op takes statistics over the surviving elements only (:meth:`fxprune.rules.Context.statistic`)."""
     return func._schema.name.removeprefix("aten::") in FUSED
+
+
+def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
+    """Whether an op makes large dimensions of small ones, which shrink with what they meet as those of ``zeros`` do."""
+    return func._schema.name in _MAKING and all(t.is_meta and t.is_floating_point() for t in tensors)
+
+
+_MAKING = frozenset(f"aten::{name}" for name in ("expand", "expand_copy", "broadcast_to", "repeat", "tile", "repeat_interleave"))
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

@@ -113,6 +113,7 @@ CASES = [
     norm("normalised by std", lambda x: x / (x.std(1, keepdim=True) + 1e-5)),
     norm("root mean square", lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()),
     norm("evo_norm", evo_norm),
+    norm("evo_norm, expanded", lambda x: x * groups(x).std((2, 3, 4), keepdim=True).expand(groups(x).shape).reshape(x.shape)),
     exact("std over groups", lambda x: groups(x).std((2, 3, 4))),
     exact("var over the groups", lambda x: groups(x).var(1).sum(1)),
     # sums and norms

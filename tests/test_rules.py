@@ -226,6 +226,7 @@ CASES = [
     Case("embedding", "(2,5),(!,i)->(2,5,i)", lambda i, table: F.embedding(i, table), ix(2, 5), w(7, 3)),
     Case("exp", "(i,j)->(i~,j~)", torch.exp, t(2, 3)),
     Case("expand", "(i)->(a~,i)", lambda x: x.expand(2, 3), t(3)),
+    Case("expand, of a constant", "(!,i),(3,1)->(3,i)", lambda x, y: x * y.expand(3, 4), t(3, 4), c(3, 1)),
     Case("expand_as", "(i),(j,i)->(j~,i)", lambda x, y: x.expand_as(y), t(3), t(2, 3)),
     Case("fill_", "(i,j)->(i~,j~)", lambda x: x.fill_(1), t(2, 3)),
     Case("flatten", "(i,j,k)->(i,j*k)", lambda x: x.flatten(1), t(2, 3, 4)),
@@ -648,6 +649,8 @@ CASES = [
 # fmt: on
 
 # Registry entries without a case of their own: the op on the left has one, and the same handler.
+# These read values, so they run between parts alone: tests/test_ways.py prunes through them.
+ON_DATA = {"_pack_padded_sequence", "_pad_packed_sequence"}
 ALIASES = {
     "_weight_norm": "_weight_norm_interface",
     "adaptive_avg_pool2d": (
@@ -696,7 +699,7 @@ def test_the_table_is_alphabetical():
 def test_every_rule_has_a_case():
     served = frozenset().union(*(case.run().served for case in CASES))
     aliases = {alias: op for op, others in ALIASES.items() for alias in others.split()}
-    assert sorted(aliases) == sorted(set(REGISTRY) - served), "ALIASES lists just the entries that no case reaches"
+    assert sorted(aliases) == sorted(set(REGISTRY) - served - ON_DATA), "ALIASES lists just the entries that no case reaches"
     for alias, op in aliases.items():
         assert op in served, f"{op} has no case"
         assert REGISTRY[alias].handler is REGISTRY[op].handler, f"{alias} is not served by the rule of {op}"
