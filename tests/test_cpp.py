@@ -139,6 +139,7 @@ def test_what_cannot_be_followed_leaves_the_process_alive(name: str) -> None:
     assert said in ("pruned", "in parts", "refused", "random"), said
 
 
+@pytest.mark.slow  # the compiler takes its time
 @pytest.mark.filterwarnings("ignore")
 def test_an_extension_of_a_user() -> None:
     if importlib.util.find_spec("ninja") is None or shutil.which("c++") is None:
