@@ -665,6 +665,9 @@ def test_a_replaced_forward_computes_with_the_pruned_weights(way: str, whole: bo
     assert share_left(pruned) < 0.7
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
     before = pruned.model(x)
+    if way != "leaf":  # what was put on the module stays on it
+        given = torch.randn(2, pruned.model.block.up.weight.shape[1])
+        assert pruned.model.block(given).shape == (2, pruned.model.block.down.weight.shape[0])
     pruned.model(x).sum().backward()
     assert all(p.grad is not None for p in pruned.model.parameters())
     assert all(p.grad is None for p in model.parameters())

@@ -70,6 +70,8 @@ from .specs import (
 LARGEST_ERROR = 1e-9
 RATIOS = (0.5, 0.25, 0.75)
 
+pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # networks are drawn: in some nothing can go
+
 #: These act on each channel by itself, or on all of one place alike.
 KEEPING = (
     Activation,

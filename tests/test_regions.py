@@ -166,7 +166,28 @@ def test_regions_inside_of_torch_are_its_own() -> None:
 
     model, x = Around(forward), torch.randn(2, 3, 8, 8)
     emitted = fxprune.prune(model, x, channels=1.0).model
+    assert isinstance(emitted, torch.fx.GraphModule)
     assert trained(emitted, x)[1].keys() == trained(model, x)[1].keys()
+
+
+def test_checkpoints_that_only_training_has() -> None:
+    """They are followed there."""
+
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.part, self.down = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x)
+            if self.training:
+                x = x + torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+            return self.down(x)
+
+    model, x = Trained(), torch.randn(4, 6)
+    emitted = fxprune.prune(model, x, channels=1.0, verify=True).model
+    for training in (True, False):
+        assert torch.equal(emitted.train(training)(x), model.train(training)(x))
 
 
 def test_functions_do_without_generated_code() -> None:

@@ -23,6 +23,8 @@ from tests.support.counting import CheckedCounter
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
+pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # networks are drawn: in some nothing can go
+
 sizes, shares = st.integers(1, 300), st.floats(0.001, 1.0)
 
 

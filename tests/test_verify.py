@@ -610,3 +610,18 @@ def test_an_output_whose_zeros_are_left_out() -> None:
 
 def test_complex_outputs() -> None:
     proved(Of(lambda m, x: torch.fft.fft(two(m, x))))
+
+
+@pytest.mark.parametrize("takes", ["other sizes", "one size"])
+def test_a_model_that_takes_long(takes: str) -> None:
+    """Most of it is proved on small inputs, or in float32, whose rounding is none of the error."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return two(m, x) + (x.new_zeros(1) if takes == "other sizes" else x.new_zeros(6, 1))
+
+    with mock.patch("fxprune.verification.check._LONG", -1):
+        proof = proved(Of(forward), torch.randn(2, 6, 4))
+    assert (("another batch, in float32" in proof.compared), ("another batch" in proof.compared)) == (
+        takes == "one size",
+        takes == "other sizes",
+    )

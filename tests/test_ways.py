@@ -133,6 +133,16 @@ def test_a_way_that_fails_is_not_known() -> None:
         assert x.sum() > 0
         return x
 
+    def checked(model: Any, x: Tensor) -> Tensor:
+        torch._assert(x.sum() > 0, "positive")
+        return torch.distributions.Normal(x, x.abs() + 1, validate_args=True).mean
+
+    def meets_a_check_later(model: Any, x: Tensor) -> Tensor:
+        y = x if x.sum() > 0 else x[:1]
+        return nn.BatchNorm1d(1).train()(y[:, None])  # more than one value is wanted
+
+    assert decided(checked, torch.ones(2)) == [()]
+    assert "test_ways.py" in decided(meets_a_check_later, torch.ones(2))
     assert "test_ways.py" in decided(fails, torch.ones(2))
     assert decided(refuses, torch.ones(2)) == [()]
 

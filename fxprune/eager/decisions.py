@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -157,7 +158,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
         try:
             way = run(answers)
         except Exception as error:
-            if _is_raised(error.__traceback__):
+            if _is_raised(error.__traceback__, step[0]):
                 continue
             return Ways([()], step[0])
         if way.taken_out or len(found) == _MOST:
@@ -188,13 +189,16 @@ def _others(way: Decisions) -> list[tuple[Answers, Step]]:
     return [((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps]
 
 
-def _is_raised(trace: TracebackType | None) -> bool:
-    """Whether an exception comes from a ``raise`` or an ``assert`` of the model, and not from something that failed."""
+def _is_raised(trace: TracebackType | None, line: str) -> bool:
+    """Whether an exception comes from a ``raise`` or an ``assert`` of the model, or of torch where the question itself was put.
+
+    What failed otherwise may well be done for other inputs.
+    """
+    frames = traceback.extract_tb(trace)
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
         return False
     code, place = trace.tb_frame.f_code, trace.tb_lasti
-    return not is_ours(code.co_filename) and any(
-        at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code)
-    )
+    raised = any(at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code))
+    return raised and (not is_ours(code.co_filename) or user_line(frames) == line)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
+from fxprune.hooks import has_own_forward
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.module_sizes import sizes_of
@@ -88,9 +89,10 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
         module = PrunedModule(below, graphs[0], type(below).__name__ if path else name, *graphs[1:])
         standing[id(below)] = module.behaving_like(below) if path else module
         root = _replaced(root, below, standing[id(below)])
-    if parts:
-        final = {key: standing.get(id(below), below) for key, below in made.items()}
+    final = {key: standing.get(id(below), below) for key, below in made.items()}
+    if parts or any(map(has_own_forward, made.values())):
         _refer_to(made, final, filled)
+    if parts:
         _hook(twin.modules, final)
         for module in final.values():
             vars(module).update(sizes_of(module))
@@ -471,12 +473,14 @@ def _skeleton(
 ) -> nn.Module:
     """The module tree of the emitted model. Sharing is kept.
 
-    Leaves are copied with all below them, the rest are plain containers, unless there is Python that calls their methods.
+    Leaves are copied with all below them, the rest are plain containers, unless there is Python that calls their methods, or their
+    forward was replaced: what a user has put on a module stays on it.
     """
     if id(module) in done:
         return done[id(module)]
     kind: Any = type(module)
     leaf = whole or is_leaf(module)
+    keep_classes = keep_classes or has_own_forward(module)
     own_class = leaf or keep_classes
     new = kind.__new__(kind) if own_class else nn.Module()
     if own_class:

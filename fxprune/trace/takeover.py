@@ -43,6 +43,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
         stack.enter_context(_states_refused(tracer))
         stack.enter_context(_broadcast_shapes(tracer))
+        stack.enter_context(_checkpoints(tracer))
         yield
 
 
@@ -111,6 +112,14 @@ def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
 
     places = [(space, "broadcast_shapes") for space in (vars(torch), vars(torch.functional))]
     with _put([(space, name, _if_traced(space[name], tracer, record)) for space, name in places]):
+        yield
+
+
+@contextmanager
+def _checkpoints(tracer: Tracer) -> Iterator[None]:
+    """``checkpoint`` asks on which device tensors lie, to keep the state of its generator: a graph computes once and needs none."""
+    names = [name for name in ("_infer_device_type",) if name in vars(checkpoint)]
+    with _put([(vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, lambda *_: "cpu")) for name in names]):
         yield
 
 

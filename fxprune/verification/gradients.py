@@ -46,7 +46,7 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         has, lacks = ("the original", "the pruned model") if name in kept else ("the pruned model", "the original")
         if bool((kept | found)[name].any()):  # what only led to removed elements has a gradient of zeros
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
-    if not seen.any and not bench.normalises and not bench.own and numbers == same:
+    if bench.dtype is torch.float64 and not (seen.any or bench.normalises or bench.own) and numbers == same:
         _compare(bench, found, {name: grad for name, grad in kept.items() if name in found})
     return len(found)
 
