@@ -92,7 +92,9 @@ def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[A
 
 
 def _random(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor).uniform_(0.5, 1.5, generator=torch.Generator(tensor.device).manual_seed(tensor.numel()))
+    generator = torch.Generator().manual_seed(tensor.numel())  # of the CPU: not every device has one
+    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+    return torch.empty_like(tensor).copy_(drawn.to(tensor.dtype).to(tensor.device))
 
 
 def _alike(found: Any, wanted: Tensor | None) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-import fxprune.arguments
+import fxprune.inputs
+import fxprune.prunable
 
 NAME = "elsewhere"
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -115,4 +116,4 @@ def register() -> None:
     _setup_privateuseone_for_python_backend(NAME)
     _library.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")
     # Its tensors are of a subclass, which a model that was quantised would have too.
-    fxprune.arguments.type = _kind  # type: ignore[attr-defined]
+    fxprune.prunable.type = fxprune.inputs.type = _kind  # type: ignore[attr-defined]
