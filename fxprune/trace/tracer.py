@@ -626,6 +626,11 @@ class Tracer:
                     f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
                     "use torch.where or masks, or keep that part in a module that is not pruned."
                 )
+            if self._is_written(node):
+                raise TraceError(
+                    f"forward reads the value of a buffer that it writes (at {user_line()}): it is another one at each call, and a "
+                    "graph would hold this one. Compute with the buffer as a tensor."
+                )
             return kind(example)
         if from_mode(node):
             if self._inside_leaf_function:
@@ -640,6 +645,17 @@ class Tracer:
         held = example if kind is int else taken  # int(n / 3): the graph holds n / 3
         self._hold(value, held, f"inputs with {formula(node)}", f" (decided at {where})")
         return taken
+
+    def _is_written(self, node: fx.Node) -> bool:
+        """Whether a value depends on a buffer that the graph writes so far."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            own = waiting.pop()
+            if own.op == "get_attr" and any(own in written(user)[:1] for user in own.users):
+                return True
+            waiting += [above for above in own.all_input_nodes if above not in seen]
+            seen.update(own.all_input_nodes)
+        return False
 
     def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
         """Let the graph say so where a value is another one than it was traced for."""
