@@ -92,6 +92,22 @@ def test_numbers_that_depend_on_weights_keep_parts_whole_to_each_other() -> None
     assert any("decides by values" in row.reason for row in pruned.report.pinned)
 
 
+@pytest.mark.parametrize(
+    "read", [lambda n: n.item() > 3, lambda n: int(n) > 3, lambda n: n.tolist() > 3], ids=["item", "int", "list"]
+)
+def test_numbers_of_the_caller_that_code_may_turn_by_keep_parts_whole_to_each_other(read: Callable[[Tensor], bool]) -> None:
+    """For another number other parts may be called, on whatever there is."""
+
+    def code(model: Any, y: Tensor, n: Tensor) -> Tensor:
+        return model.b(y) if read(n) else model.c(y)
+
+    model, x = randomise(Asks(code)).eval(), torch.randn(3, 6, dtype=torch.float64)
+    with pytest.warns(FxpruneWarning, match="decides by values"):
+        pruned = fxprune.prune(model, (x, torch.tensor(2)), channels=0.5)
+    for n in (2, 5):
+        assert torch.equal(pruned.model(x, torch.tensor(n)), model(x, torch.tensor(n)))
+
+
 def decided(forward: Callable[[Any, Tensor], Any], x: Tensor) -> list[tuple[bool, ...]] | str:
     """The ways of a function, or the line that decides by weights."""
 
@@ -115,7 +131,7 @@ def test_ways() -> None:
     assert decided(lambda m, x: x * 2, x) == [()]
     assert decided(lambda m, x: 1 if x.sum() > 0 else 2, x) == [(), (False,)]
     assert decided(lambda m, x: [1 for v in x if v > 0], x) == [(), (False,), (True, False)]  # one line, asked twice
-    assert decided(lambda m, x: int(x.sum()) and x.tolist(), x) == [()]
+    assert "test_ways.py" in decided(lambda m, x: int(x.sum()) and x.tolist(), x)
     assert decided(lambda m, x: bool(torch.zeros(x.shape).any()), x) == [()]  # of sizes alone
     for asks in (bool, lambda v: torch.equal(v, v), lambda v: (v > 0).item()):
         assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [(), (False,)]

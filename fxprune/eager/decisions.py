@@ -3,8 +3,8 @@
 Where a question about values (``if mask.all()``) is answered otherwise, the parts may be called in another order, and channels are
 tied there as well. So each question is put once more, answered the other way, and what the model does then is followed, too.
 
-Numbers that Python takes out of its caller's tensors (lengths, counts, ids) it reads freely: that is no reason to prune less. What
-it does with numbers that depend on weights cannot be known: nothing is removed between parts then.
+What Python does with numbers that it takes out of tensors (lengths, counts, ids) cannot be known, unless its code has no branch
+that could go by them: where it has one, nothing is removed between parts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Decisions(TorchFunctionMode):
     asked:
         The line of each question about values that depend on weights, inputs or chance, and its answer.
     taken_out:
-        The first line that takes numbers out which depend on weights or chance; empty if there is none.
+        The first line that takes numbers out which depend on weights, inputs or chance; empty if there is none.
     """
 
     def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor], answers: Answers = ()) -> None:
@@ -89,7 +89,7 @@ class Decisions(TorchFunctionMode):
             place = len(self.asked)
             value = self.answers[place] if place < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))
-        elif of_weights:
+        else:
             self.taken_out = self.taken_out or user_line()
         return value
 
@@ -127,8 +127,8 @@ class Ways:
     decided:
         The line by which it cannot be known where Python goes; empty if it can.
     taken_out:
-        The line that takes out numbers which depend on weights, where no question is put: unless there is a way to turn by them, it
-        is known where Python goes.
+        The line that takes out numbers, where no question is put: unless there is a way to turn by them, it is known where Python
+        goes.
     """
 
     def __init__(self, answers: list[Answers], decided: str = "", taken_out: str = "") -> None:

@@ -19,7 +19,9 @@ __all__ = ["is_straight"]
 
 
 def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], object]) -> bool:
-    """Whether what runs outside of parts has no branch, no loop, no handler of exceptions, and chooses no module by a number.
+    """Whether what runs outside of parts has no branch, no handler of exceptions, no loop that calls parts, and chooses no module.
+
+    A loop without calls of parts computes more or less of the same; a branch may choose what goes into the next part.
 
     Parameters
     ----------
@@ -29,6 +31,7 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
     seen = _Seen()
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        seen.note_callers()
         with seen.looking_away():
             return call()
 
@@ -39,7 +42,7 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
             run()
         finally:
             sys.setprofile(before)
-    return not seen.chooses and not any(map(_can_turn, seen.codes))
+    return not seen.chooses and not any(_can_turn(code, code in seen.callers) for code in seen.codes)
 
 
 class _Seen:
@@ -47,6 +50,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
+        self.callers: set[CodeType] = set()  # those that call parts, directly or not
         self.chooses = False
         self._away = False
 
@@ -62,6 +66,13 @@ class _Seen:
             self.codes.add(code)
         elif code.co_name == "__getitem__" and isinstance(frame.f_locals.get("self"), nn.Module):
             self.chooses = True
+
+    def note_callers(self) -> None:
+        """Note the functions that are running."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            self.callers.add(frame.f_code)
+            frame = frame.f_back
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
@@ -89,6 +100,7 @@ _PYTHON = (f"{sysconfig.get_paths()['stdlib']}/", f"{sysconfig.get_paths()['plat
 _PACKAGES = (f"{sysconfig.get_paths()['purelib']}/", f"{sysconfig.get_paths()['platlib']}/")
 
 
-def _can_turn(code: CodeType) -> bool:
+def _can_turn(code: CodeType, calls_parts: bool) -> bool:
     names = {at.opname for at in dis.get_instructions(code)}
-    return any("JUMP" in name and "IF" in name for name in names) or bool(names & {"FOR_ITER", "PUSH_EXC_INFO", "SEND"})
+    turns = {"PUSH_EXC_INFO", "SEND"} | ({"FOR_ITER"} if calls_parts else set())
+    return any("JUMP" in name and "IF" in name for name in names) or bool(names & turns)
