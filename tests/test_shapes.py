@@ -27,7 +27,7 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Shapes and dtypes of the result, or that there is none."""
     try:
         out = function(*args, **kwargs)
-    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError):
         return "refused"
     return tree_map(lambda t: (tuple(t.shape), t.dtype, t.device.type) if isinstance(t, Tensor) else t, out)
 
