@@ -126,3 +126,26 @@ def test_a_campaign_counts_what_came_of_each_network() -> None:
     assert "drawn: 3" in str(summary)
     summary.add(dataclasses.replace(verdict, outcome="wrong", what="batch 5: shapes"))
     assert summary.as_dict()["wrong_by_setting"]["batch 5"] >= 1
+
+
+def _judged(seeds: range) -> collections.Counter[str]:
+    """How many of these seeds' networks had which outcome; fails for one that is wrong, with the command that shows it."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    for seed in seeds:
+        verdict = judge(draw(seed))
+        assert verdict.outcome != "wrong", f"{verdict.what}\n    python -m tests.judge --spec '{verdict.spec}'"
+        outcomes[verdict.outcome] += 1
+    return outcomes
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_drawn_networks_equal_their_masked_originals(first: int) -> None:
+    """At the example, at other batches and sizes, in training, after save and load, deployed; most of them get smaller."""
+    assert _judged(range(first, first + 10))["right"] >= 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 100))
+def test_two_thousand_drawn_networks_equal_their_masked_originals(first: int) -> None:
+    """The same for more of them; ``python -m tests.judge --count 20000`` draws as many as one likes."""
+    assert _judged(range(first, first + 100))["right"] >= 85

@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 # What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of math.
-_COUNTS = re.compile(r"unbind\(|\blen\(x|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x")
+_COUNTS = re.compile(r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x")
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
     except RuntimeError as error:
         raise ShortError("gradients", _text(error)) from error
     ours, theirs = dict(emitted.named_parameters()), dict(reference.named_parameters())
+    floor = 1e-3 * max((float(_grad(p).nan_to_num(0, 0, 0).abs().max()) for p in theirs.values() if p.numel()), default=0.0) + 1e-6
     for name, old in theirs.items():
         if (new := ours.get(name)) is None or name not in alive:
             continue
@@ -181,7 +182,7 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
             "gradients", expected.numel() == found.numel(), f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived"
         )
         if bool(expected.isfinite().all()):
-            _near("gradients", [found], [expected], name)
+            _near("gradients", [found], [expected], name, floor)
     ours, theirs = dict(emitted.named_buffers()), stored(reference)
     for name, old in dict(reference.named_buffers()).items():
         if name in ours and name in theirs:
@@ -289,7 +290,8 @@ def _compare(
     return got, want
 
 
-def _near(setting: str, got: list[Tensor], want: list[Tensor], whom: str) -> None:
+def _near(setting: str, got: list[Tensor], want: list[Tensor], whom: str, floor: float = 1e-6) -> None:
+    """Raise where something differs, relative to the largest element; one below ``floor`` may be what cancelled."""
     shapes = [[tuple(t.shape) for t in values] for values in (got, want)]
     _expect(setting, shapes[0] == shapes[1], f"shapes {shapes[0]}, {whom} has {shapes[1]}")
     for n, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -297,7 +299,7 @@ def _near(setting: str, got: list[Tensor], want: list[Tensor], whom: str) -> Non
             continue
         a, b = a.detach().double(), b.detach().double()
         gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
-        wrong = float(gap.max() / (b.nan_to_num(0, 0, 0).abs().max() + 1e-6))
+        wrong = float(gap.max() / (b.nan_to_num(0, 0, 0).abs().max() + floor))
         _expect(setting, wrong <= LIMIT, f"output {n} differs by {wrong:.1e} from {whom}")
 
 
