@@ -15,7 +15,7 @@ from torch import nn
 from fxprune.chance import seeded
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import ONLY_EVALUATION, runnable
-from fxprune.errors import ChanceError, FxpruneError
+from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
 from fxprune.trace import slow_path, twin_of
 
@@ -74,10 +74,21 @@ def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -
     try:
         return _label_whole(model, shapes_of(example), terms, **options)
     except Exception as error:  # of any kind: what fails in a graph may well be done in parts
-        return _label_parts(model, example, terms, error, **options)
+        try:
+            return _label_parts(model, example, terms, error, **options)
+        except FxpruneError:
+            if not isinstance(error, _UntrainedError):
+                raise
+            return _label_whole(model, shapes_of(example), terms, untrained=str(error), **options)
 
 
-def _label_whole(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -> _Found:
+class _UntrainedError(TraceError):
+    """The graph of evaluation is there, that of training is not."""
+
+
+def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untrained: str = "", **options: Any) -> _Found:
+    """Labels on one graph for each mode; ``untrained`` says why there is none for training, where evaluation's has to do."""
+
     def evaluated(call: Arguments) -> Labelling:
         labelling = Labelling(twin_of(model), terms, **options)
         labelling.trace(*call)
@@ -90,14 +101,15 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, **options: 
         if _sizes(wide) == _sizes(example):
             raise
         labelling, call = evaluated(example), example  # a model may insist on its batch of 1
-    if labelling.traces[0].asked_mode:
+    if untrained:
+        labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {untrained}")
+    elif labelling.traces[0].asked_mode:
         try:
             labelling.trace(*call, training=True)
         except ChanceError:
             raise  # Python that stays draws at each call
         except FxpruneError as error:
-            labelling = evaluated(call)  # without the labels of the failed attempt
-            labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {error}")
+            raise _UntrainedError(str(error)) from error
     return _Found(labelling, example)
 
 

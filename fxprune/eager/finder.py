@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.routes import Route, run
-from fxprune.errors import ChanceError, FxpruneError
+from fxprune.errors import FxpruneError
 from fxprune.shapes import META, holds_tensors, leaves_of
 from fxprune.trace import Twin, trace
 
@@ -30,15 +30,12 @@ class Finder:
         Paths of the modules that were called, and that stay Python.
     graphs:
         Path of a part -> its graph, as text.
-    evaluated:
-        Path of a part that can be traced for evaluation only -> why.
     """
 
     def __init__(self, twin: Twin) -> None:
         self.twin = twin
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
-        self.evaluated: dict[str, str] = {}
         self._traced: dict[tuple[str, str], str | None] = {}  # by path and what it is called with; None: it cannot be traced
 
     @property
@@ -88,10 +85,8 @@ class Finder:
         if traced.asked_mode:
             try:
                 trace(self.twin.part(path), args, kwargs, training=True)
-            except ChanceError:
-                return None  # Python that stays draws at each call
-            except FxpruneError as error:
-                self.evaluated[path] = str(error)
+            except FxpruneError:
+                return None  # a graph would do in training what it does in evaluation
         known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves_of(traced.outputs))
         return str(traced.graph) if known else None  # another object may hold tensors
 

@@ -150,9 +150,7 @@ class Parts:
         """A call of a part, under labels: its graph for evaluation, or for training where that is another."""
         inputs = tree_map(self._stand_in, (args, kwargs))
         traced = self._follow(path, inputs, training=False)
-        if path in self._found.evaluated:
-            traced.decisions.append(f"{ONLY_EVALUATION}: {self._found.evaluated[path]}")
-        elif traced.asked_mode:
+        if traced.asked_mode:
             trained = self._follow(path, inputs, training=True)
             if self._untrained:
                 self._give_alike(traced, trained)
