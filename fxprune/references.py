@@ -32,8 +32,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     Examples
     --------
     >>> one, other = [1], [2]
-    >>> read = lambda: one[0]
-    >>> copied({"read": read}, {id(one): other})["read"](), copied(len, {}) is len
+    >>> def reader(held):
+    ...     return lambda: held[0]
+    >>> copied({"read": reader(one)}, {id(one): other})["read"](), copied(len, {}) is len
     (2, True)
     """
     if id(value) in memo:

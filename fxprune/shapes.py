@@ -466,12 +466,10 @@ def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
     )
     if not x.is_meta or not x.is_floating_point() or given.get("ceil_mode") or x.dim() not in (count + 1, count + 2):
         return None
-    if any(2 * p > k or s < 1 for p, k, s in zip(padding, kernel, stride, strict=True)):
-        return None
-    spatial = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True)
-    ]
+    sizes = list(zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True))
+    if any(2 * p > k or s < 1 or n < k for n, k, s, p, _ in sizes):
+        return None  # PyTorch says what is wrong, if anything
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
     return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
 
 

@@ -98,6 +98,7 @@ def test_a_split_that_is_joined_again_ties_nothing() -> None:
     assert group.size == 12
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
 def test_splits_that_disagree_are_tied() -> None:
     """Rows of four and rows of three of the same units: both can be met, with fewer units than one alone has."""
 
@@ -139,6 +140,7 @@ def test_a_depthwise_convolution_has_no_blocks() -> None:
     assert (group.size, group.blocks) == (12, 0)
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
 def test_blocks_with_one_pinned_part_are_pinned() -> None:
     """A unit of one block has to stay, and then this block could not lose as many as the others."""
     model = Split(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1) + 0 * x[:, :1])

@@ -74,6 +74,7 @@ def test_the_page_does_what_it_says() -> None:
     assert without == 16 * 14 * 14 * 3 * 9 + 16 * 14 * 14 + 8 * 12 * 12 * 16 * 9
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
 def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not() -> None:
     before = fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
     assert before.report.params_after == before.report.params_before
@@ -86,6 +87,7 @@ def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not()
     assert after.report.error < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
 def test_whether_zero_stays_zero_is_tried_not_believed() -> None:
     """Removed channels of one operand become ones in a product with another: they may go only where the other's go, too."""
     fxprune.register_rule("fxprune_test::shifted", like="pointwise")
@@ -121,6 +123,7 @@ def test_a_wrong_rule_is_caught(wrong: str) -> None:
     assert fxprune.verify(net, unproved).error > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
 def test_where_a_rule_forgets_a_dimension_nothing_is_pruned() -> None:
     @fxprune.register_rule("fxprune_test::softsign")
     def _(context: Any, op: Any, arguments: dict[str, Tensor], result: Tensor) -> None:
