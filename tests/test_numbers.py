@@ -271,7 +271,7 @@ class InPython(Counting):
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(x)
-        return (h,) if float(x.flatten()[0]) < -100 else self.rest(h.relu())
+        return (h,) if x.flatten()[0] < -100 else self.rest(h.relu())
 
     def rest(self, h: Tensor) -> Any:
         h = self.use(h, self.number(h))

@@ -122,6 +122,16 @@ class Traced:
 
     fx_node: fx.Node
     tracer: Tracer
+    claimed: Any
+    """The class that ``isinstance`` sees."""
+
+    @property
+    def __class__(self) -> type:
+        return cast(type, self.claimed)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
 
     @property
     def example(self) -> Any:
@@ -160,9 +170,24 @@ class _SeenByTorch(Traced):
 
 
 class _Operators:
-    """Python's operators, recorded as functions of :mod:`operator`."""
+    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number is a decision."""
 
     tracer: Tracer
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.decide(self, complex))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
 
 
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
@@ -210,13 +235,7 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
-    @property
-    def __class__(self) -> type:
-        return Tensor
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a stand-in is fixed")
+    claimed = Tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -236,21 +255,6 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
 
     def __reversed__(self) -> Any:
         return self.tracer.record("call_method", "flip", (self, 0), {}) if self.rank else self
-
-    def __index__(self) -> int:
-        return int(self.tracer.decide(self, int))
-
-    def __int__(self) -> int:
-        return int(self.tracer.decide(self, int))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decide(self, float))
-
-    def __complex__(self) -> complex:
-        return complex(self.tracer.decide(self, complex))
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.decide(self, bool))
 
     def __hash__(self) -> int:
         return id(self)
@@ -356,32 +360,13 @@ class Number(_Operators, Traced):
         return _ForCpp(self)
 
     @property
-    def __class__(self) -> type:
+    def claimed(self) -> type:
         return type(self.fx_node.meta["val"])
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a stand-in is fixed")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(self.example, name):
             raise AttributeError(f"{type(self.example).__name__!r} object has no attribute {name!r}")
         return getattr(self.tracer.decide(self, type(self.example)), name)
-
-    def __index__(self) -> int:
-        return int(self.tracer.decide(self, int))
-
-    def __int__(self) -> int:
-        return int(self.tracer.decide(self, int))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decide(self, float))
-
-    def __complex__(self) -> complex:
-        return complex(self.tracer.decide(self, complex))
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.decide(self, bool))
 
     def __abs__(self) -> Any:
         return self.tracer.record("call_function", operator.abs, (self,), {})
@@ -433,20 +418,8 @@ class TracedBool(Number, _SeenByTorch, torch.SymBool):
 # -- devices and dtypes
 
 
-class TracedDevice(Traced, str):
-    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a text for a device."""
-
-    def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
-        made = super().__new__(cls, "meta")
-        made.fx_node, made.tracer = node, tracer
-        return made
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "__class__":
-            return torch.device
-        if name in ("fx_node", "tracer", "example") or name.startswith("__"):
-            return super().__getattribute__(name)
-        raise TraceError(asks_device(f"{self!r}.{name}"))
+class _Attribute(Traced):
+    """Stands for what a tensor says of itself: nodes compare it, and nothing is looked up by it."""
 
     def __eq__(self, other: Any) -> Any:
         return self.tracer.record("call_function", operator.eq, (self, other), {})
@@ -459,6 +432,22 @@ class TracedDevice(Traced, str):
 
     def __repr__(self) -> str:
         return f"{self.fx_node.name}={self.example!r}"
+
+
+class TracedDevice(_Attribute, str):
+    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a text for a device."""
+
+    claimed = torch.device
+
+    def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
+        made = super().__new__(cls, "meta")
+        made.fx_node, made.tracer = node, tracer
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("fx_node", "tracer", "example", "claimed") or name.startswith("__"):
+            return super().__getattribute__(name)
+        raise TraceError(asks_device(f"{self!r}.{name}"))
 
     def __str__(self) -> str:
         raise TraceError(asks_device(f"str({self!r})"))
@@ -467,19 +456,13 @@ class TracedDevice(Traced, str):
         raise TraceError(asks_device(f"str({self!r})"))
 
 
-class TracedDtype(_SeenByTorch):
+class TracedDtype(_Attribute, _SeenByTorch):
     """Stands for a dtype."""
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer
 
-    @property
-    def __class__(self) -> type:
-        return torch.dtype
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("the class of a stand-in is fixed")
+    claimed = torch.dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(self.example, name):
@@ -487,18 +470,6 @@ class TracedDtype(_SeenByTorch):
         if callable(getattr(self.example, name)):
             return lambda *args: self.tracer.record("call_method", name, (self, *args), {})
         return self.tracer.record("call_function", getattr, (self, name), {})
-
-    def __eq__(self, other: Any) -> Any:
-        return self.tracer.record("call_function", operator.eq, (self, other), {})
-
-    def __ne__(self, other: Any) -> Any:
-        return self.tracer.record("call_function", operator.ne, (self, other), {})
-
-    def __hash__(self) -> int:
-        raise TraceError(asks("for something by the device or the dtype of a tensor", f"{self!r} as a key"))
-
-    def __repr__(self) -> str:
-        return f"{self.fx_node.name}={self.example!r}"
 
     def __str__(self) -> str:
         return str(self.example)
