@@ -208,3 +208,23 @@ def test_every_callable_of_torch(start: int) -> None:
 
     found = {name: apart(functools.partial(told, name)) for name in names()[start::32]}
     assert {name: said for name, said in found.items() if said} == {}
+
+
+def test_a_mask_made_under_vmap() -> None:
+    """As the transformers library makes its masks: an input is indexed by what is mapped over."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            place = torch.arange(x.shape[1])
+            seen = torch.vmap(torch.vmap(lambda q, k: (q >= k) & mask[0, k], (None, 0)), (0, None))(place, place)
+            h = self.first(x)
+            return self.second(torch.where(seen[None, :, :, None], h[:, None], 0.0).sum(2))
+
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[True, True, True, False, True]]).expand(2, 5)
+    pruned = fxprune.prune(Masked().eval(), (x, mask), channels=0.5, verify=True)
+    assert not pruned.report.parts
+    assert pruned.model.get_submodule("second").in_features == 4

@@ -223,8 +223,8 @@ class Tracer:
         """A call of one of torch's functions in the thread that traces, whatever its arguments."""
         if self.executing:
             return func(*args, **kwargs)
-        if _in_transform():
-            return self._below(func, args, kwargs)
+        if self.in_transform():
+            return self.below(func, args, kwargs)
         if find_traced((args, kwargs)) is None:
             args, kwargs = map_leaves(self.known, args), map_leaves(self.known, kwargs)
             if find_traced((args, kwargs)) is None:
@@ -256,11 +256,15 @@ class Tracer:
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
-        if _in_transform():
-            return self._below(func, args, kwargs)
+        if self.in_transform():
+            return self.below(func, args, kwargs)
         return self._function(func, map_leaves(self.known, args), map_leaves(self.known, kwargs))
 
-    def _below(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def in_transform(self) -> bool:
+        """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
+        return torch._C._functorch.peek_interpreter_stack() is not None
+
+    def below(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations.
 
         A size that Python reads there is a plain number, so the graph is held to it.
@@ -576,7 +580,7 @@ class Tracer:
 
     def call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module of the twin does when it is called: a leaf becomes a node, of others the code is followed."""
-        if self.executing or _in_transform() or not is_leaf(module):
+        if self.executing or self.in_transform() or not is_leaf(module):
             return module._call_impl(*args, **kwargs)
         return self.record("call_module", self._paths[id(module)], args, kwargs)
 
@@ -678,11 +682,6 @@ class _Only(nn.Module):
             place._modules[own] = nn.Module()
             place = cast(nn.Module, place._modules[own])
         place._modules[name] = module
-
-
-def _in_transform() -> bool:
-    """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _in_gradient() -> bool:

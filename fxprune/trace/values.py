@@ -192,8 +192,11 @@ class _Operators:
 
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
     function = getattr(operator, name)
+    of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
 
     def record(self: Any, *others: Any) -> Any:
+        if isinstance(self, TracedTensor) and self.tracer.in_transform():
+            return self.tracer.below(of_tensors, (self, *others), {})
         if any(isinstance(other, (list, str)) or type(other) is tuple for other in others) and name in ("add", "mul"):
             return NotImplemented  # a sequence, so often as the number says
         args = (*others, self) if reflected else (self, *others)
@@ -243,7 +246,10 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
         return found.tracer.on_dispatch(func, args, kwargs or {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.record("call_function", operator.setitem, (self, index, value), {})
+        if self.tracer.in_transform():
+            self.tracer.below(Tensor.__setitem__, (self, index, value), {})
+        else:
+            self.tracer.record("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
         if not self.rank:
@@ -270,13 +276,19 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
         return repr(self)
 
 
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+def _augmented(name: str) -> Callable[..., Any]:
     """``x += y`` writes into a tensor."""
-    return lambda self, other: self.tracer.record("call_function", function, (self, other), {})
+
+    def write(self: TracedTensor, other: Any) -> Any:
+        if self.tracer.in_transform():
+            return self.tracer.below(getattr(Tensor, f"__{name}__"), (self, other), {})
+        return self.tracer.record("call_function", getattr(operator, name), (self, other), {})
+
+    return write
 
 
 for _name in AUGMENTED:
-    setattr(TracedTensor, f"__{_name}__", _augmented(getattr(operator, _name)))
+    setattr(TracedTensor, f"__{_name}__", _augmented(_name))
 
 
 # -- numbers
