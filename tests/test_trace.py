@@ -3,10 +3,12 @@
 import copy
 import itertools
 import operator
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from torchvision.ops.stochastic_depth import stochastic_depth
 
 import fxprune
-from fxprune.errors import InputError, TraceError
+from fxprune.errors import ChanceError, InputError, TraceError
 from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
 from tests.support.checking import assert_unharmed, call, relative_error, snapshot
 
@@ -753,3 +755,25 @@ def test_the_text_of_a_size_or_dtype_is_its_own(text: Callable[[Tensor], bool]) 
 
     found = traced(Reads(), torch.zeros(3, 4))
     assert [node.target for node in found.graph.nodes if node.op == "call_function"][-1] is operator.mul
+
+
+# -- chance
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand([]), lambda: torch.rand(1).item(), random.random, np.random.rand],
+    ids=["torch", "item", "random", "numpy"],
+)
+def test_what_is_decided_by_chance_is_in_no_graph(draw: Callable[[], Any]) -> None:
+    model, x = Computes(lambda m, x: x if draw() < 0.5 else -x), torch.randn(2, 3, 4, 4)
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(ChanceError):
+        traced(model, x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_a_buffer_that_forward_writes_is_not_read_as_a_number() -> None:
+    with pytest.raises(TraceError, match="a buffer that it writes"):
+        traced(nn.BatchNorm1d(4, momentum=None), torch.randn(3, 4), training=True)

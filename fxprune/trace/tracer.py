@@ -526,11 +526,7 @@ class Tracer:
 
     def _by_chance(self, node: fx.Node) -> bool:
         """Whether a value depends on random numbers."""
-        seen, waiting = {node}, [node]
-        while waiting:
-            own = waiting.pop()
-            waiting += [above for above in own.all_input_nodes if above not in seen]
-            seen.update(own.all_input_nodes)
+        for own in _sources(node):
             args, kwargs = fx.node.map_arg((own.args, own.kwargs), lambda n: n.meta["val"])
             try:
                 with self._as_outside(), _NoDraws():
@@ -652,14 +648,7 @@ class Tracer:
 
     def _is_written(self, node: fx.Node) -> bool:
         """Whether a value depends on a buffer that the graph writes so far."""
-        seen, waiting = {node}, [node]
-        while waiting:
-            own = waiting.pop()
-            if own.op == "get_attr" and any(own in written(user)[:1] for user in own.users):
-                return True
-            waiting += [above for above in own.all_input_nodes if above not in seen]
-            seen.update(own.all_input_nodes)
-        return False
+        return any(own.op == "get_attr" and any(own in written(user)[:1] for user in own.users) for own in _sources(node))
 
     def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
         """Let the graph say so where a value is another one than it was traced for."""
@@ -682,6 +671,16 @@ class _Only(nn.Module):
             place._modules[own] = nn.Module()
             place = cast(nn.Module, place._modules[own])
         place._modules[name] = module
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and all nodes that its value follows from."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        own = waiting.pop()
+        yield own
+        waiting += [above for above in own.all_input_nodes if above not in seen]
+        seen.update(own.all_input_nodes)
 
 
 def _in_gradient() -> bool:
