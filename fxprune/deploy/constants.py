@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
 
 def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor) -> fx.Node:
     """A node that reads a new buffer of the module, at the top of the graph."""
-    free = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 10**6))) if not hasattr(root, n))
+    free = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if not hasattr(root, n))
     root.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
     with root.graph.inserting_before(next(n for n in root.graph.nodes if n.op != "placeholder")):
         node = root.graph.get_attr(free)
