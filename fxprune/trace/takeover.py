@@ -177,7 +177,9 @@ def _through_graph(kind: type, forward: Callable[..., Any], tracer: Tracer) -> C
     def call(*args: Any, **kwargs: Any) -> Any:
         if not tracer.is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
-        if kind is checkpoint.CheckpointFunction:  # what is kept for the backward pass is not a graph's business
+        if kind.__module__ == checkpoint.__name__:  # what is kept for the backward pass is not a graph's business
+            if kind is not checkpoint.CheckpointFunction:
+                return forward(*args, **kwargs)
             _, function, _, *inputs = args
             return function(*inputs)
         return tracer.record("call_function", _application(kind), args[1:] if with_context else args, kwargs)
