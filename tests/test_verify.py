@@ -19,6 +19,7 @@ from fxprune.errors import RewriteError, VerificationError
 from fxprune.rules import REGISTRY, Context
 from fxprune.rules.normalisation import FUSED
 from fxprune.verification import check
+from fxprune.verification import runs as verification_runs
 from fxprune.verification.statistics import OVER_SURVIVORS
 
 
@@ -643,3 +644,20 @@ def test_what_cancels_is_no_error() -> None:
     model, x = Centred().eval(), torch.randn(4, 6)
     pruned = fxprune.prune(model, x, channels=1.0, verify=True)
     assert fxprune.verify(model, pruned, x).error < 1e-9
+
+
+def test_the_proof_cuts_a_parameter_once() -> None:
+    """However many times both models run: on large models it costs more than to run them."""
+    model, result = pruned()
+    with mock.patch("fxprune.verification.runs.cut", wraps=verification_runs.cut) as cut:
+        assert len(fxprune.verify(model, result).compared) > 3
+    assert cut.call_count == 1
+
+
+@pytest.mark.parametrize("randomize", [True, False])
+def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
+    model, result = pruned()
+    held = [tensor for one in (model, result.model) for tensor in one.state_dict().values()]
+    before = [tensor.clone() for tensor in held]
+    fxprune.verify(model, result, X, randomize=randomize, dtype=torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))

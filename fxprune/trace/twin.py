@@ -160,6 +160,8 @@ def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module
     if id(module) in memo:
         return
     if hasattr(type(module), "__deepcopy__"):
+        for child in module.children():
+            copy_of(child, memo)
         memo[id(module)] = copy.deepcopy(module, memo)
         whole.append(module)
         return

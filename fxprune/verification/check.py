@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import seeded
 from fxprune.coupling import Coupling
@@ -23,7 +23,7 @@ from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
 from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
 from fxprune.verification.structure import check_structure
-from fxprune.verification.values import Call, choices, inputs_of, other_batch, other_sizes, weights_of
+from fxprune.verification.values import Call, choices, in_single, inputs_of, other_batch, other_sizes, weights_of
 
 __all__ = ["Verification", "check"]
 
@@ -161,7 +161,7 @@ class _Proof:
             found += self._try("training mode", trained, Bench.compare, bench, inputs, training=True)
         yield from found
         if long and quick is inputs:
-            bench, quick = self._single(bench), _in_single(inputs)
+            bench, quick = bench.single(), in_single(inputs)
         batch = other_batch(quick)
         yield from self._try("another batch", "" if batch else "no input has rows", Bench.compare, bench, batch)
         yield from self._try("gradients", "", check_gradients, bench, quick, training=False)
@@ -185,7 +185,7 @@ class _Proof:
             except PrunedFailsError:
                 if bench.dtype is not torch.float64:
                     raise
-                outcome = compare(self._single(bench), _in_single(call), **mode)  # what it makes may be single, whatever it is told
+                outcome = compare(bench.single(), in_single(call), **mode)  # what it makes may be single, whatever it is told
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
             return
@@ -224,11 +224,6 @@ class _Proof:
         asked = [trace for trace in self.coupling.traces if trace.asked_mode and not trace.training]
         both = {trace.path for trace in self.coupling.traces if trace.training}
         return "" if all(trace.path in both for trace in asked) else "only the path of evaluation was traced"
-
-    def _single(self, bench: Bench) -> Bench:
-        """The same models in float32."""
-        values = {name: _in_single(value) for name, value in bench.values.items()}
-        return Bench(self.model, self.pruned, self.coupling, self.survivors, values, own=bench.own, seed=self.seed)
 
     # -- the example itself
 
@@ -280,7 +275,3 @@ _LONG = 3e8
 
 def _elements(call: Call) -> int:
     return sum(leaf.numel() for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
-
-
-def _in_single(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)

@@ -13,20 +13,28 @@ from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors
 from fxprune.trace import copy_of
 
-__all__ = ["masked", "original", "plain", "smaller"]
+__all__ = ["cut", "mask", "original", "plain", "smaller"]
 
 
-def masked(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values with zeros at everything that is removed."""
-    found = dict(values)
-    for name in coupling.parameters:
-        for labels in coupling.parameter_labels(name):
-            found[name] = found[name] * torch.from_numpy(survivors.alive[labels]).to(found[name].dtype)
+def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> None:
+    """Write zeros into these values at everything that is removed."""
+    for name, tensor in coupling.parameters.items():
+        for _, _, alive in survivors.fields(tensor):
+            values[name].masked_fill_(torch.from_numpy(~alive), 0)
+
+
+def cut(pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the pruned model holds of these values, in memory of its own."""
+    found: dict[str, Tensor] = {}
+    for name, _ in [*pruned.named_parameters(), *pruned.named_buffers()]:
+        if name in coupling.parameters:
+            old = coupling.parameters[name]
+            found[name] = (survivors.take(old, values[name]) if old.is_meta else values[name]).clone()
     return found
 
 
 def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the user's model, its code, its hooks and all that it holds, with these values."""
+    """A copy of the user's model, its code, its hooks and all that it holds, with these values; parameters share their memory."""
     memo: dict[int, Any] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = values[name]
@@ -46,19 +54,12 @@ def plain(model: nn.Module) -> nn.Module:
         return copy_of(model, memo)
 
 
-def smaller(
-    pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor] | None, dtype: torch.dtype
-) -> nn.Module:
-    """A copy of the pruned model with the survivors of these values; None: with its own."""
+def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A copy of the pruned model with these values, whose memory its parameters share, and with its own where there are none."""
     memo: dict[int, Any] = {}
     for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
-        if values is None or name not in coupling.parameters:
-            value = _in_dtype(old, dtype)
-        elif coupling.parameters[name].is_meta:
-            value = survivors.take(coupling.parameters[name], values[name]).clone()
-        else:
-            value = values[name].clone()
-        memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        value = values[name] if name in values else _in_dtype(old, dtype)
+        memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
         return copy_of(pruned, memo)
 

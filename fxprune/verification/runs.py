@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from fxprune.errors import FxpruneError, VerificationError
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
 from fxprune.verification.comparing import dense, difference
-from fxprune.verification.copies import masked, original, smaller
+from fxprune.verification.copies import cut, mask, original, smaller
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
     Draw,
@@ -34,7 +35,7 @@ from fxprune.verification.modes import (
     python_state,
 )
 from fxprune.verification.structure import guards
-from fxprune.verification.values import Call
+from fxprune.verification.values import Call, in_single
 
 __all__ = ["LIMITS", "Bench", "GuardedError", "Outcome", "PrunedFailsError", "RefusedError", "said"]
 
@@ -79,7 +80,7 @@ class Bench:
     Parameters
     ----------
     values:
-        The original's tensors, by name.
+        The original's tensors, by name. They become the bench's own: what is removed is overwritten with zeros.
     own:
         The pruned model runs on its own tensors instead of the survivors of these.
     """
@@ -96,18 +97,30 @@ class Bench:
         seed: int,
     ) -> None:
         self.model, self.pruned, self.coupling, self.survivors, self.seed = model, pruned, coupling, survivors, seed
-        self.values, self.own = values, own
-        self.masked = masked(coupling, survivors, values)
-        self.dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.get_default_dtype())
+        self.own = own
+        self.kept = {} if own else cut(pruned, coupling, survivors, values)
+        mask(coupling, survivors, values)
+        self.masked = values
         self.events = events_of(coupling)
         self.guards = guards(pruned, coupling)
         self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
         self._modes: dict[str, bool] = {}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which both run."""
+        return next((value.dtype for value in self.masked.values() if value.is_floating_point()), torch.get_default_dtype())
+
+    @property
     def limit(self) -> float:
         """The relative error that is still rounding."""
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
+
+    def single(self) -> Bench:
+        """The same values in float32."""
+        other = copy.copy(self)
+        other.masked, other.kept = ({name: in_single(value) for name, value in own.items()} for own in (self.masked, self.kept))
+        return other
 
     # -- what is compared
 
@@ -246,7 +259,7 @@ class Bench:
 
     def smaller(self, training: bool) -> nn.Module:
         """The pruned model, module by module in the mode of the original."""
-        model = smaller(self.pruned, self.coupling, self.survivors, None if self.own else self.values, self.dtype)
+        model = smaller(self.pruned, self.kept, self.dtype)
         for name, module in model.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, training)
         return model

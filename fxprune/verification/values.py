@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.inputs import batch_size
 
-__all__ = ["Call", "Choice", "choices", "inputs_of", "other_batch", "other_sizes", "weights_of"]
+__all__ = ["Call", "Choice", "choices", "in_single", "inputs_of", "other_batch", "other_sizes", "weights_of"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -65,9 +65,8 @@ def weights_of(model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int) 
             elif not choice.weights and not tensor.is_meta:
                 shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
             elif id(tensor) in parameters and tensor.dim() > 1:
-                fan_in = max(tensor[0].numel(), 1)
-                drawn = torch.empty(tensor.shape, dtype=dtype).uniform_(-1, 1, generator=generator)
-                shared[id(tensor)] = drawn * (4.5 / fan_in) ** 0.5
+                most = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
+                shared[id(tensor)] = torch.empty(tensor.shape, dtype=dtype).uniform_(-most, most, generator=generator)
             else:
                 shared[id(tensor)] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
         values[name] = shared[id(tensor)]
@@ -160,6 +159,11 @@ def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
 def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     """The tensor with another size along one dimension: cut, or repeated from its beginning."""
     return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+
+
+def in_single(value: Any) -> Any:
+    """A nested value with tensors in float32."""
+    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)
 
 
 def _real(tensor: Tensor) -> bool:
