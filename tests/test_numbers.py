@@ -195,6 +195,11 @@ AT_POSITIONS = {
     "select": ("h.shape[2]", "h - h.flatten(1, 2).select(1, n)[:, None, None]"),
     "item": ("h.shape[2]", "h - h.flatten(1, 2)[:, n][:, None, None]"),
     "roll": ("h.shape[2]", "h.flatten(1, 2).roll(n, 1).reshape(h.shape)"),
+    "step": ("16", "h - h.flatten(1)[:, ::n].sum(1)[:, None, None, None]"),
+    "rows": ("16", "h - h.reshape(-1, n)[:, 0].sum()"),
+    "rows of each": ("16", "h - h.view(h.shape[0], -1, n)[..., 0].sum(1)[:, None, None, None]"),
+    "unflattened rows": ("16", "h - h.flatten(1).unflatten(1, (-1, n))[..., 0].sum(1)[:, None, None, None]"),
+    "rows of places first": ("3", "h - h.movedim(1, -1).reshape(h.shape[0], n, -1).cumsum(2).sum((1, 2))[:, None, None, None]"),
 }
 """Positions on an axis on which a width is laid out with a resolution: right at the example's size, refused at others."""
 
@@ -239,6 +244,32 @@ def test_a_number_that_is_a_size_too(case: str) -> None:
 @pytest.mark.parametrize("case", AT_POSITIONS)
 def test_positions_on_a_mixed_axis(case: str) -> None:
     assert judge(*AT_POSITIONS[case], left=1.0)[1]
+
+
+@pytest.mark.parametrize("use", ["h * n[0]", "h.as_strided(h.size(), n)"])
+def test_how_axes_lie_in_memory(use: str) -> None:
+    """What is asked for of a tensor whose channels lie last is held to what it is there."""
+    assert judge("h.stride()", f"(lambda h, n: {use})(m := h.movedim(1, -1).contiguous().movedim(-1, 1), m.stride())", left=1.0)[0]
+
+
+class Hooked(Counting):
+    """What is done with the number is Python between parts, because of a hook."""
+
+    def __init__(self, number: str, use: str) -> None:
+        super().__init__(number, use)
+        self.a.register_forward_hook(lambda module, args, output: output.relu())
+
+
+@pytest.mark.parametrize("case", ["step", "rows", "rows of each", "unflattened rows"])
+def test_positions_on_a_mixed_axis_in_python(case: str) -> None:
+    """Python between parts sees the width that was: right at every size."""
+    assert all(judge(*AT_POSITIONS[case], kind=Hooked))
+
+
+def test_literals_that_take_whole_channels_are_right_at_every_size() -> None:
+    assert all(judge("8", "h + h.reshape(h.shape[0], n, -1).mean(2)[..., None, None]"))
+    assert all(judge("4", "h + h.movedim(1, -1).reshape(h.shape[0], -1, n, 2).mean(1).flatten(1)[..., None, None]", left=0.85))
+    assert all(judge("2", "h + h.flatten(1).unflatten(1, (n, -1)).mean(1).view_as(h[:, :4]).repeat(1, n, 1, 1)", left=0.85))
 
 
 def test_a_guard_on_widths_alone_is_dropped() -> None:

@@ -370,6 +370,20 @@ def test_norms_over_survivors(norm: str) -> None:
     assert not [reason for reason in proof.left_out if "own code" in reason]
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_norms_of_a_batch_that_is_squeezed(norm: str) -> None:
+    """With a batch of one there is one dimension less, and the last one is normalised as it was."""
+    proof = proved(Of(lambda m, x: m.b(NORMS[norm](m, m.a(x).squeeze()))), torch.randn(3, 4))
+    assert "another batch" in proof.compared
+
+
+def test_a_norm_that_cannot_be_followed_is_left_out() -> None:
+    """With one dimension less group_norm takes the next one for its channels."""
+    model = Of(lambda m, x: m.b(F.group_norm(m.a(x).mT.squeeze(), 4).mT))
+    proof = proved(model, torch.randn(3, 8, 4))
+    assert any(reason.startswith("another batch: node") for reason in proof.left_out)
+
+
 class Twice(torch.autograd.Function):
     """Two norms in one node, the first of which is none that was labelled."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, varied
-from fxprune.shapes import tensors_in
+from fxprune.shapes import reshape_blocks, tensors_in
 
-__all__ = ["narrows"]
+__all__ = ["narrows", "of_one_size"]
 
 Labels = Callable[[Tensor], list[Array]]
 
@@ -51,6 +51,37 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
             if isinstance(value, Tensor) and not _alike(own, _left(value, arrays, gone)):
                 return False
     return tried
+
+
+def of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels) -> bool:
+    """Whether a movement counts positions on an axis that channels share with a resolution: for another one it counts others.
+
+    ``x.flatten(1)[:, ::3]`` takes the same positions of every channel as long as each has a multiple of three, and so does
+    ``x.flatten(1).view(len(x), -1, 3)``.
+
+    Parameters
+    ----------
+    name, bound:
+        The operation, and its arguments by name.
+    """
+    tensor = bound.get("self")
+    if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
+        return False
+    if name == "slice":
+        return bound["step"] != 1 and any(bound["dim"] % tensor.dim() in _shared(array) for array in labels(tensor))
+    if tensor.numel() != out.numel():
+        return False
+    inner = {dim for _, outs in reshape_blocks(tensor.shape, out.shape) for dim in outs[:-1]}
+    return any(not inner.isdisjoint(_shared(array)) for array in labels(out))
+
+
+def _shared(array: Array) -> list[int]:
+    """The dimensions along which one label lies on several positions."""
+    found = []
+    for dim in varied(array):
+        rows = array.swapaxes(dim, -1).reshape(-1, array.shape[dim])
+        found += [dim] if any(len(np.unique(row[row > 0])) < np.count_nonzero(row) for row in rows) else []
+    return found
 
 
 def _removals(fields: list[Array]) -> Iterator[Array]:

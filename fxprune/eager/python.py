@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
 from fxprune.eager.decisions import WHOLE
-from fxprune.eager.narrowing import narrows
+from fxprune.eager.narrowing import narrows, of_one_size
 from fxprune.eager.width import Width
 from fxprune.errors import FxpruneError
 from fxprune.identity import TensorMap
@@ -269,7 +269,11 @@ class RealMode(LabelMode):
             return True
         if name in _SIZED | {"_unsafe_view", "_reshape_alias"} and self._measured(out):
             return True
-        return narrows(func, args, kwargs, out, lambda tensor: [f.labels for f in ctx.fields(tensor)])
+
+        def labels(tensor: Tensor) -> list[Array]:
+            return [f.labels for f in ctx.fields(tensor)]
+
+        return not of_one_size(name, rules.bind(func, args, kwargs), out, labels) and narrows(func, args, kwargs, out, labels)
 
     def _measured(self, out: Any) -> bool:
         """Whether every axis that shrinks was given its size by Python that read it off a tensor."""

@@ -7,6 +7,7 @@ that are to be others. Other numbers are the original's (:mod:`fxprune.rewrite.n
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -97,26 +98,52 @@ def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
     if name not in call.given:  # x.view(dtype)
         return {}
     given = call.given[name]
-    if call.name in ("view", "reshape", "_unsafe_view") and isinstance(given, (tuple, list)) and -1 in given:
+    if call.name in ("view", "reshape", "_unsafe_view") and isinstance(given, (tuple, list)):
         _hold_layout(numbers, call, value, given)
     return {name: _sizes(numbers, call, value, given)}
 
 
-def _hold_layout(numbers: Numbers, call: Call, value: Tensor, given: Sequence[Any]) -> None:
-    """Hold what literal sizes take from axes of other sizes: with another one, -1 would mix channels with the rest in silence."""
+def _hold_layout(numbers: Numbers, call: Call, value: Tensor, given: Sequence[Any], start: int = 0) -> None:
+    """Hold what literal sizes take from axes of other sizes: with another one, what is open would mix channels with the rest.
+
+    ``given`` are the sizes of the result's axes from ``start`` on. An open one is -1 or follows from the input. Literals before
+    it take from the front, those behind it from the back: whole channels, or the same part of each, as long as no axis that they
+    take from is of another size.
+    """
     x, old = call.given["self"], call.ran["self"]
-    if numbers.survivors.shape(old) == list(old.shape):
+    left = numbers.survivors.shape(old)
+    if left == list(old.shape):
         return
     for ins, outs in reshape_blocks(old.shape, value.shape):
-        if all(not isinstance(given[d], fx.Node) and given[d] != -1 for d in outs):
-            for d in ins:
-                numbers.hold_positions(x, d)
+        lost = [d for d in ins if left[d] != old.shape[d]]
+        sizes = [given[d - start] if start <= d < start + len(given) else None for d in outs]
+        literal = [isinstance(size, int) and size != -1 for size in sizes]
+        if all(literal):
+            held = ins if -1 in given else []
+        elif not lost or not any(literal):
+            continue
+        else:
+            first, last = literal.index(False), len(literal) - 1 - literal[::-1].index(False)
+            within = any(literal[first:last])
+            held = [d for d in ins if d < lost[-1]] if first or within else []
+            fixed = 1
+            for d in reversed(ins):
+                if numbers.extents.of(x, d) is not Extent.FIXED:
+                    break
+                fixed *= old.shape[d]
+            behind = math.prod(value.shape[d] for d in outs[last + 1 :])
+            if within or fixed % behind:
+                held += [d for d in ins if d >= lost[0]]
+        for d in dict.fromkeys(held):
+            numbers.hold_positions(x, d)
 
 
 @corrects("unflatten")
 def _unflatten(numbers: Numbers, call: Call, value: Any) -> Change:
-    start = call.ran["dim"] % call.ran["self"].dim()
-    return {"sizes": _sizes(numbers, call, value, call.given["sizes"], start)}
+    start, given = call.ran["dim"] % call.ran["self"].dim(), call.given["sizes"]
+    if isinstance(given, (tuple, list)):
+        _hold_layout(numbers, call, value, given, start)
+    return {"sizes": _sizes(numbers, call, value, given, start)}
 
 
 @corrects("repeat", "tile")
@@ -211,10 +238,10 @@ def _index(numbers: Numbers, x: fx.Node, axis: int, part: Any) -> Any:
             return part
         size = tensor.shape[axis]
         start, stop, step = slice(*(numbers.old(p) for p in (part.start, part.stop, part.step))).indices(size)
+        if step != 1 or part.start is not None or part.stop is not None:
+            numbers.hold_positions(x, axis, part.start, part.stop)
         if step != 1:
             return part
-        if part.start is not None or part.stop is not None:
-            numbers.hold_positions(x, axis, part.start, part.stop)
         left = None if part.start is None else _count(numbers, tensor, axis, 0, start)
         right = None if part.stop is None else _count(numbers, tensor, axis, 0, max(start, stop))
         return slice(left, right, part.step)

@@ -98,7 +98,7 @@ class Numbers:
     def _computed(self, node: fx.Node) -> Any:
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            return value if not value.is_meta else torch.empty(self.survivors.shape(value), dtype=value.dtype, device=value.device)
+            return value if not value.is_meta else _laid_out_like(value, self.survivors.shape(value))
         if node.op in ("placeholder", "get_attr") or holds_tensors(value):
             return value
         try:
@@ -270,6 +270,14 @@ class Numbers:
         same = self.create("call_function", operator.eq, (number, value), {}, True)
         message = f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for others is not known"
         self.create("call_function", torch._assert, (same, message), {}, None)
+
+
+def _laid_out_like(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor of other sizes, whose axes lie in memory in the order of another's."""
+    if list(sizes) == list(tensor.shape):
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return torch.empty_permuted(sizes, order, dtype=tensor.dtype, device=tensor.device)
 
 
 def _is_number(value: Any) -> bool:

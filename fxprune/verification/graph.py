@@ -43,7 +43,13 @@ class GraphRun:
         return next((trace for trace in own if trace.training is self.training), own[0])
 
     def run(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the graph gives for these inputs."""
+        """What the graph gives for these inputs.
+
+        Raises
+        ------
+        NotFollowedError
+            If it cannot be told which elements a statistic goes over.
+        """
         trace = self.trace_of(path)
         twin = trace.twin.model
         modes = {module: module.training for module in twin.modules()}
@@ -74,7 +80,7 @@ class GraphRun:
             with torch.inference_mode(), mode.inside(""), mode:
                 value = execute(trace.twin.model, node, args, kwargs)
         except NotFollowedError as error:
-            raise VerificationError(f"node {node.name!r} cannot be followed: {error}") from error
+            raise NotFollowedError(f"node {node.name!r} cannot be followed: {error}") from error
         self.draws += mode.draws
         self._clean(node, value)
         return value

@@ -114,11 +114,28 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
-    """What a fused normalisation gives with statistics over the survivors; None where nothing leaves them."""
+    """What a fused normalisation gives with statistics over the survivors; None where nothing leaves them.
+
+    The input may have another number of dimensions than where the code was traced, a batch of one that was squeezed, say.
+
+    Raises
+    ------
+    NotFollowedError
+        If it cannot be told which of its dimensions the removed elements lie on.
+    """
     mask = survivors.mask(event.gone)
     if mask.all():
         return None
+    rank, name = args[0].dim(), func._schema.name
+    if mask.ndim != rank:
+        if name not in _FROM_THE_END or any(size > 1 for size in mask.shape[: max(0, mask.ndim - rank)]):
+            raise NotFollowedError(f"{func} was traced for another number of dimensions")
+        mask = mask.reshape(mask.shape[-rank:])
     return OVER_SURVIVORS[func._schema.name](bind(func, args, kwargs), torch.from_numpy(mask))
+
+
+_FROM_THE_END = frozenset({"aten::layer_norm", "aten::rms_norm"})
+"""Of which the dimensions that are normalised are the last ones, whatever the number of the others."""
 
 
 class Followed(DispatchMode):
@@ -171,11 +188,7 @@ class Followed(DispatchMode):
             return func(*args, **kwargs)
         if not ahead.statistics or ahead.statistics[0].op._schema.name != func._schema.name:
             raise NotFollowedError(f"{func} was not traced")
-        event = ahead.statistics.pop(0)
-        first = args[0]
-        if event.gone and event.gone[0].ndim != first.dim():
-            raise NotFollowedError(f"{func} was traced for another number of dimensions")
-        found = _over_survivors(func, args, kwargs, event, self.survivors)
+        found = _over_survivors(func, args, kwargs, ahead.statistics.pop(0), self.survivors)
         return func(*args, **kwargs) if found is None else found
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:

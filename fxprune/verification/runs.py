@@ -235,6 +235,8 @@ class Bench:
                         run.outputs.append(_taken(model(*args, **kwargs)))
             except FxpruneError:
                 raise
+            except NotFollowedError as error:
+                raise RefusedError(str(error)) from error
             except Exception as error:
                 raise RefusedError(said(error)) from error
         return run
