@@ -1,6 +1,7 @@
 """The command line, as a person and as a machine uses it."""
 
 import json
+import sys
 import textwrap
 
 import pytest
@@ -109,6 +110,12 @@ def test_prune_replaces_an_earlier_result(tiny):
     report = json.loads((tiny / "out" / "report.json").read_text())
     assert [group["kept"] for group in report["groups"] if group["total"] == 8] == [2]
     assert len(list((tiny / "out").iterdir())) == 5  # nothing half-made is left
+
+
+def test_only_names_of_torchvision_need_torchvision(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    fails(run("inspect", "resnet18"), "'resnet18' is read as the name of a torchvision model", 'pip install "fxprune[cli]"')
+    assert run("inspect", "tinymodels:build", "--input", "1,3,8,8").exit_code == 0
 
 
 def test_own_factory_keep_and_rounding(tiny):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import ArgumentError, ExportError, VerificationError
-from fxprune.export import runner
+from fxprune.export import packages_of, runner
 from tests.support.checking import assert_unharmed, randomise, snapshot
 
 
@@ -114,6 +114,26 @@ def test_operations_of_torchvision(tmp_path: Path) -> None:
     error = fxprune.export(pruned, torch.zeros(2, 3, 8, 8), tmp_path / "net.pt2", dynamic_batch=False)
     assert error is not None
     assert error < 1e-5
+
+
+@pytest.mark.long
+def test_packages_are_those_that_define_operations_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a branch too, and no package that is only loaded here."""
+
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: fresh(x), (x,))
+
+    @torch.library.custom_op("fxprune_package::fresh", mutates_args=())
+    def fresh(x: Tensor) -> Tensor:
+        return x.clone()
+
+    fresh.register_fake(torch.empty_like)
+    assert packages_of(torch.export.export(small(), (torch.zeros(1, 3, 9, 9),))) == []
+    program = torch.export.export(Branching(), (torch.zeros(3),))
+    assert packages_of(program) == []  # no package of this name, so none that could be imported
+    monkeypatch.setitem(sys.modules, "fxprune_package", sys)
+    assert packages_of(program) == ["fxprune_package"]
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net"])

@@ -63,7 +63,7 @@ from fxprune.export import export as write_exported
 from fxprune.latency import MODES, PRECISIONS, Setting, measure
 from fxprune.plan import Plan
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="fxprune",
@@ -72,11 +72,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-def main() -> None:
-    """Entry point of the ``fxprune`` command."""
-    app()
 
 
 @app.callback(invoke_without_command=True)

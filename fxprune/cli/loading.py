@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -82,9 +83,19 @@ def load_model(spec: str, weights: str | None, checkpoint: Path | None, saved: P
     return module.eval()
 
 
-def _torchvision_model(name: str, weights: str | None) -> nn.Module:
-    import torchvision
+def _torchvision_for(name: str) -> ModuleType:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ArgumentError(
+            f'{name!r} is read as the name of a torchvision model, which needs torchvision: pip install "fxprune[cli]". Your own '
+            "model is named as package.module:factory."
+        ) from error
+    return torchvision
 
+
+def _torchvision_model(name: str, weights: str | None) -> nn.Module:
+    torchvision = _torchvision_for(name)
     known = torchvision.models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -110,9 +121,7 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
 
 def usual_shapes(name: str) -> list[str]:
     """What ``--input`` would be: batch 1 at the resolution that the model's published weights expect; 16 frames for video."""
-    import torchvision
-
-    for entry in torchvision.models.get_model_weights(name):
+    for entry in _torchvision_for(name).models.get_model_weights(name):
         transform = entry.transforms  # a preset class, mostly inside functools.partial
         preset = getattr(transform, "func", transform).__name__
         if preset == "VideoClassification":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.doors import calling, door
@@ -27,7 +28,7 @@ from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationE
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.values import switch
 
-__all__ = ["export"]
+__all__ = ["export", "packages_of"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -111,17 +112,18 @@ def _written(
     """Write the file beside its place, check it, and put it there; returns the error that was measured."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         file = Path(folder) / path.name
-        _write(model, args, kwargs, file, dynamic_batch)
+        packages = _write(model, args, kwargs, file, dynamic_batch)
         sizes = (2, 5) if dynamic_batch else (None,)
         batches = [drawn(example_inputs, batch=rows, seed=seed) for seed, rows in enumerate(sizes)]
-        error = _check(model, [as_call(inputs) for inputs in batches], file) if check else None
+        error = _check(model, [as_call(inputs) for inputs in batches], file, packages) if check else None
         for written in Path(folder).iterdir():  # ONNX puts large weights into a second file
             if written.name.startswith(file.name):
                 os.replace(written, path.parent / written.name)
     return error
 
 
-def _write(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, dynamic_batch: bool) -> None:
+def _write(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, dynamic_batch: bool) -> list[str]:
+    """Write the file; returns the packages that have to be imported before it is read."""
     shapes = None
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
@@ -135,15 +137,23 @@ def _write(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file
                     model, args, kwargs, dynamic_shapes=None if shapes is None else _by_name(model, shapes)
                 )
                 torch.export.save(program, file)
-            else:
-                own = None if shapes is None else _by_name(model, shapes)
-                apart = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
-                options: dict[str, Any] = {"dynamic_shapes": own, "dynamo": True, "verbose": False, "external_data": apart}
-                torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
+                return packages_of(program)
+            own = None if shapes is None else _by_name(model, shapes)
+            apart = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
+            options: dict[str, Any] = {"dynamic_shapes": own, "dynamo": True, "verbose": False, "external_data": apart}
+            torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
+            return []  # onnxruntime has operations of its own
     except Exception as error:  # torch raises dozens of kinds
         hint = " Leave the batch as it is with dynamic_batch=False." if dynamic_batch else ""
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(f"this {type(model).__name__} cannot be exported as {_FORMATS[file.suffix]}: {first}.{hint}") from error
+
+
+def packages_of(program: torch.export.ExportedProgram) -> list[str]:
+    """The packages that define operations of the program: they are loaded here, under the names of their operations."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = [node.target for graph in graphs for node in graph.nodes]
+    return sorted({target.namespace for target in called if isinstance(target, OpOverload) and target.namespace in sys.modules})
 
 
 def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -162,14 +172,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check(model: nn.Module, calls: list[Call], file: Path) -> float:
+def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
     """Run the file on all calls in one process of its own; returns the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [_tensors(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
         torch.save(tree_map_only(Tensor, Tensor.cpu, calls), given)
-        ran = subprocess.run([sys.executable, _RUNNER, file, given, got], capture_output=True, text=True, check=False)
+        ran = subprocess.run([sys.executable, _RUNNER, file, given, got, *packages], capture_output=True, text=True, check=False)
         if ran.returncode:
             last = next(iter(ran.stderr.strip().splitlines()[::-1]), f"exit code {ran.returncode}")
             raise VerificationError(f"{file.name} was written, but does not run in a process of its own: {last}")

@@ -1,16 +1,19 @@
-"""Run an exported file: ``python runner.py FILE INPUTS OUTPUTS``, in a process that knows nothing of where the file came from."""
+"""Run an exported file in a process that knows nothing of where it came from: ``runner.py FILE INPUTS OUTPUTS [PACKAGE ...]``.
 
-import contextlib
+The packages are those that define operations of the program: torch reads it only where they are imported.
+"""
+
+import importlib
 import sys
 
 
-def run(file: str, given: str, got: str) -> None:
+def run(file: str, given: str, got: str, *packages: str) -> None:
     """Read a list of calls, run the file on each, and write the output tensors of each."""
     import torch
     from torch.utils._pytree import tree_leaves, tree_map_only
 
-    with contextlib.suppress(ImportError):
-        import torchvision  # noqa: F401 - some programs call its operations
+    for package in packages:
+        importlib.import_module(package)
     calls = torch.load(given, weights_only=True)
     if file.endswith(".onnx"):
         import onnxruntime
