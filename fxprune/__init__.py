@@ -30,8 +30,7 @@ from fxprune.rules import register_rule
 from fxprune.sparsity import GroupSparsity
 from fxprune.steps import Steps
 from fxprune.verification import Verification
-
-__version__ = "0.1.0"
+from fxprune.version import __version__
 
 __all__ = [
     "ArgumentError",
@@ -62,6 +61,7 @@ __all__ = [
     "TraceError",
     "Verification",
     "VerificationError",
+    "__version__",
     "analyze",
     "apply",
     "compensate",

@@ -13,6 +13,7 @@ PACKAGE = Path(fxprune.__file__).parent
 
 # Top to bottom. A room may import from the rooms before it, and from inside itself.
 ROOMS = [
+    "version",
     "errors",
     "contents",
     "chance",

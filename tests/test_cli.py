@@ -184,7 +184,7 @@ def test_inspect_json(tiny):
 
 
 def test_version_and_help():
-    assert run("--version").stdout == "fxprune 0.1.0\n"
+    assert run("--version").stdout == f"fxprune {fxprune.__version__}\n"
     for command in ("inspect", "plan", "prune", "apply", "compare"):
         assert command in run("--help").stdout
 

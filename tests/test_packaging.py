@@ -1,12 +1,17 @@
 """What is installed with fxprune, and what fxprune does without the rest."""
 
+import importlib.metadata
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import fxprune
+from fxprune import version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -60,3 +65,13 @@ def test_the_command_line_names_its_extra(package: str, tmp_path: Path) -> None:
 def test_python_runs_the_package_as_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "fxprune", "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "Usage: fxprune [OPTIONS] COMMAND" in ran.stdout
+
+
+def test_the_version_is_that_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fxprune.__version__ == version.__version__
+
+    def nothing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    assert runpy.run_path(version.__file__)["__version__"] == "0+unknown"

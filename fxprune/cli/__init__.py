@@ -7,7 +7,6 @@ without a traceback and ends with exit code 2, or 1 where it is a bug. FXPRUNE_D
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +61,7 @@ from fxprune.errors import ArgumentError
 from fxprune.export import export as write_exported
 from fxprune.latency import MODES, PRECISIONS, Setting, measure
 from fxprune.plan import Plan
+from fxprune.version import __version__
 
 __all__ = ["app"]
 
@@ -79,7 +79,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"fxprune {importlib.metadata.version('fxprune')}")
+        typer.echo(f"fxprune {__version__}")
         raise typer.Exit
 
 
