@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
 import fxprune
-from tests.support.scripts import BENCHMARKS, imported
+from examples import finetune as script
 from tests.support.training_ranks import fsdp_is_there
 
-SCRIPT = BENCHMARKS / "finetune.py"
+SCRIPT = Path(script.__file__)
 COLOURS = ("blue", "green", "red")  # one channel is brighter; in alphabetical order, as ImageFolder numbers them
 CHANNEL = {"red": 0, "green": 1, "blue": 2}
 PER_CLASS = {"train": 8, "val": 5}  # 15 to validate: two processes cannot share them evenly
@@ -42,9 +42,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 
 @pytest.fixture(scope="module")
-def finetune() -> Iterator[ModuleType]:
-    with imported("finetune") as module:
-        yield module
+def finetune() -> ModuleType:
+    return script
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def test_it_prunes_distills_averages_and_saves(finetune: Any, images: Path, dens
     returned = finetune.main([LEARNS, *arguments])
     metrics = read(out)
     assert metrics == json.loads(json.dumps(returned))
-    assert metrics["command"].startswith(f"python benchmarks/finetune.py {LEARNS} --data-dir ")
+    assert metrics["command"].startswith(f"python examples/finetune.py {LEARNS} --data-dir ")
     assert (metrics["classes"], metrics["processes"], metrics["parallel"]) == (3, 1, None)
     assert metrics["macs"]["after"] <= 0.5 * metrics["macs"]["before"]
     assert metrics["dense"] == {"top1": 100, "top5": 100, "images": 15}
@@ -240,7 +239,7 @@ def launched(folder: Path, *arguments: str, precision: str = "float32", nudge: f
     """
     (folder / "driver.py").write_text(DRIVER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(folder / "driver.py"), str(BENCHMARKS), str(folder), precision, repr(nudge), *arguments]
+    command = [*launcher, str(folder / "driver.py"), str(SCRIPT.parent), str(folder), precision, repr(nudge), *arguments]
     found = subprocess.run(command, check=False, env=environment(), capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -266,7 +265,7 @@ def test_two_processes_agree(parallel: str, finetune: Any, images: Path, dense: 
     assert first["pruned"] == second["pruned"]
     assert len(first["buffers"]) == 60
     assert first["buffers"] == second["buffers"], "the processes must not judge models with statistics of their own"
-    assert first["command"].startswith("torchrun --nproc-per-node 2 benchmarks/finetune.py ")
+    assert first["command"].startswith("torchrun --nproc-per-node 2 examples/finetune.py ")
     assert [epoch["images"] for epoch in first["epochs"]] == [15, 15]
     loaded = fxprune.load(tmp_path / "out" / "pruned", build(LEARNS))
     assert accuracy(finetune, loaded.model, images) == pytest.approx(first["epochs"][-1]["top1"])

@@ -1,12 +1,12 @@
 """Fine-tune a pruned torchvision classifier on a folder of images: ImageNet, or any other with one folder per class.
 
-    python benchmarks/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half
-    torchrun --nproc-per-node 8 benchmarks/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half \\
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half
+    torchrun --nproc-per-node 8 examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half \\
         --distill 0.5 --ema 0.9999 --amp bf16
-    torchrun --nproc-per-node 8 benchmarks/finetune.py vit_b_16 --weights DEFAULT --params 0.6 --data-dir imagenet --out runs/vit \\
+    torchrun --nproc-per-node 8 examples/finetune.py vit_b_16 --weights DEFAULT --params 0.6 --data-dir imagenet --out runs/vit \\
         --parallel fsdp --clip 1 --accumulate 4 --augment trivial
-    python benchmarks/finetune.py resnet50 --saved pruned/ --data-dir imagenet --out runs/own      # what fxprune prune -o wrote
-    python benchmarks/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half --resume
+    python examples/finetune.py resnet50 --saved pruned/ --data-dir imagenet --out runs/own      # what fxprune prune -o wrote
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half --resume
 
 DATA_DIR/train and DATA_DIR/val hold one folder per class. Where the weights are for another number of classes, the classifier is
 made anew. Such a dense model has to be fine-tuned before it can be a teacher: ``--channels 1.0`` leaves it whole, and what it
@@ -37,6 +37,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import random
 import shlex
 import sys
@@ -47,7 +48,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import _common as common
 import safetensors.torch
 import torch
 import torchvision
@@ -74,6 +74,7 @@ FREE = {"data_dir", "out", "workers", "resume", "stop_after_epoch", "print_every
 """Options that may differ when a run is resumed: where things lie, and what changes no figure."""
 
 Figures = dict[str, float]
+Record = dict[str, Any]
 
 
 class Refusal(Exception):  # noqa: N818 - it is said as an error of the command line
@@ -337,10 +338,10 @@ class Run:
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
     taught_by: str
-    metrics: common.Record = field(default_factory=dict)
+    metrics: Record = field(default_factory=dict)
 
     @property
-    def epochs(self) -> list[common.Record]:
+    def epochs(self) -> list[Record]:
         """What the epochs that are done have brought."""
         return self.metrics["epochs"]
 
@@ -382,7 +383,7 @@ def distribute(plain: nn.Module, options: argparse.Namespace, world: World, unus
     return DistributedDataParallel(plain, gradient_as_bucket_view=True, find_unused_parameters=unused, **{sync: False})
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[common.Record]:
+def parameter_groups(model: nn.Module, decay: float) -> list[Record]:
     """Weights decay. Vectors do not: they are biases, and the scales and shifts of normalisations."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -411,13 +412,18 @@ def _at_least_single(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors in what a network gives: the logits first, then those of auxiliary classifiers."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
 def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     """What a step lowers. The networks run in mixed precision, the losses in single precision at least."""
     options = run.options
     with torch.autocast(run.world.device.type, DTYPES.get(options.amp), enabled=options.amp != "none"):
-        outputs = [leaf for leaf in tree_leaves(run.model(images)) if isinstance(leaf, Tensor)]
+        outputs = tensors(run.model(images))
         with torch.no_grad():
-            taught = common.first_tensor(run.teacher(images)) if run.teacher else None
+            taught = tensors(run.teacher(images))[0] if run.teacher else None
     main, *auxiliary = (F.cross_entropy(_at_least_single(output), labels, label_smoothing=options.smoothing) for output in outputs)
     loss = main + AUXILIARY * sum(auxiliary)
     if taught is None:
@@ -483,7 +489,7 @@ def evaluate(run: Run, model: nn.Module) -> Figures:
     first, among, seen = 0, 0, 0
     for images, labels in run.data.validation:
         images, labels = to_device(run, images, labels)
-        logits = common.first_tensor(model(images))[:left]  # what fills up the last batch is another process's
+        logits = tensors(model(images))[0][:left]  # what fills up the last batch is another process's
         ranked = logits.topk(several, dim=1).indices == labels[:left, None]
         first, among, seen = first + ranked[:, 0].sum(), among + ranked.sum(), seen + len(logits)
         left -= len(logits)
@@ -526,7 +532,7 @@ def _gathering() -> sharded.StateDictOptions:
     return sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def random_state(world: World) -> common.Record:
+def random_state(world: World) -> Record:
     """Of the generators that images, dropout and the order of the data draw from, in this process."""
     cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
@@ -559,7 +565,7 @@ def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(options).items()) if name not in FREE and isinstance(value, plain)}
 
 
-def read_last(options: argparse.Namespace, world: World) -> common.Record:
+def read_last(options: argparse.Namespace, world: World) -> Record:
     """Read ``last.pt``; refuse it if another command wrote it."""
     path = options.out / "last.pt"
     try:
@@ -578,7 +584,7 @@ def read_last(options: argparse.Namespace, world: World) -> common.Record:
     return last
 
 
-def pruned_before(last: common.Record, dense: nn.Module) -> fxprune.Pruned:
+def pruned_before(last: Record, dense: nn.Module) -> fxprune.Pruned:
     """The pruned model of the run that is resumed, without its weights; the dense one, too, must be what it was."""
     if last["dense"] not in ("", digest(dense)):
         raise Refusal("--resume: the dense model has other weights than before: give the same --weights or --checkpoint")
@@ -586,7 +592,7 @@ def pruned_before(last: common.Record, dense: nn.Module) -> fxprune.Pruned:
     return replace(fxprune.apply(fxprune.Plan.from_json(last["plan"]), dense), report=report)
 
 
-def restore(run: Run, last: common.Record) -> None:
+def restore(run: Run, last: Record) -> None:
     """Put everything where it was after the last complete epoch."""
     if run.options.parallel == "fsdp" and run.world.launched:
         whole = sharded.StateDictOptions(full_state_dict=True)
@@ -771,13 +777,13 @@ def _check_out(options: argparse.Namespace) -> None:
 def command_line(arguments: Sequence[str], world: World) -> str:
     """The command that was given."""
     launcher = f"torchrun --nproc-per-node {world.size}" if world.launched else "python"
-    return f"{launcher} benchmarks/finetune.py {shlex.join(arguments)}"
+    return f"{launcher} examples/finetune.py {shlex.join(arguments)}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
 
-def main(arguments: Sequence[str] | None = None) -> common.Record:
+def main(arguments: Sequence[str] | None = None) -> Record:
     """Read the command line, prune, train, write; returns what ``metrics.json`` holds, in every process."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     made = parser()
@@ -824,12 +830,19 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
     return run
 
 
-def described(run: Run, arguments: Sequence[str]) -> common.Record:
+def machine(world: World) -> Record:
+    """What the figures of a run may depend on, beside its options."""
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {package.__name__: str(package.__version__) for package in (torch, torchvision, fxprune)}
+    return {"device": device, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def described(run: Run, arguments: Sequence[str]) -> Record:
     """What is known before the first epoch."""
     report = run.pruned.report
     return {
         "command": command_line(arguments, run.world),
-        "machine": common.machine(),
+        "machine": machine(run.world),
         "model": run.options.model,
         "classes": run.data.classes,
         "processes": run.world.size,
@@ -859,7 +872,7 @@ def train(run: Run) -> None:
             print(f"written: {options.out / 'pruned'} and {options.out / 'metrics.json'}", flush=True)
 
 
-def one_epoch(run: Run, epoch: int) -> common.Record:
+def one_epoch(run: Run, epoch: int) -> Record:
     """Train, then validate what would be saved."""
     start, rate = time.perf_counter(), run.schedule.get_last_lr()[0]
     loss = train_epoch(run, epoch)
