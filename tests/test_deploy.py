@@ -330,6 +330,27 @@ def test_a_detector_keeps_its_class() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in called)
 
 
+class Between(nn.Module):
+    """Python beside parts that looks at what they give by ``view``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1), nn.Linear(144, 2)
+        self.second.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(self.second(y.view(y.shape[0], -1).view(y.shape).relu()).view(len(y), -1))
+
+
+def test_python_beside_parts_gets_images_laid_out_as_it_expects_them() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    pruned = fxprune.prune(Between().eval(), x, channels=0.5).model
+    fast = fxprune.deploy(pruned)
+    assert fast.get_submodule("first").weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(fast(x), pruned(x), atol=1e-5)
+
+
 def test_it_compiles_and_exports() -> None:
     pruned, fast = deployed(FOLDED["functional convolution"][0](), 2, 3, 7, 7)
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)

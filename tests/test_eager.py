@@ -832,6 +832,34 @@ def test_parts_know_their_sizes() -> None:
     assert (small.norm.num_features, small.last.in_features, small.last.out_features) == (4, 4, 4)
 
 
+class First(nn.Module):
+    def forward(self, several: tuple[Tensor, ...]) -> Tensor:
+        return several[0]
+
+
+class Recurrent(nn.Module):
+    """A part whose recurrent layer makes its first state as wide as it remembers to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Linear(4, 8)
+        self.seen.register_forward_hook(lambda module, args, output: output * 2)
+        self.part = nn.Sequential(nn.GRU(8, 12, batch_first=True), First(), nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.seen(x))
+
+
+def test_a_recurrent_layer_in_a_part_knows_its_size() -> None:
+    model = randomise(Recurrent().eval())
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert set(pruned.report.parts) == {"seen", "part"}
+    assert pruned.report.params_after < 0.6 * pruned.report.params_before
+    with torch.no_grad():
+        assert torch.allclose(pruned.model(x), masked(model, pruned.model)(x))
+
+
 class Passes(nn.Module):
     """A part that gives on what it is given, which is something else at each call."""
 

@@ -107,6 +107,12 @@ def test_a_wrong_model_is_called_wrong(spoil: Callable[[nn.Module], None], setti
     assert (verdict.outcome, verdict.what.split(":")[0]) == ("wrong", setting)
 
 
+def test_an_input_that_the_original_refuses_is_none() -> None:
+    """A norm over groups of one value refuses a batch of one by itself, which the masked original's own statistics would not."""
+    assert "nn.GroupNorm(4, 4)" in write(spec := Spec.parse("vector:524 layer:655 norm:430 plain:301 half:616")).text
+    assert judge(spec).outcome in ("right", "whole")
+
+
 def test_a_failure_is_shrunk_to_its_cause() -> None:
     """Blocks that have no part in a failure go."""
 

@@ -75,12 +75,13 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
             with torch.no_grad():
-                _deploy_graph(module, channels_last)
+                _deploy_graph(module, channels_last, to_python=bool(name))
             if not name:
                 called = fx.GraphModule(module, module.graph)  # takes over what the graph calls, and no more
                 root = PrunedModule(called, called.graph, type(model).__name__)
-    if channels_last:
-        lay_out(root)
+    for module in root.modules() if channels_last else ():
+        if isinstance(module, fx.GraphModule):  # Python beside it would see the layout
+            lay_out(module)
     return root.eval().requires_grad_(False)
 
 
@@ -105,8 +106,8 @@ def _copy_of(model: nn.Module) -> nn.Module:
 _BY_LAYOUT = frozenset({"view", "reshape", "flatten", "contiguous", "ravel", "view_as", "reshape_as", "unflatten", "to"})
 
 
-def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
-    """One graph and what it calls, changed in place."""
+def _deploy_graph(root: fx.GraphModule, channels_last: bool, to_python: bool) -> None:
+    """One graph and what it calls, changed in place; ``to_python``: what it gives goes to code that stays as it is."""
     graph = root.graph
     if isinstance(root, PrunedModule):
         root.__dict__["training_graph"] = None
@@ -128,6 +129,8 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
         elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
             node.target = "reshape"
             node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
+    if channels_last and to_python:
+        _hand_out_plain(graph, memory)
     constants = compute_constants(root, memory.changing())
     drop_identities(root)
     graph.eliminate_dead_code(has_effect)
@@ -135,3 +138,23 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
         graph.eliminate_dead_code(has_effect)
     graph.lint()
     root.recompile()
+
+
+def _hand_out_plain(graph: fx.Graph, memory: Memory) -> None:
+    """Lay out images that a graph gives as Python code beside it expects them, which may look at them by ``view``.
+
+    What may be an input's memory, or that of another result, stays as it is.
+    """
+    output = next(iter(graph.find_nodes(op="output")))
+    bases = [memory.base[node] for node in output.all_input_nodes]
+
+    def plain(node: fx.Node) -> fx.Node:
+        base = memory.base[node]
+        if node.meta.get("rank") not in LAYOUTS or base.op in ("placeholder", "get_attr") or bases.count(base) > 1:
+            return node
+        with graph.inserting_before(output):
+            laid_out = graph.call_method("contiguous", (node,))
+        laid_out.meta = dict(node.meta)
+        return laid_out
+
+    output.args = fx.node.map_arg(output.args, plain)

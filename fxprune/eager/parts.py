@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import _pop_mode_temporarily as _without_function_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -99,8 +98,7 @@ class Parts:
             with _disable_current_modes():
                 with without_function_modes():
                     traced = self._traced(path, args, kwargs, route.training)
-                # Of sizes; it is seen what the result depends on.
-                with _without_function_mode(), torch.inference_mode(), mode.paused():
+                with torch.inference_mode(), mode.paused():
                     out = call()
             for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):

@@ -82,6 +82,9 @@ class Sizes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.mode.pausing:
+            args, kwargs = map_leaves(_plain, (args, kwargs))
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if func == Tensor.shape.__get__:
             return self._sizes(args[0])
