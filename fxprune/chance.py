@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["seeded", "undrawn"]
+from fxprune.turn import TURN
+
+__all__ = ["RUNS", "seeded", "undrawn"]
+
+RUNS = 3
+"""So many runs that all draw are taken for a model's own draws."""
 
 
 @contextmanager
@@ -23,8 +28,9 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(one, torch.rand(2)))
     True
     """
-    states, used = _states(), torch.cuda.is_available() and torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with TURN, torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
+        states = _states()
         torch.default_generator.manual_seed(seed)
         if used:
             torch.cuda.manual_seed_all(seed)
@@ -41,17 +47,21 @@ def seeded(seed: int) -> Iterator[None]:
 def undrawn() -> Iterator[Callable[[], bool]]:
     """Tell whether something was drawn from the generators of :mod:`random` and NumPy, and put them back in the end.
 
+    They belong to the process: another thread may be the one that draws. Ask again, of another run, before it counts
+    (:data:`RUNS` in all).
+
     >>> with undrawn() as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
     (False, True)
     """
-    states = _states()
-    try:
-        yield lambda: not _same(states, _states())
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    with TURN:
+        states = _states()
+        try:
+            yield lambda: not _same(states, _states())
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _states() -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ ROOMS = [
     "version",
     "errors",
     "contents",
+    "turn",
     "chance",
     "identity",
     "doors",

@@ -1,11 +1,13 @@
 """Pruning beside other threads: nothing of theirs gets into a model, and nothing of pruning's into them."""
 
 import queue
+import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,24 @@ def test_another_thread_runs_trains_and_asks_undisturbed(kind: type[Net]) -> Non
     fxprune.prune(kind(lambda place: other(work)).eval(), IMAGE, channels=0.5)
     assert set(asked) == {(True, "cpu", (2, 3))}
     assert all(p.grad is not None for p in mine.parameters())
+
+
+@pytest.mark.parametrize("kind", [Net, Python])
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_another_thread_are_its_own(draw: Callable[[], Any], kind: type[Net]) -> None:
+    """What another thread draws in the middle of a run is no choice of the model's."""
+    other, before = Other(), []
+
+    def at(place: str) -> None:
+        if not before:
+            before.append(draw)
+            other(draw)
+
+    model = kind(at).eval()
+    beside = fxprune.prune(model, IMAGE, channels=0.5)
+    assert before
+    assert beside.plan == fxprune.prune(model, IMAGE, channels=0.5).plan
+    assert isinstance(beside.model, torch.fx.GraphModule) == (kind is Net)
 
 
 def side_by_side(threads: int, prunes: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fxprune.chance import undrawn
+from fxprune.chance import RUNS, undrawn
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.trace import Twin
 
@@ -76,6 +76,16 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
     A route on which something is found where the example has nothing is one where the model can go it. Training is one, unless it
     needs what the example has not: targets, say.
     """
+    for _ in range(RUNS):
+        found, draws = _explored(twin, args, kwargs)
+        if not draws:
+            return found
+    found.decided = found.decided or CHANCE
+    return found
+
+
+def _explored(twin: Twin, args: Any, kwargs: Any) -> tuple[Routes, bool]:
+    """The routes, and whether Python's or NumPy's random numbers were drawn meanwhile."""
     watch, found = Found(finds=False), Routes([])
     with undrawn() as drawn:
         _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
@@ -84,9 +94,7 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
                 _add(found, functools.partial(_decisions, twin, args, kwargs, route), route)
             except Exception as error:
                 found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
-        if drawn():
-            found.decided = found.decided or CHANCE
-    return found
+        return found, drawn()
 
 
 def _decisions(twin: Twin, args: Any, kwargs: Any, route: Route, answers: Answers) -> Decisions:

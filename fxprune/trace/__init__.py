@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.chance import undrawn
+from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
 from fxprune.regions import BOUNDS
@@ -153,15 +153,11 @@ def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
 
 def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     """Trace once; also the names of the constants that the twin's module has got by it."""
+    draws = False
     with torch.no_grad(), taken_over(tracer, twin.model), following(), undrawn() as drawn:
         try:
             graph = tracer.trace()
-            if drawn():
-                raise ChanceError(
-                    f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a "
-                    "graph would hold as constants. Draw them with torch and hand them on as tensors, or keep that line inside a "
-                    "module of its own."
-                )
+            draws = drawn()
             for node in tracer.left_out:
                 if node.users:
                     raise TraceError(number_decides(node))
@@ -179,6 +175,11 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             ) from error
         finally:
             tracer.close()
+    if draws and _draws_again(tracer, twin):
+        raise ChanceError(
+            f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a graph "
+            "would hold as constants. Draw them with torch and hand them on as tensors, or keep that line inside a module of its own."
+        )
     constants = {
         name: twin.real[id(t)] if id(t) in twin.real else t.clone()
         for t, name in tracer.constants.values()
@@ -188,6 +189,22 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants)
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
+
+
+def _draws_again(tracer: Tracer, twin: Twin) -> bool:
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
+    for _ in range(RUNS - 1):
+        again = Tracer(twin, *tracer.example, tracer.training, _on_shapes)
+        with torch.no_grad(), taken_over(again, twin.model), following(), undrawn() as drawn:
+            try:
+                again.trace()
+                if not drawn():
+                    return False
+            except Exception:  # it runs once more, on what the first left behind; that one succeeded
+                return True
+            finally:
+                again.close()
+    return True
 
 
 def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:

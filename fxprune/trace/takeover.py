@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,11 +23,9 @@ from fxprune.regions import recorded
 from fxprune.trace.lines import user_line
 from fxprune.trace.tracer import Tracer, is_leaf
 from fxprune.trace.values import find_traced
+from fxprune.turn import TURN
 
 __all__ = ["plain_attention", "slow_path", "taken_over"]
-
-TURN = threading.RLock()
-"""One thread at a time exchanges what belongs to torch."""
 
 
 @contextmanager
