@@ -177,8 +177,9 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             tracer.close()
     if draws and _draws_again(tracer, twin):
         raise ChanceError(
-            f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a graph "
-            "would hold as constants. Draw them with torch and hand them on as tensors, or keep that line inside a module of its own."
+            f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a "
+            "graph would hold as constants. Draw them with torch and hand them on as tensors, or keep that line "
+            "inside a module of its own."
         )
     constants = {
         name: twin.real[id(t)] if id(t) in twin.real else t.clone()
