@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def is_quick(func: Any) -> bool:
 
 
 @functools.cache
-def _quick(func: Any) -> Callable[..., Tensor | None] | None:
+def _quick(func: Any) -> Callable[..., Any] | None:
     if func.overloadpacket in _QUICK:
         return _QUICK[func.overloadpacket]
     if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
@@ -362,6 +363,12 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return _matmul(func, (a, b), kwargs)
 
 
+def _vector(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """mv, dot: by a vector."""
+    rank = 2 if func.overloadpacket is aten.mv else 1
+    return _matmul(func, args, kwargs) if args[0].dim() == rank and args[1].dim() == 1 else None
+
+
 def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """As :func:`_product`, where leading dimensions broadcast; a vector is a row on the left and a column on the right."""
     a, b = args
@@ -382,15 +389,97 @@ def _sum_of_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Sums, means, extremes, norms of floating-point values: the dimensions that are named go, or stay with a size of 1."""
+    return _reduced(func, args, kwargs) if args[0].is_floating_point() else None
+
+
+def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     given = _given(func, args, kwargs)
     x, dims, keep = given["self"], given.get("dim"), given.get("keepdim", False)
-    if not (x.is_meta and x.is_floating_point() and x.dim() and x.numel()) or given.get("dtype") is not None:
+    if not (x.is_meta and x.dim() and x.numel()) or given.get("dtype") is not None:
         return None
     dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
     gone = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
     if len(gone) != len(dims):
         return None
     return x.new_empty([1 if dim in gone else size for dim, size in enumerate(x.shape) if keep or dim not in gone])
+
+
+def _two_reductions(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """std_mean, var_mean, aminmax."""
+    out = _reduction(func, args, kwargs)
+    return None if out is None else (out, _like(out))
+
+
+def _position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """argmax, argmin."""
+    out = _reduction(func, args, kwargs)
+    return None if out is None else _like(out, torch.int64)
+
+
+def _truth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """any, all."""
+    out = _some_reduced(func, args, kwargs) if args[0].dtype is not torch.uint8 else None  # which stays what it is
+    return None if out is None else _like(out, torch.bool)
+
+
+def _some_reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """As :func:`_reduction`, of ops for which no dimension is none, not all of them."""
+    return None if _given(func, args, kwargs).get("dim") == [] else _reduced(func, args, kwargs)
+
+
+def _logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return _some_reduced(func, args, kwargs) if args[0].is_floating_point() else None
+
+
+def _with_positions(out: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Values, and where each of them was found."""
+    return None if out is None else (out, _like(out, torch.int64))
+
+
+def _sort(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    given = _given(func, args, kwargs)
+    x, dim = given["self"], given.get("dim", -1)
+    return _with_positions(_like(x)) if x.is_meta and -x.dim() <= dim < x.dim() else None
+
+
+def _topk(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    given = _given(func, args, kwargs)
+    x, dim, count = given["self"], given.get("dim", -1), given["k"]
+    if not x.is_meta or not -x.dim() <= dim < x.dim() or not 0 <= count <= x.shape[dim]:
+        return None
+    dim %= x.dim()
+    return _with_positions(x.new_empty([*x.shape[:dim], count, *x.shape[dim + 1 :]]))
+
+
+def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Whole numbers as indices. What stands apart from each other comes first in the result."""
+    x, indices = args
+    given = [index for index in indices if index is not None]
+    if not given or len(indices) > x.dim() or not x.numel() or any(t.dtype not in (torch.int64, torch.int32) for t in given):
+        return None
+    found = _broadcast({index.shape for index in given})
+    if found is None:
+        return None
+    at = [dim for dim, index in enumerate(indices) if index is not None]
+    together = at[-1] - at[0] + 1 == len(at)
+    before = x.shape[: at[0]] if together else ()
+    rest = [size for dim, size in enumerate(x.shape) if dim not in at and (not together or dim > at[0])]
+    return _empty([*before, *found, *rest], dtype=x.dtype, device=META)
+
+
+def _index_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, indices, values = args[:3]
+    place = _index(func, (x, indices), {})
+    fits = place is not None and values.dtype == x.dtype and _broadcast({values.shape, place.shape}) == place.shape
+    return _like(x) if fits and x.is_meta else None
+
+
+def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, dim, index = args
+    if not -x.dim() <= dim < x.dim() or index.dim() != x.dim() or index.dtype not in (torch.int64, torch.int32):
+        return None
+    fits = all(own <= size for at, (own, size) in enumerate(zip(index.shape, x.shape, strict=True)) if at != dim % x.dim())
+    return _empty(index.shape, dtype=x.dtype, device=META) if fits else None
 
 
 def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -448,6 +537,20 @@ def _shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return x.new_empty([*batch, *sizes]) if fits else None
 
 
+def _channel_shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, groups = args
+    fits = x.is_meta and x.is_floating_point() and x.dim() > 2 and x.numel() and groups > 0 and x.shape[1] % groups == 0
+    return _like(x) if fits else None
+
+
+def _grid_sampler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Values at the places that a grid names, one coordinate for each spatial dimension."""
+    x, grid = args[:2]
+    rank = _rank(func)
+    fits = x.dim() == grid.dim() == rank + 2 and x.shape[0] == grid.shape[0] and grid.shape[-1] == rank and x.dtype == grid.dtype
+    return x.new_empty([*x.shape[:2], *grid.shape[1:-1]]) if fits and x.is_meta and x.numel() else None
+
+
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
     given = _given(func, args, kwargs)
@@ -459,7 +562,7 @@ def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
 def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """max_pool, avg_pool: windows that lie inside of what is padded."""
     given = _given(func, args, kwargs)
-    x, count = given["self"], int(func._schema.name[-2])
+    x, count = given["self"], _rank(func)
     kernel = _each(given["kernel_size"], count)
     stride, padding, dilation = (
         _each(given.get(name) or default, count) for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
@@ -473,18 +576,119 @@ def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
     return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
 
 
-_QUICK: dict[Any, Callable[..., Tensor | None]] = {
+def _pool_with_indices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    return _with_positions(_pool(func, args, kwargs))
+
+
+def _adaptive_with_indices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    x, count = args[0], len(args[1])
+    whole = x.is_meta and x.is_floating_point() and x.numel() and x.dim() in (count + 1, count + 2) and count == _rank(func)
+    return _with_positions(_adaptive(func, args, kwargs)) if whole else None
+
+
+def _rank(func: Any) -> int:
+    """The number of spatial dimensions that an op says in its name."""
+    return int(next(letter for letter in func._schema.name if letter.isdigit()))
+
+
+def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """reflection_pad, replication_pad: outwards."""
+    x, pads = args
+    count = _rank(func)
+    if not x.is_meta or not x.is_floating_point() or not x.numel() or x.dim() not in (count + 1, count + 2) or min(pads) < 0:
+        return None
+    reflects = "reflection" in func._schema.name
+    if len(pads) != 2 * count or (reflects and any(pad >= x.shape[-1 - n // 2] for n, pad in enumerate(pads))):
+        return None  # PyTorch says what is wrong
+    return _padded(x, pads)
+
+
+def _padded(x: Tensor, pads: Sequence[int]) -> Tensor | None:
+    """Pads come in pairs, from the last dimension on."""
+    sizes = list(x.shape)
+    for n, pad in enumerate(pads):
+        sizes[-1 - n // 2] += pad
+    return x.new_empty(sizes) if min(sizes) > 0 else None
+
+
+def _constant_pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, pads = args[:2]
+    plain = x.is_meta and len(pads) % 2 == 0 and len(pads) <= 2 * x.dim()
+    within = plain and all(-pad <= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
+    return _padded(x, pads) if within and x.numel() else None
+
+
+def _windows(sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any) -> list[int] | None:
+    """How many windows there are along each of two dimensions."""
+    lists = [list(value) for value in (sizes, kernel, dilation, padding, stride)]
+    if any(len(own) != 2 for own in lists) or min(map(min, (sizes, kernel, dilation, stride))) < 1 or min(padding) < 0:
+        return None
+    counts = [1 + (n + 2 * p - d * (k - 1) - 1) // s for n, k, d, p, s in zip(*lists, strict=True)]
+    return counts if min(counts) > 0 else None
+
+
+def _im2col(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, kernel = args[:2]
+    counts = _windows(x.shape[-2:], *args[1:]) if x.is_meta and x.dim() in (3, 4) and x.numel() else None
+    return None if counts is None else x.new_empty([*x.shape[:-3], x.shape[-3] * math.prod(kernel), math.prod(counts)])
+
+
+def _col2im(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, size, kernel = args[:3]
+    counts = _windows(size, *args[2:]) if x.is_meta and x.dim() in (2, 3) and x.numel() else None
+    if counts is None or x.shape[-1] != math.prod(counts) or x.shape[-2] % math.prod(kernel):
+        return None
+    return x.new_empty([*x.shape[:-2], x.shape[-2] // math.prod(kernel), *size])
+
+
+def _weight_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """A weight of a given norm along one dimension, and the norm that it had."""
+    given = _given(func, args, kwargs)
+    v, g, dim = given["v"], given["g"], given.get("dim", 0)
+    norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]
+    fits = v.is_meta and v.is_floating_point() and v.dtype == g.dtype and list(g.shape) == norm and 0 <= dim < v.dim()
+    return (_like(v), _empty(norm, dtype=v.dtype, device=META)) if fits and v.dtype is not torch.bfloat16 else None
+
+
+def _triangle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x = args[0]
+    return _like(x) if x.is_meta and x.dim() >= 2 else None
+
+
+_QUICK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.mm, aten.bmm), _product),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _sum_of_product),
     **dict.fromkeys(
-        (aten.mean, aten.sum, aten.amax, aten.amin, aten.std, aten.var, aten.norm, aten.linalg_vector_norm), _reduction
+        (aten.mean, aten.sum, aten.prod, aten.amax, aten.amin, aten.std, aten.var, aten.norm, aten.linalg_vector_norm), _reduction
     ),
+    **dict.fromkeys((aten.std_mean, aten.var_mean, aten.aminmax), _two_reductions),
+    **dict.fromkeys((aten.any, aten.all), _truth),
+    **dict.fromkeys((aten.mv, aten.dot), _vector),
+    **dict.fromkeys((aten.grid_sampler_2d, aten.grid_sampler_3d), _grid_sampler),
+    aten.logsumexp: _logsumexp,
+    aten.channel_shuffle: _channel_shuffle,
+    **dict.fromkeys((aten.argmax, aten.argmin), _position),
     **dict.fromkeys((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like), _blank),
     **dict.fromkeys((aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool2d, aten.avg_pool3d), _pool),
+    **dict.fromkeys((aten.max_pool2d_with_indices, aten.max_pool3d_with_indices), _pool_with_indices),
+    **dict.fromkeys((aten.adaptive_max_pool2d, aten.adaptive_max_pool3d), _adaptive_with_indices),
+    **dict.fromkeys((aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d), _pad),
+    **dict.fromkeys((aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d), _pad),
+    **dict.fromkeys((aten.tril, aten.triu), _triangle),
+    **dict.fromkeys((aten.softmax, aten._safe_softmax, aten.log_softmax, aten.cumsum, aten.cumprod), _softmax),
     **dict.fromkeys((aten.pixel_shuffle, aten.pixel_unshuffle), _shuffle),
     **dict.fromkeys((aten.roll, aten.flip), _reordered),
     aten.convolution: _convolution_either_way,
     aten.matmul: _matmul,
+    aten._weight_norm_interface: _weight_norm,
+    aten.constant_pad_nd: _constant_pad,
+    aten.im2col: _im2col,
+    aten.col2im: _col2im,
+    aten.index: _index,
+    aten.index_put: _index_put,
+    aten.gather: _gather,
+    aten.sort: _sort,
+    aten.topk: _topk,
     aten.repeat: _repeat,
     aten.embedding: _embedding,
     aten.stack: _stack,
@@ -505,8 +709,6 @@ _QUICK: dict[Any, Callable[..., Tensor | None]] = {
     aten.hardswish: _like_first,
     aten.relu6: _like_first,
     aten.cat: _cat,
-    aten.softmax: _softmax,
-    aten._safe_softmax: _softmax,
     aten.adaptive_avg_pool1d: _adaptive,
     aten.adaptive_avg_pool2d: _adaptive,
     aten.adaptive_avg_pool3d: _adaptive,

@@ -38,14 +38,14 @@ def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         expected = outcome(function, *args, **kwargs)
         with ShapeMode():
             found = outcome(function, *args, **kwargs)
-    assert found == expected or (found == "refused" and refused_with_data(function, *args, **kwargs))
+    assert found == expected or found == outcome_with_data(function, *args, **kwargs)
     return found
 
 
-def refused_with_data(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """PyTorch's meta kernels let some things pass that its real ones refuse."""
+def outcome_with_data(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PyTorch's meta kernels let some things pass that its real ones refuse, and some of torch 2.11 give other shapes."""
     args, kwargs = tree_map(lambda t: torch.ones_like(t, device="cpu") if isinstance(t, Tensor) else t, (args, kwargs))
-    return bool(outcome(function, *args, **kwargs) == "refused")
+    return tree_map(lambda leaf: "meta" if leaf == "cpu" else leaf, outcome(function, *args, **kwargs))
 
 
 def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -330,6 +330,8 @@ def test_upsample(mode: str, count: int, data: Any) -> None:
 # -- what else networks are made of
 
 REDUCTIONS = [torch.mean, torch.sum, torch.amax, torch.amin, torch.std, torch.var, torch.norm, torch.linalg.vector_norm]
+REDUCTIONS += [torch.prod, torch.std_mean, torch.var_mean, torch.aminmax, torch.argmax, torch.argmin, torch.any, torch.all]
+REDUCTIONS += [torch.logsumexp]
 
 
 @pytest.mark.parametrize("function", REDUCTIONS, ids=lambda function: function.__name__)
@@ -447,3 +449,93 @@ def test_data_beside_meta_goes_to_meta() -> None:
 def test_tensors_in_lists_are_found() -> None:
     x, y, z = meta(1), meta(2), meta(3)
     assert [t is u for t, u in zip(tensors_in(([x, None, y], 1), {"out": z}), (x, y, z), strict=True)] == [True] * 3
+
+
+@settings(max_examples=30)
+@given(data=st.data(), rank=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
+def test_along_one_dimension(data: Any, rank: int, dtype: torch.dtype) -> None:
+    draw = data.draw
+    x = strided(draw, tuple(draw(st.lists(sizes, min_size=rank, max_size=rank))), dtype)
+    dim = draw(st.integers(-rank - 1, rank))
+    for function in (torch.log_softmax, torch.cumsum, torch.cumprod, torch.sort, torch.argsort):
+        agree(function, x, dim)
+    agree(torch.topk, x, draw(seldom), dim)
+    agree(torch.tril, x)
+    agree(torch.triu, x, 1)
+    index = meta(*draw(st.lists(seldom, min_size=rank, max_size=rank)), dtype=draw(st.sampled_from([torch.int64, torch.float32])))
+    agree(torch.gather, x, dim, index)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@settings(max_examples=30)
+@given(data=st.data(), batched=st.booleans())
+def test_pads(count: int, data: Any, batched: bool) -> None:
+    draw = data.draw
+    x = meta(*([2] if batched else []), 3, *draw(st.lists(sizes, min_size=count, max_size=count)))
+    pads = draw(st.lists(st.integers(-2, 4), min_size=2 * count, max_size=2 * count))
+    for mode in ("reflect", "replicate", "constant", "circular"):
+        agree(F.pad, x, pads, mode)
+    agree(F.pad, x, [1, -1] * (x.dim() + draw(st.booleans())))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@settings(max_examples=30)
+@given(data=st.data(), batched=st.booleans())
+def test_pools_with_indices(count: int, data: Any, batched: bool) -> None:
+    draw = data.draw
+    x = meta(*([2] if batched else []), 3, *draw(st.lists(st.integers(1, 7), min_size=count, max_size=count)))
+    agree(getattr(F, f"adaptive_max_pool{count}d"), x, draw(sizes), True)
+    agree(getattr(F, f"max_pool{count}d"), x, draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(seldom), return_indices=True)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), batched=st.booleans())
+def test_columns(data: Any, batched: bool) -> None:
+    draw = data.draw
+    two = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    lead, height, width = [2] * batched, draw(sizes), draw(sizes)
+    kernel, rest = draw(two), (draw(two), draw(st.tuples(seldom, seldom)), draw(two))
+    columns = agree(F.unfold, meta(*lead, 3, height, width), kernel, *rest)
+    agree(F.fold, meta(*lead, 6, 5), (height, width), kernel, *rest)
+    if columns != "refused":
+        assert agree(F.fold, meta(*columns[0]), (height, width), kernel, *rest) != "refused"
+
+
+@settings(max_examples=30)
+@given(shape=st.lists(sizes, min_size=1, max_size=4), dim=st.integers(-1, 4), wrong=st.booleans(), dtype=st.sampled_from(FLOATS))
+def test_weight_norm(shape: list[int], dim: int, wrong: bool, dtype: torch.dtype) -> None:
+    norm = meta(*(size + wrong if at == dim else 1 for at, size in enumerate(shape)), dtype=dtype)
+    agree(torch._weight_norm, meta(*shape, dtype=dtype), norm, dim)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), shape=st.lists(sizes, min_size=1, max_size=4))
+def test_indices(data: Any, shape: list[int]) -> None:
+    draw = data.draw
+    one = st.sampled_from([(2,), (3, 1), (1,), (), (3, 2)]).map(lambda own: meta(*own, dtype=torch.int64))
+    indices = draw(st.lists(st.one_of(st.none(), one), min_size=1, max_size=len(shape) + 1))
+    x = meta(*shape)
+    found = agree(torch.ops.aten.index, x, indices)
+    if found != "refused":
+        for values in (meta(), meta(*found[0]), meta(*found[0][-1:]), meta(7, 7)):
+            agree(torch.ops.aten.index_put, x, indices, values)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), rank=st.sampled_from([2, 3]), wrong=st.booleans())
+def test_grid_sample(data: Any, rank: int, wrong: bool) -> None:
+    places = data.draw(st.lists(sizes, min_size=rank, max_size=rank))
+    agree(F.grid_sample, meta(2, 3, *[4] * rank), meta(2, *places, rank + wrong), align_corners=False)
+
+
+@settings(max_examples=30)
+@given(shape=st.lists(sizes, min_size=2, max_size=5), groups=st.integers(1, 3))
+def test_channel_shuffle(shape: list[int], groups: int) -> None:
+    agree(F.channel_shuffle, meta(*shape), groups)
+
+
+@settings(max_examples=30)
+@given(left=st.lists(sizes, max_size=3), right=st.lists(sizes, max_size=2))
+def test_products_by_a_vector(left: list[int], right: list[int]) -> None:
+    agree(torch.mv, meta(*left), meta(*right))
+    agree(torch.dot, meta(*left), meta(*right))

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import RUNS, undrawn
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
+from fxprune.shapes import DispatchMode
 from fxprune.trace import Twin
 
 __all__ = ["Route", "Routes", "routes_of", "run"]
@@ -123,7 +123,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 _FINDS = frozenset({"nonzero", "nonzero_numpy", "argwhere", "where", "masked_select", "index"})
 
 
-class Found(TorchDispatchMode):
+class Found(DispatchMode):
     """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there instead.
 
     Attributes

@@ -8,6 +8,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,12 +230,17 @@ def _running(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
 ) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
     """The batches, the models as they run, and what calls them, in the setting's precision and without gradients."""
-    # Models of one class share the code that is compiled. Past a limit it would run as it is, silently: none, then.
-    no_limit = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
-    with running(setting), no_limit, torch.inference_mode():
+    with running(setting), _compiled_for_all(setting), torch.inference_mode():
         batches = _batches(example_inputs, setting)
         ready = {name: prepared(model, setting) for name, model in models.items()}
         yield batches, ready, {name: _runner(model, batches, setting) for name, model in ready.items()}
+
+
+def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
+    """Models of one class share the code that is compiled. Past a limit it would run as it is, silently: none, then."""
+    if setting.mode != "compiled":
+        return contextlib.nullcontext()  # the compiler is not even imported
+    return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 
 
 @contextlib.contextmanager

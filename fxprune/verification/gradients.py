@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.chance import seeded
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
+from fxprune.shapes import DispatchMode
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
 from fxprune.verification.values import Call
@@ -82,7 +82,7 @@ def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(DispatchMode):
     """Sees whether random numbers are drawn."""
 
     any = False
