@@ -87,6 +87,41 @@ def test_the_auxiliary_head_trains(both: Any) -> None:
     assert both.eval()(torch.randn(4, 5)).shape == (4, 3)
 
 
+class Frozen(nn.BatchNorm2d):
+    """Keeps its statistics, whatever the model does."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        return super().train(False)
+
+
+class FrozenBelow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), Frozen(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+
+    def train(self, mode: bool = True) -> "FrozenBelow":
+        super().train(mode)
+        self.stem.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+def test_a_train_of_the_users_own_is_kept() -> None:
+    model, x = nn.Sequential(FrozenBelow(), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    result = fxprune.prune(model, x, channels=0.5, verify=True)
+    smaller = copy.deepcopy(result.model)
+    for mode in (True, False):
+        assert {name: own.training for name, own in smaller.train(mode).named_modules()} == {
+            name: own.training for name, own in model.train(mode).named_modules()
+        }
+    before = smaller.get_buffer("0.body.1.running_mean").clone()
+    smaller.train()(x)
+    assert torch.equal(smaller.get_buffer("0.body.1.running_mean"), before)
+
+
 def test_copies_keep_both_modes_and_all_parameters(both: Any) -> None:
     twin, x = copy.deepcopy(both), torch.randn(4, 5)
     assert twin.state_dict().keys() == both.state_dict().keys() >= {"unused.weight", "unused.bias"}

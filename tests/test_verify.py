@@ -135,6 +135,12 @@ def test_printing() -> None:
     assert str(fxprune.verify(*pruned())).endswith("over 1 outputs in float64")
 
 
+@dataclasses.dataclass
+class Held:
+    sum: Tensor
+    hidden: Tensor
+
+
 class Of(nn.Module):
     """Two layers; what is done between and behind them is given."""
 
@@ -214,6 +220,10 @@ def test_a_lost_output() -> None:
     broken(Of(lambda m, x: (two(m, x), x.sum())), X, "gives 1 outputs", drop)
 
 
+def test_another_container() -> None:
+    broken(Of(two), X, "has the form", lambda model: _ignored(model.register_forward_hook(lambda module, given, out: (out,))))
+
+
 def test_another_number() -> None:
     def change(model: nn.Module) -> None:
         model.register_forward_hook(lambda module, given, out: (out[0], 5))
@@ -239,10 +249,44 @@ def test_a_mode_that_is_lost() -> None:
     """Its batch normalisation goes on with stored statistics."""
 
     def hold(model: nn.Module) -> None:
-        model.norm.train = lambda mode=True: model.norm  # type: ignore[union-attr, operator, assignment]
         model.norm.register_forward_pre_hook(lambda module, given: vars(module).update(training=False))  # type: ignore[operator]
 
     broken(Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)), torch.randn(8, 4), "^training mode: ", hold)
+
+
+@pytest.mark.parametrize("how", ["another share", "none", "evaluation alone"])
+def test_a_dropout_that_drops_otherwise(how: str) -> None:
+    """Dropout is off where outputs are compared; what it would drop is compared all the same."""
+
+    def change(model: nn.Module) -> None:
+        if how == "another share":
+            model.drop.p = 0.4  # type: ignore[union-attr, assignment]
+        elif how == "none":
+            model.drop = nn.Identity()
+        else:
+            model.drop.register_forward_pre_hook(lambda module, given: vars(module).update(training=False))  # type: ignore[operator]
+
+    broken(Of(lambda m, x: m.b(m.drop(m.a(x))), drop=nn.Dropout(0.2)), X, "^training mode: .*dropouts", change)
+
+
+def test_a_module_that_keeps_its_mode() -> None:
+    def keep(model: nn.Module) -> None:
+        model.a.train = lambda mode=True: model.a  # type: ignore[union-attr, operator, assignment]
+
+    broken(Of(two), X, r"gives 'a' another mode", lambda model: keep(model.train()))
+
+
+def test_python_that_draws_by_other_odds() -> None:
+    class Thinned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.odds = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)), 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.block(x if float(x.sum()) > -1e9 else -x)  # a value decides: Python stays
+            return h * torch.empty(len(h), 1, dtype=h.dtype).bernoulli_(self.odds)
+
+    broken(Thinned(), X, "bernoulli_.* draws with", lambda model: vars(model).update(odds=0.9))
 
 
 def test_statistics_that_are_not_updated() -> None:
@@ -413,6 +457,39 @@ def test_norms_in_parts() -> None:
 
     proof = proved(Looped().eval())
     assert not [reason for reason in proof.left_out if "own code" in reason]
+
+
+def test_a_part_that_gives_an_object() -> None:
+    """One that pytree does not know, which holds what nobody reads at full width."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Held:
+            h = self.a(x).relu()
+            return Held(x + self.b(h), h)
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.encoder, self.last = nn.Linear(4, 4), Encoder(), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, n: int = 0) -> Tensor:
+            return self.last(self.encoder(self.first(x)).sum)[:, slice(-n, None)]  # a slice of a number: Python stays
+
+    proved(Looped(), torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_pruned_model_in_a_dtype_of_its_own(dtype: torch.dtype) -> None:
+    """The example is none of its own then, and the original's dtype none of its faults."""
+    model, result = pruned()
+    result.model.to(dtype)
+    proof = fxprune.verify(model, result, X)
+    assert proof.error < 1e-9
+    assert any("the example itself: torch.float32 on cpu is" in reason for reason in proof.left_out)
 
 
 def test_attention_of_torch() -> None:

@@ -87,7 +87,7 @@ def emit(coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thor
             if buffer.startswith(_POSITIONS):
                 below.register_buffer(buffer, below.get_buffer(buffer).to(coupling.twin.device), persistent=False)
         module = PrunedModule(below, graphs[0], type(below).__name__ if path else name, *graphs[1:])
-        standing[id(below)] = module.behaving_like(below) if path else module
+        standing[id(below)] = module.behaving_like(below) if path else module.holding_modes(_own_modes(twin.model))
         root = _replaced(root, below, standing[id(below)])
     final = {key: standing.get(id(below), below) for key, below in made.items()}
     if parts or any(map(has_own_forward, made.values())):
@@ -498,6 +498,20 @@ def _skeleton(
         if child is not None:
             new._modules[name] = _skeleton(child, replaced, done, leaf, keep_classes)
     return new
+
+
+def _own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
+    """For both modes of the model the modules that have another mode then, as a ``train()`` of the user's says."""
+    before = {module: module.training for module in model.modules()}
+    found = {}
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            found[mode] = {name: module.training for name, module in model.named_modules() if module.training is not mode}
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+    return found
 
 
 def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -16,6 +17,7 @@ from fxprune.rewrite.pickled import pack, unpack
 __all__ = ["PrunedModule"]
 
 _NAME = "class name"  # no attribute can be called so
+_MODES = "_own_modes"
 _STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -51,6 +53,20 @@ class PrunedModule(fx.GraphModule):
         """Take over class and attributes of the module in the place of which this one stands: Python code calls its methods."""
         self.__dict__.update({name: value for name, value in vars(original).items() if self._takes(name)})
         self._inherit(getattr(type(original), "_original_class", type(original)))
+        return self
+
+    def holding_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> PrunedModule:
+        """Give the modules below these modes, by their names, whenever :meth:`train` puts this one into the mode of the key."""
+        if any(modes.values()):
+            self.__dict__[_MODES] = modes
+        return self
+
+    def train(self, mode: bool = True) -> PrunedModule:
+        """As in every module; those that the original's ``train()`` leaves in a mode of their own have it here as well."""
+        super().train(mode)
+        own = self.__dict__.get(_MODES, {}).get(mode)
+        for path, module in self.named_modules() if own else ():
+            module.training = own.get(path, module.training)
         return self
 
     def _takes(self, name: str) -> bool:

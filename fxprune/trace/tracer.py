@@ -584,7 +584,7 @@ class Tracer:
     def read_mode(self, module: nn.Module) -> Any:
         path = self._paths[id(module)]
         node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
-        node.meta["val"] = self.training
+        node.meta["val"] = module.__dict__["training"]  # a module whose train() is its own may not follow the model
         node.meta["mode"] = True
         return stand_in(node, self)
 

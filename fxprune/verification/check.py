@@ -238,6 +238,10 @@ class _Proof:
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(self.call)):
             self.left_out.append("the example itself: only its shapes are known")
             return
+        moved = _moved(self.model, self.pruned)
+        if moved:
+            self.left_out.append(f"the example itself: {moved}")
+            return
         try:
             wanted = kinds(self._called(self.model))
         except Exception as error:
@@ -259,6 +263,14 @@ class _Proof:
         args, kwargs = clone(self.call)
         with seeded(self.seed), torch.no_grad():
             return plain(model).eval()(*args, **kwargs)
+
+
+def _moved(model: nn.Module, pruned: nn.Module) -> str:
+    """Whether all of the pruned model has been brought to another dtype or device: the example is none of its own then."""
+    old = {name: (tensor.dtype, tensor.device) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    pairs = {(old[name], (t.dtype, t.device)) for name, t in [*pruned.named_parameters(), *pruned.named_buffers()] if name in old}
+    one = len({before for before, _ in pairs}) == len(pairs)
+    return "; ".join(f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in pairs if was != now) if one else ""
 
 
 def _unsized(kind: str) -> tuple[str, int]:

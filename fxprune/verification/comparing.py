@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
 
-__all__ = ["NotFiniteError", "dense", "difference", "kinds", "leaves", "relative_error"]
+__all__ = ["NotFiniteError", "dense", "difference", "form", "kinds", "leaves", "relative_error"]
 
 
 class NotFiniteError(VerificationError):
@@ -24,6 +25,16 @@ _ROUNDING = 1e-12
 def kinds(value: Any) -> list[str]:
     """Shape and dtype of each tensor, for a message."""
     return [f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def form(value: Any) -> tuple[TreeSpec, list[str]]:
+    """The containers of an output, and the classes of what they hold; numbers and tensors are what they are.
+
+    >>> form([1, 2]) == form([3, 4]), form([1, 2]) == form((1, 2))
+    (True, False)
+    """
+    leaves, containers = tree_flatten(value)
+    return containers, ["" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__ for leaf in leaves]
 
 
 def difference(got: Any, wanted: Any) -> tuple[float, int]:

@@ -36,6 +36,7 @@ class GraphRun:
             for event in own:
                 self.events.setdefault(event.node, []).append(event)
         self.draws: list[Draw] = []
+        self.dropped: list[float] = []
 
     def trace_of(self, path: str) -> Trace:
         """The graph of the module at this path, for the mode of the run where there is one for each."""
@@ -82,6 +83,7 @@ class GraphRun:
         except NotFollowedError as error:
             raise NotFollowedError(f"node {node.name!r} cannot be followed: {error}") from error
         self.draws += mode.draws
+        self.dropped += mode.dropped
         self._clean(node, value)
         return value
 

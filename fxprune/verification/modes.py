@@ -86,11 +86,12 @@ class MismatchError(Exception):
 
 @dataclass
 class Draw:
-    """Random numbers that the original drew, the tensors that decide how, and the event of the analysis that it was."""
+    """Random numbers that the original drew, the tensors and numbers that decide how, and the event of the analysis that it was."""
 
     op: Any
     values: Any
     given: list[Tensor]
+    numbers: list[float]
     event: Event | None
 
 
@@ -148,6 +149,7 @@ class Followed(DispatchMode):
         super().__init__()
         self.events, self.survivors, self.training, self.constant = events, survivors, training, constant
         self.draws: list[Draw] = []
+        self.dropped: list[float] = []
         self.matters = {prefix: any(not survivors.mask(e.gone).all() for e in own if e.gone) for prefix, own in events.items()}
         self._stack: list[tuple[str, _Ahead]] = []
 
@@ -176,7 +178,7 @@ class Followed(DispatchMode):
             return self._normalised(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             if not _draws(func):
-                return _without_dropout(func, args, kwargs)
+                return _without_dropout(func, args, kwargs, self.dropped)
             return self._drawn(func, args, kwargs)
         if "_weight_norm" in func._schema.name:
             return _cleaned(func, args, kwargs)
@@ -201,20 +203,22 @@ class Followed(DispatchMode):
         out = func(*args, **kwargs)
         if self.constant:
             _fill(out)
-        self.draws.append(Draw(func, clone(out), given, event))
+        self.draws.append(Draw(func, clone(out), given, _numbers(func, args, kwargs), event))
         return out
 
 
 class Replayed(DispatchMode):
     """The pruned model's run: it draws what the original drew, without what is removed.
 
-    ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the original's.
+    ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the original's. ``dropped`` gets the share
+    that each dropout would drop, as it does in :class:`Followed`.
     """
 
     def __init__(self, draws: Sequence[Draw], survivors: Survivors, constant: bool) -> None:
         super().__init__()
         self.ahead, self.survivors, self.constant = list(draws), survivors, constant
         self.compared: list[tuple[Tensor, Tensor]] = []
+        self.dropped: list[float] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -224,12 +228,15 @@ class Replayed(DispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if not _draws(func):
-            return _without_dropout(func, args, kwargs)
+            return _without_dropout(func, args, kwargs, self.dropped)
         given = [clone(t) for t in _deciding(func, args, kwargs)]
         out = func(*args, **kwargs)
         if not self.ahead or self.ahead[0].op._schema.name != func._schema.name:
             raise MismatchError(f"{func} draws what the original does not draw")
         draw = self.ahead.pop(0)
+        numbers = _numbers(func, args, kwargs)
+        if len(numbers) != len(draw.numbers) or not np.allclose(numbers, draw.numbers, equal_nan=True):
+            raise MismatchError(f"{func} draws with {numbers}, where the original draws with {draw.numbers}")
         self._compare(given, draw)
         if self.constant:
             return _fill(out)
@@ -278,9 +285,13 @@ _SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, 
 """Arguments of ops that draw random numbers for training alone, with the values for which they draw none."""
 
 
-def _without_dropout(func: Any, args: Any, kwargs: Any) -> Any:
-    """Dropout drops nothing: its mask has another shape in the pruned model, and would be another one."""
-    bound = {name: _SWITCHES.get(name, value) for name, value in bind(func, args, kwargs).items()}
+def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) -> Any:
+    """Dropout drops nothing, as its mask has another shape in the pruned model; what it would drop is noted."""
+    bound = bind(func, args, kwargs)
+    share = next((bound[name] for name in ("p", "dropout", "dropout_p") if name in bound), 0.0)
+    if share and bound.get("train", True) is not False:
+        dropped.append(share)
+    bound = {name: _SWITCHES.get(name, value) for name, value in bound.items()}
     positional = [bound.pop(a.name) for a in func._schema.arguments if not a.kwarg_only]
     return func(*positional, **bound)
 
@@ -291,6 +302,11 @@ def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     found = [value for key, value in bind(func, args, kwargs).items() if key not in written]
     return [] if name.endswith("_like") else tensors_in(found, {})
+
+
+def _numbers(func: Any, args: Any, kwargs: Any) -> list[float]:
+    """The numbers that decide what an op draws, as a probability. Whole ones may be sizes."""
+    return [value for value in bind(func, args, kwargs).values() if isinstance(value, float)]
 
 
 def _fill(out: Any) -> Any:

@@ -20,7 +20,7 @@ from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
-from fxprune.verification.comparing import dense, difference
+from fxprune.verification.comparing import dense, difference, form
 from fxprune.verification.copies import cut, mask, original, smaller
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
@@ -66,12 +66,19 @@ class Outcome:
 
 @dataclass
 class _Run:
-    """What a run gives: outputs of the parts and of the model, its buffers after it, and the numbers it drew."""
+    """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers it drew, and dropout's shares."""
 
     outputs: list[Any] = field(default_factory=list)
+    form: Any = None  # of the model's output; None where it is not the model's own
     buffers: dict[str, Tensor] = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
     state: Any = None  # of the generators that Python code draws from
+
+    def take(self, out: Any) -> None:
+        """The model's own output."""
+        self.outputs.append(_taken(out))
+        self.form = form(out)
 
 
 class Bench:
@@ -163,6 +170,12 @@ class Bench:
 
     def _held(self, result: _Run, reference: _Run, deciding: list[tuple[Tensor, Tensor]], notes: tuple[str, ...]) -> Outcome:
         error, count = difference(result.outputs, reference.outputs)
+        if None not in (reference.form, result.form) and reference.form != result.form:
+            raise VerificationError(f"the pruned model's output has the form {result.form}, the original's {reference.form}.")
+        if reference.dropped != result.dropped:
+            raise VerificationError(
+                f"the pruned model's dropouts drop the shares {result.dropped}, the original's {reference.dropped}."
+            )
         for mine, yours in deciding:
             error = max(error, difference(mine, yours)[0])
         for name, buffer in result.buffers.items():
@@ -191,7 +204,7 @@ class Bench:
         """The user's own code."""
         model = self.original(training)
         mode, held = Followed(self.events, self.survivors, training, constant), dict(model.named_buffers())
-        run = _Run(draws=mode.draws)
+        run = _Run(draws=mode.draws, dropped=mode.dropped)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             with mode.inside(path):
@@ -203,7 +216,7 @@ class Bench:
         with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), mode:
             try:
                 with self._parts(model, part) if self.coupling.parts else mode.inside(""):
-                    run.outputs.append(_taken(model(*args, **kwargs)))
+                    run.take(model(*args, **kwargs))
             except (NotFollowedError, FxpruneError):
                 raise
             except Exception as error:
@@ -217,7 +230,7 @@ class Bench:
     def _graph(self, call: Call, training: bool, constant: bool) -> _Run:
         """The traced graph; where there are parts, in the user's code around them."""
         graph = GraphRun(self.coupling, self.survivors, self.masked, training=training, constant=constant)
-        run = _Run(draws=graph.draws)
+        run = _Run(draws=graph.draws, dropped=graph.dropped)
         args, kwargs = clone(call)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -248,7 +261,7 @@ class Bench:
     def _cut(self, path: str, out: Any) -> list[Any]:
         """What is left of a part's outputs, as the pruned model's part gives them."""
         trace = next(trace for trace in self.coupling.traces if trace.path == path)
-        found, old = tree_leaves(out), tree_leaves(trace.outputs)
+        found, old = [*leaves(out)], [*leaves(trace.outputs)]
         if len(found) != len(old):
             return found
         cut = []
@@ -260,25 +273,28 @@ class Bench:
     # -- the pruned model
 
     def smaller(self, training: bool) -> nn.Module:
-        """The pruned model, module by module in the mode of the original."""
+        """The pruned model, in the mode that its own train() gives each module: it must be the original's."""
         model = smaller(self.pruned, self.kept, self.dtype)
+        model.train(training)
         for name, module in model.named_modules(remove_duplicate=False):
-            module.training = self._modes.get(name, training)
+            if module.training is not self._modes.get(name, module.training):
+                raise VerificationError(f"train({training}) gives {name!r} another mode in the pruned model than in the original.")
         return model
 
     def _smaller(self, call: Call, training: bool, constant: bool, draws: list[Draw]) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
         model = self.smaller(training)
-        run, mode = _Run(), Replayed(draws, self.survivors, constant)
+        mode = Replayed(draws, self.survivors, constant)
+        run = _Run(dropped=mode.dropped)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             out = instead()
-            run.outputs.append(clone(tree_leaves(out)))
+            run.outputs.append(clone([*leaves(out)]))
             return out
 
         args, kwargs = clone(call)
         with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), self._parts(model, part), mode:
             try:
-                run.outputs.append(_taken(model(*args, **kwargs)))
+                run.take(model(*args, **kwargs))
             except (MismatchError, FxpruneError):
                 raise
             except AssertionError as error:
