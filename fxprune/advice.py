@@ -10,9 +10,19 @@ from fxprune.coupling import KEPT, Coupling
 from fxprune.errors import FxpruneWarning
 from fxprune.report import Report
 
-__all__ = ["warn_of_little"]
+__all__ = ["warn_of_evaluation", "warn_of_little"]
 
 _LITTLE = 0.2  # of the share that was asked to go: where less of the parameters goes, the channels that go are the small ones
+
+
+def warn_of_evaluation(coupling: Coupling, *, stacklevel: int) -> None:
+    """Warn where the graph computes in training what evaluation computes: training cannot be followed, nor any part of it."""
+    if coupling.untrained:
+        text = (
+            "the pruned model computes in training what it computes in evaluation, because training cannot be followed: "
+            f"{coupling.untrained} To train it, rewrite that line; to use it as it is needs nothing."
+        )
+        warnings.warn(text, FxpruneWarning, stacklevel=stacklevel + 1)
 
 
 def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stacklevel: int) -> None:

@@ -53,17 +53,18 @@ def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: 
         found = _label(model, example, terms, **options)
     with clock("couple"):
         coupling = couple(found.labelling, _share(example, found.labelling.inputs))
-        coupling.example, coupling.not_one_graph = found.example, found.refused
+        coupling.example, coupling.not_one_graph, coupling.untrained = found.example, found.refused, found.untrained
         return coupling
 
 
 @dataclass
 class _Found:
-    """Labels; the example as far as it was read, in shapes or in values; and why the model is not one graph, if it is not."""
+    """Labels; the example as far as it was read, in shapes or in values; why the model is not one graph, or evaluation's alone."""
 
     labelling: Labelling
     example: Arguments
     refused: str = ""
+    untrained: str = ""
 
 
 def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -> _Found:
@@ -103,7 +104,8 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untraine
         labelling, call = evaluated(example), example  # a model may insist on its batch of 1
     if untrained:
         labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {untrained}")
-    elif labelling.traces[0].asked_mode:
+        return _Found(labelling, example, untrained=untrained)
+    if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*call, training=True)
         except ChanceError:

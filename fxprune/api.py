@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.advice import warn_of_little
+from fxprune.advice import warn_of_evaluation, warn_of_little
 from fxprune.analysis import Clock, label_and_couple
 from fxprune.arguments import budget_of, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
 from fxprune.budget import Budget
@@ -20,7 +20,7 @@ from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import Ranking, rank
 from fxprune.criteria.data import check_loader
-from fxprune.doors import calling, door
+from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
 from fxprune.inputs import read
 from fxprune.latency import Setting
@@ -39,6 +39,7 @@ __all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"
 _ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
 
 
+@door
 @dataclass(frozen=True)
 class Pruned:
     """The result of :func:`prune` and :func:`apply`.
@@ -179,7 +180,8 @@ def prune(
     Warns
     -----
     FxpruneWarning
-        If channels were to go and none, or nearly none, could.
+        If channels were to go and none, or nearly none, could; or if the pruned model computes in training what it computes in
+        evaluation, because training cannot be followed.
 
     Raises
     ------
@@ -233,6 +235,7 @@ def prune(
                 "left as they are, and verify=False returns the model all the same."
             )
         pruned = replace(pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds)))
+    warn_of_evaluation(coupling, stacklevel=3)
     warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
 
@@ -402,7 +405,7 @@ def verify(
     True
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ArgumentError(f"dtype={dtype!r:.60} is no floating-point type of torch, e.g. torch.float64.")
+        raise ArgumentError(f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64.")
     options: dict[str, Any] = {
         "example_inputs": example_inputs,
         "dtype": dtype,
@@ -465,10 +468,10 @@ def compensate(
     ('2',)
     """
     if not isinstance(method, str) or method not in ("constants", "least_squares"):
-        raise ArgumentError(f"method={method!r:.60} is neither 'constants' nor 'least_squares'.")
+        raise ArgumentError(f"method={shown(method)} is neither 'constants' nor 'least_squares'.")
     damping = number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
-        raise ArgumentError(f"ridge={ridge!r:.60} must be a number of at least 0, e.g. ridge=1e-4.")
+        raise ArgumentError(f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4.")
     check_pruned(pruned, "compensate")
     model = plain(model)
     check_model(model)

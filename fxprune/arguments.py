@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.budget import Budget
-from fxprune.doors import read
+from fxprune.doors import read, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
 from fxprune.plan import Plan, check_groups
@@ -62,7 +62,7 @@ def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[st
     heads: set[str] = set()
     for glob, unit in chosen.items():
         if not isinstance(unit, str) or unit not in ("dims", "heads"):
-            raise ArgumentError(f'units: {unit!r:.60} is neither "dims" (of heads, balanced over them) nor "heads" (whole ones).')
+            raise ArgumentError(f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor "heads" (whole ones).')
         found = set(_matches(model, glob, "units"))
         below = {name for name, _ in model.named_modules(remove_duplicate=False) if any(_is_below(name, top) for top in found)}
         heads = heads | below if unit == "heads" else heads - below
@@ -153,7 +153,7 @@ def budget_of(
         layers[glob] = share(f"layers[{glob!r}]", value, "the share of channels that these layers keep")
     if not isinstance(scope, str) or scope not in ("group", "global"):
         raise ArgumentError(
-            f'scope={scope!r:.60} is neither "group" (every group keeps the share) nor "global" (all groups together).'
+            f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" (all groups together).'
         )
     least = {name: whole(name, value) for name, value in (("round_to", round_to), ("min_channels", min_channels))}
     return Budget(**shares, scope=scope, layers=layers, **least)

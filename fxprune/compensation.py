@@ -7,8 +7,8 @@ fine-tuning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.coupling import Coupling
-from fxprune.criteria.data import Batch, batches_of, called, check_finite, check_read, evaluated
+from fxprune.criteria.data import Batch, batches_of, called, check_dimensions, check_finite, check_read, evaluated
+from fxprune.doors import door
 from fxprune.errors import ArgumentError
 from fxprune.rewrite import Survivors
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
 
 
+@door
 @dataclass(frozen=True)
 class Compensation:
     """Names of the modules whose weights took something over, and of those that read removed channels but could not."""
@@ -52,6 +54,7 @@ def fold_constants(
         Batches ``(inputs, ...)``; targets are not read.
     """
     consumers = _consumers(coupling, survivors)
+    _check_fits(coupling, survivors, pruned, consumers)
     means = _mean_inputs(model, consumers, loader)
     changed, left = [], []
     for name, node in consumers.items():
@@ -107,9 +110,33 @@ def reconstruct(
             "this model was not traced whole: its Python may hand other things to the pruned layers than to the original's, which "
             'least squares would compare. Take method="constants".'
         )
-    changed, left, batches = [], [], list(batches_of(loader, model))
+    batches = list(batches_of(loader, model))
     check_read(len(batches))
-    for name, node in _consumers(coupling, survivors).items():
+    with _as_before(pruned):
+        return _refit(coupling, survivors, model, pruned, batches, ridge)
+
+
+@contextmanager
+def _as_before(pruned: nn.Module) -> Iterator[None]:
+    """After an error the parameters are what they were."""
+    before = [(parameter, parameter.detach().clone()) for parameter in pruned.parameters()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+
+
+def _refit(
+    coupling: Coupling, survivors: Survivors, model: nn.Module, pruned: nn.Module, batches: Sequence[Batch], ridge: float
+) -> Compensation:
+    """Refit the next layers one after the other."""
+    changed, left = [], []
+    consumers = _consumers(coupling, survivors)
+    _check_fits(coupling, survivors, pruned, consumers)
+    for name, node in consumers.items():
         smaller = pruned.get_submodule(name)
         fits = isinstance(smaller, nn.Linear) or (isinstance(smaller, nn.Conv2d) and smaller.groups == 1)
         sums = _moments(survivors, model, pruned, name, node, batches) if fits else None
@@ -145,6 +172,7 @@ def _moments(
         seen, own = _call_of(model, module, batch), _call_of(pruned, smaller, batch)
         if seen is None or own is None:
             return None
+        check_dimensions(f"what {name!r} gives", seen[1], node.meta["val"])
         x, y = _columns(smaller, own[0]), survivors.take(node.meta["val"], seen[1]).double()
         y = y.movedim(_channel(smaller, y), -1)
         y = y.reshape(-1, y.shape[-1])
@@ -236,6 +264,20 @@ def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
             if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
                 out[f"{trace.path}.{name}" if trace.path else name] = nodes[0]
     return out
+
+
+def _check_fits(coupling: Coupling, survivors: Survivors, pruned: nn.Module, consumers: Iterable[str]) -> None:
+    """Refuse a pruned model that is not the one of the plan.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    own = dict(pruned.named_parameters())
+    for weight in (f"{name}.weight" for name in consumers):
+        analysed = coupling.parameters.get(weight)
+        if analysed is not None and (weight not in own or list(own[weight].shape) != list(survivors.shape(analysed))):
+            raise ArgumentError(f"pruned.model has no {weight!r} as its plan left it: give what prune gave, with its own model.")
 
 
 def _channel(module: nn.Module, x: Tensor) -> int:

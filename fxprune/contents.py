@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["leaves", "refuse_lazy"]
+__all__ = ["leaves", "leaves_of", "refuse_lazy"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -23,6 +23,15 @@ def leaves(value: Any) -> Iterator[Any]:
     [1, 2, 'text']
     """
     return (leaf for leaf in _every(value) if isinstance(leaf, (Tensor, int, float, complex, str)))
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of nested containers, and of dataclasses in them, whatever they are."""
+    found: list[Any] = []
+    for leaf in tree_leaves(value):
+        fields = _fields_of(leaf)
+        found += [leaf] if fields is None else leaves_of(fields)
+    return found
 
 
 def refuse_lazy(output: Any, model: nn.Module) -> None:
@@ -68,13 +77,21 @@ def _content(holder: Any) -> list[Any] | None:
     if isinstance(holder, Set):
         found = [leaf for item in holder for leaf in tree_leaves(item)]
         return sorted((leaf for leaf in found if isinstance(leaf, Tensor)), key=lambda tensor: (tensor.dim(), *tensor.shape))
-    if dataclasses.is_dataclass(holder):
-        return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
+    fields = _fields_of(holder)
+    if fields is not None:
+        return fields
     if isinstance(holder, Iterator):
         return list(holder)
     slots = [name for kind in type(holder).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
     own = [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name) for name in slots if hasattr(holder, name))]
     return own or None
+
+
+def _fields_of(holder: Any) -> list[Any] | None:
+    """What the fields of a dataclass hold; None: it is none."""
+    if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
+        return None
+    return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
 
 
 def _names(slots: Any) -> tuple[str, ...]:

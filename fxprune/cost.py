@@ -28,6 +28,7 @@ from fxprune.prunable import check_structure
 __all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
 
 
+@door
 @dataclass(frozen=True)
 class Cost:
     """What one forward pass costs.

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.contents import leaves, refuse_lazy
+from fxprune.doors import door, shown
 from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
@@ -39,6 +40,7 @@ KEPT = "is kept by request"
 """The reason of a pin that the caller asked for."""
 
 
+@door
 @dataclass(frozen=True, order=True)
 class Axis:
     """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of ``length``.
@@ -65,6 +67,7 @@ class Axis:
         return f"{self.parameter}:{self.dim}{part}" + (f" (layer {self.layer})" if self.layer else "")
 
 
+@door
 @dataclass(frozen=True)
 class Group:
     """Units that compete with each other: they lie on the same axes.
@@ -86,6 +89,7 @@ class Group:
         return f"{self.size} units{balanced}: {shown}"
 
 
+@door
 @dataclass(frozen=True)
 class Pinned:
     """Axes that keep their size, the reason, and the fx node that gave it."""
@@ -99,6 +103,7 @@ class Pinned:
         return f"{shown}: {self.reason}" + (f" (at {self.node})" if self.node else "")
 
 
+@door
 @dataclass(eq=False)
 class Coupling:
     """The result of the analysis; ``print`` it, or draw :meth:`to_networkx`.
@@ -115,6 +120,8 @@ class Coupling:
         What the model is called with, in shapes; in values where its Python has run on them.
     not_one_graph:
         What keeps the model from being one graph, with the line; empty if it is one.
+    untrained:
+        Why the graph is evaluation's alone, with the line; empty if it is not.
     """
 
     groups: tuple[Group, ...]
@@ -130,6 +137,7 @@ class Coupling:
     contractions: tuple[Contraction, ...]  # in evaluation mode
     example: Arguments = ((), {})
     not_one_graph: str = ""
+    untrained: str = ""
     _labels: TensorMap[list[Array]] = field(default_factory=TensorMap, init=False, repr=False)
     _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
 
@@ -143,6 +151,7 @@ class Coupling:
         """The labels of all units, ascending; shape (units,)."""
         return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)]))
 
+    @door
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
         return self.graph.copy()
@@ -168,13 +177,17 @@ class Coupling:
             self._dims[id(labels)] = labels, shrinking_dim(labels, self.balance.block)
         return self._dims[id(labels)][1]
 
+    @door
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None, of: Iterable[Contraction] | None = None) -> int:
         """Multiply-accumulates of the example's batch.
 
         ``shape`` gives another size to each tensor of the labelled run; ``of`` are the contractions that count, default: all.
         """
+        if shape is not None and not callable(shape):
+            raise ArgumentError(f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None.")
         return round(sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of)))
 
+    @door
     def pinned_macs(self) -> dict[str, float]:
         """For each reason of a pin the share of the multiply-accumulates that it holds, the largest first.
 
@@ -198,24 +211,41 @@ class Coupling:
         total = self.macs() or 1
         return {reason: float(share / total) for reason, share in sorted(shares.items(), key=lambda item: -item[1])}
 
+    def _parameter(self, name: str) -> Tensor:
+        if not isinstance(name, str) or name not in self.parameters:
+            raise ArgumentError(f"{shown(name)} is no parameter of the model that was analysed: they are the keys of .parameters.")
+        return self.parameters[name]
+
+    def _own(self, group: Group) -> Group:
+        if not isinstance(group, Group) or not any(group is own for own in self.groups):
+            raise ArgumentError(f"{shown(group)} is no group of this coupling: give one of its .groups.")
+        return group
+
+    @door
     def role(self, name: str, dim: int) -> str:
         """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or
         ``"dependent"`` (what the next layers read them with)."""
-        record = self.context.record(self.parameters[name])
-        number = record.axes[dim] if record is not None else -1
+        tensor = self._parameter(name)
+        if not isinstance(dim, int) or not 0 <= dim < max(tensor.dim(), 1):
+            raise ArgumentError(f"dim={shown(dim)} is no axis of {name!r}, which has {tensor.dim()}.")
+        record = self.context.record(tensor)
+        number = record.axes[dim] if record is not None and record.axes else -1
         if number in self.context.scale_axes:
             return "scale"
         return "dependent" if number in self.context.summed_axes else "own"
 
+    @door
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the twin."""
-        return self.labels(self.parameters[name])
+        return self.labels(self._parameter(name))
 
+    @door
     def elements(self, group: Group) -> dict[str, list[Tensor]]:
         """For each parameter of a group: the unit's index in the group at each element, -1 where none of its units lies.
 
         Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies twice has two.
         """
+        group = self._own(group)
         index = np.full(self.context.units.count, -1, dtype=np.int64)
         index[group.units] = np.arange(group.size)
         out: dict[str, list[Tensor]] = {}
@@ -224,9 +254,10 @@ class Coupling:
             out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
         return out
 
+    @door
     def blocks(self, group: Group) -> Tensor:
         """The block of each unit of a group: units may only be exchanged within one. All zero without balance."""
-        cells = self.balance.cell[group.units]
+        cells = self.balance.cell[self._own(group).units]
         return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from fxprune.errors import CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
 
-__all__ = ["calling", "door", "guarded", "read"]
+__all__ = ["calling", "door", "guarded", "read", "shown"]
 
 T = TypeVar("T")
 
@@ -148,9 +148,25 @@ def read(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
         yield item  # type: ignore[misc]
 
 
+def shown(value: Any, most: int = 60) -> str:
+    """A value as text for a message, cut short; of one that cannot be shown, its type.
+
+    >>> shown("a" * 100, 10), shown(0.5)
+    ("'aaaaaaaaa", '0.5')
+    """
+    try:
+        return repr(value)[:most]
+    except Exception:  # a __repr__ of the caller's
+        return f"a {type(value).__name__}"
+
+
 def _said(error: BaseException) -> str:
     """An error's text as one line, without a full stop."""
-    return " ".join(str(error).split())[:300].rstrip(".") or "no message"
+    try:
+        text = str(error)
+    except Exception:  # a __str__ of the caller's
+        text = ""
+    return " ".join(text.split())[:300].rstrip(".") or "no message"
 
 
 _PACKAGE = f"{Path(__file__).parent}/"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxprune.doors import calling, shown
 from fxprune.errors import InputError
 
 __all__ = [
@@ -62,15 +63,19 @@ def read(example_inputs: Any) -> Arguments:
     Raises
     ------
     InputError
-        If there is no tensor, or an array of NumPy.
+        If there is no tensor, or an array of NumPy, or a tensor without a plain shape and type.
 
     Examples
     --------
     >>> read({"x": torch.zeros(1), "mask": None, "scale": 2})
     ((), {'x': tensor([0.]), 'mask': None, 'scale': 2})
     """
-    call = as_call(example_inputs)
-    leaves = tree_leaves(call)
+    with calling("example_inputs, read as the arguments of a call,"):
+        call = as_call(example_inputs)
+    try:
+        leaves = tree_leaves(call)
+    except RecursionError as error:
+        raise InputError("example_inputs holds itself, or is nested too deep: give the arguments that forward takes.") from error
     if not leaves:
         raise InputError("example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the model is called with.")
     wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
@@ -78,11 +83,13 @@ def read(example_inputs: Any) -> Arguments:
         wrong = leaves[0]
     if wrong is not None:
         raise InputError(
-            f"example_inputs must hold tensors, got {type(wrong).__name__}: {wrong!r:.60}. Pass a tensor, a tuple of positional "
+            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside the tensors."
         )
     if any(tensor.is_nested for tensor in tensors_of(call)):
         raise InputError("example_inputs holds a nested tensor, which has no shape that could be traced: pad it to a plain one.")
+    if any(tensor.is_quantized for tensor in tensors_of(call)):
+        raise InputError("example_inputs holds a quantised tensor: give what the float model is called with, tensor.dequantize().")
     return call
 
 

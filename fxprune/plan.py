@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.doors import door
+from fxprune.doors import door, shown
 from fxprune.errors import PlanError
 from fxprune.inputs import Arguments, compressed, is_plain, restored, value_range, within
 from fxprune.shapes import META
@@ -36,6 +37,7 @@ SCHEMA = 4
 _READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
 
 
+@door
 @dataclass(frozen=True)
 class GroupPlan:
     """The survivors of one group: ``kept`` are indices into its ``size`` units, ascending."""
@@ -44,7 +46,15 @@ class GroupPlan:
     size: int
     kept: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        with _told("a group of a plan"):
+            _text(self.name)
+            _whole(self.size)
+            for unit in _tuple(self.kept):
+                _whole(unit)
 
+
+@door
 @dataclass(frozen=True)
 class Plan:
     """What survives, group by group, and for which model.
@@ -73,6 +83,15 @@ class Plan:
     fingerprint: str
     previous: Plan | None = None
     heads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        with _told("a plan"):
+            for group in _tuple(self.groups):
+                _of_type(group, GroupPlan)
+            for text in (self.inputs, self.fingerprint, *_tuple(self.keep), *_tuple(self.pinned_nodes), *_tuple(self.heads)):
+                _text(text)
+            if self.previous is not None:
+                _of_type(self.previous, Plan)
 
     @property
     def chain(self) -> tuple[Plan, ...]:
@@ -155,6 +174,14 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     )
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise PlanError(f"{what} cannot be made of this: {error}. prune(...).plan and Plan.from_json(text) give plans.") from error
+
+
 def _text(value: Any) -> str:
     return _of_type(value, str)
 
@@ -163,13 +190,17 @@ def _whole(value: Any) -> int:
     return _of_type(value, int)
 
 
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return _of_type(value, tuple)
+
+
 def _list(value: Any) -> list[Any]:
     return _of_type(value, list)
 
 
 def _of_type(value: Any, kind: type) -> Any:
     if type(value) is not kind:  # True is an int, and text has elements: neither is meant
-        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+        raise TypeError(f"{shown(value, 40)} is no {kind.__name__}")
     return value
 
 
@@ -185,6 +216,9 @@ def check_groups(plan: Plan) -> None:
             raise PlanError("the plan has two groups of one name. Write plans with Plan.to_json().")
         for group in stage.groups:
             _check_group(group)
+        for name in stage.pinned_nodes:
+            if "@" in name and not name.rpartition("@")[2].isdecimal():
+                raise PlanError(f"the plan pins an axis of a node as {name!r}, where a number is missing. Prune anew.")
 
 
 def _check_group(group: GroupPlan) -> None:
@@ -277,7 +311,7 @@ def unpack_inputs(text: str) -> Arguments:
         return _unpacked(data["args"]), _unpacked(data["kwargs"])
     except PlanError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise PlanError(f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json().") from error
 
 

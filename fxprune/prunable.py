@@ -44,7 +44,7 @@ def check_model(model: Any) -> None:
 
 
 def check_structure(model: Any) -> None:
-    """Refuse what cannot be run on shapes: no module, one without Python code, one that contains itself, one without shapes yet.
+    """Refuse what cannot be run on shapes: no whole module, one without Python code, one that contains itself, one without shapes.
 
     Raises
     ------
@@ -54,13 +54,9 @@ def check_structure(model: Any) -> None:
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         inner = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise ModelError(f"expected a torch.nn.Module as model, got {kind}.{inner}")
-    _check_acyclic(model)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            what = f"{name!r} is" if name else "the model is"
-            raise ModelError(
-                f"{what} a TorchScript module, which has no Python code to trace: take the nn.Module that it was made from."
-            )
+    _check_tree(model)
+    if type(model).forward is nn.Module.forward:
+        raise ModelError(f"a {type(model).__name__} has no forward, so it cannot be called: give the module that calls it.")
     lazy = next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t)), None)
     if lazy is not None:
         raise ModelError(f"{lazy!r} is uninitialised (a lazy module): run the model once on an input first.")
@@ -74,11 +70,37 @@ def _check_quantised(model: nn.Module) -> None:
             raise _quantised(name or "the model", kind.__name__)
 
 
-def _check_acyclic(model: nn.Module) -> None:
-    """Refuse a module that is below itself: nothing that goes through its modules would come to an end."""
+_STORES: Mapping[str, tuple[type, ...]] = {"_parameters": (Tensor,), "_buffers": (Tensor,), "_modules": (nn.Module,)}
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse a module without Python code, one that ``nn.Module.__init__`` did not make, and one whose registers hold anything."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{repr(name) if name else 'the model'} is a TorchScript module, which has no Python code to trace: take the nn.Module "
+            "that it was made from."
+        )
+    what = repr(name) if name else f"this {type(module).__name__}"
+    for store, kinds in _STORES.items():
+        held = vars(module).get(store)
+        if not isinstance(held, Mapping) or "training" not in vars(module):
+            lacking = "training" if isinstance(held, Mapping) else store
+            raise ModelError(
+                f"{what} has no {lacking}, as every torch.nn.Module has: call super().__init__() first in its __init__."
+            )
+        wrong = next((key for key, value in held.items() if value is not None and not isinstance(value, kinds)), None)
+        if wrong is not None:
+            raise ModelError(
+                f"{store}[{wrong!r}] of {what} is a {type(held[wrong]).__name__}, no {kinds[0].__name__}: take it out there."
+            )
+
+
+def _check_tree(model: nn.Module) -> None:
+    """Look at each module; refuse one that is below itself: nothing that goes through its modules would come to an end."""
     done: set[nn.Module] = set()
 
     def visit(module: nn.Module, above: Mapping[nn.Module, str], prefix: str) -> None:
+        _check_module(prefix.removesuffix("."), module)
         for name, child in module._modules.items():
             if child is not None and child in above:
                 raise ModelError(

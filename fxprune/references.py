@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["HOOKS", "copied", "hooks_apart", "hooks_of"]
+__all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of"]
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict)
@@ -69,6 +69,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Names of the attributes of a module that hold its hooks, by a number each."""
+
+HOOKS_CALLED = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+"""Names of the attributes that say how, by the same numbers."""
 
 
 def hooks_apart(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:

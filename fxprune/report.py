@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fxprune.doors import door
-from fxprune.errors import PlanError
+from fxprune.doors import door, read
+from fxprune.errors import ArgumentError, PlanError
 
 __all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
 
@@ -37,6 +38,7 @@ class LatencyRow(NamedTuple):
     setting: str
 
 
+@door
 @dataclass(frozen=True)
 class Report:
     """What changed between a model and its pruned copy.
@@ -93,11 +95,41 @@ class Report:
 
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
-        object.__setattr__(self, "groups", tuple(GroupRow(*row) for row in self.groups))
-        pinned = (PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in self.pinned)
-        object.__setattr__(self, "pinned", tuple(pinned))
+        try:
+            object.__setattr__(self, "groups", tuple(GroupRow(*row) for row in read(self.groups, "groups")))
+            pinned = (
+                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in read(self.pinned, "pinned")
+            )
+            object.__setattr__(self, "pinned", tuple(pinned))
+            for name in ("untouched", "decisions", "statistics", "parts"):
+                object.__setattr__(self, name, tuple(read(getattr(self, name), name)))
+            self._check()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"a report cannot be made of this: {error}.") from error
+
+    def _check(self) -> None:
+        """Refuse what a report cannot show."""
+        for name in ("params_before", "params_after"):
+            _of_kind(name, getattr(self, name), numbers.Real)
+        for name in ("macs_before", "macs_after", "params_pinned", "macs_pinned", "error"):
+            _of_kind(name, getattr(self, name), (numbers.Real, type(None)))
         for name in ("untouched", "decisions", "statistics", "parts"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            for text in getattr(self, name):
+                _of_kind(name, text, str)
+        _of_kind("not_one_graph", self.not_one_graph, str)
+        _of_kind("seconds", self.seconds, Mapping)
+        for stage, seconds in self.seconds.items():
+            _of_kind(f"seconds[{stage!r}]", seconds, numbers.Real)
+        for group in self.groups:
+            for value, kind in zip(group, (str, numbers.Real, numbers.Real), strict=True):
+                _of_kind("groups", value, kind)
+        for axes, *texts in self.pinned:
+            for text in (*axes, *texts):
+                _of_kind("pinned", text, str)
+        if self.latency is not None:
+            _of_kind("latency", self.latency, tuple)
+            for value, kind in zip(self.latency, (*[numbers.Real] * 3, str), strict=True):
+                _of_kind("latency", value, kind)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dicts, lists, text, numbers and None, ready for ``json.dumps``."""
@@ -160,7 +192,8 @@ class Report:
             yield f"MACs        {_change(self.macs_before, self.macs_after)}"
         if self.latency is not None:
             before, after, forecast, setting = self.latency
-            measured = f"{before:.3f} -> {after:.3f} ms ({100 * after / before:.1f} % left), {forecast:.3f} forecast"
+            left = f" ({100 * after / before:.1f} % left)" if before else ""
+            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
             yield f"latency     {measured}; deployed {setting}"
         shares = ((self.params_pinned, self.params_before, "parameters"), (self.macs_pinned, self.macs_before, "MACs"))
         fixed = [f"{_share(part, whole)} of the {name}" for part, whole, name in shares if part is not None and whole]
@@ -193,6 +226,11 @@ class Report:
             more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
             rows.append(f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else ""))
         return _section("pinned, never pruned", rows)
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} holds a {type(value).__name__}")
 
 
 _SHOWN = 40  # lines of a section before the rest is only counted

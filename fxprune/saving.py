@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from fxprune.errors import ArgumentError, ModelError, PlanError
 from fxprune.plan import Plan
 from fxprune.report import Report
+from fxprune.values import path_of
 
-__all__ = ["load_tensors", "path_of", "read_files", "read_pruned", "save_pruned", "save_tensors", "write_files"]
+__all__ = ["load_tensors", "read_files", "read_pruned", "save_pruned", "save_tensors", "write_files"]
 
 PLAN, WEIGHTS, REPORT, TEXT = "plan.json", "model.safetensors", "report.json", "report.txt"
 MANIFEST = "manifest.json"
@@ -71,7 +72,7 @@ def read_pruned(folder: Folder) -> tuple[Plan, Path, Report]:
     plan = Plan.from_json(_read_text(files[PLAN]))
     try:
         report = Report.from_dict(json.loads(_read_text(files[REPORT])))
-    except ValueError as error:  # of JSON, or a PlanError
+    except (ValueError, RecursionError) as error:  # of JSON, or a PlanError
         raise PlanError(f"{files[REPORT]} is not a report: {error}") from error
     return plan, files[WEIGHTS], report
 
@@ -143,6 +144,11 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         for name in stored
         if name in own and stored[name].shape != own[name].shape
     ]
+    problems += [
+        f"{name!r} is {value.dtype}, the model's {own[name].dtype}"
+        for name, value in stored.items()
+        if name in own and _kind(value) != _kind(own[name])
+    ]
     if not problems and _aliases(own) != aliases:
         differ = sorted({n for pair in set(_aliases(own).items()) ^ set(aliases.items()) for n in pair})
         problems = [f"{', '.join(differ)} are tied on one side only"]
@@ -156,6 +162,11 @@ def load_tensors(model: nn.Module, path: Path) -> None:
             if target.dtype != value.dtype:
                 target.data = target.data.to(value.dtype)
             target.copy_(value)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """What no change of the dtype may change."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -203,7 +214,7 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
     ArgumentError
         If the folder cannot be written to.
     """
-    folder = path_of(folder)
+    folder = path_of("the folder", folder)
     with _disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise ArgumentError(f"{folder} is a file, not a folder: name another.")
@@ -233,10 +244,10 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
     PlanError
         If a file is missing, was cut short or changed, or the manifest lacks one that is ``needed``.
     """
-    folder = path_of(folder)
-    if not folder.is_dir():
-        raise ArgumentError(f"there is no folder {folder}: name one that Pruned.save() or fxprune prune -o wrote.")
+    folder = path_of("the folder", folder)
     with _disk_errors(folder):
+        if not folder.is_dir():
+            raise ArgumentError(f"there is no folder {folder}: name one that Pruned.save() or fxprune prune -o wrote.")
         listed = _read_manifest(folder)
         lacking = [name for name in needed if name not in listed]
         if lacking:
@@ -245,25 +256,6 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
         for name, path in paths.items():
             _check_file(path, listed[name])
     return paths
-
-
-def path_of(folder: Any) -> Path:
-    """A folder as a path.
-
-    Raises
-    ------
-    ArgumentError
-        If it is none.
-    """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise ArgumentError(f"the folder is {folder!r:.60}, a {type(folder).__name__}: give a path.")
-    try:
-        named = b"\0" not in os.fsencode(folder)
-    except ValueError:  # characters that no file name can have here
-        named = False
-    if not named:
-        raise ArgumentError(f"the folder {folder!r:.60} is a name that no file system takes: give another.")
-    return Path(os.fsdecode(folder))
 
 
 def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], object]]) -> Path:

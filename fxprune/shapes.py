@@ -8,7 +8,6 @@ these, each answered here. Every other op goes to PyTorch, many of whose kernels
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ __all__ = [
     "ShapeMode",
     "is_composite",
     "is_quick",
-    "leaves_of",
     "map_tensors",
     "reshape_blocks",
     "run",
@@ -48,17 +46,6 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
-
-
-def leaves_of(value: Any) -> list[Any]:
-    """The leaves of nested containers, and of dataclasses in them."""
-    leaves: list[Any] = []
-    for leaf in tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += leaves_of([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        else:
-            leaves.append(leaf)
-    return leaves
 
 
 def holds_tensors(value: Any) -> bool:
@@ -301,8 +288,8 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     groups = args[6] if len(args) > 6 else 1
     if x.dim() != count + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or x.dtype != weight.dtype:
         return None  # PyTorch says what is wrong
-    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
-        return None
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:  # PyTorch's own kernel for shapes takes it
+        raise RuntimeError(f"a bias of shape {tuple(args[2].shape)} for {weight.shape[0]} output channels")
     spatial = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.doors import door
+from fxprune.errors import ArgumentError
 
 __all__ = ["GroupSparsity"]
 
@@ -41,20 +42,36 @@ class GroupSparsity:
         place = np.full(coupling.context.units.count, len(units), dtype=np.int64)  # what is no unit goes to one place more
         place[units] = np.arange(len(units))
         self.count = len(units)
-        parameters = dict(model.named_parameters())
-        # (parameter, dimensions that are summed whole, where each remaining sum goes)
-        self._parts: list[tuple[nn.Parameter, list[int], Tensor]] = []
-        for name, parameter in parameters.items():
-            for labels in coupling.parameter_labels(name) if name in coupling.parameters else ():
+        self.model = model
+        self._shapes = {
+            name: coupling.parameters[name].shape for name, _ in model.named_parameters() if name in coupling.parameters
+        }
+        # (name of a parameter, dimensions that are summed whole, where each remaining sum goes)
+        self._parts: list[tuple[str, list[int], Tensor]] = []
+        for name in self._shapes:
+            for labels in coupling.parameter_labels(name):
                 whole = [d for d, size in enumerate(labels.shape) if size == 1]
-                self._parts.append((parameter, whole, torch.from_numpy(place[labels].ravel())))
+                self._parts.append((name, whole, torch.from_numpy(place[labels].ravel())))
 
+    @door
     def __call__(self) -> Tensor:
-        """The penalty, a scalar that gradients flow through."""
-        first = self._parts[0][0] if self._parts else torch.zeros(())
+        """The penalty, a scalar that gradients flow through.
+
+        Raises
+        ------
+        ArgumentError
+            If the model's parameters are no longer those that were analysed.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, shape in self._shapes.items():
+            if name not in parameters or parameters[name].shape != shape:
+                raise ArgumentError(
+                    f"the model no longer has {name!r} of shape {tuple(shape)}, as when it was analysed: analyse it again."
+                )
+        first = parameters[self._parts[0][0]] if self._parts else torch.zeros(())
         squares = torch.zeros(self.count + 1, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
-        for parameter, whole, index in self._parts:
-            sums = parameter.to(squares.dtype).square()
+        for name, whole, index in self._parts:
+            sums = parameters[name].to(squares.dtype).square()
             sums = sums.sum(whole) if whole else sums
             squares = squares.index_add(0, index.to(first.device), sums.reshape(-1))
         # The gradient of the root is infinite at zero, where a unit is gone already.

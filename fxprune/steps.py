@@ -18,11 +18,11 @@ from fxprune.api import Pruned, load, prune
 from fxprune.arguments import kept_modules
 from fxprune.compiled import plain
 from fxprune.cost import cost_of
-from fxprune.doors import door
+from fxprune.doors import door, guarded
 from fxprune.errors import ArgumentError, PlanError, SignatureError
 from fxprune.prunable import check_model
-from fxprune.saving import path_of, read_files, write_files
-from fxprune.values import number, share, whole
+from fxprune.saving import read_files, write_files
+from fxprune.values import number, path_of, share, whole
 
 __all__ = ["Steps"]
 
@@ -93,18 +93,21 @@ class Steps:
         if "keep" in options:  # by their names, which the smaller models have too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
-        self.folder = None if folder is None else path_of(folder)
+        self.folder = None if folder is None else path_of("the folder", folder)
         if self.folder is not None:
             self._claim(self.folder)
 
     def __iter__(self) -> Iterator[Pruned]:
-        done = self.done
-        current = self.model if done == 0 else self._load(done).model
-        start = self._cost(self.model)
+        with guarded("Steps"):
+            done = self.done
+            current = self.model if done == 0 else self._load(done).model
+            start = self._cost(self.model)
         for k in range(done + 1, self.count + 1):
-            now = self._cost(current)
-            shares = {name: min(1.0, part ** (k / self.count) * start[name] / now[name]) for name, part in self.budget.items()}
-            step = prune(current, self.inputs, **shares, **self.options)
+            with guarded("Steps"):
+                now = self._cost(current)
+                goal = {name: part ** (k / self.count) * start[name] for name, part in self.budget.items()}
+                shares: dict[str, Any] = {name: min(1.0, goal[name] / now[name]) if now[name] else 1.0 for name in goal}
+                step = prune(current, self.inputs, **shares, **self.options)
             yield step
             if self.folder is not None:
                 step.save(self._path(k))
@@ -171,7 +174,7 @@ class Steps:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is damaged: {error}. Give another folder=.") from error
     if not isinstance(found, dict):
         raise PlanError(f"{path} is damaged: it holds no settings. Give another folder=.")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.doors import shown
 from fxprune.errors import ArgumentError
 
-__all__ = ["device_of", "number", "share", "switch", "whole"]
+__all__ = ["device_of", "number", "path_of", "share", "switch", "whole"]
 
 
 def number(value: Any) -> int | float | None:
@@ -46,7 +49,7 @@ def share(name: str, value: Any, meaning: str) -> float:
     """
     found = number(value)
     if found is None or not math.isfinite(found) or not 0 < found <= 1:
-        raise ArgumentError(f"{name}={value!r:.60} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5.")
+        raise ArgumentError(f"{name}={shown(value)} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5.")
     return float(found)
 
 
@@ -59,7 +62,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     """
     found = number(value)
     if not isinstance(found, int) or found < least:
-        raise ArgumentError(f"{name}={value!r:.60} must be a whole number of at least {least}.")
+        raise ArgumentError(f"{name}={shown(value)} must be a whole number of at least {least}.")
     return found
 
 
@@ -71,8 +74,26 @@ def switch(name: str, value: Any) -> bool:
     ArgumentError
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"{name}={value!r:.60} is neither True nor False.")
+        raise ArgumentError(f"{name}={shown(value)} is neither True nor False.")
     return bool(value)
+
+
+def path_of(name: str, value: Any) -> Path:
+    """A file or a folder as a path.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"{name} is {shown(value)}, a {type(value).__name__}: give a path.")
+    try:
+        named = b"\0" not in os.fsencode(value)
+    except ValueError:  # characters that no file name can have here
+        named = False
+    if not named:
+        raise ArgumentError(f"{name} {shown(value)} is a name that no file system takes: give another.")
+    return Path(os.fsdecode(value))
 
 
 def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
@@ -87,5 +108,5 @@ def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
         if here:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch raises any of them where there is no such device
-        raise ArgumentError(f"{name}={value!r:.60} cannot be used here: {str(error).splitlines()[0]:.200}") from error
+        raise ArgumentError(f"{name}={shown(value)} cannot be used here: {str(error).splitlines()[0]:.200}") from error
     return device

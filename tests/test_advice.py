@@ -84,3 +84,25 @@ def test_no_false_alarm(model: nn.Module, x: Tensor, options: dict[str, Any]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fxprune.prune(model, x, **options)
+
+
+class TrainsElsewhere(nn.Module):
+    """Training asks for values, and the weight is in no module that could be traced alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x @ self.a.T).relu()
+        if self.training and h.sum() > 0:
+            h = h * 2
+        return h @ self.b.T
+
+
+def test_a_graph_of_evaluation_alone() -> None:
+    with pytest.warns(FxpruneWarning, match=r"computes in training what it computes in evaluation.*test_advice\.py:\d+") as caught:
+        pruned = fxprune.prune(TrainsElsewhere(), torch.randn(2, 3), channels=0.5)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert pruned.report.params_after < pruned.report.params_before

@@ -590,3 +590,22 @@ def test_export_of_a_saved_model(tiny):
     program = torch.export.load(tiny / "small.pt2")
     assert max(t.shape[0] for t in program.state_dict.values() if t.dim() == 4) == 4
     fails(run("export", *TINY_ARGS), "nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2")
+
+
+def test_a_module_that_ends_the_program(tiny):
+    (tiny / "ending.py").write_text("import sys\nsys.exit(0)\n")
+    fails(run("inspect", "ending:build", "--input", "1,3,8,8"), "sys.exit(0)", "code of yours")
+
+
+def test_text_is_printed_as_it_is(tiny):
+    fails(run("inspect", "a:b:c", "--input", "1,3,8,8"), "'a:b:c'")
+
+
+@pytest.mark.parametrize("held", [[1], None, {0: torch.zeros(1)}, {"state_dict": "text"}])
+def test_a_checkpoint_that_holds_something_else(held, tiny):
+    torch.save(held, tiny / "other.pt")
+    fails(
+        run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--checkpoint", "other.pt"),
+        "other.pt",
+        "state_dict()",
+    )

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ import fxprune
 from fxprune.errors import (
     ArgumentError,
     BudgetError,
+    CallbackError,
     FxpruneError,
     InputError,
     ModelError,
@@ -369,6 +371,126 @@ def test_a_scripted_module_inside_is_named(make: Callable[..., nn.Module]) -> No
         )
         with pytest.raises(ModelError, match=r"'0\.1' is a TorchScript module.*nn\.Module"):
             fxprune.prune(model, torch.randn(IMAGE), channels=0.5)
+
+
+class NotMade(nn.Module):
+    """A module whose own parts were never made."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def without(attribute: str) -> nn.Module:
+    model = Small()
+    del vars(model.conv1)[attribute]
+    return model
+
+
+def holding(store: str, name: str, value: Any) -> nn.Module:
+    model = Small()
+    vars(model.norm)[store][name] = value
+    return model
+
+
+BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "not made": (NotMade, r"this NotMade has no _parameters.*super\(\)\.__init__\(\)"),
+    "without parameters": (lambda: without("_parameters"), r"'conv1' has no _parameters"),
+    "without buffers": (lambda: without("_buffers"), r"'conv1' has no _buffers"),
+    "without modules": (lambda: without("_modules"), r"'conv1' has no _modules"),
+    "without a mode": (lambda: without("training"), r"'conv1' has no training"),
+    "an array as a buffer": (
+        lambda: holding("_buffers", "running_mean", np.zeros(8)),
+        r"_buffers\['running_mean'\] of 'norm' is a ndarray, no Tensor",
+    ),
+    "a function as a module": (lambda: holding("_modules", "act", torch.relu), r"_modules\['act'\] of 'norm' is a .*, no Module"),
+    "nothing to call": (lambda: nn.ModuleList([Small()]), "a ModuleList has no forward"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("does", [fxprune.prune, fxprune.cost.cost_of])
+def test_a_module_that_is_no_whole_one(name: str, does: Callable[..., Any]) -> None:
+    build, words = BROKEN[name]
+    with pytest.raises(ModelError, match=words):
+        does(build(), torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
+
+
+def test_a_bias_of_another_length() -> None:
+    """The kernels that compute shapes alone take it, the real ones do not."""
+    model = Small()
+    model.conv2.bias = nn.Parameter(torch.zeros(7))
+    refused(InputError, "conv2", r"bias \(7,\)|bias of shape \(7,\)", model=model)
+
+
+class ReturnsAModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        return self.body(x), self.body
+
+
+def test_an_output_that_is_a_module() -> None:
+    """No graph can give it, and the parts can be had."""
+    report = fxprune.prune(ReturnsAModule(), torch.randn(IMAGE), channels=0.5, verify=True).report
+    assert "Sequential" in report.not_one_graph
+    assert report.params_after < report.params_before
+
+
+def test_a_message_names_no_line_of_the_call_of_a_module() -> None:
+    """Of a model that is all torch's own it names the line that calls the layer, not the one that calls every module."""
+    text = refused(InputError, r"container\.py", model=nn.Sequential(nn.Conv2d(3, 4, 1)), inputs=torch.randn(2, 4, 8, 8))
+    assert "module.py" not in text
+
+
+def test_a_hook_with_keywords_of_a_graph_module() -> None:
+    """Its copies call the hook as it was registered, and hold what it reads."""
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    model.scale = 1.0  # type: ignore[assignment]
+    model.register_forward_pre_hook(lambda own, args, kwargs: ((args[0] * own.scale,), kwargs), with_kwargs=True)
+    report = fxprune.prune(model, torch.randn(IMAGE), channels=0.5).report
+    assert "hook is registered on this GraphModule" in report.not_one_graph
+    assert report.params_after < report.params_before
+
+
+class HasNoText:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class HasNoKeys(dict[str, Tensor]):
+    def __iter__(self) -> Any:
+        raise RuntimeError("no keys")
+
+    keys = __iter__
+
+
+def quantised() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch of its own quantised tensors
+        return torch.quantize_per_tensor(torch.randn(IMAGE), 0.1, 0, torch.quint8)
+
+
+def in_itself() -> list[Any]:
+    held: list[Any] = [torch.randn(IMAGE)]
+    held.append(held)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    [
+        (in_itself(), InputError, "holds itself"),
+        (HasNoText(), InputError, "a HasNoText"),
+        (HasNoKeys(image=torch.randn(IMAGE)), CallbackError, "no keys"),
+        (quantised(), InputError, "quantised.*dequantize"),
+    ],
+    ids=["in itself", "without text", "without keys", "quantised"],
+)
+@pytest.mark.parametrize("does", [fxprune.prune, fxprune.cost.cost_of])
+def test_an_example_that_cannot_be_read(inputs: Any, error: type[FxpruneError], words: str, does: Callable[..., Any]) -> None:
+    refused(error, words, inputs=inputs, does=does)
 
 
 def test_a_nested_example() -> None:

@@ -146,3 +146,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ArgumentError, match=r"ONNX needs onnxscript: pip install onnxscript"):
         fxprune.export(small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.onnx")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own writer of files ends the process there: it is given memory, and what writes to the disk is Python's."""
+
+    def full(self: Path, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(fxprune.ArgumentError, match="No space left"):
+        fxprune.export(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3), tmp_path / "net.pt2", check=False)
+    assert not list(tmp_path.iterdir())

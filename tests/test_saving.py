@@ -781,3 +781,33 @@ def test_a_graph_longer_than_the_stack() -> None:
     deep = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(1500)))
     model = fxprune.prune(deep, torch.randn(1, 2), channels=1.0).model
     assert len(through_torch(model).graph.nodes) == len(model.graph.nodes)
+
+
+def test_a_node_of_a_plan_without_the_number_of_its_axis(copied: Path) -> None:
+    edited(copied, lambda plan: plan["pinned_nodes"].append("relu@x"))
+    with pytest.raises(PlanError, match=r"relu@x.*number"):
+        fxprune.load(copied, build)
+
+
+def test_whole_numbers_in_the_place_of_weights(copied: Path) -> None:
+    state = safetensors.torch.load_file(copied / "model.safetensors")
+    state["0.weight"] = state["0.weight"].long()
+    resigned(copied, "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    refused(copied, r"0.weight", "int64")
+
+
+def test_a_report_that_is_nested_without_end(copied: Path) -> None:
+    resigned(copied, "report.json", b"[" * 100_000)
+    refused(copied, "report.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("params_before", "many"), ("seconds", 3), ("error", [1.0]), ("parts", [3])])
+def test_a_report_that_could_not_be_shown(name: str, value: Any, copied: Path) -> None:
+    data = json.loads((copied / "report.json").read_text())
+    resigned(copied, "report.json", json.dumps({**data, name: value}).encode())
+    refused(copied, "report", name)
+
+
+def test_a_name_that_is_too_long() -> None:
+    with pytest.raises(fxprune.ArgumentError, match=r"(?i)too long"):
+        fxprune.load("x" * 5000, build)

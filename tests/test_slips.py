@@ -1,5 +1,7 @@
 """Arguments that nobody could have meant, at every argument of every public door: an error of fxprune's own, or a result."""
 
+import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -124,6 +126,33 @@ def data(**more: Any) -> dict[str, Any]:
     return {"coupling": made()["coupling"], "model": made()["model"], "loader": loader(), **more}
 
 
+def viewed() -> dict[str, Any]:
+    return {"coupling": made()["coupling"], "tensors": dict(made()["model"].named_parameters())}
+
+
+def view() -> criteria.UnitView:
+    return next(iter(criteria.Views(**viewed())))
+
+
+def normalised() -> criteria.UnitView:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    return next(iter(criteria.Views(fxprune.analyze(model, made()["x"]), dict(model.named_parameters()))))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    return {own.name: getattr(value, own.name) for own in dataclasses.fields(value)}
+
+
+def planned(**parts: Any) -> None:
+    plan = fxprune.Plan(**parts)
+    str(plan), plan.to_json(), fxprune.apply(plan, made()["model"])
+
+
+def reported(**parts: Any) -> None:
+    report = Report(**parts)
+    str(report), report.to_dict()
+
+
 SHARES = {"channels": 0.9, "macs": 0.9, "params": 0.9}
 OPTIONS = {"scope": "global", "layers": {"2": 0.9}, "criterion": "l1", "keep": "1", "units": "dims", "round_to": 2}
 
@@ -177,6 +206,23 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "Taylor": (scored(criteria.Taylor), lambda: data(loss=F.mse_loss)),
     "Fisher": (scored(criteria.Fisher), lambda: data(loss=F.mse_loss)),
     "Activation": (scored(criteria.Activation), lambda: data()),
+    "Views": (lambda **given: [each.sum(torch.abs) for each in criteria.Views(**given)], lambda: viewed()),
+    "sum": (lambda **given: view().sum(**given), lambda: {"function": torch.abs, "roles": ("own",)}),
+    "network_mean": (lambda **given: view().network_mean(**given), lambda: {"function": torch.abs, "roles": ("own",)}),
+    "rows": (lambda **given: view().rows(**given), lambda: {"roles": ("own",)}),
+    "l1": (criteria.l1, lambda: {"view": view()}),
+    "l2": (criteria.l2, lambda: {"view": view()}),
+    "bn_scale": (criteria.bn_scale, lambda: {"view": normalised()}),
+    "lamp": (criteria.lamp, lambda: {"view": view()}),
+    "fpgm": (criteria.fpgm, lambda: {"view": view()}),
+    "CPMC of a view": (lambda view: criteria.CPMC()(view), lambda: {"view": view()}),
+    "role": (lambda **given: made()["coupling"].role(**given), lambda: {"name": "0.weight", "dim": 0}),
+    "parameter_labels": (lambda name: made()["coupling"].parameter_labels(name), lambda: {"name": "0.weight"}),
+    "elements": (lambda group: made()["coupling"].elements(group), lambda: {"group": made()["coupling"].groups[0]}),
+    "blocks": (lambda group: made()["coupling"].blocks(group), lambda: {"group": made()["coupling"].groups[0]}),
+    "GroupPlan": (fxprune.GroupPlan, lambda: {"name": "0.weight:0", "size": 8, "kept": (0, 1)}),
+    "Plan": (planned, lambda: fields_of(made()["pruned"].plan)),
+    "Report": (reported, lambda: fields_of(made()["pruned"].report)),
     "rank": (criteria.rank, lambda: {"criterion": "l1", "coupling": made()["coupling"], "model": made()["model"]}),
 }
 
@@ -221,8 +267,9 @@ def test_arguments_in_a_wrong_order(name: str) -> None:
 PUBLIC = [
     getattr(fxprune, name)
     for name in fxprune.__all__
-    if inspect.isfunction(getattr(fxprune, name)) or name in ("Steps", "GroupSparsity")
-]
+    if inspect.isfunction(getattr(fxprune, name))
+    or (inspect.isclass(getattr(fxprune, name)) and not issubclass(getattr(fxprune, name), (Exception, Warning)))
+] + [criteria.l1, criteria.l2, criteria.bn_scale, criteria.lamp, criteria.fpgm, criteria.Views, criteria.UnitView, criteria.Taylor]
 
 
 def required(public: Any) -> list[str]:
@@ -330,3 +377,95 @@ def test_a_criterion_that_fails_is_named() -> None:
         fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion=raising)
     with pytest.raises(ArgumentError, match=r"'lampp' is unknown.*Did you mean 'lamp'"):
         fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion="lampp")
+
+
+# ---- data that nothing can be measured of
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ((torch.zeros(0, 3), torch.zeros(0, 2)), "holds no sample"),
+        ((torch.zeros(4, 3, device="meta"), torch.zeros(4, 2)), "meta device"),
+        ((torch.zeros(2, 4, 3), torch.zeros(2, 4, 2)), "3 dimensions, and had 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_measured(batch: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        criteria.Activation([batch]).scores(made()["coupling"], made()["model"])
+    with pytest.raises(ArgumentError, match=words):
+        fxprune.compensate(made()["model"], copy.deepcopy(made()["pruned"]), [batch], method="least_squares")
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (lambda output, target: (output * 1j).sum(), ArgumentError, "complex64"),
+        (lambda output, target: torch.ones((), requires_grad=True), ArgumentError, "depends on no parameter"),
+        (lambda output, target: [loss := output.sum(), loss.backward()][0], CallbackError, "the gradient of the loss raised"),
+    ],
+    ids=["complex", "of nothing", "used up"],
+)
+@pytest.mark.parametrize("kind", [criteria.Taylor, criteria.Fisher])
+def test_a_loss_without_a_gradient(loss: Any, error: type[FxpruneError], words: str, kind: Any) -> None:
+    with pytest.raises(error, match=words):
+        kind(loader(), loss).scores(made()["coupling"], made()["model"])
+
+
+@pytest.mark.parametrize("change", [lambda ones: ones.to("meta"), lambda ones: ones * 1j])
+def test_scores_without_numbers(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    count = made()["coupling"].context.units.count
+
+    class Own:
+        def scores(self, coupling: Any, model: nn.Module) -> torch.Tensor:
+            return change(torch.ones(count))
+
+    for criterion in (Own(), lambda view: change(torch.ones(view.group.size))):
+        with pytest.raises(ArgumentError, match="no numbers to rank by"):
+            criteria.rank(criterion, made()["coupling"], made()["model"])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda ones: ones.to_sparse(), lambda ones: ones.bfloat16(), lambda ones: ones.requires_grad_()]
+)
+def test_scores_of_any_kind_of_tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    count = made()["coupling"].context.units.count
+
+    class Own:
+        def scores(self, coupling: Any, model: nn.Module) -> torch.Tensor:
+            return change(torch.ones(count))
+
+    for criterion in (Own(), lambda view: change(torch.ones(view.group.size))):
+        assert criteria.rank(criterion, made()["coupling"], made()["model"]).value.sum() > 0
+
+
+def test_an_error_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer is refitted when the second one fails."""
+    pruned = copy.deepcopy(made()["pruned"])
+    before = {name: tensor.clone() for name, tensor in pruned.model.state_dict().items()}
+    real, calls = torch.linalg.solve, []
+
+    def solve(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("singular")
+        return real(*arguments)
+
+    monkeypatch.setattr(torch.linalg, "solve", solve)
+    with pytest.raises(ArgumentError, match="does not determine"):
+        fxprune.compensate(made()["model"], pruned, loader(), method="least_squares")
+    assert len(calls) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["constants", "least_squares"])
+def test_a_pruned_model_that_is_not_the_plans(method: str) -> None:
+    swapped = dataclasses.replace(made()["pruned"], model=network())
+    with pytest.raises(ArgumentError, match=r"no '2\.weight' as its plan left it"):
+        fxprune.compensate(made()["model"], swapped, loader(), method=method)
+
+
+def test_steps_of_a_model_that_costs_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps(model=nn.Sequential(nn.ReLU()), example_inputs=made()["x"], count=2, macs=0.5, params=0.5)

@@ -78,3 +78,17 @@ def test_training_makes_units_vanish_together() -> None:
         ordered = sorted(norms.tolist())
         shares.append(sum(ordered[:8]) / sum(ordered))
     assert shares[1] < 0.5 * shares[0]
+
+
+def test_parameters_that_have_changed() -> None:
+    """The penalty is of the parameters that the model has; others than those that were analysed are refused."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    penalty = fxprune.GroupSparsity(model, fxprune.analyze(model, torch.zeros(1, 3)))
+    before = penalty()
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+    assert penalty() > before
+    penalty().backward()
+    assert model[0].weight.grad is not None
+    model[0].weight = nn.Parameter(torch.randn(5, 3))
+    with pytest.raises(fxprune.ArgumentError, match=r"'0\.weight' of shape \(4, 3\)"):
+        penalty()

@@ -180,12 +180,18 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
             safetensors.torch.load_model(module, str(path))
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # Training scripts commonly wrap the state_dict with an epoch and an optimiser.
-        module.load_state_dict(state.get("state_dict", state.get("model", state)))
+        if isinstance(state, dict):  # training scripts commonly wrap the state_dict with an epoch and an optimiser
+            state = state.get("state_dict", state.get("model", state))
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ArgumentError(f"it holds a {type(state).__name__}, and no tensors by their names")
+        module.load_state_dict(state)
     except OSError as error:
         raise ArgumentError(f"Cannot read checkpoint {path}: {error.strerror or error}.") from error
     except Exception as error:  # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
-        raise ArgumentError(f"Checkpoint {path} does not fit the model: {error}") from error
+        said = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
+        raise ArgumentError(
+            f"Checkpoint {path} does not fit the model: {said:.600}. Give what torch.save(model.state_dict(), path) writes."
+        ) from error
 
 
 def example(text: str) -> Tensor | list[Tensor]:

@@ -82,7 +82,7 @@ def print_coupling(coupling: Coupling) -> None:
         if lines:
             console.print(f"{title}:")
             for line in lines:
-                console.print(f"  {line}", markup=False, highlight=False)
+                console.print(f"  {line}", markup=False, emoji=False, highlight=False)
 
 
 def planned(pruned: api.Pruned) -> str:

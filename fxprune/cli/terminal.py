@@ -87,6 +87,9 @@ def errors_to_stderr() -> Iterator[None]:
         try:
             with guarded("fxprune"):
                 yield
+        except SystemExit as error:
+            _say("error:", "bold red", f"code of yours ended the program: sys.exit({error.code!r}). fxprune imports and calls it.")
+            raise typer.Exit(2) from None
         except FxpruneError as error:
             if isinstance(error.__cause__, BrokenPipeError):
                 raise error.__cause__ from None  # whoever read the output has enough
@@ -107,4 +110,4 @@ def _show(otherwise: Callable[..., None], message: Warning | str, category: type
 def _say(what: str, style: str, text: str) -> None:
     console = stderr()
     console.print(what, style=style, end=" ")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, soft_wrap=True)

@@ -34,7 +34,7 @@ from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
-from fxprune.doors import calling, door
+from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError, FxpruneError, ModelError
 from fxprune.values import whole
 
@@ -99,6 +99,7 @@ _PER_GROUP = (l1, l2, fpgm)
 _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """What the selection ranks by: ``value`` (by label, the larger the more important) and, in CPMC, the two costs.
@@ -171,7 +172,7 @@ def _found(criterion: Any) -> Any:
             near = difflib.get_close_matches(criterion, CRITERIA, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(
-                f"criterion {criterion!r:.60} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.{hint}"
+                f"criterion {shown(criterion)} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.{hint}"
             )
         return CRITERIA[criterion]
     if isinstance(criterion, type):
@@ -192,8 +193,9 @@ def _running(criterion: Any, what: str) -> AbstractContextManager[None]:
 def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
     with _running(criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"):
         given = criterion.scores(coupling, model)
+    found = _of_tensor(given) if isinstance(given, Tensor) else given
     try:
-        value = np.array(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+        value = np.array(found, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"the criterion's scores(coupling, model) gave no array of numbers, but a {type(given).__name__}."
@@ -212,11 +214,26 @@ def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model
     for view in Views(coupling, parameters):
         with _running(criterion, f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a UnitView,"):
             scores = criterion(view)
-        if not isinstance(scores, Tensor) or scores.is_complex() or tuple(scores.shape) != (view.group.size,):
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ArgumentError(
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one score per unit, a tensor of shape "
                 f"({view.group.size},)."
             )
-        value[view.group.units] = scores.detach().to("cpu", torch.float64).numpy()
+        value[view.group.units] = _of_tensor(scores)
     return value
+
+
+def _of_tensor(scores: Tensor) -> Floats:
+    """Scores that a criterion gave as a tensor of whatever kind.
+
+    Raises
+    ------
+    ArgumentError
+        If the tensor has no real numbers in it.
+    """
+    if scores.is_meta or scores.is_complex() or scores.is_quantized:
+        kind = "on the meta device" if scores.is_meta else f"of type {scores.dtype}"
+        raise ArgumentError(f"the criterion gave scores {kind}, which are no numbers to rank by: give real ones.")
+    dense = scores.detach() if scores.layout is torch.strided else scores.detach().to_dense()
+    return dense.to("cpu", torch.float64).numpy()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.criteria.views import ROLES, UnitView, check_roles
-from fxprune.doors import door
+from fxprune.criteria.views import ROLES, UnitView, check_roles, check_view
+from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError
 from fxprune.values import number, switch
 
@@ -80,13 +80,16 @@ class CPMC:
     def __post_init__(self) -> None:
         weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
         if not all(w is not None and math.isfinite(w) and w >= 0 for w in weights.values()) or not any(weights.values()):
-            given = ", ".join(f"{getattr(self, name)!r:.60}" for name in weights)
+            given = ", ".join(f"{shown(getattr(self, name))}" for name in weights)
             raise ArgumentError(f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all of them 0.")
         checked = {**weights, "roles": check_roles(self.roles), "standing": switch("standing", self.standing)}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @door
     def __call__(self, view: UnitView) -> Tensor:
+        """Shape (units,)."""
+        check_view(view)
         value = view.sum(torch.square, self.roles)
         whole = view.network_mean(torch.square, self.roles) if self.standing else float(value.mean())
         return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)

@@ -43,6 +43,7 @@ __all__ = [
     "Taylor",
     "batches_of",
     "called",
+    "check_dimensions",
     "check_finite",
     "check_loader",
     "check_read",
@@ -275,14 +276,18 @@ def _each_gradient(model: nn.Module, loader: Loader, loss: Loss, visit: Callable
             output = called(functools.partial(torch.func.functional_call, model, {**held, **buffers}), batch, apart=True)
             with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
                 value = loss(output, *batch.targets)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad or value.is_complex():
+                tensor = isinstance(value, Tensor)
+                given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if tensor else f"a {type(value).__name__}"
                 raise ArgumentError(
                     f"the loss gave {given}: it must give the mean loss over the batch, one number that depends on the output "
                     "through differentiable operations."
                 )
             check_finite([value], "the loss of a batch")
-            found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
+            with calling("the gradient of the loss"):
+                found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
+            if all(gradient is None for gradient in found):
+                raise ArgumentError("the loss depends on no parameter of the model: compute it from the output that it is given.")
             visit({name: widened(g) for name, g in zip(held, found, strict=True) if g is not None}, batch.size)
 
 
@@ -390,6 +395,10 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
                 f"the loader gave inputs without a tensor of samples ({type(batch[0]).__name__}): batches must be tuples "
                 "(inputs, *targets)."
             )
+        if not len(leaf):
+            raise ArgumentError("a batch of the loader holds no sample, of which nothing can be measured. Leave such batches out.")
+        if any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+            raise ArgumentError("a batch of the loader lies on the meta device and has no values: give batches of data.")
         if any(bool(leaf.isnan().any()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
             raise ArgumentError("a batch of the loader holds NaN, of which nothing can be measured. Look at how its data is made.")
         args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
@@ -488,7 +497,24 @@ def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
             f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with {', '.join(sorted(names))}: "
             "give the same ones."
         )
+    for node in trace.graph.nodes:
+        if node.op == "placeholder" and isinstance(out[str(node.target)], Tensor):
+            check_dimensions(f"the input {node.target!r}", out[str(node.target)], node.meta["val"])
     return out
+
+
+def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
+    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their sizes.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if isinstance(analysed, Tensor) and given.dim() != analysed.dim():
+        raise ArgumentError(
+            f"a batch of the loader does not fit the example that the model was analysed with: {what} has {given.dim()} "
+            f"dimensions, and had {analysed.dim()}. Give batches of samples like the example's."
+        )
 
 
 @contextmanager

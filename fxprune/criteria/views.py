@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fxprune.coupling import Coupling, Group
-from fxprune.doors import door, read
+from fxprune.doors import calling, door, read, shown
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
 
-__all__ = ["ROLES", "UnitView", "Views", "check_roles", "widened"]
+__all__ = ["ROLES", "UnitView", "Views", "check_roles", "check_view", "widened"]
 
 ROLES = ("own", "scale", "dependent")
 """A unit's own filters and biases; the scale of a normalisation; the slices of the next layers' weights that read it."""
@@ -44,8 +44,21 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
     """
     found = (roles,) if isinstance(roles, str) else tuple(read(roles, "roles")) if isinstance(roles, Iterable) else ()
     if not found or not all(isinstance(role, str) and role in ROLES for role in found):
-        raise ArgumentError(f"roles={roles!r:.60}: choose one or several of {', '.join(map(repr, ROLES))}.")
+        raise ArgumentError(f"roles={shown(roles)}: choose one or several of {', '.join(map(repr, ROLES))}.")
     return found
+
+
+def check_view(view: Any) -> None:
+    """Refuse what a criterion cannot score.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if not isinstance(view, UnitView):
+        raise ArgumentError(
+            f"a criterion takes a UnitView, as Views(coupling, tensors) gives them, and got a {type(view).__name__}."
+        )
 
 
 @door
@@ -71,24 +84,44 @@ class Views:
     """
 
     def __init__(self, coupling: Coupling, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(coupling, Coupling) or not isinstance(tensors, Mapping):
+            given = f"a {type(coupling).__name__} and a {type(tensors).__name__}"
+            raise ArgumentError(
+                f"Views(coupling, tensors) takes what fxprune.analyze gives and a dict of tensors, and got {given}."
+            )
+        for name, analysed in coupling.parameters.items():
+            tensor = tensors.get(name, analysed)
+            if not isinstance(tensor, Tensor) or tensor.shape != analysed.shape:
+                given = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+                raise ArgumentError(f"{name!r} is {given}: give a tensor of the parameter's shape, {tuple(analysed.shape)}.")
         self.coupling, self.tensors = coupling, tensors
         self._totals: dict[tuple[Elementwise, tuple[str, ...]], Floats] = {}
 
     def __iter__(self) -> Iterator[UnitView]:
         return (UnitView(self, group) for group in self.coupling.groups)
 
+    @door
     def totals(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Floats:
         """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0 where no unit is.
 
         Each tensor is passed over once per labelling, whatever the number of groups that lie on it.
         """
+        if not callable(function):
+            raise ArgumentError(f"the function that is summed is a {type(function).__name__}: give one like torch.abs.")
         key = (function, check_roles(roles))
         if key in self._totals:
             return self._totals[key]
         units: list[Array] = [np.zeros(0, dtype=np.int64)]
         weights: list[Floats] = [np.zeros(0)]
         for name, fields in self._fields(key[1]):
-            values = function(widened(self.tensors[name].detach()))
+            tensor = widened(self.tensors[name].detach())
+            with calling(f"the function that is summed over {name!r}"):
+                values = function(tensor)
+            if not isinstance(values, Tensor) or values.shape != tensor.shape:
+                given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+                raise ArgumentError(
+                    f"the function that is summed gave {given} for {tuple(tensor.shape)}: it must give a number for each element."
+                )
             for labels in fields:
                 first = next(d for d, size in enumerate(labels.shape) if size > 1)
                 rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
@@ -119,6 +152,7 @@ class Views:
                     yield name, fields
 
 
+@door
 @dataclass(frozen=True, eq=False)
 class UnitView:
     """One group, unit by unit."""
@@ -126,6 +160,7 @@ class UnitView:
     views: Views
     group: Group
 
+    @door
     def sum(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Tensor:
         """The sum of ``function(weights)`` over each unit's elements; shape (units,), float64.
 
@@ -133,6 +168,7 @@ class UnitView:
         """
         return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
+    @door
     def network_mean(self, function: Elementwise, roles: Iterable[str] = ROLES) -> float:
         """The mean of :meth:`sum` over the units of all groups."""
         units = self.views.coupling.units
@@ -146,6 +182,7 @@ class UnitView:
         """
         return self.views.coupling.blocks(self.group)
 
+    @door
     def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
         """The elements themselves; shape (units, elements), a unit with fewer than another is filled up with zeros.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxprune.criteria.views import UnitView
+from fxprune.criteria.views import UnitView, check_view
+from fxprune.doors import door
 from fxprune.errors import ArgumentError
 
 __all__ = ["bn_scale", "fpgm", "l1", "l2", "lamp", "share_of_the_rest"]
 
 
+@door
 def l1(view: UnitView) -> Tensor:
     r""":math:`\sum |w|` over all elements that vanish with a unit: own filter, bias, scales and dependent slices.
 
@@ -23,9 +25,11 @@ def l1(view: UnitView) -> Tensor:
     >>> l1(view)
     tensor([4., 4., 8.], dtype=torch.float64)
     """
+    check_view(view)
     return view.sum(torch.abs)
 
 
+@door
 def l2(view: UnitView) -> Tensor:
     r""":math:`\sqrt{\sum w^2}` over all elements that vanish with a unit.
 
@@ -38,9 +42,11 @@ def l2(view: UnitView) -> Tensor:
     >>> l2(view)
     tensor([3., 5., 0.], dtype=torch.float64)
     """
+    check_view(view)
     return view.sum(torch.square).sqrt()
 
 
+@door
 def bn_scale(view: UnitView) -> Tensor:
     r"""Mean :math:`|\gamma|` over the scales of the normalisations that a unit passes.
 
@@ -61,6 +67,7 @@ def bn_scale(view: UnitView) -> Tensor:
     >>> bn_scale(view)
     tensor([1.0000, 2.0000, 0.5000], dtype=torch.float64)
     """
+    check_view(view)
     passed = view.sum(torch.ones_like, roles=("scale",))
     if not bool((passed > 0).all()):
         raise ArgumentError(
@@ -70,6 +77,7 @@ def bn_scale(view: UnitView) -> Tensor:
     return view.sum(torch.abs, roles=("scale",)) / passed
 
 
+@door
 def lamp(view: UnitView) -> Tensor:
     r""":math:`s_u / \sum_{v : s_v \ge s_u} s_v` with :math:`s_u = \sum w^2`: a unit's share of all that are no smaller.
 
@@ -82,6 +90,7 @@ def lamp(view: UnitView) -> Tensor:
     >>> lamp(view)  # 4 / (4 + 4), 1 / (4 + 1 + 4), 4 / (4 + 4)
     tensor([0.5000, 0.1111, 0.5000], dtype=torch.float64)
     """
+    check_view(view)
     return share_of_the_rest(view.sum(torch.square))
 
 
@@ -98,6 +107,7 @@ def share_of_the_rest(scores: Tensor) -> Tensor:
     return scores / no_smaller.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+@door
 def fpgm(view: UnitView) -> Tensor:
     r""":math:`\sum_v \lVert w_u - w_v \rVert_2` over the other units' own filters: a filter near the geometric median is redundant.
 
@@ -111,6 +121,7 @@ def fpgm(view: UnitView) -> Tensor:
     >>> fpgm(view)
     tensor([8., 9., 7.], dtype=torch.float64)
     """
+    check_view(view)
     rows = view.rows(("own",))
     rows = rows if rows.shape[1] else view.rows()
     blocks, scores = view.blocks, rows.new_zeros(len(rows))

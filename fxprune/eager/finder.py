@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.routes import Route, run
 from fxprune.errors import FxpruneError
-from fxprune.shapes import META, holds_tensors, leaves_of
+from fxprune.shapes import META, holds_tensors
 from fxprune.trace import Twin, trace
 
 __all__ = ["Finder", "shape_of"]

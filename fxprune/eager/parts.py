@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
@@ -22,7 +23,6 @@ from fxprune.eager.straight import is_straight
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
-from fxprune.shapes import leaves_of
 from fxprune.trace import Trace, Twin, trace
 from fxprune.trace.values import map_leaves
 

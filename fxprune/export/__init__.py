@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import io
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.inputs import as_call, batch_size, drawn
-from fxprune.values import switch
+from fxprune.values import path_of, switch
 
 __all__ = ["export", "packages_of"]
 
@@ -82,22 +83,20 @@ def export(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"export(model, example_inputs, path) takes a torch.nn.Module as model, and got a {type(model).__name__}.")
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentError(f"path is {path!r:.60}, a {type(path).__name__}: give a file name that ends with .onnx or .pt2.")
+    target = path_of("path", path)
     dynamic_batch, check = switch("dynamic_batch", dynamic_batch), switch("check", check)
-    path = Path(path)
-    if path.suffix not in _FORMATS:
-        raise ArgumentError(f"{path.name} ends with neither .onnx nor .pt2: the suffix says what to write.")
+    if target.suffix not in _FORMATS:
+        raise ArgumentError(f"{target.name} ends with neither .onnx nor .pt2: the suffix says what to write.")
     needed = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if path.suffix == ".onnx" and needed:
+    if target.suffix == ".onnx" and needed:
         raise ArgumentError(f"ONNX needs {', '.join(needed)}: pip install {' '.join(needed)}.")
     model = copy.deepcopy(model).eval()
     args, kwargs = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _written(model, example_inputs, args, kwargs, path, dynamic_batch, check)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _written(model, example_inputs, args, kwargs, target, dynamic_batch, check)
     except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror or error}. Name a place that can be written to.") from error
+        raise ArgumentError(f"{target} cannot be written: {error.strerror or error}. Name one that can be written to.") from error
 
 
 def _written(
@@ -124,7 +123,7 @@ def _written(
 
 def _write(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, dynamic_batch: bool) -> list[str]:
     """Write the file; returns the packages that have to be imported before it is read."""
-    shapes = None
+    shapes, written = None, io.BytesIO()
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
         rows = batch_size((args, kwargs))
@@ -136,13 +135,16 @@ def _write(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=None if shapes is None else _by_name(model, shapes)
                 )
-                torch.export.save(program, file)
+                torch.export.save(program, written)  # not to the disk: where that is full, torch's writer ends the process
+                file.write_bytes(written.getbuffer())
                 return packages_of(program)
             own = None if shapes is None else _by_name(model, shapes)
             apart = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
             options: dict[str, Any] = {"dynamic_shapes": own, "dynamo": True, "verbose": False, "external_data": apart}
             torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
             return []  # onnxruntime has operations of its own
+    except OSError:
+        raise
     except Exception as error:  # torch raises dozens of kinds
         hint = " Leave the batch as it is with dynamic_batch=False." if dynamic_batch else ""
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -178,7 +180,9 @@ def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str])
         expected = [_tensors(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
-        torch.save(tree_map_only(Tensor, Tensor.cpu, calls), given)
+        packed = io.BytesIO()
+        torch.save(tree_map_only(Tensor, Tensor.cpu, calls), packed)
+        given.write_bytes(packed.getbuffer())
         ran = subprocess.run([sys.executable, _RUNNER, file, given, got, *packages], capture_output=True, text=True, check=False)
         if ran.returncode:
             last = next(iter(ran.stderr.strip().splitlines()[::-1]), f"exit code {ran.returncode}")

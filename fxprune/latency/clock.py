@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxprune.doors import calling, door
+from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency.cuda import current
 from fxprune.values import device_of, number, whole
@@ -18,6 +18,7 @@ from fxprune.values import device_of, number, whole
 __all__ = ["Timing", "time_in_turns"]
 
 
+@door
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one call: the median, the quartiles, and of how many measurements.
@@ -70,7 +71,7 @@ def time_in_turns(
         raise ArgumentError("time_in_turns takes functions without arguments by name: a dict from text to callables, not empty.")
     rounds, warm_up, lasting = whole("rounds", rounds), whole("warm_up", warm_up, 0), number(seconds)
     if lasting is None or not 0 < lasting < float("inf"):
-        raise ArgumentError(f"seconds={seconds!r:.60} must be a number above 0.")
+        raise ArgumentError(f"seconds={shown(seconds)} must be a number above 0.")
     seconds, device = lasting, device_of("device", device, here=False)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.cost import MacCounter, cost_of
 from fxprune.deploy import LAYOUTS, lay_out
-from fxprune.doors import calling, door
+from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
@@ -81,7 +81,7 @@ class Setting:
         named = isinstance(self.precision, str) and isinstance(self.mode, str)
         if not named or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
-            raise ArgumentError(f"precision={self.precision!r:.60}, mode={self.mode!r:.60}: {known}.")
+            raise ArgumentError(f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}.")
         if self.batch is not None:
             object.__setattr__(self, "batch", whole("batch", self.batch))
         object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
@@ -97,7 +97,7 @@ class Setting:
         device = torch.device(given) if isinstance(given, (str, torch.device)) and _is_device(given) else None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ArgumentError(
-                f'device={given!r:.60}: latency is measured on "cuda" or "cpu", or either with a number, as "cuda:1".'
+                f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with a number, as "cuda:1".'
             )
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ArgumentError(f"device={given!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
@@ -132,6 +132,7 @@ def _is_device(name: Any) -> bool:
     return True
 
 
+@door
 @dataclass(frozen=True)
 class Latency:
     """What one model took.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fxprune.doors import door
+from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency.clock import time_in_turns
 from fxprune.values import device_of, switch
@@ -23,6 +23,7 @@ from fxprune.values import device_of, switch
 __all__ = ["Roofline", "roofline"]
 
 
+@door
 @dataclass(frozen=True)
 class Roofline:
     """Multiply-accumulates per second of large matrix products and convolutions, and bytes per second of large copies."""
@@ -51,7 +52,7 @@ def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Ro
         If there is no such device, or the type is no floating-point one.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ArgumentError(f"dtype={dtype!r:.60} is no floating-point type of torch, e.g. torch.float32.")
+        raise ArgumentError(f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float32.")
     return _measured(device_of("device", device), dtype, switch("tf32", tf32))
 
 

@@ -9,6 +9,7 @@ survivors of what it gave before. Such a node is run by the thorough check only.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.contents import leaves_of
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward
@@ -30,14 +32,14 @@ from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
 from fxprune.references import HOOKS, hooks_of
 from fxprune.rewrite.calls import Call, call_of
-from fxprune.rewrite.extents import Extent
+from fxprune.rewrite.extents import Extent, Extents
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.rules import Context
-from fxprune.shapes import META, leaves_of, map_tensors
+from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, attribute, is_leaf, plain_attention, put_tensors
 
 __all__ = ["emit"]
@@ -126,7 +128,7 @@ class _Emission:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
-        self.numbers = Numbers(survivors, trace.twin.model, self.graph, self.made, self.env)
+        self.numbers = Numbers(Extents(survivors, trace.twin.model), self.graph, self.made, self.env)
 
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
@@ -485,6 +487,8 @@ def _skeleton(
     new = kind.__new__(kind) if own_class else nn.Module()
     if own_class:
         new.__dict__.update(module.__dict__)
+    if isinstance(module, fx.GraphModule) and own_class:
+        new.graph = copy.deepcopy(module.graph)  # each has a class of its own, which gets its forward with the graph
     for store in _STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training

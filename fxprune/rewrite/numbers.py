@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.errors import RewriteError
 from fxprune.memory import name_of
 from fxprune.rewrite.extents import Extent, Extents, axes_read
-from fxprune.rewrite.survivors import Survivors
 from fxprune.shapes import holds_tensors
 from fxprune.trace import execute, formula
 
@@ -31,10 +30,8 @@ class Numbers:
 
     Parameters
     ----------
-    survivors:
-        What is left of each tensor for the example.
-    root:
-        The module of the original's graph.
+    extents:
+        What is known of the sizes of the original's graph.
     graph, made, values:
         The smaller graph, its nodes by those of the original's, and what they give for the example. All three grow while it is
         written; numbers that depend on what has shrunk are made here, when asked for.
@@ -42,14 +39,13 @@ class Numbers:
 
     def __init__(
         self,
-        survivors: Survivors,
-        root: nn.Module,
+        extents: Extents,
         graph: fx.Graph,
         made: dict[fx.Node, fx.Node],
         values: dict[fx.Node, Any],
     ) -> None:
-        self.survivors, self.root, self.graph, self.made, self.values = survivors, root, graph, made, values
-        self.extents = Extents(survivors, root)
+        self.extents, self.survivors, self.root = extents, extents.survivors, extents.root
+        self.graph, self.made, self.values = graph, made, values
         self._shrunk: dict[fx.Node, bool] = {}
         self._originals: dict[fx.Node, Any] = {}
         self._news: dict[fx.Node, Any] = {}

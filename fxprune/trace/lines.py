@@ -54,14 +54,15 @@ def user_line(stack: Any = None) -> str:
         line = f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         if not _internal(filename):
             return line
-        if not of_torch and filename.startswith(_TORCH):
+        if not of_torch and filename.startswith(_TORCH) and filename != _CALLS:
             of_torch = line
         frame = frame.f_back  # type: ignore[assignment]
-    return of_torch or "an unknown line"
+    return of_torch or UNKNOWN
 
 
 _OWN = f"{Path(__file__).parents[1]}/"
 _TORCH = f"{Path(torch.__file__).parent}/"
+_CALLS = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
 
 
 def is_ours(filename: str) -> bool:

@@ -429,8 +429,6 @@ class Tracer:
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and all(own.init for own in dataclasses.fields(a)):
             fields = {own.name: self.create_arg(getattr(a, own.name)) for own in dataclasses.fields(a)}
             return self._made_by(kind, (), fields)
-        if isinstance(a, nn.Module) and id(a) in self._paths:
-            return self.create_node("get_attr", self._paths[id(a)], (), {})
         if callable(a) and find_traced(getattr(a, "__dict__", {})) is None and not isinstance(a, nn.Module):
             return a
         raise TraceError(f"forward handles a {kind.__qualname__} (at {user_line()}), which a graph cannot hold.")

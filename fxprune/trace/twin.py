@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.compiled import Uncompiled, is_compiled
 from fxprune.errors import TraceError
 from fxprune.lowering import lower
-from fxprune.references import HOOKS, copied, hooks_apart
+from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
 from fxprune.shapes import META
 
 __all__ = ["Twin", "attribute", "copy_of", "put_tensors", "twin_of"]
@@ -152,6 +152,9 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for own in whole:  # their own copies know nothing of what their hooks refer to
         for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
             vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS})
+            vars(new).update({name: vars(old)[name].copy() for name in HOOKS_CALLED if name in vars(old)})
+            # They may leave out what a user has put there, as those of a torch.fx.GraphModule do.
+            vars(new).update({name: attribute(name, value, memo) for name, value in vars(old).items() if name not in vars(new)})
     copied_module: nn.Module = memo[id(module)]
     return copied_module
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import seeded
 from fxprune.coupling import Coupling
+from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
@@ -28,6 +29,7 @@ from fxprune.verification.values import Call, choices, in_single, inputs_of, oth
 __all__ = ["Verification", "check"]
 
 
+@door
 @dataclass(frozen=True)
 class Verification:
     """What was measured.
