@@ -35,6 +35,17 @@ def test_commands_of_the_checkout_exist(page: str) -> None:
         assert re.search(rf"^    (\w+ \| )*{command}( \| \w+)*\)$", text("run"), flags=re.MULTILINE), command
 
 
+def test_the_newest_version_is_the_same_everywhere() -> None:
+    """In the changelog, in the citation, and for checkouts without tags; the version itself is the git tag's."""
+    first, *others = re.findall(r"^## (.+)$", text("CHANGELOG.md"), flags=re.MULTILINE)
+    assert first == "[Unreleased]"
+    newest, released = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", others[0]).groups()
+    assert PROJECT["tool"]["hatch"]["version"]["fallback-version"] == newest
+    citation = parsed("CITATION.cff")
+    assert (citation["version"], str(citation["date-released"])) == (newest, released)
+    assert f"\n[{newest}]: " in text("CHANGELOG.md")
+
+
 @pytest.mark.parametrize("name", YAML)
 def test_it_is_yaml(name: str) -> None:
     assert parsed(name)
