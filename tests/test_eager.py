@@ -888,3 +888,19 @@ def test_one_graph_serves_all_calls_of_a_part() -> None:
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
     assert share_left(pruned) < 0.8
+
+
+class FromGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.generator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + torch.rand(4, generator=self.generator.manual_seed(5))
+
+
+def test_numbers_from_a_generator_stay_python() -> None:
+    model, x = FromGenerator(), torch.randn(2, 8)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert "a Generator" in pruned.report.not_one_graph
+    assert share_left(pruned) < 0.8

@@ -101,7 +101,7 @@ class _Recording(TorchFunctionMode):
 
 
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, torch.Generator, enum.Enum)
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, enum.Enum)
 
 
 class Tracer:
