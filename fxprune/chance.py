@@ -12,7 +12,7 @@ import torch
 
 from fxprune.turn import TURN
 
-__all__ = ["RUNS", "seeded", "undrawn"]
+__all__ = ["RUNS", "seeded", "torch_states", "undrawn"]
 
 RUNS = 3
 """So many runs that all draw are taken for a model's own draws."""
@@ -28,7 +28,7 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(one, torch.rand(2)))
     True
     """
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    used = _uses_cuda()
     with TURN, torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
         states = _states()
         torch.default_generator.manual_seed(seed)
@@ -62,6 +62,15 @@ def undrawn() -> Iterator[Callable[[], bool]]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def torch_states() -> list[torch.Tensor]:
+    """Where the generators of torch stand."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _uses_cuda() else [])]
+
+
+def _uses_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def _states() -> tuple[Any, Any]:

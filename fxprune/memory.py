@@ -50,7 +50,7 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
         return root is not None and bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.kwargs.get("inplace") or "out" in node.kwargs or node.target in _WRITING:
+    if node.kwargs.get("inplace") or "out" in node.kwargs or node.target in _WRITING or _places(node.target):
         return True
     name = name_of(node)
     if _of_operator(node):
@@ -64,10 +64,24 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
     """What a call may write into: of an operation that torch documents the first argument and ``out``, else any argument."""
     if not writes(node, root):
         return ()
-    known = node.op == "call_module" or node.target in _WRITING or hasattr(torch.ops.aten, name_of(node).strip("_"))
     places: list[fx.Node] = []
+    for place, name in _places(node.target):
+        fx.node.map_arg(node.args[place] if place < len(node.args) else node.kwargs.get(name), places.append)
+    if places:
+        return places
+    known = node.op == "call_module" or node.target in _WRITING or hasattr(torch.ops.aten, name_of(node).strip("_"))
     fx.node.map_arg((first_of(node), node.kwargs.get("out")), places.append)
     return places if known and places else node.all_input_nodes
+
+
+@functools.cache
+def _places(target: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operation writes into, where its schema is known."""
+    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op gives
+    if not isinstance(target, torch._ops.OpOverload):
+        return ()
+    arguments = enumerate(target._schema.arguments)
+    return tuple((i, own.name) for i, own in arguments if own.alias_info is not None and own.alias_info.is_write)
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:

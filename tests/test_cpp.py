@@ -1,5 +1,6 @@
 """Whatever forward calls, and however it reaches it: the process lives, and torch's own functions are followed."""
 
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -14,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import where as imported_where
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxprune
 from fxprune.trace import example_of, trace, twin_of
@@ -52,6 +55,23 @@ def twice(x: Tensor) -> Tensor:
 @twice.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("fxprune_tests::double_", mutates_args=("x",))
+def double_(x: Tensor) -> None:
+    x.mul_(2)
+
+
+def doubled(h: Tensor) -> Tensor:
+    written = h.clone()
+    double_(written)
+    return written
+
+
+def deep_copied(h: Tensor) -> Tensor:
+    written = copy.deepcopy(h.detach())
+    written.mul_(2)
+    return h + written
 
 
 class Chooses:
@@ -99,6 +119,8 @@ FOLLOWED: dict[str, Callable[[Tensor], Any]] = {
     "_VF": lambda h: torch._VF.tanh(h),
     "a pybind function": lambda h: h if torch._C._functorch.is_batchedtensor(h) else h.relu(),
     "a custom operation": lambda h: twice(h),
+    "a custom operation that writes": doubled,
+    "a deep copy that is written into": deep_copied,
     "a custom operation of torch.ops": lambda h: torch.ops.fxprune_tests.twice(h),
 }
 
@@ -228,3 +250,107 @@ def test_a_mask_made_under_vmap() -> None:
     pruned = fxprune.prune(Masked().eval(), (x, mask), channels=0.5, verify=True)
     assert not pruned.report.parts
     assert pruned.model.get_submodule("second").in_features == 4
+
+
+@scripted
+def if_many(x: Tensor) -> Tensor:
+    if x.size(0) > 1:
+        return x * 2
+    return x
+
+
+@scripted
+def row_by_row(x: Tensor) -> Tensor:
+    rows: list[Tensor] = []
+    for i in range(x.size(0)):
+        rows.append(x[i] * 2)
+    return torch.stack(rows)
+
+
+@scripted
+def unbound(x: Tensor) -> Tensor:
+    rows: list[Tensor] = []
+    for row in x.unbind(0):
+        rows.append(row * 2)
+    return torch.stack(rows)
+
+
+class Between(nn.Module):
+    """Three layers, and a call in front of the last one."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.call = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 2), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.call(self, self.first(x).relu()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", [if_many, row_by_row, unbound, torch.vmap(torch.detach_copy)], ids=str)
+def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Between(lambda model, h: function(h)), torch.randn(2, 4)
+    emitted = fxprune.prune(model, x, channels=0.5, verify=True).model
+    assert emitted(x).shape == (2, 2)
+    for batch in (1, 3):
+        with pytest.raises(AssertionError, match="decided at test_cpp"):
+            emitted(torch.randn(batch, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_that_a_scripted_function_only_notes_hold_nothing() -> None:
+    emitted = fxprune.prune(Between(lambda model, h: swish(h)), torch.randn(2, 4), channels=0.5, verify=True).model
+    assert emitted(torch.randn(5, 4)).shape == (5, 2)
+
+
+class Doubles(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if getattr(func, "__name__", "") in ("linear", "__add__", "__iadd__", "add") else out
+
+
+class DoublesBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is torch.ops.aten.tanh.default else out
+
+
+def under(mode: Any) -> Callable[[Any, Tensor], Tensor]:
+    def call(model: Any, h: Tensor) -> Tensor:
+        with mode():
+            h = (model.second(h) + 1.0).tanh()
+            h += 1.0
+        return h
+
+    return call
+
+
+WITH_OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "computed": lambda model, h: torch.func.functional_call(model.second, {"weight": model.second.weight * 0.5}, (h,)),
+    "constant": lambda model, h: torch.func.functional_call(model.second, {"weight": torch.eye(16).to(h)}, (h,)),
+    "own": lambda model, h: torch.func.functional_call(model.second, dict(model.second.named_parameters()), (h,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", WITH_OTHERS.values(), ids=WITH_OTHERS)
+def test_a_module_that_is_called_with_other_parameters(call: Callable[[Any, Tensor], Tensor]) -> None:
+    fxprune.prune(Between(call), torch.randn(2, 4), channels=0.5, verify=True)
+
+
+@pytest.mark.parametrize("mode", [Doubles, DoublesBelow])
+def test_modes_of_the_model_change_what_they_change(mode: Any) -> None:
+    pruned = fxprune.prune(Between(under(mode)), torch.randn(2, 4), channels=0.5, verify=True)
+    assert bool(pruned.report.parts) == (mode is DoublesBelow)
+    assert pruned.model.get_submodule("third").in_features == 8
+
+
+def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
+    model = Between(lambda model, h: torch.func.functional_call(model.norm, {"weight": model.norm.weight * 0.5}, (h,)))
+    model.norm = nn.BatchNorm1d(16)
+    emitted = fxprune.prune(model.eval(), torch.randn(8, 4), channels=0.5, verify=True).model
+    x, mean = torch.randn(8, 4), emitted.get_buffer("norm.running_mean").clone()
+    assert torch.equal(emitted(x), emitted(x))
+    assert torch.equal(emitted.get_buffer("norm.running_mean"), mean)
+    emitted.train()(x)
+    assert not torch.equal(emitted.get_buffer("norm.running_mean"), mean)

@@ -21,6 +21,7 @@ from fxprune.rules.normalisation import FUSED
 from fxprune.verification import check
 from fxprune.verification import runs as verification_runs
 from fxprune.verification.statistics import OVER_SURVIVORS
+from tests.support.callables import apart
 
 
 class Flipped(nn.Module):
@@ -752,3 +753,19 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
     before = [tensor.clone() for tensor in held]
     fxprune.verify(model, result, X, randomize=randomize, dtype=torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
+
+
+def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
+    """Second derivatives of rows: torch dies when it takes gradients of them under a mode that sees operations."""
+
+    class Curved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.second(torch.vmap(torch.func.hessian(lambda row: row.pow(3).sum()))(h).sum(-1))
+
+    said = apart(lambda: str(fxprune.prune(Curved(), torch.randn(2, 4), channels=0.5, verify=True).report.error < 1e-9))
+    assert said == "True", said

@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
+from fxprune.memory import writes
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
@@ -257,7 +258,7 @@ def _drop_unused_sizes(graph: fx.Graph) -> None:
         if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
             continue
         scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
-        if _is_entry(node) or (scalar and node.target is not operator.setitem):
+        if _is_entry(node) or (scalar and not writes(node)):
             graph.erase_node(node)
 
 

@@ -232,23 +232,47 @@ def _class_while_traced(kind: type) -> type:
     return _traced_classes[kind]
 
 
+def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module of the twin does when it is called: a leaf becomes a node, of others the code is followed.
+
+    So is that of a leaf whose node would say something else: where forward has put other parameters into it, say.
+    """
+    if tracer.executing or not is_leaf(module):
+        return module._call_impl(*args, **kwargs)
+    if tracer.is_as_given(module):
+        return tracer.call_module(module, args, kwargs)
+    with _answering(module, tracer):
+        return module._call_impl(*args, **kwargs)
+
+
+@contextmanager
+def _answering(module: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """A module reads its mode, its parameters and its buffers through the tracer."""
+    if _TRACER in module.__dict__:
+        yield
+        return
+    kind = type(module)
+    module.__dict__[_TRACER] = tracer
+    module.__class__ = _class_while_traced(kind)
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+        del module.__dict__[_TRACER]
+
+
 @contextmanager
 def _modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Modules of the twin answer through the tracer."""
     below = [module for name, module in root.named_modules() if name]
-    changed: list[tuple[nn.Module, type]] = []
     try:
         for module in below:
-            module.__dict__[_CALL] = functools.partial(tracer.call_module, module)
-        for module in (root, *below):
-            if module is root or not is_leaf(module):
-                changed.append((module, type(module)))
-                module.__dict__[_TRACER] = tracer
-                module.__class__ = _class_while_traced(type(module))
-        yield
+            module.__dict__[_CALL] = functools.partial(_call, tracer, module)
+        with ExitStack() as stack:
+            for module in (root, *below):
+                if module is root or not is_leaf(module):
+                    stack.enter_context(_answering(module, tracer))
+            yield
     finally:
-        for module, kind in changed:
-            module.__class__ = kind
-            module.__dict__.pop(_TRACER, None)
         for module in below:
             module.__dict__.pop(_CALL, None)

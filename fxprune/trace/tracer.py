@@ -10,14 +10,15 @@ import itertools
 import operator
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, is_tensor_method_or_property
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
@@ -30,7 +31,19 @@ from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import is_ours, user_line
 from fxprune.trace.sizes import own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
-from fxprune.trace.values import ASKS, Number, SizeTuple, Traced, TracedTensor, asks, asks_device, find_traced, map_leaves, stand_in
+from fxprune.trace.values import (
+    ASKS,
+    Number,
+    Parts,
+    SizeTuple,
+    Traced,
+    TracedTensor,
+    asks,
+    asks_device,
+    find_traced,
+    map_leaves,
+    stand_in,
+)
 
 __all__ = ["MADE_FROM_INPUT", "Tracer", "execute", "is_leaf"]
 
@@ -100,6 +113,22 @@ class _Recording(TorchFunctionMode):
         return self.tracer.on_call(func, args, kwargs or {})
 
 
+aten = torch.ops.aten
+_ASKED: tuple[str, ...] = (
+    "dim",
+    "size",
+    "numel",
+    "stride",
+    "storage_offset",
+    "is_contiguous",
+    "is_strides_like_format",
+    "sym_size",
+    "sym_numel",
+)
+_ASKED += ("sym_stride", "sym_storage_offset", "sym_is_contiguous", "is_non_overlapping_and_dense")
+_LAYOUT = frozenset(getattr(aten, name) for name in _ASKED if hasattr(aten, name))
+"""What C++ asks of a tensor without a word of Python's."""
+
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, enum.Enum)
 
@@ -143,6 +172,8 @@ class Tracer:
         self._inside_leaf_function = 0
         self.executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
         self._closed = False
+        self._modes: tuple[int, int] = (0, 0)  # those of functions and of operations that are there before the model runs
+        self._told: Any = None  # the stand-in of which C++ has read the sizes last, until it is known what for
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
 
@@ -154,7 +185,9 @@ class Tracer:
                     self.constants.setdefault(id(value), (value, f"{path}.{name}".removeprefix(".")))
         args, kwargs = self._arguments()
         with _Recording(self), torch._C._AutoDispatchBelowAutograd():
+            self._modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
             result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
+            self._hold_told()
             self.create_node("output", "output", (self.create_arg(result),), {})
         return self.graph
 
@@ -258,11 +291,30 @@ class Tracer:
             return func(*args, **kwargs)
         if self.in_transform():
             return self.below(func, args, kwargs)
+        self._refuse_modes()
         return self._function(func, map_leaves(self.known, args), map_leaves(self.known, kwargs))
 
     def in_transform(self) -> bool:
         """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
         return torch._C._functorch.peek_interpreter_stack() is not None
+
+    def is_overridden(self) -> bool:
+        """Whether a transform, or a mode of the model's own, sees and may change what functions do."""
+        self._refuse_modes()
+        before = self._modes[0]
+        if torch._C._len_torch_function_stack() > before and _users(_get_current_function_mode_stack()[before:]):
+            return True
+        return self.in_transform()
+
+    def _refuse_modes(self) -> None:
+        """A mode that sees ATen operations stands below gradients: which formulas they then have no graph can say."""
+        before = self._modes[1]
+        own = torch._C._len_torch_dispatch_stack() > before and _users(_get_current_dispatch_mode_stack()[before:])
+        if own:
+            raise TraceError(
+                f"forward runs under a {own} (at {user_line()}), which sees operations that a graph has not. Keep that line inside "
+                "a module of its own."
+            )
 
     def below(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations.
@@ -331,9 +383,31 @@ class Tracer:
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
+        if getattr(func, "overloadpacket", None) in _LAYOUT:
+            return self._tell_layout(func, *args)
+        self._hold_told()
         if self._differentiates:
             self._hold_inputs()
-        return self.record("call_function", func, self._with_sizes(func, args), kwargs)
+        result = self.record("call_function", func, self._with_sizes(func, args), kwargs)
+        return list(result.count_parts()) if type(result) is Parts else result
+
+    @_unseen
+    def _tell_layout(self, func: Any, tensor: Any, *args: Any) -> Any:
+        """C++ asks how a tensor lies in memory, which is answered by the example.
+
+        Where it takes sizes as plain numbers (not ``sym_size``) it may go by them: how often a loop turns, which branch is taken.
+        """
+        if func.overloadpacket not in (aten.stride, aten.sym_stride) or tensor is not self._told:
+            self._hold_told()
+        self._told = tensor if func.overloadpacket in (aten.size, aten.numel) else None
+        return func(tensor.example, *args)
+
+    @_unseen
+    def _hold_told(self) -> None:
+        """Hold the graph to sizes that C++ has read. Where it reads strides next, it only writes down what it is given."""
+        tensor, self._told = self._told, None
+        for dim in range(0 if tensor is None else tensor.rank):
+            self._hold_size(tensor, dim)
 
     @_unseen
     def _with_sizes(self, func: Any, args: Any) -> Any:
@@ -352,7 +426,7 @@ class Tracer:
     def _hold_size(self, tensor: Any, dim: int) -> None:
         """Hold the graph to the example's size of a dimension."""
         number = self.size_of(tensor, dim)
-        self._hold(number, tensor.example.shape[dim], f"inputs with {formula(number.fx_node)}", f" (at {user_line()})")
+        self._hold(number, tensor.example.shape[dim], f"inputs with {formula(number.fx_node)}", f" (decided at {user_line()})")
 
     def _hold_inputs(self) -> None:
         """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for inputs of these sizes alone."""
@@ -572,11 +646,14 @@ class Tracer:
         finally:
             self._inside_leaf_function -= 1
 
-    def call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a module of the twin does when it is called: a leaf becomes a node, of others the code is followed."""
-        if self.executing or self.in_transform() or not is_leaf(module):
-            return module._call_impl(*args, **kwargs)
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call of a module that stays whole."""
         return self.record("call_module", self._paths[id(module)], args, kwargs)
+
+    def is_as_given(self, module: nn.Module) -> bool:
+        """Whether a leaf computes with parameters and buffers of the model, and nothing sees what it computes."""
+        own = (*module._parameters.values(), *module._buffers.values())
+        return not self.is_overridden() and all(tensor is None or id(tensor) in self._names for tensor in own)
 
     @_unseen
     def read_mode(self, module: nn.Module) -> Any:
@@ -697,6 +774,12 @@ def _refuse_to_tell_devices(node: fx.Node) -> None:
     compares = node.target in (operator.eq, operator.ne) and any(of_tensors) and not all(of_tensors)
     if compares or (node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs):
         raise TraceError(asks_device(formula(node)))
+
+
+def _users(modes: Iterable[Any]) -> str:
+    """The name of the first mode that torch does not bring along: its own ones look on, or choose a device."""
+    names = [type(mode).__name__ for mode in modes if not type(mode).__module__.startswith("torch.")]
+    return names[0] if names else ""
 
 
 def _is_torch(function: Any) -> bool:

@@ -81,7 +81,8 @@ class Parts(tuple[Any, ...]):
     fx_node: fx.Node
     counted = False
 
-    def _count(self) -> Parts:
+    def count_parts(self) -> Parts:
+        """Hold the graph to their number."""
         if not self.counted and not self.tracer.executing:
             self.counted = True
             with self.tracer.graph.inserting_before(self.fx_node.next):  # before entries that another input has not
@@ -89,20 +90,20 @@ class Parts(tuple[Any, ...]):
         return self
 
     def __len__(self) -> int:
-        return tuple.__len__(self._count())
+        return tuple.__len__(self.count_parts())
 
     def __iter__(self) -> Iterator[Any]:
-        return tuple.__iter__(self._count())
+        return tuple.__iter__(self.count_parts())
 
     def __getitem__(self, index: Any) -> Any:
         first = isinstance(index, int) and 0 <= index < tuple.__len__(self)
-        return tuple.__getitem__(self if first else self._count(), index)
+        return tuple.__getitem__(self if first else self.count_parts(), index)
 
     def __add__(self, other: Any) -> Any:
-        return tuple.__add__(self._count(), other)
+        return tuple.__add__(self.count_parts(), other)
 
     def __mul__(self, times: Any) -> Any:
-        return tuple.__mul__(self._count(), times)
+        return tuple.__mul__(self.count_parts(), times)
 
 
 def _is_cut(node: fx.Node) -> bool:
@@ -195,8 +196,8 @@ def _operator(name: str, reflected: bool) -> Callable[..., Any]:
     of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
 
     def record(self: Any, *others: Any) -> Any:
-        if isinstance(self, TracedTensor) and self.tracer.in_transform():
-            return self.tracer.below(of_tensors, (self, *others), {})
+        if of_tensors is not None and isinstance(self, TracedTensor) and self.tracer.is_overridden():
+            return of_tensors(self, *others)
         if any(isinstance(other, (list, str)) or type(other) is tuple for other in others) and name in ("add", "mul"):
             return NotImplemented  # a sequence, so often as the number says
         args = (*others, self) if reflected else (self, *others)
@@ -226,7 +227,13 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
         if value.layout is not torch.strided:
             raise TraceError(f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a graph cannot follow.")
         made: TracedTensor = Tensor._make_wrapper_subclass(
-            cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype, device=META
+            cls,
+            value.size(),
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=value.dtype,
+            device=META,
+            dispatch_sizes_strides_policy="sizes",
         )
         made.fx_node = made.node = node
         made.tracer = tracer
@@ -240,14 +247,21 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
 
     claimed = Tensor
 
+    def __copy__(self) -> Any:
+        return self.tracer.record("call_method", "detach", (self,), {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo[id(self)] = self.tracer.record("call_method", "clone", (self,), {})
+        return copied
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = cast(Traced, find_traced((args, kwargs)))
         return found.tracer.on_dispatch(func, args, kwargs or {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if self.tracer.in_transform():
-            self.tracer.below(Tensor.__setitem__, (self, index, value), {})
+        if self.tracer.is_overridden():
+            Tensor.__setitem__(self, index, value)
         else:
             self.tracer.record("call_function", operator.setitem, (self, index, value), {})
 
@@ -280,8 +294,8 @@ def _augmented(name: str) -> Callable[..., Any]:
     """``x += y`` writes into a tensor."""
 
     def write(self: TracedTensor, other: Any) -> Any:
-        if self.tracer.in_transform():
-            return self.tracer.below(getattr(Tensor, f"__{name}__"), (self, other), {})
+        if self.tracer.is_overridden():
+            return getattr(Tensor, f"__{name}__")(self, other)
         return self.tracer.record("call_function", getattr(operator, name), (self, other), {})
 
     return write
@@ -522,7 +536,7 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
         entries = [tracer.record("call_function", operator.getitem, (node, i), {}) for i in range(len(value))]
         if isinstance(value, torch.Size):
             return SizeTuple(entries)
-        if type(value) is tuple and _is_cut(node):
+        if type(value) in (tuple, list) and _is_cut(node):
             parts = Parts(entries)
             parts.tracer, parts.fx_node = tracer, node
             return parts

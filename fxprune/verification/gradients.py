@@ -7,10 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fxprune.chance import seeded
+from fxprune.chance import seeded, torch_states
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
-from fxprune.shapes import DispatchMode
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
 from fxprune.verification.values import Call
@@ -29,14 +28,12 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
     VerificationError
         If they are others in the pruned model; it names the first.
     """
-    seen = _Draws()
     try:
-        with seen:
-            wanted, numbers = _gradients(bench.original(training), bench, call)
+        wanted, numbers, drawn = _gradients(bench.original(training), bench, call)
     except Exception as error:
         raise RefusedError(said(error)) from error
     try:
-        found, same = _gradients(bench.smaller(training), bench, call)
+        found, same, _ = _gradients(bench.smaller(training), bench, call)
     except AssertionError as error:
         raise (GuardedError if str(error) in bench.guards else PrunedFailsError)(said(error)) from error
     except Exception as error:
@@ -46,20 +43,25 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         has, lacks = ("the original", "the pruned model") if name in kept else ("the pruned model", "the original")
         if bool((kept | found)[name].any()):  # what only led to removed elements has a gradient of zeros
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
-    if bench.dtype is torch.float64 and not (seen.any or bench.normalises or bench.own) and numbers == same:
+    if bench.dtype is torch.float64 and not (drawn or bench.normalises or bench.own) and numbers == same:
         _compare(bench, found, {name: grad for name, grad in kept.items() if name in found})
     return len(found)
 
 
-def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int]:
-    """Gradients by the names of parameters, and how many numbers there are among the outputs."""
+def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int, bool]:
+    """Gradients by the names of parameters, how many numbers there are among the outputs, and whether torch drew random ones.
+
+    No mode may look on: under one that sees operations, gradients of some are others than without it.
+    """
     args, kwargs = clone(call)
     with seeded(bench.seed), torch.enable_grad(), InDtype(bench.dtype):
+        before = torch_states()
         found = [leaf for leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if found:
             torch.autograd.backward([leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found])
+        drawn = not all(map(torch.equal, before, torch_states()))
     numbers = sum(int(leaf.isfinite().sum()) for leaf in found)
-    return {name: own.grad.detach() for name, own in model.named_parameters() if own.grad is not None}, numbers
+    return {name: own.grad.detach() for name, own in model.named_parameters() if own.grad is not None}, numbers, drawn
 
 
 def _weighted(output: Tensor) -> Tensor:
@@ -80,14 +82,3 @@ def _compare(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]) ->
 def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     order = {name: n for n, (name, _) in enumerate(model.named_parameters())}
     return sorted(names, key=lambda name: order.get(name, len(order)))
-
-
-class _Draws(DispatchMode):
-    """Sees whether random numbers are drawn."""
-
-    any = False
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None) -> object:
-        if torch.Tag.nondeterministic_seeded in func.tags:  # type: ignore[attr-defined]
-            self.any = True
-        return func(*args, **(kwargs or {}))  # type: ignore[operator, arg-type]
