@@ -18,6 +18,7 @@ from fxprune.eager import ONLY_EVALUATION, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
 from fxprune.trace import slow_path, twin_of
+from fxprune.trace.lines import ElsewhereError
 
 __all__ = ["Clock", "label_and_couple"]
 
@@ -74,6 +75,8 @@ def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -
     """
     try:
         return _label_whole(model, shapes_of(example), terms, **options)
+    except ElsewhereError:
+        raise  # Python that stays would compute there, too
     except Exception as error:  # of any kind: what fails in a graph may well be done in parts
         try:
             return _label_parts(model, example, terms, error, **options)
@@ -141,6 +144,8 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Ex
         call = runnable(twin_of(model), example, refused)
     try:
         labelling, _ = _deciding_alike(run, widened(call), call)
+    except ElsewhereError:
+        raise
     except Exception as error:  # whatever the model's own Python raises, and what cannot be followed in it
         raise refused from error
     if not labelling.traces:

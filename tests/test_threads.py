@@ -43,6 +43,34 @@ class Python(Net):
         return super().forward(x)
 
 
+class Threaded(Net):
+    """Computes in threads of its own; ``asks``: after Python has read a value of the input."""
+
+    def __init__(self, compute: Callable[[Callable[[], Tensor]], Tensor], asks: bool, module: bool) -> None:
+        super().__init__()
+        self.compute, self.asks, self.module = compute, asks, module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and bool((x > 100).any()):
+            x = x.clamp(-1, 1)
+        x = self.stem(x)
+        x = self.compute(lambda: self.body[0](x) if self.module else x.relu())
+        return self.head(x.mean((2, 3)))
+
+
+def in_a_pool(work: Callable[[], Tensor]) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return next(iter(pool.map(lambda _: work(), [None])))
+
+
+def in_a_thread(work: Callable[[], Tensor]) -> Tensor:
+    out: list[Tensor] = []
+    thread = threading.Thread(target=lambda: out.append(work()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
 IMAGE = torch.randn(1, 3, 8, 8)
 
 
@@ -125,6 +153,25 @@ def test_random_numbers_of_another_thread_are_its_own(draw: Callable[[], Any], k
     assert before
     assert beside.plan == fxprune.prune(model, IMAGE, channels=0.5).plan
     assert isinstance(beside.model, torch.fx.GraphModule) == (kind is Net)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("module", [False, True], ids=["function", "module"])
+@pytest.mark.parametrize("asks", [False, True], ids=["graph", "python"])
+@pytest.mark.parametrize("compute", [in_a_pool, in_a_thread])
+def test_threads_of_the_model_itself_are_refused(compute: Any, asks: bool, module: bool) -> None:
+    before = threading.Thread.start, ThreadPoolExecutor.submit
+    with pytest.raises(fxprune.TraceError, match=r"another thread compute with tensors \(at test_threads\.py:\d+\)"):
+        fxprune.prune(Threaded(compute, asks, module).eval(), IMAGE, channels=0.5)
+    assert before == (threading.Thread.start, ThreadPoolExecutor.submit)
+
+
+def test_threads_of_the_model_that_compute_nothing_are_none_of_our_business() -> None:
+    def at(place: str) -> None:
+        in_a_thread(lambda: torch.zeros(1))
+
+    for kind in (Net, Python):
+        fxprune.prune(kind(at).eval(), IMAGE, channels=0.5)
 
 
 def side_by_side(threads: int, prunes: int) -> None:

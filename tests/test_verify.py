@@ -755,6 +755,7 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
     assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
     """Second derivatives of rows: torch dies when it takes gradients of them under a mode that sees operations."""
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 
-__all__ = ["intercepted", "without_function_modes"]
+from fxprune.shapes import tensors_in
+from fxprune.trace.lines import ElsewhereError
+from fxprune.turn import TURN
+
+__all__ = ["in_one_thread", "intercepted", "without_function_modes"]
 
 Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
 
@@ -42,11 +48,14 @@ def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> It
 class _Watch:
     def __init__(self, instead: Instead) -> None:
         self.instead = instead
+        self.thread = threading.get_ident()
         self.inside = False
 
     def over(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                raise ElsewhereError.at(self.thread)
             if self.inside:
                 return forward(*args, **kwargs)
             self.inside = True
@@ -57,6 +66,64 @@ class _Watch:
             return forward(*args, **kwargs) if out is NotImplemented else out
 
         return watched
+
+
+class _Elsewhere(TorchFunctionMode):
+    """Refuses what another thread does to tensors for the one that follows a model."""
+
+    def __init__(self, thread: int) -> None:
+        super().__init__()
+        self.thread = thread
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if tensors_in(args, kwargs or {}):
+            raise ElsewhereError.at(self.thread)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Refuse threads that the model starts, and functions that it hands to pools, once they compute with tensors.
+
+    Raises
+    ------
+    ElsewhereError
+    """
+    mine, found = threading.get_ident(), list[ElsewhereError]()
+
+    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with _Elsewhere(mine):
+                    return call(*args, **kwargs)
+            except ElsewhereError as error:
+                found.append(error)
+                raise
+
+        return refuse
+
+    def begin(self: threading.Thread) -> None:
+        if threading.get_ident() == mine:
+            vars(self)["run"] = refusing(self.run)
+        start(self)
+
+    def hand_on(self: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return submit(self, refusing(function) if threading.get_ident() == mine else function, *args, **kwargs)
+
+    with TURN:
+        start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+        threading.Thread.start, ThreadPoolExecutor.submit = begin, hand_on  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        except Exception as error:
+            if found:
+                raise found[0] from error
+            raise
+        finally:
+            threading.Thread.start, ThreadPoolExecutor.submit = start, submit  # type: ignore[method-assign]
+    if found:
+        raise found[0]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxprune.eager.calls import in_one_thread
 from fxprune.inputs import placed
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
@@ -111,7 +112,7 @@ def followed(
     weights = [*model.parameters(), *model.buffers()]
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     decisions = Decisions(weights, inputs, answers)
-    with torch.inference_mode(), following(), decisions, ExitStack() as stack:
+    with in_one_thread(), torch.inference_mode(), following(), decisions, ExitStack() as stack:
         for context in inside:
             stack.enter_context(context)
         return model(*args, **kwargs), decisions

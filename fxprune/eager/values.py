@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from fxprune.eager.calls import intercepted
+from fxprune.eager.calls import in_one_thread, intercepted
 from fxprune.errors import InputError
 from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
 from fxprune.trace import Twin, slow_path, user_line
-from fxprune.trace.lines import UNKNOWN
+from fxprune.trace.lines import UNKNOWN, ElsewhereError
 
 __all__ = ["runnable"]
 
@@ -37,6 +37,8 @@ def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
     for call, own in _calls(example):
         try:
             called = len(_called(twin, call, every))
+        except ElsewhereError:
+            raise
         except Exception as error:  # whatever the model raises
             if own:
                 raise _fails(twin, error, refused) from error
@@ -71,7 +73,7 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
         return NotImplemented
 
     args, kwargs = placed(call, twin.device)
-    with torch.no_grad(), slow_path(), intercepted(model, paths, note):
+    with in_one_thread(), torch.no_grad(), slow_path(), intercepted(model, paths, note):
         model(*args, **kwargs)
     return found
 

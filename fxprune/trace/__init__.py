@@ -158,6 +158,8 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     with torch.no_grad(), taken_over(tracer, twin.model), following(), undrawn() as drawn:
         try:
             graph = tracer.trace()
+            if tracer.elsewhere is not None:
+                raise tracer.elsewhere
             draws = drawn()
             for node in tracer.left_out:
                 if node.users:
@@ -169,6 +171,8 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         except FxpruneError:
             raise
         except Exception as error:
+            if tracer.elsewhere is not None:
+                raise tracer.elsewhere from error
             where = user_line(traceback.extract_tb(error.__traceback__))
             raise TraceError(
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["UNKNOWN", "following", "is_ours", "user_line"]
+from fxprune.errors import TraceError
+
+__all__ = ["UNKNOWN", "ElsewhereError", "following", "is_ours", "user_line"]
 
 UNKNOWN = "an unknown line"
 
@@ -36,6 +38,28 @@ def following() -> Iterator[None]:
         yield
     finally:
         _followed.entry = outer
+
+
+class ElsewhereError(TraceError):
+    """forward lets another thread compute, which nobody can follow."""
+
+    @classmethod
+    def at(cls, thread: int) -> ElsewhereError:
+        """Said of the thread that runs forward."""
+        return cls(
+            f"forward lets another thread compute with tensors (at {_line_of(sys._current_frames().get(thread))}), which cannot be "
+            "followed. Compute in one thread, as torch uses several by itself."
+        )
+
+
+def _line_of(frame: FrameType | None) -> str:
+    """The innermost line of a thread that belongs to no library of Python's, to torch or to fxprune."""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not _internal(filename) and not filename.startswith(_PYTHON):
+            return f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return UNKNOWN
 
 
 def user_line(stack: Any = None) -> str:
@@ -61,6 +85,7 @@ def user_line(stack: Any = None) -> str:
 
 
 _OWN = f"{Path(__file__).parents[1]}/"
+_PYTHON = (f"{Path(threading.__file__).parent}/concurrent", f"{Path(threading.__file__).parent}/asyncio", threading.__file__)
 _TORCH = f"{Path(torch.__file__).parent}/"
 _CALLS = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
 

@@ -28,7 +28,7 @@ from fxprune.regions import BOUNDS, enter, leave
 from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
-from fxprune.trace.lines import is_ours, user_line
+from fxprune.trace.lines import ElsewhereError, is_ours, user_line
 from fxprune.trace.sizes import own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
@@ -158,6 +158,7 @@ class Tracer:
         self.thread = threading.get_ident()
         self.decisions: list[str] = []
         self.asked_mode = False
+        self.elsewhere: ElsewhereError | None = None  # once another thread has handled a stand-in
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held here.
         self.constants: dict[int, tuple[Tensor, str]] = {}
@@ -284,11 +285,18 @@ class Tracer:
         drawn.fx_node.meta["val"] = tree_map_only(Tensor, lambda tensor: tensor.to(META), drawn.example)
         return stand_in(drawn.fx_node, self)
 
+    def refuse_other_threads(self) -> None:
+        """What another thread does to a tensor comes at a time of its own, and under none of what is entered here."""
+        if not self.is_mine():
+            self.elsewhere = self.elsewhere or ElsewhereError.at(self.thread)
+            raise self.elsewhere
+
     def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call of one of torch's functions, methods or properties with a stand-in among its arguments."""
-        if self.executing:
+        if self.executing and self.is_mine():
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
+        self.refuse_other_threads()
         if self.in_transform():
             return self.below(func, args, kwargs)
         self._refuse_modes()
@@ -457,6 +465,7 @@ class Tracer:
         ------
         TraceError, InputError
         """
+        self.refuse_other_threads()
         if self._closed:
             raise TraceError(
                 f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward kept it, in a cache say, outside "
