@@ -43,7 +43,8 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         dense model becomes one with ``fxprune.prune(model, example, channels=1.0).model``.
     channels_last:
         Lay out weights of convolutions over images and volumes channels-last, which is what GPUs compute in: give inputs as
-        ``x.to(memory_format=torch.channels_last)``, so that nothing has to be laid out anew. False: as they are.
+        ``x.to(memory_format=torch.channels_last)``, so that nothing has to be laid out anew. False: as they are. So they stay
+        where Python code is left beside the graphs, as in detectors: ``view`` and what it writes in place depend on the layout.
 
     Returns
     -------
@@ -72,16 +73,16 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         )
     channels_last = switch("channels_last", channels_last)
     root = _copy_of(model).eval()
+    channels_last = channels_last and isinstance(root, fx.GraphModule)  # Python beside graphs would see the layout
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
             with torch.no_grad():
-                _deploy_graph(module, channels_last, to_python=bool(name))
+                _deploy_graph(module, channels_last)
             if not name:
                 called = fx.GraphModule(module, module.graph)  # takes over what the graph calls, and no more
                 root = PrunedModule(called, called.graph, type(model).__name__)
-    for module in root.modules() if channels_last else ():
-        if isinstance(module, fx.GraphModule):  # Python beside it would see the layout
-            lay_out(module)
+    if channels_last:
+        lay_out(root)
     return root.eval().requires_grad_(False)
 
 
@@ -106,8 +107,8 @@ def _copy_of(model: nn.Module) -> nn.Module:
 _BY_LAYOUT = frozenset({"view", "reshape", "flatten", "contiguous", "ravel", "view_as", "reshape_as", "unflatten", "to"})
 
 
-def _deploy_graph(root: fx.GraphModule, channels_last: bool, to_python: bool) -> None:
-    """One graph and what it calls, changed in place; ``to_python``: what it gives goes to code that stays as it is."""
+def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
+    """One graph and what it calls, changed in place."""
     graph = root.graph
     if isinstance(root, PrunedModule):
         root.__dict__["training_graph"] = None
@@ -129,8 +130,6 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool, to_python: bool) ->
         elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
             node.target = "reshape"
             node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
-    if channels_last and to_python:
-        _hand_out_plain(graph, memory)
     constants = compute_constants(root, memory.changing())
     drop_identities(root)
     graph.eliminate_dead_code(has_effect)
@@ -138,23 +137,3 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool, to_python: bool) ->
         graph.eliminate_dead_code(has_effect)
     graph.lint()
     root.recompile()
-
-
-def _hand_out_plain(graph: fx.Graph, memory: Memory) -> None:
-    """Lay out images that a graph gives as Python code beside it expects them, which may look at them by ``view``.
-
-    What may be an input's memory, or that of another result, stays as it is.
-    """
-    output = next(iter(graph.find_nodes(op="output")))
-    bases = [memory.base[node] for node in output.all_input_nodes]
-
-    def plain(node: fx.Node) -> fx.Node:
-        base = memory.base[node]
-        if node.meta.get("rank") not in LAYOUTS or base.op in ("placeholder", "get_attr") or bases.count(base) > 1:
-            return node
-        with graph.inserting_before(output):
-            laid_out = graph.call_method("contiguous", (node,))
-        laid_out.meta = dict(node.meta)
-        return laid_out
-
-    output.args = fx.node.map_arg(output.args, plain)

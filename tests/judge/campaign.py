@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import multiprocessing
 import signal
@@ -150,3 +151,5 @@ def _serve(pipe: Connection) -> None:
         except Exception as error:
             verdict = Verdict(str(spec), "wrong", f"judge: {type(error).__name__}: {error}")
         pipe.send(verdict)
+        if not gc.get_freeze_count():  # what was imported stays: no use to look through it at each collection
+            gc.freeze()
