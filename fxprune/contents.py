@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping, Set
-from types import FunctionType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["leaves", "leaves_of", "refuse_lazy"]
+__all__ = ["has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -55,7 +57,7 @@ def _every(value: Any, lazy: bool = False) -> Iterator[Any]:
     seen: dict[int, Any] = {}
 
     def walk(value: Any) -> Iterator[Any]:
-        for leaf in tree_leaves(value):
+        for leaf in tree_leaves(value, is_leaf=has_tensors_as_keys):
             if id(leaf) in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
                 continue
             content = None if lazy and isinstance(leaf, Iterator) else _content(leaf)
@@ -68,12 +70,26 @@ def _every(value: Any, lazy: bool = False) -> Iterator[Any]:
     return walk(value)
 
 
+def has_tensors_as_keys(value: Any) -> bool:
+    """Whether it is a dict that torch's functions for nested containers cannot take apart and compare."""
+    return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
+
+
+_CODE = (FunctionType, MethodType, ModuleType, CodeType, FrameType)
+_NO_HOLDERS = (Tensor, int, float, complex, str, bytes, *_CODE)
+
+
 def _content(holder: Any) -> list[Any] | None:
     """What an object that is no container of torch's holds; None: nothing, it is a value itself."""
-    if holder is None or isinstance(holder, (Tensor, int, float, complex, str, bytes, type, nn.Module, FunctionType, MethodType)):
+    if holder is None or isinstance(holder, _NO_HOLDERS):
         return None
+    if isinstance(holder, type):
+        return [value for value in vars(holder).values() if isinstance(value, Tensor)] or None
+    if isinstance(holder, nn.Module):
+        own = [value for name, value in vars(holder).items() if not name.startswith("_")]
+        return [*holder._parameters.values(), *holder._buffers.values(), *holder._modules.values(), *own] or None
     if isinstance(holder, Mapping):
-        return list(holder.values())
+        return [*(key for key in holder if isinstance(key, Tensor)), *holder.values(), *_attributes(holder)]
     if isinstance(holder, Set):
         found = [leaf for item in holder for leaf in tree_leaves(item)]
         return sorted((leaf for leaf in found if isinstance(leaf, Tensor)), key=lambda tensor: (tensor.dim(), *tensor.shape))
@@ -82,9 +98,21 @@ def _content(holder: Any) -> list[Any] | None:
         return fields
     if isinstance(holder, Iterator):
         return list(holder)
+    if isinstance(holder, np.ndarray):
+        return list(holder.ravel()) if holder.dtype.hasobject else None
+    own = _attributes(holder)
+    return [*own, *_inside(holder, own)] or None
+
+
+def _attributes(holder: Any) -> list[Any]:
     slots = [name for kind in type(holder).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    own = [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name) for name in slots if hasattr(holder, name))]
-    return own or None
+    return [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name) for name in slots if hasattr(holder, name))]
+
+
+def _inside(holder: Any, attributes: list[Any]) -> list[Any]:
+    """What an object of a class that is written in C refers to: an entry of a list, an argument of an exception."""
+    known = {id(value) for value in (*attributes, getattr(holder, "__dict__", None))}
+    return [value for value in gc.get_referents(holder) if id(value) not in known and not isinstance(value, (type, *_CODE))]
 
 
 def _fields_of(holder: Any) -> list[Any] | None:

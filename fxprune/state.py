@@ -169,10 +169,14 @@ def keep(changes: Iterable[Change]) -> None:
 
 
 def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may be another one."""
-    if len(one.nodes) != len(other.nodes):
+    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may be another one.
+
+    What they hold their sizes to is no part of it: a second call finds in a table by its size what the first has put there.
+    """
+    ones, theirs = _computing(one), _computing(other)
+    if len(ones) != len(theirs):
         return False
-    for left, right, line, another in zip(one.nodes, other.nodes, _described(one), _described(other), strict=True):
+    for left, right, line, another in zip(ones, theirs, _described(ones), _described(theirs), strict=True):
         a, b = constants.get(str(left.target)), others.get(str(right.target))
         if left.op == right.op == "get_attr" and a is not None and b is not None:
             if a is not b and (a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)):
@@ -182,6 +186,16 @@ def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], 
     return True
 
 
-def _described(graph: fx.Graph) -> list[str]:
-    number = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
-    return [repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__))) for node in graph.nodes]
+def _computing(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph without its guards, and without numbers that nothing else reads."""
+    idle: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        number = node.op in ("call_function", "call_method") and isinstance(node.meta.get("val"), (bool, int, float))
+        if node.meta.get("guard") or (number and idle.issuperset(node.users)):
+            idle.add(node)
+    return [node for node in graph.nodes if node not in idle]
+
+
+def _described(nodes: Sequence[fx.Node]) -> list[str]:
+    number = {node: f"%{place}" for place, node in enumerate(nodes)}
+    return [repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__))) for node in nodes]

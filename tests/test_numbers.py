@@ -14,6 +14,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import fxprune
 from fxprune.errors import FxpruneError
@@ -228,6 +229,23 @@ def test_what_python_takes_is_held_by_the_originals_value(number: str) -> None:
     assert not all(taken)
 
 
+@pytest.mark.parametrize(
+    "number", ["float(f'{h.shape[1] * h.shape[2]}')", "int(str(h.shape[1] * h.shape[2]))", "len(repr(h[0].shape))"]
+)
+def test_a_text_is_held_by_the_originals_value(number: str) -> None:
+    assert judge(number, "h * n")[1]
+
+
+def test_a_number_that_something_is_looked_up_by() -> None:
+    assert not all(judge("{64: 2.0, 96: 3.0}.get(h.shape[1] * h.shape[2], 4.0)", "h * n"))
+    assert all(judge("2.0 if h.shape[1] in {8, 16} else 3.0", "h * n"))
+
+
+def test_the_message_of_an_assertion_holds_nothing() -> None:
+    checked = "(torch._assert(n % 2 == 0, f'{n} rows, {n * 2} in all, of {h.shape}'), h)[1]"
+    assert all(judge("h.shape[2] * 2", checked))
+
+
 @pytest.mark.parametrize("use", BRANCHES)
 def test_a_branch_is_held_by_the_originals_value(use: str) -> None:
     taken = judge("h.shape[1] * h.shape[2]", use)
@@ -276,6 +294,21 @@ def test_a_guard_on_widths_alone_is_dropped() -> None:
     model = Counting("h.shape[1]", "h.sigmoid() if n % 4 == 0 else h").eval()
     pruned = fxprune.prune(model, torch.randn(SIZES[0]), channels=0.5).model
     assert "assert" not in pruned.code
+
+
+class Equalised(nn.Module):
+    """A parametrisation: the weight over the root of its fan."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / weight[0].numel() ** 0.5
+
+
+def test_numbers_in_a_parametrisation() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+    parametrize.register_parametrization(randomise(model.eval())[1], "weight", Equalised())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5).model
+    assert relative_error(pruned(x), masked(model, pruned)(x)) <= 1e-9
 
 
 class InModes(Counting):

@@ -107,6 +107,32 @@ def test_what_changes_the_next_call_is_in_no_graph(function: Any, members: dict[
             assert relative_error(pruned.model(x), model(x)) <= 1e-6
 
 
+class Queue(nn.Module):
+    """Keeps features of past calls in a ring; where the next ones go is read before it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("ring", torch.randn(6, 8))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        start = int(self.place)
+        self.ring[start : start + len(h)] = h.detach()
+        self.place[0] = (start + len(h)) % 6
+        return self.b(h * self.ring.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore::fxprune.errors.FxpruneWarning")
+def test_a_value_is_another_one_after_it_was_read() -> None:
+    model, x = Queue().eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, x, channels=1.0).model
+    with torch.no_grad():
+        for _ in range(4):
+            assert relative_error(pruned(x), model(x)) <= 1e-6
+
+
 def shows(m: Any, x: Tensor) -> Tensor:
     m.seen_last, m.width = x, x.shape[-1]
     m.all_seen = []

@@ -129,12 +129,12 @@ def decided(forward: Callable[[Any, Tensor], Any], x: Tensor) -> list[tuple[bool
 def test_ways() -> None:
     x = torch.ones(2)
     assert decided(lambda m, x: x * 2, x) == [()]
-    assert decided(lambda m, x: 1 if x.sum() > 0 else 2, x) == [(), (False,)]
-    assert decided(lambda m, x: [1 for v in x if v > 0], x) == [(), (False,), (True, False)]  # one line, asked twice
+    assert decided(lambda m, x: 1 if x.sum() > 0 else 2, x) == [(True,), (False,)]
+    assert decided(lambda m, x: [1 for v in x if v > 0], x) == [(True, True), (False, True), (True, False)]  # one line, asked twice
     assert "test_ways.py" in decided(lambda m, x: int(x.sum()) and x.tolist(), x)
     assert decided(lambda m, x: bool(torch.zeros(x.shape).any()), x) == [()]  # of sizes alone
     for asks in (bool, lambda v: torch.equal(v, v), lambda v: (v > 0).item()):
-        assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [(), (False,)]
+        assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [(True,), (False,)]
     for reads in (float, lambda v: v.item(), lambda v: v.tolist(), lambda v: v.numpy()):
         assert "test_ways.py" in decided(lambda m, x, reads=reads: reads((m.w.detach() * x).sum()), x)
 
@@ -157,10 +157,21 @@ def test_a_way_that_fails_is_not_known() -> None:
         y = x if x.sum() > 0 else x[:1]
         return nn.BatchNorm1d(1).train()(y[:, None])  # more than one value is wanted
 
-    assert decided(checked, torch.ones(2)) == [()]
+    assert decided(checked, torch.ones(2)) == [(True, True, True)]
     assert "test_ways.py" in decided(meets_a_check_later, torch.ones(2))
     assert "test_ways.py" in decided(fails, torch.ones(2))
-    assert decided(refuses, torch.ones(2)) == [()]
+    assert decided(refuses, torch.ones(2)) == [(True,)]
+
+
+def test_ways_that_chance_has_chosen_can_be_gone_again() -> None:
+    draws = iter([True, False, True, False])
+
+    def run(answers: tuple[bool, ...]) -> Decisions:
+        way = Decisions([], [])
+        way.asked = [("line", answers[0] if answers else next(draws))]
+        return way
+
+    assert ways_of(run).answers == [(True,), (False,)]
 
 
 def test_many_ways_are_not_followed() -> None:

@@ -124,7 +124,7 @@ class Ways:
     Attributes
     ----------
     answers:
-        For each way the answers that lead to it; the first are those of the example, none.
+        For each way all the answers that it gives, so that one decided by chance can be gone again; the first is the example's.
     decided:
         The line by which it cannot be known where Python goes; empty if it can.
     taken_out:
@@ -149,7 +149,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
     first = run(())
     if first.taken_out:
         return Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
-    found: list[Answers] = [()]
+    found = [_given(first)]
     seen, waiting = set(_steps(first)), _others(first)
     while waiting:
         answers, step = waiting.pop(0)
@@ -164,7 +164,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
             return Ways([()], step[0])
         if way.taken_out or len(found) == _MOST:
             return Ways([()], way.taken_out or step[0])
-        found.append(answers)
+        found.append(_given(way))
         seen.update(_steps(way))
         waiting += _others(way)
     return Ways(found)
@@ -183,9 +183,13 @@ def _steps(way: Decisions) -> list[Step]:
     return out
 
 
+def _given(way: Decisions) -> Answers:
+    return tuple(answer for _, answer in way.asked)
+
+
 def _others(way: Decisions) -> list[tuple[Answers, Step]]:
     """For each question of a way the answers that lead to the other one."""
-    given = tuple(answer for _, answer in way.asked)
+    given = _given(way)
     steps = enumerate(_steps(way))
     return [((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.contents import leaves_of
+from fxprune.contents import leaves, leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
@@ -55,14 +55,15 @@ class Parts:
         self._found = found = Finder(self.twin)
         found.run(args, kwargs, routes.all)
         if routes.taken_out:
-            real, plain = self.twin.instance(), [route for route in routes.all if not route.answers]
+            real = self.twin.instance()
+            plain = {replace(route, answers=()) for route in routes.all}
             straight = all(is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route)) for route in plain)
             self.decided = self.decided or ("" if straight else routes.taken_out)
         results = []
         for route in routes.all:
             contractions = len(self.context.contractions)
             results.append(self._run(found.parts, args, kwargs, route))
-            if not route.is_example:  # what is computed there is not what the example costs
+            if route is not routes.all[0]:  # what is computed there is not what the example costs
                 del self.context.contractions[contractions:]
         self._leave_whole_what_training_may_call()
         inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
@@ -108,7 +109,8 @@ class Parts:
 
         with intercepted(real, parts, part):
             out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
-        map_leaves(_as_number, leaves_of(out))
+        for leaf in leaves(out):
+            _as_number(leaf)
         self._read += mode.read
         return out
 

@@ -40,11 +40,6 @@ class Route:
     training: bool = False
     finds: bool = False
 
-    @property
-    def is_example(self) -> bool:
-        """Whether it is what the model does for the example, in evaluation."""
-        return self == Route()
-
 
 @dataclass
 class Routes:
@@ -52,6 +47,8 @@ class Routes:
 
     Attributes
     ----------
+    all:
+        The first is what the model does for the example, in evaluation.
     decided, taken_out:
         As of :class:`fxprune.eager.decisions.Ways`.
     untrained:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
+from fxprune.contents import leaves
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
@@ -69,11 +70,14 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module stays one node.
 
     A module of torch.nn without children is one operation, unless its forward was replaced. One with children is a container or
-    a composite, unless the children are parametrisations, which compute its weights and belong to it.
+    a composite, unless the children are parametrisations of torch's own, which compute its weights and belong to it. Those of a
+    user are code like any other.
     """
     if not type(module).__module__.startswith("torch.nn") or has_own_forward(module):
         return False
-    return all(child is None for child in module._modules.values()) or parametrize.is_parametrized(module)
+    if parametrize.is_parametrized(module):
+        return all(type(child).__module__.startswith("torch.nn") for child in module._modules["parametrizations"].modules())
+    return all(child is None for child in module._modules.values())
 
 
 def _unseen(method: Any) -> Any:
@@ -129,6 +133,7 @@ _ASKED += ("sym_stride", "sym_storage_offset", "sym_is_contiguous", "is_non_over
 _LAYOUT = frozenset(getattr(aten, name) for name in _ASKED if hasattr(aten, name))
 """What C++ asks of a tensor without a word of Python's."""
 
+_SEQUENCES = frozenset({tuple, list, torch.Size, SizeTuple, Parts})
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, enum.Enum)
 
@@ -177,6 +182,8 @@ class Tracer:
         self._told: Any = None  # the stand-in of which C++ has read the sizes last, until it is known what for
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
+        self._read_values: list[tuple[fx.Node, str]] = []  # of tensors that follow from constants, with the lines
+        self._texts: list[tuple[str, list[fx.Node], list[str]]] = []  # of numbers; the nodes that hold these, and the decisions
 
     def trace(self) -> fx.Graph:
         """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its graph, in Python."""
@@ -190,6 +197,7 @@ class Tracer:
             result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
             self._hold_told()
             self.create_node("output", "output", (self.create_arg(result),), {})
+        self._refuse_values_that_change()
         return self.graph
 
     def close(self) -> None:
@@ -471,6 +479,8 @@ class Tracer:
                 f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward kept it, in a cache say, outside "
                 "of the model. Empty that cache."
             )
+        if target is torch._assert:
+            self._release(*self.create_arg(args), **self.create_arg(kwargs))
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         self._refuse_to_write_into_constants(node)
         _refuse_to_tell_devices(node)
@@ -512,7 +522,7 @@ class Tracer:
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and all(own.init for own in dataclasses.fields(a)):
             fields = {own.name: self.create_arg(getattr(a, own.name)) for own in dataclasses.fields(a)}
             return self._made_by(kind, (), fields)
-        if callable(a) and find_traced(getattr(a, "__dict__", {})) is None and not isinstance(a, nn.Module):
+        if callable(a) and hasattr(a, "__name__") and not any(isinstance(leaf, Traced) for leaf in leaves(a)):
             return a
         raise TraceError(f"forward handles a {kind.__qualname__} (at {user_line()}), which a graph cannot hold.")
 
@@ -522,9 +532,13 @@ class Tracer:
         entries = [self.create_arg(entry) for entry in a]
         if hasattr(type(a), "n_sequence_fields"):  # what torch.max gives
             return self._made_by(type(a), (tuple(entries),), {})
+        if type(a) not in _SEQUENCES:
+            raise TraceError(f"forward handles a {type(a).__qualname__} (at {user_line()}), which a graph cannot hold.")
         return tuple(entries) if isinstance(a, tuple) else entries
 
     def _mapping(self, a: Any) -> Any:
+        if any(isinstance(key, Traced) for key in a):
+            raise TraceError(f"forward handles a {type(a).__qualname__} of which tensors are keys (at {user_line()}).")
         if type(a) is dict:
             return {key: self.create_arg(value) for key, value in a.items()}
         if type(a) not in SUPPORTED_NODES:
@@ -710,11 +724,8 @@ class Tracer:
                     f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
                     "use torch.where or masks, or keep that part in a module that is not pruned."
                 )
-            if self._is_written(node):
-                raise TraceError(
-                    f"forward reads the value of a buffer that it writes (at {user_line()}): it is another one at each call, and a "
-                    "graph would hold this one. Compute with the buffer as a tensor."
-                )
+            self._read_values.append((node, user_line()))
+            self._refuse_values_that_change()
             return kind(example)
         if from_mode(node):
             if self._inside_leaf_function:
@@ -730,9 +741,36 @@ class Tracer:
         self._hold(value, held, f"inputs with {formula(node)}", f" (decided at {where})")
         return taken
 
-    def _is_written(self, node: fx.Node) -> bool:
-        """Whether a value depends on a buffer that the graph writes so far."""
-        return any(own.op == "get_attr" and any(own in written(user)[:1] for user in own.users) for own in _sources(node))
+    @_unseen
+    def text(self, number: Number, write: Callable[[Any], str]) -> str:
+        """The text of a number, which the graph is held to: Python may do anything with a text."""
+        if self.executing or self._closed or not self.is_mine():
+            return write(number.example)
+        last, decided = next(reversed(self.graph.nodes)), len(self.decisions)
+        text = write(self.decide(number, type(number.example)))
+        made = [*itertools.takewhile(lambda node: node is not last, reversed(self.graph.nodes))]
+        self._texts.append((text, made, self.decisions[decided:]))
+        return text
+
+    def _release(self, condition: Any, message: Any = "") -> None:
+        """Do not hold the graph to texts that were written for the message of an assertion: it is shown where that fails alone."""
+        texts, self._texts = self._texts, []
+        later = itertools.takewhile(lambda node: node is not condition, reversed(self.graph.nodes))
+        between = set(itertools.takewhile(lambda node: not holds_tensors(node.meta["val"]), later))
+        for text, made, decisions in texts:
+            if isinstance(message, str) and text in message and between.issuperset(made):
+                for node in made:
+                    self.graph.erase_node(node)
+                self.decisions[:] = [line for line in self.decisions if line not in decisions]
+
+    def _refuse_values_that_change(self) -> None:
+        """A value that Python has read off a buffer which the graph writes, before or after that, is another one at each call."""
+        for value, where in self._read_values:
+            if any(own.op == "get_attr" and any(own in written(user)[:1] for user in own.users) for own in _sources(value)):
+                raise TraceError(
+                    f"forward reads the value of a buffer that it writes (at {where}): it is another one at each call, and a "
+                    "graph would hold this one. Compute with the buffer as a tensor."
+                )
 
     def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
         """Let the graph say so where a value is another one than it was traced for."""

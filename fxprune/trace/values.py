@@ -23,6 +23,7 @@ from torch.fx.graph import magic_methods, reflectable_magic_methods
 from fxprune.errors import TraceError
 from fxprune.memory import AUGMENTED, name_of
 from fxprune.shapes import META
+from fxprune.trace.decisions import formula
 from fxprune.trace.lines import user_line
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class SizeTuple(tuple[Any, ...]):
 
     def numel(self) -> Any:
         return math.prod(self)
+
+    def __repr__(self) -> str:
+        return f"torch.Size([{', '.join(map(repr, self))}])"
 
 
 class Parts(tuple[Any, ...]):
@@ -152,7 +156,9 @@ class Traced:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TraceError(f"forward writes {self!r} to a file or to another process (at {user_line()}), which a graph cannot do.")
+        raise TraceError(
+            f"forward writes {formula(self.fx_node)} to a file or to another process (at {user_line()}), which a graph cannot do."
+        )
 
 
 class _SeenByTorch(Traced):
@@ -365,7 +371,9 @@ class _ForCpp:
             return self._graph_repr
         function: Any = getattr(operator, {"and": "and_", "or": "or_", "sym_not": "not_"}.get(name, name), None)
         if function is None:
-            raise TraceError(f"C++ reads the number {self.number!r} (at {user_line()}), which a graph cannot follow.")
+            raise TraceError(
+                f"C++ reads the number {formula(self.number.fx_node)} (at {user_line()}), which a graph cannot follow."
+            )
         numbers = [self.number]
 
         def compute(*others: Any) -> Any:
@@ -415,18 +423,22 @@ class Number(_Operators, Traced):
     def __rdivmod__(self, other: Any) -> Any:
         return other // self, other % self
 
+    def __eq__(self, other: Any) -> Any:
+        if issubclass(type(other), Number) and other.tracer is not self.tracer:
+            return False  # a key that an earlier trace has left in a cache
+        return _Operators.__eq__(self, other)
+
     def __hash__(self) -> int:
-        return id(self)
+        """As the number: a table finds it, and asks whether it is the same one."""
+        return hash(self.example)
 
     def __repr__(self) -> str:
-        return f"{self.fx_node.name}={self.example!r}"
+        return self.tracer.text(self, repr)
 
-    def __str__(self) -> str:
-        return format(self)
+    __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        """The text of the example's value, which no node holds: most of it goes into messages that are never shown."""
-        return format(self.example, spec)
+        return self.tracer.text(self, lambda number: format(number, spec))
 
 
 class TracedInt(Number, torch.SymInt):

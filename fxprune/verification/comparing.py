@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from fxprune.contents import leaves
+from fxprune.contents import has_tensors_as_keys, leaves
 from fxprune.errors import VerificationError
 
 __all__ = ["NotFiniteError", "dense", "difference", "form", "kinds", "leaves", "relative_error"]
@@ -33,7 +33,7 @@ def form(value: Any) -> tuple[TreeSpec, list[str]]:
     >>> form([1, 2]) == form([3, 4]), form([1, 2]) == form((1, 2))
     (True, False)
     """
-    leaves, containers = tree_flatten(value)
+    leaves, containers = tree_flatten(value, is_leaf=has_tensors_as_keys)
     return containers, ["" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__ for leaf in leaves]
 
 
