@@ -832,6 +832,28 @@ def test_parts_know_their_sizes() -> None:
     assert (small.norm.num_features, small.last.in_features, small.last.out_features) == (4, 4, 4)
 
 
+class Squeezes(nn.Module):
+    """Python that drops a batch of one, and gives a part positions that it has to pick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+        self.seen.register_forward_hook(lambda module, args, output: output.relu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.seen(x)
+        return self.head(torch.squeeze((y * y.std(1, keepdim=True)).mean((2, 3))))
+
+
+def test_a_batch_of_one_that_python_drops() -> None:
+    model = randomise(Squeezes().eval())
+    pruned = fxprune.prune(model, torch.randn(3, 3, 4, 4, dtype=torch.float64), channels=0.5).model
+    for batch in (3, 1):
+        x = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
+        with torch.no_grad():
+            assert torch.allclose(pruned(x), masked(model, pruned)(x))
+
+
 class First(nn.Module):
     def forward(self, several: tuple[Tensor, ...]) -> Tensor:
         return several[0]

@@ -188,7 +188,8 @@ class _Emission:
         self.env[new] = map_tensors(lambda old: self._stand_in(old) if self.coupling.labels(old) else old, value)
         for dim, alive in self._padded(value):
             kept = np.flatnonzero(alive)
-            new = self.graph.call_function(torch.index_select, (new, dim, self._positions(kept)))
+            # Counted from the end: Python may drop a batch of one, which layers take for a single input.
+            new = self.graph.call_function(torch.index_select, (new, dim - value.dim(), self._positions(kept)))
             self.env[new] = self._stand_in(value)
         return new
 
@@ -210,7 +211,7 @@ class _Emission:
             padding = [0, 0] * (old.dim() - 1 - dim) + [0, 1]
             new = self.graph.call_function(torch.nn.functional.pad, (new, padding))
             places = np.where(alive, np.cumsum(alive) - 1, np.count_nonzero(alive))
-            new = self.graph.call_function(torch.index_select, (new, dim, self._positions(places)))
+            new = self.graph.call_function(torch.index_select, (new, dim - old.dim(), self._positions(places)))
         return new
 
     def _padded(self, tensor: Any) -> Iterator[tuple[int, Mask]]:
