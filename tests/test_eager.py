@@ -854,6 +854,26 @@ def test_a_batch_of_one_that_python_drops() -> None:
             assert torch.allclose(pruned(x), masked(model, pruned)(x))
 
 
+class Attends(nn.Module):
+    """Attention in Python, whose scale follows from the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(4, 4)
+        self.v.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+
+def test_attention_in_python_keeps_its_scale() -> None:
+    model, x = randomise(Attends().eval()), torch.randn(2, 5, 4, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.params_after < pruned.report.params_before
+    with torch.no_grad():
+        assert torch.allclose(pruned.model(x), masked(model, pruned.model)(x))
+
+
 class First(nn.Module):
     def forward(self, several: tuple[Tensor, ...]) -> Tensor:
         return several[0]

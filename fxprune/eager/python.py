@@ -266,8 +266,11 @@ class RealMode(LabelMode):
         if len(ctx.statistics) > statistics:
             ctx.statistics.popitem()  # they are taken at full width, where zeros count as in the masked original
             return False
-        if rule.family == "convolution" and rules.bind(func, args, kwargs)["groups"] > 1:
+        bound = rules.bind(func, args, kwargs)
+        if rule.family == "convolution" and bound["groups"] > 1:
             return False
+        if bound.get("scale", 1) is None and any(bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])):
+            return False  # attention scales by the width of what it is given
         if rule.family in ("pointwise", "contraction", "convolution", "normalisation", "reduction", "recurrent"):
             return True
         if name in _SIZED | {"_unsafe_view", "_reshape_alias"} and self._measured(out):
@@ -276,7 +279,7 @@ class RealMode(LabelMode):
         def labels(tensor: Tensor) -> list[Array]:
             return [f.labels for f in ctx.fields(tensor)]
 
-        return not of_one_size(name, rules.bind(func, args, kwargs), out, labels) and narrows(func, args, kwargs, out, labels)
+        return not of_one_size(name, bound, out, labels) and narrows(func, args, kwargs, out, labels)
 
     def _measured(self, out: Any) -> bool:
         """Whether every axis that shrinks was given its size by Python that read it off a tensor."""
