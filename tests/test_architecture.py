@@ -24,6 +24,7 @@ ROOMS = [
     "compiled",
     "prunable",
     "inputs",
+    "resized",
     "hooks",
     "module_sizes",
     "references",

@@ -28,7 +28,7 @@ from fxprune.inputs import placed
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
-__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "ways_of"]
+__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "is_raised", "ways_of"]
 
 Answers = tuple[bool, ...]
 
@@ -159,7 +159,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
         try:
             way = run(answers)
         except Exception as error:
-            if _is_raised(error.__traceback__, step[0]):
+            if is_raised(error.__traceback__, step[0]):
                 continue
             return Ways([()], step[0])
         if way.taken_out or len(found) == _MOST:
@@ -194,7 +194,7 @@ def _others(way: Decisions) -> list[tuple[Answers, Step]]:
     return [((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps]
 
 
-def _is_raised(trace: TracebackType | None, line: str) -> bool:
+def is_raised(trace: TracebackType | None, line: str) -> bool:
     """Whether an exception comes from a ``raise`` or an ``assert`` of the model, or of torch where the question itself was put.
 
     What failed otherwise may well be done for other inputs.

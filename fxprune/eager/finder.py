@@ -37,6 +37,7 @@ class Finder:
         self.twin = twin
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
+        self._settled: frozenset[str] = frozenset()  # parts whose graph holds for its own sizes: it guards them
         self._traced: dict[tuple[str, str], str | None] = {}  # by path and what it is called with; None: it cannot be traced
 
     @property
@@ -51,12 +52,13 @@ class Finder:
             known, self.graphs = len(self.python), {}
             with intercepted(real, everything - self.python, self._try):
                 for route in routes:
+                    self._settled = self.parts if route.is_of_sizes else frozenset()
                     run(real, args, kwargs, route)
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         graph = self._graph(path, args, kwargs) if path not in self.python else None
-        if graph is None or self.graphs.setdefault(path, graph) != graph:
+        if graph is None or (self.graphs.setdefault(path, graph) != graph and path not in self._settled):
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented

@@ -18,7 +18,9 @@ from fxprune.contents import leaves, leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
-from fxprune.eager.routes import Route, routes_of, run
+from fxprune.eager.questions import plain_sizes
+from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run
+from fxprune.eager.sized import Sized
 from fxprune.eager.straight import is_straight
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
@@ -45,15 +47,18 @@ class Parts:
         self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
         self._stand_ins: TensorMap[Tensor] = TensorMap()
         self.decided = ""  # the line at which Python takes out numbers that depend on weights
+        self._by = "values"  # what it decides by
         self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What the model returns for this call, and on each other route that its Python can take."""
         routes = routes_of(self.twin, args, kwargs)
-        self.decided, self._untrained = routes.decided, routes.untrained
-        self._found = found = Finder(self.twin)
+        self._untrained = routes.untrained
+        found = Finder(self.twin)
         found.run(args, kwargs, routes.all)
+        self._add_sized(found, routes, args, kwargs)
+        self.decided = routes.decided
         if routes.taken_out:
             real = self.twin.instance()
             plain = {replace(route, answers=()) for route in routes.all}
@@ -62,7 +67,12 @@ class Parts:
         results = []
         for route in routes.all:
             contractions = len(self.context.contractions)
-            results.append(self._run(found.parts, args, kwargs, route))
+            try:
+                results.append(self._run(found.parts, args, kwargs, route))
+            except Exception:
+                if not route.is_of_sizes:
+                    raise
+                self.decided, self._by = self.decided or f"inputs of other sizes, {route.sizes}", "sizes of inputs"
             if route is not routes.all[0]:  # what is computed there is not what the example costs
                 del self.context.contractions[contractions:]
         self._leave_whole_what_training_may_call()
@@ -75,6 +85,22 @@ class Parts:
         if self.decided:  # what a part shares with a module that has not run is read there as it is
             self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
         return results
+
+    def _add_sized(self, found: Finder, routes: Routes, args: Any, kwargs: Any) -> None:
+        """Add what the model does for inputs of other sizes, and find the parts that it calls there."""
+        plain, known = [*routes.all], frozenset[str]()
+        while known != found.parts and not routes.decided:
+            known, sized = found.parts, Sized(self.twin, found.parts, args, kwargs)
+            for route in plain:
+                if not route.answers and not route.finds:
+                    sized.explore(route)
+            del routes.all[len(plain) :]
+            for route in sized.routes:
+                add_ways(routes, self.twin, args, kwargs, route)
+            if sized.decided:
+                routes.decided, self._by = sized.decided, "sizes of inputs"
+            if sized.routes:
+                found.run(args, kwargs, routes.all)
 
     def _leave_whole_what_training_may_call(self) -> None:
         """Where training cannot be followed, modules that have not run may be called there, on whatever is between the parts."""
@@ -124,13 +150,14 @@ class Parts:
     def settle(self) -> None:
         """Extend what Python sees at full width to all that goes with it; pin it where it cannot be handed out so.
 
-        Where Python decides by values, parts may be called in another order and on other things than for the example. Then nothing
-        is removed between them: a part whose inputs and outputs are whole does the right thing wherever it is called.
+        Where Python decides by values, or by sizes in a way that was not followed, parts may be called in another order and on
+        other things than for the example. Then nothing is removed between them: a part whose inputs and outputs are whole does the
+        right thing wherever it is called.
         """
         ctx = self.context
         for tensor, _, _ in self._handed if self.decided else ():
             ctx.node = PYTHON + self.decided
-            ctx.pin_all(ctx.fields(tensor), "passes Python code that decides by values")
+            ctx.pin_all(ctx.fields(tensor), f"passes Python code that decides by {self._by}")
         wide, before = np.unique(np.concatenate([np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.wide)])), -1
         wide = wide[wide > 0]
         while len(wide) != before:
@@ -206,7 +233,7 @@ class Parts:
 
 def _as_number(leaf: Any) -> Any:
     """A width that a part is called with, or that the model gives, is a number, and no other one in the smaller model."""
-    return leaf.told() if type(leaf) is Width else leaf
+    return leaf.told() if type(leaf) is Width else plain_sizes(leaf)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -106,12 +106,12 @@ class Sizes(TorchFunctionMode):
             self.mode.widths = before
 
     def _sizes(self, tensor: Tensor) -> Any:
-        context, sizes = self.mode.context, list(tensor.size())
+        context, sizes = self.mode.context, list[Any](tensor.size())
         fields = context.fields(tensor)
         self.mode.reads(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
-            sizes[dim] = Width(sizes[dim], functools.partial(_live, context, labels), context.wide.extend)
+            sizes[dim] = Width(int(sizes[dim]), functools.partial(_live, context, labels), context.wide.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import RUNS, undrawn
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
+from fxprune.eager.questions import Place, Questions
+from fxprune.inputs import Arguments
 from fxprune.shapes import DispatchMode
 from fxprune.trace import Twin
 
-__all__ = ["Route", "Routes", "routes_of", "run"]
+__all__ = ["Route", "Routes", "add_ways", "routes_of", "run"]
 
 CHANCE = "random numbers of Python or NumPy"
 
@@ -34,11 +36,23 @@ class Route:
         Whether the model is in training mode.
     finds:
         Whether something is found wherever the example has nothing: boxes above a threshold, say.
+    sizes, call:
+        Which other sizes the inputs have, and the call with them.
+    turned:
+        What is answered at some places to questions about sizes (:mod:`fxprune.eager.questions`).
     """
 
     answers: Answers = ()
     training: bool = False
     finds: bool = False
+    sizes: str = ""
+    call: Arguments | None = field(default=None, compare=False, repr=False)
+    turned: tuple[tuple[Place, bool], ...] = ()
+
+    @property
+    def is_of_sizes(self) -> bool:
+        """Whether it is what the model does for inputs of other sizes."""
+        return bool(self.sizes or self.turned)
 
 
 @dataclass
@@ -63,8 +77,13 @@ class Routes:
 
 def run(model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]) -> tuple[Any, Decisions]:
     """What the model, a private copy, returns on this route, run under these contexts."""
+    args, kwargs = route.call or (args, kwargs)
+    found: list[AbstractContextManager[Any]] = [Found()] if route.finds else []
+    if route.turned:
+        questions = Questions([*model.parameters(), *model.buffers()], dict(route.turned))
+        inside = (questions, questions.counting(), *inside)
     with _mode(model, route.training):
-        return followed(model, args, kwargs, route.answers, *inside, *([Found()] if route.finds else []))
+        return followed(model, args, kwargs, route.answers, *inside, *found)
 
 
 def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
@@ -88,10 +107,15 @@ def _explored(twin: Twin, args: Any, kwargs: Any) -> tuple[Routes, bool]:
         _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
         for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
             try:
-                _add(found, functools.partial(_decisions, twin, args, kwargs, route), route)
+                add_ways(found, twin, args, kwargs, route)
             except Exception as error:
                 found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
         return found, drawn()
+
+
+def add_ways(routes: Routes, twin: Twin, args: Any, kwargs: Any, route: Route) -> None:
+    """Add all ways that a route can go."""
+    _add(routes, functools.partial(_decisions, twin, args, kwargs, route), route)
 
 
 def _decisions(twin: Twin, args: Any, kwargs: Any, route: Route, answers: Answers) -> Decisions:

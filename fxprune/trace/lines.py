@@ -15,7 +15,7 @@ import torch
 
 from fxprune.errors import TraceError
 
-__all__ = ["UNKNOWN", "ElsewhereError", "following", "is_ours", "user_line"]
+__all__ = ["UNKNOWN", "ElsewhereError", "following", "is_ours", "user_frames", "user_line"]
 
 UNKNOWN = "an unknown line"
 
@@ -82,6 +82,17 @@ def user_line(stack: Any = None) -> str:
             of_torch = line
         frame = frame.f_back  # type: ignore[assignment]
     return of_torch or UNKNOWN
+
+
+def user_frames() -> tuple[tuple[str, int], ...]:
+    """File and line of each frame of a model that is followed, the innermost first, but for those of torch and of fxprune."""
+    frame, found = sys._getframe(1), []
+    while frame is not None and frame is not _followed.entry:
+        filename = frame.f_code.co_filename
+        if not is_ours(filename):
+            found.append((filename, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(found)
 
 
 _OWN = f"{Path(__file__).parents[1]}/"

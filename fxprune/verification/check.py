@@ -17,6 +17,7 @@ from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
+from fxprune.resized import other_batch, other_sizes
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain
@@ -24,7 +25,7 @@ from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
 from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
 from fxprune.verification.structure import check_structure
-from fxprune.verification.values import Call, choices, in_single, inputs_of, other_batch, other_sizes, weights_of
+from fxprune.verification.values import Call, choices, in_single, inputs_of, weights_of
 
 __all__ = ["Verification", "check"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.inputs import batch_size
-
-__all__ = ["Call", "Choice", "choices", "in_single", "inputs_of", "other_batch", "other_sizes", "weights_of"]
+__all__ = ["Call", "Choice", "choices", "in_single", "inputs_of", "weights_of"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -94,71 +91,6 @@ def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, 
         return torch.randn(tensor.shape, generator=generator, dtype=dtype)
 
     return tree_map_only(Tensor, value, call)
-
-
-def other_batch(call: Call) -> Call | None:
-    """The example with another number of rows, 1 if it has more; None where its tensors have none."""
-    args, kwargs = call
-    rows = batch_size((*args, *kwargs.values()))
-    wanted = 2 if rows == 1 else 1
-    found = False
-
-    def value(given: Any) -> Any:
-        nonlocal found
-        if type(given) is list and len(given) == rows and all(isinstance(item, Tensor) for item in given):
-            found = True
-            return [given[i % rows] for i in range(wanted)]
-        if isinstance(given, Tensor) and given.dim() and given.shape[0] == rows:
-            found = True
-            return _resized(given, 0, wanted)
-        if type(given) in (tuple, list):
-            return type(given)(value(item) for item in given)
-        return {key: value(item) for key, item in given.items()} if type(given) is dict else given
-
-    changed = tuple(value(given) for given in args), {name: value(given) for name, given in kwargs.items()}
-    return changed if found else None
-
-
-def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
-    """The example at other resolutions and lengths, with what changed: sizes that are equal change together."""
-    args, kwargs = call
-    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
-    listed = any(type(value) is list for value in (*args, *kwargs.values()))
-    first = 0 if listed else 1  # images in a list have no axis for the batch
-    found = {size for tensor in tensors for size in tensor.shape[first:] if size > 2}
-    images = {size for tensor in tensors for size in tensor.shape[-2:] if tensor.dim() - first > 2 and size > 2}
-    together = [tuple(sorted(images))] if len(images) > 1 else []
-    for sizes in [*together, *((size,) for size in sorted(found, reverse=True))]:
-        for other in (_half, _odd, _next):
-            new = {size: other(size) for size in sizes}
-            text = ", ".join(f"{to} for {size}" for size, to in new.items())
-            yield text, tree_map_only(Tensor, functools.partial(_with_sizes, new=new, first=first), call)
-
-
-def _half(size: int) -> int:
-    return size // 2 if size % 2 == 0 else size - 1
-
-
-def _odd(size: int) -> int:
-    """One more: a multiple of nothing that the example's size is a multiple of."""
-    return size + 1
-
-
-def _next(size: int) -> int:
-    """Another multiple of 32, if it is one; small ones get larger, large ones smaller, which takes less time."""
-    return size - 32 if size > 64 else 2 * size
-
-
-def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
-    for dim, size in enumerate(tensor.shape[first:], start=first):
-        if size in new:
-            tensor = _resized(tensor, dim, new[size])
-    return tensor
-
-
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor with another size along one dimension: cut, or repeated from its beginning."""
-    return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
 
 
 def in_single(value: Any) -> Any:
