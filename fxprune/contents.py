@@ -85,9 +85,9 @@ def _content(holder: Any) -> list[Any] | None:
         return None
     if isinstance(holder, type):
         return [value for value in vars(holder).values() if isinstance(value, Tensor)] or None
-    if isinstance(holder, nn.Module):
-        own = [value for name, value in vars(holder).items() if not name.startswith("_")]
-        return [*holder._parameters.values(), *holder._buffers.values(), *holder._modules.values(), *own] or None
+    if isinstance(holder, nn.Module):  # its parameters, buffers and numbers are its own: no results of a call that hands it out
+        held = (value for name, value in vars(holder).items() if not name.startswith("_"))
+        return [*holder._modules.values(), *(value for value in held if not isinstance(value, (int, float, complex, str)))] or None
     if isinstance(holder, Mapping):
         return [*(key for key in holder if isinstance(key, Tensor)), *holder.values(), *_attributes(holder)]
     if isinstance(holder, Set):

@@ -287,7 +287,9 @@ class Between(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("function", [if_many, row_by_row, unbound, torch.vmap(torch.detach_copy)], ids=str)
+@pytest.mark.parametrize(
+    "function", [if_many, row_by_row, unbound, torch.vmap(torch.detach_copy)], ids=["if", "rows", "unbind", "vmap"]
+)
 def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(function: Callable[[Tensor], Tensor]) -> None:
     model, x = Between(lambda model, h: function(h)), torch.randn(2, 4)
     emitted = fxprune.prune(model, x, channels=0.5, verify=True).model

@@ -85,12 +85,15 @@ def user_line(stack: Any = None) -> str:
 
 
 def user_frames() -> tuple[tuple[str, int], ...]:
-    """File and line of each frame of a model that is followed, the innermost first, but for those of torch and of fxprune."""
+    """File and line of each frame of a model that is followed, the innermost first, but for those of torch and of fxprune.
+
+    Generated code has no file, and another name in each copy of its module: it goes by the name of its function.
+    """
     frame, found = sys._getframe(1), []
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         if not is_ours(filename):
-            found.append((filename, frame.f_lineno))
+            found.append((frame.f_code.co_name if filename.startswith("<") else filename, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 
