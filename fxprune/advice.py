@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Mapping
 
 from fxprune.budget import Budget
-from fxprune.coupling import KEPT, Coupling
+from fxprune.coupling import KEPT, OUTPUT, Coupling
 from fxprune.errors import FxpruneWarning
 from fxprune.report import Report
+from fxprune.rules import READS_INPUT
 
 __all__ = ["warn_of_evaluation", "warn_of_little"]
 
@@ -38,7 +39,8 @@ def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stackl
     gone = 1 - report.params_after / max(report.params_before, 1)
     pinned = (report.params_pinned or 0) > report.params_before / 2
     held = coupling.pinned_macs()
-    if next(iter(held), None) == KEPT:
+    most = _most(held)
+    if most == KEPT:
         return
     if left < units and (budget.channels is None or not pinned or gone >= _LITTLE * (1 - budget.channels)):
         return
@@ -48,16 +50,23 @@ def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stackl
         result = "nothing in this model can be pruned"
     elif left == units:
         result = f"none of the {units} units went, each group being left what min_channels= and round_to= ask for"
+    said = _most_pinned(coupling, held, most) if pinned or not left == units > 0 else ""
     way = "print(fxprune.analyze(model, example_inputs)) shows all that is pinned, and why."
-    text = f"{asked} was asked for, and {result}. {_most_pinned(coupling, held)}{way}"
+    text = f"{asked} was asked for, and {result}. {said}{way}"
     warnings.warn(text, FxpruneWarning, stacklevel=stacklevel + 1)
 
 
-def _most_pinned(coupling: Coupling, held: Mapping[str, float]) -> str:
+def _most(held: Mapping[str, float]) -> str | None:
+    """The reason that holds most. That the first layers read an input is true of every model: others count first."""
+    others = [reason for reason in held if reason != READS_INPUT]
+    return next(iter(others if set(others) - {OUTPUT} else held), None)
+
+
+def _most_pinned(coupling: Coupling, held: Mapping[str, float], most: str | None) -> str:
     """The pin that holds most, as a sentence."""
     if not coupling.pinned:
         return ""
-    reason = next(iter(held), coupling.pinned[0].reason)
+    reason = most or coupling.pinned[0].reason
     axis = next((str(pinned.axes[0]) for pinned in coupling.pinned if pinned.reason == reason and pinned.axes), "")
     share = f", {held[reason]:.0%} of the multiply-accumulates" if reason in held else ""
     return f'What pins most: "{reason}"{f", as {axis}" if axis else ""}{share}. '

@@ -26,18 +26,21 @@ from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
 from fxprune.identity import TensorMap
-from fxprune.inputs import Arguments
+from fxprune.inputs import Arguments, tensors_of
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
-from fxprune.rules.convolution import KERNEL
+from fxprune.rules.convolution import is_convolution
 from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["KEPT", "Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
+__all__ = ["KEPT", "OUTPUT", "Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
 
 KEPT = "is kept by request"
 """The reason of a pin that the caller asked for."""
+
+OUTPUT = "is an output of the model"
+"""The reason of a pin of what the model gives."""
 
 
 @door
@@ -202,14 +205,20 @@ class Coupling:
         names = TensorMap((tensor, name) for name, tensor in self.parameters.items())
         shares: dict[str, Fraction] = {}
         for ran in self.contractions:
-            weights = [(names[t], t) for t in ran.tensors if t in names and t.dim() > 1]
-            axes = [(name, dim) for name, weight in weights for dim, size in enumerate(weight.shape) if size > 1]
-            axes = [own for own in axes if all(reason != KERNEL for reason, _ in held.get(own, ()))]
-            for own in axes:
-                for reason, part in held.get(own, ()):
+            channels = 2 if is_convolution(ran.func) else None  # its other axes are the kernel's
+            weights = [t for t in ran.read if t.dim() > 1 and self.context.of_weights(t)]
+            axes = [(weight, dim) for weight in weights for dim, size in enumerate(weight.shape[:channels]) if size > 1]
+            for weight, dim in axes:
+                for reason, part in held.get((names[weight], dim), ()) if weight in names else self._held(weight, dim):
                     shares[reason] = shares.get(reason, Fraction(0)) + ran.share * ran.macs() * part / len(axes)
         total = self.macs() or 1
         return {reason: float(share / total) for reason, share in sorted(shares.items(), key=lambda item: -item[1])}
+
+    def _held(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
+        """Why an axis stays of a weight that forward computes."""
+        if any(labels.shape[dim] > 1 for labels in self.labels(weight)):
+            return []
+        return [(self.context.why_fixed([weight], dims=[dim])[0], Fraction(1))]
 
     def _parameter(self, name: str) -> Tensor:
         if not isinstance(name, str) or name not in self.parameters:
@@ -344,6 +353,8 @@ class Labelling:
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
         watch = self._watch("train." if training else "")
+        for tensor in tensors_of((args, kwargs)):
+            self.context.is_input(tensor)
         traced = trace(self.twin, args, kwargs, training=training, watch=watch)
         refuse_hooks(self.twin.model)
         self.context.node = traced.prefix + "output"
@@ -420,7 +431,7 @@ class Labelling:
     def _finish(self, outputs: Any) -> None:
         refuse_lazy(outputs, self.twin.model)
         for leaf in leaves(outputs):
-            self.context.pin_all(self.context.fields(leaf), "is an output of the model")
+            self.context.pin_all(self.context.fields(leaf), OUTPUT)
 
     def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
         context, mode = self.context, LabelMode(self.context)

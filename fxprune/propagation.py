@@ -46,6 +46,7 @@ class LabelMode(shapes.DispatchMode):
         if seen_whole(func):
             self.context.noted = ()
             out = self._execute(func, args, kwargs)
+            self.context.carry_causes(shapes.tensors_in(args, kwargs), shapes.tensors_in((out,), {}))
             if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
                 self.context.events.append(Event(self.context.node, func, out, self.context.noted, self))
             if self.context.weights is not None:

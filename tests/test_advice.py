@@ -2,11 +2,13 @@
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fxprune
 from fxprune.errors import FxpruneWarning
@@ -47,9 +49,73 @@ def test_what_is_nearly_all_pinned(scope: str) -> None:
         "analyze",
     ):
         assert re.search(part, text), text
-    reason = next(iter(fxprune.analyze(Sorted(4), X).pinned_macs()))
-    assert reason in text
+    assert '"is mixed by ' in text
     assert warning.filename == __file__
+
+
+def between(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Two layers with something between them, the second of which has most of the work."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(function(self.a(x)))
+
+    return Two()
+
+
+class Computed(nn.Module):
+    """The weight that is used is computed of the one that is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(64, 32)), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.linear(x, self.weight.sort(0).values))
+
+
+def spectral() -> nn.Module:
+    layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)
+    return nn.Sequential(*map(nn.utils.parametrizations.spectral_norm, layers))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "reason"),
+    [
+        (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 64)), nn.Linear(64, 4)), X, "aten::vdot has no rule"),
+        (spectral(), IMAGE, "aten::vdot has no rule"),
+        (nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(32, 64)), nn.Linear(64, 4)), X, "aten::tril has no rule"),
+        (Computed(), X, "is mixed by sort"),
+        (between(lambda h: h.sort(-1).values), X, "is mixed by sort"),
+        (between(lambda h: h.cumsum(-1).relu() + 1), X, "is mixed by cumsum"),
+        (between(lambda h: h.softmax(-1)), X, "is mixed by softmax"),
+        (between(lambda h: torch.linalg.qr(h.T)[0].T), X, "aten::linalg_qr has no rule"),
+        (between(lambda h: h[:, torch.arange(32).flip(0)]), X, "is read by indices"),
+        (between(lambda h: h * torch.linspace(0, 1, 32)), X, "meets a tensor of fixed size"),
+        (between(lambda h: h), X, None),
+        (nn.Sequential(nn.Linear(32, 64)), X, "is an output of the model"),
+        (nn.Sequential(nn.Linear(32, 1), nn.Linear(1, 4)), X, "reads an input of the model"),
+    ],
+)
+def test_the_reason_that_is_named_is_the_cause(model: nn.Module, x: Tensor, reason: str | None) -> None:
+    """Not what follows from it: a layer behind stays as wide as it is for the reason of the layer before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxprune.prune(model, x, channels=0.5)
+    assert [f'What pins most: "{reason}"' in str(warning.message) for warning in caught] == [True] * (reason is not None)
+
+
+def test_the_input_that_a_branch_is_added_to_is_named() -> None:
+    class Around(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x) + x)
+
+    with pytest.warns(FxpruneWarning, match='What pins most: "meets an input of the model"'):
+        fxprune.prune(Around(nn.Linear(32, 32), nn.Linear(32, 4)), X, channels=0.5)
 
 
 @pytest.mark.parametrize("options", [{"channels": 0.5}, {"channels": 0.9, "scope": "global"}])
@@ -60,8 +126,9 @@ def test_what_cannot_be_pruned_at_all(options: dict[str, Any]) -> None:
 
 def test_groups_that_are_left_as_they_are_by_rounding() -> None:
     for options in ({"round_to": 16}, {"min_channels": 16}):
-        with pytest.warns(FxpruneWarning, match=r"none of the 8 units went.*round_to="):
+        with pytest.warns(FxpruneWarning, match=r"none of the 8 units went.*round_to=") as caught:
             fxprune.prune(convolutions(), IMAGE, channels=0.5, **options)
+        assert "What pins most" not in str(caught[0].message)
 
 
 @pytest.mark.parametrize(

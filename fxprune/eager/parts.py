@@ -24,6 +24,7 @@ from fxprune.eager.sized import Sized
 from fxprune.eager.straight import is_straight
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
+from fxprune.inputs import tensors_of
 from fxprune.rules import Context, Record
 from fxprune.trace import Trace, Twin, trace
 from fxprune.trace.values import map_leaves
@@ -121,6 +122,10 @@ class Parts:
         measure(real, mode)
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            if not path:
+                for tensor in tensors_of((args, kwargs)):
+                    self.context.is_input(tensor)
+                return NotImplemented
             args, kwargs = map_leaves(_as_number, (args, kwargs))
             with _disable_current_modes():
                 with without_function_modes():
@@ -133,7 +138,7 @@ class Parts:
                     mode.carry(leaf, self.context.fields(stand_in))
             return out
 
-        with intercepted(real, parts, part):
+        with intercepted(real, {*parts, ""}, part):
             out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
         for leaf in leaves(out):
             _as_number(leaf)
@@ -226,6 +231,7 @@ class Parts:
             self._stand_ins[real] = shape_of(real)
         made = self._stand_ins[real]
         fields = self.context.fields(real)
+        self.context.carry_causes([real], [made])
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made

@@ -13,10 +13,11 @@ from fxprune.rules import (
     reduction,
     resampling,
 )
-from fxprune.rules.context import Context, Contraction, Event, Record, Sighting
+from fxprune.rules.context import READS_INPUT, Context, Contraction, Event, Record, Sighting
 from fxprune.rules.registry import REGISTRY, Rule, bind, find, register_rule
 
 __all__ = [
+    "READS_INPUT",
     "REGISTRY",
     "Context",
     "Contraction",

@@ -6,7 +6,7 @@ what is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Conte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -14,13 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, Units, compact, varied
 from fxprune.macs import op_macs
 from fxprune.shapes import META, map_tensors
 
-__all__ = ["Context", "Contraction", "Event", "Met", "Operand", "Record", "Sighting"]
+__all__ = ["READS_INPUT", "Context", "Contraction", "Event", "Met", "Operand", "Record", "Sighting"]
+
+READS_INPUT = "reads an input of the model"
+"""Why the axes stay with which a model's first layers read what it is called with."""
+
+_INPUT = 2  # the number of the reason of an input itself; who meets one has its own
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +42,7 @@ class Record:
     axes: tuple[int, ...] = ()  # parameters and buffers: the number of each axis
     unborn: set[int] = field(default_factory=set)
     born: list[Field] = field(default_factory=list)  # parameters: every field there ever was, for the report of pins
+    lost: dict[int, int] = field(default_factory=dict)  # dimension -> why the labels there were pinned
 
     @property
     def unmet(self) -> bool:
@@ -68,6 +75,12 @@ class Operand:
     record: Record | None = None
     dims: tuple[int, ...] = ()
     tensor: Tensor | None = None
+    carrier: Tensor | None = None  # the tensor that the fields come from, where they are laid out by hand
+
+    @property
+    def source(self) -> Tensor | None:
+        """The tensor that the fields come from."""
+        return self.carrier if self.tensor is None else self.tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +104,13 @@ class Contraction:
     kwargs: dict[str, Any]
     out: Any
     share: Fraction = Fraction(1)
+
+    @property
+    def read(self) -> list[Tensor]:
+        """Everything it read."""
+        found: list[Tensor] = []
+        map_tensors(found.append, (self.args, self.kwargs))
+        return found
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -141,7 +161,10 @@ class Context:
         self.target: Any = None
         self.sightings: list[Sighting] = []
         self._seen: set[tuple[Any, ...]] = set()
-        self.reasons: list[tuple[str, str]] = [("", ""), ("meets a part that stays", "")]
+        self.reasons: list[tuple[str, str]] = [("", ""), ("meets a part that stays", ""), ("is an input of the model", "")]
+        self.causes: Any = WeakTensorKeyDictionary()  # tensor -> dimension, or None: others -> the reason's number
+        self._pinned_now = 0  # the first reason that the op which runs has given
+        self._given: int | None = None  # why the channels stay that the layer gives; None: no layer runs
         self._reason_numbers: dict[tuple[str, str], int] = {}
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
         self.fixed_axes: dict[int, int] = {}  # axis number -> reason, for axes that met a fixed size before they got labels
@@ -184,9 +207,7 @@ class Context:
         if record.unborn:
             for axis in sorted(record.unborn):
                 self.birth(record, axis)
-        if record.version != self.units.version and record.fields:
-            record.fields = self._refresh(record.fields)
-            record.version = self.units.version
+        self._renew(record)
         if record.base is not None and record.base.overwritten:
             return [Field(f.labels, False) for f in record.fields]
         return record.fields
@@ -203,6 +224,18 @@ class Context:
                     out.append(Field(labels, f.zero))
         return out
 
+    def _renew(self, record: Record) -> None:
+        """Bring the fields of a tensor up to date."""
+        if record.version != self.units.version and record.fields:
+            before, record.fields = record.fields, self._refresh(record.fields)
+            self._note_lost(record, before)
+            record.version = self.units.version
+
+    def _note_lost(self, record: Record, before: Iterable[Field]) -> None:
+        for f in before:
+            if not self.units.live(f.labels).any():
+                record.lost.update(dict.fromkeys(f.dims, int(self.units.reasons(f.labels).max())))
+
     def settle(self) -> None:
         """Refresh the fields of every tensor there is, those of a parameter that no op has met left alone."""
         done: dict[int, tuple[Array, list[Field]]] = {}  # by the id of the labels as they were, which it keeps alive
@@ -212,6 +245,8 @@ class Context:
                 if id(f.labels) not in done:
                     done[id(f.labels)] = f.labels, self._refresh([f])
                 fields += [Field(new.labels, f.zero) for new in done[id(f.labels)][1]]
+            if len(fields) < len(record.fields):
+                self._note_lost(record, record.fields)
             record.fields, record.version = fields, self.units.version
 
     def put(self, tensor: Any, fields: Iterable[Field], base: Any = None) -> None:
@@ -220,6 +255,8 @@ class Context:
             return
         kept = [f if f.labels.ndim == tensor.dim() else _wrong_rank(f, tensor) for f in fields]
         root = self.records.get(base) if base is not None else None
+        if root is not None and tensor is base and _alike(root.fields, kept):
+            return  # nothing to do, as in a flatten() of what is flat
         if root is not None and root.base is not None:
             root = root.base
         if not kept and root is None:
@@ -271,10 +308,66 @@ class Context:
         for owner in self.units.owners(labels):
             self._edge(owner, record.axes[axis])
 
-    def adopt_nothing(self, record: Record, axis: int, why: str) -> None:
-        """A parameter's axis met a size that cannot shrink."""
+    def adopt_nothing(self, record: Record, axis: int, why: str | tuple[str, str]) -> None:
+        """A parameter's axis met a size that cannot shrink; ``why``: the reason, with the node that gave it if not this one."""
         record.unborn.discard(axis)
         self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
+
+    def adopt_fixed(self, record: Record, axis: int, met: Iterable[Any]) -> None:
+        """A parameter's axis met tensors that have no labels there."""
+        self.adopt_nothing(record, axis, self.why_fixed(met, read=record.axes[axis] in self.summed_axes))
+
+    # -- why there are no labels
+
+    def is_input(self, tensor: Tensor) -> None:
+        """Note that the model is called with this tensor."""
+        self.causes[tensor] = {None: _INPUT}
+
+    def gives(self, weight: Tensor | None, dims: Iterable[int]) -> None:
+        """Note which dimensions of its weight a layer hands on: why they stay is why what it gives has no labels."""
+        self._given = _first(number for number in (self._given or 0, self.cause(weight, dims)))
+
+    def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Note, after an op, why its results may lack labels: what it has pinned, or what its operands lack them for.
+
+        A dimension that an operand has as well lacks them for the same reason.
+        """
+        given, pinned = self._given, self._pinned_now
+        self._given, self._pinned_now = None, 0
+        whole = given if given is not None else pinned or _first(self.cause(tensor) for tensor in tensors)
+        for result in results:
+            own: dict[int | None, int] = {None: whole} if whole else {}
+            for tensor in tensors if given is None and whole else ():
+                if tensor.shape == result.shape:
+                    own |= self._causes_along(tensor)
+            if own:
+                self.causes[result] = own
+
+    def _causes_along(self, tensor: Any) -> dict[int | None, int]:
+        """The numbers of the reasons why a tensor has no labels along its dimensions; None: along any other."""
+        own: dict[int | None, int] = dict(self.causes.get(tensor, {}))
+        record = self.records.get(tensor)
+        if record is not None:
+            self._renew(record)
+            own.update((d, self.fixed_axes[number]) for d, number in enumerate(record.axes) if number in self.fixed_axes)
+            own.update(record.lost.items())
+        return own
+
+    def cause(self, tensor: Any, dims: Iterable[int] | None = None) -> int:
+        """The number of the reason why a tensor has no labels, along some of its dimensions; 0: it never had any."""
+        if not isinstance(tensor, Tensor):
+            return 0
+        known = self._causes_along(tensor)
+        if dims is None:
+            return _first(known.values())
+        return next((known[d] for d in sorted(dims) if d in known), known.get(None, 0))
+
+    def why_fixed(self, tensors: Iterable[Any], dims: Iterable[int] | None = None, *, read: bool = False) -> tuple[str, str]:
+        """The reason, and its node, of what meets tensors that have no labels; ``read``: of an axis that is summed."""
+        found = _first(self.cause(tensor, dims) for tensor in tensors)
+        if found == _INPUT:
+            return (READS_INPUT if read else "meets an input of the model"), self.node
+        return self.reasons[found] if found else ("meets a tensor of fixed size", self.node)
 
     def virtual(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
         """Labels for dimensions that a literal size made (``expand``, ``zeros``): they shrink with what they meet."""
@@ -306,8 +399,11 @@ class Context:
             labels = first
         return compact(self.units.live(labels))
 
-    def pin(self, labels: Array, why: str) -> None:
-        self.units.pin(labels, self._reason(why))
+    def pin(self, labels: Array, why: str | tuple[str, str]) -> None:
+        """Forbid the removal of labels; ``why``: the reason, with the node that gave it if not this one."""
+        number = self._reason(why)
+        self._pinned_now = self._pinned_now or number
+        self.units.pin(labels, number)
 
     def pin_all(self, fields: Iterable[Field], why: str) -> None:
         for f in fields:
@@ -334,8 +430,8 @@ class Context:
         if labels and taken:
             self.statistics[self.node, index] = labels
 
-    def _reason(self, why: str) -> int:
-        key = (why, self.node)
+    def _reason(self, why: str | tuple[str, str]) -> int:
+        key = (why, self.node) if isinstance(why, str) else why
         if key not in self._reason_numbers:
             self._reason_numbers[key] = len(self.reasons)
             self.reasons.append(key)
@@ -406,27 +502,32 @@ class Context:
         sized = {dims[d] for d, size in enumerate(tensor.shape) if size > 1}
         return Operand(laid, sized, unborn, record, tuple(dims), tensor)
 
-    def merge(self, operands: Sequence[Operand], rank: int) -> list[Met]:
+    def merge(self, operands: Sequence[Operand], rank: int, summed: Collection[int] = ()) -> list[Met]:
         """Operands meet element by element on a virtual broadcast: pair their fields and unite the labels that meet.
 
         Fields pair by the dimensions along which they vary. A field whose partner has the full size of its dimensions but no
         labels there is pinned. Where the partner is sized on some of the dimensions only, the survivors must be equally many for
-        each position there.
+        each position there. ``summed`` are dimensions that a contraction sums over then.
         """
         order = sorted(range(len(operands)), key=lambda i: len(operands[i].unborn) > 0)
         acc: list[Met] = []
         sized: set[int] = set()
+        read = set(summed) if any(self.of_weights(operand.source) for operand in operands) else set()
+        before: list[Any] = []
         for turn, i in enumerate(order):
             b = operands[i]
             if turn == 0:
-                self._birth_rest(b, set(), rank)
+                self._birth_rest(b, set(), (), rank)
                 acc = [Met(f.labels, {i: f.zero}) for f in b.fields]
             else:
-                acc = self._pair(acc, sized, b, i, rank)
+                acc = self._pair(acc, sized, before, b, i, rank, read)
             sized |= b.sized
+            before.append(b.source)
         return acc
 
-    def _pair(self, acc: list[Met], sized: set[int], b: Operand, index: int, rank: int) -> list[Met]:
+    def _pair(
+        self, acc: list[Met], sized: set[int], before: list[Any], b: Operand, index: int, rank: int, read: set[int]
+    ) -> list[Met]:
         free = list(b.fields)
         out: list[Met] = []
         for met in acc:
@@ -450,7 +551,7 @@ class Context:
                     self.adopt(b.record, adopted, take(labels, b.dims))
                     out.append(Met(self._either(labels, met.labels), {**met.zero, index: True}))
             elif dims <= b.sized:
-                self.pin(met.labels, "meets a tensor of fixed size")
+                self.pin(met.labels, self.why_fixed([b.source], read=dims <= read))
             else:
                 for f in list(free):
                     if f.dims & dims:
@@ -463,11 +564,11 @@ class Context:
             if not common:
                 out.append(Met(f.labels, {index: f.zero}))
             elif f.dims <= sized:
-                self.pin(f.labels, "meets a tensor of fixed size")
+                self.pin(f.labels, self.why_fixed(before, read=f.dims <= read))
             else:
                 self.sight(f.labels, fixed=common)
                 out.append(Met(f.labels, {index: f.zero}))
-        for f in self._birth_rest(b, sized, rank):
+        for f in self._birth_rest(b, sized, before, rank):
             out.append(Met(f.labels, {index: True}))
         return out
 
@@ -475,7 +576,7 @@ class Context:
         """One for two arrays of labels that were united: the smaller. If they were not, the one that says more."""
         return a if (a.size <= b.size) == self.units.uniting else b
 
-    def _birth_rest(self, b: Operand, met_sizes: set[int], rank: int) -> list[Field]:
+    def _birth_rest(self, b: Operand, met_sizes: set[int], met: Iterable[Any], rank: int) -> list[Field]:
         """Axes of a parameter that met no labels: pinned where they met a size, born where they met nothing."""
         born: list[Field] = []
         if b.record is None:
@@ -484,7 +585,7 @@ class Context:
             if axis not in b.record.unborn:
                 continue
             if v in met_sizes:
-                self.adopt_nothing(b.record, axis, "meets a tensor of fixed size")
+                self.adopt_fixed(b.record, axis, met)
             else:
                 f = self.birth(b.record, axis)
                 born.append(Field(place(f.labels, b.dims, rank), True))
@@ -496,11 +597,14 @@ class Context:
         """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
         summed = set(summed)
         self.reads([(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands])
+        for o in operands:
+            if o.dims and self.of_weights(o.tensor):
+                self.gives(o.tensor, [d for d, v in enumerate(o.dims) if v not in summed])
         if len(operands) > 1 and not any(self.of_weights(o.tensor) for o in operands):
             fields = [f for operand in operands for f in operand.fields]
             self.heads += [(f.labels, sorted(f.dims & summed)) for f in fields if f.dims & summed and f.dims - summed]
         out = []
-        for met in self.merge(operands, rank):
+        for met in self.merge(operands, rank, summed):
             dims = set(varied(met.labels))
             zero = any(met.zero.values())
             if dims & summed:
@@ -511,6 +615,16 @@ class Context:
             elif dims:
                 out.append(Field(met.labels, zero))
         return out
+
+
+def _alike(fields: Sequence[Field], others: Sequence[Field]) -> bool:
+    return len(fields) == len(others) and all(np.array_equal(f.labels, g.labels) for f, g in zip(fields, others, strict=True))
+
+
+def _first(numbers: Iterable[int]) -> int:
+    """Of several reasons the first pin there was; without any, that it is an input."""
+    found = list(numbers)
+    return min((number for number in found if number > _INPUT), default=max(found, default=0))
 
 
 def place(labels: Array, dims: Sequence[int], rank: int) -> Array:

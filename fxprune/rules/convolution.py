@@ -18,7 +18,15 @@ KERNEL = "is a kernel axis"
 """Why a kernel's height and width stay, whatever else happens."""
 
 
-@rule("convolution", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
+_CONVOLUTIONS = ("convolution", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
+
+
+def is_convolution(func: Any) -> bool:
+    """Whether an ATen overload is a convolution: its weight's first two axes are channels, the others the kernel's."""
+    return func._schema.name.removeprefix("aten::") in _CONVOLUTIONS
+
+
+@rule(*_CONVOLUTIONS)
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o, ...)."""
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
@@ -35,9 +43,11 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if each > 1:
         ctx.reads([(x, ()), (w, [0 if transposed else 1])])
     if record is not None and record.unborn and not transposed and not record.fields:
-        labels = _first_use(ctx, record, incoming, groups, w)
+        labels = _first_use(ctx, record, x, incoming, groups, w)
     else:
         labels = _general(ctx, x, w, incoming, groups, transposed, out.shape[channel])
+    if ctx.of_weights(w):
+        ctx.gives(w, [1 if transposed else 0])
     fields = [Field(own.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for own, zero in labels]
     fields = [Field(f.labels[np.newaxis] if channel else f.labels, f.zero) for f in fields]
     if bias is not None:
@@ -69,7 +79,7 @@ def add_channel_bias(ctx: Context, out: Tensor, fields: list[Field], bias: Tenso
     return [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met]
 
 
-def _first_use(ctx: Context, record: Record, incoming: list[Field], groups: int, w: Tensor) -> list[tuple[Array, bool]]:
+def _first_use(ctx: Context, record: Record, x: Tensor, incoming: list[Field], groups: int, w: Tensor) -> list[tuple[Array, bool]]:
     """A weight that no op has met: its input axis takes over the labels that come in, its output axis gets new ones.
 
     Within groups the input axis takes the labels block by block, so each group may keep other inputs than its neighbour.
@@ -86,7 +96,7 @@ def _first_use(ctx: Context, record: Record, incoming: list[Field], groups: int,
                 ctx.sight(f.labels.reshape(groups, inputs), fixed={0})
             ctx.adopt(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
         if not incoming:
-            ctx.adopt_nothing(record, 1, "meets a tensor of fixed size")
+            ctx.adopt_fixed(record, 1, [x])
     record.version = -1
     if 0 not in record.unborn:
         return []
@@ -94,7 +104,7 @@ def _first_use(ctx: Context, record: Record, incoming: list[Field], groups: int,
         for f in incoming:
             ctx.adopt(record, 0, np.repeat(f.labels, outputs).reshape(-1, 1, *tail))
         if not incoming:
-            ctx.adopt_nothing(record, 0, "meets a tensor of fixed size")
+            ctx.adopt_fixed(record, 0, [x])
         return [(np.repeat(f.labels, outputs), True) for f in incoming]
     born = ctx.birth(record, 0).labels.reshape(-1)
     if groups > 1:
@@ -118,8 +128,8 @@ def _general(
     inputs, outputs = (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
     sizes = {GROUP: groups, INPUT: inputs, OUTPUT: outputs}
     here = {d for d in (GROUP, INPUT) if sizes[d] > 1}
-    left = Operand([Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], here, {})
-    right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {})
+    left = Operand([Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], here, {}, carrier=x)
+    right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {}, carrier=w)
     # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
     result = []
     for f in ctx.contract([left, right], 3, {INPUT}):
