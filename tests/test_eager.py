@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import functools
 import math
+import pickle
 import re
 import types
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -946,3 +948,44 @@ def test_numbers_from_a_generator_stay_python() -> None:
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert "a Generator" in pruned.report.not_one_graph
     assert share_left(pruned) < 0.8
+
+
+class Tagged(Tensor):
+    """A class of a user's."""
+
+
+class ByNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
+        return ByNumpy.apply(x), in_dims[0]
+
+
+def given_memory(y: Tensor) -> Tensor:
+    other = torch.empty(0)
+    other.data = y
+    return other
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "another class": lambda y: y.as_subclass(Tagged),
+    "a parameter": lambda y: nn.Parameter(y.detach(), requires_grad=False),
+    "data": lambda y: y.data,
+    "data that is set": given_memory,
+    "a deep copy": lambda y: copy.deepcopy(y.detach()),
+    "written down": lambda y: pickle.loads(pickle.dumps(y.detach())),
+    "NumPy under vmap": torch.vmap(ByNumpy.apply),
+}
+
+
+@pytest.mark.parametrize("made", UNSEEN.values(), ids=UNSEEN)
+def test_tensors_that_no_operation_makes_between_parts(made: Callable[[Tensor], Tensor]) -> None:
+    model, x = Between(lambda model, y: made(y)).eval(), torch.randn(IMAGE)
+    fxprune.prune(model, x, channels=0.5, verify=True).model(x)

@@ -26,6 +26,7 @@ from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
 from fxprune.inputs import tensors_of
 from fxprune.rules import Context, Record
+from fxprune.shapes import tensors_in
 from fxprune.trace import Trace, Twin, trace
 from fxprune.trace.values import map_leaves
 
@@ -127,6 +128,7 @@ class Parts:
                     self.context.is_input(tensor)
                 return NotImplemented
             args, kwargs = map_leaves(_as_number, (args, kwargs))
+            mode.memory.meet(tensors_in(args, kwargs))
             with _disable_current_modes():
                 with without_function_modes():
                     traced = self._traced(path, args, kwargs, route.training)
@@ -142,6 +144,7 @@ class Parts:
             out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
         for leaf in leaves(out):
             _as_number(leaf)
+            mode.memory.meet(tensors_in((leaf,), {}))
         self._read += mode.read
         return out
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
 from fxprune.eager.decisions import WHOLE
+from fxprune.eager.memory import Memory
 from fxprune.eager.narrowing import narrows, of_one_size
 from fxprune.eager.width import Width
 from fxprune.errors import FxpruneError
@@ -95,18 +96,24 @@ class Sizes(TorchFunctionMode):
         if name in _READING or getattr(getattr(func, "__self__", None), "__name__", "") in _READING:
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])  # whatever widths are in it are told
         if name in WHOLE:
+            self.mode.memory.meet([args[0]])
             self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
         for width in _widths(_numbers(name, args, kwargs)):
             width.told()
         before, self.mode.widths = self.mode.widths, _widths((args, kwargs)) if name in _SIZED else []
         args, kwargs = map_leaves(_plain, (args, kwargs))
+        given = tensors_in(args, kwargs)
+        self.mode.memory.meet(given)
         try:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
         finally:
             self.mode.widths = before
+        self.mode.memory.explain(given, tensors_in((out,), {}))
+        return out
 
     def _sizes(self, tensor: Tensor) -> Any:
         context, sizes = self.mode.context, list[Any](tensor.size())
+        self.mode.memory.meet([tensor])
         fields = context.fields(tensor)
         self.mode.reads(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
@@ -161,6 +168,7 @@ class RealMode(LabelMode):
         self.widths: list[Width] = []  # among the sizes that this call is given
         self.own: TensorMap[Tensor] = TensorMap()  # the model's parameters and buffers -> those of the twin
         self.read: TensorMap[None] = TensorMap()  # those of the twin that Python reads itself, outside of parts
+        self.memory = Memory(context)
         self.pausing = False  # while a part runs
         self._number = itertools.count()
 
@@ -180,20 +188,28 @@ class RealMode(LabelMode):
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx, rule, tensors = self.context, rules.find(func), tensors_in(args, kwargs)
+        self.memory.meet(tensors)
         for tensor in tensors:
             self.reads(tensor)
         ctx.node = f"{PYTHON}{user_line()}#{next(self._number)}"
         ctx.target = func
         labelled = any(t in ctx.records for t in tensors)
         creates = rule is not None and rule.family == "creation"
+        follows = rule is not None and (labelled or any(map(self.memory.follows, tensors)))
         out = func(*args, **kwargs)
-        if not labelled and not (creates and self.widths):
-            return out
+        if labelled or (creates and self.widths):
+            self._label(func, rule, args, kwargs, out)
+        self.memory.note([*tensors, *tensors_in((out,), {})] if func._schema.is_mutable else tensors_in((out,), {}), follows)
+        return out
+
+    def _label(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Carry labels on, also on no elements."""
+        tensors = tensors_in(args, kwargs)
+        labelled = any(t in self.context.records for t in tensors)
         if labelled and any(not leaf.numel() for leaf in (*tensors, *tree_leaves(out)) if isinstance(leaf, Tensor)):
             self._on_some(func, args, kwargs, out)
         else:
             self._note(func, rule, args, kwargs, out)
-        return out
 
     def _note(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry labels on, and note whose width the call must see."""
@@ -257,6 +273,7 @@ class RealMode(LabelMode):
         fit = [f for f in fields if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims) and f.labels.ndim == tensor.dim()]
         self.context.wide += [f.labels for f in fields if f not in fit]
         self.context.put(tensor, fit)
+        self.memory.note([tensor], True)
 
     def _narrows(self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int) -> bool:
         """Whether the same call does the right thing on fewer channels."""

@@ -174,7 +174,8 @@ class _Known:
         return _plain(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        number: Any = _plain(self)
+        return type(number), (number,)
 
 
 class Size(_Known, int):

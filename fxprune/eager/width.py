@@ -76,6 +76,9 @@ class Width(torch.SymInt):
     def __format__(self, spec: str) -> str:
         return format(self.told(), spec)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return int, (self.told(),)
+
     def __deepcopy__(self, memo: Any) -> Width:
         return self
 

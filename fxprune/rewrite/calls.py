@@ -108,6 +108,8 @@ def call_of(node: fx.Node, ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]
             return None
         name = key if key in free else free[0]
         places[name], given[name] = key, argument
+    if any(not argument.has_default_value() and argument.name not in given for argument in func._schema.arguments):
+        return None  # the node works it out itself, as fftshift does with the shifts of a roll
     name = func._schema.name.removeprefix("aten::").removesuffix("_copy")
     return Call(node, name, values, given, places)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
+from torch.utils._pytree import register_pytree_node
 
 from fxprune.errors import TraceError
 from fxprune.memory import AUGMENTED, name_of
@@ -108,6 +109,10 @@ class Parts(tuple[Any, ...]):
 
     def __mul__(self, times: Any) -> Any:
         return tuple.__mul__(self.count_parts(), times)
+
+
+register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _: SizeTuple(sizes))
+register_pytree_node(Parts, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))  # of each a model takes the leaves
 
 
 def _is_cut(node: fx.Node) -> bool:
