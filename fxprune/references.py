@@ -7,6 +7,7 @@ import copy
 import functools
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +65,40 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if kind in _SEQUENCES:
         return kind(copied(item, memo) for item in value)
-    return copy.deepcopy(value, memo)
+    return _deepcopied(value, memo)
+
+
+def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy``; what cannot be copied (a lock, a module object, a stream) is shared.
+
+    An iterator is not: who reads it changes it for all. Nor is what refers to one of those that are replaced.
+    """
+    trial = dict(memo)  # what a copy that fails has made is left behind
+    try:
+        made = copy.deepcopy(value, trial)
+    except Exception:
+        trial = memo | {id(held): held for held in _reached(value) if _is_shared(held)}
+        try:
+            made = copy.deepcopy(value, trial)
+        except Exception:
+            if _refers(value, memo) or any(isinstance(held, (Iterator, Tensor)) for held in _reached(value)):
+                raise
+            return value
+    kept = trial.pop(id(trial), [])  # where deepcopy keeps alive what it has met
+    memo.update(trial)
+    memo.setdefault(id(memo), []).extend(kept)
+    return made
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether an object that holds no other cannot be copied, and nobody can tell who has used it."""
+    if isinstance(value, (Tensor, Iterator)) or _held(value):
+        return False
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever it says
+        return True
+    return False
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -153,16 +187,19 @@ def _filled(cell: types.CellType) -> bool:
 
 def _refers(value: Any, memo: dict[int, Any]) -> bool:
     """Whether one of the objects to be replaced is reached from here."""
-    seen: set[int] = set()
+    return any(id(own) in memo for own in _reached(value, memo))
+
+
+def _reached(value: Any, memo: dict[int, Any] | None = None) -> Iterator[Any]:
+    """What is reached from here, each once; what is to be replaced leads no further."""
+    seen: dict[int, Any] = {}
     waiting = [value]
     while waiting:
         own = waiting.pop()
-        if id(own) in memo:
-            return True
         if id(own) not in seen:
-            seen.add(id(own))
-            waiting += _held(own)
-    return False
+            seen[id(own)] = own  # kept alive: a bound method is another object each time
+            yield own
+            waiting += _held(own) if memo is None or id(own) not in memo else []
 
 
 def _held(value: Any) -> list[Any]:

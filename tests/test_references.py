@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import fxprune
+from fxprune.errors import TraceError
 from fxprune.references import copied, hooks_apart, hooks_of
 
 
@@ -125,3 +132,42 @@ def test_an_object_whose_method_is_a_hook_is_left_alone_in_a_trial() -> None:
     assert collector.name == "old"
     (kept,) = hooks_of({1: collector.says}, {}).values()
     assert kept.__self__ is collector
+
+
+class Held(nn.Module):
+    """Layers, and something beside them."""
+
+    def __init__(self, beside: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.beside = nn.Linear(4, 8), nn.Linear(8, 2), beside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.beside if hasattr(self.beside, "__enter__") else contextlib.nullcontext():
+            return self.last(self.first(x).relu())
+
+
+def lock_below() -> Any:
+    return SimpleNamespace(locks=[threading.Lock()], number=3)
+
+
+@pytest.mark.parametrize("make", [threading.Lock, threading.Condition, threading.local, lambda: threading, lock_below])
+def test_what_cannot_be_copied_is_shared(make: Any) -> None:
+    model, x = Held(make()), torch.randn(2, 4)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert fxprune.verify(model, pruned, x).error < 1e-9
+
+
+def test_only_what_cannot_be_copied_is_shared() -> None:
+    beside = lock_below()
+    made = copied({"beside": beside}, {})["beside"]
+    assert made is not beside
+    assert made.locks is not beside.locks
+    assert made.locks[0] is beside.locks[0]
+
+
+def test_an_iterator_is_refused_by_name() -> None:
+    """A trial run would take from it what the user's next call gets."""
+    model = nn.Sequential(nn.Linear(4, 8), Held(iter_of := (n for n in range(3))))
+    with pytest.raises(TraceError, match=r"'1\.beside' is a generator"):
+        fxprune.analyze(model, torch.randn(2, 4))
+    assert next(iter_of) == 0

@@ -106,11 +106,10 @@ def twin_of(model: nn.Module) -> Twin:
                 memo[id(value)], real[id(held)] = held, value
     try:
         new_model = copy_of(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}). fxprune traces a copy so that your model stays untouched: "
-            "make every attribute of the model copyable with copy.deepcopy (no locks, open files or generators)."
-        ) from error
+    except TraceError:
+        raise
+    except Exception as error:  # of a __deepcopy__ of the user's
+        raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
     twin = lower(new_model)
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
@@ -148,7 +147,11 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for own in shells:
         new = memo[id(own)]
         for name, value in vars(own).items():
-            new.__dict__[name] = attribute(name, value, memo)
+            try:
+                new.__dict__[name] = attribute(name, value, memo)
+            except Exception as error:  # whatever its type says
+                path = next((path for path, below in module.named_modules() if below is own), "")
+                raise TraceError(_uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)) from error
     for own in whole:  # their own copies know nothing of what their hooks refer to
         for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
             vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS})
@@ -157,6 +160,14 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             vars(new).update({name: attribute(name, value, memo) for name, value in vars(old).items() if name not in vars(new)})
     copied_module: nn.Module = memo[id(module)]
     return copied_module
+
+
+def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
+    what = f"{model} cannot be copied" + (f": its attribute {path!r} is a {type(value).__name__}" if path else "")
+    return (
+        f"{what} ({type(error).__name__}: {error}). fxprune traces a copy so that your model stays untouched: make it "
+        "copyable with copy.deepcopy, or keep it outside of the model."
+    )
 
 
 def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module], whole: list[nn.Module]) -> None:
