@@ -17,7 +17,7 @@ from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import ONLY_EVALUATION, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
-from fxprune.trace import slow_path, twin_of
+from fxprune.trace import set_mode, slow_path, twin_of
 from fxprune.trace.lines import ElsewhereError
 
 __all__ = ["Clock", "label_and_couple"]
@@ -134,7 +134,7 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Ex
 
     def run(call: Arguments) -> Labelling:
         twin = twin_of(model)
-        twin.model.eval()
+        set_mode(twin.model, training=False)
         labelling = Labelling(twin, terms, **options)
         with slow_path(), seeded(0):
             labelling.run(*placed(call, twin.device))

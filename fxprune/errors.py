@@ -47,7 +47,14 @@ class BudgetError(FxpruneError, ValueError):
 
 
 class InputError(FxpruneError, ValueError):
-    """The example inputs do not fit the model: no tensor, or a shape that the model refuses."""
+    """The example inputs do not fit the model: no tensor, or a shape that the model refuses.
+
+    ``line`` is the line of the model's code at which they do not; empty where the call itself does not fit.
+    """
+
+    def __init__(self, message: str, line: str = "") -> None:
+        super().__init__(message)
+        self.line = line
 
 
 class ModelError(FxpruneError, ValueError):

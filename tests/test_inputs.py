@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import InputError, PlanError
+from fxprune.errors import InputError, ModelError, PlanError
 from fxprune.inputs import as_call, batch_size, drawn, read, shapes_of, widened
 
 IMAGES = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
@@ -202,3 +202,57 @@ def test_a_loader_may_leave_out_the_constants_of_the_example() -> None:
     model, loader = Net().double().eval(), [({"x": X},), ([X, None, 2],)]
     criterion = fxprune.criteria.Activation(loader)
     assert fxprune.prune(model, {"x": X, "mask": None, "scale": 2}, channels=0.5, criterion=criterion).report.params_after > 0
+
+
+class Fails(nn.Module):
+    def __init__(self, fails: Any) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(4, 16), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fails(self, self.layer(x))
+
+
+def imports(model: Any, x: Tensor) -> Tensor:
+    import a_package_that_is_not_there
+
+    return a_package_that_is_not_there.of(x)
+
+
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        (lambda model, x: model.missing(x), ModelError),
+        (lambda model, x: nn.functional.missing(x), ModelError),
+        (lambda model, x: missing(x), ModelError),  # type: ignore[name-defined]  # noqa: F821
+        (imports, ModelError),
+        (lambda model, x: x.missing(), InputError),
+        (lambda model, x: x.view(3, 3), InputError),
+    ],
+)
+def test_a_model_that_fails_whatever_it_is_called_with(fails: Any, error: Any) -> None:
+    with pytest.raises(error, match=r"test_inputs\.py:\d+"):
+        fxprune.analyze(Fails(fails).double(), X)
+
+
+def test_a_forward_without_self() -> None:
+    class Static(nn.Module):
+        @staticmethod
+        def forward(x: Tensor, scale: float = 1.0) -> Tensor:
+            return x * scale
+
+    layers = nn.Sequential(nn.Linear(4, 16), Static(), nn.Linear(16, 3)).double()
+    report = fxprune.prune(layers, X, channels=0.5).report
+    assert report.params_after < 0.6 * report.params_before
+    static = Static()
+    static.weight = nn.Parameter(torch.zeros(1))
+    assert fxprune.analyze(static, {"x": X}).groups == ()
+    with pytest.raises(InputError, match=r"3 positional inputs, but forward takes 2 \(x, scale\)"):
+        fxprune.analyze(static, (X, X, X))
+
+
+def test_an_exported_module_is_refused() -> None:
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 16)).double(), (X,)).module()
+    for model in (exported, nn.Sequential(exported)):
+        with pytest.raises(ModelError, match="give the model that was exported"):
+            fxprune.analyze(model, X)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxprune.eager.calls import in_one_thread, intercepted
-from fxprune.errors import InputError
+from fxprune.errors import FxpruneError, InputError, ModelError
 from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
-from fxprune.trace import Twin, slow_path, user_line
+from fxprune.trace import Twin, set_mode, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN, ElsewhereError
 
 __all__ = ["runnable"]
@@ -66,7 +68,8 @@ def _calls(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
 
 def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
     """Which of these modules a call reaches."""
-    model, found = twin.instance().eval(), set[str]()
+    model, found = twin.instance(), set[str]()
+    set_mode(model, training=False)
 
     def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         found.add(path)
@@ -79,10 +82,27 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
 
 
 def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
+    if isinstance(error, FxpruneError):
+        return error
     where = user_line(traceback.extract_tb(error.__traceback__))
-    if isinstance(refused, InputError) and (where in str(refused) or where == UNKNOWN):
+    if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
         return refused  # it says more: the arguments that forward takes, or shapes and the layer's weights
+    if _is_of_model(error):
+        return ModelError(
+            f"forward of this {type(twin.model).__name__} fails on other grounds than its inputs: {type(error).__name__}: {error} "
+            f"(at {where}). Mend that line; a model that runs can be pruned."
+        )
     return InputError(
         f"{type(twin.model).__name__} fails on the example inputs: {type(error).__name__}: {error} (at {where}). Check that they "
         "are what the model is called with: shapes, dtypes, values and the order of arguments."
     )
+
+
+def _is_of_model(error: Exception) -> bool:
+    """Whether an exception has nothing to do with inputs: a name, or an attribute of a module, that is not there.
+
+    A local variable without a value may have one for other inputs.
+    """
+    if isinstance(error, AttributeError):
+        return isinstance(error.obj, (nn.Module, ModuleType))
+    return isinstance(error, (NameError, ImportError)) and not isinstance(error, UnboundLocalError)

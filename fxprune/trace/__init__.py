@@ -39,7 +39,7 @@ from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
-from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, twin_of
+from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, set_mode, twin_of
 from fxprune.trace.values import SizeTuple
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "is_leaf",
     "plain_attention",
     "put_tensors",
+    "set_mode",
     "slow_path",
     "trace",
     "twin_of",
@@ -122,7 +123,7 @@ def trace(
         If an operation refuses the shapes of the example.
     """
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
-        twin.model.train(training)
+        set_mode(twin.model, training)
     attributes, made = Attributes(twin.model), frozenset[str]()
 
     def follow(arguments: tuple[Any, Any]) -> tuple[fx.Graph, dict[str, Tensor]]:

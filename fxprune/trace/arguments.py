@@ -17,9 +17,10 @@ def example_of(example_inputs: Any) -> Arguments:
     return shapes_of(read(example_inputs))
 
 
-def parameter_names(function: Any, count: int) -> list[str]:
+def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
+    """Names of the first arguments; ``own`` is the number of those before them, as ``self``."""
     code = function.__code__
-    names = list(code.co_varnames[1 : code.co_argcount])
+    names = list(code.co_varnames[own : code.co_argcount])
     if count > len(names) and not code.co_flags & 0x04:  # 0x04: the function takes *args
         raise InputError(
             f"example_inputs has {count} positional inputs, but forward takes {len(names)} ({', '.join(names)}). "
@@ -34,9 +35,9 @@ def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
     return {name: parameter.default for name, parameter in parameters if name not in given and type(parameter.default) is int}
 
 
-def check_keywords(function: Any, kwargs: Mapping[str, Any]) -> None:
+def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> None:
     code = function.__code__
-    known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    known = code.co_varnames[own : code.co_argcount + code.co_kwonlyargcount]
     unknown = [name for name in kwargs if name not in known]
     if unknown and not code.co_flags & 0x08:  # 0x08: the function takes **kwargs
         raise InputError(

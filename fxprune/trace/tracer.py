@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import inspect
 import itertools
 import operator
 import threading
@@ -211,8 +212,9 @@ class Tracer:
         """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
         args, kwargs = self.example
         forward = type(self.root).forward
-        names = parameter_names(forward, len(args))
-        check_keywords(forward, kwargs)
+        own = 0 if isinstance(inspect.getattr_static(type(self.root), "forward"), staticmethod) else 1  # self
+        names = parameter_names(forward, len(args), own)
+        check_keywords(forward, kwargs, own)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
         made = {name: self._placeholder(name, value) for name, value in values.items()}
         given = {name: made[name] if holds_tensors(values[name]) else values[name] for name in made}
@@ -615,9 +617,8 @@ class Tracer:
                 f"{failed} The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), "
                 "boolean indexing or other reads of values."
             )
-        return InputError(
-            f"{failed} Check that the example input has the shape, dtype and order of arguments that the model is called with."
-        )
+        check = "Check that the example input has the shape, dtype and order of arguments that the model is called with."
+        return InputError(f"{failed} {check}", user_line())
 
     def _by_chance(self, node: fx.Node) -> bool:
         """Whether a value depends on random numbers."""

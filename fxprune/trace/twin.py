@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.compiled import Uncompiled, is_compiled
-from fxprune.errors import TraceError
+from fxprune.errors import ModelError, TraceError
 from fxprune.lowering import lower
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
 from fxprune.shapes import META
 
-__all__ = ["Twin", "attribute", "copy_of", "put_tensors", "twin_of"]
+__all__ = ["Twin", "attribute", "copy_of", "put_tensors", "set_mode", "twin_of"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,23 @@ def twin_of(model: nn.Module) -> Twin:
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
     return Twin(twin, real, tensors, {id(memo[id(module)]): module for module in modules}, kept)
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Call a model's train() or eval().
+
+    Raises
+    ------
+    ModelError
+        If it fails.
+    """
+    try:
+        model.train(training)
+    except Exception as error:  # of a train() of the model's own
+        raise ModelError(
+            f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: {error} A module that "
+            "torch.export has made is one graph in one mode: give the model that was exported."
+        ) from error
 
 
 def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
