@@ -58,7 +58,7 @@ def _guarded(function: Any, name: str) -> Any:
         except (FxpruneError, Warning):
             raise
         except Exception as error:
-            slip = _slip(error, function, args, kwargs) if isinstance(error, TypeError) else None
+            slip = _slip(function, args, kwargs) if isinstance(error, TypeError) else None
             raise slip or _own(error, name) from error
 
     return entered
@@ -85,12 +85,16 @@ def guarded(name: str) -> Iterator[None]:
         raise _own(error, name) from error
 
 
-def _slip(error: TypeError, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
-    """What is said of a call that does not fit the function; None if it fits, and the error came later."""
+def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
+    """What is said of a call that does not fit the function, the same in every Python; None if it fits: the error came later."""
+    signature = inspect.signature(function)
     try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return SignatureError(f"{_said(error)}.{_meant(function, kwargs)}")
+        signature.bind(*args, **kwargs)
+    except TypeError as slip:
+        kinds = {own.kind for own in signature.parameters.values()}
+        unknown = [name for name in kwargs if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds]
+        what = f"got an unexpected keyword argument {unknown[0]!r}" if unknown else str(slip)
+        return SignatureError(f"{function.__qualname__}() {what}.{_meant(function, kwargs)}")
     return None
 
 

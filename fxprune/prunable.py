@@ -83,7 +83,7 @@ def _check_module(name: str, module: nn.Module) -> None:
     what = repr(name) if name else f"this {type(module).__name__}"
     for store, kinds in _STORES.items():
         held = vars(module).get(store)
-        if not isinstance(held, Mapping) or "training" not in vars(module):
+        if not isinstance(held, Mapping) or not hasattr(module, "training"):
             lacking = "training" if isinstance(held, Mapping) else store
             raise ModelError(
                 f"{what} has no {lacking}, as every torch.nn.Module has: call super().__init__() first in its __init__."
