@@ -251,6 +251,7 @@ def test_a_forward_without_self() -> None:
         fxprune.analyze(static, (X, X, X))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of a deep copy of it in older versions of torch
 def test_an_exported_module_is_refused() -> None:
     exported = torch.export.export(nn.Sequential(nn.Linear(4, 16)).double(), (X,)).module()
     for model in (exported, nn.Sequential(exported)):
