@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import where as imported_where
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -364,3 +365,52 @@ def test_what_a_cut_gives_is_a_tree_as_the_list_is() -> None:
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_function_that_works_out_what_its_operation_takes(dim: int) -> None:
     fxprune.prune(Between(lambda model, h: torch.fft.fftshift(h, dim)), torch.randn(2, 4), channels=0.5, verify=True)
+
+
+def turned(h: Tensor) -> Tensor:
+    out = h.clone()
+    seen = out.view(-1, 16)
+    out.t_()
+    out.add_(1)
+    return seen + out.T
+
+
+LAID_OUT_ANEW: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "in place": lambda model, h: turned(h),
+    "a layer under vmap": lambda model, h: torch.vmap(model.second)(h),
+    "a constant under vmap": lambda model, h: torch.vmap(lambda row: F.linear(row, torch.eye(16)))(h),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", LAID_OUT_ANEW.values(), ids=LAID_OUT_ANEW)
+def test_tensors_that_are_laid_out_anew_in_place(call: Callable[[Any, Tensor], Tensor]) -> None:
+    pruned = fxprune.prune(Between(call), torch.randn(2, 4), channels=0.5, verify=True)
+    assert not pruned.report.parts
+    assert pruned.report.error < 1e-9
+
+
+class Number(float):
+    """A number of a user's own class."""
+
+
+CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a double": lambda model, h: np.float64(2.0) * h,
+    "a float": lambda model, h: h * np.float32(2.0),
+    "a whole number": lambda model, h: h.sum(np.int64(1), keepdim=True) * h,
+    "a truth value": lambda model, h: h * np.bool_(True),
+    "a long double": lambda model, h: h.clamp(max=np.longdouble(0.5)),
+    "a complex number": lambda model, h: h * np.complex64(2.0),
+    "an own class": lambda model, h: h * Number(2.0),
+    "a type of tensors": lambda model, h: h.type(torch.DoubleTensor).type(torch.FloatTensor),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_are_written_in_the_words_of_code(call: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Between(call), torch.randn(2, 4)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert not pruned.report.parts
+    assert pruned.model(x).shape == model(x).shape
+    assert fxprune.verify(model, pruned, x, dtype=torch.float32).error < 1e-5

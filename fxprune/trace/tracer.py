@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -481,6 +482,10 @@ class Tracer:
                 f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward kept it, in a cache say, outside "
                 "of the model. Empty that cache."
             )
+        view = _view_instead(kind, target) if args and isinstance(args[0], TracedTensor) else None
+        if view is not None and args[0].fx_node.op not in ("get_attr", "placeholder"):  # those stay so, for the caller
+            args[0].fx_node = args[0].node = self.record(kind, view, args, kwargs).fx_node
+            return args[0]
         if target is torch._assert:
             self._release(*self.create_arg(args), **self.create_arg(kwargs))
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
@@ -503,6 +508,8 @@ class Tracer:
         kind = type(a)
         if issubclass(kind, Traced):
             return a.fx_node
+        a = _in_words_of_code(a)
+        kind = type(a)
         if a is None or a is ... or kind is fx.Node or issubclass(kind, _CONSTANTS):
             return a
         if issubclass(kind, (tuple, list)):
@@ -804,6 +811,44 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
         yield own
         waiting += [above for above in own.all_input_nodes if above not in seen]
         seen.update(own.all_input_nodes)
+
+
+def _in_words_of_code(value: Any) -> Any:
+    """A constant as the code of a graph can hold it: NumPy's numbers, and those of classes of their own, are Python's."""
+    if isinstance(value, (np.longdouble, np.complexfloating)) and not isinstance(value, complex):
+        value = float(value.real)  # as torch takes it
+    elif isinstance(value, np.generic):
+        value = value.item()
+    kind: Any
+    for kind in (int, float, complex, str):
+        if isinstance(value, kind) and type(value) is not kind and not isinstance(value, (bool, enum.Enum)):
+            return kind(value)
+    return f"{value.__module__}.{value.__name__}" if type(value) is type(torch.FloatTensor) else value  # x.type(...) takes either
+
+
+@functools.cache
+def _view_instead(kind: str, target: Any) -> Any:
+    """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for ``x.squeeze_(1)``; else None."""
+    name = getattr(getattr(target, "_schema", None), "name", target if kind == "call_method" else getattr(target, "__name__", ""))
+    name = name.removeprefix("aten::")
+    views = _overloads(name[:-1]) if name.endswith("_") else []
+    if not any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name)):
+        return None
+    if not all(given.alias_info is not None for overload in views for given in overload._schema.returns):
+        return None
+    if isinstance(target, torch._ops.OpOverload):
+        return next((overload for overload in views if _takes(overload) == _takes(target)), None)
+    return name[:-1] if kind == "call_method" else getattr(torch, name[:-1], None)
+
+
+def _takes(overload: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+
+
+def _overloads(name: str) -> list[Any]:
+    """The overloads of an ATen operation that give their result."""
+    packet = getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    return [] if packet is None else [getattr(packet, own) for own in packet.overloads() if "out" not in own]
 
 
 def _in_gradient() -> bool:
