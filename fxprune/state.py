@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
-__all__ = ["Attributes", "Change", "assigned", "carried", "keep", "same_graph", "values_read"]
+__all__ = ["Attributes", "Change", "assigned", "carried", "first_difference", "keep", "same_graph", "values_read"]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
@@ -173,17 +173,22 @@ def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], 
 
     What they hold their sizes to is no part of it: a second call finds in a table by its size what the first has put there.
     """
+    return first_difference(one, other, constants, others) is None
+
+
+def first_difference(
+    one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> fx.Node | None:
+    """The first node of a graph in whose place another graph does something else (see :func:`same_graph`)."""
     ones, theirs = _computing(one), _computing(other)
-    if len(ones) != len(theirs):
-        return False
-    for left, right, line, another in zip(ones, theirs, _described(ones), _described(theirs), strict=True):
+    for left, right, line, another in zip(ones, theirs, _described(ones), _described(theirs), strict=False):
         a, b = constants.get(str(left.target)), others.get(str(right.target))
         if left.op == right.op == "get_attr" and a is not None and b is not None:
             if a is not b and (a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)):
-                return False
+                return left
         elif line != another:
-            return False
-    return True
+            return left
+    return None if len(ones) == len(theirs) else ones[min(len(ones) - 1, len(theirs))]
 
 
 def _computing(graph: fx.Graph) -> list[fx.Node]:

@@ -117,3 +117,117 @@ def test_what_is_split_below_is_held() -> None:
     pruned = fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5).model
     with torch.no_grad(), pytest.raises(AssertionError, match="traced for inputs with"):
         pruned(torch.randn(2, 3, 6, 5, dtype=torch.float64))
+
+
+def halved(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 2)
+    return torch.cat([b, a], 2)
+
+
+def cut(x: Tensor) -> Tensor:
+    return x[:, :, : x.size(2) // 2]
+
+
+def capped(x: Tensor) -> Tensor:
+    return x * float(min(x.shape[0], 4))
+
+
+def by_last(x: Tensor) -> Tensor:
+    sizes = x.shape[-2:]
+    return x * 2 if sizes[0] > 5 else x
+
+
+def handed(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.view(batch, channels, height * width).mean(2)[:, :, None, None] + x
+
+
+def lent(x: Tensor) -> Tensor:
+    return x.mean([0, 2, 3], keepdim=True).expand(x.size(0), -1, -1, -1).sum(0, keepdim=True) + x
+
+
+def counted(x: Tensor) -> Tensor:
+    numbers = [x.numel(), 1]
+    return x * float(numbers[0] // 100)
+
+
+def read(x: Tensor) -> Tensor:
+    return x * 3 if bool(torch.tensor(x.size(0)) > 2) else x
+
+
+def strided(x: Tensor) -> Tensor:
+    return x * x.stride(0)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, [2, 2]).mean([2, 3], keepdim=True) + x
+
+
+def numbered(x: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in x.unbind(0)])
+
+
+FREE = {(halved, by_script): "BHW", (halved, by_vmap): "BW", (cut, by_script): "BW", (capped, by_script): "HW"}
+FREE |= {(by_last, by_script): "B", (handed, by_script): "B", (lent, by_script): "HW", (counted, by_script): ""}
+FREE |= {(read, by_script): "", (strided, by_script): "", (strided, by_vmap): "B", (pooled, by_script): "BHW"}
+FREE |= {(pooled, by_vmap): "BHW", (attended, by_script): "B", (numbered, by_script): "HW", (handed, by_vmap): "B"}
+"""Functions, and which of batch, height and width the pruned model takes any of."""
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SCRIPTED |= {function.__name__: torch.jit.script(function) for function, how in FREE if how is by_script}
+
+
+@pytest.mark.parametrize(("function", "how"), FREE, ids=lambda own: own.__name__)
+def test_sizes_are_held_by_which_something_goes_and_no_others(function: Callable[[Tensor], Tensor], how: Any) -> None:
+    torch.manual_seed(0)
+    model = randomise(Between(how(function))).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 3, 8, 6, dtype=torch.float64), channels=0.5).model
+    assert pruned.get_parameter("a.bias").numel() < 12
+    others = {"B": [(1, 8, 6), (5, 8, 6)], "H": [(2, 4, 6), (2, 12, 6)], "W": [(2, 8, 10), (2, 8, 3)]}
+    for name, sizes in others.items():
+        for batch, height, width in sizes:
+            x = torch.randn(batch, 3, height, width, dtype=torch.float64)
+            with torch.no_grad():
+                if name in FREE[function, how]:
+                    assert relative_error(pruned(x), masked(model, pruned)(x)) <= TOLERANCE
+                else:
+                    with pytest.raises(AssertionError, match=r"traced for inputs with .*decided at test_below"):
+                        pruned(x)
+
+
+def test_sizes_of_two_inputs_may_be_one() -> None:
+    """Neither batch is of another size alone."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.b(torch.vmap(lambda row: torch.cat(row.chunk(2)[::-1]))(self.a(x)) * y)
+
+    model = randomise(Two()).eval()
+    inputs = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
+    pruned = fxprune.prune(model, inputs, channels=0.5).model
+    inputs = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(pruned(*inputs), masked(model, pruned)(*inputs)) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_of_one_that_is_held_is_the_example() -> None:
+    """Analysis runs on two rows; the graph is for one."""
+    model = randomise(Between(by_script(capped))).eval()
+    x = torch.randn(1, 3, 3, 4, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5).model
+    with torch.no_grad():
+        assert relative_error(pruned(x), masked(model, pruned)(x)) <= TOLERANCE
+
+
+def test_scripts_are_called_as_ever_after_a_trace() -> None:
+    before = torch.jit.ScriptFunction.__call__, torch._C.ScriptMethod.__call__
+    model = randomise(Between(lambda x: by_script(swapped)(x).unknown)).eval()
+    with pytest.raises(fxprune.FxpruneError):
+        fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5)
+    assert (torch.jit.ScriptFunction.__call__, torch._C.ScriptMethod.__call__) == before

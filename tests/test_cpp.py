@@ -200,22 +200,27 @@ def test_memory_of_a_stand_in_is_nobodys() -> None:
 
 
 def test_sizes_below_python_are_those_of_the_example() -> None:
-    """A scripted function reads them where nothing can follow: another batch is refused."""
+    """A scripted function computes with them, which nothing can follow: another batch is refused. One that it hands on is any."""
 
     @scripted
     def flat(x: Tensor) -> Tensor:
         return x.view(x.size(0), -1, 2).sum(-1)
 
+    @scripted
+    def counted(x: Tensor) -> Tensor:
+        return x.view(x.size(0) * 2 // 2, -1, 2).sum(-1)
+
     class Scripted(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, function: Any) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 2)
+            self.first, self.second, self.function = nn.Linear(4, 8), nn.Linear(4, 2), function
 
         def forward(self, x: Tensor) -> Any:
-            return self.second(flat(self.first(x)))
+            return self.second(self.function(self.first(x)))
 
-    model, x = Scripted(), torch.randn(3, 4)
-    emitted = fxprune.prune(model, x, channels=0.5, verify=True).model
+    x = torch.randn(3, 4)
+    assert fxprune.prune(Scripted(lambda h: flat(h)), x, channels=0.5, verify=True).model(torch.randn(5, 4)).shape == (5, 2)
+    emitted = fxprune.prune(Scripted(lambda h: counted(h)), x, channels=0.5, verify=True).model
     with pytest.raises(AssertionError, match=r"size.* == 3 \(decided at test_cpp"):
         emitted(torch.randn(5, 4))
 

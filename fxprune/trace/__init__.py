@@ -8,8 +8,8 @@ Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not
 * functions that libraries mark as leaves are entered, because parameters pass through them.
 
 ``twin`` copies the model, ``arguments`` reads the example, ``values`` stand for values, ``tracer`` makes nodes of what is done to
-them, ``decisions`` names what Python asked them, ``takeover`` leads through the tracer what torch would do without a word to it,
-and ``lines`` finds the user's line for a message.
+them, ``decisions`` names what Python asked them, ``sizes`` and ``resized`` find what C++ asked them, ``takeover`` leads through the
+tracer what torch would do without a word to it, and ``lines`` finds the user's line for a message.
 
 The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is never called nor changed.
 """
@@ -32,11 +32,12 @@ from fxprune.hooks import refuse_hooks
 from fxprune.memory import writes
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
-from fxprune.state import Attributes, Change, assigned, carried, keep, same_graph
+from fxprune.state import Attributes, Change, assigned, carried, first_difference, keep, same_graph
 from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forget_caches
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
+from fxprune.trace.resized import hold_inputs
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
 from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, set_mode, twin_of
@@ -132,7 +133,8 @@ def trace(
 
     try:
         forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
-        result, made = _follow(Tracer(twin, args, kwargs, training, watch or _on_shapes), twin)
+        tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
+        result, made = _follow(tracer, twin)
         refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
         _refuse_memory(result.graph, assigned(changes), twin.model)
@@ -141,12 +143,25 @@ def trace(
             attributes.restore(made)
             keep(state)
             _refuse_state(result, state)
-        return result
     except FxpruneError:
         made = frozenset()
         raise
     finally:
         attributes.restore(made)
+    hold_inputs(tracer, lambda other: _compare(result, other))
+    return result
+
+
+def _compare(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
+    """The first node in whose place a trace of another call does something else; None: there is none; False: it fails."""
+    attributes = Attributes(first.twin.model)
+    try:
+        other, _ = _follow(Tracer(first.twin, *arguments, first.training, _on_shapes), first.twin)
+    except FxpruneError:
+        return False
+    finally:
+        attributes.restore()
+    return first_difference(first.graph, other.graph, first.constants, other.constants)
 
 
 def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:

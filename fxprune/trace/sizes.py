@@ -1,14 +1,16 @@
 """Sizes that C++ computed from a tensor's shape: numbers of the graph in their place, so that it takes inputs of other sizes.
 
 What a scripted function or ``torch.vmap`` does arrives as ATen operations with plain numbers among their arguments. The sizes to
-which a tensor is laid out anew say by themselves which of its own sizes they are; elsewhere the graph is held to the example's.
+which a tensor is laid out anew say by themselves which of its own sizes they are. What else follows from sizes holds the graph to
+the example's: the code of a scripted function says by which ones it goes, and traces of inputs of other sizes say which numbers
+are others then.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from fxprune.shapes import reshape_blocks
 from fxprune.trace.values import TracedTensor
 
-__all__ = ["own_sizes", "reads_size", "with_sizes"]
+__all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_sizes"]
 
 aten = torch.ops.aten
 _LAID_OUT = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default})
@@ -84,3 +86,100 @@ def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
     for dim in reversed(batched):
         del dims[dim]
     return [(tensor, dim) for dim in dims]
+
+
+# -- scripted functions
+
+EVERY = frozenset({"every"})
+"""In the place of dimensions: all that a tensor has."""
+
+_LIST = frozenset({"list"})
+"""The same, for the list of their sizes: its first entry is that of the first dimension."""
+
+_PLAIN = frozenset({"Constant", "ListConstruct", "ListUnpack", "TupleConstruct", "TupleUnpack", "TupleIndex", "If", "Loop"})
+_PLAIN |= frozenset(
+    {"min", "max", "DictConstruct", "GetAttr", "RaiseException", "Uninitialized", "unchecked_cast", "dtype", "device"}
+)
+_NO_SIZES = frozenset({"aten::dim", "aten::is_floating_point", "aten::is_complex", "aten::__is__", "aten::__isnot__"})
+_OF_SIZES = frozenset({"aten::size", "aten::len", "aten::numel"})
+
+
+def asked_sizes(graph: Any) -> frozenset[Any] | None:
+    """The dimensions by whose sizes a scripted function goes: it branches, counts or computes with them.
+
+    Sizes that it hands to an operation on tensors as they are do not count. None: the code does things that nobody can follow.
+    """
+    asked: set[Any] = set()
+    for node in _nodes(graph):
+        space, _, name = node.kind().partition("::")
+        if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN):
+            return None
+        if node.kind() in _OF_SIZES and _is_tensor(node.inputsAt(0)):
+            asked |= _asked(node.output(), _of_node(node))
+        elif space == "aten" and node.kind() not in _NO_SIZES and _takes_tensors(node) and not _gives_tensors(node):
+            return None
+    return frozenset(asked)
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def _is_tensor(value: Any) -> bool:
+    return bool(value.type().kind() == "TensorType")
+
+
+def _of_node(node: Any) -> frozenset[Any]:
+    """The dimensions of ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)``, ``sizes[dim]``."""
+    if node.kind() == "aten::numel":
+        return EVERY
+    if node.kind() == "aten::len":
+        return frozenset({0})
+    if node.kind() == "aten::size" and node.inputsSize() == 1:
+        return _LIST
+    dim = node.inputsAt(1).toIValue()
+    return EVERY if dim is None else frozenset({dim})
+
+
+def _of_slice(node: Any) -> frozenset[Any]:
+    """The dimensions of ``sizes[-2:]`` or ``sizes[:2]``; their list is not one of all."""
+    values = [*node.inputs()][1:]
+    start, stop, step = (value.toIValue() for value in values)
+    written = all(value.node().kind() == "prim::Constant" for value in values) and step == 1
+    if written and stop is None and start is not None and start < 0:
+        return frozenset(range(start, 0))
+    if written and stop is not None and min(start or 0, stop) >= 0:
+        return frozenset(range(start or 0, stop))
+    return EVERY
+
+
+def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
+    """Those of the dimensions whose sizes, in this value, go elsewhere than into operations on tensors."""
+    asked: frozenset[Any] = frozenset()
+    for use in value.uses():
+        node = use.user
+        if node.kind() == "prim::ListUnpack":
+            for dim, entry in enumerate(node.outputs()):
+                asked |= _asked(entry, frozenset({dim}) if dims == _LIST else dims)
+        elif node.kind() == "aten::__getitem__" and use.offset == 0:
+            asked |= _asked(node.output(), _of_node(node) if dims == _LIST else dims)
+        elif node.kind() == "aten::slice" and use.offset == 0:
+            asked |= _asked(node.output(), _of_slice(node) if dims == _LIST else dims)
+        elif node.kind() == "prim::ListConstruct":
+            asked |= _asked(node.output(), EVERY if dims == _LIST else dims)
+        elif node.kind() == "aten::len":
+            continue  # how many there are says the rank
+        elif not (node.kind().startswith("aten::") and _takes_tensors(node) and _gives_tensors(node)):
+            asked |= EVERY if dims == _LIST else dims
+    return asked
+
+
+def _takes_tensors(node: Any) -> bool:
+    return any(map(_is_tensor, node.inputs()))
+
+
+def _gives_tensors(node: Any) -> bool:
+    return all("Tensor" in str(value.type()) for value in node.outputs())

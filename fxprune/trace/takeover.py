@@ -36,6 +36,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(slow_path())
         stack.enter_context(_leaf_functions(tracer))
         stack.enter_context(_applications(tracer))
+        stack.enter_context(_scripts(tracer))
         stack.enter_context(_modules(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
         stack.enter_context(_states_refused(tracer))
@@ -195,6 +196,32 @@ def _application(kind: Any) -> Callable[..., Any]:
     apply.__module__ = kind.__module__
     vars(apply)["made_by"] = _application, (kind,)  # for what keeps graphs in files
     return apply
+
+
+# -- scripted functions
+
+
+@contextmanager
+def _scripts(tracer: Tracer) -> Iterator[None]:
+    """Calls of scripted functions and of methods of scripted modules go through the tracer, which reads their code."""
+    found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
+    try:
+        for kind, call in found:
+            kind.__call__ = _scripted(call, tracer)
+        yield
+    finally:
+        for kind, call in found:
+            kind.__call__ = call
+
+
+def _scripted(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+    def call(script: Any, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(original, script, *args, **kwargs)
+        if not tracer.is_mine() or tracer.executing:
+            return run()
+        return tracer.call_script(run, script.inlined_graph, (args, kwargs))
+
+    return call
 
 
 # -- modules

@@ -32,7 +32,7 @@ from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import ElsewhereError, is_ours, user_line
-from fxprune.trace.sizes import own_sizes, reads_size, with_sizes
+from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
     ASKS,
@@ -181,7 +181,9 @@ class Tracer:
         self.executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
         self._closed = False
         self._modes: tuple[int, int] = (0, 0)  # those of functions and of operations that are there before the model runs
-        self._told: Any = None  # the stand-in of which C++ has read the sizes last, until it is known what for
+        self._asked: frozenset[Any] = EVERY  # the dimensions by whose sizes C++ may go that reads them as plain numbers
+        self._held: set[tuple[fx.Node, int]] = set()  # tensors and the dimensions whose sizes the graph is held to
+        self.below_lines: dict[fx.Node, str] = {}  # of what C++ has done with numbers that it may have computed from sizes
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
         self._read_values: list[tuple[fx.Node, str]] = []  # of tensors that follow from constants, with the lines
@@ -197,7 +199,6 @@ class Tracer:
         with _Recording(self), torch._C._AutoDispatchBelowAutograd():
             self._modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
             result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
-            self._hold_told()
             self.create_node("output", "output", (self.create_arg(result),), {})
         self._refuse_values_that_change()
         return self.graph
@@ -404,29 +405,52 @@ class Tracer:
             return func(*args, **kwargs)
         if getattr(func, "overloadpacket", None) in _LAYOUT:
             return self._tell_layout(func, *args)
-        self._hold_told()
         if self._differentiates:
             self._hold_inputs()
+        if torch._C._current_graph_task_id() != -1:
+            args, kwargs = self._in_backward(args, kwargs)
+        before = next(iter(reversed(self.graph.nodes)))
         result = self.record("call_function", func, self._with_sizes(func, args), kwargs)
+        if self.in_transform() or any(type(leaf) is int for leaf in tree_leaves((args, kwargs))):
+            self.below_lines[before.next] = user_line()
         return list(result.count_parts()) if type(result) is Parts else result
+
+    @_unseen
+    def _in_backward(self, args: Any, kwargs: Any) -> Any:
+        """The backward pass puts a gradient where the tensor is that it belongs to: the graph asks one of them for its device."""
+
+        def own(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.device) or leaf.type != "meta":
+                return leaf
+            return self.record("call_function", getattr, (find_traced((args, kwargs)), "device"), {})
+
+        return map_leaves(own, args), map_leaves(own, kwargs)
 
     @_unseen
     def _tell_layout(self, func: Any, tensor: Any, *args: Any) -> Any:
         """C++ asks how a tensor lies in memory, which is answered by the example.
 
         Where it takes sizes as plain numbers (not ``sym_size``) it may go by them: how often a loop turns, which branch is taken.
+        What torch does for a transform is another matter: that is found by traces of other inputs.
         """
-        if func.overloadpacket not in (aten.stride, aten.sym_stride) or tensor is not self._told:
-            self._hold_told()
-        self._told = tensor if func.overloadpacket in (aten.size, aten.numel) else None
+        if func.overloadpacket in (aten.size, aten.numel) and not self.in_transform():
+            for dim in range(tensor.rank):
+                if self._asked is EVERY or not self._asked.isdisjoint((dim, dim - tensor.rank)):
+                    self._hold_size(tensor, dim)
         return func(tensor.example, *args)
 
-    @_unseen
-    def _hold_told(self) -> None:
-        """Hold the graph to sizes that C++ has read. Where it reads strides next, it only writes down what it is given."""
-        tensor, self._told = self._told, None
-        for dim in range(0 if tensor is None else tensor.rank):
-            self._hold_size(tensor, dim)
+    def call_script(self, call: Callable[[], Any], graph: Any, inputs: Any) -> Any:
+        """A scripted function, which holds the graph to the sizes by which it goes, as its code says."""
+        asked = asked_sizes(graph)
+        if asked is None or (asked and self.in_transform()):  # tensors that a transform wraps are asked without a word
+            for leaf in tree_leaves(inputs):
+                self._hold_sizes(leaf)
+        before, self._asked = self._asked, EVERY if asked is None or asked >= EVERY else asked
+        try:
+            with torch.jit.optimized_execution(False):  # which asks for sizes to note them
+                return call()
+        finally:
+            self._asked = before
 
     @_unseen
     def _with_sizes(self, func: Any, args: Any) -> Any:
@@ -444,8 +468,19 @@ class Tracer:
     @_unseen
     def _hold_size(self, tensor: Any, dim: int) -> None:
         """Hold the graph to the example's size of a dimension."""
-        number = self.size_of(tensor, dim)
-        self._hold(number, tensor.example.shape[dim], f"inputs with {formula(number.fx_node)}", f" (decided at {user_line()})")
+        if (tensor.fx_node, dim) not in self._held:
+            self._held.add((tensor.fx_node, dim))
+            int(self.size_of(tensor, dim))
+
+    @_unseen
+    def hold_input(self, node: fx.Node, dim: int, where: str) -> None:
+        """Hold the finished graph to the size of an input, by which C++ went for the sake of a line of the user's."""
+        self._closed = False
+        with torch.no_grad(), self.graph.inserting_before(node.next):
+            number, size = self.size_of(stand_in(node, self), dim), node.meta["val"].shape[dim]
+            self.decisions.append(f"{where}: {formula(number.fx_node)} was taken as {size!r}")
+            self._hold(number, size, f"inputs with {formula(number.fx_node)}", f" (decided at {where})")
+        self._closed = True
 
     def _hold_inputs(self) -> None:
         """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for inputs of these sizes alone."""
@@ -754,7 +789,7 @@ class Tracer:
         """The text of a number, which the graph is held to: Python may do anything with a text."""
         if self.executing or self._closed or not self.is_mine():
             return write(number.example)
-        last, decided = next(reversed(self.graph.nodes)), len(self.decisions)
+        last, decided = next(iter(reversed(self.graph.nodes))), len(self.decisions)
         text = write(self.decide(number, type(number.example)))
         made = [*itertools.takewhile(lambda node: node is not last, reversed(self.graph.nodes))]
         self._texts.append((text, made, self.decisions[decided:]))
