@@ -277,6 +277,11 @@ def unbound(x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def powers(x: Tensor) -> Tensor:
+    """An operation on the rows that makes a tensor as long as the batch."""
+    return torch.vmap(torch.linalg.vander)(x).mean(-1)
+
+
 class Between(nn.Module):
     """Three layers, and a call in front of the last one."""
 
@@ -378,6 +383,13 @@ def turned(h: Tensor) -> Tensor:
     out.t_()
     out.add_(1)
     return seen + out.T
+
+
+@pytest.mark.parametrize("call", [lambda h: h + torch.frexp(h).mantissa, lambda h: h * torch.equal(h, h)], ids=["two", "none"])
+def test_pointwise_operations_that_give_two_tensors_or_none(call: Callable[[Tensor], Tensor]) -> None:
+    pruned = fxprune.prune(Between(lambda model, h: call(h)), torch.randn(2, 4), channels=0.5, verify=True)
+    assert pruned.model.get_submodule("second").in_features == 16  # it is not called
+    assert pruned.model.get_submodule("first").out_features == 8
 
 
 LAID_OUT_ANEW: dict[str, Callable[[Any, Tensor], Tensor]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxprune.labels import Field
 from fxprune.rules.context import Context, Met
 from fxprune.rules.registry import rule
+from fxprune.shapes import tensors_in
 
 
 @rule("pointwise")
@@ -18,7 +19,8 @@ def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Operands meet element by element (broadcast); applies to every op that PyTorch tags as pointwise."""
     # A mutable op without an out= writes into its first argument: self is an operand like the others.
     operands = {name: v for name, v in a.items() if isinstance(v, Tensor) and name != "out"}
-    elementwise(ctx, func, a, operands, out)
+    for given in tensors_in((out,), {}):  # frexp gives two
+        elementwise(ctx, func, a, operands, given)
 
 
 def elementwise(ctx: Context, func: Any, a: dict[str, Any], operands: dict[str, Tensor], out: Tensor) -> None:

@@ -113,7 +113,8 @@ def find(func: Any) -> Rule | None:
     own = REGISTRY.get(name) or REGISTRY.get(name.removesuffix("_copy"))
     if own is None and name.endswith("_") and not name.endswith("__"):
         own = REGISTRY.get(name[:-1])
-    if own is None and torch.Tag.pointwise in func.tags:
+    gives_tensors = all(isinstance(given.type, torch.TensorType) for given in func._schema.returns)  # torch.equal is tagged, too
+    if own is None and torch.Tag.pointwise in func.tags and gives_tensors:
         own = REGISTRY["pointwise"]
     return own
 

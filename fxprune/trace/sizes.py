@@ -22,6 +22,7 @@ __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_sizes"]
 
 aten = torch.ops.aten
 _LAID_OUT = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default})
+_MADE = frozenset({aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default})
 _EXPANDED = frozenset({aten.expand.default, aten.expand_copy.default})
 
 
@@ -43,6 +44,10 @@ def with_sizes(
         lead = len(args[1]) - len(shape)
         kept = [-1 if d >= lead and n == shape[d - lead] else n for d, n in enumerate(args[1])]
         return (args[0], kept, *args[2:])
+    if func in _MADE:
+        own = zip(args[1], shape, strict=False)
+        made = [size(d) if n == at != 1 else n for d, (n, at) in enumerate(own)]
+        return (args[0], [*made, *args[1][len(made) :]], *args[2:])
     if func is aten.native_group_norm.default and tuple(args[3:5]) == tuple(shape[:2]):
         return (*args[:3], size(0), size(1), _product(map(size, range(2, len(shape)))), *args[6:])
     if func not in _LAID_OUT or 0 in shape or not all(type(n) is int for n in args[1]):
