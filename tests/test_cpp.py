@@ -431,3 +431,39 @@ def test_constants_are_written_in_the_words_of_code(call: Callable[[Any, Tensor]
     assert not pruned.report.parts
     assert pruned.model(x).shape == model(x).shape
     assert fxprune.verify(model, pruned, x, dtype=torch.float32).error < 1e-5
+
+
+def forward_mode(h: Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(h, torch.ones_like(h))
+        return torch.autograd.forward_ad.unpack_dual(dual.sin()).tangent
+
+
+def backward(h: Tensor) -> Any:
+    with torch.enable_grad():
+        leaf = h.detach().clone().requires_grad_()
+        leaf.tanh().sum().backward()
+    return leaf.grad
+
+
+def to_other_memory(h: Tensor) -> Tensor:
+    out = torch.empty(0)
+    out.set_(h.detach())
+    return out
+
+
+TOLD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "backward": (backward, "forward takes gradients"),
+    "autograd.grad": (ALIVE["autograd.grad"], "forward takes gradients"),
+    "forward mode": (forward_mode, "forward takes gradients"),
+    "a branch on values": (lambda h: torch.cond(h.sum() > 0, torch.sin, torch.cos, (h,)), "torch compiles what forward does"),
+    "other memory": (to_other_memory, "other memory in place"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TOLD)
+def test_a_graph_says_what_it_cannot_do_and_where(name: str) -> None:
+    call, text = TOLD[name]
+    with pytest.raises(fxprune.TraceError, match=rf"(?s){text}.*test_cpp\.py:\d+"):
+        trace(twin_of(Between(lambda model, h: call(h))), *example_of(torch.zeros(2, 4)))

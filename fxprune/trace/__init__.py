@@ -190,6 +190,11 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             if tracer.elsewhere is not None:
                 raise tracer.elsewhere from error
             where = user_line(traceback.extract_tb(error.__traceback__))
+            if type(error).__module__.startswith("torch._dynamo"):
+                raise TraceError(
+                    f"torch compiles what forward does at {where}, as it does branches and loops on values (torch.cond, "
+                    "while_loop): a graph cannot follow that. Use torch.where, or keep that line inside a module of its own."
+                ) from error
             raise TraceError(
                 f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
                 "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."

@@ -40,6 +40,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(_modules(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
         stack.enter_context(_states_refused(tracer))
+        stack.enter_context(_gradients_refused(tracer))
         stack.enter_context(_broadcast_shapes(tracer))
         stack.enter_context(_checkpoints(tracer))
         yield
@@ -125,18 +126,36 @@ def _checkpoints(tracer: Tracer) -> Iterator[None]:
 def _states_refused(tracer: Tracer) -> Iterator[None]:
     """What a caller of the model decides (whether gradients are wanted, in which precision) is not known to a graph."""
     names = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
-    with _put([(vars(torch), name, _unless_users(getattr(torch, name), tracer)) for name in names]):
+    why = "it has one path for all answers. Do the same for all, or keep that line inside a module of its own."
+    asks = {name: f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}" for name in names}
+    with _put([(vars(torch), name, _unless_users(getattr(torch, name), tracer, text)) for name, text in asks.items()]):
         yield
 
 
-def _unless_users(function: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+@contextmanager
+def _gradients_refused(tracer: Tracer) -> Iterator[None]:
+    """Operations that a graph records have no gradients while it is traced; ``torch.func`` takes them in transforms."""
+    space, forwards = vars(torch.autograd), vars(torch.autograd.forward_ad)
+    text = "forward takes gradients (at {}), which a graph cannot. Take them with torch.func.grad or jvp, or outside of forward."
+    run, dual = space["_engine_run_backward"], forwards["make_dual"]
+
+    @functools.wraps(run)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        if tracer.executing and tracer.is_mine():
+            raise TraceError(text.format(user_line()))
+        return run(*args, **kwargs)
+
+    with _put([(space, "_engine_run_backward", backward), (forwards, "make_dual", _unless_users(dual, tracer, text))]):
+        yield
+
+
+def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Callable[..., Any]:
+    """The function, but for the model's own code, which is told so with its line."""
+
     @functools.wraps(function)
     def ask(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_users(sys._getframe(1).f_code.co_filename):
-            raise TraceError(
-                f"forward asks torch.{function.__name__}() (at {user_line()}), which a graph cannot: it has one path for all "
-                "answers. Do the same for all, or keep that line inside a module of its own."
-            )
+            raise TraceError(text.format(user_line()))
         return function(*args, **kwargs)
 
     return ask

@@ -521,6 +521,11 @@ class Tracer:
         if view is not None and args[0].fx_node.op not in ("get_attr", "placeholder"):  # those stay so, for the caller
             args[0].fx_node = args[0].node = self.record(kind, view, args, kwargs).fx_node
             return args[0]
+        if view is None and _lays_out_anew(kind, target):
+            raise TraceError(
+                f"forward gives a tensor another size or other memory in place (at {user_line()}), which a graph cannot do. Use "
+                "the tensor that it is to be, or keep that line inside a module of its own."
+            )
         if target is torch._assert:
             self._release(*self.create_arg(args), **self.create_arg(kwargs))
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
@@ -864,16 +869,25 @@ def _in_words_of_code(value: Any) -> Any:
 @functools.cache
 def _view_instead(kind: str, target: Any) -> Any:
     """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for ``x.squeeze_(1)``; else None."""
-    name = getattr(getattr(target, "_schema", None), "name", target if kind == "call_method" else getattr(target, "__name__", ""))
-    name = name.removeprefix("aten::")
-    views = _overloads(name[:-1]) if name.endswith("_") else []
-    if not any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name)):
-        return None
-    if not all(given.alias_info is not None for overload in views for given in overload._schema.returns):
+    name = _name(kind, target)
+    views = _overloads(name[:-1])
+    if not _lays_out_anew(kind, target) or not all(given.alias_info is not None for own in views for given in own._schema.returns):
         return None
     if isinstance(target, torch._ops.OpOverload):
         return next((overload for overload in views if _takes(overload) == _takes(target)), None)
     return name[:-1] if kind == "call_method" else getattr(torch, name[:-1], None)
+
+
+@functools.cache
+def _lays_out_anew(kind: str, target: Any) -> bool:
+    """Whether a call gives its tensor another shape, other strides or other memory, in place."""
+    name = _name(kind, target)
+    return name.endswith("_") and any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name))
+
+
+def _name(kind: str, target: Any) -> str:
+    name = target if kind == "call_method" else getattr(target, "__name__", "")
+    return str(getattr(getattr(target, "_schema", None), "name", name)).removeprefix("aten::")
 
 
 def _takes(overload: Any) -> list[tuple[str, str]]:
