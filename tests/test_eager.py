@@ -989,3 +989,26 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
 def test_tensors_that_no_operation_makes_between_parts(made: Callable[[Tensor], Tensor]) -> None:
     model, x = Between(lambda model, y: made(y)).eval(), torch.randn(IMAGE)
     fxprune.prune(model, x, channels=0.5, verify=True).model(x)
+
+
+class Ensemble(nn.Module):
+    """One module is called with the parameters of all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.members = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, base = self.first(x), self.members[0]
+        stacked, buffers = torch.func.stack_module_state(list(self.members))
+        outs = torch.vmap(lambda p, b, v: torch.func.functional_call(base, (p, b), (v,)), (0, 0, None))(stacked, buffers, h)
+        return self.last(outs.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_is_called_with_the_parameters_of_others_is_no_part() -> None:
+    model, x = Ensemble().eval(), torch.randn(2, 4)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert set(pruned.report.parts) == {"first", "last"}
+    assert torch.allclose(fxprune.prune(model, x, channels=1.0).model(x), model(x))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.contents import leaves_of
@@ -47,6 +48,8 @@ class Finder:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
         """Let the model go each of these routes until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
+        self._own = {path: _held(module) for path, module in real.named_modules(remove_duplicate=False)}
+        self._real = real
         everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
@@ -57,12 +60,17 @@ class Finder:
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        graph = self._graph(path, args, kwargs) if path not in self.python else None
+        graph = self._graph(path, args, kwargs) if path not in self.python and self._is_as_given(path) else None
         if graph is None or (self.graphs.setdefault(path, graph) != graph and path not in self._settled):
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
         return call()
+
+    def _is_as_given(self, path: str) -> bool:
+        """Whether a call is not one of ``torch.func``'s, which puts other parameters into a module, or maps over them."""
+        held, own = _held(self._real.get_submodule(path)), self._own[path]
+        return len(held) == len(own) and all(map(operator.is_, held, own)) and torch._C._functorch.peek_interpreter_stack() is None
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         leaves = tree_leaves((args, kwargs))
@@ -109,3 +117,8 @@ def shape_of(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """The parameters of a module and of those below."""
+    return [tensor for own in module.modules() for tensor in own._parameters.values()]
