@@ -407,8 +407,11 @@ class Tracer:
             return self._tell_layout(func, *args)
         if self._differentiates:
             self._hold_inputs()
+        if self._for_shape_alone(func, args, kwargs):
+            args, kwargs = self._of_examples((args, kwargs))
+            return func(*args, **kwargs)
         if torch._C._current_graph_task_id() != -1:
-            args, kwargs = self._in_backward(args, kwargs)
+            kwargs = self._in_place_of_meta(kwargs, find_traced(args))
         before = next(iter(reversed(self.graph.nodes)))
         result = self.record("call_function", func, self._with_sizes(func, args), kwargs)
         if self.in_transform() or any(type(leaf) is int for leaf in tree_leaves((args, kwargs))):
@@ -416,15 +419,24 @@ class Tracer:
         return list(result.count_parts()) if type(result) is Parts else result
 
     @_unseen
-    def _in_backward(self, args: Any, kwargs: Any) -> Any:
-        """The backward pass puts a gradient where the tensor is that it belongs to: the graph asks one of them for its device."""
+    def _for_shape_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether formulas of gradients compute with what no node has made: so they find the shape of zeros that nobody computes.
+
+        What comes out has no node either: a graph that wants its values is refused.
+        """
+        leaves = tree_leaves((args, kwargs)) if self._differentiates and not func._schema.is_mutable else ()
+        unknown = (leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Traced) and leaf.is_meta)
+        return any(self.known(leaf) is leaf for leaf in unknown)
+
+    @_unseen
+    def _in_place_of_meta(self, value: Any, beside: Any) -> Any:
+        """Formulas of gradients put a tensor where another one is: the graph asks one of the call for its device."""
 
         def own(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.device) or leaf.type != "meta":
-                return leaf
-            return self.record("call_function", getattr, (find_traced((args, kwargs)), "device"), {})
+            is_meta = isinstance(leaf, torch.device) and leaf.type == "meta"
+            return self.record("call_function", getattr, (beside, "device"), {}) if is_meta else leaf
 
-        return map_leaves(own, args), map_leaves(own, kwargs)
+        return map_leaves(own, value)
 
     @_unseen
     def _tell_layout(self, func: Any, tensor: Any, *args: Any) -> Any:

@@ -142,7 +142,7 @@ _FROM_THE_END = frozenset({"aten::layer_norm", "aten::rms_norm"})
 class Followed(DispatchMode):
     """The original's run: what it normalises is normalised over survivors, and what it draws is kept.
 
-    Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.
+    Enter it below autograd, where composite ops arrive whole.
     """
 
     def __init__(self, events: Mapping[str, Sequence[Event]], survivors: Survivors, training: bool, constant: bool) -> None:

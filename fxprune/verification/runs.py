@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,16 @@ class Outcome:
     error: float
     outputs: int
     notes: tuple[str, ...] = ()  # what stood for the original's own code, and why
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Without gradients; composite operations arrive whole.
+
+    Not ``torch.inference_mode()``: there some versions of torch give the transforms of ``torch.func`` other gradients.
+    """
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 @dataclass
@@ -213,7 +223,7 @@ class Bench:
             return out
 
         args, kwargs = clone(call)
-        with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), mode:
+        with seeded(self.seed), _whole(), InDtype(self.dtype), mode:
             try:
                 with self._parts(model, part) if self.coupling.parts else mode.inside(""):
                     run.take(model(*args, **kwargs))
@@ -292,7 +302,7 @@ class Bench:
             return out
 
         args, kwargs = clone(call)
-        with seeded(self.seed), torch.inference_mode(), InDtype(self.dtype), self._parts(model, part), mode:
+        with seeded(self.seed), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
             try:
                 run.take(model(*args, **kwargs))
             except (MismatchError, FxpruneError):
