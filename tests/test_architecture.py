@@ -28,6 +28,7 @@ ROOMS = [
     "hooks",
     "module_sizes",
     "references",
+    "reach",
     "shapes",
     "macs",
     "cost",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import itertools
+import os
 import random
 import threading
 from collections.abc import Callable
@@ -112,10 +114,12 @@ class Drops(nn.Module):
         return self.last(h)
 
 
+OWN = random.Random(0)
 CHANCE: dict[str, Callable[[], Any]] = {
     "torch": lambda: torch.rand([]),
     "in place": lambda: torch.empty(1).uniform_(),
     "python": random.random,
+    "own": lambda: OWN.random(),
 }
 
 
@@ -129,9 +133,45 @@ def test_what_python_decides_by_chance_fits_either_way(name: str) -> None:
     for seed in range(8):
         results = []
         for own in (pruned.model, masked):
-            torch.manual_seed(seed), random.seed(seed)
+            torch.manual_seed(seed), random.seed(seed), OWN.seed(seed)
             results.append(own(x))
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+class Alternates(Drops):
+    """Leaves a layer out at every other call."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.a(self.first(opaque(x)))
+        return self.last(self.b(h) if self.calls % 2 else h)
+
+
+def test_what_a_count_of_calls_chooses_fits_either_way() -> None:
+    model, x = Alternates().double().eval(), torch.randn(2, 6, dtype=ONE)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert share_left(pruned) < 0.8
+    masked = masked_like(model, pruned.model)
+    for _ in range(2):
+        torch.testing.assert_close(pruned.model(x), masked(x), rtol=1e-9, atol=1e-12)
+
+
+def test_a_count_of_calls_is_in_no_graph() -> None:
+    model, x = Alternates().eval(), torch.randn(2, 6)
+    assert fxprune.analyze(model, x).parts
+
+
+@pytest.mark.parametrize("name", ["by a clock", "by a count"])
+def test_what_cannot_be_compared_from_call_to_call_is_left_out_of_the_proof(name: str) -> None:
+    chance = itertools.cycle([0, 1]).__next__ if name == "by a count" else lambda: os.urandom(1)[0] / 256
+    model, x = Drops(chance).double().eval(), torch.randn(2, 6, dtype=ONE)
+    model.chance = chance
+    found = fxprune.verify(model, fxprune.prune(model, x, channels=0.5), x)
+    assert found.error < 1e-9
 
 
 class Finds(nn.Module):

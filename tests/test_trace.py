@@ -1,9 +1,14 @@
 """Tracing: what Python decides is listed and guarded, what does not depend on the example stays open, and nothing is taken."""
 
 import copy
+import datetime
 import itertools
 import operator
+import os
 import random
+import secrets
+import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -772,6 +777,73 @@ def test_what_is_decided_by_chance_is_in_no_graph(draw: Callable[[], Any]) -> No
         traced(model, x)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+OWN, ARRAYS, TURNS, CALLS = random.Random(0), np.random.default_rng(0), itertools.cycle([True, False]), {"n": 0}
+
+
+def counted() -> int:
+    CALLS["n"] += 1
+    return CALLS["n"]
+
+
+EACH_CALL: dict[str, Callable[[], Any]] = {
+    "a generator": lambda: OWN.random(),
+    "one of NumPy": lambda: ARRAYS.random(),
+    "a new generator": lambda: np.random.default_rng().random(),
+    "the system's": lambda: random.SystemRandom().random(),
+    "secrets": lambda: secrets.randbelow(10**9),
+    "bytes": lambda: os.urandom(4)[0],
+    "an identifier": lambda: uuid.uuid4().int % 10**9,
+    "a clock": lambda: time.perf_counter_ns() % 10**9,
+    "a date": lambda: datetime.datetime.now().microsecond,
+    "turns": lambda: next(TURNS),
+    "a count": counted,
+}
+
+
+@pytest.mark.parametrize("name", EACH_CALL)
+def test_what_python_computes_anew_at_each_call_is_in_no_graph(name: str) -> None:
+    with pytest.raises(ChanceError):
+        traced(Computes(lambda m, x: x * EACH_CALL[name]()), torch.randn(2, 3, 4, 4))
+
+
+def test_generators_of_a_model_stand_afterwards_where_they_stood() -> None:
+    before = OWN.getstate(), ARRAYS.bit_generator.state
+    for name in ("a generator", "one of NumPy"):
+        with pytest.raises(ChanceError):
+            traced(Computes(lambda m, x, draw=EACH_CALL[name]: x * draw()), torch.randn(2, 3, 4, 4))
+    assert (OWN.getstate(), ARRAYS.bit_generator.state) == before
+
+
+class OwnGenerator(nn.Module):
+    """Draws from a generator that is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.rng.random() < 0.5 else -x
+
+
+def test_a_generator_of_a_module_is_no_constant() -> None:
+    with pytest.raises(ChanceError):
+        traced(OwnGenerator(), torch.randn(2, 3))
+
+
+TABLES: dict[int, int] = {}
+
+
+def test_what_calls_leave_behind_and_do_not_go_by_is_no_chance() -> None:
+    def tabled(model: Any, x: Tensor) -> Tensor:
+        started = time.perf_counter()
+        if x.dim() not in TABLES:
+            TABLES[x.dim()] = x.dim()
+        CALLS["spent"] = CALLS.get("spent", 0) + time.perf_counter() - started
+        return x * TABLES[x.dim()]
+
+    assert traced(Computes(tabled), torch.randn(2, 3, 4, 4)).graph is not None
 
 
 def test_a_buffer_that_forward_writes_is_not_read_as_a_number() -> None:

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.chance import RUNS, undrawn
+from fxprune.chance import RUNS, seeded, undrawn
+from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import Place, Questions
 from fxprune.inputs import Arguments
+from fxprune.reach import AGAIN, Reach
 from fxprune.shapes import DispatchMode
+from fxprune.state import Attributes
 from fxprune.trace import Twin
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run"]
 
 CHANCE = "random numbers of Python or NumPy"
+EACH_CALL = "a clock, or what an earlier call has left behind"
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,47 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
     for _ in range(RUNS):
         found, draws = _explored(twin, args, kwargs)
         if not draws:
+            found.decided = found.decided or _from_call_to_call(twin, args, kwargs)
             return found
     found.decided = found.decided or CHANCE
     return found
+
+
+def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
+    """By what a model does something else when it is called again on the same inputs; empty if it does the same."""
+    model = twin.instance()
+    if not Reach(model).may_change:
+        return ""
+    paths = {path for path, _ in model.named_modules() if path}
+    for route in (Route(), Route(training=True)):
+
+        def called(route: Route = route) -> list[Any]:
+            """The calls of modules, in order, and the shapes that they are given."""
+            calls: list[Any] = []
+
+            def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+                leaves = tree_leaves((args, kwargs))
+                calls.append((path, [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]))
+                return NotImplemented
+
+            with seeded(0), intercepted(model, paths, note):
+                run(model, args, kwargs, route)
+            return calls
+
+        reach, attributes = Reach(model), Attributes(model)
+        try:
+            with reach.watching():
+                first = called()
+            if reach.drawn:
+                return CHANCE
+            changed = reach.may_differ or any(True for _ in attributes.changes())
+            if changed and any(called() != first for _ in range(AGAIN)):
+                return EACH_CALL
+        except Exception:  # it needs in training what the example has not; a way that fails leads nowhere
+            continue
+        finally:
+            reach.put_back()
+    return ""
 
 
 def _explored(twin: Twin, args: Any, kwargs: Any) -> tuple[Routes, bool]:

@@ -30,6 +30,7 @@ from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
 from fxprune.memory import writes
+from fxprune.reach import AGAIN, Reach
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, first_difference, keep, same_graph
@@ -62,6 +63,12 @@ __all__ = [
     "twin_of",
     "user_line",
 ]
+
+
+DRAWS = (
+    "forward of this {} draws random numbers from {}, which a graph would hold as constants. Draw them with torch and hand them "
+    "on as tensors, or keep that line inside a module of its own."
+)
 
 
 @dataclass
@@ -134,7 +141,9 @@ def trace(
     try:
         forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
         tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
-        result, made = _follow(tracer, twin)
+        reach = Reach(twin.model)
+        with reach.watching():
+            result, made = _follow(tracer, twin)
         refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
         _refuse_memory(result.graph, assigned(changes), twin.model)
@@ -143,6 +152,8 @@ def trace(
             attributes.restore(made)
             keep(state)
             _refuse_state(result, state)
+        attributes.restore(made)
+        _refuse_chance(result, reach)
     except FxpruneError:
         made = frozenset()
         raise
@@ -202,11 +213,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         finally:
             tracer.close()
     if draws and _draws_again(tracer, twin):
-        raise ChanceError(
-            f"forward of this {type(twin.model).__name__} draws random numbers from Python's or NumPy's generator, which a "
-            "graph would hold as constants. Draw them with torch and hand them on as tensors, or keep that line "
-            "inside a module of its own."
-        )
+        raise ChanceError(DRAWS.format(type(twin.model).__name__, "Python's or NumPy's generator"))
     constants = {
         name: twin.real[id(t)] if id(t) in twin.real else t.clone()
         for t, name in tracer.constants.values()
@@ -275,6 +282,55 @@ def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
             f"forward of this {type(twin.model).__name__} does something else when it is called again, because it sets {names}: a "
             "graph is one call. Hand it in and out as an argument, or make it a buffer and write into it in place."
         )
+
+
+def _refuse_chance(first: Trace, reach: Reach) -> None:
+    """What Python computes anew at each call is no constant of a graph.
+
+    Raises
+    ------
+    ChanceError
+        If a generator of the model's own is drawn from, or if a further call does something else.
+    """
+    twin = first.twin
+    if reach.drawn and _each_draws(first):
+        reach.put_back()
+        raise ChanceError(DRAWS.format(type(twin.model).__name__, "a generator of its own"))
+    reach.put_back()
+    for _ in range(AGAIN):
+        if not reach.may_differ:
+            break  # it has left nothing behind, or what it found was all there
+        reach = Reach(twin.model)
+        with reach.watching():
+            same = _does_the_same(first)
+        if not same:
+            raise ChanceError(
+                f"forward of this {type(twin.model).__name__} does something else when it is called again, with the same inputs: "
+                "by a clock, by random numbers from outside of torch, or by what an earlier call has left behind outside of its "
+                "modules. A graph is one call. Hand it in as an argument, or keep that line inside a module of its own."
+            )
+
+
+def _each_draws(first: Trace) -> bool:
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
+    for _ in range(RUNS - 1):
+        reach = Reach(first.twin.model)
+        _does_the_same(first)
+        if not reach.drawn:
+            return False
+    return True
+
+
+def _does_the_same(first: Trace) -> bool:
+    """Whether a further call is the same graph."""
+    twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
+    try:
+        second, made = _follow(Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin)
+        return same_graph(first.graph, second.graph, first.constants, second.constants)
+    except FxpruneError:
+        return False
+    finally:
+        attributes.restore(made)
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:

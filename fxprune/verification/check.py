@@ -131,6 +131,13 @@ class _Proof:
                 except (PrunedFailsError, GuardedError) as error:
                     failed = error
                     break
+                except VerificationError as error:
+                    if bench.vary(inputs, training=False):
+                        raise VerificationError(
+                            "both models do something else when they are called again on the same inputs, so that nothing can be "
+                            "compared."
+                        ) from error
+                    raise
         if isinstance(failed, VerificationError):
             raise failed
         if isinstance(failed, RefusedError):
@@ -195,6 +202,9 @@ class _Proof:
         except PrunedFailsError as error:
             raise VerificationError(f"{name}: the pruned model fails where the original runs: {error}.") from error
         except VerificationError as error:
+            if bench.vary(call, training=mode.get("training", False)):
+                self.left_out.append(f"{name}: both models do something else when they are called again on the same inputs")
+                return
             raise VerificationError(f"{name}: {error}") from error
         if isinstance(outcome, Outcome):
             self._note(name, outcome)

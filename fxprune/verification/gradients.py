@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fxprune.chance import seeded, torch_states
+from fxprune.chance import torch_states
 from fxprune.contents import leaves
 from fxprune.errors import VerificationError
 from fxprune.verification.modes import InDtype, clone
@@ -54,7 +54,7 @@ def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Te
     No mode may look on: under one that sees operations, gradients of some are others than without it.
     """
     args, kwargs = clone(call)
-    with seeded(bench.seed), torch.enable_grad(), InDtype(bench.dtype):
+    with bench.drawing(), torch.enable_grad(), InDtype(bench.dtype):
         before = torch_states()
         found = [leaf for leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if found:

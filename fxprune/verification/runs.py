@@ -18,6 +18,7 @@ from fxprune.contents import leaves
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.reach import AGAIN, undrawn_by
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
 from fxprune.verification.comparing import dense, difference, form
@@ -195,6 +196,35 @@ class Bench:
                 error = max(error, difference([buffer], [wanted])[0])
         return Outcome(error, count, notes)
 
+    def vary(self, call: Call, *, training: bool) -> bool:
+        """Whether both models do something else when they run again on the same values, by a clock or a count, say."""
+        return all(self._varies(own, call) for own in (self.original(training), self.smaller(training)))
+
+    def _varies(self, model: nn.Module, call: Call) -> bool:
+        first: list[Any] | None = None
+        for _ in range(AGAIN + 1):
+            args, kwargs = clone(call)
+            try:
+                with self.drawing(), torch.no_grad(), InDtype(self.dtype):
+                    out = _taken(model(*args, **kwargs))
+                if first is None:
+                    difference(out, out)
+            except Exception:  # it fails, or gives nothing that can be compared
+                return False
+            try:
+                if first is not None and difference(out, first)[0] > 0.0:
+                    return True
+            except VerificationError:
+                return True
+            first = out if first is None else first
+        return False
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Every run draws the same random numbers, also from generators that the model has of its own."""
+        with seeded(self.seed), undrawn_by(self.model):
+            yield
+
     # -- the original
 
     def original(self, training: bool) -> nn.Module:
@@ -223,7 +253,7 @@ class Bench:
             return out
 
         args, kwargs = clone(call)
-        with seeded(self.seed), _whole(), InDtype(self.dtype), mode:
+        with self.drawing(), _whole(), InDtype(self.dtype), mode:
             try:
                 with self._parts(model, part) if self.coupling.parts else mode.inside(""):
                     run.take(model(*args, **kwargs))
@@ -248,7 +278,7 @@ class Bench:
             run.outputs.append(clone(self._cut(path, out)))
             return clone(out)  # what Python may write into
 
-        with seeded(self.seed), torch.no_grad(), InDtype(self.dtype):
+        with self.drawing(), torch.no_grad(), InDtype(self.dtype):
             try:
                 if not self.coupling.parts:
                     run.outputs.append(_taken(graph.run("", args, kwargs)))
@@ -302,7 +332,7 @@ class Bench:
             return out
 
         args, kwargs = clone(call)
-        with seeded(self.seed), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
+        with self.drawing(), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
             try:
                 run.take(model(*args, **kwargs))
             except (MismatchError, FxpruneError):

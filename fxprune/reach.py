@@ -1,0 +1,349 @@
+"""What the code of a model reads and changes beside its tensors: generators, clocks, counters, what its globals hold.
+
+A graph is one call. What Python computes anew at each call, by its own random numbers, by the time or by how often it was called,
+would be a constant there. So all objects that the code can reach by its names are compared before and after a call; where it may
+ask outside of Python, or has changed something, a further call is followed, and has to do the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import dis
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+__all__ = ["AGAIN", "Reach", "undrawn_by"]
+
+AGAIN = 12
+"""So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
+
+_CALCULATE = frozenset(
+    {"builtins", "math", "cmath", "operator", "_operator", "itertools", "functools", "_functools", "typing", "re"}
+)
+_CALCULATE |= {"collections", "_collections", "_collections_abc", "abc", "enum", "copy", "dataclasses", "types", "torch", "fxprune"}
+_CALCULATE |= {"numpy", "_io", "io", "contextlib", "inspect", "string", "_thread", "threading", "warnings", "_warnings", "logging"}
+"""Packages whose functions give the same for the same arguments, or say something and give nothing."""
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_HOLDERS = (list, dict, set, collections.deque)
+
+
+class Reach:
+    """The objects and functions that the code of a model's own classes can reach by its names, with their state.
+
+    Parameters
+    ----------
+    model:
+        A copy that is run: its attributes are compared, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: dict[int, Any] = {}  # by id; all are kept alive
+        self._names: set[str] = set()
+        self._methods: dict[str, list[FunctionType]] = {}  # those that no name has led to yet
+        self._waiting: list[Any] = []
+        self._holders: list[Any] = []
+        self._generators: list[Any] = []
+        self._outside: list[Any] = []  # functions that a profile sees
+        self._unseen = False  # functions, and iterators, that it does not
+        self._called = False
+        self._sets = False
+        for module in model.modules():
+            if not _calculates(type(module)):
+                self._add_module(module)
+        while self._waiting:
+            self._take(self._waiting.pop())
+        self._before = [_content(own) for own in self._holders]
+        self._states = [_state(own) for own in self._generators]
+
+    # -- what was done
+
+    @property
+    def may_change(self) -> bool:
+        """Whether there is anything at all that a call may change, on the model's modules or elsewhere, or may ask."""
+        return bool(self._sets or self._unseen or self._outside or self._generators or self._holders)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a generator stands elsewhere than at first."""
+        return any(not _same(before, _state(own)) for own, before in zip(self._generators, self._states, strict=True))
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether a call has asked outside of Python, or has left something behind, so that the next one may do something else."""
+        return (
+            self._unseen
+            or self._called
+            or any(not _same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
+        )
+
+    def put_back(self) -> None:
+        """Let all generators stand where they stood."""
+        for own, before in zip(self._generators, self._states, strict=True):
+            if not _same(before, _state(own)):
+                own.__setstate__(before)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note whether functions are called that may ask outside of Python."""
+        if not self._outside or self._called:
+            yield
+            return
+        names = {own.__name__ for own in self._outside}
+
+        def note(frame: Any, event: str, arg: Any) -> None:
+            if event == "c_call" and arg.__name__ in names and arg in self._outside:
+                self._called = True
+
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    # -- the walk
+
+    def _add_module(self, module: nn.Module) -> None:
+        self._add_methods(type(module), ("forward",))
+        self._waiting += [value for name, value in vars(module).items() if type(value) not in _PLAIN and name not in _INTERNAL]
+
+    def _add_methods(self, kind: type, called: tuple[str, ...] = ()) -> None:
+        if id(kind) in self._seen and not called:
+            return
+        self._seen[id(kind)] = kind
+        for base in kind.__mro__:
+            if not _calculates(base):
+                for name, value in vars(base).items():
+                    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                    if isinstance(function, FunctionType):
+                        special = name.startswith("__") and name not in ("__init__", "__new__")
+                        if name in self._names or name in called or special:
+                            self._waiting.append(function)
+                        else:
+                            self._methods.setdefault(name, []).append(function)
+
+    def _add_names(self, names: frozenset[str]) -> None:
+        for name in names - self._names:
+            self._waiting += self._methods.pop(name, ())
+        self._names |= names
+
+    def _take(self, value: Any) -> None:
+        if id(value) in self._seen or isinstance(value, (*_PLAIN, Tensor, ModuleType)):
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            if not _calculates(value):
+                self._take_function(value)
+        elif isinstance(value, MethodType):
+            self._waiting += [value.__self__, *([value.__func__] if isinstance(value.__func__, FunctionType) else [])]
+        elif isinstance(value, functools.partial):
+            self._waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, type):
+            self._take_class(value)
+        elif isinstance(wrapped := inspect.getattr_static(value, "__wrapped__", None), FunctionType):
+            self._waiting.append(wrapped)
+        elif isinstance(value, BuiltinFunctionType) or (_is_function(value) and getattr(value, "__self__", None) is not None):
+            self._take_builtin(value)
+        else:
+            self._take_object(value)
+
+    def _take_function(self, function: FunctionType) -> None:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for code in _codes(function.__code__):
+            chains, imported, names, sets = _references(code)
+            self._sets |= sets
+            self._add_names(names)
+            for name, *attributes in chains:
+                found = [cell.cell_contents] if (cell := cells.get(name)) and _filled(cell) else []
+                found += [function.__globals__[name]] if name in function.__globals__ else []
+                for own in found:
+                    self._waiting += _along(own, attributes)
+            for module in imported:
+                inside = vars(sys.modules[module]) if module in sys.modules else {}
+                self._waiting += [inside[name] for name in names & inside.keys()]
+            changed = names & function.__globals__.keys() if _binds_globals(code) else ()
+            if changed:
+                self._holders.append(_Globals(function.__globals__, sorted(changed)))
+
+    def _take_class(self, kind: type) -> None:
+        if _calculates(kind) or issubclass(kind, (BaseException, nn.Module)):
+            return
+        for base in kind.__mro__[:-1]:
+            functions = [own for own in vars(base).values() if isinstance(own, FunctionType)]
+            self._waiting += functions
+            self._unseen |= not functions and not _calculates(base)
+        self._holders.append(kind)
+
+    def _take_builtin(self, function: Any) -> None:
+        owner = function.__self__
+        if owner is None or isinstance(owner, (ModuleType, type)):
+            if not _calculates(function if owner is None or isinstance(owner, ModuleType) else owner):
+                self._outside.append(function)
+        else:
+            self._waiting.append(owner)
+
+    def _take_object(self, value: Any) -> None:
+        kind = type(value)
+        if isinstance(value, nn.Module):
+            return  # of the model, or one beside it
+        if isinstance(value, (tuple, frozenset)):
+            self._waiting += value
+        elif isinstance(value, _HOLDERS):
+            self._holders.append(value)
+            self._waiting += [*value.values()] if isinstance(value, dict) else [*value]
+        elif isinstance(value, np.ndarray):
+            self._holders.append(value)
+        elif (isinstance(value, Iterator) and kind.__module__ in ("builtins", "itertools")) or (
+            _is_function(value) and not _calculates(value)
+        ):
+            self._unseen = True
+        elif not _calculates(kind):
+            self._add_methods(kind)
+            if hasattr(value, "__dict__"):
+                self._holders.append(value)
+                self._waiting += [own for own in vars(value).values() if type(own) not in _PLAIN]
+            if _state(value) is not None:
+                self._generators.append(value)
+            elif isinstance(value, np.random.Generator):
+                self._waiting.append(value.bit_generator)
+
+
+@contextmanager
+def undrawn_by(model: nn.Module) -> Iterator[None]:
+    """Let a run inside draw, and the generators that a model's code can reach stand where they stood."""
+    reach = Reach(model)
+    try:
+        yield
+    finally:
+        reach.put_back()
+
+
+class _Globals:
+    """Some of the names of a module's dictionary."""
+
+    def __init__(self, store: dict[str, Any], names: list[str]) -> None:
+        self.store, self.names = store, names
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _calculates(own: Any) -> bool:
+    module = getattr(own, "__module__", None) or ""
+    return module.partition(".")[0] in _CALCULATE and not module.startswith("numpy.random")
+
+
+def _is_function(value: Any) -> bool:
+    """Whether an object is a function that is compiled, of a kind of its own."""
+    return callable(value) and inspect.getattr_static(value, "__qualname__", None) is not None
+
+
+def _along(value: Any, attributes: list[str]) -> list[Any]:
+    """What the longest part of a chain of attributes leads to, and the objects on the way."""
+    found = [value]
+    for name in attributes:
+        if isinstance(value, ModuleType) and name not in vars(value):
+            break
+        if isinstance(value, (nn.Module, Tensor)) or hasattr(type(value), "__getattr__") or _is_computed(type(value), name):
+            break  # the user's code would run
+        try:
+            value = getattr(value, name)
+        except Exception:
+            break
+        found.append(value)
+    return found[-1:] if isinstance(found[0], (ModuleType, type)) and len(found) > 1 else found
+
+
+def _is_computed(kind: type, name: str) -> bool:
+    own = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    return isinstance(own, (property, functools.cached_property))
+
+
+@functools.lru_cache(maxsize=4096)
+def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool]:
+    """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; and whether
+    it sets attributes."""
+    chains: list[list[str]] = []
+    imported: list[str] = []
+    sets = False
+    follows = False
+    for at in dis.get_instructions(code):
+        sets |= at.opname == "STORE_ATTR"
+        if at.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
+            chains.append([at.argval])
+            follows = True
+        elif at.opname in ("LOAD_ATTR", "LOAD_METHOD") and follows:
+            chains[-1].append(at.argval)
+        else:
+            follows = follows and at.opname == "PUSH_NULL"
+            imported += [at.argval] if at.opname == "IMPORT_NAME" else []
+    return chains, imported, frozenset(code.co_names), sets
+
+
+@functools.lru_cache(maxsize=4096)
+def _binds_globals(code: CodeType) -> bool:
+    return any(at.opname == "STORE_GLOBAL" for at in dis.get_instructions(code))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is cell.cell_contents
+    except ValueError:
+        return False
+
+
+def _content(holder: Any) -> Any:
+    """What a container or an object holds now, as it can be compared later."""
+    if isinstance(holder, _Globals):
+        return [holder.store.get(name) for name in holder.names]
+    if isinstance(holder, np.ndarray):
+        return holder.copy()
+    if isinstance(holder, dict):
+        return [*holder, *holder.values()]
+    if isinstance(holder, set):
+        return {id(item): item for item in holder}
+    if isinstance(holder, (list, collections.deque)):
+        return [*holder]
+    return dict(vars(holder))
+
+
+def _state(value: Any) -> Any:
+    """The state of an object that changes by being asked, whose class is compiled; None: it has none that can be set."""
+    if not hasattr(type(value), "__setstate__"):
+        return None
+    try:
+        made = value.__reduce_ex__(2)
+    except Exception:
+        return None
+    return made[2] if isinstance(made, tuple) and len(made) > 2 else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return isinstance(one, _PLAIN) and one == other
