@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxprune.memory import name_of
 from fxprune.rewrite.survivors import Survivors
-from fxprune.shapes import holds_tensors, reshape_blocks
+from fxprune.shapes import META, holds_tensors, reshape_blocks
+from fxprune.trace import execute
 
 __all__ = ["Extent", "Extents", "axes_read"]
 
@@ -191,7 +192,7 @@ class Extents:
 
     def _permuted(self, node: fx.Node, axis: int) -> Extent:
         first = _first(node)
-        dims = _permutation(node, node.meta["val"].dim())
+        dims = _permutation(self.root, node, node.meta["val"].dim())
         return Extent.UNKNOWN if first is None or dims is None else self.of(first, dims[axis])
 
     def _joined(self, node: fx.Node, axis: int) -> Extent:
@@ -374,23 +375,12 @@ def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def _permutation(node: fx.Node, rank: int) -> Sequence[int] | None:
-    """For each axis of the result that of the operand."""
-    name, dims = name_of(node), list(range(rank))
-    if name == "permute":
-        given: Any = node.kwargs.get("dims", node.args[1:])
-        given = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-        return [d % rank for d in given] if all(isinstance(d, int) for d in given) else None
-    if name in ("t", "mT") or (name == "getattr" and node.args[1] in ("T", "mT")):
-        a, b = rank - 2, rank - 1
-    else:
-        first, second = _argument(node, 1, "dim0", None), _argument(node, 2, "dim1", None)
-        if not isinstance(first, int) or not isinstance(second, int):
-            return None
-        a, b = first % rank, second % rank
-    if rank > 1:
-        dims[a], dims[b] = dims[b], dims[a]
-    return dims
+def _permutation(root: nn.Module, node: fx.Node, rank: int) -> Sequence[int] | None:
+    """For each axis of the result that of the operand: the operation itself moves axes that are known by their lengths."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    probe = torch.empty(tuple(range(rank)), device=META)
+    return list(execute(root, node, *fx.node.map_arg((node.args, node.kwargs), lambda _: probe)).shape)
 
 
 def _is_pointwise(name: str) -> bool:
@@ -420,7 +410,9 @@ _RULES: dict[str, Callable[[Extents, fx.Node, int], Extent]] = {
         Extents._same,
     ),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "unsafe_view"), Extents._reshaped),
-    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "T", "mT"), Extents._permuted),
+    **dict.fromkeys(
+        ["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "adjoint"], Extents._permuted
+    ),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp"), Extents._reduced),
     **dict.fromkeys(("matmul", "bmm", "mm"), Extents._multiplied),
     "cat": Extents._joined,
