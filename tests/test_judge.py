@@ -63,6 +63,18 @@ def test_every_block_is_drawn_and_nearly_every_network_runs() -> None:
     assert fail <= 4
 
 
+ONCE_WRONG = {
+    "gradients where a norm of a removed row divides nothing by nothing": "tokens:594 attention:429 objects:961 scope:767",
+    "a size behind moved axes": "image:73 layer:306 over_channels:560 dense:495 half:595",
+}
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_what_was_wrong_once_is_right(name: str) -> None:
+    verdict = judge(Spec.parse(ONCE_WRONG[name]))
+    assert verdict.outcome == "right", verdict.what
+
+
 def test_blocks_can_be_dropped() -> None:
     """Dropping any block leaves a network that is written, with the choices of the others as they were."""
     spec = Spec.parse("tokens:2 layer:1 residual:4(norm:8 activation:1) attention:5 pooled:3 norm:2 classify:9 half:2")
