@@ -53,7 +53,9 @@ def _guarded(function: Any, name: str) -> Any:
     @functools.wraps(function)
     def entered(*args: Any, **kwargs: Any) -> Any:
         try:
-            with _ordinary_tensors():
+            if not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad():  # what is made there can be trained nevertheless
                 return function(*args, **kwargs)
         except (FxpruneError, Warning):
             raise
@@ -62,16 +64,6 @@ def _guarded(function: Any, name: str) -> Any:
             raise slip or _own(error, name) from error
 
     return entered
-
-
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """What is made inside of the caller's ``torch.inference_mode()`` can be trained nevertheless."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Attributes:
         for path, store, before, contents in self._before:
             for name in [*store.keys() | before.keys()]:
                 old, new = before.get(name, _MISSING), store.get(name, _MISSING)
-                if old is new and (name not in contents or _alike(contents[name], new)):
+                if old is new and (name not in contents or not (new or contents[name]) or _alike(contents[name], new)):
                     continue
                 if name in _INTERNAL or (type(old) is type(new) and type(old) in _PLAIN and old == new):
                     continue
