@@ -56,8 +56,9 @@ class Reach:
         self._unseen = False  # functions, and iterators, that it does not
         self._called = False
         self._sets = False
+        self._own = {type(module).__module__.partition(".")[0] for module in model.modules()}
         for module in model.modules():
-            if not _calculates(type(module)):
+            if not self._calculates(type(module)):
                 self._add_module(module)
         while self._waiting:
             self._take(self._waiting.pop())
@@ -112,6 +113,17 @@ class Reach:
 
     # -- the walk
 
+    def _calculates(self, own: Any) -> bool:
+        """Whether what a module of Python holds gives the same for the same arguments.
+
+        Of the packages that are neither the model's own nor Python's that is taken for granted: their code is not walked.
+        """
+        module = getattr(own, "__module__", None) or ""
+        package = module.partition(".")[0]
+        if module.startswith("numpy.random"):
+            return False
+        return package in _CALCULATE or not (package in self._own or package in sys.stdlib_module_names or not package)
+
     def _add_module(self, module: nn.Module) -> None:
         self._add_methods(type(module), ("forward",))
         self._waiting += [value for name, value in vars(module).items() if type(value) not in _PLAIN and name not in _INTERNAL]
@@ -121,7 +133,7 @@ class Reach:
             return
         self._seen[id(kind)] = kind
         for base in kind.__mro__:
-            if not _calculates(base):
+            if not self._calculates(base):
                 for name, value in vars(base).items():
                     function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                     if isinstance(function, FunctionType):
@@ -141,7 +153,7 @@ class Reach:
             return
         self._seen[id(value)] = value
         if isinstance(value, FunctionType):
-            if not _calculates(value):
+            if not self._calculates(value):
                 self._take_function(value)
         elif isinstance(value, MethodType):
             self._waiting += [value.__self__, *([value.__func__] if isinstance(value.__func__, FunctionType) else [])]
@@ -176,18 +188,18 @@ class Reach:
                 self._holders.append(_Globals(function.__globals__, sorted(changed)))
 
     def _take_class(self, kind: type) -> None:
-        if _calculates(kind) or issubclass(kind, (BaseException, nn.Module)):
+        if self._calculates(kind) or issubclass(kind, (BaseException, nn.Module)):
             return
         for base in kind.__mro__[:-1]:
             functions = [own for own in vars(base).values() if isinstance(own, FunctionType)]
             self._waiting += functions
-            self._unseen |= not functions and not _calculates(base)
+            self._unseen |= not functions and not self._calculates(base)
         self._holders.append(kind)
 
     def _take_builtin(self, function: Any) -> None:
         owner = function.__self__
         if owner is None or isinstance(owner, (ModuleType, type)):
-            if not _calculates(function if owner is None or isinstance(owner, ModuleType) else owner):
+            if not self._calculates(function if owner is None or isinstance(owner, ModuleType) else owner):
                 self._outside.append(function)
         else:
             self._waiting.append(owner)
@@ -200,14 +212,14 @@ class Reach:
             self._waiting += value
         elif isinstance(value, _HOLDERS):
             self._holders.append(value)
-            self._waiting += [*value.values()] if isinstance(value, dict) else [*value]
+            self._waiting += [*dict.values(value)] if isinstance(value, dict) else _content(value)
         elif isinstance(value, np.ndarray):
             self._holders.append(value)
         elif (isinstance(value, Iterator) and kind.__module__ in ("builtins", "itertools")) or (
-            _is_function(value) and not _calculates(value)
+            _is_function(value) and not self._calculates(value)
         ):
             self._unseen = True
-        elif not _calculates(kind):
+        elif not self._calculates(kind):
             self._add_methods(kind)
             if hasattr(value, "__dict__"):
                 self._holders.append(value)
@@ -236,11 +248,6 @@ class _Globals:
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
-
-
-def _calculates(own: Any) -> bool:
-    module = getattr(own, "__module__", None) or ""
-    return module.partition(".")[0] in _CALCULATE and not module.startswith("numpy.random")
 
 
 def _is_function(value: Any) -> bool:
@@ -315,12 +322,14 @@ def _content(holder: Any) -> Any:
         return [holder.store.get(name) for name in holder.names]
     if isinstance(holder, np.ndarray):
         return holder.copy()
-    if isinstance(holder, dict):
-        return [*holder, *holder.values()]
+    if isinstance(holder, dict):  # as Python keeps it, whatever its class makes of it: the user's code must not run
+        return [*dict.keys(holder), *dict.values(holder)]
     if isinstance(holder, set):
-        return {id(item): item for item in holder}
-    if isinstance(holder, (list, collections.deque)):
-        return [*holder]
+        return {id(item): item for item in set.__iter__(holder)}
+    if isinstance(holder, list):
+        return [*list.__iter__(holder)]
+    if isinstance(holder, collections.deque):
+        return [*collections.deque.__iter__(holder)]
     return dict(vars(holder))
 
 

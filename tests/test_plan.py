@@ -29,7 +29,8 @@ def plans(draw: Any) -> Plan:
         for name in draw(st.lists(words, max_size=3, unique=True)):
             size = draw(st.integers(1, 9))
             groups.append(GroupPlan(name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))))
-        keep, pinned = tuple(draw(st.lists(words))), tuple(draw(st.lists(words)))
+        keep = tuple(draw(st.lists(words)))
+        pinned = tuple(draw(st.lists(words.filter(lambda word: "@" not in word))))  # behind it stands an axis, a number
         plan = Plan(tuple(groups), draw(words), keep, pinned, draw(words), plan, tuple(draw(st.lists(words))))
     assert plan is not None
     return plan
