@@ -118,7 +118,7 @@ class Reach:
 
         Of the packages that are neither the model's own nor Python's that is taken for granted: their code is not walked.
         """
-        module = getattr(own, "__module__", None) or ""
+        module = getattr(getattr(own, "__objclass__", own), "__module__", None) or ""  # a method of C's is of its class
         package = module.partition(".")[0]
         if module.startswith("numpy.random"):
             return False
