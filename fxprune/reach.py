@@ -12,7 +12,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -43,9 +43,13 @@ class Reach:
     ----------
     model:
         A copy that is run: its attributes are compared, too.
+    ran:
+        Code that was run: the names of other code lead nowhere. Default: of any code.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ran: Collection[CodeType] | None = None) -> None:
+        self._model, self._ran = model, ran
+        self._noted: set[CodeType] = set()  # code that ran while this watched
         self._seen: dict[int, Any] = {}  # by id; all are kept alive
         self._names: set[str] = set()
         self._methods: dict[str, list[FunctionType]] = {}  # those that no name has led to yet
@@ -81,8 +85,8 @@ class Reach:
     def may_differ(self) -> bool:
         """Whether a call has asked outside of Python, or has left something behind, so that the next one may do something else."""
         return (
-            self._unseen
-            or self._called
+            self._called
+            or (self._unseen and Reach(self._model, self._noted)._unseen)
             or any(not _same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
         )
 
@@ -94,15 +98,17 @@ class Reach:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note whether functions are called that may ask outside of Python."""
-        if not self._outside or self._called:
+        """Note which code runs, and whether functions are called that may ask outside of Python."""
+        if not (self._outside or self._unseen) or self._called:
             yield
             return
         names = {own.__name__ for own in self._outside}
 
         def note(frame: Any, event: str, arg: Any) -> None:
-            if event == "c_call" and arg.__name__ in names and arg in self._outside:
-                self._called = True
+            if event == "call":
+                self._noted.add(frame.f_code)
+            elif event == "c_call" and arg.__name__ in names and arg in self._outside:
+                self._called |= not self._trusts(frame.f_globals.get("__name__", ""))
 
         before = sys.getprofile()
         sys.setprofile(note)
@@ -114,11 +120,14 @@ class Reach:
     # -- the walk
 
     def _calculates(self, own: Any) -> bool:
-        """Whether what a module of Python holds gives the same for the same arguments.
+        """Whether what a module of Python holds gives the same for the same arguments."""
+        return self._trusts(getattr(getattr(own, "__objclass__", own), "__module__", None) or "")  # a method of C's is of its class
+
+    def _trusts(self, module: str) -> bool:
+        """Whether the code of a module computes, and no more.
 
         Of the packages that are neither the model's own nor Python's that is taken for granted: their code is not walked.
         """
-        module = getattr(getattr(own, "__objclass__", own), "__module__", None) or ""  # a method of C's is of its class
         package = module.partition(".")[0]
         if module.startswith("numpy.random"):
             return False
@@ -169,6 +178,8 @@ class Reach:
             self._take_object(value)
 
     def _take_function(self, function: FunctionType) -> None:
+        if self._ran is not None and function.__code__ not in self._ran:
+            return
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for code in _codes(function.__code__):
