@@ -323,14 +323,7 @@ def _each_draws(first: Trace) -> bool:
 
 def _does_the_same(first: Trace) -> bool:
     """Whether a further call is the same graph."""
-    twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
-    try:
-        second, made = _follow(Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin)
-        return same_graph(first.graph, second.graph, first.constants, second.constants)
-    except FxpruneError:
-        return False
-    finally:
-        attributes.restore(made)
+    return _compare(first, (first.args, first.kwargs)) is None
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:
