@@ -12,7 +12,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -220,10 +220,10 @@ class Reach:
         if isinstance(value, nn.Module):
             return  # of the model, or one beside it
         if isinstance(value, (tuple, frozenset)):
-            self._waiting += value
+            self._waiting += _no_plain(value)
         elif isinstance(value, _HOLDERS):
             self._holders.append(value)
-            self._waiting += [*dict.values(value)] if isinstance(value, dict) else _content(value)
+            self._waiting += _no_plain(dict.values(value) if isinstance(value, dict) else _content(value))
         elif isinstance(value, np.ndarray):
             self._holders.append(value)
         elif (isinstance(value, Iterator) and kind.__module__ in ("builtins", "itertools")) or (
@@ -234,11 +234,16 @@ class Reach:
             self._add_methods(kind)
             if hasattr(value, "__dict__"):
                 self._holders.append(value)
-                self._waiting += [own for own in vars(value).values() if type(own) not in _PLAIN]
+                self._waiting += _no_plain(vars(value).values())
             if _state(value) is not None:
                 self._generators.append(value)
             elif isinstance(value, np.random.Generator):
                 self._waiting.append(value.bit_generator)
+
+
+def _no_plain(values: Iterable[Any]) -> list[Any]:
+    """What may lead on: a table of words, say, has many entries that do not."""
+    return [value for value in values if type(value) not in _PLAIN]
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def trace(
     """
     if any(module.__dict__["training"] is not training for module in twin.model.modules()):
         set_mode(twin.model, training)
-    attributes, made = Attributes(twin.model), frozenset[str]()
+    attributes = Attributes(twin.model)
 
     def follow(arguments: tuple[Any, Any]) -> tuple[fx.Graph, dict[str, Tensor]]:
         found, _ = _follow(Tracer(twin, *arguments, training, _on_shapes), twin)
@@ -154,11 +154,9 @@ def trace(
             _refuse_state(result, state)
         attributes.restore(made)
         _refuse_chance(result, reach)
-    except FxpruneError:
-        made = frozenset()
+    except BaseException:
+        attributes.restore()
         raise
-    finally:
-        attributes.restore(made)
     hold_inputs(tracer, lambda other: _compare(result, other))
     return result
 
