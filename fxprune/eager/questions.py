@@ -165,6 +165,11 @@ class _Known:
 
     questions: Questions
 
+    def __new__(cls, number: float, questions: Questions) -> Any:
+        made = super().__new__(cls, number)  # type: ignore[call-arg]  # of int or of float
+        made.questions = questions
+        return made
+
     def __bool__(self) -> bool:
         number: Any = _plain(self)
         frame = sys._getframe(1)
@@ -181,21 +186,11 @@ class _Known:
 class Size(_Known, int):
     """A size of a tensor, or a whole number that follows from some."""
 
-    def __new__(cls, number: int, questions: Questions) -> Size:
-        made = int.__new__(cls, number)
-        made.questions = questions
-        return made
-
     __hash__ = int.__hash__
 
 
 class Fraction(_Known, float):
     """A number with a fraction that follows from sizes."""
-
-    def __new__(cls, number: float, questions: Questions) -> Fraction:
-        made = float.__new__(cls, number)
-        made.questions = questions
-        return made
 
     __hash__ = float.__hash__
 
