@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from fxprune.chance import seeded
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import ONLY_EVALUATION, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.inputs import Arguments, placed, shapes_of, tensors_of, widened
+from fxprune.inputs import Arguments, placed, shapes_of, widened
 from fxprune.trace import set_mode, slow_path, twin_of
 from fxprune.trace.lines import ElsewhereError
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.budget import Budget
+from fxprune.contents import tensors_of
 from fxprune.doors import read, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
@@ -168,7 +168,7 @@ def setting_of(device: torch.device | str | Setting | None, budget: Budget, exam
         if device is not None:
             raise ArgumentError("device= says where latency counts: give latency= too. The model is pruned on the device it is on.")
         return None
-    if any(leaf.is_meta for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)):
+    if any(leaf.is_meta for leaf in tensors_of(example_inputs)):
         raise ArgumentError("latency= is measured, on example inputs with data: these are meta tensors.")
     return device if isinstance(device, Setting) else Setting(None if device is None else str(device))
 

@@ -20,13 +20,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
-from fxprune.contents import leaves, refuse_lazy
+from fxprune.contents import leaves, refuse_lazy, tensors_of
 from fxprune.doors import door, shown
 from fxprune.eager import PYTHON, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
 from fxprune.identity import TensorMap
-from fxprune.inputs import Arguments, tensors_of
+from fxprune.inputs import Arguments
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record

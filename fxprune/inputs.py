@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.doors import calling, shown
 from fxprune.errors import InputError
 
@@ -35,7 +36,6 @@ __all__ = [
     "read",
     "restored",
     "shapes_of",
-    "tensors_of",
     "value_range",
     "widened",
     "within",
@@ -91,11 +91,6 @@ def read(example_inputs: Any) -> Arguments:
     if any(tensor.is_quantized for tensor in tensors_of(call)):
         raise InputError("example_inputs holds a quantised tensor: give what the float model is called with, tensor.dequantize().")
     return call
-
-
-def tensors_of(call: Any) -> list[Tensor]:
-    """The tensors of a call, in order."""
-    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
 
 
 def shapes_of(call: Arguments) -> Arguments:

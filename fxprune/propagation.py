@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune import rules, shapes
+from fxprune.contents import tensors_of
 from fxprune.errors import RewriteError
 from fxprune.macs import op_macs
 from fxprune.rules import Context, Contraction, Event
@@ -171,5 +171,5 @@ def run_node(context: Context, root: nn.Module, node: fx.Node, value_of: Callabl
     except RewriteError:
         raise
     except Exception as error:
-        sizes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sizes = [tuple(leaf.shape) for leaf in tensors_of((args, kwargs))]
         raise RewriteError(f"node {node.name!r} ({node.target}) fails on shapes {sizes}: {error}", node.name) from error

@@ -18,9 +18,10 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-__all__ = ["AGAIN", "Reach", "undrawn_by"]
+__all__ = ["AGAIN", "Reach", "same", "undrawn_by"]
 
 AGAIN = 12
 """So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
@@ -79,7 +80,7 @@ class Reach:
     @property
     def drawn(self) -> bool:
         """Whether a generator stands elsewhere than at first."""
-        return any(not _same(before, _state(own)) for own, before in zip(self._generators, self._states, strict=True))
+        return any(not same(before, _state(own)) for own, before in zip(self._generators, self._states, strict=True))
 
     @property
     def may_differ(self) -> bool:
@@ -87,13 +88,13 @@ class Reach:
         return (
             self._called
             or (self._unseen and Reach(self._model, self._noted)._unseen)
-            or any(not _same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
+            or any(not same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
         )
 
     def put_back(self) -> None:
         """Let all generators stand where they stood."""
         for own, before in zip(self._generators, self._states, strict=True):
-            if not _same(before, _state(own)):
+            if not same(before, _state(own)):
                 own.__setstate__(before)
 
     @contextmanager
@@ -360,7 +361,8 @@ def _state(value: Any) -> Any:
     return made[2] if isinstance(made, tuple) and len(made) > 2 else None
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values hold the same: numbers and tensors by what they are, objects that are neither only if they are one."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -368,7 +370,13 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.shape == other.shape and bool((one == other).all())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if type(one) is Tensor:
+        return _has_values(one) and _has_values(other) and one.dtype is other.dtype and torch.equal(one, other)
     return isinstance(one, _PLAIN) and one == other
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized

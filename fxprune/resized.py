@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.inputs import Arguments, batch_size
 
 __all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]
@@ -40,7 +41,7 @@ def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
 def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The example at other resolutions and lengths, with what changed: sizes that are equal change together."""
     first = _first(call)
-    tensors = _tensors(call)
+    tensors = tensors_of(call)
     images = {size for tensor in tensors for size in tensor.shape[-2:] if tensor.dim() - first > 2 and size > 2}
     together = [tuple(sorted(images))] if len(images) > 1 else []
     for sizes in [*together, *((size,) for size in lengths(call) if size > 2)]:
@@ -52,7 +53,7 @@ def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
 
 def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The example with one axis longer by one, where another axis has the same size: they need not be equal."""
-    first, tensors = _first(call), _tensors(call)
+    first, tensors = _first(call), tensors_of(call)
     for dim in range(first, max((tensor.dim() for tensor in tensors), default=0)):
         sizes = [size for tensor in tensors for d, size in enumerate(tensor.shape) if d >= first and size > 1]
         own = {tensor.shape[dim] for tensor in tensors if tensor.dim() > dim and tensor.shape[dim] > 1}
@@ -68,14 +69,10 @@ def with_sizes(call: Arguments, new: dict[int, int]) -> Arguments:
     return args, kwargs
 
 
-def _tensors(call: Arguments) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
-
-
 def lengths(call: Arguments) -> list[int]:
     """The sizes of the example's tensors but for those of its batch, the largest first."""
     first = _first(call)
-    return sorted({size for tensor in _tensors(call) for size in tensor.shape[first:]}, reverse=True)
+    return sorted({size for tensor in tensors_of(call) for size in tensor.shape[first:]}, reverse=True)
 
 
 def _first(call: Arguments) -> int:

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fxprune.budget import Budget, keep_count
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, Group
 from fxprune.criteria import Ranking
 from fxprune.descent import Descent, Timed, step_of
@@ -112,7 +112,7 @@ def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
 def _all_tensors(coupling: Coupling) -> list[Tensor]:
     """The parameters, then what the nodes give."""
     nodes = [node.meta.get("val") for trace in coupling.traces for node in trace.graph.nodes]
-    return [*coupling.parameters.values(), *(leaf for leaf in tree_leaves(nodes) if isinstance(leaf, Tensor))]
+    return [*coupling.parameters.values(), *tensors_of(nodes)]
 
 
 def _given(coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]) -> tuple[list[int], list[bool]]:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from fxprune.contents import tensors_of
 
 aten = torch.ops.aten
 
@@ -50,7 +52,7 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 
 def holds_tensors(value: Any) -> bool:
     """Whether there is a tensor anywhere in nested containers."""
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    return bool(tensors_of(value))
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

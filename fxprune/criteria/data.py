@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.views import Views, widened
 from fxprune.doors import calling, door, read
@@ -339,7 +340,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
         operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)]
         if node.op == "get_attr" or (operands and learned.issuperset(operands)):
             learned.add(node)  # a weight, or made of weights alone: no activation
-        results = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+        results = tensors_of(node.meta.get("val"))
         if not results:
             continue
         left = np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for leaf in results for labels in coupling.labels(leaf))])
@@ -389,7 +390,7 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
 
     for batch in read(loader):
         args, kwargs, targets = call_of(batch)
-        leaf = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None)
+        leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
         if leaf is None:
             raise ArgumentError(
                 f"the loader gave inputs without a tensor of samples ({type(batch[0]).__name__}): batches must be tuples "
@@ -397,9 +398,9 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
             )
         if not len(leaf):
             raise ArgumentError("a batch of the loader holds no sample, of which nothing can be measured. Leave such batches out.")
-        if any(leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+        if any(leaf.is_meta for leaf in tensors_of((args, kwargs))):
             raise ArgumentError("a batch of the loader lies on the meta device and has no values: give batches of data.")
-        if any(bool(leaf.isnan().any()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+        if any(bool(leaf.isnan().any()) for leaf in tensors_of((args, kwargs))):
             raise ArgumentError("a batch of the loader holds NaN, of which nothing can be measured. Look at how its data is made.")
         args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
         yield Batch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread
 from fxprune.inputs import placed
 from fxprune.trace import following, user_line
@@ -72,7 +73,7 @@ class Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         out = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_of((args, kwargs))
         if name in _READ:
             return self._read(name, given, out)
         for known in (self._of_weights, self._of_inputs):
@@ -107,10 +108,10 @@ def followed(
     model: nn.Module, args: Any, kwargs: Any, answers: Answers, *inside: AbstractContextManager[Any]
 ) -> tuple[Any, Decisions]:
     """What a model returns for a copy of a call, with these answers to its first questions; run under these contexts."""
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    given = tensors_of((args, kwargs))
     args, kwargs = placed((args, kwargs), given[0].device if given else torch.device("cpu"))
     weights = [*model.parameters(), *model.buffers()]
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)
     with in_one_thread(), torch.inference_mode(), following(), decisions, ExitStack() as stack:
         for context in inside:

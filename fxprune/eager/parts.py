@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from fxprune.contents import leaves, leaves_of
+from fxprune.contents import leaves, leaves_of, tensors_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
@@ -24,7 +24,6 @@ from fxprune.eager.sized import Sized
 from fxprune.eager.straight import is_straight
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
-from fxprune.inputs import tensors_of
 from fxprune.rules import Context, Record
 from fxprune.shapes import tensors_in
 from fxprune.trace import Trace, Twin, trace
@@ -203,7 +202,7 @@ class Parts:
             self._laid_out_alike(first, traced)
         ctx.ran = {**before, **ctx.ran} if first is traced else before
         for value in traced.placeholders:
-            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tensors_of(value)]
         return traced
 
     def _give_alike(self, traced: Trace, trained: Trace) -> None:

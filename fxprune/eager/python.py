@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import rules
+from fxprune.contents import tensors_of
 from fxprune.eager.decisions import WHOLE
 from fxprune.eager.memory import Memory
 from fxprune.eager.narrowing import narrows, of_one_size
@@ -206,7 +207,7 @@ class RealMode(LabelMode):
         """Carry labels on, also on no elements."""
         tensors = tensors_in(args, kwargs)
         labelled = any(t in self.context.records for t in tensors)
-        if labelled and any(not leaf.numel() for leaf in (*tensors, *tree_leaves(out)) if isinstance(leaf, Tensor)):
+        if labelled and any(not leaf.numel() for leaf in (*tensors, *tensors_of(out))):
             self._on_some(func, args, kwargs, out)
         else:
             self._note(func, rule, args, kwargs, out)

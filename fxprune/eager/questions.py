@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxprune.contents import leaves_of
+from fxprune.contents import leaves_of, tensors_of
 from fxprune.identity import TensorMap
 from fxprune.trace.lines import is_ours, user_frames, user_line
 from fxprune.trace.values import map_leaves
@@ -93,7 +92,7 @@ class Questions(TorchFunctionMode):
 
     def step(self, what: str, given: Any, made: Any) -> None:
         """Note that something is made of what is given."""
-        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        tensors = tensors_of(given)
         own = tuple(self.own[tensor] for tensor in tensors if tensor in self.own)
         before = {self._made[tensor] for tensor in tensors if tensor in self._made}
         if before or own or what.startswith(PART):

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import RUNS, seeded, undrawn
+from fxprune.contents import tensors_of
 from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import Place, Questions
 from fxprune.inputs import Arguments
-from fxprune.reach import AGAIN, Reach
+from fxprune.reach import AGAIN, Reach, same
 from fxprune.shapes import DispatchMode
-from fxprune.state import Attributes
+from fxprune.state import Attributes, Change
 from fxprune.trace import Twin
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run"]
@@ -108,7 +108,8 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
 def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
     """By what a model does something else when it is called again on the same inputs; empty if it does the same."""
     model = twin.instance()
-    if not Reach(model).may_change:
+    reach = Reach(model)
+    if not reach.may_change:
         return ""
     paths = {path for path, _ in model.named_modules() if path}
     for route in (Route(), Route(training=True)):
@@ -118,28 +119,39 @@ def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
             calls: list[Any] = []
 
             def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-                leaves = tree_leaves((args, kwargs))
-                calls.append((path, [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]))
+                calls.append((path, [leaf.shape for leaf in tensors_of((args, kwargs))]))
                 return NotImplemented
 
             with seeded(0), intercepted(model, paths, note):
                 run(model, args, kwargs, route)
             return calls
 
-        reach, attributes = Reach(model), Attributes(model)
-        try:
-            with reach.watching():
-                first = called()
-            if reach.drawn:
-                return CHANCE
-            changed = reach.may_differ or any(True for _ in attributes.changes())
-            if changed and any(called() != first for _ in range(AGAIN)):
-                return EACH_CALL
-        except Exception:  # it needs in training what the example has not; a way that fails leads nowhere
-            continue
-        finally:
-            reach.put_back()
+        first = None
+        for _ in range(1 + AGAIN):
+            attributes = Attributes(model)
+            try:
+                with reach.watching():
+                    now = called()
+                if reach.drawn:
+                    return CHANCE
+                first = first or now
+                if now != first:
+                    return EACH_CALL
+                changed = reach.may_differ or any(map(_is_another, attributes.changes()))
+            except Exception:  # it needs in training what the example has not; a way that fails leads nowhere
+                changed = False
+            finally:
+                reach.put_back()
+            if not changed:
+                break  # it has left nothing behind, or what it found was all there
+            reach = Reach(model)
     return ""
+
+
+def _is_another(change: Change) -> bool:
+    """Whether an attribute has another value, and not only an equal one that was made anew."""
+    before = change.before if change.contents is None else change.contents
+    return not same(before, change.after)
 
 
 def _explored(twin: Twin, args: Any, kwargs: Any) -> tuple[Routes, bool]:
@@ -202,7 +214,7 @@ class Found(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if name not in _FINDS or not any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in tree_leaves(out)):
+        if name not in _FINDS or all(leaf.numel() for leaf in tensors_of(out)):
             return out
         where = 0 if name in ("nonzero", "nonzero_numpy", "argwhere", "where") else 1
         chosen = args[where] if len(args) > where else None

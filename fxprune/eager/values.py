@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread, intercepted
 from fxprune.errors import FxpruneError, InputError, ModelError
-from fxprune.inputs import Arguments, filled, kept, placed, random, tensors_of
+from fxprune.inputs import Arguments, filled, kept, placed, random
 from fxprune.trace import Twin, set_mode, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN, ElsewhereError
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.inputs import as_call, batch_size, drawn
@@ -177,7 +178,7 @@ def _quiet() -> Iterator[None]:
 def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
     """Run the file on all calls in one process of its own; returns the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
-        expected = [_tensors(model(*args, **kwargs)) for args, kwargs in calls]
+        expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
         packed = io.BytesIO()
@@ -197,10 +198,6 @@ def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str])
     if not worst <= _TOLERANCE:
         raise VerificationError(f"{file.name} differs from the model by {worst:.1e}, relative, where {_TOLERANCE:.0e} is rounding.")
     return worst
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.latency.layers import Layer, Operand, Prepare, record
 from fxprune.latency.measuring import Setting, batch_of, prepared, running
@@ -331,4 +331,4 @@ def _traced(coupling: Coupling) -> Iterator[Tensor]:
     """What the nodes give."""
     for trace in coupling.traces:
         for node in trace.graph.nodes:
-            yield from (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor))
+            yield from tensors_of(node.meta.get("val"))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.inputs import as_call
 from fxprune.trace import Trace, execute
@@ -208,7 +209,7 @@ class _Recorder(fx.Interpreter):
         if n.op not in ("call_function", "call_method", "call_module"):
             return super().run_node(n)
         out = super().run_node(n)
-        results = _tensors(out)
+        results = tensors_of(out)
         if results:
             self.see(self._layer(n, results), functools.partial(self._again, n))
         return out
@@ -229,7 +230,7 @@ class _Recorder(fx.Interpreter):
         def read(new: Any, before: Any) -> Any:
             if isinstance(new, fx.Node):
                 was = before.meta.get("val") if isinstance(before, fx.Node) else None
-                made = iter(self._operands(_tensors(self.env[new]), was, channels))
+                made = iter(self._operands(tensors_of(self.env[new]), was, channels))
                 return tree_map_only(Tensor, lambda _: next(made), self.env[new])
             if isinstance(new, (tuple, list)):
                 alike = isinstance(before, (tuple, list)) and len(before) == len(new)
@@ -251,7 +252,7 @@ class _Recorder(fx.Interpreter):
     def _operands(self, tensors: list[Tensor], before: Any, channels: int | None) -> list[Operand]:
         """Operands for tensors that stand for those in ``before``. A bias that folding added has one number per channel."""
         out = []
-        for tensor, was in zip(tensors, [*_tensors(before), *[None] * len(tensors)], strict=False):
+        for tensor, was in zip(tensors, [*tensors_of(before), *[None] * len(tensors)], strict=False):
             dims: dict[int, int] = {}
             if was is not None and was.dim() == tensor.dim():
                 dims = {d: n for d, n in self.sizes.dims(was).items() if was.shape[d] == tensor.shape[d]}
@@ -259,7 +260,3 @@ class _Recorder(fx.Interpreter):
                 dims = {0: channels}
             out.append(Operand.of(tensor, dims))
         return out
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.contents import tensors_of
 from fxprune.cost import MacCounter, cost_of
 from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.doors import calling, door, shown
@@ -271,7 +272,7 @@ def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
     first = batch_of(example_inputs, setting)
     count = 1
     if setting.on_gpu:
-        own = sum(leaf.nbytes for leaf in tree_leaves(first) if isinstance(leaf, Tensor))
+        own = sum(leaf.nbytes for leaf in tensors_of(first))
         count = min(-(-2 * cache_bytes(setting.place) // max(own, 1)), _MOST_BATCHES)
     return [first, *(batch_of(example_inputs, setting, seed) for seed in range(1, count))]
 
@@ -305,10 +306,10 @@ def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Cal
     """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
     still = tree_map_only(Tensor, torch.clone, batches[0])
     replay = captured(lambda: _call(model, still))
-    places = [leaf for leaf in tree_leaves(still) if isinstance(leaf, Tensor)]
+    places = tensors_of(still)
 
     def run() -> None:
-        for place, value in zip(places, (leaf for leaf in tree_leaves(next(taken)) if isinstance(leaf, Tensor)), strict=True):
+        for place, value in zip(places, tensors_of(next(taken)), strict=True):
             place.copy_(value)
         replay()
 

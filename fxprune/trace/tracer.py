@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
-from fxprune.contents import leaves
+from fxprune.contents import leaves, tensors_of
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
@@ -666,7 +666,7 @@ class Tracer:
 
     def _refusal(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> FxpruneError:
         """Why a node cannot run without data: because it needs some, or because it cannot run at all."""
-        shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        shapes = [tuple(a.shape) for a in tensors_of((args, kwargs))]
         what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
         own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
         has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from fxprune.chance import seeded
+from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
@@ -248,7 +248,7 @@ class _Proof:
         VerificationError
             If it fails where the original runs, or gives other shapes or dtypes.
         """
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(self.call)):
+        if any(leaf.is_meta for leaf in tensors_of(self.call)):
             self.left_out.append("the example itself: only its shapes are known")
             return
         moved = _moved(self.model, self.pruned)
@@ -299,4 +299,4 @@ _LONG = 3e8
 
 
 def _elements(call: Call) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() for leaf in tensors_of(call))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from fxprune.contents import tensors_of
 
 __all__ = ["Call", "Choice", "choices", "in_single", "inputs_of", "weights_of"]
 
@@ -39,7 +41,7 @@ def choices(randomize: bool, call: Call) -> Iterator[Choice]:
     Values drawn at random show the most: no zero in a fresh model hides an error. A model may refuse them (an index that it
     computes leaves its table), or give nothing that is finite (the logarithm of a negative number).
     """
-    unknown = any(isinstance(leaf, Tensor) and leaf.is_meta and not _real(leaf) for leaf in tree_leaves(call))
+    unknown = any(leaf.is_meta and not _real(leaf) for leaf in tensors_of(call))
     for weights, floats in ((True, True), (True, False), (False, False)) if randomize else ((False, False),):
         for whole in (None, 0, 1) if unknown else (None,):
             yield Choice(weights, floats, whole)
