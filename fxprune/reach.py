@@ -11,6 +11,7 @@ import collections
 import dis
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AGAIN", "Reach", "same", "undrawn_by"]
+__all__ = ["AGAIN", "Reach", "Reached", "same", "undrawn_by"]
 
 AGAIN = 12
 """So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
@@ -72,6 +73,14 @@ class Reach:
 
     # -- what was done
 
+    def begin(self) -> bool:
+        """Compare with now instead, unless something leads elsewhere by now: then the code has to be looked through anew."""
+        if self._has_changed:
+            return False
+        self._states = [_state(own) for own in self._generators]
+        self._noted, self._called = set(), False
+        return True
+
     @property
     def may_change(self) -> bool:
         """Whether there is anything at all that a call may change, on the model's modules or elsewhere, or may ask."""
@@ -85,11 +94,11 @@ class Reach:
     @property
     def may_differ(self) -> bool:
         """Whether a call has asked outside of Python, or has left something behind, so that the next one may do something else."""
-        return (
-            self._called
-            or (self._unseen and Reach(self._model, self._noted)._unseen)
-            or any(not same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
-        )
+        return self._called or (self._unseen and Reach(self._model, self._noted)._unseen) or self._has_changed
+
+    @property
+    def _has_changed(self) -> bool:
+        return any(not same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
 
     def put_back(self) -> None:
         """Let all generators stand where they stood."""
@@ -184,7 +193,7 @@ class Reach:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for code in _codes(function.__code__):
-            chains, imported, names, sets = _references(code)
+            chains, imported, names, sets, binds = _references(code)
             self._sets |= sets
             self._add_names(names)
             for name, *attributes in chains:
@@ -195,7 +204,7 @@ class Reach:
             for module in imported:
                 inside = vars(sys.modules[module]) if module in sys.modules else {}
                 self._waiting += [inside[name] for name in names & inside.keys()]
-            changed = names & function.__globals__.keys() if _binds_globals(code) else ()
+            changed = names & function.__globals__.keys() if binds else ()
             if changed:
                 self._holders.append(_Globals(function.__globals__, sorted(changed)))
 
@@ -240,6 +249,24 @@ class Reach:
                 self._generators.append(value)
             elif isinstance(value, np.random.Generator):
                 self._waiting.append(value.bit_generator)
+
+
+class Reached:
+    """What the code of a model and of all modules below can reach: looked through once for all calls that change nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: Reach | None = None
+
+    def now(self) -> Reach:
+        """To be compared with after a call of the model, or of a module below."""
+        if self._found is None or not self._found.begin():
+            self._found = Reach(self._model)
+        return self._found
+
+    def forget(self) -> None:
+        """Look through the code anew next time: the attributes of the modules are others."""
+        self._found = None
 
 
 def _no_plain(values: Iterable[Any]) -> list[Any]:
@@ -294,15 +321,15 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool]:
-    """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; and whether
-    it sets attributes."""
+def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, bool]:
+    """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; whether it
+    sets attributes, and whether it binds global names."""
     chains: list[list[str]] = []
     imported: list[str] = []
-    sets = False
-    follows = False
+    sets = binds = follows = False
     for at in dis.get_instructions(code):
         sets |= at.opname == "STORE_ATTR"
+        binds |= at.opname == "STORE_GLOBAL"
         if at.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
             chains.append([at.argval])
             follows = True
@@ -311,12 +338,7 @@ def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[s
         else:
             follows = follows and at.opname == "PUSH_NULL"
             imported += [at.argval] if at.opname == "IMPORT_NAME" else []
-    return chains, imported, frozenset(code.co_names), sets
-
-
-@functools.lru_cache(maxsize=4096)
-def _binds_globals(code: CodeType) -> bool:
-    return any(at.opname == "STORE_GLOBAL" for at in dis.get_instructions(code))
+    return chains, imported, frozenset(code.co_names), sets, binds
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -370,9 +392,12 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.shape == other.shape and bool((one == other).all())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and (all(map(operator.is_, one, other)) or all(map(same, one, other)))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        if one.keys() != other.keys():
+            return False
+        pairs = [(value, other[key]) for key, value in one.items()]
+        return all(a is b for a, b in pairs) or all(same(*pair) for pair in pairs)
     if type(one) is Tensor:
         return _has_values(one) and _has_values(other) and one.dtype is other.dtype and torch.equal(one, other)
     return isinstance(one, _PLAIN) and one == other

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dis
 import functools
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -29,7 +29,7 @@ from fxprune.inputs import placed
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
-__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "is_raised", "ways_of"]
+__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "inside_a_part", "is_raised", "ways_of"]
 
 Answers = tuple[bool, ...]
 
@@ -58,6 +58,8 @@ class Decisions(TorchFunctionMode):
     ----------
     asked:
         The line of each question about values that depend on weights, inputs or chance, and its answer.
+    between:
+        Those of them that are not asked inside a part.
     taken_out:
         The first line that takes numbers out which depend on weights, inputs or chance; empty if there is none.
     """
@@ -68,6 +70,8 @@ class Decisions(TorchFunctionMode):
         self._of_weights: Any = WeakTensorKeyDictionary((t, None) for t in weights if t.is_floating_point() or t.is_complex())
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
+        self.between: list[tuple[str, bool]] = []
+        self.inside = False  # a part
         self.taken_out = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,9 +95,24 @@ class Decisions(TorchFunctionMode):
             place = len(self.asked)
             value = self.answers[place] if place < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))
+            if not self.inside:
+                self.between.append(self.asked[-1])
         else:
             self.taken_out = self.taken_out or user_line()
         return value
+
+
+@contextmanager
+def inside_a_part() -> Iterator[None]:
+    """What is asked inside is asked by a part."""
+    asked = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Decisions)]
+    for mode in asked:
+        mode.inside = True
+    try:
+        yield
+    finally:
+        for mode in asked:
+            mode.inside = False
 
 
 @functools.cache

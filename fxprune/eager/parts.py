@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves, leaves_of, tensors_of
 from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.decisions import inside_a_part
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
 from fxprune.eager.questions import plain_sizes
@@ -66,7 +67,7 @@ class Parts:
             straight = all(is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route)) for route in plain)
             self.decided = self.decided or ("" if straight else routes.taken_out)
         results = []
-        for route in routes.all:
+        for route in self._apart(found.parts, routes.all, args, kwargs):
             contractions = len(self.context.contractions)
             try:
                 results.append(self._run(found.parts, args, kwargs, route))
@@ -102,6 +103,24 @@ class Parts:
                 routes.decided, self._by = sized.decided, "sizes of inputs"
             if sized.routes:
                 found.run(args, kwargs, routes.all)
+
+    def _apart(self, parts: Collection[str], routes: Sequence[Route], args: Any, kwargs: Any) -> list[Route]:
+        """The routes that differ between parts: what a part asks inside is not asked by its graph."""
+        real, found = self.twin.instance(), dict[Any, Route]()
+        for route in routes:
+            calls: list[Any] = []
+
+            def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls) -> Any:
+                with inside_a_part():
+                    out = call()
+                calls.append((path, *map(_said, ((args, kwargs), out))))
+                return out
+
+            with intercepted(real, parts, part):
+                _, decisions = run(real, args, kwargs, route)
+            said = replace(route, answers=()), tuple(decisions.between), tuple(calls)
+            found.setdefault(said, route)
+        return [*found.values()]
 
     def _leave_whole_what_training_may_call(self) -> None:
         """Where training cannot be followed, modules that have not run may be called there, on whatever is between the parts."""
@@ -237,6 +256,11 @@ class Parts:
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made
+
+
+def _said(value: Any) -> str:
+    """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
+    return repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(value)])
 
 
 def _as_number(leaf: Any) -> Any:

@@ -141,7 +141,7 @@ def trace(
     try:
         forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
         tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
-        reach = Reach(twin.model)
+        reach = twin.reached.now()
         with reach.watching():
             result, made = _follow(tracer, twin)
         refuse_hooks(twin.model, below=True)
@@ -151,6 +151,7 @@ def trace(
         if state:
             attributes.restore(made)
             keep(state)
+            twin.reached.forget()
             _refuse_state(result, state)
         attributes.restore(made)
         _refuse_chance(result, reach)

@@ -7,7 +7,7 @@ import copy
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxprune.compiled import Uncompiled, is_compiled
 from fxprune.errors import ModelError, TraceError
 from fxprune.lowering import lower
+from fxprune.reach import Reached
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
 from fxprune.shapes import META
 
@@ -28,12 +29,13 @@ class Twin:
 
     ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for, ``modules`` from the id of
     a twin's module to the user's; ``tensors`` are the twin's parameters and buffers by name. ``kept`` keeps all tensors alive
-    whose ids lead on, also where forward has replaced one.
+    whose ids lead on, also where forward has replaced one. ``reached`` is what the code of the whole model can reach.
     """
 
     model: nn.Module
     real: dict[int, Tensor]
     tensors: dict[str, Tensor]
+    reached: Reached
     modules: dict[int, nn.Module] = field(default_factory=dict)
     kept: tuple[Tensor, ...] = ()
 
@@ -67,7 +69,8 @@ class Twin:
     def part(self, path: str) -> Twin:
         """The twin of a module below."""
         model = self.model.get_submodule(path)
-        return Twin(model, self.real, {**dict(model.named_parameters()), **dict(model.named_buffers())}, self.modules, self.kept)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return replace(self, model=model, tensors=tensors)
 
 
 def twin_of(model: nn.Module) -> Twin:
@@ -113,7 +116,7 @@ def twin_of(model: nn.Module) -> Twin:
     twin = lower(new_model)
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
-    return Twin(twin, real, tensors, {id(memo[id(module)]): module for module in modules}, kept)
+    return Twin(twin, real, tensors, Reached(twin), {id(memo[id(module)]): module for module in modules}, kept)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
