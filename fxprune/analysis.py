@@ -15,10 +15,10 @@ from torch import nn
 from fxprune.chance import seeded
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, Labelling, Terms, couple
-from fxprune.eager import ONLY_EVALUATION, runnable
+from fxprune.eager import Explored, decisions_of, explore, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, widened
-from fxprune.trace import set_mode, slow_path, twin_of
+from fxprune.trace import Twin, set_mode, slow_path, trace, twin_of
 from fxprune.trace.lines import ElsewhereError
 
 __all__ = ["Clock", "label_and_couple"]
@@ -48,10 +48,10 @@ def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: 
     """
     clock = clock or Clock()
     with clock("trace"):
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"known": {}}
         if terms.heads:
-            first = _label(model, example, terms, coupling=False)
-            options = {"unread": first.labelling.unread(), "ties": first.labelling.head_ties(terms.heads)}
+            first = _label(model, example, terms, coupling=False, **options)
+            options |= {"unread": first.labelling.unread(), "ties": first.labelling.head_ties(terms.heads)}
         found = _label(model, example, terms, **options)
     with clock("couple"):
         coupling = couple(found.labelling, _share(example, found.labelling.inputs))
@@ -69,7 +69,11 @@ class _Found:
     untrained: str = ""
 
 
-def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -> _Found:
+_Known = dict[str, Explored]
+"""How a model runs on calls of these shapes."""
+
+
+def _label(model: nn.Module, example: Arguments, terms: Terms, *, known: _Known, **options: Any) -> _Found:
     """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one graph, or in parts, or neither.
 
     The error is that of the first attempt on the example itself, unless the model fails on it for real.
@@ -80,7 +84,7 @@ def _label(model: nn.Module, example: Arguments, terms: Terms, **options: Any) -
         raise  # Python that stays would compute there, too
     except Exception as error:  # of any kind: what fails in a graph may well be done in parts
         try:
-            return _label_parts(model, example, terms, error, **options)
+            return _label_parts(model, example, terms, error, known, **options)
         except FxpruneError:
             if not isinstance(error, _UntrainedError):
                 raise
@@ -99,15 +103,18 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untraine
         labelling.trace(*call)
         return labelling
 
+    def decided(call: Arguments) -> _Decided:
+        return {("", False): trace(twin_of(model), *call).decisions}
+
     wide = widened(example)
     try:
-        labelling, call = _deciding_alike(evaluated, wide, example)
+        labelling, call = _deciding_alike(evaluated, decided, wide, example)
     except FxpruneError:
         if _sizes(wide) == _sizes(example):
             raise
         labelling, call = evaluated(example), example  # a model may insist on its batch of 1
     if untrained:
-        labelling.traces[0].decisions.append(f"{ONLY_EVALUATION}: {untrained}")
+        _say_untrained(labelling, untrained)
         return _Found(labelling, example, untrained=untrained)
     if labelling.traces[0].asked_mode:
         try:
@@ -119,38 +126,72 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untraine
     return _Found(labelling, example)
 
 
-def _deciding_alike(label: Callable[[Arguments], Labelling], wide: Arguments, example: Arguments) -> tuple[Labelling, Arguments]:
+def _say_untrained(labelling: Labelling, why: str) -> None:
+    what = "training mode takes another path, which the example cannot take; only evaluation's is emitted"
+    labelling.traces[0].decisions.append(f"{what}: {why}")
+
+
+_Decided = dict[tuple[str, bool], list[str]]
+"""What each graph decides by the sizes of a call, by its path and for evaluation or training."""
+
+
+def _deciding_alike(
+    label: Callable[[Arguments], Labelling], decided: Callable[[Arguments], _Decided], wide: Arguments, example: Arguments
+) -> tuple[Labelling, Arguments]:
     """The labels for a call of a larger batch than the example's, unless the model decides otherwise for the example itself."""
     labelling = label(wide)
-    decisions = [own.decisions for own in labelling.traces]
-    if any(decisions) and _sizes(wide) != _sizes(example):
-        again = label(example)
-        if [own.decisions for own in again.traces] != decisions:
-            return again, example
+    decisions = {(own.path, own.training): own.decisions for own in labelling.traces}
+    if any(decisions.values()) and _sizes(wide) != _sizes(example):
+        try:
+            alike = decided(example) == decisions
+        except Exception:  # whatever it is, the labels for the example meet it, too
+            alike = False
+        if not alike:
+            return label(example), example
     return labelling, wide
 
 
-def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Exception, **options: Any) -> _Found:
+def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Exception, known: _Known, **options: Any) -> _Found:
     """The labels of a model that cannot be traced whole, for the reason given."""
 
-    def run(call: Arguments) -> Labelling:
+    @contextmanager
+    def running(call: Arguments) -> Iterator[tuple[Twin, Arguments]]:
         twin = twin_of(model)
         set_mode(twin.model, training=False)
-        labelling = Labelling(twin, terms, **options)
         with slow_path(), seeded(0):
-            labelling.run(*placed(call, twin.device))
+            yield twin, placed(call, twin.device)
+
+    def explored(call: Arguments) -> Explored:
+        shapes = str(_sizes(call))
+        if shapes not in known:
+            with running(call) as (twin, placed_call):
+                known[shapes] = explore(twin, *placed_call)
+        return known[shapes]
+
+    def run(call: Arguments) -> Labelling:
+        found = explored(call)
+        with running(call) as (twin, placed_call):
+            labelling = Labelling(twin, terms, **options)
+            labelling.run(*placed_call, found)
         return labelling
+
+    def decided(call: Arguments) -> _Decided:
+        with running(call) as (twin, placed_call):
+            return decisions_of(twin, explored(wide), *placed_call)
 
     with seeded(0):
         call = runnable(twin_of(model), example, refused)
     try:
-        labelling, _ = _deciding_alike(run, widened(call), call)
+        wide = widened(call)
+        labelling, ran = _deciding_alike(run, decided, wide, call)
     except ElsewhereError:
         raise
     except Exception as error:  # whatever the model's own Python raises, and what cannot be followed in it
         raise refused from error
     if not labelling.traces:
         raise refused  # there is nothing to prune
+    if explored(ran).untrained:
+        _say_untrained(labelling, explored(ran).untrained)
     why = str(refused) if isinstance(refused, FxpruneError) else f"{type(refused).__name__}: {refused}"
     return _Found(labelling, call, why)
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.contents import leaves, refuse_lazy, tensors_of
 from fxprune.doors import door, shown
-from fxprune.eager import PYTHON, Parts
+from fxprune.eager import PYTHON, Explored, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
 from fxprune.identity import TensorMap
@@ -362,11 +362,11 @@ class Labelling:
         self.inputs, self.traces = traced.placeholders, [*self.traces, traced]
         return traced
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run a twin that cannot be traced whole, and trace what it calls (see :class:`fxprune.eager.Parts`)."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
+        """Run a twin that cannot be traced whole, and trace its parts (see :class:`fxprune.eager.Parts`)."""
         parts = Parts(self.twin, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]
-        out = parts.run(args, kwargs)
+        out = parts.run(explored, args, kwargs)
         self.context.node = "output"
         self._finish(out)
         parts.settle()

@@ -8,8 +8,9 @@ axis out with zeros in the places of what is gone, and take from it what they st
 """
 
 from fxprune.eager.calls import intercepted
-from fxprune.eager.parts import ONLY_EVALUATION, Parts
+from fxprune.eager.exploring import Explored, decisions_of, explore
+from fxprune.eager.parts import Parts
 from fxprune.eager.python import PYTHON
 from fxprune.eager.values import runnable
 
-__all__ = ["ONLY_EVALUATION", "PYTHON", "Parts", "intercepted", "runnable"]
+__all__ = ["PYTHON", "Explored", "Parts", "decisions_of", "explore", "intercepted", "runnable"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -16,13 +15,11 @@ from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves, leaves_of, tensors_of
 from fxprune.eager.calls import intercepted, without_function_modes
-from fxprune.eager.decisions import inside_a_part
-from fxprune.eager.finder import Finder, shape_of
+from fxprune.eager.exploring import Explored
+from fxprune.eager.finder import shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
 from fxprune.eager.questions import plain_sizes
-from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run
-from fxprune.eager.sized import Sized
-from fxprune.eager.straight import is_straight
+from fxprune.eager.routes import Route, run
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
 from fxprune.rules import Context, Record
@@ -30,9 +27,7 @@ from fxprune.shapes import tensors_in
 from fxprune.trace import Trace, Twin, trace
 from fxprune.trace.values import map_leaves
 
-__all__ = ["ONLY_EVALUATION", "Parts"]
-
-ONLY_EVALUATION = "training mode takes another path, which the example cannot take; only evaluation's is emitted"
+__all__ = ["Parts"]
 
 
 class Parts:
@@ -53,29 +48,19 @@ class Parts:
         self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
         self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def run(self, explored: Explored, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What the model returns for this call, and on each other route that its Python can take."""
-        routes = routes_of(self.twin, args, kwargs)
-        self._untrained = routes.untrained
-        found = Finder(self.twin)
-        found.run(args, kwargs, routes.all)
-        self._add_sized(found, routes, args, kwargs)
-        self.decided = routes.decided
-        if routes.taken_out:
-            real = self.twin.instance()
-            plain = {replace(route, answers=()) for route in routes.all}
-            straight = all(is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route)) for route in plain)
-            self.decided = self.decided or ("" if straight else routes.taken_out)
+        self._untrained, self.decided, self._by = explored.untrained, explored.decided, explored.by
         results = []
-        for route in self._apart(found.parts, routes.all, args, kwargs):
+        for route in explored.routes:
             contractions = len(self.context.contractions)
             try:
-                results.append(self._run(found.parts, args, kwargs, route))
+                results.append(self._run(explored.parts, args, kwargs, route))
             except Exception:
                 if not route.is_of_sizes:
                     raise
                 self.decided, self._by = self.decided or f"inputs of other sizes, {route.sizes}", "sizes of inputs"
-            if route is not routes.all[0]:  # what is computed there is not what the example costs
+            if route is not explored.routes[0]:  # what is computed there is not what the example costs
                 del self.context.contractions[contractions:]
         self._leave_whole_what_training_may_call()
         inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
@@ -88,45 +73,10 @@ class Parts:
             self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
         return results
 
-    def _add_sized(self, found: Finder, routes: Routes, args: Any, kwargs: Any) -> None:
-        """Add what the model does for inputs of other sizes, and find the parts that it calls there."""
-        plain, known = [*routes.all], frozenset[str]()
-        while known != found.parts and not routes.decided:
-            known, sized = found.parts, Sized(self.twin, found.parts, args, kwargs)
-            for route in plain:
-                if not route.answers and not route.finds:
-                    sized.explore(route)
-            del routes.all[len(plain) :]
-            for route in sized.routes:
-                add_ways(routes, self.twin, args, kwargs, route)
-            if sized.decided:
-                routes.decided, self._by = sized.decided, "sizes of inputs"
-            if sized.routes:
-                found.run(args, kwargs, routes.all)
-
-    def _apart(self, parts: Collection[str], routes: Sequence[Route], args: Any, kwargs: Any) -> list[Route]:
-        """The routes that differ between parts: what a part asks inside is not asked by its graph."""
-        real, found = self.twin.instance(), dict[Any, Route]()
-        for route in routes:
-            calls: list[Any] = []
-
-            def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls) -> Any:
-                with inside_a_part():
-                    out = call()
-                calls.append((path, *map(_said, ((args, kwargs), out))))
-                return out
-
-            with intercepted(real, parts, part):
-                _, decisions = run(real, args, kwargs, route)
-            said = replace(route, answers=()), tuple(decisions.between), tuple(calls)
-            found.setdefault(said, route)
-        return [*found.values()]
-
     def _leave_whole_what_training_may_call(self) -> None:
         """Where training cannot be followed, modules that have not run may be called there, on whatever is between the parts."""
         if not self._untrained or not self.traces:
             return
-        next(iter(self.traces.values())).decisions.append(f"{ONLY_EVALUATION}: {self._untrained}")
         records = [self.context.record(tensor) for tensor in self._outside() if tensor.is_floating_point()]
         if any(record is not None and record.unmet for record in records) and not self.decided:
             self.decided = "training, which the example cannot take"
@@ -256,11 +206,6 @@ class Parts:
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made
-
-
-def _said(value: Any) -> str:
-    """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
-    return repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(value)])
 
 
 def _as_number(leaf: Any) -> Any:
