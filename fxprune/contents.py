@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy", "tensors_of"]
+__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy", "tensors_of"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -24,7 +24,7 @@ def leaves(value: Any) -> Iterator[Any]:
     >>> list(leaves({"a": [1, SimpleNamespace(b=2)], "c": "text"}))
     [1, 2, 'text']
     """
-    return (leaf for leaf in _every(value) if isinstance(leaf, (Tensor, int, float, complex, str)))
+    return (leaf for leaf in every_leaf(value) if isinstance(leaf, (Tensor, int, float, complex, str)))
 
 
 def leaves_of(value: Any) -> list[Any]:
@@ -59,7 +59,7 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
     TraceError
         If there is a generator, another iterator, or a function in the output.
     """
-    for leaf in _every(output, lazy=True):
+    for leaf in every_leaf(output, lazy=True):
         if isinstance(leaf, (Iterator, FunctionType, MethodType)):
             raise TraceError(
                 f"{type(model).__name__} gives back a {type(leaf).__name__}, whose content is computed later, outside of forward: "
@@ -67,8 +67,8 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
             )
 
 
-def _every(value: Any, lazy: bool = False) -> Iterator[Any]:
-    """All that is no container; ``lazy`` leaves iterators as they are."""
+def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
+    """All that is no container, whatever holds it; ``lazy`` leaves iterators as they are."""
     seen: dict[int, Any] = {}
 
     def walk(value: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fxprune.contents import every_leaf
 
 __all__ = ["AGAIN", "Reach", "Reached", "same", "undrawn_by"]
 
@@ -58,6 +60,8 @@ class Reach:
         self._waiting: list[Any] = []
         self._holders: list[Any] = []
         self._generators: list[Any] = []
+        self._attributes: set[int] = set()  # containers that are attributes of modules, which :mod:`fxprune.state` compares
+        self._memos: list[Any] = []  # functions that remember their results
         self._outside: list[Any] = []  # functions that a profile sees
         self._unseen = False  # functions, and iterators, that it does not
         self._called = False
@@ -69,7 +73,12 @@ class Reach:
         while self._waiting:
             self._take(self._waiting.pop())
         self._before = [_content(own) for own in self._holders]
+        self._begin()
+
+    def _begin(self) -> None:
         self._states = [_state(own) for own in self._generators]
+        self._misses = [memo.cache_info().misses for memo in self._memos]
+        self._noted, self._called = set(), False
 
     # -- what was done
 
@@ -77,8 +86,7 @@ class Reach:
         """Compare with now instead, unless something leads elsewhere by now: then the code has to be looked through anew."""
         if self._has_changed:
             return False
-        self._states = [_state(own) for own in self._generators]
-        self._noted, self._called = set(), False
+        self._begin()
         return True
 
     @property
@@ -105,6 +113,27 @@ class Reach:
         for own, before in zip(self._generators, self._states, strict=True):
             if not same(before, _state(own)):
                 own.__setstate__(before)
+
+    def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
+        """Take out of containers and objects what a call has put there that holds something of this kind; returns all such.
+
+        Attributes of modules stay as they are.
+        Functions that have remembered a result since then forget all of theirs, which they compute again.
+        """
+        found: list[Any] = []
+
+        def holds(*values: Any) -> bool:
+            foreign = [leaf for leaf in every_leaf(values) if is_foreign(leaf)]
+            found.extend(foreign)
+            return bool(foreign)
+
+        for own, before in zip(self._holders, self._before, strict=True):
+            if id(own) not in self._attributes and not same(before, _content(own)):
+                _take_out(own, before, holds)
+        for memo, misses in zip(self._memos, self._misses, strict=True):
+            if memo.cache_info().misses != misses:
+                memo.cache_clear()
+        return found
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -145,7 +174,9 @@ class Reach:
 
     def _add_module(self, module: nn.Module) -> None:
         self._add_methods(type(module), ("forward",))
-        self._waiting += [value for name, value in vars(module).items() if type(value) not in _PLAIN and name not in _INTERNAL]
+        own = [value for name, value in vars(module).items() if type(value) not in _PLAIN and name not in _INTERNAL]
+        self._waiting += own
+        _nested(own, self._attributes)
 
     def _add_methods(self, kind: type, called: tuple[str, ...] = ()) -> None:
         if id(kind) in self._seen and not called:
@@ -182,6 +213,7 @@ class Reach:
             self._take_class(value)
         elif isinstance(wrapped := inspect.getattr_static(value, "__wrapped__", None), FunctionType):
             self._waiting.append(wrapped)
+            self._memos += [value] if isinstance(value, functools._lru_cache_wrapper) else []
         elif isinstance(value, BuiltinFunctionType) or (_is_function(value) and getattr(value, "__self__", None) is not None):
             self._take_builtin(value)
         else:
@@ -264,9 +296,21 @@ class Reached:
             self._found = Reach(self._model)
         return self._found
 
+    def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
+        """What a call since then has put into containers and objects, taken out (see :meth:`Reach.take_out`)."""
+        return [] if self._found is None else self._found.take_out(is_foreign)
+
     def forget(self) -> None:
         """Look through the code anew next time: the attributes of the modules are others."""
         self._found = None
+
+
+def _nested(values: Iterable[Any], found: set[int]) -> None:
+    """Add the ids of the containers among values, and in these."""
+    for value in values:
+        if type(value) in (list, tuple, dict, set) and id(value) not in found:
+            found.add(id(value))
+            _nested(value.values() if type(value) is dict else value, found)
 
 
 def _no_plain(values: Iterable[Any]) -> list[Any]:
@@ -348,6 +392,34 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
+def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
+    """Take entries out that hold something; what a dict or an object held in their places is put back."""
+    if isinstance(holder, (list, collections.deque)):
+        known = {id(value) for value in before}
+        for place in reversed(range(len(holder))):  # others may append meanwhile
+            if id(holder[place]) not in known and holds(holder[place]):
+                del holder[place]
+    elif isinstance(holder, set):
+        for value in [value for key, value in _content(holder).items() if key not in before and holds(value)]:
+            holder.discard(value)
+    elif not isinstance(holder, np.ndarray):
+        half = len(before) // 2
+        was = before if isinstance(before, dict) else dict(zip(before[:half], before[half:], strict=True))
+        store = holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else vars(holder)
+        for name, value in [*dict.items(store)]:
+            if value is not was.get(name, store) and holds(name, value):
+                _put_back(holder, store, name, was)
+
+
+def _put_back(holder: Any, store: Any, name: Any, was: dict[Any, Any]) -> None:
+    if isinstance(holder, type):  # its dictionary cannot be written into
+        setattr(holder, name, was[name]) if name in was else delattr(holder, name)
+    elif name in was:
+        store[name] = was[name]
+    else:
+        del store[name]
+
+
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is cell.cell_contents
@@ -358,7 +430,7 @@ def _filled(cell: Any) -> bool:
 def _content(holder: Any) -> Any:
     """What a container or an object holds now, as it can be compared later."""
     if isinstance(holder, _Globals):
-        return [holder.store.get(name) for name in holder.names]
+        return {name: holder.store[name] for name in holder.names if name in holder.store}
     if isinstance(holder, np.ndarray):
         return holder.copy()
     if isinstance(holder, dict):  # as Python keeps it, whatever its class makes of it: the user's code must not run

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
-__all__ = ["Attributes", "Change", "assigned", "carried", "first_difference", "keep", "same_graph", "values_read"]
+__all__ = ["Attributes", "Change", "assigned", "carried", "first_difference", "follows_inputs", "keep", "same_graph", "values_read"]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
@@ -132,7 +132,7 @@ def carried(changes: Iterable[Change]) -> list[Change]:
 
 
 def _carries(nodes: Sequence[fx.Node]) -> bool:
-    return not nodes or any(map(_from_inputs, nodes))
+    return not nodes or any(map(follows_inputs, nodes))
 
 
 _SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
@@ -145,7 +145,7 @@ def values_read(node: fx.Node) -> Sequence[fx.Node]:
     return () if name in _SHAPED_LIKE else node.all_input_nodes[:1] if name in _CAST_LIKE else node.all_input_nodes
 
 
-def _from_inputs(node: fx.Node) -> bool:
+def follows_inputs(node: fx.Node) -> bool:
     """Whether a value depends on those of the inputs, and not on their sizes alone."""
     seen, waiting = set(), [node]
     while waiting:

@@ -1,6 +1,8 @@
 """A graph is one call: what forward keeps for the next is found, and stays Python."""
 
 import copy
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -382,3 +384,60 @@ def test_a_table_that_somebody_changed_is_kept(kind: type[Cached]) -> None:
 @pytest.mark.parametrize("kind", [ShareOfLongest, OfWeights, BufferThatGrows])
 def test_a_table_that_the_original_would_not_compute_again_is_kept(kind: type[Cached]) -> None:
     assert not all(sizes_taken(called_before(kind, *SIZES[0])))
+
+
+TABLES: dict[int, Tensor] = {}
+SEEN: list[Tensor] = []
+NOTES = types.SimpleNamespace(last=None, shared={"last": None})
+
+
+def scaled_by_a_table(m: Any, x: Tensor) -> Tensor:
+    size = x.shape[2]
+    if size not in TABLES:
+        TABLES[size] = torch.arange(size) / size
+    return x * TABLES[size]
+
+
+@functools.lru_cache
+def table(size: int) -> Tensor:
+    return torch.arange(size) / size
+
+
+def scaled_by_a_remembered_table(m: Any, x: Tensor) -> Tensor:
+    return x * table(int(x.shape[2]))
+
+
+def lists(m: Any, x: Tensor) -> Tensor:
+    SEEN.append(x)
+    return x.relu()
+
+
+def notes(m: Any, x: Tensor) -> Tensor:
+    NOTES.last = NOTES.shared["last"] = x
+    return x.relu()
+
+
+@pytest.mark.parametrize("function", [scaled_by_a_table, scaled_by_a_remembered_table])
+def test_a_table_outside_of_the_model_is_as_it_was(function: Callable[[Any, Tensor], Tensor]) -> None:
+    """What tracing has put there would be found by the next call of the user's model."""
+    TABLES.clear()
+    model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert not pruned.report.parts
+    assert not TABLES
+    assert model(x).shape == pruned.model(x).shape
+    assert relative_error(fxprune.prune(model, x, channels=1.0).model(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("function", [lists, notes])
+def test_what_is_left_outside_of_the_model_is_left_by_the_pruned_one(function: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.parts == ("first", "last")
+    SEEN.clear()
+    NOTES.last = NOTES.shared["last"] = None
+    pruned.model(x)
+    left = SEEN[0] if function is lists else NOTES.last
+    assert isinstance(left, Tensor)
+    assert left.shape[0] == 2
+    assert function is lists or NOTES.shared["last"] is left

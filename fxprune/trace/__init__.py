@@ -29,11 +29,11 @@ from torch import Tensor, fx, nn
 from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
-from fxprune.memory import writes
+from fxprune.memory import node_of, writes
 from fxprune.reach import AGAIN, Reach
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
-from fxprune.state import Attributes, Change, assigned, carried, first_difference, keep, same_graph
+from fxprune.state import Attributes, Change, assigned, carried, first_difference, follows_inputs, keep, same_graph
 from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forget_caches
 from fxprune.trace.decisions import formula, number_decides
@@ -87,6 +87,7 @@ class Trace:
     asked_mode: bool = False
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
+    left: list[fx.Node] = field(default_factory=list)  # what forward has left outside of its modules
     path: str = ""  # of the traced module below the model; empty: the model itself
 
     @property
@@ -139,11 +140,12 @@ def trace(
         return found.graph, found.constants
 
     try:
+        reach = twin.reached.now()
         forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
         tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
-        reach = twin.reached.now()
         with reach.watching():
             result, made = _follow(tracer, twin)
+        _refuse_left(result)
         refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
         _refuse_memory(result.graph, assigned(changes), twin.model)
@@ -211,6 +213,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             ) from error
         finally:
             tracer.close()
+            left = twin.reached.take_out(_is_stand_in)
     if draws and _draws_again(tracer, twin):
         raise ChanceError(DRAWS.format(type(twin.model).__name__, "Python's or NumPy's generator"))
     constants = {
@@ -219,7 +222,8 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         if name in tracer.constant_targets
     }
     args, kwargs = tracer.example
-    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants)
+    nodes = [node for node in map(node_of, left) if node is not None]
+    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants, nodes)
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
 
@@ -237,7 +241,28 @@ def _draws_again(tracer: Tracer, twin: Twin) -> bool:
                 return True
             finally:
                 again.close()
+                twin.reached.take_out(_is_stand_in)
     return True
+
+
+def _is_stand_in(value: Any) -> bool:
+    return node_of(value) is not None
+
+
+def _refuse_left(result: Trace) -> None:
+    """What forward leaves outside of its modules is an effect, which a graph has not; a table that follows from sizes is a cache.
+
+    Raises
+    ------
+    TraceError
+        If values are left there that follow from those of the inputs.
+    """
+    for node in result.left:
+        if follows_inputs(node):
+            raise TraceError(
+                f"forward of this {type(result.twin.model).__name__} leaves {node.name!r} outside of its modules, in a list say: "
+                "a graph would not do that. Hand it out as a result, or keep that line inside a module of its own."
+            )
 
 
 def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
