@@ -529,6 +529,7 @@ def _emit(
             macs_pinned=_pinned_macs(coupling),
             parts=coupling.parts,
             not_one_graph=coupling.not_one_graph,
+            not_set=coupling.not_set,
         )
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 

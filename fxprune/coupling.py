@@ -149,6 +149,11 @@ class Coupling:
         """Paths of the modules that were traced one by one; empty if the model was traced whole."""
         return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
 
+    @property
+    def not_set(self) -> tuple[str, ...]:
+        """Attributes that forward sets to what it computes of the inputs; nothing reads them, and graphs do not set them."""
+        return tuple(dict.fromkeys(f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set))
+
     @functools.cached_property
     def units(self) -> Array:
         """The labels of all units, ascending; shape (units,)."""
@@ -281,6 +286,8 @@ class Coupling:
             lines.append(f"untouched: {', '.join(self.untouched)}")
         if self.not_one_graph:
             lines.append(f"in parts, not one graph: {self.not_one_graph}")
+        if self.not_set:
+            lines.append(f"set by forward, not by its graph: {', '.join(self.not_set)}")
         if self.decisions:
             lines.append("decided while tracing")
             lines += [f"  {d}" for d in self.decisions]

@@ -38,6 +38,9 @@ class LatencyRow(NamedTuple):
     setting: str
 
 
+_TEXTS = ("untouched", "decisions", "statistics", "parts", "not_set")
+
+
 @door
 @dataclass(frozen=True)
 class Report:
@@ -56,6 +59,8 @@ class Report:
         decisions: control flow that the trace fixed, as text.
         parts: paths of the modules that were emitted as graphs inside the model's own class; empty if the model is one graph.
         not_one_graph: what keeps the model from being one graph, with the line; empty if it is one.
+        not_set: attributes that forward sets to what it computes of the inputs, for others to look at (``self.features = h``): a
+            graph does not set them.
         statistics: normalisations whose statistics go over the surviving channels only, as text. This is the one
             place where a pruned model may differ from the original with its removed channels zeroed.
         seconds: wall-clock seconds per stage, in the order in which the stages ran.
@@ -92,6 +97,7 @@ class Report:
     parts: tuple[str, ...] = ()
     not_one_graph: str = ""
     latency: LatencyRow | None = None
+    not_set: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
@@ -101,7 +107,7 @@ class Report:
                 PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in read(self.pinned, "pinned")
             )
             object.__setattr__(self, "pinned", tuple(pinned))
-            for name in ("untouched", "decisions", "statistics", "parts"):
+            for name in _TEXTS:
                 object.__setattr__(self, name, tuple(read(getattr(self, name), name)))
             self._check()
         except (TypeError, ValueError, AttributeError) as error:
@@ -113,7 +119,7 @@ class Report:
             _of_kind(name, getattr(self, name), numbers.Real)
         for name in ("macs_before", "macs_after", "params_pinned", "macs_pinned", "error"):
             _of_kind(name, getattr(self, name), (numbers.Real, type(None)))
-        for name in ("untouched", "decisions", "statistics", "parts"):
+        for name in _TEXTS:
             for text in getattr(self, name):
                 _of_kind(name, text, str)
         _of_kind("not_one_graph", self.not_one_graph, str)
@@ -149,6 +155,7 @@ class Report:
             "macs_pinned": self.macs_pinned,
             "parts": list(self.parts),
             "not_one_graph": self.not_one_graph,
+            "not_set": list(self.not_set),
             "latency": None if self.latency is None else self.latency._asdict(),
         }
 
@@ -180,6 +187,7 @@ class Report:
     def __str__(self) -> str:
         lines = [*self._summary(), *self._groups(), *self._pinned()]
         lines += _section("not used by any operation, left as they are", self.untouched)
+        lines += _section("set by forward, not by its graph", self.not_set)
         lines += _section("control flow fixed by the example inputs", self.decisions)
         lines += _section("normalised over the surviving channels", self.statistics)
         return "\n".join(lines)

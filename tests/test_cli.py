@@ -177,7 +177,7 @@ def test_inspect_full_prints_the_coupling(tiny):
 def test_inspect_json(tiny):
     data = json.loads(run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--json").stdout)
     assert sorted(group["units"] for group in data["groups"]) == [6, 8]
-    assert set(data) == {"groups", "pinned", "pinned_macs", "untouched", "decisions", "not_one_graph"}
+    assert set(data) == {"groups", "pinned", "pinned_macs", "untouched", "decisions", "not_one_graph", "not_set"}
     assert data["not_one_graph"] == ""
     assert 0 < sum(data["pinned_macs"].values()) < 1
     assert all(pinned["reason"] for pinned in data["pinned"])

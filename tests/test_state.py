@@ -386,6 +386,31 @@ def test_a_table_that_the_original_would_not_compute_again_is_kept(kind: type[Ca
     assert not all(sizes_taken(called_before(kind, *SIZES[0])))
 
 
+class Shows(nn.Module):
+    """Its last layer keeps what it has computed, to be looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), Keeps(shows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)[:, :3])
+
+
+def shows(m: Any, x: Tensor) -> Tensor:
+    m.features = m.first.seen = x
+    m.size = x.shape[2] * torch.ones(())
+    return x
+
+
+def test_attributes_that_a_graph_does_not_set_are_reported() -> None:
+    """Some models keep an attention map for whoever wants to see it."""
+    pruned = fxprune.prune(Shows(), torch.randn(2, 3, 9, 9), channels=0.5)
+    assert pruned.report.not_set == ("last.features", "last.first.seen")
+    assert "set by forward, not by its graph\n  last.features\n  last.first.seen" in str(pruned.report)
+    assert "last.features" in str(fxprune.analyze(Shows(), torch.randn(2, 3, 9, 9)))
+
+
 TABLES: dict[int, Tensor] = {}
 SEEN: list[Tensor] = []
 NOTES = types.SimpleNamespace(last=None, shared={"last": None})

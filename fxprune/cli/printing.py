@@ -47,6 +47,7 @@ def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
         "untouched": list(coupling.untouched),
         "decisions": list(coupling.decisions),
         "not_one_graph": coupling.not_one_graph,
+        "not_set": list(coupling.not_set),
     }
 
 
@@ -77,6 +78,7 @@ def print_coupling(coupling: Coupling) -> None:
         ("multiply-accumulates held by pins, of all", held),
         ("not used by any operation", coupling.untouched),
         ("in parts, not one graph, because", [coupling.not_one_graph] if coupling.not_one_graph else []),
+        ("set by forward, not by its graph", coupling.not_set),
         ("control flow fixed", coupling.decisions),
     ):
         if lines:
@@ -87,7 +89,7 @@ def print_coupling(coupling: Coupling) -> None:
 
 def planned(pruned: api.Pruned) -> str:
     """A plan and what it would bring, for a person."""
-    report = dataclasses.replace(pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=())
+    report = dataclasses.replace(pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=(), not_set=())
     cost = str(report).split("\n\n")[0]  # the figures, without the sections
     return f"{cost}\n\n{pruned.plan}"
 

@@ -87,6 +87,7 @@ class Trace:
     asked_mode: bool = False
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
+    not_set: tuple[str, ...] = ()  # attributes that forward sets to what it computes of inputs, and nothing reads
     left: list[fx.Node] = field(default_factory=list)  # what forward has left outside of its modules
     path: str = ""  # of the traced module below the model; empty: the model itself
 
@@ -155,6 +156,7 @@ def trace(
             keep(state)
             twin.reached.forget()
             _refuse_state(result, state)
+            result.not_set = tuple(change.path for change in state if change.nodes)
         attributes.restore(made)
         _refuse_chance(result, reach)
     except BaseException:
@@ -223,7 +225,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     }
     args, kwargs = tracer.example
     nodes = [node for node in map(node_of, left) if node is not None]
-    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants, nodes)
+    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants, left=nodes)
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
 
