@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -27,11 +27,19 @@ DETECTORS, FLOWS = (
 )
 
 
-@functools.lru_cache(maxsize=1)
-def pruned_detector(name: str) -> tuple[nn.Module, fxprune.Pruned]:
-    case = COMPOSITE[name]
+@dataclass(frozen=True)
+class Detector:
+    case: Composite
+    model: nn.Module
+    pruned: fxprune.Pruned
+
+
+@pytest.fixture(scope="module", params=DETECTORS)
+def detector(request: pytest.FixtureRequest) -> Detector:
+    """A detector and what is left of it; the tests of one follow each other, so that it is pruned once."""
+    case = request.param
     model = case.build()
-    return model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True)
+    return Detector(case, model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True))
 
 
 def threshold(model: nn.Module, value: float) -> None:
@@ -44,9 +52,8 @@ def test_with_these_every_torchvision_model_is_covered() -> None:
     assert sorted([*CASES, *COMPOSITE]) == sorted(models.list_models())
 
 
-@pytest.mark.parametrize("case", DETECTORS)
-def test_detectors(case: Composite) -> None:
-    model, pruned = pruned_detector(case.name)
+def test_detectors(detector: Detector) -> None:
+    case, model, pruned = detector.case, detector.model, detector.pruned
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     assert pruned.report.params_after / pruned.report.params_before <= MOST_LEFT
@@ -61,9 +68,8 @@ def test_detectors(case: Composite) -> None:
             assert all(bool(len(one["boxes"])) is some for one in found)
 
 
-@pytest.mark.parametrize("case", DETECTORS)
-def test_detectors_train(case: Composite) -> None:
-    _, pruned = pruned_detector(case.name)
+def test_detectors_train(detector: Detector) -> None:
+    case, pruned = detector.case, detector.pruned
     (images,) = case.inputs(batch=2)
     targets = [
         {
