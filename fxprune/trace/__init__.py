@@ -36,6 +36,7 @@ from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, first_difference, follows_inputs, keep, same_graph
 from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forget_caches
+from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
 from fxprune.trace.resized import hold_inputs
@@ -147,6 +148,7 @@ def trace(
         with reach.watching():
             result, made = _follow(tracer, twin)
         _refuse_left(result)
+        _refuse_checkpoints(tracer, twin)
         refuse_hooks(twin.model, below=True)
         changes = [*attributes.changes(made)]
         _refuse_memory(result.graph, assigned(changes), twin.model)
@@ -265,6 +267,21 @@ def _refuse_left(result: Trace) -> None:
                 f"forward of this {type(result.twin.model).__name__} leaves {node.name!r} outside of its modules, in a list say: "
                 "a graph would not do that. Hand it out as a result, or keep that line inside a module of its own."
             )
+
+
+def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
+    """What a checkpoint computes again before the backward pass reads it, a graph must not have overwritten.
+
+    Raises
+    ------
+    TraceError
+        If it has.
+    """
+    if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, twin):
+        raise TraceError(
+            "forward writes in place into what the backward pass reads. Its checkpoint "
+            f"(at {tracer.checkpoints[0]}) computes that again, which a graph does not. Use an operation that gives a new tensor."
+        )
 
 
 def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:

@@ -117,8 +117,13 @@ def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
 @contextmanager
 def _checkpoints(tracer: Tracer) -> Iterator[None]:
     """``checkpoint`` asks on which device tensors lie, to keep the state of its generator: a graph computes once and needs none."""
+
+    def begin(*_: Any) -> str:
+        tracer.checkpoints.append(user_line())
+        return "cpu"
+
     names = [name for name in ("_infer_device_type",) if name in vars(checkpoint)]
-    with _put([(vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, lambda *_: "cpu")) for name in names]):
+    with _put([(vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, begin)) for name in names]):
         yield
 
 
@@ -197,6 +202,7 @@ def _through_graph(kind: type, forward: Callable[..., Any], tracer: Tracer) -> C
         if kind.__module__ == checkpoint.__name__:  # what is kept for the backward pass is not a graph's business
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
+            tracer.checkpoints.append(user_line())
             _, function, _, *inputs = args
             return function(*inputs)
         return tracer.record("call_function", _application(kind), args[1:] if with_context else args, kwargs)
