@@ -1,7 +1,7 @@
 """Checkpoints: what forward computes again in the backward pass. A graph computes it once, and keeps what is read then.
 
 The results are the same, and so are the gradients, as long as nothing overwrites what is kept. Inside of a checkpoint an operation
-in place may: all is computed again before it is read.
+in place may: all is computed again before it is read. (Reentrant ones are held to it by torch themselves.)
 """
 
 from __future__ import annotations

@@ -202,7 +202,6 @@ def _through_graph(kind: type, forward: Callable[..., Any], tracer: Tracer) -> C
         if kind.__module__ == checkpoint.__name__:  # what is kept for the backward pass is not a graph's business
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
-            tracer.checkpoints.append(user_line())
             _, function, _, *inputs = args
             return function(*inputs)
         return tracer.record("call_function", _application(kind), args[1:] if with_context else args, kwargs)

@@ -183,7 +183,7 @@ class Tracer:
         self._modes: tuple[int, int] = (0, 0)  # those of functions and of operations that are there before the model runs
         self._asked: frozenset[Any] = EVERY  # the dimensions by whose sizes C++ may go that reads them as plain numbers
         self._held: set[tuple[fx.Node, int]] = set()  # tensors and the dimensions whose sizes the graph is held to
-        self.checkpoints: list[str] = []  # the lines of those that forward has called
+        self.checkpoints: list[str] = []  # the lines of those that are not reentrant
         self.below_lines: dict[fx.Node, str] = {}  # of what C++ has done with numbers that it may have computed from sizes
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
