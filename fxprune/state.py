@@ -61,13 +61,13 @@ class Change:
 
 
 class Attributes:
-    """The plain attributes and the buffers of all modules as they are now, to be compared and restored."""
+    """The plain attributes, the parameters and the buffers of all modules as they are now, to be compared and restored."""
 
     def __init__(self, root: nn.Module) -> None:
         self._before = [
             (path, store, dict(store), {name: _copy(value) for name, value in store.items() if type(value) in _CONTAINERS})
             for path, module in root.named_modules()
-            for store in (vars(module), module._buffers)
+            for store in (vars(module), module._parameters, module._buffers)
         ]
 
     def changes(self, ignore: Iterable[str] = ()) -> Iterator[Change]:

@@ -466,3 +466,66 @@ def test_what_is_left_outside_of_the_model_is_left_by_the_pruned_one(function: C
     assert isinstance(left, Tensor)
     assert left.shape[0] == 2
     assert function is lists or NOTES.shared["last"] is left
+
+
+def a_parameter(m: Any, weight: Tensor) -> None:
+    m.conv.weight = nn.Parameter(weight)
+
+
+def data(m: Any, weight: Tensor) -> None:
+    m.conv.weight.data = weight
+
+
+def an_attribute(m: Any, weight: Tensor) -> None:
+    if "weight" in m.conv._parameters:
+        del m.conv.weight
+    m.conv.weight = weight
+
+
+def a_buffer(m: Any, weight: Tensor) -> None:
+    if "weight" in m.conv._parameters:
+        del m.conv.weight
+        m.conv.register_buffer("weight", torch.zeros_like(m.weight))
+    m.conv.weight = weight
+
+
+class SetsWeights(nn.Module):
+    """The weight of its convolution is computed at each call; ``reads``: after Python has read a value of the input."""
+
+    def __init__(self, put: Callable[[Any, Tensor], None], reads: bool) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.tensor(1.5))
+        self.put, self.reads = put, reads
+        if put is not a_parameter and put is not data:
+            put(self, torch.zeros(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reads and bool((x > 100).any()):
+            x = x.clamp(-1, 1)
+        x = self.stem(x)
+        self.put(self, self.weight * self.scale)
+        return self.head(self.conv(x).relu())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("put", [a_parameter, data, an_attribute, a_buffer])
+def test_a_layer_computes_with_the_weight_that_forward_gives_it(put: Callable[[Any, Tensor], None], reads: bool) -> None:
+    model, x = SetsWeights(put, reads).eval(), torch.randn(2, 3, 9, 9)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert bool(pruned.report.parts) == (reads or put is data)
+    assert dict(pruned.model.named_parameters())["weight"].shape == (4, 4, 3, 3)
+    fxprune.verify(model, pruned, example_inputs=x)
+    before = pruned.model(x)
+    with torch.no_grad():
+        pruned.model.get_parameter("scale").mul_(2)
+    assert relative_error(pruned.model(x), before) > 1e-3
+
+
+def test_parameters_of_the_model_are_its_own_again() -> None:
+    model = SetsWeights(a_parameter, reads=False).eval()
+    twin = twin_of(model)
+    own = twin.model.get_parameter("conv.weight")
+    traced = trace(twin, *example_of(torch.randn(2, 3, 9, 9)))
+    assert twin.model.get_parameter("conv.weight") is own
+    assert "conv.weight" not in {node.target for node in traced.graph.nodes}

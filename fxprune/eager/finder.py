@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.memory import place_of
 from fxprune.eager.routes import Route, run
 from fxprune.errors import FxpruneError
 from fxprune.shapes import META, holds_tensors
@@ -48,7 +48,7 @@ class Finder:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
         """Let the model go each of these routes until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
-        self._own = {path: _held(module) for path, module in real.named_modules(remove_duplicate=False)}
+        self._own = {module: _held(module) for module in real.modules()}
         self._real = real
         everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
         while known != len(self.python):
@@ -65,12 +65,18 @@ class Finder:
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
-        return call()
+        out = call()
+        self._own.update({module: _held(module) for module in self._real.get_submodule(path).modules()})  # what its graph does
+        return out
 
     def _is_as_given(self, path: str) -> bool:
-        """Whether a call is not one of ``torch.func``'s, which puts other parameters into a module, or maps over them."""
-        held, own = _held(self._real.get_submodule(path)), self._own[path]
-        return len(held) == len(own) and all(map(operator.is_, held, own)) and torch._C._functorch.peek_interpreter_stack() is None
+        """Whether the module has the tensors that it had: neither ``torch.func`` nor Python has put others into it.
+
+        Nor does ``torch.func`` map over them.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        return all(_are_same(_held(module), self._own[module]) for module in self._real.get_submodule(path).modules())
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         leaves = tree_leaves((args, kwargs))
@@ -119,6 +125,13 @@ def shape_of(tensor: Any) -> Any:
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
 
 
-def _held(module: nn.Module) -> list[Any]:
-    """The parameters of a module and of those below."""
-    return [tensor for own in module.modules() for tensor in own._parameters.values()]
+def _held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+    """The tensors of a module, and where they lie."""
+    named = {**vars(module), **module._buffers, **module._parameters}
+    return {name: (value, place_of(value)) for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _are_same(held: dict[str, tuple[Tensor, Any]], own: dict[str, tuple[Tensor, Any]]) -> bool:
+    return held.keys() == own.keys() and all(
+        tensor is own[name][0] and place == own[name][1] for name, (tensor, place) in held.items()
+    )

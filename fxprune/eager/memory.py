@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.identity import TensorMap
 from fxprune.rules import Context
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "place_of"]
 
 
 class Memory:
@@ -32,7 +32,7 @@ class Memory:
         ``follows``: it has a rule, and labels went in, or what follows from such.
         """
         for tensor in tensors:
-            place = _place(tensor)
+            place = place_of(tensor)
             if tensor in self.context.records and place is not None:
                 self._labelled.setdefault(place[0], TensorMap())[tensor] = None
             if place is not None and (follows or tensor in self.context.records):
@@ -47,13 +47,13 @@ class Memory:
     def meet(self, tensors: Collection[Tensor]) -> None:
         """Find labels of those that are new, or lie elsewhere by now; those laid out in a way of their own see the full width."""
         for tensor in tensors:
-            place = _place(tensor)
-            if place is None or self._places.get(tensor) == place or self._is_models(tensor):
+            place = place_of(tensor)
+            if place is None or self._places.get(tensor) == place or (tensor not in self._places and self._is_models(tensor)):
                 continue
             if tensor in self._places:  # it was exchanged for another
                 self.context.records.discard(tensor)
             others = [other for other in self._labelled.get(place[0], ()) if other is not tensor and self.context.fields(other)]
-            same = next((other for other in reversed(others) if _place(other) == place), None)
+            same = next((other for other in reversed(others) if place_of(other) == place), None)
             if same is not None:
                 self.context.put(tensor, self.context.fields(same), base=same)
                 self.note([tensor], True)
@@ -71,7 +71,7 @@ class Memory:
         self.context.wide += [f.labels for tensor in tensors for f in self.context.fields(tensor)]
 
     def _is_models(self, tensor: Tensor) -> bool:
-        """A parameter or buffer is known by itself, also where its memory is."""
+        """A parameter or buffer is known by itself, also where its memory is, until ``w.data = h`` gives it another."""
         record = self.context.records.get(tensor)
         return record is not None and bool(record.name)
 
@@ -83,7 +83,7 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+def place_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies, and how; None where it has no memory of its own: it is sparse, nested, or wraps others."""
     with torch._C.DisableTorchFunction():
         if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python) or tensor.layout is not torch.strided:

@@ -88,6 +88,7 @@ class Parts:
             record = self.context.record(stand_in)
             if record is not None:
                 self.context.records[own] = record
+        mode.memory.note([*mode.own], True)
         measure(real, mode)
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:

@@ -36,6 +36,7 @@ from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
     ASKS,
+    OF_PARAMETERS,
     Number,
     Parts,
     SizeTuple,
@@ -170,6 +171,7 @@ class Tracer:
         # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held here.
         self.constants: dict[int, tuple[Tensor, str]] = {}
         self.constant_targets: set[str] = set()
+        self._given: frozenset[int] = frozenset()  # the ids of those that modules have from the beginning
         self.made_names: list[str] = []
         self.made = Snapshot()  # tensors that forward makes without any input, and the graph holds as constants
         self._names = {id(tensor): name for name, tensor in twin.tensors.items()}
@@ -196,6 +198,7 @@ class Tracer:
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):
                     self.constants.setdefault(id(value), (value, f"{path}.{name}".removeprefix(".")))
+        self._given = frozenset(self.constants)
         args, kwargs = self._arguments()
         with _Recording(self), torch._C._AutoDispatchBelowAutograd():
             self._modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
@@ -377,6 +380,8 @@ class Tracer:
     def _attribute(self, tensor: Any, name: str) -> Any:
         if name == "shape":
             return self._size(tensor)
+        if name in OF_PARAMETERS and isinstance(tensor, nn.Parameter):
+            return OF_PARAMETERS[name]
         if name in ASKS:
             raise TraceError(asks(ASKS[name], f"{tensor!r}.{name}"))
         return self.record("call_function", getattr, (tensor, name), {})
@@ -735,9 +740,13 @@ class Tracer:
         return self.record("call_module", self._paths[id(module)], args, kwargs)
 
     def is_as_given(self, module: nn.Module) -> bool:
-        """Whether a leaf computes with parameters and buffers of the model, and nothing sees what it computes."""
+        """Whether a leaf computes with tensors that the model had from the beginning, and nothing sees what it computes."""
         own = (*module._parameters.values(), *module._buffers.values())
-        return not self.is_overridden() and all(tensor is None or id(tensor) in self._names for tensor in own)
+        return (
+            not self.is_overridden()
+            and all(tensor is None or id(tensor) in self._names for tensor in own)
+            and all(id(value) in self._given for value in vars(module).values() if isinstance(value, Tensor))
+        )
 
     @_unseen
     def read_mode(self, module: nn.Module) -> Any:

@@ -30,7 +30,19 @@ from fxprune.trace.lines import user_line
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 
-__all__ = ["ASKS", "Number", "SizeTuple", "Traced", "TracedTensor", "asks", "asks_device", "find_traced", "map_leaves", "stand_in"]
+__all__ = [
+    "ASKS",
+    "OF_PARAMETERS",
+    "Number",
+    "SizeTuple",
+    "Traced",
+    "TracedTensor",
+    "asks",
+    "asks_device",
+    "find_traced",
+    "map_leaves",
+    "stand_in",
+]
 
 
 _DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
@@ -41,6 +53,9 @@ ASKS: dict[str, str] = {
     **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
 }
 """Attributes of a tensor that tell what is the caller's business, and what they tell."""
+
+OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
+"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight = nn.Parameter(w)`` asks."""
 
 
 def asks(what: str, how: str) -> str:

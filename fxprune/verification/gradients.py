@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxprune.chance import torch_states
 from fxprune.contents import leaves
+from fxprune.eager.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
@@ -53,9 +54,11 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
 def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int, bool]:
     """Gradients by the names of parameters, how many numbers there are among the outputs, and whether torch drew random ones.
 
-    No mode may look on: under one that sees operations, gradients of some are others than without it.
+    No mode may look on: under one that sees operations, gradients of some are others than without it. What forward puts in the
+    place of a parameter is none of the model's: an optimiser does not know it.
     """
     args, kwargs = clone(call)
+    own = {name: (parameter, place_of(parameter)) for name, parameter in model.named_parameters()}
     with bench.drawing(), torch.enable_grad(), InDtype(bench.dtype):
         before = torch_states()
         found = [leaf for leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -63,7 +66,8 @@ def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Te
             torch.autograd.backward([leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found])
         drawn = not all(map(torch.equal, before, torch_states()))
     numbers = sum(int(leaf.isfinite().sum()) for leaf in found)
-    return {name: own.grad.detach() for name, own in model.named_parameters() if own.grad is not None}, numbers, drawn
+    kept = {name: parameter.grad for name, (parameter, place) in own.items() if place_of(parameter) == place}
+    return {name: gradient.detach() for name, gradient in kept.items() if gradient is not None}, numbers, drawn
 
 
 def _weighted(output: Tensor) -> Tensor:
