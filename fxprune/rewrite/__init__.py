@@ -6,7 +6,7 @@ so, ``containers`` sees to it that modules in it are found as fast as in the cla
 """
 
 from fxprune.rewrite.emit import emit
-from fxprune.rewrite.module import PrunedModule
+from fxprune.rewrite.module import PrunedModule, sharing_graphs
 from fxprune.rewrite.survivors import Survivors
 
-__all__ = ["PrunedModule", "Survivors", "emit"]
+__all__ = ["PrunedModule", "Survivors", "emit", "sharing_graphs"]

@@ -125,8 +125,14 @@ class PrunedModule(fx.GraphModule):
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
-        new = memo[id(self)] = _empty()
         stores, rest, kind = self._parts()
+        if memo.get(id(self.graph)) is self.graph:  # the code that it was compiled to is shared as well
+            new = memo[id(self)] = object.__new__(type(self))
+            del rest[_NAME]
+            new.__dict__.update({key: copied(value, memo) for key, value in rest.items()})
+            new.__dict__.update(copy.deepcopy(stores, memo), _graph=self.graph, training_graph=self.training_graph)
+            return new
+        new = memo[id(self)] = _empty()
         rest = {key: copied(value, memo) for key, value in rest.items()}  # hooks refer to the modules around them
         new._rebuild(copy.deepcopy(stores, memo), rest, self._graphs(), kind)
         return new
@@ -140,6 +146,12 @@ class PrunedModule(fx.GraphModule):
         graph, training_graph = state["graphs"]
         graphs = unpack(graph), None if training_graph is None else unpack(training_graph)
         self._rebuild(state["stores"], dict(state["rest"]), graphs, state["kind"])
+
+
+def sharing_graphs(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` is to know so that copies share the model's graphs, which makes them quick. None may change one."""
+    graphs = [own for m in model.modules() if isinstance(m, PrunedModule) for own in (m.graph, m.training_graph)]
+    return {id(own): own for own in graphs if own is not None}
 
 
 def _empty() -> PrunedModule:

@@ -174,8 +174,8 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 raise TraceError(_uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)) from error
     for own in whole:  # their own copies know nothing of what their hooks refer to
         for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
-            vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS})
-            vars(new).update({name: vars(old)[name].copy() for name in HOOKS_CALLED if name in vars(old)})
+            vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]})
+            vars(new).update({name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)})
             # They may leave out what a user has put there, as those of a torch.fx.GraphModule do.
             vars(new).update({name: attribute(name, value, memo) for name, value in vars(old).items() if name not in vars(new)})
     copied_module: nn.Module = memo[id(module)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.coupling import Coupling
-from fxprune.rewrite import Survivors
+from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
 
 __all__ = ["cut", "mask", "original", "plain", "smaller"]
@@ -46,7 +46,7 @@ def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype)
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of a model where it lies, as it is."""
-    memo: dict[int, Any] = {}
+    memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         own = tensor.detach().clone()
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
@@ -56,7 +56,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A copy of the pruned model with these values, whose memory its parameters share, and with its own where there are none."""
-    memo: dict[int, Any] = {}
+    memo = sharing_graphs(pruned)
     for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
         value = values[name] if name in values else _in_dtype(old, dtype)
         memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
