@@ -67,6 +67,16 @@ def prunes_alike(model: nn.Module, inputs: Any, **options: Any) -> fxprune.Prune
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_family(family: Family) -> None:
+    check_family(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES[2::6], ids=lambda family: family.name)
+def test_few(family: Family) -> None:
+    """Which layers a family has decides little about devices."""
+    check_family(family)
+
+
+def check_family(family: Family) -> None:
     torch.manual_seed(0)
     model, x = randomise(family.build(), torch.float32).eval(), torch.randn(2, *family.shape)
     found = prunes_alike(model, x, channels=0.5)
