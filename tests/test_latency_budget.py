@@ -406,7 +406,7 @@ def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[
     assert row.after <= 0.6 * 1.02 * row.before
 
 
-@pytest.mark.long
+@pytest.mark.slow  # half a minute of measuring
 def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asserted about times, which whatever else runs here may spoil, to the point that the budget is refused."""
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))

@@ -201,7 +201,7 @@ def _composites() -> Iterator[Composite]:
             yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
         else:  # SSD resizes to the one size that it is built for
             sizes = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
-            slow = "rcnn_resnet50" in name  # half a minute each
+            slow = "rcnn_resnet50" in name or name == "ssd300_vgg16"  # half a minute each
             yield Composite(name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow)
 
 
