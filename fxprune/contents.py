@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Iterator, Mapping, Set
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import CodeType, FrameType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy", "tensors_of"]
+__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy", "slots_of", "tensors_of"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -119,9 +119,18 @@ def _content(holder: Any) -> list[Any] | None:
     return [*own, *_inside(holder, own)] or None
 
 
+def slots_of(holder: Any) -> dict[str, Any]:
+    """What an object holds in ``__slots__``, by name."""
+    own = [item for kind in type(holder).__mro__ if "__slots__" in vars(kind) for item in vars(kind).items()]
+    found = {name: getattr(holder, name, _EMPTY) for name, item in own if isinstance(item, MemberDescriptorType)}
+    return {name: value for name, value in found.items() if value is not _EMPTY}
+
+
+_EMPTY = object()
+
+
 def _attributes(holder: Any) -> list[Any]:
-    slots = [name for kind in type(holder).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    return [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name) for name in slots if hasattr(holder, name))]
+    return [*getattr(holder, "__dict__", {}).values(), *slots_of(holder).values()]
 
 
 def _inside(holder: Any, attributes: list[Any]) -> list[Any]:
@@ -135,8 +144,3 @@ def _fields_of(holder: Any) -> list[Any] | None:
     if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
         return None
     return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

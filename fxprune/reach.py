@@ -15,14 +15,14 @@ import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.contents import every_leaf
+from fxprune.contents import every_leaf, slots_of
 
 __all__ = ["AGAIN", "Reach", "Reached", "same", "undrawn_by"]
 
@@ -268,19 +268,24 @@ class Reach:
             self._waiting += _no_plain(dict.values(value) if isinstance(value, dict) else _content(value))
         elif isinstance(value, np.ndarray):
             self._holders.append(value)
+        elif isinstance(value, SimpleNamespace):
+            self._add_holder(value)
         elif (isinstance(value, Iterator) and kind.__module__ in ("builtins", "itertools")) or (
             _is_function(value) and not self._calculates(value)
         ):
             self._unseen = True
         elif not self._calculates(kind):
             self._add_methods(kind)
-            if hasattr(value, "__dict__"):
-                self._holders.append(value)
-                self._waiting += _no_plain(vars(value).values())
+            if hasattr(value, "__dict__") or slots_of(value):
+                self._add_holder(value)
             if _state(value) is not None:
                 self._generators.append(value)
             elif isinstance(value, np.random.Generator):
                 self._waiting.append(value.bit_generator)
+
+    def _add_holder(self, value: Any) -> None:
+        self._holders.append(value)
+        self._waiting += _no_plain(_content(value).values())
 
 
 class Reached:
@@ -405,15 +410,16 @@ def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
     elif not isinstance(holder, np.ndarray):
         half = len(before) // 2
         was = before if isinstance(before, dict) else dict(zip(before[:half], before[half:], strict=True))
-        store = holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else vars(holder)
-        for name, value in [*dict.items(store)]:
-            if value is not was.get(name, store) and holds(name, value):
+        store = holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else None
+        for name, value in [*dict.items(_content(holder) if store is None else store)]:
+            if value is not was.get(name, was) and holds(name, value):
                 _put_back(holder, store, name, was)
 
 
-def _put_back(holder: Any, store: Any, name: Any, was: dict[Any, Any]) -> None:
-    if isinstance(holder, type):  # its dictionary cannot be written into
-        setattr(holder, name, was[name]) if name in was else delattr(holder, name)
+def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any, Any]) -> None:
+    if store is None:  # past what a class of the user's makes of it; the dictionary of a class cannot be written into
+        kind: Any = type if isinstance(holder, type) else object
+        kind.__setattr__(holder, name, was[name]) if name in was else kind.__delattr__(holder, name)
     elif name in was:
         store[name] = was[name]
     else:
@@ -441,7 +447,7 @@ def _content(holder: Any) -> Any:
         return [*list.__iter__(holder)]
     if isinstance(holder, collections.deque):
         return [*collections.deque.__iter__(holder)]
-    return dict(vars(holder))
+    return {**getattr(holder, "__dict__", {}), **({} if isinstance(holder, type) else slots_of(holder))}
 
 
 def _state(value: Any) -> Any:

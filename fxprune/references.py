@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from fxprune.contents import slots_of
 
 __all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of"]
 
@@ -69,30 +72,79 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``; what cannot be copied (a lock, a module object, a stream) is shared.
+    """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a module object, a stream) is shared.
 
     An iterator is not: who reads it changes it for all. Nor is what refers to one of those that are replaced.
     """
     trial = dict(memo)  # what a copy that fails has made is left behind
     try:
         made = copy.deepcopy(value, trial)
-    except Exception:
+    except Exception as error:
         trial = memo | {id(held): held for held in _reached(value) if _is_shared(held)}
         try:
             made = copy.deepcopy(value, trial)
         except Exception:
-            if _refers(value, memo) or any(isinstance(held, (Iterator, Tensor)) for held in _reached(value)):
-                raise
-            return value
+            return _rebuilt(value, memo, error)
     kept = trial.pop(id(trial), [])  # where deepcopy keeps alive what it has met
     memo.update(trial)
     memo.setdefault(id(memo), []).extend(kept)
     return made
 
 
+def _rebuilt(value: Any, memo: dict[int, Any], error: Exception) -> Any:
+    """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a shared one would change for all.
+
+    What it holds outside of Python (a handle, a connection) is shared.
+
+    Raises
+    ------
+    Exception
+        The error of ``copy.deepcopy``, where a copy would release with the object what is shared, or refers to what is replaced.
+    """
+    kind, layout = type(value), _layout(value)
+    if layout is None:
+        if _refers(value, memo) or any(isinstance(held, (Iterator, Tensor)) for held in _reached(value)):
+            raise error
+        return value
+    if hasattr(kind, "__del__"):
+        raise error
+    if layout in (tuple, frozenset):
+        made = memo[id(value)] = layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)])
+    else:
+        made = memo[id(value)] = layout.__new__(kind)
+    if layout in _MAPPINGS:
+        layout.update(made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)})
+    elif layout in _CONTAINERS:
+        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+    for name, item in slots_of(value).items():
+        object.__setattr__(made, name, copied(item, memo))
+    for name, item in getattr(value, "__dict__", {}).items():
+        vars(made)[name] = copied(item, memo)
+    return made
+
+
+def _layout(value: Any) -> Any:
+    """The class of Python's own whose state an object has beside its attributes; None: it has more, which Python does not see."""
+    kind = type(value)
+    layout = next(own for own in kind.__mro__ if own in _LAYOUTS)
+    above = kind.__mro__[: kind.__mro__.index(layout)]
+    return layout if layout is not object or all(map(_is_of_python, above)) else None
+
+
+def _is_of_python(kind: type) -> bool:
+    """Whether a class statement made a class, rather than C."""
+    own = vars(kind)
+    functions = any(isinstance(member, types.FunctionType) for member in own.values())
+    return functions or not own.keys().isdisjoint(("__weakref__", "__slots__")) or any(map(_is_of_python, kind.__bases__))
+
+
+_LAYOUTS: frozenset[Any] = frozenset({object, types.SimpleNamespace, threading.local, *_SEQUENCES, *_MAPPINGS})
+"""Classes whose objects hold nothing but what Python sees."""
+
+
 def _is_shared(value: Any) -> bool:
     """Whether an object that holds no other cannot be copied, and nobody can tell who has used it."""
-    if isinstance(value, (Tensor, Iterator)) or _held(value):
+    if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _held(value):
         return False
     try:
         copy.deepcopy(value)
@@ -219,4 +271,4 @@ def _held(value: Any) -> list[Any]:
         return [] if value() is None else [value()]
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
         return []
-    return [*getattr(value, "__dict__", {}).values()]
+    return [*getattr(value, "__dict__", {}).values(), *slots_of(value).values()]

@@ -165,6 +165,71 @@ def test_only_what_cannot_be_copied_is_shared() -> None:
     assert made.locks[0] is beside.locks[0]
 
 
+class Uncopied:
+    """An object that nobody shall copy; ``counted`` and ``seen`` change with each call."""
+
+    def __init__(self) -> None:
+        self.counted, self.seen = 0, []
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("no copies")
+
+    __copy__ = __reduce__ = None  # type: ignore[assignment]
+
+
+class Slots(Uncopied):
+    __slots__ = ("counted", "seen")
+
+
+class Table(Uncopied, dict[str, Any]):
+    pass
+
+
+class Pair(Uncopied, tuple[Any, ...]):
+    pass
+
+
+class Local(threading.local):
+    def __init__(self) -> None:
+        self.counted, self.seen = 0, []
+
+
+@pytest.mark.parametrize("below", [lambda own: own, lambda own: [own], lambda own: SimpleNamespace(own=own, lock=threading.Lock())])
+@pytest.mark.parametrize("kind", [Uncopied, Slots, Table, Pair, Local])
+def test_what_a_class_refuses_to_copy_is_not_changed(kind: Any, below: Any) -> None:
+    """A trial run would leave in it what the user's next call finds."""
+    model, x, own = Held(None), torch.randn(2, 4), kind()
+    model.beside = below(own)
+
+    def note(module: Any, args: Any, out: torch.Tensor) -> None:
+        held = module.beside
+        held = held[0] if type(held) is list else getattr(held, "own", held)
+        held.counted += 1
+        if bool((out > 1e9).any()):
+            held.seen.append(out)
+
+    model.register_forward_hook(note)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    fxprune.verify(model, pruned, x)
+    assert (own.counted, own.seen) == (0, [])
+    pruned.model(x)
+    assert own.counted == 0
+    model(x)
+    assert own.counted == 1
+
+
+class Handle(Uncopied):
+    def __del__(self) -> None:
+        pass
+
+
+def test_what_gives_back_a_resource_is_refused_by_name() -> None:
+    """A copy would give it back for both, and a shared one would change."""
+    model = nn.Sequential(nn.Linear(4, 8), Held([Handle()]))
+    with pytest.raises(TraceError, match=r"'1\.beside' is a list .*no copies"):
+        fxprune.analyze(model, torch.randn(2, 4))
+
+
 def test_an_iterator_is_refused_by_name() -> None:
     """A trial run would take from it what the user's next call gets."""
     model = nn.Sequential(nn.Linear(4, 8), Held(iter_of := (n for n in range(3))))

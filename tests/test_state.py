@@ -414,6 +414,14 @@ def test_attributes_that_a_graph_does_not_set_are_reported() -> None:
 TABLES: dict[int, Tensor] = {}
 SEEN: list[Tensor] = []
 NOTES = types.SimpleNamespace(last=None, shared={"last": None})
+LAST = types.SimpleNamespace(last=None)
+
+
+class Slots:
+    __slots__ = ("last",)
+
+
+SLOTS = Slots()
 
 
 def scaled_by_a_table(m: Any, x: Tensor) -> Tensor:
@@ -442,6 +450,16 @@ def notes(m: Any, x: Tensor) -> Tensor:
     return x.relu()
 
 
+def notes_the_last(m: Any, x: Tensor) -> Tensor:
+    LAST.last = x
+    return x.relu()
+
+
+def fills_a_slot(m: Any, x: Tensor) -> Tensor:
+    SLOTS.last = x
+    return x.relu()
+
+
 @pytest.mark.parametrize("function", [scaled_by_a_table, scaled_by_a_remembered_table])
 def test_a_table_outside_of_the_model_is_as_it_was(function: Callable[[Any, Tensor], Tensor]) -> None:
     """What tracing has put there would be found by the next call of the user's model."""
@@ -452,6 +470,15 @@ def test_a_table_outside_of_the_model_is_as_it_was(function: Callable[[Any, Tens
     assert not TABLES
     assert model(x).shape == pruned.model(x).shape
     assert relative_error(fxprune.prune(model, x, channels=1.0).model(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("function", "holder"), [(notes_the_last, LAST), (fills_a_slot, SLOTS)])
+def test_what_is_left_in_an_object_is_left_by_the_pruned_one(function: Callable[[Any, Tensor], Tensor], holder: Any) -> None:
+    model, x, holder.last = Keeps(function).eval(), torch.randn(2, 3, 9, 9), None
+    pruned = fxprune.prune(model, x, channels=0.5)
+    holder.last = None
+    pruned.model(x)
+    assert type(holder.last) is Tensor
 
 
 @pytest.mark.parametrize("function", [lists, notes])
