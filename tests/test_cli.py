@@ -357,6 +357,7 @@ def test_inputs_of_torchvision_models_are_known():
     assert usual_shapes("ssd300_vgg16") == ["3,320,320+3,300,400+"]
 
 
+@pytest.mark.long
 def test_an_optical_flow_from_the_command_line():
     result = run("prune", "raft_small", "--channels", 0.5, "--verify")
     assert result.exit_code == 0, result.output

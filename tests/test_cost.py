@@ -237,6 +237,7 @@ def test_the_report_counts_as_the_counter(case, batch):
         assert pruned.report.macs_after == cost_of(pruned.model, inputs).macs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if case.slow else []) for n, case in COMPOSITE.items()])
 def test_what_is_not_traced_whole_counts_as_the_counter(name):
     """Detectors and flows on the data that they are analysed with: how much they do depends on it."""

@@ -314,6 +314,7 @@ def test_families(family: Family) -> None:
     assert len(fast.graph.nodes) < len(pruned.graph.nodes)
 
 
+@pytest.mark.long
 def test_a_detector_keeps_its_class() -> None:
     torch.manual_seed(0)
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5)

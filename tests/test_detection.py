@@ -52,6 +52,7 @@ def test_with_these_every_torchvision_model_is_covered() -> None:
     assert sorted([*CASES, *COMPOSITE]) == sorted(models.list_models())
 
 
+@pytest.mark.long
 def test_detectors(detector: Detector) -> None:
     case, model, pruned = detector.case, detector.model, detector.pruned
     assert pruned.report.error is not None
@@ -68,6 +69,7 @@ def test_detectors(detector: Detector) -> None:
             assert all(bool(len(one["boxes"])) is some for one in found)
 
 
+@pytest.mark.long
 def test_detectors_train(detector: Detector) -> None:
     case, pruned = detector.case, detector.pruned
     (images,) = case.inputs(batch=2)

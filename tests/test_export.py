@@ -27,6 +27,7 @@ def pruned_small() -> nn.Module:
     return fxprune.deploy(fxprune.prune(small(), torch.zeros(1, 3, 9, 9), channels=0.5).model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_a_pruned_model_in_a_fresh_process(suffix: str, tmp_path: Path) -> None:
     if suffix == ".onnx":

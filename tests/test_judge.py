@@ -136,6 +136,7 @@ def test_a_failure_is_shrunk_to_its_cause() -> None:
     assert str(shrunk(spec, fails_with_norm)) == "image:3 norm:8 classify:9 half:2"
 
 
+@pytest.mark.long
 def test_a_campaign_counts_what_came_of_each_network() -> None:
     """Each seed is judged once; the summary says how many, and how."""
     summary = Summary("a command")

@@ -40,8 +40,8 @@ def masked(tokens: Tensor) -> dict[str, Tensor]:
 
 
 CASES = {
-    "llama": (lambda: llama(use_cache=False), masked, 0.33),
     "bert": (bert, masked, 0.33),
+    "llama": (lambda: llama(use_cache=False), masked, 0.33),
     "gpt2": (gpt2, masked, 0.33),
 }
 """The model, what it is called with, and the share that may be left: half of the width, but for the vocabulary."""
@@ -77,6 +77,7 @@ def test_a_decoder_that_remembers_still_generates() -> None:
     assert torch.equal(remembered, pruned.model.generate(TOKENS, use_cache=False, **options))
 
 
+@pytest.mark.long
 def test_a_pruned_decoder_trains() -> None:
     torch.manual_seed(0)
     model = llama(use_cache=False)
