@@ -77,9 +77,11 @@ class Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         out = func(*args, **kwargs)
-        given = tensors_of((args, kwargs))
         if name in _READ:
-            return self._read(name, given, out)
+            return self._read(name, tensors_of((args, kwargs)), out)
+        if type(out) is torch.Size or not isinstance(out, (Tensor, tuple, list, type(None))):
+            return out  # it says something of a tensor, and makes none
+        given = tensors_of((args, kwargs))
         for known in (self._of_weights, self._of_inputs):
             if any(tensor in known for tensor in given) or (known is self._of_weights and _draws(name)):
                 for leaf in tree_leaves(out) if out is not None else given[:1]:  # None: what is written into
