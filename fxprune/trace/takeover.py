@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -181,13 +181,13 @@ def _applications(tracer: Tracer) -> Iterator[None]:
             kind.forward = forward  # type: ignore[attr-defined]
 
 
-def _functions() -> list[type]:
-    found: list[type] = []
+def _functions() -> Iterable[type]:
+    found: dict[type, None] = {}  # in order
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         kind = waiting.pop()
         if kind not in found and not kind.__module__.startswith(("torch._dynamo", "torch._functorch")):
-            found.append(kind)
+            found[kind] = None
             waiting += kind.__subclasses__()
     return found
 
@@ -195,7 +195,6 @@ def _functions() -> list[type]:
 def _through_graph(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
     with_context = kind.setup_context is torch.autograd.Function.setup_context  # type: ignore[attr-defined]
 
-    @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not tracer.is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
