@@ -48,7 +48,7 @@ def undrawn() -> Iterator[Callable[[], bool]]:
     """Tell whether something was drawn from the generators of :mod:`random` and NumPy, and put them back in the end.
 
     They belong to the process: another thread may be the one that draws. Ask again, of another run, before it counts
-    (:data:`RUNS` in all).
+    (:data:`RUNS` in all, of which :func:`~fxprune.reach.drawing` follows the others).
 
     >>> with undrawn() as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()

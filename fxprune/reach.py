@@ -12,19 +12,21 @@ import dis
 import functools
 import inspect
 import operator
+import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.chance import undrawn
 from fxprune.contents import every_leaf, slots_of
 
-__all__ = ["AGAIN", "Reach", "Reached", "same", "undrawn_by"]
+__all__ = ["AGAIN", "Reach", "Reached", "drawing", "same", "undrawn_by"]
 
 AGAIN = 12
 """So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
@@ -331,6 +333,66 @@ def undrawn_by(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         reach.put_back()
+
+
+@contextmanager
+def drawing() -> Iterator[Callable[[], bool]]:
+    """As :func:`~fxprune.chance.undrawn`, of this thread alone: whether something was drawn, and its code may be what did so.
+
+    >>> with drawing() as drawn:
+    ...     before, _, after = drawn(), random.random(), drawn()
+    >>> before, after
+    (False, True)
+    """
+    watch, before = _Watch(), sys.getprofile()
+    with undrawn() as drawn:
+        sys.setprofile(watch)
+        try:
+            yield lambda: watch.draws and drawn()
+        finally:
+            sys.setprofile(before)
+
+
+class _Watch:
+    """What :func:`sys.setprofile` tells of the functions of one thread."""
+
+    def __init__(self) -> None:
+        self.draws = False  # a generator's method was called, or code ran that can reach one: some compiled methods are not told
+        self._seen: set[CodeType] = set()
+
+    def __call__(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call":
+            self.draws |= _of_generator(called)
+        elif event == "call" and frame.f_code not in self._seen:
+            self._seen.add(frame.f_code)
+            self.draws |= _names_numpys(frame)
+
+
+def _of_generator(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    return owner is _NUMPYS or owner is _PYTHONS
+
+
+_PYTHONS = random.random.__self__  # type: ignore[attr-defined]
+_NUMPYS = np.random.random.__self__
+
+
+def _names_numpys(frame: FrameType) -> bool:
+    """Whether a function names NumPy's generator, or a module that leads to it."""
+    if str(frame.f_globals.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
+        return False
+    chains, imported, *_ = _references(frame.f_code)
+    return any(_leads_to_numpys(frame.f_globals.get(name), attributes) for name, *attributes in chains) or any(
+        name.startswith("numpy") for name in imported
+    )
+
+
+def _leads_to_numpys(value: Any, attributes: list[str]) -> bool:
+    for name in attributes:
+        if not isinstance(value, ModuleType):
+            break
+        value = vars(value).get(name)
+    return value is np or value is np.random or _of_generator(value)
 
 
 class _Globals:

@@ -1,10 +1,14 @@
 """Pruning beside other threads: nothing of theirs gets into a model, and nothing of pruning's into them."""
 
+import importlib
+import itertools
 import queue
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+import fxprune.latency
 
 
 class Net(nn.Module):
@@ -174,12 +179,59 @@ def test_threads_of_the_model_that_compute_nothing_are_none_of_our_business() ->
         fxprune.prune(kind(at).eval(), IMAGE, channels=0.5)
 
 
-def side_by_side(threads: int, prunes: int) -> None:
-    """Prunes in several threads, beside one that serves, one that trains, and one that uses no_grad."""
+def prune(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    return fxprune.prune(model, IMAGE, channels=0.5).plan
+
+
+def analyze(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    return str(fxprune.analyze(model, IMAGE))
+
+
+def verify(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    found = fxprune.verify(model, pruned, IMAGE)
+    return found.outputs, found.compared, found.left_out
+
+
+def deploy(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    return fxprune.deploy(pruned.model)(IMAGE).round(decimals=3).tolist()
+
+
+def load(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    return fxprune.load(folder, type(model)).plan
+
+
+def measure(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
+    return sorted(fxprune.latency.measure({"large": model, "small": pruned.model}, IMAGE, rounds=1, seconds=0.001))
+
+
+CALLS = (prune, analyze, verify, deploy, load, measure)
+
+
+def settings_of_torch() -> list[Any]:
+    backends = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.backends.mha.get_fastpath_enabled()
+    return [*backends, torch.is_grad_enabled(), torch.get_num_threads()]
+
+
+def names_of_torch() -> dict[str, Any]:
+    """What could be left exchanged; other names may come with imports."""
+    spaces = torch, torch.autograd, torch.nn.functional, torch.no_grad, nn.Module, Tensor
+    return {f"{space.__name__}.{name}": value for space in spaces for name, value in vars(space).items()}
+
+
+def side_by_side(
+    folder: Path, calls: Sequence[Callable[..., Any]], threads: int, times: int, kinds: Sequence[type[Net]] = (Net, Python)
+) -> None:
+    """Calls in several threads, beside one that serves, one that trains, one without gradients, and one that draws numbers."""
     torch.manual_seed(0)
-    models = [Net().eval(), Python().eval()]
-    wanted = [fxprune.prune(model, IMAGE, channels=0.5).plan for model in models]
-    before = dict(vars(torch)), torch.no_grad.__enter__, nn.Module.__call__, nn.Module.__getattr__
+    models = [kind().eval() for kind in kinds]
+    pruned = [fxprune.prune(model, IMAGE, channels=0.5) for model in models]
+    folders = [folder / type(model).__name__ for model in models]
+    for own, place in zip(pruned, folders, strict=True):
+        own.save(place)
+    given = [*itertools.product(calls, zip(models, pruned, folders, strict=True))]
+    wanted = [call(*arguments) for call, arguments in given]
+    importlib.import_module("torch._dynamo")  # which exchanges a function of torch's, and which optimisers import
+    settings, names = settings_of_torch(), names_of_torch()
     failed: list[BaseException] = []
     over = threading.Event()
 
@@ -188,12 +240,13 @@ def side_by_side(threads: int, prunes: int) -> None:
             try:
                 while not over.is_set():
                     work()
+                    time.sleep(1e-3)  # or they would keep the calls from going on
             except BaseException as error:
                 failed.append(error)
 
         return loop
 
-    served, trained = Net().eval(), Net()
+    served, trained = Net().eval(), nn.Sequential(Net(), nn.Dropout())
     optimiser = torch.optim.SGD(trained.parameters(), 0.01)
 
     def serve() -> None:
@@ -209,27 +262,71 @@ def side_by_side(threads: int, prunes: int) -> None:
         with torch.no_grad():
             assert not served(IMAGE).requires_grad
 
-    beside = [threading.Thread(target=until_over(work)) for work in (serve, train, without)]
+    def draw() -> None:
+        random.random()
+        np.random.rand()
+
+    beside = [threading.Thread(target=until_over(work)) for work in (serve, train, without, draw)]
     for thread in beside:
         thread.start()
     try:
         with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(fxprune.prune, models[i % 2], IMAGE, channels=0.5) for i in range(threads * prunes)]
-            plans = [job.result().plan for job in jobs]
+            jobs = [pool.submit(call, *arguments) for _ in range(times) for call, arguments in given]
+            found = [job.result() for job in jobs]
     finally:
         over.set()
         for thread in beside:
             thread.join()
     assert not failed
-    assert all(plan == wanted[i % 2] for i, plan in enumerate(plans))
-    assert before[1:] == (torch.no_grad.__enter__, nn.Module.__call__, nn.Module.__getattr__)
-    assert {name for name, value in before[0].items() if vars(torch).get(name) is not value} == set()
+    for one, other in zip(found, wanted * times, strict=True):
+        assert one == other
+    now = names_of_torch()
+    assert settings_of_torch() == settings
+    assert [name for name, value in names.items() if now.get(name) is not value] == []
 
 
-def test_pruning_in_threads() -> None:
-    side_by_side(threads=4, prunes=4)
+def test_calls_in_threads(tmp_path: Path) -> None:
+    side_by_side(tmp_path, CALLS, threads=8, times=1, kinds=[Net])
+
+
+def test_pruning_in_threads(tmp_path: Path) -> None:
+    side_by_side(tmp_path, [prune], threads=4, times=4)
 
 
 @pytest.mark.slow
-def test_pruning_in_many_threads() -> None:
-    side_by_side(threads=8, prunes=50)
+@pytest.mark.parametrize("calls", [(prune,), CALLS], ids=["prune", "all"])
+def test_calls_in_many_threads(calls: Sequence[Callable[..., Any]], tmp_path: Path) -> None:
+    side_by_side(tmp_path, calls, threads=8, times=200 // len(calls))
+
+
+@pytest.mark.parametrize("kind", [Net, Python])
+def test_numbers_that_another_thread_draws_all_the_time_are_its_own(kind: type[Net]) -> None:
+    other = Other()
+
+    def at(place: str) -> None:
+        other(lambda: (random.random(), np.random.rand()))
+
+    model = kind(at).eval()
+    pruned = fxprune.prune(model, IMAGE, channels=0.5)
+    assert isinstance(pruned.model, torch.fx.GraphModule) == (kind is Net)
+    assert all(p.shape[0] == 4 for name, p in pruned.model.named_parameters() if not name.startswith("head"))
+    assert not [reason for reason in fxprune.verify(model, pruned, IMAGE).left_out if "random" in reason]
+
+
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
+@pytest.mark.parametrize("draw", [lambda: random.random() < 0.5, lambda: np.random.rand() < 0.5, lambda: draws_by_name() < 0.5])
+def test_a_model_that_draws_beside_another_thread_does_so_itself(draw: Callable[[], bool]) -> None:
+    other = Other()
+
+    class Skips(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            other(lambda: (random.random(), np.random.rand()))
+            return super().forward(x) * (2 if draw() else 1)
+
+    pruned = fxprune.prune(Skips().eval(), IMAGE, channels=0.5)
+    assert not isinstance(pruned.model, torch.fx.GraphModule)
+    seen = {float(pruned.model(IMAGE).detach().abs().sum()) for _ in range(30)}
+    assert len(seen) == 2
+
+
+draws_by_name = np.random.rand

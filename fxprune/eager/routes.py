@@ -17,7 +17,7 @@ from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import Place, Questions
 from fxprune.inputs import Arguments
-from fxprune.reach import AGAIN, Reach, same
+from fxprune.reach import AGAIN, Reach, drawing, same
 from fxprune.shapes import DispatchMode
 from fxprune.state import Attributes, Change
 from fxprune.trace import Twin
@@ -96,8 +96,10 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
     A route on which something is found where the example has nothing is one where the model can go it. Training is one, unless it
     needs what the example has not: targets, say.
     """
-    for _ in range(RUNS):
-        found, draws = _explored(twin, args, kwargs)
+    for watched in (undrawn, *[drawing] * (RUNS - 1)):
+        with watched() as drawn:
+            found = _explored(twin, args, kwargs)
+            draws = drawn()
         if not draws:
             found.decided = found.decided or _from_call_to_call(twin, args, kwargs)
             return found
@@ -154,17 +156,15 @@ def _is_another(change: Change) -> bool:
     return not same(before, change.after)
 
 
-def _explored(twin: Twin, args: Any, kwargs: Any) -> tuple[Routes, bool]:
-    """The routes, and whether Python's or NumPy's random numbers were drawn meanwhile."""
+def _explored(twin: Twin, args: Any, kwargs: Any) -> Routes:
     watch, found = Found(finds=False), Routes([])
-    with undrawn() as drawn:
-        _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
-        for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
-            try:
-                add_ways(found, twin, args, kwargs, route)
-            except Exception as error:
-                found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
-        return found, drawn()
+    _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
+    for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
+        try:
+            add_ways(found, twin, args, kwargs, route)
+        except Exception as error:
+            found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
+    return found
 
 
 def add_ways(routes: Routes, twin: Twin, args: Any, kwargs: Any, route: Route) -> None:

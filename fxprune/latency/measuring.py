@@ -25,6 +25,7 @@ from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
 from fxprune.latency.roofline import roofline
+from fxprune.turn import TURN
 from fxprune.values import switch, whole
 
 __all__ = [
@@ -248,15 +249,16 @@ def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
 @contextlib.contextmanager
 def running(setting: Setting) -> Iterator[None]:
     """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its algorithms, as in production."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     wanted = setting.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
-    torch.backends.cudnn.benchmark = True
-    try:
-        with current(setting.place):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
+    with TURN:  # they are the process's: two threads that exchange them would leave the wrong ones, and disturb each other's times
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+        torch.backends.cudnn.benchmark = True
+        try:
+            with current(setting.place):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
 def prepared(model: nn.Module, setting: Setting) -> nn.Module:

@@ -30,7 +30,7 @@ from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
 from fxprune.memory import node_of, writes
-from fxprune.reach import AGAIN, Reach
+from fxprune.reach import AGAIN, Reach, drawing
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, first_difference, follows_inputs, keep, same_graph
@@ -236,7 +236,7 @@ def _draws_again(tracer: Tracer, twin: Twin) -> bool:
     """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
     for _ in range(RUNS - 1):
         again = Tracer(twin, *tracer.example, tracer.training, _on_shapes)
-        with torch.no_grad(), taken_over(again, twin.model), following(), undrawn() as drawn:
+        with torch.no_grad(), taken_over(again, twin.model), following(), drawing() as drawn:
             try:
                 again.trace()
                 if not drawn():
