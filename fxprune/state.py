@@ -103,10 +103,14 @@ def _leaves(value: Any) -> list[Any]:
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({list, dict, set})
+_LEAVES = (Tensor, nn.Module, *_PLAIN)
 
 
 def _copy(value: Any) -> Any:
-    return {*value} if type(value) is set else tree_map(lambda leaf: leaf, value)
+    """A copy of a container and of those in it."""
+    if type(value) is set or all(isinstance(item, _LEAVES) for item in (value.values() if type(value) is dict else value)):
+        return value.copy()
+    return tree_map(lambda leaf: leaf, value)
 
 
 def _alike(copied: Any, now: Any) -> bool:
