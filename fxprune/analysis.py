@@ -53,6 +53,9 @@ def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: 
             first = _label(model, example, terms, coupling=False, **options)
             options |= {"unread": first.labelling.unread(), "ties": first.labelling.head_ties(terms.heads)}
         found = _label(model, example, terms, **options)
+        while not found.labelling.overwritten() <= options.get("overwritten", set()):  # what one call leaves, the next one meets
+            options["overwritten"] = options.get("overwritten", set()) | found.labelling.overwritten()
+            found = _label(model, example, terms, **options)
     with clock("couple"):
         coupling = couple(found.labelling, _share(example, found.labelling.inputs))
         coupling.example, coupling.not_one_graph, coupling.untrained = found.example, found.refused, found.untrained

@@ -21,6 +21,7 @@ from fxprune.coupling import Coupling
 from fxprune.criteria.data import Batch, batches_of, called, check_dimensions, check_finite, check_read, evaluated
 from fxprune.doors import door
 from fxprune.errors import ArgumentError
+from fxprune.memory import Undone
 from fxprune.rewrite import Survivors
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
@@ -213,7 +214,7 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
 
         return hook
 
-    with evaluated(model), torch.no_grad(), ExitStack() as stack:
+    with _untouched(model), torch.no_grad(), ExitStack() as stack:
         for name in consumers:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
         for batch in batches_of(loader, model):
@@ -223,6 +224,13 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
         check_read(read)
     check_finite(sums.values(), "the mean of what a layer reads")
     return {name: total / count[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Runs in evaluation mode, after which every module is in the mode it had, and every tensor what it was."""
+    with Undone({**dict(model.named_parameters()), **dict(model.named_buffers())}).afterwards(), evaluated(model):
+        yield
 
 
 class _Seen(BaseException):
@@ -239,7 +247,7 @@ def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor,
 
     handle = module.register_forward_hook(hook)
     try:
-        with evaluated(model), torch.no_grad():
+        with _untouched(model), torch.no_grad():
             called(model, batch)
     except _Seen:
         pass

@@ -322,6 +322,8 @@ class Labelling:
         Number of a parameter axis -> for each position the first one that it goes with (:meth:`head_ties`).
     unread:
         Names of nodes that get no labels, because nothing comes of them (:meth:`unread`).
+    overwritten:
+        Names of parameters and buffers in which an earlier call leaves non-zeros at removed elements (:meth:`overwritten`).
     coupling:
         Without it nothing is united and nothing pinned: labels say where they were born, wherever an op can carry them.
     """
@@ -333,6 +335,7 @@ class Labelling:
         *,
         ties: Mapping[int, Array] | None = None,
         unread: Collection[str] = (),
+        overwritten: Collection[str] = (),
         coupling: bool = True,
     ) -> None:
         self.twin = twin
@@ -345,7 +348,8 @@ class Labelling:
         number = 0
         for name, tensor in self.parameters.items():
             if tensor.is_meta:
-                self.context.parameter(tensor, name, tuple(range(number, number + tensor.dim())))
+                axes = tuple(range(number, number + tensor.dim()))
+                self.context.parameter(tensor, name, axes, overwritten=name in overwritten)
                 number += tensor.dim()
         self.traces: list[Trace] = []
         self.inputs: list[Any] = []
@@ -418,6 +422,11 @@ class Labelling:
                 if call and not read and not node.is_impure() and name not in self.context.writes:
                     out.add(name)
         return out
+
+    def overwritten(self) -> set[str]:
+        """Names of parameters and buffers in which a call may leave non-zeros at removed elements, for the next call to read."""
+        found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
+        return {name for name, record in found.items() if record is not None and record.overwritten}
 
     def drop_unread(self) -> None:
         """Take the nodes that got no labels out of the graphs: they are not emitted."""

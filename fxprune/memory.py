@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["AUGMENTED", "Memory", "Snapshot", "first_of", "is_again", "name_of", "node_of", "shares", "writes", "written"]
+from fxprune.contents import tensors_of
+from fxprune.shapes import DispatchMode
+
+__all__ = ["AUGMENTED", "Memory", "Snapshot", "Undone", "first_of", "is_again", "name_of", "node_of", "shares", "writes", "written"]
 
 AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
 """The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
@@ -221,3 +225,74 @@ class Snapshot:
             if not bool(same.all()):
                 return what
         return None
+
+
+class Undone:
+    """Takes back what runs write into tensors, a forward that clamps its weights, say; saves those alone that are written.
+
+    Attributes
+    ----------
+    written:
+        The names of tensors that were written so far.
+
+    Examples
+    --------
+    >>> weight = torch.ones(2)
+    >>> undone = Undone({"weight": weight})
+    >>> with undone.afterwards():
+    ...     print(weight.mul_(3))
+    tensor([3., 3.])
+    >>> weight, undone.written
+    (tensor([1., 1.]), {'weight'})
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors: dict[int, list[tuple[str, Tensor]]] = {}  # by the place of their memory
+        for name, tensor in tensors.items():
+            self._tensors.setdefault(_memory_of(tensor), []).append((name, tensor))
+        self._tensors.pop(0, None)
+        self._saved: dict[int, list[Tensor]] = {}
+        self.written: set[str] = set()
+
+    @contextmanager
+    def afterwards(self) -> Iterator[None]:
+        """A run inside may write."""
+        try:
+            with self.watching():
+                yield
+        finally:
+            for memory, values in self._saved.items():
+                for (_, tensor), value in zip(self._tensors[memory], values, strict=True):
+                    tensor.data.copy_(value)
+            self._saved = {}
+
+    def watching(self) -> DispatchMode:
+        """What has to see operations where those that look on are turned off, inside of :meth:`afterwards`."""
+        return _Writes(self)
+
+    def save(self, tensor: Tensor) -> None:
+        """Said of a tensor before it is written."""
+        memory = _memory_of(tensor)
+        if memory in self._tensors and memory not in self._saved:
+            self._saved[memory] = [own.detach().clone() for _, own in self._tensors[memory]]
+            self.written |= {name for name, _ in self._tensors[memory]}
+
+
+class _Writes(DispatchMode):
+    def __init__(self, undone: Undone) -> None:
+        super().__init__()
+        self.undone = undone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for place, name in _places(func):
+            for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
+                self.undone.save(tensor)
+        return func(*args, **kwargs)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Where a tensor's memory lies; 0: it is none that could be written here, that of a tensor without data, say."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
+        return 0
+    return tensor.untyped_storage().data_ptr()

@@ -28,6 +28,7 @@ from fxprune.doors import calling, door, read
 from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
+from fxprune.memory import Undone
 from fxprune.shapes import holds_tensors
 from fxprune.trace import Trace, execute
 
@@ -215,9 +216,10 @@ class Activation(_Reader):
         """Shape (labels,)."""
         check_coupling(coupling, model)
         meter = _Meter(coupling)
-        # Parameters are only read; buffers are copied, should a module write to its own.
+        # Buffers are copied, should a module write to its own.
         real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in coupling.twin.real.items()}
-        with torch.no_grad(), coupling.twin.holding(real) as twin, evaluated(twin):
+        undone = Undone(dict(model.named_parameters()))
+        with undone.afterwards(), torch.no_grad(), coupling.twin.holding(real) as twin, evaluated(twin):
             for batch in batches_of(self.loader, model):
                 if coupling.parts:
                     _watch_parts(meter, coupling, twin, batch)

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread
 from fxprune.inputs import placed
+from fxprune.memory import Undone
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
@@ -128,13 +129,17 @@ def _draws(name: str) -> bool:
 def followed(
     model: nn.Module, args: Any, kwargs: Any, answers: Answers, *inside: AbstractContextManager[Any]
 ) -> tuple[Any, Decisions]:
-    """What a model returns for a copy of a call, with these answers to its first questions; run under these contexts."""
+    """What a model returns for a copy of a call, with these answers to its first questions; run under these contexts.
+
+    What it writes into its parameters, which are the user's, is undone.
+    """
     given = tensors_of((args, kwargs))
     args, kwargs = placed((args, kwargs), given[0].device if given else torch.device("cpu"))
     weights = [*model.parameters(), *model.buffers()]
     inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)
-    with in_one_thread(), torch.inference_mode(), following(), decisions, ExitStack() as stack:
+    undone = Undone(dict(model.named_parameters()))
+    with undone.afterwards(), in_one_thread(), torch.inference_mode(), following(), decisions, ExitStack() as stack:
         for context in inside:
             stack.enter_context(context)
         return model(*args, **kwargs), decisions

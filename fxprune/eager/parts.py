@@ -22,6 +22,7 @@ from fxprune.eager.questions import plain_sizes
 from fxprune.eager.routes import Route, run
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
+from fxprune.memory import Undone
 from fxprune.rules import Context, Record
 from fxprune.shapes import tensors_in
 from fxprune.trace import Trace, Twin, trace
@@ -83,6 +84,7 @@ class Parts:
 
     def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
         real, mode = self.twin.instance(), RealMode(self.context)
+        undone = Undone(dict(real.named_parameters()))
         for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
             mode.own[own] = stand_in
             record = self.context.record(stand_in)
@@ -101,7 +103,7 @@ class Parts:
             with _disable_current_modes():
                 with without_function_modes():
                     traced = self._traced(path, args, kwargs, route.training)
-                with torch.inference_mode(), mode.paused():
+                with torch.inference_mode(), mode.paused(), undone.watching():
                     out = call()
             for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):
@@ -109,7 +111,7 @@ class Parts:
                     mode.carry(leaf, self.context.fields(stand_in))
             return out
 
-        with intercepted(real, {*parts, ""}, part):
+        with undone.afterwards(), intercepted(real, {*parts, ""}, part):
             out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
         for leaf in leaves(out):
             _as_number(leaf)

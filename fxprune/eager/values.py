@@ -14,6 +14,7 @@ from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread, intercepted
 from fxprune.errors import FxpruneError, InputError, ModelError
 from fxprune.inputs import Arguments, filled, kept, placed, random
+from fxprune.memory import Undone
 from fxprune.trace import Twin, set_mode, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN, ElsewhereError
 
@@ -77,7 +78,8 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
         return NotImplemented
 
     args, kwargs = placed(call, twin.device)
-    with in_one_thread(), torch.no_grad(), slow_path(), intercepted(model, paths, note):
+    undone = Undone(dict(model.named_parameters()))
+    with undone.afterwards(), in_one_thread(), torch.no_grad(), slow_path(), intercepted(model, paths, note):
         model(*args, **kwargs)
     return found
 

@@ -192,9 +192,13 @@ class Context:
 
     # -- tensors
 
-    def parameter(self, tensor: Tensor, name: str, axes: tuple[int, ...], fields: list[Field] | None = None) -> None:
+    def parameter(
+        self, tensor: Tensor, name: str, axes: tuple[int, ...], fields: list[Field] | None = None, overwritten: bool = False
+    ) -> None:
+        """Begin with a parameter or buffer; ``overwritten``: an earlier call may have left non-zeros at removed elements."""
         unborn = {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
-        self.records[tensor] = Record(tensor, list(fields or ()), name=name, axes=axes, unborn=unborn, born=list(fields or ()))
+        given = list(fields or ())
+        self.records[tensor] = Record(tensor, given, name=name, axes=axes, unborn=unborn, born=[*given], overwritten=overwritten)
 
     def record(self, tensor: Tensor) -> Record | None:
         return self.records.get(tensor)
@@ -295,7 +299,7 @@ class Context:
         labels = self.units.fresh(n, record.axes[axis])
         if record.axes[axis] in self.ties:
             self.units.unite(labels, labels[self.ties[record.axes[axis]]])
-        born = Field(labels.reshape(shape), True)
+        born = Field(labels.reshape(shape), not record.overwritten)
         record.fields.append(born)
         record.born.append(born)
         return born
@@ -303,7 +307,7 @@ class Context:
     def adopt(self, record: Record, axis: int, labels: Array) -> None:
         """A parameter's axis takes over the labels (laid out for that parameter) of what it met first."""
         record.unborn.discard(axis)
-        record.fields.append(Field(labels, True))
+        record.fields.append(Field(labels, not record.overwritten))
         record.born.append(record.fields[-1])
         for owner in self.units.owners(labels):
             self._edge(owner, record.axes[axis])
@@ -444,10 +448,10 @@ class Context:
     def meet_vector(self, labels: Array, vector: Tensor) -> bool:
         """A parameter of one axis meets 1-D labels, position by position: the usual case of a bias or a scale, done at once.
 
-        False (and nothing done) where it has labels already that are not these.
+        False (and nothing done) where it has labels already that are not these, or may not be zero where it is removed.
         """
         record = self.records.get(vector)
-        if record is None or vector.dim() != 1:
+        if record is None or vector.dim() != 1 or record.overwritten:
             return False
         if record.unborn:
             self.adopt(record, 0, labels)
@@ -549,7 +553,7 @@ class Context:
                 labels = self.tie(met.labels, dims - {max(dims)})
                 if labels.size > 1:
                     self.adopt(b.record, adopted, take(labels, b.dims))
-                    out.append(Met(self._either(labels, met.labels), {**met.zero, index: True}))
+                    out.append(Met(self._either(labels, met.labels), {**met.zero, index: not b.record.overwritten}))
             elif dims <= b.sized:
                 self.pin(met.labels, self.why_fixed([b.source], read=dims <= read))
             else:
@@ -569,7 +573,7 @@ class Context:
                 self.sight(f.labels, fixed=common)
                 out.append(Met(f.labels, {index: f.zero}))
         for f in self._birth_rest(b, sized, before, rank):
-            out.append(Met(f.labels, {index: True}))
+            out.append(Met(f.labels, {index: f.zero}))
         return out
 
     def _either(self, a: Array, b: Array) -> Array:
@@ -588,7 +592,7 @@ class Context:
                 self.adopt_fixed(b.record, axis, met)
             else:
                 f = self.birth(b.record, axis)
-                born.append(Field(place(f.labels, b.dims, rank), True))
+                born.append(Field(place(f.labels, b.dims, rank), f.zero))
         b.fields = b.fields + born
         b.unborn = {}
         return born

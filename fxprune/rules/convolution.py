@@ -42,7 +42,7 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     record = ctx.record(w)
     if each > 1:
         ctx.reads([(x, ()), (w, [0 if transposed else 1])])
-    if record is not None and record.unborn and not transposed and not record.fields:
+    if record is not None and record.unborn and not (transposed or record.fields or record.overwritten):
         labels = _first_use(ctx, record, x, incoming, groups, w)
     else:
         labels = _general(ctx, x, w, incoming, groups, transposed, out.shape[channel])

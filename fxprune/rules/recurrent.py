@@ -14,6 +14,7 @@ from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
 _STEPS = "is an axis of positions that a recurrent layer steps over"
+_NOT_ZERO = "is a hidden unit that does not start at zero, or does not stay there, where it is removed"
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -75,7 +76,7 @@ def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, b
         zero = zero and all(f.zero for f in fields)
     for labels in (seen, units):
         if not zero:
-            ctx.pin(labels, "is a hidden unit that does not start at zero where it is removed")
+            ctx.pin(labels, _NOT_ZERO)
         elif labels.size == 1:
             ctx.pin(labels, "its removal would empty a tensor")
     return seen, units, zero
@@ -87,9 +88,14 @@ def _step(
     """The gates: a product with what comes in, one with what was seen before, and biases."""
     gates = np.tile(units, weights[0].shape[0] // len(units))
     for fields, weight in zip((incoming, [Field(seen, zero)]), weights, strict=True):
-        _meet(ctx, gates, _product(ctx, fields, weight))
+        product = _product(ctx, fields, weight)
+        _meet(ctx, gates, product)
+        ctx.pin_all([f for f in product if not f.zero], _NOT_ZERO)
     for bias in biases:
-        ctx.merge([Operand([Field(gates, True)], {0}, {}), ctx.operand(bias, (0,), 1)], 1)
+        met = ctx.merge([Operand([Field(gates, True)], {0}, {}), ctx.operand(bias, (0,), 1)], 1)
+        for m in met:
+            if not m.zero.get(1, True):
+                ctx.pin(m.labels, _NOT_ZERO)
 
 
 def _product(ctx: Context, fields: list[Field], weight: Tensor) -> list[Field]:

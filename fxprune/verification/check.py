@@ -161,6 +161,8 @@ class _Proof:
         long = self.coupling.macs() > _LONG
         small = None
         self._as_given()
+        if bench.written:
+            yield from self._try("a second call", "", Bench.compare, bench, inputs, times=2)
         for error, call in self._resolutions(bench, inputs, 1 if long else 2):
             yield error
             small = call if _elements(call) < _elements(inputs) else small
@@ -178,7 +180,7 @@ class _Proof:
         if any(trace.training or trace.path for trace in self.coupling.traces):
             yield from self._try("gradients in training mode", trained, check_gradients, bench, quick, training=True)
 
-    def _try(self, name: str, why_not: str, compare: Callable[..., Any], bench: Bench, call: Any, **mode: bool) -> Iterator[float]:
+    def _try(self, name: str, why_not: str, compare: Callable[..., Any], bench: Bench, call: Any, **mode: Any) -> Iterator[float]:
         """Compare in one situation: the error, if the original can be brought into it.
 
         Raises

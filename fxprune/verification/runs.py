@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from fxprune.contents import leaves
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.memory import Undone
 from fxprune.reach import AGAIN, drawing, undrawn_by
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
@@ -122,6 +123,7 @@ class Bench:
         self.events = events_of(coupling)
         self.guards = guards(pruned, coupling)
         self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
+        self.written: set[str] = set()  # names of the tensors that forward has written so far, in either model
         self._modes: dict[str, bool] = {}
 
     @property
@@ -142,8 +144,8 @@ class Bench:
 
     # -- what is compared
 
-    def compare(self, call: Call, *, training: bool = False) -> Outcome:
-        """Run both and compare all that comes out.
+    def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
+        """Run both and compare all that comes out; ``times``: so often, each time on what the time before has left.
 
         Raises
         ------
@@ -152,27 +154,27 @@ class Bench:
             If outputs differ in more than their values, or random numbers cannot be compared.
         """
         try:
-            outcome = self._compare(call, training, constant=False)
+            outcome = self._compare([call] * times, training, constant=False)
         except MismatchError:
             outcome = None
         if outcome is not None:
             return outcome
         try:
-            return self._compare(call, training, constant=True)
+            return self._compare([call] * times, training, constant=True)
         except MismatchError as error:
             raise VerificationError(f"the random numbers of both models cannot be compared: {error}.") from error
 
-    def _compare(self, call: Call, training: bool, constant: bool) -> Outcome:
-        reference, notes = self._reference(call, training, constant)
-        result, deciding = self._smaller(call, training, constant, reference.draws)
+    def _compare(self, calls: Sequence[Call], training: bool, constant: bool) -> Outcome:
+        reference, notes = self._reference(calls, training, constant)
+        result, deciding = self._smaller(calls, training, constant, reference.draws)
         if not notes and _undefined(reference, result):
-            reference, notes = self._graph(call, training, constant), ("the traced graph: 0/0 at removed elements",)
-            result, deciding = self._smaller(call, training, constant, reference.draws)
-        if not notes and reference.state != result.state and self._draw_in_python(call, training):
+            reference, notes = self._graph(calls, training, constant), ("the traced graph: 0/0 at removed elements",)
+            result, deciding = self._smaller(calls, training, constant, reference.draws)
+        if not notes and reference.state != result.state and self._draw_in_python(calls[0], training):
             raise MismatchError("Python code draws them in one model, and not in the other")
         outcome = self._held(result, reference, deciding, notes)
         if not outcome.error <= self.limit:
-            second, _ = self._reference(call, training, constant)
+            second, _ = self._reference(calls, training, constant)
             if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
                 raise VerificationError(
                     "the original gives other outputs when it runs again: random numbers that it draws cannot be compared."
@@ -201,21 +203,21 @@ class Bench:
         found = False
         for model in (self.original(training), self.smaller(training)):
             args, kwargs = clone(call)
-            with self.drawing(), torch.no_grad(), InDtype(self.dtype), drawing() as drawn:
+            with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), drawing() as drawn:
                 model(*args, **kwargs)
                 found |= drawn()
         return found
 
     def vary(self, call: Call, *, training: bool) -> bool:
-        """Whether both models do something else when they run again on the same values, by a clock or a count, say."""
-        return all(self._varies(own, call) for own in (self.original(training), self.smaller(training)))
+        """Whether both models do something else when they run again on the same values, by a clock, say."""
+        return self._varies(lambda: self.original(training), call) and self._varies(lambda: self.smaller(training), call)
 
-    def _varies(self, model: nn.Module, call: Call) -> bool:
+    def _varies(self, copied: Callable[[], nn.Module], call: Call) -> bool:
         first: list[Any] | None = None
         for _ in range(AGAIN + 1):
-            args, kwargs = clone(call)
+            (args, kwargs), model = clone(call), copied()
             try:
-                with self.drawing(), torch.no_grad(), InDtype(self.dtype):
+                with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype):
                     out = _taken(model(*args, **kwargs))
                 if first is None:
                     difference(out, out)
@@ -235,22 +237,36 @@ class Bench:
         with seeded(self.seed), undrawn_by(self.model):
             yield
 
+    @contextmanager
+    def _undone(self, model: nn.Module) -> Iterator[None]:
+        """What a run writes into the model's tensors is undone: its parameters share their memory with those of other runs."""
+        undone = Undone({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        try:
+            with undone.afterwards():
+                yield
+        finally:
+            self.written |= undone.written
+
+    def _own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values in the memory of all runs, but for those that a run would write."""
+        return {name: value.clone() if name in self.written else value for name, value in values.items()}
+
     # -- the original
 
     def original(self, training: bool) -> nn.Module:
         """The user's model with zeros at what is removed, in the mode that its own train() gives each module."""
-        model = original(self.model, self.masked, self.dtype)
+        model = original(self.model, self._own(self.masked), self.dtype)
         model.train(training)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         return model
 
-    def _reference(self, call: Call, training: bool, constant: bool) -> tuple[_Run, tuple[str, ...]]:
+    def _reference(self, calls: Sequence[Call], training: bool, constant: bool) -> tuple[_Run, tuple[str, ...]]:
         try:
-            return self._followed(call, training, constant), ()
+            return self._followed(calls, training, constant), ()
         except NotFollowedError as error:
-            return self._graph(call, training, constant), (f"the traced graph: {error}",)
+            return self._graph(calls, training, constant), (f"the traced graph: {error}",)
 
-    def _followed(self, call: Call, training: bool, constant: bool) -> _Run:
+    def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
         """The user's own code."""
         model = self.original(training)
         mode, held = Followed(self.events, self.survivors, training, constant), dict(model.named_buffers())
@@ -262,40 +278,37 @@ class Bench:
             run.outputs.append(clone(self._cut(path, out)))
             return out
 
-        args, kwargs = clone(call)
-        with self.drawing(), _whole(), InDtype(self.dtype), mode:
+        calls = clone(calls)
+        with self._undone(model), self.drawing(), _whole(), InDtype(self.dtype), mode:
             try:
-                with self._parts(model, part) if self.coupling.parts else mode.inside(""):
-                    run.take(model(*args, **kwargs))
+                for args, kwargs in calls:
+                    with self._parts(model, part) if self.coupling.parts else mode.inside(""):
+                        run.take(model(*args, **kwargs))
             except (NotFollowedError, FxpruneError):
                 raise
             except Exception as error:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
-        # One that forward exchanges for another is a cache: the graph computes it (see fxprune.state).
-        written: dict[str, Any] = {name: tensor for name, tensor in model.named_buffers() if held.get(name) is tensor}
-        run.buffers = {name: tensor.clone() for name, tensor in written.items()} if training else {}
+            # One that forward exchanges for another is a cache: the graph computes it (see fxprune.state).
+            run.buffers = _buffers(model, held) if training else {}
         return run
 
-    def _graph(self, call: Call, training: bool, constant: bool) -> _Run:
+    def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
         """The traced graph; where there are parts, in the user's code around them."""
         graph = GraphRun(self.coupling, self.survivors, self.masked, training=training, constant=constant)
         run = _Run(draws=graph.draws, dropped=graph.dropped)
-        args, kwargs = clone(call)
+        calls, model = clone(calls), self.original(training)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             out = graph.run(path, args, kwargs)
             run.outputs.append(clone(self._cut(path, out)))
             return clone(out)  # what Python may write into
 
-        with self.drawing(), torch.no_grad(), InDtype(self.dtype):
+        with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), self._parts(model, part):
             try:
-                if not self.coupling.parts:
-                    run.outputs.append(_taken(graph.run("", args, kwargs)))
-                else:
-                    model = self.original(training)
-                    with self._parts(model, part):
-                        run.outputs.append(_taken(model(*args, **kwargs)))
+                for args, kwargs in calls:
+                    out = model(*args, **kwargs) if self.coupling.parts else graph.run("", args, kwargs)
+                    run.outputs.append(_taken(out))
             except FxpruneError:
                 raise
             except NotFollowedError as error:
@@ -324,14 +337,16 @@ class Bench:
 
     def smaller(self, training: bool) -> nn.Module:
         """The pruned model, in the mode that its own train() gives each module: it must be the original's."""
-        model = smaller(self.pruned, self.kept, self.dtype)
+        model = smaller(self.pruned, self._own(self.kept), self.dtype)
         model.train(training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
                 raise VerificationError(f"train({training}) gives {name!r} another mode in the pruned model than in the original.")
         return model
 
-    def _smaller(self, call: Call, training: bool, constant: bool, draws: list[Draw]) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
+    def _smaller(
+        self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
+    ) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
         model = self.smaller(training)
         mode = Replayed(draws, self.survivors, constant)
         run = _Run(dropped=mode.dropped)
@@ -341,10 +356,11 @@ class Bench:
             run.outputs.append(clone([*leaves(out)]))
             return out
 
-        args, kwargs = clone(call)
-        with self.drawing(), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
+        calls = clone(calls)
+        with self._undone(model), self.drawing(), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
             try:
-                run.take(model(*args, **kwargs))
+                for args, kwargs in calls:
+                    run.take(model(*args, **kwargs))
             except (MismatchError, FxpruneError):
                 raise
             except AssertionError as error:
@@ -354,9 +370,9 @@ class Bench:
             except Exception as error:
                 raise PrunedFailsError(said(error)) from error
             run.state = python_state()
+            run.buffers = _buffers(model) if training else {}
         if mode.ahead:
             raise MismatchError(f"the pruned model draws {len(mode.ahead)} numbers fewer than the original")
-        run.buffers = _buffers(model) if training else {}
         return run, mode.compared
 
 
@@ -365,8 +381,9 @@ def _taken(out: Any) -> list[Any]:
     return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.named_buffers()}
+def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """What buffers hold; of those that were ``held`` before, if they are given, and have not been exchanged."""
+    return {name: own.clone() for name, own in model.named_buffers() if held is None or held.get(name) is own}
 
 
 def _undefined(reference: _Run, result: _Run) -> bool:
