@@ -14,6 +14,7 @@ import inspect
 import operator
 import random
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -227,7 +228,7 @@ class Reach:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for code in _codes(function.__code__):
-            chains, imported, names, sets, binds = _references(code)
+            chains, imported, names, sets, binds, _ = _references(code)
             self._sets |= sets
             self._add_names(names)
             for name, *attributes in chains:
@@ -336,19 +337,24 @@ def undrawn_by(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def drawing() -> Iterator[Callable[[], bool]]:
-    """As :func:`~fxprune.chance.undrawn`, of this thread alone: whether something was drawn, and its code may be what did so.
+def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """As :func:`~fxprune.chance.undrawn`, of this thread alone: whether something was drawn, and what ran here may have done so.
 
-    >>> with drawing() as drawn:
+    >>> with drawing(nn.ReLU()) as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
     (False, True)
     """
     watch, before = _Watch(), sys.getprofile()
+
+    def mine() -> bool:
+        alone = threading.active_count() == 1
+        return alone or watch.draws or any(own is _NUMPYS for own in Reach(model, watch.seen)._generators)
+
     with undrawn() as drawn:
         sys.setprofile(watch)
         try:
-            yield lambda: watch.draws and drawn()
+            yield lambda: mine() and drawn()  # in this order: the latter asks the generators
         finally:
             sys.setprofile(before)
 
@@ -357,42 +363,45 @@ class _Watch:
     """What :func:`sys.setprofile` tells of the functions of one thread."""
 
     def __init__(self) -> None:
-        self.draws = False  # a generator's method was called, or code ran that can reach one: some compiled methods are not told
-        self._seen: set[CodeType] = set()
+        self.draws = False  # a generator's method was called, or code ran that may call one: not all compiled methods are told
+        self.seen: set[CodeType] = set()
 
     def __call__(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            self.draws |= _of_generator(called)
-        elif event == "call" and frame.f_code not in self._seen:
-            self._seen.add(frame.f_code)
-            self.draws |= _names_numpys(frame)
+            self.draws |= _draws(called)
+        elif event == "call" and not self.draws:
+            code = frame.f_code
+            if code.co_freevars:
+                self.draws |= any(_draws(frame.f_locals.get(name)) for name in code.co_freevars)
+            if code not in self.seen:
+                self.seen.add(code)
+                self.draws |= _may_draw(frame)
 
 
-def _of_generator(function: Any) -> bool:
-    owner = getattr(function, "__self__", None)
-    return owner is _NUMPYS or owner is _PYTHONS
+def _is_shared(generator: Any) -> bool:
+    """Whether it is the one of :mod:`random`, or NumPy's, which belong to the process."""
+    return generator is _PYTHONS or generator is _NUMPYS
 
 
-_PYTHONS = random.random.__self__  # type: ignore[attr-defined]
-_NUMPYS = np.random.random.__self__
+def _draws(value: Any) -> bool:
+    """Whether it is a method of such a generator, or what leads to NumPy's."""
+    return _is_shared(getattr(value, "__self__", None)) or value is np or value is np.random or _is_shared(value)
 
 
-def _names_numpys(frame: FrameType) -> bool:
-    """Whether a function names NumPy's generator, or a module that leads to it."""
-    if str(frame.f_globals.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
+_PYTHONS: Any = random.random.__self__  # type: ignore[attr-defined]
+_NUMPYS: Any = np.random.random.__self__
+_METHODS = frozenset(name for name, value in vars(np.random).items() if _is_shared(getattr(value, "__self__", None)))
+
+
+def _may_draw(frame: FrameType) -> bool:
+    """Whether a function reads what leads to NumPy's generator, or, of something unknown, what has the name of its methods."""
+    known = frame.f_globals
+    if str(known.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
         return False
-    chains, imported, *_ = _references(frame.f_code)
-    return any(_leads_to_numpys(frame.f_globals.get(name), attributes) for name, *attributes in chains) or any(
-        name.startswith("numpy") for name in imported
-    )
-
-
-def _leads_to_numpys(value: Any, attributes: list[str]) -> bool:
-    for name in attributes:
-        if not isinstance(value, ModuleType):
-            break
-        value = vars(value).get(name)
-    return value is np or value is np.random or _of_generator(value)
+    chains, imported, _, _, _, attributes = _references(frame.f_code)
+    if not _METHODS.isdisjoint(attributes) or any(name.startswith("numpy") for name in imported):
+        return True
+    return any(_draws(value) for name, *rest in chains for value in _along(known.get(name), rest)[-1:])
 
 
 class _Globals:
@@ -432,11 +441,12 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, bool]:
+def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, bool, list[str]]:
     """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; whether it
-    sets attributes, and whether it binds global names."""
+    sets attributes, and whether it binds global names; the attributes that are read of other values."""
     chains: list[list[str]] = []
     imported: list[str] = []
+    others: list[str] = []
     sets = binds = follows = False
     for at in dis.get_instructions(code):
         sets |= at.opname == "STORE_ATTR"
@@ -446,10 +456,12 @@ def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[s
             follows = True
         elif at.opname in ("LOAD_ATTR", "LOAD_METHOD") and follows:
             chains[-1].append(at.argval)
+        elif at.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            others.append(at.argval)
         else:
             follows = follows and at.opname == "PUSH_NULL"
             imported += [at.argval] if at.opname == "IMPORT_NAME" else []
-    return chains, imported, frozenset(code.co_names), sets, binds
+    return chains, imported, frozenset(code.co_names), sets, binds, others
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

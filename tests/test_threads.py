@@ -6,7 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -299,14 +299,27 @@ def test_calls_in_many_threads(calls: Sequence[Callable[..., Any]], tmp_path: Pa
     side_by_side(tmp_path, calls, threads=8, times=200 // len(calls))
 
 
+@pytest.fixture
+def draws_beside() -> Iterator[None]:
+    """A thread that draws all the time."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(1e-4):
+            random.random()
+            np.random.rand()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("draws_beside")
 @pytest.mark.parametrize("kind", [Net, Python])
 def test_numbers_that_another_thread_draws_all_the_time_are_its_own(kind: type[Net]) -> None:
-    other = Other()
-
-    def at(place: str) -> None:
-        other(lambda: (random.random(), np.random.rand()))
-
-    model = kind(at).eval()
+    model = kind().eval()
     pruned = fxprune.prune(model, IMAGE, channels=0.5)
     assert isinstance(pruned.model, torch.fx.GraphModule) == (kind is Net)
     assert all(p.shape[0] == 4 for name, p in pruned.model.named_parameters() if not name.startswith("head"))
@@ -314,14 +327,22 @@ def test_numbers_that_another_thread_draws_all_the_time_are_its_own(kind: type[N
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
-@pytest.mark.parametrize("draw", [lambda: random.random() < 0.5, lambda: np.random.rand() < 0.5, lambda: draws_by_name() < 0.5])
-def test_a_model_that_draws_beside_another_thread_does_so_itself(draw: Callable[[], bool]) -> None:
-    other = Other()
-
+@pytest.mark.usefixtures("draws_beside")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        random.random,
+        np.random.rand,
+        lambda: random.random(),
+        lambda: np.random.rand(),
+        lambda: draws_by_name(),
+        lambda: NUMPYS.rand(),
+    ],
+)
+def test_a_model_that_draws_beside_another_thread_does_so_itself(draw: Callable[[], float]) -> None:
     class Skips(Net):
         def forward(self, x: Tensor) -> Tensor:
-            other(lambda: (random.random(), np.random.rand()))
-            return super().forward(x) * (2 if draw() else 1)
+            return super().forward(x) * (2 if draw() < 0.5 else 1)
 
     pruned = fxprune.prune(Skips().eval(), IMAGE, channels=0.5)
     assert not isinstance(pruned.model, torch.fx.GraphModule)
@@ -329,4 +350,5 @@ def test_a_model_that_draws_beside_another_thread_does_so_itself(draw: Callable[
     assert len(seen) == 2
 
 
+NUMPYS = np.random
 draws_by_name = np.random.rand

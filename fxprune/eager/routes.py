@@ -96,8 +96,8 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
     A route on which something is found where the example has nothing is one where the model can go it. Training is one, unless it
     needs what the example has not: targets, say.
     """
-    for watched in (undrawn, *[drawing] * (RUNS - 1)):
-        with watched() as drawn:
+    for again in range(RUNS):
+        with drawing(twin.model) if again else undrawn() as drawn:
             found = _explored(twin, args, kwargs)
             draws = drawn()
         if not draws:

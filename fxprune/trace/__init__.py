@@ -236,7 +236,7 @@ def _draws_again(tracer: Tracer, twin: Twin) -> bool:
     """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
     for _ in range(RUNS - 1):
         again = Tracer(twin, *tracer.example, tracer.training, _on_shapes)
-        with torch.no_grad(), taken_over(again, twin.model), following(), drawing() as drawn:
+        with torch.no_grad(), taken_over(again, twin.model), following(), drawing(twin.model) as drawn:
             try:
                 again.trace()
                 if not drawn():

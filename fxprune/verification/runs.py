@@ -203,7 +203,7 @@ class Bench:
         found = False
         for model in (self.original(training), self.smaller(training)):
             args, kwargs = clone(call)
-            with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), drawing() as drawn:
+            with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), drawing(self.model) as drawn:
                 model(*args, **kwargs)
                 found |= drawn()
         return found
