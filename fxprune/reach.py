@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -228,7 +228,7 @@ class Reach:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for code in _codes(function.__code__):
-            chains, imported, names, sets, binds, _ = _references(code)
+            chains, imported, names, sets, bound, _ = _references(code)
             self._sets |= sets
             self._add_names(names)
             for name, *attributes in chains:
@@ -239,9 +239,9 @@ class Reach:
             for module in imported:
                 inside = vars(sys.modules[module]) if module in sys.modules else {}
                 self._waiting += [inside[name] for name in names & inside.keys()]
-            changed = names & function.__globals__.keys() if binds else ()
-            if changed:
-                self._holders.append(_Globals(function.__globals__, sorted(changed)))
+            self._holders += [cells[name] for name in bound["STORE_DEREF"] if name in cells]
+            if bound["STORE_GLOBAL"]:
+                self._holders.append(_Globals(function.__globals__, bound["STORE_GLOBAL"]))
 
     def _take_class(self, kind: type) -> None:
         if self._calculates(kind) or issubclass(kind, (BaseException, nn.Module)):
@@ -441,16 +441,18 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, bool, list[str]]:
+def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, dict[str, list[str]], list[str]]:
     """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; whether it
-    sets attributes, and whether it binds global names; the attributes that are read of other values."""
+    sets attributes; the names of others' variables that it binds; the attributes that are read of other values."""
     chains: list[list[str]] = []
     imported: list[str] = []
     others: list[str] = []
-    sets = binds = follows = False
+    bound: dict[str, list[str]] = {"STORE_GLOBAL": [], "STORE_DEREF": []}  # by how
+    sets = follows = False
     for at in dis.get_instructions(code):
         sets |= at.opname == "STORE_ATTR"
-        binds |= at.opname == "STORE_GLOBAL"
+        if at.opname in bound:
+            bound[at.opname].append(at.argval)
         if at.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
             chains.append([at.argval])
             follows = True
@@ -461,7 +463,7 @@ def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[s
         else:
             follows = follows and at.opname == "PUSH_NULL"
             imported += [at.argval] if at.opname == "IMPORT_NAME" else []
-    return chains, imported, frozenset(code.co_names), sets, binds, others
+    return chains, imported, frozenset(code.co_names), sets, bound, others
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -521,6 +523,8 @@ def _content(holder: Any) -> Any:
         return [*list.__iter__(holder)]
     if isinstance(holder, collections.deque):
         return [*collections.deque.__iter__(holder)]
+    if isinstance(holder, CellType):
+        return {"cell_contents": holder.cell_contents} if _filled(holder) else {}
     return {**getattr(holder, "__dict__", {}), **({} if isinstance(holder, type) else slots_of(holder))}
 
 

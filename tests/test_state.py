@@ -1,7 +1,9 @@
 """A graph is one call: what forward keeps for the next is found, and stays Python."""
 
+import contextvars
 import copy
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -458,6 +460,59 @@ def notes_the_last(m: Any, x: Tensor) -> Tensor:
 def fills_a_slot(m: Any, x: Tensor) -> Tensor:
     SLOTS.last = x
     return x.relu()
+
+
+def counter() -> tuple[Callable[[Any, Tensor], Tensor], Callable[[], Any]]:
+    last = None
+
+    def remember(m: Any, x: Tensor) -> Tensor:
+        nonlocal last
+        last = x
+        return x.relu()
+
+    return remember, lambda: last
+
+
+in_a_variable, variable = counter()
+BESIDE, OF_A_THREAD, OF_A_CONTEXT = nn.Module(), threading.local(), contextvars.ContextVar[Any]("last", default=None)
+
+
+def beside(m: Any, x: Tensor) -> Tensor:
+    BESIDE.last = x
+    return x.relu()
+
+
+def of_itself(m: Any, x: Tensor) -> Tensor:
+    of_itself.last = x  # type: ignore[attr-defined]
+    return x.relu()
+
+
+def of_a_thread(m: Any, x: Tensor) -> Tensor:
+    OF_A_THREAD.last = x
+    return x.relu()
+
+
+def of_a_context(m: Any, x: Tensor) -> Tensor:
+    OF_A_CONTEXT.set(x)
+    return x.relu()
+
+
+HELD: dict[Any, Callable[[], Any]] = {
+    in_a_variable: variable,
+    beside: lambda: BESIDE.last,
+    of_itself: lambda: of_itself.last,  # type: ignore[attr-defined]
+    of_a_thread: lambda: OF_A_THREAD.last,
+    of_a_context: OF_A_CONTEXT.get,
+}
+
+
+@pytest.mark.parametrize("function", HELD, ids=lambda function: function.__name__)
+def test_whatever_holds_an_activation_is_seen(function: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.parts == ("first", "last")
+    pruned.model(torch.randn(5, 3, 9, 9))
+    assert HELD[function]().shape[0] == 5
 
 
 @pytest.mark.parametrize("function", [scaled_by_a_table, scaled_by_a_remembered_table])

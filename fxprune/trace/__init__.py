@@ -16,6 +16,7 @@ The model that runs is a *twin*: same structure, parameters on the meta device. 
 
 from __future__ import annotations
 
+import gc
 import operator
 import traceback
 from collections.abc import Callable, Sequence
@@ -160,6 +161,8 @@ def trace(
             _refuse_state(result, state)
             result.not_set = tuple(change.path for change in state if change.nodes)
         attributes.restore(made)
+        changes, state = [], []
+        _refuse_held(tracer, twin)
         _refuse_chance(result, reach)
     except BaseException:
         attributes.restore()
@@ -263,10 +266,32 @@ def _refuse_left(result: Trace) -> None:
     """
     for node in result.left:
         if follows_inputs(node):
-            raise TraceError(
-                f"forward of this {type(result.twin.model).__name__} leaves {node.name!r} outside of its modules, in a list say: "
-                "a graph would not do that. Hand it out as a result, or keep that line inside a module of its own."
-            )
+            raise TraceError(_LEAVES.format(type(result.twin.model).__name__, node.name))
+
+
+def _refuse_held(tracer: Tracer, twin: Twin) -> None:
+    """The same for what no walk over containers finds: a variable of a closure, an attribute of a module beside the model.
+
+    Raises
+    ------
+    TraceError
+        If something still holds what stands for values that follow from those of the inputs.
+    """
+
+    def held() -> list[fx.Node]:
+        found = [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
+        return [node for node in found if follows_inputs(node)]
+
+    if held():
+        gc.collect()  # of exceptions that forward has caught, say
+    for node in held():
+        raise TraceError(_LEAVES.format(type(twin.model).__name__, node.name))
+
+
+_LEAVES = (
+    "forward of this {} leaves {!r} outside of its modules, in a list or a variable say: a graph would not do that. Hand it out "
+    "as a result, or keep that line inside a module of its own."
+)
 
 
 def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:

@@ -11,6 +11,7 @@ import itertools
 import operator
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -167,6 +168,7 @@ class Tracer:
         self.decisions: list[str] = []
         self.asked_mode = False
         self.elsewhere: ElsewhereError | None = None  # once another thread has handled a stand-in
+        self.stand_ins: list[weakref.ref[TracedTensor]] = []
         self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
         # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held here.
         self.constants: dict[int, tuple[Tensor, str]] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -263,6 +264,7 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
         )
         made.fx_node = made.node = node
         made.tracer = tracer
+        tracer.stand_ins.append(weakref.ref(made))
         return made
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
