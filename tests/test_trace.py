@@ -886,3 +886,25 @@ def test_what_calls_leave_behind_and_do_not_go_by_is_no_chance() -> None:
 def test_a_buffer_that_forward_writes_is_not_read_as_a_number() -> None:
     with pytest.raises(TraceError, match="a buffer that it writes"):
         traced(nn.BatchNorm1d(4, momentum=None), torch.randn(3, 4), training=True)
+
+
+class OwnList(list[Any]):
+    pass
+
+
+class OwnTuple(tuple[Any, ...]):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OwnList, OwnTuple, set])
+def test_what_no_graph_can_make_is_refused_as_a_result(kind: Any) -> None:
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            return kind([x @ self.weight.t()])
+
+    with pytest.raises(TraceError, match=f"gives back a {kind.__name__}, which a graph cannot make. Give back"):
+        fxprune.prune(Gives(), torch.randn(2, 3), channels=0.5)

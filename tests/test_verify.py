@@ -21,6 +21,7 @@ from fxprune.rules.normalisation import FUSED
 from fxprune.verification import check
 from fxprune.verification import runs as verification_runs
 from fxprune.verification.statistics import OVER_SURVIVORS
+from fxprune.verification.structure import is_guard
 from tests.support.callables import apart
 
 
@@ -770,3 +771,56 @@ def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
 
     said = apart(lambda: str(fxprune.prune(Curved(), torch.randn(2, 4), channels=0.5, verify=True).report.error < 1e-9))
     assert said == "True", said
+
+
+class Asserts(nn.Module):
+    """A block that asserts something of its own; ``limit``: the size from which on it does something else."""
+
+    def __init__(self, channels: int, limit: int = 0) -> None:
+        super().__init__()
+        self.layer, self.limit = nn.Conv2d(channels, 8, 3, padding=1), limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.limit:
+            x = x * 2 if x.shape[2] > self.limit else x
+        else:
+            torch._assert(x.shape[2] < 1000, "too large")
+        return self.layer(x)
+
+
+class InParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Asserts(3), Asserts(8, limit=8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 1e9).any()):
+            x = x.clamp(-1, 1)
+        return self.head(self.second(self.first(x)).relu())
+
+
+def test_what_a_guard_refuses_is_told_by_the_guard() -> None:
+    """Not by a name that an assertion of the user's has, too, in another part."""
+    model, x = InParts().eval(), torch.randn(2, 3, 8, 8)
+    result, coupling = fxprune.prune(model, x, channels=0.5), fxprune.analyze(model, x)
+    fxprune.verify(model, result, x)
+    with pytest.raises(AssertionError, match="was traced for") as refused:
+        result.model(torch.randn(2, 3, 16, 16))
+    assert is_guard(refused.value, result.model, coupling)
+
+
+def test_an_assertion_of_the_users_is_no_guard() -> None:
+    """Whatever it says: where the original passes it, the pruned model has to."""
+    model, x = InParts().eval(), torch.randn(2, 3, 8, 8)
+    result, coupling = fxprune.prune(model, x, channels=0.5), fxprune.analyze(model, x)
+    result.model.first.graph = with_a_failing_assertion(result.model.first.graph)
+    with pytest.raises(AssertionError, match="was traced for") as failed:
+        result.model(x)
+    assert not is_guard(failed.value, result.model, coupling)
+
+
+def with_a_failing_assertion(graph: fx.Graph) -> fx.Graph:
+    """The user's, which now says what a guard says."""
+    node = next(node for node in graph.nodes if node.target is torch._assert)
+    node.args = False, "this graph was traced for inputs with x.size(2) == 8"
+    return graph

@@ -32,7 +32,7 @@ from fxprune.regions import BOUNDS, enter, leave
 from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
-from fxprune.trace.lines import ElsewhereError, is_ours, user_line
+from fxprune.trace.lines import UNKNOWN, ElsewhereError, is_ours, user_line
 from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
@@ -593,7 +593,7 @@ class Tracer:
             return self._made_by(kind, (), fields)
         if callable(a) and hasattr(a, "__name__") and not any(isinstance(leaf, Traced) for leaf in leaves(a)):
             return a
-        raise TraceError(f"forward handles a {kind.__qualname__} (at {user_line()}), which a graph cannot hold.")
+        raise _unheld(kind)
 
     def _sequence(self, a: Any) -> Any:
         if hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
@@ -602,7 +602,7 @@ class Tracer:
         if hasattr(type(a), "n_sequence_fields"):  # what torch.max gives
             return self._made_by(type(a), (tuple(entries),), {})
         if type(a) not in _SEQUENCES:
-            raise TraceError(f"forward handles a {type(a).__qualname__} (at {user_line()}), which a graph cannot hold.")
+            raise _unheld(type(a))
         return tuple(entries) if isinstance(a, tuple) else entries
 
     def _mapping(self, a: Any) -> Any:
@@ -611,7 +611,7 @@ class Tracer:
         if type(a) is dict:
             return {key: self.create_arg(value) for key, value in a.items()}
         if type(a) not in SUPPORTED_NODES:
-            raise TraceError(f"forward handles a {type(a).__qualname__} (at {user_line()}), which a graph cannot hold.")
+            raise _unheld(type(a))
         content = dict(zip(a.keys(), map(self.create_arg, a.values()), strict=True))
         return self._made_by(type(a), *(((), content) if dataclasses.is_dataclass(a) else ((content,), {})))
 
@@ -865,6 +865,17 @@ class _Only(nn.Module):
             place._modules[own] = nn.Module()
             place = cast(nn.Module, place._modules[own])
         place._modules[name] = module
+
+
+def _unheld(kind: type) -> TraceError:
+    """Said of an object of a class that a graph cannot make."""
+    line = user_line()
+    if line == UNKNOWN:  # forward has come to its end
+        return TraceError(
+            f"forward gives back a {kind.__qualname__}, which a graph cannot make. Give back a tensor, or tensors in a tuple, a "
+            "list, a dict or a dataclass, and make of them what you need outside of the model."
+        )
+    return TraceError(f"forward handles a {kind.__qualname__} (at {line}), which a graph cannot hold.")
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,7 +12,7 @@ from fxprune.contents import leaves
 from fxprune.eager.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.verification.modes import InDtype, clone
-from fxprune.verification.runs import Bench, GuardedError, PrunedFailsError, RefusedError, said
+from fxprune.verification.runs import Bench, RefusedError, said
 from fxprune.verification.values import Call
 
 __all__ = ["check_gradients"]
@@ -33,12 +33,11 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         wanted, numbers, drawn = _gradients(bench.original(training), bench, call)
     except Exception as error:
         raise RefusedError(said(error)) from error
+    pruned = bench.smaller(training)
     try:
-        found, same, _ = _gradients(bench.smaller(training), bench, call)
-    except AssertionError as error:
-        raise (GuardedError if str(error) in bench.guards else PrunedFailsError)(said(error)) from error
+        found, same, _ = _gradients(pruned, bench, call)
     except Exception as error:
-        raise PrunedFailsError(said(error)) from error
+        raise bench.failure(pruned, error) from error
     kept = {name: bench.survivors.take(bench.coupling.parameters[name], grad) for name, grad in wanted.items()}
     for name in _in_order(bench.model, kept.keys() ^ found.keys()):
         has, lacks = ("the original", "the pruned model") if name in kept else ("the pruned model", "the original")

@@ -36,7 +36,7 @@ from fxprune.verification.modes import (
     events_of,
     python_state,
 )
-from fxprune.verification.structure import guards
+from fxprune.verification.structure import is_guard
 from fxprune.verification.values import Call, in_single
 
 __all__ = ["LIMITS", "Bench", "GuardedError", "Outcome", "PrunedFailsError", "RefusedError", "said"]
@@ -121,7 +121,6 @@ class Bench:
         mask(coupling, survivors, values)
         self.masked = values
         self.events = events_of(coupling)
-        self.guards = guards(pruned, coupling)
         self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
         self.written: set[str] = set()  # names of the tensors that forward has written so far, in either model
         self._modes: dict[str, bool] = {}
@@ -344,6 +343,10 @@ class Bench:
                 raise VerificationError(f"train({training}) gives {name!r} another mode in the pruned model than in the original.")
         return model
 
+    def failure(self, model: nn.Module, error: Exception) -> PrunedFailsError | GuardedError:
+        """What an error of the pruned model says."""
+        return GuardedError(str(error)) if is_guard(error, model, self.coupling) else PrunedFailsError(said(error))
+
     def _smaller(
         self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
     ) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
@@ -363,12 +366,8 @@ class Bench:
                     run.take(model(*args, **kwargs))
             except (MismatchError, FxpruneError):
                 raise
-            except AssertionError as error:
-                if str(error) in self.guards:
-                    raise GuardedError(str(error)) from error
-                raise PrunedFailsError(said(error)) from error
             except Exception as error:
-                raise PrunedFailsError(said(error)) from error
+                raise self.failure(model, error) from error
             run.state = python_state()
             run.buffers = _buffers(model) if training else {}
         if mode.ahead:

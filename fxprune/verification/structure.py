@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError, VerificationError
-from fxprune.rewrite import Survivors, emit
+from fxprune.rewrite import PrunedModule, Survivors, emit
 
-__all__ = ["check_structure", "guards"]
+__all__ = ["check_structure", "is_guard"]
 
 
 def check_structure(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
@@ -41,12 +43,27 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def guards(pruned: nn.Module, coupling: Coupling) -> frozenset[str]:
-    """What the assertions say with which the graph refuses inputs that it was not traced or pruned for: all but the user's own."""
-    nodes = (node for trace in coupling.traces for node in trace.graph.nodes)
-    own = {node.name for node in nodes if node.target is torch._assert and not node.meta.get("guard")}
-    found = [node for path in coupling.parts or ("",) for graph in _graphs(pruned, path) for node in (graph.nodes if graph else ())]
-    return frozenset(str(node.args[1]) for node in found if node.target is torch._assert and node.name not in own)
+def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool:
+    """Whether a graph of the pruned model refused inputs that it was not made for, and no assertion of the user's failed."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1][0].f_code is not torch._assert.__code__:
+        return False
+    for frame, line in reversed(frames):  # past modes that look at the functions that are called
+        own = frame.f_locals.get("self")
+        if isinstance(own, PrunedModule):
+            path = next((path for path, module in model.named_modules() if module is own), None)
+            statement = linecache.getline(frame.f_code.co_filename, line)
+            return statement.partition(" =")[0].strip() in _guards(own, path, coupling)
+    return False
+
+
+def _guards(own: PrunedModule, path: str | None, coupling: Coupling) -> frozenset[str]:
+    """The names of the assertions of the graph that runs in this mode, but for those of the user's."""
+    training = own.training and own.training_graph is not None
+    graph = own.training_graph if training else own.graph
+    traced = [trace for trace in coupling.traces if trace.path == path and trace.training == training]
+    users = {n.name for trace in traced for n in trace.graph.nodes if n.target is torch._assert and not n.meta.get("guard")}
+    return frozenset(node.name for node in graph.nodes if node.target is torch._assert and node.name not in users)
 
 
 def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
