@@ -117,7 +117,7 @@ class Reach:
             if not same(before, _state(own)):
                 own.__setstate__(before)
 
-    def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
+    def take_out(self, is_foreign: Callable[[Any], bool], *, from_lists: bool = True) -> list[Any]:
         """Take out of containers and objects what a call has put there that holds something of this kind; returns all such.
 
         Attributes of modules stay as they are.
@@ -131,12 +131,20 @@ class Reach:
             return bool(foreign)
 
         for own, before in zip(self._holders, self._before, strict=True):
-            if id(own) not in self._attributes and not same(before, _content(own)):
+            listed = isinstance(own, (list, set, collections.deque))
+            if id(own) not in self._attributes and (from_lists or not listed) and not same(before, _content(own)):
                 _take_out(own, before, holds)
         for memo, misses in zip(self._memos, self._misses, strict=True):
             if memo.cache_info().misses != misses:
                 memo.cache_clear()
         return found
+
+    def take_out_tables(self) -> None:
+        """Take out of dicts and objects the tensors that a call has put there, which has run on other values than the user's.
+
+        Lists and sets stay as they are: another thread may be adding to them.
+        """
+        self.take_out(lambda leaf: isinstance(leaf, Tensor), from_lists=False)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -189,6 +197,7 @@ class Reach:
             if not self._calculates(base):
                 for name, value in vars(base).items():
                     function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                    self._waiting += [function] if isinstance(function, functools._lru_cache_wrapper) else []
                     if isinstance(function, FunctionType):
                         special = name.startswith("__") and name not in ("__init__", "__new__")
                         if name in self._names or name in called or special:
@@ -304,13 +313,32 @@ class Reached:
             self._found = Reach(self._model)
         return self._found
 
+    def trusts(self, module: str) -> bool:
+        """Whether the code of a module computes, and no more: what it remembers is its own business."""
+        return self._found is not None and self._found._trusts(module)
+
+    @property
+    def made(self) -> int:
+        """How many results functions that remember theirs have computed."""
+        return 0 if self._found is None else sum(memo.cache_info().misses for memo in self._found._memos)
+
+    def keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+        """The dicts and sets that have keys which hold something of this kind, each with one of them."""
+        found = self._found._holders if self._found is not None else []
+        tables = [own for own in found if isinstance(own, (dict, set))]
+        return [(own, key) for own in tables for key in _keys(own) if any(map(is_foreign, every_leaf(key)))]
+
     def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
         """What a call since then has put into containers and objects, taken out (see :meth:`Reach.take_out`)."""
         return [] if self._found is None else self._found.take_out(is_foreign)
 
-    def forget(self) -> None:
-        """Look through the code anew next time: the attributes of the modules are others."""
-        self._found = None
+    def begin_anew(self) -> None:
+        """Look through the code anew: the attributes of the modules are others."""
+        self._found = Reach(self._model)
+
+
+def _keys(table: Any) -> list[Any]:
+    return [*(set.__iter__(table) if isinstance(table, set) else dict.keys(table))]
 
 
 def _nested(values: Iterable[Any], found: set[int]) -> None:
@@ -328,12 +356,16 @@ def _no_plain(values: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def undrawn_by(model: nn.Module) -> Iterator[None]:
-    """Let a run inside draw, and the generators that a model's code can reach stand where they stood."""
+    """Let a run inside draw and fill tables; what a model's code can reach is as it was afterwards.
+
+    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`.
+    """
     reach = Reach(model)
     try:
         yield
     finally:
         reach.put_back()
+        reach.take_out_tables()
 
 
 @contextmanager
@@ -487,9 +519,13 @@ def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
         half = len(before) // 2
         was = before if isinstance(before, dict) else dict(zip(before[:half], before[half:], strict=True))
         store = holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else None
-        for name, value in [*dict.items(_content(holder) if store is None else store)]:
-            if value is not was.get(name, was) and holds(name, value):
-                _put_back(holder, store, name, was)
+        now = dict(dict.items(holder)) if isinstance(holder, dict) else _content(holder)
+        changed = [name for name, value in now.items() if value is not was.get(name, was)]
+        foreign = [name for name in changed if holds(name, now[name])]
+        if foreign and not isinstance(holder, dict):
+            foreign = changed  # what belongs to a table, its size, say
+        for name in foreign:
+            _put_back(holder, store, name, was)
 
 
 def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any, Any]) -> None:

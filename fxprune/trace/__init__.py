@@ -40,6 +40,7 @@ from fxprune.trace.caches import forget_caches
 from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
+from fxprune.trace.lookups import Lookup, unanswered
 from fxprune.trace.resized import hold_inputs
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
@@ -91,6 +92,8 @@ class Trace:
     constants: dict[str, Tensor] = field(default_factory=dict)
     not_set: tuple[str, ...] = ()  # attributes that forward sets to what it computes of inputs, and nothing reads
     left: list[fx.Node] = field(default_factory=list)  # what forward has left outside of its modules
+    missed: list[Lookup] = field(default_factory=list)  # lookups that have found nothing
+    filled: list[tuple[Any, Any]] = field(default_factory=list)  # dicts and sets, and keys that forward has put there then
     path: str = ""  # of the traced module below the model; empty: the model itself
 
     @property
@@ -157,11 +160,14 @@ def trace(
         if state:
             attributes.restore(made)
             keep(state)
-            twin.reached.forget()
+            twin.reached.begin_anew()
             _refuse_state(result, state)
             result.not_set = tuple(change.path for change in state if change.nodes)
         attributes.restore(made)
+        if state:
+            twin.reached.begin_anew()
         changes, state = [], []
+        _hold_lookups(tracer, result)
         _refuse_held(tracer, twin)
         _refuse_chance(result, reach)
     except BaseException:
@@ -169,6 +175,39 @@ def trace(
         raise
     hold_inputs(tracer, lambda other: _compare(result, other))
     return result
+
+
+def _hold_lookups(tracer: Tracer, first: Trace) -> None:
+    """Hold a graph to the numbers by which forward has looked something up that was not there, but for tables that it fills."""
+    missed = first.missed
+    if first.filled:
+        again = _with_keys(first)
+        if again is not None and len(again) == len(tracer.lookups):
+            pairs = zip(tracer.lookups, again, strict=True)
+            known = [id(own) for own, other in pairs if other.answered]
+            missed = [own for own in missed if id(own) not in known]
+    for own in {own.node: own for own in missed}.values():
+        tracer.hold_looked_up(own)
+    for node in first.graph.nodes:
+        node.meta.pop("looked_up", None)
+    _drop_unused_sizes(first.graph)
+
+
+def _with_keys(first: Trace) -> list[Lookup] | None:
+    """What a further call looks up where the keys are still there, of whom none is one of its own; None: it fails."""
+    attributes = Attributes(first.twin.model)
+    again = Tracer(first.twin, first.args, first.kwargs, first.training, _on_shapes)
+    try:
+        for table, key in first.filled:
+            set.add(table, key) if isinstance(table, set) else dict.__setitem__(table, key, None)
+        _follow(again, first.twin)
+    except FxpruneError:
+        return None
+    finally:
+        attributes.restore()
+        for table, key in first.filled:
+            set.discard(table, key) if isinstance(table, set) else dict.pop(table, key, None)
+    return again.lookups
 
 
 def _compare(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
@@ -220,6 +259,8 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             ) from error
         finally:
             tracer.close()
+            missed = [*unanswered(tracer.lookups, twin.reached.made)]
+            filled = twin.reached.keys(_is_stand_in) if missed else []
             left = twin.reached.take_out(_is_stand_in)
     if draws and _draws_again(tracer, twin):
         raise ChanceError(DRAWS.format(type(twin.model).__name__, "Python's or NumPy's generator"))
@@ -231,6 +272,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     args, kwargs = tracer.example
     nodes = [node for node in map(node_of, left) if node is not None]
     result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants, left=nodes)
+    result.missed, result.filled = missed, filled
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
 
@@ -399,6 +441,8 @@ def _drop_unused_sizes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
             continue
+        if node.meta.get("looked_up"):
+            continue  # the graph may have to be held to it
         scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
         if _is_entry(node) or (scalar and not writes(node)):
             graph.erase_node(node)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import operator
+import sys
 import threading
 import types
 import weakref
@@ -33,6 +34,7 @@ from fxprune.shapes import META, DispatchMode, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, is_ours, user_line
+from fxprune.trace.lookups import Lookup, at
 from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
@@ -192,6 +194,8 @@ class Tracer:
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
         self._read_values: list[tuple[fx.Node, str]] = []  # of tensors that follow from constants, with the lines
+        self.lookups: list[Lookup] = []
+        self._reached = twin.reached
         self._texts: list[tuple[str, list[fx.Node], list[str]]] = []  # of numbers; the nodes that hold these, and the decisions
 
     def trace(self) -> fx.Graph:
@@ -497,9 +501,16 @@ class Tracer:
         """Hold the finished graph to the size of an input, by which C++ went for the sake of a line of the user's."""
         self._closed = False
         with torch.no_grad(), self.graph.inserting_before(node.next):
-            number, size = self.size_of(stand_in(node, self), dim), node.meta["val"].shape[dim]
-            self.decisions.append(f"{where}: {formula(number.fx_node)} was taken as {size!r}")
-            self._hold(number, size, f"inputs with {formula(number.fx_node)}", f" (decided at {where})")
+            number = self.size_of(stand_in(node, self), dim)
+        self._hold_finished(number, where)
+
+    def _hold_finished(self, number: Any, where: str) -> None:
+        self._closed, node = False, number.fx_node
+        text = f"{where}: {formula(node)} was taken as {number.example!r}"
+        with torch.no_grad(), self.graph.inserting_before(node.next):
+            if text not in self.decisions and not of_rank(node):
+                self.decisions.append(text)
+            self._hold(number, number.example, f"inputs with {formula(node)}", f" (decided at {where})")
         self._closed = True
 
     def _hold_inputs(self) -> None:
@@ -812,6 +823,28 @@ class Tracer:
         held = example if kind is int else taken  # int(n / 3): the graph holds n / 3
         self._hold(value, held, f"inputs with {formula(node)}", f" (decided at {where})")
         return taken
+
+    def is_looked_up(self, number: Number) -> None:
+        """Code of the model looks something up by a number, or puts something there; libraries do so in what they remember."""
+        frame = sys._getframe(2)
+        if self._closed or not self.is_users(frame.f_code.co_filename) or self._reached.trusts(frame.f_globals.get("__name__", "")):
+            return
+        number.fx_node.meta["looked_up"] = True
+        self.lookups.append(Lookup(number.fx_node, at(frame), user_line(), self._reached.made))
+
+    def is_compared(self) -> None:
+        """A number is compared; by a table, if one was looked up in the same place."""
+        if self.lookups and self.lookups[-1].place == at(sys._getframe(2)):
+            for own in itertools.takewhile(lambda own: own.place == self.lookups[-1].place, reversed(self.lookups)):
+                own.answered = True
+
+    @_unseen
+    def hold_looked_up(self, lookup: Lookup) -> None:
+        """Hold the finished graph to a number by which something was looked up, and was not there."""
+        if from_mode(lookup.node):
+            self.asked_mode = True
+            return
+        self._hold_finished(stand_in(lookup.node, self), lookup.line)
 
     @_unseen
     def text(self, number: Number, write: Callable[[Any], str]) -> str:

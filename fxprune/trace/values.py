@@ -446,12 +446,15 @@ class Number(_Operators, Traced):
         return other // self, other % self
 
     def __eq__(self, other: Any) -> Any:
+        self.tracer.is_compared()
         if issubclass(type(other), Number) and other.tracer is not self.tracer:
+            other.tracer.is_compared()
             return False  # a key that an earlier trace has left in a cache
         return _Operators.__eq__(self, other)
 
     def __hash__(self) -> int:
         """As the number: a table finds it, and asks whether it is the same one."""
+        self.tracer.is_looked_up(self)
         return hash(self.example)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
+from fxprune.reach import undrawn_by
 from fxprune.resized import other_batch, other_sizes
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import NotFiniteError, kinds
@@ -276,7 +277,7 @@ class _Proof:
 
     def _called(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
-        with seeded(self.seed), torch.no_grad():
+        with seeded(self.seed), undrawn_by(self.model), torch.no_grad():
             return plain(model).eval()(*args, **kwargs)
 
 

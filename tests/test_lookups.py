@@ -1,0 +1,168 @@
+"""What forward looks up by a size: in tables that it has, and in tables that it fills."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.support.checking import relative_error
+
+FAST = {7, 10}
+STRIDES = {10: 2}
+TABLE: dict[object, Tensor] = {}
+SEEN: set[int] = set()
+
+
+class Looks(nn.Module):
+    """Two convolutions, and in between a function of the first one's output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), function
+        self.own = {10: 3}
+        self.table: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> None:
+    TABLE.clear()
+    SEEN.clear()
+
+
+def in_a_set(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[-1] in FAST else x
+
+
+def in_a_dict(x: Tensor) -> Tensor:
+    return x * STRIDES.get(x.shape[-1], 1)
+
+
+def in_a_literal(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[-1] in {10: None} else x
+
+
+def in_a_literal_of_pairs(x: Tensor) -> Tensor:
+    return x * 2 if (x.shape[-2], x.shape[-1]) in {(9, 10)} else x
+
+
+def by_what_fails(x: Tensor) -> Tensor:
+    try:
+        return x * STRIDES[x.shape[-1]]
+    except KeyError:
+        return x
+
+
+def how_many_sizes(x: Tensor) -> Tensor:
+    return x * len({x.shape[-1], x.shape[-2]})
+
+
+def beside_a_table(x: Tensor) -> Tensor:
+    """The same number leads into both."""
+    size = x.shape[-1]
+    if size not in TABLE:
+        TABLE[size] = torch.arange(size) / size
+    return x * TABLE[size] if size in FAST else x + TABLE[size]
+
+
+def in_another_table(x: Tensor) -> Tensor:
+    size = x.shape[-1]
+    SEEN.add(size)
+    return x * 2 if size in STRIDES else x
+
+
+MISSES = [in_a_set, in_a_dict, in_a_literal, in_a_literal_of_pairs, by_what_fails, how_many_sizes, beside_a_table, in_another_table]
+
+
+def taken(function: Callable[[Tensor], Tensor], training: bool = False) -> list[int]:
+    """The sizes that the pruned model takes; it does then what the original does."""
+    model = Looks(function).train(training)
+    whole = fxprune.prune(model, torch.randn(2, 3, 9, 8), channels=1.0, verify=True).model
+    assert isinstance(whole, torch.fx.GraphModule)
+    found = []
+    for size in (8, 9, 10, 7):
+        x = torch.randn(3, 3, 9, size)
+        try:
+            got = whole(x)
+        except AssertionError:
+            continue
+        assert relative_error(got, model(x)) < 1e-6
+        found.append(size)
+    return found
+
+
+@pytest.mark.parametrize("function", MISSES, ids=lambda function: function.__name__)
+def test_what_is_not_there_may_be_there_for_another_size(function: Callable[[Tensor], Tensor]) -> None:
+    assert taken(function) == [8]
+
+
+def into_a_table(x: Tensor) -> Tensor:
+    size = x.shape[-1]
+    if size not in TABLE:
+        TABLE[size] = torch.arange(size) / size
+    return x * TABLE[size]
+
+
+def into_a_table_of_pairs(x: Tensor) -> Tensor:
+    key = "grid", x.shape[-2:]
+    found = TABLE.get(key)
+    if found is None:
+        found = TABLE.setdefault(key, torch.ones(x.shape[-2:]).cumsum(-1))
+    return x * found
+
+
+@functools.lru_cache
+def table(size: int) -> Tensor:
+    return torch.arange(size) / size
+
+
+def remembered(x: Tensor) -> Tensor:
+    return x * table(x.shape[-1])
+
+
+def in_one_set(x: Tensor) -> Tensor:
+    """All shapes are alike: the set has one entry, whatever the size."""
+    shapes = {own.shape for own in (x, x * 2, x + 1)}
+    assert len(shapes) == 1
+    return x.relu()
+
+
+def by_name(x: Tensor) -> Tensor:
+    sizes = {"rows": x.shape[-2], "columns": x.shape[-1]}
+    return x.reshape(x.shape[0], -1, sizes["rows"] * sizes["columns"]).reshape(x.shape)
+
+
+FILLED = [into_a_table, into_a_table_of_pairs, remembered, in_one_set, by_name]
+
+
+@pytest.mark.parametrize("function", FILLED, ids=lambda function: function.__name__)
+def test_a_table_that_forward_fills_holds_for_every_size(function: Callable[[Tensor], Tensor]) -> None:
+    assert taken(function) == [8, 9, 10, 7]
+
+
+KEPT = types.SimpleNamespace(size=0, table=torch.zeros(0))
+
+
+def beside_its_size(x: Tensor) -> Tensor:
+    """The size is a plain number, which tracing could leave there without the table."""
+    size = int(x.shape[-1])
+    if KEPT.size != size:
+        KEPT.size, KEPT.table = size, torch.arange(size, dtype=x.dtype) / size
+    return x * KEPT.table
+
+
+def test_a_table_is_left_as_it_was_with_what_belongs_to_it() -> None:
+    before, x = KEPT.table, torch.randn(2, 3, 9, 8)
+    model = Looks(beside_its_size)
+    whole = fxprune.prune(model, x, channels=1.0, verify=True).model
+    assert KEPT.size == 0
+    assert KEPT.table is before
+    assert relative_error(whole(x), model(x)) < 1e-6
