@@ -17,17 +17,19 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import undrawn
 from fxprune.contents import every_leaf, slots_of
 
-__all__ = ["AGAIN", "Reach", "Reached", "drawing", "same", "undrawn_by"]
+__all__ = ["AGAIN", "MISSING", "Entry", "Reach", "Reached", "drawing", "same", "undrawn_by"]
 
 AGAIN = 12
 """So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
@@ -69,6 +71,7 @@ class Reach:
         self._unseen = False  # functions, and iterators, that it does not
         self._called = False
         self._sets = False
+        self.taken: dict[tuple[int, str], Any] = {}  # what was taken out last: by the number of its holder, and its name there
         self._own = {type(module).__module__.partition(".")[0] for module in model.modules()}
         for module in model.modules():
             if not self._calculates(type(module)):
@@ -124,20 +127,32 @@ class Reach:
         Functions that have remembered a result since then forget all of theirs, which they compute again.
         """
         found: list[Any] = []
+        self.taken = {}
 
         def holds(*values: Any) -> bool:
             foreign = [leaf for leaf in every_leaf(values) if is_foreign(leaf)]
             found.extend(foreign)
             return bool(foreign)
 
-        for own, before in zip(self._holders, self._before, strict=True):
+        for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
             listed = isinstance(own, (list, set, collections.deque))
             if id(own) not in self._attributes and (from_lists or not listed) and not same(before, _content(own)):
-                _take_out(own, before, holds)
+                for name, value in _take_out(own, before, holds).items():
+                    self.taken[place, repr(name)] = value
         for memo, misses in zip(self._memos, self._misses, strict=True):
             if memo.cache_info().misses != misses:
                 memo.cache_clear()
         return found
+
+    def entries(self) -> Iterator[Entry]:
+        """What is in dicts and objects that hold tensors, under plain names; attributes of modules are left out."""
+        for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
+            if id(own) in self._attributes or isinstance(own, (list, set, collections.deque, np.ndarray)):
+                continue
+            named = _named(own, before)
+            for name, value in named.items() if _has_tensors(named) else ():
+                if _is_plain(name):
+                    yield Entry(self, place, name, value)
 
     def take_out_tables(self) -> None:
         """Take out of dicts and objects the tensors that a call has put there, which has run on other values than the user's.
@@ -298,6 +313,41 @@ class Reach:
     def _add_holder(self, value: Any) -> None:
         self._holders.append(value)
         self._waiting += _no_plain(_content(value).values())
+
+
+@dataclass(eq=False)
+class Entry:
+    """Something in a dict or an object outside of the model, which can be put away for a while."""
+
+    reach: Reach
+    place: int
+    name: Any
+    value: Any
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """As it is named in what :meth:`Reach.take_out` has taken."""
+        return self.place, repr(self.name)
+
+    @property
+    def instead(self) -> list[Any]:
+        """What may stand there before it is filled: in a dict nothing."""
+        return [MISSING] if isinstance(self.reach._holders[self.place], dict) else []
+
+    def put(self, value: Any) -> None:
+        """Put something in its place, which counts as what was there before."""
+        holder = self.reach._holders[self.place]
+        _put_back(holder, _store_of(holder), self.name, {} if value is MISSING else {self.name: value})
+        self.reach._before[self.place] = _content(holder)
+
+    def now(self) -> Any:
+        """What is there."""
+        holder = self.reach._holders[self.place]
+        return _named(holder, _content(holder)).get(self.name, MISSING)
+
+
+MISSING = object()
+"""Nothing is there."""
 
 
 class Reached:
@@ -505,8 +555,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
-    """Take entries out that hold something; what a dict or an object held in their places is put back."""
+def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
+    """Take entries out that hold something; what a dict or an object held in their places is put back.
+
+    Returns what was taken out of a dict or an object, by its name there.
+    """
     if isinstance(holder, (list, collections.deque)):
         known = {id(value) for value in before}
         for place in reversed(range(len(holder))):  # others may append meanwhile
@@ -516,16 +569,33 @@ def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
         for value in [value for key, value in _content(holder).items() if key not in before and holds(value)]:
             holder.discard(value)
     elif not isinstance(holder, np.ndarray):
-        half = len(before) // 2
-        was = before if isinstance(before, dict) else dict(zip(before[:half], before[half:], strict=True))
-        store = holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else None
-        now = dict(dict.items(holder)) if isinstance(holder, dict) else _content(holder)
+        was, now, store = _named(holder, before), _named(holder, _content(holder)), _store_of(holder)
         changed = [name for name, value in now.items() if value is not was.get(name, was)]
         foreign = [name for name in changed if holds(name, now[name])]
         if foreign and not isinstance(holder, dict):
             foreign = changed  # what belongs to a table, its size, say
         for name in foreign:
             _put_back(holder, store, name, was)
+        return {name: now[name] for name in foreign}
+    return {}
+
+
+def _named(holder: Any, content: Any) -> dict[Any, Any]:
+    """What a dict or an object held, by name."""
+    half = len(content) // 2
+    return dict(zip(content[:half], content[half:], strict=True)) if isinstance(holder, dict) else content
+
+
+def _store_of(holder: Any) -> dict[Any, Any] | None:
+    return holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else None
+
+
+def _has_tensors(named: dict[Any, Any]) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(_no_plain(named.values())))
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, (*_PLAIN, torch.dtype)) or (isinstance(name, tuple) and all(map(_is_plain, name)))
 
 
 def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any, Any]) -> None:
@@ -535,7 +605,7 @@ def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[An
     elif name in was:
         store[name] = was[name]
     else:
-        del store[name]
+        store.pop(name, None)
 
 
 def _filled(cell: Any) -> bool:

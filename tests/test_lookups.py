@@ -166,3 +166,77 @@ def test_a_table_is_left_as_it_was_with_what_belongs_to_it() -> None:
     assert KEPT.size == 0
     assert KEPT.table is before
     assert relative_error(whole(x), model(x)) < 1e-6
+
+
+class Remembers:
+    """An object beside the model, with a table and its size."""
+
+    def __init__(self) -> None:
+        self.size, self.table = 0, torch.zeros(0)
+        self.tables: dict[str, Tensor] = {}
+
+
+BESIDE = Remembers()
+GRID: Tensor | None = None
+
+
+def beside_the_model(x: Tensor) -> Tensor:
+    if BESIDE.size != x.shape[-1]:
+        BESIDE.size, BESIDE.table = x.shape[-1], torch.arange(x.shape[-1], dtype=x.dtype) / 7
+    return x * BESIDE.table
+
+
+def in_a_dict_of_an_object(x: Tensor) -> Tensor:
+    size = x.shape[-1]
+    if size not in BESIDE.tables:
+        BESIDE.tables[size] = torch.linspace(0, 1, size, dtype=x.dtype)
+    return x * BESIDE.tables[size]
+
+
+def in_a_global_that_grows(x: Tensor) -> Tensor:
+    global GRID
+    if GRID is None or len(GRID) < x.shape[-1]:
+        GRID = torch.arange(x.shape[-1] + 3, dtype=x.dtype)
+    return x * GRID[: x.shape[-1]]
+
+
+TABLES = [into_a_table, into_a_table_of_pairs, beside_the_model, in_a_dict_of_an_object, in_a_global_that_grows]
+
+
+@pytest.fixture
+def _anew() -> None:
+    global GRID
+    BESIDE.__init__()  # type: ignore[misc]
+    GRID = None
+
+
+@pytest.mark.usefixtures("_anew")
+@pytest.mark.parametrize("function", TABLES, ids=lambda function: function.__name__)
+def test_a_table_outside_is_computed_whenever_the_model_was_called(function: Callable[[Tensor], Tensor]) -> None:
+    """Before pruning, between pruning and the proof, or never: the graph is the same one, for every size."""
+    model, x = Looks(function).double(), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    before = fxprune.prune(model, x, channels=0.5)
+    model(x)
+    state = {**TABLE}, BESIDE.size, BESIDE.table, {**BESIDE.tables}, GRID
+    assert fxprune.verify(model, before).error < 1e-9
+    after = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert after.model.code == before.model.code
+    now = TABLE, BESIDE.size, BESIDE.table, BESIDE.tables, GRID
+    for old, new in zip(state, now, strict=True):
+        assert old is new or old == new
+    whole = fxprune.prune(model, x, channels=1.0).model
+    for size in (8, 9, 5):
+        y = torch.randn(1, 3, 9, size, dtype=torch.float64)
+        assert relative_error(whole(y), model(y)) < 1e-12
+
+
+def test_a_table_that_somebody_changed_is_a_constant() -> None:
+    """It is not what forward would compute, and holds for its size alone."""
+    model, x = Looks(into_a_table), torch.randn(2, 3, 9, 8)
+    model(x)
+    TABLE[8] = TABLE[8] + 1
+    pruned = fxprune.prune(model, x, channels=1.0, verify=True)
+    assert relative_error(pruned.model(x), model(x)) < 1e-6
+    assert fxprune.verify(model, pruned).error < 1e-6
+    with pytest.raises(AssertionError, match="traced for inputs with"):
+        pruned.model(torch.randn(2, 3, 9, 9))

@@ -36,7 +36,7 @@ from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import Attributes, Change, assigned, carried, first_difference, follows_inputs, keep, same_graph
 from fxprune.trace.arguments import example_of
-from fxprune.trace.caches import forget_caches
+from fxprune.trace.caches import forgotten_caches
 from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, user_line
@@ -145,36 +145,36 @@ def trace(
         found, _ = _follow(Tracer(twin, *arguments, training, _on_shapes), twin)
         return found.graph, found.constants
 
-    try:
-        reach = twin.reached.now()
-        forget_caches(twin.model, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor))
+    reach = twin.reached.now()
+    with forgotten_caches(twin.model, reach, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor)):
         tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
-        with reach.watching():
-            result, made = _follow(tracer, twin)
-        _refuse_left(result)
-        _refuse_checkpoints(tracer, twin)
-        refuse_hooks(twin.model, below=True)
-        changes = [*attributes.changes(made)]
-        _refuse_memory(result.graph, assigned(changes), twin.model)
-        state = carried(changes)
-        if state:
+        try:
+            with reach.watching():
+                result, made = _follow(tracer, twin)
+            _refuse_left(result)
+            _refuse_checkpoints(tracer, twin)
+            refuse_hooks(twin.model, below=True)
+            changes = [*attributes.changes(made)]
+            _refuse_memory(result.graph, assigned(changes), twin.model)
+            state = carried(changes)
+            if state:
+                attributes.restore(made)
+                keep(state)
+                twin.reached.begin_anew()
+                _refuse_state(result, state)
+                result.not_set = tuple(change.path for change in state if change.nodes)
             attributes.restore(made)
-            keep(state)
-            twin.reached.begin_anew()
-            _refuse_state(result, state)
-            result.not_set = tuple(change.path for change in state if change.nodes)
-        attributes.restore(made)
-        if state:
-            twin.reached.begin_anew()
-        changes, state = [], []
-        _hold_lookups(tracer, result)
-        _refuse_held(tracer, twin)
-        _refuse_chance(result, reach)
-    except BaseException:
-        attributes.restore()
-        raise
-    hold_inputs(tracer, lambda other: _compare(result, other))
-    return result
+            if state:
+                twin.reached.begin_anew()
+            changes, state = [], []
+            _hold_lookups(tracer, result)
+            _refuse_held(tracer, twin)
+            _refuse_chance(result, reach)
+        except BaseException:
+            attributes.restore()
+            raise
+        hold_inputs(tracer, lambda other: _compare(result, other))
+        return result
 
 
 def _hold_lookups(tracer: Tracer, first: Trace) -> None:

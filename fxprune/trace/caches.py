@@ -1,8 +1,8 @@
-"""What forward keeps on its modules so as not to compute it again: a grid for the size of its last call, a table of positions.
+"""What forward keeps so as not to compute it again: a grid for the size of its last call, a table of positions.
 
-Where a call before pruning has left one, forward reads it, and a graph followed from there holds for that size only. Where the
-module has forgotten it, forward computes it from sizes, and so does the graph, for inputs of any size. That is the same model if
-what is computed is what was kept.
+Where a call before pruning has left one, on a module or in a dict or an object beside the model, forward reads it, and a graph
+followed from there holds for that size only. Where it is forgotten, forward computes it from sizes, and so does the graph, for
+inputs of any size. That is the same model if what is computed is what was kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,27 +22,32 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import FxpruneError
+from fxprune.reach import Entry, Reach
 from fxprune.shapes import META, holds_tensors, map_tensors
 from fxprune.state import Attributes, Change, carried, values_read
 from fxprune.trace.tracer import execute
 
-__all__ = ["forget_caches"]
+__all__ = ["forgotten_caches"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Stores = Mapping[str, tuple[dict[str, Any], str]]
-"""Attributes by their paths: where each is stored, and under which name."""
 
 
-def forget_caches(
+@contextmanager
+def forgotten_caches(
     model: nn.Module,
+    outside: Reach,
     arguments: Arguments,
     follow: Callable[[Arguments], tuple[fx.Graph, Mapping[str, Tensor]]],
     real: Callable[[Tensor], Tensor | None],
-) -> None:
-    """Take from the modules, in place, what forward computes anew from sizes, and computes as it was.
+) -> Iterator[None]:
+    """What forward computes anew from sizes, and computes as it was, is not there.
+
+    It is taken from the modules for good, which are a copy, and for the time of this context from what is outside of them.
 
     Parameters
     ----------
+    outside:
+        What the model's code can reach.
     arguments:
         The example's, on the meta device.
     follow:
@@ -49,9 +55,33 @@ def forget_caches(
     real:
         The data of a buffer or of another tensor of the model.
     """
-    kept = dict(_kept(model))
-    if kept:
-        _Forgetting(model, arguments, follow, real, kept).run()
+    kept: dict[Any, _Attribute | Entry] = {**dict(_kept(model)), **{entry.key: entry for entry in outside.entries()}}
+    forgetting = _Forgetting(model, outside, arguments, follow, real, kept)
+    try:
+        if kept:
+            forgetting.run()
+        yield
+    finally:
+        forgetting.put_back()
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """An attribute of a module."""
+
+    store: dict[str, Any]
+    name: str
+
+    @property
+    def value(self) -> Any:
+        return self.store[self.name]
+
+    @property
+    def instead(self) -> list[Any]:
+        return []
+
+    def put(self, value: Any) -> None:
+        self.store[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -60,7 +90,7 @@ class _Followed:
 
     graph: fx.Graph
     constants: Mapping[str, Tensor]
-    changes: Mapping[str, Change]
+    changes: Mapping[Any, Change]
 
     @property
     def gives(self) -> list[Any]:
@@ -72,36 +102,67 @@ class _Followed:
 
 
 class _Forgetting:
-    def __init__(self, model: nn.Module, arguments: Arguments, follow: Any, real: Any, kept: Stores) -> None:
-        self.model, self.arguments, self.follow, self.real, self._kept = model, arguments, follow, real, kept
+    def __init__(
+        self,
+        model: nn.Module,
+        outside: Reach,
+        arguments: Arguments,
+        follow: Any,
+        real: Any,
+        kept: Mapping[Any, _Attribute | Entry],
+    ) -> None:
+        self.model, self.outside, self.arguments, self.follow, self.real = model, outside, arguments, follow, real
+        self._kept = kept
+        self._away: list[tuple[Entry, Any]] = []  # what was put away outside of the model, and what stands there instead
 
     def run(self) -> None:
         """Forget what can be forgotten."""
         now = self._followed(self.arguments)
         if now is None or not any(node.target is torch._assert for node in now.graph.nodes):
             return  # it is for inputs of any size as it is
-        done: set[str] = set()
-        for path, (store, name) in self._kept.items():
-            for absent in () if path in done else _absent(store[name]):
-                was = store[name]
-                store[name] = absent
+        done: set[Any] = set()
+        for path, place in self._kept.items():
+            was = place.value
+            for absent in () if path in done or not self._is_read(place, now) else [*place.instead, *_absent(was)]:
+                place.put(absent)
                 anew = self._computed_anew(path, was, now)
                 if anew:
                     done |= anew
+                    self._away += [(place, absent)] if isinstance(place, Entry) else []
                     break
-                store[name] = was
+                place.put(was)
+
+    def put_back(self) -> None:
+        """Let what is outside be as it was, unless another thread has computed it meanwhile."""
+        for entry, absent in self._away:
+            if entry.now() is absent:
+                entry.put(entry.value)
+
+    def _is_read(self, place: _Attribute | Entry, now: _Followed) -> bool:
+        """Whether the graph may hold this: of what is outside, tensors are among its constants, or numbers beside them."""
+        tensors = [leaf for leaf in tree_leaves(place.value) if isinstance(leaf, Tensor)]
+        if isinstance(place, _Attribute) or not tensors:
+            return isinstance(place, _Attribute) or type(place.value) in (int, float)
+        held = [*now.constants.values()]
+        return any(one.shape == other.shape and self._same(one, other, "whole") for one in tensors for other in held)
 
     def _followed(self, arguments: Arguments) -> _Followed | None:
         attributes = Attributes(self.model)
         try:
             graph, constants = self.follow(arguments)
-            return _Followed(graph, constants, {change.path: change for change in attributes.changes(constants)})
+            changes: dict[Any, Change] = {change.path: change for change in attributes.changes(constants)}
+            return _Followed(graph, constants, changes | self._outside())
         except FxpruneError:
             return None
         finally:
             attributes.restore()
 
-    def _computed_anew(self, path: str, was: Any, now: _Followed) -> set[str]:
+    def _outside(self) -> dict[Any, Change]:
+        """What forward has set outside of the modules."""
+        known = {key: place.value for key, place in self._kept.items() if isinstance(place, Entry)}
+        return {key: Change({}, "", str(key), known.get(key), None, value) for key, value in self.outside.taken.items()}
+
+    def _computed_anew(self, path: Any, was: Any, now: _Followed) -> set[Any]:
         """What forward sets once it has forgotten the attribute at a path; nothing if that may make another model of it.
 
         ``now`` is what it does as long as it has not. What it sets there it does not read as it was kept.
@@ -113,13 +174,13 @@ class _Forgetting:
         values = self._values(anew)
         if not all(self._same(kept[key], values[key], "overlaps" if key in now.changes else "whole") for key in values):
             return set()
-        compared = False
-        store, name = self._kept[path]
+        compared, place = False, self._kept[path]
+        absent = place.now() if isinstance(place, Entry) else place.value
         for arguments in _shorter(self.arguments):
-            then, absent = self._followed(arguments), store[name]
-            store[name] = was
+            then = self._followed(arguments)
+            place.put(was)
             stored = None if then is None else self._followed(arguments)
-            store[name] = absent
+            place.put(absent)
             if then is None or stored is None:
                 continue
             values, compared = self._values(then), True
@@ -127,7 +188,7 @@ class _Forgetting:
                 return set()
         return set(anew.changes) if compared else set()
 
-    def _values(self, followed: _Followed) -> dict[str, Any]:
+    def _values(self, followed: _Followed) -> dict[Any, Any]:
         """What forward has set, computed from sizes and buffers; ``None`` where that is not all it takes."""
         computed: dict[fx.Node, Any] = {}
         for node in followed.graph.nodes:
@@ -214,13 +275,13 @@ def _absent(value: Any) -> list[Any]:
     return [type(value)()] if isinstance(value, (list, dict)) else [None, 0] if isinstance(value, int) else [None]
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+def _kept(model: nn.Module) -> Iterator[tuple[str, _Attribute]]:
     """Plain attributes that are there and that code which forward calls would set. A buffer may be loaded from a file."""
     for path, module in model.named_modules():
         store, kind = vars(module), type(module)  # type: dict[str, Any], Any
         for name in sorted(_assigned_names(kind) & store.keys()):
             if isinstance(store[name], (Tensor, tuple, list, dict, int, float)) and type(store[name]) is not bool:
-                yield f"{path}.{name}".removeprefix("."), (store, name)
+                yield f"{path}.{name}".removeprefix("."), _Attribute(store, name)
 
 
 @functools.cache
