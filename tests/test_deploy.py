@@ -376,6 +376,24 @@ def test_a_weight_that_a_hook_computes_before_the_first_call() -> None:
     assert relative_error(fast(x), pruned(x)) < 1e-5
 
 
+def test_an_operation_that_views_inside_gets_what_is_contiguous() -> None:
+    """``torch.kron`` is made of others by torch, one of which fails on what lies channels-last."""
+
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.kron(self.first(x).relu(), torch.ones(2, 2)))
+
+    x = torch.randn(2, 3, 8, 8)
+    pruned = fxprune.prune(Repeats().eval(), x, channels=0.5).model
+    fast = fxprune.deploy(pruned)
+    assert relative_error(fast(x), pruned(x)) <= 1e-5
+    assert [node.target for node in fast.graph.nodes].count("contiguous") == 1
+
+
 def test_weights_are_laid_out_channels_last() -> None:
     _, fast = deployed(FOLDED["groups"][0](), 2, 8, 7, 7)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in fast.parameters() if p.dim() == 4)

@@ -1,7 +1,8 @@
 """The form of a pruned model that only predicts: as fast as a network written by hand at its widths.
 
 ``constants`` computes once what depends on parameters alone, ``identities`` takes out what does nothing outside training,
-``folding`` puts what scales and shifts the channels of a contraction into its weights.
+``folding`` puts what scales and shifts the channels of a contraction into its weights, ``layout`` brings these into channels-last
+order.
 """
 
 from __future__ import annotations
@@ -11,22 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxprune.deploy.constants import compute_constants
 from fxprune.deploy.folding import fold
 from fxprune.deploy.identities import drop_identities
+from fxprune.deploy.layout import LAYOUTS, lay_out, take_any_layout
 from fxprune.doors import door
 from fxprune.errors import ModelError
-from fxprune.memory import Memory, name_of, writes
+from fxprune.memory import Memory, writes
 from fxprune.rewrite import PrunedModule
 from fxprune.trace import copy_of
 from fxprune.values import switch
 
 __all__ = ["LAYOUTS", "deploy", "lay_out"]
-
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of dimensions of images and videos, and of the weights of convolutions over them."""
 
 
 @door
@@ -86,14 +84,6 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     return root.eval().requires_grad_(False)
 
 
-def lay_out(model: nn.Module) -> None:
-    """Bring weights of convolutions over images and volumes into channels-last order, in place."""
-    for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None  # none where a hook computes it
-        if weight is not None and weight.dim() in LAYOUTS:
-            weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.dim()])
-
-
 def _copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch refuses to copy (``weight_norm``)."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
@@ -101,10 +91,6 @@ def _copy_of(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
     return copy_of(model, memo)
-
-
-# Which of them give a view, and which a copy or an error, depends on how their argument lies in memory.
-_BY_LAYOUT = frozenset({"view", "reshape", "flatten", "contiguous", "ravel", "view_as", "reshape_as", "unflatten", "to"})
 
 
 def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
@@ -117,19 +103,7 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
         return node.is_impure() or writes(node, root)
 
     memory = Memory(root)
-    for node in graph.nodes:
-        # Channels-last, what was contiguous no longer is.
-        if name_of(node, root) not in _BY_LAYOUT:
-            continue
-        if memory.changed_behind(node):
-            if channels_last and memory.base[node].op != "get_attr":
-                raise ModelError(
-                    f"{node.name!r} looks at memory that is written to later, and channels-last it would be a copy. Deploy with "
-                    "channels_last=False, or write that line without an operation in place."
-                )
-        elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
-            node.target = "reshape"
-            node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
+    take_any_layout(root, memory, channels_last)
     constants = compute_constants(root, memory.changing())
     drop_identities(root)
     graph.eliminate_dead_code(has_effect)

@@ -59,9 +59,9 @@ def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool
 
 def _guards(own: PrunedModule, path: str | None, coupling: Coupling) -> frozenset[str]:
     """The names of the assertions of the graph that runs in this mode, but for those of the user's."""
-    training = own.training and own.training_graph is not None
-    graph = own.training_graph if training else own.graph
-    traced = [trace for trace in coupling.traces if trace.path == path and trace.training == training]
+    trained = own.training_graph if own.training else None
+    graph, training = trained or own.graph, trained is not None
+    traced = [trace for trace in coupling.traces if trace.path == path and trace.training is training]
     users = {n.name for trace in traced for n in trace.graph.nodes if n.target is torch._assert and not n.meta.get("guard")}
     return frozenset(node.name for node in graph.nodes if node.target is torch._assert and node.name not in users)
 
