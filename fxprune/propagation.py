@@ -51,7 +51,8 @@ class LabelMode(shapes.DispatchMode):
                 self.context.events.append(Event(self.context.node, func, out, self.context.noted, self))
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
-            if op_macs(func, args, kwargs, out):
+            nested = any(tensor.is_nested for tensor in shapes.tensors_in(args, kwargs))  # whose sizes are no numbers
+            if not nested and op_macs(func, args, kwargs, out):
                 self.context.contractions.append(Contraction(self.context.node, func, args, kwargs, out))
             return out
         with self:

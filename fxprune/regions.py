@@ -6,6 +6,7 @@ nodes, around what was recorded in between, and a ``with`` block in the code of 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -89,7 +90,8 @@ def _caller() -> str:
     return frame.f_code.co_filename
 
 
-_HELPERS = {torch.utils._contextlib.__file__, torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__}
+_HELPERS = {contextlib.__file__, torch.utils._contextlib.__file__}
+_HELPERS |= {torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__}
 
 
 def _described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

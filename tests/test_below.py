@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import fxprune
 from tests.support.checking import TOLERANCE, masked, randomise, relative_error
@@ -231,3 +232,98 @@ def test_scripts_are_called_as_ever_after_a_trace() -> None:
     with pytest.raises(fxprune.FxpruneError):
         fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5)
     assert (torch.jit.ScriptFunction.__call__, torch._C.ScriptMethod.__call__) == before
+
+
+class Squared(torch.autograd.Function):
+    """A function whose gradient is its own: three times the input, not twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return 3 * grad * ctx.saved_tensors[0]
+
+
+def differentiated(x: Tensor) -> Tensor:
+    return torch.func.grad(lambda h: (Squared.apply(h) * h).sum())(x) + x
+
+
+def differentiated_twice(x: Tensor) -> Tensor:
+    inner = torch.func.grad(lambda h: (Squared.apply(h) * h).sum())
+    return torch.func.grad(lambda h: inner(h).pow(2).sum())(x)
+
+
+def mapped(x: Tensor) -> Tensor:
+    return torch.vmap(Squared.apply)(x)
+
+
+def made_inside(x: Tensor) -> Tensor:
+    kind = type("Inside", (Squared,), {"forward": staticmethod(lambda h: h * h * h)})
+    return kind.apply(x)
+
+
+@pytest.mark.parametrize("function", [differentiated, differentiated_twice, mapped, made_inside])
+def test_gradients_of_a_function_of_its_own_stay_its_own(function: Callable[[Tensor], Tensor]) -> None:
+    """Inside of the transforms of torch.func, too, and where its class is another one at each call."""
+
+    class Applies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(function(self.a(x)))
+
+    model, x = Applies().eval(), torch.randn(3, 4)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert {name: tuple(p.shape) for name, p in pruned.model.named_parameters()}["a.weight"] == (4, 4)
+    assert "gradients" in fxprune.verify(model, pruned, x).compared
+
+
+def linearized(x: Tensor) -> Tensor:
+    _, jvp = torch.func.linearize(torch.tanh, x)
+    return jvp(x)
+
+
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.to_padded_tensor(torch.nested.nested_tensor([x[:1], x[1:]]), 0.0).sum(1)
+
+
+def flexible(x: Tensor) -> Tensor:
+    rows = F.pad(x[None, None], (0, 8))
+    return flex_attention(rows, rows, rows)[0, 0, :, :8]
+
+
+def laid_out_anew(x: Tensor) -> Tensor:
+    return torch.empty(0).resize_as_(x).copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (linearized, r"torch's linearize reads the number .* in C\+\+ \(at test_below\.py:\d+\)"),
+        (nested, r"torch's nested_tensor asks on which device a tensor is \(at test_below\.py:\d+\)"),
+        (flexible, r"forward calls torch's flex_attention \(at test_below\.py:\d+\), an operation that takes functions"),
+        (laid_out_anew, r"forward gives a tensor another size or other memory in place \(at test_below\.py:\d+\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_graph_can_do_is_said_with_its_line(function: Callable[[Tensor], Tensor], said: str) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x @ self.weight.t())
+
+    with pytest.raises(fxprune.TraceError, match=said):
+        fxprune.prune(Calls().eval(), torch.randn(3, 4), channels=0.5)

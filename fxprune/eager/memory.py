@@ -86,7 +86,8 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 def place_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies, and how; None where it has no memory of its own: it is sparse, nested, or wraps others."""
     with torch._C.DisableTorchFunction():
-        if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python) or tensor.layout is not torch.strided:
+        wraps = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+        if wraps or tensor.is_nested or tensor.layout is not torch.strided:
             return None
         try:
             memory = tensor.untyped_storage().data_ptr()

@@ -12,11 +12,11 @@ from torch import nn
 
 from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread, intercepted
-from fxprune.errors import FxpruneError, InputError, ModelError
+from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
 from fxprune.inputs import Arguments, filled, kept, placed, random
 from fxprune.memory import Undone
 from fxprune.trace import Twin, set_mode, slow_path, user_line
-from fxprune.trace.lines import UNKNOWN, ElsewhereError
+from fxprune.trace.lines import UNKNOWN, ElsewhereError, takes_functions
 
 __all__ = ["runnable"]
 
@@ -87,6 +87,8 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
 def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
     if isinstance(error, FxpruneError):
         return error
+    if takes_functions(error):
+        return TraceError(takes_functions(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
     if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
         return refused  # it says more: the arguments that forward takes, or shapes and the layer's weights

@@ -39,7 +39,7 @@ from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forgotten_caches
 from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
-from fxprune.trace.lines import following, user_line
+from fxprune.trace.lines import following, takes_functions, user_line
 from fxprune.trace.lookups import Lookup, unanswered
 from fxprune.trace.resized import hold_inputs
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
@@ -247,6 +247,8 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         except Exception as error:
             if tracer.elsewhere is not None:
                 raise tracer.elsewhere from error
+            if takes_functions(error):
+                raise TraceError(takes_functions(error)) from error
             where = user_line(traceback.extract_tb(error.__traceback__))
             if type(error).__module__.startswith("torch._dynamo"):
                 raise TraceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from fxprune.errors import TraceError
 
-__all__ = ["UNKNOWN", "ElsewhereError", "following", "is_ours", "user_frames", "user_line"]
+__all__ = ["UNKNOWN", "ElsewhereError", "asker", "following", "is_ours", "takes_functions", "user_frames", "user_line"]
 
 UNKNOWN = "an unknown line"
 
@@ -82,6 +83,32 @@ def user_line(stack: Any = None) -> str:
             of_torch = line
         frame = frame.f_back  # type: ignore[assignment]
     return of_torch or UNKNOWN
+
+
+def asker() -> str:
+    """Who does what is done now: ``forward``, or a function or module of torch's that a line of it calls."""
+    frame, found = sys._getframe(1), "forward"
+    while frame is not None and frame is not _followed.entry and (is_ours(frame.f_code.co_filename) or found == "forward"):
+        filename, name = frame.f_code.co_filename, frame.f_code.co_name
+        if filename.startswith(_TORCH) and filename != _CALLS and not name.startswith("<"):
+            own = frame.f_locals.get("self")
+            found = f"torch's {type(own).__name__ if isinstance(own, torch.nn.Module) else name.strip('_')}"
+        elif not is_ours(filename):
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def takes_functions(error: BaseException) -> str:
+    """What to say where torch has an operation that takes functions, and no way to look into it; empty for other errors."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_code is not torch._ops.HigherOrderOperator.dispatch.__code__:
+        return ""
+    name, line = frames[-1].f_locals["self"].name(), user_line(traceback.extract_tb(error.__traceback__))
+    return (
+        f"forward calls torch's {name} (at {line}), an operation that takes functions, into which nothing can look. Use operations "
+        "on tensors alone, as F.scaled_dot_product_attention with a mask."
+    )
 
 
 def user_frames() -> tuple[tuple[str, int], ...]:

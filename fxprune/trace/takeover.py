@@ -171,14 +171,40 @@ def _applications(tracer: Tracer) -> Iterator[None]:
     """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks the class for ``forward``."""
     found = [(kind, kind.__dict__["forward"]) for kind in _functions() if "forward" in kind.__dict__]
     done: list[tuple[type, Any]] = []
+    maker: Any = torch.autograd.function.FunctionMeta
+    make = maker.__init__
+
+    def made(kind: Any, *args: Any) -> None:
+        make(kind, *args)
+        if "forward" in kind.__dict__ and tracer.is_mine():
+            done.append((kind, kind.__dict__["forward"]))
+            kind.forward = staticmethod(_refusing(kind, kind.forward, tracer))
+
     try:
         for kind, forward in found:
             kind.forward = staticmethod(_through_graph(kind, kind.forward, tracer))  # type: ignore[attr-defined]
             done.append((kind, forward))
+        maker.__init__ = made
         yield
     finally:
+        maker.__init__ = make
         for kind, forward in done:
             kind.forward = forward  # type: ignore[attr-defined]
+
+
+def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+    """The forward of a class that is another one at each call: a graph cannot call it, and what it does has other gradients."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_mine() and find_traced((args, kwargs)) is not None:
+            raise TraceError(
+                f"forward applies {kind.__name__} (at {user_line()}), a function with gradients of its own that is made while "
+                "forward runs, as torch.vmap makes them: a graph would lose its gradients. Make it before, or keep that line "
+                "inside a module of its own."
+            )
+        return forward(*args, **kwargs)
+
+    return call
 
 
 def _functions() -> Iterable[type]:

@@ -26,7 +26,7 @@ from fxprune.errors import TraceError
 from fxprune.memory import AUGMENTED, name_of
 from fxprune.shapes import META
 from fxprune.trace.decisions import formula
-from fxprune.trace.lines import user_line
+from fxprune.trace.lines import asker, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
@@ -60,6 +60,12 @@ OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
 
 
 def asks(what: str, how: str) -> str:
+    who = asker()
+    if who != "forward":
+        return (
+            f"{who} asks {what} (at {user_line()}), to do something else then, and a graph has one path for all answers. Keep that "
+            "line inside a module of its own."
+        )
     return (
         f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has one path for all answers: hand "
         "x.device and x.dtype on, as in device=x.device, or keep that line inside a module of its own."
@@ -394,7 +400,8 @@ class _ForCpp:
         function: Any = getattr(operator, {"and": "and_", "or": "or_", "sym_not": "not_"}.get(name, name), None)
         if function is None:
             raise TraceError(
-                f"C++ reads the number {formula(self.number.fx_node)} (at {user_line()}), which a graph cannot follow."
+                f"{asker()} reads the number {formula(self.number.fx_node)} in C++ (at {user_line()}), which a graph cannot "
+                "follow. Keep that line inside a module of its own."
             )
         numbers = [self.number]
 
