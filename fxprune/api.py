@@ -227,7 +227,7 @@ def prune(
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            proof = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs)
+            proof = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs, fresh=True)
         if not proof.error <= proof.limit:
             blamed = f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
             raise VerificationError(
@@ -379,7 +379,9 @@ def verify(
     example_inputs:
         As in :func:`prune`; whole numbers stay as they are, others unless ``randomize``. Without them, the shapes of the plan.
     randomize:
-        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in a fresh model hides an error.
+        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in a fresh model hides an error, and
+        a model that was trained since can be proved, too: ``left_out`` says then that its own weights are others.
+        False: the models' own, of which also those count that no output shows.
     seed:
         For these draws.
     numeric:

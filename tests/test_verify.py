@@ -824,3 +824,52 @@ def with_a_failing_assertion(graph: fx.Graph) -> fx.Graph:
     node = next(node for node in graph.nodes if node.target is torch._assert)
     node.args = False, "this graph was traced for inputs with x.size(2) == 8"
     return graph
+
+
+class Hides(nn.Module):
+    """It has parameters that no output shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.unused, self.idle = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 1, 1))
+        self.register_buffer("positions", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu()) + 0 * self.idle
+
+
+@pytest.mark.parametrize("name", ["first.weight", "norm.running_mean", "unused.weight", "idle", "positions"])
+def test_weights_that_were_changed_are_told(name: str) -> None:
+    model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
+    result = fxprune.prune(model, x, channels=0.5, verify=True)
+    proof = fxprune.verify(model, result, x)
+    assert "the weights themselves" in proof.compared
+    assert not proof.left_out
+    with torch.no_grad():
+        result.model.state_dict()[name].add_(1)
+    proof = fxprune.verify(model, result, x)
+    assert proof.error < 1e-9
+    assert f"the weights themselves: '{name}' has other values than the plan leaves" in str(proof.left_out)
+    if name == "positions":  # a buffer is looked at after a run in training mode, too
+        with pytest.raises(VerificationError, match="differs from the masked original"):
+            fxprune.verify(model, result, x, randomize=False)
+    else:
+        assert fxprune.verify(model, result, x, randomize=False).error > 1e-3
+
+
+def test_a_layer_in_another_dtype_is_told() -> None:
+    model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
+    result = fxprune.prune(model, x, channels=0.5)
+    result.model.unused.half()
+    proof = fxprune.verify(model, result, x)
+    assert "'unused.weight' is torch.float16, the original's torch.float32, and so have 1 more" in str(proof.left_out)
+    result.model.half()
+    assert "the weights themselves" in fxprune.verify(model, result, x).compared
+
+
+def test_a_model_that_is_pruned_wrong_is_not_handed_out() -> None:
+    model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
+    wrong = mock.patch("fxprune.rewrite.emit._laid_out_like", side_effect=lambda source, taken: taken.flip(0))
+    with wrong, pytest.raises(VerificationError, match="has other values than the plan leaves"):
+        fxprune.prune(model, x, channels=0.5, verify=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fxprune.verification.modes import clone
 from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
 from fxprune.verification.structure import check_structure
 from fxprune.verification.values import Call, choices, in_single, inputs_of, weights_of
+from fxprune.verification.weights import changed
 
 __all__ = ["Verification", "check"]
 
@@ -78,15 +79,19 @@ def check(
     randomize: bool = True,
     seed: int = 0,
     numeric: bool = True,
+    fresh: bool = False,
 ) -> Verification:
-    """Both checks; see :func:`fxprune.verify`."""
+    """Both checks; see :func:`fxprune.verify`. ``fresh``: nobody can have changed the pruned model's weights."""
     try:
         survivors = Survivors(coupling, kept)
         check_structure(pruned, coupling, survivors)
         if not numeric:
             return Verification(float("nan"), 0, dtype)
         call = unpack_inputs(plan.inputs) if example_inputs is None else as_call(example_inputs)
-        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(dtype)
+        weights = changed(model, pruned, coupling, survivors)
+        if fresh and weights:
+            raise VerificationError(f"{next(iter(weights.values()))[0]}.")
+        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(dtype, weights)
     except FxpruneError:
         raise
     except Exception as error:
@@ -105,15 +110,27 @@ class _Proof:
         self.compared: list[str] = []
         self.left_out: list[str] = []
 
-    def run(self, dtype: torch.dtype) -> Verification:
+    def run(self, dtype: torch.dtype, weights: Mapping[str, tuple[str, float]]) -> Verification:
         bench, inputs, outcome = self._first(dtype)
         self.dtype = bench.dtype
         found = Verification(outcome.error, outcome.outputs, bench.dtype)
         self._note("the example's sizes", outcome)
         if outcome.error <= found.limit:
-            worst = [outcome.error, *self._situations(bench, inputs)]
+            worst = [outcome.error, *self._situations(bench, inputs), *self._weights(weights)]
             found = replace(found, error=max(worst))
         return replace(found, compared=tuple(self.compared), left_out=tuple(self.left_out))
+
+    def _weights(self, changed: Mapping[str, tuple[str, float]]) -> Iterator[float]:
+        """How far the pruned model's own values are from those that the plan leaves, where they are what is proved."""
+        if not changed:
+            self.compared.append(_WEIGHTS)
+            return
+        first, more = next(iter(changed.values()))[0], len(changed) - 1
+        others = f", and so have {more} more" if more else ""
+        ran = "both models ran on values drawn at random" if self.randomize else "the error says how far"
+        self.left_out.append(f"{_WEIGHTS}: {first}{others}: one of the models was trained since, or changed; {ran}")
+        if not self.randomize:
+            yield max(error for _, error in changed.values())
 
     # -- values on which the original runs
 
@@ -293,6 +310,8 @@ def _unsized(kind: str) -> tuple[str, int]:
     """The dtype and the number of axes of what is written as ``float32[2, 3]``."""
     return kind.partition("[")[0], kind.count(",")
 
+
+_WEIGHTS = "the weights themselves"
 
 _SIZES = 12
 """How many other sizes of inputs are tried."""

@@ -1,0 +1,40 @@
+"""Whether the pruned model's own parameters and buffers are what the plan leaves of the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.coupling import Coupling
+from fxprune.rewrite import Survivors
+from fxprune.verification.comparing import dense, relative_error
+
+__all__ = ["changed"]
+
+
+def changed(model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> dict[str, tuple[str, float]]:
+    """Those that are not, by name: what is said of it, and the relative error.
+
+    A model that has been brought to another dtype as a whole holds what the plan leaves, in that dtype.
+    """
+    known = dict(_tensors(model))
+    pairs = [(name, known[name], own) for name, own in _tensors(pruned) if name in known and name in coupling.parameters]
+    dtypes = {(old.dtype, own.dtype) for _, old, own in pairs}
+    whole = len({before for before, _ in dtypes}) == len(dtypes)
+    found: dict[str, tuple[str, float]] = {}
+    for name, old, own in pairs:
+        if old.dtype is not own.dtype and not whole:
+            found[name] = f"{name!r} is {own.dtype}, the original's {old.dtype}", 0.0
+        elif not (old.is_meta or own.is_meta):
+            labelled = coupling.parameters[name]
+            wanted = dense(survivors.take(labelled, old.detach()) if labelled.is_meta else old).to(own.device, own.dtype)
+            if not torch.equal(wanted, dense(own)) and (error := relative_error(dense(own), wanted)):
+                found[name] = f"{name!r} has other values than the plan leaves of the original's", error
+    return found
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
