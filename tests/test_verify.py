@@ -739,6 +739,31 @@ def test_what_cancels_is_no_error() -> None:
     assert fxprune.verify(model, pruned, x).error < 1e-9
 
 
+class Amplified(nn.Module):
+    """What is nothing but rounding, two orders of one product, is brought to length one."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.up, self.inner, self.down = (nn.Linear(i, o, bias=False) for i, o in ((6, 100), (100, 8), (100, 3)))
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        rounding = self.inner(y) - F.linear(x, self.inner.weight @ self.up.weight)
+        return self.down(y) + self.share * F.normalize(rounding, dim=-1, eps=1e-30).sum(-1, keepdim=True)
+
+
+def test_rounding_that_is_amplified_is_no_error() -> None:
+    """Weights that are rounded otherwise move the original as far, which says nothing. A model that is wrong is called so."""
+    model, x = Amplified(1e-3), torch.randn(4, 6)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.model.get_submodule("up").out_features == 50
+    assert fxprune.verify(model, pruned, x).error < 1e-6
+    with torch.no_grad():
+        pruned.model.get_submodule("down").weight.mul_(2)
+    assert fxprune.verify(model, pruned, x, randomize=False).error > 1e-3
+
+
 def test_the_proof_cuts_a_parameter_once() -> None:
     """However many times both models run: on large models it costs more than to run them."""
     model, result = pruned()

@@ -24,7 +24,7 @@ from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain
 from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
-from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, said
+from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, RoundingError, said
 from fxprune.verification.structure import check_structure
 from fxprune.verification.values import Call, choices, in_single, inputs_of, weights_of
 from fxprune.verification.weights import changed
@@ -158,6 +158,10 @@ class _Proof:
                     raise
         if isinstance(failed, VerificationError):
             raise failed
+        if isinstance(failed, RoundingError):
+            raise VerificationError(
+                f"on values like the example's {failed}. Pass example_inputs on which it gives more."
+            ) from failed
         if isinstance(failed, RefusedError):
             raise VerificationError(
                 f"the original itself fails on values like the example's, so that nothing can be compared: {failed}. Pass "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,7 +40,17 @@ from fxprune.verification.modes import (
 from fxprune.verification.structure import is_guard
 from fxprune.verification.values import Call, in_single
 
-__all__ = ["LIMITS", "Bench", "GuardedError", "Outcome", "PrunedFailsError", "RefusedError", "said"]
+__all__ = [
+    "LIMITS",
+    "Bench",
+    "GuardedError",
+    "Outcome",
+    "PrunedFailsError",
+    "RefusedError",
+    "RoundingError",
+    "refuse_rounding",
+    "said",
+]
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 """The relative error from which on a difference is no rounding."""
@@ -47,6 +58,10 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.f
 
 class RefusedError(Exception):
     """The original cannot be run on these values."""
+
+
+class RoundingError(RefusedError):
+    """What the original gives on these values is rounding, amplified."""
 
 
 class PrunedFailsError(Exception):
@@ -178,7 +193,18 @@ class Bench:
                 raise VerificationError(
                     "the original gives other outputs when it runs again: random numbers that it draws cannot be compared."
                 )
+            for shaken in self.shaken():
+                run, _ = shaken._reference(calls, training, constant)
+                refuse_rounding(outcome.error, difference(run.outputs, reference.outputs)[0], "what it gives")
         return outcome
+
+    def shaken(self) -> Iterator[Bench]:
+        """The same with the original's weights rounded otherwise, several times."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(5):
+            other = copy.copy(self)
+            other.masked = {name: _rounded_otherwise(value, generator) for name, value in self.masked.items()}
+            yield other
 
     def _held(self, result: _Run, reference: _Run, deciding: list[tuple[Tensor, Tensor]], notes: tuple[str, ...]) -> Outcome:
         error, count = difference(result.outputs, reference.outputs)
@@ -373,6 +399,28 @@ class Bench:
         if mode.ahead:
             raise MismatchError(f"the pruned model draws {len(mode.ahead)} numbers fewer than the original")
         return run, mode.compared
+
+
+def refuse_rounding(gap: float, moved: float, what: str) -> None:
+    """Say so where a gap between the models is one that rounding alone makes, in an original that divides what is nearly nothing.
+
+    Raises
+    ------
+    RoundingError
+    """
+    if math.isfinite(moved) and gap <= _AMPLIFIED * moved:
+        raise RoundingError(f"rounding alone moves {what} by {moved:.1e}, so that it cannot be compared")
+
+
+_AMPLIFIED = 10.0
+"""So many times as far two runs may be apart as one whose weights are rounded otherwise."""
+
+
+def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    steps = torch.randint(-2, 3, value.shape, generator=generator)
+    return value * (1 + steps.to(value.dtype) * torch.finfo(value.dtype).eps)
 
 
 def _taken(out: Any) -> list[Any]:

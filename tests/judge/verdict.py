@@ -181,11 +181,35 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
             "gradients", expected.numel() == found.numel(), f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived"
         )
         if bool(expected.isfinite().all()):
-            _near("gradients", [found], [expected], name, floor)
+            try:
+                _near("gradients", [found], [expected], name, floor)
+            except ShortError:
+                if not _is_rounding(reference, state, inputs, name, alive[name], expected - found):
+                    raise
     ours, theirs = dict(emitted.named_buffers()), stored(reference)
     for name, old in dict(reference.named_buffers()).items():
         if name in ours and name in theirs:
             _near("statistics after training", [ours[name].flatten()], [old[alive[name]]], name)
+
+
+def _is_rounding(reference: nn.Module, state: dict[str, Tensor], inputs: Any, name: str, on: Tensor, gap: Tensor) -> bool:
+    """Whether a gradient moves as far in the original when its weights are rounded otherwise: what is nearly zero is divided by."""
+    parameter, grads = dict(reference.named_parameters())[name], [own.grad for own in reference.parameters()]
+    before, after = _grad(parameter)[on].clone(), {key: t.clone() for key, t in reference.state_dict().items()}
+    eps, generator, moved = torch.finfo(torch.float64).eps, torch.Generator().manual_seed(0), 0.0
+    for _ in range(5):
+        reference.load_state_dict(state)
+        with torch.no_grad():
+            for own in reference.parameters():
+                own.grad = None
+                own.mul_(1 + torch.randint(-2, 3, own.shape, generator=generator).double() * eps)
+        with WithoutDropout(), OverSurvivors():
+            _sum(leaves(run(reference, inputs, grad=True))).backward()
+        moved = max(moved, float((_grad(parameter)[on] - before).abs().max()))
+    reference.load_state_dict(after)
+    for own, grad in zip(reference.parameters(), grads, strict=True):
+        own.grad = grad
+    return float(gap.abs().max()) <= 10 * moved
 
 
 def _grad(parameter: Tensor) -> Tensor:
