@@ -6,7 +6,7 @@ from torch import nn
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_own_forward", "is_hooked", "refuse_hooks"]
+__all__ = ["has_own_forward", "in_mode", "is_hooked", "refuse_hooks"]
 
 _STORES = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -14,6 +14,12 @@ _STORES = ("_forward_pre_hooks", "_forward_hooks")
 def has_own_forward(module: nn.Module) -> bool:
     """Whether forward was replaced on this object: ``module.forward = module.forward_fused``."""
     return "forward" in vars(module)
+
+
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model, once its own ``train()`` or ``eval()`` has put it into a mode; what these give back may be another one."""
+    model.train() if training else model.eval()
+    return model
 
 
 def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:

@@ -211,8 +211,12 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
 def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
     cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
     closure = tuple(new for _, new, _ in cells) or None
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    named = {name: value for name, value in _globals(function, memo).items() if _refers(value, memo)}
+    space = _Names(function.__globals__) if named else function.__globals__
+    made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, closure)
     memo[id(function)] = made  # before its cells are filled, which may hold it
+    space |= {name: copied(value, memo) for name, value in named.items()}
+    made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
     made.__qualname__, made.__kwdefaults__ = function.__qualname__, _rebound(function.__kwdefaults__, memo)
     made.__defaults__ = _rebound(function.__defaults__, memo)
@@ -220,6 +224,48 @@ def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.Funct
         if fresh and _filled(cell):
             new.cell_contents = _rebound(cell.cell_contents, memo)
     return made
+
+
+class _Names(dict[str, Any]):
+    """The globals of a function, but for those that are others for a copy of it."""
+
+    def __init__(self, real: dict[str, Any]) -> None:
+        super().__init__()
+        self.real = real
+
+    def __missing__(self, name: str) -> Any:
+        return self.real[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.real
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def keys(self) -> Any:
+        return {**self.real, **self}.keys()
+
+
+def _file(space: dict[str, Any]) -> dict[str, Any]:
+    while isinstance(space, _Names):
+        space = space.real
+    return space
+
+
+def _globals(function: types.FunctionType, memo: dict[int, Any]) -> dict[str, Any]:
+    """Those of the globals that a function names which may lead to what is replaced; of functions, those of the same file."""
+    space, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
+    for code in codes:
+        codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
+        for name in code.co_names:
+            value = space.get(name)
+            replaced = isinstance(value, (nn.Module, Tensor)) and id(value) in memo
+            if replaced or (isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)):
+                found[name] = value
+    return found
 
 
 def _cell(cell: types.CellType, memo: dict[int, Any]) -> tuple[types.CellType, bool]:
@@ -252,6 +298,8 @@ def _reached(value: Any, memo: dict[int, Any] | None = None) -> Iterator[Any]:
             seen[id(own)] = own  # kept alive: a bound method is another object each time
             yield own
             waiting += _held(own) if memo is None or id(own) not in memo else []
+            if memo is not None and isinstance(own, types.FunctionType) and id(own) not in memo:
+                waiting += _globals(own, memo).values()
 
 
 def _held(value: Any) -> list[Any]:

@@ -236,3 +236,103 @@ def test_an_iterator_is_refused_by_name() -> None:
     with pytest.raises(TraceError, match=r"'1\.beside' is a generator"):
         fxprune.analyze(model, torch.randn(2, 4))
     assert next(iter_of) == 0
+
+
+class Switched(nn.Module):
+    """``asks``: after Python has read a value of the input."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.drop, self.asks = nn.Dropout(), asks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.asks and bool((x > 1e9).any()):
+            x = x.clamp(-1, 1)
+        return self.head(self.drop(self.norm(self.stem(x)).relu()))
+
+
+NET: Any = None
+NORM: Any = None
+
+
+def freeze(mode: bool = True) -> Any:
+    nn.Module.train(NET, mode)
+    NORM.eval()
+    return NET
+
+
+def frozen_norm() -> None:
+    NORM.eval()
+    NORM.train = lambda mode=True: NORM
+
+
+def frozen_by_the_model() -> None:
+    NET.train = freeze
+
+
+def frozen_through_a_function() -> None:
+    NET.train = lambda mode=True: freeze(mode)
+
+
+def adapting() -> None:
+    def evaluate() -> Any:
+        nn.Module.train(NET, False)
+        NORM.training = True
+        return NET
+
+    NET.eval = evaluate
+
+
+def evaluated() -> None:
+    NET.eval = lambda: NET.train(False)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("set_up", [frozen_norm, frozen_by_the_model, frozen_through_a_function, adapting, evaluated])
+def test_modes_that_functions_of_the_model_give_are_kept(set_up: Any, asks: bool, tmp_path: Any) -> None:
+    """Functions that know the model, or a layer, as a global: those of the copies know the copies."""
+
+    def make() -> nn.Module:
+        globals()["NET"] = model = Switched(asks).eval()
+        globals()["NORM"] = model.norm
+        set_up()
+        return model
+
+    model, x = make(), torch.randn(2, 3, 8, 8)
+    before = [module.training for module in model.modules()]
+    pruned = fxprune.prune(model, x, channels=0.5)
+    fxprune.verify(model, pruned, x)
+    assert fxprune.deploy(pruned.model) is not model
+    assert [module.training for module in model.modules()] == before
+    pruned.save(tmp_path)
+    for training in (True, False, True):
+        model.train() if training else model.eval()
+        modes = [model.get_submodule(name).training for name in ("", "norm", "drop")]
+        pruned.model.train() if training else pruned.model.eval()
+        assert [pruned.model.get_submodule(name).training for name in ("", "norm", "drop")] == modes
+    loaded = fxprune.load(tmp_path, make).model  # whose globals are others from now on
+    for training in (True, False):
+        loaded.train() if training else loaded.eval()
+        NET.train() if training else NET.eval()
+        modes = [NET.get_submodule(name).training for name in ("", "norm", "drop")]
+        assert [loaded.get_submodule(name).training for name in ("", "norm", "drop")] == modes
+
+
+def test_a_layer_whose_forward_knows_it_as_a_global_is_pruned() -> None:
+    globals()["NET"] = model = Switched(asks=False).eval()
+    model.drop = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+    model.drop.forward = lambda x: NET.drop[1](NET.drop[0](x))
+    x = torch.randn(2, 3, 8, 8)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert {p.data_ptr() for p in pruned.model.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    assert dict(pruned.model.named_parameters())["drop.0.weight"].shape == (4, 4, 1, 1)
+
+
+def test_globals_that_are_not_replaced_stay_what_they_are() -> None:
+    """Also where they are set to something else later."""
+    globals()["NET"], globals()["NORM"] = nn.ReLU(), 1
+    made = copied(lambda: (NET, NORM), {id(NET): OLD})
+    assert made() == (OLD, 1)
+    globals()["NORM"] = 2
+    assert made() == (OLD, 2)

@@ -22,6 +22,7 @@ from fxprune import api
 from fxprune.cli.terminal import stage, stderr
 from fxprune.doors import calling
 from fxprune.errors import ArgumentError, CallbackError, InputError
+from fxprune.hooks import in_mode
 
 __all__ = [
     "attribute_named",
@@ -80,7 +81,7 @@ def load_model(spec: str, weights: str | None, checkpoint: Path | None, saved: P
         module = api.load(saved, module).model
     if checkpoint is not None:
         _load_checkpoint(module, checkpoint)
-    return module.eval()
+    return in_mode(module, False)
 
 
 def _torchvision_for(name: str) -> ModuleType:

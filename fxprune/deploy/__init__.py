@@ -19,6 +19,7 @@ from fxprune.deploy.identities import drop_identities
 from fxprune.deploy.layout import LAYOUTS, lay_out, take_any_layout
 from fxprune.doors import door
 from fxprune.errors import ModelError
+from fxprune.hooks import in_mode
 from fxprune.memory import Memory, writes
 from fxprune.rewrite import PrunedModule
 from fxprune.trace import copy_of
@@ -70,7 +71,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             "with prune(model, example_inputs, channels=1.0).model."
         )
     channels_last = switch("channels_last", channels_last)
-    root = _copy_of(model).eval()
+    root = in_mode(_copy_of(model), False)
     channels_last = channels_last and isinstance(root, fx.GraphModule)  # Python beside graphs would see the layout
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
@@ -81,7 +82,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
                 root = PrunedModule(called, called.graph, type(model).__name__)
     if channels_last:
         lay_out(root)
-    return root.eval().requires_grad_(False)
+    return in_mode(root, False).requires_grad_(False)
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from fxprune.contents import tensors_of
 from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import Place, Questions
+from fxprune.hooks import in_mode
 from fxprune.inputs import Arguments
 from fxprune.reach import AGAIN, Reach, drawing, same
 from fxprune.shapes import DispatchMode
@@ -187,7 +188,7 @@ def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route)
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
-    model.train(training)
+    in_mode(model, training)
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.contents import tensors_of
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
+from fxprune.hooks import in_mode
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.values import path_of, switch
 
@@ -91,7 +92,7 @@ def export(
     needed = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if target.suffix == ".onnx" and needed:
         raise ArgumentError(f"ONNX needs {', '.join(needed)}: pip install {' '.join(needed)}.")
-    model = copy.deepcopy(model).eval()
+    model = in_mode(copy.deepcopy(model), False)
     args, kwargs = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from fxprune.cost import MacCounter, cost_of
 from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError
+from fxprune.hooks import in_mode
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
@@ -263,7 +264,7 @@ def running(setting: Setting) -> Iterator[None]:
 
 def prepared(model: nn.Module, setting: Setting) -> nn.Module:
     """A copy, on the device, in the precision and layout."""
-    own = copy.deepcopy(model).eval().to(setting.place, PRECISIONS[setting.precision])
+    own = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
     if setting.channels_last:
         lay_out(own)
     return own

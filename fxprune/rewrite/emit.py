@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.contents import leaves_of
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.hooks import has_own_forward
+from fxprune.hooks import has_own_forward, in_mode
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.module_sizes import sizes_of
@@ -506,12 +506,12 @@ def _skeleton(
 
 
 def _own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
-    """For both modes of the model the modules that have another mode then, as a ``train()`` of the user's says."""
+    """For both modes of the model the modules that have another mode then, as a ``train()`` or an ``eval()`` of the user's says."""
     before = {module: module.training for module in model.modules()}
     found = {}
     try:
         for mode in (True, False):
-            model.train(mode)
+            in_mode(model, mode)
             found[mode] = {name: module.training for name, module in model.named_modules() if module.training is not mode}
     finally:
         for module, mode in before.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.compiled import Uncompiled, is_compiled
 from fxprune.errors import ModelError, TraceError
+from fxprune.hooks import in_mode
 from fxprune.lowering import lower
 from fxprune.reach import Reached
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
@@ -128,7 +129,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
         If it fails.
     """
     try:
-        model.train(training)
+        in_mode(model, training)
     except Exception as error:  # of a train() of the model's own
         raise ModelError(
             f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: {error} A module that "

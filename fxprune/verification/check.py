@@ -15,6 +15,7 @@ from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.hooks import in_mode
 from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.reach import undrawn_by
@@ -299,7 +300,7 @@ class _Proof:
     def _called(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
         with seeded(self.seed), undrawn_by(self.model), torch.no_grad():
-            return plain(model).eval()(*args, **kwargs)
+            return in_mode(plain(model), False)(*args, **kwargs)
 
 
 def _moved(model: nn.Module, pruned: nn.Module) -> str:

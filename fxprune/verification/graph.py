@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
+from fxprune.hooks import in_mode
 from fxprune.rewrite import Survivors
 from fxprune.rules import Event
 from fxprune.trace import Trace, execute
@@ -56,7 +57,7 @@ class GraphRun:
         modes = {module: module.training for module in twin.modules()}
         inputs, env = iter([*args, *kwargs.values()]), {}
         try:
-            twin.train(self.training)
+            in_mode(twin, self.training)
             with trace.twin.holding(self.values), torch.no_grad():
                 for node in trace.graph.nodes:
                     if node.op == "placeholder":

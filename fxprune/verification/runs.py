@@ -19,6 +19,7 @@ from fxprune.contents import leaves
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.hooks import in_mode
 from fxprune.memory import Undone
 from fxprune.reach import AGAIN, drawing, undrawn_by
 from fxprune.rewrite import Survivors
@@ -281,7 +282,7 @@ class Bench:
     def original(self, training: bool) -> nn.Module:
         """The user's model with zeros at what is removed, in the mode that its own train() gives each module."""
         model = original(self.model, self._own(self.masked), self.dtype)
-        model.train(training)
+        in_mode(model, training)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         return model
 
@@ -363,7 +364,7 @@ class Bench:
     def smaller(self, training: bool) -> nn.Module:
         """The pruned model, in the mode that its own train() gives each module: it must be the original's."""
         model = smaller(self.pruned, self._own(self.kept), self.dtype)
-        model.train(training)
+        in_mode(model, training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
                 raise VerificationError(f"train({training}) gives {name!r} another mode in the pruned model than in the original.")
