@@ -240,3 +240,21 @@ def test_a_table_that_somebody_changed_is_a_constant() -> None:
     assert fxprune.verify(model, pruned).error < 1e-6
     with pytest.raises(AssertionError, match="traced for inputs with"):
         pruned.model(torch.randn(2, 3, 9, 9))
+
+
+@pytest.mark.filterwarnings("ignore:channels=0.5 was asked for")
+def test_what_python_does_on_other_ways_is_taken_back() -> None:
+    """Questions about values are answered otherwise, too: what the model keeps there is none of the user's."""
+
+    class Asks(Looks):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if x.sum() > 1e9:
+                TABLE["much"] = torch.full((), 7.0)
+            return self.last(y * TABLE.get("much", 1.0))
+
+    model, x = Asks(into_a_table), torch.randn(2, 3, 9, 8)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.parts
+    assert not TABLE
+    assert relative_error(fxprune.prune(model, x, channels=1.0).model(x), model(x)) < 1e-6
