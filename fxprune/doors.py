@@ -26,8 +26,11 @@ __all__ = ["calling", "door", "guarded", "read", "shown"]
 T = TypeVar("T")
 
 
-def door(public: T) -> T:
+def door(public: T, *, inference: bool = False) -> T:
     """Guard a public function, or the constructor of a public class: unforeseen errors become one of fxprune's own.
+
+    Where the caller is under ``torch.inference_mode()``, the function is not, as what it makes shall be trained. With ``inference``
+    it is, too: it only calls what the caller hands in.
 
     Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and what is no ``Exception``
     (``KeyboardInterrupt``).
@@ -46,14 +49,14 @@ def door(public: T) -> T:
     if isinstance(public, type):
         public.__init__ = _guarded(public.__init__, public.__name__)  # type: ignore[misc]
         return public
-    return _guarded(public, public.__qualname__)  # type: ignore[attr-defined]
+    return _guarded(public, public.__qualname__, inference)  # type: ignore[attr-defined]
 
 
-def _guarded(function: Any, name: str) -> Any:
+def _guarded(function: Any, name: str, inference: bool = False) -> Any:
     @functools.wraps(function)
     def entered(*args: Any, **kwargs: Any) -> Any:
         try:
-            if not torch.is_inference_mode_enabled():
+            if inference or not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
             with torch.inference_mode(False), torch.no_grad():  # what is made there can be trained nevertheless
                 return function(*args, **kwargs)

@@ -48,6 +48,15 @@ def test_runs_take_turns() -> None:
     assert "".join(turns[3:]) == "abc" + "bca" + "cab" + "abc"  # behind the warm-up; in a turn, calls that do not count come first
 
 
+def test_what_is_timed_runs_in_the_mode_of_the_caller() -> None:
+    seen: list[bool] = []
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            time_in_turns({"run": lambda: seen.append(torch.is_inference_mode_enabled())}, rounds=1, seconds=1e-9, warm_up=1)
+            assert set(seen) == {mode}
+            seen.clear()
+
+
 def test_the_median_and_the_quartiles() -> None:
     assert Timing.of([5.0, 1.0, 100.0, 2.0, 3.0, 4.0, 6.0, 7.0]) == Timing(4.5, 3.0, 7.0, 8)
 

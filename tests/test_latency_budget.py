@@ -1,5 +1,6 @@
 """A latency budget: what is forecast, chosen, measured and corrected. Clocks are put in that tell what can be known."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +405,25 @@ def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[
     row = fxprune.prune(model, example, latency=0.6, device="cpu", verify=True).report.latency
     assert row is not None
     assert row.after <= 0.6 * 1.02 * row.before
+
+
+def test_a_model_that_writes_into_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+
+    class Decays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+            self.register_buffer("state", torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.state.mul_(0.9)
+            return self.last(self.first(x) * self.state)
+
+    model = Decays().eval()
+    with contextlib.suppress(BudgetError):  # measured times decide whether there is one
+        fxprune.prune(model, torch.randn(1, 3, 8, 8), latency=0.9, device="cpu")
+    assert float(model.state) == 1.0
 
 
 @pytest.mark.slow  # half a minute of measuring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -41,7 +42,7 @@ class Timing:
         return cls(statistics.median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4], len(ordered))
 
 
-@door
+@functools.partial(door, inference=True)
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
     device: torch.device | str = "cpu",
