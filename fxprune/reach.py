@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import undrawn
-from fxprune.contents import every_leaf, slots_of
+from fxprune.contents import every_leaf, slots_of, tensors_of
 
 __all__ = ["AGAIN", "MISSING", "Entry", "Reach", "Reached", "drawing", "same", "undrawn_by"]
 
@@ -144,8 +143,12 @@ class Reach:
                 memo.cache_clear()
         return found
 
-    def entries(self) -> Iterator[Entry]:
+    @functools.cached_property
+    def entries(self) -> list[Entry]:
         """What is in dicts and objects that hold tensors, under plain names; attributes of modules are left out."""
+        return [*self._entries()]
+
+    def _entries(self) -> Iterator[Entry]:
         for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
             if id(own) in self._attributes or isinstance(own, (list, set, collections.deque, np.ndarray)):
                 continue
@@ -591,7 +594,7 @@ def _store_of(holder: Any) -> dict[Any, Any] | None:
 
 
 def _has_tensors(named: dict[Any, Any]) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(_no_plain(named.values())))
+    return bool(tensors_of(_no_plain(named.values())))
 
 
 def _is_plain(name: Any) -> bool:

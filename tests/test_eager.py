@@ -1012,3 +1012,28 @@ def test_a_module_that_is_called_with_the_parameters_of_others_is_no_part() -> N
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert set(pruned.report.parts) == {"first", "last"}
     assert torch.allclose(fxprune.prune(model, x, channels=1.0).model(x), model(x))
+
+
+class Cubes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.pow(self.first(x), 3.0))
+
+
+def test_a_part_is_as_large_as_where_nothing_looks_on() -> None:
+    """What watches the runs of a model must not see how its parts are traced: they would come out smaller."""
+
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cubes, self.last = Cubes(), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.cubes(x)
+            return self.last(h if bool(x.sum() > 0) else h * 2)
+
+    pruned = fxprune.prune(Decides().eval(), torch.randn(2, 3, 8, 8), channels=0.5, verify=True)
+    assert pruned.report.parts == ("cubes", "last")

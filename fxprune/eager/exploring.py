@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves_of
@@ -111,7 +112,7 @@ def decisions_of(twin: Twin, found: Explored, args: Any, kwargs: Any) -> dict[tu
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         if (path, False) not in decided:
             inputs = tree_map(shape_of, (args, kwargs))
-            with without_function_modes():
+            with _disable_current_modes(), without_function_modes():
                 traced = trace(twin.part(path), *inputs)
                 decided[path, False] = traced.decisions
                 if traced.asked_mode:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.contents import leaves_of
@@ -90,7 +91,7 @@ class Finder:
         said = repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         key = path, f"{spec} {said}"
         if key not in self._traced:
-            with without_function_modes():
+            with _disable_current_modes(), without_function_modes():
                 self._traced[key] = self._try_to_trace(path, *inputs)
         return self._traced[key]
 

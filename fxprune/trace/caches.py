@@ -55,7 +55,7 @@ def forgotten_caches(
     real:
         The data of a buffer or of another tensor of the model.
     """
-    kept: dict[Any, _Attribute | Entry] = {**dict(_kept(model)), **{entry.key: entry for entry in outside.entries()}}
+    kept: dict[Any, _Attribute | Entry] = {**dict(_kept(model)), **{entry.key: entry for entry in outside.entries}}
     forgetting = _Forgetting(model, outside, arguments, follow, real, kept)
     try:
         if kept:
