@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxprune.shapes import tensors_in
 from fxprune.trace.lines import ElsewhereError
 from fxprune.turn import TURN
 
-__all__ = ["in_one_thread", "intercepted", "without_function_modes"]
+__all__ = ["in_one_thread", "intercepted", "unwatched", "without_function_modes"]
 
 Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
 
@@ -132,4 +133,11 @@ def without_function_modes() -> Iterator[None]:
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
             stack.enter_context(_pop_mode_temporarily())
+        yield
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Without what looks at the functions and the operations of a run: how a part is traced is none of it."""
+    with _disable_current_modes(), without_function_modes():
         yield

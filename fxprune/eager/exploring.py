@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves_of
-from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.decisions import inside_a_part
 from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run
@@ -112,7 +111,7 @@ def decisions_of(twin: Twin, found: Explored, args: Any, kwargs: Any) -> dict[tu
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         if (path, False) not in decided:
             inputs = tree_map(shape_of, (args, kwargs))
-            with _disable_current_modes(), without_function_modes():
+            with unwatched():
                 traced = trace(twin.part(path), *inputs)
                 decided[path, False] = traced.decisions
                 if traced.asked_mode:

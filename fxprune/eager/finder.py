@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.contents import leaves_of
-from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.memory import place_of
 from fxprune.eager.routes import Route, run
 from fxprune.errors import FxpruneError
@@ -91,7 +90,7 @@ class Finder:
         said = repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         key = path, f"{spec} {said}"
         if key not in self._traced:
-            with _disable_current_modes(), without_function_modes():
+            with unwatched():
                 self._traced[key] = self._try_to_trace(path, *inputs)
         return self._traced[key]
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves, leaves_of, tensors_of
-from fxprune.eager.calls import intercepted, without_function_modes
+from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.exploring import Explored
 from fxprune.eager.finder import shape_of
 from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
@@ -100,11 +100,10 @@ class Parts:
                 return NotImplemented
             args, kwargs = map_leaves(_as_number, (args, kwargs))
             mode.memory.meet(tensors_in(args, kwargs))
-            with _disable_current_modes():
-                with without_function_modes():
-                    traced = self._traced(path, args, kwargs, route.training)
-                with torch.inference_mode(), mode.paused(), undone.watching():
-                    out = call()
+            with unwatched():
+                traced = self._traced(path, args, kwargs, route.training)
+            with _disable_current_modes(), torch.inference_mode(), mode.paused(), undone.watching():
+                out = call()
             for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):
                     self._handed.append((stand_in, True, True))
