@@ -18,7 +18,7 @@ from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import Explored, decisions_of, explore, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, widened
-from fxprune.reach import undrawn_by
+from fxprune.reach import Reached, undrawn_by
 from fxprune.trace import Twin, set_mode, slow_path, trace, twin_of
 from fxprune.trace.lines import ElsewhereError
 
@@ -162,7 +162,7 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Ex
     def running(call: Arguments) -> Iterator[tuple[Twin, Arguments]]:
         twin = twin_of(model)
         set_mode(twin.model, training=False)
-        with slow_path(), seeded(0), undrawn_by(twin.model):
+        with slow_path(), seeded(0), undrawn_by(Reached(twin.model)):
             yield twin, placed(call, twin.device)
 
     def explored(call: Arguments) -> Explored:

@@ -408,12 +408,12 @@ def _no_plain(values: Iterable[Any]) -> list[Any]:
 
 
 @contextmanager
-def undrawn_by(model: nn.Module) -> Iterator[None]:
+def undrawn_by(reached: Reached) -> Iterator[None]:
     """Let a run inside draw and fill tables; what a model's code can reach is as it was afterwards.
 
-    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`.
+    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`. Contexts of one ``reached`` follow each other, and are not nested.
     """
-    reach = Reach(model)
+    reach = reached.now()
     try:
         yield
     finally:

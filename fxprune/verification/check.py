@@ -18,7 +18,7 @@ from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
 from fxprune.inputs import as_call
 from fxprune.plan import Plan, unpack_inputs
-from fxprune.reach import undrawn_by
+from fxprune.reach import Reached, undrawn_by
 from fxprune.resized import other_batch, other_sizes
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import NotFiniteError, kinds
@@ -299,7 +299,7 @@ class _Proof:
 
     def _called(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
-        with seeded(self.seed), undrawn_by(self.model), torch.no_grad():
+        with seeded(self.seed), undrawn_by(Reached(self.model)), torch.no_grad():
             return in_mode(plain(model), False)(*args, **kwargs)
 
 

@@ -21,7 +21,7 @@ from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
 from fxprune.memory import Undone
-from fxprune.reach import AGAIN, drawing, undrawn_by
+from fxprune.reach import AGAIN, Reached, drawing, undrawn_by
 from fxprune.rewrite import Survivors
 from fxprune.trace import user_line
 from fxprune.verification.comparing import dense, difference, form
@@ -140,6 +140,7 @@ class Bench:
         self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
         self.written: set[str] = set()  # names of the tensors that forward has written so far, in either model
         self._modes: dict[str, bool] = {}
+        self._reached = Reached(model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,7 +261,7 @@ class Bench:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Every run draws the same random numbers, also from generators that the model has of its own."""
-        with seeded(self.seed), undrawn_by(self.model):
+        with seeded(self.seed), undrawn_by(self._reached):
             yield
 
     @contextmanager
