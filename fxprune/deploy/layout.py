@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fxprune.chance import seeded
 from fxprune.errors import ModelError
 from fxprune.memory import Memory, name_of
 from fxprune.trace import execute
@@ -53,7 +54,10 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
 
 
 def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an operation fails on what lies channels-last, as some that torch makes of others do: it is tried on meta tensors."""
+    """Whether an operation fails on what lies channels-last, as some that torch makes of others do: it is tried on zeros.
+
+    Tensors without data would not do: torch's rules for these import its compiler at their first call.
+    """
     ranks = [operand.meta.get("rank") for operand in node.all_input_nodes]
     if node.op not in ("call_function", "call_method") or None in ranks or LAYOUTS.keys().isdisjoint(ranks):
         return False
@@ -62,11 +66,12 @@ def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
         def probe(operand: fx.Node) -> Tensor:
             rank = operand.meta["rank"]
             layout = LAYOUTS.get(rank) if channels_last else None
-            return torch.empty([2] * rank, device="meta", memory_format=layout or torch.contiguous_format)
+            return torch.zeros([2] * rank, device="cpu").contiguous(memory_format=layout or torch.contiguous_format)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), probe)
         try:
-            execute(root, node, args, kwargs)
+            with seeded(0), torch.inference_mode():
+                execute(root, node, args, kwargs)
         except Exception:  # whatever it refuses
             return False
         return True
