@@ -137,7 +137,7 @@ def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
                     now = called()
                 if reach.drawn:
                     return CHANCE
-                first = first or now
+                first = now if first is None else first
                 if now != first:
                     return EACH_CALL
                 changed = reach.may_differ or any(map(_is_another, attributes.changes()))

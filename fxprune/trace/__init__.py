@@ -19,7 +19,7 @@ from __future__ import annotations
 import gc
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,7 +151,7 @@ def trace(
         try:
             with reach.watching():
                 result, made = _follow(tracer, twin)
-            _refuse_left(result)
+            _refuse_left(result.left, twin.model)
             _refuse_checkpoints(tracer, twin)
             refuse_hooks(twin.model, below=True)
             changes = [*attributes.changes(made)]
@@ -168,7 +168,7 @@ def trace(
                 twin.reached.begin_anew()
             changes, state = [], []
             _hold_lookups(tracer, result)
-            _refuse_held(tracer, twin)
+            _refuse_left(_held(tracer), twin.model)
             _refuse_chance(result, reach)
         except BaseException:
             attributes.restore()
@@ -300,7 +300,7 @@ def _is_stand_in(value: Any) -> bool:
     return node_of(value) is not None
 
 
-def _refuse_left(result: Trace) -> None:
+def _refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
     """What forward leaves outside of its modules is an effect, which a graph has not; a table that follows from sizes is a cache.
 
     Raises
@@ -308,34 +308,23 @@ def _refuse_left(result: Trace) -> None:
     TraceError
         If values are left there that follow from those of the inputs.
     """
-    for node in result.left:
+    for node in left:
         if follows_inputs(node):
-            raise TraceError(_LEAVES.format(type(result.twin.model).__name__, node.name))
+            raise TraceError(
+                f"forward of this {type(root).__name__} leaves {node.name!r} outside of its modules, in a list or a variable say: "
+                "a graph would not do that. Hand it out as a result, or keep that line inside a module of its own."
+            )
 
 
-def _refuse_held(tracer: Tracer, twin: Twin) -> None:
-    """The same for what no walk over containers finds: a variable of a closure, an attribute of a module beside the model.
+def _held(tracer: Tracer) -> list[fx.Node]:
+    """What is held where no walk over containers finds it: a variable of a closure, an attribute of a module beside the model."""
 
-    Raises
-    ------
-    TraceError
-        If something still holds what stands for values that follow from those of the inputs.
-    """
+    def nodes() -> list[fx.Node]:
+        return [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
 
-    def held() -> list[fx.Node]:
-        found = [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
-        return [node for node in found if follows_inputs(node)]
-
-    if held():
+    if any(map(follows_inputs, nodes())):
         gc.collect()  # of exceptions that forward has caught, say
-    for node in held():
-        raise TraceError(_LEAVES.format(type(twin.model).__name__, node.name))
-
-
-_LEAVES = (
-    "forward of this {} leaves {!r} outside of its modules, in a list or a variable say: a graph would not do that. Hand it out "
-    "as a result, or keep that line inside a module of its own."
-)
+    return nodes()
 
 
 def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
