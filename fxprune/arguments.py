@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.budget import Budget
-from fxprune.contents import tensors_of
+from fxprune.contents import named_tensors, tensors_of
 from fxprune.doors import read, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
@@ -114,7 +114,7 @@ def _tensors_below(model: nn.Module, modules: Collection[str], *, recurse: bool 
         return ()
     own = [model.get_submodule(name) for name in modules]
     tensors = {id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))}
-    every = [*model.named_parameters(), *model.named_buffers()]
+    every = named_tensors(model).items()
     return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.criteria.data import Batch, batches_of, called, check_dimensions, check_finite, check_read, evaluated
 from fxprune.doors import door
@@ -229,7 +230,7 @@ def _mean_inputs(model: nn.Module, consumers: Mapping[str, fx.Node], loader: Ite
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Runs in evaluation mode, after which every module is in the mode it had, and every tensor what it was."""
-    with Undone({**dict(model.named_parameters()), **dict(model.named_buffers())}).afterwards(), evaluated(model):
+    with Undone(named_tensors(model)).afterwards(), evaluated(model):
         yield
 
 

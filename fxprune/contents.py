@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "refuse_lazy", "slots_of", "tensors_of"]
+__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "named_tensors", "refuse_lazy", "slots_of", "tensors_of"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -49,6 +49,11 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers by name; one that has several names is there once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def refuse_lazy(output: Any, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.contents import named_tensors
 from fxprune.errors import ModelError
 
 __all__ = ["check_model", "check_structure"]
@@ -57,7 +58,7 @@ def check_structure(model: Any) -> None:
     _check_tree(model)
     if type(model).forward is nn.Module.forward:
         raise ModelError(f"a {type(model).__name__} has no forward, so it cannot be called: give the module that calls it.")
-    lazy = next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t)), None)
+    lazy = next((name for name, t in named_tensors(model).items() if nn.parameter.is_lazy(t)), None)
     if lazy is not None:
         raise ModelError(f"{lazy!r} is uninitialised (a lazy module): run the model once on an input first.")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxprune.api import Pruned, load, prune
 from fxprune.arguments import kept_modules
 from fxprune.compiled import plain
+from fxprune.contents import named_tensors
 from fxprune.cost import cost_of
 from fxprune.doors import door, guarded
 from fxprune.errors import ArgumentError, PlanError, SignatureError
@@ -184,15 +185,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _digest(model: nn.Module) -> str:
     """Of names, shapes, types and values of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model).items()):
+    for name, tensor in sorted(named_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if not tensor.is_meta:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def described(value: Any) -> Any:

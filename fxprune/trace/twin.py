@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.compiled import Uncompiled, is_compiled
+from fxprune.contents import named_tensors
 from fxprune.errors import ModelError, TraceError
 from fxprune.hooks import in_mode
 from fxprune.lowering import lower
@@ -70,7 +71,7 @@ class Twin:
     def part(self, path: str) -> Twin:
         """The twin of a module below."""
         model = self.model.get_submodule(path)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = named_tensors(model)
         return replace(self, model=model, tensors=tensors)
 
 
@@ -115,7 +116,7 @@ def twin_of(model: nn.Module) -> Twin:
     except Exception as error:  # of a __deepcopy__ of the user's
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
     twin = lower(new_model)
-    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    tensors = named_tensors(twin)
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
     return Twin(twin, real, tensors, Reached(twin), {id(memo[id(module)]): module for module in modules}, kept)
 

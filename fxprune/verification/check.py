@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxprune.chance import seeded
-from fxprune.contents import tensors_of
+from fxprune.contents import named_tensors, tensors_of
 from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
@@ -305,8 +305,8 @@ class _Proof:
 
 def _moved(model: nn.Module, pruned: nn.Module) -> str:
     """Whether all of the pruned model has been brought to another dtype or device: the example is none of its own then."""
-    old = {name: (tensor.dtype, tensor.device) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    pairs = {(old[name], (t.dtype, t.device)) for name, t in [*pruned.named_parameters(), *pruned.named_buffers()] if name in old}
+    old = {name: (tensor.dtype, tensor.device) for name, tensor in named_tensors(model).items()}
+    pairs = {(old[name], (t.dtype, t.device)) for name, t in named_tensors(pruned).items() if name in old}
     one = len({before for before, _ in pairs}) == len(pairs)
     return "; ".join(f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in pairs if was != now) if one else ""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
@@ -26,7 +27,7 @@ def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor])
 def cut(pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the pruned model holds of these values, in memory of its own."""
     found: dict[str, Tensor] = {}
-    for name, _ in [*pruned.named_parameters(), *pruned.named_buffers()]:
+    for name in named_tensors(pruned):
         if name in coupling.parameters:
             old = coupling.parameters[name]
             found[name] = (survivors.take(old, values[name]) if old.is_meta else values[name]).clone()
@@ -36,7 +37,7 @@ def cut(pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Map
 def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A copy of the user's model, its code, its hooks and all that it holds, with these values; parameters share their memory."""
     memo: dict[int, Any] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in named_tensors(model).items():
         value = values[name]
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
@@ -57,7 +58,7 @@ def plain(model: nn.Module) -> nn.Module:
 def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A copy of the pruned model with these values, whose memory its parameters share, and with its own where there are none."""
     memo = sharing_graphs(pruned)
-    for name, old in [*pruned.named_parameters(), *pruned.named_buffers()]:
+    for name, old in named_tensors(pruned).items():
         value = values[name] if name in values else _in_dtype(old, dtype)
         memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):

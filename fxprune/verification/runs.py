@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import seeded
-from fxprune.contents import leaves
+from fxprune.contents import leaves, named_tensors
 from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
@@ -267,7 +267,7 @@ class Bench:
     @contextmanager
     def _undone(self, model: nn.Module) -> Iterator[None]:
         """What a run writes into the model's tensors is undone: its parameters share their memory with those of other runs."""
-        undone = Undone({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        undone = Undone(named_tensors(model))
         try:
             with undone.afterwards():
                 yield

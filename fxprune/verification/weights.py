@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import dense, relative_error
@@ -19,8 +18,10 @@ def changed(model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: 
 
     A model that has been brought to another dtype as a whole holds what the plan leaves, in that dtype.
     """
-    known = dict(_tensors(model))
-    pairs = [(name, known[name], own) for name, own in _tensors(pruned) if name in known and name in coupling.parameters]
+    known = named_tensors(model)
+    pairs = [
+        (name, known[name], own) for name, own in named_tensors(pruned).items() if name in known and name in coupling.parameters
+    ]
     dtypes = {(old.dtype, own.dtype) for _, old, own in pairs}
     whole = len({before for before, _ in dtypes}) == len(dtypes)
     found: dict[str, tuple[str, float]] = {}
@@ -33,8 +34,3 @@ def changed(model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: 
             if not torch.equal(wanted, dense(own)) and (error := relative_error(dense(own), wanted)):
                 found[name] = f"{name!r} has other values than the plan leaves of the original's", error
     return found
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
