@@ -169,27 +169,32 @@ def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Ca
 @contextmanager
 def _applications(tracer: Tracer) -> Iterator[None]:
     """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks the class for ``forward``."""
-    found = [(kind, kind.__dict__["forward"]) for kind in _functions() if "forward" in kind.__dict__]
-    done: list[tuple[type, Any]] = []
+    given: list[tuple[type, Any]] = []  # what is put back
     maker: Any = torch.autograd.function.FunctionMeta
     make = maker.__init__
 
     def made(kind: Any, *args: Any) -> None:
         make(kind, *args)
         if "forward" in kind.__dict__ and tracer.is_mine():
-            done.append((kind, kind.__dict__["forward"]))
+            given.append((kind, kind.__dict__["forward"]))
             kind.forward = staticmethod(_refusing(kind, kind.forward, tracer))
 
+    _tracing.append(tracer)
     try:
-        for kind, forward in found:
-            kind.forward = staticmethod(_through_graph(kind, kind.forward, tracer))  # type: ignore[attr-defined]
-            done.append((kind, forward))
+        for kind in _functions():
+            forward = kind.__dict__.get("forward")
+            if forward is not None and not isinstance(forward, _ThroughGraph):  # it is one already inside of another trace
+                given.append((kind, forward))
+                _originals[kind] = kind.forward
+                kind.forward = _in_place_of.get(kind) or _in_place_of.setdefault(kind, _ThroughGraph(_recording(kind)))
         maker.__init__ = made
         yield
     finally:
         maker.__init__ = make
-        for kind, forward in done:
+        for kind, forward in given:
             kind.forward = forward  # type: ignore[attr-defined]
+            _originals.pop(kind, None)
+        _tracing.pop()
 
 
 def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
@@ -207,8 +212,8 @@ def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callab
     return call
 
 
-def _functions() -> Iterable[type]:
-    found: dict[type, None] = {}  # in order
+def _functions() -> Iterable[Any]:
+    found: dict[Any, None] = {}  # in order
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         kind = waiting.pop()
@@ -218,18 +223,37 @@ def _functions() -> Iterable[type]:
     return found
 
 
-def _through_graph(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
-    with_context = kind.setup_context is torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+_tracing: list[Tracer] = []
+"""The traces under way, the innermost last."""
+
+
+class _ThroughGraph(staticmethod):
+    """What stands for a class's ``forward`` while a model is traced."""
+
+
+_in_place_of: weakref.WeakKeyDictionary[type, _ThroughGraph] = weakref.WeakKeyDictionary()
+"""Made once for every class: a process knows hundreds of them, and traces often."""
+
+_originals: dict[type, Callable[..., Any]] = {}
+"""What the classes have for their ``forward``, while something else stands for it."""
+
+
+def _recording(kind: type) -> Callable[..., Any]:
+    refer = weakref.ref(kind)  # a class must not live for being known here
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not tracer.is_mine() or find_traced((args, kwargs)) is None:
+        kind: Any = refer()
+        forward = _originals.get(kind) or kind.forward  # another thread may call when the trace has just ended
+        innermost = _tracing[-1:]
+        if not innermost or not innermost[0].is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
         if kind.__module__ == checkpoint.__name__:  # what is kept for the backward pass is not a graph's business
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
             _, function, _, *inputs = args
             return function(*inputs)
-        return tracer.record("call_function", _application(kind), args[1:] if with_context else args, kwargs)
+        with_context = kind.setup_context is torch.autograd.Function.setup_context
+        return innermost[0].record("call_function", _application(kind), args[1:] if with_context else args, kwargs)
 
     return call
 
