@@ -128,6 +128,8 @@ def test_counts_the_same_under_inference_mode():
 QUICK = ("resnet18", "shufflenet_v2_x0_5", "densenet121", "lraspp_mobilenet_v3_large", "vit_b_16", "swin_t", "mc3_18")
 """Of each kind one: convolutions, grouped ones, concatenations, segmentation, attention as a module and by hand, video."""
 
+QUICK_IN_PARTS = ("ssdlite320_mobilenet_v3_large", "raft_small")
+
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_agrees_with_the_kernels(name):
@@ -238,7 +240,7 @@ def test_the_report_counts_as_the_counter(case, batch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if case.slow else []) for n, case in COMPOSITE.items()])
+@pytest.mark.parametrize("name", [n if n in QUICK_IN_PARTS else pytest.param(n, marks=pytest.mark.slow) for n in COMPOSITE])
 def test_what_is_not_traced_whole_counts_as_the_counter(name):
     """Detectors and flows on the data that they are analysed with: how much they do depends on it."""
     model, inputs = COMPOSITE[name].build(), COMPOSITE[name].inputs(batch=2)

@@ -254,7 +254,7 @@ WAYS = {"ddp": ("--ema", "0.8"), "fsdp": ("--parallel", "fsdp")}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("parallel", WAYS)
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_agree(parallel: str, finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
     needs_fsdp(parallel)
     arguments = ("--checkpoint", str(dense), "--macs", "0.5", "--distill", "0.5", "--rate", "0.01", "--batch-size", "4")

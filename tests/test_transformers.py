@@ -47,8 +47,11 @@ CASES = {
 """The model, what it is called with, and the share that may be left: half of the width, but for the vocabulary."""
 
 
-@pytest.mark.parametrize("units", ["dims", "heads"])
-@pytest.mark.parametrize("name", CASES)
+LONG = [pytest.param("gpt2", "heads", marks=pytest.mark.slow), pytest.param("llama", "dims", marks=pytest.mark.slow)]
+"""A model by the one kind of units, where the tests of every change have it by the other: ten seconds each."""
+
+
+@pytest.mark.parametrize(("name", "units"), [("bert", "dims"), ("bert", "heads"), ("gpt2", "dims"), ("llama", "heads"), *LONG])
 def test_half_the_width(name: str, units: str) -> None:
     build, inputs, at_most = CASES[name]
     torch.manual_seed(0)

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import unittest.mock
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ from torchvision.models.video import mvit
 EXCLUDED_MODULES = ("detection", "optical_flow")
 
 #: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes many seconds; the
-#: smallest model of each family never is.
+#: smallest model of each family is not, unless it has more than :data:`HUGE`.
 SLOW_PARAMETERS = 30_000_000
+HUGE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,16 @@ def _cases() -> Iterator[Case]:
             found.append((name, module, models.get_model_weights(name).DEFAULT.meta["num_params"]))
     for name, module, parameters in found:
         smallest = min(size for _, family, size in found if family == module)
-        slow = parameters > max(SLOW_PARAMETERS, smallest)
+        slow = parameters > min(HUGE, max(SLOW_PARAMETERS, smallest))
         yield Case(name, module, parameters, *_shapes(name, module), slow=slow)
+
+
+def _built_of(case: Case) -> Hashable:
+    """What the builder of a model names beside its weights: siblings that name the same differ in widths and depths alone."""
+    code = inspect.unwrap(models.get_model_builder(case.name)).__code__
+    names = {name for name in code.co_names if not name.endswith("Weights")}
+    keywords = {one for constant in code.co_consts if isinstance(constant, tuple) for one in constant if isinstance(one, str)}
+    return case.module, frozenset(names), frozenset(keywords)
 
 
 def _composites() -> Iterator[Composite]:
@@ -205,16 +215,21 @@ def _composites() -> Iterator[Composite]:
             yield Composite(name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow)
 
 
-def _smallest(cases: Iterable[Composite]) -> Iterator[Composite]:
-    """All, those marked slow that have a smaller sibling: they run the same code."""
-    known: set[str] = set()
+Kind = TypeVar("Kind", bound=Case)
+
+
+def _smallest(cases: Iterable[Kind], family: Callable[[Kind], Hashable]) -> dict[str, Kind]:
+    """All, those marked slow that have a smaller sibling in their family: they run the same code."""
+    known: set[Hashable] = set()
+    found = {}
     for case in sorted(cases, key=lambda case: (case.parameters, case.name)):
-        yield replace(case, slow=case.slow or case.module in known)
-        known.add(case.module)
+        found[case.name] = replace(case, slow=case.slow or family(case) in known)
+        known.add(family(case))
+    return dict(sorted(found.items()))
 
 
 #: Every covered model that maps one batch of images to tensors, by name, in alphabetical order.
-CASES: dict[str, Case] = {case.name: case for case in _cases()}
+CASES: dict[str, Case] = _smallest(_cases(), _built_of)
 
 #: All others.
-COMPOSITE: dict[str, Composite] = {case.name: case for case in sorted(_smallest(_composites()), key=lambda case: case.name)}
+COMPOSITE: dict[str, Composite] = _smallest(_composites(), lambda case: case.module)
