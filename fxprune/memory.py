@@ -18,7 +18,20 @@ from torch import Tensor, fx, nn
 from fxprune.contents import tensors_of
 from fxprune.shapes import DispatchMode
 
-__all__ = ["AUGMENTED", "Memory", "Snapshot", "Undone", "first_of", "is_again", "name_of", "node_of", "shares", "writes", "written"]
+__all__ = [
+    "AUGMENTED",
+    "Memory",
+    "Snapshot",
+    "Undone",
+    "first_of",
+    "is_again",
+    "name_of",
+    "node_of",
+    "shares",
+    "squeezes_all",
+    "writes",
+    "written",
+]
 
 AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
 """The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
@@ -132,10 +145,21 @@ def _op_makes_new(name: str) -> bool:
 def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
     """The name of the method or function that a node calls, or of the kind of module: ``flatten`` for all three."""
     if node.op == "call_module":
-        return "" if root is None else type(root.get_submodule(str(node.target))).__name__.lower()
+        return "" if root is None else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _torch_class(module: nn.Module) -> type:
+    """The class of ``torch.nn`` that a module is of: a parametrization makes a subclass, with another name."""
+    kinds = (kind for kind in type(module).__mro__ if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules."))
+    return next(kinds, type(module))
+
+
+def squeezes_all(node: fx.Node) -> bool:
+    """Whether it is a ``squeeze()`` that drops each axis of size 1, a batch of one as well."""
+    return name_of(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
 
 
 def node_of(value: Any) -> fx.Node | None:
@@ -159,8 +183,8 @@ class Memory:
         The module of the graph.
     """
 
-    def __init__(self, root: fx.GraphModule) -> None:
-        nodes = list(root.graph.nodes)
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        nodes = list(graph.nodes)
         self._writing = [(place, to) for place, node in enumerate(nodes) for to in written(node, root)]
         self._source = {node: shares(node, root) for node in nodes}
         self.base: dict[fx.Node, fx.Node] = {}  # of each node the one whose memory it may be, and that is nobody else's

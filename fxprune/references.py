@@ -68,6 +68,8 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if kind in _SEQUENCES:
         return kind(copied(item, memo) for item in value)
+    if isinstance(value, Tensor) and value.grad_fn is not None:  # what a hook has kept of a step of training, say
+        return memo.setdefault(id(value), value.detach().clone())
     return _deepcopied(value, memo)
 
 

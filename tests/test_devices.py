@@ -10,7 +10,9 @@ CHECKS = Path(__file__).parent / "elsewhere" / "checks.py"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("which", ["zoo", "few or python or constants or criterion", pytest.param("family", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["zoo", "few or python or constants or criterion", pytest.param("family", marks=pytest.mark.slow)]
+)
 def test_elsewhere(which: str) -> None:
     """A device made of Python, whose tensors refuse to meet the CPU's; see tests/support/elsewhere.py."""
     names = " or ".join(f"test_{name}" for name in which.split(" or "))

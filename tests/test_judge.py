@@ -69,6 +69,21 @@ ONCE_WRONG = {
     "a gradient that is rounding, amplified": (
         "ids:572 layer:192 layer:634 container:860 attention:328 layer:216 scan:768 attention:882 classify:686 channels:37"
     ),
+    "a size of a parametrised layer": "image:363 layer:181 over_channels:689 classify:807 budget:452",
+    "a size behind an operation of two tensors": (
+        "image:363 layer:181 layer:81 joined:975 mixture:326 over_channels:689 norm:383 classify:807 budget:452"
+    ),
+    "a size of what was written into": "tokens:247 layer:661 in_place:323 over_channels:560 classify:63 scope:583",
+    "axes that are dropped with a batch of one": "image:739 layer:325 layer:221 squeeze_excite:759 plain:618 scope:383",
+    "dropout in what a checkpoint computes again": "ids:805 checkpointed:831(called_twice:483(dropout:143)) plain:49 channels:2",
+    "random slopes before other random numbers": (
+        "vector:132 functions_of_two:369 activation:946 drop_path:632 classify:603 half:0"
+    ),
+    "a norm whose result lies elsewhere": "image:982 layer:379 norm:670 in_place:371 classify:554 budget:721",
+    "activations that are kept with their gradients": (
+        "image:620 layer:199 layer:590 activation:159 over_channels:418 without_gradients:531(captured:739 "
+        "early_return:464(joined:269)) over_positions:877 optional:308(hooked:420) classify:411 budget:791"
+    ),
     "a size behind moved axes": "image:73 layer:306 over_channels:560 dense:495 half:595",
 }
 
@@ -76,7 +91,7 @@ ONCE_WRONG = {
 @pytest.mark.parametrize("name", ONCE_WRONG)
 def test_what_was_wrong_once_is_right(name: str) -> None:
     verdict = judge(Spec.parse(ONCE_WRONG[name]))
-    assert verdict.outcome == "right", verdict.what
+    assert verdict.outcome in ("right", "whole"), verdict.what
 
 
 def test_blocks_can_be_dropped() -> None:

@@ -136,7 +136,7 @@ def test_changed_behind() -> None:
             else:
                 graph.call_function(operator.iadd, (view if write_view and view is not None else x, 1))
         graph.output(view if read_view else x)
-        return Memory(fx.GraphModule({}, graph)).changed_behind(view)
+        return Memory(graph, nn.Module()).changed_behind(view)
 
     assert answer(True, False, "vw")
     assert answer(False, True, "vw")
@@ -149,7 +149,7 @@ def test_an_input_outlives_the_graph() -> None:
     graph = fx.Graph()
     view = graph.call_method("view", (graph.placeholder("x"), -1))
     graph.output(graph.call_function(operator.iadd, (view, 1)))
-    assert Memory(fx.GraphModule({}, graph)).changed_behind(view)
+    assert Memory(graph, nn.Module()).changed_behind(view)
 
 
 def test_snapshot() -> None:

@@ -89,6 +89,17 @@ def test_a_list_that_holds_itself() -> None:
     assert new[1] is new
 
 
+def test_a_copy_of_what_autograd_made_is_apart_from_it() -> None:
+    """An activation that a hook has kept of a step of training."""
+    kept = torch.ones(2, requires_grad=True) * 2
+    held = {"first": kept, "again": [kept]}
+    new = copied(held, {})
+    assert torch.equal(new["first"], kept)
+    assert new["first"].grad_fn is None
+    assert new["first"] is new["again"][0]
+    assert new["first"] is not kept
+
+
 def test_functions_that_share_a_variable_go_on_sharing_it() -> None:
     def pair() -> Any:
         value, count = OLD, 0

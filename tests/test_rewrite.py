@@ -214,3 +214,55 @@ def test_torchscript_reads_it() -> None:
     pruned = fxprune.prune(InContainers().eval(), x := torch.randn(2, 4, 5, 5), channels=0.5).model
     for model in (pruned, fxprune.deploy(pruned)):
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+class WritesIntoACopy(nn.Module):
+    """What lies channels last is copied where it is laid out anew: what is written there is seen by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.LayerNorm(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x).permute(0, 2, 3, 1)).movedim(-1, 1) + 0.1
+        x.flatten(1).mul_(0.5)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_copy_stays_one_where_one_channel_is_left() -> None:
+    """One channel lies first and last alike: without a word its copy would be a view."""
+    torch.manual_seed(0)
+    model = WritesIntoACopy().eval()
+    pruned = check_exact(model, torch.randn(2, 3, 6, 6), channels=0.25, at_most=0.4, zeroable=False).model
+    assert pruned.get_parameter("norm.weight").numel() == 1
+    assert "clone" in pruned.code
+    with pytest.raises(AssertionError, match=r"pruned for inputs with \(add.size\(3\) == 1\) == False"):
+        pruned(torch.randn(2, 3, 6, 1, dtype=torch.float64))
+
+
+class Squeezes(nn.Module):
+    """Drops a batch of one with the positions."""
+
+    def __init__(self, gate: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.linear, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Conv2d(8, 4, 1)
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(x * self.gate(self.linear, x.mean((2, 3), True).squeeze()))
+
+
+def test_axes_that_are_dropped_with_a_batch_of_one() -> None:
+    """A graph says so where it goes by how many are left; where it does not, it takes any batch."""
+    x, one = torch.randn(2, 3, 6, 6), torch.randn(1, 3, 6, 6)
+    by_rank, by_all = (lambda m, y: (y := m(y)).view(*y.shape, 1, 1)), (lambda m, y: m(y)[..., None, None])
+    for gate, taken in ((by_rank, False), (by_all, True)):
+        model = Squeezes(gate).eval()
+        pruned = fxprune.prune(model, x, channels=0.5, verify=True).model
+        assert pruned(torch.randn(5, 3, 6, 6)).shape == (5, 4, 4, 4)
+        if taken:
+            assert pruned(one).shape == model(one).shape
+        else:
+            with pytest.raises(AssertionError, match=r"squeeze.dim\(\) == 2"):
+                pruned(one)

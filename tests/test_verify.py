@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from fxprune.verification import runs as verification_runs
 from fxprune.verification.statistics import OVER_SURVIVORS
 from fxprune.verification.structure import is_guard
 from tests.support.callables import apart
+from tests.test_rewrite import WritesIntoACopy
 
 
 class Flipped(nn.Module):
@@ -414,6 +416,16 @@ def test_norms_over_survivors(norm: str) -> None:
 
     proof = proved(Of(forward, layer=nn.LayerNorm(16)), torch.randn(3, 4))
     assert not [reason for reason in proof.left_out if "own code" in reason]
+
+
+def test_a_copy_that_became_a_view_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm over survivors lies in memory as the original's does: writing into what may be a view does what it did there."""
+    emission = sys.modules["fxprune.rewrite.emit"]._Emission
+    monkeypatch.setattr(emission, "_may_become_a_view", lambda *_: False)
+    model = WritesIntoACopy().eval()
+    assert fxprune.verify(*pruned(model, torch.randn(2, 3, 6, 6))).error < 1e-9
+    fewer = fxprune.prune(model, torch.randn(2, 3, 6, 6), channels=0.25)
+    assert fxprune.verify(model, fewer).error > 1e-3
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])

@@ -103,7 +103,7 @@ def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
     def has_effect(node: fx.Node) -> bool:
         return node.is_impure() or writes(node, root)
 
-    memory = Memory(root)
+    memory = Memory(root.graph, root)
     take_any_layout(root, memory, channels_last)
     constants = compute_constants(root, memory.changing())
     drop_identities(root)

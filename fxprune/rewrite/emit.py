@@ -14,7 +14,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward, in_mode
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, compact, varied
+from fxprune.memory import Memory, first_of, shares
 from fxprune.module_sizes import sizes_of
 from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
@@ -129,6 +130,7 @@ class _Emission:
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
         self.numbers = Numbers(Extents(survivors, trace.twin.model), self.graph, self.made, self.env)
+        self.memory = Memory(trace.graph, trace.twin.model)
 
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
@@ -179,7 +181,7 @@ class _Emission:
             emitted = self._call(node)
             if emitted is None:
                 return
-            new = emitted
+            new = self._copied(node, emitted) if self._may_become_a_view(node) else emitted
         new.meta = {"rank": value.dim()} if isinstance(value := node.meta.get("val"), Tensor) else {}
         self.made[node] = new
 
@@ -257,6 +259,28 @@ class _Emission:
         if self.prefix + node.name in self.coupling.context.moved:
             self._check_order(node, new, value)
         return new
+
+    def _may_become_a_view(self, node: fx.Node) -> bool:
+        """Whether a tensor laid out anew is memory of its own, and what is left of it may not be, where that shows.
+
+        An axis of which one position is left lies in memory as one likes.
+        """
+        source, value = shares(node, self.trace.twin.model), _value(node)
+        old = None if source is None else _value(source)
+        if source is None or not isinstance(old, Tensor) or not isinstance(value, Tensor) or not self.memory.changed_behind(node):
+            return False
+        alone = any(left == 1 != size for size, left in zip(old.shape, self.survivors.shape(old), strict=True))
+        return alone and old.untyped_storage()._cdata != value.untyped_storage()._cdata
+
+    def _copied(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        """A copy of what a node gives, as the original's is one, for inputs of sizes that do not change that."""
+        self.numbers.hold_layout(cast(fx.Node, first_of(node)))
+        copied = self.graph.call_method("clone", (new,))
+        if new in self.unrun:
+            self.unrun[copied] = self.unrun[new]
+        else:
+            self.env[copied] = run_node(self.context, self.root, copied, self.value)
+        return copied
 
     def _open(self, held: Any) -> bool:
         """Whether what an assertion holds can be otherwise for other inputs: it does not follow from widths alone."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.memory import name_of
+from fxprune.labels import Array
+from fxprune.memory import name_of, squeezes_all
 from fxprune.rewrite.survivors import Survivors
 from fxprune.shapes import META, holds_tensors, reshape_blocks
 from fxprune.trace import execute
@@ -53,7 +54,7 @@ class Extents:
         key = node, axis
         if key not in self._known:
             self._known[key] = Extent.UNKNOWN  # while it is looked for
-            found = self._find(node, axis)
+            found = self._find(node, axis) or self._carried(node, axis)
             value = node.meta["val"]
             if found is Extent.UNKNOWN and self.survivors.shape(value)[axis] == value.shape[axis]:
                 found = Extent.SHARE  # all of it
@@ -102,10 +103,39 @@ class Extents:
             return self._of(node, value, axis) if axis < value.dim() - space - (width is not None) else Extent.UNKNOWN
         return self._of_operands(node, axis) if _is_pointwise(name) else Extent.UNKNOWN
 
+    def _carried(self, node: fx.Node, axis: int) -> Extent:
+        """An axis that holds, one by one, the units of an operand's axis, or of a parameter's: it is that axis.
+
+        Where numbers of the graph are among the arguments, it may be the part of it that is all for the example. Where an axis of
+        size 1 may be larger for another input, the two may be laid out as one.
+        """
+        row, operands = self._units(node.meta["val"], axis), node.all_input_nodes
+        if row is None or squeezes_all(node) or not all(isinstance(operand.meta["val"], Tensor) for operand in operands):
+            return Extent.UNKNOWN
+        if not all(self._nothing_hidden(operand, operand.meta["val"]) for operand in operands):
+            return Extent.UNKNOWN
+        if node.op == "call_module":
+            own = self.root.get_submodule(str(node.target)).parameters()
+            if any(self._is_row(row, tensor, d) for tensor in own for d in range(tensor.dim())):
+                return Extent.FIXED
+        found = Extent.UNKNOWN
+        for operand in operands:
+            value = operand.meta["val"]
+            found = max([found, *(self.of(operand, d) for d in range(value.dim()) if self._is_row(row, value, d))])
+        return found
+
+    def _is_row(self, row: Array, tensor: Tensor, axis: int) -> bool:
+        return tensor.shape[axis] == len(row) and np.array_equal(self._units(tensor, axis), row)
+
+    def _units(self, tensor: Any, axis: int) -> Array | None:
+        """The units along an axis, where each position is one of its own."""
+        rows = (own.reshape(-1) for own, dim, _ in self.survivors.fields(tensor) if dim == axis and own.size == own.shape[axis])
+        return next((row for row in rows if row.all() and len(np.unique(row)) == len(row)), None)
+
     def _name(self, node: fx.Node) -> str:
-        if node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), (_ConvNd, nn.Linear, nn.Embedding)):
-            return type(self.root.get_submodule(str(node.target))).__name__.lower().removeprefix("lazy").replace("transpose", "")
         name = str(node.args[1]) if node.target is getattr else name_of(node, self.root)
+        if node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), _ConvNd):
+            return name.removeprefix("lazy").replace("transpose", "")
         return _ALIASES.get(name, name)
 
     def _width(self, node: fx.Node, name: str) -> int | None:
@@ -154,7 +184,7 @@ class Extents:
     def _reshaped(self, node: fx.Node, axis: int) -> Extent:
         """An axis of what is laid out anew: the product, or a factor, of the axes that it came from."""
         first, value = _first(node), node.meta["val"]
-        if self._name(node) == "squeeze" and len(node.args) == 1 and not node.kwargs:
+        if squeezes_all(node):
             return Extent.UNKNOWN  # which axes are left depends on the batch
         given = _sizes_given(node)
         if len(given) == value.dim() and given[axis] != -1 and self.constant(given[axis]):
@@ -281,8 +311,9 @@ class Extents:
 
     def _repeated(self, node: fx.Node, axis: int) -> Extent:
         first, value = _first(node), node.meta["val"]
-        given = _sizes_given(node)
-        if first is None or len(given) != value.dim() or not self.constant(given[axis]):
+        given = [*_sizes_given(node)]
+        given = [1] * (value.dim() - len(given)) + given  # what tile is told may be the last ones alone
+        if first is None or not self.constant(given[axis]):
             return Extent.UNKNOWN
         own = axis - value.dim() + first.meta["val"].dim()
         return self.of(first, own) if own >= 0 else Extent.FIXED
@@ -360,9 +391,10 @@ def axes_read(number: fx.Node) -> tuple[fx.Node, Sequence[int]] | None:
 
 def _sizes_given(node: fx.Node) -> Sequence[Any]:
     """The sizes, one for each axis, that a call of ``view`` or its kind is given."""
-    if name_of(node) not in ("view", "reshape", "unsafe_view", "expand", "repeat"):
+    if name_of(node) not in ("view", "reshape", "unsafe_view", "expand", "repeat", "tile"):
         return ()
-    given = node.kwargs.get("size", node.kwargs.get("shape", node.args[1:]))
+    named = (node.kwargs[key] for key in ("size", "shape", "repeats", "dims") if key in node.kwargs)
+    given = next(named, node.args[1:])
     return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
@@ -418,7 +450,7 @@ _RULES: dict[str, Callable[[Extents, fx.Node, int], Extent]] = {
     "cat": Extents._joined,
     "stack": Extents._stacked,
     "expand": Extents._expanded,
-    "repeat": Extents._repeated,
+    **dict.fromkeys(("repeat", "tile"), Extents._repeated),
     "narrow": Extents._narrowed,
     "pad": Extents._padded,
     **dict.fromkeys(("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "pixelshuffle"), Extents._before_space),

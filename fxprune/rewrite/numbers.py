@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import RewriteError
-from fxprune.memory import name_of
+from fxprune.memory import name_of, squeezes_all
 from fxprune.rewrite.extents import Extent, Extents, axes_read
 from fxprune.shapes import holds_tensors
 from fxprune.trace import execute, formula
@@ -221,7 +221,7 @@ class Numbers:
             left = self.survivors.shape(tensor.meta["val"])[axis]
             now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
             self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
-            if _ranks_vary(tensor.graph):
+            if any(map(squeezes_all, tensor.graph.nodes)):
                 rank = tensor.meta["val"].dim()
                 self.hold(self.create("call_method", "dim", (self.made[tensor],), {}, rank), rank, f"{tensor.name}.dim()", rank)
         for number in _nodes(bounds):
@@ -231,6 +231,18 @@ class Numbers:
                         f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which inputs decide", axis=axis
                     )
                 self.hold(self.original(number), number.meta["val"], formula(number), number.meta["val"])
+
+    def hold_layout(self, tensor: fx.Node) -> None:
+        """Hold a tensor to sizes with which it lies in memory as for the example: where it is dense, to axes of size 1."""
+        old = tensor.meta["val"]
+        dense = old.permute(_in_memory(old)).is_contiguous()
+        for axis, size in enumerate(old.shape):
+            if self.extents.of(tensor, axis) is not Extent.FIXED:
+                number = self.size(tensor, axis)
+                if dense:
+                    number = self.create("call_function", operator.eq, (number, 1), {}, size == 1)
+                what = f"{tensor.name}.size({axis})"
+                self.hold(number, size == 1 if dense else size, f"({what} == 1)" if dense else what, size == 1 if dense else size)
 
     def _is_product(self, value: Any) -> bool:
         """Whether a number is a product of sizes, each a known share of the original's: so is it itself."""
@@ -272,19 +284,18 @@ def _laid_out_like(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """A tensor of other sizes, whose axes lie in memory in the order of another's."""
     if list(sizes) == list(tensor.shape):
         return tensor
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return torch.empty_permuted(sizes, order, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_permuted(sizes, _in_memory(tensor), dtype=tensor.dtype, device=tensor.device)
+
+
+def _in_memory(tensor: Tensor) -> list[int]:
+    """The axes in the order in which they lie in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(map(_is_number, value))
     return isinstance(value, (bool, int, float, complex))
-
-
-def _ranks_vary(graph: fx.Graph) -> bool:
-    """Whether there is a ``squeeze()`` that drops whatever is of size 1, the batch as well."""
-    return any(name_of(node) == "squeeze" and len(node.args) == 1 and not node.kwargs for node in graph.nodes)
 
 
 def _asks(node: fx.Node) -> bool:

@@ -41,7 +41,7 @@ from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, takes_functions, user_line
 from fxprune.trace.lookups import Lookup, unanswered
-from fxprune.trace.resized import hold_inputs
+from fxprune.trace.resized import hold_inputs, hold_ranks
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
 from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, set_mode, twin_of
@@ -173,7 +173,8 @@ def trace(
         except BaseException:
             attributes.restore()
             raise
-        hold_inputs(tracer, lambda other: _compare(result, other))
+        for hold in (hold_inputs, hold_ranks):
+            hold(tracer, lambda other: _compare(result, other))
         return result
 
 

@@ -1,4 +1,5 @@
-"""What C++ has computed from the sizes of inputs, below Python, found by traces of inputs of other sizes.
+"""What has followed from the sizes of inputs without a word, found by traces of inputs of other sizes: numbers that C++ has
+computed below Python, and how many axes a ``squeeze()`` leaves.
 
 Where another size makes another graph, the graph is for its own size alone, and says so. That is asked only of graphs with numbers
 of unknown origin in them: the rules of ``vmap`` cut, count and compose before an operation is seen.
@@ -13,9 +14,10 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from fxprune.memory import squeezes_all
 from fxprune.trace.tracer import Tracer
 
-__all__ = ["hold_inputs"]
+__all__ = ["hold_inputs", "hold_ranks"]
 
 Place = tuple[fx.Node, int]
 """An input, or an entry of one, and a dimension of it."""
@@ -46,9 +48,23 @@ def hold_inputs(tracer: Tracer, compare: Compare) -> None:
         tracer.hold_input(*place, next(iter(tracer.below_lines.values())))
 
 
+def hold_ranks(tracer: Tracer, compare: Compare) -> None:
+    """Hold a graph to the number of axes that ``squeeze()`` leaves, where it is another graph for inputs of which it drops more."""
+    squeezed = [node for node in tracer.graph.nodes if squeezes_all(node)]
+    if not squeezed:
+        return
+    free = _free(tracer.graph)
+    alike = [[place for place in free if _size(place) == size and place[1] == dim] for size, dim in dict.fromkeys(map(_key, free))]
+    for places in (*alike, *([place] for place in free)):  # the batches of two inputs are one
+        if isinstance(compare(_with(tracer.example, places, 2 if _size(places[0]) == 1 else 1)), fx.Node):
+            for node in squeezed:
+                tracer.hold_rank(node)
+            return
+
+
 def _failing_together(tracer: Tracer, places: Sequence[Place], compare: Compare) -> list[Place]:
     """Those without which no other size is known to give the same graph: the batches of two inputs, say, are one."""
-    for alike in (lambda place: (_size(place), place[1]), _size):
+    for alike in (_key, _size):
         for key in {alike(place) for place in places}:
             together = [place for place in places if alike(place) == key]
             if len(together) > 1 and _resized(tracer, together, compare) is None:
@@ -94,6 +110,10 @@ def _is_held(node: fx.Node, dim: int) -> bool:
 
 def _size(place: Place) -> int:
     return int(place[0].meta["val"].shape[place[1]])
+
+
+def _key(place: Place) -> tuple[int, int]:
+    return _size(place), place[1]
 
 
 def _line(tracer: Tracer, node: fx.Node) -> str:

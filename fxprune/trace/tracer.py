@@ -504,6 +504,15 @@ class Tracer:
             number = self.size_of(stand_in(node, self), dim)
         self._hold_finished(number, where)
 
+    @_unseen
+    def hold_rank(self, node: fx.Node) -> None:
+        """Hold the finished graph to the number of axes of what a node gives."""
+        self._closed = False
+        with torch.no_grad(), self.graph.inserting_before(node.next):
+            rank = self.record("call_method", "dim", (stand_in(node, self),), {})
+            self._hold(rank, rank.example, f"inputs with {formula(rank.fx_node)}")
+        self._closed = True
+
     def _hold_finished(self, number: Any, where: str) -> None:
         self._closed, node = False, number.fx_node
         text = f"{where}: {formula(node)} was taken as {number.example!r}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.coupling import Coupling
 from fxprune.propagation import seen_whole, takes_statistics
@@ -191,7 +191,10 @@ class Followed(DispatchMode):
         if not ahead.statistics or ahead.statistics[0].op._schema.name != func._schema.name:
             raise NotFollowedError(f"{func} was not traced")
         found = _over_survivors(func, args, kwargs, ahead.statistics.pop(0), self.survivors)
-        return func(*args, **kwargs) if found is None else found
+        if found is None:
+            return func(*args, **kwargs)
+        own = func(args[0], *clone(args[1:]), **clone(kwargs))  # of copies: it may write into what is remembered
+        return tree_map(_with_strides_of, found, own)
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         ahead = self._stack[-1][1] if self._stack else _Ahead()
@@ -264,6 +267,13 @@ class Replayed(DispatchMode):
                 yours = self.survivors.take(leaf, yours)
             if mine.shape == yours.shape:
                 self.compared.append((mine, yours))
+
+
+def _with_strides_of(tensor: Any, own: Any) -> Any:
+    """A tensor that lies in memory as another one: which views of it are copies goes by that."""
+    if not isinstance(tensor, Tensor) or tensor.stride() == own.stride():
+        return tensor
+    return torch.empty_strided(own.shape, own.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def clone(value: Any) -> Any:

@@ -6,7 +6,10 @@ zero in the original, built once more. Fused norms take their statistics over th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -60,37 +63,36 @@ def mask(model: nn.Module, alive: dict[str, Tensor]) -> None:
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Dropout does nothing, so that training can be compared."""
-
-    drops = frozenset(
-        f
-        for f in (
-            F.dropout,
-            F.dropout1d,
-            F.dropout2d,
-            F.dropout3d,
-            F.alpha_dropout,
-            torch.dropout,
-            torch.feature_dropout,
-            torch.dropout_,
-        )
-    )
+    """Dropout does nothing, and random slopes are their mean, so that training can be compared."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.drops:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
+        return WITHOUT_DROPOUT.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def in_backward(*instead: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """What checkpoints run once more, in the backward pass, goes the same way: modes are not asked there."""
+    with ExitStack() as stack:
+        for func, other in (pair for pairs in instead for pair in pairs.items()):
+            for space in (torch, F):
+                if getattr(space, func.__name__, None) is func:
+                    stack.enter_context(mock.patch.object(space, func.__name__, other))
+        yield
+
+
+def _same(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return input
+
+
+def _mean_slope(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+    return F.leaky_relu(input, (lower + upper) / 2, inplace)
 
 
 class OverSurvivors(TorchFunctionMode):
     """Fused norms take their statistics over the channels whose weight is not zero."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        norm = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm}.get(
-            func
-        )
-        norm = {F.group_norm: _group_norm, torch.group_norm: _group_norm}.get(func, norm)
-        return (norm or func)(*args, **(kwargs or {}))
+        return OVER_SURVIVORS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _standardised(x: Tensor, on: Tensor, dims: tuple[int, ...], eps: float, centred: bool = True) -> Tensor:
@@ -126,3 +128,20 @@ def _group_norm(
     wide = (1, -1) + (1,) * (input.dim() - 2)
     y = y if weight is None else y * weight.view(wide)
     return y if bias is None else y + (bias * on).view(wide)
+
+
+def _where_it_lies(func: Any, norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The norm, with a result that lies in memory as the function's own does: which views of it are copies goes by that."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        given = func(*args, **kwargs)
+        return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype).copy_(norm(*args, **kwargs))
+
+    return call
+
+
+_NORMS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
+OVER_SURVIVORS = {func: _where_it_lies(func, norm) for n, norm in _NORMS.items() for func in (getattr(torch, n), getattr(F, n))}
+
+_DROPS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout, torch.feature_dropout, torch.dropout_)
+WITHOUT_DROPOUT: dict[Any, Callable[..., Tensor]] = {**dict.fromkeys(_DROPS, _same), F.rrelu: _mean_slope}

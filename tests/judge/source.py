@@ -27,10 +27,12 @@ from torch import Tensor
 """
 
 
-# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of math. And what counts positions of
-# channels and places laid out as one: for another number of places these are others than without the channels that are gone.
+# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of math. What drops each axis of size
+# 1, a batch of one as well. And what counts positions of channels and places laid out as one: for another number of places these
+# are others than without the channels that are gone.
 _COUNTS = re.compile(
-    r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x|flatten\(1\)\[:, ::"
+    r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x|"
+    r"flatten\(1\)\[:, ::|torch\.squeeze\("
 )
 
 
