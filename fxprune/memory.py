@@ -67,7 +67,8 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
         return root is not None and bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.kwargs.get("inplace") or "out" in node.kwargs or node.target in _WRITING or _places(node.target):
+    into = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+    if into or node.target in _WRITING or _places(node.target):
         return True
     name = name_of(node)
     if _of_operator(node):
@@ -209,6 +210,10 @@ class Memory:
         nodes = {node for _, to in self._writing for node in self.roots(to)}
         stored = {node.target for node in nodes if node.op == "get_attr"}
         return nodes | {node for node in self._source if node.op == "get_attr" and node.target in stored}
+
+    def written_after(self, node: fx.Node) -> list[fx.Node]:
+        """What may be written into after a node has run."""
+        return [to for place, to in self._writing if place > self._place[node]]
 
     def changed_behind(self, view: fx.Node) -> bool:
         """Whether a view has to stay one: it or what it looks at is written to, and the other is read afterwards."""

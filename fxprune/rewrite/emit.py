@@ -10,6 +10,7 @@ survivors of what it gave before. Such a node is run by the thorough check only.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import operator
@@ -27,7 +28,7 @@ from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward, in_mode
 from fxprune.identity import TensorMap
 from fxprune.labels import Array, Field, compact, varied
-from fxprune.memory import Memory, first_of, shares
+from fxprune.memory import Memory, first_of, name_of, shares
 from fxprune.module_sizes import sizes_of
 from fxprune.moments import FUNCTIONS
 from fxprune.propagation import run_node
@@ -130,7 +131,11 @@ class _Emission:
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
         self.numbers = Numbers(Extents(survivors, trace.twin.model), self.graph, self.made, self.env)
-        self.memory = Memory(trace.graph, trace.twin.model)
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Who shares memory with whom in the original's graph."""
+        return Memory(self.trace.graph, self.trace.twin.model)
 
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels of the original's survivors."""
@@ -267,10 +272,14 @@ class _Emission:
         """
         source, value = shares(node, self.trace.twin.model), _value(node)
         old = None if source is None else _value(source)
-        if source is None or not isinstance(old, Tensor) or not isinstance(value, Tensor) or not self.memory.changed_behind(node):
+        if not isinstance(old, Tensor) or not isinstance(value, Tensor) or not hasattr(torch.ops.aten, name_of(node)):
             return False
         alone = any(left == 1 != size for size, left in zip(old.shape, self.survivors.shape(old), strict=True))
-        return alone and old.untyped_storage()._cdata != value.untyped_storage()._cdata
+        both = {_storage(old), _storage(value)}
+        if not alone or len(both) == 1:
+            return False
+        written = (_value(to) for to in self.memory.written_after(node))
+        return any(isinstance(to, Tensor) and _storage(to) in both for to in written) and self.memory.changed_behind(node)
 
     def _copied(self, node: fx.Node, new: fx.Node) -> fx.Node:
         """A copy of what a node gives, as the original's is one, for inputs of sizes that do not change that."""
@@ -443,6 +452,11 @@ class _Emission:
 def _value(node: fx.Node) -> Any:
     """What a node of the original's graph gave for the example."""
     return node.meta["val"]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor looks at, also where it has no data."""
+    return tensor.untyped_storage()._cdata
 
 
 def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
