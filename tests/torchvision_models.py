@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import unittest.mock
 import warnings
@@ -30,6 +31,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.video import mvit
 
 #: Families of another interface (lists of images, targets, pairs of images): they are in :data:`COMPOSITE`.
@@ -107,6 +110,18 @@ class Composite(Case):
             return tuple(torch.rand(batch, *shape[1:], generator=generator) for _ in range(2))
         _, colours, height, width = shape
         return ([torch.rand(colours, height + 16 * i, width - 16 * i, generator=generator) for i in range(batch)],)
+
+
+def small_detector(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """A RetinaNet of torchvision's over a few layers; images of any size."""
+    widths = (3, 8, 16, 16)
+    blocks = [
+        (nn.Conv2d(before, after, 3, 2, 1, bias=False), norm(after), nn.ReLU()) for before, after in itertools.pairwise(widths)
+    ]
+    backbone: Any = nn.Sequential(*itertools.chain.from_iterable(blocks))
+    backbone.out_channels = widths[-1]
+    anchors = AnchorGenerator(((8, 16),), ((0.5, 1.0),))
+    return RetinaNet(backbone, 5, anchor_generator=anchors, min_size=64, max_size=96).eval()
 
 
 @contextlib.contextmanager
@@ -211,7 +226,8 @@ def _composites() -> Iterator[Composite]:
             yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
         else:  # SSD resizes to the one size that it is built for
             sizes = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
-            slow = "rcnn_resnet50" in name or name == "ssd300_vgg16"  # half a minute each
+            # A quarter or half of a minute each; what is special in them has smaller ones: small_detector for RetinaNet.
+            slow = "rcnn_resnet50" in name or name in ("ssd300_vgg16", "retinanet_resnet50_fpn")
             yield Composite(name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow)
 
 
