@@ -214,6 +214,7 @@ def test_the_latency_of_every_budget(run_quickly: Callable[..., Any]) -> None:
     assert all(own["quartiles"][0] <= own["ms"] <= own["quartiles"][1] for own in row["latency"].values())
 
 
+@pytest.mark.long
 def test_by_hand_at_the_pruned_widths(run_quickly: Callable[..., Any]) -> None:
     record = run_quickly("latency_plain", "--models", "resnet18", "--repeats", "2")["resnet18"]
     assert list(record["differences"]) == ["plain", "deployed", "class", "graph"]

@@ -560,6 +560,7 @@ def test_compare_names_an_unknown_criterion(tiny):
     fails(run("compare", *TINY_ARGS, "--criteria", "cpmc,nonsense", "--macs", 0.5), "No criterion is named 'nonsense'")
 
 
+@pytest.mark.long
 def test_bench_prints_a_line_per_model_and_setting(tiny):
     quick = ("--rounds", 2, "--seconds", 0.005, "--device", "cpu")
     result = run("bench", *TINY_ARGS, "--channels", 0.5, "--batch", "1,4", "--precision", "fp32,bf16", *quick, "--json")

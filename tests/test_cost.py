@@ -13,7 +13,7 @@ from fxprune.macs import _FORMULAS, op_macs
 from fxprune.trace import slow_path
 from tests.support.counting import CheckedCounter
 from tests.torchvision_models import CASES, COMPOSITE
-from tests.zoo import CASES as CASES_OF_THE_ZOO
+from tests.zoo import in_turn
 
 
 def check(module, example_inputs, macs):
@@ -228,8 +228,7 @@ def test_recurrent_cells(kind, gates):
     check(kind(3, 5), torch.randn(2, 3), 2 * gates * (3 * 5 + 5 * 5))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("case", CASES_OF_THE_ZOO, ids=lambda case: case.name)
+@in_turn("batch", 1, 3)
 def test_the_report_counts_as_the_counter(case, batch):
     """Before and after, products of weights alone and recurrent layers included, also where the analysis widens the batch."""
     model, inputs = case.build(case.width).eval(), case.inputs(batch)

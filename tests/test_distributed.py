@@ -76,6 +76,7 @@ def test_batch_normalisation_is_synchronised_by_the_usual_conversion() -> None:
     torch.testing.assert_close(converted.eval()(image), expected)
 
 
+@pytest.mark.long
 def test_a_distributed_model_is_saved_and_read_like_any_other(tmp_path: Path, found: Callable[[str, str, int], Weights]) -> None:
     """The names are those of the plain model: what was gathered goes back into it."""
     torch.manual_seed(0)

@@ -141,6 +141,7 @@ def test_the_roofline_is_measured_once() -> None:
     assert first.bytes_per_second > 1e8
 
 
+@pytest.mark.long
 def test_inputs_by_name_and_compiled() -> None:
     class Named(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -407,6 +407,7 @@ def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[
     assert row.after <= 0.6 * 1.02 * row.before
 
 
+@pytest.mark.long
 def test_a_model_that_writes_into_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tests.support.checking import call, check_exact, tensors
-from tests.zoo import CASES
+from tests.zoo import CASES, in_turn
 from tests.zoo.case import Case
 
 parametrised = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -23,8 +23,7 @@ def test_half_the_channels(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("channels", [0.3, 0.8])
-@parametrised
+@in_turn("channels", 0.3, 0.8)
 def test_other_shares(case: Case, channels: float) -> None:
     """Widths that divide nothing. Less must go than at the half only where more is kept."""
     torch.manual_seed(1)

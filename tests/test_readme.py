@@ -16,6 +16,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.long
 def test_python_blocks_run_one_after_the_other():
     names = {"__name__": "readme"}
     assert len(blocks("python")) >= 3

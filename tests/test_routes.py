@@ -220,6 +220,7 @@ def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> No
                 torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 def test_models_in_parts_are_pruned_by_several_threads_at_once() -> None:
     """Beside a thread that serves a model of its own, and one that trains without torch's modules being looked at."""
     models = [Trained(MORE["all queries"]).double().eval() for _ in range(3)]

@@ -570,6 +570,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "notes.txt", "sub"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="kills a process by signal")
 def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
     """Two states in turn, as fast as it goes, until SIGKILL: what is left is one of them, whole."""
@@ -777,6 +778,7 @@ def test_what_is_added_to_a_pruned_model_is_kept() -> None:
     assert "calls" not in vars(model)
 
 
+@pytest.mark.long
 def test_a_graph_longer_than_the_stack() -> None:
     deep = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(1500)))
     model = fxprune.prune(deep, torch.randn(1, 2), channels=1.0).model

@@ -61,6 +61,7 @@ def test_a_unit_at_zero_has_a_finite_gradient() -> None:
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.long
 def test_training_makes_units_vanish_together() -> None:
     """With the penalty, the weakest half of the units falls to a smaller share of the weight than without."""
     shares = []
