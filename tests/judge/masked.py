@@ -85,7 +85,8 @@ def _same(input: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _mean_slope(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
-    return F.leaky_relu(input, (lower + upper) / 2, inplace)
+    out = F.leaky_relu(input, (lower + upper) / 2, inplace)
+    return out.contiguous() if training and not inplace else out  # as the random ones lie
 
 
 class OverSurvivors(TorchFunctionMode):
