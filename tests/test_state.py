@@ -611,3 +611,30 @@ def test_parameters_of_the_model_are_its_own_again() -> None:
     traced = trace(twin, *example_of(torch.randn(2, 3, 9, 9)))
     assert twin.model.get_parameter("conv.weight") is own
     assert "conv.weight" not in {node.target for node in traced.graph.nodes}
+
+
+class Marks(nn.Module):
+    """Hands out a tensor with something set on it; what is set on others is nobody's business."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        h.depth = 1
+        y = self.last(h)
+        if self.marks_results:
+            y.source = h
+        return y
+
+    marks_results = True
+
+
+def test_what_forward_sets_on_a_result_is_set_by_the_pruned_model() -> None:
+    model, x = Marks(), torch.randn(2, 4)
+    pruned = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert "sets 'source' on a tensor" in str(pruned.report)
+    assert pruned.model(x).source.shape == (2, 4)
+    model.marks_results = False
+    assert not fxprune.prune(model, x, channels=0.5, verify=True).report.parts

@@ -210,6 +210,12 @@ class Tracer:
             self._modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
             result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
             self.create_node("output", "output", (self.create_arg(result),), {})
+        for leaf in leaves((args, kwargs, result)):
+            if isinstance(leaf, TracedTensor) and leaf.marks:
+                raise TraceError(
+                    f"forward sets {leaf.marks[0]!r} on a tensor that its caller gets, {leaf.fx_node.name!r}: a graph would not. "
+                    "Hand it out as a result of its own, or keep that line inside a module of its own."
+                )
         self._refuse_values_that_change()
         return self.graph
 

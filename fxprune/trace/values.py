@@ -281,6 +281,11 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
 
     claimed = Tensor
 
+    @property
+    def marks(self) -> list[str]:
+        """The names of attributes that forward has set on the tensor."""
+        return [name for name in vars(self) if name not in _OF_STAND_INS]
+
     def __copy__(self) -> Any:
         return self.tracer.record("call_method", "detach", (self,), {})
 
@@ -322,6 +327,9 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
 
     def __format__(self, spec: str) -> str:
         return repr(self)
+
+
+_OF_STAND_INS = frozenset({"fx_node", "node", "tracer"})
 
 
 def _augmented(name: str) -> Callable[..., Any]:
