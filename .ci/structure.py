@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Measure how the package is built: lengths, imports, names, and how often it says what an operation does outside of its table.
+"""Measure how the package is built: lengths, imports, names, and how often it says what an
+operation does outside of its table.
 
 python .ci/structure.py          the figures
 python .ci/structure.py --list   with what exceeds them
@@ -23,11 +24,17 @@ Found = list[str]
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Name and lines of every function, without its docstring and without blank lines at its end."""
+    """Name and lines of every function, without its docstring and without blank lines at its
+    end.
+    """
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0]
-            said = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) is not None else 0
+            said = (
+                (first.end_lineno or 0) - first.lineno + 1
+                if ast.get_docstring(node) is not None
+                else 0
+            )
             yield node.name, (node.end_lineno or 0) - node.lineno + 1 - said
 
 
@@ -47,7 +54,11 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
 def _run(node: ast.AST) -> Iterator[ast.AST]:
     """What is below a node, but for what only type checkers read."""
     for below in ast.iter_child_nodes(node):
-        if not (isinstance(below, ast.If) and isinstance(below.test, ast.Name) and below.test.id == "TYPE_CHECKING"):
+        if not (
+            isinstance(below, ast.If)
+            and isinstance(below.test, ast.Name)
+            and below.test.id == "TYPE_CHECKING"
+        ):
             yield below
             yield from _run(below)
 
@@ -56,14 +67,24 @@ def defined(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
-        for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+        for target in (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        ):
             if isinstance(target, ast.Name) and not target.id.startswith("__"):
                 yield target.id
 
 
 def words_of(node: ast.AST) -> list[str]:
     """The words of a set, a tuple or a dictionary, or of a text that is split."""
-    found = [own.value for own in ast.walk(node) if isinstance(own, ast.Constant) and isinstance(own.value, str)]
+    found = [
+        own.value
+        for own in ast.walk(node)
+        if isinstance(own, ast.Constant) and isinstance(own.value, str)
+    ]
     return [word for text in found for word in text.split()]
 
 
@@ -73,23 +94,42 @@ def tables_of_operations(tree: ast.Module) -> Iterator[tuple[int, int]]:
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
         if value is not None:
             words = words_of(value)
-            known = [word for word in words if hasattr(torch.ops.aten, re.sub(r"^aten::|\.\w+$", "", word)) and word.islower()]
-            named = [own for own in ast.walk(value) if isinstance(own, ast.Attribute) and is_aten(own.value)]
+            known = [
+                word
+                for word in words
+                if hasattr(torch.ops.aten, re.sub(r"^aten::|\.\w+$", "", word)) and word.islower()
+            ]
+            named = [
+                own
+                for own in ast.walk(value)
+                if isinstance(own, ast.Attribute) and is_aten(own.value)
+            ]
             if len(known) + len(named) >= 3 and (len(known) + len(named)) * 2 >= len(words):
                 yield node.lineno, len(known) + len(named)
 
 
 def is_aten(node: ast.AST) -> bool:
-    return (isinstance(node, ast.Name) and node.id == "aten") or (isinstance(node, ast.Attribute) and node.attr == "aten")
+    return (isinstance(node, ast.Name) and node.id == "aten") or (
+        isinstance(node, ast.Attribute) and node.attr == "aten"
+    )
 
 
 def says_any(annotation: ast.expr | None) -> bool:
-    return annotation is not None and any(isinstance(own, ast.Name) and own.id == "Any" for own in ast.walk(annotation))
+    return annotation is not None and any(
+        isinstance(own, ast.Name) and own.id == "Any" for own in ast.walk(annotation)
+    )
 
 
 def public_any(tree: ast.Module, path: Path) -> Iterator[str]:
     """Parameters and results of functions in ``__all__`` that are annotated with ``Any``."""
-    names = next((words_of(own.value) for own in tree.body if isinstance(own, ast.Assign) and targets(own) == ["__all__"]), [])
+    names = next(
+        (
+            words_of(own.value)
+            for own in tree.body
+            if isinstance(own, ast.Assign) and targets(own) == ["__all__"]
+        ),
+        [],
+    )
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name in names:
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -106,7 +146,9 @@ def measured() -> dict[str, tuple[str, Found]]:
     files = sorted(ROOT.rglob("*.py"))
     trees = {path: ast.parse(path.read_text()) for path in files}
     lines = {path: path.read_text().splitlines() for path in files}
-    every = ((length, path, name) for path, tree in trees.items() for name, length in functions(tree))
+    every = (
+        (length, path, name) for path, tree in trees.items() for name, length in functions(tree)
+    )
     lengths = sorted((length, f"{path.relative_to(ROOT)}: {name}") for length, path, name in every)
     sizes = [length for length, _ in lengths]
     places = collections.defaultdict(list)
@@ -117,14 +159,33 @@ def measured() -> dict[str, tuple[str, Found]]:
         for name in defined(tree):
             places[name].append(str(path.relative_to(ROOT)))
         for module, name, line in imports(tree):
-            graph.add_edge(module_of(path), f"{module}.{name}" if f"{module}.{name}" in modules else module)
+            graph.add_edge(
+                module_of(path), f"{module}.{name}" if f"{module}.{name}" in modules else module
+            )
             if name.startswith("_") and not name.startswith("__"):
                 private.append(f"{path.relative_to(ROOT)}:{line}: {module}.{name}")
-    twice = [f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
-    cycles = [" -> ".join(sorted(group)) for group in nx.strongly_connected_components(graph) if len(group) > 1]
-    long = [f"{path.relative_to(ROOT)}: {len(own)}" for path, own in lines.items() if len(own) > 450]
-    wide = [f"{path.relative_to(ROOT)}:{n}" for path, own in lines.items() for n, text in enumerate(own, 1) if len(text) > 100]
-    ids = [str(path.relative_to(ROOT)) for path, own in lines.items() if re.search(r"\bid\(", "\n".join(own))]
+    twice = [
+        f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1
+    ]
+    cycles = [
+        " -> ".join(sorted(group))
+        for group in nx.strongly_connected_components(graph)
+        if len(group) > 1
+    ]
+    long = [
+        f"{path.relative_to(ROOT)}: {len(own)}" for path, own in lines.items() if len(own) > 450
+    ]
+    wide = [
+        f"{path.relative_to(ROOT)}:{n}"
+        for path, own in lines.items()
+        for n, text in enumerate(own, 1)
+        if len(text) >= 100
+    ]
+    ids = [
+        str(path.relative_to(ROOT))
+        for path, own in lines.items()
+        if re.search(r"\bid\(", "\n".join(own))
+    ]
     tables = [
         f"{path.relative_to(ROOT)}:{line}: {size} operations"
         for path, tree in trees.items()
@@ -134,10 +195,16 @@ def measured() -> dict[str, tuple[str, Found]]:
     anys = [name for path, tree in trees.items() for name in public_any(tree, path)]
     percentile = sizes[int(len(sizes) * 0.95)]
     return {
-        "functions": (f"median {statistics.median(sizes):g} lines, 95 % at most {percentile}, longest {sizes[-1]}", []),
-        "functions above 60 lines": _counted([f"{name} {length}" for length, name in lengths if length > 60]),
+        "functions": (
+            f"median {statistics.median(sizes):g} lines, 95 % at most {percentile}, longest "
+            f"{sizes[-1]}",
+            [],
+        ),
+        "functions above 60 lines": _counted(
+            [f"{name} {length}" for length, name in lengths if length > 60]
+        ),
         "files above 450 lines": _counted(long),
-        "lines above 100 characters": (str(len(wide)), wide),
+        "lines of 100 characters and more": (str(len(wide)), wide),
         "private names imported from another module": _counted(private),
         "import cycles": _counted(cycles),
         "names defined in two modules": _counted(twice),

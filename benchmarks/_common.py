@@ -1,4 +1,6 @@
-"""What the benchmarks share: the models, the rival, one fresh process per model, and writing down results."""
+"""What the benchmarks share: the models, the rival, one fresh process per model, and writing down
+results.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,13 @@ from fxprune.cost import MacCounter  # noqa: E402
 Record = dict[str, Any]
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------ models
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the main output of a model: the tensor itself, or the first one of a dict, list or tuple."""
+    """Return the main output of a model: the tensor itself, or the first one of a dict, list or
+    tuple.
+    """
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output
@@ -50,25 +54,31 @@ def parameter_count(model: nn.Module) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Sum the bytes of all parameters and buffers, a shared one once."""
-    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    return sum(
+        t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    )
 
 
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Tensor) -> int:
-    """Count multiply-accumulates of one forward, the same way for every kind of model (by the ATen ops that run)."""
+    """Count multiply-accumulates of one forward, the same way for every kind of model (by the ATen
+    ops that run).
+    """
     with MacCounter() as counter:
         model(inputs)
     return counter.macs
 
 
-# ------------------------------------------------------------------------------------------------------------ the rival
+# --------------------------------------------------------------------------------------- the rival
 
 
 def output_layers(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
-    """Return the layers that torch-pruning must be told to leave alone: those as wide as the number of classes.
+    """Return the layers that torch-pruning must be told to leave alone: those as wide as the
+    number of classes.
 
-    torch-pruning prunes the logits too unless the user lists the last layer. Every ``Linear`` or convolution with as
-    many outputs as the model has classes is listed here, which is what a user of its plain interface does by hand.
+    torch-pruning prunes the logits too unless the user lists the last layer. Every ``Linear`` or
+    convolution with as many outputs as the model has classes is listed here, which is what a user
+    of its plain interface does by hand.
     """
     with torch.no_grad():
         classes = first_tensor(model(inputs)).shape[1]
@@ -95,7 +105,8 @@ def torch_pruning_prune(
     round_to: int | None = None,
     num_heads: Mapping[nn.Module, int] | None = None,
 ) -> nn.Module:
-    """Prune ``model`` **in place** with torch-pruning's plain interface: L2 magnitude, ``ratio`` removed per layer.
+    """Prune ``model`` **in place** with torch-pruning's plain interface: L2 magnitude, ``ratio``
+    removed per layer.
 
     ``num_heads`` tells it the heads of attention layers, which it does not find out.
     """
@@ -108,7 +119,8 @@ def torch_pruning_prune(
         pruning_ratio=ratio,
         ignored_layers=list(ignored),
         round_to=round_to,
-        in_channel_groups={},  # its defaults are shared between calls and would remember earlier models
+        # its defaults are shared between calls and would remember earlier models
+        in_channel_groups={},
         out_channel_groups={},
         num_heads=dict(num_heads or {}),
     )
@@ -117,7 +129,9 @@ def torch_pruning_prune(
 
 
 def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) -> str | None:
-    """Say in a line what is wrong with torch-pruning's result: nothing removed, or outputs of another shape."""
+    """Say in a line what is wrong with torch-pruning's result: nothing removed, or outputs of
+    another shape.
+    """
     left, total = parameter_count(after), parameter_count(before)
     if left >= total:
         return "removed nothing"
@@ -128,18 +142,22 @@ def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) ->
     return None
 
 
-# ------------------------------------------------------------------------------------------------- processes and memory
+# ---------------------------------------------------------------------------- processes and memory
 
 
 def one_line(error: BaseException) -> str:
-    """Return ``Type: first line of the message``, without absolute paths and at most 160 characters."""
+    """Return ``Type: first line of the message``, without absolute paths and at most 160
+    characters.
+    """
     text = next(iter(str(error).strip().splitlines()), "")
     return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {text}")[:160]
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``TimeoutError`` within the context after ``seconds``, where the system has the signal for it."""
+    """Raise ``TimeoutError`` within the context after ``seconds``, where the system has the signal
+    for it.
+    """
 
     def ring(*_: object) -> None:
         raise TimeoutError(f"took longer than {seconds:.0f} s")
@@ -156,7 +174,9 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _child(connection: Connection, target: Callable[..., Record], arguments: tuple[Any, ...], threads: int) -> None:
+def _child(
+    connection: Connection, target: Callable[..., Record], arguments: tuple[Any, ...], threads: int
+) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     try:
@@ -169,17 +189,21 @@ def _child(connection: Connection, target: Callable[..., Record], arguments: tup
 
 
 def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 900.0) -> Record:
-    """Run ``target(*arguments)`` in a process of its own, in which the libraries are already imported.
+    """Run ``target(*arguments)`` in a process of its own, in which the libraries are already
+    imported.
 
-    Returns its record, or ``{"error": ...}`` if it raised, died or took longer than ``timeout`` seconds. ``target``
-    must be a module-level function.
+    Returns its record, or ``{"error": ...}`` if it raised, died or took longer than ``timeout``
+    seconds. ``target`` must be a module-level function.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch_pruning"])
     folders = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))  # the server does not inherit sys.path
+    # the server does not inherit sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, target, arguments, torch.get_num_threads()), daemon=True)
+    process = context.Process(
+        target=_child, args=(sender, target, arguments, torch.get_num_threads()), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -198,14 +222,16 @@ def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 90
         receiver.close()
 
 
-# ------------------------------------------------------------------------------------------------------ writing it down
+# --------------------------------------------------------------------------------- writing it down
 
 
 def machine() -> Record:
     """Describe what the figures depend on: processor, accelerator, threads, versions."""
     processor = platform.processor() or platform.machine()
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         processor = match.group(1).strip() if match else processor
     except OSError:
         pass
@@ -216,15 +242,20 @@ def machine() -> Record:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "torch-pruning", "fxprune")},
+        "versions": {
+            name: _version(name) for name in ("torch", "torchvision", "torch-pruning", "fxprune")
+        },
     }
 
 
 def warn_if_busy(about: Record) -> None:
-    """Say so on stderr when other processes keep the machine busy: the figures would be theirs too."""
+    """Say so on stderr when other processes keep the machine busy: the figures would be theirs
+    too.
+    """
     if about["load"] is not None and about["load"] > 0.5 * (about["cores"] or 1):
         print(
-            f"warning: load average {about['load']}: other processes are running, do not trust the times",
+            f"warning: load average {about['load']}: other processes are running, do not trust "
+            "the times",
             file=sys.stderr,
         )
 
@@ -238,7 +269,9 @@ def _version(name: str) -> str | None:
 
 def machine_line(about: Record) -> str:
     """Return the description of :func:`machine` as one line of Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in about["versions"].items() if version
+    )
     device = f"{about['accelerator']}, " if about["accelerator"] else ""
     processor = f"{about['processor']}, {about['cores']} cores, {about['threads']} threads"
     return f"{device}{processor}; {versions}; {about['date']}."
@@ -246,7 +279,10 @@ def machine_line(about: Record) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; every column but the first is right-aligned."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|"]
+    lines = [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join(["---", *["---:"] * (len(header) - 1)]) + "|",
+    ]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
@@ -270,7 +306,7 @@ def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
-# ------------------------------------------------------------------------------------------------------ command lines
+# ----------------------------------------------------------------------------------- command lines
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""The data of the accuracy benchmark: CIFAR from a folder, the digits that scikit-learn ships, or generated textured shapes."""
+"""The data of the accuracy benchmark: CIFAR from a folder, the digits that scikit-learn ships, or
+generated textured shapes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SIZES = {"digits": 16, "textures": 16, "cifar10": 32, "cifar100": 32}
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images (n, channels, size, size), of mean 0 and variance 1 over the training part, and labels (n,)."""
+    """Images (n, channels, size, size), of mean 0 and variance 1 over the training part, and
+    labels (n,).
+    """
 
     images: Tensor
     labels: Tensor
@@ -27,9 +31,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Three disjoint parts. Weights are fitted on ``train`` alone; ``validation`` is for choices, ``test`` for the report.
+    """Three disjoint parts. Weights are fitted on ``train`` alone; ``validation`` is for choices,
+    ``test`` for the report.
 
-    ``shift`` and ``flip`` are the augmentation: pixels by which images are moved at most, and whether they are mirrored.
+    ``shift`` and ``flip`` are the augmentation: pixels by which images are moved at most, and
+    whether they are mirrored.
     """
 
     name: str
@@ -51,8 +57,12 @@ class Data:
         return torch.zeros_like(self.train.images[:1])
 
 
-def load(name: str, size: int | None = None, folder: Path | None = None, device: str = "cpu") -> Data:
-    """Read or make the data called ``name``; ``folder`` is torchvision's root for CIFAR, which is not downloaded."""
+def load(
+    name: str, size: int | None = None, folder: Path | None = None, device: str = "cpu"
+) -> Data:
+    """Read or make the data called ``name``; ``folder`` is torchvision's root for CIFAR, which is
+    not downloaded.
+    """
     size = size or SIZES[name]
     if name == "digits":
         data = _digits(size)
@@ -63,7 +73,10 @@ def load(name: str, size: int | None = None, folder: Path | None = None, device:
     mean = data.train.images.mean(dim=(0, 2, 3), keepdim=True)
     scale = data.train.images.std(dim=(0, 2, 3), keepdim=True)
     parts = {
-        part: Part(((getattr(data, part).images - mean) / scale).to(device), getattr(data, part).labels.to(device))
+        part: Part(
+            ((getattr(data, part).images - mean) / scale).to(device),
+            getattr(data, part).labels.to(device),
+        )
         for part in ("train", "validation", "test")
     }
     return replace(data, **parts)
@@ -79,16 +92,26 @@ def augmented(images: Tensor, data: Data, generator: torch.Generator) -> Tensor:
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     each, channel = torch.arange(count), torch.arange(channels)
-    index = (each[:, None, None, None], channel[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :])
+    index = (
+        each[:, None, None, None],
+        channel[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    )
     return padded[tuple(part.to(images.device) for part in index)]
 
 
 def _cut(images: Tensor, labels: Tensor, *ends: int) -> tuple[Part, ...]:
-    return tuple(Part(images[a:b], labels[a:b]) for a, b in zip((0, *ends), (*ends, len(labels)), strict=True))
+    return tuple(
+        Part(images[a:b], labels[a:b])
+        for a, b in zip((0, *ends), (*ends, len(labels)), strict=True)
+    )
 
 
 def _digits(size: int) -> Data:
-    """1,797 digits; writers come one after another, so the parts have different writers (but those at the two cuts)."""
+    """1,797 digits; writers come one after another, so the parts have different writers (but those
+    at the two cuts).
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -108,13 +131,23 @@ def _cifar(name: str, size: int, folder: Path | None) -> Data:
         read = kind(str(folder), train=fitted, download=False)
         images = torch.from_numpy(read.data).permute(0, 3, 1, 2).float() / 255
         if size != images.shape[-1]:
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+            images = F.interpolate(
+                images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+            )
         parts.append((images, torch.tensor(read.targets)))
     train, validation = _cut(*parts[0], len(parts[0][1]) - 5000)
-    return Data(name, 10 if name == "cifar10" else 100, train, validation, Part(*parts[1]), shift=size // 8, flip=True)
+    return Data(
+        name,
+        10 if name == "cifar10" else 100,
+        train,
+        validation,
+        Part(*parts[1]),
+        shift=size // 8,
+        flip=True,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- textures
+# ---------------------------------------------------------------------------------------- textures
 
 _SHAPES = ("disc", "square", "triangle", "ring", "cross")
 _TEXTURES = ("stripes down", "stripes up", "checks", "dots")
@@ -122,10 +155,11 @@ _FINER = 3  # drawn so much larger, then averaged
 
 
 def _textures(size: int) -> Data:
-    """A shape filled with a texture, before another texture, anywhere, at any scale, turned a little, in any colours, with noise.
+    """A shape filled with a texture, before another texture, anywhere, at any scale, turned a
+    little, in any colours, with noise.
 
-    The class is the pair of shape and texture, 20 in all: neither the outline nor the filling tells it alone. Equal on every
-    machine up to rounding: one seeded generator draws everything.
+    The class is the pair of shape and texture, 20 in all: neither the outline nor the filling
+    tells it alone. Equal on every machine up to rounding: one seeded generator draws everything.
     """
     counts = (2400, 3000, 3000)
     generator = torch.Generator().manual_seed(20)
@@ -138,20 +172,47 @@ def _textures(size: int) -> Data:
     def between(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(total, *(shape or (1, 1)), generator=generator) * (high - low) + low
 
-    centre_y, centre_x, scale, turn = between(-0.2, 0.2), between(-0.2, 0.2), between(0.6, 0.85), between(-0.3, 0.3)
+    centre_y, centre_x, scale, turn = (
+        between(-0.2, 0.2),
+        between(-0.2, 0.2),
+        between(0.6, 0.85),
+        between(-0.3, 0.3),
+    )
     shifted_y, shifted_x = (y - centre_y) / scale, (x - centre_x) / scale
-    u, v = shifted_x * turn.cos() + shifted_y * turn.sin(), shifted_y * turn.cos() - shifted_x * turn.sin()
+    u, v = (
+        shifted_x * turn.cos() + shifted_y * turn.sin(),
+        shifted_y * turn.cos() - shifted_x * turn.sin(),
+    )
     inside = _inside(labels % len(_SHAPES), u, v).float()[:, None]
-    filling = _filled(labels // len(_SHAPES), x, y, between(3.0, 5.0), between(0, 2 * math.pi), between(0, 2 * math.pi))[:, None]
+    filling = _filled(
+        labels // len(_SHAPES),
+        x,
+        y,
+        between(3.0, 5.0),
+        between(0, 2 * math.pi),
+        between(0, 2 * math.pi),
+    )[:, None]
     other = torch.randint(len(_TEXTURES), (total,), generator=generator)
-    ground = _filled(other, x, y, between(3.0, 5.0), between(0, 2 * math.pi), between(0, 2 * math.pi))[:, None]
+    ground = _filled(
+        other, x, y, between(3.0, 5.0), between(0, 2 * math.pi), between(0, 2 * math.pi)
+    )[:, None]
     tone = between(0.2, 0.8, 3, 1, 1)
     contrast = between(0.5, 1.0, 1, 1, 1) * torch.where(between(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
-    image = inside * (tone + 0.8 * contrast * (filling - 0.5)) + (1 - inside) * (1 - tone + 0.2 * contrast * (ground - 0.5))
+    image = inside * (tone + 0.8 * contrast * (filling - 0.5)) + (1 - inside) * (
+        1 - tone + 0.2 * contrast * (ground - 0.5)
+    )
     image = F.avg_pool2d(image, _FINER)
     image = image + 0.06 * torch.randn(image.shape, generator=generator)
     train, validation, test = _cut(image, labels, counts[0], counts[0] + counts[1])
-    return Data("textures", len(_SHAPES) * len(_TEXTURES), train, validation, test, shift=max(1, size // 8), flip=False)
+    return Data(
+        "textures",
+        len(_SHAPES) * len(_TEXTURES),
+        train,
+        validation,
+        test,
+        shift=max(1, size // 8),
+        flip=False,
+    )
 
 
 def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -168,7 +229,9 @@ def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.stack(drawn)[shape, torch.arange(len(shape))]
 
 
-def _filled(texture: Tensor, x: Tensor, y: Tensor, frequency: Tensor, phase: Tensor, other: Tensor) -> Tensor:
+def _filled(
+    texture: Tensor, x: Tensor, y: Tensor, frequency: Tensor, phase: Tensor, other: Tensor
+) -> Tensor:
     """The texture's brightness in [0, 1]."""
     across, along = math.pi * frequency * x + phase, math.pi * frequency * y + other
     drawn = (

@@ -1,4 +1,6 @@
-"""What the latency benchmarks share: their models, their options, one file of results per device."""
+"""What the latency benchmarks share: their models, their options, one file of results per
+device.
+"""
 
 from __future__ import annotations
 
@@ -42,21 +44,37 @@ QUICK_MODELS = ("resnet18", "mobilenet_v2")
 
 def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.ArgumentParser:
     """The options of all latency benchmarks."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--models", type=common.names, default=None, help=f"default: {','.join(models)}")
-    made.add_argument("--precisions", type=common.names, help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU")
-    made.add_argument(
-        "--modes", type=common.names, help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU"
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--batches", type=common.numbers, help="default: 1,256 on a GPU and 1,8 on a CPU")
+    made.add_argument(
+        "--models", type=common.names, default=None, help=f"default: {','.join(models)}"
+    )
+    made.add_argument(
+        "--precisions",
+        type=common.names,
+        help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU",
+    )
+    made.add_argument(
+        "--modes",
+        type=common.names,
+        help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU",
+    )
+    made.add_argument(
+        "--batches", type=common.numbers, help="default: 1,256 on a GPU and 1,8 on a CPU"
+    )
     made.add_argument("--rounds", type=int, default=7, help="how often the models take turns")
     made.add_argument("--seconds", type=float, default=0.2, help="about how long each turn lasts")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--quick", action="store_true", help="small images, two models, batch 1 and 4")
+    made.add_argument(
+        "--quick", action="store_true", help="small images, two models, batch 1 and 4"
+    )
     return made
 
 
-def options(made: argparse.ArgumentParser, models: Sequence[str] = MODELS, known: Mapping[str, Any] = KNOWN) -> argparse.Namespace:
+def options(
+    made: argparse.ArgumentParser, models: Sequence[str] = MODELS, known: Mapping[str, Any] = KNOWN
+) -> argparse.Namespace:
     """Read the command line, fill in what depends on the device, and say where it runs."""
     found = made.parse_args()
     on_gpu = torch.device(found.device).type == "cuda"
@@ -66,7 +84,11 @@ def options(made: argparse.ArgumentParser, models: Sequence[str] = MODELS, known
     found.modes = found.modes or (("eager", "compiled") if on_gpu else ("eager",))
     found.batches = found.batches or ((1, 4) if found.quick else (1, 256) if on_gpu else (1, 8))
     found.size = "small" if found.quick else "native"
-    unknown = [*set(found.models) - set(known), *set(found.precisions) - set(PRECISIONS), *set(found.modes) - set(MODES)]
+    unknown = [
+        *set(found.models) - set(known),
+        *set(found.precisions) - set(PRECISIONS),
+        *set(found.modes) - set(MODES),
+    ]
     if unknown:
         made.error(f"unknown: {', '.join(unknown)}")
     warnings.simplefilter("ignore")
@@ -86,14 +108,22 @@ def built(name: str, size: str) -> tuple[nn.Module, Any]:
     return case.build(size=size).eval(), case.inputs(size=size, batch=1)
 
 
-def time_all(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace) -> list[common.Record]:
+def time_all(
+    models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace
+) -> list[common.Record]:
     """One row per setting: the milliseconds of every model, or the error that stopped it."""
     rows = []
     for setting in settings(found):
-        row: common.Record = {"precision": setting.precision, "mode": setting.mode, "batch": setting.batch}
+        row: common.Record = {
+            "precision": setting.precision,
+            "mode": setting.mode,
+            "batch": setting.batch,
+        }
         try:
             row |= fitting(models, inputs, setting, found)
-            said = "  ".join(f"{name} {latency['ms']:.3f} ms" for name, latency in row["latency"].items())
+            said = "  ".join(
+                f"{name} {latency['ms']:.3f} ms" for name, latency in row["latency"].items()
+            )
         except Exception as error:
             said = row["error"] = common.one_line(error)
         print(f"  {setting.precision} {setting.mode:9} batch {row['batch']:4}  {said}", flush=True)
@@ -102,18 +132,31 @@ def time_all(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Names
     return rows
 
 
-def fitting(models: Mapping[str, nn.Module], inputs: Any, setting: Setting, found: argparse.Namespace) -> common.Record:
-    """What the models took, and at which batch: half of it, and half again, until a GPU's memory holds it."""
+def fitting(
+    models: Mapping[str, nn.Module], inputs: Any, setting: Setting, found: argparse.Namespace
+) -> common.Record:
+    """What the models took, and at which batch: half of it, and half again, until a GPU's memory
+    holds it.
+    """
     batch = setting.batch
     assert batch is not None
     while True:
         try:
-            measured = measure(models, inputs, replace(setting, batch=batch), rounds=found.rounds, seconds=found.seconds)
+            measured = measure(
+                models,
+                inputs,
+                replace(setting, batch=batch),
+                rounds=found.rounds,
+                seconds=found.seconds,
+            )
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
         else:
-            return {"batch": batch, "latency": {name: as_record(latency) for name, latency in measured.items()}}
+            return {
+                "batch": batch,
+                "latency": {name: as_record(latency) for name, latency in measured.items()},
+            }
         batch //= 2  # behind the error, which holds what was allocated
         print(f"  out of memory: the batch is {batch} now", flush=True)
         torch.cuda.empty_cache()
@@ -133,16 +176,22 @@ def as_record(latency: Latency) -> common.Record:
 
 
 def keep_memory() -> bool:
-    """Let the C library keep what a call frees for the next one, as the allocators of production servers do; whether it could.
+    """Let the C library keep what a call frees for the next one, as the allocators of production
+    servers do; whether it could.
 
-    glibc gives large blocks back to the system, whose pages then fault anew: at batch 8 up to 45,000 times in a call of
-    torchvision's own ResNet-50, up to three times as often in one spelling of a network as in another, by nothing but the order
-    in which blocks are freed. Where all of them stay, what is left is the network.
+    glibc gives large blocks back to the system, whose pages then fault anew: at batch 8 up to
+    45,000 times in a call of torchvision's own ResNet-50, up to three times as often in one
+    spelling of a network as in another, by nothing but the order in which blocks are freed. Where
+    all of them stay, what is left is the network.
     """
-    trim_threshold, largest_number_of_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3)
+    # M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3)
+    trim_threshold, largest_number_of_mappings = -1, -4
     try:
         library = ctypes.CDLL("libc.so.6")
-        return bool(library.mallopt(trim_threshold, 2**31 - 1) and library.mallopt(largest_number_of_mappings, 0))
+        return bool(
+            library.mallopt(trim_threshold, 2**31 - 1)
+            and library.mallopt(largest_number_of_mappings, 0)
+        )
     except (OSError, AttributeError):  # another C library
         return False
 
@@ -156,7 +205,8 @@ def run(
     alike: Sequence[str],
     plot: Callable[[common.Record], None] | None = None,
 ) -> None:
-    """Measure each model and write the results after each; models in the device's file that were not asked for now stay.
+    """Measure each model and write the results after each; models in the device's file that were
+    not asked for now stay.
 
     ``alike`` names the options that have to be what they were, or the file starts anew.
     """
@@ -166,14 +216,29 @@ def run(
     common.warn_if_busy(about)
     print(common.machine_line(about), flush=True)
     label = about["accelerator"] or f"cpu {about['processor']}"
-    stem = f"{question}_" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") + ("_quick" if found.quick else "")
-    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(found).items()}
+    stem = (
+        f"{question}_"
+        + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+        + ("_quick" if found.quick else "")
+    )
+    chosen = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(found).items()
+    }
     chosen["keeps_memory"] = keep_memory()
     before = common.read(stem)
-    same = all(before.get("settings", {}).get(name) == chosen[name] for name in (*alike, "keeps_memory"))
+    same = all(
+        before.get("settings", {}).get(name) == chosen[name] for name in (*alike, "keeps_memory")
+    )
     kept = before.get("models", {}) if same else {}
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".rstrip()
-    results: common.Record = {"machine": about, "command": command, "settings": chosen, "stem": stem, "models": kept}
+    results: common.Record = {
+        "machine": about,
+        "command": command,
+        "settings": chosen,
+        "stem": stem,
+        "models": kept,
+    }
     for name in found.models:
         print(name, flush=True)
         try:
@@ -183,7 +248,9 @@ def run(
             print(f"  {record['error']}", flush=True)
         else:
             measured = {_setting(row) for row in record["rows"]}
-            others = [row for row in kept.get(name, {}).get("rows", ()) if _setting(row) not in measured]
+            others = [
+                row for row in kept.get(name, {}).get("rows", ()) if _setting(row) not in measured
+            ]
             record["rows"] = sorted([*others, *record["rows"]], key=_setting)
         results["models"][name] = record
         if plot is not None:
@@ -193,7 +260,9 @@ def run(
 
 
 def lines(results: common.Record) -> Iterator[tuple[list[Any], common.Record | None]]:
-    """For each row of each model the beginning of its line in a table, and the row; errors have the whole line, and no row."""
+    """For each row of each model the beginning of its line in a table, and the row; errors have
+    the whole line, and no row.
+    """
     for name, record in results["models"].items():
         if "error" in record:
             yield [f"`{name}`", record["error"]], None
@@ -207,10 +276,16 @@ def _setting(row: common.Record) -> tuple[str, str, int]:
 
 
 def page(results: common.Record, title: str, text: Sequence[str], *blocks: str) -> str:
-    """A Markdown page: title and device, the command, what the figures are, the machine, tables."""
+    """A Markdown page: title and device, the command, what the figures are, the machine,
+    tables.
+    """
     accelerator = results["machine"]["accelerator"]
     where = f"on the GPU ({accelerator})" if accelerator else "on the CPU (no GPU was there)"
-    memory = "Memory that a call frees is kept for the next one." if results["settings"].get("keeps_memory") else ""
+    memory = (
+        "Memory that a call frees is kept for the next one."
+        if results["settings"].get("keeps_memory")
+        else ""
+    )
     about = f"{common.machine_line(results['machine'])} {memory}".rstrip()
     heading = [f"# {title}, {where}", f"`{results['command']}`", "\n".join(text), about]
     return "\n\n".join([*(part for part in heading if part), *blocks])

@@ -1,4 +1,6 @@
-"""The networks of the accuracy benchmark, in the forms that are usual for small images: VGG, ResNet and DenseNet."""
+"""The networks of the accuracy benchmark, in the forms that are usual for small images: VGG,
+ResNet and DenseNet.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,32 @@ __all__ = ["NETWORKS", "DenseNet", "ResNet", "vgg"]
 
 
 def vgg(widths: Sequence[Sequence[int]], channels: int, classes: int) -> nn.Sequential:
-    """Stages of 3 x 3 convolutions with batch normalisation, halved in between, and one linear layer: images to logits.
+    """Stages of 3 x 3 convolutions with batch normalisation, halved in between, and one linear
+    layer: images to logits.
 
-    Liu et al. (Network Slimming, 2017) train VGG-16 for CIFAR in this form, without the two wide linear layers.
+    Liu et al. (Network Slimming, 2017) train VGG-16 for CIFAR in this form, without the two wide
+    linear layers.
     """
     layers: list[nn.Module] = []
     for number, stage in enumerate(widths):
         if number:
             layers.append(nn.MaxPool2d(2))
         for width in stage:
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
             channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
 class ResNet(nn.Module):
-    """He et al. (CVPR 2016), section 4.2: ``depth`` = 6 n + 2 layers, three stages of n blocks, 16, 32 and 64 channels."""
+    """He et al. (CVPR 2016), section 4.2: ``depth`` = 6 n + 2 layers, three stages of n blocks,
+    16, 32 and 64 channels.
+    """
 
     def __init__(self, depth: int, channels: int, classes: int, width: int = 16) -> None:
         super().__init__()
@@ -38,7 +50,9 @@ class ResNet(nn.Module):
         blocks, inputs = [], width
         for stage in range(3):
             for number in range((depth - 2) // 6):
-                blocks.append(Block(inputs, width << stage, stride=2 if stage and not number else 1))
+                blocks.append(
+                    Block(inputs, width << stage, stride=2 if stage and not number else 1)
+                )
                 inputs = width << stage
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(inputs, classes)
@@ -59,7 +73,9 @@ class _Dense(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Huang et al. (CVPR 2017), the basic form for CIFAR: ``depth`` = 3 n + 4 layers, three blocks of n, no compression."""
+    """Huang et al. (CVPR 2017), the basic form for CIFAR: ``depth`` = 3 n + 4 layers, three blocks
+    of n, no compression.
+    """
 
     def __init__(self, depth: int, channels: int, classes: int, growth: int = 12) -> None:
         super().__init__()
@@ -67,7 +83,12 @@ class DenseNet(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
         for block in range(3):
             if block:
-                layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1, bias=False), nn.AvgPool2d(2)]
+                layers += [
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                    nn.Conv2d(width, width, 1, bias=False),
+                    nn.AvgPool2d(2),
+                ]
             for _ in range((depth - 4) // 3):
                 layers.append(_Dense(width, growth))
                 width += growth
@@ -94,4 +115,6 @@ NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "resnet56": lambda channels, classes: ResNet(56, channels, classes),
     "densenet40": lambda channels, classes: DenseNet(40, channels, classes, growth=12),
 }
-"""Name -> function of (channels of an image, classes). The first three are the default's, the others the paper's sizes."""
+"""Name -> function of (channels of an image, classes). The first three are the default's, the
+others the paper's sizes.
+"""

@@ -1,31 +1,43 @@
-"""Accuracy of pruned networks against the multiply-accumulates left, criterion by criterion, before and after fine-tuning.
+"""Accuracy of pruned networks against the multiply-accumulates left, criterion by criterion,
+before and after fine-tuning.
 
-    python benchmarks/accuracy.py                                  # scikit-learn's digits: about an hour on two cores
-    python benchmarks/accuracy.py --quick                          # one small network, one seed: a minute
-    python benchmarks/accuracy.py --data textures                  # generated images, harder than the digits
-    python benchmarks/accuracy.py --full --data-dir /data/cifar    # CIFAR-10, the paper's networks and recipe: wants a GPU
-    python benchmarks/accuracy.py --ablation                       # what each part of CPMC is worth
-    python benchmarks/accuracy.py --compensation                   # what fxprune.compensate brings back before fine-tuning
+    # scikit-learn's digits: about an hour on two cores
+    python benchmarks/accuracy.py
+    # one small network, one seed: a minute
+    python benchmarks/accuracy.py --quick
+    # generated images, harder than the digits
+    python benchmarks/accuracy.py --data textures
+    # CIFAR-10, the paper's networks and recipe: wants a GPU
+    python benchmarks/accuracy.py --full --data-dir /data/cifar
+    # what each part of CPMC is worth
+    python benchmarks/accuracy.py --ablation
+    # what fxprune.compensate brings back before fine-tuning
+    python benchmarks/accuracy.py --compensation
 
-Each network is trained once per seed. Then every criterion prunes these same weights, at once, until the given share of the
-multiply-accumulates is gone; the accuracy is measured, the network fine-tuned, and the accuracy measured again. torch-pruning's
-magnitude and Taylor importances prune the same weights, globally, its ``pruning_ratio`` being searched until as few are left.
-Means and standard deviations are over the seeds.
+Each network is trained once per seed. Then every criterion prunes these same weights, at once,
+until the given share of the multiply-accumulates is gone; the accuracy is measured, the network
+fine-tuned, and the accuracy measured again. torch-pruning's magnitude and Taylor importances prune
+the same weights, globally, its ``pruning_ratio`` being searched until as few are left. Means and
+standard deviations are over the seeds.
 
-Weights are fitted on the training part, and criteria that read data read it too. Whatever was chosen for CPMC was chosen on
-the validation part, which the ablation shows; the test part is only reported.
+Weights are fitted on the training part, and criteria that read data read it too. Whatever was
+chosen for CPMC was chosen on the validation part, which the ablation shows; the test part is only
+reported.
 
-The recipe is the usual one for CIFAR: SGD with Nesterov momentum 0.9, weight decay 5e-4 for VGG and 1e-4 for the others, a rate
-that falls tenfold after 50 % and after 75 % of the epochs, images moved (and mirrored where that keeps their class). Fine-tuning is
-the same from a tenth of the rate.
+The recipe is the usual one for CIFAR: SGD with Nesterov momentum 0.9, weight decay 5e-4 for VGG
+and 1e-4 for the others, a rate that falls tenfold after 50 % and after 75 % of the epochs, images
+moved (and mirrored where that keeps their class). Fine-tuning is the same from a tenth of the
+rate.
 
-A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``, ``cpmc:by=mean:roles=own+scale`` (``by=mean``
-and ``by=max`` divide a value by its group's, and by nothing else; ``standing=0`` leaves out what the group weighs in the network;
-``of=roots`` and ``of=magnitudes`` take the roots of the sums of squares, or the sums of magnitudes). ``/constants`` or
-``/least_squares`` behind it compensates the pruned network on the images that criteria read.
+A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``,
+``cpmc:by=mean:roles=own+scale`` (``by=mean`` and ``by=max`` divide a value by its group's, and by
+nothing else; ``standing=0`` leaves out what the group weighs in the network; ``of=roots`` and
+``of=magnitudes`` take the roots of the sums of squares, or the sums of magnitudes). ``/constants``
+or ``/least_squares`` behind it compensates the pruned network on the images that criteria read.
 
-Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows that are there already, measured
-under the same settings, are not measured again; ``--again`` forgets those of the criteria that it names.
+Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows
+that are there already, measured under the same settings, are not measured again; ``--again``
+forgets those of the criteria that it names.
 """
 
 from __future__ import annotations
@@ -64,7 +76,18 @@ from fxprune import criteria
 from fxprune.criteria import CPMC, UnitView
 from fxprune.criteria.cpmc import share_left
 
-CRITERIA = ("cpmc", "l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "fisher", "activation", "random")
+CRITERIA = (
+    "cpmc",
+    "l1",
+    "l2",
+    "bn_scale",
+    "lamp",
+    "fpgm",
+    "taylor",
+    "fisher",
+    "activation",
+    "random",
+)
 RIVALS = ("torch-pruning magnitude", "torch-pruning taylor")
 REMOVED = (0.3, 0.5, 0.7, 0.85)
 DEFAULT_NETWORKS = ("vgg_narrow", "resnet20", "densenet22")
@@ -74,11 +97,13 @@ CALIBRATION = 256  # training images that the criteria read
 PARTS = ("validation", "test")
 
 
-# -------------------------------------------------------------------------------------------------------------- ablation
+# ---------------------------------------------------------------------------------------- ablation
 
 
 def _ablation() -> dict[str, str]:
-    """What is shown -> the criterion. Within a layer the order is always that of the value: equal costs leave it so."""
+    """What is shown -> the criterion. Within a layer the order is always that of the value: equal
+    costs leave it so.
+    """
     alpha, beta, gamma = (f"{name}={getattr(CPMC(), name)}" for name in ("alpha", "beta", "gamma"))
     no_value, no_cost, no_parameters = "alpha=0", "beta=0", "gamma=0"
     return {
@@ -102,7 +127,9 @@ def _ablation() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Variant(CPMC):
-    """CPMC with another magnitude or another normaliser within the group: what the choice of the defaults was compared with."""
+    """CPMC with another magnitude or another normaliser within the group: what the choice of the
+    defaults was compared with.
+    """
 
     by: str = "seats"
     of: str = "squares"
@@ -112,32 +139,51 @@ class Variant(CPMC):
         value = value.sqrt() if self.of == "roots" else value
         if self.by == "seats":
             return value / value.mean() * self._standing(view) / share_left(value, view.blocks)
-        return value / {"max": value.max, "mean": value.mean}[self.by]().clamp_min(torch.finfo(value.dtype).tiny)
+        return value / {"max": value.max, "mean": value.mean}[self.by]().clamp_min(
+            torch.finfo(value.dtype).tiny
+        )
 
     def _standing(self, view: UnitView) -> float:
         """The group's mean over the network's."""
-        totals = view.views.totals(torch.abs if self.of == "magnitudes" else torch.square, self.roles)
+        totals = view.views.totals(
+            torch.abs if self.of == "magnitudes" else torch.square, self.roles
+        )
         totals = np.sqrt(totals) if self.of == "roots" else totals
         units = view.views.coupling.units
-        return float(totals[view.group.units].mean() / totals[units].mean()) if self.standing else 1.0
+        return (
+            float(totals[view.group.units].mean() / totals[units].mean()) if self.standing else 1.0
+        )
 
 
 def _compensation() -> dict[str, str]:
     """What is shown -> the criterion, without and with what ``fxprune.compensate`` brings back."""
     methods = {"": "", ", constants": "/constants", ", least squares": "/least_squares"}
-    return {name + shown: name + method for name in ("cpmc", "l2", "random") for shown, method in methods.items()}
+    return {
+        name + shown: name + method
+        for name in ("cpmc", "l2", "random")
+        for shown, method in methods.items()
+    }
 
 
 def cpmc(text: str) -> CPMC:
-    """Read ``cpmc``, or ``cpmc:name=value:...``; CPMC itself where only its own settings are named."""
+    """Read ``cpmc``, or ``cpmc:name=value:...``; CPMC itself where only its own settings are
+    named.
+    """
     found = variant(text)
     own = {entry.name: getattr(found, entry.name) for entry in fields(CPMC)}
     return CPMC(**own) if found == Variant(**own) else found
 
 
 def variant(text: str) -> Variant:
-    """The same with all that it does in its ``repr``: a row measured by an earlier CPMC is not taken for one of today's."""
-    read = {"roles": lambda value: tuple(value.split("+")), "by": str, "of": str, "standing": lambda value: value != "0"}
+    """The same with all that it does in its ``repr``: a row measured by an earlier CPMC is not
+    taken for one of today's.
+    """
+    read = {
+        "roles": lambda value: tuple(value.split("+")),
+        "by": str,
+        "of": str,
+        "standing": lambda value: value != "0",
+    }
     plain = CPMC()
     settings: dict[str, Any] = {"alpha": plain.alpha, "beta": plain.beta, "gamma": plain.gamma}
     for part in text.split(":")[1:]:
@@ -147,7 +193,9 @@ def variant(text: str) -> Variant:
 
 
 def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
-    """What ``fxprune.prune`` takes as its criterion; those that read data get the first images of the training part."""
+    """What ``fxprune.prune`` takes as its criterion; those that read data get the first images of
+    the training part.
+    """
     if name.startswith("cpmc"):
         return cpmc(name)
     if name == "random":
@@ -166,21 +214,29 @@ def _calibration(data: _data.Data, batch: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(batch), labels.split(batch), strict=True))
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
-def fit(model: nn.Module, data: _data.Data, *, epochs: int, rate: float, decay: float, seed: int) -> None:
+def fit(
+    model: nn.Module, data: _data.Data, *, epochs: int, rate: float, decay: float, seed: int
+) -> None:
     """Train in place; the last epoch's weights are taken, nothing is selected."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True
+    )
     steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4])
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(data.train.labels), generator=generator).to(data.train.labels.device)
+        order = torch.randperm(len(data.train.labels), generator=generator).to(
+            data.train.labels.device
+        )
         for batch in order.split(BATCH):
             if len(batch) == 1:
                 continue  # batch normalisation has no variance over one image
-            images = _data.augmented(data.train.images[batch], data, generator).contiguous(memory_format=torch.channels_last)
+            images = _data.augmented(data.train.images[batch], data, generator).contiguous(
+                memory_format=torch.channels_last
+            )
             loss = F.cross_entropy(model(images), data.train.labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -242,14 +298,23 @@ def trained(setting: Setting, where: Where) -> nn.Module:
     """The dense network: from the cache, or trained and put there."""
     data = _loaded(setting.data, setting.size, where)
     torch.manual_seed(setting.seed)
-    model = NETWORKS[setting.network](data.channels, data.classes).to(where.device, memory_format=torch.channels_last)
+    model = NETWORKS[setting.network](data.channels, data.classes).to(
+        where.device, memory_format=torch.channels_last
+    )
     trained_by = replace(setting, finetune=0)
     digest = hashlib.sha256(repr(trained_by).encode()).hexdigest()[:12]
     path = Path(where.cache) / f"{setting.data}_{setting.network}_{setting.seed}_{digest}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, map_location=where.device, weights_only=True))
         return model.eval()
-    fit(model, data, epochs=setting.epochs, rate=setting.rate, decay=setting.decay, seed=setting.seed)
+    fit(
+        model,
+        data,
+        epochs=setting.epochs,
+        rate=setting.rate,
+        decay=setting.decay,
+        seed=setting.seed,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as new:
         torch.save(model.state_dict(), new)
@@ -272,20 +337,28 @@ class _replacing:  # noqa: N801 - used like a function
             self.new.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- pruning
+# ----------------------------------------------------------------------------------------- pruning
 
 
-def with_fxprune(dense: nn.Module, data: _data.Data, name: str, kept: float, seed: int) -> nn.Module:
+def with_fxprune(
+    dense: nn.Module, data: _data.Data, name: str, kept: float, seed: int
+) -> nn.Module:
     """At most ``kept`` of the multiply-accumulates; compensated if the name says so."""
     name, _, method = name.partition("/")
-    pruned = fxprune.prune(dense, data.example, macs=kept, criterion=criterion_of(name, data, seed))
+    pruned = fxprune.prune(
+        dense, data.example, macs=kept, criterion=criterion_of(name, data, seed)
+    )
     if method:
         fxprune.compensate(dense, pruned, _calibration(data, BATCH), method=method)
     return pruned.model
 
 
-def with_torch_pruning(dense: nn.Module, data: _data.Data, name: str, kept: float, attempts: int = 12) -> nn.Module:
-    """At most ``kept`` of the multiply-accumulates, and as near to it as bisection of the global ``pruning_ratio`` comes."""
+def with_torch_pruning(
+    dense: nn.Module, data: _data.Data, name: str, kept: float, attempts: int = 12
+) -> nn.Module:
+    """At most ``kept`` of the multiply-accumulates, and as near to it as bisection of the global
+    ``pruning_ratio`` comes.
+    """
     limit = kept * common.count_macs(dense, data.example)
     low, high, best = 0.0, 1.0, None
     for _ in range(attempts):
@@ -324,7 +397,8 @@ def _torch_pruned(dense: nn.Module, data: _data.Data, name: str, ratio: float) -
         global_pruning=True,
         pruning_ratio=ratio,
         ignored_layers=common.output_layers(model, data.example),
-        in_channel_groups={},  # its defaults are shared between calls and would remember earlier models
+        # its defaults are shared between calls and would remember earlier models
+        in_channel_groups={},
         out_channel_groups={},
     ).step()
     model.zero_grad()
@@ -345,7 +419,11 @@ def dense_row(setting: Setting, where: Where) -> common.Record:
 
 def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> common.Record:
     """Prune, measure, fine-tune, measure."""
-    data, dense, start = _loaded(setting.data, setting.size, where), trained(setting, where), time.perf_counter()
+    data, dense, start = (
+        _loaded(setting.data, setting.size, where),
+        trained(setting, where),
+        time.perf_counter(),
+    )
     if name in RIVALS:
         model = with_torch_pruning(dense, data, name, 1 - removed)
     else:
@@ -358,16 +436,25 @@ def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> com
     }
     if setting.finetune:
         torch.manual_seed(setting.seed)
-        fit(model, data, epochs=setting.finetune, rate=setting.rate / 10, decay=setting.decay, seed=1000 + setting.seed)
+        fit(
+            model,
+            data,
+            epochs=setting.finetune,
+            rate=setting.rate / 10,
+            decay=setting.decay,
+            seed=1000 + setting.seed,
+        )
         record["after"] = accuracies(model, data)
     return {**record, "seconds": round(time.perf_counter() - start, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------- all of the rows
+# --------------------------------------------------------------------------------- all of the rows
 
 
 def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
-    """Under what a row is kept: all that its figures depend on. The dense network's row has no criterion."""
+    """Under what a row is kept: all that its figures depend on. The dense network's row has no
+    criterion.
+    """
     plain, slash, method = name.partition("/")
     described = (repr(variant(plain)) if plain.startswith("cpmc") else plain) + slash + method
     shown = replace(setting, finetune=0) if not name else setting
@@ -390,14 +477,23 @@ def _caught(function: Callable[..., common.Record], *arguments: Any) -> common.R
 Job = tuple[str, str, Callable[..., common.Record], tuple[Any, ...]]
 
 
-def run_all(jobs: Sequence[Job], rows: common.Record, save: Callable[[], None], workers: int, threads: int) -> None:
-    """Run (key, what it is, function, arguments), all that are not in ``rows`` yet, and put them there, one by one."""
+def run_all(
+    jobs: Sequence[Job], rows: common.Record, save: Callable[[], None], workers: int, threads: int
+) -> None:
+    """Run (key, what it is, function, arguments), all that are not in ``rows`` yet, and put them
+    there, one by one.
+    """
     missing = [job for job in jobs if job[0] not in rows or "error" in rows[job[0]]]
     if not missing:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(threads,)) as pool:
-        waiting = {pool.submit(_caught, function, *arguments): (key, what) for key, what, function, arguments in missing}
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_worker, initargs=(threads,)
+    ) as pool:
+        waiting = {
+            pool.submit(_caught, function, *arguments): (key, what)
+            for key, what, function, arguments in missing
+        }
         try:
             for number, done in enumerate(as_completed(waiting), 1):
                 key, what = waiting[done]
@@ -410,22 +506,31 @@ def run_all(jobs: Sequence[Job], rows: common.Record, save: Callable[[], None], 
 
 
 def _line(row: common.Record) -> str:
-    """Progress shows the validation part: whoever tries out settings does not see the test part on the way."""
+    """Progress shows the validation part: whoever tries out settings does not see the test part on
+    the way.
+    """
     if "error" in row:
         return row["error"]
     if "accuracy" in row:
         return f"{row['accuracy']['validation']:.1f} %, {row['seconds']:.0f} s"
     after = f", fine-tuned {row['after']['validation']:.1f} %" if "after" in row else ""
-    return f"{row['macs_left']:.3f} of the MACs, {row['before']['validation']:.1f} %{after}, {row['seconds']:.0f} s"
+    return (
+        f"{row['macs_left']:.3f} of the MACs, {row['before']['validation']:.1f} %{after}, "
+        f"{row['seconds']:.0f} s"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------ report
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    return (
+        f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        if len(values) > 1
+        else f"{values[0]:.1f}"
+    )
 
 
 def _with_error(values: Sequence[float]) -> str:
@@ -447,7 +552,9 @@ class Table:
 
     def values(self, network: str, name: str, removed: float, when: str, part: str) -> list[float]:
         """The accuracies of all seeds that have been measured."""
-        found = [self.rows.get(key_of(setting, name, removed), {}) for setting in self.settings(network)]
+        found = [
+            self.rows.get(key_of(setting, name, removed), {}) for setting in self.settings(network)
+        ]
         return [row[when][part] for row in found if when in row]
 
     def dense(self, network: str, part: str) -> list[float]:
@@ -463,13 +570,21 @@ class Table:
                     for setting in self.settings(network):
                         row = self.rows.get(key_of(setting, name, removed), {})
                         if "error" in row:
-                            yield f"{network}, {label}, {removed:.0%} removed, seed {setting.seed}: {row['error']}"
+                            yield (
+                                f"{network}, {label}, {removed:.0%} removed, seed "
+                                f"{setting.seed}: {row['error']}"
+                            )
 
     def markdown(self, network: str, when: str, part: str) -> str:
-        """One line per criterion, one column per share removed; the best mean of a column is bold."""
+        """One line per criterion, one column per share removed; the best mean of a column is
+        bold.
+        """
         means: dict[float, float] = {}
         for removed in self.options.removed:
-            found = [self.values(network, name, removed, when, part) for name in self.options.shown.values()]
+            found = [
+                self.values(network, name, removed, when, part)
+                for name in self.options.shown.values()
+            ]
             means[removed] = max((round(statistics.mean(v), 1) for v in found if v), default=0.0)
         lines = []
         for label, name in self.options.shown.items():
@@ -478,8 +593,14 @@ class Table:
                 values = self.values(network, name, removed, when, part)
                 best = values and round(statistics.mean(values), 1) >= means[removed]
                 line.append(f"**{_spread(values)}**" if best else _spread(values))
-            every = [statistics.mean(v) for r in self.options.removed if (v := self.values(network, name, r, when, part))]
-            line.append(f"{statistics.mean(every):.1f}" if len(every) == len(self.options.removed) else "-")
+            every = [
+                statistics.mean(v)
+                for r in self.options.removed
+                if (v := self.values(network, name, r, when, part))
+            ]
+            line.append(
+                f"{statistics.mean(every):.1f}" if len(every) == len(self.options.removed) else "-"
+            )
             lines.append(line)
         return self._by_share(lines)
 
@@ -488,23 +609,37 @@ class Table:
         (_, first), *others = self.options.shown.items()
 
         def gap(name: str, removed: float, setting: Setting) -> float | None:
-            pair = [self.rows.get(key_of(setting, of, removed), {}).get(when) for of in (first, name)]
+            pair = [
+                self.rows.get(key_of(setting, of, removed), {}).get(when) for of in (first, name)
+            ]
             return pair[0][part] - pair[1][part] if all(pair) else None
 
         lines = []
         for label, name in others:
-            gaps = [[gap(name, removed, setting) for removed in self.options.removed] for setting in self.settings(network)]
-            columns = [[value for value in column if value is not None] for column in zip(*gaps, strict=True)]
+            gaps = [
+                [gap(name, removed, setting) for removed in self.options.removed]
+                for setting in self.settings(network)
+            ]
+            columns = [
+                [value for value in column if value is not None]
+                for column in zip(*gaps, strict=True)
+            ]
             every = [statistics.mean(row) for row in gaps if None not in row]
             lines.append([label, *map(_with_error, [*columns, every])])
         return self._by_share(lines)
 
     def _by_share(self, lines: Sequence[Sequence[str]]) -> str:
-        header = ["criterion", *(f"{removed:.0%} removed" for removed in self.options.removed), "mean"]
+        header = [
+            "criterion",
+            *(f"{removed:.0%} removed" for removed in self.options.removed),
+            "mean",
+        ]
         return common.markdown_table(header, lines)
 
     def whole(self, network: str) -> list[float]:
-        """Shares of the MACs left minus what was asked for, for all rows: how near the budgets were met."""
+        """Shares of the MACs left minus what was asked for, for all rows: how near the budgets
+        were met.
+        """
         out = []
         for name in self.options.shown.values():
             for removed in self.options.removed:
@@ -524,11 +659,13 @@ def report(record: common.Record, table: Table) -> str:
     part = options.judge
     moments = ["before"] + (["after"] if options.finetune else [])
     lines = [
-        f"# Accuracy after pruning: {options.data}" + (f", {options.about}" if options.about else ""),
+        f"# Accuracy after pruning: {options.data}"
+        + (f", {options.about}" if options.about else ""),
         "",
-        f"Percent of the {part} part that is right, mean ± standard deviation over {len(options.seeds)} seeds "
-        f"({', '.join(map(str, options.seeds))}); {options.epochs} epochs of training, {options.finetune} of fine-tuning, images "
-        f"of {options.size} x {options.size} pixels. The best mean of a column is bold.",
+        f"Percent of the {part} part that is right, mean ± standard deviation over "
+        f"{len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}); {options.epochs} "
+        f"epochs of training, {options.finetune} of fine-tuning, images of {options.size} x "
+        f"{options.size} pixels. The best mean of a column is bold.",
         "",
         f"`{record['command']}`",
         "",
@@ -543,8 +680,16 @@ def report(record: common.Record, table: Table) -> str:
             lines += ["", f"{_WHEN[when].capitalize()}:", ""]
             lines.append(table.markdown(network, when, part))
         if len(options.seeds) > 1 and len(options.shown) > 1:
-            what = f"{next(iter(options.shown))} less each of the others, seed by seed, {_WHEN[moments[-1]]}"
-            lines += ["", f"{what}; mean ± standard error:", "", table.ahead(network, moments[-1], part)]
+            what = (
+                f"{next(iter(options.shown))} less each of the others, seed by seed, "
+                f"{_WHEN[moments[-1]]}"
+            )
+            lines += [
+                "",
+                f"{what}; mean ± standard error:",
+                "",
+                table.ahead(network, moments[-1], part),
+            ]
         lines += ["", f"![{network}]({_plot_name(options, network)})"]
     failed = list(table.errors())
     if failed:
@@ -572,7 +717,11 @@ def plot(table: Table, network: str) -> None:
         if dense:
             axis.axhline(statistics.mean(dense), color="black", linestyle=":", label="dense")
         for number, (label, name) in enumerate(options.shown.items()):
-            found = [(r, v) for r in options.removed if (v := table.values(network, name, r, when, options.judge))]
+            found = [
+                (r, v)
+                for r in options.removed
+                if (v := table.values(network, name, r, when, options.judge))
+            ]
             axis.errorbar(
                 [100 * (1 - removed) for removed, _ in found],
                 [statistics.mean(values) for _, values in found],
@@ -586,21 +735,33 @@ def plot(table: Table, network: str) -> None:
                 capsize=2,
             )
         axis.set_xlabel("MACs left, % of the dense network's")
-        axis.set_title({"before": "right after pruning", "after": f"after {options.finetune} epochs of fine-tuning"}[when])
+        axis.set_title(
+            {
+                "before": "right after pruning",
+                "after": f"after {options.finetune} epochs of fine-tuning",
+            }[when]
+        )
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{options.judge} accuracy, %")
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"{network}, {options.data}, {len(options.seeds)} seeds")
-    figure.savefig(common.RESULTS / _plot_name(options, network), dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(
+        common.RESULTS / _plot_name(options, network),
+        dpi=110,
+        bbox_inches="tight",
+        metadata={"Software": None},
+    )
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------------------- main
 
 
 def setting_of(options: argparse.Namespace, network: str, seed: int) -> Setting:
     """The setting of one dense network."""
-    return Setting(options.data, options.size, network, seed, options.epochs, options.finetune, options.rate)
+    return Setting(
+        options.data, options.size, network, seed, options.epochs, options.finetune, options.rate
+    )
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -611,33 +772,81 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=common.names, help=f"of {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}")
-    parser.add_argument("--data", choices=_data.DATA, help="default: cifar10 with --data-dir, else digits, else textures")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks",
+        type=common.names,
+        help=f"of {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}",
+    )
+    parser.add_argument(
+        "--data",
+        choices=_data.DATA,
+        help="default: cifar10 with --data-dir, else digits, else textures",
+    )
     parser.add_argument("--data-dir", help="folder of torchvision's CIFAR, where it lies already")
     parser.add_argument("--size", type=int, help="height and width of an image")
-    parser.add_argument("--criteria", type=common.names, help=f"default: {','.join(CRITERIA)} and torch-pruning's")
-    parser.add_argument("--removed", type=common.shares, help="shares of the MACs to remove; default: 0.3,0.5,0.7,0.85")
+    parser.add_argument(
+        "--criteria", type=common.names, help=f"default: {','.join(CRITERIA)} and torch-pruning's"
+    )
+    parser.add_argument(
+        "--removed",
+        type=common.shares,
+        help="shares of the MACs to remove; default: 0.3,0.5,0.7,0.85",
+    )
     parser.add_argument("--seeds", type=common.numbers, help="default: 0,1,2")
     parser.add_argument("--epochs", type=int, help="of training; default 30 (160 with --full)")
-    parser.add_argument("--finetune", type=int, help="epochs after pruning; default 6 (40 with --full); 0: none")
-    parser.add_argument("--rate", type=float, default=0.1, help="first learning rate of the training")
-    parser.add_argument("--ablation", action="store_true", help="parts of CPMC in the place of criteria, on the validation part")
-    parser.add_argument("--compensation", action="store_true", help="a few criteria without and with compensation")
-    parser.add_argument("--judge", choices=PARTS, help="the part in the tables and plots; default: test (--ablation: validation)")
-    parser.add_argument("--quick", action="store_true", help="one network, one seed, two budgets, few epochs")
-    parser.add_argument("--full", action="store_true", help="the paper's networks, image size and epochs")
-    parser.add_argument("--again", type=common.names, default=(), help="measure these criteria again; all: all of them")
-    parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "fxprune-accuracy"), help="folder of trained weights")
+    parser.add_argument(
+        "--finetune", type=int, help="epochs after pruning; default 6 (40 with --full); 0: none"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.1, help="first learning rate of the training"
+    )
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="parts of CPMC in the place of criteria, on the validation part",
+    )
+    parser.add_argument(
+        "--compensation", action="store_true", help="a few criteria without and with compensation"
+    )
+    parser.add_argument(
+        "--judge",
+        choices=PARTS,
+        help="the part in the tables and plots; default: test (--ablation: validation)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one network, one seed, two budgets, few epochs"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the paper's networks, image size and epochs"
+    )
+    parser.add_argument(
+        "--again",
+        type=common.names,
+        default=(),
+        help="measure these criteria again; all: all of them",
+    )
+    parser.add_argument(
+        "--cache",
+        default=str(Path(tempfile.gettempdir()) / "fxprune-accuracy"),
+        help="folder of trained weights",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core, or 1 on a GPU")
+    parser.add_argument(
+        "--workers", type=int, help="processes; default: one per core, or 1 on a GPU"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--stem", help="name of the results; default: accuracy_<data>")
     options = parser.parse_args()
     _fill(options)
     unknown = [*set(options.networks) - set(NETWORKS)]
     known = {*CRITERIA, *RIVALS}
-    plain = {name.removesuffix("/constants").removesuffix("/least_squares") for name in options.shown.values()}
+    plain = {
+        name.removesuffix("/constants").removesuffix("/least_squares")
+        for name in options.shown.values()
+    }
     unknown += [name for name in plain if name not in known and not name.startswith("cpmc:")]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
@@ -659,23 +868,37 @@ def _options() -> argparse.Namespace:
 def _fill(options: argparse.Namespace) -> None:
     """Settle what the command line leaves open."""
     quick, full = options.quick, options.full
-    options.data = options.data or ("cifar10" if options.data_dir else "digits" if _has_digits() else "textures")
+    options.data = options.data or (
+        "cifar10" if options.data_dir else "digits" if _has_digits() else "textures"
+    )
     options.size = options.size or (32 if full else _data.SIZES[options.data])
-    options.networks = options.networks or (FULL_NETWORKS if full else ("vgg_narrow",) if quick else DEFAULT_NETWORKS)
+    options.networks = options.networks or (
+        FULL_NETWORKS if full else ("vgg_narrow",) if quick else DEFAULT_NETWORKS
+    )
     options.removed = options.removed or ((0.5, 0.85) if quick else REMOVED)
     options.seeds = options.seeds or ((0,) if quick else (0, 1, 2))
-    options.epochs = options.epochs if options.epochs is not None else 160 if full else 6 if quick else 30
-    options.finetune = options.finetune if options.finetune is not None else 40 if full else 1 if quick else 6
+    options.epochs = (
+        options.epochs if options.epochs is not None else 160 if full else 6 if quick else 30
+    )
+    options.finetune = (
+        options.finetune if options.finetune is not None else 40 if full else 1 if quick else 6
+    )
     options.judge = options.judge or ("validation" if options.ablation else "test")
-    options.workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
+    options.workers = options.workers or (
+        1 if options.device.startswith("cuda") else os.cpu_count() or 1
+    )
     if options.ablation:
         options.shown = _ablation()
     elif options.compensation:
         options.shown, options.finetune = _compensation(), 0
     else:
         options.shown = {name: name for name in options.criteria or (*CRITERIA, *RIVALS)}
-    options.about = "ablation" if options.ablation else "compensation" if options.compensation else ""
-    suffix = (f"_{options.about}" if options.about else "") + ("_full" if full else "_quick" if quick else "")
+    options.about = (
+        "ablation" if options.ablation else "compensation" if options.compensation else ""
+    )
+    suffix = (f"_{options.about}" if options.about else "") + (
+        "_full" if full else "_quick" if quick else ""
+    )
     options.stem = options.stem or f"accuracy_{options.data}{suffix}"
 
 
@@ -696,7 +919,11 @@ def main() -> None:
     rows = common.read(options.stem).get("rows", {})
     again = set(options.shown.values()) if "all" in options.again else set(options.again)
     where = Where(options.cache, options.data_dir, options.device)
-    settings = [setting_of(options, network, seed) for network in options.networks for seed in options.seeds]
+    settings = [
+        setting_of(options, network, seed)
+        for network in options.networks
+        for seed in options.seeds
+    ]
     for setting in settings:
         for name in again:
             for removed in options.removed:
@@ -704,13 +931,20 @@ def main() -> None:
     about = common.machine()
     about["threads"] = options.threads
     about["accelerator"] = about["accelerator"] if options.device.startswith("cuda") else None
-    record: common.Record = {"machine": about, "command": _command(sys.argv[1:]), "seeds": list(options.seeds), "rows": rows}
+    record: common.Record = {
+        "machine": about,
+        "command": _command(sys.argv[1:]),
+        "seeds": list(options.seeds),
+        "rows": rows,
+    }
 
     def save() -> None:
         with _replacing(path) as new:
             new.write_text(json.dumps(record, indent=1) + "\n")
 
-    dense: list[Job] = [(key_of(s), f"{s.network} seed {s.seed}, dense", dense_row, (s, where)) for s in settings]
+    dense: list[Job] = [
+        (key_of(s), f"{s.network} seed {s.seed}, dense", dense_row, (s, where)) for s in settings
+    ]
     run_all(dense, rows, save, options.workers, options.threads)
     pruned: list[Job] = [
         (

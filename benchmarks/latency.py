@@ -1,12 +1,16 @@
 """Latency and throughput of models, dense against pruned.
 
-    python benchmarks/latency.py                  # everything: the GPU where there is one, otherwise the CPU
-    python benchmarks/latency.py --quick          # two models, small images: a minute
-    python benchmarks/latency.py --models resnet50 --batches 1,256   # adds to what the file of the device holds
+    # everything: the GPU where there is one, otherwise the CPU
+    python benchmarks/latency.py
+    # two models, small images: a minute
+    python benchmarks/latency.py --quick
+    # adds to what the file of the device holds
+    python benchmarks/latency.py --models resnet50 --batches 1,256
 
-Each model is pruned to the shares of its multiply-accumulates that ``--removed`` leaves, by CPMC, widths as multiples of
-``--round-to``. The dense model and the pruned ones, all in their inference form (``fxprune.deploy``), take turns under every
-pairing of precision, mode and batch size. Next to each latency stands the floor that the device's measured rates set.
+Each model is pruned to the shares of its multiply-accumulates that ``--removed`` leaves, by CPMC,
+widths as multiples of ``--round-to``. The dense model and the pruned ones, all in their inference
+form (``fxprune.deploy``), take turns under every pairing of precision, mode and batch size. Next
+to each latency stands the floor that the device's measured rates set.
 
 The figures go to ``benchmarks/results/latency_<device>.json`` and ``.md``, one pair per device.
 """
@@ -27,7 +31,9 @@ DENSE = "dense"
 def measure(name: str, found: argparse.Namespace) -> common.Record:
     """Prune one model to every budget and time all of them side by side."""
     dense, inputs = shared.built(name, found.size)
-    models: dict[str, nn.Module] = {DENSE: fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)}
+    models: dict[str, nn.Module] = {
+        DENSE: fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)
+    }
     record: common.Record = {"left": {}}
     for removed in found.removed:
         pruned = fxprune.prune(dense, inputs, macs=1 - removed, round_to=found.round_to)
@@ -50,35 +56,60 @@ def report(results: common.Record) -> str:
     for name, record in results["models"].items():
         if "error" not in record:
             shares = [record["left"][label] for label in labels]
-            left.append([f"`{name}`", *(f"{share['macs']:.3f} / {share['parameters']:.3f}" for share in shares)])
+            left.append(
+                [
+                    f"`{name}`",
+                    *(f"{share['macs']:.3f} / {share['parameters']:.3f}" for share in shares),
+                ]
+            )
     for line, row in shared.lines(results):
         if row is not None:
             dense = row["latency"][DENSE]
             line += [f"{dense['ms']:.3f} ({dense['floor_ms']:.3f})", f"{dense['throughput']:,.0f}"]
             for label in labels:
                 own = row["latency"][label]
-                line += [f"{own['ms']:.3f} ({own['floor_ms']:.3f})", f"**{own['ms'] / dense['ms']:.2f}**"]
+                line += [
+                    f"{own['ms']:.3f} ({own['floor_ms']:.3f})",
+                    f"**{own['ms'] / dense['ms']:.2f}**",
+                ]
         rows.append(line)
     header = ["model", "precision", "mode", "batch", "dense, ms (floor)", "per second"]
     for label in labels:
         header += [f"{label}, ms (floor)", "of dense"]
     settings = results["settings"]
     text = [
-        "Milliseconds per batch, medians of models that take turns; in brackets what the multiply-accumulates and bytes take at",
-        f"the device's own measured rates. Widths are multiples of {settings['round_to']}; all models in their inference form,",
+        "Milliseconds per batch, medians of models that take turns; in brackets what the "
+        "multiply-accumulates and bytes take at",
+        f"the device's own measured rates. Widths are multiples of {settings['round_to']}; all "
+        "models in their inference form,",
         f"channels-last, at {settings['size']} resolution.",
     ]
     table = common.markdown_table(["model", *labels], left)
     left_over = f"Left of the multiply-accumulates / parameters:\n\n{table}"
-    return shared.page(results, "Latency of dense and pruned models", text, common.markdown_table(header, rows), left_over)
+    return shared.page(
+        results,
+        "Latency of dense and pruned models",
+        text,
+        common.markdown_table(header, rows),
+        left_over,
+    )
 
 
 def main() -> None:
     """Read the command line, measure each model, write the results after each."""
     made = shared.parser(__doc__)
-    made.add_argument("--removed", type=common.shares, default=(0.3, 0.5, 0.7), help="shares of the MACs; default 0.3,0.5,0.7")
-    made.add_argument("--round-to", type=int, default=8, help="keep multiples of this many channels")
-    shared.run(shared.options(made), "latency", measure, report, alike=("removed", "round_to", "quick"))
+    made.add_argument(
+        "--removed",
+        type=common.shares,
+        default=(0.3, 0.5, 0.7),
+        help="shares of the MACs; default 0.3,0.5,0.7",
+    )
+    made.add_argument(
+        "--round-to", type=int, default=8, help="keep multiples of this many channels"
+    )
+    shared.run(
+        shared.options(made), "latency", measure, report, alike=("removed", "round_to", "quick")
+    )
 
 
 if __name__ == "__main__":

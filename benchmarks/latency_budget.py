@@ -1,12 +1,14 @@
-"""A latency budget against a budget of multiply-accumulates, at equal measured latency: which of them keeps more?
+"""A latency budget against a budget of multiply-accumulates, at equal measured latency: which of
+them keeps more?
 
     python benchmarks/latency_budget.py            # the GPU where there is one, otherwise the CPU
     python benchmarks/latency_budget.py --quick    # one model, small images
 
-Each model is pruned by ``fxprune.prune(latency=share)``, untrained weights, by CPMC. Then ``macs=`` is searched until the
-model that it leaves is as fast as that one, both deployed and measured in turns with the dense model. Set side by side: what
-was forecast and what was measured, and the shares of multiply-accumulates, parameters and importance (the sum of CPMC's
-normalised values) that each of the two keeps.
+Each model is pruned by ``fxprune.prune(latency=share)``, untrained weights, by CPMC. Then
+``macs=`` is searched until the model that it leaves is as fast as that one, both deployed and
+measured in turns with the dense model. Set side by side: what was forecast and what was measured,
+and the shares of multiply-accumulates, parameters and importance (the sum of CPMC's normalised
+values) that each of the two keeps.
 
 The figures go to ``benchmarks/results/latency_budget_<device>.json`` and ``.md``.
 """
@@ -38,7 +40,9 @@ def kept(dense: nn.Module, inputs: Any, pruned: fxprune.Pruned) -> common.Record
     coupling = fxprune.analyze(dense, inputs)
     value = rank("cpmc", coupling, dense).value
     names = {group.name: group for group in coupling.groups}
-    importance = sum(float(value[names[own.name].units[list(own.kept)]].sum()) for own in pruned.plan.groups)
+    importance = sum(
+        float(value[names[own.name].units[list(own.kept)]].sum()) for own in pruned.plan.groups
+    )
     report = pruned.report
     assert report.macs_before is not None
     assert report.macs_after is not None
@@ -52,7 +56,9 @@ def kept(dense: nn.Module, inputs: Any, pruned: fxprune.Pruned) -> common.Record
 def as_fast(
     dense: nn.Module, inputs: Any, share: float, setting: Setting, found: argparse.Namespace
 ) -> tuple[fxprune.Pruned, float]:
-    """Search the budget of multiply-accumulates that leaves this share of the latency; also the share that it does leave."""
+    """Search the budget of multiply-accumulates that leaves this share of the latency; also the
+    share that it does leave.
+    """
     whole = fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)
     low, high, macs = 0.0, 1.0, share
     best: tuple[float, fxprune.Pruned, float] | None = None
@@ -84,21 +90,40 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
     rows = []
     for setting in shared.settings(found):
         for share in found.shares:
-            row: common.Record = {"precision": setting.precision, "mode": setting.mode, "batch": setting.batch, "share": share}
+            row: common.Record = {
+                "precision": setting.precision,
+                "mode": setting.mode,
+                "batch": setting.batch,
+                "share": share,
+            }
             try:
                 start = time.perf_counter()
                 timed = fxprune.prune(dense, inputs, latency=share, device=setting)
                 row["seconds"] = round(time.perf_counter() - start, 1)
                 time_left = timed.report.latency
                 assert time_left is not None
-                row["by latency"] = kept(dense, inputs, timed) | {"left": time_left.after / time_left.before}
-                row["ms"] = {"dense": time_left.before, "forecast": time_left.forecast, "measured": time_left.after}
-                counted, left = as_fast(dense, inputs, time_left.after / time_left.before, setting, found)
+                row["by latency"] = kept(dense, inputs, timed) | {
+                    "left": time_left.after / time_left.before
+                }
+                row["ms"] = {
+                    "dense": time_left.before,
+                    "forecast": time_left.forecast,
+                    "measured": time_left.after,
+                }
+                counted, left = as_fast(
+                    dense, inputs, time_left.after / time_left.before, setting, found
+                )
                 row["by macs"] = kept(dense, inputs, counted) | {"left": left}
-                said = ", ".join(f"{by} {row[by]['importance']:.3f}" for by in ("by latency", "by macs"))
+                said = ", ".join(
+                    f"{by} {row[by]['importance']:.3f}" for by in ("by latency", "by macs")
+                )
             except Exception as error:
                 said = row["error"] = common.one_line(error)
-            print(f"  {setting.precision} {setting.mode} batch {setting.batch} latency={share}: {said}", flush=True)
+            print(
+                f"  {setting.precision} {setting.mode} batch {setting.batch} latency={share}: "
+                f"{said}",
+                flush=True,
+            )
             rows.append(row)
             torch._dynamo.reset()
     return {"rows": rows}
@@ -110,7 +135,10 @@ def report(results: common.Record) -> str:
     for line, row in shared.lines(results):
         if row is not None:
             ms = row["ms"]
-            line += [row["share"], *(f"{ms[what]:.2f}" for what in ("dense", "forecast", "measured"))]
+            line += [
+                row["share"],
+                *(f"{ms[what]:.2f}" for what in ("dense", "forecast", "measured")),
+            ]
             line.append(f"{ms['forecast'] / ms['measured'] - 1:+.1%}")
             for what in ("left", "macs", "parameters", "importance"):
                 line.append(" / ".join(f"{row[by][what]:.3f}" for by in ("by latency", "by macs")))
@@ -133,8 +161,10 @@ def report(results: common.Record) -> str:
         "seconds",
     ]
     text = [
-        "Deployed models, milliseconds per batch, lower quartiles of forms that take turns. Pairs are: by the latency budget / by",
-        "the budget of multiply-accumulates that leaves as much of the latency. *Seconds*: of `prune(latency=)`, with all that it",
+        "Deployed models, milliseconds per batch, lower quartiles of forms that take turns. "
+        "Pairs are: by the latency budget / by",
+        "the budget of multiply-accumulates that leaves as much of the latency. *Seconds*: of "
+        "`prune(latency=)`, with all that it",
         "measures.",
     ]
     title = "A latency budget against a budget of multiply-accumulates"
@@ -144,7 +174,12 @@ def report(results: common.Record) -> str:
 def main() -> None:
     """Read the command line, measure each model, write the results after each."""
     made = shared.parser(__doc__, MODELS)
-    made.add_argument("--shares", type=common.shares, default=(0.7, 0.5), help="of the dense model's latency; default: 0.7,0.5")
+    made.add_argument(
+        "--shares",
+        type=common.shares,
+        default=(0.7, 0.5),
+        help="of the dense model's latency; default: 0.7,0.5",
+    )
     found = shared.options(made, MODELS)
     shared.run(found, "latency_budget", measure, report, alike=("quick", "shares"))
 

@@ -3,7 +3,8 @@
     python benchmarks/latency_plain.py            # the GPU where there is one, otherwise the CPU
     python benchmarks/latency_plain.py --quick    # small images, two models
 
-Each model is pruned to half of its multiply-accumulates. Then four forms of the same network, with the same weights, take turns:
+Each model is pruned to half of its multiply-accumulates. Then four forms of the same network, with
+the same weights, take turns:
 
 * ``plain``: torchvision's own class, its layers put at the pruned widths, normalisations folded by
   ``torch.nn.utils.fusion``: what somebody would write by hand;
@@ -11,9 +12,10 @@ Each model is pruned to half of its multiply-accumulates. Then four forms of the
 * ``class``: torchvision's own class at the pruned widths, as it trains;
 * ``graph``: the pruned graph as ``fxprune.prune`` gives it.
 
-The project's aim is that ``deployed`` takes at most 1.02 of ``plain``, and ``graph`` at most 1.02 of ``class``. Two copies of one
-and the same network differ by more than that, by where in memory they happen to lie: so all four are copied and measured again,
-in another order, ``--repeats`` times, and the medians of the ratios are what counts.
+The project's aim is that ``deployed`` takes at most 1.02 of ``plain``, and ``graph`` at most 1.02
+of ``class``. Two copies of one and the same network differ by more than that, by where in memory
+they happen to lie: so all four are copied and measured again, in another order, ``--repeats``
+times, and the medians of the ratios are what counts.
 
 The figures go to ``benchmarks/results/latency_plain_<device>.json`` and ``.md``.
 """
@@ -45,19 +47,29 @@ def at_widths_of(dense: nn.Module, pruned: nn.Module) -> nn.Module:
     """The dense model's class with the pruned model's layers: leaf for leaf, by name."""
     plain = copy.deepcopy(dense)
     for name, module in list(plain.named_modules()):
-        if name and not list(module.children()) and any(True for _ in module.parameters(recurse=False)):
+        if (
+            name
+            and not list(module.children())
+            and any(True for _ in module.parameters(recurse=False))
+        ):
             parent, _, own = name.rpartition(".")
             setattr(plain.get_submodule(parent), own, copy.deepcopy(pruned.get_submodule(name)))
     return plain.eval()
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Convolutions with the normalisation that is registered right behind them, fused; that one then does nothing."""
+    """Convolutions with the normalisation that is registered right behind them, fused; that one
+    then does nothing.
+    """
     model = copy.deepcopy(model)
     for parent in model.modules():
         children = list(parent.named_children())
         for (first, conv), (second, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
+            if (
+                isinstance(conv, nn.Conv2d)
+                and isinstance(norm, nn.BatchNorm2d)
+                and conv.out_channels == norm.num_features
+            ):
                 setattr(parent, first, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, second, nn.Identity())
     return model.eval()
@@ -68,26 +80,41 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
     dense, inputs = shared.built(name, found.size)
     pruned = fxprune.prune(dense, inputs, macs=0.5, round_to=8).model
     by_hand = at_widths_of(dense, pruned)
-    models = {"plain": folded(by_hand), "deployed": fxprune.deploy(pruned), "class": by_hand, "graph": pruned}
+    models = {
+        "plain": folded(by_hand),
+        "deployed": fxprune.deploy(pruned),
+        "class": by_hand,
+        "graph": pruned,
+    }
     with torch.no_grad():
         x = torch.randn(inputs.shape)
         outputs: dict[str, Tensor] = {form: model(x) for form, model in models.items()}
-    differences = {form: float((out - outputs["class"]).norm() / outputs["class"].norm()) for form, out in outputs.items()}
+    differences = {
+        form: float((out - outputs["class"]).norm() / outputs["class"].norm())
+        for form, out in outputs.items()
+    }
     if max(differences.values()) > 1e-3:
         raise RuntimeError(f"the forms differ: {differences}")
     return {"differences": differences, "rows": repeated(models, inputs, found)}
 
 
-def repeated(models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace) -> list[common.Record]:
+def repeated(
+    models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace
+) -> list[common.Record]:
     """One row per setting, with what each repetition took; or the first error."""
     runs = []
     for seed in range(found.repeats):
-        order = random.Random(seed).sample(list(models), len(models))  # copies are made in this order
+        # copies are made in this order
+        order = random.Random(seed).sample(list(models), len(models))
         runs.append(shared.time_all({form: models[form] for form in order}, inputs, found))
     rows = []
     for same in zip(*runs, strict=True):
         failed = next((row for row in same if "error" in row), None)
-        rows.append(failed or same[0] | {"latency": {form: [row["latency"][form] for row in same] for form in models}})
+        rows.append(
+            failed
+            or same[0]
+            | {"latency": {form: [row["latency"][form] for row in same] for form in models}}
+        )
     return rows
 
 
@@ -106,14 +133,34 @@ def report(results: common.Record) -> str:
     rows = []
     for line, row in shared.lines(results):
         if row is not None:
-            line += [f"{statistics.median(milliseconds(row, form)):.3f}" for form in ("plain", "deployed", "class", "graph")]
-            line += [f"**{ratio(row, 'deployed', 'plain'):.3f}**", f"**{ratio(row, 'graph', 'class'):.3f}**"]
+            line += [
+                f"{statistics.median(milliseconds(row, form)):.3f}"
+                for form in ("plain", "deployed", "class", "graph")
+            ]
+            line += [
+                f"**{ratio(row, 'deployed', 'plain'):.3f}**",
+                f"**{ratio(row, 'graph', 'class'):.3f}**",
+            ]
         rows.append(line)
-    header = ["model", "precision", "mode", "batch", "plain", "deployed", "class", "graph", "deployed / plain", "graph / class"]
+    header = [
+        "model",
+        "precision",
+        "mode",
+        "batch",
+        "plain",
+        "deployed",
+        "class",
+        "graph",
+        "deployed / plain",
+        "graph / class",
+    ]
     text = [
-        "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class at the pruned widths,",
-        f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most. Medians of",
-        f"{results['settings']['repeats']} repetitions on new copies: where one lies in memory makes several percent.",
+        "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class "
+        "at the pruned widths,",
+        f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most. "
+        "Medians of",
+        f"{results['settings']['repeats']} repetitions on new copies: where one lies in memory "
+        "makes several percent.",
     ]
     title = "Pruned graphs against the same networks written by hand"
     return shared.page(results, title, text, common.markdown_table(header, rows))
@@ -122,8 +169,12 @@ def report(results: common.Record) -> str:
 def main() -> None:
     """Read the command line, measure each model, write the results after each."""
     made = shared.parser(__doc__, MODELS)
-    made.add_argument("--repeats", type=int, default=5, help="how often new copies are measured; default: 5")
-    shared.run(shared.options(made, MODELS), "latency_plain", measure, report, alike=("quick", "repeats"))
+    made.add_argument(
+        "--repeats", type=int, default=5, help="how often new copies are measured; default: 5"
+    )
+    shared.run(
+        shared.options(made, MODELS), "latency_plain", measure, report, alike=("quick", "repeats")
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Latency of models pruned by fxprune and by torch-pruning to equal multiply-accumulates, same weights, same run.
+"""Latency of models pruned by fxprune and by torch-pruning to equal multiply-accumulates, same
+weights, same run.
 
     python benchmarks/latency_rivals.py             # the GPU where there is one, otherwise the CPU
     python benchmarks/latency_rivals.py --quick     # two models, small images: a minute
     python benchmarks/latency_rivals.py --round-to 8
 
-For each model, the ``channels`` of ``fxprune.prune`` and the ``pruning_ratio`` of torch-pruning are searched until both
-leave ``--macs`` of the dense model's multiply-accumulates, counted by one counter; both counts are in the table. Then the dense
-model and the two pruned ones take turns, as the tools give them, channels-last.
+For each model, the ``channels`` of ``fxprune.prune`` and the ``pruning_ratio`` of torch-pruning
+are searched until both leave ``--macs`` of the dense model's multiply-accumulates, counted by one
+counter; both counts are in the table. Then the dense model and the two pruned ones take turns, as
+the tools give them, channels-last.
 
-torch-pruning gets the help by hand that it needs: it is told the classifier and the number of heads of each attention
-layer, and a ViT's ``hidden_dim`` is corrected after pruning.
+torch-pruning gets the help by hand that it needs: it is told the classifier and the number of
+heads of each attention layer, and a ViT's ``hidden_dim`` is corrected after pruning.
 
-The figures go to ``benchmarks/results/latency_rivals_<device>.json`` and ``.md``; with ``--round-to`` its number is in the name.
+The figures go to ``benchmarks/results/latency_rivals_<device>.json`` and ``.md``; with
+``--round-to`` its number is in the name.
 """
 
 from __future__ import annotations
@@ -30,17 +33,23 @@ MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121", "mobilenet_v2", "vi
 TOOLS = ("dense", "fxprune", "torch-pruning")
 
 
-# ----------------------------------------------------------------------------------------------------------- equal MACs
+# -------------------------------------------------------------------------------------- equal MACs
 
 
 def match_macs(
-    make: Callable[[float], nn.Module], inputs: Tensor, dense: int, target: float, tolerance: float, attempts: int = 9
+    make: Callable[[float], nn.Module],
+    inputs: Tensor,
+    dense: int,
+    target: float,
+    tolerance: float,
+    attempts: int = 9,
 ) -> tuple[nn.Module, common.Record]:
     """Search the kept share of channels at which ``make(share)`` has ``target * dense`` MACs.
 
-    MACs go about with the square of the kept share, so each guess corrects the last one by the square root of what is
-    missing, within the bracket known so far. Returns the closest model and what it costs. A share at which ``make``
-    fails is stepped over; if all fail, the last error is raised.
+    MACs go about with the square of the kept share, so each guess corrects the last one by the
+    square root of what is missing, within the bracket known so far. Returns the closest model and
+    what it costs. A share at which ``make`` fails is stepped over; if all fail, the last error is
+    raised.
     """
     low, high, share = 0.0, 1.0, target**0.5
     best: tuple[float, nn.Module, common.Record] | None = None
@@ -55,7 +64,11 @@ def match_macs(
             continue
         gap = abs(macs / dense / target - 1)
         if best is None or gap < best[0]:
-            best = gap, model, {"kept": share, "macs": macs, "parameters": common.parameter_count(model)}
+            best = (
+                gap,
+                model,
+                {"kept": share, "macs": macs, "parameters": common.parameter_count(model)},
+            )
         if gap <= tolerance:
             break
         low, high = (share, high) if macs < target * dense else (low, share)
@@ -72,13 +85,20 @@ def with_fxprune(dense: nn.Module, inputs: Tensor, kept: float, round_to: int) -
 
 
 def with_torch_pruning(dense: nn.Module, inputs: Tensor, kept: float, round_to: int) -> nn.Module:
-    """Prune a copy with torch-pruning, with the help that it needs: classifier, heads, and a ViT's ``hidden_dim``."""
+    """Prune a copy with torch-pruning, with the help that it needs: classifier, heads, and a ViT's
+    ``hidden_dim``.
+    """
     model = copy.deepcopy(dense)
     heads = {}
     for attention in (m for m in model.modules() if isinstance(m, nn.MultiheadAttention)):
         heads[attention] = attention.num_heads
     model = common.torch_pruning_prune(
-        model, inputs, 1 - kept, ignored=common.output_layers(model, inputs), round_to=round_to, num_heads=heads
+        model,
+        inputs,
+        1 - kept,
+        ignored=common.output_layers(model, inputs),
+        round_to=round_to,
+        num_heads=heads,
     )
     if isinstance(getattr(model, "hidden_dim", None), int) and hasattr(model, "conv_proj"):
         model.hidden_dim = model.conv_proj.out_channels
@@ -87,7 +107,7 @@ def with_torch_pruning(dense: nn.Module, inputs: Tensor, kept: float, round_to: 
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ one model
+# --------------------------------------------------------------------------------------- one model
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
@@ -95,12 +115,18 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
     dense, inputs = shared.built(name, found.size)
     macs = common.count_macs(dense, inputs)
     models: dict[str, nn.Module] = {"dense": dense}
-    cost: common.Record = {"dense": {"kept": 1.0, "macs": macs, "parameters": common.parameter_count(dense)}}
+    cost: common.Record = {
+        "dense": {"kept": 1.0, "macs": macs, "parameters": common.parameter_count(dense)}
+    }
     failed: common.Record = {}
     for tool, prune in (("fxprune", with_fxprune), ("torch-pruning", with_torch_pruning)):
         try:
             models[tool], cost[tool] = match_macs(
-                lambda kept, prune=prune: prune(dense, inputs, kept, found.round_to), inputs, macs, found.macs, found.tolerance
+                lambda kept, prune=prune: prune(dense, inputs, kept, found.round_to),
+                inputs,
+                macs,
+                found.macs,
+                found.tolerance,
             )
         except Exception as error:
             failed[tool] = common.one_line(error)
@@ -108,7 +134,7 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
     return {"cost": cost, "failed": failed, "rows": shared.time_all(models, inputs, found)}
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------ report
 
 
 def report(results: common.Record) -> str:
@@ -126,7 +152,14 @@ def report(results: common.Record) -> str:
             own = record["cost"][tool]
             share = f"{own['macs'] / total:.3f}"
             costs.append(
-                [f"`{name}`", tool, f"{own['kept']:.3f}", f"{own['macs'] / 1e6:.1f}", share, f"{own['parameters'] / 1e6:.2f}"]
+                [
+                    f"`{name}`",
+                    tool,
+                    f"{own['kept']:.3f}",
+                    f"{own['macs'] / 1e6:.1f}",
+                    share,
+                    f"{own['parameters'] / 1e6:.2f}",
+                ]
             )
     for line, row in shared.lines(results):
         if row is not None:
@@ -143,20 +176,38 @@ def report(results: common.Record) -> str:
         *(f"{tool}, of dense" for tool in TOOLS[1:]),
     ]
     text = [
-        f"Both to {settings['macs']} of the dense model's (within {settings['tolerance']:.0%} where the widths allow), widths",
-        f"rounded to {settings['round_to']}; as the tools give them, channels-last, medians in milliseconds per batch.",
+        f"Both to {settings['macs']} of the dense model's (within {settings['tolerance']:.0%} "
+        "where the widths allow), widths",
+        f"rounded to {settings['round_to']}; as the tools give them, channels-last, medians in "
+        "milliseconds per batch.",
     ]
-    pruned = common.markdown_table(["model", "by", "channels kept", "MMACs", "of dense", "M parameters"], costs)
+    pruned = common.markdown_table(
+        ["model", "by", "channels kept", "MMACs", "of dense", "M parameters"], costs
+    )
     title = "Latency of fxprune and torch-pruning at equal multiply-accumulates"
-    return shared.page(results, title, text, common.markdown_table(header, rows), f"What was pruned:\n\n{pruned}")
+    return shared.page(
+        results, title, text, common.markdown_table(header, rows), f"What was pruned:\n\n{pruned}"
+    )
 
 
 def main() -> None:
     """Read the command line, measure each model, write the results after each."""
     made = shared.parser(__doc__, MODELS)
-    made.add_argument("--macs", type=float, default=0.5, help="share of the dense model's MACs that both tools must reach")
-    made.add_argument("--tolerance", type=float, default=0.02, help="how far from it is near enough")
-    made.add_argument("--round-to", type=int, default=1, help="both tools keep multiples of this many channels; default: any")
+    made.add_argument(
+        "--macs",
+        type=float,
+        default=0.5,
+        help="share of the dense model's MACs that both tools must reach",
+    )
+    made.add_argument(
+        "--tolerance", type=float, default=0.02, help="how far from it is near enough"
+    )
+    made.add_argument(
+        "--round-to",
+        type=int,
+        default=1,
+        help="both tools keep multiples of this many channels; default: any",
+    )
     found = shared.options(made, MODELS)
     question = "latency_rivals" + (f"_{found.round_to}" if found.round_to > 1 else "")
     shared.run(found, question, measure, report, alike=("macs", "tolerance", "round_to", "quick"))

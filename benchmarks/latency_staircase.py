@@ -1,10 +1,13 @@
 """Latency of single layers against their width: the steps that hardware has.
 
-    python benchmarks/latency_staircase.py            # the GPU where there is one, otherwise the CPU
+    # the GPU where there is one, otherwise the CPU
+    python benchmarks/latency_staircase.py
     python benchmarks/latency_staircase.py --quick
-    python benchmarks/latency_staircase.py --models linear --batches 1    # adds to what the file of the device holds
+    # adds to what the file of the device holds
+    python benchmarks/latency_staircase.py --models linear --batches 1
 
-A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step by step.
+A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step
+by step.
 
 The figures go to ``benchmarks/results/latency_staircase_<device>.json``, ``.md`` and ``.png``.
 """
@@ -21,7 +24,12 @@ from torch import nn
 from fxprune.latency import measure as time_models
 
 LAYERS = {
-    "conv3x3": ("256 -> w, 14 x 14", lambda w: nn.Conv2d(256, w, 3, padding=1), 256, (256, 14, 14)),
+    "conv3x3": (
+        "256 -> w, 14 x 14",
+        lambda w: nn.Conv2d(256, w, 3, padding=1),
+        256,
+        (256, 14, 14),
+    ),
     "conv1x1": ("1024 -> w, 14 x 14", lambda w: nn.Conv2d(1024, w, 1), 256, (1024, 14, 14)),
     "linear": ("768 -> w, 197 tokens", lambda w: nn.Linear(768, w), 768, (197, 768)),
 }
@@ -31,14 +39,31 @@ LAYERS = {
 def measure(name: str, found: argparse.Namespace) -> common.Record:
     """One layer at every width."""
     _, make, widest, shape = LAYERS[name]
-    widths = range(widest // 8 if found.quick else found.step, widest + 1, widest // 8 if found.quick else found.step)
+    widths = range(
+        widest // 8 if found.quick else found.step,
+        widest + 1,
+        widest // 8 if found.quick else found.step,
+    )
     rows = []
     for setting in shared.settings(found):
         layers = {str(width): make(width) for width in widths}
-        timed = time_models(layers, torch.zeros(1, *shape), setting, rounds=found.rounds, seconds=found.seconds)
+        timed = time_models(
+            layers, torch.zeros(1, *shape), setting, rounds=found.rounds, seconds=found.seconds
+        )
         ms = {width: latency.timing.ms for width, latency in timed.items()}
-        rows.append({"precision": setting.precision, "mode": setting.mode, "batch": setting.batch, "ms": ms})
-        print(f"  {name}, {setting.precision} {setting.mode} batch {setting.batch}: {len(ms)} widths", flush=True)
+        rows.append(
+            {
+                "precision": setting.precision,
+                "mode": setting.mode,
+                "batch": setting.batch,
+                "ms": ms,
+            }
+        )
+        print(
+            f"  {name}, {setting.precision} {setting.mode} batch {setting.batch}: {len(ms)} "
+            "widths",
+            flush=True,
+        )
     return {"rows": rows}
 
 
@@ -74,7 +99,13 @@ def report(results: common.Record) -> str:
         "largest fall for a wider one",
     ]
     picture = f"![latency against width]({results['stem']}.png)"
-    return shared.page(results, "Latency of layers against their width", [], common.markdown_table(header, rows), picture)
+    return shared.page(
+        results,
+        "Latency of layers against their width",
+        [],
+        common.markdown_table(header, rows),
+        picture,
+    )
 
 
 def plot(results: common.Record) -> None:
@@ -84,18 +115,29 @@ def plot(results: common.Record) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results["models"]), figsize=(5.5 * len(results["models"]), 4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(results["models"]), figsize=(5.5 * len(results["models"]), 4), squeeze=False
+    )
     for axis, (name, record) in zip(axes[0], results["models"].items(), strict=True):
         for row in record.get("rows", ()):
             widths = sorted(map(int, row["ms"]))
             label = f"{row['precision']}, {row['mode']}, batch {row['batch']}"
-            axis.plot(widths, [row["ms"][str(width)] / row["ms"][str(widths[-1])] for width in widths], label=label)
+            axis.plot(
+                widths,
+                [row["ms"][str(width)] / row["ms"][str(widths[-1])] for width in widths],
+                label=label,
+            )
         axis.set_title(f"{name}, {LAYERS[name][0]}")
         axis.set_xlabel("width")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("latency, of the widest")
     axes[0][0].legend(fontsize=7)
-    figure.savefig(common.RESULTS / f"{results['stem']}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(
+        common.RESULTS / f"{results['stem']}.png",
+        dpi=110,
+        bbox_inches="tight",
+        metadata={"Software": None},
+    )
     plt.close(figure)
 
 

@@ -1,19 +1,27 @@
 """How long pruning takes: ``fxprune.prune`` against torch-pruning, side by side in one run.
 
-    python benchmarks/prune_time.py                        # every torchvision model that both can prune
-    python benchmarks/prune_time.py --only 'resnet*,vgg*'  # some of them; the rows of the others are kept
-    python benchmarks/prune_time.py --inputs small         # no help from slow forward passes
-    python benchmarks/prune_time.py --scaling              # cost against the number of nodes, on a synthetic DenseNet
-    python benchmarks/prune_time.py --memory               # peak memory over the bytes of the weights
-    python benchmarks/prune_time.py --first                # the first call of a fresh process beside the second
+    # every torchvision model that both can prune
+    python benchmarks/prune_time.py
+    # some of them; the rows of the others are kept
+    python benchmarks/prune_time.py --only 'resnet*,vgg*'
+    # no help from slow forward passes
+    python benchmarks/prune_time.py --inputs small
+    # cost against the number of nodes, on a synthetic DenseNet
+    python benchmarks/prune_time.py --scaling
+    # peak memory over the bytes of the weights
+    python benchmarks/prune_time.py --memory
+    # the first call of a fresh process beside the second
+    python benchmarks/prune_time.py --first
 
-Each model has one process to itself. Both tools prune once unmeasured; then they take turns, ``--repeats`` times, and
-medians are compared. torch-pruning prunes in place: its copy of the model is made outside the measured time, while
-fxprune's own copying is inside. Which models torch-pruning can prune is found by trying: it must finish, remove
-something, and leave a model that runs and keeps its output shape. It is told which layer is the classifier, which
-fxprune finds by itself.
+Each model has one process to itself. Both tools prune once unmeasured; then they take turns,
+``--repeats`` times, and medians are compared. torch-pruning prunes in place: its copy of the model
+is made outside the measured time, while fxprune's own copying is inside. Which models
+torch-pruning can prune is found by trying: it must finish, remove something, and leave a model
+that runs and keeps its output shape. It is told which layer is the classifier, which fxprune finds
+by itself.
 
-The figures go to ``benchmarks/results/prune_time.json`` and ``.md`` (``prune_scaling``, ``prune_memory``, ``prune_first``).
+The figures go to ``benchmarks/results/prune_time.json`` and ``.md`` (``prune_scaling``,
+``prune_memory``, ``prune_first``).
 """
 
 from __future__ import annotations
@@ -49,14 +57,19 @@ REACH_SLOPE = 1.2
 REACH_FIRST = 2.0
 
 
-# ------------------------------------------------------------------------------------------------ against torch-pruning
+# --------------------------------------------------------------------------- against torch-pruning
 
 
 def race(name: str, size: str, repeats: int, seconds: float, limit: float) -> common.Record:
-    """Time both tools on one model, alternating; stop early after about ``seconds``, but never before one repeat."""
+    """Time both tools on one model, alternating; stop early after about ``seconds``, but never
+    before one repeat.
+    """
     case = CASES[name]
     model, inputs = case.build(size=size), case.inputs(size=size)
-    record: common.Record = {"parameters": common.parameter_count(model), "input": list(inputs.shape)}
+    record: common.Record = {
+        "parameters": common.parameter_count(model),
+        "input": list(inputs.shape),
+    }
     stages: list[dict[str, float]] = []
     left: dict[str, int] = {}
 
@@ -100,20 +113,30 @@ def race(name: str, size: str, repeats: int, seconds: float, limit: float) -> co
     for turn in range(repeats):
         if turn and time.perf_counter() - began > seconds:
             break
-        for tool, attempt in (("fxprune", ours), ("torch-pruning", theirs))[:: 1 if turn % 2 == 0 else -1]:
+        for tool, attempt in (("fxprune", ours), ("torch-pruning", theirs))[
+            :: 1 if turn % 2 == 0 else -1
+        ]:
             times[tool].append(attempt())
     record["times"] = times
-    record["stages"] = {stage: common.median([run.get(stage, 0.0) for run in stages]) for stage in stages[0]}
+    record["stages"] = {
+        stage: common.median([run.get(stage, 0.0) for run in stages]) for stage in stages[0]
+    }
     record["seconds"] = {tool: common.median(values) for tool, values in times.items()}
     record["ratio"] = record["seconds"]["fxprune"] / record["seconds"]["torch-pruning"]
     return record
 
 
-def report_race(records: dict[str, common.Record], about: common.Record) -> tuple[common.Record, str, bool]:
+def report_race(
+    records: dict[str, common.Record], about: common.Record
+) -> tuple[common.Record, str, bool]:
     """Sum up a race: totals, stages' share, Markdown, and whether the aims are reached."""
     both = {name: r for name, r in records.items() if "ratio" in r}
     if not both:
-        return {"machine": about, "models": records}, "# Pruning time\n\nNo model that both can prune.\n", False
+        return (
+            {"machine": about, "models": records},
+            "# Pruning time\n\nNo model that both can prune.\n",
+            False,
+        )
     ours = sum(r["seconds"]["fxprune"] for r in both.values())
     theirs = sum(r["seconds"]["torch-pruning"] for r in both.values())
     worst = max(both, key=lambda name: both[name]["ratio"])
@@ -129,13 +152,19 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
         "fxprune_seconds": ours,
         "torch_pruning_seconds": theirs,
         "total_ratio": ours / theirs,
-        "total_ratio_without_densenets": _total_ratio({n: r for n, r in both.items() if "densenet" not in n}),
+        "total_ratio_without_densenets": _total_ratio(
+            {n: r for n, r in both.items() if "densenet" not in n}
+        ),
         "median_ratio": common.median([r["ratio"] for r in both.values()]),
         "worst": [worst, both[worst]["ratio"]],
         "stage_share": {stage: seconds / ours for stage, seconds in stages.items()},
     }
     aims = [
-        (f"total at most {REACH_TOTAL} of torch-pruning's", f"{ours / theirs:.3f}", ours / theirs <= REACH_TOTAL),
+        (
+            f"total at most {REACH_TOTAL} of torch-pruning's",
+            f"{ours / theirs:.3f}",
+            ours / theirs <= REACH_TOTAL,
+        ),
         (
             f"no model above {REACH_WORST} times its time",
             f"{both[worst]['ratio']:.2f} ({worst})",
@@ -145,7 +174,13 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
     deepest, times_faster = REACH_DEEPEST
     if deepest in both:
         speed = 1 / both[deepest]["ratio"]
-        aims.append((f"{deepest} at least {times_faster:.0f} times faster", f"{speed:.1f} times", speed >= times_faster))
+        aims.append(
+            (
+                f"{deepest} at least {times_faster:.0f} times faster",
+                f"{speed:.1f} times",
+                speed >= times_faster,
+            )
+        )
     rows = [
         [
             f"`{name}`",
@@ -163,11 +198,15 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
         "",
         "<!-- generated by benchmarks/prune_time.py -->",
         "",
-        f"`fxprune.prune(channels=0.5)` against torch-pruning {about['versions']['torch-pruning']} at half the width",
-        f"on the {len(both)} torchvision models that both can prune, medians, {about['inputs']} inputs.",
+        "`fxprune.prune(channels=0.5)` against torch-pruning "
+        f"{about['versions']['torch-pruning']} at half the width",
+        f"on the {len(both)} torchvision models that both can prune, medians, {about['inputs']} "
+        "inputs.",
         f"{common.machine_line(about)}",
         "",
-        common.markdown_table(["aim", "measured", "reached"], [[a, b, "yes" if c else "no"] for a, b, c in aims]),
+        common.markdown_table(
+            ["aim", "measured", "reached"], [[a, b, "yes" if c else "no"] for a, b, c in aims]
+        ),
         "",
         f"Total {ours:.1f} s against {theirs:.1f} s; median ratio {summary['median_ratio']:.3f};"
         f" without the DenseNets {summary['total_ratio_without_densenets']:.3f}.",
@@ -176,10 +215,17 @@ def report_race(records: dict[str, common.Record], about: common.Record) -> tupl
         + ", ".join(f"{stage} {share:.0%}" for stage, share in summary["stage_share"].items())
         + ".",
         "",
-        common.markdown_table(["model", "fxprune, s", "torch-pruning, s", "ratio", "repeats", "left", "left (t-p)"], rows),
+        common.markdown_table(
+            ["model", "fxprune, s", "torch-pruning, s", "ratio", "repeats", "left", "left (t-p)"],
+            rows,
+        ),
     ]
     for tool in ("fxprune", "torch-pruning"):
-        failed = [f"- `{name}`: {r['failed'][tool]}" for name, r in records.items() if tool in r.get("failed", {})]
+        failed = [
+            f"- `{name}`: {r['failed'][tool]}"
+            for name, r in records.items()
+            if tool in r.get("failed", {})
+        ]
         if failed:
             parts += ["", f"Not pruned by {tool}:", "", *failed]
     lost = [f"- `{name}`: {r['error']}" for name, r in records.items() if "error" in r]
@@ -197,38 +243,55 @@ def _total_ratio(records: dict[str, common.Record]) -> float:
 def run_race(options: argparse.Namespace) -> bool:
     """Race on every chosen model, print each ratio as it comes, write the results."""
     about = common.machine() | {"inputs": options.inputs, "repeats": options.repeats}
-    names = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))]
+    names = [
+        name
+        for name in CASES
+        if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))
+    ]
     stem = "prune_time" if options.inputs == "native" else f"prune_time_{options.inputs}"
-    records: dict[str, common.Record] = common.read(stem).get("models", {}) if options.only != "*" else {}
+    records: dict[str, common.Record] = (
+        common.read(stem).get("models", {}) if options.only != "*" else {}
+    )
     print(f"{'model':32} {'fxprune':>9} {'t-pruning':>9} {'ratio':>7}", flush=True)
     for name in names:
         record = common.in_child(
-            race, name, options.inputs, options.repeats, options.seconds, options.limit, timeout=options.timeout
+            race,
+            name,
+            options.inputs,
+            options.repeats,
+            options.seconds,
+            options.limit,
+            timeout=options.timeout,
         )
         records[name] = record
         if "ratio" in record:
             seconds = record["seconds"]
             print(
-                f"{name:32} {seconds['fxprune']:8.3f}s {seconds['torch-pruning']:8.3f}s {record['ratio']:7.3f}",
+                f"{name:32} {seconds['fxprune']:8.3f}s {seconds['torch-pruning']:8.3f}s "
+                f"{record['ratio']:7.3f}",
                 flush=True,
             )
         else:
             failed = record.get("failed") or {"process": record["error"]}
-            print(f"{name:32} " + "; ".join(f"{tool} cannot: {why}" for tool, why in failed.items()), flush=True)
+            print(
+                f"{name:32} " + "; ".join(f"{tool} cannot: {why}" for tool, why in failed.items()),
+                flush=True,
+            )
     record, markdown, reached = report_race(records, about)
     print("\n" + markdown.split("| model |")[0].strip())
     common.write(stem, record, markdown)
     return reached
 
 
-# -------------------------------------------------------------------------------------------------------------- scaling
+# ----------------------------------------------------------------------------------------- scaling
 
 
 class SyntheticDenseNet(nn.Module):
-    """A DenseNet of any depth at one resolution: blocks of densely connected layers with a 1x1 transition between them.
+    """A DenseNet of any depth at one resolution: blocks of densely connected layers with a 1x1
+    transition between them.
 
-    The work of a layer within a block grows with the layers before it, so the number of nodes is a fair measure of size
-    only while the blocks keep their length: more blocks, not longer ones.
+    The work of a layer within a block grows with the layers before it, so the number of nodes is a
+    fair measure of size only while the blocks keep their length: more blocks, not longer ones.
     """
 
     def __init__(self, blocks: int, layers: int = 6, growth: int = 8) -> None:
@@ -240,7 +303,11 @@ class SyntheticDenseNet(nn.Module):
             widths = [2 * growth + i * growth for i in range(layers)]
             self.blocks.append(nn.ModuleList([_dense_layer(width, growth) for width in widths]))
             end = 2 * growth + layers * growth
-            self.transitions.append(nn.Sequential(nn.BatchNorm2d(end), nn.ReLU(), nn.Conv2d(end, 2 * growth, 1, bias=False)))
+            self.transitions.append(
+                nn.Sequential(
+                    nn.BatchNorm2d(end), nn.ReLU(), nn.Conv2d(end, 2 * growth, 1, bias=False)
+                )
+            )
         self.head = nn.Linear(2 * growth, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,10 +355,14 @@ def scale(blocks: int, layers: int, repeats: int) -> common.Record:
 
 
 def slope(sizes: list[float], seconds: list[float]) -> float:
-    """Return the exponent of ``seconds = a * sizes ** exponent``, by least squares on logarithms."""
+    """Return the exponent of ``seconds = a * sizes ** exponent``, by least squares on
+    logarithms.
+    """
     x, y = [math.log(n) for n in sizes], [math.log(s) for s in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
 
 
 def run_scaling(options: argparse.Namespace) -> bool:
@@ -299,7 +370,9 @@ def run_scaling(options: argparse.Namespace) -> bool:
     about = common.machine()
     families = {
         "more blocks of 6 layers": [(blocks, 6) for blocks in (4, 8, 16, 32, 64)[: options.sizes]],
-        "one block of more layers": [(1, layers) for layers in (16, 32, 64, 128, 256)[: options.sizes]],
+        "one block of more layers": [
+            (1, layers) for layers in (16, 32, 64, 128, 256)[: options.sizes]
+        ],
     }
     results: common.Record = {"machine": about, "families": {}}
     parts = [
@@ -325,7 +398,9 @@ def run_scaling(options: argparse.Namespace) -> bool:
                 flush=True,
             )
         exponents = {
-            size: slope([row[size] for row in rows], [row["seconds"] for row in rows]) if len(rows) > 1 else math.nan
+            size: slope([row[size] for row in rows], [row["seconds"] for row in rows])
+            if len(rows) > 1
+            else math.nan
             for size in ("nodes", "edges")
         }
         results["families"][family] = {"rows": rows, "exponent": exponents}
@@ -334,7 +409,13 @@ def run_scaling(options: argparse.Namespace) -> bool:
         said = f"time ~ nodes^{exponents['nodes']:.2f} ~ edges^{exponents['edges']:.2f}"
         print(f"{family}: {said}\n", flush=True)
         table = [
-            [row["nodes"], row["edges"], f"{row['seconds']:.3f}", f"{1e6 * row['seconds'] / row['nodes']:.0f}"] for row in rows
+            [
+                row["nodes"],
+                row["edges"],
+                f"{row['seconds']:.3f}",
+                f"{1e6 * row['seconds'] / row['nodes']:.0f}",
+            ]
+            for row in rows
         ]
         parts += ["", f"## A synthetic DenseNet, {family}: {said}", ""]
         parts.append(common.markdown_table(["nodes", "edges", "seconds", "us per node"], table))
@@ -342,32 +423,42 @@ def run_scaling(options: argparse.Namespace) -> bool:
     return reached
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def resident_bytes(field: str) -> int:
     """Return ``VmRSS`` (now) or ``VmHWM`` (the highest so far) of this process, in bytes."""
     try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        found = re.search(
+            rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
         if found:
             return int(found.group(1)) * 1024
     except OSError:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # elsewhere: only the highest, in bytes or in KiB
+    # elsewhere: only the highest, in bytes or in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory(name: str, size: str) -> common.Record:
-    """Measure how far resident memory rises while one model is pruned, over the bytes of its weights."""
+    """Measure how far resident memory rises while one model is pruned, over the bytes of its
+    weights.
+    """
     case = CASES[name]
-    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
-    fxprune.prune(small, torch.randn(1, 3, 16, 16), channels=0.5)  # loads what is loaded on first use
+    small = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    ).eval()
+    # loads what is loaded on first use
+    fxprune.prune(small, torch.randn(1, 3, 16, 16), channels=0.5)
     model, inputs = case.build(size=size), case.inputs(size=size)
     weights = common.weight_bytes(model)
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed while building must not hide what pruning takes
-        Path("/proc/self/clear_refs").write_text("5")  # sets the highest resident size back to the present one
+        # memory freed while building must not hide what pruning takes
+        ctypes.CDLL(None).malloc_trim(0)
+        # sets the highest resident size back to the present one
+        Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError):
         pass
     before = resident_bytes("VmRSS")
@@ -386,17 +477,25 @@ def peak_memory(name: str, size: str) -> common.Record:
 def run_memory(options: argparse.Namespace) -> bool:
     """Print the peak memory of pruning for models of all kinds."""
     about = common.machine() | {"inputs": options.inputs}
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system at once
-    chosen = options.only if options.only != "*" else "resnet50,densenet201,vgg16_bn,mobilenet_v2,vit_b_16,swin_b,regnet_y_32gf"
+    # freed tensors go back to the system at once
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    chosen = (
+        options.only
+        if options.only != "*"
+        else "resnet50,densenet201,vgg16_bn,mobilenet_v2,vit_b_16,swin_b,regnet_y_32gf"
+    )
     rows: dict[str, common.Record] = {}
     for name in chosen.split(","):
-        rows[name] = row = common.in_child(peak_memory, name, options.inputs, timeout=options.timeout)
+        rows[name] = row = common.in_child(
+            peak_memory, name, options.inputs, timeout=options.timeout
+        )
         if "error" in row:
             print(f"{name:20} {row['error']}", flush=True)
             continue
         print(
-            f"{name:20} weights {row['weights'] / 2**20:8.1f} MiB, rise {row['rise'] / 2**20:8.1f} MiB"
-            f" = {row['rise_over_weights']:.2f} of the weights; with them {row['peak_over_weights']:.2f}",
+            f"{name:20} weights {row['weights'] / 2**20:8.1f} MiB, rise "
+            f"{row['rise'] / 2**20:8.1f} MiB = {row['rise_over_weights']:.2f} of the weights; "
+            f"with them {row['peak_over_weights']:.2f}",
             flush=True,
         )
     measured = {name: row for name, row in rows.items() if "error" not in row}
@@ -418,28 +517,55 @@ def run_memory(options: argparse.Namespace) -> bool:
             "",
             "<!-- generated by benchmarks/prune_time.py --memory -->",
             "",
-            "How far the resident memory of a process rises while `fxprune.prune(channels=0.5)` runs, the pruned model",
-            "included, and the same with the original's weights added, over the bytes of the original's weights.",
-            f"{options.inputs.capitalize()} inputs. Small weights show what the graph itself takes.",
+            "How far the resident memory of a process rises while `fxprune.prune(channels=0.5)` "
+            "runs, the pruned model",
+            "included, and the same with the original's weights added, over the bytes of the "
+            "original's weights.",
+            f"{options.inputs.capitalize()} inputs. Small weights show what the graph itself "
+            "takes.",
             "",
             common.machine_line(about),
             "",
-            common.markdown_table(["model", "weights, MiB", "pruned, MiB", "rise, MiB", "rise / weights", "peak / weights"], table),
+            common.markdown_table(
+                [
+                    "model",
+                    "weights, MiB",
+                    "pruned, MiB",
+                    "rise, MiB",
+                    "rise / weights",
+                    "peak / weights",
+                ],
+                table,
+            ),
         ]
     )
     common.write("prune_memory", {"machine": about, "models": rows}, markdown)
-    return len(measured) == len(rows) and all(row["peak_over_weights"] <= REACH_MEMORY for row in measured.values())
+    return len(measured) == len(rows) and all(
+        row["peak_over_weights"] <= REACH_MEMORY for row in measured.values()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the first call
+# ---------------------------------------------------------------------------------- the first call
 
 FIRST_MODELS = {
-    "resnet50": "import torchvision; model = torchvision.models.resnet50(); x = torch.randn(1, 3, 224, 224)",
-    "vit_b_16": "import torchvision; model = torchvision.models.vit_b_16(); x = torch.randn(1, 3, 224, 224)",
-    "convolutions": "model = nn.Sequential(*(m for n in range(32) for m in (nn.Conv2d(3 if n == 0 else 32, 32, 3, padding=1), "
-    "nn.BatchNorm2d(32), nn.ReLU())), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)); x = torch.randn(1, 3, 32, 32)",
-    "transformer": "model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 8, "
-    "enable_nested_tensor=False); x = torch.randn(1, 16, 64)",
+    "resnet50": (
+        "import torchvision; model = torchvision.models.resnet50(); x = torch.randn(1, 3, 224, "
+        "224)"
+    ),
+    "vit_b_16": (
+        "import torchvision; model = torchvision.models.vit_b_16(); x = torch.randn(1, 3, 224, "
+        "224)"
+    ),
+    "convolutions": (
+        "model = nn.Sequential(*(m for n in range(32) for m in (nn.Conv2d(3 if n == 0 else 32, "
+        "32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())), nn.AdaptiveAvgPool2d(1), "
+        "nn.Flatten(), nn.Linear(32, 10)); x = torch.randn(1, 3, 32, 32)"
+    ),
+    "transformer": (
+        "layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True); "
+        "model = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False); "
+        "x = torch.randn(1, 16, 64)"
+    ),
 }
 """Torchvision imports torch's compiler itself; the other two are torch alone."""
 
@@ -457,62 +583,130 @@ for _ in range(2):
     fxprune.prune(model, x, channels=0.5)
     seconds.append(time.perf_counter() - began)
     modules.append(len(sys.modules))
-print(json.dumps({{"first": seconds[0], "second": seconds[1], "modules": modules[1] - modules[0]}}))
+found = {{"first": seconds[0], "second": seconds[1], "modules": modules[1] - modules[0]}}
+print(json.dumps(found))
 """
 
 
 def run_first(options: argparse.Namespace) -> bool:
-    """Print how long the first and the second call of a fresh process take, the median of ``--repeats`` processes."""
+    """Print how long the first and the second call of a fresh process take, the median of
+    ``--repeats`` processes.
+    """
     about = common.machine()
-    chosen = [name for name in FIRST_MODELS if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))]
+    chosen = [
+        name
+        for name in FIRST_MODELS
+        if any(fnmatch.fnmatch(name, glob) for glob in options.only.split(","))
+    ]
     rows: dict[str, common.Record] = {}
     for name in chosen:
         command = [sys.executable, "-c", _FIRST.format(build=FIRST_MODELS[name])]
         runs = []
         for _ in range(options.repeats):
-            ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=common.ROOT, timeout=options.timeout)
+            ran = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=common.ROOT,
+                timeout=options.timeout,
+            )
             runs.append(json.loads(ran.stdout.splitlines()[-1]))
         rows[name] = row = {key: common.median([run[key] for run in runs]) for key in runs[0]}
         row["ratio"] = row["first"] / row["second"]
         print(
-            f"{name:14} first {row['first']:.3f} s, second {row['second']:.3f} s, {row['modules']:.0f} modules imported", flush=True
+            f"{name:14} first {row['first']:.3f} s, second {row['second']:.3f} s, "
+            f"{row['modules']:.0f} modules imported",
+            flush=True,
         )
     header = ["model", "first call, s", "second call, s", "first / second", "modules imported"]
     table = [
-        [f"`{name}`", f"{row['first']:.3f}", f"{row['second']:.3f}", f"{row['ratio']:.2f}", f"{row['modules']:.0f}"]
+        [
+            f"`{name}`",
+            f"{row['first']:.3f}",
+            f"{row['second']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['modules']:.0f}",
+        ]
         for name, row in rows.items()
     ]
-    parts = ["# The first call of a process", "", "<!-- generated by benchmarks/prune_time.py --first -->", ""]
+    parts = [
+        "# The first call of a process",
+        "",
+        "<!-- generated by benchmarks/prune_time.py --first -->",
+        "",
+    ]
     parts += [
         f"`fxprune.prune(channels=0.5)` in fresh processes, medians of {options.repeats}.",
         "",
         common.machine_line(about),
         "",
     ]
-    common.write("prune_first", {"machine": about, "models": rows}, "\n".join([*parts, common.markdown_table(header, table)]))
+    common.write(
+        "prune_first",
+        {"machine": about, "models": rows},
+        "\n".join([*parts, common.markdown_table(header, table)]),
+    )
     return all(row["ratio"] <= REACH_FIRST for row in rows.values())
 
 
 def main() -> None:
     """Read the command line and run one of the four measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="*", help="models: globs, separated by commas")
-    parser.add_argument("--inputs", choices=("small", "native"), default="native", help="size of the example inputs")
+    parser.add_argument(
+        "--inputs",
+        choices=("small", "native"),
+        default="native",
+        help="size of the example inputs",
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=30.0, help="stop repeating one model after about this long")
-    parser.add_argument("--limit", type=float, default=180.0, help="a tool that takes longer for one model cannot do it")
-    parser.add_argument("--timeout", type=float, default=1200.0, help="end a process after this many seconds")
-    parser.add_argument("--threads", type=int, default=0, help="threads for torch (default: its own choice)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="stop repeating one model after about this long",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=180.0,
+        help="a tool that takes longer for one model cannot do it",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1200.0, help="end a process after this many seconds"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads for torch (default: its own choice)"
+    )
     parser.add_argument("--scaling", action="store_true", help="cost against the number of nodes")
-    parser.add_argument("--sizes", type=int, default=5, help="with --scaling: how many sizes of each family")
-    parser.add_argument("--memory", action="store_true", help="peak memory over the bytes of the weights")
-    parser.add_argument("--first", action="store_true", help="the first call of a fresh process beside the second")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is not reached")
+    parser.add_argument(
+        "--sizes", type=int, default=5, help="with --scaling: how many sizes of each family"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory over the bytes of the weights"
+    )
+    parser.add_argument(
+        "--first", action="store_true", help="the first call of a fresh process beside the second"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where an aim is not reached"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     common.warn_if_busy(common.machine())
-    run = run_scaling if options.scaling else run_memory if options.memory else run_first if options.first else run_race
+    run = (
+        run_scaling
+        if options.scaling
+        else run_memory
+        if options.memory
+        else run_first
+        if options.first
+        else run_race
+    )
     reached = run(options)
     if options.check and not reached:
         sys.exit(1)

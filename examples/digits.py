@@ -1,8 +1,10 @@
-"""Train, prune and fine-tune a small ResNet on handwritten digits, and measure what it cost and saved.
+"""Train, prune and fine-tune a small ResNet on handwritten digits, and measure what it cost and
+saved.
 
-Run from a checkout with ``./run demo``. It takes about two minutes on two CPU cores. The data are the 1,797 handwritten
-digits (8 x 8 pixels) that scikit-learn ships. A quarter of them is set aside before anything else and used only for the
-accuracies in the table: neither the training, nor the choice of what to prune, nor the fine-tuning sees them.
+Run from a checkout with ``./run demo``. It takes about two minutes on two CPU cores. The data are
+the 1,797 handwritten digits (8 x 8 pixels) that scikit-learn ships. A quarter of them is set aside
+before anything else and used only for the accuracies in the table: neither the training, nor the
+choice of what to prune, nor the fine-tuning sees them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from fxprune.cost import cost_of
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: (n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
+    """Two 3 x 3 convolutions and a shortcut: (n, inputs, h, w) -> (n, outputs, h / stride, w /
+    stride).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -36,7 +40,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -48,7 +54,9 @@ class DigitNet(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.blocks = nn.Sequential(
             Block(width, width, stride=1),
             Block(width, 2 * width, stride=2),
@@ -63,11 +71,15 @@ class DigitNet(nn.Module):
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, test images, training labels, test labels; images are (n, 1, 8, 8) in [0, 1]."""
+    """Training images, test images, training labels, test labels; images are (n, 1, 8, 8) in [0,
+    1].
+    """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
-    parts = train_test_split(torch.arange(len(labels)).numpy(), test_size=0.25, stratify=digits.target, random_state=0)
+    parts = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.25, stratify=digits.target, random_state=0
+    )
     train, test = (torch.from_numpy(part) for part in parts)
     return images[train], images[test], labels[train], labels[test]
 
@@ -78,8 +90,12 @@ def shifted(images: Tensor) -> Tensor:
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + 8, right : right + 8]
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, seed: int) -> None:
-    """AdamW with a one-cycle schedule, batches of 64; the last epoch's weights are taken, nothing is selected."""
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, seed: int
+) -> None:
+    """AdamW with a one-cycle schedule, batches of 64; the last epoch's weights are taken, nothing
+    is selected.
+    """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     steps = epochs * -(-len(images) // 64)
@@ -87,7 +103,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: f
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
-            loss = F.cross_entropy(model(shifted(images[batch])), labels[batch], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                model(shifted(images[batch])), labels[batch], label_smoothing=0.1
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,7 +121,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 @torch.inference_mode()
 def latencies(models: list[nn.Module], images: Tensor, repeats: int) -> list[float]:
-    """Median milliseconds of a forward pass for each model, measured in turns so that a busy moment hits all alike."""
+    """Median milliseconds of a forward pass for each model, measured in turns so that a busy
+    moment hits all alike.
+    """
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 3):
         for model, seconds in zip(models, times, strict=True):
@@ -115,14 +135,26 @@ def latencies(models: list[nn.Module], images: Tensor, repeats: int) -> list[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, prune and fine-tune a small ResNet on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=int, default=50, help="epochs of the first training (default 50)")
-    parser.add_argument("--finetune", type=int, default=20, help="epochs of fine-tuning after pruning (default 20)")
-    parser.add_argument("--channels", type=float, default=0.5, help="share of every group's channels to keep (default 0.5)")
+    parser = argparse.ArgumentParser(
+        description="Train, prune and fine-tune a small ResNet on scikit-learn's digits."
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=50, help="epochs of the first training (default 50)"
+    )
+    parser.add_argument(
+        "--finetune", type=int, default=20, help="epochs of fine-tuning after pruning (default 20)"
+    )
+    parser.add_argument(
+        "--channels",
+        type=float,
+        default=0.5,
+        help="share of every group's channels to keep (default 0.5)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # on tensors this small threads mostly wait for each other, the more so on a busy machine
+    # on tensors this small threads mostly wait for each other, the more so on a busy machine
+    torch.set_num_threads(1)
     log = Console(stderr=True, highlight=False)
     torch.manual_seed(0)
     train_images, test_images, train_labels, test_labels = load_data()
@@ -131,10 +163,16 @@ def main() -> None:
     start = time.perf_counter()
     model = DigitNet()
     train(model, train_images, train_labels, options.epochs, rate=3e-3, seed=1)
-    log.print(f"trained {options.epochs} epochs on {len(train_images)} digits in {time.perf_counter() - start:.0f} s")
+    log.print(
+        f"trained {options.epochs} epochs on {len(train_images)} digits in "
+        f"{time.perf_counter() - start:.0f} s"
+    )
 
     pruned = fxprune.prune(model, example, channels=options.channels, verify=True)
-    log.print(f"pruned and verified: {pruned.report.error:.1e} relative error against the masked original")
+    log.print(
+        f"pruned and verified: {pruned.report.error:.1e} relative error against the masked "
+        "original"
+    )
     at_once = accuracy(pruned.model, test_images, test_labels)
 
     start = time.perf_counter()
@@ -166,7 +204,10 @@ def main() -> None:
     print(f"Right after pruning, before fine-tuning, the test accuracy is {at_once:.2f} %.")
     if options.json:
         figures = {name: {"before": before, "after": after} for name, before, after, _ in rows}
-        options.json.write_text(json.dumps({**figures, "test accuracy before fine-tuning, %": at_once}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({**figures, "test accuracy before fine-tuning, %": at_once}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

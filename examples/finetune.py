@@ -1,30 +1,39 @@
-"""Fine-tune a pruned torchvision classifier on a folder of images: ImageNet, or any other with one folder per class.
+"""Fine-tune a pruned torchvision classifier on a folder of images: ImageNet, or any other with one
+folder per class.
 
-    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half
-    torchrun --nproc-per-node 8 examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half \\
-        --distill 0.5 --ema 0.9999 --amp bf16
-    torchrun --nproc-per-node 8 examples/finetune.py vit_b_16 --weights DEFAULT --params 0.6 --data-dir imagenet --out runs/vit \\
-        --parallel fsdp --clip 1 --accumulate 4 --augment trivial
-    python examples/finetune.py resnet50 --saved pruned/ --data-dir imagenet --out runs/own      # what fxprune prune -o wrote
-    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet --out runs/half --resume
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \\
+        --out runs/half
+    torchrun --nproc-per-node 8 examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 \\
+        --data-dir imagenet --out runs/half --distill 0.5 --ema 0.9999 --amp bf16
+    torchrun --nproc-per-node 8 examples/finetune.py vit_b_16 --weights DEFAULT --params 0.6 \\
+        --data-dir imagenet --out runs/vit --parallel fsdp --clip 1 --accumulate 4 \\
+        --augment trivial
+    # what fxprune prune -o wrote
+    python examples/finetune.py resnet50 --saved pruned/ --data-dir imagenet --out runs/own
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \\
+        --out runs/half --resume
 
-DATA_DIR/train and DATA_DIR/val hold one folder per class. Where the weights are for another number of classes, the classifier is
-made anew. Such a dense model has to be fine-tuned before it can be a teacher: ``--channels 1.0`` leaves it whole, and what it
-writes to OUT/pruned/model.safetensors is the ``--checkpoint`` of the next run.
+DATA_DIR/train and DATA_DIR/val hold one folder per class. Where the weights are for another number
+of classes, the classifier is made anew. Such a dense model has to be fine-tuned before it can be a
+teacher: ``--channels 1.0`` leaves it whole, and what it writes to OUT/pruned/model.safetensors is
+the ``--checkpoint`` of the next run.
 
-The recipe: SGD with Nesterov momentum, a linear warm-up and then half a cosine, step by step; cross-entropy with smoothed labels;
-no weight decay on vectors, which are biases and the scales and shifts of normalisations. With ``--distill ALPHA`` the loss is
-(1 - ALPHA) times that plus ALPHA times T^2 KL(dense || pruned) of the outputs softened by ``--temperature`` T (Hinton et al.,
-2015). With ``--ema DECAY`` a moving average of weights and buffers is what is validated and saved.
+The recipe: SGD with Nesterov momentum, a linear warm-up and then half a cosine, step by step;
+cross-entropy with smoothed labels; no weight decay on vectors, which are biases and the scales and
+shifts of normalisations. With ``--distill ALPHA`` the loss is (1 - ALPHA) times that plus ALPHA
+times T^2 KL(dense || pruned) of the outputs softened by ``--temperature`` T (Hinton et al., 2015).
+With ``--ema DECAY`` a moving average of weights and buffers is what is validated and saved.
 
-Under torchrun the first process prunes and the others replay its plan; that all of them hold the same weights is checked before
-the first step. ``--parallel ddp`` copies the model to each process. ``fsdp`` shards parameters, gradients and the optimizer's
-state between steps (the model as a whole, so that a step sees all of its parameters at once). Running statistics are those of each
-process's own images and are averaged over the processes after each epoch. Every image of the validation part counts once,
-whatever the number of processes, in single precision.
+Under torchrun the first process prunes and the others replay its plan; that all of them hold the
+same weights is checked before the first step. ``--parallel ddp`` copies the model to each process.
+``fsdp`` shards parameters, gradients and the optimizer's state between steps (the model as a
+whole, so that a step sees all of its parameters at once). Running statistics are those of each
+process's own images and are averaged over the processes after each epoch. Every image of the
+validation part counts once, whatever the number of processes, in single precision.
 
-OUT receives ``last.pt`` after every epoch, whole or not at all, ``metrics.json``, and at the end ``pruned/``, for fxprune.load.
-``--resume`` goes on after the last complete epoch as if nothing had happened: on CPUs, to the same bits.
+OUT receives ``last.pt`` after every epoch, whole or not at all, ``metrics.json``, and at the end
+``pruned/``, for fxprune.load. ``--resume`` goes on after the last complete epoch as if nothing had
+happened: on CPUs, to the same bits.
 """
 
 from __future__ import annotations
@@ -66,11 +75,25 @@ from torchvision.transforms import v2
 import fxprune
 from fxprune.criteria import CRITERIA
 
-AUGMENTATIONS: dict[str, Callable[[], nn.Module] | None] = {"none": None, "rand": v2.RandAugment, "trivial": v2.TrivialAugmentWide}
+AUGMENTATIONS: dict[str, Callable[[], nn.Module] | None] = {
+    "none": None,
+    "rand": v2.RandAugment,
+    "trivial": v2.TrivialAugmentWide,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which torchvision's weights expect
+# of ImageNet, which torchvision's weights expect
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUXILIARY = 0.3  # weight of the losses of auxiliary classifiers, as GoogLeNet's authors chose it
-FREE = {"data_dir", "out", "workers", "resume", "stop_after_epoch", "print_every", "checkpoint", "saved"}
+FREE = {
+    "data_dir",
+    "out",
+    "workers",
+    "resume",
+    "stop_after_epoch",
+    "print_every",
+    "checkpoint",
+    "saved",
+}
 """Options that may differ when a run is resumed: where things lie, and what changes no figure."""
 
 Figures = dict[str, float]
@@ -81,7 +104,7 @@ class Refusal(Exception):  # noqa: N818 - it is said as an error of the command 
     """What was asked for cannot be done; the text names the way out."""
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# --------------------------------------------------------------------------------------- processes
 
 
 @dataclass(frozen=True)
@@ -99,8 +122,12 @@ class World:
         return self.rank == 0
 
     def sums(self, *values: Tensor | float) -> list[float]:
-        """Add up numbers over the processes, in double precision: counts stay exact, and every process gets the same."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        """Add up numbers over the processes, in double precision: counts stay exact, and every
+        process gets the same.
+        """
+        total = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        )
         if self.launched:
             distributed.all_reduce(total)
         return total.tolist()
@@ -138,7 +165,10 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise Refusal(f"process {local} finds no GPU of its own: start as many as there are GPUs, or pass --device cpu")
+            raise Refusal(
+                f"process {local} finds no GPU of its own: start as many as there are GPUs, or "
+                "pass --device cpu"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -158,18 +188,27 @@ def digest(model: nn.Module) -> str:
 
 
 def check_alike(world: World, pruned: fxprune.Pruned) -> None:
-    """Prove that every process holds the same plan and the same weights: from here on each trains its own copy."""
-    found = world.gathered(hashlib.sha256(f"{pruned.plan.to_json()} {digest(pruned.model)}".encode()).hexdigest())
+    """Prove that every process holds the same plan and the same weights: from here on each trains
+    its own copy.
+    """
+    found = world.gathered(
+        hashlib.sha256(f"{pruned.plan.to_json()} {digest(pruned.model)}".encode()).hexdigest()
+    )
     if len(set(found)) > 1:
-        raise Refusal("the processes do not hold the same pruned model: give all of them the same files and versions")
+        raise Refusal(
+            "the processes do not hold the same pruned model: give all of them the same files "
+            "and versions"
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class Data:
-    """What this process reads. Of ``validation`` the first ``own`` images are its share, the rest fill up the last batch."""
+    """What this process reads. Of ``validation`` the first ``own`` images are its share, the rest
+    fill up the last batch.
+    """
 
     classes: int
     train: DataLoader
@@ -190,47 +229,82 @@ def validation_transform(size: int, resize: int) -> v2.Compose:
 
 
 def _normalised() -> list[nn.Module]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.get_default_dtype(), scale=True), v2.Normalize(MEAN, DEVIATION)]
+    return [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.get_default_dtype(), scale=True),
+        v2.Normalize(MEAN, DEVIATION),
+    ]
 
 
 def load_data(options: argparse.Namespace, world: World) -> Data:
     """Read both folders; each process gets its share of them."""
-    train = _folder(options.data_dir, "train", training_transform(options.image_size, options.augment))
-    validation = _folder(options.data_dir, "val", validation_transform(options.image_size, options.resize))
+    train = _folder(
+        options.data_dir, "train", training_transform(options.image_size, options.augment)
+    )
+    validation = _folder(
+        options.data_dir, "val", validation_transform(options.image_size, options.resize)
+    )
     if train.classes != validation.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(validation.classes))[:3])
-        raise Refusal(f"--data-dir: train and val must have the same folders of classes; only one of them has {odd}")
+        raise Refusal(
+            "--data-dir: train and val must have the same folders of classes; only one of them "
+            f"has {odd}"
+        )
     shares = {"num_replicas": world.size, "rank": world.rank}
-    loading: dict[str, Any] = {"num_workers": options.workers, "pin_memory": world.device.type == "cuda"}
-    sampler: DistributedSampler = DistributedSampler(train, shuffle=True, seed=options.seed, **shares)
-    loader: DataLoader = DataLoader(train, options.batch_size, sampler=sampler, drop_last=True, **loading)
+    loading: dict[str, Any] = {
+        "num_workers": options.workers,
+        "pin_memory": world.device.type == "cuda",
+    }
+    sampler: DistributedSampler = DistributedSampler(
+        train, shuffle=True, seed=options.seed, **shares
+    )
+    loader: DataLoader = DataLoader(
+        train, options.batch_size, sampler=sampler, drop_last=True, **loading
+    )
     if not len(loader):
-        raise Refusal(f"--batch-size {options.batch_size}: each process has only {len(sampler)} training images: choose less")
+        raise Refusal(
+            f"--batch-size {options.batch_size}: each process has only {len(sampler)} training "
+            "images: choose less"
+        )
     ordered: DistributedSampler = DistributedSampler(validation, shuffle=False, **shares)
-    # The sampler gives each process equally many: those with one image less get another's as their last.
+    # The sampler gives each process equally many: those with one image less get another's as their
+    # last.
     own = len(range(world.rank, len(validation), world.size))
-    return Data(len(train.classes), loader, DataLoader(validation, options.batch_size, sampler=ordered, **loading), own)
+    return Data(
+        len(train.classes),
+        loader,
+        DataLoader(validation, options.batch_size, sampler=ordered, **loading),
+        own,
+    )
 
 
 def _folder(data_dir: Path, part: str, transform: v2.Compose) -> ImageFolder:
     try:
         return ImageFolder(str(data_dir / part), transform)
     except OSError as error:
-        raise Refusal(f"--data-dir: {part} must hold one folder of images per class: {error}") from error
+        raise Refusal(
+            f"--data-dir: {part} must hold one folder of images per class: {error}"
+        ) from error
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------ models
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
-    """A torchvision model, without its note that the random weights of two of them will be drawn in another way."""
+    """A torchvision model, without its note that the random weights of two of them will be drawn
+    in another way.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The default weight initialization", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="The default weight initialization", category=FutureWarning
+        )
         return torchvision.models.get_model(name, **{"weights": None, **arguments})
 
 
 def dense_model(options: argparse.Namespace, classes: int) -> tuple[nn.Module, bool]:
-    """The model that is pruned, in eval mode, and whether it knows these classes: was trained, and kept its classifier."""
+    """The model that is pruned, in eval mode, and whether it knows these classes: was trained, and
+    kept its classifier.
+    """
     torch.manual_seed(options.seed)  # in every process the same
     fresh = build(options.model, num_classes=classes)
     if options.weights:
@@ -242,7 +316,11 @@ def dense_model(options: argparse.Namespace, classes: int) -> tuple[nn.Module, b
         _load_checkpoint(trained, state, options.checkpoint)
     else:
         return fresh.eval(), False
-    replaced = [name for name, module in trained.named_modules() if _shapes(module) != _shapes(fresh.get_submodule(name))]
+    replaced = [
+        name
+        for name, module in trained.named_modules()
+        if _shapes(module) != _shapes(fresh.get_submodule(name))
+    ]
     for name in replaced:
         trained.set_submodule(name, fresh.get_submodule(name))
     return trained.eval(), not replaced
@@ -252,15 +330,22 @@ def _with_weights(name: str, weights: str) -> nn.Module:
     try:
         return build(name, weights=weights)
     except OSError as error:
-        raise Refusal(f"--weights {weights} cannot be downloaded ({error}): pass a file with --checkpoint") from error
+        raise Refusal(
+            f"--weights {weights} cannot be downloaded ({error}): pass a file with --checkpoint"
+        ) from error
 
 
 def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [tensor.shape for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    return [
+        tensor.shape
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
 
 
 def _class_count(name: str, fresh: nn.Module, classes: int, state: Mapping[str, Tensor]) -> int:
-    """How many classes a state dict is for: tensors whose size is that number show themselves when it changes by one."""
+    """How many classes a state dict is for: tensors whose size is that number show themselves when
+    it changes by one.
+    """
     sizes = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
     differing = [key for key in sizes if key in state and state[key].shape != sizes[key]]
     if not differing:
@@ -274,12 +359,15 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))  # training scripts wrap it with an epoch and an optimizer
+        # training scripts wrap it with an epoch and an optimizer
+        state = state.get("state_dict", state.get("model", state))
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise TypeError("it holds other things than tensors")
         return state
     except Exception as error:  # pickle, safetensors and the system each raise their own
-        raise Refusal(f"--checkpoint {path} cannot be read as a state dict (.pt or .safetensors): {error}") from error
+        raise Refusal(
+            f"--checkpoint {path} cannot be read as a state dict (.pt or .safetensors): {error}"
+        ) from error
 
 
 def _load_checkpoint(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -290,14 +378,17 @@ def _load_checkpoint(model: nn.Module, state: Mapping[str, Tensor], path: Path) 
 
 
 def prune_alike(options: argparse.Namespace, dense: nn.Module, world: World) -> fxprune.Pruned:
-    """Read what was saved, or prune in the first process and replay its plan in the others; the same result in each."""
+    """Read what was saved, or prune in the first process and replay its plan in the others; the
+    same result in each.
+    """
     if options.saved:
         try:
             return fxprune.load(options.saved, lambda: dense)
         except fxprune.PlanError as error:
             raise Refusal(
-                f"--saved {options.saved} cannot be used: {error} The model is built for the number of classes of the data; "
-                "for another one, prune here, with --macs, --params or --channels"
+                f"--saved {options.saved} cannot be used: {error} The model is built for the "
+                "number of classes of the data; for another one, prune here, with --macs, "
+                "--params or --channels"
             ) from error
     pruned, sent = None, ("", "")
     if world.first:
@@ -315,15 +406,19 @@ def prune_alike(options: argparse.Namespace, dense: nn.Module, world: World) -> 
 def _prune(options: argparse.Namespace, dense: nn.Module) -> fxprune.Pruned:
     image = torch.zeros(1, 3, options.image_size, options.image_size)
     budgets = {name: getattr(options, name) for name in ("channels", "macs", "params")}
-    return fxprune.prune(dense, image, criterion=options.criterion, round_to=options.round_to, **budgets)
+    return fxprune.prune(
+        dense, image, criterion=options.criterion, round_to=options.round_to, **budgets
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 @dataclass
 class Run:
-    """All that a step needs. ``model`` is what is called: ``plain`` itself, or what distributes it."""
+    """All that a step needs. ``model`` is what is called: ``plain`` itself, or what distributes
+    it.
+    """
 
     options: argparse.Namespace
     world: World
@@ -347,19 +442,31 @@ class Run:
 
     @property
     def judged(self) -> nn.Module:
-        """The model that is validated and saved. Not DDP's wrapper, which would wait for the others at every batch."""
+        """The model that is validated and saved. Not DDP's wrapper, which would wait for the
+        others at every batch.
+        """
         return self.ema.module if self.ema else self.plain
 
 
-def prepare(options: argparse.Namespace, world: World, data: Data, dense: nn.Module, pruned: fxprune.Pruned) -> Run:
+def prepare(
+    options: argparse.Namespace, world: World, data: Data, dense: nn.Module, pruned: fxprune.Pruned
+) -> Run:
     """Distribute the model, and make what trains it."""
-    # FSDP2 takes contiguous parameters only; a convolution follows the layout of its images all the same.
+    # FSDP2 takes contiguous parameters only; a convolution follows the layout of its images all
+    # the same.
     layout = torch.contiguous_format if options.parallel == "fsdp" else options.layout
     plain = pruned.model.to(world.device, memory_format=layout)
-    ema = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True) if options.ema else None
+    ema = (
+        AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+        if options.ema
+        else None
+    )
     model = distribute(plain, options, world, bool(pruned.report.untouched))
     optimizer = torch.optim.SGD(
-        parameter_groups(plain, options.decay), lr=options.rate, momentum=options.momentum, nesterov=options.momentum > 0
+        parameter_groups(plain, options.decay),
+        lr=options.rate,
+        momentum=options.momentum,
+        nesterov=options.momentum > 0,
     )
     each = -(-len(data.train) // options.accumulate)
     warm, total = round(options.warmup * each), options.epochs * each
@@ -367,24 +474,46 @@ def prepare(options: argparse.Namespace, world: World, data: Data, dense: nn.Mod
     scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
     dense = dense.to(world.device, memory_format=options.layout).requires_grad_(False)
     teacher, taught_by = (dense, digest(dense)) if options.distill else (None, "")
-    return Run(options, world, data, dense, pruned, teacher, plain, model, ema, optimizer, schedule, scaler, taught_by)
+    return Run(
+        options,
+        world,
+        data,
+        dense,
+        pruned,
+        teacher,
+        plain,
+        model,
+        ema,
+        optimizer,
+        schedule,
+        scaler,
+        taught_by,
+    )
 
 
-def distribute(plain: nn.Module, options: argparse.Namespace, world: World, unused: bool) -> nn.Module:
+def distribute(
+    plain: nn.Module, options: argparse.Namespace, world: World, unused: bool
+) -> nn.Module:
     """The model as it is called in training; FSDP2 changes it in place."""
     if not world.launched:
         return plain
     if options.parallel == "fsdp":
         mesh = distributed.init_device_mesh(world.device.type, (world.size,))
         return fully_shard(plain, mesh=mesh)
-    # Statistics are averaged after each epoch; sending the first process's before every step would throw the others' away.
+    # Statistics are averaged after each epoch; sending the first process's before every step would
+    # throw the others' away.
     known = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # older versions of PyTorch
-    return DistributedDataParallel(plain, gradient_as_bucket_view=True, find_unused_parameters=unused, **{sync: False})
+    # older versions of PyTorch
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        plain, gradient_as_bucket_view=True, find_unused_parameters=unused, **{sync: False}
+    )
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[Record]:
-    """Weights decay. Vectors do not: they are biases, and the scales and shifts of normalisations."""
+    """Weights decay. Vectors do not: they are biases, and the scales and shifts of
+    normalisations.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
@@ -394,14 +523,18 @@ def parameter_groups(model: nn.Module, decay: float) -> list[Record]:
 
 
 def share_of_rate(step: int, warm: int, total: int) -> float:
-    """A linear rise over ``warm`` steps, to 1 at the first step after them, then half a cosine down to almost nothing."""
+    """A linear rise over ``warm`` steps, to 1 at the first step after them, then half a cosine
+    down to almost nothing.
+    """
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL of the softened outputs, times T^2: its gradient then stays as large as that of the labels, whatever T is."""
+    """KL of the softened outputs, times T^2: its gradient then stays as large as that of the
+    labels, whatever T is.
+    """
     student = F.log_softmax(logits / temperature, dim=1)
     target = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
@@ -413,22 +546,33 @@ def _at_least_single(outputs: Tensor) -> Tensor:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors in what a network gives: the logits first, then those of auxiliary classifiers."""
+    """The tensors in what a network gives: the logits first, then those of auxiliary
+    classifiers.
+    """
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-    """What a step lowers. The networks run in mixed precision, the losses in single precision at least."""
+    """What a step lowers. The networks run in mixed precision, the losses in single precision at
+    least.
+    """
     options = run.options
-    with torch.autocast(run.world.device.type, DTYPES.get(options.amp), enabled=options.amp != "none"):
+    with torch.autocast(
+        run.world.device.type, DTYPES.get(options.amp), enabled=options.amp != "none"
+    ):
         outputs = tensors(run.model(images))
         with torch.no_grad():
             taught = tensors(run.teacher(images))[0] if run.teacher else None
-    main, *auxiliary = (F.cross_entropy(_at_least_single(output), labels, label_smoothing=options.smoothing) for output in outputs)
+    main, *auxiliary = (
+        F.cross_entropy(_at_least_single(output), labels, label_smoothing=options.smoothing)
+        for output in outputs
+    )
     loss = main + AUXILIARY * sum(auxiliary)
     if taught is None:
         return loss
-    soft = distillation(_at_least_single(outputs[0]), _at_least_single(taught), options.temperature)
+    soft = distillation(
+        _at_least_single(outputs[0]), _at_least_single(taught), options.temperature
+    )
     return (1 - options.distill) * loss + options.distill * soft
 
 
@@ -439,7 +583,8 @@ def train_epoch(run: Run, epoch: int) -> float:
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.world.device)
     for number, (images, labels) in enumerate(loader):
-        group = min(accumulate, len(loader) - number // accumulate * accumulate)  # the last one may be smaller
+        # the last one may be smaller
+        group = min(accumulate, len(loader) - number // accumulate * accumulate)
         last = number % accumulate == group - 1
         with sending_gradients(run, last):
             loss = objective(run, *to_device(run, images, labels))
@@ -447,8 +592,16 @@ def train_epoch(run: Run, epoch: int) -> float:
         total += loss.detach()
         if last:
             step(run)
-        if run.world.first and run.options.print_every and (number + 1) % run.options.print_every == 0:
-            print(f"  batch {number + 1} of {len(loader)}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+        if (
+            run.world.first
+            and run.options.print_every
+            and (number + 1) % run.options.print_every == 0
+        ):
+            print(
+                f"  batch {number + 1} of {len(loader)}: loss {loss.item():.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
     added, batches = run.world.sums(total, len(loader))
     return added / batches
 
@@ -456,7 +609,9 @@ def train_epoch(run: Run, epoch: int) -> float:
 def to_device(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A batch, laid out as the networks are to compute."""
     device = run.world.device
-    return images.to(device, non_blocking=True, memory_format=run.options.layout), labels.to(device, non_blocking=True)
+    return images.to(device, non_blocking=True, memory_format=run.options.layout), labels.to(
+        device, non_blocking=True
+    )
 
 
 @contextlib.contextmanager
@@ -464,7 +619,11 @@ def sending_gradients(run: Run, now: bool) -> Iterator[None]:
     """Leave gradients in their process until the last batch of a step."""
     if run.world.launched and run.options.parallel == "fsdp":
         run.model.set_requires_gradient_sync(now)  # type: ignore[operator]  # a method of FSDP2's modules
-    with run.model.no_sync() if isinstance(run.model, DistributedDataParallel) and not now else contextlib.nullcontext():
+    with (
+        run.model.no_sync()
+        if isinstance(run.model, DistributedDataParallel) and not now
+        else contextlib.nullcontext()
+    ):
         yield
 
 
@@ -489,21 +648,25 @@ def evaluate(run: Run, model: nn.Module) -> Figures:
     first, among, seen = 0, 0, 0
     for images, labels in run.data.validation:
         images, labels = to_device(run, images, labels)
-        logits = tensors(model(images))[0][:left]  # what fills up the last batch is another process's
+        # what fills up the last batch is another process's
+        logits = tensors(model(images))[0][:left]
         ranked = logits.topk(several, dim=1).indices == labels[:left, None]
         first, among, seen = first + ranked[:, 0].sum(), among + ranked.sum(), seen + len(logits)
         left -= len(logits)
-    if hasattr(model, "reshard"):  # FSDP2 would keep the whole parameters, and miss that a resumed run exchanges them
+    # FSDP2 would keep the whole parameters, and miss that a resumed run exchanges them
+    if hasattr(model, "reshard"):
         model.reshard()
     right, near, images = run.world.sums(first, among, seen)
     return {"top1": 100 * right / images, "top5": 100 * near / images, "images": int(images)}
 
 
-# ------------------------------------------------------------------------------------------------------------- the state
+# --------------------------------------------------------------------------------------- the state
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, have the disk hold it, then put it in its place: a reader finds the old one or the new one."""
+    """Write beside the file, have the disk hold it, then put it in its place: a reader finds the
+    old one or the new one.
+    """
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         write(new)
@@ -515,7 +678,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def model_state(run: Run) -> dict[str, Tensor]:
-    """The whole state of the model that is trained; with FSDP2 all processes gather it and the first gets it."""
+    """The whole state of the model that is trained; with FSDP2 all processes gather it and the
+    first gets it.
+    """
     if run.options.parallel == "fsdp" and run.world.launched:
         return sharded.get_model_state_dict(run.plain, options=_gathering())
     return run.plain.state_dict()
@@ -533,13 +698,17 @@ def _gathering() -> sharded.StateDictOptions:
 
 
 def random_state(world: World) -> Record:
-    """Of the generators that images, dropout and the order of the data draw from, in this process."""
+    """Of the generators that images, dropout and the order of the data draw from, in this
+    process.
+    """
     cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def save_last(run: Run) -> None:
-    """Write ``last.pt``: all that the next epoch depends on, as tensors and plain data, so that reading it runs no code."""
+    """Write ``last.pt``: all that the next epoch depends on, as tensors and plain data, so that
+    reading it runs no code.
+    """
     state = {
         "options": fixed_options(run.options),
         "processes": run.world.size,
@@ -562,7 +731,11 @@ def save_last(run: Run) -> None:
 def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share."""
     plain = (bool, int, float, str, type(None))
-    return {name: value for name, value in sorted(vars(options).items()) if name not in FREE and isinstance(value, plain)}
+    return {
+        name: value
+        for name, value in sorted(vars(options).items())
+        if name not in FREE and isinstance(value, plain)
+    }
 
 
 def read_last(options: argparse.Namespace, world: World) -> Record:
@@ -573,21 +746,31 @@ def read_last(options: argparse.Namespace, world: World) -> Record:
         before, now = last["options"], fixed_options(options)
         different = [name for name in now if before.get(name) != now[name]]
     except Exception as error:  # torch, pickle and the system each raise their own
-        raise Refusal(f"--resume: {path} cannot be read: {error}. Start again in another --out") from error
+        raise Refusal(
+            f"--resume: {path} cannot be read: {error}. Start again in another --out"
+        ) from error
     if different:
         name = different[0]
         option = name if name == "model" else f"--{name.replace('_', '-')}"
         change = f"{option} was {before.get(name)} and is {now[name]}"
         raise Refusal(f"--resume: {change}: repeat the first command, or name another --out")
     if last["processes"] != world.size:
-        raise Refusal(f"--resume: {last['processes']} processes were running and {world.size} are: start as many as before")
+        raise Refusal(
+            f"--resume: {last['processes']} processes were running and {world.size} are: start "
+            "as many as before"
+        )
     return last
 
 
 def pruned_before(last: Record, dense: nn.Module) -> fxprune.Pruned:
-    """The pruned model of the run that is resumed, without its weights; the dense one, too, must be what it was."""
+    """The pruned model of the run that is resumed, without its weights; the dense one, too, must
+    be what it was.
+    """
     if last["dense"] not in ("", digest(dense)):
-        raise Refusal("--resume: the dense model has other weights than before: give the same --weights or --checkpoint")
+        raise Refusal(
+            "--resume: the dense model has other weights than before: give the same --weights or "
+            "--checkpoint"
+        )
     report = fxprune.Report.from_dict(json.loads(last["report"]))
     return replace(fxprune.apply(fxprune.Plan.from_json(last["plan"]), dense), report=report)
 
@@ -597,7 +780,9 @@ def restore(run: Run, last: Record) -> None:
     if run.options.parallel == "fsdp" and run.world.launched:
         whole = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_model_state_dict(run.plain, last["model"], options=whole)
-        sharded.set_optimizer_state_dict(run.plain, run.optimizer, last["optimizer"], options=whole)
+        sharded.set_optimizer_state_dict(
+            run.plain, run.optimizer, last["optimizer"], options=whole
+        )
     else:
         run.plain.load_state_dict(last["model"])
         run.optimizer.load_state_dict(last["optimizer"])
@@ -614,7 +799,9 @@ def restore(run: Run, last: Record) -> None:
 
 
 def save_pruned(run: Run) -> None:
-    """Write the final weights, those of the moving average if there is one, for ``fxprune.load``."""
+    """Write the final weights, those of the moving average if there is one, for
+    ``fxprune.load``.
+    """
     state = run.judged.state_dict() if run.ema else model_state(run)
     if run.world.first:
         result = fxprune.apply(run.pruned.plan, run.dense)
@@ -626,31 +813,72 @@ def save_metrics(run: Run) -> None:
     """Write ``metrics.json``."""
     if run.world.first:
         text = json.dumps(run.metrics, indent=1) + "\n"
-        write_atomically(run.options.out / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(
+            run.options.out / "metrics.json", lambda path: path.write_text(text, encoding="utf-8")
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
     made = argparse.ArgumentParser(
         prog="finetune.py",
-        usage="finetune.py MODEL --data-dir FOLDER --out FOLDER [options]",  # torchrun shows it once per process
+        # torchrun shows it once per process
+        usage="finetune.py MODEL --data-dir FOLDER --out FOLDER [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
     add("model", metavar="MODEL", help="name of a torchvision classifier")
-    add("--data-dir", type=Path, required=True, metavar="FOLDER", help="with train and val, one folder per class in each")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="for last.pt, metrics.json and pruned/; made if missing")
+    add(
+        "--data-dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="with train and val, one folder per class in each",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="for last.pt, metrics.json and pruned/; made if missing",
+    )
     add("--resume", action="store_true", help="go on after the last complete epoch in --out")
-    add("--stop-after-epoch", type=_count, metavar="N", help="end there, for --resume; the schedule stays that of --epochs")
-    add("--seed", type=int, default=0, help="of new layers, the order of the images and their crops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda (nccl) or cpu (gloo)")
+    add(
+        "--stop-after-epoch",
+        type=_count,
+        metavar="N",
+        help="end there, for --resume; the schedule stays that of --epochs",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of new layers, the order of the images and their crops",
+    )
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda (nccl) or cpu (gloo)",
+    )
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun; default: ddp")
-    add("--workers", type=_whole, default=_cores(), metavar="N", help="processes that read images, beside each that trains")
-    add("--print-every", type=_whole, default=100, metavar="N", help="batches between losses on stderr; 0: none")
+    add(
+        "--workers",
+        type=_whole,
+        default=_cores(),
+        metavar="N",
+        help="processes that read images, beside each that trains",
+    )
+    add(
+        "--print-every",
+        type=_whole,
+        default=100,
+        metavar="N",
+        help="batches between losses on stderr; 0: none",
+    )
     _add_pruning(made.add_argument_group("what is pruned").add_argument)
     _add_training(made.add_argument_group("how it is trained").add_argument)
     _add_images(made.add_argument_group("images").add_argument)
@@ -659,35 +887,125 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_pruning(add: Callable[..., object]) -> None:
     add("--weights", metavar="NAME", help="torchvision's weights, as DEFAULT (downloads)")
-    add("--checkpoint", type=Path, metavar="FILE", help="a state dict: .safetensors, or .pt, of which no code is run")
-    for name, what in (("macs", "multiply-accumulates"), ("params", "parameters"), ("channels", "units of every group")):
-        add(f"--{name}", type=_share, metavar="SHARE", help=f"share of the {what} to keep; all budgets hold")
-    add("--criterion", choices=sorted(CRITERIA), default="cpmc", help="how important a unit is; default: cpmc")
-    add("--round-to", type=_count, default=1, metavar="N", help="groups keep a multiple of N units")
-    add("--saved", type=Path, metavar="FOLDER", help="an earlier result instead, whose first model was MODEL")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a state dict: .safetensors, or .pt, of which no code is run",
+    )
+    for name, what in (
+        ("macs", "multiply-accumulates"),
+        ("params", "parameters"),
+        ("channels", "units of every group"),
+    ):
+        add(
+            f"--{name}",
+            type=_share,
+            metavar="SHARE",
+            help=f"share of the {what} to keep; all budgets hold",
+        )
+    add(
+        "--criterion",
+        choices=sorted(CRITERIA),
+        default="cpmc",
+        help="how important a unit is; default: cpmc",
+    )
+    add(
+        "--round-to", type=_count, default=1, metavar="N", help="groups keep a multiple of N units"
+    )
+    add(
+        "--saved",
+        type=Path,
+        metavar="FOLDER",
+        help="an earlier result instead, whose first model was MODEL",
+    )
 
 
 def _add_training(add: Callable[..., object]) -> None:
     add("--epochs", type=_count, default=30, help="default: 30")
-    add("--batch-size", type=_count, default=64, metavar="N", help="images per process and batch; default: 64")
+    add(
+        "--batch-size",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="images per process and batch; default: 64",
+    )
     add("--accumulate", type=_count, default=1, metavar="N", help="batches per step; default: 1")
-    add("--rate", type=_positive, default=0.02, help="highest learning rate, for a whole step; default: 0.02")
-    add("--warmup", type=_at_least_0, default=1.0, metavar="EPOCHS", help="until it is reached, also 0.5; default: 1")
+    add(
+        "--rate",
+        type=_positive,
+        default=0.02,
+        help="highest learning rate, for a whole step; default: 0.02",
+    )
+    add(
+        "--warmup",
+        type=_at_least_0,
+        default=1.0,
+        metavar="EPOCHS",
+        help="until it is reached, also 0.5; default: 1",
+    )
     add("--momentum", type=_at_least_0, default=0.9, help="default: 0.9")
-    add("--decay", type=_at_least_0, default=1e-4, help="weight decay, not of biases and normalisations; default: 1e-4")
+    add(
+        "--decay",
+        type=_at_least_0,
+        default=1e-4,
+        help="weight decay, not of biases and normalisations; default: 1e-4",
+    )
     add("--smoothing", type=_at_least_0, default=0.1, help="of the labels; default: 0.1")
     add("--clip", type=_positive, metavar="NORM", help="largest norm of a step's gradient")
-    add("--distill", type=_share, metavar="ALPHA", help="share of the loss that the dense model's outputs set")
-    add("--temperature", type=_positive, default=2.0, metavar="T", help="that softens outputs to distill; default: 2")
-    add("--ema", type=_share, metavar="DECAY", help="average the weights, over about 1 / (1 - DECAY) steps")
-    add("--amp", choices=("bf16", "fp16", "none"), default="none", help="mixed precision; fp16 scales the loss")
+    add(
+        "--distill",
+        type=_share,
+        metavar="ALPHA",
+        help="share of the loss that the dense model's outputs set",
+    )
+    add(
+        "--temperature",
+        type=_positive,
+        default=2.0,
+        metavar="T",
+        help="that softens outputs to distill; default: 2",
+    )
+    add(
+        "--ema",
+        type=_share,
+        metavar="DECAY",
+        help="average the weights, over about 1 / (1 - DECAY) steps",
+    )
+    add(
+        "--amp",
+        choices=("bf16", "fp16", "none"),
+        default="none",
+        help="mixed precision; fp16 scales the loss",
+    )
 
 
 def _add_images(add: Callable[..., object]) -> None:
-    add("--image-size", type=_count, default=224, metavar="PIXELS", help="height and width; default: 224")
-    add("--resize", type=_count, metavar="PIXELS", help="shorter side before validation's crop; default: 8/7 of --image-size")
-    add("--augment", choices=sorted(AUGMENTATIONS), default="none", help="RandAugment or TrivialAugment after the crop")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout; default: channels last")
+    add(
+        "--image-size",
+        type=_count,
+        default=224,
+        metavar="PIXELS",
+        help="height and width; default: 224",
+    )
+    add(
+        "--resize",
+        type=_count,
+        metavar="PIXELS",
+        help="shorter side before validation's crop; default: 8/7 of --image-size",
+    )
+    add(
+        "--augment",
+        choices=sorted(AUGMENTATIONS),
+        default="none",
+        help="RandAugment or TrivialAugment after the crop",
+    )
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory layout; default: channels last",
+    )
 
 
 def _number(text: str, fits: Callable[[float], bool], what: str, kind: type = float) -> Any:
@@ -722,27 +1040,45 @@ def _at_least_0(text: str) -> float:
 
 def _cores() -> int:
     """Readers for each process: its part of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be meant, and fill in what follows from other options; nothing is read yet but names."""
+    """Refuse what cannot be meant, and fill in what follows from other options; nothing is read
+    yet but names.
+    """
     known = torchvision.models.list_models(module=torchvision.models)
     if options.model not in known:
-        near = " or ".join(difflib.get_close_matches(options.model, known)) or "resnet50, for instance"
+        near = (
+            " or ".join(difflib.get_close_matches(options.model, known))
+            or "resnet50, for instance"
+        )
         raise Refusal(f"no torchvision classifier is named {options.model}: try {near}")
     _check_sources(options)
     if options.distill and not (options.weights or options.checkpoint):
-        raise Refusal("--distill: a dense model with random weights teaches nothing: give it some with --weights or --checkpoint")
+        raise Refusal(
+            "--distill: a dense model with random weights teaches nothing: give it some with "
+            "--weights or --checkpoint"
+        )
     if options.ema == 1:
         raise Refusal("--ema 1 would never leave the first weights: choose less, as 0.999")
     if options.ema and options.parallel == "fsdp":
-        raise Refusal("--ema needs whole parameters, which --parallel fsdp shards: leave one of them out")
+        raise Refusal(
+            "--ema needs whole parameters, which --parallel fsdp shards: leave one of them out"
+        )
     if options.parallel == "fsdp" and "RANK" not in os.environ:
-        raise Refusal("--parallel fsdp needs processes: start with torchrun --nproc-per-node N, or leave it out")
+        raise Refusal(
+            "--parallel fsdp needs processes: start with torchrun --nproc-per-node N, or leave "
+            "it out"
+        )
     if options.smoothing >= 1:
-        raise Refusal(f"--smoothing {options.smoothing} leaves nothing of the labels: choose less than 1, as 0.1")
+        raise Refusal(
+            f"--smoothing {options.smoothing} leaves nothing of the labels: choose less than 1, "
+            "as 0.1"
+        )
     if options.device.partition(":")[0] not in ("cpu", "cuda"):
         raise Refusal(f"--device {options.device}: choose cuda or cpu")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -756,22 +1092,35 @@ def _check_sources(options: argparse.Namespace) -> None:
     """What is pruned, and with which weights."""
     budgets = [f"--{name}" for name in ("macs", "params", "channels") if getattr(options, name)]
     if not options.saved and not budgets:
-        raise Refusal("nothing says how much to prune: give --macs, --params or --channels, or an earlier result with --saved")
+        raise Refusal(
+            "nothing says how much to prune: give --macs, --params or --channels, or an earlier "
+            "result with --saved"
+        )
     if options.saved and budgets:
         raise Refusal(f"--saved is pruned already: leave out {' and '.join(budgets)}")
     if options.weights and options.checkpoint:
-        raise Refusal("--weights and --checkpoint both give weights to the dense model: choose one")
+        raise Refusal(
+            "--weights and --checkpoint both give weights to the dense model: choose one"
+        )
     names = [*torchvision.models.get_model_weights(options.model).__members__]
     if options.weights and options.weights not in names:
-        raise Refusal(f"{options.model} has no weights named {options.weights}: choose from {', '.join(names)}")
+        raise Refusal(
+            f"{options.model} has no weights named {options.weights}: choose from "
+            f"{', '.join(names)}"
+        )
 
 
 def _check_out(options: argparse.Namespace) -> None:
     there = (options.out / "last.pt").exists()
     if options.resume and not there:
-        raise Refusal(f"--resume: {options.out} has no last.pt yet: leave out --resume to start there")
+        raise Refusal(
+            f"--resume: {options.out} has no last.pt yet: leave out --resume to start there"
+        )
     if there and not options.resume:
-        raise Refusal(f"{options.out} holds a run already: go on with --resume, or name another folder with --out")
+        raise Refusal(
+            f"{options.out} holds a run already: go on with --resume, or name another folder "
+            "with --out"
+        )
 
 
 def command_line(arguments: Sequence[str], world: World) -> str:
@@ -780,11 +1129,13 @@ def command_line(arguments: Sequence[str], world: World) -> str:
     return f"{launcher} examples/finetune.py {shlex.join(arguments)}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------------------- main
 
 
 def main(arguments: Sequence[str] | None = None) -> Record:
-    """Read the command line, prune, train, write; returns what ``metrics.json`` holds, in every process."""
+    """Read the command line, prune, train, write; returns what ``metrics.json`` holds, in every
+    process.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     made = parser()
     options = made.parse_args(arguments)
@@ -806,11 +1157,15 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
     dense, knowing = dense_model(options, data.classes)
     if options.distill and not knowing:
         raise Refusal(
-            f"--distill: the dense model's weights are not for these {data.classes} classes, so that it cannot teach them: "
-            "fine-tune it first, with --channels 1.0, and pass its OUT/pruned/model.safetensors as --checkpoint"
+            f"--distill: the dense model's weights are not for these {data.classes} classes, so "
+            "that it cannot teach them: fine-tune it first, with --channels 1.0, and pass its "
+            "OUT/pruned/model.safetensors as --checkpoint"
         )
     if world.first and not (options.weights or options.checkpoint or options.saved):
-        print("note: the weights are random; --weights, --checkpoint or --saved gives trained ones", file=sys.stderr)
+        print(
+            "note: the weights are random; --weights, --checkpoint or --saved gives trained ones",
+            file=sys.stderr,
+        )
     last = read_last(options, world) if options.resume else None
     pruned = pruned_before(last, dense) if last else prune_alike(options, dense, world)
     check_alike(world, pruned)
@@ -819,21 +1174,32 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
     if last:
         restore(run, last)
         return run
-    torch.manual_seed(1000 * (options.seed + 1) + world.rank)  # crops and dropout differ between processes
+    # crops and dropout differ between processes
+    torch.manual_seed(1000 * (options.seed + 1) + world.rank)
     random.seed(1000 * (options.seed + 1) + world.rank)
     run.metrics["dense"] = evaluate(run, run.dense) if knowing else None
     run.metrics["pruned"] = evaluate(run, run.plain)
     if not run.teacher:
         run.dense.cpu()  # needed again only when the result is saved
     if world.first:
-        print(f"dense: {_said(run.metrics['dense'])}; pruned, before training: {_said(run.metrics['pruned'])}", flush=True)
+        print(
+            f"dense: {_said(run.metrics['dense'])}; pruned, before training: "
+            f"{_said(run.metrics['pruned'])}",
+            flush=True,
+        )
     return run
 
 
 def machine(world: World) -> Record:
     """What the figures of a run may depend on, beside its options."""
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {package.__name__: str(package.__version__) for package in (torch, torchvision, fxprune)}
+    device = (
+        torch.cuda.get_device_name()
+        if world.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    versions = {
+        package.__name__: str(package.__version__) for package in (torch, torchvision, fxprune)
+    }
     return {"device": device, "threads": torch.get_num_threads(), "versions": versions}
 
 
@@ -860,8 +1226,12 @@ def train(run: Run) -> None:
     if world.first:
         options.out.mkdir(parents=True, exist_ok=True)
     if options.amp == "fp16":  # a step that overflows is left out, the schedule goes on
-        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
-    for epoch in range(len(run.epochs), min(options.epochs, options.stop_after_epoch or options.epochs)):
+        warnings.filterwarnings(
+            "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before"
+        )
+    for epoch in range(
+        len(run.epochs), min(options.epochs, options.stop_after_epoch or options.epochs)
+    ):
         run.epochs.append(one_epoch(run, epoch))
         save_last(run)
         save_metrics(run)
@@ -869,7 +1239,9 @@ def train(run: Run) -> None:
         save_pruned(run)
         save_metrics(run)
         if world.first:
-            print(f"written: {options.out / 'pruned'} and {options.out / 'metrics.json'}", flush=True)
+            print(
+                f"written: {options.out / 'pruned'} and {options.out / 'metrics.json'}", flush=True
+            )
 
 
 def one_epoch(run: Run, epoch: int) -> Record:
@@ -877,17 +1249,28 @@ def one_epoch(run: Run, epoch: int) -> Record:
     start, rate = time.perf_counter(), run.schedule.get_last_lr()[0]
     loss = train_epoch(run, epoch)
     if not math.isfinite(loss):
-        raise Refusal(f"the loss of epoch {epoch + 1} is {loss}: start again with a lower --rate, or with --clip 1")
+        raise Refusal(
+            f"the loss of epoch {epoch + 1} is {loss}: start again with a lower --rate, or with "
+            "--clip 1"
+        )
     run.world.average([*run.plain.buffers(), *(run.ema.module.buffers() if run.ema else ())])
     figures = evaluate(run, run.judged)
     seconds = round(time.perf_counter() - start, 1)
     if run.world.first:
-        print(f"epoch {epoch + 1} of {run.options.epochs}: loss {loss:.4f}, {_said(figures)}, {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1} of {run.options.epochs}: loss {loss:.4f}, {_said(figures)}, "
+            f"{seconds:.0f} s",
+            flush=True,
+        )
     return {"epoch": epoch + 1, "loss": loss, **figures, "rate": rate, "seconds": seconds}
 
 
 def _said(figures: Figures | None) -> str:
-    return f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %" if figures else "not trained on these classes"
+    return (
+        f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %"
+        if figures
+        else "not trained on these classes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""From a model and an example to what is coupled: traced whole where that can be, else part by part."""
+"""From a model and an example to what is coupled: traced whole where that can be, else part by
+part.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: Clock | None = None) -> Coupling:
+def label_and_couple(
+    model: nn.Module, example: Arguments, terms: Terms, clock: Clock | None = None
+) -> Coupling:
     """The coupling of a model that is called as in the example, whose tensors may be meta tensors.
 
     Raises
@@ -52,20 +56,32 @@ def label_and_couple(model: nn.Module, example: Arguments, terms: Terms, clock: 
         options: dict[str, Any] = {"known": {}}
         if terms.heads:
             first = _label(model, example, terms, coupling=False, **options)
-            options |= {"unread": first.labelling.unread(), "ties": first.labelling.head_ties(terms.heads)}
+            options |= {
+                "unread": first.labelling.unread(),
+                "ties": first.labelling.head_ties(terms.heads),
+            }
         found = _label(model, example, terms, **options)
-        while not found.labelling.overwritten() <= options.get("overwritten", set()):  # what one call leaves, the next one meets
-            options["overwritten"] = options.get("overwritten", set()) | found.labelling.overwritten()
+        # what one call leaves, the next one meets
+        while not found.labelling.overwritten() <= options.get("overwritten", set()):
+            options["overwritten"] = (
+                options.get("overwritten", set()) | found.labelling.overwritten()
+            )
             found = _label(model, example, terms, **options)
     with clock("couple"):
         coupling = couple(found.labelling, _share(example, found.labelling.inputs))
-        coupling.example, coupling.not_one_graph, coupling.untrained = found.example, found.refused, found.untrained
+        coupling.example, coupling.not_one_graph, coupling.untrained = (
+            found.example,
+            found.refused,
+            found.untrained,
+        )
         return coupling
 
 
 @dataclass
 class _Found:
-    """Labels; the example as far as it was read, in shapes or in values; why the model is not one graph, or evaluation's alone."""
+    """Labels; the example as far as it was read, in shapes or in values; why the model is not one
+    graph, or evaluation's alone.
+    """
 
     labelling: Labelling
     example: Arguments
@@ -77,10 +93,14 @@ _Known = dict[str, Explored]
 """How a model runs on calls of these shapes."""
 
 
-def _label(model: nn.Module, example: Arguments, terms: Terms, *, known: _Known, **options: Any) -> _Found:
-    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one graph, or in parts, or neither.
+def _label(
+    model: nn.Module, example: Arguments, terms: Terms, *, known: _Known, **options: Any
+) -> _Found:
+    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one
+    graph, or in parts, or neither.
 
-    The error is that of the first attempt on the example itself, unless the model fails on it for real.
+    The error is that of the first attempt on the example itself, unless the model fails on it for
+    real.
     """
     try:
         return _label_whole(model, shapes_of(example), terms, **options)
@@ -99,8 +119,12 @@ class _UntrainedError(TraceError):
     """The graph of evaluation is there, that of training is not."""
 
 
-def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untrained: str = "", **options: Any) -> _Found:
-    """Labels on one graph for each mode; ``untrained`` says why there is none for training, where evaluation's has to do."""
+def _label_whole(
+    model: nn.Module, example: Arguments, terms: Terms, *, untrained: str = "", **options: Any
+) -> _Found:
+    """Labels on one graph for each mode; ``untrained`` says why there is none for training, where
+    evaluation's has to do.
+    """
 
     def evaluated(call: Arguments) -> Labelling:
         labelling = Labelling(twin_of(model), terms, **options)
@@ -131,7 +155,10 @@ def _label_whole(model: nn.Module, example: Arguments, terms: Terms, *, untraine
 
 
 def _say_untrained(labelling: Labelling, why: str) -> None:
-    what = "training mode takes another path, which the example cannot take; only evaluation's is emitted"
+    what = (
+        "training mode takes another path, which the example cannot take; only evaluation's is "
+        "emitted"
+    )
     labelling.traces[0].decisions.append(f"{what}: {why}")
 
 
@@ -140,9 +167,14 @@ _Decided = dict[tuple[str, bool], list[str]]
 
 
 def _deciding_alike(
-    label: Callable[[Arguments], Labelling], decided: Callable[[Arguments], _Decided], wide: Arguments, example: Arguments
+    label: Callable[[Arguments], Labelling],
+    decided: Callable[[Arguments], _Decided],
+    wide: Arguments,
+    example: Arguments,
 ) -> tuple[Labelling, Arguments]:
-    """The labels for a call of a larger batch than the example's, unless the model decides otherwise for the example itself."""
+    """The labels for a call of a larger batch than the example's, unless the model decides
+    otherwise for the example itself.
+    """
     labelling = label(wide)
     decisions = {(own.path, own.training): own.decisions for own in labelling.traces}
     if any(decisions.values()) and _sizes(wide) != _sizes(example):
@@ -155,7 +187,14 @@ def _deciding_alike(
     return labelling, wide
 
 
-def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Exception, known: _Known, **options: Any) -> _Found:
+def _label_parts(
+    model: nn.Module,
+    example: Arguments,
+    terms: Terms,
+    refused: Exception,
+    known: _Known,
+    **options: Any,
+) -> _Found:
     """The labels of a model that cannot be traced whole, for the reason given."""
 
     @contextmanager
@@ -190,19 +229,27 @@ def _label_parts(model: nn.Module, example: Arguments, terms: Terms, refused: Ex
         labelling, ran = _deciding_alike(run, decided, wide, call)
     except ElsewhereError:
         raise
-    except Exception as error:  # whatever the model's own Python raises, and what cannot be followed in it
+    except Exception as error:
+        # whatever the model's own Python raises, and what cannot be followed in it
         raise refused from error
     if not labelling.traces:
         raise refused  # there is nothing to prune
     if explored(ran).untrained:
         _say_untrained(labelling, explored(ran).untrained)
-    why = str(refused) if isinstance(refused, FxpruneError) else f"{type(refused).__name__}: {refused}"
+    why = (
+        str(refused)
+        if isinstance(refused, FxpruneError)
+        else f"{type(refused).__name__}: {refused}"
+    )
     return _Found(labelling, call, why)
 
 
 def _share(example: Arguments, ran: Any) -> Fraction:
     """The example's batch over the labelled one, which may be 2 where the example has 1."""
-    asked, given = (sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim()) for tree in (example, ran))
+    asked, given = (
+        sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim())
+        for tree in (example, ran)
+    )
     return Fraction(asked, given) if given else Fraction(1)
 
 

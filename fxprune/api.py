@@ -12,7 +12,14 @@ from torch import nn
 
 from fxprune.advice import warn_of_evaluation, warn_of_little
 from fxprune.analysis import Clock, label_and_couple
-from fxprune.arguments import budget_of, check_plan, check_pruned, kept_parameters, of_whole_heads, setting_of
+from fxprune.arguments import (
+    budget_of,
+    check_plan,
+    check_pruned,
+    kept_parameters,
+    of_whole_heads,
+    setting_of,
+)
 from fxprune.budget import Budget
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.compiled import plain
@@ -25,7 +32,16 @@ from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationE
 from fxprune.inputs import read
 from fxprune.latency import Setting
 from fxprune.latency.search import search
-from fxprune.plan import GroupPlan, Plan, fingerprint, history, holds_objects, pack_inputs, remember, unpack_inputs
+from fxprune.plan import (
+    GroupPlan,
+    Plan,
+    fingerprint,
+    history,
+    holds_objects,
+    pack_inputs,
+    remember,
+    unpack_inputs,
+)
 from fxprune.prunable import check_model
 from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
@@ -60,10 +76,12 @@ class Pruned:
 
     @door
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write plan.json, model.safetensors, report.json, report.txt and a manifest of them; :func:`load` reads them.
+        """Write plan.json, model.safetensors, report.json, report.txt and a manifest of them;
+        :func:`load` reads them.
 
-        Nothing is pickled. The folder is made if missing, an earlier save in it is replaced as a whole, other files in it are left
-        alone. A save that is interrupted, even killed, leaves the old state or the new one, never a torn one.
+        Nothing is pickled. The folder is made if missing, an earlier save in it is replaced as a
+        whole, other files in it are left alone. A save that is interrupted, even killed, leaves
+        the old state or the new one, never a torn one.
 
         Raises
         ------
@@ -72,13 +90,26 @@ class Pruned:
         ModelError
             If the state dict holds what only a pickle could.
         """
-        if not isinstance(self.model, nn.Module) or not isinstance(self.plan, Plan) or not isinstance(self.report, Report):
-            raise ArgumentError("a Pruned holds a module, a Plan and a Report, as those of prune do: this one does not.")
+        if (
+            not isinstance(self.model, nn.Module)
+            or not isinstance(self.plan, Plan)
+            or not isinstance(self.report, Report)
+        ):
+            raise ArgumentError(
+                "a Pruned holds a module, a Plan and a Report, as those of prune do: this one "
+                "does not."
+            )
         save_pruned(folder, self.model, self.plan, self.report)
 
 
 @door
-def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str | Mapping[str, str] = "dims") -> Coupling:
+def analyze(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    keep: Any = (),
+    units: str | Mapping[str, str] = "dims",
+) -> Coupling:
     """Find which channels are coupled, without changing or even reading a weight.
 
     Parameters
@@ -86,9 +117,9 @@ def analyze(model: nn.Module, example_inputs: Any, *, keep: Any = (), units: str
     model:
         Any module; it is not run and not changed.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside
-        the tensors, and are constants of the call. Of tensors only shapes and dtypes matter, unless the model's Python reads
-        values.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, flags,
+        text and None may stand beside the tensors, and are constants of the call. Of tensors only
+        shapes and dtypes matter, unless the model's Python reads values.
     keep:
         What must not be pruned: a module name, a glob, a module object, or several of these.
     units:
@@ -134,54 +165,65 @@ def prune(
     Parameters
     ----------
     model:
-        Any module that can be traced; it is left exactly as it is. A model that was pruned before can be pruned again: shares are
-        then of what it has now, and the plan leads from the original architecture to the new one, through the plans before it.
+        Any module that can be traced; it is left exactly as it is. A model that was pruned before
+        can be pruned again: shares are then of what it has now, and the plan leads from the
+        original architecture to the new one, through the plans before it.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's ``forward``; numbers, flags, text
-        and None may stand beside the tensors, and are constants of the call. Of tensors only shapes and dtypes matter, unless the
-        model's Python reads values.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's
+        ``forward``; numbers, flags, text and None may stand beside the tensors, and are constants
+        of the call. Of tensors only shapes and dtypes matter, unless the model's Python reads
+        values.
     channels:
-        The share of units to keep, in (0, 1]: by each group, or with ``scope="global"`` by all groups together, the least important
-        of the whole network going first. 1.0 returns an equal model.
+        The share of units to keep, in (0, 1]: by each group, or with ``scope="global"`` by all
+        groups together, the least important of the whole network going first. 1.0 returns an equal
+        model.
     macs, params:
-        The share of multiply-accumulates, or of parameters, to keep, in (0, 1]. The least important units of the whole network go,
-        one by one, until it holds; giving the last one back would break it (``round_to`` aside). Of several budgets all hold.
+        The share of multiply-accumulates, or of parameters, to keep, in (0, 1]. The least
+        important units of the whole network go, one by one, until it holds; giving the last one
+        back would break it (``round_to`` aside). Of several budgets all hold.
     latency:
-        The share of the time of one call to keep, in (0, 1], of the whole model in its inference form (:func:`deploy`), for the
-        example's batch. What the model's layers take is measured at several widths (and kept on disk), CPMC counts nanoseconds in
-        the place of multiply-accumulates, and widths land where the device has its steps. The result is measured next to the dense
-        model; the report shows the forecast and the measured time.
+        The share of the time of one call to keep, in (0, 1], of the whole model in its inference
+        form (:func:`deploy`), for the example's batch. What the model's layers take is measured at
+        several widths (and kept on disk), CPMC counts nanoseconds in the place of
+        multiply-accumulates, and widths land where the device has its steps. The result is
+        measured next to the dense model; the report shows the forecast and the measured time.
     device:
-        Where the latency is that counts: ``"cuda"``, ``"cpu"``, or a :class:`~fxprune.latency.Setting`, which also says precision,
-        mode, layout and batch; default: the GPU where there is one.
+        Where the latency is that counts: ``"cuda"``, ``"cpu"``, or a
+        :class:`~fxprune.latency.Setting`, which also says precision, mode, layout and batch;
+        default: the GPU where there is one.
     scope:
         What ``channels`` counts: ``"group"`` or ``"global"``.
     layers:
-        Glob of module names -> share of units that these layers keep, whatever the budgets ask for: ``{"layer4.*": 0.3}``. Layers
-        that are coupled keep the same; the last glob that matches counts.
+        Glob of module names -> share of units that these layers keep, whatever the budgets ask
+        for: ``{"layer4.*": 0.3}``. Layers that are coupled keep the same; the last glob that
+        matches counts.
     criterion:
-        How important a unit is: a name (``"cpmc"``, ``"l1"``, ``"l2"``, ``"bn_scale"``, ``"lamp"``, ``"fpgm"``, ``"random"``), an
-        object of :mod:`fxprune.criteria` (:class:`~fxprune.criteria.Taylor` and others read data), or a function from a
+        How important a unit is: a name (``"cpmc"``, ``"l1"``, ``"l2"``, ``"bn_scale"``,
+        ``"lamp"``, ``"fpgm"``, ``"random"``), an object of :mod:`fxprune.criteria`
+        (:class:`~fxprune.criteria.Taylor` and others read data), or a function from a
         :class:`~fxprune.criteria.UnitView` to one score per unit.
     keep:
-        What must not be pruned: a module name, a glob, a module object, or several of these. Their parameters keep their shapes.
+        What must not be pruned: a module name, a glob, a module object, or several of these. Their
+        parameters keep their shapes.
     units:
-        What a unit of an attention is: ``"dims"``, one of the dimensions of its heads, every head losing equally many; ``"heads"``,
-        a whole head (with the key's and value's, all query heads that share them). Or glob of module names -> either of the two;
-        the last that matches counts.
+        What a unit of an attention is: ``"dims"``, one of the dimensions of its heads, every head
+        losing equally many; ``"heads"``, a whole head (with the key's and value's, all query heads
+        that share them). Or glob of module names -> either of the two; the last that matches
+        counts.
     round_to:
         Groups keep a multiple of this many units, where they have as many.
     min_channels:
         Groups keep at least this many units, where they have as many.
     verify:
-        Prove the result against the masked original at once (see :func:`verify`); the report then shows the error, and one above
-        1e-6 is raised. By default that is done where a rule of your own took part (:func:`register_rule`).
+        Prove the result against the masked original at once (see :func:`verify`); the report then
+        shows the error, and one above 1e-6 is raised. By default that is done where a rule of your
+        own took part (:func:`register_rule`).
 
     Warns
     -----
     FxpruneWarning
-        If channels were to go and none, or nearly none, could; or if the pruned model computes in training what it computes in
-        evaluation, because training cannot be followed.
+        If channels were to go and none, or nearly none, could; or if the pruned model computes in
+        training what it computes in evaluation, because training cannot be followed.
 
     Raises
     ------
@@ -210,7 +252,9 @@ def prune(
             ranking = rank(criterion, coupling, model)
         try:
             if setting is not None:
-                pruned, survivors = _within_time(model, coupling, ranking, budget, terms, clock, example_inputs, setting)
+                pruned, survivors = _within_time(
+                    model, coupling, ranking, budget, terms, clock, example_inputs, setting
+                )
                 break
             with clock("select"):
                 survivors = select(coupling, ranking, budget)
@@ -223,18 +267,36 @@ def prune(
             terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
     else:
         failed = ", ".join(terms.pinned_nodes)
-        raise RewriteError(f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass modules in keep=.")
+        raise RewriteError(
+            f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass "
+            "modules in keep=."
+        )
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            proof = check(model, pruned.model, pruned.plan, coupling, survivors, example_inputs=example_inputs, fresh=True)
-        if not proof.error <= proof.limit:
-            blamed = f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
-            raise VerificationError(
-                f"the pruned model differs from the masked original by {proof.error:.1e}, relative. {blamed}; modules in keep= are "
-                "left as they are, and verify=False returns the model all the same."
+            proof = check(
+                model,
+                pruned.model,
+                pruned.plan,
+                coupling,
+                survivors,
+                example_inputs=example_inputs,
+                fresh=True,
             )
-        pruned = replace(pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds)))
+        if not proof.error <= proof.limit:
+            blamed = (
+                f"Look at the rules registered for {', '.join(trusted)}"
+                if trusted
+                else "Please report it"
+            )
+            raise VerificationError(
+                f"the pruned model differs from the masked original by {proof.error:.1e}, "
+                f"relative. {blamed}; modules in keep= are left as they are, and verify=False "
+                "returns the model all the same."
+            )
+        pruned = replace(
+            pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds))
+        )
     warn_of_evaluation(coupling, stacklevel=3)
     warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
@@ -259,7 +321,9 @@ def _within_time(
             example_inputs,
             setting,
             some=lambda share: select(coupling, ranking, Budget(channels=share)),
-            choose=lambda aim, timed: select(coupling, ranking, replace(budget, latency=aim), timed),
+            choose=lambda aim, timed: select(
+                coupling, ranking, replace(budget, latency=aim), timed
+            ),
             emit=lambda kept: _emit(model, coupling, dict(kept), terms, Clock()),
             model_of=lambda pruned: pruned.model,
         )
@@ -272,8 +336,8 @@ def _within_time(
 def apply(plan: Plan, model: nn.Module) -> Pruned:
     """Replay a plan on a model of the architecture it was made for.
 
-    A plan of a model that was pruned several times takes the original architecture, or that of any of its stages; the report then
-    goes from there to the last stage.
+    A plan of a model that was pruned several times takes the original architecture, or that of any
+    of its stages; the report then goes from there to the last stage.
 
     Raises
     ------
@@ -294,16 +358,22 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     pruned = _apply_stage(stages[0], model)
     for stage in stages[1:]:
         before, pruned = pruned.report, _apply_stage(stage, pruned.model)
-        report = replace(pruned.report, params_before=before.params_before, macs_before=before.macs_before)
+        report = replace(
+            pruned.report, params_before=before.params_before, macs_before=before.macs_before
+        )
         pruned = replace(pruned, report=report)
     return pruned
 
 
 @door
 def load(
-    folder: str | os.PathLike[str], model_factory: Callable[[], nn.Module] | nn.Module, *, device: torch.device | str | None = None
+    folder: str | os.PathLike[str],
+    model_factory: Callable[[], nn.Module] | nn.Module,
+    *,
+    device: torch.device | str | None = None,
 ) -> Pruned:
-    """Rebuild what :meth:`Pruned.save` wrote: build the original architecture, replay the plan, read the weights.
+    """Rebuild what :meth:`Pruned.save` wrote: build the original architecture, replay the plan,
+    read the weights.
 
     Nothing is unpickled, and no code comes from the folder.
 
@@ -312,8 +382,8 @@ def load(
     folder:
         What :meth:`Pruned.save`, or ``fxprune prune -o``, wrote.
     model_factory:
-        A function without arguments that builds the architecture which was pruned first, or such a model; it is not changed.
-        ``train()`` or ``eval()`` is as in what it builds.
+        A function without arguments that builds the architecture which was pruned first, or such a
+        model; it is not changed. ``train()`` or ``eval()`` is as in what it builds.
     device:
         Where the model goes; default: where the factory builds it.
 
@@ -324,7 +394,8 @@ def load(
     Raises
     ------
     PlanError
-        If the folder is damaged (a file is missing, was cut short or changed), or of another architecture.
+        If the folder is damaged (a file is missing, was cut short or changed), or of another
+        architecture.
     ArgumentError
         If there is no such folder, or no such device.
     ModelError
@@ -348,7 +419,8 @@ def load(
     if device is not None:
         try:
             pruned.model.to(device)
-        except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them where there is no such device
+        except (RuntimeError, AssertionError, TypeError) as error:
+            # torch raises any of them where there is no such device
             raise ArgumentError(f"device={device!r} cannot be used: {error}") from error
     return replace(pruned, report=report)
 
@@ -364,24 +436,30 @@ def verify(
     seed: int = 0,
     numeric: bool = True,
 ) -> Verification:
-    """Prove that a pruned model computes what the original computes with the removed channels set to zero.
+    """Prove that a pruned model computes what the original computes with the removed channels set
+    to zero.
 
-    A model that was pruned several times can be held against the original, or against the model of any of its stages.
+    A model that was pruned several times can be held against the original, or against the model of
+    any of its stages.
 
-    Two checks: the emitted graph is labelled again, each surviving element with its old label, and no two labels that were apart
-    may meet; and both models run, in ``dtype``, and their outputs are compared. The original runs as its own code, hooks included.
-    Compared are the outputs for the example; in training mode, with dropout off; for another batch and other sizes, where the
-    original takes them; which parameters get a gradient; and shapes and dtypes on the example as it is. Both runs draw the same
-    random numbers. A model with an operation that has no float64 is proved in float32.
+    Two checks: the emitted graph is labelled again, each surviving element with its old label, and
+    no two labels that were apart may meet; and both models run, in ``dtype``, and their outputs
+    are compared. The original runs as its own code, hooks included. Compared are the outputs for
+    the example; in training mode, with dropout off; for another batch and other sizes, where the
+    original takes them; which parameters get a gradient; and shapes and dtypes on the example as
+    it is. Both runs draw the same random numbers. A model with an operation that has no float64 is
+    proved in float32.
 
     Parameters
     ----------
     example_inputs:
-        As in :func:`prune`; whole numbers stay as they are, others unless ``randomize``. Without them, the shapes of the plan.
+        As in :func:`prune`; whole numbers stay as they are, others unless ``randomize``. Without
+        them, the shapes of the plan.
     randomize:
-        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in a fresh model hides an error, and
-        a model that was trained since can be proved, too: ``left_out`` says then that its own weights are others.
-        False: the models' own, of which also those count that no output shows.
+        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in
+        a fresh model hides an error, and a model that was trained since can be proved, too:
+        ``left_out`` says then that its own weights are others. False: the models' own, of which
+        also those count that no output shows.
     seed:
         For these draws.
     numeric:
@@ -389,15 +467,16 @@ def verify(
 
     Returns
     -------
-    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one; ``compared`` and ``left_out`` say what
-    was compared, and what could not be and why.
+    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one;
+    ``compared`` and ``left_out`` say what was compared, and what could not be and why.
 
     Raises
     ------
     VerificationError
-        If the structures differ; if nothing can be compared (there is no tensor, or none that is finite, or the original fails);
-        if the pruned model fails where the original runs; or if anything but the values for the example's sizes differs: how far
-        these differ is the error that is returned.
+        If the structures differ; if nothing can be compared (there is no tensor, or none that is
+        finite, or the original fails); if the pruned model fails where the original runs; or if
+        anything but the values for the example's sizes differs: how far these differ is the error
+        that is returned.
 
     Examples
     --------
@@ -407,7 +486,9 @@ def verify(
     True
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ArgumentError(f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64.")
+        raise ArgumentError(
+            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
+        )
     options: dict[str, Any] = {
         "example_inputs": example_inputs,
         "dtype": dtype,
@@ -435,9 +516,15 @@ def verify(
 
 @door
 def compensate(
-    model: nn.Module, pruned: Pruned, loader: Iterable[Any], *, method: str = "constants", ridge: float = 1e-4
+    model: nn.Module,
+    pruned: Pruned,
+    loader: Iterable[Any],
+    *,
+    method: str = "constants",
+    ridge: float = 1e-4,
 ) -> Compensation:
-    """Put what the removed channels gave to the next layers into the weights that stay, before any fine-tuning.
+    """Put what the removed channels gave to the next layers into the weights that stay, before any
+    fine-tuning.
 
     Parameters
     ----------
@@ -448,10 +535,12 @@ def compensate(
     loader:
         Calibration data: batches ``(inputs, ...)``. No targets are read.
     method:
-        ``"constants"`` adds the mean of what is gone to the next layers' biases (or subtracts it from the running mean of the batch
-        normalisation behind them); ``"least_squares"`` refits each next layer on the channels that it still reads.
+        ``"constants"`` adds the mean of what is gone to the next layers' biases (or subtracts it
+        from the running mean of the batch normalisation behind them); ``"least_squares"`` refits
+        each next layer on the channels that it still reads.
     ridge:
-        For least squares: how strongly weights are held where the data says nothing, as a share of the inputs' mean square.
+        For least squares: how strongly weights are held where the data says nothing, as a share of
+        the inputs' mean square.
 
     Returns
     -------
@@ -473,14 +562,19 @@ def compensate(
         raise ArgumentError(f"method={shown(method)} is neither 'constants' nor 'least_squares'.")
     damping = number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
-        raise ArgumentError(f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4.")
+        raise ArgumentError(
+            f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
+        )
     check_pruned(pruned, "compensate")
     model = plain(model)
     check_model(model)
     check_loader(loader)
     stages = _stages(pruned.plan, model)
     if len(stages) > 1:
-        raise ArgumentError("compensate takes the model that was pruned last: call it after each prune, with the model before it.")
+        raise ArgumentError(
+            "compensate takes the model that was pruned last: call it after each prune, with the "
+            "model before it."
+        )
     coupling, kept, _ = _replay(stages[0], model)
     survivors = Survivors(coupling, kept)
     if method == "constants":
@@ -514,7 +608,13 @@ def _emit(
     with clock("report"):
         groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
         plan = Plan(
-            groups, pack_inputs(*coupling.example), terms.keep, terms.pinned_nodes, fingerprint(model), history(model), terms.heads
+            groups,
+            pack_inputs(*coupling.example),
+            terms.keep,
+            terms.pinned_nodes,
+            fingerprint(model),
+            history(model),
+            terms.heads,
         )
         remember(smaller, plan)
         report = Report(
@@ -523,10 +623,14 @@ def _emit(
             macs_before=coupling.macs(),
             macs_after=coupling.macs(left.shape),
             groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
-            pinned=tuple(PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned),
+            pinned=tuple(
+                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
+            ),
             untouched=coupling.untouched,
             decisions=coupling.decisions,
-            statistics=tuple(dict.fromkeys(node for g in coupling.groups for node in g.normalised)),
+            statistics=tuple(
+                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
+            ),
             params_pinned=_pinned_parameters(coupling),
             macs_pinned=_pinned_macs(coupling),
             parts=coupling.parts,
@@ -539,12 +643,16 @@ def _emit(
 def _pinned_parameters(coupling: Coupling) -> int:
     """Elements of the parameters that keep their shape whatever goes."""
     tensors = coupling.parameters.values()
-    return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t))
+    return sum(
+        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
+    )
 
 
 def _pinned_macs(coupling: Coupling) -> int:
     """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
-    return coupling.macs(of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))])
+    return coupling.macs(
+        of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
+    )
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
@@ -555,7 +663,9 @@ def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
 
 
 def _stages(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
-    """The plans of a chain that lead from this model to the end: all, or those after the stage that it is the model of."""
+    """The plans of a chain that lead from this model to the end: all, or those after the stage
+    that it is the model of.
+    """
     chain = plan.chain
     done = history(model)
     if done in chain[:-1]:
@@ -569,23 +679,37 @@ def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
     return _emit(model, coupling, survivors, _terms(stage), clock)
 
 
-def _replay(plan: Plan, model: nn.Module, example: Any = None) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
+def _replay(
+    plan: Plan, model: nn.Module, example: Any = None
+) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
-            f"the plan was made for another architecture than this {type(model).__name__}: names or shapes of its parameters "
-            "differ. Build the model exactly as it was when the plan was made."
+            f"the plan was made for another architecture than this {type(model).__name__}: names "
+            "or shapes of its parameters differ. Build the model exactly as it was when the plan "
+            "was made."
         )
     known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     unknown = [name for name in (*plan.keep, *plan.heads) if name not in known]
     if unknown:
-        raise PlanError(f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. Prune anew.")
+        raise PlanError(
+            f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. "
+            "Prune anew."
+        )
     clock = Clock()
-    call = read(example) if example is not None and holds_objects(plan.inputs) else unpack_inputs(plan.inputs)
+    call = (
+        read(example)
+        if example is not None and holds_objects(plan.inputs)
+        else unpack_inputs(plan.inputs)
+    )
     coupling = label_and_couple(model, call, _terms(plan), clock)
-    found, planned = {g.name: g.size for g in coupling.groups}, {g.name: g.size for g in plan.groups}
+    found, planned = (
+        {g.name: g.size for g in coupling.groups},
+        {g.name: g.size for g in plan.groups},
+    )
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
         raise PlanError(
-            f"the plan's groups are not those of this {type(model).__name__} (first difference: {names[0]}). Prune anew."
+            f"the plan's groups are not those of this {type(model).__name__} (first difference: "
+            f"{names[0]}). Prune anew."
         )
     return coupling, {g.name: g.kept for g in plan.groups}, clock

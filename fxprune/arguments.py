@@ -49,22 +49,35 @@ def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
         entries = list(read(keep, "keep"))
     else:
         raise ArgumentError(
-            f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list of these; () keeps none."
+            f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list "
+            "of these; () keeps none."
         )
-    return tuple(dict.fromkeys(name for entry in entries for name in _matches(model, entry, "keep")))
+    return tuple(
+        dict.fromkeys(name for entry in entries for name in _matches(model, entry, "keep"))
+    )
 
 
 def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
     """Names of all parameters and buffers whose heads are units."""
     if not isinstance(units, (str, Mapping)):
-        raise ArgumentError(f'units is {_kind_of(units)}: give "dims" or "heads", or a dict from globs of module names to either.')
+        raise ArgumentError(
+            f'units is {_kind_of(units)}: give "dims" or "heads", or a dict from globs of module '
+            "names to either."
+        )
     chosen = units if isinstance(units, Mapping) else {"*": units}
     heads: set[str] = set()
     for glob, unit in chosen.items():
         if not isinstance(unit, str) or unit not in ("dims", "heads"):
-            raise ArgumentError(f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor "heads" (whole ones).')
+            raise ArgumentError(
+                f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor '
+                '"heads" (whole ones).'
+            )
         found = set(_matches(model, glob, "units"))
-        below = {name for name, _ in model.named_modules(remove_duplicate=False) if any(_is_below(name, top) for top in found)}
+        below = {
+            name
+            for name, _ in model.named_modules(remove_duplicate=False)
+            if any(_is_below(name, top) for top in found)
+        }
         heads = heads | below if unit == "heads" else heads - below
     return _tensors_below(model, heads, recurse=False)
 
@@ -74,18 +87,23 @@ def _is_below(name: str, top: str) -> bool:
 
 
 def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
-    """Names of the modules that an entry of an option names: by a name, a glob, or as an object."""
+    """Names of the modules that an entry of an option names: by a name, a glob, or as an
+    object.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(entry, nn.Module):
         found = [name for name, module in modules.items() if module is entry]
     elif isinstance(entry, str):
         found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
     else:
-        raise ArgumentError(f"{option} holds {_kind_of(entry)}: give module names, globs or module objects.")
+        raise ArgumentError(
+            f"{option} holds {_kind_of(entry)}: give module names, globs or module objects."
+        )
     if not found:
         what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
         raise ArgumentError(
-            f"{option}: {what} matches no module of this {type(model).__name__}. {_named_like(entry, list(modules))}"
+            f"{option}: {what} matches no module of this {type(model).__name__}. "
+            f"{_named_like(entry, list(modules))}"
         )
     return found
 
@@ -97,7 +115,9 @@ def _named_like(entry: Any, names: Sequence[str]) -> str:
     if near:
         return f"Did you mean {' or '.join(map(repr, near))}?"
     return (
-        f"Its modules are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else "It has no modules below it."
+        f"Its modules are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+        if names
+        else "It has no modules below it."
     )
 
 
@@ -108,14 +128,22 @@ def _kind_of(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _tensors_below(model: nn.Module, modules: Collection[str], *, recurse: bool = True) -> tuple[str, ...]:
-    """Names of the floating-point parameters and buffers of these modules, and of the modules below them."""
+def _tensors_below(
+    model: nn.Module, modules: Collection[str], *, recurse: bool = True
+) -> tuple[str, ...]:
+    """Names of the floating-point parameters and buffers of these modules, and of the modules
+    below them.
+    """
     if not modules:
         return ()
     own = [model.get_submodule(name) for name in modules]
-    tensors = {id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))}
+    tensors = {
+        id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))
+    }
     every = named_tensors(model).items()
-    return tuple(name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point())
+    return tuple(
+        name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point()
+    )
 
 
 def budget_of(
@@ -137,59 +165,94 @@ def budget_of(
     """
     if layers is not None and not isinstance(layers, Mapping):
         raise ArgumentError(
-            f'layers is {_kind_of(layers)}: give a dict from globs of module names to shares, as {{"layer4.*": 0.3}}.'
+            f"layers is {_kind_of(layers)}: give a dict from globs of module names to shares, as "
+            f'{{"layer4.*": 0.3}}.'
         )
     layers = dict(layers or {})
     asked = {"channels": channels, "macs": macs, "params": params, "latency": latency}
     if all(value is None for value in asked.values()) and not layers:
-        raise ArgumentError("nothing says how much to prune: give channels=, macs=, params=, latency= or layers=, e.g. macs=0.5.")
+        raise ArgumentError(
+            "nothing says how much to prune: give channels=, macs=, params=, latency= or "
+            "layers=, e.g. macs=0.5."
+        )
     shares: dict[str, Any] = {
-        name: None if value is None else share(name, value, f"the share of {_SHARED[name]} to keep")
+        name: None
+        if value is None
+        else share(name, value, f"the share of {_SHARED[name]} to keep")
         for name, value in asked.items()
     }
     for glob, value in layers.items():
         if not isinstance(glob, str):
-            raise ArgumentError(f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, as {{'layer4.*': 0.3}}.")
-        layers[glob] = share(f"layers[{glob!r}]", value, "the share of channels that these layers keep")
+            raise ArgumentError(
+                f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, as "
+                f"{{'layer4.*': 0.3}}."
+            )
+        layers[glob] = share(
+            f"layers[{glob!r}]", value, "the share of channels that these layers keep"
+        )
     if not isinstance(scope, str) or scope not in ("group", "global"):
         raise ArgumentError(
-            f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" (all groups together).'
+            f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" '
+            "(all groups together)."
         )
-    least = {name: whole(name, value) for name, value in (("round_to", round_to), ("min_channels", min_channels))}
+    least = {
+        name: whole(name, value)
+        for name, value in (("round_to", round_to), ("min_channels", min_channels))
+    }
     return Budget(**shares, scope=scope, layers=layers, **least)
 
 
 _SHARED = {"channels": "channels", "macs": "MACs", "params": "parameters", "latency": "the time"}
 
 
-def setting_of(device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any) -> Setting | None:
+def setting_of(
+    device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any
+) -> Setting | None:
     """Where a latency budget counts; None if there is none."""
     if budget.latency is None:
         if device is not None:
-            raise ArgumentError("device= says where latency counts: give latency= too. The model is pruned on the device it is on.")
+            raise ArgumentError(
+                "device= says where latency counts: give latency= too. The model is pruned on "
+                "the device it is on."
+            )
         return None
     if any(leaf.is_meta for leaf in tensors_of(example_inputs)):
-        raise ArgumentError("latency= is measured, on example inputs with data: these are meta tensors.")
-    return device if isinstance(device, Setting) else Setting(None if device is None else str(device))
+        raise ArgumentError(
+            "latency= is measured, on example inputs with data: these are meta tensors."
+        )
+    return (
+        device if isinstance(device, Setting) else Setting(None if device is None else str(device))
+    )
 
 
 def check_pruned(pruned: Any, function: str) -> None:
     """Refuse what is no result of :func:`fxprune.prune`, for a function that takes one."""
-    if not isinstance(getattr(pruned, "plan", None), Plan) or not isinstance(getattr(pruned, "model", None), nn.Module):
+    if not isinstance(getattr(pruned, "plan", None), Plan) or not isinstance(
+        getattr(pruned, "model", None), nn.Module
+    ):
         raise ArgumentError(
-            f"{function}(model, pruned, ...) takes what fxprune.prune, apply or load gave as pruned, and got {_kind_of(pruned)}."
+            f"{function}(model, pruned, ...) takes what fxprune.prune, apply or load gave as "
+            f"pruned, and got {_kind_of(pruned)}."
         )
 
 
 def check_plan(plan: Any, function: str) -> None:
-    """Refuse what is no plan, for a function that takes one; a plan that someone put together is checked.
+    """Refuse what is no plan, for a function that takes one; a plan that someone put together is
+    checked.
 
     Raises
     ------
     ArgumentError, PlanError
     """
     if not isinstance(plan, Plan):
-        ways = {str: "Plan.from_json(text) reads one", Path: "fxprune.load(folder, factory) reads a folder"}
-        way = next((way for kind, way in ways.items() if isinstance(plan, kind)), "prune(...).plan is one")
-        raise ArgumentError(f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}.")
+        ways = {
+            str: "Plan.from_json(text) reads one",
+            Path: "fxprune.load(folder, factory) reads a folder",
+        }
+        way = next(
+            (way for kind, way in ways.items() if isinstance(plan, kind)), "prune(...).plan is one"
+        )
+        raise ArgumentError(
+            f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}."
+        )
     check_groups(plan)

@@ -1,8 +1,11 @@
-"""Balance: a channel axis that is split into blocks stays rectangular only if every block loses equally many units.
+"""Balance: a channel axis that is split into blocks stays rectangular only if every block loses
+equally many units.
 
-Every sighting (a field that varies along several dimensions of some tensor) says: along one dimension, the *shrinking* one, each
-row keeps the same number. This module decides which dimension shrinks, collects the rows into blocks, and where rows cannot be
-pruned freely (their survivors would change order, or two splits disagree) ties them, so that every block loses the same positions.
+Every sighting (a field that varies along several dimensions of some tensor) says: along one
+dimension, the *shrinking* one, each row keeps the same number. This module decides which dimension
+shrinks, collects the rows into blocks, and where rows cannot be pruned freely (their survivors
+would change order, or two splits disagree) ties them, so that every block loses the same
+positions.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class Balance:
     Attributes
     ----------
     block:
-        For each label (read it at a unit's representative) the number of a block of the split it lies in, -1 if it lies in none.
+        For each label (read it at a unit's representative) the number of a block of the split it
+        lies in, -1 if it lies in none.
     cell:
         The finest block: units of one cell lie in the same block of every split. -1 if none.
     kind:
@@ -65,7 +69,9 @@ def resolve(context: Context) -> Balance:
 
 
 def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
-    """The units of each row along the shrinking dimension, sorted; None if nothing is split here (any more)."""
+    """The units of each row along the shrinking dimension, sorted; None if nothing is split here
+    (any more).
+    """
     labels = compact(context.units.live(sighting.labels))
     dims = varied(labels)
     if not labels.any():
@@ -82,9 +88,14 @@ def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
         return None
     shrink = _choose(labels, free, block, sighting)
     others = [d for d in dims if d != shrink]
-    inner = [d for d in sighting.merged if d in dims and d > shrink] if shrink in sighting.merged else []
+    inner = (
+        [d for d in sighting.merged if d in dims and d > shrink]
+        if shrink in sighting.merged
+        else []
+    )
     if inner:
-        # Laid out one after the other, survivors would come in another order than the original's: tie the smaller side.
+        # Laid out one after the other, survivors would come in another order than the original's:
+        # tie the smaller side.
         inner_size = int(np.prod([labels.shape[d] for d in inner]))
         flip = inner_size > labels.shape[shrink] and not set(inner) & sighting.fixed
         context.tie(labels, [shrink] if flip else inner)
@@ -98,7 +109,11 @@ def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
     rows = rows[:, pinned[0] :]
     times = (rows == rows[:, :1]).sum(axis=1)
     step = int(times[0])
-    if (times != step).any() or rows.shape[1] % step or not (rows.reshape(len(rows), -1, step) == rows[:, ::step, None]).all():
+    if (
+        (times != step).any()
+        or rows.shape[1] % step
+        or not (rows.reshape(len(rows), -1, step) == rows[:, ::step, None]).all()
+    ):
         context.tie(labels, others)
         return None
     rows = np.unique(rows[:, ::step], axis=0)
@@ -125,7 +140,11 @@ def _constant_blocks(labels: Array, dim: int, block: Array) -> bool:
     if (own == -1).any():
         return False
     low = np.where(own == -2, np.iinfo(np.int64).max, own).min(axis=dim)
-    return bool((np.maximum(own.max(axis=dim), -2) == np.where(low == np.iinfo(np.int64).max, -2, low)).all())
+    return bool(
+        (
+            np.maximum(own.max(axis=dim), -2) == np.where(low == np.iinfo(np.int64).max, -2, low)
+        ).all()
+    )
 
 
 def shrinking_dim(labels: Array, block: Array) -> int:
@@ -141,7 +160,9 @@ def shrinking_dim(labels: Array, block: Array) -> int:
 
 
 def _cells(context: Context, splits: list[Array], block: Array) -> Balance | None:
-    """Refine all splits into cells; None (after tying) if two splits cannot be satisfied together."""
+    """Refine all splits into cells; None (after tying) if two splits cannot be satisfied
+    together.
+    """
     count = context.units.count
     rng = np.random.default_rng(0)  # names for sets: equal sets get equal sums
     cell_key = np.zeros(count, dtype=np.uint64)
@@ -156,12 +177,19 @@ def _cells(context: Context, splits: list[Array], block: Array) -> Balance | Non
     _, cell_of = np.unique(cell_key[units], return_inverse=True)
     cell = np.full(count, -1, dtype=np.int64)
     cell[units] = cell_of
-    kinds: npt.NDArray[np.uint64] = np.zeros(int(cell_of.max()) + 1 if units.size else 0, dtype=np.uint64)
+    kinds: npt.NDArray[np.uint64] = np.zeros(
+        int(cell_of.max()) + 1 if units.size else 0, dtype=np.uint64
+    )
     kinds[cell_of] = kind_key[units]
-    sizes = np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
-    # Where every block of a split is made of equally many cells, all of one size, these cells are of one kind.
+    sizes = (
+        np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
+    )
+    # Where every block of a split is made of equally many cells, all of one size, these cells are
+    # of one kind.
     inside_of = [_distinct(cell[split]) for split in splits]
-    alike = [np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1]
+    alike = [
+        np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1
+    ]
     alike = [members for members in alike if len(np.unique(sizes[members])) == 1]
     merged = True
     while merged:
@@ -175,11 +203,17 @@ def _cells(context: Context, splits: list[Array], block: Array) -> Balance | Non
     for split, cells in zip(splits, inside_of, strict=True):
         content = []
         for inside in cells:
-            content.append(sorted(zip(kinds[inside].tolist(), sizes[inside].tolist(), strict=True)))
+            content.append(
+                sorted(zip(kinds[inside].tolist(), sizes[inside].tolist(), strict=True))
+            )
         if any(c != content[0] for c in content):
             context.unite(split, split[:1])
             return None
-    _, kind = np.unique(kinds, return_inverse=True) if units.size else (None, np.zeros(0, dtype=np.int64))
+    _, kind = (
+        np.unique(kinds, return_inverse=True)
+        if units.size
+        else (None, np.zeros(0, dtype=np.int64))
+    )
     return Balance(block, cell, kind)
 
 

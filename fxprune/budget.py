@@ -18,14 +18,17 @@ class Budget:
     channels:
         Share of units kept: by every group (``scope="group"``) or by all together (``"global"``).
     macs, params:
-        Share of multiply-accumulates and of parameters kept, of the whole model, pinned parts included.
+        Share of multiply-accumulates and of parameters kept, of the whole model, pinned parts
+        included.
     latency:
         Share of the time that the whole model takes.
     layers:
-        Glob -> share of units kept, for groups in which a matching module (or parameter) has filters of its own. The last glob that
-        matches counts. These groups are left alone otherwise.
+        Glob -> share of units kept, for groups in which a matching module (or parameter) has
+        filters of its own. The last glob that matches counts. These groups are left alone
+        otherwise.
     round_to:
-        Groups keep a multiple of this many units, where they have as many; all of them where a budget takes nothing.
+        Groups keep a multiple of this many units, where they have as many; all of them where a
+        budget takes nothing.
     min_channels:
         Groups keep at least this many units, where they have as many.
     """
@@ -41,10 +44,11 @@ class Budget:
 
 
 def keep_count(size: int, share: float, round_to: int, min_channels: int) -> int:
-    """How many of ``size`` units survive: at most the share, a multiple of ``round_to``, never none.
+    """How many of ``size`` units survive: at most the share, a multiple of ``round_to``, never
+    none.
 
-    >>> keep_count(64, 0.5, 1, 1), keep_count(12, 0.5, 8, 1), keep_count(3, 0.1, 1, 1), keep_count(6, 0.5, 8, 1)
-    (32, 8, 1, 6)
+    >>> [keep_count(*given, 1) for given in ((64, 0.5, 1), (12, 0.5, 8), (3, 0.1, 1), (6, 0.5, 8))]
+    [32, 8, 1, 6]
     """
     if share >= 1:
         return size

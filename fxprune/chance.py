@@ -1,4 +1,6 @@
-"""Random numbers: those that Python draws by itself, past torch, and runs that draw the same ones."""
+"""Random numbers: those that Python draws by itself, past torch, and runs that draw the same
+ones.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ RUNS = 3
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The same random numbers for everything that runs inside, and after it the generators as they were.
+    """The same random numbers for everything that runs inside, and after it the generators as they
+    were.
 
     >>> with seeded(0):
     ...     one = torch.rand(2)
@@ -45,10 +48,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def undrawn() -> Iterator[Callable[[], bool]]:
-    """Tell whether something was drawn from the generators of :mod:`random` and NumPy, and put them back in the end.
+    """Tell whether something was drawn from the generators of :mod:`random` and NumPy, and put
+    them back in the end.
 
-    They belong to the process: another thread may be the one that draws. Ask again, of another run, before it counts
-    (:data:`RUNS` in all, of which :func:`~fxprune.reach.drawing` follows the others).
+    They belong to the process: another thread may be the one that draws. Ask again, of another
+    run, before it counts (:data:`RUNS` in all, of which :func:`~fxprune.reach.drawing` follows the
+    others).
 
     >>> with undrawn() as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()

@@ -30,7 +30,9 @@ def plain(model: Any) -> Any:
 
 
 class Uncompiled(nn.Module):
-    """Stands in a copy of a model for a module that was compiled, under its names: calls what was compiled."""
+    """Stands in a copy of a model for a module that was compiled, under its names: calls what was
+    compiled.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
 
-__all__ = ["every_leaf", "has_tensors_as_keys", "leaves", "leaves_of", "named_tensors", "refuse_lazy", "slots_of", "tensors_of"]
+__all__ = [
+    "every_leaf",
+    "has_tensors_as_keys",
+    "leaves",
+    "leaves_of",
+    "named_tensors",
+    "refuse_lazy",
+    "slots_of",
+    "tensors_of",
+]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -24,7 +33,9 @@ def leaves(value: Any) -> Iterator[Any]:
     >>> list(leaves({"a": [1, SimpleNamespace(b=2)], "c": "text"}))
     [1, 2, 'text']
     """
-    return (leaf for leaf in every_leaf(value) if isinstance(leaf, (Tensor, int, float, complex, str)))
+    return (
+        leaf for leaf in every_leaf(value) if isinstance(leaf, (Tensor, int, float, complex, str))
+    )
 
 
 def leaves_of(value: Any) -> list[Any]:
@@ -37,15 +48,26 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested containers, in order: those of ``tree_leaves``, which takes five times as long on plain arguments."""
+    """The tensors in nested containers, in order: those of ``tree_leaves``, which takes five times
+    as long on plain arguments.
+    """
     kind = type(value)
     if kind is tuple or kind is list:
-        return [tensor for item in value if type(item) not in _PLAIN for tensor in tensors_of(item)]
+        return [
+            tensor for item in value if type(item) not in _PLAIN for tensor in tensors_of(item)
+        ]
     if kind is dict:
-        return [tensor for item in value.values() if type(item) not in _PLAIN for tensor in tensors_of(item)]
+        return [
+            tensor
+            for item in value.values()
+            if type(item) not in _PLAIN
+            for tensor in tensors_of(item)
+        ]
     if isinstance(value, Tensor):
         return [value]
-    return [] if kind in _PLAIN else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return (
+        [] if kind in _PLAIN else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    )
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -67,8 +89,9 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
     for leaf in every_leaf(output, lazy=True):
         if isinstance(leaf, (Iterator, FunctionType, MethodType)):
             raise TraceError(
-                f"{type(model).__name__} gives back a {type(leaf).__name__}, whose content is computed later, outside of forward: "
-                "what in it must keep its shape cannot be known. Give back a list, a tuple or a dict."
+                f"{type(model).__name__} gives back a {type(leaf).__name__}, whose content is "
+                "computed later, outside of forward: what in it must keep its shape cannot be "
+                "known. Give back a list, a tuple or a dict."
             )
 
 
@@ -91,7 +114,9 @@ def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
 
 
 def has_tensors_as_keys(value: Any) -> bool:
-    """Whether it is a dict that torch's functions for nested containers cannot take apart and compare."""
+    """Whether it is a dict that torch's functions for nested containers cannot take apart and
+    compare.
+    """
     return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
 
 
@@ -100,19 +125,32 @@ _NO_HOLDERS = (Tensor, int, float, complex, str, bytes, *_CODE)
 
 
 def _content(holder: Any) -> list[Any] | None:
-    """What an object that is no container of torch's holds; None: nothing, it is a value itself."""
+    """What an object that is no container of torch's holds; None: nothing, it is a value
+    itself.
+    """
     if holder is None or isinstance(holder, _NO_HOLDERS):
         return None
     if isinstance(holder, type):
         return [value for value in vars(holder).values() if isinstance(value, Tensor)] or None
-    if isinstance(holder, nn.Module):  # its parameters, buffers and numbers are its own: no results of a call that hands it out
+    # its parameters, buffers and numbers are its own: no results of a call that hands it out
+    if isinstance(holder, nn.Module):
         held = (value for name, value in vars(holder).items() if not name.startswith("_"))
-        return [*holder._modules.values(), *(value for value in held if not isinstance(value, (int, float, complex, str)))] or None
+        return [
+            *holder._modules.values(),
+            *(value for value in held if not isinstance(value, (int, float, complex, str))),
+        ] or None
     if isinstance(holder, Mapping):
-        return [*(key for key in holder if isinstance(key, Tensor)), *holder.values(), *_attributes(holder)]
+        return [
+            *(key for key in holder if isinstance(key, Tensor)),
+            *holder.values(),
+            *_attributes(holder),
+        ]
     if isinstance(holder, Set):
         found = [leaf for item in holder for leaf in tree_leaves(item)]
-        return sorted((leaf for leaf in found if isinstance(leaf, Tensor)), key=lambda tensor: (tensor.dim(), *tensor.shape))
+        return sorted(
+            (leaf for leaf in found if isinstance(leaf, Tensor)),
+            key=lambda tensor: (tensor.dim(), *tensor.shape),
+        )
     fields = _fields_of(holder)
     if fields is not None:
         return fields
@@ -126,8 +164,17 @@ def _content(holder: Any) -> list[Any] | None:
 
 def slots_of(holder: Any) -> dict[str, Any]:
     """What an object holds in ``__slots__``, by name."""
-    own = [item for kind in type(holder).__mro__ if "__slots__" in vars(kind) for item in vars(kind).items()]
-    found = {name: getattr(holder, name, _EMPTY) for name, item in own if isinstance(item, MemberDescriptorType)}
+    own = [
+        item
+        for kind in type(holder).__mro__
+        if "__slots__" in vars(kind)
+        for item in vars(kind).items()
+    ]
+    found = {
+        name: getattr(holder, name, _EMPTY)
+        for name, item in own
+        if isinstance(item, MemberDescriptorType)
+    }
     return {name: value for name, value in found.items() if value is not _EMPTY}
 
 
@@ -139,9 +186,15 @@ def _attributes(holder: Any) -> list[Any]:
 
 
 def _inside(holder: Any, attributes: list[Any]) -> list[Any]:
-    """What an object of a class that is written in C refers to: an entry of a list, an argument of an exception."""
+    """What an object of a class that is written in C refers to: an entry of a list, an argument of
+    an exception.
+    """
     known = {id(value) for value in (*attributes, getattr(holder, "__dict__", None))}
-    return [value for value in gc.get_referents(holder) if id(value) not in known and not isinstance(value, (type, *_CODE))]
+    return [
+        value
+        for value in gc.get_referents(holder)
+        if id(value) not in known and not isinstance(value, (type, *_CODE))
+    ]
 
 
 def _fields_of(holder: Any) -> list[Any] | None:

@@ -1,8 +1,9 @@
 """What a module costs: multiply-accumulates and parameters, read off shapes alone.
 
-The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory, so that the cost of any model
-at any resolution is had without allocating an activation and without touching a weight. What one operation costs is a
-pure function of its arguments' shapes (:mod:`fxprune.macs`). What ran without a formula is reported by name in
+The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory, so that the
+cost of any model at any resolution is had without allocating an activation and without touching a
+weight. What one operation costs is a pure function of its arguments' shapes (:mod:`fxprune.macs`).
+What ran without a formula is reported by name in
 :attr:`Cost.uncounted`, so that nothing is missed silently.
 """
 
@@ -34,9 +35,12 @@ class Cost:
     """What one forward pass costs.
 
     Attributes:
-        macs: multiply-accumulates of the whole batch that was passed in (divide by the batch size for one sample's).
-        params: elements of all parameters, a tied parameter counted once. Buffers are not parameters.
-        uncounted: operations without a MAC formula and how often they ran, elementwise and view operations left out.
+        macs: multiply-accumulates of the whole batch that was passed in (divide by the batch size
+            for one sample's).
+        params: elements of all parameters, a tied parameter counted once. Buffers are not
+            parameters.
+        uncounted: operations without a MAC formula and how often they ran, elementwise and view
+            operations left out.
     """
 
     macs: int
@@ -65,10 +69,12 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     """MACs and parameters of ``module`` on ``example_inputs``, without allocating activations.
 
     Args:
-        module: any module that runs on tensors whose values are not known. It runs in the mode that it is in
-            (``train`` or ``eval``), with its forward hooks; its parameters and buffers are read for their shapes and
-            never written.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; tensors may be
+        module: any module that runs on tensors whose values are not known. It runs in the mode
+        that it is in
+            (``train`` or ``eval``), with its forward hooks; its parameters and buffers are read
+            for their shapes and never written.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+        tensors may be
             nested inside.
 
     Returns:
@@ -76,13 +82,14 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
 
     Raises:
         ModelError, InputError: if it is no module, or there is no example.
-        CallbackError: if the module raises something, as it does where the control flow depends on values (a detector's
-            non-maximum suppression).
+        CallbackError: if the module raises something, as it does where the control flow depends on
+            values (a detector's non-maximum suppression).
 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(),
+        ...     nn.Linear(8 * 16 * 16, 10))
         >>> found = cost_of(model, torch.randn(1, 3, 16, 16))
         >>> found.macs == 8 * 3 * 3 * 3 * 16 * 16 + 8 * 16 * 16 * 10
         True
@@ -92,21 +99,29 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     module = plain(module)
     check_structure(module)
     args, kwargs = read(example_inputs)
-    # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps the module's own
-    # tensors out for the call and back, also when the forward pass raises.
+    # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps
+    # the module's own tensors out for the call and back, also when the forward pass raises.
     metas: dict[int, Tensor] = {}
-    state = {name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)}
+    state = {
+        name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)
+    }
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
     counter = _ShapeCounter()
     running = calling(f"the {type(module).__name__}, run on tensors without data,")
     with running, _remembering_nothing(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
-    return Cost(macs=counter.macs, params=count_parameters(module), uncounted=dict(sorted(counter.uncounted.items())))
+    return Cost(
+        macs=counter.macs,
+        params=count_parameters(module),
+        uncounted=dict(sorted(counter.uncounted.items())),
+    )
 
 
 @contextlib.contextmanager
 def _remembering_nothing(module: nn.Module) -> Iterator[None]:
-    """What forward remembers on its modules (a detector its anchors) has no data here: it must not meet the next real call."""
+    """What forward remembers on its modules (a detector its anchors) has no data here: it must not
+    meet the next real call.
+    """
     stores = [store for own in module.modules() for store in (vars(own), own._buffers)]
     before = [dict(store) for store in stores]
     try:
@@ -120,8 +135,9 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
 class MacCounter(shapes.DispatchMode):
     """Adds up the multiply-accumulates of everything that runs while it is entered.
 
-    Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the kernels that torch chose for them.
-    Both are counted, and what has no formula is in ``uncounted``.
+    Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the
+    kernels that torch chose for them. Both are counted, and what has no formula is in
+    ``uncounted``.
 
     Example:
         >>> import torch
@@ -159,8 +175,11 @@ class MacCounter(shapes.DispatchMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def macs_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
-        ragged = any(tensor.is_nested for tensor in shapes.tensors_in(args, kwargs))  # no shape, so no formula
+    def macs_of(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> int | None:
+        # no shape, so no formula
+        ragged = any(tensor.is_nested for tensor in shapes.tensors_in(args, kwargs))
         return None if ragged else op_macs(func, args, kwargs, out)
 
 
@@ -175,12 +194,17 @@ class _ShapeCounter(MacCounter):
 
 
 def _makes_tensors(func: Any) -> bool:
-    """Whether an operation takes no tensor (arange, empty, ...): where a tensor is born nothing is computed."""
+    """Whether an operation takes no tensor (arange, empty, ...): where a tensor is born nothing is
+    computed.
+    """
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
     return [(name, tensor) for name, tensor in named if tensor is not None]
 
 

@@ -1,7 +1,8 @@
 """Which channels are coupled: units, groups, balance partitions, and what is pinned and why.
 
-The model runs once on labels (:mod:`fxprune.propagation`); what is left is to read off the result. Nodes of the coupling graph are
-segments of parameter axes, edges carry the fx nodes that tied them; its connected components are the groups.
+The model runs once on labels (:mod:`fxprune.propagation`); what is left is to read off the result.
+Nodes of the coupling graph are segments of parameter axes, edges carry the fx nodes that tied
+them; its connected components are the groups.
 """
 
 from __future__ import annotations
@@ -34,7 +35,17 @@ from fxprune.rules.convolution import is_convolution
 from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import Trace, Twin, trace
 
-__all__ = ["KEPT", "OUTPUT", "Axis", "Coupling", "Group", "Labelling", "Pinned", "check_coupling", "couple"]
+__all__ = [
+    "KEPT",
+    "OUTPUT",
+    "Axis",
+    "Coupling",
+    "Group",
+    "Labelling",
+    "Pinned",
+    "check_coupling",
+    "couple",
+]
 
 KEPT = "is kept by request"
 """The reason of a pin that the caller asked for."""
@@ -46,9 +57,11 @@ OUTPUT = "is an output of the model"
 @door
 @dataclass(frozen=True, order=True)
 class Axis:
-    """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of ``length``.
+    """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of
+    ``length``.
 
-    An axis that is a product (heads x head dimension, laid flat) can bear several labellings: ``layer`` counts them.
+    An axis that is a product (heads x head dimension, laid flat) can bear several labellings:
+    ``layer`` counts them.
 
     >>> str(Axis("conv.weight", 0, 0, 64, 64)), str(Axis("fc.weight", 1, 8, 16, 64))
     ('conv.weight:0', 'fc.weight:1[8:16]')
@@ -67,7 +80,9 @@ class Axis:
     def __str__(self) -> str:
         whole = self.start == 0 and self.stop == self.length
         part = "" if whole else f"[{self.start}:{self.stop}]"
-        return f"{self.parameter}:{self.dim}{part}" + (f" (layer {self.layer})" if self.layer else "")
+        return f"{self.parameter}:{self.dim}{part}" + (
+            f" (layer {self.layer})" if self.layer else ""
+        )
 
 
 @door
@@ -75,8 +90,9 @@ class Axis:
 class Group:
     """Units that compete with each other: they lie on the same axes.
 
-    ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take statistics over this group, over
-    its survivors in the pruned model; ``units`` are their labels, shape (size,), ascending, read-only.
+    ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take
+    statistics over this group, over its survivors in the pruned model; ``units`` are their labels,
+    shape (size,), ascending, read-only.
     """
 
     name: str
@@ -88,7 +104,9 @@ class Group:
 
     def __str__(self) -> str:
         balanced = f" in {self.blocks} balanced blocks" if self.blocks else ""
-        shown = ", ".join(map(str, self.axes[:6])) + (f", ... ({len(self.axes)} in all)" if len(self.axes) > 6 else "")
+        shown = ", ".join(map(str, self.axes[:6])) + (
+            f", ... ({len(self.axes)} in all)" if len(self.axes) > 6 else ""
+        )
         return f"{self.size} units{balanced}: {shown}"
 
 
@@ -102,7 +120,9 @@ class Pinned:
     node: str
 
     def __str__(self) -> str:
-        shown = ", ".join(map(str, self.axes[:4])) + (f", ... ({len(self.axes)} in all)" if len(self.axes) > 4 else "")
+        shown = ", ".join(map(str, self.axes[:4])) + (
+            f", ... ({len(self.axes)} in all)" if len(self.axes) > 4 else ""
+        )
         return f"{shown}: {self.reason}" + (f" (at {self.node})" if self.node else "")
 
 
@@ -142,30 +162,45 @@ class Coupling:
     not_one_graph: str = ""
     untrained: str = ""
     _labels: TensorMap[list[Array]] = field(default_factory=TensorMap, init=False, repr=False)
-    _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)  # by the id of labels, kept alive
+    # by the id of labels, kept alive
+    _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Paths of the modules that were traced one by one; empty if the model was traced whole."""
+        """Paths of the modules that were traced one by one; empty if the model was traced
+        whole.
+        """
         return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
 
     @property
     def not_set(self) -> tuple[str, ...]:
-        """Attributes that forward sets to what it computes of the inputs; nothing reads them, and graphs do not set them."""
-        return tuple(dict.fromkeys(f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set))
+        """Attributes that forward sets to what it computes of the inputs; nothing reads them, and
+        graphs do not set them.
+        """
+        return tuple(
+            dict.fromkeys(
+                f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set
+            )
+        )
 
     @functools.cached_property
     def units(self) -> Array:
         """The labels of all units, ascending; shape (units,)."""
-        return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)]))
+        return np.sort(
+            np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)])
+        )
 
     @door
     def to_networkx(self) -> nx.Graph:
-        """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that tied the two ends."""
+        """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that
+        tied the two ends.
+        """
         return self.graph.copy()
 
     def labels(self, tensor: Any) -> list[Array]:
-        """The live labels of a tensor of the labelled run, one array per field; not to be changed."""
+        """The live labels of a tensor of the labelled run, one array per field; not to be
+        changed.
+        """
         known = self._labels.get(tensor)
         if known is None:
             record = self.context.record(tensor)
@@ -175,32 +210,53 @@ class Coupling:
         return known
 
     def wide_dims(self, tensor: Any) -> list[int]:
-        """Dimensions of a tensor between parts that keep their size, because Python code that is not traced reads them."""
+        """Dimensions of a tensor between parts that keep their size, because Python code that is
+        not traced reads them.
+        """
         wide = self.context.wide
-        return sorted({self.shrinking_dim(a) for a in self.labels(tensor) if wide and np.isin(a, wide[0]).any()})
+        return sorted(
+            {
+                self.shrinking_dim(a)
+                for a in self.labels(tensor)
+                if wide and np.isin(a, wide[0]).any()
+            }
+        )
 
     def shrinking_dim(self, labels: Array) -> int:
-        """Along which dimension a tensor with these live labels gets smaller (:func:`fxprune.balance.shrinking_dim`)."""
+        """Along which dimension a tensor with these live labels gets smaller
+        (:func:`fxprune.balance.shrinking_dim`).
+        """
         if id(labels) not in self._dims:
             self._dims[id(labels)] = labels, shrinking_dim(labels, self.balance.block)
         return self._dims[id(labels)][1]
 
     @door
-    def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None, of: Iterable[Contraction] | None = None) -> int:
+    def macs(
+        self,
+        shape: Callable[[Tensor], Sequence[int]] | None = None,
+        of: Iterable[Contraction] | None = None,
+    ) -> int:
         """Multiply-accumulates of the example's batch.
 
-        ``shape`` gives another size to each tensor of the labelled run; ``of`` are the contractions that count, default: all.
+        ``shape`` gives another size to each tensor of the labelled run; ``of`` are the
+        contractions that count, default: all.
         """
         if shape is not None and not callable(shape):
-            raise ArgumentError(f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None.")
-        return round(sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of)))
+            raise ArgumentError(
+                f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None."
+            )
+        return round(
+            sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of))
+        )
 
     @door
     def pinned_macs(self) -> dict[str, float]:
-        """For each reason of a pin the share of the multiply-accumulates that it holds, the largest first.
+        """For each reason of a pin the share of the multiply-accumulates that it holds, the
+        largest first.
 
-        Those of a layer count for its two channel axes in equal parts, and for an axis as far as its positions stay: where all
-        inputs and half of the outputs stay, three quarters of them are held, one half and one quarter by two reasons.
+        Those of a layer count for its two channel axes in equal parts, and for an axis as far as
+        its positions stay: where all inputs and half of the outputs stay, three quarters of them
+        are held, one half and one quarter by two reasons.
         """
         held: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
         for pinned in self.pinned:
@@ -212,12 +268,26 @@ class Coupling:
         for ran in self.contractions:
             channels = 2 if is_convolution(ran.func) else None  # its other axes are the kernel's
             weights = [t for t in ran.read if t.dim() > 1 and self.context.of_weights(t)]
-            axes = [(weight, dim) for weight in weights for dim, size in enumerate(weight.shape[:channels]) if size > 1]
+            axes = [
+                (weight, dim)
+                for weight in weights
+                for dim, size in enumerate(weight.shape[:channels])
+                if size > 1
+            ]
             for weight, dim in axes:
-                for reason, part in held.get((names[weight], dim), ()) if weight in names else self._held(weight, dim):
-                    shares[reason] = shares.get(reason, Fraction(0)) + ran.share * ran.macs() * part / len(axes)
+                for reason, part in (
+                    held.get((names[weight], dim), ())
+                    if weight in names
+                    else self._held(weight, dim)
+                ):
+                    shares[reason] = shares.get(
+                        reason, Fraction(0)
+                    ) + ran.share * ran.macs() * part / len(axes)
         total = self.macs() or 1
-        return {reason: float(share / total) for reason, share in sorted(shares.items(), key=lambda item: -item[1])}
+        return {
+            reason: float(share / total)
+            for reason, share in sorted(shares.items(), key=lambda item: -item[1])
+        }
 
     def _held(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
         """Why an axis stays of a weight that forward computes."""
@@ -227,21 +297,29 @@ class Coupling:
 
     def _parameter(self, name: str) -> Tensor:
         if not isinstance(name, str) or name not in self.parameters:
-            raise ArgumentError(f"{shown(name)} is no parameter of the model that was analysed: they are the keys of .parameters.")
+            raise ArgumentError(
+                f"{shown(name)} is no parameter of the model that was analysed: they are the "
+                "keys of .parameters."
+            )
         return self.parameters[name]
 
     def _own(self, group: Group) -> Group:
         if not isinstance(group, Group) or not any(group is own for own in self.groups):
-            raise ArgumentError(f"{shown(group)} is no group of this coupling: give one of its .groups.")
+            raise ArgumentError(
+                f"{shown(group)} is no group of this coupling: give one of its .groups."
+            )
         return group
 
     @door
     def role(self, name: str, dim: int) -> str:
-        """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"`` (of a normalisation), or
-        ``"dependent"`` (what the next layers read them with)."""
+        """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"``
+        (of a normalisation), or ``"dependent"`` (what the next layers read them with).
+        """
         tensor = self._parameter(name)
         if not isinstance(dim, int) or not 0 <= dim < max(tensor.dim(), 1):
-            raise ArgumentError(f"dim={shown(dim)} is no axis of {name!r}, which has {tensor.dim()}.")
+            raise ArgumentError(
+                f"dim={shown(dim)} is no axis of {name!r}, which has {tensor.dim()}."
+            )
         record = self.context.record(tensor)
         number = record.axes[dim] if record is not None and record.axes else -1
         if number in self.context.scale_axes:
@@ -255,9 +333,11 @@ class Coupling:
 
     @door
     def elements(self, group: Group) -> dict[str, list[Tensor]]:
-        """For each parameter of a group: the unit's index in the group at each element, -1 where none of its units lies.
+        """For each parameter of a group: the unit's index in the group at each element, -1 where
+        none of its units lies.
 
-        Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies twice has two.
+        Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies
+        twice has two.
         """
         group = self._own(group)
         index = np.full(self.context.units.count, -1, dtype=np.int64)
@@ -270,7 +350,9 @@ class Coupling:
 
     @door
     def blocks(self, group: Group) -> Tensor:
-        """The block of each unit of a group: units may only be exchanged within one. All zero without balance."""
+        """The block of each unit of a group: units may only be exchanged within one. All zero
+        without balance.
+        """
         cells = self.balance.cell[self._own(group).units]
         return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
 
@@ -280,7 +362,9 @@ class Coupling:
         if self.pinned:
             lines.append("pinned")
             lines += [f"  {p}" for p in self.pinned]
-            shares = [f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()]
+            shares = [
+                f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()
+            ]
             lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
         if self.untouched:
             lines.append(f"untouched: {', '.join(self.untouched)}")
@@ -303,7 +387,8 @@ class Terms:
     keep:
         Names of parameters whose every axis stays.
     pinned_nodes:
-        Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted smaller.
+        Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted
+        smaller.
     heads:
         Names of parameters whose attention heads go as a whole or not at all.
     """
@@ -319,13 +404,16 @@ class Labelling:
     Parameters
     ----------
     ties:
-        Number of a parameter axis -> for each position the first one that it goes with (:meth:`head_ties`).
+        Number of a parameter axis -> for each position the first one that it goes with
+        (:meth:`head_ties`).
     unread:
         Names of nodes that get no labels, because nothing comes of them (:meth:`unread`).
     overwritten:
-        Names of parameters and buffers in which an earlier call leaves non-zeros at removed elements (:meth:`overwritten`).
+        Names of parameters and buffers in which an earlier call leaves non-zeros at removed
+        elements (:meth:`overwritten`).
     coupling:
-        Without it nothing is united and nothing pinned: labels say where they were born, wherever an op can carry them.
+        Without it nothing is united and nothing pinned: labels say where they were born, wherever
+        an op can carry them.
     """
 
     def __init__(
@@ -353,7 +441,8 @@ class Labelling:
                 number += tensor.dim()
         self.traces: list[Trace] = []
         self.inputs: list[Any] = []
-        self.decided = ""  # the line of Python that reads values, in a model that was not traced whole
+        # the line of Python that reads values, in a model that was not traced whole
+        self.decided = ""
         self._pinned_nodes, self._unread = frozenset(terms.pinned_nodes), frozenset(unread)
         for name in terms.keep:
             record = self.context.record(self.parameters[name])
@@ -361,7 +450,9 @@ class Labelling:
             for axis in sorted(record.unborn):
                 self.context.adopt_nothing(record, axis, KEPT)
 
-    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> Trace:
+    def trace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
+    ) -> Trace:
         """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
         watch = self._watch("train." if training else "")
         for tensor in tensors_of((args, kwargs)):
@@ -374,7 +465,9 @@ class Labelling:
         return traced
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
-        """Run a twin that cannot be traced whole, and trace its parts (see :class:`fxprune.eager.Parts`)."""
+        """Run a twin that cannot be traced whole, and trace its parts (see
+        :class:`fxprune.eager.Parts`).
+        """
         parts = Parts(self.twin, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]
         out = parts.run(explored, args, kwargs)
@@ -385,10 +478,12 @@ class Labelling:
         self.traces += parts.traces.values()
 
     def head_ties(self, names: Collection[str]) -> dict[int, Array]:
-        """What must go together for the heads of these parameters to stay whole or go: see ``ties``.
+        """What must go together for the heads of these parameters to stay whole or go: see
+        ``ties``.
 
-        A head is what a product of two activations sums over at one position of an axis that both have: the query's and the key's
-        channels for the scores of one head. Nothing is known of modules or of names.
+        A head is what a product of two activations sums over at one position of an axis that both
+        have: the query's and the key's channels for the scores of one head. Nothing is known of
+        modules or of names.
         """
         context, units = self.context, self.context.units
         units.uniting = True
@@ -405,14 +500,18 @@ class Labelling:
                 context.tie(labels, along)
         ties = {}
         for number, labels in born.items():
-            _, first, inverse = np.unique(units.find(labels), return_index=True, return_inverse=True)
+            _, first, inverse = np.unique(
+                units.find(labels), return_index=True, return_inverse=True
+            )
             if len(first) < labels.size:
                 ties[number] = first[inverse]
         return ties
 
     def unread(self) -> set[str]:
-        """Names of the nodes of which nothing is read, and that change no tensor and draw no random number: attention weights for a
-        caller who drops them, say. A module that is called stays: it may count, or draw, in training."""
+        """Names of the nodes of which nothing is read, and that change no tensor and draw no
+        random number: attention weights for a caller who drops them, say. A module that is called
+        stays: it may count, or draw, in training.
+        """
         out: set[str] = set()
         for traced in self.traces:
             for node in reversed(traced.graph.nodes):
@@ -424,9 +523,13 @@ class Labelling:
         return out
 
     def overwritten(self) -> set[str]:
-        """Names of parameters and buffers in which a call may leave non-zeros at removed elements, for the next call to read."""
+        """Names of parameters and buffers in which a call may leave non-zeros at removed elements,
+        for the next call to read.
+        """
         found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
-        return {name for name, record in found.items() if record is not None and record.overwritten}
+        return {
+            name for name, record in found.items() if record is not None and record.overwritten
+        }
 
     def drop_unread(self) -> None:
         """Take the nodes that got no labels out of the graphs: they are not emitted."""
@@ -441,7 +544,11 @@ class Labelling:
 
     def missed(self) -> list[str]:
         """Parameters that no op has met."""
-        known = {name: self.context.record(tensor) for name, tensor in self.parameters.items() if tensor.is_floating_point()}
+        known = {
+            name: self.context.record(tensor)
+            for name, tensor in self.parameters.items()
+            if tensor.is_floating_point()
+        }
         return [name for name, record in known.items() if record is not None and record.unmet]
 
     def _finish(self, outputs: Any) -> None:
@@ -451,7 +558,11 @@ class Labelling:
 
     def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
         context, mode = self.context, LabelMode(self.context)
-        axes = {name: int(axis) for name, _, axis in (entry.rpartition("@") for entry in self._pinned_nodes) if name}
+        axes = {
+            name: int(axis)
+            for name, _, axis in (entry.rpartition("@") for entry in self._pinned_nodes)
+            if name
+        }
 
         def watch(node: fx.Node) -> LabelMode | ShapeMode:
             context.node, context.target = prefix + node.name, node.target
@@ -481,13 +592,18 @@ def check_coupling(coupling: Any, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module as model, got a {type(model).__name__}.")
     if not isinstance(coupling, Coupling):
-        raise ArgumentError(f"coupling is a {type(coupling).__name__}: give what fxprune.analyze(model, example_inputs) gives.")
+        raise ArgumentError(
+            f"coupling is a {type(coupling).__name__}: give what fxprune.analyze(model, "
+            "example_inputs) gives."
+        )
     parameters = dict(model.named_parameters())
     for name, analysed in coupling.parameters.items():
-        if isinstance(analysed, nn.Parameter) and (name not in parameters or parameters[name].shape != analysed.shape):
+        if isinstance(analysed, nn.Parameter) and (
+            name not in parameters or parameters[name].shape != analysed.shape
+        ):
             raise ArgumentError(
-                f"the coupling is of another architecture than this {type(model).__name__}: it has {name!r} of shape "
-                f"{tuple(analysed.shape)}. Analyse the very model."
+                f"the coupling is of another architecture than this {type(model).__name__}: it "
+                f"has {name!r} of shape {tuple(analysed.shape)}. Analyse the very model."
             )
 
 
@@ -506,7 +622,12 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
         if context.units.version == version:
             break
     groups, graph = _groups(context, parameters, balance)
-    share_of = {name: part for own in traces if not own.training for name, part in _shares(own, share).items()}
+    share_of = {
+        name: part
+        for own in traces
+        if not own.training
+        for name, part in _shares(own, share).items()
+    }
     return Coupling(
         groups,
         _pins(context, parameters),
@@ -519,7 +640,9 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
         balance,
         parameters,
         tuple(
-            replace(ran, share=share_of[ran.node]) if ran.node in share_of else _of_python(ran, context, share)
+            replace(ran, share=share_of[ran.node])
+            if ran.node in share_of
+            else _of_python(ran, context, share)
             for ran in context.contractions
             if ran.node in share_of or ran.node.startswith(PYTHON)
         ),
@@ -527,18 +650,24 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
 
 
 def _shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
-    """For each node the part of its costs that the example has: all of it where only weights are read."""
+    """For each node the part of its costs that the example has: all of it where only weights are
+    read.
+    """
     out: dict[str, Fraction] = {}
     for node in traced.graph.nodes:
         read = [out[traced.prefix + source.name] for source in node.all_input_nodes]
-        out[traced.prefix + node.name] = share if node.op == "placeholder" else min(read, default=Fraction(1))
+        out[traced.prefix + node.name] = (
+            share if node.op == "placeholder" else min(read, default=Fraction(1))
+        )
     return out
 
 
 def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contraction:
     """What Python code contracts, without the data; at full width where it sees that."""
     wide = context.wide[0] if context.wide else np.zeros(0, dtype=np.int64)
-    whole = any(np.isin(f.labels, wide).any() for tensor in ran.tensors for f in context.fields(tensor))
+    whole = any(
+        np.isin(f.labels, wide).any() for tensor in ran.tensors for f in context.fields(tensor)
+    )
 
     def shape_of(tensor: Tensor) -> Tensor:
         made = torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
@@ -551,16 +680,27 @@ def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contracti
 
 
 def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
-    """(dim, labels along it) for each field of a parameter; a field over several axes counts on the one that shrinks."""
+    """(dim, labels along it) for each field of a parameter; a field over several axes counts on
+    the one that shrinks.
+    """
     out = []
     for f in record.fields:
         dim = shrinking_dim(f.labels, balance.block)
         flat = f.labels.size == f.labels.shape[dim]
-        out.append((dim, (f.labels if flat else np.moveaxis(f.labels, dim, -1)).reshape(-1, f.labels.shape[dim])))
+        out.append(
+            (
+                dim,
+                (f.labels if flat else np.moveaxis(f.labels, dim, -1)).reshape(
+                    -1, f.labels.shape[dim]
+                ),
+            )
+        )
     return out
 
 
-def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -> tuple[tuple[Group, ...], nx.Graph]:
+def _groups(
+    context: Context, parameters: dict[str, Tensor], balance: Balance
+) -> tuple[tuple[Group, ...], nx.Graph]:
     rng = np.random.default_rng(0)
     signature = np.zeros(context.units.count, dtype=np.uint64)
     axes: list[tuple[str, int, int, Array]] = []  # parameter, dim, axis number, rows of labels
@@ -568,7 +708,8 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         record = context.record(tensor)
         for dim, rows in _positions(record, balance) if record is not None else ():
             axes.append((name, dim, record.axes[dim], rows))  # type: ignore[union-attr]
-            # An axis adds its random number once to every label that lies on it (fancy indexing does not repeat).
+            # An axis adds its random number once to every label that lies on it (fancy indexing
+            # does not repeat).
             signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
     signature[0] = 0
     graph: nx.Graph = nx.Graph()
@@ -579,7 +720,8 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
         own = signature[rows]
         cuts = (np.flatnonzero((own[:, 1:] != own[:, :-1]).any(axis=0)) + 1).tolist()
         for start, stop in itertools.pairwise([0, *cuts, own.shape[1]]):
-            for key in sorted(set(own[:, start].tolist())):  # several where blocks of an axis bear units of different kinds
+            # several where blocks of an axis bear units of different kinds
+            for key in sorted(set(own[:, start].tolist())):
                 if key:
                     segment = Axis(name, dim, start, stop, own.shape[1], layer)
                     graph.add_node(segment)
@@ -592,7 +734,9 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     for kind in np.unique(balance.kind[balance.cell[celled]]) if celled.size else ():
         keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
         for key in keys[1:]:
-            graph.add_edge(by_signature[keys[0]][0][0], by_signature[key][0][0], nodes=("balance",))
+            graph.add_edge(
+                by_signature[keys[0]][0][0], by_signature[key][0][0], nodes=("balance",)
+            )
     statistics = [
         (node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
         for (node, _), arrays in context.statistics.items()
@@ -607,8 +751,15 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
     groups = []
     for component in nx.connected_components(graph):
         segments = sorted(component, key=order.__getitem__)
-        keys = np.array(sorted({key for segment in segments for key in keys_of[segment]}), dtype=np.uint64)
-        spans = [sorter[np.searchsorted(sorted_keys, k, "left") : np.searchsorted(sorted_keys, k, "right")] for k in keys]
+        keys = np.array(
+            sorted({key for segment in segments for key in keys_of[segment]}), dtype=np.uint64
+        )
+        spans = [
+            sorter[
+                np.searchsorted(sorted_keys, k, "left") : np.searchsorted(sorted_keys, k, "right")
+            ]
+            for k in keys
+        ]
         members = np.sort(units[np.concatenate(spans)])
         members.flags.writeable = False
         cells = balance.cell[members]
@@ -618,7 +769,13 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
                 len(members),
                 tuple(segments),
                 len(np.unique(cells[cells >= 0])),
-                tuple(dict.fromkeys(node for node, labels in statistics if np.isin(members, labels, assume_unique=True).any())),
+                tuple(
+                    dict.fromkeys(
+                        node
+                        for node, labels in statistics
+                        if np.isin(members, labels, assume_unique=True).any()
+                    )
+                ),
                 members,
             )
         )
@@ -627,7 +784,9 @@ def _groups(context: Context, parameters: dict[str, Tensor], balance: Balance) -
 
 
 def _connect(graph: nx.Graph, segments: list[tuple[Axis, int]], context: Context) -> None:
-    """Edges between segments of one signature: those that an op tied, and, where ops tied through a third one, one to the first."""
+    """Edges between segments of one signature: those that an op tied, and, where ops tied through
+    a third one, one to the first.
+    """
     first, first_number = segments[0]
     for segment, number in segments[1:]:
         pair = (min(first_number, number), max(first_number, number))
@@ -643,17 +802,26 @@ def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]
         for dim, number in enumerate(record.axes):
             if number in context.fixed_axes:
                 size = tensor.shape[dim]
-                found.setdefault(context.fixed_axes[number], []).append(Axis(name, dim, 0, size, size))
+                found.setdefault(context.fixed_axes[number], []).append(
+                    Axis(name, dim, 0, size, size)
+                )
     for name, tensor in parameters.items():
         record = context.record(tensor)
         for f in record.born if record is not None else ():
             if not context.units.reasons(f.labels).any():
                 continue
             for dim in sorted(f.dims):
-                reasons = context.units.reasons(np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])[0])
+                reasons = context.units.reasons(
+                    np.moveaxis(f.labels, dim, -1).reshape(-1, f.labels.shape[dim])[0]
+                )
                 cuts = np.flatnonzero(np.diff(reasons)) + 1
                 bounds = [0, *cuts.tolist(), len(reasons)]
                 for start, stop in itertools.pairwise(bounds):
                     if reasons[start]:
-                        found.setdefault(int(reasons[start]), []).append(Axis(name, dim, start, stop, len(reasons)))
-    return tuple(Pinned(tuple(dict.fromkeys(axes)), *context.reasons[reason]) for reason, axes in sorted(found.items()))
+                        found.setdefault(int(reasons[start]), []).append(
+                            Axis(name, dim, start, stop, len(reasons))
+                        )
+    return tuple(
+        Pinned(tuple(dict.fromkeys(axes)), *context.reasons[reason])
+        for reason, axes in sorted(found.items())
+    )

@@ -1,7 +1,7 @@
 """The doors of the package: whatever leaves them is an :class:`~fxprune.errors.FxpruneError`.
 
-:func:`door` guards what users call. :func:`calling` and :func:`read` run what users hand in, so that an error of their code is told
-apart from one of fxprune.
+:func:`door` guards what users call. :func:`calling` and :func:`read` run what users hand in, so
+that an error of their code is told apart from one of fxprune.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from fxprune.errors import CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
+from fxprune.errors import (
+    CallbackError,
+    FxpruneError,
+    InternalError,
+    ResourceError,
+    SignatureError,
+)
 
 __all__ = ["calling", "door", "guarded", "read", "shown"]
 
@@ -27,13 +33,14 @@ T = TypeVar("T")
 
 
 def door(public: T, *, inference: bool = False) -> T:
-    """Guard a public function, or the constructor of a public class: unforeseen errors become one of fxprune's own.
+    """Guard a public function, or the constructor of a public class: unforeseen errors become one
+    of fxprune's own.
 
-    Where the caller is under ``torch.inference_mode()``, the function is not, as what it makes shall be trained. With ``inference``
-    it is, too: it only calls what the caller hands in.
+    Where the caller is under ``torch.inference_mode()``, the function is not, as what it makes
+    shall be trained. With ``inference`` it is, too: it only calls what the caller hands in.
 
-    Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and what is no ``Exception``
-    (``KeyboardInterrupt``).
+    Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and
+    what is no ``Exception`` (``KeyboardInterrupt``).
 
     Examples
     --------
@@ -44,7 +51,7 @@ def door(public: T, *, inference: bool = False) -> T:
     1.5
     >>> half(nubmer=3)
     Traceback (most recent call last):
-    fxprune.errors.SignatureError: half() got an unexpected keyword argument 'nubmer'. Did you mean number=?
+    fxprune.errors.SignatureError: half() got an unexpected keyword argument 'nubmer'. Did ...
     """
     if isinstance(public, type):
         public.__init__ = _guarded(public.__init__, public.__name__)  # type: ignore[misc]
@@ -58,7 +65,8 @@ def _guarded(function: Any, name: str, inference: bool = False) -> Any:
         try:
             if inference or not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
-            with torch.inference_mode(False), torch.no_grad():  # what is made there can be trained nevertheless
+            # what is made there can be trained nevertheless
+            with torch.inference_mode(False), torch.no_grad():
                 return function(*args, **kwargs)
         except (FxpruneError, Warning):
             raise
@@ -81,13 +89,19 @@ def guarded(name: str) -> Iterator[None]:
 
 
 def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
-    """What is said of a call that does not fit the function, the same in every Python; None if it fits: the error came later."""
+    """What is said of a call that does not fit the function, the same in every Python; None if it
+    fits: the error came later.
+    """
     signature = inspect.signature(function)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as slip:
         kinds = {own.kind for own in signature.parameters.values()}
-        unknown = [name for name in kwargs if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds]
+        unknown = [
+            name
+            for name in kwargs
+            if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds
+        ]
         what = f"got an unexpected keyword argument {unknown[0]!r}" if unknown else str(slip)
         return SignatureError(f"{function.__qualname__}() {what}.{_meant(function, kwargs)}")
     return None
@@ -96,10 +110,14 @@ def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fxpru
 def _own(error: Exception, name: str) -> FxpruneError:
     """What an error that nobody foresaw is told as."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return ResourceError(f"{name}: memory ran out ({_said(error)}). Give smaller example inputs, or another device.")
+        return ResourceError(
+            f"{name}: memory ran out ({_said(error)}). Give smaller example inputs, or another "
+            "device."
+        )
     return InternalError(
-        f"{name} failed where it should not: {type(error).__name__}: {_said(error)} (at {_place(error.__traceback__)}). This is a "
-        "bug in fxprune: please report it, with this traceback. Until it is mended, modules in keep= are left as they are."
+        f"{name} failed where it should not: {type(error).__name__}: {_said(error)} (at "
+        f"{_place(error.__traceback__)}). This is a bug in fxprune: please report it, with this "
+        "traceback. Until it is mended, modules in keep= are left as they are."
     )
 
 
@@ -112,19 +130,23 @@ def _meant(function: Any, kwargs: dict[str, Any]) -> str:
 
 @contextmanager
 def calling(what: str) -> Iterator[None]:
-    """Run code that the caller handed in; what it raises becomes a :class:`CallbackError` that says so.
+    """Run code that the caller handed in; what it raises becomes a :class:`CallbackError` that
+    says so.
 
     >>> with calling("the loss"):
     ...     1 / 0
     Traceback (most recent call last):
-    fxprune.errors.CallbackError: the loss raised ZeroDivisionError: division by zero (at <doctest ...>:2). ...
+    fxprune.errors.CallbackError: the loss raised ZeroDivisionError: division by zero (at ...). ...
     """
     try:
         yield
     except (FxpruneError, Warning):
         raise
     except Exception as error:
-        text = f"{what} raised {type(error).__name__}: {_said(error)}{_line_of_caller(error.__traceback__)}."
+        text = (
+            f"{what} raised {type(error).__name__}: "
+            f"{_said(error)}{_line_of_caller(error.__traceback__)}."
+        )
         raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
 
 
@@ -169,7 +191,9 @@ def _said(error: BaseException) -> str:
 
 
 _PACKAGE = f"{Path(__file__).parent}/"
-_LIBRARIES = tuple(f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = tuple(
+    f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 
 
 def _place(trace: TracebackType | None) -> str:
@@ -180,7 +204,9 @@ def _place(trace: TracebackType | None) -> str:
         return "an unknown line"
     last = frames[own[-1]]
     theirs = [_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
-    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (f", reached from {theirs[-1]}" if theirs else "")
+    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (
+        f", reached from {theirs[-1]}" if theirs else ""
+    )
 
 
 def _line_of_caller(trace: TracebackType | None) -> str:

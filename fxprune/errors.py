@@ -35,21 +35,28 @@ class FxpruneWarning(UserWarning):
 
 
 class ArgumentError(FxpruneError, ValueError):
-    """An option is outside what it may be (``channels``, ``keep``, ``round_to``, ``min_channels``)."""
+    """An option is outside what it may be (``channels``, ``keep``, ``round_to``,
+    ``min_channels``).
+    """
 
 
 class SignatureError(ArgumentError, TypeError):
-    """A public function was called with an argument that it has not, or without one that it needs."""
+    """A public function was called with an argument that it has not, or without one that it
+    needs.
+    """
 
 
 class BudgetError(FxpruneError, ValueError):
-    """A budget is below what the smallest model has that the analysis and the other arguments allow."""
+    """A budget is below what the smallest model has that the analysis and the other arguments
+    allow.
+    """
 
 
 class InputError(FxpruneError, ValueError):
     """The example inputs do not fit the model: no tensor, or a shape that the model refuses.
 
-    ``line`` is the line of the model's code at which they do not; empty where the call itself does not fit.
+    ``line`` is the line of the model's code at which they do not; empty where the call itself does
+    not fit.
     """
 
     def __init__(self, message: str, line: str = "") -> None:
@@ -66,7 +73,9 @@ class TraceError(FxpruneError):
 
 
 class ChanceError(TraceError):
-    """The model's Python code goes by random numbers: another way at each call, where a graph has one."""
+    """The model's Python code goes by random numbers: another way at each call, where a graph has
+    one.
+    """
 
 
 class PlanError(FxpruneError, ValueError):
@@ -76,8 +85,9 @@ class PlanError(FxpruneError, ValueError):
 class RewriteError(FxpruneError):
     """The smaller graph could not be emitted; the message names the node.
 
-    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that node's channels pinned, or, where
-    the name ends with ``@`` and a number, with that axis of its first operand pinned.
+    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that
+    node's channels pinned, or, where the name ends with ``@`` and a number, with that axis of its
+    first operand pinned.
     """
 
     def __init__(self, message: str, node: str = "", *, axis: int | None = None) -> None:
@@ -87,11 +97,15 @@ class RewriteError(FxpruneError):
 
 
 class CallbackError(FxpruneError):
-    """Code that the caller handed in (a factory, a loader, a loss, a criterion) raised something; the message says where."""
+    """Code that the caller handed in (a factory, a loader, a loss, a criterion) raised something;
+    the message says where.
+    """
 
 
 class InternalError(FxpruneError):
-    """Something failed that nobody foresaw: a bug in fxprune. The error it came from is its cause."""
+    """Something failed that nobody foresaw: a bug in fxprune. The error it came from is its
+    cause.
+    """
 
 
 class ResourceError(FxpruneError):

@@ -1,4 +1,6 @@
-"""Python that a user has put around or into the place of a module's forward: a graph would not run it."""
+"""Python that a user has put around or into the place of a module's forward: a graph would not run
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def in_mode(model: nn.Module, training: bool) -> nn.Module:
-    """The model, once its own ``train()`` or ``eval()`` has put it into a mode; what these give back may be another one."""
+    """The model, once its own ``train()`` or ``eval()`` has put it into a mode; what these give
+    back may be another one.
+    """
     model.train() if training else model.eval()
     return model
 
@@ -25,9 +29,10 @@ def in_mode(model: nn.Module, training: bool) -> nn.Module:
 def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
     """Refuse to make one graph of modules around which hooks run.
 
-    A hook is Python for every call: it keeps what it sees, counts, or gives something else back. torch's own hooks, which compute
-    a weight (``torch.nn.utils.weight_norm``), belong to their module. ``below`` leaves out the root's own hooks, for a module that
-    is called from Python, where these run before and after its graph.
+    A hook is Python for every call: it keeps what it sees, counts, or gives something else back.
+    torch's own hooks, which compute a weight (``torch.nn.utils.weight_norm``), belong to their
+    module. ``below`` leaves out the root's own hooks, for a module that is called from Python,
+    where these run before and after its graph.
 
     Raises
     ------
@@ -36,15 +41,16 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
     """
     if has_own_forward(root):
         raise TraceError(
-            f"forward was replaced on this {type(root).__name__} object: the class's own forward would be traced. "
-            "Put the new forward into a subclass or a wrapper module."
+            f"forward was replaced on this {type(root).__name__} object: the class's own forward "
+            "would be traced. Put the new forward into a subclass or a wrapper module."
         )
     for path, module in root.named_modules():
         if is_hooked(module) and not (below and module is root):
             name = repr(path) if path else f"this {type(root).__name__}"
             raise TraceError(
-                f"a forward hook is registered on {name}: it is Python that runs at every call, which a graph has not. "
-                "Remove the hook before pruning and register it on the pruned model."
+                f"a forward hook is registered on {name}: it is Python that runs at every call, "
+                "which a graph has not. Remove the hook before pruning and register it on the "
+                "pruned model."
             )
 
 

@@ -14,10 +14,11 @@ D = TypeVar("D")
 
 
 class TensorMap(Generic[V]):
-    """A dictionary from tensors to values. Two tensors are one key only if they are the same object.
+    """A dictionary from tensors to values. Two tensors are one key only if they are the same
+    object.
 
-    The ``id`` of an object that died is given to a new one. The map keeps its tensors alive, so that a new tensor never finds
-    what was noted for an old one.
+    The ``id`` of an object that died is given to a new one. The map keeps its tensors alive, so
+    that a new tensor never finds what was noted for an old one.
 
     Examples
     --------
@@ -31,7 +32,9 @@ class TensorMap(Generic[V]):
     __slots__ = ("_entries",)
 
     def __init__(self, items: Iterable[tuple[Tensor, V]] = ()) -> None:
-        self._entries: dict[int, tuple[Tensor, V]] = {id(tensor): (tensor, value) for tensor, value in items}
+        self._entries: dict[int, tuple[Tensor, V]] = {
+            id(tensor): (tensor, value) for tensor, value in items
+        }
 
     def __setitem__(self, tensor: Tensor, value: V) -> None:
         self._entries[id(tensor)] = tensor, value

@@ -1,7 +1,8 @@
-"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; tensors and constants nested inside.
+"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+tensors and constants nested inside.
 
-Shapes are all that a graph is traced with. Where a model's Python runs for real it reads values as well: :func:`kept` says which
-values a plan can hold, so that a replay reads the same ones.
+Shapes are all that a graph is traced with. Where a model's Python runs for real it reads values as
+well: :func:`kept` says which values a plan can hold, so that a replay reads the same ones.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def as_call(example_inputs: Any) -> Arguments:
-    """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything else, a list too, is one argument.
+    """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything
+    else, a list too, is one argument.
 
     >>> as_call(1), as_call((1, 2)), as_call([1, 2]), as_call({"x": 1})
     (((1,), {}), ((1, 2), {}), (([1, 2],), {}), ((), {'x': 1}))
@@ -58,7 +60,8 @@ def as_call(example_inputs: Any) -> Arguments:
 
 
 def read(example_inputs: Any) -> Arguments:
-    """The call that example inputs stand for, checked: at least one tensor is in it; what else is in it is a constant of the call.
+    """The call that example inputs stand for, checked: at least one tensor is in it; what else is
+    in it is a constant of the call.
 
     Raises
     ------
@@ -75,21 +78,34 @@ def read(example_inputs: Any) -> Arguments:
     try:
         leaves = tree_leaves(call)
     except RecursionError as error:
-        raise InputError("example_inputs holds itself, or is nested too deep: give the arguments that forward takes.") from error
+        raise InputError(
+            "example_inputs holds itself, or is nested too deep: give the arguments that forward "
+            "takes."
+        ) from error
     if not leaves:
-        raise InputError("example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the model is called with.")
+        raise InputError(
+            "example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the "
+            "model is called with."
+        )
     wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
     if wrong is None and not any(isinstance(leaf, Tensor) for leaf in leaves):
         wrong = leaves[0]
     if wrong is not None:
         raise InputError(
-            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass a tensor, a tuple of positional "
-            "arguments or a dict of keyword arguments; numbers, flags, text and None may stand beside the tensors."
+            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass "
+            "a tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, "
+            "flags, text and None may stand beside the tensors."
         )
     if any(tensor.is_nested for tensor in tensors_of(call)):
-        raise InputError("example_inputs holds a nested tensor, which has no shape that could be traced: pad it to a plain one.")
+        raise InputError(
+            "example_inputs holds a nested tensor, which has no shape that could be traced: pad "
+            "it to a plain one."
+        )
     if any(tensor.is_quantized for tensor in tensors_of(call)):
-        raise InputError("example_inputs holds a quantised tensor: give what the float model is called with, tensor.dequantize().")
+        raise InputError(
+            "example_inputs holds a quantised tensor: give what the float model is called with, "
+            "tensor.dequantize()."
+        )
     return call
 
 
@@ -99,7 +115,8 @@ def shapes_of(call: Arguments) -> Arguments:
 
 
 def widened(call: Arguments, batch: int = 2) -> Arguments:
-    """A call of a larger batch, its rows repeated, where every tensor has one row; else the call as it is.
+    """A call of a larger batch, its rows repeated, where every tensor has one row; else the call
+    as it is.
 
     A batch of 1 is ambiguous: an axis of size 1 broadcasts.
     """
@@ -116,7 +133,9 @@ def widened(call: Arguments, batch: int = 2) -> Arguments:
 
 
 def placed(call: Arguments, device: torch.device) -> Arguments:
-    """A copy of a call for one run: tensors on a device, without gradients; other objects as well, which forward may change."""
+    """A copy of a call for one run: tensors on a device, without gradients; other objects as well,
+    which forward may change.
+    """
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -133,13 +152,17 @@ def placed(call: Arguments, device: torch.device) -> Arguments:
 
 
 def filled(call: Arguments) -> Arguments:
-    """Data for meta tensors: zeros, and floating-point values between 0 and 1, the same ones each time."""
+    """Data for meta tensors: zeros, and floating-point values between 0 and 1, the same ones each
+    time.
+    """
     generator = torch.Generator().manual_seed(0)
     return _each(lambda t: _random(t, generator) if t.is_meta else t, call)
 
 
 def random(call: Arguments) -> Arguments:
-    """Floating-point values between 0 and 1 in the place of the example's, the same ones each time."""
+    """Floating-point values between 0 and 1 in the place of the example's, the same ones each
+    time.
+    """
     generator = torch.Generator().manual_seed(0)
     return _each(lambda t: _random(t, generator) if t.is_floating_point() else t, call)
 
@@ -155,15 +178,17 @@ def _each(function: Callable[[Tensor], Tensor], call: Arguments) -> Arguments:
     return args, kwargs
 
 
-# ---- values that a plan holds --------------------------------------------------------------------------------
+# ---- values that a plan holds -------------------------------------------------------------------
 
 _MOST = 1 << 16  # characters of a tensor's data in a plan
 
 
 def kept(call: Arguments) -> Arguments:
-    """What of a call's values a plan holds: small tensors as they are, of large ones a draw within their range.
+    """What of a call's values a plan holds: small tensors as they are, of large ones a draw within
+    their range.
 
-    What is kept is kept again as it is: a replay reads the values that the first analysis has read.
+    What is kept is kept again as it is: a replay reads the values that the first analysis has
+    read.
 
     >>> (ids, image), _ = kept(((torch.tensor([5, 3]), torch.rand(3, 400, 400)), {}))
     >>> ids, image.shape, bool(image.max() < 1)
@@ -179,8 +204,15 @@ def kept(call: Arguments) -> Arguments:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds its elements one by one in memory of its own kind: no meta tensor, no sparse one, no subclass."""
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and tensor.layout is torch.strided and not tensor.is_quantized
+    """Whether a tensor holds its elements one by one in memory of its own kind: no meta tensor, no
+    sparse one, no subclass.
+    """
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+    )
 
 
 def compressed(tensor: Tensor, most: float = _MOST) -> str:
@@ -205,7 +237,11 @@ def restored(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise ValueError(f"the data of a tensor is damaged: {error}") from error
     if len(raw) != size:
         raise ValueError(f"the data of a tensor has {len(raw)} bytes, {size} are wanted")
-    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+    return (
+        torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
+        if size
+        else torch.empty(shape, dtype=dtype)
+    )
 
 
 def value_range(tensor: Tensor) -> tuple[float, float]:
@@ -216,25 +252,33 @@ def value_range(tensor: Tensor) -> tuple[float, float]:
 
 
 def within(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) -> Tensor:
-    """A tensor drawn evenly within a range, which its first and its last element mark; the same one each time."""
+    """A tensor drawn evenly within a range, which its first and its last element mark; the same
+    one each time.
+    """
     if dtype.is_complex:
         return torch.view_as_complex(within((*shape, 2), dtype.to_real(), low, high))
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(shape, generator=generator, dtype=torch.float64)
-    spread = share * (high - low) + low if dtype.is_floating_point else (share * (high - low + 1)).floor() + low
+    spread = (
+        share * (high - low) + low
+        if dtype.is_floating_point
+        else (share * (high - low + 1)).floor() + low
+    )
     out = spread.clamp(low, high).to(dtype)
     if out.numel():
         out.view(-1)[0], out.view(-1)[-1] = low, high
     return out
 
 
-# ---- batches -------------------------------------------------------------------------------------------------
+# ---- batches ------------------------------------------------------------------------------------
 
 
 def batch_size(example_inputs: Any) -> int:
-    """How many examples: the length of the first list of tensors (a detector's images), or the rows of the first tensor; else 1.
+    """How many examples: the length of the first list of tensors (a detector's images), or the
+    rows of the first tensor; else 1.
 
-    >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2))), batch_size(([torch.zeros(3, 8, 8)] * 2,)), batch_size(None)
+    >>> images = [torch.zeros(3, 8, 8)] * 2
+    >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2))), batch_size((images,)), batch_size(None)
     (4, 2, 1)
     """
     for value in _values(example_inputs):
@@ -247,9 +291,11 @@ def batch_size(example_inputs: Any) -> int:
 
 
 def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> Any:
-    """Inputs like the example's: floating-point values drawn from a normal distribution, others as they are, repeated.
+    """Inputs like the example's: floating-point values drawn from a normal distribution, others as
+    they are, repeated.
 
-    ``batch`` gives every tensor that has as many rows as there are examples, and every list of so many tensors, so many instead.
+    ``batch`` gives every tensor that has as many rows as there are examples, and every list of so
+    many tensors, so many instead.
 
     >>> x, index = drawn((torch.zeros(2, 3), torch.tensor([5, 7])), batch=3)
     >>> x.shape, index
@@ -284,4 +330,6 @@ def _values(example_inputs: Any) -> Iterable[Any]:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+    )

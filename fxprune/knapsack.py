@@ -1,4 +1,6 @@
-"""One option from every class, worth the most, within a capacity: the multiple-choice knapsack problem."""
+"""One option from every class, worth the most, within a capacity: the multiple-choice knapsack
+problem.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ __all__ = ["best_options"]
 _BINS = 4000  # of the capacity; costs are rounded up to them, so that what is chosen fits
 
 
-def best_options(worth: Sequence[Sequence[float]], cost: Sequence[Sequence[float]], capacity: float) -> list[int] | None:
-    """Choose one option of each class so that the sum of worths is the largest whose sum of costs is within the capacity.
+def best_options(
+    worth: Sequence[Sequence[float]], cost: Sequence[Sequence[float]], capacity: float
+) -> list[int] | None:
+    """Choose one option of each class so that the sum of worths is the largest whose sum of costs
+    is within the capacity.
 
-    By dynamic programming over the costs, which are rounded up to 1/4000 of what there is to share out beyond the cheapest options
-    (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, chapter 11).
+    By dynamic programming over the costs, which are rounded up to 1/4000 of what there is to share
+    out beyond the cheapest options (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004,
+    chapter 11).
 
     Returns
     -------
@@ -38,7 +44,10 @@ def best_options(worth: Sequence[Sequence[float]], cost: Sequence[Sequence[float
     taken = []
     for worths, costs in zip(worth, cost, strict=True):
         least = min(costs)
-        bins = [math.ceil(_BINS * (own - least) / spare) if own - least <= spare and own > least else 0 for own in costs]
+        bins = [
+            math.ceil(_BINS * (own - least) / spare) if own - least <= spare and own > least else 0
+            for own in costs
+        ]
         fits = [own - least <= spare for own in costs]
         tried = np.full((len(worths), _BINS + 1), -np.inf)
         for option, (value, used) in enumerate(zip(worths, bins, strict=True)):

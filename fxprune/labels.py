@@ -1,11 +1,13 @@
 """Labels: which positions of a tensor can only be removed together.
 
-Every position of a parameter axis carries a label, an integer. Labels that must go together are united (union-find); a class of
-united labels is a *unit*. A label that may not be removed is *pinned*; position value 0 means "nothing removable here".
+Every position of a parameter axis carries a label, an integer. Labels that must go together are
+united (union-find); a class of united labels is a *unit*. A label that may not be removed is
+*pinned*; position value 0 means "nothing removable here".
 
-A tensor carries *fields*. A field is an integer array broadcastable to the tensor's shape: the label at each element. An element
-vanishes when one of its fields' labels does. Along a dimension of size 1 a field does not vary, whatever the tensor's size there,
-so an activation of any resolution costs as many integers as it has channels.
+A tensor carries *fields*. A field is an integer array broadcastable to the tensor's shape: the
+label at each element. An element vanishes when one of its fields' labels does. Along a dimension
+of size 1 a field does not vary, whatever the tensor's size there, so an activation of any
+resolution costs as many integers as it has channels.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Field:
     labels:
         Integer array with as many dimensions as the tensor; size 1 where the labels do not vary.
     zero:
-        Whether the tensor is exactly 0 at removed elements of the masked original. A sum over removed zeros is exact; a sum over
-        ``sigmoid(0)`` is not.
+        Whether the tensor is exactly 0 at removed elements of the masked original. A sum over
+        removed zeros is exact; a sum over ``sigmoid(0)`` is not.
     """
 
     labels: Array
@@ -66,13 +68,21 @@ class Units:
         self.version = 0  # grows whenever an earlier answer of find or live may have become stale
 
     def fresh(self, n: int, owner: int) -> Array:
-        """``n`` new labels, each a unit of its own, born on the parameter axis numbered ``owner`` (-1: on none)."""
+        """``n`` new labels, each a unit of its own, born on the parameter axis numbered ``owner``
+        (-1: on none).
+        """
         end = self.count + n
         if end > len(self._parent):
             room = max(end, 2 * len(self._parent))
-            self._parent = np.concatenate([self._parent, np.zeros(room - len(self._parent), dtype=np.int64)])
-            self._pin = np.concatenate([self._pin, np.zeros(room - len(self._pin), dtype=np.int32)])
-            self._owner = np.concatenate([self._owner, np.full(room - len(self._owner), -1, dtype=np.int32)])
+            self._parent = np.concatenate(
+                [self._parent, np.zeros(room - len(self._parent), dtype=np.int64)]
+            )
+            self._pin = np.concatenate(
+                [self._pin, np.zeros(room - len(self._pin), dtype=np.int32)]
+            )
+            self._owner = np.concatenate(
+                [self._owner, np.full(room - len(self._owner), -1, dtype=np.int32)]
+            )
         labels = np.arange(self.count, end, dtype=np.int64)
         self._parent[self.count : end] = labels
         self._owner[self.count : end] = owner
@@ -107,7 +117,9 @@ class Units:
         return np.where(pinned > 0, 0, root) if pinned.any() else root
 
     def unite(self, a: Array, b: Array) -> None:
-        """Make ``a[i]`` and ``b[i]`` one unit for every i (broadcast). A 0 on one side pins the other."""
+        """Make ``a[i]`` and ``b[i]`` one unit for every i (broadcast). A 0 on one side pins the
+        other.
+        """
         if not self.uniting:
             return
         a, b = np.broadcast_arrays(a, b)
@@ -125,7 +137,8 @@ class Units:
                 return
             a, b, ra, rb = a[differ], b[differ], ra[differ], rb[differ]
             low, high = np.minimum(ra, rb), np.maximum(ra, rb)
-            # Hook each larger root below the smallest partner; what that missed is done in the next round.
+            # Hook each larger root below the smallest partner; what that missed is done in the
+            # next round.
             np.minimum.at(self._parent, high, low)
             pins = self._pin[high]
             if pins.any():
@@ -135,7 +148,9 @@ class Units:
             self.version += 1
 
     def pin(self, labels: Array, reason: int) -> None:
-        """Forbid the removal of these labels' units. The first reason (a positive number) stays."""
+        """Forbid the removal of these labels' units. The first reason (a positive number)
+        stays.
+        """
         if not self.pinning:
             return
         roots = self.find(np.asarray(labels).ravel())
@@ -152,7 +167,8 @@ class Units:
 
 def varied(labels: npt.NDArray[Any]) -> tuple[int, ...]:
     """The dimensions along which an array of labels varies."""
-    return tuple([d for d, size in enumerate(labels.shape) if size > 1])  # a generator takes twice as long
+    # a generator takes twice as long
+    return tuple([d for d, size in enumerate(labels.shape) if size > 1])
 
 
 def compact(labels: Array) -> Array:
@@ -164,15 +180,23 @@ def compact(labels: Array) -> Array:
     for d, size in enumerate(labels.shape):
         if size > 1:
             first = labels[(slice(None),) * d + (slice(0, 1),)]
-            if labels.strides[d] != 0 and labels[(0,) * labels.ndim] != labels[(0,) * d + (-1,) + (0,) * (labels.ndim - d - 1)]:
+            if (
+                labels.strides[d] != 0
+                and labels[(0,) * labels.ndim]
+                != labels[(0,) * d + (-1,) + (0,) * (labels.ndim - d - 1)]
+            ):
                 continue  # the usual case, seen at two corners
-            if labels.strides[d] == 0 or np.array_equal(np.broadcast_to(first, labels.shape), labels):
+            if labels.strides[d] == 0 or np.array_equal(
+                np.broadcast_to(first, labels.shape), labels
+            ):
                 labels = first
     return labels
 
 
 def alive_mask(labels: Iterable[Array], alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Which elements survive: the conjunction over fields of ``alive[label]``, compact (broadcastable to the tensor)."""
+    """Which elements survive: the conjunction over fields of ``alive[label]``, compact
+    (broadcastable to the tensor).
+    """
     mask: npt.NDArray[np.bool_] | None = None
     for array in labels:
         own = alive[array]

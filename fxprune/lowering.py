@@ -1,8 +1,10 @@
-"""Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused call.
+"""Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused
+call.
 
-``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that neither the widths of its heads
-nor the weights that depend on them can be seen from outside. It is replaced, in the copy that is traced, by the same computation
-written in plain operations. Names of parameters stay, hence the keys of the state dict.
+``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that
+neither the widths of its heads nor the weights that depend on them can be seen from outside. It is
+replaced, in the copy that is traced, by the same computation written in plain operations. Names of
+parameters stay, hence the keys of the state dict.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ __all__ = ["PlainAttention", "lower"]
 
 
 def lower(root: nn.Module) -> nn.Module:
-    """Replace, in place, every composite leaf below ``root``; return the root (another object when the root itself was one).
+    """Replace, in place, every composite leaf below ``root``; return the root (another object when
+    the root itself was one).
 
     >>> lower(nn.Sequential(nn.MultiheadAttention(8, 2)))[0].__class__.__name__
     'PlainAttention'
@@ -38,9 +41,11 @@ def lower(root: nn.Module) -> nn.Module:
 
 
 class PlainAttention(nn.Module):
-    """``nn.MultiheadAttention`` in plain operations: same parameters, same results, every width visible in the graph.
+    """``nn.MultiheadAttention`` in plain operations: same parameters, same results, every width
+    visible in the graph.
 
-    Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its dropout draws the same numbers.
+    Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its
+    dropout draws the same numbers.
     """
 
     num_heads: int
@@ -60,7 +65,8 @@ class PlainAttention(nn.Module):
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        # The parameters, buffers and children are shared with the source, as are its plain settings (num_heads, dropout, ...).
+        # The parameters, buffers and children are shared with the source, as are its plain
+        # settings (num_heads, dropout, ...).
         self.__dict__.update(source.__dict__)
 
     def forward(
@@ -104,9 +110,14 @@ class PlainAttention(nn.Module):
         else:
             dropout = self.dropout if self.dropout > 0 and self.training else 0.0
             causal = is_causal and mask is None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the layout is part of the result.
-        out = self.out_proj(out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the
+        # layout is part of the result.
+        out = self.out_proj(
+            out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        )
         if not batched:
             out = out.squeeze(1)
         elif self.batch_first:
@@ -125,7 +136,9 @@ class PlainAttention(nn.Module):
         b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
         return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
 
-    def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor, added: int, batch: Any) -> Tensor | None:
+    def _mask(
+        self, attn: Tensor | None, padding: Tensor | None, q: Tensor, added: int, batch: Any
+    ) -> Tensor | None:
         """Both masks as one float tensor, broadcastable to (batch, heads, tokens, source)."""
         masks = []
         if attn is not None:

@@ -1,12 +1,15 @@
-"""How many multiply-accumulates one ATen operation takes: one table of formulas, which read shapes alone.
+"""How many multiply-accumulates one ATen operation takes: one table of formulas, which read shapes
+alone.
 
-**One MAC is one multiply-accumulate.** Only contractions are in the table (matrix products, convolutions, attention, recurrent
+**One MAC is one multiply-accumulate.** Only contractions are in the table (matrix products,
+convolutions, attention, recurrent
 layers): additions, activations and normalisations cost memory traffic, not MACs.
 
-The table has the operations that people call (``conv2d``, ``scaled_dot_product_attention``) and the kernels that one or another
-version of torch runs for them on one or another device (``mkldnn_convolution``, ``_scaled_dot_product_flash_attention_for_cpu``).
-So a count never depends on what :mod:`torch.utils.flop_counter` knows in the version at hand; the tests compare the two where both
-know an operation.
+The table has the operations that people call (``conv2d``, ``scaled_dot_product_attention``) and
+the kernels that one or another version of torch runs for them on one or another device
+(``mkldnn_convolution``, ``_scaled_dot_product_flash_attention_for_cpu``). So a count never depends
+on what :mod:`torch.utils.flop_counter` knows in the version at hand; the tests compare the two
+where both know an operation.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ __all__ = ["has_formula", "op_macs"]
 def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int | None:
     """Multiply-accumulates of one ATen operation, or None where it has no formula.
 
-    Meant for a ``TorchDispatchMode``: ``func``, ``args`` and ``kwargs`` are what ``__torch_dispatch__`` receives,
-    ``out`` is what the operation returned. Only shapes are read. Operations that the table lacks are counted by the formula that
-    was registered for them with :func:`torch.utils.flop_counter.register_flop_formula`, which counts a multiply and an add as two.
+    Meant for a ``TorchDispatchMode``: ``func``, ``args`` and ``kwargs`` are what
+    ``__torch_dispatch__`` receives, ``out`` is what the operation returned. Only shapes are read.
+    Operations that the table lacks are counted by the formula that was registered for them with
+    :func:`torch.utils.flop_counter.register_flop_formula`, which counts a multiply and an add as
+    two.
 
     Example:
         >>> import torch
@@ -52,7 +57,9 @@ def has_formula(func: Any) -> bool:
 
 
 def _registered() -> Mapping[Any, Callable[..., int]]:
-    """Formulas that were registered with torch's counter. Who registers one has imported it; importing it loads Triton."""
+    """Formulas that were registered with torch's counter. Who registers one has imported it;
+    importing it loads Triton.
+    """
     counter = sys.modules.get("torch.utils.flop_counter")
     return {} if counter is None else counter.flop_registry
 
@@ -62,12 +69,16 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _elements_of(index: int) -> Callable[[tuple[Any, ...], Any], int]:
-    """One MAC per element of the argument at ``index``: matrix-vector and vector-vector products."""
+    """One MAC per element of the argument at ``index``: matrix-vector and vector-vector
+    products.
+    """
     return lambda args, out: prod(_shape(args[index]))
 
 
 def _per_output(args: tuple[Any, ...], out: Any) -> int:
-    """Linear layers and convolutions: each output element is a dot product with one row of the weight."""
+    """Linear layers and convolutions: each output element is a dot product with one row of the
+    weight.
+    """
     return prod(_shape(out)) * prod(_shape(args[1])[1:])
 
 
@@ -77,7 +88,9 @@ def _per_input(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _matrices(index: int) -> Callable[[tuple[Any, ...], Any], int]:
-    """(..., m, k), the argument at ``index``, by (..., k, n), the one behind it: a matrix, or one for each batch."""
+    """(..., m, k), the argument at ``index``, by (..., k, n), the one behind it: a matrix, or one
+    for each batch.
+    """
     return lambda args, out: prod(_shape(args[index])) * _shape(args[index + 1])[-1]
 
 
@@ -93,23 +106,29 @@ def _conv_tbc(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _grouped_matrices(args: tuple[Any, ...], out: Any) -> int:
-    """Products of a mixture of experts: rows, columns or what is summed fall into groups, each in one.
+    """Products of a mixture of experts: rows, columns or what is summed fall into groups, each in
+    one.
 
-    (m, k) by (groups, k, n), (groups, m, k) by (k, n), (m, k) by (k, n); or (groups, m, k) by (groups, k, n).
+    (m, k) by (groups, k, n), (groups, m, k) by (k, n), (m, k) by (k, n); or (groups, m, k) by
+    (groups, k, n).
     """
     a, b = _shape(args[0]), _shape(args[1])
     return prod(a[-2:] if len(b) == 2 else a) * b[-1]
 
 
 def _attention(args: tuple[Any, ...], out: Any) -> int:
-    """softmax(q k^T) v with q (..., L, E), k (..., S, E), v (..., S, V): L x S x (E + V) for each head."""
+    """softmax(q k^T) v with q (..., L, E), k (..., S, E), v (..., S, V): L x S x (E + V) for each
+    head.
+    """
     result = out if isinstance(out, Tensor) else out[0]  # kernels give more than the result
     (*batch, length, _), keys, values = _shape(result), _shape(args[1]), _shape(args[2])
     return prod(batch) * length * keys[-2] * (keys[-1] + values[-1])
 
 
 def _attention_by_token(args: tuple[Any, ...], out: Any) -> int | None:
-    """As :func:`_attention` with q (batch, L, heads, E). Sequences that lie end to end have no length in their shape: None."""
+    """As :func:`_attention` with q (batch, L, heads, E). Sequences that lie end to end have no
+    length in their shape: None.
+    """
     if any(isinstance(offsets, Tensor) and offsets.dim() == 1 for offsets in args[3:6]):
         return None
     (batch, length, heads, _), keys, values = _shape(args[0]), _shape(args[1]), _shape(args[2])
@@ -117,14 +136,20 @@ def _attention_by_token(args: tuple[Any, ...], out: Any) -> int | None:
 
 
 def _attention_module(args: tuple[Any, ...], out: Any) -> int:
-    """nn.MultiheadAttention in one operation: (query, key, value, width, heads, qkv weight, its bias, projection, ...)."""
+    """nn.MultiheadAttention in one operation: (query, key, value, width, heads, qkv weight, its
+    bias, projection, ...).
+    """
     (batch, length, width), keys = _shape(args[0]), _shape(args[1])[1]
     inputs = length + 2 * keys
-    return batch * (inputs * width * width + 2 * length * keys * width + length * prod(_shape(args[7])))
+    return batch * (
+        inputs * width * width + 2 * length * keys * width + length * prod(_shape(args[7]))
+    )
 
 
 def _encoder_layer(args: tuple[Any, ...], out: Any) -> int:
-    """nn.TransformerEncoderLayer in one operation: (tokens, width, heads, qkv weight, its bias, projection, ...)."""
+    """nn.TransformerEncoderLayer in one operation: (tokens, width, heads, qkv weight, its bias,
+    projection, ...).
+    """
     (batch, length, width), linear = _shape(args[0]), (args[3], args[5], args[14], args[16])
     return batch * length * (sum(prod(_shape(weight)) for weight in linear) + 2 * length * width)
 
@@ -132,8 +157,9 @@ def _encoder_layer(args: tuple[Any, ...], out: Any) -> int:
 def _einsum(args: tuple[Any, ...], out: Any) -> int:
     """Pair by pair, from the left, as ATen does it.
 
-    What only one of the two has, and nothing later needs, is summed first; if they then share an axis that is summed, the product
-    costs one MAC for each value of all axes together, else it is elementwise and none is counted.
+    What only one of the two has, and nothing later needs, is summed first; if they then share an
+    axis that is summed, the product costs one MAC for each value of all axes together, else it is
+    elementwise and none is counted.
     """
     tensors = list(args[1])
     names, result = _einsum_axes(args[0].replace(" ", ""), [tensor.dim() for tensor in tensors])
@@ -153,7 +179,8 @@ def _einsum(args: tuple[Any, ...], out: Any) -> int:
 
 
 def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list[Any]]:
-    """The axes of the operands and of the result: letters, and -1, -2, ... for those of an ellipsis, from the last.
+    """The axes of the operands and of the result: letters, and -1, -2, ... for those of an
+    ellipsis, from the last.
 
     >>> _einsum_axes("b...i,ij->b...j", [4, 2])
     ([['b', -2, -1, 'i'], ['i', 'j']], ['b', -2, -1, 'j'])
@@ -164,26 +191,42 @@ def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list
         return [*before, *(range(-more, 0) if dots else ()), *after]
 
     terms, arrow, result = equation.partition("->")
-    more = [rank - len(term.replace("...", "")) for term, rank in zip(terms.split(","), ranks, strict=True)]
+    more = [
+        rank - len(term.replace("...", ""))
+        for term, rank in zip(terms.split(","), ranks, strict=True)
+    ]
     if not arrow:  # every axis that occurs once
         letters = terms.replace("...", "").replace(",", "")
-        result = ("..." if "..." in terms else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    return [axes(term, own) for term, own in zip(terms.split(","), more, strict=True)], axes(result, max(more))
+        result = ("..." if "..." in terms else "") + "".join(
+            sorted(c for c in set(letters) if letters.count(c) == 1)
+        )
+    return [axes(term, own) for term, own in zip(terms.split(","), more, strict=True)], axes(
+        result, max(more)
+    )
 
 
 def _recurrent(args: tuple[Any, ...], out: Any) -> int:
-    """Every step multiplies with every weight matrix of every layer and direction once; args[0] is (..., features)."""
-    weights = args[2] if isinstance(args[3], bool) else args[3]  # packed sequences have their batch sizes in front
-    return prod(_shape(args[0])[:-1]) * sum(prod(_shape(weight)) for weight in weights if weight.dim() == 2)
+    """Every step multiplies with every weight matrix of every layer and direction once; args[0] is
+    (..., features).
+    """
+    # packed sequences have their batch sizes in front
+    weights = args[2] if isinstance(args[3], bool) else args[3]
+    return prod(_shape(args[0])[:-1]) * sum(
+        prod(_shape(weight)) for weight in weights if weight.dim() == 2
+    )
 
 
 def _recurrent_of_library(args: tuple[Any, ...], out: Any) -> int:
     """As cuDNN and MIOpen take it: (input, weights, ...)."""
-    return prod(_shape(args[0])[:-1]) * sum(prod(_shape(weight)) for weight in args[1] if weight.dim() == 2)
+    return prod(_shape(args[0])[:-1]) * sum(
+        prod(_shape(weight)) for weight in args[1] if weight.dim() == 2
+    )
 
 
 def _recurrent_direction(args: tuple[Any, ...], out: Any) -> int:
-    """One layer in one direction, as oneDNN takes it: (input, weight of the input, weight of the hidden state, ...)."""
+    """One layer in one direction, as oneDNN takes it: (input, weight of the input, weight of the
+    hidden state, ...).
+    """
     return prod(_shape(args[0])[:-1]) * (prod(_shape(args[1])) + prod(_shape(args[2])))
 
 
@@ -197,20 +240,24 @@ _Formula = Callable[[tuple[Any, ...], Any], "int | None"]
 # Names of operations -> formula. Not every version of torch has every one.
 _BY_NAME: Mapping[str, _Formula] = {
     "mm bmm _scaled_mm _scaled_mm_v2 _int_mm": _matrices(0),
-    "addmm baddbmm addbmm _addmm_activation": _matrices(1),  # addbmm: summed over the batch as well
+    # addbmm: summed over the batch as well
+    "addmm baddbmm addbmm _addmm_activation": _matrices(1),
     "matmul": lambda args, out: prod(_shape(out)) * _shape(args[0])[-1],
     "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2": _grouped_matrices,
     "linear mkldnn_linear _weight_int8pack_mm": _per_output,
     "conv1d conv2d conv3d _convolution_mode thnn_conv2d slow_conv3d": _per_output,
-    "cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu mkldnn_convolution": _per_output,
-    "miopen_convolution miopen_convolution_relu miopen_convolution_add_relu miopen_depthwise_convolution": _per_output,
-    "_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d": _per_output,
+    "cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu": _per_output,
+    "mkldnn_convolution miopen_convolution miopen_convolution_relu": _per_output,
+    "miopen_convolution_add_relu miopen_depthwise_convolution": _per_output,
+    "_slow_conv2d_forward slow_conv3d_forward": _per_output,
+    "slow_conv_dilated2d slow_conv_dilated3d": _per_output,
     "_conv_depthwise2d conv_depthwise3d _nnpack_spatial_convolution": _per_output,
     "conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution_transpose": _per_input,
     "miopen_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d": _per_input,
     "convolution _convolution convolution_overrideable": _convolution,
     "conv_tbc": _conv_tbc,
-    "scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_attention_math_for_mps": _attention,
+    "scaled_dot_product_attention _scaled_dot_product_attention_math": _attention,
+    "_scaled_dot_product_attention_math_for_mps": _attention,
     "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": _attention,
     "_scaled_dot_product_fused_attention_overrideable _triton_scaled_dot_attention": _attention,

@@ -1,7 +1,7 @@
 """Which calls write into a tensor, and which results share memory with what they were made of.
 
-A graph is a list of calls in order. As long as none writes, it says all; where one does, whoever looks at the same memory under
-another name sees it too.
+A graph is a list of calls in order. As long as none writes, it says all; where one does, whoever
+looks at the same memory under another name sees it too.
 """
 
 from __future__ import annotations
@@ -33,23 +33,59 @@ __all__ = [
     "written",
 ]
 
-AUGMENTED = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor")
-"""The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a tensor."""
+AUGMENTED = (
+    "iadd",
+    "iand",
+    "ifloordiv",
+    "ilshift",
+    "imod",
+    "imul",
+    "ior",
+    "ipow",
+    "irshift",
+    "isub",
+    "itruediv",
+    "ixor",
+)
+"""The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a
+tensor.
+"""
 
-_WRITING = frozenset({*(getattr(operator, name) for name in AUGMENTED), operator.setitem, operator.delitem})
+_WRITING = frozenset(
+    {*(getattr(operator, name) for name in AUGMENTED), operator.setitem, operator.delitem}
+)
 
 _SIZES = frozenset({"size", "dim", "numel", "getattr"})  # they do not read what a tensor holds
 
-# Without a word in their schemas these give back their argument, or a part of it, for some arguments; a test looks for others.
+# Without a word in their schemas these give back their argument, or a part of it, for some
+# arguments; a test looks for others.
 _MAY_GIVE_BACK = frozenset(
     {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}  # in evaluation mode
-    | {"atleast_1d", "atleast_2d", "atleast_3d", "data", "type_as", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"}
-    | {"conj_physical", "dequantize", "lift", "set", "to_dense", "to_dense_backward", "to_mkldnn_backward"}
+    | {
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "data",
+        "type_as",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+    }
+    | {
+        "conj_physical",
+        "dequantize",
+        "lift",
+        "set",
+        "to_dense",
+        "to_dense_backward",
+        "to_mkldnn_backward",
+    }
 )
 
 
 def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
-    """Whether a call may change an argument: an operator's name says so, a trailing underscore, ``inplace`` or ``out``.
+    """Whether a call may change an argument: an operator's name says so, a trailing underscore,
+    ``inplace`` or ``out``.
 
     Parameters
     ----------
@@ -60,11 +96,14 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     --------
     >>> graph = fx.Graph()
     >>> x = graph.placeholder("x")
-    >>> [writes(graph.call_function(f, (x, x))) for f in (torch.add, operator.iadd, torch.relu_, operator.invert)]
+    >>> functions = torch.add, operator.iadd, torch.relu_, operator.invert
+    >>> [writes(graph.call_function(function, (x, x))) for function in functions]
     [False, True, True, False]
     """
     if node.op == "call_module":
-        return root is not None and bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+        return root is not None and bool(
+            getattr(root.get_submodule(str(node.target)), "inplace", False)
+        )
     if node.op not in ("call_function", "call_method"):
         return False
     into = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
@@ -79,39 +118,58 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
 
 
 def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
-    """What a call may write into: of an operation that torch documents the first argument and ``out``, else any argument."""
+    """What a call may write into: of an operation that torch documents the first argument and
+    ``out``, else any argument.
+    """
     if not writes(node, root):
         return ()
     places: list[fx.Node] = []
     for place, name in _places(node.target):
-        fx.node.map_arg(node.args[place] if place < len(node.args) else node.kwargs.get(name), places.append)
+        fx.node.map_arg(
+            node.args[place] if place < len(node.args) else node.kwargs.get(name), places.append
+        )
     if places:
         return places
-    known = node.op == "call_module" or node.target in _WRITING or hasattr(torch.ops.aten, name_of(node).strip("_"))
+    known = (
+        node.op == "call_module"
+        or node.target in _WRITING
+        or hasattr(torch.ops.aten, name_of(node).strip("_"))
+    )
     fx.node.map_arg((first_of(node), node.kwargs.get("out")), places.append)
     return places if known and places else node.all_input_nodes
 
 
 @functools.cache
 def _places(target: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operation writes into, where its schema is known."""
+    """Position and name of the arguments that an operation writes into, where its schema is
+    known.
+    """
     target = getattr(target, "_opoverload", target)  # what torch.library.custom_op gives
     if not isinstance(target, torch._ops.OpOverload):
         return ()
     arguments = enumerate(target._schema.arguments)
-    return tuple((i, own.name) for i, own in arguments if own.alias_info is not None and own.alias_info.is_write)
+    return tuple(
+        (i, own.name)
+        for i, own in arguments
+        if own.alias_info is not None and own.alias_info.is_write
+    )
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The argument of a call of whose memory its result may be, if there is one: what is not known to be new may be shared."""
+    """The argument of a call of whose memory its result may be, if there is one: what is not known
+    to be new may be shared.
+    """
     first = first_of(node)
-    if node.op not in ("call_function", "call_method", "call_module") or not isinstance(first, fx.Node):
+    if node.op not in ("call_function", "call_method", "call_module") or not isinstance(
+        first, fx.Node
+    ):
         return None
     return None if not writes(node, root) and _makes_new(node, root) else first
 
 
 def first_of(node: fx.Node) -> Any:
-    """The first argument of a call, by position or by the name that torch gives it; None if it has none.
+    """The first argument of a call, by position or by the name that torch gives it; None if it has
+    none.
 
     >>> x = fx.Graph().placeholder("x")
     >>> call = x.graph.call_function
@@ -123,7 +181,8 @@ def first_of(node: fx.Node) -> Any:
 
 def _makes_new(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
-        return next(root.get_submodule(str(node.target)).parameters(), None) is not None  # it computes with them
+        # it computes with them
+        return next(root.get_submodule(str(node.target)).parameters(), None) is not None
     if _of_operator(node):
         return node.target is not operator.getitem
     return _op_makes_new(name_of(node))
@@ -135,26 +194,42 @@ def _of_operator(node: fx.Node) -> bool:
 
 @functools.cache
 def _op_makes_new(name: str) -> bool:
-    """Whether there is an ATen operation of that name, and its schemas say that what it returns is not its arguments' memory."""
+    """Whether there is an ATen operation of that name, and its schemas say that what it returns is
+    not its arguments' memory.
+    """
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or name in _MAY_GIVE_BACK:
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    return not any(entry.alias_info for schema in schemas if not schema.is_mutable for entry in schema.returns)
+    return not any(
+        entry.alias_info for schema in schemas if not schema.is_mutable for entry in schema.returns
+    )
 
 
 def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
-    """The name of the method or function that a node calls, or of the kind of module: ``flatten`` for all three."""
+    """The name of the method or function that a node calls, or of the kind of module: ``flatten``
+    for all three.
+    """
     if node.op == "call_module":
-        return "" if root is None else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
+        return (
+            ""
+            if root is None
+            else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
+        )
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _torch_class(module: nn.Module) -> type:
-    """The class of ``torch.nn`` that a module is of: a parametrization makes a subclass, with another name."""
-    kinds = (kind for kind in type(module).__mro__ if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules."))
+    """The class of ``torch.nn`` that a module is of: a parametrization makes a subclass, with
+    another name.
+    """
+    kinds = (
+        kind
+        for kind in type(module).__mro__
+        if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
+    )
     return next(kinds, type(module))
 
 
@@ -164,12 +239,16 @@ def squeezes_all(node: fx.Node) -> bool:
 
 
 def node_of(value: Any) -> fx.Node | None:
-    """The node whose value something stands for while a model is traced; None for what is no stand-in."""
+    """The node whose value something stands for while a model is traced; None for what is no
+    stand-in.
+    """
     return getattr(value, "fx_node", None)
 
 
 def is_again(node: fx.Node | None, *call: Any) -> bool:
-    """Whether a node is what ``(target, *args)`` gives, under the name that it got from ``+=`` or its kind."""
+    """Whether a node is what ``(target, *args)`` gives, under the name that it got from ``+=`` or
+    its kind.
+    """
     while node is not None and node.target in _WRITING:
         node = cast(fx.Node, node.args[0])
     return node is not None and (node.target, *node.args) == call
@@ -186,16 +265,23 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         nodes = list(graph.nodes)
-        self._writing = [(place, to) for place, node in enumerate(nodes) for to in written(node, root)]
+        self._writing = [
+            (place, to) for place, node in enumerate(nodes) for to in written(node, root)
+        ]
         self._source = {node: shares(node, root) for node in nodes}
-        self.base: dict[fx.Node, fx.Node] = {}  # of each node the one whose memory it may be, and that is nobody else's
+        # of each node the one whose memory it may be, and that is nobody else's
+        self.base: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
         for node, source in self._source.items():
             base = self.base[node] = node if source is None else self.base[source]
             self._families.setdefault(base, []).append(node)
         self._place = {node: place for place, node in enumerate(nodes)}
         self._last_read = {
-            node: max((self._place[user] for user in node.users if name_of(user) not in _SIZES), default=-1) for node in nodes
+            node: max(
+                (self._place[user] for user in node.users if name_of(user) not in _SIZES),
+                default=-1,
+            )
+            for node in nodes
         }
 
     def roots(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -206,19 +292,29 @@ class Memory:
             above = self._source[above]
 
     def changing(self) -> set[fx.Node]:
-        """Nodes of whose memory, under whatever name, something is overwritten; all that read the same parameter or buffer."""
+        """Nodes of whose memory, under whatever name, something is overwritten; all that read the
+        same parameter or buffer.
+        """
         nodes = {node for _, to in self._writing for node in self.roots(to)}
         stored = {node.target for node in nodes if node.op == "get_attr"}
-        return nodes | {node for node in self._source if node.op == "get_attr" and node.target in stored}
+        return nodes | {
+            node for node in self._source if node.op == "get_attr" and node.target in stored
+        }
 
     def written_after(self, node: fx.Node) -> list[fx.Node]:
         """What may be written into after a node has run."""
         return [to for place, to in self._writing if place > self._place[node]]
 
     def changed_behind(self, view: fx.Node) -> bool:
-        """Whether a view has to stay one: it or what it looks at is written to, and the other is read afterwards."""
+        """Whether a view has to stay one: it or what it looks at is written to, and the other is
+        read afterwards.
+        """
         base = self.base[view]
-        writing = [(place, to) for place, to in self._writing if place > self._place[view] and self.base[to] is base]
+        writing = [
+            (place, to)
+            for place, to in self._writing
+            if place > self._place[view] and self.base[to] is base
+        ]
         if not writing:
             return False
         through = {node for node in self._families[base] if view in self.roots(node)}
@@ -226,7 +322,9 @@ class Memory:
         outlives = base.op in ("placeholder", "get_attr")
         for place, to in writing:
             others = beside if to in through else through
-            if (outlives and to in through) or any(self._last_read[other] > place for other in others):
+            if (outlives and to in through) or any(
+                self._last_read[other] > place for other in others
+            ):
                 return True
         return False
 
@@ -245,19 +343,23 @@ class Snapshot:
     def shares_memory_with(self, tensor: Tensor) -> bool:
         """Whether a tensor is, or looks at, one of these."""
         own = tensor.untyped_storage().data_ptr()
-        return own != 0 and any(own == held.untyped_storage().data_ptr() for held, _, _ in self._taken)
+        return own != 0 and any(
+            own == held.untyped_storage().data_ptr() for held, _, _ in self._taken
+        )
 
     def changed(self) -> str | None:
         """What was said of a tensor that is not what it was."""
         for tensor, before, what in self._taken:
-            same = (tensor == before) | ((tensor != tensor) & (before != before))  # a nan is one still
+            # a nan is one still
+            same = (tensor == before) | ((tensor != tensor) & (before != before))
             if not bool(same.all()):
                 return what
         return None
 
 
 class Undone:
-    """Takes back what runs write into tensors, a forward that clamps its weights, say; saves those alone that are written.
+    """Takes back what runs write into tensors, a forward that clamps its weights, say; saves those
+    alone that are written.
 
     Attributes
     ----------
@@ -296,7 +398,9 @@ class Undone:
             self._saved = {}
 
     def watching(self) -> DispatchMode:
-        """What has to see operations where those that look on are turned off, inside of :meth:`afterwards`."""
+        """What has to see operations where those that look on are turned off, inside of
+        :meth:`afterwards`.
+        """
         return _Writes(self)
 
     def save(self, tensor: Tensor) -> None:
@@ -321,7 +425,9 @@ class _Writes(DispatchMode):
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """Where a tensor's memory lies; 0: it is none that could be written here, that of a tensor without data, say."""
+    """Where a tensor's memory lies; 0: it is none that could be written here, that of a tensor
+    without data, say.
+    """
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return 0
     return tensor.untyped_storage().data_ptr()

@@ -23,9 +23,11 @@ _REMEMBERED: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
 
 
 def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """(attribute, parameter, dimension): the attribute is the parameter's size along the dimension.
+    """(attribute, parameter, dimension): the attribute is the parameter's size along the
+    dimension.
 
-    Grouped convolutions have none, whose weights are as wide as one group, and no recurrent layers with projections.
+    Grouped convolutions have none, whose weights are as wide as one group, and no recurrent layers
+    with projections.
     """
     known = next((names for kind, names in _REMEMBERED if isinstance(module, kind)), {})
     if getattr(module, "groups", 1) != 1 or getattr(module, "proj_size", 0):
@@ -48,8 +50,16 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
     >>> sizes_of(depthwise)
     {'groups': 2, 'in_channels': 2, 'out_channels': 4}
     """
-    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd) and module.groups > 1:
+    if (
+        isinstance(module, _ConvNd)
+        and not isinstance(module, _ConvTransposeNd)
+        and module.groups > 1
+    ):
         out, each = module.weight.shape[:2]
-        groups = module.groups * out // module.out_channels if module.groups == module.in_channels else module.groups
+        groups = (
+            module.groups * out // module.out_channels
+            if module.groups == module.in_channels
+            else module.groups
+        )
         return {"groups": groups, "in_channels": groups * each, "out_channels": out}
     return {name: tensor.shape[dim] for name, tensor, dim in remembered(module)}

@@ -1,12 +1,15 @@
-"""Mean, variance and standard deviation of a tensor from which zeros were removed: the removed elements still count.
+"""Mean, variance and standard deviation of a tensor from which zeros were removed: the removed
+elements still count.
 
-A statistic that forward takes by itself (``x.var(1)``) over channels of which some are gone must be that of the masked original, in
-which these channels are zeros. The emitted graph calls these functions in the place of ``torch.var`` and its kind. From the mean
-:math:`m` and the biased variance :math:`v` of the :math:`n` elements that are left of :math:`N`, the variance of all is
+A statistic that forward takes by itself (``x.var(1)``) over channels of which some are gone must
+be that of the masked original, in which these channels are zeros. The emitted graph calls these
+functions in the place of ``torch.var`` and its kind. From the mean :math:`m` and the biased
+variance :math:`v` of the :math:`n` elements that are left of :math:`N`, the variance of all is
 
 .. math:: \\frac{n v + n (N - n) / N \\cdot m^2}{N - \\text{correction}}
 
-As torch's own functions, they are one call for whoever traces them; a second pruning corrects its numbers.
+As torch's own functions, they are one call for whoever traces them; a second pruning corrects its
+numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 __all__ = ["FUNCTIONS", "std", "std_mean", "var", "var_mean"]
 
 
-def var_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> tuple[Tensor, Tensor]:
+def var_mean(
+    x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int
+) -> tuple[Tensor, Tensor]:
     """Return variance and mean over ``dim`` of ``x`` with the removed zeros.
 
     Parameters
@@ -28,7 +33,8 @@ def var_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: 
     dim:
         The dimensions that are reduced.
     correction:
-        What is subtracted from the number of elements, at most 1: 1 for the sample variance, 0 for that of the population.
+        What is subtracted from the number of elements, at most 1: 1 for the sample variance, 0 for
+        that of the population.
     keepdim:
         Whether reduced dimensions stay, with size 1.
     kept, total:
@@ -50,8 +56,11 @@ def var_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: 
     return scale * variance + (scale * (1.0 - share)) * mean * mean, share * mean
 
 
-def std_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> tuple[Tensor, Tensor]:
-    """Return standard deviation and mean over ``dim`` of ``x`` with the removed zeros; see :func:`var_mean`.
+def std_mean(
+    x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int
+) -> tuple[Tensor, Tensor]:
+    """Return standard deviation and mean over ``dim`` of ``x`` with the removed zeros; see
+    :func:`var_mean`.
 
     As that of ``torch.std``, the gradient is 0 where all elements are.
     """
@@ -66,7 +75,9 @@ def std_mean(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: 
     return deviation, share * mean
 
 
-def var(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> Tensor:
+def var(
+    x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int
+) -> Tensor:
     """Return the variance over ``dim`` of ``x`` with the removed zeros; see :func:`var_mean`.
 
     >>> var(torch.tensor([1.0, 5.0]), [0], 0, False, kept=1, total=2)
@@ -77,8 +88,11 @@ def var(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, 
     return var_mean(x, dim, correction, keepdim, kept, total)[0]
 
 
-def std(x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int) -> Tensor:
-    """Return the standard deviation over ``dim`` of ``x`` with the removed zeros; see :func:`std_mean`.
+def std(
+    x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int
+) -> Tensor:
+    """Return the standard deviation over ``dim`` of ``x`` with the removed zeros; see
+    :func:`std_mean`.
 
     >>> std(torch.tensor([3.0, 3.0]), [0], 0, False, kept=1, total=2)
     tensor(1.5000)

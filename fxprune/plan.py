@@ -1,6 +1,8 @@
-"""What survives, as data: a plan is frozen, printable, and replays on any model of the same architecture.
+"""What survives, as data: a plan is frozen, printable, and replays on any model of the same
+architecture.
 
-A model that was pruned twice has a plan that knows the plan before it: the chain leads back to the original architecture.
+A model that was pruned twice has a plan that knows the plan before it: the chain leads back to the
+original architecture.
 """
 
 from __future__ import annotations
@@ -64,14 +66,16 @@ class Plan:
     groups:
         One entry per group of the analysis.
     inputs:
-        The example (see :func:`pack_inputs`), so that a plan can be replayed without one: its shapes, dtypes and constants, and
-        the values that Python reads in a model which is not one graph.
+        The example (see :func:`pack_inputs`), so that a plan can be replayed without one: its
+        shapes, dtypes and constants, and the values that Python reads in a model which is not one
+        graph.
     keep, pinned_nodes:
         What the analysis was told to leave alone.
     heads:
         Parameters whose attention heads went as a whole or not at all.
     fingerprint:
-        Of the architecture: names and shapes of its tensors, which no upgrade of torch or torchvision changes.
+        Of the architecture: names and shapes of its tensors, which no upgrade of torch or
+        torchvision changes.
     previous:
         The plan that made the model that this one is for, None where that model is the original.
     """
@@ -88,7 +92,13 @@ class Plan:
         with _told("a plan"):
             for group in _tuple(self.groups):
                 _of_type(group, GroupPlan)
-            for text in (self.inputs, self.fingerprint, *_tuple(self.keep), *_tuple(self.pinned_nodes), *_tuple(self.heads)):
+            for text in (
+                self.inputs,
+                self.fingerprint,
+                *_tuple(self.keep),
+                *_tuple(self.pinned_nodes),
+                *_tuple(self.heads),
+            ):
                 _text(text)
             if self.previous is not None:
                 _of_type(self.previous, Plan)
@@ -130,11 +140,14 @@ class Plan:
                 for stage in [*([] if schema == 1 else _list(data.pop("previous"))), data]:
                     plan = _unpack(stage if schema > 2 else {**stage, "heads": []}, plan)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise PlanError(f"this is not a plan: {type(error).__name__}: {error}. Write plans with Plan.to_json().") from error
+            raise PlanError(
+                f"this is not a plan: {type(error).__name__}: {error}. Write plans with "
+                "Plan.to_json()."
+            ) from error
         if type(schema) is not int or schema not in _READABLE:
             raise PlanError(
-                f"the plan has schema {schema}, this version of fxprune reads {_READABLE[0]} to {SCHEMA}: "
-                "upgrade fxprune, or prune anew."
+                f"the plan has schema {schema}, this version of fxprune reads {_READABLE[0]} to "
+                f"{SCHEMA}: upgrade fxprune, or prune anew."
             )
         assert plan is not None  # the last stage is the file itself
         check_groups(plan)
@@ -164,7 +177,10 @@ def _pack(plan: Plan) -> dict[str, Any]:
 def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     """The inverse of :func:`_pack`; whatever is damaged raises one of Python's own errors."""
     return Plan(
-        groups=tuple(GroupPlan(_text(g["name"]), _whole(g["size"]), tuple(map(_whole, _list(g["kept"])))) for g in data["groups"]),
+        groups=tuple(
+            GroupPlan(_text(g["name"]), _whole(g["size"]), tuple(map(_whole, _list(g["kept"]))))
+            for g in data["groups"]
+        ),
         inputs=_text(data["inputs"]),
         keep=tuple(map(_text, _list(data["keep"]))),
         pinned_nodes=tuple(map(_text, _list(data["pinned_nodes"]))),
@@ -179,7 +195,10 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        raise PlanError(f"{what} cannot be made of this: {error}. prune(...).plan and Plan.from_json(text) give plans.") from error
+        raise PlanError(
+            f"{what} cannot be made of this: {error}. prune(...).plan and Plan.from_json(text) "
+            "give plans."
+        ) from error
 
 
 def _text(value: Any) -> str:
@@ -213,24 +232,39 @@ def check_groups(plan: Plan) -> None:
     """
     for stage in plan.chain:
         if len({group.name for group in stage.groups}) < len(stage.groups):
-            raise PlanError("the plan has two groups of one name. Write plans with Plan.to_json().")
+            raise PlanError(
+                "the plan has two groups of one name. Write plans with Plan.to_json()."
+            )
         for group in stage.groups:
             _check_group(group)
         for name in stage.pinned_nodes:
             if "@" in name and not name.rpartition("@")[2].isdecimal():
-                raise PlanError(f"the plan pins an axis of a node as {name!r}, where a number is missing. Prune anew.")
+                raise PlanError(
+                    f"the plan pins an axis of a node as {name!r}, where a number is missing. "
+                    "Prune anew."
+                )
 
 
 def _check_group(group: GroupPlan) -> None:
-    if not group.kept or list(group.kept) != sorted(set(group.kept)) or group.kept[0] < 0 or group.kept[-1] >= group.size:
-        raise PlanError(f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or one twice.")
+    if (
+        not group.kept
+        or list(group.kept) != sorted(set(group.kept))
+        or group.kept[0] < 0
+        or group.kept[-1] >= group.size
+    ):
+        raise PlanError(
+            f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or "
+            "one twice."
+        )
 
 
-# ---- the architecture that a plan is for ---------------------------------------------------------------------
+# ---- the architecture that a plan is for --------------------------------------------------------
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the architecture: names and shapes of all parameters and buffers, not their values."""
+    """A digest of the architecture: names and shapes of all parameters and buffers, not their
+    values.
+    """
     lines = sorted(
         f"{prefix}{'.' if prefix else ''}{name} {tuple(tensor.shape)}"
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -240,18 +274,22 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-_MARK = "_fxprune_plan"  # a plain attribute of a pruned model: its plan, and the fingerprint that the plan left it with
+# a plain attribute of a pruned model: its plan, and the fingerprint that the plan left it with
+_MARK = "_fxprune_plan"
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Let a model that was just pruned know its plan, so that the plan of its next pruning can name it."""
+    """Let a model that was just pruned know its plan, so that the plan of its next pruning can
+    name it.
+    """
     vars(model)[_MARK] = (plan, fingerprint(model))
 
 
 def history(model: nn.Module) -> Plan | None:
     """The plan that made a model.
 
-    None for one that was not pruned, or in which tensors were since exchanged for others: the plan would not lead to it.
+    None for one that was not pruned, or in which tensors were since exchanged for others: the plan
+    would not lead to it.
     """
     plan, left = vars(model).get(_MARK, (None, ""))
     return plan if plan is not None and fingerprint(model) == left else None
@@ -260,17 +298,23 @@ def history(model: nn.Module) -> Plan | None:
 def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Example inputs as JSON text: shapes and dtypes of meta tensors, values of others.
 
-    Of a large tensor only the range of its values is stored, where they are those that :func:`fxprune.inputs.within` draws from it.
+    Of a large tensor only the range of its values is stored, where they are those that
+    :func:`fxprune.inputs.within` draws from it.
 
     >>> pack_inputs((torch.ones(2, 3, device="meta"),), {"scale": 2})
-    '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {"scale": {"value": 2}}}}'
+    '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {"scale":
+    {"value": 2}}}}'
     """
     return json.dumps({"args": _packed(tuple(args)), "kwargs": _packed(dict(kwargs))})
 
 
 def _packed(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), **_values(value)}
+        return {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            **_values(value),
+        }
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _packed(item) for key, item in value.items()}}
     if type(value) in (list, tuple):
@@ -299,7 +343,8 @@ def holds_objects(text: str) -> bool:
 
 
 def unpack_inputs(text: str) -> Arguments:
-    """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta tensors.
+    """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta
+    tensors.
 
     Raises
     ------
@@ -311,8 +356,11 @@ def unpack_inputs(text: str) -> Arguments:
         return _unpacked(data["args"]), _unpacked(data["kwargs"])
     except PlanError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RecursionError is a RuntimeError
-        raise PlanError(f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json().") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # RecursionError is a RuntimeError
+        raise PlanError(
+            f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json()."
+        ) from error
 
 
 def _unpacked(value: Any) -> Any:
@@ -320,7 +368,11 @@ def _unpacked(value: Any) -> Any:
         shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
         if "data" in value:
             return restored(value["data"], shape, dtype)
-        return within(shape, dtype, *value["range"]) if "range" in value else torch.empty(shape, dtype=dtype, device=META)
+        return (
+            within(shape, dtype, *value["range"])
+            if "range" in value
+            else torch.empty(shape, dtype=dtype, device=META)
+        )
     if "dict" in value:
         return {key: _unpacked(item) for key, item in value["dict"].items()}
     if "value" in value:
@@ -329,6 +381,9 @@ def _unpacked(value: Any) -> Any:
         return getattr(torch, value["torch"])
     if "object" in value:
         kind = value["object"]
-        raise PlanError(f"the model was pruned on an example with {kind} in it, which no plan can hold: prune anew.")
+        raise PlanError(
+            f"the model was pruned on an example with {kind} in it, which no plan can hold: "
+            "prune anew."
+        )
     kind = "tuple" if "tuple" in value else "list"
     return (tuple if kind == "tuple" else list)(_unpacked(item) for item in value[kind])

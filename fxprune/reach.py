@@ -1,8 +1,10 @@
-"""What the code of a model reads and changes beside its tensors: generators, clocks, counters, what its globals hold.
+"""What the code of a model reads and changes beside its tensors: generators, clocks, counters,
+what its globals hold.
 
-A graph is one call. What Python computes anew at each call, by its own random numbers, by the time or by how often it was called,
-would be a constant there. So all objects that the code can reach by its names are compared before and after a call; where it may
-ask outside of Python, or has changed something, a further call is followed, and has to do the same.
+A graph is one call. What Python computes anew at each call, by its own random numbers, by the time
+or by how often it was called, would be a constant there. So all objects that the code can reach by
+its names are compared before and after a call; where it may ask outside of Python, or has changed
+something, a further call is followed, and has to do the same.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -31,21 +42,60 @@ from fxprune.contents import every_leaf, slots_of, tensors_of
 __all__ = ["AGAIN", "MISSING", "Entry", "Reach", "Reached", "drawing", "same", "undrawn_by"]
 
 AGAIN = 12
-"""So many further calls have to do the same, where they may differ: of two equally likely ways both come, but for 1 in 4000."""
+"""So many further calls have to do the same, where they may differ: of two equally likely ways
+both come, but for 1 in 4000.
+"""
 
 _CALCULATE = frozenset(
-    {"builtins", "math", "cmath", "operator", "_operator", "itertools", "functools", "_functools", "typing", "re"}
+    {
+        "builtins",
+        "math",
+        "cmath",
+        "operator",
+        "_operator",
+        "itertools",
+        "functools",
+        "_functools",
+        "typing",
+        "re",
+    }
 )
-_CALCULATE |= {"collections", "_collections", "_collections_abc", "abc", "enum", "copy", "dataclasses", "types", "torch", "fxprune"}
-_CALCULATE |= {"numpy", "_io", "io", "contextlib", "inspect", "string", "_thread", "threading", "warnings", "_warnings", "logging"}
-"""Packages whose functions give the same for the same arguments, or say something and give nothing."""
+_CALCULATE |= {
+    "collections",
+    "_collections",
+    "_collections_abc",
+    "abc",
+    "enum",
+    "copy",
+    "dataclasses",
+    "types",
+    "torch",
+    "fxprune",
+}
+_CALCULATE |= {
+    "numpy",
+    "_io",
+    "io",
+    "contextlib",
+    "inspect",
+    "string",
+    "_thread",
+    "threading",
+    "warnings",
+    "_warnings",
+    "logging",
+}
+"""Packages whose functions give the same for the same arguments, or say something and give
+nothing.
+"""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _HOLDERS = (list, dict, set, collections.deque)
 
 
 class Reach:
-    """The objects and functions that the code of a model's own classes can reach by its names, with their state.
+    """The objects and functions that the code of a model's own classes can reach by its names,
+    with their state.
 
     Parameters
     ----------
@@ -64,13 +114,15 @@ class Reach:
         self._waiting: list[Any] = []
         self._holders: list[Any] = []
         self._generators: list[Any] = []
-        self._attributes: set[int] = set()  # containers that are attributes of modules, which :mod:`fxprune.state` compares
+        # containers that are attributes of modules, which :mod:`fxprune.state` compares
+        self._attributes: set[int] = set()
         self._memos: list[Any] = []  # functions that remember their results
         self._outside: list[Any] = []  # functions that a profile sees
         self._unseen = False  # functions, and iterators, that it does not
         self._called = False
         self._sets = False
-        self.taken: dict[tuple[int, str], Any] = {}  # what was taken out last: by the number of its holder, and its name there
+        # what was taken out last: by the number of its holder, and its name there
+        self.taken: dict[tuple[int, str], Any] = {}
         self._own = {type(module).__module__.partition(".")[0] for module in model.modules()}
         for module in model.modules():
             if not self._calculates(type(module)):
@@ -88,7 +140,9 @@ class Reach:
     # -- what was done
 
     def begin(self) -> bool:
-        """Compare with now instead, unless something leads elsewhere by now: then the code has to be looked through anew."""
+        """Compare with now instead, unless something leads elsewhere by now: then the code has to
+        be looked through anew.
+        """
         if self._has_changed:
             return False
         self._begin()
@@ -96,22 +150,38 @@ class Reach:
 
     @property
     def may_change(self) -> bool:
-        """Whether there is anything at all that a call may change, on the model's modules or elsewhere, or may ask."""
-        return bool(self._sets or self._unseen or self._outside or self._generators or self._holders)
+        """Whether there is anything at all that a call may change, on the model's modules or
+        elsewhere, or may ask.
+        """
+        return bool(
+            self._sets or self._unseen or self._outside or self._generators or self._holders
+        )
 
     @property
     def drawn(self) -> bool:
         """Whether a generator stands elsewhere than at first."""
-        return any(not same(before, _state(own)) for own, before in zip(self._generators, self._states, strict=True))
+        return any(
+            not same(before, _state(own))
+            for own, before in zip(self._generators, self._states, strict=True)
+        )
 
     @property
     def may_differ(self) -> bool:
-        """Whether a call has asked outside of Python, or has left something behind, so that the next one may do something else."""
-        return self._called or (self._unseen and Reach(self._model, self._noted)._unseen) or self._has_changed
+        """Whether a call has asked outside of Python, or has left something behind, so that the
+        next one may do something else.
+        """
+        return (
+            self._called
+            or (self._unseen and Reach(self._model, self._noted)._unseen)
+            or self._has_changed
+        )
 
     @property
     def _has_changed(self) -> bool:
-        return any(not same(before, _content(own)) for own, before in zip(self._holders, self._before, strict=True))
+        return any(
+            not same(before, _content(own))
+            for own, before in zip(self._holders, self._before, strict=True)
+        )
 
     def put_back(self) -> None:
         """Let all generators stand where they stood."""
@@ -120,10 +190,11 @@ class Reach:
                 own.__setstate__(before)
 
     def take_out(self, is_foreign: Callable[[Any], bool], *, from_lists: bool = True) -> list[Any]:
-        """Take out of containers and objects what a call has put there that holds something of this kind; returns all such.
+        """Take out of containers and objects what a call has put there that holds something of
+        this kind; returns all such.
 
-        Attributes of modules stay as they are.
-        Functions that have remembered a result since then forget all of theirs, which they compute again.
+        Attributes of modules stay as they are. Functions that have remembered a result since then
+        forget all of theirs, which they compute again.
         """
         found: list[Any] = []
         self.taken = {}
@@ -135,7 +206,11 @@ class Reach:
 
         for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
             listed = isinstance(own, (list, set, collections.deque))
-            if id(own) not in self._attributes and (from_lists or not listed) and not same(before, _content(own)):
+            if (
+                id(own) not in self._attributes
+                and (from_lists or not listed)
+                and not same(before, _content(own))
+            ):
                 for name, value in _take_out(own, before, holds).items():
                     self.taken[place, repr(name)] = value
         for memo, misses in zip(self._memos, self._misses, strict=True):
@@ -145,12 +220,16 @@ class Reach:
 
     @functools.cached_property
     def entries(self) -> list[Entry]:
-        """What is in dicts and objects that hold tensors, under plain names; attributes of modules are left out."""
+        """What is in dicts and objects that hold tensors, under plain names; attributes of modules
+        are left out.
+        """
         return [*self._entries()]
 
     def _entries(self) -> Iterator[Entry]:
         for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
-            if id(own) in self._attributes or isinstance(own, (list, set, collections.deque, np.ndarray)):
+            if id(own) in self._attributes or isinstance(
+                own, (list, set, collections.deque, np.ndarray)
+            ):
                 continue
             named = _named(own, before)
             for name, value in named.items() if _has_tensors(named) else ():
@@ -158,7 +237,8 @@ class Reach:
                     yield Entry(self, place, name, value)
 
     def take_out_tables(self) -> None:
-        """Take out of dicts and objects the tensors that a call has put there, which has run on other values than the user's.
+        """Take out of dicts and objects the tensors that a call has put there, which has run on
+        other values than the user's.
 
         Lists and sets stay as they are: another thread may be adding to them.
         """
@@ -166,7 +246,9 @@ class Reach:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note which code runs, and whether functions are called that may ask outside of Python."""
+        """Note which code runs, and whether functions are called that may ask outside of
+        Python.
+        """
         if not (self._outside or self._unseen) or self._called:
             yield
             return
@@ -189,21 +271,29 @@ class Reach:
 
     def _calculates(self, own: Any) -> bool:
         """Whether what a module of Python holds gives the same for the same arguments."""
-        return self._trusts(getattr(getattr(own, "__objclass__", own), "__module__", None) or "")  # a method of C's is of its class
+        # a method of C's is of its class
+        return self._trusts(getattr(getattr(own, "__objclass__", own), "__module__", None) or "")
 
     def _trusts(self, module: str) -> bool:
         """Whether the code of a module computes, and no more.
 
-        Of the packages that are neither the model's own nor Python's that is taken for granted: their code is not walked.
+        Of the packages that are neither the model's own nor Python's that is taken for granted:
+        their code is not walked.
         """
         package = module.partition(".")[0]
         if module.startswith("numpy.random"):
             return False
-        return package in _CALCULATE or not (package in self._own or package in sys.stdlib_module_names or not package)
+        return package in _CALCULATE or not (
+            package in self._own or package in sys.stdlib_module_names or not package
+        )
 
     def _add_module(self, module: nn.Module) -> None:
         self._add_methods(type(module), ("forward",))
-        own = [value for name, value in vars(module).items() if type(value) not in _PLAIN and name not in _INTERNAL]
+        own = [
+            value
+            for name, value in vars(module).items()
+            if type(value) not in _PLAIN and name not in _INTERNAL
+        ]
         self._waiting += own
         _nested(own, self._attributes)
 
@@ -214,8 +304,14 @@ class Reach:
         for base in kind.__mro__:
             if not self._calculates(base):
                 for name, value in vars(base).items():
-                    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                    self._waiting += [function] if isinstance(function, functools._lru_cache_wrapper) else []
+                    function = (
+                        value.fget
+                        if isinstance(value, property)
+                        else getattr(value, "__func__", value)
+                    )
+                    self._waiting += (
+                        [function] if isinstance(function, functools._lru_cache_wrapper) else []
+                    )
                     if isinstance(function, FunctionType):
                         special = name.startswith("__") and name not in ("__init__", "__new__")
                         if name in self._names or name in called or special:
@@ -236,15 +332,22 @@ class Reach:
             if not self._calculates(value):
                 self._take_function(value)
         elif isinstance(value, MethodType):
-            self._waiting += [value.__self__, *([value.__func__] if isinstance(value.__func__, FunctionType) else [])]
+            self._waiting += [
+                value.__self__,
+                *([value.__func__] if isinstance(value.__func__, FunctionType) else []),
+            ]
         elif isinstance(value, functools.partial):
             self._waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, type):
             self._take_class(value)
-        elif isinstance(wrapped := inspect.getattr_static(value, "__wrapped__", None), FunctionType):
+        elif isinstance(
+            wrapped := inspect.getattr_static(value, "__wrapped__", None), FunctionType
+        ):
             self._waiting.append(wrapped)
             self._memos += [value] if isinstance(value, functools._lru_cache_wrapper) else []
-        elif isinstance(value, BuiltinFunctionType) or (_is_function(value) and getattr(value, "__self__", None) is not None):
+        elif isinstance(value, BuiltinFunctionType) or (
+            _is_function(value) and getattr(value, "__self__", None) is not None
+        ):
             self._take_builtin(value)
         else:
             self._take_object(value)
@@ -253,7 +356,10 @@ class Reach:
         if self._ran is not None and function.__code__ not in self._ran:
             return
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        self._waiting += [
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ]
         for code in _codes(function.__code__):
             chains, imported, names, sets, bound, _ = _references(code)
             self._sets |= sets
@@ -282,7 +388,9 @@ class Reach:
     def _take_builtin(self, function: Any) -> None:
         owner = function.__self__
         if owner is None or isinstance(owner, (ModuleType, type)):
-            if not self._calculates(function if owner is None or isinstance(owner, ModuleType) else owner):
+            if not self._calculates(
+                function if owner is None or isinstance(owner, ModuleType) else owner
+            ):
                 self._outside.append(function)
         else:
             self._waiting.append(owner)
@@ -295,7 +403,9 @@ class Reach:
             self._waiting += _no_plain(value)
         elif isinstance(value, _HOLDERS):
             self._holders.append(value)
-            self._waiting += _no_plain(dict.values(value) if isinstance(value, dict) else _content(value))
+            self._waiting += _no_plain(
+                dict.values(value) if isinstance(value, dict) else _content(value)
+            )
         elif isinstance(value, np.ndarray):
             self._holders.append(value)
         elif isinstance(value, SimpleNamespace):
@@ -340,7 +450,9 @@ class Entry:
     def put(self, value: Any) -> None:
         """Put something in its place, which counts as what was there before."""
         holder = self.reach._holders[self.place]
-        _put_back(holder, _store_of(holder), self.name, {} if value is MISSING else {self.name: value})
+        _put_back(
+            holder, _store_of(holder), self.name, {} if value is MISSING else {self.name: value}
+        )
         self.reach._before[self.place] = _content(holder)
 
     def now(self) -> Any:
@@ -354,7 +466,9 @@ MISSING = object()
 
 
 class Reached:
-    """What the code of a model and of all modules below can reach: looked through once for all calls that change nothing."""
+    """What the code of a model and of all modules below can reach: looked through once for all
+    calls that change nothing.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -367,22 +481,37 @@ class Reached:
         return self._found
 
     def trusts(self, module: str) -> bool:
-        """Whether the code of a module computes, and no more: what it remembers is its own business."""
+        """Whether the code of a module computes, and no more: what it remembers is its own
+        business.
+        """
         return self._found is not None and self._found._trusts(module)
 
     @property
     def made(self) -> int:
         """How many results functions that remember theirs have computed."""
-        return 0 if self._found is None else sum(memo.cache_info().misses for memo in self._found._memos)
+        return (
+            0
+            if self._found is None
+            else sum(memo.cache_info().misses for memo in self._found._memos)
+        )
 
     def keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
-        """The dicts and sets that have keys which hold something of this kind, each with one of them."""
+        """The dicts and sets that have keys which hold something of this kind, each with one of
+        them.
+        """
         found = self._found._holders if self._found is not None else []
         tables = [own for own in found if isinstance(own, (dict, set))]
-        return [(own, key) for own in tables for key in _keys(own) if any(map(is_foreign, every_leaf(key)))]
+        return [
+            (own, key)
+            for own in tables
+            for key in _keys(own)
+            if any(map(is_foreign, every_leaf(key)))
+        ]
 
     def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
-        """What a call since then has put into containers and objects, taken out (see :meth:`Reach.take_out`)."""
+        """What a call since then has put into containers and objects, taken out (see
+        :meth:`Reach.take_out`).
+        """
         return [] if self._found is None else self._found.take_out(is_foreign)
 
     def begin_anew(self) -> None:
@@ -409,9 +538,11 @@ def _no_plain(values: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def undrawn_by(reached: Reached) -> Iterator[None]:
-    """Let a run inside draw and fill tables; what a model's code can reach is as it was afterwards.
+    """Let a run inside draw and fill tables; what a model's code can reach is as it was
+    afterwards.
 
-    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`. Contexts of one ``reached`` follow each other, and are not nested.
+    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`. Contexts of one ``reached``
+    follow each other, and are not nested.
     """
     reach = reached.now()
     try:
@@ -423,7 +554,8 @@ def undrawn_by(reached: Reached) -> Iterator[None]:
 
 @contextmanager
 def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """As :func:`~fxprune.chance.undrawn`, of this thread alone: whether something was drawn, and what ran here may have done so.
+    """As :func:`~fxprune.chance.undrawn`, of this thread alone: whether something was drawn, and
+    what ran here may have done so.
 
     >>> with drawing(nn.ReLU()) as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
@@ -434,7 +566,11 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
 
     def mine() -> bool:
         alone = threading.active_count() == 1
-        return alone or watch.draws or any(own is _NUMPYS for own in Reach(model, watch.seen)._generators)
+        return (
+            alone
+            or watch.draws
+            or any(own is _NUMPYS for own in Reach(model, watch.seen)._generators)
+        )
 
     with undrawn() as drawn:
         sys.setprofile(watch)
@@ -448,7 +584,9 @@ class _Watch:
     """What :func:`sys.setprofile` tells of the functions of one thread."""
 
     def __init__(self) -> None:
-        self.draws = False  # a generator's method was called, or code ran that may call one: not all compiled methods are told
+        # a generator's method was called, or code ran that may call one: not all compiled methods
+        # are told
+        self.draws = False
         self.seen: set[CodeType] = set()
 
     def __call__(self, frame: FrameType, event: str, called: Any) -> None:
@@ -470,23 +608,34 @@ def _is_shared(generator: Any) -> bool:
 
 def _draws(value: Any) -> bool:
     """Whether it is a method of such a generator, or what leads to NumPy's."""
-    return _is_shared(getattr(value, "__self__", None)) or value is np or value is np.random or _is_shared(value)
+    return (
+        _is_shared(getattr(value, "__self__", None))
+        or value is np
+        or value is np.random
+        or _is_shared(value)
+    )
 
 
 _PYTHONS: Any = random.random.__self__  # type: ignore[attr-defined]
 _NUMPYS: Any = np.random.random.__self__
-_METHODS = frozenset(name for name, value in vars(np.random).items() if _is_shared(getattr(value, "__self__", None)))
+_METHODS = frozenset(
+    name for name, value in vars(np.random).items() if _is_shared(getattr(value, "__self__", None))
+)
 
 
 def _may_draw(frame: FrameType) -> bool:
-    """Whether a function reads what leads to NumPy's generator, or, of something unknown, what has the name of its methods."""
+    """Whether a function reads what leads to NumPy's generator, or, of something unknown, what has
+    the name of its methods.
+    """
     known = frame.f_globals
     if str(known.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
         return False
     chains, imported, _, _, _, attributes = _references(frame.f_code)
     if not _METHODS.isdisjoint(attributes) or any(name.startswith("numpy") for name in imported):
         return True
-    return any(_draws(value) for name, *rest in chains for value in _along(known.get(name), rest)[-1:])
+    return any(
+        _draws(value) for name, *rest in chains for value in _along(known.get(name), rest)[-1:]
+    )
 
 
 class _Globals:
@@ -510,7 +659,11 @@ def _along(value: Any, attributes: list[str]) -> list[Any]:
     for name in attributes:
         if isinstance(value, ModuleType) and name not in vars(value):
             break
-        if isinstance(value, (nn.Module, Tensor)) or hasattr(type(value), "__getattr__") or _is_computed(type(value), name):
+        if (
+            isinstance(value, (nn.Module, Tensor))
+            or hasattr(type(value), "__getattr__")
+            or _is_computed(type(value), name)
+        ):
             break  # the user's code would run
         try:
             value = getattr(value, name)
@@ -526,9 +679,13 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _references(code: CodeType) -> tuple[list[list[str]], list[str], frozenset[str], bool, dict[str, list[str]], list[str]]:
-    """Names that a function reads outside of it, each with the attributes that are read of it; imports; all names; whether it
-    sets attributes; the names of others' variables that it binds; the attributes that are read of other values."""
+def _references(
+    code: CodeType,
+) -> tuple[list[list[str]], list[str], frozenset[str], bool, dict[str, list[str]], list[str]]:
+    """Names that a function reads outside of it, each with the attributes that are read of it;
+    imports; all names; whether it sets attributes; the names of others' variables that it binds;
+    the attributes that are read of other values.
+    """
     chains: list[list[str]] = []
     imported: list[str] = []
     others: list[str] = []
@@ -559,7 +716,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
-    """Take entries out that hold something; what a dict or an object held in their places is put back.
+    """Take entries out that hold something; what a dict or an object held in their places is put
+    back.
 
     Returns what was taken out of a dict or an object, by its name there.
     """
@@ -569,10 +727,16 @@ def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any,
             if id(holder[place]) not in known and holds(holder[place]):
                 del holder[place]
     elif isinstance(holder, set):
-        for value in [value for key, value in _content(holder).items() if key not in before and holds(value)]:
+        for value in [
+            value for key, value in _content(holder).items() if key not in before and holds(value)
+        ]:
             holder.discard(value)
     elif not isinstance(holder, np.ndarray):
-        was, now, store = _named(holder, before), _named(holder, _content(holder)), _store_of(holder)
+        was, now, store = (
+            _named(holder, before),
+            _named(holder, _content(holder)),
+            _store_of(holder),
+        )
         changed = [name for name, value in now.items() if value is not was.get(name, was)]
         foreign = [name for name in changed if holds(name, now[name])]
         if foreign and not isinstance(holder, dict):
@@ -586,11 +750,21 @@ def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any,
 def _named(holder: Any, content: Any) -> dict[Any, Any]:
     """What a dict or an object held, by name."""
     half = len(content) // 2
-    return dict(zip(content[:half], content[half:], strict=True)) if isinstance(holder, dict) else content
+    return (
+        dict(zip(content[:half], content[half:], strict=True))
+        if isinstance(holder, dict)
+        else content
+    )
 
 
 def _store_of(holder: Any) -> dict[Any, Any] | None:
-    return holder.store if isinstance(holder, _Globals) else holder if isinstance(holder, dict) else None
+    return (
+        holder.store
+        if isinstance(holder, _Globals)
+        else holder
+        if isinstance(holder, dict)
+        else None
+    )
 
 
 def _has_tensors(named: dict[Any, Any]) -> bool:
@@ -598,13 +772,18 @@ def _has_tensors(named: dict[Any, Any]) -> bool:
 
 
 def _is_plain(name: Any) -> bool:
-    return isinstance(name, (*_PLAIN, torch.dtype)) or (isinstance(name, tuple) and all(map(_is_plain, name)))
+    return isinstance(name, (*_PLAIN, torch.dtype)) or (
+        isinstance(name, tuple) and all(map(_is_plain, name))
+    )
 
 
 def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any, Any]) -> None:
-    if store is None:  # past what a class of the user's makes of it; the dictionary of a class cannot be written into
+    # past what a class of the user's makes of it; the dictionary of a class cannot be written into
+    if store is None:
         kind: Any = type if isinstance(holder, type) else object
-        kind.__setattr__(holder, name, was[name]) if name in was else kind.__delattr__(holder, name)
+        kind.__setattr__(holder, name, was[name]) if name in was else kind.__delattr__(
+            holder, name
+        )
     elif name in was:
         store[name] = was[name]
     else:
@@ -624,7 +803,8 @@ def _content(holder: Any) -> Any:
         return {name: holder.store[name] for name in holder.names if name in holder.store}
     if isinstance(holder, np.ndarray):
         return holder.copy()
-    if isinstance(holder, dict):  # as Python keeps it, whatever its class makes of it: the user's code must not run
+    # as Python keeps it, whatever its class makes of it: the user's code must not run
+    if isinstance(holder, dict):
         return [*dict.keys(holder), *dict.values(holder)]
     if isinstance(holder, set):
         return {id(item): item for item in set.__iter__(holder)}
@@ -634,11 +814,16 @@ def _content(holder: Any) -> Any:
         return [*collections.deque.__iter__(holder)]
     if isinstance(holder, CellType):
         return {"cell_contents": holder.cell_contents} if _filled(holder) else {}
-    return {**getattr(holder, "__dict__", {}), **({} if isinstance(holder, type) else slots_of(holder))}
+    return {
+        **getattr(holder, "__dict__", {}),
+        **({} if isinstance(holder, type) else slots_of(holder)),
+    }
 
 
 def _state(value: Any) -> Any:
-    """The state of an object that changes by being asked, whose class is compiled; None: it has none that can be set."""
+    """The state of an object that changes by being asked, whose class is compiled; None: it has
+    none that can be set.
+    """
     if not hasattr(type(value), "__setstate__"):
         return None
     try:
@@ -649,7 +834,9 @@ def _state(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values hold the same: numbers and tensors by what they are, objects that are neither only if they are one."""
+    """Whether two values hold the same: numbers and tensors by what they are, objects that are
+    neither only if they are one.
+    """
     if one is other:
         return True
     if type(one) is not type(other):
@@ -657,14 +844,21 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.shape == other.shape and bool((one == other).all())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and (all(map(operator.is_, one, other)) or all(map(same, one, other)))
+        return len(one) == len(other) and (
+            all(map(operator.is_, one, other)) or all(map(same, one, other))
+        )
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return False
         pairs = [(value, other[key]) for key, value in one.items()]
         return all(a is b for a, b in pairs) or all(same(*pair) for pair in pairs)
     if type(one) is Tensor:
-        return _has_values(one) and _has_values(other) and one.dtype is other.dtype and torch.equal(one, other)
+        return (
+            _has_values(one)
+            and _has_values(other)
+            and one.dtype is other.dtype
+            and torch.equal(one, other)
+        )
     return isinstance(one, _PLAIN) and one == other
 
 

@@ -19,19 +19,22 @@ __all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of"]
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict)
-_CONTAINERS = frozenset({list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict})
+_CONTAINERS = frozenset(
+    {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
+)
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default arguments.
+    """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default
+    arguments.
 
     Parameters
     ----------
     memo:
         ``id`` of an object -> what stands in its place. The caller keeps these objects alive.
 
-    Functions and methods are the same object again where they refer to none of these, so what a closure collects is still
-    collected there.
+    Functions and methods are the same object again where they refer to none of these, so what a
+    closure collects is still collected there.
 
     Examples
     --------
@@ -52,7 +55,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
     if kind is functools.partial:
         keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
-        return functools.partial(copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords)
+        return functools.partial(
+            copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords
+        )
     if kind is weakref.ref:
         held = value()
         return value if held is None or id(held) not in memo else weakref.ref(memo[id(held)])
@@ -68,15 +73,18 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if kind in _SEQUENCES:
         return kind(copied(item, memo) for item in value)
-    if isinstance(value, Tensor) and value.grad_fn is not None:  # what a hook has kept of a step of training, say
+    # what a hook has kept of a step of training, say
+    if isinstance(value, Tensor) and value.grad_fn is not None:
         return memo.setdefault(id(value), value.detach().clone())
     return _deepcopied(value, memo)
 
 
 def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a module object, a stream) is shared.
+    """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a
+    module object, a stream) is shared.
 
-    An iterator is not: who reads it changes it for all. Nor is what refers to one of those that are replaced.
+    An iterator is not: who reads it changes it for all. Nor is what refers to one of those that
+    are replaced.
     """
     trial = dict(memo)  # what a copy that fails has made is left behind
     try:
@@ -94,28 +102,36 @@ def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _rebuilt(value: Any, memo: dict[int, Any], error: Exception) -> Any:
-    """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a shared one would change for all.
+    """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a
+    shared one would change for all.
 
     What it holds outside of Python (a handle, a connection) is shared.
 
     Raises
     ------
     Exception
-        The error of ``copy.deepcopy``, where a copy would release with the object what is shared, or refers to what is replaced.
+        The error of ``copy.deepcopy``, where a copy would release with the object what is shared,
+        or refers to what is replaced.
     """
     kind, layout = type(value), _layout(value)
     if layout is None:
-        if _refers(value, memo) or any(isinstance(held, (Iterator, Tensor)) for held in _reached(value)):
+        if _refers(value, memo) or any(
+            isinstance(held, (Iterator, Tensor)) for held in _reached(value)
+        ):
             raise error
         return value
     if hasattr(kind, "__del__"):
         raise error
     if layout in (tuple, frozenset):
-        made = memo[id(value)] = layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)])
+        made = memo[id(value)] = layout.__new__(
+            kind, [copied(item, memo) for item in layout.__iter__(value)]
+        )
     else:
         made = memo[id(value)] = layout.__new__(kind)
     if layout in _MAPPINGS:
-        layout.update(made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)})
+        layout.update(
+            made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)}
+        )
     elif layout in _CONTAINERS:
         layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
     for name, item in slots_of(value).items():
@@ -126,7 +142,9 @@ def _rebuilt(value: Any, memo: dict[int, Any], error: Exception) -> Any:
 
 
 def _layout(value: Any) -> Any:
-    """The class of Python's own whose state an object has beside its attributes; None: it has more, which Python does not see."""
+    """The class of Python's own whose state an object has beside its attributes; None: it has
+    more, which Python does not see.
+    """
     kind = type(value)
     layout = next(own for own in kind.__mro__ if own in _LAYOUTS)
     above = kind.__mro__[: kind.__mro__.index(layout)]
@@ -137,15 +155,23 @@ def _is_of_python(kind: type) -> bool:
     """Whether a class statement made a class, rather than C."""
     own = vars(kind)
     functions = any(isinstance(member, types.FunctionType) for member in own.values())
-    return functions or not own.keys().isdisjoint(("__weakref__", "__slots__")) or any(map(_is_of_python, kind.__bases__))
+    return (
+        functions
+        or not own.keys().isdisjoint(("__weakref__", "__slots__"))
+        or any(map(_is_of_python, kind.__bases__))
+    )
 
 
-_LAYOUTS: frozenset[Any] = frozenset({object, types.SimpleNamespace, threading.local, *_SEQUENCES, *_MAPPINGS})
+_LAYOUTS: frozenset[Any] = frozenset(
+    {object, types.SimpleNamespace, threading.local, *_SEQUENCES, *_MAPPINGS}
+)
 """Classes whose objects hold nothing but what Python sees."""
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether an object that holds no other cannot be copied, and nobody can tell who has used it."""
+    """Whether an object that holds no other cannot be copied, and nobody can tell who has used
+    it.
+    """
     if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _held(value):
         return False
     try:
@@ -158,12 +184,18 @@ def _is_shared(value: Any) -> bool:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Names of the attributes of a module that hold its hooks, by a number each."""
 
-HOOKS_CALLED = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+HOOKS_CALLED = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 """Names of the attributes that say how, by the same numbers."""
 
 
 def hooks_apart(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
-    """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves nothing to the user."""
+    """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves
+    nothing to the user.
+    """
     return type(hooks)((key, _hook_apart(hook, memo)) for key, hook in hooks.items())
 
 
@@ -176,7 +208,9 @@ def _hook_apart(hook: Any, memo: dict[int, Any]) -> Any:
 
 
 def _apart(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a container, or of an object and the containers that it has; what is collected in them stays the same."""
+    """A copy of a container, or of an object and the containers that it has; what is collected in
+    them stays the same.
+    """
     if id(value) in memo:
         return memo[id(value)]
     if type(value) in _CONTAINERS:
@@ -186,23 +220,35 @@ def _apart(value: Any, memo: dict[int, Any]) -> Any:
         elif isinstance(value, list):
             made[:] = [_apart(item, memo) for item in value]
         return made
-    if hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)):
+    if hasattr(value, "__dict__") and not isinstance(
+        value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)
+    ):
         made = memo[id(value)] = copy.copy(value)
         for name, item in vars(value).items():
-            vars(made)[name] = _apart(item, memo) if type(item) in _CONTAINERS else memo.get(id(item), item)
+            vars(made)[name] = (
+                _apart(item, memo) if type(item) in _CONTAINERS else memo.get(id(item), item)
+            )
         return made
     return value
 
 
 def hooks_of(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
-    """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given ones collect into."""
-    memo |= {id(container): container for hook in hooks.values() for container in _collections(hook)}
+    """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given
+    ones collect into.
+    """
+    memo |= {
+        id(container): container for hook in hooks.values() for container in _collections(hook)
+    }
     return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
 
 
 def _collections(function: Any) -> list[Any]:
     """The lists, dicts and sets that a function holds."""
-    return [held for held in _held(function) if type(held) in _CONTAINERS] if type(function) is types.FunctionType else []
+    return (
+        [held for held in _held(function) if type(held) in _CONTAINERS]
+        if type(function) is types.FunctionType
+        else []
+    )
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
@@ -213,14 +259,21 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
 def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
     cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
     closure = tuple(new for _, new, _ in cells) or None
-    named = {name: value for name, value in _globals(function, memo).items() if _refers(value, memo)}
+    named = {
+        name: value for name, value in _globals(function, memo).items() if _refers(value, memo)
+    }
     space = _Names(function.__globals__) if named else function.__globals__
-    made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, closure)
+    made = types.FunctionType(
+        function.__code__, space, function.__name__, function.__defaults__, closure
+    )
     memo[id(function)] = made  # before its cells are filled, which may hold it
     space |= {name: copied(value, memo) for name, value in named.items()}
     made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
-    made.__qualname__, made.__kwdefaults__ = function.__qualname__, _rebound(function.__kwdefaults__, memo)
+    made.__qualname__, made.__kwdefaults__ = (
+        function.__qualname__,
+        _rebound(function.__kwdefaults__, memo),
+    )
     made.__defaults__ = _rebound(function.__defaults__, memo)
     for cell, new, fresh in cells:
         if fresh and _filled(cell):
@@ -258,20 +311,26 @@ def _file(space: dict[str, Any]) -> dict[str, Any]:
 
 
 def _globals(function: types.FunctionType, memo: dict[int, Any]) -> dict[str, Any]:
-    """Those of the globals that a function names which may lead to what is replaced; of functions, those of the same file."""
+    """Those of the globals that a function names which may lead to what is replaced; of functions,
+    those of the same file.
+    """
     space, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
     for code in codes:
         codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
         for name in code.co_names:
             value = space.get(name)
             replaced = isinstance(value, (nn.Module, Tensor)) and id(value) in memo
-            if replaced or (isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)):
+            if replaced or (
+                isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)
+            ):
                 found[name] = value
     return found
 
 
 def _cell(cell: types.CellType, memo: dict[int, Any]) -> tuple[types.CellType, bool]:
-    """The cell in the place of one, which several functions can share, and whether it is a new one."""
+    """The cell in the place of one, which several functions can share, and whether it is a new
+    one.
+    """
     fresh = id(cell) not in memo
     if fresh:
         memo[id(cell)] = types.CellType()

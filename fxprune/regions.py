@@ -1,7 +1,9 @@
-"""Regions of forward that run without gradients, or in another precision: ``with torch.no_grad():``, ``with torch.autocast(...):``.
+"""Regions of forward that run without gradients, or in another precision: ``with
+torch.no_grad():``, ``with torch.autocast(...):``.
 
-Python enters and leaves them while a model is traced, and a graph of tensor operations alone would lose them. They become two
-nodes, around what was recorded in between, and a ``with`` block in the code of an emitted model.
+Python enters and leaves them while a model is traced, and a graph of tensor operations alone would
+lose them. They become two nodes, around what was recorded in between, and a ``with`` block in the
+code of an emitted model.
 """
 
 from __future__ import annotations
@@ -48,14 +50,19 @@ def leave(region: AbstractContextManager[Any]) -> None:
 
 
 BOUNDS = frozenset({enter, leave})
-"""What the two nodes of a region call. To look at a graph, on tensors without data, they need not run."""
+"""What the two nodes of a region call. To look at a graph, on tensors without data, they need not
+run.
+"""
 
 
 @contextmanager
-def recorded(begin: Callable[..., Any], end: Callable[[Any], None], mine: Callable[[str], bool]) -> Iterator[None]:
+def recorded(
+    begin: Callable[..., Any], end: Callable[[Any], None], mine: Callable[[str], bool]
+) -> Iterator[None]:
     """Tell of every region that is entered and left, from a file of which ``mine`` is true.
 
-    ``begin(kind, *args, **kwargs)`` gets the arguments of :func:`enter`; what it returns is handed to ``end``.
+    ``begin(kind, *args, **kwargs)`` gets the arguments of :func:`enter`; what it returns is handed
+    to ``end``.
     """
     open_regions: dict[int, Any] = {}
 
@@ -83,7 +90,9 @@ def recorded(begin: Callable[..., Any], end: Callable[[Any], None], mine: Callab
 
 
 def _caller() -> str:
-    """The file of the ``with`` statement, or of what calls the function that a region decorates."""
+    """The file of the ``with`` statement, or of what calls the function that a region
+    decorates.
+    """
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename in _HELPERS:
         frame = frame.f_back
@@ -96,7 +105,11 @@ _HELPERS |= {torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__
 
 def _described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     if isinstance(region, torch.autocast):
-        kwargs = {"dtype": region.fast_dtype, "enabled": region._enabled, "cache_enabled": region._cache_enabled}
+        kwargs = {
+            "dtype": region.fast_dtype,
+            "enabled": region._enabled,
+            "cache_enabled": region._cache_enabled,
+        }
         return "autocast", (region.device,), kwargs
     if isinstance(region, torch.set_grad_enabled):
         return ("enable_grad" if region.mode else "no_grad"), (), {}
@@ -106,7 +119,8 @@ def _described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
 
 
 def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
-    """While this context lasts, the code that the graph generates has ``with`` blocks for its regions.
+    """While this context lasts, the code that the graph generates has ``with`` blocks for its
+    regions.
 
     They are left as well when something in between raises.
 
@@ -123,7 +137,9 @@ def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
             exp = torch.exp(x);  x = None
         return exp
     """
-    return graph.on_generate_code(lambda before: lambda body: _with_blocks(graph, before(body) if before else body))
+    return graph.on_generate_code(
+        lambda before: lambda body: _with_blocks(graph, before(body) if before else body)
+    )
 
 
 def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:

@@ -30,7 +30,9 @@ class PinnedRow(NamedTuple):
 
 
 class LatencyRow(NamedTuple):
-    """Milliseconds of one call of the dense and of the pruned model, both deployed and measured in turns; and the forecast."""
+    """Milliseconds of one call of the dense and of the pruned model, both deployed and measured in
+    turns; and the forecast.
+    """
 
     before: float
     after: float
@@ -50,25 +52,31 @@ class Report:
 
     Attributes:
         params_before, params_after: elements of all parameters, tied parameters counted once.
-        macs_before, macs_after: multiply-accumulates on the example inputs, None where they could not be counted.
-        params_pinned, macs_pinned: the part of both that no budget reaches: of parameters, and of contractions (matrix
-            products, convolutions, attention), none of whose dimensions can shrink. None where it was not counted.
+        macs_before, macs_after: multiply-accumulates on the example inputs, None where they could
+            not be counted.
+        params_pinned, macs_pinned: the part of both that no budget reaches: of parameters, and of
+            contractions (matrix products, convolutions, attention), none of whose dimensions can
+            shrink. None where it was not counted.
         groups: one row per group, in the plan's order.
         pinned: what was never up for pruning, with reasons.
         untouched: names of parameters that no executed operation used; they stay as they are.
         decisions: control flow that the trace fixed, as text.
-        parts: paths of the modules that were emitted as graphs inside the model's own class; empty if the model is one graph.
-        not_one_graph: what keeps the model from being one graph, with the line; empty if it is one.
-        not_set: attributes that forward sets to what it computes of the inputs, for others to look at (``self.features = h``): a
-            graph does not set them.
-        statistics: normalisations whose statistics go over the surviving channels only, as text. This is the one
-            place where a pruned model may differ from the original with its removed channels zeroed.
+        parts: paths of the modules that were emitted as graphs inside the model's own class; empty
+            if the model is one graph.
+        not_one_graph: what keeps the model from being one graph, with the line; empty if it is
+            one.
+        not_set: attributes that forward sets to what it computes of the inputs, for others to look
+            at (``self.features = h``): a graph does not set them.
+        statistics: normalisations whose statistics go over the surviving channels only, as text.
+            This is the one place where a pruned model may differ from the original with its
+            removed channels zeroed.
         seconds: wall-clock seconds per stage, in the order in which the stages ran.
         error: relative error of the verification, None if none was asked for.
         latency: what a latency budget came to, None if there was none.
 
     Example:
-        >>> report = Report(params_before=1000, params_after=250, macs_before=4000, macs_after=1000,
+        >>> report = Report(params_before=1000, params_after=250, macs_before=4000,
+        ...     macs_after=1000,
         ...                 groups=(GroupRow("conv1", 4, 8),), error=1e-15)
         >>> print(report)
         parameters  1,000 -> 250 (25.0 % left)
@@ -102,9 +110,12 @@ class Report:
     def __post_init__(self) -> None:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
         try:
-            object.__setattr__(self, "groups", tuple(GroupRow(*row) for row in read(self.groups, "groups")))
+            object.__setattr__(
+                self, "groups", tuple(GroupRow(*row) for row in read(self.groups, "groups"))
+            )
             pinned = (
-                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest) for axes, *rest in read(self.pinned, "pinned")
+                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
+                for axes, *rest in read(self.pinned, "pinned")
             )
             object.__setattr__(self, "pinned", tuple(pinned))
             for name in _TEXTS:
@@ -145,7 +156,10 @@ class Report:
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "groups": [row._asdict() for row in self.groups],
-            "pinned": [{"axes": list(row.axes), "reason": row.reason, "node": row.node} for row in self.pinned],
+            "pinned": [
+                {"axes": list(row.axes), "reason": row.reason, "node": row.node}
+                for row in self.pinned
+            ],
             "untouched": list(self.untouched),
             "decisions": list(self.decisions),
             "statistics": list(self.statistics),
@@ -168,12 +182,16 @@ class Report:
             PlanError: if the data is something else.
 
         Example:
-            >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),), seconds={"trace": 0.5})
+            >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),),
+            ...     seconds={"trace": 0.5})
             >>> Report.from_dict(report.to_dict()) == report
             True
         """
         if not isinstance(data, Mapping):
-            raise PlanError(f"this is not a report, but a {type(data).__name__}. Write reports with Report.to_dict().")
+            raise PlanError(
+                f"this is not a report, but a {type(data).__name__}. Write reports with "
+                "Report.to_dict()."
+            )
         try:
             groups = tuple(GroupRow(**row) for row in data["groups"])
             pinned = tuple(PinnedRow(**row) for row in data["pinned"])
@@ -181,7 +199,8 @@ class Report:
             return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(
-                f"this is not a report: {type(error).__name__}: {error}. Write reports with Report.to_dict()."
+                f"this is not a report: {type(error).__name__}: {error}. Write reports with "
+                "Report.to_dict()."
             ) from error
 
     def __str__(self) -> str:
@@ -203,12 +222,22 @@ class Report:
             left = f" ({100 * after / before:.1f} % left)" if before else ""
             measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
             yield f"latency     {measured}; deployed {setting}"
-        shares = ((self.params_pinned, self.params_before, "parameters"), (self.macs_pinned, self.macs_before, "MACs"))
-        fixed = [f"{_share(part, whole)} of the {name}" for part, whole, name in shares if part is not None and whole]
+        shares = (
+            (self.params_pinned, self.params_before, "parameters"),
+            (self.macs_pinned, self.macs_before, "MACs"),
+        )
+        fixed = [
+            f"{_share(part, whole)} of the {name}"
+            for part, whole, name in shares
+            if part is not None and whole
+        ]
         if fixed:
             yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
         if self.parts:
-            yield f"emitted     in the model's own class, whose Python stays, graphs at {', '.join(self.parts)}"
+            yield (
+                "emitted     in the model's own class, whose Python stays, graphs at "
+                f"{', '.join(self.parts)}"
+            )
         if self.not_one_graph:
             yield f"because     {self.not_one_graph}"
         if self.error is not None:
@@ -232,7 +261,9 @@ class Report:
         rows = []
         for (reason, node), axes in by_reason.items():
             more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
-            rows.append(f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else ""))
+            rows.append(
+                f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else "")
+            )
         return _section("pinned, never pruned", rows)
 
 

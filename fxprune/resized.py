@@ -16,7 +16,9 @@ __all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]
 
 
 def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
-    """The example with so many rows, default: 1 if it has more; None where its tensors have none."""
+    """The example with so many rows, default: 1 if it has more; None where its tensors have
+    none.
+    """
     args, kwargs = call
     before = batch_size((*args, *kwargs.values()))
     wanted = rows or (2 if before == 1 else 1)
@@ -24,7 +26,11 @@ def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
 
     def value(given: object) -> object:
         nonlocal found
-        if type(given) is list and len(given) == before and all(isinstance(item, Tensor) for item in given):
+        if (
+            type(given) is list
+            and len(given) == before
+            and all(isinstance(item, Tensor) for item in given)
+        ):
             found = True
             return [given[i % before] for i in range(wanted)]
         if isinstance(given, Tensor) and given.dim() and given.shape[0] == before:
@@ -34,15 +40,25 @@ def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
             return type(given)(value(item) for item in given)  # type: ignore[call-arg, attr-defined]
         return {key: value(item) for key, item in given.items()} if type(given) is dict else given
 
-    changed = tuple(value(given) for given in args), {name: value(given) for name, given in kwargs.items()}
+    changed = (
+        tuple(value(given) for given in args),
+        {name: value(given) for name, given in kwargs.items()},
+    )
     return changed if found else None
 
 
 def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
-    """The example at other resolutions and lengths, with what changed: sizes that are equal change together."""
+    """The example at other resolutions and lengths, with what changed: sizes that are equal change
+    together.
+    """
     first = _first(call)
     tensors = tensors_of(call)
-    images = {size for tensor in tensors for size in tensor.shape[-2:] if tensor.dim() - first > 2 and size > 2}
+    images = {
+        size
+        for tensor in tensors
+        for size in tensor.shape[-2:]
+        if tensor.dim() - first > 2 and size > 2
+    }
     together = [tuple(sorted(images))] if len(images) > 1 else []
     for sizes in [*together, *((size,) for size in lengths(call) if size > 2)]:
         for other in (_half, _odd, _next):
@@ -52,11 +68,20 @@ def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
 
 
 def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
-    """The example with one axis longer by one, where another axis has the same size: they need not be equal."""
+    """The example with one axis longer by one, where another axis has the same size: they need not
+    be equal.
+    """
     first, tensors = _first(call), tensors_of(call)
     for dim in range(first, max((tensor.dim() for tensor in tensors), default=0)):
-        sizes = [size for tensor in tensors for d, size in enumerate(tensor.shape) if d >= first and size > 1]
-        own = {tensor.shape[dim] for tensor in tensors if tensor.dim() > dim and tensor.shape[dim] > 1}
+        sizes = [
+            size
+            for tensor in tensors
+            for d, size in enumerate(tensor.shape)
+            if d >= first and size > 1
+        ]
+        own = {
+            tensor.shape[dim] for tensor in tensors if tensor.dim() > dim and tensor.shape[dim] > 1
+        }
         if len(own) == 1 and sizes.count(size := own.pop()) > 1:
             longer = functools.partial(_longer, dim=dim, size=size)
             args, kwargs = tree_map_only(Tensor, longer, call)
@@ -65,14 +90,18 @@ def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
 
 def with_sizes(call: Arguments, new: dict[int, int]) -> Arguments:
     """The example with other numbers for its sizes, but for those of its batch."""
-    args, kwargs = tree_map_only(Tensor, functools.partial(_with_sizes, new=new, first=_first(call)), call)
+    args, kwargs = tree_map_only(
+        Tensor, functools.partial(_with_sizes, new=new, first=_first(call)), call
+    )
     return args, kwargs
 
 
 def lengths(call: Arguments) -> list[int]:
     """The sizes of the example's tensors but for those of its batch, the largest first."""
     first = _first(call)
-    return sorted({size for tensor in tensors_of(call) for size in tensor.shape[first:]}, reverse=True)
+    return sorted(
+        {size for tensor in tensors_of(call) for size in tensor.shape[first:]}, reverse=True
+    )
 
 
 def _first(call: Arguments) -> int:
@@ -91,12 +120,18 @@ def _odd(size: int) -> int:
 
 
 def _next(size: int) -> int:
-    """Another multiple of 32, if it is one; small ones get larger, large ones smaller, which takes less time."""
+    """Another multiple of 32, if it is one; small ones get larger, large ones smaller, which takes
+    less time.
+    """
     return size - 32 if size > 64 else 2 * size
 
 
 def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
-    return _resized(tensor, dim, size + 1) if tensor.dim() > dim and tensor.shape[dim] == size else tensor
+    return (
+        _resized(tensor, dim, size + 1)
+        if tensor.dim() > dim and tensor.shape[dim] == size
+        else tensor
+    )
 
 
 def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:

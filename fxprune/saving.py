@@ -1,11 +1,14 @@
-"""Pruned models on disk: a folder with the plan, the weights and the report, written whole or not at all.
+"""Pruned models on disk: a folder with the plan, the weights and the report, written whole or not
+at all.
 
-Nothing is pickled and nothing unpickled: the plan and the report are JSON, the weights are safetensors. ``manifest.json`` names the
-SHA-256 of each file, so that a folder which is not what was written is refused. That finds accidents; it is not a signature.
+Nothing is pickled and nothing unpickled: the plan and the report are JSON, the weights are
+safetensors. ``manifest.json`` names the SHA-256 of each file, so that a folder which is not what
+was written is refused. That finds accidents; it is not a signature.
 
-How a save cannot tear: all files are written into a folder of their own and flushed to the disk. Where the target is new, one
-rename puts that folder in its place. Where it exists, one rename to ``.committed`` inside it makes the new state count, and then
-the files move to their places; readers look into ``.committed`` first. So a save which is killed before the rename leaves the old
+How a save cannot tear: all files are written into a folder of their own and flushed to the disk.
+Where the target is new, one rename puts that folder in its place. Where it exists, one rename to
+``.committed`` inside it makes the new state count, and then the files move to their places;
+readers look into ``.committed`` first. So a save which is killed before the rename leaves the old
 state, and one killed after it the new one. Other files in the folder are left alone.
 """
 
@@ -32,7 +35,14 @@ from fxprune.plan import Plan
 from fxprune.report import Report
 from fxprune.values import path_of
 
-__all__ = ["load_tensors", "read_files", "read_pruned", "save_pruned", "save_tensors", "write_files"]
+__all__ = [
+    "load_tensors",
+    "read_files",
+    "read_pruned",
+    "save_pruned",
+    "save_tensors",
+    "write_files",
+]
 
 PLAN, WEIGHTS, REPORT, TEXT = "plan.json", "model.safetensors", "report.json", "report.txt"
 MANIFEST = "manifest.json"
@@ -44,11 +54,13 @@ _WRITING = ".writing-"  # an incomplete one
 Folder = str | os.PathLike[str]
 
 
-# ---- pruned models -------------------------------------------------------------------------------------------
+# ---- pruned models ------------------------------------------------------------------------------
 
 
 def save_pruned(folder: Folder, model: nn.Module, plan: Plan, report: Report) -> None:
-    """Write ``plan.json``, ``model.safetensors``, ``report.json``, ``report.txt`` and the manifest; see :func:`write_files`."""
+    """Write ``plan.json``, ``model.safetensors``, ``report.json``, ``report.txt`` and the
+    manifest; see :func:`write_files`.
+    """
     write_files(
         folder,
         {
@@ -61,7 +73,8 @@ def save_pruned(folder: Folder, model: nn.Module, plan: Plan, report: Report) ->
 
 
 def read_pruned(folder: Folder) -> tuple[Plan, Path, Report]:
-    """The plan, the path of the weights (for :func:`load_tensors`) and the report of a folder that :func:`save_pruned` wrote.
+    """The plan, the path of the weights (for :func:`load_tensors`) and the report of a folder that
+    :func:`save_pruned` wrote.
 
     Raises
     ------
@@ -88,47 +101,63 @@ def _read_text(path: Path) -> str:
         raise PlanError(f"{path} is not text: {error}.") from error
 
 
-# ---- weights -------------------------------------------------------------------------------------------------
+# ---- weights ------------------------------------------------------------------------------------
 
 
 def save_tensors(model: nn.Module, path: Path) -> None:
     """Write a module's state dict as safetensors, each tied tensor once.
 
-    The file's metadata names, for each tied name that is left out, the one it is stored under, as ``safetensors.torch.save_model``
-    does, whose ``load_model`` reads the file too.
+    The file's metadata names, for each tied name that is left out, the one it is stored under, as
+    ``safetensors.torch.save_model`` does, whose ``load_model`` reads the file too.
 
     Raises
     ------
     ModelError
-        If the state holds something that is no tensor, or of a dtype that safetensors does not know.
+        If the state holds something that is no tensor, or of a dtype that safetensors does not
+        know.
     """
-    state = model.state_dict(keep_vars=True)  # the parameters themselves, so that their identity tells which are tied
+    # the parameters themselves, so that their identity tells which are tied
+    state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ModelError(f"{name!r} of the state dict is a {kind}, which only a pickle could hold: make it a buffer.")
+            raise ModelError(
+                f"{name!r} of the state dict is a {kind}, which only a pickle could hold: make "
+                "it a buffer."
+            )
         if value.is_meta:
-            raise ModelError(f"{name!r} is on the meta device and has no values to save: load the weights first.")
+            raise ModelError(
+                f"{name!r} is on the meta device and has no values to save: load the weights "
+                "first."
+            )
     aliases = _aliases(state)
     stored = {name: value.detach() for name, value in state.items() if name not in aliases}
     storages = Counter(value.untyped_storage().data_ptr() for value in stored.values())
     try:
         save_file(
             # Different views of one storage are stored apart, each whole.
-            {n: (v.clone() if storages[v.untyped_storage().data_ptr()] > 1 else v).cpu().contiguous() for n, v in stored.items()},
+            {
+                n: (v.clone() if storages[v.untyped_storage().data_ptr()] > 1 else v)
+                .cpu()
+                .contiguous()
+                for n, v in stored.items()
+            },
             path,
             metadata={"format": "pt", **aliases},
         )
-    except SafetensorError as error:  # of the library's core, which writes; what may be written has been checked before
+    except SafetensorError as error:
+        # of the library's core, which writes; what may be written has been checked before
         raise ArgumentError(
-            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk with room."
+            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk "
+            "with room."
         ) from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Read what :func:`save_tensors` wrote into a module: the same names, shapes and ties; dtypes become those of the file.
+    """Read what :func:`save_tensors` wrote into a module: the same names, shapes and ties; dtypes
+    become those of the file.
 
     Raises
     ------
@@ -150,11 +179,15 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         if name in own and _kind(value) != _kind(own[name])
     ]
     if not problems and _aliases(own) != aliases:
-        differ = sorted({n for pair in set(_aliases(own).items()) ^ set(aliases.items()) for n in pair})
+        differ = sorted(
+            {n for pair in set(_aliases(own).items()) ^ set(aliases.items()) for n in pair}
+        )
         problems = [f"{', '.join(differ)} are tied on one side only"]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise PlanError(f"{path} does not hold the weights of this model: {'; '.join(problems[:3])}{more}.")
+        raise PlanError(
+            f"{path} does not hold the weights of this model: {'; '.join(problems[:3])}{more}."
+        )
     _cast(model, own, stored)
     with torch.no_grad():
         for name, value in stored.items():
@@ -181,26 +214,36 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            aliases = {name: kept for name, kept in (file.metadata() or {}).items() if name != "format"}
+            aliases = {
+                name: kept for name, kept in (file.metadata() or {}).items() if name != "format"
+            }
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise PlanError(f"{path} is not a complete safetensors file: {error}. Save the model again.") from error
+        raise PlanError(
+            f"{path} is not a complete safetensors file: {error}. Save the model again."
+        ) from error
     if not set(aliases.values()) <= set(stored):
         raise PlanError(f"{path} names tied tensors that it does not hold. Save the model again.")
     return stored, aliases
 
 
 def _cast(model: nn.Module, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """A model that was cast as a whole, as by ``half()``, has buffers that are not saved: they are cast with it."""
+    """A model that was cast as a whole, as by ``half()``, has buffers that are not saved: they are
+    cast with it.
+    """
     theirs = {value.dtype for value in stored.values() if value.is_floating_point()}
-    if len(theirs) == 1 and {value.dtype for value in own.values() if value.is_floating_point()} != theirs:
+    if (
+        len(theirs) == 1
+        and {value.dtype for value in own.values() if value.is_floating_point()} != theirs
+    ):
         model.to(theirs.pop())
 
 
-# ---- folders -------------------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------
 
 
 def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write all of some files, or none, and their manifest; the state before stays until the new one is complete on the disk.
+    """Write all of some files, or none, and their manifest; the state before stays until the new
+    one is complete on the disk.
 
     Parameters
     ----------
@@ -242,16 +285,23 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
     ArgumentError
         If there is no such folder.
     PlanError
-        If a file is missing, was cut short or changed, or the manifest lacks one that is ``needed``.
+        If a file is missing, was cut short or changed, or the manifest lacks one that is
+        ``needed``.
     """
     folder = path_of("the folder", folder)
     with _disk_errors(folder):
         if not folder.is_dir():
-            raise ArgumentError(f"there is no folder {folder}: name one that Pruned.save() or fxprune prune -o wrote.")
+            raise ArgumentError(
+                f"there is no folder {folder}: name one that Pruned.save() or fxprune prune -o "
+                "wrote."
+            )
         listed = _read_manifest(folder)
         lacking = [name for name in needed if name not in listed]
         if lacking:
-            raise PlanError(f"{folder / MANIFEST} does not list {', '.join(lacking)}: this is no pruned model. Save it again.")
+            raise PlanError(
+                f"{folder / MANIFEST} does not list {', '.join(lacking)}: this is no pruned "
+                "model. Save it again."
+            )
         paths = {name: _place(folder, name) for name in listed}
         for name, path in paths.items():
             _check_file(path, listed[name])
@@ -296,7 +346,10 @@ def _place(folder: Path, name: str) -> Path:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        return {
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            "bytes": path.stat().st_size,
+        }
 
 
 def _manifest_text(listed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -306,18 +359,32 @@ def _manifest_text(listed: Mapping[str, Mapping[str, Any]]) -> str:
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = _place(folder, MANIFEST)
     if not path.exists():
-        raise PlanError(f"{folder} has no {MANIFEST}: it is not a pruned model that was saved whole. Save it again.")
+        raise PlanError(
+            f"{folder} has no {MANIFEST}: it is not a pruned model that was saved whole. Save it "
+            "again."
+        )
     text = _read_text(path)
     try:
         data = json.loads(text)
-        schema, listed = data["schema"], {str(name): dict(entry) for name, entry in data["files"].items()}
+        schema, listed = (
+            data["schema"],
+            {str(name): dict(entry) for name, entry in data["files"].items()},
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PlanError(f"{path} is damaged: {type(error).__name__}: {error}. Save the model again.") from error
+        raise PlanError(
+            f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
+        ) from error
     if schema != SCHEMA:
-        raise PlanError(f"{path} has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade fxprune, or save anew.")
-    # The manifest has no digest of its own: it must be exactly the text that would be written for what it says.
+        raise PlanError(
+            f"{path} has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade "
+            "fxprune, or save anew."
+        )
+    # The manifest has no digest of its own: it must be exactly the text that would be written for
+    # what it says.
     if text != _manifest_text(listed) or any(Path(name).name != name for name in listed):
-        raise PlanError(f"{path} is damaged: it was changed after it was written. Save the model again.")
+        raise PlanError(
+            f"{path} is damaged: it was changed after it was written. Save the model again."
+        )
     return listed
 
 
@@ -327,11 +394,15 @@ def _check_file(path: Path, listed: Mapping[str, Any]) -> None:
     found = _describe(path)
     if found["bytes"] != listed.get("bytes"):
         raise PlanError(
-            f"{path} has {found['bytes']:,} bytes where {listed.get('bytes')} were written: it was cut short, or is of another "
-            "model. Copy the folder whole, or save the model again."
+            f"{path} has {found['bytes']:,} bytes where {listed.get('bytes')} were written: it "
+            "was cut short, or is of another model. Copy the folder whole, or save the model "
+            "again."
         )
     if found["sha256"] != listed.get("sha256"):
-        raise PlanError(f"{path} is not what was written: its SHA-256 differs. Copy the folder whole, or save the model again.")
+        raise PlanError(
+            f"{path} is not what was written: its SHA-256 differs. Copy the folder whole, or "
+            "save the model again."
+        )
 
 
 def _flush(path: Path) -> None:
@@ -351,4 +422,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or folder
-        raise ArgumentError(f"{where}: {error.strerror or error}. Name a folder that can be read and written.") from error
+        raise ArgumentError(
+            f"{where}: {error.strerror or error}. Name a folder that can be read and written."
+        ) from error

@@ -24,19 +24,23 @@ __all__ = ["select"]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
-def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None) -> dict[str, tuple[int, ...]]:
+def select(
+    coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None
+) -> dict[str, tuple[int, ...]]:
     """Choose the survivors.
 
     ``timed`` is what a latency budget counts.
 
     Returns
     -------
-    For each group's name the indices of its surviving units, ascending. In a balanced group every block keeps equally many.
+    For each group's name the indices of its surviving units, ascending. In a balanced group every
+    block keeps equally many.
 
     Raises
     ------
     BudgetError
-        If even the smallest model that the analysis allows is above a budget; it says what the least reachable is.
+        If even the smallest model that the analysis allows is above a budget; it says what the
+        least reachable is.
     ArgumentError
         If a glob of ``layers`` matches no group.
     """
@@ -47,7 +51,12 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | 
         for pool, spared, pair in zip(pools, least, _pairs(coupling, pools), strict=True)
     ]
     widths, fixed = _given(coupling, pools, budget, least)
-    whole = (budget.macs, budget.params, budget.latency, budget.channels if budget.scope == "global" else None)
+    whole = (
+        budget.macs,
+        budget.params,
+        budget.latency,
+        budget.channels if budget.scope == "global" else None,
+    )
     if any(share is not None for share in whole):
         descent = Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
         widths = descent.run()
@@ -61,21 +70,26 @@ def select(coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | 
 
 
 def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
-    """For each block the positions of its units, the least important first; of equals, the last first."""
+    """For each block the positions of its units, the least important first; of equals, the last
+    first.
+    """
     return pool.width - 1 - np.argsort(value[pool.labels][:, ::-1], axis=1, kind="stable")
 
 
 def _spared(
     coupling: Coupling, pools: Sequence[Pool], order: Sequence[npt.NDArray[np.int64]]
 ) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
-    """Let no tensor lose everything: put off units until each row of each tensor has a position whose units are the last to go.
+    """Let no tensor lose everything: put off units until each row of each tensor has a position
+    whose units are the last to go.
 
-    Units of one block may lie on different tensors (the two halves of a split, layers that share balanced blocks): all of one
-    tensor's could be the least important. Returns the order, and how many units every block has to keep at least.
+    Units of one block may lie on different tensors (the two halves of a split, layers that share
+    balanced blocks): all of one tensor's could be the least important. Returns the order, and how
+    many units every block has to keep at least.
     """
     spared = np.zeros(coupling.context.units.count, dtype=bool)
     spared[0] = True  # no unit: what stays in any case
-    height = np.zeros(len(spared), dtype=np.int64)  # how many of its block a unit has behind it in the order
+    # how many of its block a unit has behind it in the order
+    height = np.zeros(len(spared), dtype=np.int64)
     labels = []
     for pool, ascending in zip(pools, order, strict=True):
         labels.append(np.take_along_axis(pool.labels, ascending, axis=1))
@@ -88,7 +102,11 @@ def _spared(
         if not fields or key in known:
             continue
         known.add(key)
-        whole = {own.shape.index(own.size) for own in fields if own.size in own.shape and spared[own].any()}
+        whole = {
+            own.shape.index(own.size)
+            for own in fields
+            if own.size in own.shape and spared[own].any()
+        }
         if len(whole) == len(fields):
             continue  # most of them: one row along each axis
         for _, rows in lines(coupling, fields):
@@ -96,12 +114,17 @@ def _spared(
                 units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
                 spared[units], height[units] = True, 0
     put_off = [np.argsort(spared[own], axis=1, kind="stable") for own in labels]
-    late = [np.take_along_axis(ascending, moved, axis=1) for ascending, moved in zip(order, put_off, strict=True)]
+    late = [
+        np.take_along_axis(ascending, moved, axis=1)
+        for ascending, moved in zip(order, put_off, strict=True)
+    ]
     return late, [int(spared[own].sum(axis=1).max()) for own in labels]
 
 
 def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
-    """How many units every block has to keep so that no statistic is taken of one value: two, where it has two, or one."""
+    """How many units every block has to keep so that no statistic is taken of one value: two,
+    where it has two, or one.
+    """
     context = coupling.context
     needed = np.zeros(context.units.count, dtype=bool)
     for labels in context.pairs:
@@ -115,7 +138,9 @@ def _all_tensors(coupling: Coupling) -> list[Tensor]:
     return [*coupling.parameters.values(), *tensors_of(nodes)]
 
 
-def _given(coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]) -> tuple[list[int], list[bool]]:
+def _given(
+    coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
+) -> tuple[list[int], list[bool]]:
     """The widths to start from, and which of them are settled by a layer's own share."""
     shares = _shares(coupling, budget.layers)
     widths, fixed = [], []
@@ -123,7 +148,9 @@ def _given(coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Seq
         share = shares.get(pool.group)
         fixed.append(share is not None)
         if share is None:
-            share = budget.channels if budget.channels is not None and budget.scope == "group" else 1.0
+            share = (
+                budget.channels if budget.channels is not None and budget.scope == "group" else 1.0
+            )
         widths.append(keep_count(pool.width, share, step_of(pool, budget), at_least))
     return widths, fixed
 
@@ -132,15 +159,24 @@ def _shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]
     shares: dict[int, float] = {}
     owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
     for glob, share in layers.items():
-        found = [i for i, names in enumerate(owners) if any(fnmatch.fnmatchcase(name, glob) for name in names)]
+        found = [
+            i
+            for i, names in enumerate(owners)
+            if any(fnmatch.fnmatchcase(name, glob) for name in names)
+        ]
         if not found:
             some = ", ".join(dict.fromkeys(name for names in owners[:4] for name in names))
-            raise ArgumentError(f"layers: {glob!r} matches no layer whose channels can be pruned. There are: {some}, ...")
+            raise ArgumentError(
+                f"layers: {glob!r} matches no layer whose channels can be pruned. There are: "
+                f"{some}, ..."
+            )
         shares.update(dict.fromkeys(found, share))
     return shares
 
 
 def _owners(coupling: Coupling, group: Group) -> list[str]:
     """Names of the parameters and modules whose own filters are units of a group."""
-    own = [axis.parameter for axis in group.axes if coupling.role(axis.parameter, axis.dim) == "own"]
+    own = [
+        axis.parameter for axis in group.axes if coupling.role(axis.parameter, axis.dim) == "own"
+    ]
     return [*own, *(name.rpartition(".")[0] for name in own)]

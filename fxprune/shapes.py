@@ -1,9 +1,11 @@
 """What an ATen op returns on tensors without storage: its shape, its dtype, nothing else.
 
-The analysis runs models on ``meta`` tensors, which hold no data, so its cost does not depend on the resolution. PyTorch's own meta
-kernels are exact but some are Python programs of a millisecond each; the ops that make up most of a network (pointwise ops,
-normalisations, poolings) have a shape that is plain to see, and are answered here at once. An op that is made of others is run as
-these, each answered here. Every other op goes to PyTorch, many of whose kernels import sympy and the compiler at their first call.
+The analysis runs models on ``meta`` tensors, which hold no data, so its cost does not depend on
+the resolution. PyTorch's own meta kernels are exact but some are Python programs of a millisecond
+each; the ops that make up most of a network (pointwise ops, normalisations, poolings) have a shape
+that is plain to see, and are answered here at once. An op that is made of others is run as these,
+each answered here. Every other op goes to PyTorch, many of whose kernels import sympy and the
+compiler at their first call.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ __all__ = [
 
 META = torch.device("meta")
 
-_empty, _empty_strided = torch.empty, torch.empty_strided  # as they are, also while tracing has others in their place
+# as they are, also while tracing has others in their place
+_empty, _empty_strided = torch.empty, torch.empty_strided
 
 
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -69,8 +72,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Execute an ATen overload on meta tensors.
 
-    Tensors with data (integer tables, masks) may stand among the arguments. If all of them hold data the op is executed for real,
-    which is how constants fold; otherwise they are taken to the meta device first.
+    Tensors with data (integer tables, masks) may stand among the arguments. If all of them hold
+    data the op is executed for real, which is how constants fold; otherwise they are taken to the
+    meta device first.
 
     Raises whatever the op raises on a wrong shape.
     """
@@ -95,7 +99,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @functools.cache
 def is_composite(func: Any) -> bool:
     """Whether an op is made of others, for every kind of tensor."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
 
 
 def is_quick(func: Any) -> bool:
@@ -115,14 +121,20 @@ def _quick(func: Any) -> Callable[..., Any] | None:
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """An op that writes into its first argument gives that argument back, whatever it writes."""
     returns = func._schema.returns
-    written = len(returns) == 1 and returns[0].alias_info is not None and isinstance(args[0], Tensor) and args[0].is_meta
+    written = (
+        len(returns) == 1
+        and returns[0].alias_info is not None
+        and isinstance(args[0], Tensor)
+        and args[0].is_meta
+    )
     if not written:
         return None
     if torch.Tag.pointwise in func.tags:
         tensors = tensors_in(args, kwargs)
         if _broadcast({t.shape for t in tensors}) != args[0].shape:
             return None  # PyTorch says what is wrong
-        _pointwise_dtype(func, *_kinds(args, kwargs))  # raises where the result's dtype does not fit in
+        # raises where the result's dtype does not fit in
+        _pointwise_dtype(func, *_kinds(args, kwargs))
     return args[0]
 
 
@@ -137,7 +149,9 @@ def _to_meta(value: Any) -> Any:
 def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
-    tensors = [a for a in args if isinstance(a, Tensor)] + [a for a in kwargs.values() if isinstance(a, Tensor)]
+    tensors = [a for a in args if isinstance(a, Tensor)] + [
+        a for a in kwargs.values() if isinstance(a, Tensor)
+    ]
     shape = _broadcast({t.shape for t in tensors})
     if shape is None:
         return None
@@ -176,7 +190,9 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return _empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
 
 
-def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+def _kinds(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
     return tuple(map(_hashable, args)), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items()))
 
 
@@ -189,8 +205,12 @@ def _hashable(value: Any) -> Any:
 
 
 @functools.cache
-def _pointwise_dtype(func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, Any], ...]) -> torch.dtype | None:
-    """Ask PyTorch once, on one-element tensors, which dtype the op returns for these kinds of argument."""
+def _pointwise_dtype(
+    func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, Any], ...]
+) -> torch.dtype | None:
+    """Ask PyTorch once, on one-element tensors, which dtype the op returns for these kinds of
+    argument.
+    """
 
     def sample(kind: Any) -> Any:
         if isinstance(kind, tuple):
@@ -199,7 +219,10 @@ def _pointwise_dtype(func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, An
             return kind(1) if kind in (int, float, complex) else None
         return kind
 
-    if any(isinstance(k, type) and k not in (int, float, complex) for k in key + tuple(v for _, v in kwkey)):
+    if any(
+        isinstance(k, type) and k not in (int, float, complex)
+        for k in key + tuple(v for _, v in kwkey)
+    ):
         return None
     out = func(*(sample(k) for k in key), **{k: sample(v) for k, v in kwkey})
     return out.dtype if isinstance(out, Tensor) else None
@@ -211,7 +234,9 @@ def _like_first(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def _contiguous(x: Tensor, keep_format: bool = False) -> Tensor | None:
-    """A result that is laid out anew, whatever the strides of ``x``; ``keep_format``: but for channels-last."""
+    """A result that is laid out anew, whatever the strides of ``x``; ``keep_format``: but for
+    channels-last.
+    """
     if not x.is_meta or not x.is_floating_point():
         return None
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
@@ -229,7 +254,11 @@ def _channel_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 
 def _group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return _channel_norm(func, args, kwargs) if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0 else None
+    return (
+        _channel_norm(func, args, kwargs)
+        if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0
+        else None
+    )
 
 
 def _last_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -245,7 +274,9 @@ def _softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     if not -args[0].dim() <= dim < args[0].dim():
         return None
-    dtype = kwargs.get("dtype", args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None)
+    dtype = kwargs.get(
+        "dtype", args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None
+    )
     return None if dtype is not None else _contiguous(args[0])
 
 
@@ -263,7 +294,9 @@ def _upsample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     given = _given(func, args, kwargs)
     x, size = given["input"], given.get("output_size")
     scale: Any = given.get("scale_factors")
-    spatial: Sequence[int] = size if size is not None else [int(s * f) for s, f in zip(x.shape[2:], scale, strict=True)]
+    spatial: Sequence[int] = (
+        size if size is not None else [int(s * f) for s, f in zip(x.shape[2:], scale, strict=True)]
+    )
     return x.new_empty([*x.shape[:2], *spatial])
 
 
@@ -278,7 +311,9 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
     if any([*t.shape[:dim], *t.shape[dim + 1 :]] != rest for t in tensors):
         return None
-    return first.new_empty([*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]])
+    return first.new_empty(
+        [*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]]
+    )
 
 
 def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -286,17 +321,34 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
         return None
     x, weight = args[0], args[1]
     count = weight.dim() - 2
-    stride, padding, dilation = (_each(args[i] if len(args) > i else default, count) for i, default in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (
+        _each(args[i] if len(args) > i else default, count)
+        for i, default in ((3, 1), (4, 0), (5, 1))
+    )
     groups = args[6] if len(args) > 6 else 1
-    if x.dim() != count + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or x.dtype != weight.dtype:
+    if (
+        x.dim() != count + 2
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+        or x.dtype != weight.dtype
+    ):
         return None  # PyTorch says what is wrong
-    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:  # PyTorch's own kernel for shapes takes it
-        raise RuntimeError(f"a bias of shape {tuple(args[2].shape)} for {weight.shape[0]} output channels")
+    # PyTorch's own kernel for shapes takes it
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"a bias of shape {tuple(args[2].shape)} for {weight.shape[0]} output channels"
+        )
     spatial = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for n, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
     ]
-    return _empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
+    return (
+        _empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META)
+        if min(spatial) > 0
+        else None
+    )
 
 
 def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
@@ -315,21 +367,33 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     query, key, value = args[:3]
-    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+    if (
+        not query.dim() == key.dim() == value.dim() == 4
+        or not query.shape[:2] == key.shape[:2] == value.shape[:2]
+    ):
         return None
     if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
         return None
     return _empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
 
 
-def _convolution_either_way(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _convolution_either_way(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
     """aten.convolution, which the others become: transposed, or not."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     count = weight.dim() - 2
     if not transposed:
         return _convolution(func, (x, weight, bias, stride, padding, dilation, groups), kwargs)
-    stride, padding, dilation, more = (_each(value, count) for value in (stride, padding, dilation, output_padding))
-    if x.dim() != count + 2 or x.shape[1] != weight.shape[0] or x.shape[1] % groups or x.dtype != weight.dtype:
+    stride, padding, dilation, more = (
+        _each(value, count) for value in (stride, padding, dilation, output_padding)
+    )
+    if (
+        x.dim() != count + 2
+        or x.shape[1] != weight.shape[0]
+        or x.shape[1] % groups
+        or x.dtype != weight.dtype
+    ):
         return None
     outputs = weight.shape[1] * groups
     if any(m >= max(s, d) for m, s, d in zip(more, stride, dilation, strict=True)):
@@ -338,9 +402,15 @@ def _convolution_either_way(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     spatial = [
         (n - 1) * s - 2 * p + d * (k - 1) + m + 1
-        for n, k, s, p, d, m in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True)
+        for n, k, s, p, d, m in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True
+        )
     ]
-    return _empty([x.shape[0], outputs, *spatial], dtype=x.dtype, device=META) if min(spatial) > 0 else None
+    return (
+        _empty([x.shape[0], outputs, *spatial], dtype=x.dtype, device=META)
+        if min(spatial) > 0
+        else None
+    )
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -359,25 +429,42 @@ def _vector(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 
 def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """As :func:`_product`, where leading dimensions broadcast; a vector is a row on the left and a column on the right."""
+    """As :func:`_product`, where leading dimensions broadcast; a vector is a row on the left and a
+    column on the right.
+    """
     a, b = args
-    if not a.dim() or not b.dim() or a.dtype != b.dtype or a.shape[-1] != b.shape[max(-2, -b.dim())]:
+    if (
+        not a.dim()
+        or not b.dim()
+        or a.dtype != b.dtype
+        or a.shape[-1] != b.shape[max(-2, -b.dim())]
+    ):
         return None
     batch = _broadcast({a.shape[:-2], b.shape[:-2]})
     if batch is None:
         return None
-    return _empty([*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ())], dtype=a.dtype, device=META)
+    return _empty(
+        [*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ())],
+        dtype=a.dtype,
+        device=META,
+    )
 
 
 def _sum_of_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """addmm, baddbmm: a product, and what broadcasts to it."""
     out = _product(func, args[1:3], kwargs) if len(args) == 3 else None
-    fits = out is not None and args[0].dtype == out.dtype and _broadcast({args[0].shape, out.shape}) == out.shape
+    fits = (
+        out is not None
+        and args[0].dtype == out.dtype
+        and _broadcast({args[0].shape, out.shape}) == out.shape
+    )
     return out if fits else None
 
 
 def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Sums, means, extremes, norms of floating-point values: the dimensions that are named go, or stay with a size of 1."""
+    """Sums, means, extremes, norms of floating-point values: the dimensions that are named go, or
+    stay with a size of 1.
+    """
     return _reduced(func, args, kwargs) if args[0].is_floating_point() else None
 
 
@@ -390,10 +477,14 @@ def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     gone = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
     if len(gone) != len(dims):
         return None
-    return x.new_empty([1 if dim in gone else size for dim, size in enumerate(x.shape) if keep or dim not in gone])
+    return x.new_empty(
+        [1 if dim in gone else size for dim, size in enumerate(x.shape) if keep or dim not in gone]
+    )
 
 
-def _two_reductions(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _two_reductions(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     """std_mean, var_mean, aminmax."""
     out = _reduction(func, args, kwargs)
     return None if out is None else (out, _like(out))
@@ -407,7 +498,8 @@ def _position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 
 def _truth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """any, all."""
-    out = _some_reduced(func, args, kwargs) if args[0].dtype is not torch.uint8 else None  # which stays what it is
+    # which stays what it is
+    out = _some_reduced(func, args, kwargs) if args[0].dtype is not torch.uint8 else None
     return None if out is None else _like(out, torch.bool)
 
 
@@ -425,13 +517,17 @@ def _with_positions(out: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if out is None else (out, _like(out, torch.int64))
 
 
-def _sort(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _sort(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     given = _given(func, args, kwargs)
     x, dim = given["self"], given.get("dim", -1)
     return _with_positions(_like(x)) if x.is_meta and -x.dim() <= dim < x.dim() else None
 
 
-def _topk(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _topk(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     given = _given(func, args, kwargs)
     x, dim, count = given["self"], given.get("dim", -1), given["k"]
     if not x.is_meta or not -x.dim() <= dim < x.dim() or not 0 <= count <= x.shape[dim]:
@@ -444,7 +540,12 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
     """Whole numbers as indices. What stands apart from each other comes first in the result."""
     x, indices = args
     given = [index for index in indices if index is not None]
-    if not given or len(indices) > x.dim() or not x.numel() or any(t.dtype not in (torch.int64, torch.int32) for t in given):
+    if (
+        not given
+        or len(indices) > x.dim()
+        or not x.numel()
+        or any(t.dtype not in (torch.int64, torch.int32) for t in given)
+    ):
         return None
     found = _broadcast({index.shape for index in given})
     if found is None:
@@ -452,22 +553,36 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
     at = [dim for dim, index in enumerate(indices) if index is not None]
     together = at[-1] - at[0] + 1 == len(at)
     before = x.shape[: at[0]] if together else ()
-    rest = [size for dim, size in enumerate(x.shape) if dim not in at and (not together or dim > at[0])]
+    rest = [
+        size for dim, size in enumerate(x.shape) if dim not in at and (not together or dim > at[0])
+    ]
     return _empty([*before, *found, *rest], dtype=x.dtype, device=META)
 
 
 def _index_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, indices, values = args[:3]
     place = _index(func, (x, indices), {})
-    fits = place is not None and values.dtype == x.dtype and _broadcast({values.shape, place.shape}) == place.shape
+    fits = (
+        place is not None
+        and values.dtype == x.dtype
+        and _broadcast({values.shape, place.shape}) == place.shape
+    )
     return _like(x) if fits and x.is_meta else None
 
 
 def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, dim, index = args
-    if not -x.dim() <= dim < x.dim() or index.dim() != x.dim() or index.dtype not in (torch.int64, torch.int32):
+    if (
+        not -x.dim() <= dim < x.dim()
+        or index.dim() != x.dim()
+        or index.dtype not in (torch.int64, torch.int32)
+    ):
         return None
-    fits = all(own <= size for at, (own, size) in enumerate(zip(index.shape, x.shape, strict=True)) if at != dim % x.dim())
+    fits = all(
+        own <= size
+        for at, (own, size) in enumerate(zip(index.shape, x.shape, strict=True))
+        if at != dim % x.dim()
+    )
     return _empty(index.shape, dtype=x.dtype, device=META) if fits else None
 
 
@@ -476,7 +591,11 @@ def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     if len(times) < x.dim() or any(count < 0 for count in times):
         return None
     sizes = [1] * (len(times) - x.dim()) + list(x.shape)
-    return _empty([count * size for count, size in zip(times, sizes, strict=True)], dtype=x.dtype, device=META)
+    return _empty(
+        [count * size for count, size in zip(times, sizes, strict=True)],
+        dtype=x.dtype,
+        device=META,
+    )
 
 
 def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -494,15 +613,23 @@ def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
     if not -first.dim() - 1 <= dim <= first.dim():
         return None
     dim %= first.dim() + 1
-    return _empty([*first.shape[:dim], len(tensors), *first.shape[dim:]], dtype=first.dtype, device=META)
+    return _empty(
+        [*first.shape[:dim], len(tensors), *first.shape[dim:]], dtype=first.dtype, device=META
+    )
 
 
 def _reordered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """roll, flip: over dimensions that are there, each once."""
     x, given = args[0], _given(func, args, kwargs)
     dims = given.get("dims") or ()
-    fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len({dim % x.dim() for dim in dims}) == len(dims)
-    return _like_first(func, args, kwargs) if fits and len(given.get("shifts", dims)) == len(dims) else None
+    fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len(
+        {dim % x.dim() for dim in dims}
+    ) == len(dims)
+    return (
+        _like_first(func, args, kwargs)
+        if fits and len(given.get("shifts", dims)) == len(dims)
+        else None
+    )
 
 
 def _glu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -520,15 +647,28 @@ def _shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         return None
     *batch, channels, height, width = x.shape
     if func.overloadpacket is aten.pixel_shuffle:
-        fits, sizes = channels % factor**2 == 0, (channels // factor**2, height * factor, width * factor)
+        fits, sizes = (
+            channels % factor**2 == 0,
+            (channels // factor**2, height * factor, width * factor),
+        )
     else:
-        fits, sizes = height % factor == width % factor == 0, (channels * factor**2, height // factor, width // factor)
+        fits, sizes = (
+            height % factor == width % factor == 0,
+            (channels * factor**2, height // factor, width // factor),
+        )
     return x.new_empty([*batch, *sizes]) if fits else None
 
 
 def _channel_shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, groups = args
-    fits = x.is_meta and x.is_floating_point() and x.dim() > 2 and x.numel() and groups > 0 and x.shape[1] % groups == 0
+    fits = (
+        x.is_meta
+        and x.is_floating_point()
+        and x.dim() > 2
+        and x.numel()
+        and groups > 0
+        and x.shape[1] % groups == 0
+    )
     return _like(x) if fits else None
 
 
@@ -536,15 +676,26 @@ def _grid_sampler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     """Values at the places that a grid names, one coordinate for each spatial dimension."""
     x, grid = args[:2]
     rank = _rank(func)
-    fits = x.dim() == grid.dim() == rank + 2 and x.shape[0] == grid.shape[0] and grid.shape[-1] == rank and x.dtype == grid.dtype
-    return x.new_empty([*x.shape[:2], *grid.shape[1:-1]]) if fits and x.is_meta and x.numel() else None
+    fits = (
+        x.dim() == grid.dim() == rank + 2
+        and x.shape[0] == grid.shape[0]
+        and grid.shape[-1] == rank
+        and x.dtype == grid.dtype
+    )
+    return (
+        x.new_empty([*x.shape[:2], *grid.shape[1:-1]])
+        if fits and x.is_meta and x.numel()
+        else None
+    )
 
 
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
     given = _given(func, args, kwargs)
     x, dtype = given["self"], given.get("dtype")
-    plain = x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
+    plain = (
+        x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
+    )
     return _like(x, dtype) if plain else None
 
 
@@ -554,9 +705,15 @@ def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
     x, count = given["self"], _rank(func)
     kernel = _each(given["kernel_size"], count)
     stride, padding, dilation = (
-        _each(given.get(name) or default, count) for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
+        _each(given.get(name) or default, count)
+        for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
     )
-    if not x.is_meta or not x.is_floating_point() or given.get("ceil_mode") or x.dim() not in (count + 1, count + 2):
+    if (
+        not x.is_meta
+        or not x.is_floating_point()
+        or given.get("ceil_mode")
+        or x.dim() not in (count + 1, count + 2)
+    ):
         return None
     sizes = list(zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True))
     if any(2 * p > k or s < 1 or n < k for n, k, s, p, _ in sizes):
@@ -565,13 +722,23 @@ def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
     return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
 
 
-def _pool_with_indices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _pool_with_indices(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     return _with_positions(_pool(func, args, kwargs))
 
 
-def _adaptive_with_indices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _adaptive_with_indices(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     x, count = args[0], len(args[1])
-    whole = x.is_meta and x.is_floating_point() and x.numel() and x.dim() in (count + 1, count + 2) and count == _rank(func)
+    whole = (
+        x.is_meta
+        and x.is_floating_point()
+        and x.numel()
+        and x.dim() in (count + 1, count + 2)
+        and count == _rank(func)
+    )
     return _with_positions(_adaptive(func, args, kwargs)) if whole else None
 
 
@@ -584,10 +751,18 @@ def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     """reflection_pad, replication_pad: outwards."""
     x, pads = args
     count = _rank(func)
-    if not x.is_meta or not x.is_floating_point() or not x.numel() or x.dim() not in (count + 1, count + 2) or min(pads) < 0:
+    if (
+        not x.is_meta
+        or not x.is_floating_point()
+        or not x.numel()
+        or x.dim() not in (count + 1, count + 2)
+        or min(pads) < 0
+    ):
         return None
     reflects = "reflection" in func._schema.name
-    if len(pads) != 2 * count or (reflects and any(pad >= x.shape[-1 - n // 2] for n, pad in enumerate(pads))):
+    if len(pads) != 2 * count or (
+        reflects and any(pad >= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
+    ):
         return None  # PyTorch says what is wrong
     return _padded(x, pads)
 
@@ -607,10 +782,16 @@ def _constant_pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     return _padded(x, pads) if within and x.numel() else None
 
 
-def _windows(sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any) -> list[int] | None:
+def _windows(
+    sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> list[int] | None:
     """How many windows there are along each of two dimensions."""
     lists = [list(value) for value in (sizes, kernel, dilation, padding, stride)]
-    if any(len(own) != 2 for own in lists) or min(map(min, (sizes, kernel, dilation, stride))) < 1 or min(padding) < 0:
+    if (
+        any(len(own) != 2 for own in lists)
+        or min(map(min, (sizes, kernel, dilation, stride))) < 1
+        or min(padding) < 0
+    ):
         return None
     counts = [1 + (n + 2 * p - d * (k - 1) - 1) // s for n, k, d, p, s in zip(*lists, strict=True)]
     return counts if min(counts) > 0 else None
@@ -618,8 +799,16 @@ def _windows(sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, str
 
 def _im2col(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, kernel = args[:2]
-    counts = _windows(x.shape[-2:], *args[1:]) if x.is_meta and x.dim() in (3, 4) and x.numel() else None
-    return None if counts is None else x.new_empty([*x.shape[:-3], x.shape[-3] * math.prod(kernel), math.prod(counts)])
+    counts = (
+        _windows(x.shape[-2:], *args[1:])
+        if x.is_meta and x.dim() in (3, 4) and x.numel()
+        else None
+    )
+    return (
+        None
+        if counts is None
+        else x.new_empty([*x.shape[:-3], x.shape[-3] * math.prod(kernel), math.prod(counts)])
+    )
 
 
 def _col2im(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -630,13 +819,25 @@ def _col2im(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     return x.new_empty([*x.shape[:-2], x.shape[-2] // math.prod(kernel), *size])
 
 
-def _weight_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _weight_norm(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
     """A weight of a given norm along one dimension, and the norm that it had."""
     given = _given(func, args, kwargs)
     v, g, dim = given["v"], given["g"], given.get("dim", 0)
     norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]
-    fits = v.is_meta and v.is_floating_point() and v.dtype == g.dtype and list(g.shape) == norm and 0 <= dim < v.dim()
-    return (_like(v), _empty(norm, dtype=v.dtype, device=META)) if fits and v.dtype is not torch.bfloat16 else None
+    fits = (
+        v.is_meta
+        and v.is_floating_point()
+        and v.dtype == g.dtype
+        and list(g.shape) == norm
+        and 0 <= dim < v.dim()
+    )
+    return (
+        (_like(v), _empty(norm, dtype=v.dtype, device=META))
+        if fits and v.dtype is not torch.bfloat16
+        else None
+    )
 
 
 def _triangle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -648,7 +849,18 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.mm, aten.bmm), _product),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _sum_of_product),
     **dict.fromkeys(
-        (aten.mean, aten.sum, aten.prod, aten.amax, aten.amin, aten.std, aten.var, aten.norm, aten.linalg_vector_norm), _reduction
+        (
+            aten.mean,
+            aten.sum,
+            aten.prod,
+            aten.amax,
+            aten.amin,
+            aten.std,
+            aten.var,
+            aten.norm,
+            aten.linalg_vector_norm,
+        ),
+        _reduction,
     ),
     **dict.fromkeys((aten.std_mean, aten.var_mean, aten.aminmax), _two_reductions),
     **dict.fromkeys((aten.any, aten.all), _truth),
@@ -657,14 +869,33 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     aten.logsumexp: _logsumexp,
     aten.channel_shuffle: _channel_shuffle,
     **dict.fromkeys((aten.argmax, aten.argmin), _position),
-    **dict.fromkeys((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like), _blank),
-    **dict.fromkeys((aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool2d, aten.avg_pool3d), _pool),
-    **dict.fromkeys((aten.max_pool2d_with_indices, aten.max_pool3d_with_indices), _pool_with_indices),
+    **dict.fromkeys(
+        (
+            aten.empty_like,
+            aten.zeros_like,
+            aten.ones_like,
+            aten.full_like,
+            aten.rand_like,
+            aten.randn_like,
+        ),
+        _blank,
+    ),
+    **dict.fromkeys(
+        (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool2d, aten.avg_pool3d),
+        _pool,
+    ),
+    **dict.fromkeys(
+        (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices), _pool_with_indices
+    ),
     **dict.fromkeys((aten.adaptive_max_pool2d, aten.adaptive_max_pool3d), _adaptive_with_indices),
     **dict.fromkeys((aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d), _pad),
-    **dict.fromkeys((aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d), _pad),
+    **dict.fromkeys(
+        (aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d), _pad
+    ),
     **dict.fromkeys((aten.tril, aten.triu), _triangle),
-    **dict.fromkeys((aten.softmax, aten._safe_softmax, aten.log_softmax, aten.cumsum, aten.cumprod), _softmax),
+    **dict.fromkeys(
+        (aten.softmax, aten._safe_softmax, aten.log_softmax, aten.cumsum, aten.cumprod), _softmax
+    ),
     **dict.fromkeys((aten.pixel_shuffle, aten.pixel_unshuffle), _shuffle),
     **dict.fromkeys((aten.roll, aten.flip), _reordered),
     aten.convolution: _convolution_either_way,
@@ -714,8 +945,9 @@ _QUICK: dict[Any, Callable[..., Any]] = {
 class DispatchMode(TorchDispatchMode):
     """A mode whose ``__torch_dispatch__`` is called as it is.
 
-    torch wraps that of any other mode in what keeps the compiler out of it, which imports the compiler and sympy at the first call,
-    hundreds of modules, and takes longer at every call than most operations on meta tensors.
+    torch wraps that of any other mode in what keeps the compiler out of it, which imports the
+    compiler and sympy at the first call, hundreds of modules, and takes longer at every call than
+    most operations on meta tensors.
     """
 
     @classmethod
@@ -724,10 +956,11 @@ class DispatchMode(TorchDispatchMode):
 
 
 def reshape_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest independent blocks of dimensions: ``[(old dims, new dims), ...]``.
+    """Split a reshape into the smallest independent blocks of dimensions: ``[(old dims, new dims),
+    ...]``.
 
-    Dimensions of size 1 on the new side belong to no block. Labels that do not vary within a block need not be touched, whatever
-    the block's size.
+    Dimensions of size 1 on the new side belong to no block. Labels that do not vary within a block
+    need not be touched, whatever the block's size.
 
     >>> reshape_blocks((2, 6, 7, 7), (2, 2, 3, 49))
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
@@ -754,7 +987,9 @@ def reshape_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
 
 
 class ShapeMode(DispatchMode):
-    """Run Python code on meta tensors through :func:`run`; enter it together with ``torch.inference_mode()``."""
+    """Run Python code on meta tensors through :func:`run`; enter it together with
+    ``torch.inference_mode()``.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})

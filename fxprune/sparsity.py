@@ -1,4 +1,6 @@
-"""Training that prepares for pruning: a penalty that pulls whole units towards zero, own and dependent weights together."""
+"""Training that prepares for pruning: a penalty that pulls whole units towards zero, own and
+dependent weights together.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ __all__ = ["GroupSparsity"]
 class GroupSparsity:
     r"""Group lasso over the units of a coupling: :math:`\sum_u \sqrt{\sum_{w \in u} w^2}`.
 
-    Add it to the loss in a training loop of your own; a unit whose weights have become small costs little when it is removed.
-    Wen et al., "Learning Structured Sparsity in Deep Neural Networks", NeurIPS 2016, eq. 1, with the coupled weights of a unit as a
-    group, as in Fang et al., "DepGraph", CVPR 2023.
+    Add it to the loss in a training loop of your own; a unit whose weights have become small costs
+    little when it is removed. Wen et al., "Learning Structured Sparsity in Deep Neural Networks",
+    NeurIPS 2016, eq. 1, with the coupled weights of a unit as a group, as in Fang et al.,
+    "DepGraph", CVPR 2023.
 
     Parameters
     ----------
@@ -39,12 +42,15 @@ class GroupSparsity:
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         check_coupling(coupling, model)
         units = coupling.units
-        place = np.full(coupling.context.units.count, len(units), dtype=np.int64)  # what is no unit goes to one place more
+        # what is no unit goes to one place more
+        place = np.full(coupling.context.units.count, len(units), dtype=np.int64)
         place[units] = np.arange(len(units))
         self.count = len(units)
         self.model = model
         self._shapes = {
-            name: coupling.parameters[name].shape for name, _ in model.named_parameters() if name in coupling.parameters
+            name: coupling.parameters[name].shape
+            for name, _ in model.named_parameters()
+            if name in coupling.parameters
         }
         # (name of a parameter, dimensions that are summed whole, where each remaining sum goes)
         self._parts: list[tuple[str, list[int], Tensor]] = []
@@ -66,10 +72,15 @@ class GroupSparsity:
         for name, shape in self._shapes.items():
             if name not in parameters or parameters[name].shape != shape:
                 raise ArgumentError(
-                    f"the model no longer has {name!r} of shape {tuple(shape)}, as when it was analysed: analyse it again."
+                    f"the model no longer has {name!r} of shape {tuple(shape)}, as when it was "
+                    "analysed: analyse it again."
                 )
         first = parameters[self._parts[0][0]] if self._parts else torch.zeros(())
-        squares = torch.zeros(self.count + 1, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        squares = torch.zeros(
+            self.count + 1,
+            dtype=torch.promote_types(first.dtype, torch.float32),
+            device=first.device,
+        )
         for name, whole, index in self._parts:
             sums = parameters[name].to(squares.dtype).square()
             sums = sums.sum(whole) if whole else sums

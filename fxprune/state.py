@@ -1,8 +1,10 @@
-"""What forward keeps on its modules for its next call. A graph is one call: it would do the same each time.
+"""What forward keeps on its modules for its next call. A graph is one call: it would do the same
+each time.
 
-Not all that forward sets is state. What it only stores for somebody to look at changes nothing, and a table that follows from sizes
-is computed in the graph, whatever an earlier call has left. So where an attribute holds something else than before that may matter,
-forward is followed a second time, from there: with the same graph again there is no state.
+Not all that forward sets is state. What it only stores for somebody to look at changes nothing,
+and a table that follows from sizes is computed in the graph, whatever an earlier call has left. So
+where an attribute holds something else than before that may matter, forward is followed a second
+time, from there: with the same graph again there is no state.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
-__all__ = ["Attributes", "Change", "assigned", "carried", "first_difference", "follows_inputs", "keep", "same_graph", "values_read"]
+__all__ = [
+    "Attributes",
+    "Change",
+    "assigned",
+    "carried",
+    "first_difference",
+    "follows_inputs",
+    "keep",
+    "same_graph",
+    "values_read",
+]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
@@ -26,7 +38,8 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Change:
-    """An attribute that holds something else after forward than before; ``path`` leads to it from the root.
+    """An attribute that holds something else after forward than before; ``path`` leads to it from
+    the root.
 
     ``contents`` is what a list, dict or set held before, which may itself be there still.
     """
@@ -61,11 +74,22 @@ class Change:
 
 
 class Attributes:
-    """The plain attributes, the parameters and the buffers of all modules as they are now, to be compared and restored."""
+    """The plain attributes, the parameters and the buffers of all modules as they are now, to be
+    compared and restored.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self._before = [
-            (path, store, dict(store), {name: _copy(value) for name, value in store.items() if type(value) in _CONTAINERS})
+            (
+                path,
+                store,
+                dict(store),
+                {
+                    name: _copy(value)
+                    for name, value in store.items()
+                    if type(value) in _CONTAINERS
+                },
+            )
             for path, module in root.named_modules()
             for store in (vars(module), module._parameters, module._buffers)
         ]
@@ -76,9 +100,15 @@ class Attributes:
         for path, store, before, contents in self._before:
             for name in [*store.keys() | before.keys()]:
                 old, new = before.get(name, _MISSING), store.get(name, _MISSING)
-                if old is new and (name not in contents or not (new or contents[name]) or _alike(contents[name], new)):
+                if old is new and (
+                    name not in contents
+                    or not (new or contents[name])
+                    or _alike(contents[name], new)
+                ):
                     continue
-                if name in _INTERNAL or (type(old) is type(new) and type(old) in _PLAIN and old == new):
+                if name in _INTERNAL or (
+                    type(old) is type(new) and type(old) in _PLAIN and old == new
+                ):
                     continue
                 full = f"{path}.{name}".removeprefix(".")
                 if full not in ignored:
@@ -97,8 +127,14 @@ class Attributes:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The leaves of nested containers, the sizes of a tensor among them, which are a tuple of a class of its own."""
-    return [own for leaf in tree_leaves(value) for own in (leaf if isinstance(leaf, tuple) else (leaf,))]
+    """The leaves of nested containers, the sizes of a tensor among them, which are a tuple of a
+    class of its own.
+    """
+    return [
+        own
+        for leaf in tree_leaves(value)
+        for own in (leaf if isinstance(leaf, tuple) else (leaf,))
+    ]
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -108,7 +144,9 @@ _LEAVES = (Tensor, nn.Module, *_PLAIN)
 
 def _copy(value: Any) -> Any:
     """A copy of a container and of those in it."""
-    if type(value) is set or all(isinstance(item, _LEAVES) for item in (value.values() if type(value) is dict else value)):
+    if type(value) is set or all(
+        isinstance(item, _LEAVES) for item in (value.values() if type(value) is dict else value)
+    ):
         return value.copy()
     return tree_map(lambda leaf: leaf, value)
 
@@ -117,7 +155,9 @@ def _alike(copied: Any, now: Any) -> bool:
     if type(now) is set:
         return bool(copied == now)
     before, after = tree_leaves(copied), tree_leaves(now)
-    return len(before) == len(after) and all(a is b or (type(a) in _PLAIN and a == b) for a, b in zip(before, after, strict=True))
+    return len(before) == len(after) and all(
+        a is b or (type(a) in _PLAIN and a == b) for a, b in zip(before, after, strict=True)
+    )
 
 
 def _refill(container: Any, contents: Any) -> None:
@@ -131,7 +171,9 @@ def assigned(changes: Iterable[Change]) -> set[str]:
 
 
 def carried(changes: Iterable[Change]) -> list[Change]:
-    """Those that may make the next call another one: what depends on the values of inputs, and what Python has computed."""
+    """Those that may make the next call another one: what depends on the values of inputs, and
+    what Python has computed.
+    """
     return [change for change in changes if change.rebound and _carries(change.nodes)]
 
 
@@ -139,14 +181,33 @@ def _carries(nodes: Sequence[fx.Node]) -> bool:
     return not nodes or any(map(follows_inputs, nodes))
 
 
-_SHAPED_LIKE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"})
+_SHAPED_LIKE = frozenset(
+    {
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    }
+)
 _CAST_LIKE = frozenset({"to", "type_as"})
 
 
 def values_read(node: fx.Node) -> Sequence[fx.Node]:
-    """The arguments of a call on whose values its result depends: of others it takes the shape, the dtype or the device alone."""
+    """The arguments of a call on whose values its result depends: of others it takes the shape,
+    the dtype or the device alone.
+    """
     name = name_of(node)
-    return () if name in _SHAPED_LIKE else node.all_input_nodes[:1] if name in _CAST_LIKE else node.all_input_nodes
+    return (
+        ()
+        if name in _SHAPED_LIKE
+        else node.all_input_nodes[:1]
+        if name in _CAST_LIKE
+        else node.all_input_nodes
+    )
 
 
 def follows_inputs(node: fx.Node) -> bool:
@@ -172,10 +233,14 @@ def keep(changes: Iterable[Change]) -> None:
             change.store[change.name] = change.computed(lambda node: node.meta["val"])
 
 
-def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may be another one.
+def same_graph(
+    one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> bool:
+    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may
+    be another one.
 
-    What they hold their sizes to is no part of it: a second call finds in a table by its size what the first has put there.
+    What they hold their sizes to is no part of it: a second call finds in a table by its size what
+    the first has put there.
     """
     return first_difference(one, other, constants, others) is None
 
@@ -183,12 +248,18 @@ def same_graph(one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], 
 def first_difference(
     one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> fx.Node | None:
-    """The first node of a graph in whose place another graph does something else (see :func:`same_graph`)."""
+    """The first node of a graph in whose place another graph does something else (see
+    :func:`same_graph`).
+    """
     ones, theirs = _computing(one), _computing(other)
-    for left, right, line, another in zip(ones, theirs, _described(ones), _described(theirs), strict=False):
+    for left, right, line, another in zip(
+        ones, theirs, _described(ones), _described(theirs), strict=False
+    ):
         a, b = constants.get(str(left.target)), others.get(str(right.target))
         if left.op == right.op == "get_attr" and a is not None and b is not None:
-            if a is not b and (a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)):
+            if a is not b and (
+                a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)
+            ):
                 return left
         elif line != another:
             return left
@@ -199,7 +270,9 @@ def _computing(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a graph without its guards, and without numbers that nothing else reads."""
     idle: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        number = node.op in ("call_function", "call_method") and isinstance(node.meta.get("val"), (bool, int, float))
+        number = node.op in ("call_function", "call_method") and isinstance(
+            node.meta.get("val"), (bool, int, float)
+        )
         if node.meta.get("guard") or (number and idle.issuperset(node.users)):
             idle.add(node)
     return [node for node in graph.nodes if node not in idle]
@@ -207,4 +280,7 @@ def _computing(graph: fx.Graph) -> list[fx.Node]:
 
 def _described(nodes: Sequence[fx.Node]) -> list[str]:
     number = {node: f"%{place}" for place, node in enumerate(nodes)}
-    return [repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__))) for node in nodes]
+    return [
+        repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__)))
+        for node in nodes
+    ]

@@ -1,4 +1,6 @@
-"""Prune a little, train, prune again: down to a budget in several steps, around a training loop of the user's own."""
+"""Prune a little, train, prune again: down to a budget in several steps, around a training loop of
+the user's own.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ _OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_i
 class Steps:
     """Iterate over ever smaller models; train each in the body of the loop, in place.
 
-    Step k of n is brought to ``budget ** (k / n)`` of the original model, by pruning what the body left of step k - 1; so every
-    step takes away the same share, and the last one meets the budget itself.
+    Step k of n is brought to ``budget ** (k / n)`` of the original model, by pruning what the body
+    left of step k - 1; so every step takes away the same share, and the last one meets the budget
+    itself.
 
     Parameters
     ----------
@@ -47,16 +50,18 @@ class Steps:
     macs, params:
         The final budgets, as shares of the original.
     folder:
-        Where to keep the state after each step. A run that was interrupted goes on behind the last step that it finished; a step
-        that was killed, even while it was written, leaves the state before it. Without a folder nothing is kept.
+        Where to keep the state after each step. A run that was interrupted goes on behind the last
+        step that it finished; a step that was killed, even while it was written, leaves the state
+        before it. Without a folder nothing is kept.
     options:
-        Everything else that :func:`fxprune.prune` takes (``criterion``, ``keep``, ``round_to``, ...), for each step.
+        Everything else that :func:`fxprune.prune` takes (``criterion``, ``keep``, ``round_to``,
+        ...), for each step.
 
     Raises
     ------
     ArgumentError
-        If the folder belongs to another run (of another model or other weights, with other inputs, budgets or options), or no
-        budget is given.
+        If the folder belongs to another run (of another model or other weights, with other inputs,
+        budgets or options), or no budget is given.
 
     Examples
     --------
@@ -81,16 +86,31 @@ class Steps:
     ) -> None:
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
-            raise SignatureError(f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of prune.")
+            raise SignatureError(
+                f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those "
+                "of prune."
+            )
         if any(name in options for name in ("channels", "layers", "latency")):
-            raise ArgumentError("channels=, layers= and latency= count what the model at hand has: give macs= or params= instead.")
+            raise ArgumentError(
+                "channels=, layers= and latency= count what the model at hand has: give macs= or "
+                "params= instead."
+            )
         model = plain(model)
         check_model(model)
         count = whole("count", count)
-        asked = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+        asked = {
+            name: value
+            for name, value in (("macs", macs), ("params", params))
+            if value is not None
+        }
         if not asked:
-            raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
-        self.budget = {name: share(name, value, "the share of the original to end with") for name, value in asked.items()}
+            raise ArgumentError(
+                "nothing says how far to go: give macs= or params=, e.g. macs=0.25."
+            )
+        self.budget = {
+            name: share(name, value, "the share of the original to end with")
+            for name, value in asked.items()
+        }
         if "keep" in options:  # by their names, which the smaller models have too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
@@ -106,8 +126,13 @@ class Steps:
         for k in range(done + 1, self.count + 1):
             with guarded("Steps"):
                 now = self._cost(current)
-                goal = {name: part ** (k / self.count) * start[name] for name, part in self.budget.items()}
-                shares: dict[str, Any] = {name: min(1.0, goal[name] / now[name]) if now[name] else 1.0 for name in goal}
+                goal = {
+                    name: part ** (k / self.count) * start[name]
+                    for name, part in self.budget.items()
+                }
+                shares: dict[str, Any] = {
+                    name: min(1.0, goal[name] / now[name]) if now[name] else 1.0 for name in goal
+                }
                 step = prune(current, self.inputs, **shares, **self.options)
             yield step
             if self.folder is not None:
@@ -134,7 +159,10 @@ class Steps:
             If it is damaged.
         """
         if not self.done:
-            raise ArgumentError("no step has been finished" + (": give folder= to keep them." if self.folder is None else " yet."))
+            raise ArgumentError(
+                "no step has been finished"
+                + (": give folder= to keep them." if self.folder is None else " yet.")
+            )
         return self._load(self.done)
 
     def _load(self, k: int) -> Pruned:
@@ -167,8 +195,9 @@ class Steps:
         if other:
             was, now = ({name: run.get(name) for name in other} for run in (found, settings))
             raise ArgumentError(
-                f"{folder} holds a run with other settings: another {' and another '.join(other)}. It has {was!s:.300}, and now "
-                f"there is {now!s:.300}. Give another folder=, or what the run began with."
+                f"{folder} holds a run with other settings: another "
+                f"{' and another '.join(other)}. It has {was!s:.300}, and now there is "
+                f"{now!s:.300}. Give another folder=, or what the run began with."
             )
 
 
@@ -193,7 +222,8 @@ def _digest(model: nn.Module) -> str:
 
 
 def described(value: Any) -> Any:
-    """What tells a setting from another one, as data that is the same in every process: of an object its type and settings.
+    """What tells a setting from another one, as data that is the same in every process: of an
+    object its type and settings.
 
     >>> described((torch.zeros(2, 3), {"share": 0.5})), described(torch.relu)
     (['float32 (2, 3)', {'share': 0.5}], 'torch.relu')
@@ -209,6 +239,9 @@ def described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [described(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": described(type(value)), **{own.name: described(getattr(value, own.name)) for own in fields(value)}}
+        return {
+            "kind": described(type(value)),
+            **{own.name: described(getattr(value, own.name)) for own in fields(value)},
+        }
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', None) or 'torch'}.{named.__name__}"

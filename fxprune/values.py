@@ -1,4 +1,6 @@
-"""Numbers and switches as callers write them, checked, as Python's own: NumPy's numbers and tensors of one number are numbers."""
+"""Numbers and switches as callers write them, checked, as Python's own: NumPy's numbers and
+tensors of one number are numbers.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,19 @@ def number(value: Any) -> int | float | None:
 
     A number of less than double precision means the decimal that it is written as.
 
-    >>> number(3), number(np.int64(3)), number(np.float32(0.7)), number(torch.tensor(0.5)), number(True), number("3")
+    >>> given = 3, np.int64(3), np.float32(0.7), torch.tensor(0.5), True, "3"
+    >>> tuple(map(number, given))
     (3, 3, 0.7, 0.5, None, None)
     """
     if isinstance(value, Tensor):
         if value.dim() or value.is_meta or value.is_complex() or value.dtype is torch.bool:
             return None
         value = value.detach().cpu()
-        value = (value if value.dtype in (torch.float16, torch.float64) or not value.is_floating_point() else value.float()).numpy()
+        value = (
+            value
+            if value.dtype in (torch.float16, torch.float64) or not value.is_floating_point()
+            else value.float()
+        ).numpy()
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
@@ -49,7 +56,9 @@ def share(name: str, value: Any, meaning: str) -> float:
     """
     found = number(value)
     if found is None or not math.isfinite(found) or not 0 < found <= 1:
-        raise ArgumentError(f"{name}={shown(value)} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5.")
+        raise ArgumentError(
+            f"{name}={shown(value)} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5."
+        )
     return float(found)
 
 
@@ -92,7 +101,9 @@ def path_of(name: str, value: Any) -> Path:
     except ValueError:  # characters that no file name can have here
         named = False
     if not named:
-        raise ArgumentError(f"{name} {shown(value)} is a name that no file system takes: give another.")
+        raise ArgumentError(
+            f"{name} {shown(value)} is a name that no file system takes: give another."
+        )
     return Path(os.fsdecode(value))
 
 
@@ -107,6 +118,9 @@ def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
         device = torch.device(value)
         if here:
             torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch raises any of them where there is no such device
-        raise ArgumentError(f"{name}={shown(value)} cannot be used here: {str(error).splitlines()[0]:.200}") from error
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        # torch raises any of them where there is no such device
+        raise ArgumentError(
+            f"{name}={shown(value)} cannot be used here: {str(error).splitlines()[0]:.200}"
+        ) from error
     return device

@@ -1,8 +1,9 @@
 """How the cost of a model follows from the widths of its groups.
 
-Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every dimension that can shrink is a
-polynomial in how many units survive of each kind. So the cost of a whole model is a polynomial: it is read off the analysis once,
-and then answers what a model of other widths costs, and what one more unit costs at any of them, without a model of these widths.
+Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every
+dimension that can shrink is a polynomial in how many units survive of each kind. So the cost of a
+whole model is a polynomial: it is read off the analysis once, and then answers what a model of
+other widths costs, and what one more unit costs at any of them, without a model of these widths.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.rules import Contraction
 
-__all__ = ["Kinds", "Polynomial", "Pool", "Sizes", "Sum", "kinds_of", "lines", "macs_of", "params_of", "pools_of", "products_of"]
+__all__ = [
+    "Kinds",
+    "Polynomial",
+    "Pool",
+    "Sizes",
+    "Sum",
+    "kinds_of",
+    "lines",
+    "macs_of",
+    "params_of",
+    "pools_of",
+    "products_of",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Factors = tuple[int, ...]
@@ -33,14 +46,16 @@ Sum = tuple[tuple[float, Factors], ...]
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Units of one group that compete with each other: they lie in blocks of which every one keeps equally many.
+    """Units of one group that compete with each other: they lie in blocks of which every one keeps
+    equally many.
 
     Attributes
     ----------
     group:
         The group's position in ``coupling.groups``.
     units:
-        Indices into the group's units, shape (blocks, width): one row per block; one row in all where the group is not split.
+        Indices into the group's units, shape (blocks, width): one row per block; one row in all
+        where the group is not split.
     labels:
         The labels of these units, shape (blocks, width).
     """
@@ -60,17 +75,22 @@ class Pool:
 
 
 def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
-    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly one."""
+    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly
+    one.
+    """
     out = []
     for index, group in enumerate(coupling.groups):
         cells = coupling.balance.cell[group.units]
-        kinds = np.where(cells >= 0, coupling.balance.kind[cells] if len(coupling.balance.kind) else -1, -1)
+        kinds = np.where(
+            cells >= 0, coupling.balance.kind[cells] if len(coupling.balance.kind) else -1, -1
+        )
         for kind in np.unique(kinds):
             members = np.flatnonzero(kinds == kind)
             if kind < 0:
                 out.append(Pool(index, members[np.newaxis], group.units[members][np.newaxis]))
                 continue
-            # Blocks of a split have as many cells of each size, so cells of one size can keep equally many by themselves.
+            # Blocks of a split have as many cells of each size, so cells of one size can keep
+            # equally many by themselves.
             rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
             for size in sorted({len(row) for row in rows}):
                 units = np.stack([row for row in rows if len(row) == size])
@@ -82,7 +102,8 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
 class Kinds:
     """Units of one pool that cost the same: they lie on as many positions of every tensor.
 
-    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:, :2]])``).
+    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:,
+    :2]])``).
 
     Attributes
     ----------
@@ -124,11 +145,16 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
         unique, inverse = np.unique(key, axis=0, return_inverse=True)
         of_unit = np.full(count, -1, dtype=np.int64)
         of_unit[live] = inverse.reshape(-1)
-        kinds = Kinds(of_unit, unique[:, 0].astype(np.int64), np.bincount(of_unit[live], minlength=len(unique)))
+        kinds = Kinds(
+            of_unit,
+            unique[:, 0].astype(np.int64),
+            np.bincount(of_unit[live], minlength=len(unique)),
+        )
         irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
         if not irregular:
             return kinds
-        for rows in irregular:  # which pairs meet depends on the units themselves: count each by itself
+        # which pairs meet depends on the units themselves: count each by itself
+        for rows in irregular:
             apart = np.unique(rows[rows > 0])
             profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
         overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
@@ -150,18 +176,24 @@ def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]
     out = []
     for dim, alike in found.items():
         spread = np.broadcast_arrays(*alike)
-        out.append((dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread])))
+        out.append(
+            (dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]))
+        )
     return out
 
 
 def _regular(rows: Array, kinds: Kinds) -> bool:
-    """Whether wherever units of some kinds meet on a position every combination of such units does, equally often."""
+    """Whether wherever units of some kinds meet on a position every combination of such units
+    does, equally often.
+    """
     columns = rows.reshape(len(rows), -1)
     columns = columns[:, (columns > 0).sum(axis=0) > 1]
     if not columns.size:
         return True
     tuples, times = np.unique(columns, axis=1, return_counts=True)
-    met, which = np.unique(np.where(tuples > 0, kinds.of_unit[tuples], -1), axis=1, return_inverse=True)
+    met, which = np.unique(
+        np.where(tuples > 0, kinds.of_unit[tuples], -1), axis=1, return_inverse=True
+    )
     which = which.reshape(-1)
     for number, column in enumerate(met.T):
         own = times[which == number]
@@ -171,7 +203,8 @@ def _regular(rows: Array, kinds: Kinds) -> bool:
 
 
 class Polynomial:
-    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with :math:`s_f(n) = b_f + \sum_k a_{fk} n_k`, if :math:`n_k` of kind k survive.
+    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with :math:`s_f(n) = b_f + \sum_k a_{fk} n_k`, if
+    :math:`n_k` of kind k survive.
 
     Parameters
     ----------
@@ -183,20 +216,28 @@ class Polynomial:
         (coefficient, indices of the factors that are multiplied).
     """
 
-    def __init__(self, kinds: Kinds, sizes: Floats, terms: Sequence[tuple[float, Factors]]) -> None:
+    def __init__(
+        self, kinds: Kinds, sizes: Floats, terms: Sequence[tuple[float, Factors]]
+    ) -> None:
         one = np.zeros((1, len(kinds.pool) + 1))
         one[0, 0] = 1.0
-        table = np.concatenate([one, sizes])  # factor 0 is the constant 1, for terms of fewer factors than the longest
+        # factor 0 is the constant 1, for terms of fewer factors than the longest
+        table = np.concatenate([one, sizes])
         order = max((len(factors) for _, factors in terms), default=0)
         self._constant, self._slope = table[:, 0], table[:, 1:]
         self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
-        self._factors = np.array([[f + 1 for f in factors] + [0] * (order - len(factors)) for _, factors in terms], dtype=np.int64)
+        self._factors = np.array(
+            [[f + 1 for f in factors] + [0] * (order - len(factors)) for _, factors in terms],
+            dtype=np.int64,
+        )
         self._factors = self._factors.reshape(len(terms), order)
         self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
         self._pools = len(self._starts)
         # Which terms a pool has a part in.
         moved = self._by_pool(np.abs(self._slope)) > 0
-        touched = moved[self._factors].any(axis=1) if terms else np.zeros((0, self._pools), dtype=bool)
+        touched = (
+            moved[self._factors].any(axis=1) if terms else np.zeros((0, self._pools), dtype=bool)
+        )
         self._term, self._pool = np.nonzero(touched)
 
     def _by_pool(self, columns: Floats) -> Floats:
@@ -208,17 +249,27 @@ class Polynomial:
         sizes = self._constant + self._slope @ counts
         return round(float(self._coefficient @ sizes[self._factors].prod(axis=1)))
 
-    def saved(self, counts: npt.NDArray[np.int64], lost: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """By how much the value falls from ``counts`` when a pool alone loses what ``lost`` says of its kinds; shape (pools,)."""
+    def saved(
+        self, counts: npt.NDArray[np.int64], lost: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """By how much the value falls from ``counts`` when a pool alone loses what ``lost`` says
+        of its kinds; shape (pools,).
+        """
         sizes = self._constant + self._slope @ counts
         now = sizes[self._factors[self._term]]
-        step = self._by_pool(self._slope * lost)[self._factors[self._term], self._pool[:, np.newaxis]]
+        step = self._by_pool(self._slope * lost)[
+            self._factors[self._term], self._pool[:, np.newaxis]
+        ]
         change = self._coefficient[self._term] * (now.prod(axis=1) - (now - step).prod(axis=1))
-        return np.rint(np.bincount(self._pool, weights=change, minlength=self._pools)).astype(np.int64)
+        return np.rint(np.bincount(self._pool, weights=change, minlength=self._pools)).astype(
+            np.int64
+        )
 
 
 class Sizes:
-    """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine factors."""
+    """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine
+    factors.
+    """
 
     def __init__(self, coupling: Coupling, kinds: Kinds) -> None:
         self.coupling, self.kinds = coupling, kinds
@@ -233,12 +284,19 @@ class Sizes:
         fields = self.coupling.labels(tensor)
         key = (tuple(map(id, fields)), tuple(tensor.shape))
         if key not in self._of_labels:
-            sizes = {dim: self._size(rows, tensor.shape[dim]) for dim, rows in lines(self.coupling, fields)}
-            self._of_labels[key] = {dim: number for dim, number in sizes.items() if number is not None}
+            sizes = {
+                dim: self._size(rows, tensor.shape[dim])
+                for dim, rows in lines(self.coupling, fields)
+            }
+            self._of_labels[key] = {
+                dim: number for dim, number in sizes.items() if number is not None
+            }
         return self._of_labels[key]
 
     def _size(self, rows: Array, full: int) -> int | None:
-        """All rows along the dimension keep equally many positions, so each keeps as many as they do on average."""
+        """All rows along the dimension keep equally many positions, so each keeps as many as they
+        do on average.
+        """
         kinds, lines = np.where(rows > 0, self.kinds.of_unit[rows], -1), rows.shape[1]
         row = np.zeros(len(self.kinds.pool) + 1)
         row[0] = full
@@ -284,18 +342,24 @@ class Sizes:
         return self._row_numbers[key]
 
     def values(self) -> Callable[[Floats], Floats]:
-        """What gives all sizes, shape (n, sizes), at n rows of how many units of each kind survive, shape (n, kinds)."""
+        """What gives all sizes, shape (n, sizes), at n rows of how many units of each kind
+        survive, shape (n, kinds).
+        """
         rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
         terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
         order = max((len(factors) for *_, factors in terms), default=0)
         starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
         coefficient = np.array([c for _, c, _ in terms])
-        factors = np.array([[f + 1 for f in own] + [0] * (order - len(own)) for *_, own in terms], dtype=np.int64)
+        factors = np.array(
+            [[f + 1 for f in own] + [0] * (order - len(own)) for *_, own in terms], dtype=np.int64
+        )
 
         def at(counts: Floats) -> Floats:
             if not terms:
                 return np.zeros((len(counts), 0))
-            affine = np.concatenate([np.ones((len(counts), 1)), rows[:, 0] + counts @ rows[:, 1:].T], axis=1)
+            affine = np.concatenate(
+                [np.ones((len(counts), 1)), rows[:, 0] + counts @ rows[:, 1:].T], axis=1
+            )
             return np.add.reduceat(coefficient * affine[:, factors].prod(axis=2), starts, axis=1)
 
         return at
@@ -308,7 +372,9 @@ class Sizes:
             for less, row in enumerate(lowered):
                 row[0] -= less
             return [((1.0, (self._factor(row),)),) for row in lowered]
-        return [self.sizes[size] + (((-float(less), ()),) if less else ()) for less in range(degree)]
+        return [
+            self.sizes[size] + (((-float(less), ()),) if less else ()) for less in range(degree)
+        ]
 
     def polynomial(self, products: Sequence[tuple[float, list[Sum]]]) -> Polynomial:
         """The sum of products of sizes, multiplied out."""
@@ -335,24 +401,30 @@ def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
     """Multiply-accumulates of the example's batch."""
     sizes = Sizes(coupling, kinds)
-    return sizes.polynomial([product for ran in coupling.contractions for product in products_of(ran, sizes)])
+    return sizes.polynomial(
+        [product for ran in coupling.contractions for product in products_of(ran, sizes)]
+    )
 
 
 def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]:
     """The multiply-accumulates of one op, as products of sizes."""
     found = []
     for coefficient, degrees in _interpolated(ran, sizes):
-        factors = [factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)]
+        factors = [
+            factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)
+        ]
         found.append((float(coefficient * ran.share), factors))
     return found
 
 
 def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, int]]]:
-    r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it reads.
+    r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it
+    reads.
 
-    A formula is a polynomial, of a degree in a size that is at most the number of dimensions which have that size: they are the
-    same units (a convolution from a residual stream to itself has two), so they are resized together. Its values at 0, 1, ... up to
-    the degree tell the coefficients, by Newton's forward differences, which are exact in integers.
+    A formula is a polynomial, of a degree in a size that is at most the number of dimensions which
+    have that size: they are the same units (a convolution from a residual stream to itself has
+    two), so they are resized together. Its values at 0, 1, ... up to the degree tell the
+    coefficients, by Newton's forward differences, which are exact in integers.
     """
     tensors = ran.tensors
     read = {id(tensor): sizes.dims(tensor) for tensor in tensors}
@@ -378,5 +450,10 @@ def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, i
         if difference:
             coefficient, rest = divmod(int(difference), prod(map(factorial, point)))
             assert rest == 0, "the formula is no polynomial with integer coefficients"
-            found.append((coefficient, {size: degree for size, degree in zip(free, point, strict=True) if degree}))
+            found.append(
+                (
+                    coefficient,
+                    {size: degree for size, degree in zip(free, point, strict=True) if degree},
+                )
+            )
     return found

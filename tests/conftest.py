@@ -11,11 +11,16 @@ from tests.specs import profiles  # noqa: F401  registers the Hypothesis profile
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="one case of every test, without those marked slow or long")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="one case of every test, without those marked slow or long",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # small tensors: a thread per core costs more than it brings, and xdist has the cores
+    # small tensors: a thread per core costs more than it brings, and xdist has the cores
+    torch.set_num_threads(1)
     if config.getoption("--fast"):
         settings.load_profile("fast")
 

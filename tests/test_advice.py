@@ -1,4 +1,6 @@
-"""A call that removes hardly anything says so, and what holds it; one that removes what was asked for says nothing."""
+"""A call that removes hardly anything says so, and what holds it; one that removes what was asked
+for says nothing.
+"""
 
 import re
 import warnings
@@ -86,9 +88,21 @@ def spectral() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "x", "reason"),
     [
-        (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(32, 64)), nn.Linear(64, 4)), X, "aten::vdot has no rule"),
+        (
+            nn.Sequential(
+                nn.utils.parametrizations.spectral_norm(nn.Linear(32, 64)), nn.Linear(64, 4)
+            ),
+            X,
+            "aten::vdot has no rule",
+        ),
         (spectral(), IMAGE, "aten::vdot has no rule"),
-        (nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(32, 64)), nn.Linear(64, 4)), X, "aten::tril has no rule"),
+        (
+            nn.Sequential(
+                nn.utils.parametrizations.orthogonal(nn.Linear(32, 64)), nn.Linear(64, 4)
+            ),
+            X,
+            "aten::tril has no rule",
+        ),
         (Computed(), X, "is mixed by sort"),
         (between(lambda h: h.sort(-1).values), X, "is mixed by sort"),
         (between(lambda h: h.cumsum(-1).relu() + 1), X, "is mixed by cumsum"),
@@ -101,12 +115,18 @@ def spectral() -> nn.Module:
         (nn.Sequential(nn.Linear(32, 1), nn.Linear(1, 4)), X, "reads an input of the model"),
     ],
 )
-def test_the_reason_that_is_named_is_the_cause(model: nn.Module, x: Tensor, reason: str | None) -> None:
-    """Not what follows from it: a layer behind stays as wide as it is for the reason of the layer before."""
+def test_the_reason_that_is_named_is_the_cause(
+    model: nn.Module, x: Tensor, reason: str | None
+) -> None:
+    """Not what follows from it: a layer behind stays as wide as it is for the reason of the layer
+    before.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fxprune.prune(model, x, channels=0.5)
-    assert [f'What pins most: "{reason}"' in str(warning.message) for warning in caught] == [True] * (reason is not None)
+    assert [f'What pins most: "{reason}"' in str(warning.message) for warning in caught] == [
+        True
+    ] * (reason is not None)
 
 
 def test_the_input_that_a_branch_is_added_to_is_named() -> None:
@@ -168,7 +188,10 @@ class TrainsElsewhere(nn.Module):
 
 
 def test_a_graph_of_evaluation_alone() -> None:
-    with pytest.warns(FxpruneWarning, match=r"computes in training what it computes in evaluation.*test_advice\.py:\d+") as caught:
+    with pytest.warns(
+        FxpruneWarning,
+        match=r"computes in training what it computes in evaluation.*test_advice\.py:\d+",
+    ) as caught:
         pruned = fxprune.prune(TrainsElsewhere(), torch.randn(2, 3), channels=0.5)
     (warning,) = caught
     assert warning.filename == __file__

@@ -69,7 +69,8 @@ ROOMS = [
     "__main__",
 ]
 FRONT = "__init__"  # re-exports from any room but those of the command line
-EXTRA = {"typer", "rich", "click", "torchvision"}  # what the extra "cli" brings, and cli alone may import
+# what the extra "cli" brings, and cli alone may import
+EXTRA = {"typer", "rich", "click", "torchvision"}
 
 
 def room_of(path: Path) -> str:
@@ -100,14 +101,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_imports_go_one_way(path):
     here = room_of(path)
     assert here in [*ROOMS, FRONT], f"{path.name} is in no room: add it to ROOMS, in its place"
-    allowed = {*ROOMS[: ROOMS.index(here)], here} if here != FRONT else {*ROOMS} - {"cli", "__main__"}
+    allowed = (
+        {*ROOMS[: ROOMS.index(here)], here} if here != FRONT else {*ROOMS} - {"cli", "__main__"}
+    )
     for line, name in imported_modules(path):
         if name.split(".")[0] == "fxprune":
             parts = name.split(".")
             assert len(parts) > 1, f"{path.name}:{line} imports the front door; import the room"
-            assert parts[1] in allowed, f"{path.name}:{line} imports {name}, which is not above {here}"
+            assert parts[1] in allowed, (
+                f"{path.name}:{line} imports {name}, which is not above {here}"
+            )
         elif here != "cli":
-            assert name.split(".")[0] not in EXTRA, f"{path.name}:{line} imports {name}, which only cli may"
+            assert name.split(".")[0] not in EXTRA, (
+                f"{path.name}:{line} imports {name}, which only cli may"
+            )
 
 
 def test_every_room_in_the_list_is_there():
@@ -119,14 +126,26 @@ def test_every_room_in_the_list_is_there():
 def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
     room = tmp_path / "rules"
     room.mkdir()
-    (room / "bad.py").write_text("from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n")
+    (room / "bad.py").write_text(
+        "from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n"
+    )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    assert imported_modules(room / "bad.py") == [(1, "fxprune.api"), (2, "fxprune.rules.registry"), (3, "fxprune.cli")]
+    assert imported_modules(room / "bad.py") == [
+        (1, "fxprune.api"),
+        (2, "fxprune.rules.registry"),
+        (3, "fxprune.cli"),
+    ]
 
 
 def test_no_stub_of_another_package_decides_whether_the_types_are_right():
-    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))[
+        "tool"
+    ]["mypy"]
     (override,) = settings["overrides"]
     assert (override["follow_imports"], override["follow_imports_for_stubs"]) == ("skip", True)
-    others = {name.split(".")[0] for path in FILES for _, name in imported_modules(path)} - sys.stdlib_module_names - {"fxprune"}
+    others = (
+        {name.split(".")[0] for path in FILES for _, name in imported_modules(path)}
+        - sys.stdlib_module_names
+        - {"fxprune"}
+    )
     assert {f"{name}.*" for name in others} == set(override["module"])

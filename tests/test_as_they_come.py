@@ -56,7 +56,11 @@ class Attends(nn.Module):
         super().__init__()
         block = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
         block.width = 8
-        self.block, self.head, self.branches = torch.compile(block, backend="eager"), nn.Linear(8, 3), branches
+        self.block, self.head, self.branches = (
+            torch.compile(block, backend="eager"),
+            nn.Linear(8, 3),
+            branches,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.branches and x.sum() > 1e9:
@@ -88,13 +92,19 @@ def test_a_module_compiled_in_place_is_pruned() -> None:
 # -- the meta device
 
 
-@pytest.mark.parametrize("build", [network, torchvision.models.swin_t], ids=["batch norm", "tables of integers"])
-def test_a_model_without_data_has_the_groups_of_one_with_data(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "build", [network, torchvision.models.swin_t], ids=["batch norm", "tables of integers"]
+)
+def test_a_model_without_data_has_the_groups_of_one_with_data(
+    build: Callable[[], nn.Module],
+) -> None:
     with torch.device("meta"):
         model = build()
     x = torch.zeros(1, 3, 64, 64)
     found, wanted = fxprune.analyze(model, x), fxprune.analyze(build(), x)
-    assert [(group.name, group.size) for group in found.groups] == [(group.name, group.size) for group in wanted.groups]
+    assert [(group.name, group.size) for group in found.groups] == [
+        (group.name, group.size) for group in wanted.groups
+    ]
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -102,14 +112,20 @@ def test_a_model_without_data_has_the_groups_of_one_with_data(build: Callable[[]
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
-def test_what_is_pruned_in_inference_mode_can_be_trained(made_inside: bool, tmp_path: Path) -> None:
+def test_what_is_pruned_in_inference_mode_can_be_trained(
+    made_inside: bool, tmp_path: Path
+) -> None:
     with torch.inference_mode(made_inside):
         model = network()
     with torch.inference_mode():
         x = torch.randn(2, 3, 8, 8)
         pruned = fxprune.prune(model, x, channels=0.5, verify=True)
         pruned.save(tmp_path)
-        others = [fxprune.apply(pruned.plan, model), fxprune.load(tmp_path, network), *fxprune.Steps(model, x, count=1, macs=0.5)]
+        others = [
+            fxprune.apply(pruned.plan, model),
+            fxprune.load(tmp_path, network),
+            *fxprune.Steps(model, x, count=1, macs=0.5),
+        ]
         assert torch.is_inference_mode_enabled()
     for own in (pruned, *others):
         own.model.train()(IMAGE).sum().backward()

@@ -16,7 +16,9 @@ from fxprune.balance import shrinking_dim
 class Split(nn.Module):
     """Two linear layers, of 12 units between them, and what a function does there."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12
+    ) -> None:
         super().__init__()
         self.a, self.b, self.function = nn.Linear(5, width), nn.Linear(out, 5), function
 
@@ -24,7 +26,9 @@ class Split(nn.Module):
         return self.b(self.function(self.a(x)))
 
 
-def between(function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12) -> fxprune.Coupling:
+def between(
+    function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12
+) -> fxprune.Coupling:
     return fxprune.analyze(Split(function, width, out), torch.randn(2, 5))
 
 
@@ -52,7 +56,11 @@ def test_no_split_no_blocks() -> None:
 
 def test_a_head_dimension_loses_as_many_in_each_head() -> None:
     """Scores of heads are summed over the head dimension: three heads of four."""
-    coupling = between(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4)).sum(2, keepdim=True).expand(-1, 3, 4).flatten(1))
+    coupling = between(
+        lambda x: (
+            (x.view(-1, 3, 4) * x.view(-1, 3, 4)).sum(2, keepdim=True).expand(-1, 3, 4).flatten(1)
+        )
+    )
     assert all(group.blocks in (0, 3) for group in coupling.groups)
     assert any(group.blocks == 3 for group in coupling.groups)
 
@@ -80,7 +88,9 @@ def test_blocks_keep_equally_many(channels: float) -> None:
 
 
 def test_a_shuffle_ties_the_positions_of_blocks() -> None:
-    """Transposed blocks lie one after the other: position i of each block goes with position i of the others."""
+    """Transposed blocks lie one after the other: position i of each block goes with position i of
+    the others.
+    """
     coupling = between(lambda x: x.view(-1, 3, 4).transpose(1, 2).flatten(1))
     group = only(coupling)
     assert (group.size, group.blocks) == (4, 0)
@@ -90,7 +100,9 @@ def test_a_shuffle_ties_the_positions_of_blocks() -> None:
 def test_a_shuffle_ties_the_smaller_side() -> None:
     coupling = between(lambda x: x.view(-1, 6, 2).transpose(1, 2).flatten(1))
     assert sorted({group.size for group in coupling.groups}) in ([2], [6])
-    assert len(set(positions(coupling, "a.weight"))) == sum(group.size for group in coupling.groups)
+    assert len(set(positions(coupling, "a.weight"))) == sum(
+        group.size for group in coupling.groups
+    )
 
 
 def test_a_split_that_is_joined_again_ties_nothing() -> None:
@@ -98,9 +110,12 @@ def test_a_split_that_is_joined_again_ties_nothing() -> None:
     assert group.size == 12
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_splits_that_disagree_are_tied() -> None:
-    """Rows of four and rows of three of the same units: both can be met, with fewer units than one alone has."""
+    """Rows of four and rows of three of the same units: both can be met, with fewer units than one
+    alone has.
+    """
 
     def twice(x: Tensor) -> Tensor:
         fours = x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)
@@ -110,7 +125,9 @@ def test_splits_that_disagree_are_tied() -> None:
     one = between(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1))
     coupling = fxprune.analyze(model, torch.randn(2, 5))
     assert sum(g.size for g in coupling.groups) < sum(g.size for g in one.groups) == 12
-    assert fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+    assert (
+        fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+    )
 
 
 def test_splits_that_refine_each_other_stand_together() -> None:
@@ -125,7 +142,9 @@ def test_splits_that_refine_each_other_stand_together() -> None:
 
 
 def test_a_grouped_convolution_balances_its_groups() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
     coupling = fxprune.analyze(model, torch.randn(2, 3, 4, 4))
     assert [(g.size, g.blocks) for g in coupling.groups] == [(12, 2), (8, 2)]
     for group in coupling.groups:
@@ -135,17 +154,28 @@ def test_a_grouped_convolution_balances_its_groups() -> None:
 
 
 def test_a_depthwise_convolution_has_no_blocks() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=12), nn.Conv2d(12, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=12), nn.Conv2d(12, 2, 1)
+    )
     group = only(fxprune.analyze(model, torch.randn(2, 3, 4, 4)))
     assert (group.size, group.blocks) == (12, 0)
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_blocks_with_one_pinned_part_are_pinned() -> None:
-    """A unit of one block has to stay, and then this block could not lose as many as the others."""
-    model = Split(lambda x: (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1) + 0 * x[:, :1])
+    """A unit of one block has to stay, and then this block could not lose as many as the
+    others.
+    """
+    model = Split(
+        lambda x: (
+            (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1) + 0 * x[:, :1]
+        )
+    )
     coupling = fxprune.analyze(model, torch.randn(2, 5))
-    assert fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+    assert (
+        fxprune.verify(model, fxprune.prune(model, torch.randn(2, 5), channels=0.5)).error < 1e-9
+    )
     assert all(not int((torch.tensor(g.units) == 0).sum()) > 0 for g in coupling.groups)
 
 
@@ -159,5 +189,7 @@ def test_blocks_with_one_pinned_part_are_pinned() -> None:
         ([[1, 2], [3, 4]], [-1, 0, 1, 0, 1], 0),
     ],
 )
-def test_the_dimension_that_shrinks_is_the_one_within_a_block(labels: Any, block: list[int], dim: int) -> None:
+def test_the_dimension_that_shrinks_is_the_one_within_a_block(
+    labels: Any, block: list[int], dim: int
+) -> None:
     assert shrinking_dim(np.array(labels), np.array(block)) == dim

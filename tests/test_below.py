@@ -1,4 +1,6 @@
-"""What scripted functions and ``torch.func`` do below Python: followed for any batch, and held to the sizes that they read."""
+"""What scripted functions and ``torch.func`` do below Python: followed for any batch, and held to
+the sizes that they read.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -73,7 +75,11 @@ def by_vmap(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class Between(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.function = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 2, 1), function
+        self.a, self.b, self.function = (
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.Conv2d(12, 2, 1),
+            function,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.function(self.a(x)))
@@ -168,24 +174,52 @@ def numbered(x: Tensor) -> Tensor:
     return torch.stack([row * 2 for row in x.unbind(0)])
 
 
-FREE = {(halved, by_script): "BHW", (halved, by_vmap): "BW", (cut, by_script): "BW", (capped, by_script): "HW"}
-FREE |= {(by_last, by_script): "B", (handed, by_script): "B", (lent, by_script): "HW", (counted, by_script): ""}
-FREE |= {(read, by_script): "", (strided, by_script): "", (strided, by_vmap): "B", (pooled, by_script): "BHW"}
-FREE |= {(pooled, by_vmap): "BHW", (attended, by_script): "B", (numbered, by_script): "HW", (handed, by_vmap): "B"}
+FREE = {
+    (halved, by_script): "BHW",
+    (halved, by_vmap): "BW",
+    (cut, by_script): "BW",
+    (capped, by_script): "HW",
+}
+FREE |= {
+    (by_last, by_script): "B",
+    (handed, by_script): "B",
+    (lent, by_script): "HW",
+    (counted, by_script): "",
+}
+FREE |= {
+    (read, by_script): "",
+    (strided, by_script): "",
+    (strided, by_vmap): "B",
+    (pooled, by_script): "BHW",
+}
+FREE |= {
+    (pooled, by_vmap): "BHW",
+    (attended, by_script): "B",
+    (numbered, by_script): "HW",
+    (handed, by_vmap): "B",
+}
 """Functions, and which of batch, height and width the pruned model takes any of."""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    SCRIPTED |= {function.__name__: torch.jit.script(function) for function, how in FREE if how is by_script}
+    SCRIPTED |= {
+        function.__name__: torch.jit.script(function) for function, how in FREE if how is by_script
+    }
 
 
 @pytest.mark.parametrize(("function", "how"), FREE, ids=lambda own: own.__name__)
-def test_sizes_are_held_by_which_something_goes_and_no_others(function: Callable[[Tensor], Tensor], how: Any) -> None:
+def test_sizes_are_held_by_which_something_goes_and_no_others(
+    function: Callable[[Tensor], Tensor], how: Any
+) -> None:
     torch.manual_seed(0)
     model = randomise(Between(how(function))).eval()
     pruned = fxprune.prune(model, torch.randn(2, 3, 8, 6, dtype=torch.float64), channels=0.5).model
     assert pruned.get_parameter("a.bias").numel() < 12
-    others = {"B": [(1, 8, 6), (5, 8, 6)], "H": [(2, 4, 6), (2, 12, 6)], "W": [(2, 8, 10), (2, 8, 3)]}
+    others = {
+        "B": [(1, 8, 6), (5, 8, 6)],
+        "H": [(2, 4, 6), (2, 12, 6)],
+        "W": [(2, 8, 10), (2, 8, 3)],
+    }
     for name, sizes in others.items():
         for batch, height, width in sizes:
             x = torch.randn(batch, 3, height, width, dtype=torch.float64)
@@ -193,7 +227,9 @@ def test_sizes_are_held_by_which_something_goes_and_no_others(function: Callable
                 if name in FREE[function, how]:
                     assert relative_error(pruned(x), masked(model, pruned)(x)) <= TOLERANCE
                 else:
-                    with pytest.raises(AssertionError, match=r"traced for inputs with .*decided at test_below"):
+                    with pytest.raises(
+                        AssertionError, match=r"traced for inputs with .*decided at test_below"
+                    ):
                         pruned(x)
 
 
@@ -271,8 +307,12 @@ def made_inside(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [differentiated, differentiated_twice, mapped, made_inside])
-def test_gradients_of_a_function_of_its_own_stay_its_own(function: Callable[[Tensor], Tensor]) -> None:
-    """Inside of the transforms of torch.func, too, and where its class is another one at each call."""
+def test_gradients_of_a_function_of_its_own_stay_its_own(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """Inside of the transforms of torch.func, too, and where its class is another one at each
+    call.
+    """
 
     class Applies(nn.Module):
         def __init__(self) -> None:
@@ -284,7 +324,10 @@ def test_gradients_of_a_function_of_its_own_stay_its_own(function: Callable[[Ten
 
     model, x = Applies().eval(), torch.randn(3, 4)
     pruned = fxprune.prune(model, x, channels=0.5)
-    assert {name: tuple(p.shape) for name, p in pruned.model.named_parameters()}["a.weight"] == (4, 4)
+    assert {name: tuple(p.shape) for name, p in pruned.model.named_parameters()}["a.weight"] == (
+        4,
+        4,
+    )
     assert "gradients" in fxprune.verify(model, pruned, x).compared
 
 
@@ -310,13 +353,26 @@ def laid_out_anew(x: Tensor) -> Tensor:
     ("function", "said"),
     [
         (linearized, r"torch's linearize reads the number .* in C\+\+ \(at test_below\.py:\d+\)"),
-        (nested, r"torch's nested_tensor asks on which device a tensor is \(at test_below\.py:\d+\)"),
-        (flexible, r"forward calls torch's flex_attention \(at test_below\.py:\d+\), an operation that takes functions"),
-        (laid_out_anew, r"forward gives a tensor another size or other memory in place \(at test_below\.py:\d+\)"),
+        (
+            nested,
+            r"torch's nested_tensor asks on which device a tensor is \(at test_below\.py:\d+\)",
+        ),
+        (
+            flexible,
+            r"forward calls torch's flex_attention \(at test_below\.py:\d+\), "
+            r"an operation that takes functions",
+        ),
+        (
+            laid_out_anew,
+            r"forward gives a tensor another size or other memory in place "
+            r"\(at test_below\.py:\d+\)",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_no_graph_can_do_is_said_with_its_line(function: Callable[[Tensor], Tensor], said: str) -> None:
+def test_what_no_graph_can_do_is_said_with_its_line(
+    function: Callable[[Tensor], Tensor], said: str
+) -> None:
     class Calls(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,6 @@
-"""The parts of the benchmarks that no result would show to be wrong: what the data are, and what a row of the table means."""
+"""The parts of the benchmarks that no result would show to be wrong: what the data are, and what a
+row of the table means.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ def data(accuracy: Any) -> ModuleType:
 # -- data
 
 
-def write_cifar(folder: Path, kind: type[datasets.CIFAR10], monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """The files of CIFAR as its authors ship them, filled with noise; 6,000 images to train on and 40 to test."""
+def write_cifar(
+    folder: Path, kind: type[datasets.CIFAR10], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, np.ndarray]:
+    """The files of CIFAR as its authors ship them, filled with noise; 6,000 images to train on and
+    40 to test.
+    """
     generator, written = np.random.default_rng(0), {}
     labels, classes = ("labels", 10) if kind is datasets.CIFAR10 else ("fine_labels", 100)
     below = folder / kind.base_folder
@@ -57,25 +63,43 @@ def write_cifar(folder: Path, kind: type[datasets.CIFAR10], monkeypatch: pytest.
             listed.append([name, write(name, {"data": images, labels: targets})])
             written[name] = images
         monkeypatch.setattr(kind, attribute, listed)
-    meta = {**kind.meta, "md5": write(kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(classes)]})}
+    meta = {
+        **kind.meta,
+        "md5": write(kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(classes)]}),
+    }
     monkeypatch.setattr(kind, "meta", meta)
     return written
 
 
-@pytest.mark.parametrize(("name", "kind", "classes"), [("cifar10", datasets.CIFAR10, 10), ("cifar100", datasets.CIFAR100, 100)])
+@pytest.mark.parametrize(
+    ("name", "kind", "classes"),
+    [("cifar10", datasets.CIFAR10, 10), ("cifar100", datasets.CIFAR100, 100)],
+)
 def test_cifar_is_read_from_its_folder(
-    name: str, kind: type[datasets.CIFAR10], classes: int, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kind: type[datasets.CIFAR10],
+    classes: int,
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = write_cifar(tmp_path, kind, monkeypatch)
     found = data.load(name, folder=tmp_path)
     parts = (found.train, found.validation, found.test)
-    assert [tuple(part.images.shape) for part in parts] == [(1000, 3, 32, 32), (5000, 3, 32, 32), (40, 3, 32, 32)]
+    assert [tuple(part.images.shape) for part in parts] == [
+        (1000, 3, 32, 32),
+        (5000, 3, 32, 32),
+        (40, 3, 32, 32),
+    ]
     assert (found.classes, found.channels, found.flip) == (classes, 3, True)
     assert found.train.labels.max() < classes
-    # The first image is the first one of the first file, red, green and blue one after the other, normalised.
+    # The first image is the first one of the first file, red, green and blue one after the other,
+    # normalised.
     first = next(iter(written.values()))[0].reshape(3, 32, 32)
     for channel in range(3):
-        assert np.corrcoef(first[channel].ravel(), found.train.images[0, channel].ravel())[0, 1] == pytest.approx(1)
+        assert np.corrcoef(first[channel].ravel(), found.train.images[0, channel].ravel())[
+            0, 1
+        ] == pytest.approx(1)
     assert found.train.images.mean().item() == pytest.approx(0, abs=1e-4)
     assert found.train.images.std().item() == pytest.approx(1, abs=1e-3)
     assert data.load(name, 16, tmp_path).test.images.shape == (40, 3, 16, 16)
@@ -97,7 +121,11 @@ def test_textures_are_equal_at_every_call_and_no_image_is_in_two_parts(data: Any
 
 def test_digits_have_the_parts_that_are_written_down(data: Any) -> None:
     digits = data.load("digits")
-    assert [len(part.labels) for part in (digits.train, digits.validation, digits.test)] == [1047, 250, 500]
+    assert [len(part.labels) for part in (digits.train, digits.validation, digits.test)] == [
+        1047,
+        250,
+        500,
+    ]
     assert digits.example.shape == (1, 1, 16, 16)
 
 
@@ -117,7 +145,9 @@ def test_augmentation_moves_each_image_on_its_own_and_no_further_than_it_says(da
 def test_criteria_are_read_from_text(accuracy: Any) -> None:
     assert accuracy.cpmc("cpmc") == CPMC()
     assert accuracy.cpmc("cpmc:alpha=0:roles=own+scale") == CPMC(alpha=0, roles=("own", "scale"))
-    assert accuracy.cpmc("cpmc:by=max") == accuracy.Variant(by="max", beta=CPMC().beta, gamma=CPMC().gamma)
+    assert accuracy.cpmc("cpmc:by=max") == accuracy.Variant(
+        by="max", beta=CPMC().beta, gamma=CPMC().gamma
+    )
     with pytest.raises(fxprune.FxpruneError, match="choose one or several of"):
         accuracy.cpmc("cpmc:roles=none")
 
@@ -125,12 +155,17 @@ def test_criteria_are_read_from_text(accuracy: Any) -> None:
 def test_a_variant_with_the_settings_of_cpmc_is_cpmc(accuracy: Any, data: Any) -> None:
     digits = data.load("digits", 8)
     model = accuracy.NETWORKS["vgg_narrow"](digits.channels, digits.classes).eval()
-    plans = [fxprune.prune(model, digits.example, macs=0.5, criterion=c).plan for c in (CPMC(), accuracy.Variant())]
+    plans = [
+        fxprune.prune(model, digits.example, macs=0.5, criterion=c).plan
+        for c in (CPMC(), accuracy.Variant())
+    ]
     assert plans[0] == plans[1]
 
 
 @pytest.fixture
-def few(accuracy: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def few(
+    accuracy: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Any]:
     """A setting of one epoch over 70 digits, and where its weights go."""
     digits = data.load("digits", 8)
     parts = {
@@ -139,17 +174,29 @@ def few(accuracy: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     monkeypatch.setattr(accuracy, "_loaded", lambda *_: replace(digits, **parts))
     accuracy.trained.cache_clear()
-    return accuracy.Setting("digits", 8, "vgg_narrow", 0, 1, 1, 0.1), accuracy.Where(str(tmp_path), None, "cpu")
+    return accuracy.Setting("digits", 8, "vgg_narrow", 0, 1, 1, 0.1), accuracy.Where(
+        str(tmp_path), None, "cpu"
+    )
 
 
-@pytest.mark.parametrize("criterion", ["cpmc", "l2", "taylor", "activation", "random", "cpmc/constants", "cpmc/least_squares"])
-def test_a_row_keeps_to_its_budget_and_leaves_the_dense_network_as_it_was(criterion: str, accuracy: Any, few: Any) -> None:
+@pytest.mark.parametrize(
+    "criterion",
+    ["cpmc", "l2", "taylor", "activation", "random", "cpmc/constants", "cpmc/least_squares"],
+)
+def test_a_row_keeps_to_its_budget_and_leaves_the_dense_network_as_it_was(
+    criterion: str, accuracy: Any, few: Any
+) -> None:
     setting, where = few
     dense = accuracy.dense_row(setting, where)
-    weights = {name: tensor.clone() for name, tensor in accuracy.trained(setting, where).state_dict().items()}
+    weights = {
+        name: tensor.clone()
+        for name, tensor in accuracy.trained(setting, where).state_dict().items()
+    }
     row = accuracy.pruned_row(setting, criterion, 0.7, where)
     assert 0.2 < row["macs_left"] <= 0.3
-    assert set(row["before"]) == set(row["after"]) == set(dense["accuracy"]) == {"validation", "test"}
+    assert (
+        set(row["before"]) == set(row["after"]) == set(dense["accuracy"]) == {"validation", "test"}
+    )
     again = accuracy.trained(setting, where).state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in again.items())
 
@@ -163,11 +210,16 @@ def test_criteria_are_compared_on_the_same_weights(accuracy: Any) -> None:
     for seed, base in enumerate((50.0, 70.0, 90.0)):
         setting = accuracy.setting_of(options, "vgg_narrow", seed)
         for removed, (better, spread) in {0.5: (1.0, 0.0), 0.85: (2.0, 3.0)}.items():
-            rows[accuracy.key_of(setting, "cpmc", removed)] = {"after": {"test": base + better + spread * (seed - 1)}}
+            rows[accuracy.key_of(setting, "cpmc", removed)] = {
+                "after": {"test": base + better + spread * (seed - 1)}
+            }
             rows[accuracy.key_of(setting, "l1", removed)] = {"after": {"test": base}}
     del rows[accuracy.key_of(accuracy.setting_of(options, "vgg_narrow", 2), "l1", 0.5)]
     lines = accuracy.Table(rows, options).ahead("vgg_narrow", "after", "test").splitlines()
-    assert lines[2:] == ["| l1 | +1.00 ± 0.00 | +2.00 ± 1.73 | +0.75 ± 0.75 |", "| random | - | - | - |"]
+    assert lines[2:] == [
+        "| l1 | +1.00 ± 0.00 | +2.00 ± 1.73 | +0.75 ± 0.75 |",
+        "| random | - | - | - |",
+    ]
 
 
 def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, few: Any) -> None:
@@ -176,7 +228,10 @@ def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, fe
     accuracy.trained.cache_clear()
     second = accuracy.trained(setting, where)
     assert first is not second
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 # -- latency
@@ -184,16 +239,32 @@ def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, fe
 
 @pytest.fixture
 def run_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a latency benchmark on small images for a moment, and returns the file of results that it wrote."""
+    """Runs a latency benchmark on small images for a moment, and returns the file of results that
+    it wrote.
+    """
 
     def run(name: str, *more: str) -> Any:
         with imported(name) as module:
             monkeypatch.setattr(sys.modules["_common"], "RESULTS", tmp_path)
-            monkeypatch.setattr(sys.modules["_latency"], "keep_memory", lambda: False)  # it would be for this whole process
-            argv = ["--quick", "--device", "cpu", "--rounds", "1", "--seconds", "0.001", "--batches", "2", *more]
+            # it would be for this whole process
+            monkeypatch.setattr(sys.modules["_latency"], "keep_memory", lambda: False)
+            argv = [
+                "--quick",
+                "--device",
+                "cpu",
+                "--rounds",
+                "1",
+                "--seconds",
+                "0.001",
+                "--batches",
+                "2",
+                *more,
+            ]
             monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
             module.main()
-        written = sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".json", ".md"))
+        written = sorted(
+            path.name for path in tmp_path.iterdir() if path.suffix in (".json", ".md")
+        )
         assert [name.rpartition(".")[2] for name in written] == ["json", "md"]
         assert all(name.startswith(f"{module.__name__}_") and "_quick" in name for name in written)
         assert "on the CPU" in (tmp_path / written[1]).read_text()
@@ -204,14 +275,18 @@ def run_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 @pytest.mark.long
 def test_the_latency_of_every_budget(run_quickly: Callable[..., Any]) -> None:
-    record = run_quickly("latency", "--models", "mobilenet_v2", "--removed", "0.3,0.5", "--round-to", "1")["mobilenet_v2"]
+    record = run_quickly(
+        "latency", "--models", "mobilenet_v2", "--removed", "0.3,0.5", "--round-to", "1"
+    )["mobilenet_v2"]
     (row,) = record["rows"]
     assert list(row["latency"]) == ["dense", "30% removed", "50% removed"]
     assert (row["precision"], row["mode"], row["batch"]) == ("fp32", "eager", 2)
     for label, most in {"30% removed": 0.7, "50% removed": 0.5}.items():
         assert most - 0.05 < record["left"][label]["macs"] <= most
         assert row["latency"][label]["floor_ms"] < row["latency"]["dense"]["floor_ms"]
-    assert all(own["quartiles"][0] <= own["ms"] <= own["quartiles"][1] for own in row["latency"].values())
+    assert all(
+        own["quartiles"][0] <= own["ms"] <= own["quartiles"][1] for own in row["latency"].values()
+    )
 
 
 @pytest.mark.long
@@ -220,7 +295,9 @@ def test_by_hand_at_the_pruned_widths(run_quickly: Callable[..., Any]) -> None:
     assert list(record["differences"]) == ["plain", "deployed", "class", "graph"]
     assert max(record["differences"].values()) < 1e-4
     (row,) = record["rows"]
-    assert {form: len(own) for form, own in row["latency"].items()} == dict.fromkeys(record["differences"], 2)
+    assert {form: len(own) for form, own in row["latency"].items()} == dict.fromkeys(
+        record["differences"], 2
+    )
 
 
 def test_both_tools_at_equal_macs(run_quickly: Callable[..., Any]) -> None:
@@ -239,7 +316,9 @@ def test_the_staircase_of_a_layer(run_quickly: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-def test_both_budgets_at_equal_latency(run_quickly: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_budgets_at_equal_latency(
+    run_quickly: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
     record = run_quickly("latency_budget", "--models", "resnet50", "--shares", "0.7")["resnet50"]
     (row,) = record["rows"]
@@ -260,12 +339,18 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return {"dense": Latency(Timing(2.0, 1.0, 3.0, 5), setting.batch, 1.0, 100)}
 
-    found = SimpleNamespace(device="cpu", precisions=["fp32"], modes=["eager"], batches=[256], rounds=1, seconds=0.1)
+    found = SimpleNamespace(
+        device="cpu", precisions=["fp32"], modes=["eager"], batches=[256], rounds=1, seconds=0.1
+    )
     with imported("_latency") as shared:
         monkeypatch.setattr(shared, "measure", measure)
         limit = 100
         (row,) = shared.time_all({}, None, found)
-        assert (tried, row["batch"], row["latency"]["dense"]["throughput"]) == ([256, 128, 64], 64, 32_000.0)
+        assert (tried, row["batch"], row["latency"]["dense"]["throughput"]) == (
+            [256, 128, 64],
+            64,
+            32_000.0,
+        )
         limit = 0
         (row,) = shared.time_all({}, None, found)
         assert row["error"] == "OutOfMemoryError: CUDA out of memory."

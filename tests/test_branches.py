@@ -1,4 +1,6 @@
-"""Python between parts that goes by sizes of its inputs: whichever way they lead, as the masked original goes."""
+"""Python between parts that goes by sizes of its inputs: whichever way they lead, as the masked
+original goes.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,22 @@ from tests.support.checking import masked, randomise, relative_error
 
 
 class Sized(nn.Module):
-    """Layers on tokens, and code of sizes between them. What it finds in its input keeps it from being one graph."""
+    """Layers on tokens, and code of sizes between them. What it finds in its input keeps it from
+    being one graph.
+    """
 
     def __init__(self, code: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
-        self.weight, self.layers = nn.Parameter(torch.randn(12, 12)), nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.a, self.b, self.c, self.head = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 3),
+        )
+        self.weight, self.layers = (
+            nn.Parameter(torch.randn(12, 12)),
+            nn.ModuleList(nn.Linear(12, 12) for _ in range(3)),
+        )
         self.code = code
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +205,13 @@ def test_questions_about_sizes() -> None:
         true = asks(x)
     assert true == asks(x) == [True, True, False, False]
     assert builtins.len is count
-    assert [sorted(asked.margins) for asked in questions.asked.values()] == [[1], [-5.0], [0], [0], [0]]
+    assert [sorted(asked.margins) for asked in questions.asked.values()] == [
+        [1],
+        [-5.0],
+        [0],
+        [0],
+        [0],
+    ]
     for place in questions.asked:
         turned = Questions([], {place: next(iter({True, False} - questions.asked[place].answers))})
         with turned, turned.counting():
@@ -221,5 +239,10 @@ def test_other_sizes() -> None:
 
     assert shapes(other_batch(call)) == [(1, 4, 4), (1, 4)]
     assert shapes(other_batch(call, 4)) == [(4, 4, 4), (4, 4)]
-    assert [shapes(found) for _, found in other_sizes(call)] == [[(3, n, n), (3, n)] for n in (2, 5, 8)]
-    assert [shapes(found) for _, found in sizes_alone(call)] == [[(3, 5, 4), (3, 5)], [(3, 4, 5), (3, 4)]]
+    assert [shapes(found) for _, found in other_sizes(call)] == [
+        [(3, n, n), (3, n)] for n in (2, 5, 8)
+    ]
+    assert [shapes(found) for _, found in sizes_alone(call)] == [
+        [(3, 5, 4), (3, 5)],
+        [(3, 4, 5), (3, 4)],
+    ]

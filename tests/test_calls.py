@@ -1,6 +1,8 @@
-"""One op in many spellings: numbers in a call that describe channels are corrected, or the channels are pinned.
+"""One op in many spellings: numbers in a call that describe channels are corrected, or the
+channels are pinned.
 
-Every row gives features of shape (batch, 12 channels, 3, 4) something to do along the channel axis that names a size or a position.
+Every row gives features of shape (batch, 12 channels, 3, 4) something to do along the channel axis
+that names a size or a position.
 """
 
 from collections.abc import Callable
@@ -52,7 +54,11 @@ CASES = [
     Case("F.pad", lambda x: F.pad(x, (0, 0, 0, 0, 1, 3)), 16),
     Case("F.pad by keyword", lambda x: F.pad(input=x, pad=[0, 0, 0, 0, 1, 3], value=0.5), 16),
     Case("torch.constant_pad_nd", lambda x: torch.constant_pad_nd(x, (0, 0, 0, 0, 1, 3)), 16),
-    Case("aten.constant_pad_nd", lambda x: aten.constant_pad_nd.default(x, [0, 0, 0, 0, 1, 3], 2.0), 16),
+    Case(
+        "aten.constant_pad_nd",
+        lambda x: aten.constant_pad_nd.default(x, [0, 0, 0, 0, 1, 3], 2.0),
+        16,
+    ),
     Case("aten.pad", lambda x: aten.pad.default(x, [0, 0, 0, 0, 1, 3]), 16),
     Case("nn.ConstantPad3d", lambda x: nn.ConstantPad3d((0, 0, 0, 0, 1, 3), 0.5)(x), 16),
     Case("channels last", last(lambda x: F.pad(x, (2, 2))), 16),
@@ -71,15 +77,29 @@ CASES = [
     Case("torch.slice_copy", lambda x: torch.slice_copy(x, 1, 2, 9), 7),
     # pieces
     Case("x.split", lambda x: torch.cat([p.relu() for p in x.split(5, 1)], 1)),
-    Case("x.split by keyword", lambda x: torch.cat([p.relu() for p in x.split(split_size=[5, 7], dim=1)], 1)),
-    Case("torch.split", lambda x: torch.cat([p.relu() for p in torch.split(x, split_size_or_sections=5, dim=1)], 1)),
+    Case(
+        "x.split by keyword",
+        lambda x: torch.cat([p.relu() for p in x.split(split_size=[5, 7], dim=1)], 1),
+    ),
+    Case(
+        "torch.split",
+        lambda x: torch.cat(
+            [p.relu() for p in torch.split(x, split_size_or_sections=5, dim=1)], 1
+        ),
+    ),
     Case("torch.chunk", lambda x: torch.cat(torch.chunk(x, 5, dim=1)[::-1], 1)),
     Case("torch.tensor_split", lambda x: torch.cat(torch.tensor_split(x, (2, 7), dim=1)[::-1], 1)),
     Case("x.tensor_split", lambda x: torch.cat(x.tensor_split(5, 1)[::-1], 1)),
     Case("torch.hsplit", lambda x: torch.cat(torch.hsplit(x, [3, 4])[::-1], 1)),
-    Case("x.dsplit", last(lambda x: torch.cat(x[:, 0].dsplit([4])[::-1], -1)[:, None].expand(-1, 3, -1, -1))),
+    Case(
+        "x.dsplit",
+        last(lambda x: torch.cat(x[:, 0].dsplit([4])[::-1], -1)[:, None].expand(-1, 3, -1, -1)),
+    ),
     Case("aten.split", lambda x: torch.cat(aten.split.Tensor(x, 5, 1)[::-1], 1)),
-    Case("aten.split_with_sizes", lambda x: torch.cat(aten.split_with_sizes.default(x, [5, 7], 1)[::-1], 1)),
+    Case(
+        "aten.split_with_sizes",
+        lambda x: torch.cat(aten.split_with_sizes.default(x, [5, 7], 1)[::-1], 1),
+    ),
     Case("torch.unsafe_chunk", lambda x: torch.cat(torch.unsafe_chunk(x, 2, 1)[::-1], 1)),
     Case("torch.split_copy", lambda x: torch.cat(torch.split_copy(x, 5, 1)[::-1], 1)),
     Case("x.select", lambda x: x + x.select(1, 3)[:, None]),
@@ -88,14 +108,27 @@ CASES = [
     Case("torch.unbind of blocks", lambda x: sum(torch.unbind(x.view(-1, 3, 4, 3, 4), 1)), 4),
     # layouts
     Case("x.view", lambda x: x.view(x.shape[0], 12, 12).relu().view(-1, 12, 3, 4)),
-    Case("x.view by keyword", lambda x: x.contiguous().view(size=(-1, 4, 3, 3, 4)).relu().flatten(1, 2)),
+    Case(
+        "x.view by keyword",
+        lambda x: x.contiguous().view(size=(-1, 4, 3, 3, 4)).relu().flatten(1, 2),
+    ),
     Case("torch.reshape", lambda x: torch.reshape(x, (-1, 12, 12)).reshape(x.shape)),
-    Case("torch.Tensor.view", lambda x: torch.Tensor.view(x, -1, 12, 12).relu().view(-1, 12, 3, 4)),
+    Case(
+        "torch.Tensor.view", lambda x: torch.Tensor.view(x, -1, 12, 12).relu().view(-1, 12, 3, 4)
+    ),
     Case("aten.view", lambda x: aten.view.default(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4)),
-    Case("aten.reshape", lambda x: aten.reshape.default(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4)),
-    Case("aten._unsafe_view", lambda x: aten._unsafe_view.default(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4)),
+    Case(
+        "aten.reshape", lambda x: aten.reshape.default(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4)
+    ),
+    Case(
+        "aten._unsafe_view",
+        lambda x: aten._unsafe_view.default(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4),
+    ),
     Case("torch.view_copy", lambda x: torch.view_copy(x, [-1, 12, 12]).relu().view(-1, 12, 3, 4)),
-    Case("torch.unflatten", lambda x: torch.unflatten(input=x, dim=1, sizes=(3, 4)).relu().flatten(1, 2)),
+    Case(
+        "torch.unflatten",
+        lambda x: torch.unflatten(input=x, dim=1, sizes=(3, 4)).relu().flatten(1, 2),
+    ),
     Case("x.unflatten", lambda x: x.unflatten(-3, [4, -1]).relu().flatten(1, 2)),
     Case("nn.Unflatten", lambda x: nn.Unflatten(1, (3, 4))(x).relu().flatten(1, 2)),
     # sizes
@@ -113,8 +146,13 @@ CASES = [
     Case("x.new_ones", lambda x: x + x.new_ones(12, 1, 1)),
     Case("torch.full", lambda x: x * torch.full(size=(12, 3, 4), fill_value=0.5, dtype=x.dtype)),
     Case("torch.zeros", lambda x: x + torch.zeros(12, 1, 1, dtype=x.dtype)),
-    Case("x.expand of what has no channels", lambda x: x * x.mean(1, keepdim=True).expand(-1, 12, -1, -1)),
-    Case("aten.ones", lambda x: x * aten.ones.default([12, 3, 4], dtype=torch.float64), pruned=None),
+    Case(
+        "x.expand of what has no channels",
+        lambda x: x * x.mean(1, keepdim=True).expand(-1, 12, -1, -1),
+    ),
+    Case(
+        "aten.ones", lambda x: x * aten.ones.default([12, 3, 4], dtype=torch.float64), pruned=None
+    ),
     # orders
     Case("x.roll", lambda x: x.roll(4, 1)),
     Case("torch.roll", lambda x: torch.roll(x, shifts=(4, 1), dims=(1, 3))),
@@ -127,19 +165,33 @@ CASES = [
     Case("x.squeeze", lambda x: x[:, :2].contiguous().squeeze(), 2),
     Case("x.squeeze by dims", lambda x: x[:, :2].squeeze((1,)), 2),
     # convolutions by name
-    Case("aten.conv2d", lambda x: aten.conv2d.default(x, torch.ones(12, 1, 1, 1, dtype=x.dtype), None, [1, 1], [0, 0], [1, 1], 12)),
+    Case(
+        "aten.conv2d",
+        lambda x: aten.conv2d.default(
+            x, torch.ones(12, 1, 1, 1, dtype=x.dtype), None, [1, 1], [0, 0], [1, 1], 12
+        ),
+    ),
     Case(
         "aten.convolution",
-        lambda x: aten.convolution.default(x, x.new_ones(12, 1, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 12),
+        lambda x: aten.convolution.default(
+            x, x.new_ones(12, 1, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 12
+        ),
     ),
-    Case("F.conv2d by keyword", lambda x: F.conv2d(input=x, weight=x.new_ones(12, 1, 1, 1), groups=x.shape[1])),
+    Case(
+        "F.conv2d by keyword",
+        lambda x: F.conv2d(input=x, weight=x.new_ones(12, 1, 1, 1), groups=x.shape[1]),
+    ),
 ]
 
 
 class Between(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.a, self.b, self.case = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(case.width, 2, 1), case
+        self.a, self.b, self.case = (
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.Conv2d(case.width, 2, 1),
+            case,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.case.function(self.a(x)))
@@ -164,8 +216,12 @@ def test_every_spelling_is_exact_or_pinned(case: Case, channels: float) -> None:
 
 
 def test_literal_sizes_hold_what_they_are_laid_out_from() -> None:
-    """At twice the width the original mixes rows of two images in silence; a graph of fewer channels would mix others."""
-    model = randomise(Between(Case("", lambda x: x.view(-1, 12, 12).relu().view(-1, 12, 3, 4)))).eval()
+    """At twice the width the original mixes rows of two images in silence; a graph of fewer
+    channels would mix others.
+    """
+    model = randomise(
+        Between(Case("", lambda x: x.view(-1, 12, 12).relu().view(-1, 12, 3, 4)))
+    ).eval()
     pruned = fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5).model
     wide = torch.randn(2, 3, 3, 8, dtype=torch.float64)
     assert model(wide).shape == (4, 2, 3, 4)
@@ -197,13 +253,20 @@ SPELLINGS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("target", "args", "kwargs"), SPELLINGS)
 def test_a_call_keeps_its_spelling(target: Any, args: Any, kwargs: Any) -> None:
     graph = fx.Graph()
-    node = graph.call_method(target, args, kwargs) if isinstance(target, str) else graph.call_function(target, args, kwargs)
+    node = (
+        graph.call_method(target, args, kwargs)
+        if isinstance(target, str)
+        else graph.call_function(target, args, kwargs)
+    )
     call = call_of(node, [(aten.narrow.default, (X, 1, 2, 7), {})], lambda value: value)
     assert call is not None
     assert call.name == "narrow"
     new_target, new_args, new_kwargs = call.with_({"start": 3})
     assert new_target is node.target
-    assert {**dict(zip(("input", "dim", "start", "length"), new_args, strict=False)), **new_kwargs}["start"] == 3
+    assert {
+        **dict(zip(("input", "dim", "start", "length"), new_args, strict=False)),
+        **new_kwargs,
+    }["start"] == 3
     assert len(new_args) == len(args)
     assert new_kwargs.keys() == kwargs.keys()
 
@@ -217,7 +280,11 @@ def test_a_call_keeps_its_spelling(target: Any, args: Any, kwargs: Any) -> None:
     ],
 )
 def test_sizes_stay_as_they_were_given(args: Any, changed: Any, wanted: Any) -> None:
-    call = call_of(fx.Graph().call_method("view", args), [(aten.view.default, (X, [3, 8]), {})], lambda value: value)
+    call = call_of(
+        fx.Graph().call_method("view", args),
+        [(aten.view.default, (X, [3, 8]), {})],
+        lambda value: value,
+    )
     assert call is not None
     assert call.with_({"size": changed})[1] == wanted
 

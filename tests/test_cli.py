@@ -19,7 +19,8 @@ TINY = """
     from torch import nn
 
     def build():
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 5))
+        first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(6 * 16, 5))
 
     class Model(nn.Module):
         def __init__(self):
@@ -44,7 +45,9 @@ TINY = """
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
+    )
 
 
 @pytest.fixture
@@ -52,7 +55,8 @@ def tiny(tmp_path, monkeypatch):
     """A module of the user's own, in the folder that the command runs in."""
     (tmp_path / "tinymodels.py").write_text(textwrap.dedent(TINY))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))  # taken back after the test, with what the command adds
+    # taken back after the test, with what the command adds
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "tinymodels", raising=False)
     return tmp_path
 
@@ -92,7 +96,8 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
         "report.json",
         "report.txt",
     ]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing half-made is left beside it
+    # nothing half-made is left beside it
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "report.txt").read_text() == result.stdout
 
     loaded = fxprune.load(out, torchvision.models.resnet18).model.eval()
@@ -106,7 +111,12 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
 
 def test_prune_replaces_an_earlier_result(tiny):
     for share in (0.5, 0.25):
-        assert run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", share, "-o", "out").exit_code == 0
+        assert (
+            run(
+                "prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", share, "-o", "out"
+            ).exit_code
+            == 0
+        )
     report = json.loads((tiny / "out" / "report.json").read_text())
     assert [group["kept"] for group in report["groups"] if group["total"] == 8] == [2]
     assert len(list((tiny / "out").iterdir())) == 5  # nothing half-made is left
@@ -114,7 +124,11 @@ def test_prune_replaces_an_earlier_result(tiny):
 
 def test_only_names_of_torchvision_need_torchvision(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    fails(run("inspect", "resnet18"), "'resnet18' is read as the name of a torchvision model", 'pip install "fxprune[cli]"')
+    fails(
+        run("inspect", "resnet18"),
+        "'resnet18' is read as the name of a torchvision model",
+        'pip install "fxprune[cli]"',
+    )
     assert run("inspect", "tinymodels:build", "--input", "1,3,8,8").exit_code == 0
 
 
@@ -122,7 +136,10 @@ def test_own_factory_keep_and_rounding(tiny):
     common = ["prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--json"]
     kept = {group["total"]: group["kept"] for group in json.loads(run(*common).stdout)["groups"]}
     assert kept == {8: 4, 6: 3}
-    kept = {group["total"]: group["kept"] for group in json.loads(run(*common, "--min-channels", 5).stdout)["groups"]}
+    kept = {
+        group["total"]: group["kept"]
+        for group in json.loads(run(*common, "--min-channels", 5).stdout)["groups"]
+    }
     assert kept == {8: 5, 6: 5}
     groups = json.loads(run(*common, "--keep", "0").stdout)["groups"]
     assert all(group["kept"] == group["total"] for group in groups if group["total"] == 8)
@@ -171,13 +188,24 @@ def test_inspect_full_prints_the_coupling(tiny):
     result = run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--full")
     import tinymodels
 
-    assert result.stdout.strip() == str(fxprune.analyze(tinymodels.build().eval(), torch.randn(1, 3, 8, 8))).strip()
+    assert (
+        result.stdout.strip()
+        == str(fxprune.analyze(tinymodels.build().eval(), torch.randn(1, 3, 8, 8))).strip()
+    )
 
 
 def test_inspect_json(tiny):
     data = json.loads(run("inspect", "tinymodels:build", "--input", "1,3,8,8", "--json").stdout)
     assert sorted(group["units"] for group in data["groups"]) == [6, 8]
-    assert set(data) == {"groups", "pinned", "pinned_macs", "untouched", "decisions", "not_one_graph", "not_set"}
+    assert set(data) == {
+        "groups",
+        "pinned",
+        "pinned_macs",
+        "untouched",
+        "decisions",
+        "not_one_graph",
+        "not_set",
+    }
     assert data["not_one_graph"] == ""
     assert 0 < sum(data["pinned_macs"].values()) < 1
     assert all(pinned["reason"] for pinned in data["pinned"])
@@ -190,11 +218,20 @@ def test_version_and_help():
 
 
 def test_unknown_model_suggests_a_name():
-    fails(run("inspect", "resnet51"), "No torchvision model is named 'resnet51'", "Did you mean", "resnet50")
+    fails(
+        run("inspect", "resnet51"),
+        "No torchvision model is named 'resnet51'",
+        "Did you mean",
+        "resnet50",
+    )
 
 
 def test_unknown_weights_list_the_choices():
-    fails(run("inspect", "resnet18", "--weights", "NONSENSE"), "resnet18 has no weights named 'NONSENSE'", "IMAGENET1K_V1")
+    fails(
+        run("inspect", "resnet18", "--weights", "NONSENSE"),
+        "resnet18 has no weights named 'NONSENSE'",
+        "IMAGENET1K_V1",
+    )
 
 
 def test_own_model_needs_an_input_shape(tiny):
@@ -246,12 +283,27 @@ def factories(tiny):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("factories:raises", ["factories:raises, called without arguments, raised RuntimeError: the user's own", "factories.py:"]),
-        ("factories:wants", ["factories:wants, called without arguments, raised TypeError", "width"]),
+        (
+            "factories:raises",
+            [
+                "factories:raises, called without arguments, raised RuntimeError: the user's own",
+                "factories.py:",
+            ],
+        ),
+        (
+            "factories:wants",
+            ["factories:wants, called without arguments, raised TypeError", "width"],
+        ),
         ("factories:odd.build", ["the property's own"]),
         ("unfinished:build", ["import of 'unfinished' raised SyntaxError"]),
-        ("failing:build", ["import of 'failing' raised ValueError: the import itself fails (at failing.py:1)"]),
-        ("../factories:raises", ["'../factories:raises' is no Python name", "package.module:attribute"]),
+        (
+            "failing:build",
+            ["import of 'failing' raised ValueError: the import itself fails (at failing.py:1)"],
+        ),
+        (
+            "../factories:raises",
+            ["'../factories:raises' is no Python name", "package.module:attribute"],
+        ),
         ("factories.py:raises", ["Cannot import 'factories.py'"]),
         (".factories:raises", ["is no Python name"]),
         ("factories:", ["must be named as package.module:attribute"]),
@@ -267,7 +319,16 @@ def test_a_model_that_cannot_be_built(spec, said, factories):
     "arguments",
     [
         ("prune", "tinymodels:build", "--input", "1,3,8,8", "--latency", 0.5, "--device", "tpu"),
-        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--latency", 0.5, "--device", "nonsense"),
+        (
+            "prune",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--latency",
+            0.5,
+            "--device",
+            "nonsense",
+        ),
         ("bench", "tinymodels:build", "--input", "1,3,8,8", "--device", "tpu"),
         ("bench", "tinymodels:build", "--input", "1,3,8,8", "--batch", ","),
         ("bench", "tinymodels:build", "--input", "1,3,8,8", "--rounds", 0),
@@ -275,16 +336,69 @@ def test_a_model_that_cannot_be_built(spec, said, factories):
         ("prune", "tinymodels:build", "--input", "1,3,8,8"),
         ("prune", "tinymodels:build", "--input", "99999999999,99999999999", "--channels", 0.5),
         ("prune", "tinymodels:build", "--input", "1,5,8,8", "--channels", 0.5),
-        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--criterion", "tinymodels:build"),
-        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--criterion", "l9"),
-        ("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "-o", "/proc/nowhere"),
-        ("plan", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "-o", "/proc/nowhere"),
-        ("export", "tinymodels:build", "--input", "1,3,8,8", "--pt2", "/proc/nowhere/net.pt2", "--no-check"),
+        (
+            "prune",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "--criterion",
+            "tinymodels:build",
+        ),
+        (
+            "prune",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "--criterion",
+            "l9",
+        ),
+        (
+            "prune",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "-o",
+            "/proc/nowhere",
+        ),
+        (
+            "plan",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "-o",
+            "/proc/nowhere",
+        ),
+        (
+            "export",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--pt2",
+            "/proc/nowhere/net.pt2",
+            "--no-check",
+        ),
         ("export", "tinymodels:build", "--input", "1,3,8,8", "--pt2", "net.txt"),
         ("apply", "missing.json", "tinymodels:build"),
         ("apply", ".", "tinymodels:build"),
         ("apply", "broken.json", "tinymodels:build"),
-        ("plan", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--saved", "missing"),
+        (
+            "plan",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "--saved",
+            "missing",
+        ),
         ("inspect", "tinymodels:build", "--input", "1,3,8,8", "--checkpoint", "."),
     ],
     ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[4:])),
@@ -294,7 +408,10 @@ def test_a_slip_is_told_in_a_sentence(arguments, tiny):
     fails(run(*arguments))
 
 
-@pytest.mark.parametrize("arguments", [(), ("prune",), ("prune", "resnet18", "--channels", "half"), ("prune", "--nonsense")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("prune",), ("prune", "resnet18", "--channels", "half"), ("prune", "--nonsense")],
+)
 def test_a_command_line_that_is_none(arguments):
     result = run(*arguments)
     assert result.exit_code == 2
@@ -305,7 +422,10 @@ def test_a_command_line_that_is_none(arguments):
 def test_a_warning_is_a_sentence(factories):
     result = run("prune", "factories:pinned", "--input", "1,3,8,8", "--channels", 0.5)
     assert result.exit_code == 0, result.output
-    assert "warning: channels=0.5 was asked for, and nothing in this model can be pruned" in result.stderr
+    assert (
+        "warning: channels=0.5 was asked for, and nothing in this model can be pruned"
+        in result.stderr
+    )
     assert "advice.py" not in result.stderr
 
 
@@ -325,8 +445,24 @@ def test_a_bug_has_another_exit_status_and_its_traceback_on_demand(tiny, monkeyp
 
 
 def test_error_of_the_engine_is_one_line_without_traceback(tiny):
-    fails(run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 1.5), "channels", "1.5")
-    fails(run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 0.5, "--keep", "nowhere.*"), "nowhere.*")
+    fails(
+        run("prune", "tinymodels:build", "--input", "1,3,8,8", "--channels", 1.5),
+        "channels",
+        "1.5",
+    )
+    fails(
+        run(
+            "prune",
+            "tinymodels:build",
+            "--input",
+            "1,3,8,8",
+            "--channels",
+            0.5,
+            "--keep",
+            "nowhere.*",
+        ),
+        "nowhere.*",
+    )
 
 
 def test_checkpoint_that_is_missing_or_does_not_fit(tiny):
@@ -368,11 +504,15 @@ def test_an_optical_flow_from_the_command_line():
 def test_a_list_of_tensors_is_an_input(tiny):
     from fxprune.cli.loading import example
 
-    assert [tuple(t.shape) for t in example("3,8,8+3,16,4+")] == [tuple(t.shape) for t in example("3,8,8+3,16,4")]
+    assert [tuple(t.shape) for t in example("3,8,8+3,16,4+")] == [
+        tuple(t.shape) for t in example("3,8,8+3,16,4")
+    ]
     assert isinstance(example("3,8,8+"), list)
     assert isinstance(example("3,8,8"), torch.Tensor)
     for text in ("3,8+x", "+", "3,8++3,8"):
-        fails(run("inspect", "tinymodels:build", "--input", text), "is not a shape", "+ behind each")
+        fails(
+            run("inspect", "tinymodels:build", "--input", text), "is not a shape", "+ behind each"
+        )
 
 
 # ---- budgets and criteria
@@ -396,7 +536,10 @@ def test_every_budget_is_an_option(tiny):
         (["--channels", 0.5, "--scope", "global"], {"channels": 0.5, "scope": "global"}),
         (["--layer", "0=0.25", "--layer", "2.*=0.5"], {"layers": {"0": 0.25, "2.*": 0.5}}),
         (["--macs", 0.8, "--units", "heads"], {"macs": 0.8, "units": "heads"}),
-        (["--macs", 0.8, "--units", "heads", "--units", "0=dims"], {"macs": 0.8, "units": {"*": "heads", "0": "dims"}}),
+        (
+            ["--macs", 0.8, "--units", "heads", "--units", "0=dims"],
+            {"macs": 0.8, "units": {"*": "heads", "0": "dims"}},
+        ),
         (["--macs", 0.6, "--round-to", 2], {"macs": 0.6, "round_to": 2}),
         (["--macs", 0.6, "--min-channels", 5], {"macs": 0.6, "min_channels": 5}),
         (["--macs", 0.8, "--keep", "0"], {"macs": 0.8, "keep": "0"}),
@@ -413,13 +556,26 @@ def test_every_budget_is_an_option(tiny):
 def test_a_latency_budget(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
     # Calls of a tenth of a millisecond take as long as whatever else the machine does.
-    monkeypatch.setattr("fxprune.latency.search.time_models", lambda models, *_, **__: dict.fromkeys(models, Timing(1, 1, 1, 1)))
+    monkeypatch.setattr(
+        "fxprune.latency.search.time_models",
+        lambda models, *_, **__: dict.fromkeys(models, Timing(1, 1, 1, 1)),
+    )
     result = run("prune", *TINY_ARGS, "--latency", 1.0, "--device", "cpu", "--batch", 2, "--json")
     assert result.exit_code == 0, result.output
     row = json.loads(result.stdout)["latency"]
     assert row["setting"] == "on cpu, fp32, eager, channels-last, batch 2"
     assert (row["before"], row["after"], row["forecast"]) == (1, 1, 1)
-    result = run("compare", *TINY_ARGS, "--criteria", "cpmc,l2", "--latency", 1.0, "--device", "cpu", "--json")
+    result = run(
+        "compare",
+        *TINY_ARGS,
+        "--criteria",
+        "cpmc,l2",
+        "--latency",
+        1.0,
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     result = run("plan", *TINY_ARGS, "--macs", 0.5, "--device", "cpu")
     assert result.exit_code == 2
@@ -432,7 +588,9 @@ def test_a_latency_budget(tiny, tmp_path, monkeypatch):
 def test_a_criterion_of_ones_own(tiny):
     kept = []
     for name in ("first_units", "last_units"):
-        result = run("plan", *TINY_ARGS, "--channels", 0.5, "--criterion", f"tinymodels:{name}", "--json")
+        result = run(
+            "plan", *TINY_ARGS, "--channels", 0.5, "--criterion", f"tinymodels:{name}", "--json"
+        )
         kept.append([group.kept for group in fxprune.Plan.from_json(result.stdout).groups])
     assert kept == [[(0, 1, 2, 3), (0, 1, 2)], [(4, 5, 6, 7), (3, 4, 5)]]
 
@@ -444,10 +602,19 @@ def test_options_that_make_no_sense(tiny):
     for layer in ("0.5", "0=half", "=0.5"):
         fails(run("prune", *TINY_ARGS, "--layer", layer), f"--layer {layer!r} is not GLOB=SHARE")
     fails(run("prune", *TINY_ARGS, "--layer", "nothing*=0.5"), "'nothing*' matches no layer")
-    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "l3"), "No criterion is named 'l3'", "cpmc")
+    fails(
+        run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "l3"),
+        "No criterion is named 'l3'",
+        "cpmc",
+    )
     fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:NUMBER"), "is a int")
-    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:none"), "has no 'none'")
-    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:"), "a criterion 'tinymodels:'")
+    fails(
+        run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:none"), "has no 'none'"
+    )
+    fails(
+        run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "tinymodels:"),
+        "a criterion 'tinymodels:'",
+    )
 
 
 # ---- plan and apply
@@ -469,14 +636,26 @@ def test_apply_is_prune_in_two_steps(tiny):
     torch.save(tinymodels.build().state_dict(), "weights.pt")
     common = [*TINY_ARGS, "--checkpoint", "weights.pt"]
     assert run("plan", *common, "--channels", 0.5, "-o", "plan.json").exit_code == 0
-    applied = run("apply", "plan.json", "tinymodels:build", "--checkpoint", "weights.pt", "-o", "one", "--verify")
+    applied = run(
+        "apply",
+        "plan.json",
+        "tinymodels:build",
+        "--checkpoint",
+        "weights.pt",
+        "-o",
+        "one",
+        "--verify",
+    )
     assert applied.exit_code == 0, applied.output
     assert "equals the masked original" in applied.stdout
     assert run("prune", *common, "--channels", 0.5, "-o", "two").exit_code == 0
     for name in ("plan.json", "model.safetensors"):
         assert (tiny / "one" / name).read_bytes() == (tiny / "two" / name).read_bytes()
     report = json.loads(run("apply", "plan.json", "tinymodels:build", "--json").stdout)
-    assert report["params_after"] == json.loads((tiny / "two" / "report.json").read_text())["params_after"]
+    assert (
+        report["params_after"]
+        == json.loads((tiny / "two" / "report.json").read_text())["params_after"]
+    )
 
 
 def test_apply_that_cannot_be(tiny):
@@ -488,7 +667,9 @@ def test_apply_that_cannot_be(tiny):
     (tiny / "binary.json").write_bytes(b"\xff\xfe")
     fails(run("apply", "binary.json", "tinymodels:build"), "is not text")
     (tiny / "file").write_text("text")
-    fails(run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "file/plan.json"), "Cannot write to --out")
+    fails(
+        run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "file/plan.json"), "Cannot write to --out"
+    )
 
 
 def test_an_earlier_result_is_pruned_again(tiny):
@@ -500,10 +681,15 @@ def test_an_earlier_result_is_pruned_again(tiny):
     loaded = fxprune.load("two", tinymodels.build)
     assert [len(plan.groups[0].kept) for plan in loaded.plan.chain] == [4, 2]
     first = fxprune.load("one", tinymodels.build).model.get_parameter("0.weight")
-    assert torch.equal(loaded.model.get_parameter("0.weight"), first[list(loaded.plan.groups[0].kept)])
+    assert torch.equal(
+        loaded.model.get_parameter("0.weight"), first[list(loaded.plan.groups[0].kept)]
+    )
     replayed = run("apply", "two/plan.json", "tinymodels:build", "--json")
     assert json.loads(replayed.stdout)["params_after"] == loaded.report.params_after
-    fails(run("prune", *TINY_ARGS, "--saved", "one", "--checkpoint", "w.pt", "--channels", 0.5), "leave out")
+    fails(
+        run("prune", *TINY_ARGS, "--saved", "one", "--checkpoint", "w.pt", "--channels", 0.5),
+        "leave out",
+    )
     (tiny / "one" / "model.safetensors").write_bytes(b"")
     fails(run("prune", *TINY_ARGS, "--saved", "one", "--channels", 0.5), "0 bytes where")
 
@@ -513,7 +699,9 @@ def test_an_earlier_result_is_pruned_again(tiny):
 
 def test_compare_for_machines(tiny):
     first, last = "tinymodels:first_units", "tinymodels:last_units"
-    result = run("compare", *TINY_ARGS, "--criteria", f"cpmc,{first},{last}", "--channels", 0.5, "--json")
+    result = run(
+        "compare", *TINY_ARGS, "--criteria", f"cpmc,{first},{last}", "--channels", 0.5, "--json"
+    )
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert list(data["criteria"]) == ["cpmc", first, last]
@@ -523,8 +711,12 @@ def test_compare_for_machines(tiny):
     ]
     assert data["overlap"][first][last] == data["overlap"][last][first] == 0
     assert data["overlap"]["cpmc"]["cpmc"] == data["overlap"][first][first] == 1
-    # Each removes 7 units, the two halves; of cpmc's 7 each lies in one of them. Of x common ones the overlap is x / (14 - x).
-    shared = [round(14 * o / (1 + o)) for o in (data["overlap"]["cpmc"][first], data["overlap"]["cpmc"][last])]
+    # Each removes 7 units, the two halves; of cpmc's 7 each lies in one of them. Of x common ones
+    # the overlap is x / (14 - x).
+    shared = [
+        round(14 * o / (1 + o))
+        for o in (data["overlap"]["cpmc"][first], data["overlap"]["cpmc"][last])
+    ]
     assert sum(shared) == 7
     report = json.loads(run("prune", *TINY_ARGS, "--channels", 0.5, "--json").stdout)
     for key in ("macs_before", "macs_after", "params_before", "params_after"):
@@ -547,30 +739,56 @@ def test_compare_for_people(tiny):
 
 
 def test_compare_that_removes_nothing_agrees(tiny):
-    data = json.loads(run("compare", *TINY_ARGS, "--criteria", "l1,l2", "--channels", 1.0, "--json").stdout)
+    data = json.loads(
+        run("compare", *TINY_ARGS, "--criteria", "l1,l2", "--channels", 1.0, "--json").stdout
+    )
     assert data["overlap"] == {"l1": {"l1": 1.0, "l2": 1.0}, "l2": {"l1": 1.0, "l2": 1.0}}
 
 
 @pytest.mark.parametrize("criteria", ["", "cpmc", "l1,l1", "l1,l1,l2"])
 def test_compare_needs_two(criteria, tiny):
-    fails(run("compare", *TINY_ARGS, "--criteria", criteria, "--macs", 0.5), "must name two criteria or more")
+    fails(
+        run("compare", *TINY_ARGS, "--criteria", criteria, "--macs", 0.5),
+        "must name two criteria or more",
+    )
 
 
 def test_compare_names_an_unknown_criterion(tiny):
-    fails(run("compare", *TINY_ARGS, "--criteria", "cpmc,nonsense", "--macs", 0.5), "No criterion is named 'nonsense'")
+    fails(
+        run("compare", *TINY_ARGS, "--criteria", "cpmc,nonsense", "--macs", 0.5),
+        "No criterion is named 'nonsense'",
+    )
 
 
 @pytest.mark.long
 def test_bench_prints_a_line_per_model_and_setting(tiny):
     quick = ("--rounds", 2, "--seconds", 0.005, "--device", "cpu")
-    result = run("bench", *TINY_ARGS, "--channels", 0.5, "--batch", "1,4", "--precision", "fp32,bf16", *quick, "--json")
+    result = run(
+        "bench",
+        *TINY_ARGS,
+        "--channels",
+        0.5,
+        "--batch",
+        "1,4",
+        "--precision",
+        "fp32,bf16",
+        *quick,
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     names = ["as given", "pruned", "pruned, deployed"]
     assert [(row["precision"], row["batch"], row["model"]) for row in rows] == [
-        (precision, batch, name) for precision in ("fp32", "bf16") for batch in (1, 4) for name in names
+        (precision, batch, name)
+        for precision in ("fp32", "bf16")
+        for batch in (1, 4)
+        for name in names
     ]
-    assert all(row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1] and row["measurements"] == 2 for row in rows)
+    assert all(
+        row["quartiles"][0] <= row["milliseconds"] <= row["quartiles"][1]
+        and row["measurements"] == 2
+        for row in rows
+    )
     result = run("bench", *TINY_ARGS, *quick)
     assert result.exit_code == 0, result.output
     assert "fp32, eager, batch 1, on the CPU" in result.stdout

@@ -1,4 +1,6 @@
-"""What consumers can take over from removed channels: exact where it can be, nearer to the original where it cannot."""
+"""What consumers can take over from removed channels: exact where it can be, nearer to the
+original where it cannot.
+"""
 
 import copy
 
@@ -10,7 +12,9 @@ import fxprune
 
 
 class Positional(nn.Module):
-    """A removed unit of the hidden layer is a constant: its bias behind the activation, when its filter is zero."""
+    """A removed unit of the hidden layer is a constant: its bias behind the activation, when its
+    filter is zero.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -41,7 +45,9 @@ def without_the_dead(model: nn.Module, x: Tensor) -> fxprune.Pruned:
     """Prune the units whose filters are zero, and no others."""
 
     def alive(view: fxprune.criteria.UnitView) -> Tensor:
-        weights = view.rows(("own",))[:, :3] if view.group.size == 12 else torch.ones(view.group.size, 1)
+        weights = (
+            view.rows(("own",))[:, :3] if view.group.size == 12 else torch.ones(view.group.size, 1)
+        )
         return (weights.abs().sum(dim=1) > 0).double()
 
     return fxprune.prune(model, x, layers={"first": 0.5}, criterion=alive)
@@ -64,8 +70,19 @@ def test_constants_are_folded_exactly(kind: str) -> None:
 
 def teacher() -> nn.Sequential:
     torch.manual_seed(1)
-    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(first, nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 5)).eval()
+    first, second = (
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False),
+    )
+    return nn.Sequential(
+        first,
+        nn.ReLU(),
+        second,
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 5),
+    ).eval()
 
 
 @pytest.mark.parametrize("method", ["constants", "least_squares"])
@@ -81,14 +98,17 @@ def test_outputs_come_nearer(method: str) -> None:
 
 
 def test_least_squares_gives_back_what_is_redundant() -> None:
-    """A unit that is twice another one is no loss: the next layer reads the other one three times as strongly."""
+    """A unit that is twice another one is no loss: the next layer reads the other one three times
+    as strongly.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double().eval()
     with torch.no_grad():
         model[0].weight[4:] = 2 * model[0].weight[:4]
         model[0].bias[4:] = 2 * model[0].bias[:4]
     x = torch.randn(200, 6).double()
-    pruned = fxprune.prune(model, x, channels=0.5, criterion=lambda view: torch.arange(8.0))  # the last ones stay
+    # the last ones stay
+    pruned = fxprune.prune(model, x, channels=0.5, criterion=lambda view: torch.arange(8.0))
     assert (pruned.model(x) - model(x)).abs().max() > 1e-2
     fxprune.compensate(model, pruned, [(x,)], method="least_squares", ridge=1e-12)
     torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-6, atol=1e-6)
@@ -102,14 +122,18 @@ def test_the_original_is_left_alone_and_nothing_is_done_twice() -> None:
         fxprune.compensate(model, pruned, [(x,)], method=method)
     assert model.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_what_cannot_be_compensated_is_said() -> None:
     """A consumer without a bias and without a normalisation behind it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1, bias=False)).eval()
     x = torch.randn(4, 3, 4, 4)
-    done = fxprune.compensate(model, fxprune.prune(model, x, channels=0.5), [(x,)], method="constants")
+    done = fxprune.compensate(
+        model, fxprune.prune(model, x, channels=0.5), [(x,)], method="constants"
+    )
     assert done.changed == ()
     assert done.left == ("2",)
 

@@ -54,14 +54,18 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "array of objects": lambda h: np.array([h.detach(), None], dtype=object),
     "tuple of a kind": lambda h: Row([h]),
     "list with more": noted,
-    "ordered dict in a namespace": lambda h: types.SimpleNamespace(inner=collections.OrderedDict(h=[h])),
+    "ordered dict in a namespace": lambda h: types.SimpleNamespace(
+        inner=collections.OrderedDict(h=[h])
+    ),
 }
 
 
 class Gives(nn.Module):
     """Gives its hidden features back in an object, and its output."""
 
-    def __init__(self, hold: Callable[[Any], Any], what: Callable[[Tensor], Any] = lambda h: h) -> None:
+    def __init__(
+        self, hold: Callable[[Any], Any], what: Callable[[Tensor], Any] = lambda h: h
+    ) -> None:
         super().__init__()
         self.a, self.b, self.hold, self.what = nn.Linear(6, 8), nn.Linear(8, 3), hold, what
 

@@ -1,4 +1,6 @@
-"""What contributors are told holds: files that are named exist, hooks and workflows run what the project runs."""
+"""What contributors are told holds: files that are named exist, hooks and workflows run what the
+project runs.
+"""
 
 import re
 import tomllib
@@ -10,7 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = ["CONTRIBUTING.md", "SECURITY.md"]
-YAML = [".pre-commit-config.yaml", "CITATION.cff", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".github/**/*.yml")))]
+YAML = [
+    ".pre-commit-config.yaml",
+    "CITATION.cff",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(".github/**/*.yml"))),
+]
 
 
 def text(name: str) -> str:
@@ -32,11 +38,15 @@ def test_commands_of_the_checkout_exist(page: str) -> None:
     for command in re.findall(r"(?<!\w)\.ci/\w+", text(page)):
         assert (ROOT / command).exists(), command
     for command in re.findall(r"\./run (\w+)", text(page)):
-        assert re.search(rf"^    (\w+ \| )*{command}( \| \w+)*\)$", text("run"), flags=re.MULTILINE), command
+        assert re.search(
+            rf"^    (\w+ \| )*{command}( \| \w+)*\)$", text("run"), flags=re.MULTILINE
+        ), command
 
 
 def test_the_newest_version_is_the_same_everywhere() -> None:
-    """In the changelog, in the citation, and for checkouts without tags; the version itself is the git tag's."""
+    """In the changelog, in the citation, and for checkouts without tags; the version itself is the
+    git tag's.
+    """
     first, *others = re.findall(r"^## (.+)$", text("CHANGELOG.md"), flags=re.MULTILINE)
     assert first == "[Unreleased]"
     newest, released = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", others[0]).groups()
@@ -55,7 +65,9 @@ def test_hooks_have_the_versions_of_the_test_environment() -> None:
     (local,) = parsed(".pre-commit-config.yaml")["repos"]
     assert {hook["id"] for hook in local["hooks"]} == {"ruff", "ruff-format", "mypy", "codespell"}
     for hook in local["hooks"]:
-        assert set(hook["additional_dependencies"]) <= set(PROJECT["project"]["optional-dependencies"]["test"]), hook["id"]
+        assert set(hook["additional_dependencies"]) <= set(
+            PROJECT["project"]["optional-dependencies"]["test"]
+        ), hook["id"]
 
 
 def test_workflows_run_the_projects_own_commands() -> None:
@@ -68,10 +80,18 @@ def test_workflows_run_the_projects_own_commands() -> None:
 
 def test_the_workflow_has_every_environment_of_the_matrix() -> None:
     (environments,) = re.findall(r"^all=\((.*)\)$", text(".ci/matrix"), flags=re.MULTILINE)
-    assert parsed(".github/workflows/tests.yml")["jobs"]["matrix"]["strategy"]["matrix"]["environment"] == environments.split()
+    assert (
+        parsed(".github/workflows/tests.yml")["jobs"]["matrix"]["strategy"]["matrix"][
+            "environment"
+        ]
+        == environments.split()
+    )
 
 
 def test_the_source_distribution_holds_what_these_tests_read() -> None:
-    included = {path.strip("/") for path in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    included = {
+        path.strip("/")
+        for path in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    }
     for name in [*PAGES, *YAML, ".ci/matrix", "CHANGELOG.md", "run"]:
         assert included & {name, Path(name).parts[0]}, name

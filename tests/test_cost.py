@@ -1,4 +1,6 @@
-"""MACs and parameters: against closed forms, against torch's own counter, and without harm to the model."""
+"""MACs and parameters: against closed forms, against torch's own counter, and without harm to the
+model.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,11 @@ def test_linear():
 
 
 def test_convolution_strided_and_grouped():
-    check(nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4), torch.randn(2, 8, 10, 10), 2 * 16 * (8 // 4) * 9 * 25)
+    check(
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4),
+        torch.randn(2, 8, 10, 10),
+        2 * 16 * (8 // 4) * 9 * 25,
+    )
 
 
 def test_depthwise_convolution():
@@ -35,7 +41,11 @@ def test_depthwise_convolution():
 
 
 def test_transposed_convolution():
-    check(nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, groups=2), torch.randn(2, 8, 5, 5), 2 * 8 * 25 * (6 // 2) * 16)
+    check(
+        nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, groups=2),
+        torch.randn(2, 8, 5, 5),
+        2 * 8 * 25 * (6 // 2) * 16,
+    )
 
 
 def test_same_padding_convolution():
@@ -49,7 +59,13 @@ class Matmul(nn.Module):
 
 @pytest.mark.parametrize(
     ("a", "b", "macs"),
-    [((5,), (5,), 5), ((3, 5), (5,), 15), ((5,), (5, 7), 35), ((2, 3, 5), (5, 7), 210), ((4, 1, 3, 5), (2, 5, 7), 840)],
+    [
+        ((5,), (5,), 5),
+        ((3, 5), (5,), 15),
+        ((5,), (5, 7), 35),
+        ((2, 3, 5), (5, 7), 210),
+        ((4, 1, 3, 5), (2, 5, 7), 840),
+    ],
 )
 def test_matmul_of_any_rank(a, b, macs):
     check(Matmul(), (torch.randn(a), torch.randn(b)), macs)
@@ -57,7 +73,11 @@ def test_matmul_of_any_rank(a, b, macs):
 
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_bilinear(vectors):
-    check(nn.Bilinear(3, 4, 5), (torch.randn(vectors, 3), torch.randn(vectors, 4)), vectors * 5 * 3 * 4)
+    check(
+        nn.Bilinear(3, 4, 5),
+        (torch.randn(vectors, 3), torch.randn(vectors, 4)),
+        vectors * 5 * 3 * 4,
+    )
 
 
 class Einsum(nn.Module):
@@ -80,7 +100,8 @@ class Einsum(nn.Module):
         ("i,j->ij", [(3,), (5,)], 0),  # every element is one product, nothing is added up
         ("bij,bij->bij", [(2, 3, 5), (2, 3, 5)], 0),
         ("ij->ji", [(3, 5)], 0),
-        ("ia,jk,kl->il", [(3, 4), (5, 6), (6, 7)], 3 * 6 * 7),  # what one alone has is summed before
+        # what one alone has is summed before
+        ("ia,jk,kl->il", [(3, 4), (5, 6), (6, 7)], 3 * 6 * 7),
         ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)], 3 * 4 * 5 + 3 * 5 * 6),
     ],
 )
@@ -94,7 +115,11 @@ def test_einsum(equation, shapes, macs):
 
 class Products(nn.Module):
     def forward(self, matrix, vector):
-        return matrix @ vector, torch.dot(vector, vector), torch.addmv(matrix @ vector, matrix, vector)
+        return (
+            matrix @ vector,
+            torch.dot(vector, vector),
+            torch.addmv(matrix @ vector, matrix, vector),
+        )
 
 
 def test_matrix_vector_products():
@@ -102,7 +127,8 @@ def test_matrix_vector_products():
 
 
 def test_attention_counts_projections_and_both_products():
-    # In eval mode PyTorch takes a fused path that hides the products: the count must not depend on it.
+    # In eval mode PyTorch takes a fused path that hides the products: the count must not depend on
+    # it.
     attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     tokens = torch.randn(2, 5, 16)
     inputs = {"query": tokens, "key": tokens, "value": tokens, "need_weights": False}
@@ -125,15 +151,29 @@ def test_counts_the_same_under_inference_mode():
         assert cost_of(model, torch.randn(1, 3, 8, 8)) == outside
 
 
-QUICK = ("resnet18", "shufflenet_v2_x0_5", "densenet121", "lraspp_mobilenet_v3_large", "vit_b_16", "swin_t", "mc3_18")
-"""Of each kind one: convolutions, grouped ones, concatenations, segmentation, attention as a module and by hand, video."""
+QUICK = (
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "densenet121",
+    "lraspp_mobilenet_v3_large",
+    "vit_b_16",
+    "swin_t",
+    "mc3_18",
+)
+"""Of each kind one: convolutions, grouped ones, concatenations, segmentation, attention as a
+module and by hand, video.
+"""
 
 QUICK_IN_PARTS = ("ssdlite320_mobilenet_v3_large", "raft_small")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_agrees_with_the_kernels(name):
-    """`cost_of`, the report before pruning and the report after it, each against the kernels that run, to the last one."""
+    """`cost_of`, the report before pruning and the report after it, each against the kernels that
+    run, to the last one.
+    """
     model, image = CASES[name].build(), CASES[name].inputs()
     pruned = fxprune.prune(model, image, macs=0.7, criterion="random")
     found = [cost_of(model, image).macs, pruned.report.macs_before, pruned.report.macs_after]
@@ -187,7 +227,9 @@ def test_names_what_was_not_counted():
 
 
 def test_leaves_the_model_alone_even_after_an_error():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(inplace=True)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(inplace=True)
+    ).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())
     random_state = torch.get_rng_state()
@@ -208,7 +250,11 @@ def test_recurrent_layer_counts_every_step():
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
 def test_recurrent_layers_in_both_directions(kind, gates):
     first, second = 3 * 5 + 5 * 5, 10 * 5 + 5 * 5
-    check(kind(3, 5, num_layers=2, bidirectional=True), torch.randn(7, 2, 3), 7 * 2 * gates * 2 * (first + second))
+    check(
+        kind(3, 5, num_layers=2, bidirectional=True),
+        torch.randn(7, 2, 3),
+        7 * 2 * gates * 2 * (first + second),
+    )
 
 
 def test_projected_lstm():
@@ -217,7 +263,11 @@ def test_projected_lstm():
 
 @pytest.mark.parametrize(("kind", "op", "gates"), [(nn.LSTM, "lstm", 4), (nn.GRU, "gru", 3)])
 def test_packed_sequences_count_what_is_there(kind, op, gates):
-    func, weights, hidden = getattr(torch.ops.aten, op).data, list(kind(3, 5).parameters()), torch.zeros(1, 2, 5)
+    func, weights, hidden = (
+        getattr(torch.ops.aten, op).data,
+        list(kind(3, 5).parameters()),
+        torch.zeros(1, 2, 5),
+    )
     state = [hidden, hidden] if op == "lstm" else hidden
     args = (torch.randn(5, 3), torch.tensor([2, 2, 1]), state, weights, True, 1, 0.0, False, False)
     assert op_macs(func, args, {}, func(*args)) == 5 * gates * (3 * 5 + 5 * 5)
@@ -230,7 +280,9 @@ def test_recurrent_cells(kind, gates):
 
 @in_turn("batch", 1, 3)
 def test_the_report_counts_as_the_counter(case, batch):
-    """Before and after, products of weights alone and recurrent layers included, also where the analysis widens the batch."""
+    """Before and after, products of weights alone and recurrent layers included, also where the
+    analysis widens the batch.
+    """
     model, inputs = case.build(case.width).eval(), case.inputs(batch)
     pruned = fxprune.prune(model, inputs, channels=0.5)
     with slow_path():
@@ -239,9 +291,14 @@ def test_the_report_counts_as_the_counter(case, batch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n if n in QUICK_IN_PARTS else pytest.param(n, marks=pytest.mark.slow) for n in COMPOSITE])
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK_IN_PARTS else pytest.param(n, marks=pytest.mark.slow) for n in COMPOSITE],
+)
 def test_what_is_not_traced_whole_counts_as_the_counter(name):
-    """Detectors and flows on the data that they are analysed with: how much they do depends on it."""
+    """Detectors and flows on the data that they are analysed with: how much they do depends on
+    it.
+    """
     model, inputs = COMPOSITE[name].build(), COMPOSITE[name].inputs(batch=2)
     coupling = fxprune.analyze(model, inputs)
     args, kwargs = coupling.example
@@ -251,10 +308,16 @@ def test_what_is_not_traced_whole_counts_as_the_counter(name):
 
 
 def test_every_formula_of_torch_has_its_own_here():
-    """A forward operation that torch can count must not come out as 0 in a version of torch that cannot."""
-    kernels = [packet for packet in flop_registry if isinstance(packet, torch._ops.OpOverloadPacket)]
+    """A forward operation that torch can count must not come out as 0 in a version of torch that
+    cannot.
+    """
+    kernels = [
+        packet for packet in flop_registry if isinstance(packet, torch._ops.OpOverloadPacket)
+    ]
     backward = [packet for packet in kernels if packet.__name__.endswith("_backward")]
-    assert [str(packet) for packet in kernels if packet not in _FORMULAS and packet not in backward] == []
+    assert [
+        str(packet) for packet in kernels if packet not in _FORMULAS and packet not in backward
+    ] == []
 
 
 class Attend(nn.Module):
@@ -272,19 +335,47 @@ HEADS = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8
 KERNELS = {
     "attention": (Attend, HEADS, 2 * 4 * 6 * 7 * 16),
     "attention of other widths": (Attend, (*HEADS[:2], HEADS[2][..., :5]), 2 * 4 * 6 * 7 * 13),
-    "attention module": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (TOKENS,) * 3, 2 * (4 * 5 * 64 + 2 * 25 * 8)),
-    "encoder layer": (layer_of_an_encoder, (TOKENS,), 2 * (4 * 5 * 64 + 2 * 25 * 8 + 2 * 5 * 8 * 12)),
+    "attention module": (
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        (TOKENS,) * 3,
+        2 * (4 * 5 * 64 + 2 * 25 * 8),
+    ),
+    "encoder layer": (
+        layer_of_an_encoder,
+        (TOKENS,),
+        2 * (4 * 5 * 64 + 2 * 25 * 8 + 2 * 5 * 8 * 12),
+    ),
     "lstm": (lambda: nn.LSTM(8, 3, bidirectional=True), (TOKENS,), 2 * 10 * 4 * (8 * 3 + 3 * 3)),
-    "projected lstm": (lambda: nn.LSTM(8, 3, proj_size=2), (TOKENS,), 10 * (4 * (8 * 3 + 2 * 3) + 3 * 2)),
+    "projected lstm": (
+        lambda: nn.LSTM(8, 3, proj_size=2),
+        (TOKENS,),
+        10 * (4 * (8 * 3 + 2 * 3) + 3 * 2),
+    ),
     "gru": (lambda: nn.GRU(8, 3), (TOKENS,), 10 * 3 * (8 * 3 + 3 * 3)),
     "cell": (lambda: nn.LSTMCell(8, 3), (TOKENS[0],), 5 * 4 * (8 * 3 + 3 * 3)),
     "linear": (lambda: nn.Linear(8, 3), (TOKENS,), 10 * 24),
     "bilinear": (lambda: nn.Bilinear(8, 8, 3), (TOKENS, TOKENS), 10 * 64 * 3),
     "convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2), (HEADS[0],), 2 * 6 * 4 * 6 * 2 * 9),
-    "dilated convolution": (lambda: nn.Conv2d(4, 6, 3, dilation=2), (HEADS[0],), 2 * 6 * 2 * 4 * 4 * 9),
-    "depthwise convolution": (lambda: nn.Conv2d(4, 4, 3, groups=4), (HEADS[0],), 2 * 4 * 4 * 6 * 9),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (HEADS[0],), 2 * 4 * 48 * 3 * 9),
-    "convolution of a sequence": (lambda: nn.Conv1d(5, 6, 3, padding="same"), (TOKENS,), 2 * 6 * 8 * 5 * 3),
+    "dilated convolution": (
+        lambda: nn.Conv2d(4, 6, 3, dilation=2),
+        (HEADS[0],),
+        2 * 6 * 2 * 4 * 4 * 9,
+    ),
+    "depthwise convolution": (
+        lambda: nn.Conv2d(4, 4, 3, groups=4),
+        (HEADS[0],),
+        2 * 4 * 4 * 6 * 9,
+    ),
+    "transposed convolution": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+        (HEADS[0],),
+        2 * 4 * 48 * 3 * 9,
+    ),
+    "convolution of a sequence": (
+        lambda: nn.Conv1d(5, 6, 3, padding="same"),
+        (TOKENS,),
+        2 * 6 * 8 * 5 * 3,
+    ),
     "convolution of a volume": (lambda: nn.Conv3d(2, 3, 2), (VOLUME,), 3 * 3 * 5 * 7 * 2 * 8),
 }
 
@@ -293,7 +384,9 @@ KERNELS = {
 @pytest.mark.parametrize("kernels", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("name", KERNELS)
 def test_whatever_torch_runs_is_counted(name, kernels, dtype):
-    """As called, as fused for inference, as made of kernels: the paths differ with the mode, the dtype and the version of torch."""
+    """As called, as fused for inference, as made of kernels: the paths differ with the mode, the
+    dtype and the version of torch.
+    """
     build, inputs, macs = KERNELS[name]
     model, inputs = build().eval().to(dtype), tuple(tensor.to(dtype) for tensor in inputs)
     with kernels(), CheckedCounter() as counter:

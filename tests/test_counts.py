@@ -1,4 +1,6 @@
-"""Loops over the parts of a tensor are written out: a graph holds to how many there are where inputs decide it, and only there."""
+"""Loops over the parts of a tensor are written out: a graph holds to how many there are where
+inputs decide it, and only there.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,7 +108,9 @@ class Positions(nn.Module):
     ],
 )
 @pytest.mark.parametrize("length", [2, 9])
-def test_a_table_is_there_for_every_length(cut: Callable[[nn.Module, Tensor], Tensor], length: int) -> None:
+def test_a_table_is_there_for_every_length(
+    cut: Callable[[nn.Module, Tensor], Tensor], length: int
+) -> None:
     """Rows that the example does not reach stay, whatever the budget; the channels go."""
     model = Positions(cut).eval()
     pruned = fxprune.prune(model, torch.randn(2, 5, 6), params=0.6, verify=True)

@@ -12,7 +12,11 @@ import fxprune
 from fxprune.coupling import Axis, Group, Pinned
 from tests.zoo import CASES
 
-SOME = [case for case in CASES if case.name in ("residual", "vit_packed", "two_inputs", "concat", "densenet", "shared")]
+SOME = [
+    case
+    for case in CASES
+    if case.name in ("residual", "vit_packed", "two_inputs", "concat", "densenet", "shared")
+]
 IMAGE = (2, 3, 8, 8)
 
 
@@ -21,7 +25,11 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(6, 4, 1, bias=False)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(6, 4, 1, bias=False),
+        )
         self.unused = nn.Linear(5, 7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +47,10 @@ def names(group: Group) -> list[str]:
 
 def test_segments_of_unlike_fate_are_groups_of_their_own(coupling: Any) -> None:
     assert [(group.size, names(group)) for group in coupling.groups] == [
-        (6, ["a.weight:0[0:6]", "a.bias:0[0:6]", "b.weight:0[0:6]", "b.bias:0[0:6]", "c.weight:1"]),
+        (
+            6,
+            ["a.weight:0[0:6]", "a.bias:0[0:6]", "b.weight:0[0:6]", "b.bias:0[0:6]", "c.weight:1"],
+        ),
         (2, ["a.weight:0[6:8]", "a.bias:0[6:8]", "b.weight:0[6:8]", "b.bias:0[6:8]"]),
     ]
 
@@ -47,30 +58,46 @@ def test_segments_of_unlike_fate_are_groups_of_their_own(coupling: Any) -> None:
 def test_printing(coupling: Any) -> None:
     lines = str(coupling).splitlines()
     assert lines[0] == "2 groups, 8 units"
-    assert lines[1] == "  6 units: a.weight:0[0:6], a.bias:0[0:6], b.weight:0[0:6], b.bias:0[0:6], c.weight:1"
+    assert (
+        lines[1]
+        == "  6 units: a.weight:0[0:6], a.bias:0[0:6], b.weight:0[0:6], b.bias:0[0:6], c.weight:1"
+    )
     assert "untouched: unused.weight, unused.bias" in lines
-    assert any("c.weight:0: is an output of the model (at output)" in line for line in lines[lines.index("pinned") :])
+    assert any(
+        "c.weight:0: is an output of the model (at output)" in line
+        for line in lines[lines.index("pinned") :]
+    )
 
 
 def test_shares_of_the_macs_that_pins_hold() -> None:
-    """Every axis of a layer has an equal part of its MACs; what stays of an axis counts for the reason."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    """Every axis of a layer has an equal part of its MACs; what stays of an axis counts for the
+    reason.
+    """
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    )
     coupling = fxprune.analyze(net, torch.zeros(1, 3, 8, 8))
     first, depthwise, last = 36 * 8 * 27, 16 * 8 * 9, 16 * 8 * 4
     total = first + depthwise + last
     assert coupling.macs() == total
     found = coupling.pinned_macs()
     assert list(found) == ["reads an input of the model", "is an output of the model"]
-    assert found["reads an input of the model"] == pytest.approx(first / 2 / total)  # the three channels of the image
+    # the three channels of the image
+    assert found["reads an input of the model"] == pytest.approx(first / 2 / total)
     assert found["is an output of the model"] == pytest.approx(last / 2 / total)
-    assert "multiply-accumulates held: 41.2% because it reads an input of the model, 2.7% because it is" in str(coupling)
+    assert (
+        "multiply-accumulates held: 41.2% because it reads an input of the model, 2.7% because "
+        "it is" in str(coupling)
+    )
 
     kept = fxprune.analyze(net, torch.zeros(1, 3, 8, 8), keep="0").pinned_macs()
     assert kept["is kept by request"] == pytest.approx((first + depthwise + last / 2) / total)
 
     halves = Halves()
     part = fxprune.analyze(halves, torch.zeros(1, 3)).pinned_macs()
-    assert part["is an output of the model"] == pytest.approx((24 / 2 * 0.5) / (24 + 4 * 2) + (8 / 2) / (24 + 4 * 2))
+    assert part["is an output of the model"] == pytest.approx(
+        (24 / 2 * 0.5) / (24 + 4 * 2) + (8 / 2) / (24 + 4 * 2)
+    )
 
 
 class Halves(nn.Module):
@@ -87,9 +114,13 @@ class Halves(nn.Module):
 
 def test_long_lines_are_cut() -> None:
     axes = tuple(Axis(f"layer{i}.weight", 0, 0, 4, 4) for i in range(9))
-    assert str(Group("g", 4, axes, 2, (), ())).startswith("4 units in 2 balanced blocks: layer0.weight:0, ")
+    assert str(Group("g", 4, axes, 2, (), ())).startswith(
+        "4 units in 2 balanced blocks: layer0.weight:0, "
+    )
     assert str(Group("g", 4, axes, 2, (), ())).endswith("layer5.weight:0, ... (9 in all)")
-    assert str(Pinned(axes, "why", "there")).endswith("layer3.weight:0, ... (9 in all): why (at there)")
+    assert str(Pinned(axes, "why", "there")).endswith(
+        "layer3.weight:0, ... (9 in all): why (at there)"
+    )
 
 
 def test_decisions_are_printed() -> None:
@@ -105,7 +136,9 @@ def test_decisions_are_printed() -> None:
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_components_of_the_graph_are_the_groups(case: Any) -> None:
     coupling = fxprune.analyze(case.build(case.width), case.inputs(2))
-    components = {frozenset(component) for component in nx.connected_components(coupling.to_networkx())}
+    components = {
+        frozenset(component) for component in nx.connected_components(coupling.to_networkx())
+    }
     assert components == {frozenset(group.axes) for group in coupling.groups}
     assert len(components) > 1
 
@@ -134,15 +167,27 @@ def test_axes_of_the_graph_are_axes_of_the_model(case: Any) -> None:
 REASONS = [
     (lambda m, x: m.c(m.a(x)[:, :6]), "c.weight:0", "is an output of the model", "output"),
     (lambda m, x: m.c(m.a(x)[:, :6]), "a.weight:1", "reads an input of the model", "a"),
-    (lambda m, x: m.c((m.a(x).cumsum(1).relu() * 2)[:, :6]), "c.weight:1", "is mixed by cumsum", "cumsum"),
-    (lambda m, x: m.c(m.a(x)[:, :6].amax(1, keepdim=True).expand(-1, 6, -1, -1)), "a.weight:0[0:6]", "reduce|maximum", "amax"),
+    (
+        lambda m, x: m.c((m.a(x).cumsum(1).relu() * 2)[:, :6]),
+        "c.weight:1",
+        "is mixed by cumsum",
+        "cumsum",
+    ),
+    (
+        lambda m, x: m.c(m.a(x)[:, :6].amax(1, keepdim=True).expand(-1, 6, -1, -1)),
+        "a.weight:0[0:6]",
+        "reduce|maximum",
+        "amax",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("function", "axis", "reason", "node"), REASONS)
 def test_reasons_of_pins(function: Any, axis: str, reason: str, node: str) -> None:
     model = type("Other", (Small,), {"forward": function})()
-    pinned = [p for p in fxprune.analyze(model, torch.randn(IMAGE)).pinned if axis in map(str, p.axes)]
+    pinned = [
+        p for p in fxprune.analyze(model, torch.randn(IMAGE)).pinned if axis in map(str, p.axes)
+    ]
     assert [p.node for p in pinned] == [node]
     assert any(word in pinned[0].reason for word in reason.split("|"))
 
@@ -172,7 +217,10 @@ def test_elements_lie_on_the_axes_of_the_group(case: Any) -> None:
         for name, fields in elements.items():
             found = torch.cat([field.flatten() for field in fields])
             assert set(found.tolist()) - {-1} <= set(range(group.size))
-            assert all(torch.broadcast_shapes(field.shape, tensors[name].shape) == tensors[name].shape for field in fields)
+            assert all(
+                torch.broadcast_shapes(field.shape, tensors[name].shape) == tensors[name].shape
+                for field in fields
+            )
 
 
 def test_elements_of_a_segment(coupling: Any) -> None:
@@ -195,7 +243,9 @@ def test_blocks_number_every_unit(case: Any) -> None:
 
 
 def test_normalised_names_the_nodes() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
     groups = fxprune.analyze(model, torch.randn(2, 4)).groups
     assert [group.normalised for group in groups] == [("_1",), ()]
 
@@ -206,29 +256,44 @@ def test_both_modes_are_labelled_together() -> None:
     class Modes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.d = (nn.Linear(*s) for s in ((4, 8), (4, 8), (8, 2), (8, 2)))
+            self.a, self.b, self.c, self.d = (
+                nn.Linear(*s) for s in ((4, 8), (4, 8), (8, 2), (8, 2))
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             a, b = self.a(x), self.b(x)
             return self.c(a + b) if self.training else self.c(a) + self.d(b)
 
     (group,) = fxprune.analyze(Modes(), torch.randn(2, 4)).groups
-    assert {axis.parameter for axis in group.axes} == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "d.weight"}
+    assert {axis.parameter for axis in group.axes} == {
+        "a.weight",
+        "a.bias",
+        "b.weight",
+        "b.bias",
+        "c.weight",
+        "d.weight",
+    }
 
 
 # -- roles
 
 
 def standardised(weight: Tensor) -> Tensor:
-    return (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + weight.norm() + 1e-5)
+    return (weight - weight.mean(1, keepdim=True)) / (
+        weight.std(1, keepdim=True) + weight.norm() + 1e-5
+    )
 
 
 COMPUTED = {
     "transposed": lambda x, weight: x @ weight.t(),
     "standardised": lambda x, weight: F.linear(x, standardised(weight)),
     "einsum": lambda x, weight: torch.einsum("ni,oi->no", x, weight * 2),
-    "convolution": lambda x, weight: F.conv1d(x[..., None], torch.tanh(weight)[..., None]).flatten(1),
-    "transposed_convolution": lambda x, weight: F.conv_transpose1d(x[..., None], -weight.t()[..., None]).flatten(1),
+    "convolution": lambda x, weight: F.conv1d(x[..., None], torch.tanh(weight)[..., None]).flatten(
+        1
+    ),
+    "transposed_convolution": lambda x, weight: F.conv_transpose1d(
+        x[..., None], -weight.t()[..., None]
+    ).flatten(1),
 }
 
 
@@ -251,13 +316,19 @@ def test_a_computed_weight_is_read_where_its_parameter_is(how: str) -> None:
     assert [coupling.role("first", 0), coupling.role("second", 1)] == ["own", "dependent"]
 
 
-def test_overrides_by_name_mean_the_layer_whose_filters_they_are_though_its_weight_is_computed() -> None:
+def test_overrides_by_name_mean_the_layer_though_its_weight_is_computed() -> None:
     def normed() -> nn.Sequential:
-        layers = (nn.utils.parametrizations.weight_norm(nn.Linear(a, b)) for a, b in ((6, 8), (8, 8), (8, 3)))
+        layers = (
+            nn.utils.parametrizations.weight_norm(nn.Linear(a, b))
+            for a, b in ((6, 8), (8, 8), (8, 3))
+        )
         return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
 
     pruned = fxprune.prune(normed(), torch.randn(2, 6), layers={"2.*": 0.5})
-    assert [(g.name.split(".")[0], len(g.kept)) for g in pruned.plan.groups] == [("0", 8), ("2", 4)]
+    assert [(g.name.split(".")[0], len(g.kept)) for g in pruned.plan.groups] == [
+        ("0", 8),
+        ("2", 4),
+    ]
 
 
 def test_a_product_of_weights_alone_reads_its_own_factors() -> None:
@@ -265,14 +336,26 @@ def test_a_product_of_weights_alone_reads_its_own_factors() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.before, self.after = nn.Linear(5, 6), nn.Linear(8, 2)
-            self.left, self.right = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 6))
+            self.left, self.right = (
+                nn.Parameter(torch.randn(8, 4)),
+                nn.Parameter(torch.randn(4, 6)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.after(F.relu(F.linear(F.relu(self.before(x)), self.left @ self.right)))
 
     coupling = fxprune.analyze(LowRank(), torch.randn(2, 5))
-    roles = {str(axis): coupling.role(axis.parameter, axis.dim) for group in coupling.groups for axis in group.axes}
-    assert {name for name, role in roles.items() if role == "dependent"} == {"after.weight:1", "left:1", "right:0", "right:1"}
+    roles = {
+        str(axis): coupling.role(axis.parameter, axis.dim)
+        for group in coupling.groups
+        for axis in group.axes
+    }
+    assert {name for name, role in roles.items() if role == "dependent"} == {
+        "after.weight:1",
+        "left:1",
+        "right:0",
+        "right:1",
+    }
 
 
 class Flattened(nn.Module):

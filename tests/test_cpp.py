@@ -1,4 +1,6 @@
-"""Whatever forward calls, and however it reaches it: the process lives, and torch's own functions are followed."""
+"""Whatever forward calls, and however it reaches it: the process lives, and torch's own functions
+are followed.
+"""
 
 import copy
 import ctypes
@@ -27,7 +29,8 @@ from tests.support.callables import ALLOWED, apart, kind, names, outcome, outcom
 
 def scripted(function: Callable[..., Any]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer versions of torch say that it is deprecated; models have it all the same
+        # newer versions of torch say that it is deprecated; models have it all the same
+        warnings.simplefilter("ignore")
         return torch.jit.script(function)
 
 
@@ -100,11 +103,15 @@ FOLLOWED: dict[str, Callable[[Tensor], Any]] = {
     "scripted": lambda h: swish(h),
     "scripted, in place": lambda h: in_place(h),
     "scripted, views": lambda h: scripted_views(h, 2),
-    "scripted, handed on": lambda h: functools.reduce(lambda x, f: f(x), [swish, torch.tanh, swish], h),
+    "scripted, handed on": lambda h: functools.reduce(
+        lambda x, f: f(x), [swish, torch.tanh, swish], h
+    ),
     "vmap": torch.vmap(torch.relu),
     "vmap of Python": torch.vmap(lambda row: row.sin() * 0.5 + row),
     "vmap over columns": torch.vmap(torch.tanh, in_dims=1, out_dims=1),
-    "vmap with a constant": lambda h: torch.vmap(lambda row, scale: row * scale, in_dims=(0, None))(h, torch.tensor(2.0)),
+    "vmap with a constant": lambda h: torch.vmap(
+        lambda row, scale: row * scale, in_dims=(0, None)
+    )(h, torch.tensor(2.0)),
     "a class attribute": Chooses().by_attribute,
     "a dict": Chooses().by_table,
     "a partial function": lambda h: functools.partial(torch.where, h > 0)(h, 0.0),
@@ -132,7 +139,9 @@ ALIVE: dict[str, Callable[[Tensor], Any]] = {
     "func.jvp": lambda h: torch.func.jvp(torch.tanh, (h,), (h,))[1],
     "func.jacrev": lambda h: torch.func.jacrev(lambda row: row.sum(0))(h),
     "func.hessian": lambda h: torch.func.hessian(lambda row: row.pow(3).sum())(h[0]),
-    "func.vmap of grad": lambda h: torch.func.vmap(torch.func.grad(lambda row: row.sin().sum()))(h),
+    "func.vmap of grad": lambda h: torch.func.vmap(torch.func.grad(lambda row: row.sin().sum()))(
+        h
+    ),
     "autograd.grad": lambda h: torch.autograd.grad(h.sum(), h)[0],
     "numpy": lambda h: torch.from_numpy(np.tanh(h.detach().numpy())),
     "numpy by itself": lambda h: np.asarray(h).sum(),
@@ -170,7 +179,10 @@ def test_an_extension_of_a_user() -> None:
         pytest.skip("a C++ extension needs a compiler and ninja")
     from torch.utils.cpp_extension import load_inline
 
-    source = "torch::Tensor twice(torch::Tensor x) { return x * 2; } float first(torch::Tensor x) { return *x.data_ptr<float>(); }"
+    source = (
+        "torch::Tensor twice(torch::Tensor x) { return x * 2; } float first(torch::Tensor x) { "
+        "return *x.data_ptr<float>(); }"
+    )
     built = load_inline("fxprune_tests_extension", source, functions=["twice", "first"])
     assert apart(lambda: outcome(built.twice)) == "pruned"
     assert kind(apart(lambda: outcome(lambda h: h * built.first(h)))) in ("in parts", "refused")
@@ -200,7 +212,9 @@ def test_memory_of_a_stand_in_is_nobodys() -> None:
 
 
 def test_sizes_below_python_are_those_of_the_example() -> None:
-    """A scripted function computes with them, which nothing can follow: another batch is refused. One that it hands on is any."""
+    """A scripted function computes with them, which nothing can follow: another batch is refused.
+    One that it hands on is any.
+    """
 
     @scripted
     def flat(x: Tensor) -> Tensor:
@@ -219,7 +233,9 @@ def test_sizes_below_python_are_those_of_the_example() -> None:
             return self.second(self.function(self.first(x)))
 
     x = torch.randn(3, 4)
-    assert fxprune.prune(Scripted(lambda h: flat(h)), x, channels=0.5, verify=True).model(torch.randn(5, 4)).shape == (5, 2)
+    assert fxprune.prune(Scripted(lambda h: flat(h)), x, channels=0.5, verify=True).model(
+        torch.randn(5, 4)
+    ).shape == (5, 2)
     emitted = fxprune.prune(Scripted(lambda h: counted(h)), x, channels=0.5, verify=True).model
     with pytest.raises(AssertionError, match=r"size.* == 3 \(decided at test_cpp"):
         emitted(torch.randn(5, 4))
@@ -230,7 +246,11 @@ def test_sizes_below_python_are_those_of_the_example() -> None:
 @pytest.mark.parametrize("start", range(32))
 def test_every_callable_of_torch(start: int) -> None:
     """Each in a process of its own; see ``python -m tests.support.callables``."""
-    found = {f"{name} {text}": said for name in names()[start::32] for text, said in outcomes(name).items()}
+    found = {
+        f"{name} {text}": said
+        for name in names()[start::32]
+        for text, said in outcomes(name).items()
+    }
     assert {call: said for call, said in found.items() if kind(said) not in ALLOWED} == {}
 
 
@@ -244,7 +264,9 @@ def test_a_mask_made_under_vmap() -> None:
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             place = torch.arange(x.shape[1])
-            seen = torch.vmap(torch.vmap(lambda q, k: (q >= k) & mask[0, k], (None, 0)), (0, None))(place, place)
+            seen = torch.vmap(
+                torch.vmap(lambda q, k: (q >= k) & mask[0, k], (None, 0)), (0, None)
+            )(place, place)
             h = self.first(x)
             return self.second(torch.where(seen[None, :, :, None], h[:, None], 0.0).sum(2))
 
@@ -287,7 +309,12 @@ class Between(nn.Module):
 
     def __init__(self, call: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.call = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 2), call
+        self.first, self.second, self.third, self.call = (
+            nn.Linear(4, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 2),
+            call,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(self.call(self, self.first(x).relu()))
@@ -295,9 +322,13 @@ class Between(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "function", [if_many, row_by_row, unbound, torch.vmap(torch.detach_copy)], ids=["if", "rows", "unbind", "vmap"]
+    "function",
+    [if_many, row_by_row, unbound, torch.vmap(torch.detach_copy)],
+    ids=["if", "rows", "unbind", "vmap"],
 )
-def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(function: Callable[[Tensor], Tensor]) -> None:
+def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(
+    function: Callable[[Tensor], Tensor],
+) -> None:
     model, x = Between(lambda model, h: function(h)), torch.randn(2, 4)
     emitted = fxprune.prune(model, x, channels=0.5, verify=True).model
     assert emitted(x).shape == (2, 2)
@@ -308,14 +339,20 @@ def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(function: Calla
 
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_that_a_scripted_function_only_notes_hold_nothing() -> None:
-    emitted = fxprune.prune(Between(lambda model, h: swish(h)), torch.randn(2, 4), channels=0.5, verify=True).model
+    emitted = fxprune.prune(
+        Between(lambda model, h: swish(h)), torch.randn(2, 4), channels=0.5, verify=True
+    ).model
     assert emitted(torch.randn(5, 4)).shape == (5, 2)
 
 
 class Doubles(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        return out * 2 if getattr(func, "__name__", "") in ("linear", "__add__", "__iadd__", "add") else out
+        return (
+            out * 2
+            if getattr(func, "__name__", "") in ("linear", "__add__", "__iadd__", "add")
+            else out
+        )
 
 
 class DoublesBelow(TorchDispatchMode):
@@ -335,15 +372,23 @@ def under(mode: Any) -> Callable[[Any, Tensor], Tensor]:
 
 
 WITH_OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "computed": lambda model, h: torch.func.functional_call(model.second, {"weight": model.second.weight * 0.5}, (h,)),
-    "constant": lambda model, h: torch.func.functional_call(model.second, {"weight": torch.eye(16).to(h)}, (h,)),
-    "own": lambda model, h: torch.func.functional_call(model.second, dict(model.second.named_parameters()), (h,)),
+    "computed": lambda model, h: torch.func.functional_call(
+        model.second, {"weight": model.second.weight * 0.5}, (h,)
+    ),
+    "constant": lambda model, h: torch.func.functional_call(
+        model.second, {"weight": torch.eye(16).to(h)}, (h,)
+    ),
+    "own": lambda model, h: torch.func.functional_call(
+        model.second, dict(model.second.named_parameters()), (h,)
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", WITH_OTHERS.values(), ids=WITH_OTHERS)
-def test_a_module_that_is_called_with_other_parameters(call: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_module_that_is_called_with_other_parameters(
+    call: Callable[[Any, Tensor], Tensor],
+) -> None:
     fxprune.prune(Between(call), torch.randn(2, 4), channels=0.5, verify=True)
 
 
@@ -355,7 +400,11 @@ def test_modes_of_the_model_change_what_they_change(mode: Any) -> None:
 
 
 def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
-    model = Between(lambda model, h: torch.func.functional_call(model.norm, {"weight": model.norm.weight * 0.5}, (h,)))
+    model = Between(
+        lambda model, h: torch.func.functional_call(
+            model.norm, {"weight": model.norm.weight * 0.5}, (h,)
+        )
+    )
     model.norm = nn.BatchNorm1d(16)
     emitted = fxprune.prune(model.eval(), torch.randn(8, 4), channels=0.5, verify=True).model
     x, mean = torch.randn(8, 4), emitted.get_buffer("norm.running_mean").clone()
@@ -367,14 +416,21 @@ def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
 
 def test_what_a_cut_gives_is_a_tree_as_the_list_is() -> None:
     """Also to functions that know the kinds of containers by their class."""
-    model = Between(lambda model, h: torch.cat(tree_leaves(h.chunk(2, 1))[::-1], 1) * len(tree_leaves(h.shape)))
+    model = Between(
+        lambda model, h: torch.cat(tree_leaves(h.chunk(2, 1))[::-1], 1) * len(tree_leaves(h.shape))
+    )
     pruned = fxprune.prune(model, torch.randn(2, 4), channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_function_that_works_out_what_its_operation_takes(dim: int) -> None:
-    fxprune.prune(Between(lambda model, h: torch.fft.fftshift(h, dim)), torch.randn(2, 4), channels=0.5, verify=True)
+    fxprune.prune(
+        Between(lambda model, h: torch.fft.fftshift(h, dim)),
+        torch.randn(2, 4),
+        channels=0.5,
+        verify=True,
+    )
 
 
 def turned(h: Tensor) -> Tensor:
@@ -385,9 +441,17 @@ def turned(h: Tensor) -> Tensor:
     return seen + out.T
 
 
-@pytest.mark.parametrize("call", [lambda h: h + torch.frexp(h).mantissa, lambda h: h * torch.equal(h, h)], ids=["two", "none"])
-def test_pointwise_operations_that_give_two_tensors_or_none(call: Callable[[Tensor], Tensor]) -> None:
-    pruned = fxprune.prune(Between(lambda model, h: call(h)), torch.randn(2, 4), channels=0.5, verify=True)
+@pytest.mark.parametrize(
+    "call",
+    [lambda h: h + torch.frexp(h).mantissa, lambda h: h * torch.equal(h, h)],
+    ids=["two", "none"],
+)
+def test_pointwise_operations_that_give_two_tensors_or_none(
+    call: Callable[[Tensor], Tensor],
+) -> None:
+    pruned = fxprune.prune(
+        Between(lambda model, h: call(h)), torch.randn(2, 4), channels=0.5, verify=True
+    )
     assert pruned.model.get_submodule("second").in_features == 16  # it is not called
     assert pruned.model.get_submodule("first").out_features == 8
 
@@ -395,7 +459,9 @@ def test_pointwise_operations_that_give_two_tensors_or_none(call: Callable[[Tens
 LAID_OUT_ANEW: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in place": lambda model, h: turned(h),
     "a layer under vmap": lambda model, h: torch.vmap(model.second)(h),
-    "a constant under vmap": lambda model, h: torch.vmap(lambda row: F.linear(row, torch.eye(16)))(h),
+    "a constant under vmap": lambda model, h: torch.vmap(lambda row: F.linear(row, torch.eye(16)))(
+        h
+    ),
 }
 
 
@@ -456,7 +522,10 @@ TOLD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "backward": (backward, "forward takes gradients"),
     "autograd.grad": (ALIVE["autograd.grad"], "forward takes gradients"),
     "forward mode": (forward_mode, "forward takes gradients"),
-    "a branch on values": (lambda h: torch.cond(h.sum() > 0, torch.sin, torch.cos, (h,)), "torch compiles what forward does"),
+    "a branch on values": (
+        lambda h: torch.cond(h.sum() > 0, torch.sin, torch.cos, (h,)),
+        "torch compiles what forward does",
+    ),
     "other memory": (to_other_memory, "other memory in place"),
 }
 

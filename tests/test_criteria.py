@@ -66,9 +66,15 @@ def of_group(scores: np.ndarray, group: Group) -> list[float]:
 
 
 def role_of(coupling: Coupling, group: Group, name: str, field: Tensor) -> str:
-    """The role of a group's elements in a parameter: that of the axis of the group along which the field varies."""
+    """The role of a group's elements in a parameter: that of the axis of the group along which the
+    field varies.
+    """
     varied = {d for d, size in enumerate(field.shape) if size > 1}
-    found = {coupling.role(name, axis.dim) for axis in group.axes if axis.parameter == name and axis.dim in varied}
+    found = {
+        coupling.role(name, axis.dim)
+        for axis in group.axes
+        if axis.parameter == name and axis.dim in varied
+    }
     assert len(found) == 1, f"{name} has {found} in {group.name}"
     return found.pop()
 
@@ -84,7 +90,10 @@ def elements(
                 continue
             for unit in out:
                 unit.append([])
-            units, values = field.expand(tensors[name].shape).flatten().tolist(), tensors[name].flatten().tolist()
+            units, values = (
+                field.expand(tensors[name].shape).flatten().tolist(),
+                tensors[name].flatten().tolist(),
+            )
             for unit, value in zip(units, values, strict=True):
                 if unit >= 0:
                     out[unit][-1].append(value)
@@ -109,7 +118,9 @@ def naive_lamp(units: list[list[float]]) -> list[float]:
 
 
 def naive_cpmc(units: list[list[float]], blocks: list[int], mean: float) -> list[float]:
-    """Seats for parties: units go from the heaviest, of equals from the first; each is worth what it is over the share it fills."""
+    """Seats for parties: units go from the heaviest, of equals from the first; each is worth what
+    it is over the share it fills.
+    """
     values, scores = [math.fsum(w * w for w in unit) for unit in units], [0.0] * len(units)
     for block in set(blocks):
         own = [u for u, other in enumerate(blocks) if other == block]
@@ -120,7 +131,9 @@ def naive_cpmc(units: list[list[float]], blocks: list[int], mean: float) -> list
 
 def naive_fpgm(units: list[list[float]], blocks: list[int]) -> list[float]:
     return [
-        math.fsum(math.dist(u, v) for v, other in zip(units, blocks, strict=True) if other == block)
+        math.fsum(
+            math.dist(u, v) for v, other in zip(units, blocks, strict=True) if other == block
+        )
         for u, block in zip(units, blocks, strict=True)
     ]
 
@@ -144,22 +157,33 @@ SEVERAL = cases(
 def test_every_criterion_against_loops(case: Case) -> None:
     model, _, coupling = analysed(case)
     tensors = dict(model.named_parameters())
-    squares = [w * w for group in coupling.groups for unit in elements(coupling, group, tensors) for w in flat(unit)]
+    squares = [
+        w * w
+        for group in coupling.groups
+        for unit in elements(coupling, group, tensors)
+        for w in flat(unit)
+    ]
     everywhere = math.fsum(squares) / sum(group.size for group in coupling.groups)
     for view in views(coupling, model):
         group = view.group
         found = elements(coupling, group, tensors)
         units = [flat(unit) for unit in found]
         for criterion, naive in ((l1, naive_l1), (l2, naive_l2), (lamp, naive_lamp)):
-            np.testing.assert_allclose(criterion(view), naive(units), rtol=1e-12, err_msg=f"{criterion} {group.name}")
+            np.testing.assert_allclose(
+                criterion(view), naive(units), rtol=1e-12, err_msg=f"{criterion} {group.name}"
+            )
         blocks = view.blocks.tolist()
-        np.testing.assert_allclose(CPMC()(view), naive_cpmc(units, blocks, everywhere), rtol=1e-12, err_msg=group.name)
+        np.testing.assert_allclose(
+            CPMC()(view), naive_cpmc(units, blocks, everywhere), rtol=1e-12, err_msg=group.name
+        )
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own", "scale"))]
         mean = math.fsum(w * w for unit in own for w in unit) / len(own)
         alone = CPMC(roles=("own", "scale"), standing=False)(view)
         np.testing.assert_allclose(alone, naive_cpmc(own, blocks, mean or 1.0), rtol=1e-12)
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own",))]
-        np.testing.assert_allclose(fpgm(view), naive_fpgm(own, coupling.blocks(group).tolist()), rtol=1e-9)
+        np.testing.assert_allclose(
+            fpgm(view), naive_fpgm(own, coupling.blocks(group).tolist()), rtol=1e-9
+        )
 
 
 @SEVERAL
@@ -169,11 +193,15 @@ def test_rows_hold_every_element_once(case: Case) -> None:
     for view in views(coupling, model):
         for roles in (*((role,) for role in ROLES), ROLES):
             rows = view.rows(roles)
-            for row, unit in zip(rows.tolist(), elements(coupling, view.group, tensors, roles), strict=True):
+            for row, unit in zip(
+                rows.tolist(), elements(coupling, view.group, tensors, roles), strict=True
+            ):
                 assert sorted(value for value in row if value) == sorted(flat(unit))
 
 
-@cases("residual", "conv_batch_norm_2d", "conv_group_norm_2d", "encoder_layer", "inception_branches")
+@cases(
+    "residual", "conv_batch_norm_2d", "conv_group_norm_2d", "encoder_layer", "inception_branches"
+)
 def test_bn_scale_against_loops(case: Case) -> None:
     model, _, coupling = analysed(case)
     tensors, scored = dict(model.named_parameters()), 0
@@ -190,12 +218,18 @@ def test_the_scales_of_a_residual_stream_are_averaged() -> None:
     model, _, coupling = analysed(BY_NAME["residual"])
     stream = next(view for view in views(coupling, model) if view.group.name == "stem.0.weight:0")
     two = model.stem[1].weight, model.a2[1].weight
-    np.testing.assert_allclose(bn_scale(stream), (two[0].abs() + two[1].abs()).detach() / 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        bn_scale(stream), (two[0].abs() + two[1].abs()).detach() / 2, rtol=1e-12
+    )
 
 
-@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm2d(8, affine=False)], ids=["none", "not_affine"])
+@pytest.mark.parametrize(
+    "norm", [nn.Identity(), nn.BatchNorm2d(8, affine=False)], ids=["none", "not_affine"]
+)
 def test_bn_scale_refuses_a_group_without_scales_by_name(norm: nn.Module) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1), norm, nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1), norm, nn.Conv2d(8, 2, 1)
+    )
     with pytest.raises(ArgumentError, match=r"'bn_scale': group '2\.weight:0' .*keep=") as caught:
         fxprune.prune(model, torch.zeros(1, 3, 4, 4), channels=0.5, criterion="bn_scale")
     assert "0.weight" not in str(caught.value)
@@ -203,11 +237,18 @@ def test_bn_scale_refuses_a_group_without_scales_by_name(norm: nn.Module) -> Non
 
 
 class NormalisedHeads(nn.Module):
-    """Attention with a normalisation on queries and keys, but none on values, which are in one group with them."""
+    """Attention with a normalisation on queries and keys, but none on values, which are in one
+    group with them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.qkv, self.proj, self.head = nn.Linear(6, 8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.stem, self.qkv, self.proj, self.head = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 24),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
         self.norm_q, self.norm_k = nn.LayerNorm(4), nn.LayerNorm(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,10 +260,14 @@ class NormalisedHeads(nn.Module):
 def test_bn_scale_refuses_a_group_of_which_a_part_has_scales() -> None:
     model = NormalisedHeads()
     coupling = fxprune.analyze(model, torch.zeros(2, 5, 6))
-    view = next(view for view in views(coupling, model) if view.group.name.startswith("qkv.weight"))
+    view = next(
+        view for view in views(coupling, model) if view.group.name.startswith("qkv.weight")
+    )
     scales = view.sum(torch.ones_like, ("scale",))
     assert set(scales.tolist()) == {0.0, 2.0}
-    with pytest.raises(ArgumentError, match=r"'bn_scale': group 'qkv\.weight:0.*for all of its units"):
+    with pytest.raises(
+        ArgumentError, match=r"'bn_scale': group 'qkv\.weight:0.*for all of its units"
+    ):
         bn_scale(view)
 
 
@@ -246,15 +291,25 @@ IMAGE = torch.zeros(2, 3, 6, 6)
 
 
 def test_roles_of_a_chain() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(64, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
     assert role_sizes(model, IMAGE) == {
         "0.weight:0": {"own": 3 * 9 + 1 + 1, "scale": 1, "dependent": 4},  # filter, bias, shift
-        "3.weight:0": {"own": 8 + 1, "scale": 0, "dependent": 16 * 5},  # a channel is 16 inputs of the linear layer
+        # a channel is 16 inputs of the linear layer
+        "3.weight:0": {"own": 8 + 1, "scale": 0, "dependent": 16 * 5},
     }
 
 
 def test_roles_of_a_transposed_convolution() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
     assert role_sizes(model, IMAGE) == {
         "0.weight:0": {"own": 3 + 1, "scale": 0, "dependent": 6 * 4},
         "1.weight:1": {"own": 8 * 4 + 1, "scale": 0, "dependent": 2},
@@ -262,20 +317,29 @@ def test_roles_of_a_transposed_convolution() -> None:
 
 
 def test_roles_of_a_grouped_convolution() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1)
+    )
     assert role_sizes(model, IMAGE) == {
-        "0.weight:0": {"own": 3 + 1, "scale": 0, "dependent": 3 * 9},  # three filters of its group read it
+        # three filters of its group read it
+        "0.weight:0": {"own": 3 + 1, "scale": 0, "dependent": 3 * 9},
         "1.weight:0": {"own": 2 * 9 + 1, "scale": 0, "dependent": 2},
     }
 
 
 def test_roles_of_a_depthwise_convolution() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    assert role_sizes(model, IMAGE) == {"0.weight:0": {"own": (3 + 1) + (9 + 1), "scale": 0, "dependent": 2}}
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    assert role_sizes(model, IMAGE) == {
+        "0.weight:0": {"own": (3 + 1) + (9 + 1), "scale": 0, "dependent": 2}
+    }
 
 
 def test_roles_of_a_grouped_transposed_convolution() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1)
+    )
     assert role_sizes(model, IMAGE) == {
         "0.weight:0": {"own": 3 + 1, "scale": 0, "dependent": 3 * 4},
         # The four groups' outputs lie on one axis of the weight: one of each goes.
@@ -297,7 +361,9 @@ class Adding(nn.Module):
 
 
 def test_roles_of_an_addition() -> None:
-    assert role_sizes(Adding(), IMAGE) == {"a.weight:0": {"own": (3 + 1) + 3 * 9 + 1, "scale": 1, "dependent": 2 + 4 * 9}}
+    assert role_sizes(Adding(), IMAGE) == {
+        "a.weight:0": {"own": (3 + 1) + 3 * 9 + 1, "scale": 1, "dependent": 2 + 4 * 9}
+    }
 
 
 class Tied(nn.Module):
@@ -305,7 +371,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.up, self.down = nn.Embedding(11, 6), nn.Linear(6, 10), nn.Linear(10, 6)
+        self.embedding, self.up, self.down = (
+            nn.Embedding(11, 6),
+            nn.Linear(6, 10),
+            nn.Linear(10, 6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x)
@@ -315,7 +385,8 @@ class Tied(nn.Module):
 def test_a_tied_embedding_counts_once() -> None:
     found = role_sizes(Tied(), torch.zeros(2, 4, dtype=torch.int64))
     assert sum(found["embedding.weight:1"].values()) == 11 + 10 + (10 + 1)
-    assert found["embedding.weight:1"]["dependent"] == 11 + 10  # a weight that reads is dependent, even if it writes as well
+    # a weight that reads is dependent, even if it writes as well
+    assert found["embedding.weight:1"]["dependent"] == 11 + 10
 
 
 def test_roles_that_there_are_not() -> None:
@@ -340,7 +411,9 @@ def chain_coupling() -> tuple[Coupling, nn.Module]:
     return fxprune.analyze(model, IMAGE.double()), model
 
 
-PURE: dict[str, Callable[[UnitView], Tensor]] = {name: criterion for name, criterion in CRITERIA.items() if name != "random"}
+PURE: dict[str, Callable[[UnitView], Tensor]] = {
+    name: criterion for name, criterion in CRITERIA.items() if name != "random"
+}
 pure = pytest.mark.parametrize("criterion", PURE.values(), ids=list(PURE))
 
 
@@ -373,7 +446,9 @@ def test_l2_ranks_as_before_when_units_move() -> None:
 
 @cases("residual", "dense_block", "grouped", "attention_packed")
 def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
-    """V' within the group; what groups are worth to each other does change, by the square of the scale."""
+    """V' within the group; what groups are worth to each other does change, by the square of the
+    scale.
+    """
     model, _, coupling = analysed(case)
     alone = CPMC(standing=False)
 
@@ -395,11 +470,16 @@ def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
 @pure
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(criterion: Callable[[UnitView], Tensor], dtype: torch.dtype) -> None:
-    """Sums are taken in a wider type: 300 squared is no number of float16, and 2049 is none of bfloat16."""
+    """Sums are taken in a wider type: 300 squared is no number of float16, and 2049 is none of
+    bfloat16.
+    """
     coupling, model = chain_coupling()
     narrow = {name: (300 * p.detach()).to(dtype) for name, p in model.named_parameters()}
     (found,) = [criterion(view) for view in Views(coupling, narrow)]
-    (exact,) = [criterion(view) for view in Views(coupling, {name: p.double() for name, p in narrow.items()})]
+    (exact,) = [
+        criterion(view)
+        for view in Views(coupling, {name: p.double() for name, p in narrow.items()})
+    ]
     assert found.dtype is torch.float64
     np.testing.assert_allclose(found, exact, rtol=1e-12 if dtype is torch.float64 else 1e-5)
 
@@ -417,7 +497,10 @@ def test_memory_formats(criterion: Callable[[UnitView], Tensor]) -> None:
 @pure
 def test_weights_of_zero_have_finite_scores(criterion: Callable[[UnitView], Tensor]) -> None:
     coupling, model = chain_coupling()
-    (scores,) = map(criterion, Views(coupling, {name: torch.zeros_like(p) for name, p in model.named_parameters()}))
+    (scores,) = map(
+        criterion,
+        Views(coupling, {name: torch.zeros_like(p) for name, p in model.named_parameters()}),
+    )
     assert scores.tolist() == [0.0] * 8
 
 
@@ -436,7 +519,9 @@ def test_buffers_are_no_weights() -> None:
     coupling, model = chain_coupling()
     (before,) = map(l1, views(coupling, model))
     model[1].running_mean.fill_(1e9)
-    np.testing.assert_array_equal(rank(lambda view: l1(view), coupling, model).value[list(coupling.groups[0].units)], before)
+    np.testing.assert_array_equal(
+        rank(lambda view: l1(view), coupling, model).value[list(coupling.groups[0].units)], before
+    )
 
 
 # -- one by one
@@ -447,17 +532,28 @@ def test_lamp_of_equal_units_is_equal() -> None:
     bias = torch.tensor([2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
     (scores,) = map(lamp, Views(coupling, {"0.bias": bias}))
     top, middle, low = 4 / (3 * 4 + 9), 1 / (3 * 1 + 3 * 4 + 9), 0.0
-    np.testing.assert_allclose(scores, [top, middle, top, low, middle, top, middle, 1.0], rtol=1e-12)
+    np.testing.assert_allclose(
+        scores, [top, middle, top, low, middle, top, middle, 1.0], rtol=1e-12
+    )
 
 
 def test_fpgm_calls_the_copy_redundant() -> None:
-    """A filter that there is three times ranks below all that there are once, however large it is."""
+    """A filter that there is three times ranks below all that there are once, however large it
+    is.
+    """
     coupling, _ = chain_coupling()
-    filters = torch.eye(8, dtype=torch.float64)[:, :3].repeat(1, 9).reshape(8, 3, 3, 3) + torch.randn(8, 3, 3, 3).double() / 10
+    filters = (
+        torch.eye(8, dtype=torch.float64)[:, :3].repeat(1, 9).reshape(8, 3, 3, 3)
+        + torch.randn(8, 3, 3, 3).double() / 10
+    )
     filters[[1, 4, 6]] = 5 * filters[1]
     (scores,) = map(fpgm, Views(coupling, {"0.weight": filters}))
-    np.testing.assert_allclose(scores, torch.cdist(filters.flatten(1), filters.flatten(1)).sum(1), rtol=1e-9)
-    (alike,) = map(fpgm, Views(coupling, {"0.weight": torch.full((8, 3, 3, 3), 0.1, dtype=torch.float64)}))
+    np.testing.assert_allclose(
+        scores, torch.cdist(filters.flatten(1), filters.flatten(1)).sum(1), rtol=1e-9
+    )
+    (alike,) = map(
+        fpgm, Views(coupling, {"0.weight": torch.full((8, 3, 3, 3), 0.1, dtype=torch.float64)})
+    )
     assert alike.tolist() == [0.0] * 8  # not rounding errors
 
 
@@ -479,11 +575,21 @@ def test_fpgm_of_a_group_that_is_read_only() -> None:
 
 
 def test_fpgm_compares_within_a_block() -> None:
-    """Equal filters of different groups read different channels: neither can stand for the other."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.Conv2d(6, 2, 1))
+    """Equal filters of different groups read different channels: neither can stand for the
+    other.
+    """
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.Conv2d(6, 2, 1)
+    )
     coupling = fxprune.analyze(model, IMAGE)
-    weight = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]], dtype=torch.float64).repeat(2, 1).reshape(6, 2, 1, 1)
-    grouped = next(view for view in Views(coupling, {"1.weight": weight}) if view.group.name == "1.weight:0")
+    weight = (
+        torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]], dtype=torch.float64)
+        .repeat(2, 1)
+        .reshape(6, 2, 1, 1)
+    )
+    grouped = next(
+        view for view in Views(coupling, {"1.weight": weight}) if view.group.name == "1.weight:0"
+    )
     np.testing.assert_allclose(fpgm(grouped), [5 + 3, 5 + 4, 3 + 4] * 2, rtol=1e-12)
 
 
@@ -494,7 +600,10 @@ def test_random_is_equal_for_equal_seeds() -> None:
     assert scores[0] == scores[1] != scores[2]
     assert all(0 <= score < 1 for score in scores[0])
     assert np.array_equal(np.random.get_state()[1], state), "the user's random state changed"  # type: ignore[index]
-    plans = [fxprune.prune(model, IMAGE.double(), channels=0.5, criterion=Random(seed)).plan for seed in (0, 0, 1)]
+    plans = [
+        fxprune.prune(model, IMAGE.double(), channels=0.5, criterion=Random(seed)).plan
+        for seed in (0, 0, 1)
+    ]
     assert plans[0] == plans[1] != plans[2]
 
 
@@ -513,10 +622,19 @@ def test_cpmc_hands_its_weights_to_the_selection() -> None:
 
 
 def test_scores_of_groups_compare() -> None:
-    """Divided by their group's mean where they do not compare by themselves; a user's own stay as they are."""
+    """Divided by their group's mean where they do not compare by themselves; a user's own stay as
+    they are.
+    """
     model, x, coupling = analysed(BY_NAME["residual"])
     batches = [(x,)]
-    for criterion in ("l1", "l2", "fpgm", Taylor(batches, energy), Fisher(batches, energy), Activation(batches)):
+    for criterion in (
+        "l1",
+        "l2",
+        "fpgm",
+        Taylor(batches, energy),
+        Fisher(batches, energy),
+        Activation(batches),
+    ):
         value = rank(criterion, coupling, model).value
         for group in coupling.groups:
             assert np.mean(of_group(value, group)) == pytest.approx(1)
@@ -551,13 +669,19 @@ def test_an_object_whose_scores_have_a_wrong_shape() -> None:
 
 def energy(output: Any, *targets: Any) -> Tensor:
     """A loss for any output, the mean over the batch of each sample's own."""
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = [
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     return sum(((leaf.double() - 0.3) ** 2).flatten(1).mean() for leaf in leaves)  # type: ignore[return-value]
 
 
 def naive_products(coupling: Coupling, group: Group, model: nn.Module) -> list[float]:
     """For each unit the sum of weight times ``.grad`` over its elements, one by one."""
-    products = {name: (p * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None}
+    products = {
+        name: (p * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None
+    }
     return [math.fsum(flat(unit)) for unit in elements(coupling, group, products)]
 
 
@@ -587,19 +711,28 @@ def test_taylor_and_fisher_against_autograd_on_the_model(case: Case) -> None:
             own = size * np.array(naive_products(coupling, group, model))
             sums, squares = sums + own, squares + own**2
         scale = np.abs(sums).max()
-        np.testing.assert_allclose(of_group(taylor, group), np.abs(sums) / 4, rtol=1e-9, atol=1e-12 * scale)
-        np.testing.assert_allclose(of_group(fisher, group), squares / 4, rtol=1e-9, atol=1e-12 * scale**2)
+        np.testing.assert_allclose(
+            of_group(taylor, group), np.abs(sums) / 4, rtol=1e-9, atol=1e-12 * scale
+        )
+        np.testing.assert_allclose(
+            of_group(fisher, group), squares / 4, rtol=1e-9, atol=1e-12 * scale**2
+        )
         assert scale > 0
 
 
-def unit_of_inputs(coupling: Coupling, name: str, weight: Tensor, groups: int) -> Iterator[list[int]]:
+def unit_of_inputs(
+    coupling: Coupling, name: str, weight: Tensor, groups: int
+) -> Iterator[list[int]]:
     """For each labelling of a layer's input channels: the unit (a label) of each, 0 for none."""
     per_group, outputs = weight.shape[1], weight.shape[0] // groups
     dim = 1 if per_group > 1 else 0
     for labels in coupling.parameter_labels(name):
         if labels.shape[dim] > 1:
             whole = np.broadcast_to(labels, weight.shape).reshape(*weight.shape[:2], -1)[:, :, 0]
-            yield [int(whole[c // per_group * outputs, c % per_group]) for c in range(groups * per_group)]
+            yield [
+                int(whole[c // per_group * outputs, c % per_group])
+                for c in range(groups * per_group)
+            ]
 
 
 def naive_activation(coupling: Coupling, model: nn.Module, batches: list[Any]) -> np.ndarray:
@@ -623,7 +756,9 @@ def naive_activation(coupling: Coupling, model: nn.Module, batches: list[Any]) -
     handles = [
         module.register_forward_pre_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1 and not isinstance(module, nn.Embedding)
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.dim() > 1
+        and not isinstance(module, nn.Embedding)
     ]
     with torch.no_grad():
         for inputs in batches:
@@ -631,7 +766,8 @@ def naive_activation(coupling: Coupling, model: nn.Module, batches: list[Any]) -
     for handle in handles:
         handle.remove()
     total, times = np.zeros(coupling.context.units.count), np.zeros(coupling.context.units.count)
-    for (unit, _, _), seen in readings.items():  # one call of one layer: all positions of a unit count alike
+    # one call of one layer: all positions of a unit count alike
+    for (unit, _, _), seen in readings.items():
         size = seen[0][1]  # type: ignore[index]
         total[unit] += size * math.fsum(mean for mean, _ in seen) / len(seen)  # type: ignore[misc]
         times[unit] += size
@@ -660,7 +796,9 @@ def test_activation_against_hooks(case: Case) -> None:
     scores = Activation([(inputs,) for inputs in batches]).scores(coupling, model)
     expected = naive_activation(coupling, model, batches)
     for group in coupling.groups:
-        np.testing.assert_allclose(of_group(scores, group), of_group(expected, group), rtol=1e-9, err_msg=group.name)
+        np.testing.assert_allclose(
+            of_group(scores, group), of_group(expected, group), rtol=1e-9, err_msg=group.name
+        )
     assert any(np.any(of_group(scores, group)) for group in coupling.groups)
 
 
@@ -703,15 +841,26 @@ def test_a_sum_over_channels_reads_them() -> None:
     model, x = SumsChannels().double(), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     coupling = fxprune.analyze(model, x)
     scores = Activation([(x,)]).scores(coupling, model)
-    np.testing.assert_allclose(of_group(scores, coupling.groups[0]), torch.relu(model.a(x)).mean((0, 2, 3)).detach(), rtol=1e-12)
+    np.testing.assert_allclose(
+        of_group(scores, coupling.groups[0]),
+        torch.relu(model.a(x)).mean((0, 2, 3)).detach(),
+        rtol=1e-12,
+    )
 
 
 class ReadsTheImageToo(nn.Module):
-    """A convolution over channels that can go and an input's, which stay; with a mode of its own for training."""
+    """A convolution over channels that can go and an input's, which stay; with a mode of its own
+    for training.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b, self.aux = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(11, 2, 1), nn.Conv2d(8, 2, 1)
+        self.a, self.norm, self.b, self.aux = (
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(11, 2, 1),
+            nn.Conv2d(8, 2, 1),
+        )
 
     def forward(self, x: Tensor) -> Any:
         y = self.norm(self.a(x))
@@ -720,7 +869,9 @@ class ReadsTheImageToo(nn.Module):
 
 
 def test_activations_are_those_of_evaluation_mode() -> None:
-    """Though the graph was traced in both modes, in training mode last; what cannot be removed has no score."""
+    """Though the graph was traced in both modes, in training mode last; what cannot be removed has
+    no score.
+    """
     model, x = randomise(ReadsTheImageToo()), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     coupling = fxprune.analyze(model, x)
     assert [trace.training for trace in coupling.traces] == [False, True]
@@ -746,7 +897,14 @@ def split(*tensors: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, ...]]:
 
 
 def classifier() -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 6, 1), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 6, 1),
+        nn.Flatten(),
+    ]
     return randomise(nn.Sequential(*layers, nn.Linear(96, 4)))  # type: ignore[return-value]
 
 
@@ -760,13 +918,24 @@ def test_the_split_into_batches_makes_no_difference() -> None:
         for part in parts:
             np.testing.assert_allclose(part, whole, rtol=1e-9, atol=1e-14)
         assert np.count_nonzero(whole)
-    alone, *order = (Fisher(split(x[i], y[i], sizes=(1,) * 7), F.cross_entropy) for i in (torch.arange(7), torch.randperm(7)))
-    np.testing.assert_allclose(order[0].scores(coupling, model), alone.scores(coupling, model), rtol=1e-9)
+    alone, *order = (
+        Fisher(split(x[i], y[i], sizes=(1,) * 7), F.cross_entropy)
+        for i in (torch.arange(7), torch.randperm(7))
+    )
+    np.testing.assert_allclose(
+        order[0].scores(coupling, model), alone.scores(coupling, model), rtol=1e-9
+    )
 
 
 def test_fisher_of_single_samples_is_the_mean_square_of_the_gates_gradients() -> None:
-    """A unit's gate, written down as one: the outputs of the only layer that reads it, by a factor of 1."""
-    first, second, (x, y) = nn.Linear(5, 6), nn.Linear(6, 4), (torch.randn(9, 5).double(), torch.randint(4, (9,)))
+    """A unit's gate, written down as one: the outputs of the only layer that reads it, by a factor
+    of 1.
+    """
+    first, second, (x, y) = (
+        nn.Linear(5, 6),
+        nn.Linear(6, 4),
+        (torch.randn(9, 5).double(), torch.randint(4, (9,))),
+    )
     model = nn.Sequential(first, nn.ReLU(), second).double()
     coupling = fxprune.analyze(model, x)
     scores = Fisher(split(x, y, sizes=(1,) * 9), F.cross_entropy).scores(coupling, model)
@@ -775,7 +944,8 @@ def test_fisher_of_single_samples_is_the_mean_square_of_the_gates_gradients() ->
         gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
         F.cross_entropy(second(torch.relu(first(sample)) * gate), target).backward()
         squares += gate.grad**2  # type: ignore[operator]
-    # Filter with bias, and the slice that reads: both factors of each product, so twice the gate's gradient.
+    # Filter with bias, and the slice that reads: both factors of each product, so twice the gate's
+    # gradient.
     np.testing.assert_allclose(of_group(scores, coupling.groups[0]), 4 * squares / 9, rtol=1e-9)
 
 
@@ -789,7 +959,11 @@ def test_a_data_loader_and_every_kind_of_inputs() -> None:
         [[[a], b] for a, b in split(x, y, sizes=(3, 3, 2))],
         [({"input": a}, b) for a, b in split(x, y, sizes=(3, 3, 2))],
     ]
-    for make in (lambda loader: Taylor(loader, F.cross_entropy), lambda loader: Fisher(loader, F.cross_entropy), Activation):
+    for make in (
+        lambda loader: Taylor(loader, F.cross_entropy),
+        lambda loader: Fisher(loader, F.cross_entropy),
+        Activation,
+    ):
         first, *others = (make(loader).scores(coupling, model) for loader in loaders)
         for other in others:
             np.testing.assert_array_equal(other, first)
@@ -815,7 +989,9 @@ def test_inputs_go_by_name() -> None:
 
 
 class AddsASlice(nn.Module):
-    """A slice of a tensor takes nothing but channels that stay; the layer reads the others after their activation."""
+    """A slice of a tensor takes nothing but channels that stay; the layer reads the others after
+    their activation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -867,9 +1043,13 @@ def test_arguments_that_may_be_left_out(kind: type[nn.Module]) -> None:
     model, x, shift = kind(), torch.randn(4, 3), torch.randn(4, 6)
     one, two = fxprune.analyze(model, x), fxprune.analyze(model, (x, torch.zeros(4, 1)))
     scores = Activation([(x,)]).scores(one, model)
-    np.testing.assert_allclose(of_group(scores, one.groups[0]), torch.relu(model.a(x)).mean(0).detach(), rtol=1e-6)
+    np.testing.assert_allclose(
+        of_group(scores, one.groups[0]), torch.relu(model.a(x)).mean(0).detach(), rtol=1e-6
+    )
     scores = Activation([((x, torch.ones(4, 1)),)]).scores(two, model)
-    np.testing.assert_allclose(of_group(scores, two.groups[0]), 1 + torch.relu(model.a(x)).mean(0).detach(), rtol=1e-6)
+    np.testing.assert_allclose(
+        of_group(scores, two.groups[0]), 1 + torch.relu(model.a(x)).mean(0).detach(), rtol=1e-6
+    )
     for coupling, inputs in ((one, (x, shift)), (two, (x,))):
         with pytest.raises(ArgumentError, match=r"analysed with .*give the same"):
             Activation([(inputs,)]).scores(coupling, model)
@@ -880,13 +1060,20 @@ def test_a_model_is_unharmed() -> None:
     model, (x, y) = classifier(), data()
     coupling = fxprune.analyze(model, x[:1])
     batches = split(x, y, sizes=(3, 4))
-    criteria = Taylor(batches, F.cross_entropy), Fisher(batches, F.cross_entropy), Activation(batches)
+    criteria = (
+        Taylor(batches, F.cross_entropy),
+        Fisher(batches, F.cross_entropy),
+        Activation(batches),
+    )
     plain = [criterion.scores(coupling, model.eval()) for criterion in criteria]
     model.train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
     model[4].weight.grad = torch.full_like(model[4].weight, 7.0)
-    before, twin_modes = snapshot(model), [module.training for module in coupling.traces[0].twin.model.modules()]
+    before, twin_modes = (
+        snapshot(model),
+        [module.training for module in coupling.traces[0].twin.model.modules()],
+    )
     for criterion, expected in zip(criteria, plain, strict=True):
         np.testing.assert_array_equal(criterion.scores(coupling, model), expected)
         assert_unharmed(model, before)
@@ -956,7 +1143,9 @@ def test_parameters_without_a_gradient() -> None:
         scores = kind([(x,)], lambda output: energy(output[0])).scores(coupling, model)
         got = {group.name: np.any(of_group(scores, group)) for group in coupling.groups}
         assert got == {"stem.weight:0": True, "a.weight:0": True, "b.weight:0": False}
-    pruned = fxprune.prune(model, x, macs=0.5, criterion=Taylor([(x,)], lambda output: energy(output[0])))
+    pruned = fxprune.prune(
+        model, x, macs=0.5, criterion=Taylor([(x,)], lambda output: energy(output[0]))
+    )
     assert pruned.model(x)[0].shape == (4, 2)
 
 
@@ -967,9 +1156,13 @@ def test_half_precision_sums_in_single() -> None:
     coupling = fxprune.analyze(model, x)
     for kind in (Taylor, Fisher):
         narrow = kind([(x,)], lambda output: 60 * output.float().mean()).scores(coupling, model)
-        wide = kind([(x.double(),)], lambda output: 60 * output.mean()).scores(coupling, nn.Sequential(*model).double())
+        wide = kind([(x.double(),)], lambda output: 60 * output.mean()).scores(
+            coupling, nn.Sequential(*model).double()
+        )
         model.half()
-        np.testing.assert_allclose(of_group(narrow, coupling.groups[0]), of_group(wide, coupling.groups[0]), rtol=0.01)
+        np.testing.assert_allclose(
+            of_group(narrow, coupling.groups[0]), of_group(wide, coupling.groups[0]), rtol=0.01
+        )
 
 
 def wrong_loaders() -> dict[str, tuple[Any, str]]:
@@ -988,14 +1181,23 @@ def test_loaders_that_are_refused(loader: tuple[Any, str]) -> None:
     model = classifier()
     coupling, before = fxprune.analyze(model, IMAGE.double()), snapshot(model)
     batches, words = loader
-    for criterion in (Taylor(batches, F.cross_entropy), Fisher(batches, F.cross_entropy), Activation(batches)):
+    for criterion in (
+        Taylor(batches, F.cross_entropy),
+        Fisher(batches, F.cross_entropy),
+        Activation(batches),
+    ):
         with pytest.raises(ArgumentError, match=words):
             rank(criterion, coupling, model)
         assert_unharmed(model, before)
 
 
 @pytest.mark.parametrize(
-    "criterion", [lambda loader: Taylor(loader, F.cross_entropy), lambda loader: Fisher(loader, F.cross_entropy), Activation]
+    "criterion",
+    [
+        lambda loader: Taylor(loader, F.cross_entropy),
+        lambda loader: Fisher(loader, F.cross_entropy),
+        Activation,
+    ],
 )
 def test_what_can_be_read_only_once_is_refused_at_once(criterion: Callable[[Any], Any]) -> None:
     with pytest.raises(ArgumentError, match=r"generator.*only once.*DataLoader"):
@@ -1042,9 +1244,15 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     for number in range(2):
         found = np.load(tmp_path / f"{number}.npz")
         for kind in ranks.KINDS:
-            np.testing.assert_allclose(found[kind], alone[kind], rtol=1e-9, atol=1e-14, err_msg=kind)
-            np.testing.assert_allclose(found[f"lopsided_{kind}"], alone[kind], rtol=1e-9, atol=1e-14, err_msg=kind)
+            np.testing.assert_allclose(
+                found[kind], alone[kind], rtol=1e-9, atol=1e-14, err_msg=kind
+            )
+            np.testing.assert_allclose(
+                found[f"lopsided_{kind}"], alone[kind], rtol=1e-9, atol=1e-14, err_msg=kind
+            )
         assert "no batch" in str(found["refusal"])
     half = ranks.scores(ranks.batches()[::2])
     for kind in ranks.KINDS:
-        assert not np.allclose(half[kind], alone[kind]), "a process's own batches must not be enough"
+        assert not np.allclose(half[kind], alone[kind]), (
+            "a process's own batches must not be enough"
+        )

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import ModelError
-from tests.support.checking import TOLERANCE, as_dtype, assert_unharmed, call, randomise, relative_error, snapshot
+from tests.support.checking import (
+    TOLERANCE,
+    as_dtype,
+    assert_unharmed,
+    call,
+    randomise,
+    relative_error,
+    snapshot,
+)
 from tests.support.families import FAMILIES, Family
 from tests.torchvision_models import small_detector
 from tests.zoo import CASES
@@ -55,16 +63,21 @@ def deployed(model: nn.Module, *shape: int) -> tuple[nn.Module, nn.Module]:
 
 
 def functional_norm(m: nn.Module, x: Tensor) -> Tensor:
-    return F.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var, m.norm.weight, m.norm.bias, m.training)
+    return F.batch_norm(
+        m.conv(x), m.norm.running_mean, m.norm.running_var, m.norm.weight, m.norm.bias, m.training
+    )
 
 
 def functional_both(m: nn.Module, x: Tensor) -> Tensor:
-    weight = m.conv.weight - m.conv.weight.mean(dim=(1, 2, 3), keepdim=True)  # weight standardisation
+    # weight standardisation
+    weight = m.conv.weight - m.conv.weight.mean(dim=(1, 2, 3), keepdim=True)
     return m.norm(F.conv2d(x, weight, m.conv.bias, padding=1))
 
 
 def arithmetic(m: nn.Module, x: Tensor) -> Tensor:
-    y = (m.conv(x) - m.norm.running_mean.reshape(1, -1, 1, 1)) / m.norm.running_var.sqrt().reshape(-1, 1, 1)
+    y = (m.conv(x) - m.norm.running_mean.reshape(1, -1, 1, 1)) / m.norm.running_var.sqrt().reshape(
+        -1, 1, 1
+    )
     y *= 3.0
     return 0.5 + m.norm.weight.reshape(1, -1, 1, 1) * y
 
@@ -80,44 +93,79 @@ def by_keywords(m: nn.Module, x: Tensor) -> Tensor:
         weight=m.norm.weight,
         training=m.training,
     )
-    y = torch.mul(other=y, input=m.norm.weight.reshape(shape=(1, -1, 1, 1))).add(other=m.norm.bias.reshape(1, -1, 1, 1))
+    y = torch.mul(other=y, input=m.norm.weight.reshape(shape=(1, -1, 1, 1))).add(
+        other=m.norm.bias.reshape(1, -1, 1, 1)
+    )
     return m.other(input=m.conv(input=y))
 
 
 def two_norms(m: nn.Module, x: Tensor) -> Tensor:
-    """A head that two scales share, each with its own statistics, and one with the first's again."""
+    """A head that two scales share, each with its own statistics, and one with the first's
+    again.
+    """
     return m.norm(m.conv(x)) + m.other(m.conv(x.roll(1, -1))) + m.norm(m.conv(2 * x))
 
 
 def conv_and_norm(function: Callable[..., Any], **others: Any) -> nn.Module:
     members = {"conv": nn.Conv2d(8, 8, 3, padding=1), "norm": nn.BatchNorm2d(8)} | others
-    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Calls(function, **members), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), Calls(function, **members), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    )
 
 
 FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 1)), (2, 3, 9)),
-    "conv3d": (lambda: nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 1)), (2, 3, 5, 5, 5)),
+    "conv1d": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 1)
+        ),
+        (2, 3, 9),
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(
+            nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 1)
+        ),
+        (2, 3, 5, 5, 5),
+    ),
     "no bias, no scale": (
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8, affine=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        ),
         (2, 3, 7, 7),
     ),
     "groups": (
-        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        ),
         (2, 8, 7, 7),
     ),
     "transposed": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        ),
         (2, 3, 7, 7),
     ),
     "transposed, groups": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(8, 12, 3, groups=2), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 1)),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(8, 12, 3, groups=2),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 4, 1),
+        ),
         (2, 8, 7, 7),
     ),
-    "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), (2, 6)),
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
+        (2, 6),
+    ),
     "functional norm": (lambda: conv_and_norm(functional_norm), (2, 3, 7, 7)),
     "functional convolution": (lambda: conv_and_norm(functional_both), (2, 3, 7, 7)),
     "frozen": (
-        lambda: conv_and_norm(lambda m, x: m.norm(m.conv(x)), norm=torchvision.ops.FrozenBatchNorm2d(8)),
+        lambda: conv_and_norm(
+            lambda m, x: m.norm(m.conv(x)), norm=torchvision.ops.FrozenBatchNorm2d(8)
+        ),
         (2, 3, 7, 7),
     ),
     "arithmetic": (lambda: conv_and_norm(arithmetic), (2, 3, 7, 7)),
@@ -132,7 +180,11 @@ def test_what_scales_channels_goes_into_the_weights(name: str) -> None:
     _, fast = deployed(build(), *shape)
     left = [m for m in fast.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert left == []
-    names = [getattr(node.target, "__name__", "") for node in fast.graph.nodes if node.op == "call_function"]
+    names = [
+        getattr(node.target, "__name__", "")
+        for node in fast.graph.nodes
+        if node.op == "call_function"
+    ]
     assert names.count("batch_norm") == 0
     assert names.count("mul") == (1 if name == "shared" else 0)  # there the input is doubled
 
@@ -150,13 +202,23 @@ def weight_normed() -> nn.Module:
 
 STAYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch statistics": (
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8, track_running_stats=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        ),
         (2, 3, 7, 7),
     ),
     "read twice": (lambda: conv_and_norm(lambda m, x: (y := m.conv(x)) + m.norm(y)), (2, 3, 7, 7)),
-    "another axis": (lambda: nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(9, 4)), (2, 5, 6)),
+    "another axis": (
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(9, 4)),
+        (2, 5, 6),
+    ),
     "after an activation": (
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        ),
         (2, 3, 7, 7),
     ),
     "parametrised": (weight_normed, (2, 3, 7, 7)),
@@ -171,14 +233,18 @@ def test_what_cannot_be_folded_stays(name: str) -> None:
 
 
 def test_what_varies_over_the_image_is_not_folded() -> None:
-    _, fast = deployed(conv_and_norm(lambda m, x: m.conv(x) * m.mask, mask=torch.rand(7, 7)), 2, 3, 7, 7)
+    _, fast = deployed(
+        conv_and_norm(lambda m, x: m.conv(x) * m.mask, mask=torch.rand(7, 7)), 2, 3, 7, 7
+    )
     assert any(getattr(node.target, "__name__", "") == "mul" for node in fast.graph.nodes)
 
 
 def test_a_constant_of_a_wider_type_is_not_folded() -> None:
     """It would change the type of the result."""
     torch.manual_seed(0)
-    model = conv_and_norm(lambda m, x: (m.conv(x) * m.wide).float(), wide=torch.rand(1, 8, 1, 1).double())
+    model = conv_and_norm(
+        lambda m, x: (m.conv(x) * m.wide).float(), wide=torch.rand(1, 8, 1, 1).double()
+    )
     pruned = fxprune.prune(model.eval(), torch.zeros(1, 3, 7, 7), channels=0.5).model
     x = torch.randn(2, 3, 7, 7)
     torch.testing.assert_close(fxprune.deploy(pruned)(x), pruned(x), rtol=0, atol=1e-6)
@@ -190,14 +256,30 @@ def test_training_code_goes() -> None:
         x = F.dropout(m.nothing(x), 0.5, m.training)
         return m.auxiliary(x) if m.training else x
 
-    model = conv_and_norm(forward, drop=nn.Dropout2d(0.5), nothing=nn.Identity(), auxiliary=nn.Conv2d(8, 8, 1))
+    model = conv_and_norm(
+        forward, drop=nn.Dropout2d(0.5), nothing=nn.Identity(), auxiliary=nn.Conv2d(8, 8, 1)
+    )
     _, fast = deployed(model, 2, 3, 7, 7)
-    assert [n.target for n in fast.graph.nodes if n.op != "get_attr"] == ["input", "0", "1", "2.conv", "3", "4", "output"]
-    assert sorted({name.rpartition(".")[0] for name, _ in fast.named_parameters()}) == ["0", "2.conv", "4"]
+    assert [n.target for n in fast.graph.nodes if n.op != "get_attr"] == [
+        "input",
+        "0",
+        "1",
+        "2.conv",
+        "3",
+        "4",
+        "output",
+    ]
+    assert sorted({name.rpartition(".")[0] for name, _ in fast.named_parameters()}) == [
+        "0",
+        "2.conv",
+        "4",
+    ]
 
 
 def test_what_is_random_stays_so() -> None:
-    model = conv_and_norm(lambda m, x: m.conv(x) + 0 * torch.rand_like(m.norm.weight).reshape(1, -1, 1, 1))
+    model = conv_and_norm(
+        lambda m, x: m.conv(x) + 0 * torch.rand_like(m.norm.weight).reshape(1, -1, 1, 1)
+    )
     _, fast = deployed(model, 2, 3, 7, 7)
     assert any(getattr(node.target, "__name__", "") == "rand_like" for node in fast.graph.nodes)
 
@@ -214,7 +296,9 @@ def test_what_the_graph_writes_to_is_no_constant() -> None:
 
 
 def test_a_constant_that_is_changed_on_the_way_is_none() -> None:
-    """The copy of a parameter is written to through a view, as ``torchvision``'s second Swin does with its biases."""
+    """The copy of a parameter is written to through a view, as ``torchvision``'s second Swin does
+    with its biases.
+    """
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         shift = m.shift.clone()
@@ -254,7 +338,9 @@ def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "forward", [seen_by_both, seen_through_a_slice, seen_under_a_keyword, seen_by_the_view], ids=lambda f: f.__name__
+    "forward",
+    [seen_by_both, seen_through_a_slice, seen_under_a_keyword, seen_by_the_view],
+    ids=lambda f: f.__name__,
 )
 def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Tensor]) -> None:
     model = randomise(conv_and_norm(forward)).eval()
@@ -274,16 +360,23 @@ def test_writing_before_or_beside_a_view_is_no_reason() -> None:
         return flat.unflatten(1, y.shape[1:])
 
     _, fast = deployed(conv_and_norm(forward), 2, 3, 7, 7)
-    assert [str(node.target) for node in fast.graph.nodes if node.op == "call_method"].count("reshape") == 1
+    assert [str(node.target) for node in fast.graph.nodes if node.op == "call_method"].count(
+        "reshape"
+    ) == 1
 
 
 def test_constants_are_computed_once() -> None:
-    """A table of relative positions is looked up by a table of indices: nothing of that depends on the input."""
+    """A table of relative positions is looked up by a table of indices: nothing of that depends on
+    the input.
+    """
     model = torchvision.models.swin_transformer.ShiftedWindowAttention(12, [4, 4], [0, 0], 3)
     model.relative_position_bias_table.data.normal_()
     wrapped = nn.Sequential(nn.Linear(5, 12), model, nn.Linear(12, 3))
     pruned, fast = deployed(wrapped, 2, 8, 8, 5)
-    names = [getattr(node.target, "__name__", "") for node in pruned.graph.nodes], [n.name for n in fast.graph.nodes]
+    names = (
+        [getattr(node.target, "__name__", "") for node in pruned.graph.nodes],
+        [n.name for n in fast.graph.nodes],
+    )
     assert "getitem" in names[0]
     assert not any(n.op == "get_attr" and "index" in str(n.target) for n in fast.graph.nodes)
 
@@ -291,12 +384,17 @@ def test_constants_are_computed_once() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_zoo(case: Case) -> None:
     torch.manual_seed(0)
-    model, inputs = randomise(case.build(case.width)).eval(), as_dtype(case.inputs(2), torch.float64)
+    model, inputs = (
+        randomise(case.build(case.width)).eval(),
+        as_dtype(case.inputs(2), torch.float64),
+    )
     pruned = fxprune.prune(model, inputs, channels=0.5).model
     torch.manual_seed(1)
     expected = call(pruned, copy.deepcopy(inputs))
     torch.manual_seed(1)
-    assert relative_error(call(fxprune.deploy(pruned), copy.deepcopy(inputs)), expected) <= TOLERANCE
+    assert (
+        relative_error(call(fxprune.deploy(pruned), copy.deepcopy(inputs)), expected) <= TOLERANCE
+    )
 
 
 @functools.cache
@@ -325,7 +423,11 @@ def test_a_detector_keeps_its_class() -> None:
     with torch.no_grad():
         features = pruned.backbone(images[0][None]), fast.backbone(images[0][None])
     assert relative_error(*features[::-1]) <= TOLERANCE
-    called = [fast.backbone.get_submodule(n.target) for n in fast.backbone.graph.nodes if n.op == "call_module"]
+    called = [
+        fast.backbone.get_submodule(n.target)
+        for n in fast.backbone.graph.nodes
+        if n.op == "call_module"
+    ]
     assert sum(isinstance(module, nn.Conv2d) for module in called) == 3
     assert not any(isinstance(module, nn.BatchNorm2d) for module in called)
 
@@ -335,7 +437,11 @@ class Between(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1), nn.Linear(144, 2)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 4, 3, padding=1),
+            nn.Linear(144, 2),
+        )
         self.second.register_forward_hook(lambda module, args, output: output * 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,7 +453,9 @@ class Between(nn.Module):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_python_beside_parts_gets_images_laid_out_as_it_expects_them(layout: torch.memory_format) -> None:
+def test_python_beside_parts_gets_images_laid_out_as_it_expects_them(
+    layout: torch.memory_format,
+) -> None:
     """What it looks at by ``view``, and whether it writes into a copy, is as it was."""
     x = torch.randn(2, 3, 6, 6).to(memory_format=layout)
     pruned = fxprune.prune(Between().eval(), x, channels=0.5).model
@@ -358,14 +466,22 @@ def test_it_compiles_and_exports() -> None:
     pruned, fast = deployed(FOLDED["functional convolution"][0](), 2, 3, 7, 7)
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), pruned(x))
-    exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.testing.assert_close(
+        torch.compile(fast, fullgraph=True, backend="aot_eager")(x), pruned(x)
+    )
+    exported = torch.export.export(
+        fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
     x = torch.randn(5, 3, 7, 7, dtype=torch.float64)
     torch.testing.assert_close(exported.module()(x), pruned(x))
 
 
 def test_a_weight_that_a_hook_computes_before_the_first_call() -> None:
-    net = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    net = nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    ).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated by torch, in use everywhere
         torch.nn.utils.weight_norm(net[2])
@@ -395,7 +511,11 @@ def test_an_operation_that_views_inside_gets_what_is_contiguous() -> None:
 
 def test_weights_are_laid_out_channels_last() -> None:
     _, fast = deployed(FOLDED["groups"][0](), 2, 8, 7, 7)
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in fast.parameters() if p.dim() == 4)
+    assert all(
+        p.is_contiguous(memory_format=torch.channels_last)
+        for p in fast.parameters()
+        if p.dim() == 4
+    )
 
 
 def test_half_precision_stays() -> None:
@@ -419,7 +539,9 @@ def test_hooks_of_what_is_deployed_are_its_own() -> None:
             super().__init__()
             self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
             self.kept: dict[str, Tensor] = {}
-            self.up.register_forward_hook(lambda module, args, output: self.kept.update(out=output))
+            self.up.register_forward_hook(
+                lambda module, args, output: self.kept.update(out=output)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.up(x).tanh()

@@ -1,4 +1,6 @@
-"""Detectors and optical flow, the torchvision models that no graph holds whole, are pruned exactly and still do their work."""
+"""Detectors and optical flow, the torchvision models that no graph holds whole, are pruned exactly
+and still do their work.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,14 @@ class Detector:
 
 @pytest.fixture(scope="module", params=DETECTORS)
 def detector(request: pytest.FixtureRequest) -> Detector:
-    """A detector and what is left of it; the tests of one follow each other, so that it is pruned once."""
+    """A detector and what is left of it; the tests of one follow each other, so that it is pruned
+    once.
+    """
     case = request.param
     model = case.build()
-    return Detector(case, model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True))
+    return Detector(
+        case, model, fxprune.prune(model, case.inputs(batch=2), channels=0.5, verify=True)
+    )
 
 
 def threshold(model: nn.Module, value: float) -> None:
@@ -101,7 +107,9 @@ def test_flows(case: Composite) -> None:
     assert pruned.report.error <= LARGEST_ERROR
     assert pruned.report.params_after / pruned.report.params_before <= MOST_LEFT
     for updates in (1, 4):
-        flows = pruned.model(torch.rand(2, 3, 136, 144), torch.rand(2, 3, 136, 144), num_flow_updates=updates)
+        flows = pruned.model(
+            torch.rand(2, 3, 136, 144), torch.rand(2, 3, 136, 144), num_flow_updates=updates
+        )
         assert [tuple(flow.shape) for flow in flows] == [(2, 2, 136, 144)] * updates
     pruned.model.train()
     sum(flow.square().mean() for flow in pruned.model(*pair, num_flow_updates=2)).backward()
@@ -109,7 +117,9 @@ def test_flows(case: Composite) -> None:
 
 
 def test_frozen_batch_norms_stay_frozen_and_get_smaller() -> None:
-    """What torchvision builds when the backbone's weights are given: batch norms of buffers alone."""
+    """What torchvision builds when the backbone's weights are given: batch norms of buffers
+    alone.
+    """
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Models that cannot be traced whole: their Python stays, the modules that it calls are pruned as graphs."""
+"""Models that cannot be traced whole: their Python stays, the modules that it calls are pruned as
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ IMAGE = (2, 3, 16, 16)
 
 
 def block(a: int, b: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1)
+    )
 
 
 def data_dependent(x: Tensor) -> None:
@@ -118,15 +122,23 @@ PYTHON: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "laid_out_by_the_width_of_another": laid_out_by_the_width_of_another,
     "collected": collected,
     "collected_by_a_literal": collected_by_a_literal,
-    "made_by_a_literal": lambda model, y: y * torch.full((1, model.width, 1, 1), 0.5, dtype=y.dtype),
-    "made_by_the_width": lambda model, y: y * torch.full((1, y.shape[1], 1, 1), 0.5, dtype=y.dtype),
+    "made_by_a_literal": lambda model, y: (
+        y * torch.full((1, model.width, 1, 1), 0.5, dtype=y.dtype)
+    ),
+    "made_by_the_width": lambda model, y: (
+        y * torch.full((1, y.shape[1], 1, 1), 0.5, dtype=y.dtype)
+    ),
     "mean_over_channels": normalised,
     "layer_norm": lambda model, y: F.layer_norm(y.movedim(1, -1), (model.width,)).movedim(-1, 1),
     "group_norm": lambda model, y: F.group_norm(y, 4),
     "grouped_convolution": lambda model, y: F.conv2d(y, model.scale[:, None], groups=model.width),
-    "concatenated": lambda model, y: torch.cat([y, -y], dim=1)[:, : model.width] + torch.stack([y, y]).sum(0),
+    "concatenated": lambda model, y: (
+        torch.cat([y, -y], dim=1)[:, : model.width] + torch.stack([y, y]).sum(0)
+    ),
     "variance": lambda model, y: y / (y.var(1, keepdim=True) + 1).sqrt(),
-    "standard_deviation": lambda model, y: y / (torch.std_mean(y, dim=(1, 2), keepdim=True)[0] + 1),
+    "standard_deviation": lambda model, y: (
+        y / (torch.std_mean(y, dim=(1, 2), keepdim=True)[0] + 1)
+    ),
     "norm": lambda model, y: y / (y.norm(dim=1, keepdim=True) + 1),
     "normalised_rows": lambda model, y: F.normalize(y, dim=1),
     "instance_norm": lambda model, y: F.instance_norm(y),
@@ -152,7 +164,9 @@ PYTHON: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "squeezed": lambda model, y: y[None].squeeze(0).squeeze(1),
     "unbound": lambda model, y: torch.stack(y.unbind(0)),
     "stacked_channels": lambda model, y: torch.stack(y.unbind(1), 1),
-    "made_by_the_weights": lambda model, y: y * torch.ones(model.norm.num_features, 1, 1, dtype=y.dtype),
+    "made_by_the_weights": lambda model, y: (
+        y * torch.ones(model.norm.num_features, 1, 1, dtype=y.dtype)
+    ),
     "scaled_by_the_weights": lambda model, y: y / model.first[3].out_channels ** 0.5,
     "no_rule": lambda model, y: torch.renorm(y, 2, 0, 5.0),
     "gathered": lambda model, y: y[torch.arange(y.shape[0]).flip(0)],
@@ -178,7 +192,11 @@ def test_python_between_parts_does_the_same_on_what_is_left(name: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     pruned.model.train()
     pruned.model(torch.randn(3, 3, 20, 12)).sum().backward()
-    assert all(p.grad is not None for n, p in pruned.model.named_parameters() if n.split(".")[0] in ("first", "second", "head"))
+    assert all(
+        p.grad is not None
+        for n, p in pruned.model.named_parameters()
+        if n.split(".")[0] in ("first", "second", "head")
+    )
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -195,7 +213,11 @@ class Refines(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.encoder, self.update, self.head = block(3, 2 * width), block(2 * width, width), nn.Conv2d(width, 2, 1)
+        self.encoder, self.update, self.head = (
+            block(3, 2 * width),
+            block(2 * width, width),
+            nn.Conv2d(width, 2, 1),
+        )
         self.width = width
 
     def forward(self, x: Tensor, steps: int = 3) -> list[Tensor]:
@@ -223,7 +245,9 @@ class Scales(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, scale: float, mask: Tensor | None = None, twice: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: float, mask: Tensor | None = None, twice: bool = False
+    ) -> Tensor:
         y = F.relu(self.up(x if mask is None else x * mask))
         return self.down(y * scale if twice else y)
 
@@ -256,11 +280,17 @@ def test_a_part_is_called_with_more_than_tensors_and_says_so_where_that_changes(
 
 
 class BatchDecides(nn.Module):
-    """As a decoder does with positions that it makes itself: one row for all, unless there are several sequences."""
+    """As a decoder does with positions that it makes itself: one row for all, unless there are
+    several sequences.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.positions = nn.Linear(3, 8), nn.Linear(8, 2), nn.Parameter(torch.randn(1, 8))
+        self.up, self.down, self.positions = (
+            nn.Linear(3, 8),
+            nn.Linear(8, 2),
+            nn.Parameter(torch.randn(1, 8)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y, positions = self.up(x), self.positions
@@ -271,7 +301,9 @@ class BatchDecides(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_is_decided_is_decided_for_the_example(batch: int) -> None:
-    """The analysis takes a batch of two where the example is one image: not where the model would do something else then."""
+    """The analysis takes a batch of two where the example is one image: not where the model would
+    do something else then.
+    """
     model, x = BatchDecides(), torch.randn(batch, 3)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.model(x).shape == (batch, 2)
@@ -281,12 +313,16 @@ def test_what_is_decided_is_decided_for_the_example(batch: int) -> None:
 
 
 class Detects(nn.Module):
-    """Two levels, a head that they share, boxes where it fires, features pooled from these boxes, classes."""
+    """Two levels, a head that they share, boxes where it fires, features pooled from these boxes,
+    classes.
+    """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.body, self.down = block(3, width), nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.rpn = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 5, 1))
+        self.rpn = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 5, 1)
+        )
         self.box = nn.Sequential(nn.Flatten(), nn.Linear(width * 9, 32), nn.ReLU())
         self.classes = nn.Linear(32, 6)
 
@@ -301,13 +337,17 @@ class Detects(nn.Module):
             for level, out in enumerate(heads):
                 score = out[i, 0].flatten()
                 top = score.topk(min(6, score.numel())).indices
-                corner = torch.stack([top % out.shape[-1], top // out.shape[-1]], dim=1) * 2.0**level
+                corner = (
+                    torch.stack([top % out.shape[-1], top // out.shape[-1]], dim=1) * 2.0**level
+                )
                 size = out[i, 1:3].flatten(1)[:, top].T.sigmoid() * 6 + 1
                 boxes.append(torch.cat([corner, corner + size], dim=1).to(x.dtype))
                 scores.append(score[top])
             box, score = torch.cat(boxes), torch.cat(scores)
             kept = nms(box, score, 0.5)
-            pooled = roi_align(features[0], [box[kept] if j == i else box[:0] for j in range(len(images))], 3)
+            pooled = roi_align(
+                features[0], [box[kept] if j == i else box[:0] for j in range(len(images))], 3
+            )
             found.append({"boxes": box[kept], "logits": self.classes(self.box(pooled))})
         return found
 
@@ -317,7 +357,8 @@ def test_a_detector_prunes_through_its_boxes() -> None:
     pruned = fxprune.prune(model, (images,), channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
     assert share_left(pruned) < 0.35
-    assert pruned.model.box[1].in_features == 8 * 9  # the features keep half of their channels through the pooling of boxes
+    # the features keep half of their channels through the pooling of boxes
+    assert pruned.model.box[1].in_features == 8 * 9
     for count in (1, 3):
         assert len(pruned.model([torch.rand(3, 25, 25)] * count)) == count
     sum(out["logits"].sum() for out in pruned.model.train()(images)).backward()
@@ -328,7 +369,12 @@ class Branches(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.first, self.a, self.b, self.head = block(3, width), block(width, width), block(width, width), nn.Conv2d(width, 4, 1)
+        self.first, self.a, self.b, self.head = (
+            block(3, width),
+            block(width, width),
+            block(width, width),
+            nn.Conv2d(width, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -345,7 +391,9 @@ def test_where_values_decide_both_ways_are_tied() -> None:
 
 
 def same_on_both_paths(model: Any, pruned: fxprune.Pruned, x: Tensor) -> None:
-    """The pruned model equals the masked original whichever way it goes on after the first part."""
+    """The pruned model equals the masked original whichever way it goes on after the first
+    part.
+    """
     reference, paths = masked(model, pruned.model), set()
     for factor in (-50.0, -1.0):
         for m in (reference, pruned.model):
@@ -373,7 +421,9 @@ class HidesWhatItShares(Hides):
 def test_a_module_that_a_branch_on_values_hides_is_pruned(kind: Callable[[], nn.Module]) -> None:
     model, x = randomise(kind()).eval(), torch.randn(IMAGE, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
-    assert re.search(r"branches on the values of a tensor \(at test_eager.py:\d+\)", pruned.report.not_one_graph)
+    assert re.search(
+        r"branches on the values of a tensor \(at test_eager.py:\d+\)", pruned.report.not_one_graph
+    )
     assert pruned.report.not_one_graph in str(pruned.report)
     assert share_left(pruned) < 0.5
     same_on_both_paths(model, pruned, x)
@@ -402,34 +452,44 @@ def test_a_pruned_model_with_parts_can_be_copied_and_moved_to_another_dtype() ->
 
 
 def test_activations_are_read_in_every_part() -> None:
-    """Two steps read the state: its units have the mean over both, and over both parts that read it."""
+    """Two steps read the state: its units have the mean over both, and over both parts that read
+    it.
+    """
     model, data = Refines(8).eval(), [(torch.randn(4, 3, 8, 8),), (torch.randn(2, 3, 8, 8),)]
     coupling = fxprune.analyze(model, data[0][0])
     scores = fxprune.criteria.Activation(data).scores(coupling, model)
     read: dict[str, list[Tensor]] = {}
-    for name in ("update.3", "encoder.3"):  # inside of a part, and read by another one after Python has cut and joined it
+    # inside of a part, and read by another one after Python has cut and joined it
+    for name in ("update.3", "encoder.3"):
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, out, name=name: read.setdefault(name, []).append(inputs[0])
         )
     for (x,) in data:
         model(x)
     (inner,) = [group for group in coupling.groups if group.name == "update.0.weight:0"]
-    expected = sum(x.abs().mean((2, 3)).sum(0) for x in read["update.3"]) / sum(len(x) for x in read["update.3"])
+    expected = sum(x.abs().mean((2, 3)).sum(0) for x in read["update.3"]) / sum(
+        len(x) for x in read["update.3"]
+    )
     assert torch.allclose(torch.from_numpy(scores[inner.units]).float(), expected, rtol=1e-5)
     assert (scores[coupling.units] > 0).mean() > 0.9
-    pruned = fxprune.prune(model, data[0][0], channels=0.5, criterion=fxprune.criteria.Activation(data), verify=True)
+    pruned = fxprune.prune(
+        model, data[0][0], channels=0.5, criterion=fxprune.criteria.Activation(data), verify=True
+    )
     assert share_left(pruned) < 0.4
 
 
 def test_constants_go_into_the_biases_of_parts() -> None:
-    """Channels that are constant everywhere can go without a trace, in every part and at every step."""
+    """Channels that are constant everywhere can go without a trace, in every part and at every
+    step.
+    """
     model, x = Refines(8).double().eval(), torch.randn(8, 3, 8, 8, dtype=torch.float64)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight[::2], 0.0)
             nn.init.constant_(module.bias, 2.0)
         elif isinstance(module, nn.Conv2d):
-            module.padding_mode = "replicate"  # no border of zeros, which would be none of the constant
+            # no border of zeros, which would be none of the constant
+            module.padding_mode = "replicate"
     inner = {"encoder.0": 0.5, "update.0": 0.5}
 
     def scale(view: Any) -> Tensor:
@@ -443,7 +503,10 @@ def test_constants_go_into_the_biases_of_parts() -> None:
 
     @torch.no_grad()
     def error() -> float:
-        return max(float((a - b).abs().max()) for a, b in zip(pruned.model(x, 4), model(x, 4), strict=True))
+        return max(
+            float((a - b).abs().max())
+            for a, b in zip(pruned.model(x, 4), model(x, 4), strict=True)
+        )
 
     assert error() > 0.01
     assert fxprune.compensate(model, pruned, [(x,)]).changed == ("encoder.3", "update.3")
@@ -461,7 +524,9 @@ ASKS: dict[str, Callable[[Any, Tensor], bool]] = {
     "type of the first parameter": lambda model, x: next(model.parameters()).device.type == "cpu",
     "device": lambda model, x: x.device == ON_CPU,
     "device the other way round": lambda model, x: ON_CPU == x.device,  # noqa: SIM300 - torch.device answers first
-    "device of the first parameter": lambda model, x: next(model.parameters()).device in (ON_CPU, "cpu"),
+    "device of the first parameter": lambda model, x: (
+        next(model.parameters()).device in (ON_CPU, "cpu")
+    ),
     "text": lambda model, x: str(x.device) == "cpu",
     "formatted text": lambda model, x: f"on {x.device}" == "on cpu",
     "is_cpu": lambda model, x: x.is_cpu,
@@ -475,7 +540,9 @@ ASKS: dict[str, Callable[[Any, Tensor], bool]] = {
     "gradient of a weight": lambda model, x: model.first.weight.requires_grad,
     "gradient of the first parameter": lambda model, x: next(model.parameters()).requires_grad,
     "gradient of the input": lambda model, x: not x.requires_grad,
-    "get_device of the first parameter": lambda model, x: next(model.parameters()).get_device() < 0,
+    "get_device of the first parameter": lambda model, x: (
+        next(model.parameters()).get_device() < 0
+    ),
 }
 
 
@@ -491,8 +558,12 @@ class Asks(nn.Module):
 
 
 @pytest.mark.parametrize("question", ASKS.values(), ids=ASKS)
-def test_what_is_done_for_some_callers_only_stays_python(question: Callable[[Any, Tensor], bool]) -> None:
-    """The twin lies on the meta device and has no gradients: it would answer otherwise. A graph would have one answer for all."""
+def test_what_is_done_for_some_callers_only_stays_python(
+    question: Callable[[Any, Tensor], bool],
+) -> None:
+    """The twin lies on the meta device and has no gradients: it would answer otherwise. A graph
+    would have one answer for all.
+    """
     model, x = Asks(question).eval(), torch.randn(3, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert isinstance(pruned.model, Asks)
@@ -502,10 +573,16 @@ def test_what_is_done_for_some_callers_only_stays_python(question: Callable[[Any
 
 @pytest.mark.parametrize(
     "device",
-    [lambda model, x: x.device, lambda model, x: model.first.weight.device, lambda model, x: next(model.parameters()).device],
+    [
+        lambda model, x: x.device,
+        lambda model, x: model.first.weight.device,
+        lambda model, x: next(model.parameters()).device,
+    ],
     ids=["of the input", "of a weight", "of the first parameter"],
 )
-def test_a_device_that_is_handed_on_stays_a_graph(device: Callable[[Any, Tensor], torch.device]) -> None:
+def test_a_device_that_is_handed_on_stays_a_graph(
+    device: Callable[[Any, Tensor], torch.device],
+) -> None:
     class HandsOn(Asks):
         def forward(self, x: Tensor) -> Tensor:
             place = device(self, x)
@@ -563,16 +640,27 @@ def test_a_module_that_is_called_in_two_ways_runs_in_both(kind: str) -> None:
 
 
 class CallsInside(nn.Module):
-    """Calls a module, and one inside of it once more: by its path, by a method of the outer one, by ``forward``."""
+    """Calls a module, and one inside of it once more: by its path, by a method of the outer one,
+    by ``forward``.
+    """
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.first, self.outer, self.last, self.way = nn.Linear(6, 16), Repeated(16, 16), nn.Linear(32, 3), way
+        self.first, self.outer, self.last, self.way = (
+            nn.Linear(6, 16),
+            Repeated(16, 16),
+            nn.Linear(32, 3),
+            way,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(opaque(x))
         y = self.outer.forward(x) if self.way == "forward" else self.outer(x)
-        return self.last(self.outer.up(y) if self.way != "method" else self.outer.down.forward(self.outer.up(y)).repeat(1, 2))
+        return self.last(
+            self.outer.up(y)
+            if self.way != "method"
+            else self.outer.down.forward(self.outer.up(y)).repeat(1, 2)
+        )
 
 
 @pytest.mark.parametrize("way", ["path", "method", "forward"])
@@ -581,7 +669,9 @@ def test_a_part_lies_in_no_other(way: str) -> None:
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
     assert share_left(pruned) < 0.7
-    assert not any(a != b and b.startswith(f"{a}.") for a in pruned.report.parts for b in pruned.report.parts)
+    assert not any(
+        a != b and b.startswith(f"{a}.") for a in pruned.report.parts for b in pruned.report.parts
+    )
 
 
 HELD: dict[str, Callable[[Any], Any]] = {
@@ -619,7 +709,9 @@ class Holds(nn.Module):
 
 @pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_module_is_called_through_whatever_holds_it(hold: Callable[[Any], Any], whole: bool, monkeypatch: Any) -> None:
+def test_a_module_is_called_through_whatever_holds_it(
+    hold: Callable[[Any], Any], whole: bool, monkeypatch: Any
+) -> None:
     if whole:
         monkeypatch.setitem(globals(), "opaque", lambda x: x)
     model, x = Holds(hold).eval(), torch.randn(2, 6)
@@ -643,7 +735,12 @@ class Replaced(nn.Module):
 
     def __init__(self, way: str, whole: bool) -> None:
         super().__init__()
-        self.first, self.block, self.last, self.whole = nn.Linear(6, 16), Fusible(16, 16), nn.Linear(16, 3), whole
+        self.first, self.block, self.last, self.whole = (
+            nn.Linear(6, 16),
+            Fusible(16, 16),
+            nn.Linear(16, 3),
+            whole,
+        )
         own = self.block if way != "leaf" else self.first
         plain = type(own).forward
         own.forward = {  # type: ignore[method-assign]
@@ -696,7 +793,9 @@ class Hooked(nn.Module):
 def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str) -> None:
     model, x, seen = Hooked(where).double().eval(), torch.randn(2, 6).double(), []
     model.owner.register_forward_hook(lambda module, inputs, out: seen.append((module, out)))
-    model.owner.register_forward_hook(lambda module, inputs, out: out * 2 / math.sqrt(out.shape[-1]))
+    model.owner.register_forward_hook(
+        lambda module, inputs, out: out * 2 / math.sqrt(out.shape[-1])
+    )
     model.owner.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
@@ -713,7 +812,9 @@ def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str
 
 
 def test_modules_whose_calls_are_looked_at_are_a_copys_alone() -> None:
-    """Nothing of torch.nn is changed for a while, so other threads, and other models, run as ever."""
+    """Nothing of torch.nn is changed for a while, so other threads, and other models, run as
+    ever.
+    """
     model, x = Refines().eval(), torch.randn(IMAGE)
     calls: list[tuple[bool, bool]] = []
     plain = nn.Module.__call__
@@ -729,11 +830,17 @@ def test_modules_whose_calls_are_looked_at_are_a_copys_alone() -> None:
 
 
 class Tied(nn.Module):
-    """A decoder that reads the encoder's weight in Python, beside what Python sees at full width."""
+    """A decoder that reads the encoder's weight in Python, beside what Python sees at full
+    width.
+    """
 
     def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.inner, self.more = nn.Linear(6, 16), nn.Linear(16, 12, bias=False), Repeated(16, 16)
+        self.first, self.inner, self.more = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 12, bias=False),
+            Repeated(16, 16),
+        )
         self.last, self.read = nn.Linear(16, 3), read
 
     def forward(self, x: Tensor) -> Tensor:
@@ -745,12 +852,16 @@ TIED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "narrow": lambda model, y: F.linear(y, model.inner.weight.t()),
     "wide": lambda model, y: F.linear(y, model.inner.weight.t()).reshape(2, 16),
     "wide before": lambda model, y: F.linear(y.reshape(-1, 12), model.inner.weight.t()),
-    "by its size": lambda model, y: F.linear(y, model.inner.weight.t()) / model.inner.weight.shape[1],
+    "by its size": lambda model, y: (
+        F.linear(y, model.inner.weight.t()) / model.inner.weight.shape[1]
+    ),
 }
 
 
 @pytest.mark.parametrize("read", TIED.values(), ids=TIED)
-def test_a_weight_that_a_part_and_python_read_is_one_weight(read: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_weight_that_a_part_and_python_read_is_one_weight(
+    read: Callable[[Any, Tensor], Tensor],
+) -> None:
     model, x = Tied(read).eval(), torch.randn(2, 6)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
@@ -776,9 +887,18 @@ OUTPUTS: dict[str, tuple[Callable[..., Any], Callable[[Any], tuple[Tensor, Tenso
     "tuple": (lambda a, b: (a, b), lambda out: (out[0], out[1])),
     "dict": (lambda a, b: {"a": a, "b": [b]}, lambda out: (out["a"], out["b"][0])),
     "ordered": (lambda a, b: collections.OrderedDict(a=a, b=b), lambda out: (out["a"], out["b"])),
-    "split": (lambda a, b: torch.split(torch.cat([a, b], -1), [16, 16], -1), lambda out: (out[0], out[1])),
-    "pooled": (lambda a, b: torch.max(torch.stack([a, a - 1], 1), 1), lambda out: (out.values, out[0])),
-    "nested": (lambda a, b: Named(a, (b, Named(b, a))), lambda out: (out.first, out.second[1].second)),
+    "split": (
+        lambda a, b: torch.split(torch.cat([a, b], -1), [16, 16], -1),
+        lambda out: (out[0], out[1]),
+    ),
+    "pooled": (
+        lambda a, b: torch.max(torch.stack([a, a - 1], 1), 1),
+        lambda out: (out.values, out[0]),
+    ),
+    "nested": (
+        lambda a, b: Named(a, (b, Named(b, a))),
+        lambda out: (out.first, out.second[1].second),
+    ),
     "own class": (lambda a, b: types.SimpleNamespace(a=a, b=b), lambda out: (out.a, out.b)),
 }
 
@@ -793,9 +913,16 @@ class Gives(nn.Module):
 
 
 class Takes(nn.Module):
-    def __init__(self, make: Callable[..., Any], take: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, make: Callable[..., Any], take: Callable[[Any], tuple[Tensor, Tensor]]
+    ) -> None:
         super().__init__()
-        self.first, self.gives, self.last, self.take = nn.Linear(6, 16), Gives(make), nn.Linear(16, 3), take
+        self.first, self.gives, self.last, self.take = (
+            nn.Linear(6, 16),
+            Gives(make),
+            nn.Linear(16, 3),
+            take,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(opaque(x))
@@ -818,8 +945,16 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.deep, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.Conv2d(32, 8, 1)
-        self.up, self.norm, self.last = nn.ConvTranspose2d(8, 8, 2), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.a, self.deep, self.b = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 32, 3, padding=1, groups=16),
+            nn.Conv2d(32, 8, 1),
+        )
+        self.up, self.norm, self.last = (
+            nn.ConvTranspose2d(8, 8, 2),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.up(F.relu(self.b(F.relu(self.deep(F.relu(self.a(opaque(x)))))))))
@@ -829,8 +964,18 @@ class Layers(nn.Module):
 def test_parts_know_their_sizes() -> None:
     model, x = Layers().eval(), torch.randn(IMAGE)
     small = fxprune.prune(model, x, channels=0.5, verify=True).model
-    assert (small.a.out_channels, small.deep.in_channels, small.deep.out_channels, small.deep.groups) == (8, 8, 16, 8)
-    assert (small.b.in_channels, small.b.out_channels, small.up.in_channels, small.up.out_channels) == (16, 4, 4, 4)
+    assert (
+        small.a.out_channels,
+        small.deep.in_channels,
+        small.deep.out_channels,
+        small.deep.groups,
+    ) == (8, 8, 16, 8)
+    assert (
+        small.b.in_channels,
+        small.b.out_channels,
+        small.up.in_channels,
+        small.up.out_channels,
+    ) == (16, 4, 4, 4)
     assert (small.norm.num_features, small.last.in_features, small.last.out_features) == (4, 4, 4)
 
 
@@ -918,7 +1063,11 @@ class Passes(nn.Module):
 class Alternates(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.a, self.b, self.passes, self.last = *(nn.Linear(8, 8) for _ in range(3)), Passes(), nn.Linear(8, 3)
+        self.first, self.a, self.b, self.passes, self.last = (
+            *(nn.Linear(8, 8) for _ in range(3)),
+            Passes(),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(opaque(x))
@@ -937,7 +1086,10 @@ def test_one_graph_serves_all_calls_of_a_part() -> None:
 class FromGenerator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.generator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.Generator()
+        self.body, self.generator = (
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)),
+            torch.Generator(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + torch.rand(4, generator=self.generator.manual_seed(5))
@@ -1002,7 +1154,9 @@ class Ensemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, base = self.first(x), self.members[0]
         stacked, buffers = torch.func.stack_module_state(list(self.members))
-        outs = torch.vmap(lambda p, b, v: torch.func.functional_call(base, (p, b), (v,)), (0, 0, None))(stacked, buffers, h)
+        outs = torch.vmap(
+            lambda p, b, v: torch.func.functional_call(base, (p, b), (v,)), (0, 0, None)
+        )(stacked, buffers, h)
         return self.last(outs.mean(0))
 
 
@@ -1024,7 +1178,9 @@ class Cubes(nn.Module):
 
 
 def test_a_part_is_as_large_as_where_nothing_looks_on() -> None:
-    """What watches the runs of a model must not see how its parts are traced: they would come out smaller."""
+    """What watches the runs of a model must not see how its parts are traced: they would come out
+    smaller.
+    """
 
     class Decides(nn.Module):
         def __init__(self) -> None:

@@ -31,7 +31,9 @@ from tests.support.checking import assert_unharmed, snapshot
 
 
 class Small(nn.Module):
-    """Two convolutions and a classifier, in train mode and with a hook, so that harm would show."""
+    """Two convolutions and a classifier, in train mode and with a hook, so that harm would
+    show.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -58,7 +60,9 @@ def refused(
     does: Callable[..., Any] = fxprune.prune,
     **options: Any,
 ) -> str:
-    """Assert that pruning raises `error`, that its text has all `words` (patterns), and that the model is unharmed."""
+    """Assert that pruning raises `error`, that its text has all `words` (patterns), and that the
+    model is unharmed.
+    """
     model = Small() if model is None else model
     inputs = torch.randn(IMAGE) if inputs is None else inputs
     before = snapshot(model) if isinstance(model, nn.Module) else None
@@ -96,8 +100,11 @@ def test_a_budget_is_not_forgotten() -> None:
 
 def test_a_budget_that_cannot_be_reached() -> None:
     """The error says what the least reachable is."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 64, 3))  # its output stays: 64 of its 64
-    text = refused(BudgetError, "macs=0.01", "smallest", "keep=", model=model, channels=None, macs=0.01)
+    # its output stays: 64 of its 64
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 64, 3))
+    text = refused(
+        BudgetError, "macs=0.01", "smallest", "keep=", model=model, channels=None, macs=0.01
+    )
     least = float(re.search(r"allow has macs=([\d.]+)", text)[1])  # type: ignore[index]
     one = fxprune.prune(model, torch.randn(IMAGE), channels=1e-9).report
     assert least == pytest.approx(one.macs_after / one.macs_before, rel=1e-3)  # type: ignore[operator]
@@ -111,7 +118,11 @@ def test_an_unknown_criterion() -> None:
 
 def test_scores_of_a_wrong_shape() -> None:
     refused(ArgumentError, r"\(3,\)", "one score per unit", criterion=lambda view: torch.ones(3))
-    refused(ArgumentError, "not finite", criterion=lambda view: torch.full((view.group.size,), float("nan")))
+    refused(
+        ArgumentError,
+        "not finite",
+        criterion=lambda view: torch.full((view.group.size,), float("nan")),
+    )
 
 
 def test_layers_that_match_nothing() -> None:
@@ -163,10 +174,18 @@ def test_example_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_wrong_shape_names_the_layer() -> None:
-    refused(InputError, "conv1", r"2, 4, 8, 8", r"weight \(\d+, 3, 3, 3\)", inputs=torch.randn(2, 4, 8, 8))
+    refused(
+        InputError,
+        "conv1",
+        r"2, 4, 8, 8",
+        r"weight \(\d+, 3, 3, 3\)",
+        inputs=torch.randn(2, 4, 8, 8),
+    )
 
 
-@pytest.mark.parametrize("inputs", ["image.png", 3, [1.0, 2.0], ("image",), {"image": 4}, (1, 3, 8, 8)])
+@pytest.mark.parametrize(
+    "inputs", ["image.png", 3, [1.0, 2.0], ("image",), {"image": 4}, (1, 3, 8, 8)]
+)
 def test_example_that_is_no_tensor(inputs: Any) -> None:
     refused(InputError, "example_inputs", "tensor", inputs=inputs)
 
@@ -204,7 +223,9 @@ def test_class_instead_of_an_instance() -> None:
 
 
 class BranchesOnValues(nn.Module):
-    """Python asks for a number that only running could tell; no submodule that could be traced alone."""
+    """Python asks for a number that only running could tell; no submodule that could be traced
+    alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +270,9 @@ class RaisesItself(nn.Module):
 
 
 def test_error_of_the_model_is_passed_on() -> None:
-    refused((InputError, TraceError), "RaisesItself", "seven channels, please", model=RaisesItself())
+    refused(
+        (InputError, TraceError), "RaisesItself", "seven channels, please", model=RaisesItself()
+    )
 
 
 def test_model_on_two_devices() -> None:
@@ -271,8 +294,12 @@ def test_quantised_model() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = quantize_dynamic(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(512, 10)), {nn.Linear})
-        refused(ModelError, "quanti[sz]ed", "2|DynamicQuantizedLinear", "before|first", model=model)
+        model = quantize_dynamic(
+            nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(512, 10)), {nn.Linear}
+        )
+        refused(
+            ModelError, "quanti[sz]ed", "2|DynamicQuantizedLinear", "before|first", model=model
+        )
 
 
 def test_lazy_model() -> None:
@@ -284,7 +311,9 @@ def test_lazy_model() -> None:
 def test_scripted_model() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+        scripted = torch.jit.script(
+            nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        )
     with pytest.raises(FxpruneError, match=r"(?i)script"):
         fxprune.prune(scripted, torch.randn(IMAGE), channels=0.5)
 
@@ -308,15 +337,26 @@ TENSORS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         lambda: with_tensor("conv2.weight", torch.ones(16, 8, 3, 3).to(torch.float8_e4m3fn)),
         (r"conv2\.weight", "float8_e4m3fn", "bfloat16"),
     ),
-    "8 bits, a buffer": (lambda: with_tensor("scale", torch.ones(3).to(torch.float8_e5m2), buffer=True), ("scale", "float8_e5m2")),
-    "a kind of its own": (lambda: with_tensor("conv1.bias", torch.ones(8).as_subclass(Kind)), (r"conv1\.bias", "Kind", "plain")),
-    "sparse": (lambda: with_tensor("head.weight", torch.ones(10, 16).to_sparse()), (r"head\.weight", "sparse", "to_dense")),
+    "8 bits, a buffer": (
+        lambda: with_tensor("scale", torch.ones(3).to(torch.float8_e5m2), buffer=True),
+        ("scale", "float8_e5m2"),
+    ),
+    "a kind of its own": (
+        lambda: with_tensor("conv1.bias", torch.ones(8).as_subclass(Kind)),
+        (r"conv1\.bias", "Kind", "plain"),
+    ),
+    "sparse": (
+        lambda: with_tensor("head.weight", torch.ones(10, 16).to_sparse()),
+        (r"head\.weight", "sparse", "to_dense"),
+    ),
     "infinite": (
         lambda: with_tensor("conv1.weight", torch.full((8, 3, 3, 3), float("inf"))),
         (r"conv1\.weight", "infinity", "load|initialise"),
     ),
     "without values": (
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).to("meta"),
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).to(
+            "meta"
+        ),
         (r"0\.weight", "meta", "load the weights"),
     ),
 }
@@ -353,7 +393,9 @@ def test_a_sparse_buffer_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("does", [fxprune.prune, fxprune.analyze, fxprune.cost.cost_of])
 def test_a_module_that_contains_itself(does: Callable[..., Any]) -> None:
-    """Nothing that goes through its modules would come to an end; one that is held twice is no such module."""
+    """Nothing that goes through its modules would come to an end; one that is held twice is no
+    such module.
+    """
     model = nn.Sequential(Small(), nn.ReLU())
     model[0].conv1.owner = model[0]
     with pytest.raises(ModelError, match=r"0\.conv1\.owner is '0'.*contains itself.*list"):
@@ -362,12 +404,15 @@ def test_a_module_that_contains_itself(does: Callable[..., Any]) -> None:
     does(twice, torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(IMAGE))])
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(IMAGE))]
+)
 def test_a_scripted_module_inside_is_named(make: Callable[..., nn.Module]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(
-            nn.Sequential(nn.Conv2d(3, 3, 1), make(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh()))), nn.Conv2d(8, 4, 1)
+            nn.Sequential(nn.Conv2d(3, 3, 1), make(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh()))),
+            nn.Conv2d(8, 4, 1),
         )
         with pytest.raises(ModelError, match=r"'0\.1' is a TorchScript module.*nn\.Module"):
             fxprune.prune(model, torch.randn(IMAGE), channels=0.5)
@@ -402,7 +447,10 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: holding("_buffers", "running_mean", np.zeros(8)),
         r"_buffers\['running_mean'\] of 'norm' is a ndarray, no Tensor",
     ),
-    "a function as a module": (lambda: holding("_modules", "act", torch.relu), r"_modules\['act'\] of 'norm' is a .*, no Module"),
+    "a function as a module": (
+        lambda: holding("_modules", "act", torch.relu),
+        r"_modules\['act'\] of 'norm' is a .*, no Module",
+    ),
     "nothing to call": (lambda: nn.ModuleList([Small()]), "a ModuleList has no forward"),
 }
 
@@ -439,16 +487,27 @@ def test_an_output_that_is_a_module() -> None:
 
 
 def test_a_message_names_no_line_of_the_call_of_a_module() -> None:
-    """Of a model that is all torch's own it names the line that calls the layer, not the one that calls every module."""
-    text = refused(InputError, r"container\.py", model=nn.Sequential(nn.Conv2d(3, 4, 1)), inputs=torch.randn(2, 4, 8, 8))
+    """Of a model that is all torch's own it names the line that calls the layer, not the one that
+    calls every module.
+    """
+    text = refused(
+        InputError,
+        r"container\.py",
+        model=nn.Sequential(nn.Conv2d(3, 4, 1)),
+        inputs=torch.randn(2, 4, 8, 8),
+    )
     assert "module.py" not in text
 
 
 def test_a_hook_with_keywords_of_a_graph_module() -> None:
     """Its copies call the hook as it was registered, and hold what it reads."""
-    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    model = torch.fx.symbolic_trace(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    )
     model.scale = 1.0  # type: ignore[assignment]
-    model.register_forward_pre_hook(lambda own, args, kwargs: ((args[0] * own.scale,), kwargs), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda own, args, kwargs: ((args[0] * own.scale,), kwargs), with_kwargs=True
+    )
     report = fxprune.prune(model, torch.randn(IMAGE), channels=0.5).report
     assert "hook is registered on this GraphModule" in report.not_one_graph
     assert report.params_after < report.params_before
@@ -489,7 +548,9 @@ def in_itself() -> list[Any]:
     ids=["in itself", "without text", "without keys", "quantised"],
 )
 @pytest.mark.parametrize("does", [fxprune.prune, fxprune.cost.cost_of])
-def test_an_example_that_cannot_be_read(inputs: Any, error: type[FxpruneError], words: str, does: Callable[..., Any]) -> None:
+def test_an_example_that_cannot_be_read(
+    inputs: Any, error: type[FxpruneError], words: str, does: Callable[..., Any]
+) -> None:
     refused(error, words, inputs=inputs, does=does)
 
 
@@ -502,7 +563,9 @@ def test_a_nested_example() -> None:
 
 
 class FailsLate(nn.Module):
-    """Runs for a while, then does what no analysis follows; train mode, frozen weights and gradients stay."""
+    """Runs for a while, then does what no analysis follows; train mode, frozen weights and
+    gradients stay.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -545,7 +608,9 @@ def test_plan_of_another_model() -> None:
 def test_plan_of_a_model_with_other_names() -> None:
     _, pruned = _pruned()
     with pytest.raises(PlanError, match="another architecture than this Sequential"):
-        fxprune.apply(pruned.plan, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+        fxprune.apply(
+            pruned.plan, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        )
 
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null", '{"version": 1}'])
@@ -596,7 +661,11 @@ def test_verification_sees_a_wrong_model() -> None:
 def test_every_error_is_in_one_tree() -> None:
     from fxprune import errors
 
-    raised = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    raised = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert all(issubclass(kind, (FxpruneError, Warning)) for kind in raised)
     assert set(errors.__all__) == {kind.__name__ for kind in raised} <= set(fxprune.__all__)
     assert all(kind.__doc__ for kind in raised)

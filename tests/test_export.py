@@ -17,7 +17,13 @@ from tests.support.checking import assert_unharmed, randomise, snapshot
 
 def small() -> nn.Module:
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
     )
     return randomise(net, torch.float32).eval()
 
@@ -72,7 +78,10 @@ def test_without_a_dynamic_batch(tmp_path: Path) -> None:
             return torch.stack([self.conv(image[None])[0] * (i + 1) for i, image in enumerate(x)])
 
     x = torch.zeros(3, 3, 4, 4)
-    with pytest.raises(ExportError, match=r"Unrolled cannot be exported as an exported program: .*dynamic_batch=False"):
+    with pytest.raises(
+        ExportError,
+        match=r"Unrolled cannot be exported as an exported program: .*dynamic_batch=False",
+    ):
         fxprune.export(Unrolled(), x, tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
     error = fxprune.export(Unrolled(), x, tmp_path / "net.pt2", dynamic_batch=False)
@@ -81,8 +90,14 @@ def test_without_a_dynamic_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_file_that_gives_something_else_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = Path(runner.__file__).read_text().replace("leaf.detach().cpu()", "leaf.detach().cpu() * 1.001")
+def test_a_file_that_gives_something_else_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        Path(runner.__file__)
+        .read_text()
+        .replace("leaf.detach().cpu()", "leaf.detach().cpu() * 1.001")
+    )
     (tmp_path / "wrong.py").write_text(program)
     monkeypatch.setattr(sys.modules["fxprune.export"], "_RUNNER", tmp_path / "wrong.py")
     with pytest.raises(VerificationError, match=r"net\.pt2 differs from the model by 1\.0e-03"):
@@ -91,12 +106,21 @@ def test_a_file_that_gives_something_else_is_no_result(tmp_path: Path, monkeypat
 
 
 @pytest.mark.long
-def test_a_file_that_needs_fxprune_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = Path(runner.__file__).read_text().replace("import sys\n", "import sys\nimport fxprune\n", 1)
+def test_a_file_that_needs_fxprune_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        Path(runner.__file__)
+        .read_text()
+        .replace("import sys\n", "import sys\nimport fxprune\n", 1)
+    )
     (tmp_path / "bringing.py").write_text(program)
     monkeypatch.setattr(sys.modules["fxprune.export"], "_RUNNER", tmp_path / "bringing.py")
     monkeypatch.setenv("PYTHONPATH", str(Path(fxprune.__file__).parent.parent))
-    with pytest.raises(VerificationError, match="does not run in a process of its own: RuntimeError: the file brought fxprune"):
+    with pytest.raises(
+        VerificationError,
+        match="does not run in a process of its own: RuntimeError: the file brought fxprune",
+    ):
         fxprune.export(pruned_small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.pt2")
 
 
@@ -112,13 +136,17 @@ def test_operations_of_torchvision(tmp_path: Path) -> None:
             return torchvision.ops.roi_align(torch.relu(self.conv(x)), boxes, 2)
 
     pruned = fxprune.prune(Pooled().eval(), torch.zeros(2, 3, 8, 8), channels=1.0).model
-    error = fxprune.export(pruned, torch.zeros(2, 3, 8, 8), tmp_path / "net.pt2", dynamic_batch=False)
+    error = fxprune.export(
+        pruned, torch.zeros(2, 3, 8, 8), tmp_path / "net.pt2", dynamic_batch=False
+    )
     assert error is not None
     assert error < 1e-5
 
 
 @pytest.mark.long
-def test_packages_are_those_that_define_operations_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_those_that_define_operations_of_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of a branch too, and no package that is only loaded here."""
 
     class Branching(nn.Module):
@@ -144,18 +172,24 @@ def test_other_suffixes(name: str, tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnxscript" else object()
+    )
     with pytest.raises(ArgumentError, match=r"ONNX needs onnxscript: pip install onnxscript"):
         fxprune.export(small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.onnx")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own writer of files ends the process there: it is given memory, and what writes to the disk is Python's."""
+    """torch's own writer of files ends the process there: it is given memory, and what writes to
+    the disk is Python's.
+    """
 
     def full(self: Path, data: Any) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(fxprune.ArgumentError, match="No space left"):
-        fxprune.export(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3), tmp_path / "net.pt2", check=False)
+        fxprune.export(
+            nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3), tmp_path / "net.pt2", check=False
+        )
     assert not list(tmp_path.iterdir())

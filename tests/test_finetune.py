@@ -1,4 +1,6 @@
-"""The fine-tuning recipe, end to end, on a few images: what it trains, writes, resumes, and does the same in every process."""
+"""The fine-tuning recipe, end to end, on a few images: what it trains, writes, resumes, and does
+the same in every process.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from examples import finetune as script
 from tests.support.training_ranks import fsdp_is_there
 
 SCRIPT = Path(script.__file__)
-COLOURS = ("blue", "green", "red")  # one channel is brighter; in alphabetical order, as ImageFolder numbers them
+# one channel is brighter; in alphabetical order, as ImageFolder numbers them
+COLOURS = ("blue", "green", "red")
 CHANNEL = {"red": 0, "green": 1, "blue": 2}
 PER_CLASS = {"train": 8, "val": 5}  # 15 to validate: two processes cannot share them evenly
 
@@ -38,7 +41,9 @@ LEARNS = "resnet18"  # the colours, in a few epochs
 NORMALISED = "shufflenet_v2_x0_5"  # the smallest with batch normalisation
 SMALL = "squeezenet1_1"  # the quickest to build
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch was built without torch.distributed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +67,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options_of(images: Path, out: Path, *more: str) -> list[str]:
     """Of a quick run. What is given later counts."""
-    small = ("--image-size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--epochs", "2")
+    small = (
+        "--image-size",
+        "32",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+    )
     return ["--data-dir", str(images), "--out", str(out), *small, *more]
 
 
 def random_weights(name: str, path: Path, classes: int = 3) -> Path:
     torch.manual_seed(7)
-    torch.save(torchvision.models.get_model(name, weights=None, num_classes=classes).state_dict(), path)
+    torch.save(
+        torchvision.models.get_model(name, weights=None, num_classes=classes).state_dict(), path
+    )
     return path
 
 
@@ -81,7 +99,10 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def without_times(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in metrics["epochs"]]
+    return [
+        {key: value for key, value in epoch.items() if key != "seconds"}
+        for epoch in metrics["epochs"]
+    ]
 
 
 def accuracy(finetune: Any, model: nn.Module, images: Path) -> float:
@@ -98,7 +119,9 @@ def accuracy(finetune: Any, model: nn.Module, images: Path) -> float:
 
 @pytest.fixture(scope="module")
 def dense(finetune: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model that was fine-tuned by the script itself, nothing pruned: the way to a teacher of one's own classes."""
+    """A dense model that was fine-tuned by the script itself, nothing pruned: the way to a teacher
+    of one's own classes.
+    """
     out = tmp_path_factory.mktemp("dense") / "run"
     more = ("--channels", "1.0", "--epochs", "6", "--rate", "0.05", "--clip", "1")
     metrics = finetune.main([LEARNS, *options_of(images, out, *more)])
@@ -108,10 +131,34 @@ def dense(finetune: Any, images: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.long
-def test_it_prunes_distills_averages_and_saves(finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
+def test_it_prunes_distills_averages_and_saves(
+    finetune: Any, images: Path, dense: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "runs" / "half"
-    arguments = options_of(images, out, "--checkpoint", str(dense), "--macs", "0.5", "--distill", "0.5", "--temperature", "3")
-    arguments += ["--ema", "0.5", "--amp", "bf16", "--rate", "0.04", "--clip", "1", "--epochs", "4"]
+    arguments = options_of(
+        images,
+        out,
+        "--checkpoint",
+        str(dense),
+        "--macs",
+        "0.5",
+        "--distill",
+        "0.5",
+        "--temperature",
+        "3",
+    )
+    arguments += [
+        "--ema",
+        "0.5",
+        "--amp",
+        "bf16",
+        "--rate",
+        "0.04",
+        "--clip",
+        "1",
+        "--epochs",
+        "4",
+    ]
     returned = finetune.main([LEARNS, *arguments])
     metrics = read(out)
     assert metrics == json.loads(json.dumps(returned))
@@ -120,43 +167,77 @@ def test_it_prunes_distills_averages_and_saves(finetune: Any, images: Path, dens
     assert metrics["macs"]["after"] <= 0.5 * metrics["macs"]["before"]
     assert metrics["dense"] == {"top1": 100, "top5": 100, "images": 15}
     assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3, 4]
-    assert [epoch["rate"] for epoch in metrics["epochs"]] == pytest.approx([0.01, 0.04, 0.03, 0.01])
+    assert [epoch["rate"] for epoch in metrics["epochs"]] == pytest.approx(
+        [0.01, 0.04, 0.03, 0.01]
+    )
     for epoch in metrics["epochs"]:
         assert np.isfinite(epoch["loss"])
         assert (epoch["images"], epoch["top5"]) == (15, 100)  # top 5 of 3 classes are all
     assert metrics["epochs"][-1]["top1"] > 60, "it must not forget what the dense model knew"
     loaded = fxprune.load(out / "pruned", build(LEARNS))
-    assert loaded.report.params_after == metrics["parameters"]["after"] == sum(p.numel() for p in loaded.model.parameters())
+    assert (
+        loaded.report.params_after
+        == metrics["parameters"]["after"]
+        == sum(p.numel() for p in loaded.model.parameters())
+    )
     assert loaded.report.macs_after == metrics["macs"]["after"]
     assert accuracy(finetune, loaded.model, images) == pytest.approx(metrics["epochs"][-1]["top1"])
     last = torch.load(out / "last.pt", weights_only=True)
     state = loaded.model.state_dict()
-    assert all(torch.equal(last["ema"][f"module.{name}"], tensor) for name, tensor in state.items())
+    assert all(
+        torch.equal(last["ema"][f"module.{name}"], tensor) for name, tensor in state.items()
+    )
     assert not all(torch.equal(last["model"][name], tensor) for name, tensor in state.items())
     assert sorted(path.name for path in out.iterdir()) == ["last.pt", "metrics.json", "pruned"]
 
 
 @pytest.mark.long
-def test_an_earlier_result_is_fine_tuned(finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
+def test_an_earlier_result_is_fine_tuned(
+    finetune: Any, images: Path, dense: Path, tmp_path: Path
+) -> None:
     model = build(LEARNS)()
     model.load_state_dict(finetune._read_checkpoint(dense))
     pruned = fxprune.prune(model, torch.zeros(1, 3, 32, 32), params=0.6)
     pruned.save(tmp_path / "earlier")
     before = accuracy(finetune, pruned.model, images)
-    arguments = options_of(images, tmp_path / "out", "--saved", str(tmp_path / "earlier"), "--epochs", "1")
-    subprocess.run([sys.executable, str(SCRIPT), LEARNS, *arguments], check=True, env=environment(), timeout=300)
+    arguments = options_of(
+        images, tmp_path / "out", "--saved", str(tmp_path / "earlier"), "--epochs", "1"
+    )
+    subprocess.run(
+        [sys.executable, str(SCRIPT), LEARNS, *arguments],
+        check=True,
+        env=environment(),
+        timeout=300,
+    )
     metrics = read(tmp_path / "out")
     assert metrics["dense"] is None, "the dense model's weights were not given"
     assert metrics["pruned"]["top1"] == pytest.approx(before)
     assert fxprune.load(tmp_path / "out" / "pruned", build(LEARNS)).plan == pruned.plan
 
 
-EVERYTHING = ("--distill", "0.5", "--ema", "0.8", "--clip", "1", "--accumulate", "2", "--augment", "rand", "--rate", "0.05")
+EVERYTHING = (
+    "--distill",
+    "0.5",
+    "--ema",
+    "0.8",
+    "--clip",
+    "1",
+    "--accumulate",
+    "2",
+    "--augment",
+    "rand",
+    "--rate",
+    "0.05",
+)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [("--amp", "bf16", *EVERYTHING), ("--amp", "fp16")], ids=["everything", "fp16"])
-def test_a_resumed_run_ends_with_the_same_bits(more: tuple[str, ...], finetune: Any, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [("--amp", "bf16", *EVERYTHING), ("--amp", "fp16")], ids=["everything", "fp16"]
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    more: tuple[str, ...], finetune: Any, images: Path, tmp_path: Path
+) -> None:
     checkpoint = str(random_weights(NORMALISED, tmp_path / "dense.pt"))
     arguments = ("--checkpoint", checkpoint, "--channels", "0.5", "--epochs", "3", *more)
     whole = finetune.main([NORMALISED, *options_of(images, tmp_path / "whole", *arguments)])
@@ -187,7 +268,18 @@ def check_same_end(whole: Path, parts: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
 def test_a_run_that_was_killed_goes_on(images: Path, tmp_path: Path) -> None:
     def command(out: str, *more: str) -> list[str]:
-        arguments = options_of(images, tmp_path / out, "--macs", "0.5", "--epochs", "20", "--ema", "0.9", "--workers", "1")
+        arguments = options_of(
+            images,
+            tmp_path / out,
+            "--macs",
+            "0.5",
+            "--epochs",
+            "20",
+            "--ema",
+            "0.9",
+            "--workers",
+            "1",
+        )
         arguments += more
         return [sys.executable, str(SCRIPT), NORMALISED, *arguments]
 
@@ -232,15 +324,34 @@ Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(json.dumps({**met
 """
 
 
-def launched(folder: Path, *arguments: str, precision: str = "float32", nudge: float = 0.0) -> list[dict[str, Any]]:
+def launched(
+    folder: Path, *arguments: str, precision: str = "float32", nudge: float = 0.0
+) -> list[dict[str, Any]]:
     """The metrics that each of two processes returns, and the sums of its buffers in the end.
 
     ``nudge`` is by what share of itself every weight is enlarged before the training.
     """
     (folder / "driver.py").write_text(DRIVER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(folder / "driver.py"), str(SCRIPT.parent), str(folder), precision, repr(nudge), *arguments]
-    found = subprocess.run(command, check=False, env=environment(), capture_output=True, text=True, timeout=300)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command = [
+        *launcher,
+        str(folder / "driver.py"),
+        str(SCRIPT.parent),
+        str(folder),
+        precision,
+        repr(nudge),
+        *arguments,
+    ]
+    found = subprocess.run(
+        command, check=False, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 0, found.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -255,16 +366,33 @@ WAYS = {"ddp": ("--ema", "0.8"), "fsdp": ("--parallel", "fsdp")}
 
 @pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_agree(parallel: str, finetune: Any, images: Path, dense: Path, tmp_path: Path) -> None:
+def test_two_processes_agree(
+    parallel: str, finetune: Any, images: Path, dense: Path, tmp_path: Path
+) -> None:
     needs_fsdp(parallel)
-    arguments = ("--checkpoint", str(dense), "--macs", "0.5", "--distill", "0.5", "--rate", "0.01", "--batch-size", "4")
+    arguments = (
+        "--checkpoint",
+        str(dense),
+        "--macs",
+        "0.5",
+        "--distill",
+        "0.5",
+        "--rate",
+        "0.01",
+        "--batch-size",
+        "4",
+    )
     more = ("--clip", "1", "--accumulate", "2", *WAYS[parallel])
-    first, second = launched(tmp_path, LEARNS, *options_of(images, tmp_path / "out", *arguments, *more))
+    first, second = launched(
+        tmp_path, LEARNS, *options_of(images, tmp_path / "out", *arguments, *more)
+    )
     assert without_times(first) == without_times(second) == without_times(read(tmp_path / "out"))
     assert first["dense"] == second["dense"] == {"top1": 100, "top5": 100, "images": 15}
     assert first["pruned"] == second["pruned"]
     assert len(first["buffers"]) == 60
-    assert first["buffers"] == second["buffers"], "the processes must not judge models with statistics of their own"
+    assert first["buffers"] == second["buffers"], (
+        "the processes must not judge models with statistics of their own"
+    )
     assert first["command"].startswith("torchrun --nproc-per-node 2 examples/finetune.py ")
     assert [epoch["images"] for epoch in first["epochs"]] == [15, 15]
     loaded = fxprune.load(tmp_path / "out" / "pruned", build(LEARNS))
@@ -275,7 +403,17 @@ def test_two_processes_agree(parallel: str, finetune: Any, images: Path, dense: 
 @pytest.mark.parametrize("parallel", WAYS)
 def test_two_processes_resume(parallel: str, images: Path, tmp_path: Path) -> None:
     needs_fsdp(parallel)
-    arguments = ("--macs", "0.5", "--batch-size", "4", "--rate", "0.05", "--amp", "bf16", *WAYS[parallel])
+    arguments = (
+        "--macs",
+        "0.5",
+        "--batch-size",
+        "4",
+        "--rate",
+        "0.05",
+        "--amp",
+        "bf16",
+        *WAYS[parallel],
+    )
     whole, _ = launched(tmp_path, NORMALISED, *options_of(images, tmp_path / "whole", *arguments))
     in_parts = (NORMALISED, *options_of(images, tmp_path / "parts", *arguments))
     launched(tmp_path, *in_parts, "--stop-after-epoch", "1")
@@ -286,12 +424,24 @@ def test_two_processes_resume(parallel: str, images: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_train_alike(images: Path, tmp_path: Path) -> None:
-    """In double precision, where they differ by less than a training whose weights begin one rounding away.
+    """In double precision, where they differ by less than a training whose weights begin one
+    rounding away.
 
-    Normalised over four images, this network makes of such a rounding 1e-11 in the first epoch and 1e-3 in the second.
+    Normalised over four images, this network makes of such a rounding 1e-11 in the first epoch and
+    1e-3 in the second.
     """
     needs_fsdp("fsdp")
-    arguments = ("--macs", "0.5", "--batch-size", "4", "--rate", "0.01", "--clip", "1", "--no-channels-last")
+    arguments = (
+        "--macs",
+        "0.5",
+        "--batch-size",
+        "4",
+        "--rate",
+        "0.01",
+        "--clip",
+        "1",
+        "--no-channels-last",
+    )
 
     def losses(way: str, nudge: float = 0.0) -> list[float]:
         options = options_of(images, tmp_path / f"{way}{nudge}", *arguments, "--parallel", way)
@@ -338,7 +488,9 @@ def prepared(finetune: Any, model: nn.Module, teacher: nn.Module | None, **optio
     settings = {"amp": "none", "smoothing": 0.1, "distill": 0.25, "temperature": 2.0, **options}
     world = finetune.World(0, 1, torch.device("cpu"), False)
     none: Any = None
-    run = finetune.Run(none, world, none, none, none, teacher, model, model, none, none, none, none, "")
+    run = finetune.Run(
+        none, world, none, none, none, teacher, model, model, none, none, none, none, ""
+    )
     run.options = finetune.argparse.Namespace(**settings)
     return run
 
@@ -347,9 +499,14 @@ def test_the_loss_weighs_labels_and_teacher(finetune: Any) -> None:
     model, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
     images, labels = torch.randn(5, 6), torch.randint(4, (5,))
     plain = F.cross_entropy(model(images), labels, label_smoothing=0.1)
-    torch.testing.assert_close(finetune.objective(prepared(finetune, model, None), images, labels), plain)
+    torch.testing.assert_close(
+        finetune.objective(prepared(finetune, model, None), images, labels), plain
+    )
     soft = finetune.distillation(model(images), teacher(images), 2.0)
-    torch.testing.assert_close(finetune.objective(prepared(finetune, model, teacher), images, labels), 0.75 * plain + 0.25 * soft)
+    torch.testing.assert_close(
+        finetune.objective(prepared(finetune, model, teacher), images, labels),
+        0.75 * plain + 0.25 * soft,
+    )
 
 
 def test_steps_average_their_batches_however_many_are_left(finetune: Any) -> None:
@@ -370,7 +527,16 @@ def test_steps_average_their_batches_however_many_are_left(finetune: Any) -> Non
     class Loader(list):
         sampler = torch.utils.data.DistributedSampler([0], num_replicas=1, rank=0)
 
-    run = prepared(finetune, model, None, smoothing=0.0, accumulate=2, clip=None, print_every=0, layout=torch.preserve_format)
+    run = prepared(
+        finetune,
+        model,
+        None,
+        smoothing=0.0,
+        accumulate=2,
+        clip=None,
+        print_every=0,
+        layout=torch.preserve_format,
+    )
     run.data = finetune.Data(4, Loader(batches), None, 0)
     run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda _: 1.0)
@@ -394,7 +560,9 @@ def test_auxiliary_classifiers_count_less(finetune: Any) -> None:
 
 
 def namespace(finetune: Any, model: str, **options: Any) -> Any:
-    return finetune.argparse.Namespace(**{"model": model, "seed": 0, "weights": None, "checkpoint": None, **options})
+    return finetune.argparse.Namespace(
+        **{"model": model, "seed": 0, "weights": None, "checkpoint": None, **options}
+    )
 
 
 def test_weights_for_other_classes_lose_their_classifier_alone(
@@ -402,25 +570,42 @@ def test_weights_for_other_classes_lose_their_classifier_alone(
 ) -> None:
     path = random_weights(SMALL, tmp_path / "five.pt", classes=5)
     weights = build(SMALL, 1000)().state_dict()
-    monkeypatch.setattr(torchvision.models.SqueezeNet1_1_Weights, "get_state_dict", lambda *_, **__: copy.copy(weights))
-    for options, source in (({"checkpoint": path}, torch.load(path, weights_only=True)), ({"weights": "DEFAULT"}, weights)):
+    monkeypatch.setattr(
+        torchvision.models.SqueezeNet1_1_Weights,
+        "get_state_dict",
+        lambda *_, **__: copy.copy(weights),
+    )
+    for options, source in (
+        ({"checkpoint": path}, torch.load(path, weights_only=True)),
+        ({"weights": "DEFAULT"}, weights),
+    ):
         model, knowing = finetune.dense_model(namespace(finetune, SMALL, **options), 3)
         assert not knowing
         state = model.state_dict()
         assert len(state["classifier.1.weight"]) == 3
-        assert all(torch.equal(state[name], value) for name, value in source.items() if not name.startswith("classifier"))
-        _, knowing = finetune.dense_model(namespace(finetune, SMALL, **options), len(source["classifier.1.bias"]))
+        assert all(
+            torch.equal(state[name], value)
+            for name, value in source.items()
+            if not name.startswith("classifier")
+        )
+        _, knowing = finetune.dense_model(
+            namespace(finetune, SMALL, **options), len(source["classifier.1.bias"])
+        )
         assert knowing
 
 
 def test_a_checkpoint_may_be_wrapped_and_must_fit(finetune: Any, tmp_path: Path) -> None:
     state = torch.load(random_weights(NORMALISED, tmp_path / "dense.pt"), weights_only=True)
     torch.save({"state_dict": state, "epoch": 7}, tmp_path / "wrapped.pt")
-    model, knowing = finetune.dense_model(namespace(finetune, NORMALISED, checkpoint=tmp_path / "wrapped.pt"), 3)
+    model, knowing = finetune.dense_model(
+        namespace(finetune, NORMALISED, checkpoint=tmp_path / "wrapped.pt"), 3
+    )
     assert knowing
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     for name in ("dense.pt", "nothing.pt", "nothing.safetensors"):
-        with pytest.raises(finetune.Refusal, match=r"--checkpoint .*(does not fit|cannot be read)"):
+        with pytest.raises(
+            finetune.Refusal, match=r"--checkpoint .*(does not fit|cannot be read)"
+        ):
             finetune.dense_model(namespace(finetune, SMALL, checkpoint=tmp_path / name), 3)
 
 
@@ -434,7 +619,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(finetune: Any, tmp_path: Path) -
 
     with pytest.raises(OSError, match="full"):
         finetune.write_atomically(path, torn)
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("last.pt", "old")]
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
+        ("last.pt", "old")
+    ]
 
 
 # -- refusals
@@ -461,7 +648,10 @@ HALF = ("--macs", "0.5")
         ((SMALL, *HALF, "--parallel", "fsdp", "--ema", "0.9"), "leave one of them out"),
         ((SMALL, *HALF, "--device", "tpu"), "choose cuda or cpu"),
         ((SMALL, *HALF, "--resume"), "has no last.pt yet"),
-        ((SMALL, *HALF, "--data-dir", "nowhere"), "train must hold one folder of images per class"),
+        (
+            (SMALL, *HALF, "--data-dir", "nowhere"),
+            "train must hold one folder of images per class",
+        ),
         ((SMALL, *HALF, "--batch-size", "25"), "only 24 training images: choose less"),
         ((SMALL, *HALF, "--image-size", "5"), "--input|input"),
         ((SMALL, "--macs", "0.0001"), "smallest|least|below"),
@@ -470,7 +660,12 @@ HALF = ("--macs", "0.5")
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
 def test_bad_options_are_refused_with_the_way_out(
-    arguments: tuple[str, ...], words: str, finetune: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    words: str,
+    finetune: Any,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     name, *more = arguments
     with pytest.raises(SystemExit) as refused:
@@ -498,7 +693,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(
     finetune.main([*arguments, "--stop-after-epoch", "1"])
     before = (tmp_path / "out" / "last.pt").read_bytes()
     assert "go on with --resume" in refused(finetune, capsys, arguments)
-    assert "--rate was 0.02 and is 0.5" in refused(finetune, capsys, [*arguments, "--resume", "--rate", "0.5"])
+    assert "--rate was 0.02 and is 0.5" in refused(
+        finetune, capsys, [*arguments, "--resume", "--rate", "0.5"]
+    )
     torch.save(build(SMALL)().state_dict(), checkpoint)
     assert "other weights than before" in refused(finetune, capsys, [*arguments, "--resume"])
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
@@ -510,9 +707,15 @@ def test_a_model_for_other_classes_neither_teaches_nor_is_read(
     finetune: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     five = random_weights(SMALL, tmp_path / "five.pt", classes=5)
-    distilled = options_of(images, tmp_path / "out", "--checkpoint", str(five), *HALF, "--distill", "0.5")
-    assert "fine-tune it first, with --channels 1.0" in refused(finetune, capsys, [SMALL, *distilled])
-    fxprune.prune(build(SMALL, 5)(), torch.zeros(1, 3, 32, 32), channels=0.5).save(tmp_path / "five")
+    distilled = options_of(
+        images, tmp_path / "out", "--checkpoint", str(five), *HALF, "--distill", "0.5"
+    )
+    assert "fine-tune it first, with --channels 1.0" in refused(
+        finetune, capsys, [SMALL, *distilled]
+    )
+    fxprune.prune(build(SMALL, 5)(), torch.zeros(1, 3, 32, 32), channels=0.5).save(
+        tmp_path / "five"
+    )
     saved = options_of(images, tmp_path / "out", "--saved", str(tmp_path / "five"))
     assert "for another one, prune here" in refused(finetune, capsys, [SMALL, *saved])
 
@@ -523,7 +726,9 @@ def test_classes_must_be_the_same_in_both_parts(
     shutil.copytree(images / "train", tmp_path / "train")
     (tmp_path / "val" / "red").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "val" / "red" / "0.png")
-    assert "only one of them has blue, green" in refused(finetune, capsys, [SMALL, *options_of(tmp_path, tmp_path / "out", *HALF)])
+    assert "only one of them has blue, green" in refused(
+        finetune, capsys, [SMALL, *options_of(tmp_path, tmp_path / "out", *HALF)]
+    )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -534,10 +739,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_processes_with_different_weights_are_noticed(finetune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_with_different_weights_are_noticed(
+    finetune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pruned = fxprune.prune(build(SMALL)(), torch.zeros(1, 3, 32, 32), channels=0.5)
     said: list[str] = []
-    monkeypatch.setattr(finetune.World, "gathered", lambda _, value: [*said, said.append(value) or value])
+    monkeypatch.setattr(
+        finetune.World, "gathered", lambda _, value: [*said, said.append(value) or value]
+    )
     world = finetune.World(0, 2, torch.device("cpu"), True)
     finetune.check_alike(world, pruned)
     finetune.check_alike(world, copy.deepcopy(pruned))
@@ -549,5 +758,11 @@ def test_processes_with_different_weights_are_noticed(finetune: Any, monkeypatch
 
 def test_help_names_every_option_and_shows_commands(finetune: Any) -> None:
     text = finetune.parser().format_help()
-    for words in ("torchrun --nproc-per-node 8", "--resume", "--distill ALPHA", "how it is trained", "Hinton"):
+    for words in (
+        "torchrun --nproc-per-node 8",
+        "--resume",
+        "--distill ALPHA",
+        "how it is trained",
+        "Hinton",
+    ):
         assert words in text

@@ -14,7 +14,8 @@ import fxprune
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        conv, norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.stem = nn.Sequential(conv, norm, nn.ReLU(), nn.MaxPool2d(2))
         self.side, self.wide = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
         self.head = nn.Linear(16, 4)
@@ -72,10 +73,15 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 @pytest.fixture(scope="module", params=[FIRST, OTHERS], ids=["small", "others"])
 def loaded(request):
-    ran = subprocess.run([sys.executable, "-c", request.param], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", request.param], capture_output=True, text=True, check=True
+    )
     return json.loads(ran.stdout)
 
 
-@pytest.mark.parametrize("package", ["torch._dynamo", "torch._inductor", "torch.distributed", "torch.fx", "sympy", "triton"])
+@pytest.mark.parametrize(
+    "package",
+    ["torch._dynamo", "torch._inductor", "torch.distributed", "torch.fx", "sympy", "triton"],
+)
 def test_the_first_prune_does_not_load(package, loaded):
     assert [name for name in loaded if name == package or name.startswith(f"{package}.")] == []

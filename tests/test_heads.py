@@ -11,7 +11,15 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import ArgumentError, PlanError
 from tests.support.checking import check_exact
-from tests.zoo.attention import ATTENTIONS, CASES, HEADS, BareAttention, CrossAttention, Decoder, Transformer
+from tests.zoo.attention import (
+    ATTENTIONS,
+    CASES,
+    HEADS,
+    BareAttention,
+    CrossAttention,
+    Decoder,
+    Transformer,
+)
 from tests.zoo.case import Case
 
 parametrised = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -32,16 +40,24 @@ def test_half_of_the_heads(case: Case) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(ATTENTIONS) - {"einsum"}))
 def test_a_head_keeps_all_its_dimensions_or_none(name: str) -> None:
-    """The surviving rows of every projection come in whole heads, and as many of them as asked for."""
+    """The surviving rows of every projection come in whole heads, and as many of them as asked
+    for.
+    """
     torch.manual_seed(0)
     model, x = BareAttention(16, ATTENTIONS[name]), torch.zeros(1, 5, 6)
     width = 16 // HEADS
     coupling = fxprune.analyze(model, x, units="heads")
-    shared = 2 if name.startswith("grouped") else 1  # query heads that go with one head of the keys and values
-    (heads,) = [g for g in coupling.groups if g.size == HEADS // shared and g.axes[0].parameter.startswith("attention.")]
+    # query heads that go with one head of the keys and values
+    shared = 2 if name.startswith("grouped") else 1
+    (heads,) = [
+        g
+        for g in coupling.groups
+        if g.size == HEADS // shared and g.axes[0].parameter.startswith("attention.")
+    ]
     checked = 0
     for parameter, (field,) in coupling.elements(heads).items():
-        if field.dim() == 2 and field.shape[0] > 1:  # the rows of a projection, not the columns of what reads the heads
+        # the rows of a projection, not the columns of what reads the heads
+        if field.dim() == 2 and field.shape[0] > 1:
             rows = field[:, 0].reshape(-1, width)
             assert (rows == rows[:, :1]).all(), parameter
             assert rows[:, 0].unique().tolist() == list(range(HEADS // shared)), parameter
@@ -50,7 +66,9 @@ def test_a_head_keeps_all_its_dimensions_or_none(name: str) -> None:
 
 
 def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
-    """nn.MultiheadAttention averages its weights over the heads unless told not to; most callers drop them."""
+    """nn.MultiheadAttention averages its weights over the heads unless told not to; most callers
+    drop them.
+    """
 
     class Kept(CrossAttention):
         def forward(self, x: Tensor, memory: Tensor) -> Any:
@@ -67,7 +85,9 @@ def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
 
 
 def test_what_nobody_reads_is_not_emitted() -> None:
-    """Nor is it labelled, so that it could not be checked either. What draws random numbers stays, for those drawn after it."""
+    """Nor is it labelled, so that it could not be checked either. What draws random numbers stays,
+    for those drawn after it.
+    """
 
     class Idle(BareAttention):
         def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +96,13 @@ def test_what_nobody_reads_is_not_emitted() -> None:
             torch.dropout(x, 0.5, self.training)
             return self.head(self.up(x + self.attention(x)))
 
-    pruned = fxprune.prune(Idle(16, ATTENTIONS["packed"]), torch.zeros(1, 5, 6), channels=0.5, units="heads", verify=True)
+    pruned = fxprune.prune(
+        Idle(16, ATTENTIONS["packed"]),
+        torch.zeros(1, 5, 6),
+        channels=0.5,
+        units="heads",
+        verify=True,
+    )
     code = pruned.model.code
     assert "relu" not in code
     assert "dropout" in code
@@ -92,7 +118,10 @@ def test_each_layer_may_have_its_own() -> None:
         "all but the first": {"attentions.*": "heads", "attentions.0": "dims"},
     }.items():
         groups = fxprune.analyze(model, x, units=units).groups
-        sizes[name] = [next(g.size for g in groups if g.name.startswith(f"attentions.{i}.qkv.weight:0")) for i in range(2)]
+        sizes[name] = [
+            next(g.size for g in groups if g.name.startswith(f"attentions.{i}.qkv.weight:0"))
+            for i in range(2)
+        ]
     assert sizes["heads"] == [HEADS, HEADS]
     assert sizes["dims"][0] > HEADS
     assert sizes["first"] == [HEADS, sizes["dims"][1]]
@@ -106,7 +135,8 @@ def test_a_plan_knows_its_units() -> None:
     plan = fxprune.Plan.from_json(pruned.plan.to_json())
     assert plan == pruned.plan
     assert plan.heads == tuple(
-        f"attentions.1.{name}" for name in ("q.weight", "out.weight", "k.weight", "v.weight", "rotary.frequencies")
+        f"attentions.1.{name}"
+        for name in ("q.weight", "out.weight", "k.weight", "v.weight", "rotary.frequencies")
     )
     again = fxprune.apply(plan, model)
     tokens = torch.randint(20, (3, 9))
@@ -124,7 +154,11 @@ def test_a_module_whose_result_nobody_reads_stays() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention, self.head, self.norm = BareAttention(16, ATTENTIONS["packed"]), nn.Linear(6, 6), nn.BatchNorm1d(5)
+            self.attention, self.head, self.norm = (
+                BareAttention(16, ATTENTIONS["packed"]),
+                nn.Linear(6, 6),
+                nn.BatchNorm1d(5),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             self.norm(x)
@@ -139,7 +173,11 @@ def test_a_module_whose_result_nobody_reads_stays() -> None:
 
 @pytest.mark.parametrize(
     ("units", "says"),
-    [("channels", '"heads"'), ({"attentions": "head"}, '"heads"'), ({"nowhere.*": "heads"}, "matches no module")],
+    [
+        ("channels", '"heads"'),
+        ({"attentions": "head"}, '"heads"'),
+        ({"nowhere.*": "heads"}, "matches no module"),
+    ],
 )
 def test_units_that_are_refused(units: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says):
@@ -147,23 +185,35 @@ def test_units_that_are_refused(units: Any, says: str) -> None:
 
 
 def test_without_attention_heads_change_nothing() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, groups=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
+    )
     x = torch.zeros(1, 3, 8, 8)
     assert str(fxprune.analyze(net, x, units="heads")) == str(fxprune.analyze(net, x))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", pytest.param("vit_b_16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["swin_t", "swin_v2_t", pytest.param("vit_b_16", marks=pytest.mark.slow)]
+)
 def test_transformers_of_torchvision(name: str) -> None:
-    """Windows, tables of relative positions, a learned scale per head, a network that computes biases per head."""
+    """Windows, tables of relative positions, a learned scale per head, a network that computes
+    biases per head.
+    """
     size = 224 if name.startswith("vit") else 64
     model = torchvision.models.get_model(name, weights=None).eval()
-    pruned = fxprune.prune(model, torch.zeros(1, 3, size, size), channels=0.5, units="heads", verify=True)
+    pruned = fxprune.prune(
+        model, torch.zeros(1, 3, size, size), channels=0.5, units="heads", verify=True
+    )
     assert pruned.report.error is not None
     assert pruned.report.error < 1e-9
     assert pruned.report.params_after < 0.27 * pruned.report.params_before
     telling = [module for module in model.modules() if hasattr(module, "num_heads")]
-    innermost = [module for module in telling if not any(inner in telling for inner in list(module.modules())[1:])]
+    innermost = [
+        module
+        for module in telling
+        if not any(inner in telling for inner in list(module.modules())[1:])
+    ]
     heads = [module.num_heads for module in innermost]
     found = [row for row in pruned.report.groups if row.total in heads]
     assert len(heads) >= 12
@@ -171,21 +221,38 @@ def test_transformers_of_torchvision(name: str) -> None:
 
 
 def test_one_dimension_of_a_shared_head() -> None:
-    """Where a head of keys is repeated for its queries and one dimension of it is left, there is nothing to put in order."""
+    """Where a head of keys is repeated for its queries and one dimension of it is left, there is
+    nothing to put in order.
+    """
 
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.q, self.kv, self.proj = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(8, 8), nn.Linear(12, 3)
+            self.stem, self.q, self.kv, self.proj = (
+                nn.Linear(6, 8),
+                nn.Linear(8, 12),
+                nn.Linear(8, 8),
+                nn.Linear(12, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             q = self.q(x).unflatten(2, (3, 4)).transpose(1, 2)
-            k, v = (t.unflatten(2, (1, 4)).transpose(1, 2).repeat_interleave(3, dim=1) for t in self.kv(x).chunk(2, dim=2))
-            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            k, v = (
+                t.unflatten(2, (1, 4)).transpose(1, 2).repeat_interleave(3, dim=1)
+                for t in self.kv(x).chunk(2, dim=2)
+            )
+            return self.proj(
+                nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            )
 
     torch.manual_seed(0)
-    pruned = fxprune.prune(Shared().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64), channels=0.25, verify=True)
+    pruned = fxprune.prune(
+        Shared().double().eval(),
+        torch.randn(2, 5, 6, dtype=torch.float64),
+        channels=0.25,
+        verify=True,
+    )
     assert pruned.report.error is not None
     assert pruned.report.error < 1e-12
     assert pruned.plan.pinned_nodes == ()

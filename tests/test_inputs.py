@@ -52,7 +52,15 @@ def test_a_list_at_the_top_is_one_argument() -> None:
 
 
 def test_only_what_has_a_row_per_example_changes() -> None:
-    new = drawn({"x": torch.zeros(2, 3), "index": torch.tensor([1, 0]), "table": torch.zeros(3, 3), "scale": 2.0}, batch=4)
+    new = drawn(
+        {
+            "x": torch.zeros(2, 3),
+            "index": torch.tensor([1, 0]),
+            "table": torch.zeros(3, 3),
+            "scale": 2.0,
+        },
+        batch=4,
+    )
     assert {name: tuple(t.shape) for name, t in new.items() if isinstance(t, torch.Tensor)} == {
         "x": (4, 3),
         "index": (4,),
@@ -78,10 +86,18 @@ class Takes(nn.Module):
 
     def __init__(self, python: bool) -> None:
         super().__init__()
-        self.net, self.python = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), python
+        self.net, self.python = (
+            nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)),
+            python,
+        )
 
     def forward(
-        self, batch: dict[str, Any], scale: int = 1, mask: Tensor | None = None, mode: str = "", whole: bool = False
+        self,
+        batch: dict[str, Any],
+        scale: int = 1,
+        mask: Tensor | None = None,
+        mode: str = "",
+        whole: bool = False,
     ) -> Any:
         outs = [self.net(x) * scale for x in batch["xs"]]
         if self.python:
@@ -93,7 +109,13 @@ class Takes(nn.Module):
 
 
 X = torch.randn(2, 4, dtype=torch.float64)
-CALL = {"batch": {"xs": [X, X + 1], "mask": None, "n": 3}, "scale": 2, "mask": None, "mode": "sum", "whole": True}
+CALL = {
+    "batch": {"xs": [X, X + 1], "mask": None, "n": 3},
+    "scale": 2,
+    "mask": None,
+    "mode": "sum",
+    "whole": True,
+}
 OTHERS: dict[str, Any] = {
     "batch['xs']": {"batch": {"xs": [X], "mask": None, "n": 3}},
     "batch['mask']": {"batch": {"xs": [X, X], "mask": X[:, :3], "n": 3}},
@@ -162,7 +184,13 @@ def test_rows_are_repeated_where_a_batch_of_one_is_widened() -> None:
 
 def test_shapes_keep_dtypes_and_constants() -> None:
     (x, ids), kwargs = shapes_of(((X, torch.tensor([1])), {"mask": None}))
-    assert (x.is_meta, x.dtype, ids.dtype, ids.shape, kwargs) == (True, torch.float64, torch.int64, (1,), {"mask": None})
+    assert (x.is_meta, x.dtype, ids.dtype, ids.shape, kwargs) == (
+        True,
+        torch.float64,
+        torch.int64,
+        (1,),
+        {"mask": None},
+    )
 
 
 def test_objects_in_a_call_stay_as_they_are() -> None:
@@ -201,7 +229,12 @@ def test_a_loader_may_leave_out_the_constants_of_the_example() -> None:
 
     model, loader = Net().double().eval(), [({"x": X},), ([X, None, 2],)]
     criterion = fxprune.criteria.Activation(loader)
-    assert fxprune.prune(model, {"x": X, "mask": None, "scale": 2}, channels=0.5, criterion=criterion).report.params_after > 0
+    assert (
+        fxprune.prune(
+            model, {"x": X, "mask": None, "scale": 2}, channels=0.5, criterion=criterion
+        ).report.params_after
+        > 0
+    )
 
 
 class Fails(nn.Module):
@@ -251,7 +284,8 @@ def test_a_forward_without_self() -> None:
         fxprune.analyze(static, (X, X, X))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of a deep copy of it in older versions of torch
+# of a deep copy of it in older versions of torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_exported_module_is_refused() -> None:
     exported = torch.export.export(nn.Sequential(nn.Linear(4, 16)).double(), (X,)).module()
     for model in (exported, nn.Sequential(exported)):

@@ -20,7 +20,9 @@ from tests.judge.verdict import Verdict, judge, leaves, run
 
 
 def test_a_seed_gives_one_network() -> None:
-    """The same seed draws the same spec, the spec prints as it reads, and its source is always the same."""
+    """The same seed draws the same spec, the spec prints as it reads, and its source is always the
+    same.
+    """
     for seed in range(60):
         spec = draw(seed)
         assert spec == draw(seed) == Spec.parse(str(spec))
@@ -28,7 +30,14 @@ def test_a_seed_gives_one_network() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "image:3", "image:3 classify:9", "image layer:3 classify:1 half:2", "image:3 layer:4) classify:9 half:1"]
+    "text",
+    [
+        "",
+        "image:3",
+        "image:3 classify:9",
+        "image layer:3 classify:1 half:2",
+        "image:3 layer:4) classify:9 half:1",
+    ],
 )
 def test_what_is_no_spec_is_said(text: str) -> None:
     """A spec that was cut short is no network."""
@@ -38,7 +47,9 @@ def test_what_is_no_spec_is_said(text: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_block_is_drawn_and_nearly_every_network_runs() -> None:
-    """All kinds of blocks occur, and the networks compute something finite before anything is pruned."""
+    """All kinds of blocks occur, and the networks compute something finite before anything is
+    pruned.
+    """
     kinds: collections.Counter[str] = collections.Counter()
 
     def count(items: tuple[Item, ...]) -> None:
@@ -64,25 +75,42 @@ def test_every_block_is_drawn_and_nearly_every_network_runs() -> None:
 
 
 ONCE_WRONG = {
-    "gradients where a norm of a removed row divides nothing by nothing": "tokens:594 attention:429 objects:961 scope:767",
-    "what a checkpoint computes again": "image:730 layer:779 checkpointed:995(activation:857) layer:3 classify:9 half:2",
+    "gradients where a norm of a removed row divides nothing by nothing": (
+        "tokens:594 attention:429 objects:961 scope:767"
+    ),
+    "what a checkpoint computes again": (
+        "image:730 layer:779 checkpointed:995(activation:857) layer:3 classify:9 half:2"
+    ),
     "a gradient that is rounding, amplified": (
-        "ids:572 layer:192 layer:634 container:860 attention:328 layer:216 scan:768 attention:882 classify:686 channels:37"
+        "ids:572 layer:192 layer:634 container:860 attention:328 layer:216 scan:768 "
+        "attention:882 classify:686 channels:37"
     ),
-    "a size of a parametrised layer": "image:363 layer:181 over_channels:689 classify:807 budget:452",
+    "a size of a parametrised layer": (
+        "image:363 layer:181 over_channels:689 classify:807 budget:452"
+    ),
     "a size behind an operation of two tensors": (
-        "image:363 layer:181 layer:81 joined:975 mixture:326 over_channels:689 norm:383 classify:807 budget:452"
+        "image:363 layer:181 layer:81 joined:975 mixture:326 over_channels:689 norm:383 "
+        "classify:807 budget:452"
     ),
-    "a size of what was written into": "tokens:247 layer:661 in_place:323 over_channels:560 classify:63 scope:583",
-    "axes that are dropped with a batch of one": "image:739 layer:325 layer:221 squeeze_excite:759 plain:618 scope:383",
-    "dropout in what a checkpoint computes again": "ids:805 checkpointed:831(called_twice:483(dropout:143)) plain:49 channels:2",
+    "a size of what was written into": (
+        "tokens:247 layer:661 in_place:323 over_channels:560 classify:63 scope:583"
+    ),
+    "axes that are dropped with a batch of one": (
+        "image:739 layer:325 layer:221 squeeze_excite:759 plain:618 scope:383"
+    ),
+    "dropout in what a checkpoint computes again": (
+        "ids:805 checkpointed:831(called_twice:483(dropout:143)) plain:49 channels:2"
+    ),
     "random slopes before other random numbers": (
         "vector:132 functions_of_two:369 activation:946 drop_path:632 classify:603 half:0"
     ),
-    "a norm whose result lies elsewhere": "image:982 layer:379 norm:670 in_place:371 classify:554 budget:721",
+    "a norm whose result lies elsewhere": (
+        "image:982 layer:379 norm:670 in_place:371 classify:554 budget:721"
+    ),
     "activations that are kept with their gradients": (
-        "image:620 layer:199 layer:590 activation:159 over_channels:418 without_gradients:531(captured:739 "
-        "early_return:464(joined:269)) over_positions:877 optional:308(hooked:420) classify:411 budget:791"
+        "image:620 layer:199 layer:590 activation:159 over_channels:418 "
+        "without_gradients:531(captured:739 early_return:464(joined:269)) over_positions:877 "
+        "optional:308(hooked:420) classify:411 budget:791"
     ),
     "a size behind moved axes": "image:73 layer:306 over_channels:560 dense:495 half:595",
 }
@@ -95,8 +123,13 @@ def test_what_was_wrong_once_is_right(name: str) -> None:
 
 
 def test_blocks_can_be_dropped() -> None:
-    """Dropping any block leaves a network that is written, with the choices of the others as they were."""
-    spec = Spec.parse("tokens:2 layer:1 residual:4(norm:8 activation:1) attention:5 pooled:3 norm:2 classify:9 half:2")
+    """Dropping any block leaves a network that is written, with the choices of the others as they
+    were.
+    """
+    spec = Spec.parse(
+        "tokens:2 layer:1 residual:4(norm:8 activation:1) attention:5 pooled:3 norm:2 classify:9 "
+        "half:2"
+    )
     smaller = list(spec.without_one())
     assert len({str(s) for s in smaller}) == len(smaller) == 8
     for s in smaller:
@@ -119,11 +152,16 @@ def _frozen(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "setting"), [(_changed, "example"), (_in_training, "statistics after training"), (_frozen, "gradients")]
+    ("spoil", "setting"),
+    [(_changed, "example"), (_in_training, "statistics after training"), (_frozen, "gradients")],
 )
-def test_a_wrong_model_is_called_wrong(spoil: Callable[[nn.Module], None], setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_model_is_called_wrong(
+    spoil: Callable[[nn.Module], None], setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pruner that makes a mistake is found out, in the setting in which it shows."""
-    specs = (Spec.parse(f"image:3 layer:1 norm:{n} activation:4 classify:9 half:2") for n in range(1000))
+    specs = (
+        Spec.parse(f"image:3 layer:1 norm:{n} activation:4 classify:9 half:2") for n in range(1000)
+    )
     spec = next(spec for spec in specs if "nn.BatchNorm2d" in write(spec).text)
     assert judge(spec).outcome == "right"
     right = fxprune.prune
@@ -139,8 +177,13 @@ def test_a_wrong_model_is_called_wrong(spoil: Callable[[nn.Module], None], setti
 
 
 def test_an_input_that_the_original_refuses_is_none() -> None:
-    """A norm over groups of one value refuses a batch of one by itself, which the masked original's own statistics would not."""
-    assert "nn.GroupNorm(4, 4)" in write(spec := Spec.parse("vector:524 layer:655 norm:430 plain:301 half:616")).text
+    """A norm over groups of one value refuses a batch of one by itself, which the masked
+    original's own statistics would not.
+    """
+    assert (
+        "nn.GroupNorm(4, 4)"
+        in write(spec := Spec.parse("vector:524 layer:655 norm:430 plain:301 half:616")).text
+    )
     assert judge(spec).outcome in ("right", "whole")
 
 
@@ -148,7 +191,9 @@ def test_a_failure_is_shrunk_to_its_cause() -> None:
     """Blocks that have no part in a failure go."""
 
     def fails_with_norm(spec: Spec) -> Verdict:
-        return Verdict(str(spec), "wrong" if "norm:" in str(spec) else "right", "example: other numbers")
+        return Verdict(
+            str(spec), "wrong" if "norm:" in str(spec) else "right", "example: other numbers"
+        )
 
     spec = Spec.parse("image:3 layer:17 residual:4(norm:8 activation:1) layer:9 classify:9 half:2")
     assert str(shrunk(spec, fails_with_norm)) == "image:3 norm:8 classify:9 half:2"
@@ -167,23 +212,31 @@ def test_a_campaign_counts_what_came_of_each_network() -> None:
 
 
 def _judged(seeds: range) -> collections.Counter[str]:
-    """How many of these seeds' networks had which outcome; fails for one that is wrong, with the command that shows it."""
+    """How many of these seeds' networks had which outcome; fails for one that is wrong, with the
+    command that shows it.
+    """
     outcomes: collections.Counter[str] = collections.Counter()
     for seed in seeds:
         verdict = judge(draw(seed))
-        assert verdict.outcome != "wrong", f"{verdict.what}\n    python -m tests.judge --spec '{verdict.spec}'"
+        assert verdict.outcome != "wrong", (
+            f"{verdict.what}\n    python -m tests.judge --spec '{verdict.spec}'"
+        )
         outcomes[verdict.outcome] += 1
     return outcomes
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_drawn_networks_equal_their_masked_originals(first: int) -> None:
-    """At the example, at other batches and sizes, in training, after save and load, deployed; most of them get smaller."""
+    """At the example, at other batches and sizes, in training, after save and load, deployed; most
+    of them get smaller.
+    """
     assert _judged(range(first, first + 10))["right"] >= 7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 3000, 100))
 def test_two_thousand_drawn_networks_equal_their_masked_originals(first: int) -> None:
-    """The same for more of them; ``python -m tests.judge --count 20000`` draws as many as one likes."""
+    """The same for more of them; ``python -m tests.judge --count 20000`` draws as many as one
+    likes.
+    """
     assert _judged(range(first, first + 100))["right"] >= 85

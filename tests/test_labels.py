@@ -12,8 +12,9 @@ from fxprune.shapes import reshape_blocks
 
 COUNT = 12
 some = st.lists(st.integers(0, COUNT), min_size=1, max_size=5)
-steps = st.lists(st.one_of(st.tuples(st.just("unite"), st.lists(st.tuples(*[st.integers(0, COUNT)] * 2), min_size=1, max_size=5)),
-                           st.tuples(st.just("pin"), some)), max_size=12)  # fmt: skip
+pairs = st.lists(st.tuples(*[st.integers(0, COUNT)] * 2), min_size=1, max_size=5)
+unites, pins = st.tuples(st.just("unite"), pairs), st.tuples(st.just("pin"), some)
+steps = st.lists(st.one_of(unites, pins), max_size=12)
 
 
 class Naive:
@@ -61,7 +62,9 @@ def test_units_are_what_a_naive_union_find_gives(program: Any) -> None:
 def test_live_is_zero_for_what_is_pinned_and_the_smallest_label_otherwise(program: Any) -> None:
     units, naive = run(program)
     labels = np.arange(COUNT + 1)
-    assert units.live(labels).tolist() == [0 if label in naive.of(0) else min(naive.of(label)) for label in range(COUNT + 1)]
+    assert units.live(labels).tolist() == [
+        0 if label in naive.of(0) else min(naive.of(label)) for label in range(COUNT + 1)
+    ]
 
 
 @given(program=steps, more=some)
@@ -103,8 +106,12 @@ def test_fresh_labels_are_new_and_know_their_owner(sizes: list[int]) -> None:
     units = Units()
     made = [units.fresh(n, owner) for owner, n in enumerate(sizes)]
     assert np.concatenate([*made, []]).tolist() == list(range(1, sum(sizes) + 1))
-    assert [units.owners(labels) for labels in made] == [[owner] if n else [] for owner, n in enumerate(sizes)]
-    assert units.owners(np.concatenate([*made, np.zeros(0)]).astype(np.int64)) == [o for o, n in enumerate(sizes) if n]
+    assert [units.owners(labels) for labels in made] == [
+        [owner] if n else [] for owner, n in enumerate(sizes)
+    ]
+    assert units.owners(np.concatenate([*made, np.zeros(0)]).astype(np.int64)) == [
+        o for o, n in enumerate(sizes) if n
+    ]
 
 
 # -- arrays
@@ -115,7 +122,9 @@ def labelled(draw: Any) -> Any:
     """An array that may be constant, or a view with stride 0, along some dimensions."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     own = [draw(st.sampled_from([n, n, 1])) for n in shape]
-    labels = np.array(draw(st.lists(st.integers(0, 3), min_size=int(np.prod(own)), max_size=int(np.prod(own))))).reshape(own)
+    labels = np.array(
+        draw(st.lists(st.integers(0, 3), min_size=int(np.prod(own)), max_size=int(np.prod(own))))
+    ).reshape(own)
     full = np.broadcast_to(labels, shape)
     return full if draw(st.booleans()) else full.copy()
 
@@ -125,14 +134,20 @@ def test_compact_drops_just_what_does_not_vary(labels: Any) -> None:
     small = compact(labels)
     assert np.array_equal(np.broadcast_to(small, labels.shape), labels)
     for d, size in enumerate(labels.shape):
-        constant = all(np.array_equal(labels.take([i], d), labels.take([0], d)) for i in range(size))
+        constant = all(
+            np.array_equal(labels.take([i], d), labels.take([0], d)) for i in range(size)
+        )
         assert small.shape[d] == (1 if constant else size)
 
 
 @given(labels=labelled())
 def test_fields_vary_along_their_dims(labels: Any) -> None:
     small = compact(labels)
-    assert Field(small, True).dims == set(varied(small)) == {d for d, n in enumerate(small.shape) if n > 1}
+    assert (
+        Field(small, True).dims
+        == set(varied(small))
+        == {d for d, n in enumerate(small.shape) if n > 1}
+    )
 
 
 @st.composite
@@ -142,7 +157,9 @@ def reshapes(draw: Any) -> tuple[list[int], list[int]]:
 
     def grouped() -> list[int]:
         cuts = sorted(draw(st.lists(st.integers(0, len(factors)), max_size=4)))
-        return [int(np.prod(factors[a:b])) for a, b in itertools.pairwise([0, *cuts, len(factors)])]
+        return [
+            int(np.prod(factors[a:b])) for a, b in itertools.pairwise([0, *cuts, len(factors)])
+        ]
 
     return grouped(), grouped()
 
@@ -161,7 +178,9 @@ def test_blocks_of_a_reshape_are_complete_and_smallest(shapes: Any) -> None:
 
 @given(shapes=reshapes())
 def test_blocks_of_a_reshape_are_reshaped_apart(shapes: Any) -> None:
-    """An index that varies within one block of the old shape varies within that block of the new one, as np.reshape says."""
+    """An index that varies within one block of the old shape varies within that block of the new
+    one, as np.reshape says.
+    """
     old, new = shapes
     for ins, outs in reshape_blocks(old, new):
         own = [n if d in ins else 1 for d, n in enumerate(old)]
@@ -174,5 +193,8 @@ def test_blocks_of_a_reshape_are_reshaped_apart(shapes: Any) -> None:
 def test_an_element_survives_when_all_its_labels_do() -> None:
     alive = np.array([True, True, False, True])
     rows, columns = np.array([[1], [2]]), np.array([[3, 2, 0]])
-    assert alive_mask([rows, columns], alive).tolist() == [[True, False, True], [False, False, False]]
+    assert alive_mask([rows, columns], alive).tolist() == [
+        [True, False, True],
+        [False, False, False],
+    ]
     assert alive_mask([], alive).all()

@@ -12,12 +12,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import ArgumentError
-from fxprune.latency import Latency, Roofline, Setting, Timing, measure, measuring, roofline, time_in_turns
+from fxprune.latency import (
+    Latency,
+    Roofline,
+    Setting,
+    Timing,
+    measure,
+    measuring,
+    roofline,
+    time_in_turns,
+)
 from fxprune.latency.cuda import captured, peak_bytes
 from tests.support.checking import assert_unharmed, snapshot
 
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU, and torch sees none"
+)
 QUICK = {"rounds": 2, "seconds": 0.005}
 
 
@@ -30,7 +41,9 @@ class Recording(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if not x.is_meta:
-            self.seen[0].append((x, scale, self.conv.weight, self.training, torch.is_grad_enabled()))
+            self.seen[0].append(
+                (x, scale, self.conv.weight, self.training, torch.is_grad_enabled())
+            )
         return self.conv(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
@@ -45,14 +58,20 @@ def test_runs_take_turns() -> None:
     found = time_in_turns(runs, rounds=4, seconds=1e-9, warm_up=1)
     assert {timing.count for timing in found.values()} == {4}
     turns = [name for name, _ in itertools.groupby(order)]
-    assert "".join(turns[3:]) == "abc" + "bca" + "cab" + "abc"  # behind the warm-up; in a turn, calls that do not count come first
+    # behind the warm-up; in a turn, calls that do not count come first
+    assert "".join(turns[3:]) == "abc" + "bca" + "cab" + "abc"
 
 
 def test_what_is_timed_runs_in_the_mode_of_the_caller() -> None:
     seen: list[bool] = []
     for mode in (True, False):
         with torch.inference_mode(mode):
-            time_in_turns({"run": lambda: seen.append(torch.is_inference_mode_enabled())}, rounds=1, seconds=1e-9, warm_up=1)
+            time_in_turns(
+                {"run": lambda: seen.append(torch.is_inference_mode_enabled())},
+                rounds=1,
+                seconds=1e-9,
+                warm_up=1,
+            )
             assert set(seen) == {mode}
             seen.clear()
 
@@ -61,7 +80,9 @@ def test_the_median_and_the_quartiles() -> None:
     assert Timing.of([5.0, 1.0, 100.0, 2.0, 3.0, 4.0, 6.0, 7.0]) == Timing(4.5, 3.0, 7.0, 8)
 
 
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"seconds": 0}, {"rounds": 2.5}, {"seconds": "long"}])
+@pytest.mark.parametrize(
+    "options", [{"rounds": 0}, {"seconds": 0}, {"rounds": 2.5}, {"seconds": "long"}]
+)
 def test_nothing_to_time(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=f"{next(iter(options))}="):
         time_in_turns({"run": lambda: None}, **options)
@@ -91,12 +112,19 @@ def test_no_gpu() -> None:
     assert Setting().place == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_what_runs_is_what_was_asked_for(precision: str, dtype: torch.dtype) -> None:
     seen: list[Any] = []
     model = Recording(seen).train()
     before = snapshot(model)
-    found = measure({"model": model}, (torch.zeros(2, 3, 8, 8), torch.tensor(2)), Setting("cpu", precision, batch=5), **QUICK)
+    found = measure(
+        {"model": model},
+        (torch.zeros(2, 3, 8, 8), torch.tensor(2)),
+        Setting("cpu", precision, batch=5),
+        **QUICK,
+    )
     assert_unharmed(model, before)
     assert model.training
     assert seen
@@ -149,11 +177,18 @@ def test_inputs_by_name_and_compiled() -> None:
 
     torch._dynamo.reset()
     inputs = {"x": torch.zeros(2, 3), "y": torch.zeros(2, 3)}
-    assert measure({"model": Named()}, inputs, Setting("cpu", mode="compiled"), **QUICK)["model"].timing.count == 2
+    assert (
+        measure({"model": Named()}, inputs, Setting("cpu", mode="compiled"), **QUICK)[
+            "model"
+        ].timing.count
+        == 2
+    )
 
 
 def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten models of one class: torch compiles the code of a class eight times, and then runs it as it is."""
+    """Ten models of one class: torch compiles the code of a class eight times, and then runs it as
+    it is.
+    """
 
     class Wide(nn.Module):
         def __init__(self, width: int) -> None:
@@ -176,17 +211,28 @@ def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     widths = range(1, 11)
-    measure({str(width): Wide(width) for width in widths}, torch.zeros(2, 3), Setting("cpu", mode="compiled"), **QUICK)
+    measure(
+        {str(width): Wide(width) for width in widths},
+        torch.zeros(2, 3),
+        Setting("cpu", mode="compiled"),
+        **QUICK,
+    )
     assert set(compiled) == set(widths)
 
 
 class OnAGpu:
-    """Stands in for a GPU: what was done, in order, and a clock that every call moves by a millisecond."""
+    """Stands in for a GPU: what was done, in order, and a clock that every call moves by a
+    millisecond.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.now, self.used, self.peak, self.mode = 0.0, 1000, 0, 0
-        for name, made in {"Event": self._event, "Stream": self._new_stream, "CUDAGraph": self._cudagraph}.items():
+        for name, made in {
+            "Event": self._event,
+            "Stream": self._new_stream,
+            "CUDAGraph": self._cudagraph,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, made)
         for name in ("device", "stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, functools.partial(self._entered, name))
@@ -197,7 +243,9 @@ class OnAGpu:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.used)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.peak)
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
-        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", functools.partial(setattr, self, "mode"))
+        monkeypatch.setattr(
+            torch.cuda, "set_sync_debug_mode", functools.partial(setattr, self, "mode")
+        )
 
     def call(self) -> str:
         self.log.append("call")
@@ -229,8 +277,13 @@ class OnAGpu:
 
 def test_events_time_every_call_on_the_gpu_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
     there = OnAGpu(monkeypatch)
-    found = time_in_turns({"a": there.call, "b": there.call}, "cuda:1", rounds=2, seconds=1e-9, warm_up=1)
-    assert {name: (timing.ms, timing.count) for name, timing in found.items()} == {"a": (1.0, 6), "b": (1.0, 6)}
+    found = time_in_turns(
+        {"a": there.call, "b": there.call}, "cuda:1", rounds=2, seconds=1e-9, warm_up=1
+    )
+    assert {name: (timing.ms, timing.count) for name, timing in found.items()} == {
+        "a": (1.0, 6),
+        "b": (1.0, 6),
+    }
     assert there.log[0] == "device cuda:1"
     assert there.log[-2:] == ["synchronize", "leave device"]
 
@@ -238,7 +291,16 @@ def test_events_time_every_call_on_the_gpu_that_was_named(monkeypatch: pytest.Mo
 def test_a_recording_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     there = OnAGpu(monkeypatch)
     replay = captured(there.call)
-    assert there.log == ["wait", "stream", *["call"] * 4, "leave stream", "wait", "graph", "call", "leave graph"]
+    assert there.log == [
+        "wait",
+        "stream",
+        *["call"] * 4,
+        "leave stream",
+        "wait",
+        "graph",
+        "call",
+        "leave graph",
+    ]
     assert there.mode == 0
     replay()
     assert there.log[-1] == "replay"
@@ -267,10 +329,20 @@ def test_on_a_gpu(mode: str, precision: str) -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     before = torch.backends.cuda.matmul.allow_tf32
-    found = measure({"model": model}, torch.zeros(2, 3, 16, 16), Setting("cuda", precision, mode, batch=4), **QUICK)["model"]
+    found = measure(
+        {"model": model},
+        torch.zeros(2, 3, 16, 16),
+        Setting("cuda", precision, mode, batch=4),
+        **QUICK,
+    )["model"]
     assert found.timing.count >= 6
     assert found.peak_bytes is not None
-    weights, bytes_each = sum(parameter.numel() for parameter in model.parameters()), 2 if precision.endswith("16") else 4
+    weights, bytes_each = (
+        sum(parameter.numel() for parameter in model.parameters()),
+        2 if precision.endswith("16") else 4,
+    )
     images, outputs = 4 * 3 * 16**2, 4 * 8 * 12**2
-    assert (weights + images + outputs) * bytes_each <= found.peak_bytes <= 2**26, "the model's own, and what cuDNN works with"
+    assert (weights + images + outputs) * bytes_each <= found.peak_bytes <= 2**26, (
+        "the model's own, and what cuDNN works with"
+    )
     assert torch.backends.cuda.matmul.allow_tf32 == before

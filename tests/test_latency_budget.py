@@ -1,4 +1,6 @@
-"""A latency budget: what is forecast, chosen, measured and corrected. Clocks are put in that tell what can be known."""
+"""A latency budget: what is forecast, chosen, measured and corrected. Clocks are put in that tell
+what can be known.
+"""
 
 import contextlib
 import json
@@ -33,11 +35,14 @@ from tests.zoo import CASES
 from tests.zoo.case import Case
 
 CPU = Setting("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU, and torch sees none"
+)
 
 
 class Work(Table):
-    """A clock that takes a millisecond for each thousand multiply-accumulates, and for nothing else; it never reads the real one.
+    """A clock that takes a millisecond for each thousand multiply-accumulates, and for nothing
+    else; it never reads the real one.
 
     ``dislikes`` says of a description how much longer it takes.
     """
@@ -59,7 +64,9 @@ class Work(Table):
         pass
 
 
-def forecast_of(model: nn.Module, example: Any, table: Table | None = None) -> tuple[Coupling, Forecast]:
+def forecast_of(
+    model: nn.Module, example: Any, table: Table | None = None
+) -> tuple[Coupling, Forecast]:
     dense = fxprune.deploy(fxprune.prune(model, example, channels=1.0).model)
     coupling = fxprune.analyze(model, example)
     return coupling, Forecast(coupling, dense, example, CPU, table or Work())
@@ -72,11 +79,15 @@ def counts_of(coupling: Coupling, forecast: Forecast, kept: dict[str, tuple[int,
 
 
 class Net(nn.Module):
-    """A residual stream, grouped and depthwise convolutions, a transposed one and a linear layer."""
+    """A residual stream, grouped and depthwise convolutions, a transposed one and a linear
+    layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+        )
         self.grouped = nn.Conv2d(32, 48, 3, padding=1, groups=4, bias=False)
         self.norm = nn.BatchNorm2d(48)
         self.depthwise = nn.Conv2d(48, 48, 3, padding=1, groups=48)
@@ -92,7 +103,7 @@ class Net(nn.Module):
 EXAMPLE = torch.randn(2, 3, 8, 8)
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------------------- the table
 
 
 def test_a_table_is_kept_on_disk(tmp_path: Path) -> None:
@@ -147,7 +158,7 @@ def test_where_tables_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     table.save()  # it is done without
 
 
-# ------------------------------------------------------------------------------------------------------------ the surface
+# ------------------------------------------------------------------------------------- the surface
 
 
 def test_a_surface_goes_through_its_points_and_straight_between() -> None:
@@ -156,7 +167,12 @@ def test_a_surface_goes_through_its_points_and_straight_between() -> None:
     for a in axes[0]:
         for b in axes[1]:
             assert surface.at(np.array([[a, b]], dtype=float)) == a * b
-    assert surface.at(np.array([[3.0, 2.0], [6.0, 1.5], [1.0, 1.0], [10.0, 3.0]])).tolist() == [6.0, 9.0, 1.0, 30.0]
+    assert surface.at(np.array([[3.0, 2.0], [6.0, 1.5], [1.0, 1.0], [10.0, 3.0]])).tolist() == [
+        6.0,
+        9.0,
+        1.0,
+        30.0,
+    ]
 
 
 def test_less_work_that_took_longer_is_measured_again() -> None:
@@ -180,12 +196,14 @@ def test_a_grid_ends_at_the_full_width(full: int, axes: int) -> None:
     assert list(found) == sorted(set(found))
 
 
-# ----------------------------------------------------------------------------------------------------------- the forecast
+# ------------------------------------------------------------------------------------ the forecast
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_forecast_by_work_is_the_work(case: Case) -> None:
-    """Every contraction of the deployed model is found, once, and at other widths it is what the smaller model runs."""
+    """Every contraction of the deployed model is found, once, and at other widths it is what the
+    smaller model runs.
+    """
     torch.manual_seed(0)
     model, example = case.build(case.width).eval(), case.inputs(2)
     coupling, forecast = forecast_of(model, example)
@@ -213,17 +231,23 @@ def test_what_is_saved_is_the_difference() -> None:
 def test_a_fit_meets_the_dense_model_and_comes_near_the_others() -> None:
     _, forecast = forecast_of(Net().eval(), EXAMPLE)
     half, quarter = forecast.full // 2, forecast.full // 4
-    known = [(c, 2e-6 * forecast._measured(c) + 3e-6 * forecast._rest.at(c) + 0.5) for c in (forecast.full, half, quarter)]
+    known = [
+        (c, 2e-6 * forecast._measured(c) + 3e-6 * forecast._rest.at(c) + 0.5)
+        for c in (forecast.full, half, quarter)
+    ]
     forecast.fit(known)
     for counts, ms in known:
         assert forecast.at(counts) == pytest.approx(1e6 * ms, rel=1e-6)
-    forecast.fit([(forecast.full, 7.0), (half, 9.0)])  # slower with half of the work: no weight may be negative for that
+    # slower with half of the work: no weight may be negative for that
+    forecast.fit([(forecast.full, 7.0), (half, 9.0)])
     assert forecast.at(forecast.full) == pytest.approx(7e6, rel=1e-6)
     assert min(forecast._factors) >= 0
 
 
 def test_widths_land_on_the_steps_that_the_device_likes() -> None:
-    """A device for which a convolution takes twice as long where a width is not a multiple of 8."""
+    """A device for which a convolution takes twice as long where a width is not a multiple of
+    8.
+    """
 
     def dislikes(description: str) -> float:
         if "weight=" not in description:
@@ -232,14 +256,18 @@ def test_widths_land_on_the_steps_that_the_device_likes() -> None:
         return 2.0 if int(out) % 8 or int(into) % 8 else 1.0
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 1)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 1)
+    ).eval()
     example = torch.randn(1, 3, 8, 8)
     coupling, forecast = forecast_of(model, example, Work(dislikes))
     assert forecast.steps == (8, 8)
     _, indifferent = forecast_of(model, example)
     assert indifferent.steps == (1, 1)
     kept = select(coupling, rank("cpmc", coupling, model), Budget(latency=0.4), forecast)
-    assert all(len(own) % 8 == 0 for own in kept.values()), {name: len(own) for name, own in kept.items()}
+    assert all(len(own) % 8 == 0 for own in kept.values()), {
+        name: len(own) for name, own in kept.items()
+    }
     assert forecast.at(counts_of(coupling, forecast, kept)) <= 0.4 * forecast.at(forecast.full)
 
 
@@ -252,7 +280,9 @@ def test_layers_run_at_other_widths() -> None:
     sizes, seen = Sizes(coupling, kinds), list[Layer]()
     state = snapshot(dense)
     with torch.inference_mode():
-        record(dense, EXAMPLE, coupling, sizes, lambda layer, again: (seen.append(layer), again()()))  # type: ignore[func-returns-value]
+        record(
+            dense, EXAMPLE, coupling, sizes, lambda layer, again: (seen.append(layer), again()())
+        )  # type: ignore[func-returns-value]
         assert_unharmed(dense, state)
         for layer in seen:
             layer.prepared({}, torch.device("cpu"))()
@@ -264,7 +294,7 @@ def test_layers_run_at_other_widths() -> None:
     assert not any("norm" in layer.node for layer in seen), "folded"
 
 
-# ------------------------------------------------------------------------------------------------------------- the choice
+# -------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
@@ -275,10 +305,14 @@ def test_exchanges_keep_more_within_the_same_time(share: float) -> None:
     ranking = rank("cpmc", coupling, model)
 
     def worth(kept: dict[str, tuple[int, ...]]) -> float:
-        return sum(float(ranking.value[group.units[list(kept[group.name])]].sum()) for group in coupling.groups)
+        return sum(
+            float(ranking.value[group.units[list(kept[group.name])]].sum())
+            for group in coupling.groups
+        )
 
     exchanged = select(coupling, ranking, Budget(latency=share), forecast)
-    greedy = select(coupling, ranking, Budget(macs=share), forecast)  # the table counts MACs; without a latency nothing is traded
+    # the table counts MACs; without a latency nothing is traded
+    greedy = select(coupling, ranking, Budget(macs=share), forecast)
     limit = share * forecast.at(forecast.full)
     assert forecast.at(counts_of(coupling, forecast, exchanged)) <= limit
     assert worth(exchanged) >= worth(greedy) * (1 - 1e-9)
@@ -288,7 +322,12 @@ def test_all_of_several_budgets_hold() -> None:
     torch.manual_seed(0)
     model = Net().eval()
     coupling, forecast = forecast_of(model, EXAMPLE)
-    kept = select(coupling, rank("cpmc", coupling, model), Budget(latency=0.6, params=0.3, min_channels=4), forecast)
+    kept = select(
+        coupling,
+        rank("cpmc", coupling, model),
+        Budget(latency=0.6, params=0.3, min_channels=4),
+        forecast,
+    )
     counts = counts_of(coupling, forecast, kept)
     params = params_of(coupling, forecast.kinds)
     assert forecast.at(counts) <= 0.6 * forecast.at(forecast.full)
@@ -296,15 +335,19 @@ def test_all_of_several_budgets_hold() -> None:
     assert all(len(own) >= 4 for own in kept.values())
 
 
-# ------------------------------------------------------------------------------------------------------------- the search
+# -------------------------------------------------------------------------------------- the search
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], float]]:
-    """Measured times are a function of a model's multiply-accumulates; put another one in to change it."""
+    """Measured times are a function of a model's multiply-accumulates; put another one in to
+    change it.
+    """
     law: list[Callable[[int], float]] = [lambda macs: 1e-3 * macs]
 
-    def told(models: dict[str, nn.Module], example: Any, setting: Setting, **_: Any) -> dict[str, Timing]:
+    def told(
+        models: dict[str, nn.Module], example: Any, setting: Setting, **_: Any
+    ) -> dict[str, Timing]:
         found = {name: law[0](cost_of(model, example).macs) for name, model in models.items()}
         return {name: Timing(ms, ms, ms, 1) for name, ms in found.items()}
 
@@ -331,7 +374,9 @@ def test_a_latency_budget_is_met(clock: list[Callable[[int], float]]) -> None:
 
 
 def test_the_aim_is_corrected_by_what_is_measured(clock: list[Callable[[int], float]]) -> None:
-    """A device on which small models gain little: neither a share of the work nor a constant on top describes it."""
+    """A device on which small models gain little: neither a share of the work nor a constant on
+    top describes it.
+    """
     clock[0] = lambda macs: macs**0.6
     torch.manual_seed(0)
     row = fxprune.prune(Net().eval(), EXAMPLE, latency=0.6, device="cpu").report.latency
@@ -341,14 +386,19 @@ def test_the_aim_is_corrected_by_what_is_measured(clock: list[Callable[[int], fl
 
 
 def test_what_cannot_be_reached(clock: list[Callable[[int], float]]) -> None:
-    with pytest.raises(BudgetError, match=r"latency=0.0001 cannot be reached: the smallest model .* has latency=0\.\d+"):
+    with pytest.raises(
+        BudgetError,
+        match=r"latency=0.0001 cannot be reached: the smallest model .* has latency=0\.\d+",
+    ):
         fxprune.prune(Net().eval(), EXAMPLE, latency=0.0001, device="cpu")
     clock[0] = lambda macs: 1000.0 + macs / 1e9  # whatever is removed, it stays as slow
     with pytest.raises(BudgetError, match="latency"):
         fxprune.prune(Net().eval(), EXAMPLE, latency=0.5, device="cpu")
 
 
-def test_nothing_slower_than_the_dense_model_is_chosen(clock: list[Callable[[int], float]]) -> None:
+def test_nothing_slower_than_the_dense_model_is_chosen(
+    clock: list[Callable[[int], float]],
+) -> None:
     dense = cost_of(Net(), EXAMPLE).macs
     clock[0] = lambda macs: 1.0 if macs == dense else 2.0  # all that is pruned is slower
     kept = fxprune.prune(Net().eval(), EXAMPLE, latency=1.0, device="cpu")
@@ -360,8 +410,12 @@ def test_nothing_slower_than_the_dense_model_is_chosen(clock: list[Callable[[int
 def test_the_smallest_model_may_be_forecast_to_be_the_slowest(
     clock: list[Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of small layers, measured, the narrow ones can take longer: a budget that the dense model keeps is kept all the same."""
-    monkeypatch.setattr(Forecast, "at", lambda self, counts: 1000 + int((self.full - counts).sum()))
+    """Of small layers, measured, the narrow ones can take longer: a budget that the dense model
+    keeps is kept all the same.
+    """
+    monkeypatch.setattr(
+        Forecast, "at", lambda self, counts: 1000 + int((self.full - counts).sum())
+    )
     kept = fxprune.prune(Net().eval(), EXAMPLE, latency=1.0, device="cpu")
     assert all(row.kept == row.total for row in kept.report.groups)
     with pytest.raises(BudgetError, match="cannot be reached"):
@@ -369,7 +423,9 @@ def test_the_smallest_model_may_be_forecast_to_be_the_slowest(
 
 
 def test_what_the_readme_says(clock: list[Callable[[int], float]]) -> None:
-    """Its other examples run as they stand; this one on a clock that does not depend on what else the machine does."""
+    """Its other examples run as they stand; this one on a clock that does not depend on what else
+    the machine does.
+    """
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = text.split("```py\n")[1:]
     assert len(blocks) == 1
@@ -399,7 +455,9 @@ def test_latency_needs_data() -> None:
 
 @pytest.mark.slow  # two minutes: each layer runs at dozens of widths
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[int], float]]) -> None:
+def test_families_within_a_latency_budget(
+    family: Family, clock: list[Callable[[int], float]]
+) -> None:
     torch.manual_seed(0)
     model, example = family.build().eval(), torch.randn(2, *family.shape)
     row = fxprune.prune(model, example, latency=0.6, device="cpu", verify=True).report.latency
@@ -408,7 +466,9 @@ def test_families_within_a_latency_budget(family: Family, clock: list[Callable[[
 
 
 @pytest.mark.long
-def test_a_model_that_writes_into_a_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_writes_into_a_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
 
     class Decays(nn.Module):
@@ -429,11 +489,17 @@ def test_a_model_that_writes_into_a_buffer(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow  # half a minute of measuring
 def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asserted about times, which whatever else runs here may spoil, to the point that the budget is refused."""
+    """Nothing is asserted about times, which whatever else runs here may spoil, to the point that
+    the budget is refused.
+    """
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
-    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)
+    ).eval()
     try:
-        row = fxprune.prune(net, torch.randn(4, 3, 48, 48), latency=0.8, device=Setting("cpu", batch=8)).report.latency
+        row = fxprune.prune(
+            net, torch.randn(4, 3, 48, 48), latency=0.8, device=Setting("cpu", batch=8)
+        ).report.latency
     except BudgetError as error:
         assert "was not reached" in str(error)  # noqa: PT017 - either outcome is right
     else:
@@ -442,7 +508,9 @@ def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert "batch 8" in row.setting
     (file,) = tmp_path.iterdir()
     times = json.loads(file.read_text())["ms"]
-    assert sum("weight=float32[" in description for description in times) > 36, "the second layer's grid alone has so many"
+    assert sum("weight=float32[" in description for description in times) > 36, (
+        "the second layer's grid alone has so many"
+    )
     assert all(ms > 0 for ms in times.values())
 
 
@@ -452,7 +520,9 @@ def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_on_a_gpu(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.ReLU(), nn.Conv2d(512, 8, 3)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.ReLU(), nn.Conv2d(512, 8, 3)
+    ).eval()
     setting = Setting("cuda", precision="bf16", mode=mode, batch=64)
     row = fxprune.prune(net, torch.randn(1, 3, 64, 64), latency=0.6, device=setting).report.latency
     assert row is not None

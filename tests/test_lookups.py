@@ -79,7 +79,16 @@ def in_another_table(x: Tensor) -> Tensor:
     return x * 2 if size in STRIDES else x
 
 
-MISSES = [in_a_set, in_a_dict, in_a_literal, in_a_literal_of_pairs, by_what_fails, how_many_sizes, beside_a_table, in_another_table]
+MISSES = [
+    in_a_set,
+    in_a_dict,
+    in_a_literal,
+    in_a_literal_of_pairs,
+    by_what_fails,
+    how_many_sizes,
+    beside_a_table,
+    in_another_table,
+]
 
 
 def taken(function: Callable[[Tensor], Tensor], training: bool = False) -> list[int]:
@@ -100,7 +109,9 @@ def taken(function: Callable[[Tensor], Tensor], training: bool = False) -> list[
 
 
 @pytest.mark.parametrize("function", MISSES, ids=lambda function: function.__name__)
-def test_what_is_not_there_may_be_there_for_another_size(function: Callable[[Tensor], Tensor]) -> None:
+def test_what_is_not_there_may_be_there_for_another_size(
+    function: Callable[[Tensor], Tensor],
+) -> None:
     assert taken(function) == [8]
 
 
@@ -144,7 +155,9 @@ FILLED = [into_a_table, into_a_table_of_pairs, remembered, in_one_set, by_name]
 
 
 @pytest.mark.parametrize("function", FILLED, ids=lambda function: function.__name__)
-def test_a_table_that_forward_fills_holds_for_every_size(function: Callable[[Tensor], Tensor]) -> None:
+def test_a_table_that_forward_fills_holds_for_every_size(
+    function: Callable[[Tensor], Tensor],
+) -> None:
     assert taken(function) == [8, 9, 10, 7]
 
 
@@ -200,7 +213,13 @@ def in_a_global_that_grows(x: Tensor) -> Tensor:
     return x * GRID[: x.shape[-1]]
 
 
-TABLES = [into_a_table, into_a_table_of_pairs, beside_the_model, in_a_dict_of_an_object, in_a_global_that_grows]
+TABLES = [
+    into_a_table,
+    into_a_table_of_pairs,
+    beside_the_model,
+    in_a_dict_of_an_object,
+    in_a_global_that_grows,
+]
 
 
 @pytest.fixture
@@ -212,8 +231,12 @@ def _anew() -> None:
 
 @pytest.mark.usefixtures("_anew")
 @pytest.mark.parametrize("function", TABLES, ids=lambda function: function.__name__)
-def test_a_table_outside_is_computed_whenever_the_model_was_called(function: Callable[[Tensor], Tensor]) -> None:
-    """Before pruning, between pruning and the proof, or never: the graph is the same one, for every size."""
+def test_a_table_outside_is_computed_whenever_the_model_was_called(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """Before pruning, between pruning and the proof, or never: the graph is the same one, for
+    every size.
+    """
     model, x = Looks(function).double(), torch.randn(2, 3, 9, 8, dtype=torch.float64)
     before = fxprune.prune(model, x, channels=0.5)
     model(x)
@@ -244,7 +267,9 @@ def test_a_table_that_somebody_changed_is_a_constant() -> None:
 
 @pytest.mark.filterwarnings("ignore:channels=0.5 was asked for")
 def test_what_python_does_on_other_ways_is_taken_back() -> None:
-    """Questions about values are answered otherwise, too: what the model keeps there is none of the user's."""
+    """Questions about values are answered otherwise, too: what the model keeps there is none of
+    the user's.
+    """
 
     class Asks(Looks):
         def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,10 @@ def same(module: nn.Module, plain: nn.Module, *args: Any, **kwargs: Any) -> None
     with torch.no_grad():
         found, expected = plain(*args, **kwargs), module(*args, **kwargs)
     assert (found[1] is None) == (expected[1] is None)
-    assert relative_error([t for t in found if t is not None], [t for t in expected if t is not None]) <= 1e-12
+    assert (
+        relative_error([t for t in found if t is not None], [t for t in expected if t is not None])
+        <= 1e-12
+    )
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -62,12 +65,15 @@ def test_cross_attention(batched: bool, widths: dict[str, int], need_weights: bo
 
 
 OPTIONS = [
-    dict(zip(("bias", "add_bias_kv", "add_zero_attn"), flags, strict=True)) for flags in itertools.product([True, False], repeat=3)
+    dict(zip(("bias", "add_bias_kv", "add_zero_attn"), flags, strict=True))
+    for flags in itertools.product([True, False], repeat=3)
 ]
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(k for k, v in o.items() if v) or "none")
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: " ".join(k for k, v in o.items() if v) or "none"
+)
 def test_biases_and_added_tokens(options: dict[str, bool], need_weights: bool) -> None:
     module, plain = pair(**options)
     masks = {"attn_mask": draw(TOKENS, SOURCE), "key_padding_mask": draw(BATCH, SOURCE)}
@@ -85,7 +91,9 @@ def mask(kind: str, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("shape", [(TOKENS, SOURCE), (BATCH * HEADS, TOKENS, SOURCE)], ids=["2d", "3d"])
+@pytest.mark.parametrize(
+    "shape", [(TOKENS, SOURCE), (BATCH * HEADS, TOKENS, SOURCE)], ids=["2d", "3d"]
+)
 def test_attention_masks(kind: str, shape: tuple[int, ...], need_weights: bool) -> None:
     module, plain = pair(batch_first=True)
     same(module, plain, *inputs(module), attn_mask=mask(kind, *shape), need_weights=need_weights)
@@ -97,7 +105,13 @@ def test_attention_masks(kind: str, shape: tuple[int, ...], need_weights: bool) 
 def test_padding_masks(kind: str, batched: bool, need_weights: bool) -> None:
     module, plain = pair(batch_first=True)
     padding = mask(kind, BATCH, SOURCE) if batched else mask(kind, SOURCE)
-    same(module, plain, *inputs(module, batched), key_padding_mask=padding, need_weights=need_weights)
+    same(
+        module,
+        plain,
+        *inputs(module, batched),
+        key_padding_mask=padding,
+        need_weights=need_weights,
+    )
     both = {"attn_mask": mask(kind, TOKENS, SOURCE), "key_padding_mask": padding}
     same(module, plain, *inputs(module, batched), need_weights=need_weights, **both)
 
@@ -130,7 +144,9 @@ def test_dropout_draws_the_same_numbers(need_weights: bool) -> None:
     assert relative_error(outputs[0], plain.eval()(query, query, query)[0]) > 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 10}, {"add_bias_kv": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kdim": 6, "vdim": 10}, {"add_bias_kv": True}, {"bias": False}], ids=str
+)
 def test_state_dict_keys(options: dict[str, Any]) -> None:
     module, plain = pair(**options)
     assert list(plain.state_dict()) == list(module.state_dict())
@@ -138,12 +154,16 @@ def test_state_dict_keys(options: dict[str, Any]) -> None:
 
 def test_parameters_are_shared_with_the_source() -> None:
     module = nn.MultiheadAttention(WIDTH, HEADS)
-    assert all(a is b for a, b in zip(lower(module).parameters(), module.parameters(), strict=True))
+    assert all(
+        a is b for a, b in zip(lower(module).parameters(), module.parameters(), strict=True)
+    )
 
 
 def test_a_module_under_two_names_stays_one() -> None:
     attention = nn.MultiheadAttention(WIDTH, HEADS)
-    lowered = lower(nn.ModuleDict({"a": attention, "b": nn.Sequential(attention, nn.Linear(2, 2))}))
+    lowered = lower(
+        nn.ModuleDict({"a": attention, "b": nn.Sequential(attention, nn.Linear(2, 2))})
+    )
     assert isinstance(lowered["a"], PlainAttention)
     assert lowered["a"] is lowered["b"][0]
     assert type(lowered["b"][1]) is nn.Linear

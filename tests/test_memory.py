@@ -1,4 +1,6 @@
-"""What writes, and what shares memory: said by names and schemas, and held against what torch does."""
+"""What writes, and what shares memory: said by names and schemas, and held against what torch
+does.
+"""
 
 import operator
 from typing import Any
@@ -53,37 +55,64 @@ def test_what_is_written_is_the_first_argument_or_out() -> None:
     x, y = graph.placeholder("x"), graph.placeholder("y")
     assert list(written(graph.call_function(operator.iadd, (x, y)))) == [x]
     assert set(written(graph.call_function(torch.add, (x, y), {"out": y}))) == {x, y}
-    assert set(written(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}  # nobody says what it does
+    # nobody says what it does
+    assert set(written(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}
 
 
 @pytest.mark.parametrize(
     "target",
-    ["view", "reshape", "flatten", "__getitem__", "contiguous", "chunk", "dropout", "unheard_of", operator.getitem, torch.squeeze],
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "__getitem__",
+        "contiguous",
+        "chunk",
+        "dropout",
+        "unheard_of",
+        operator.getitem,
+        torch.squeeze,
+    ],
 )
 def test_what_may_share_memory(target: Any) -> None:
     x, node = call(target)
     assert shares(node, nn.Module()) is x
 
 
-@pytest.mark.parametrize("target", ["clone", "relu", "mean", "matmul", operator.add, operator.truediv, nn.functional.linear])
+@pytest.mark.parametrize(
+    "target",
+    ["clone", "relu", "mean", "matmul", operator.add, operator.truediv, nn.functional.linear],
+)
 def test_what_does_not(target: Any) -> None:
     assert shares(call(target)[1], nn.Module()) is None
 
 
 def test_modules() -> None:
-    root = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1), "flatten": nn.Flatten(), "relu": nn.ReLU(inplace=True)})
+    root = nn.ModuleDict(
+        {"conv": nn.Conv2d(3, 3, 1), "flatten": nn.Flatten(), "relu": nn.ReLU(inplace=True)}
+    )
     graph = fx.Graph()
     x = graph.placeholder("x")
     nodes = {name: graph.call_module(name, (x,)) for name in root}
-    assert {name: shares(node, root) for name, node in nodes.items()} == {"conv": None, "flatten": x, "relu": x}
-    assert {name: writes(node, root) for name, node in nodes.items()} == {"conv": False, "flatten": False, "relu": True}
+    assert {name: shares(node, root) for name, node in nodes.items()} == {
+        "conv": None,
+        "flatten": x,
+        "relu": x,
+    }
+    assert {name: writes(node, root) for name, node in nodes.items()} == {
+        "conv": False,
+        "flatten": False,
+        "relu": True,
+    }
 
 
 _VALUES: dict[str, Any] = {"int": 1, "float": 0.5, "bool": False, "number": 1, "List[int]": [1]}
 
 
 def results(operation: Any, x: torch.Tensor) -> list[Any]:
-    """What an operation gives for one tensor and made-up numbers; nothing if it does not take them."""
+    """What an operation gives for one tensor and made-up numbers; nothing if it does not take
+    them.
+    """
     first, *rest = operation._schema.arguments or [None]
     kinds = [str(argument.type) for argument in rest if not argument.has_default_value()]
     if first is None or str(first.type) != "Tensor" or any(kind not in _VALUES for kind in kinds):
@@ -96,7 +125,12 @@ def results(operation: Any, x: torch.Tensor) -> list[Any]:
 
 
 def is_memory_of(result: Any, x: torch.Tensor) -> bool:
-    if not isinstance(result, torch.Tensor) or not result.numel() or result.layout != torch.strided or result.is_meta:
+    if (
+        not isinstance(result, torch.Tensor)
+        or not result.numel()
+        or result.layout != torch.strided
+        or result.is_meta
+    ):
         return False
     try:
         return result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
@@ -104,20 +138,29 @@ def is_memory_of(result: Any, x: torch.Tensor) -> bool:
         return False
 
 
-@pytest.mark.filterwarnings("ignore")  # deprecated and experimental operations are tried as well, and say so once per process
+# deprecated and experimental operations are tried as well, and say so once per process
+@pytest.mark.filterwarnings("ignore")
 def test_schemas_can_be_believed() -> None:
     """No operation that is said to make new memory gives back its argument's."""
     silent, tried = set(), 0
-    known = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if "aten::" in name}
+    known = {
+        name.removeprefix("aten::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "aten::" in name
+    }
     for name in sorted(known):
-        public = not name.startswith("_") and any(hasattr(space, name) for space in (torch.Tensor, torch, nn.functional))
+        public = not name.startswith("_") and any(
+            hasattr(space, name) for space in (torch.Tensor, torch, nn.functional)
+        )
         if not public or not memory._op_makes_new(name):
             continue
         packet = getattr(torch.ops.aten, name)
         tried += 1
         for operation in (getattr(packet, overload) for overload in packet.overloads()):
             for x in (torch.ones(2, 3, 4, 4), torch.ones(3), torch.ones(3, 4, dtype=torch.long)):
-                if not operation._schema.is_mutable and any(is_memory_of(result, x) for result in results(operation, x)):
+                if not operation._schema.is_mutable and any(
+                    is_memory_of(result, x) for result in results(operation, x)
+                ):
                     silent.add(name)
     assert not silent
     assert tried > 300
@@ -134,7 +177,9 @@ def test_changed_behind() -> None:
             if step == "v":
                 view = graph.call_method("view", (x, -1))
             else:
-                graph.call_function(operator.iadd, (view if write_view and view is not None else x, 1))
+                graph.call_function(
+                    operator.iadd, (view if write_view and view is not None else x, 1)
+                )
         graph.output(view if read_view else x)
         return Memory(graph, nn.Module()).changed_behind(view)
 

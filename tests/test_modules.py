@@ -1,4 +1,6 @@
-"""Any module: every construct of the zoo is pruned exactly, and to what is left of it at half its width."""
+"""Any module: every construct of the zoo is pruned exactly, and to what is left of it at half its
+width.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,13 @@ def test_other_shares(case: Case, channels: float) -> None:
     """Widths that divide nothing. Less must go than at the half only where more is kept."""
     torch.manual_seed(1)
     at_most = case.bound() + 0.01 if channels < 0.5 else 0.97
-    check_exact(case.build(case.width), case.inputs(2), channels=channels, at_most=at_most, zeroable=case.zeroable)
+    check_exact(
+        case.build(case.width),
+        case.inputs(2),
+        channels=channels,
+        at_most=at_most,
+        zeroable=case.zeroable,
+    )
 
 
 @parametrised

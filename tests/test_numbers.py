@@ -1,7 +1,8 @@
-"""Numbers that forward computes from sizes: at every size the original's, or the graph says that it was pruned for another.
+"""Numbers that forward computes from sizes: at every size the original's, or the graph says that
+it was pruned for another.
 
-A spec is two texts: an expression of the sizes of ``h``, and what is done with it. A failure prints both: paste them into
-``judge``.
+A spec is two texts: an expression of the sizes of ``h``, and what is done with it. A failure
+prints both: paste them into ``judge``.
 """
 
 import math
@@ -26,12 +27,21 @@ SIZES = [(2, 3, 8, 6), (3, 3, 8, 6), (1, 3, 4, 9), (2, 3, 12, 12), (5, 3, 6, 8)]
 
 
 class Counting(nn.Module):
-    """Two convolutions, and between them something that is done with ``n``, an expression of the sizes of ``h``."""
+    """Two convolutions, and between them something that is done with ``n``, an expression of the
+    sizes of ``h``.
+    """
 
     def __init__(self, number: str, use: str) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
-        self.number, self.use = eval(f"lambda h: {number}", KNOWN), eval(f"lambda h, n: {use}", KNOWN)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 4, 1),
+        )
+        self.number, self.use = (
+            eval(f"lambda h: {number}", KNOWN),
+            eval(f"lambda h, n: {use}", KNOWN),
+        )
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(x).relu()
@@ -50,12 +60,16 @@ def runs(model: nn.Module, x: Tensor) -> Any:
 
 
 def judge(number: str, use: str, left: float = 0.8, kind: Any = Counting) -> list[bool]:
-    """For each size that the original takes whether the pruned model takes it: then it gives what the masked original gives."""
+    """For each size that the original takes whether the pruned model takes it: then it gives what
+    the masked original gives.
+    """
     torch.manual_seed(0)
     model = randomise(kind(number, use).eval())
     images = [torch.randn(size, dtype=torch.float64) for size in SIZES]
     pruned = fxprune.prune(model, images[0], channels=0.5).model
-    assert sum(p.numel() for p in pruned.parameters()) <= left * sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in pruned.parameters()) <= left * sum(
+        p.numel() for p in model.parameters()
+    )
     reference, taken = masked(model, pruned), []
     for x in images:
         wanted = runs(reference, x)
@@ -89,7 +103,14 @@ READ = [
 """How a width is read."""
 
 MIXED = [
-    *("h.shape[1] * h.shape[2]", "h.flatten(1).shape[1]", "h.flatten(1, 2).size(-2)", "h[0].numel()", "h.numel()", "h.nelement()"),
+    *(
+        "h.shape[1] * h.shape[2]",
+        "h.flatten(1).shape[1]",
+        "h.flatten(1, 2).size(-2)",
+        "h[0].numel()",
+        "h.numel()",
+        "h.nelement()",
+    ),
     *(
         "torch.numel(h)",
         "h.shape.numel()",
@@ -98,9 +119,22 @@ MIXED = [
         "sum(h.shape)",
         "h.transpose(1, 3).flatten(2).shape[2]",
     ),
-    *("h.permute(0, 2, 3, 1).reshape(h.shape[0], -1).shape[1]", "h.view(h.shape[0], -1).size(1)", "h.shape[1] * h.shape[2] + 1"),
-    *("h.shape[2] - h.shape[1]", "h.shape[1] * h.shape[2] // 5", "h.shape[1] * h.shape[2] % 7", "h.shape[2] ** 2 / h.shape[1]"),
-    *("torch.cat([h, h], 1).flatten(1).shape[1]", "F.max_pool2d(h, 2).flatten(1).shape[1]", "h.mean(3).flatten(1).shape[1]"),
+    *(
+        "h.permute(0, 2, 3, 1).reshape(h.shape[0], -1).shape[1]",
+        "h.view(h.shape[0], -1).size(1)",
+        "h.shape[1] * h.shape[2] + 1",
+    ),
+    *(
+        "h.shape[2] - h.shape[1]",
+        "h.shape[1] * h.shape[2] // 5",
+        "h.shape[1] * h.shape[2] % 7",
+        "h.shape[2] ** 2 / h.shape[1]",
+    ),
+    *(
+        "torch.cat([h, h], 1).flatten(1).shape[1]",
+        "F.max_pool2d(h, 2).flatten(1).shape[1]",
+        "h.mean(3).flatten(1).shape[1]",
+    ),
     *(
         "(h @ h.transpose(2, 3)).flatten(1).shape[1]",
         "h.chunk(2, 1)[0].flatten(1).shape[1]",
@@ -158,7 +192,11 @@ USES = [
         "h.mul_(n)",
         "h.__mul__(n)",
     ),
-    *("h * (h.new_zeros(n % 5 + 1).numel())", "h.softmax(2) * n ** 0.5", "F.leaky_relu(-h, negative_slope=1 / (n ** 2 + 1))"),
+    *(
+        "h * (h.new_zeros(n % 5 + 1).numel())",
+        "h.softmax(2) * n ** 0.5",
+        "F.leaky_relu(-h, negative_slope=1 / (n ** 2 + 1))",
+    ),
 ]
 
 BRANCHES = [
@@ -170,20 +208,41 @@ BRANCHES = [
 
 
 AS_SIZES = {
-    "both": ("h.shape[1] * h.shape[2]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
-    "read off": ("h.flatten(1, 2).shape[1]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
-    "a quotient": ("h[0].numel() // h.shape[3]", "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n"),
-    "a sum": ("h.shape[1] * (h.shape[2] - 1) + h.shape[1]", "h.reshape(h.shape[0], n, -1).reshape(h.shape) / n"),
-    "a difference": ("h.shape[1] * h.shape[2] + 1", "h.reshape(h.shape[0], n - 1, -1).reshape(h.shape) / n"),
+    "both": (
+        "h.shape[1] * h.shape[2]",
+        "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n",
+    ),
+    "read off": (
+        "h.flatten(1, 2).shape[1]",
+        "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n",
+    ),
+    "a quotient": (
+        "h[0].numel() // h.shape[3]",
+        "h.reshape(h.shape[0], n, h.shape[3]).reshape(h.shape) / n",
+    ),
+    "a sum": (
+        "h.shape[1] * (h.shape[2] - 1) + h.shape[1]",
+        "h.reshape(h.shape[0], n, -1).reshape(h.shape) / n",
+    ),
+    "a difference": (
+        "h.shape[1] * h.shape[2] + 1",
+        "h.reshape(h.shape[0], n - 1, -1).reshape(h.shape) / n",
+    ),
     "all": ("h.numel()", "h.view(n).view(h.shape) / n"),
-    "by keyword": ("h.shape[1] * h.shape[2]", "h.reshape(shape=(h.shape[0], n, -1)).reshape(*h.shape) / n"),
+    "by keyword": (
+        "h.shape[1] * h.shape[2]",
+        "h.reshape(shape=(h.shape[0], n, -1)).reshape(*h.shape) / n",
+    ),
     "unflattened": ("h.shape[1]", "h.flatten(1, 2).unflatten(1, (n, -1)) / n"),
     "expanded": ("h.shape[1]", "h * h.mean(1, keepdim=True).expand(-1, n, -1, -1) / n"),
     "repeated": ("h.shape[1]", "h * h.mean(1, keepdim=True).repeat(1, n, 1, 1) / n"),
     "made": ("h.shape[1] * h.shape[2]", "h + h.new_ones(n).view(h.shape[1], -1, 1) * n"),
     "made by torch": ("h.shape[1] * h.shape[2]", "h + torch.ones(n).view(h.shape[1], -1, 1) * n"),
     "the larger one": ("max(h.shape[1], h.shape[2])", "h / n + h.new_ones(n).sum()"),
-    "another axis": ("h.shape[1] - 8 + h.shape[2]", "h.reshape(h.shape[0], -1, n, h.shape[3]) / n"),
+    "another axis": (
+        "h.shape[1] - 8 + h.shape[2]",
+        "h.reshape(h.shape[0], -1, n, h.shape[3]) / n",
+    ),
 }
 """Numbers that are sizes too: as such they follow the smaller model."""
 
@@ -193,19 +252,34 @@ AT_POSITIONS = {
         "torch.cat(h.flatten(1, 2).split(n, 1)[::-1], 1).reshape(h.shape)",
     ),
     "chunk": ("2", "torch.cat(h.flatten(1, 2).chunk(n, 1)[::-1], 1).reshape(h.shape)"),
-    "slice": ("h.shape[2]", "h - h.flatten(1, 2)[:, n : 2 * n].reshape(h.shape[0], 1, *h.shape[2:])"),
+    "slice": (
+        "h.shape[2]",
+        "h - h.flatten(1, 2)[:, n : 2 * n].reshape(h.shape[0], 1, *h.shape[2:])",
+    ),
     "slice of literals": ("8", "h - h.flatten(1, 2)[:, n:16].sum(1)[:, None, None]"),
-    "narrow": ("h.shape[2]", "h - h.flatten(1, 2).narrow(1, n, n).reshape(h.shape[0], 1, *h.shape[2:])"),
+    "narrow": (
+        "h.shape[2]",
+        "h - h.flatten(1, 2).narrow(1, n, n).reshape(h.shape[0], 1, *h.shape[2:])",
+    ),
     "select": ("h.shape[2]", "h - h.flatten(1, 2).select(1, n)[:, None, None]"),
     "item": ("h.shape[2]", "h - h.flatten(1, 2)[:, n][:, None, None]"),
     "roll": ("h.shape[2]", "h.flatten(1, 2).roll(n, 1).reshape(h.shape)"),
     "step": ("16", "h - h.flatten(1)[:, ::n].sum(1)[:, None, None, None]"),
     "rows": ("16", "h - h.reshape(-1, n)[:, 0].sum()"),
     "rows of each": ("16", "h - h.view(h.shape[0], -1, n)[..., 0].sum(1)[:, None, None, None]"),
-    "unflattened rows": ("16", "h - h.flatten(1).unflatten(1, (-1, n))[..., 0].sum(1)[:, None, None, None]"),
-    "rows of places first": ("3", "h - h.movedim(1, -1).reshape(h.shape[0], n, -1).cumsum(2).sum((1, 2))[:, None, None, None]"),
+    "unflattened rows": (
+        "16",
+        "h - h.flatten(1).unflatten(1, (-1, n))[..., 0].sum(1)[:, None, None, None]",
+    ),
+    "rows of places first": (
+        "3",
+        "h - h.movedim(1, -1).reshape(h.shape[0], n, -1).cumsum(2).sum((1, 2))[:, None, None, "
+        "None]",
+    ),
 }
-"""Positions on an axis on which a width is laid out with a resolution: right at the example's size, refused at others."""
+"""Positions on an axis on which a width is laid out with a resolution: right at the example's
+size, refused at others.
+"""
 
 
 @pytest.mark.parametrize("read", READ)
@@ -233,7 +307,12 @@ def test_what_python_takes_is_held_by_the_originals_value(number: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", ["float(f'{h.shape[1] * h.shape[2]}')", "int(str(h.shape[1] * h.shape[2]))", "len(repr(h[0].shape))"]
+    "number",
+    [
+        "float(f'{h.shape[1] * h.shape[2]}')",
+        "int(str(h.shape[1] * h.shape[2]))",
+        "len(repr(h[0].shape))",
+    ],
 )
 def test_a_text_is_held_by_the_originals_value(number: str) -> None:
     assert judge(number, "h * n")[1]
@@ -270,7 +349,11 @@ def test_positions_on_a_mixed_axis(case: str) -> None:
 @pytest.mark.parametrize("use", ["h * n[0]", "h.as_strided(h.size(), n)"])
 def test_how_axes_lie_in_memory(use: str) -> None:
     """What is asked for of a tensor whose channels lie last is held to what it is there."""
-    assert judge("h.stride()", f"(lambda h, n: {use})(m := h.movedim(1, -1).contiguous().movedim(-1, 1), m.stride())", left=1.0)[0]
+    assert judge(
+        "h.stride()",
+        f"(lambda h, n: {use})(m := h.movedim(1, -1).contiguous().movedim(-1, 1), m.stride())",
+        left=1.0,
+    )[0]
 
 
 class Hooked(Counting):
@@ -289,8 +372,21 @@ def test_positions_on_a_mixed_axis_in_python(case: str) -> None:
 
 def test_literals_that_take_whole_channels_are_right_at_every_size() -> None:
     assert all(judge("8", "h + h.reshape(h.shape[0], n, -1).mean(2)[..., None, None]"))
-    assert all(judge("4", "h + h.movedim(1, -1).reshape(h.shape[0], -1, n, 2).mean(1).flatten(1)[..., None, None]", left=0.85))
-    assert all(judge("2", "h + h.flatten(1).unflatten(1, (n, -1)).mean(1).view_as(h[:, :4]).repeat(1, n, 1, 1)", left=0.85))
+    assert all(
+        judge(
+            "4",
+            "h + h.movedim(1, -1).reshape(h.shape[0], -1, n, 2).mean(1).flatten(1)[..., None, "
+            "None]",
+            left=0.85,
+        )
+    )
+    assert all(
+        judge(
+            "2",
+            "h + h.flatten(1).unflatten(1, (n, -1)).mean(1).view_as(h[:, :4]).repeat(1, n, 1, 1)",
+            left=0.85,
+        )
+    )
 
 
 def test_a_guard_on_widths_alone_is_dropped() -> None:
@@ -349,24 +445,61 @@ class InPython(Counting):
 IN_PYTHON = [
     *(
         ("h.shape[1]", use)
-        for use in ("h / int(n)", "h / round(n)", "h * math.log(n)", "h * math.gcd(n, 6)", "h / n ** 0.5", "h * len([0] * n)")
+        for use in (
+            "h / int(n)",
+            "h / round(n)",
+            "h * math.log(n)",
+            "h * math.gcd(n, 6)",
+            "h / n ** 0.5",
+            "h * len([0] * n)",
+        )
     ),
     *(
         ("h.shape[1]", use)
-        for use in ("h * sum(0.9 for _ in range(n))", "h * [*range(9)][n]", "h * {4: 2.0}.get(n, 3.0)", "h * float(f'{n}')")
+        for use in (
+            "h * sum(0.9 for _ in range(n))",
+            "h * [*range(9)][n]",
+            "h * {4: 2.0}.get(n, 3.0)",
+            "h * float(f'{n}')",
+        )
     ),
     *(
         ("h.shape[1]", use)
-        for use in ("(h, n)", "(h, {'n': [n]})", "h * torch.full((3,), n).sum()", "h + h.new_full((n, 1, 1), n)", "h.clamp(max=n)")
+        for use in (
+            "(h, n)",
+            "(h, {'n': [n]})",
+            "h * torch.full((3,), n).sum()",
+            "h + h.new_full((n, 1, 1), n)",
+            "h.clamp(max=n)",
+        )
     ),
     *(
         ("h.shape[1]", use)
-        for use in ("h.view(h.shape[0], n, -1).view(h.shape)", "h * (2.0 if isinstance(n, int) else 3.0)", "h / n.bit_length()")
+        for use in (
+            "h.view(h.shape[0], n, -1).view(h.shape)",
+            "h * (2.0 if isinstance(n, int) else 3.0)",
+            "h / n.bit_length()",
+        )
     ),
-    *(("h.shape", use) for use in ("(h, n)", "h * torch.tensor(n).prod()", "h / n[1:].numel()", "h / max(n)", "h / sum(n)")),
+    *(
+        ("h.shape", use)
+        for use in (
+            "(h, n)",
+            "h * torch.tensor(n).prod()",
+            "h / n[1:].numel()",
+            "h / max(n)",
+            "h / sum(n)",
+        )
+    ),
     *(
         (number, "h / n")
-        for number in ("h.stride(0)", "h.nbytes", "h.untyped_storage().nbytes()", "h[0].numel()", "h.flatten(1).shape[1]")
+        for number in (
+            "h.stride(0)",
+            "h.nbytes",
+            "h.untyped_storage().nbytes()",
+            "h[0].numel()",
+            "h.flatten(1).shape[1]",
+        )
     ),
 ]
 
@@ -379,7 +512,9 @@ def test_numbers_in_python_between_parts(number: str, use: str) -> None:
 expressions = st.recursive(
     st.sampled_from([*READ, *MIXED, "h.shape[0]", "h.shape[2]", "h.shape[3]", "1", "3", "8"]),
     lambda inner: st.one_of(
-        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "//", "%", "/"]), inner),
+        st.builds(
+            "({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "//", "%", "/"]), inner
+        ),
         st.builds("{}({}, {})".format, st.sampled_from(["max", "min"]), inner, inner),
         st.builds("{}({})".format, st.sampled_from(["math.sqrt", "abs", "int", "float"]), inner),
     ),

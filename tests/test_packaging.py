@@ -19,7 +19,8 @@ EXTRA = ("rich", "torchvision", "typer")
 
 PRUNE = """
 import torch, fxprune
-pruned = fxprune.prune(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)), torch.zeros(1, 3), channels=0.5)
+model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+pruned = fxprune.prune(model, torch.zeros(1, 3), channels=0.5)
 assert pruned.report.params_after < pruned.report.params_before
 """
 COMMAND = """
@@ -29,12 +30,19 @@ main()
 """
 
 
-def without(packages: tuple[str, ...], program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def without(
+    packages: tuple[str, ...], program: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own that cannot import the packages."""
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-c", blocked + program], capture_output=True, text=True, check=False, cwd=folder, env=environment
+        [sys.executable, "-c", blocked + program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=environment,
     )
 
 
@@ -63,7 +71,13 @@ def test_the_command_line_names_its_extra(package: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_python_runs_the_package_as_the_command() -> None:
-    ran = subprocess.run([sys.executable, "-m", "fxprune", "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    ran = subprocess.run(
+        [sys.executable, "-m", "fxprune", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert "Usage: fxprune [OPTIONS] COMMAND" in ran.stdout
 
 

@@ -28,10 +28,23 @@ def plans(draw: Any) -> Plan:
         groups = []
         for name in draw(st.lists(words, max_size=3, unique=True)):
             size = draw(st.integers(1, 9))
-            groups.append(GroupPlan(name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))))
+            groups.append(
+                GroupPlan(
+                    name, size, tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))
+                )
+            )
         keep = tuple(draw(st.lists(words)))
-        pinned = tuple(draw(st.lists(words.filter(lambda word: "@" not in word))))  # behind it stands an axis, a number
-        plan = Plan(tuple(groups), draw(words), keep, pinned, draw(words), plan, tuple(draw(st.lists(words))))
+        # behind it stands an axis, a number
+        pinned = tuple(draw(st.lists(words.filter(lambda word: "@" not in word))))
+        plan = Plan(
+            tuple(groups),
+            draw(words),
+            keep,
+            pinned,
+            draw(words),
+            plan,
+            tuple(draw(st.lists(words))),
+        )
     assert plan is not None
     return plan
 
@@ -41,7 +54,13 @@ def test_json_and_back(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-GOOD = Plan((GroupPlan("conv.weight:0", 4, (0, 3)),), pack_inputs((torch.ones(1, device="meta"),), {}), (), (), "abc")
+GOOD = Plan(
+    (GroupPlan("conv.weight:0", 4, (0, 3)),),
+    pack_inputs((torch.ones(1, device="meta"),), {}),
+    (),
+    (),
+    "abc",
+)
 
 
 @given(cut=st.integers(0, len(GOOD.to_json()) - 1))
@@ -50,7 +69,10 @@ def test_cut_short(cut: int) -> None:
         Plan.from_json(GOOD.to_json()[:cut])
 
 
-@pytest.mark.parametrize("key", ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint", "previous", "heads"])
+@pytest.mark.parametrize(
+    "key",
+    ["schema", "groups", "inputs", "keep", "pinned_nodes", "fingerprint", "previous", "heads"],
+)
 def test_a_key_is_missing(key: str) -> None:
     data = json.loads(GOOD.to_json())
     del data[key]
@@ -58,7 +80,9 @@ def test_a_key_is_missing(key: str) -> None:
         Plan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("kept", [[], [3, 0], [0, 0], [-1, 2], [4], None, "a", "03", [None], 3, [0.0], [False]])
+@pytest.mark.parametrize(
+    "kept", [[], [3, 0], [0, 0], [-1, 2], [4], None, "a", "03", [None], 3, [0.0], [False]]
+)
 def test_survivors_that_cannot_be(kept: Any) -> None:
     data = json.loads(GOOD.to_json())
     data["groups"][0]["kept"] = kept
@@ -69,7 +93,9 @@ def test_survivors_that_cannot_be(kept: Any) -> None:
 @pytest.mark.parametrize("schema", [0, 5, 99, "1", None, True, 1.0, []])
 def test_another_schema(schema: Any) -> None:
     data = {**json.loads(GOOD.to_json()), "schema": schema}
-    with pytest.raises(PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 to 4.*upgrade"):
+    with pytest.raises(
+        PlanError, match=rf"schema {re.escape(str(schema))}.*reads 1 to 4.*upgrade"
+    ):
         Plan.from_json(json.dumps(data))
 
 
@@ -77,7 +103,7 @@ def test_a_file_of_schema_1_still_loads() -> None:
     """As the first version wrote it, before plans knew what came before them."""
     text = """{"schema": 1, "groups": [{"name": "conv.weight:0", "size": 4, "kept": [0, 3]}],
         "inputs": "{\\"args\\": {\\"tuple\\": [{\\"shape\\": [1], \\"dtype\\": \\"float32\\"}]}, \\"kwargs\\": {\\"dict\\": {}}}",
-        "keep": [], "pinned_nodes": [], "fingerprint": "abc"}"""
+        "keep": [], "pinned_nodes": [], "fingerprint": "abc"}"""  # noqa: E501
     assert Plan.from_json(text) == GOOD
 
 
@@ -131,7 +157,10 @@ leaf = st.builds(
     st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
 )
 nests = st.recursive(
-    leaf, lambda n: st.one_of(st.lists(n, max_size=3), st.lists(n, max_size=3).map(tuple), st.dictionaries(words, n))
+    leaf,
+    lambda n: st.one_of(
+        st.lists(n, max_size=3), st.lists(n, max_size=3).map(tuple), st.dictionaries(words, n)
+    ),
 )
 
 
@@ -143,7 +172,9 @@ def described(value: Any) -> Any:
     return type(value)(map(described, value))
 
 
-@given(args=st.lists(nests, max_size=3).map(tuple), kwargs=st.dictionaries(words, nests, max_size=2))
+@given(
+    args=st.lists(nests, max_size=3).map(tuple), kwargs=st.dictionaries(words, nests, max_size=2)
+)
 def test_inputs_and_back(args: Any, kwargs: Any) -> None:
     found = unpack_inputs(pack_inputs(args, kwargs))
     assert described(found) == described((args, kwargs))
@@ -248,7 +279,9 @@ def test_the_fingerprint_is_of_names_and_shapes_only() -> None:
     assert fingerprint(net()) == fingerprint(net().double())
     assert fingerprint(net()) != fingerprint(net(9))
     assert fingerprint(net()) != fingerprint(nn.Sequential(net()))
-    assert fingerprint(nn.BatchNorm1d(4)) != fingerprint(nn.BatchNorm1d(4, track_running_stats=False))
+    assert fingerprint(nn.BatchNorm1d(4)) != fingerprint(
+        nn.BatchNorm1d(4, track_running_stats=False)
+    )
 
 
 def test_replaying_on_another_architecture() -> None:
@@ -272,7 +305,10 @@ def test_replaying_where_the_code_differs() -> None:
 def test_a_plan_holds_for_other_weights() -> None:
     plan, other = fxprune.prune(net(), torch.randn(2, 4), channels=0.5).plan, net()
     (group,) = plan.groups
-    assert torch.equal(fxprune.apply(plan, other).model.get_parameter("0.weight"), other[0].weight[list(group.kept)])
+    assert torch.equal(
+        fxprune.apply(plan, other).model.get_parameter("0.weight"),
+        other[0].weight[list(group.kept)],
+    )
 
 
 # -- chains
@@ -290,7 +326,10 @@ def test_a_second_plan_knows_the_first() -> None:
     assert once.plan.previous is None
     assert again.plan.previous == once.plan
     assert again.plan.chain == (once.plan, again.plan)
-    assert (once.plan.fingerprint, again.plan.fingerprint) == (fingerprint(model), fingerprint(once.model))
+    assert (once.plan.fingerprint, again.plan.fingerprint) == (
+        fingerprint(model),
+        fingerprint(once.model),
+    )
     assert [group.size for plan in again.plan.chain for group in plan.groups] == [16, 12]
 
 
@@ -298,7 +337,11 @@ def test_a_chain_takes_the_original_or_any_stage() -> None:
     model, once, again = twice()
     plan = Plan.from_json(again.plan.to_json())
     assert plan == again.plan
-    for start, first in ((model, model), (once.model, once.model), (copy.deepcopy(once.model), once.model)):
+    for start, first in (
+        (model, model),
+        (once.model, once.model),
+        (copy.deepcopy(once.model), once.model),
+    ):
         found = fxprune.apply(plan, start)
         assert found.plan == plan
         assert {n: t.tolist() for n, t in found.model.state_dict().items()} == {
@@ -309,7 +352,9 @@ def test_a_chain_takes_the_original_or_any_stage() -> None:
 
 
 def test_a_chain_applied_to_a_model_that_was_built_small() -> None:
-    """It has the names and shapes of the stage but knows no plan, so the new plan starts with it."""
+    """It has the names and shapes of the stage but knows no plan, so the new plan starts with
+    it.
+    """
     _, _, again = twice()
     found = fxprune.apply(again.plan, net(12))
     assert found.plan == replace(again.plan, previous=None)
@@ -331,7 +376,8 @@ def test_another_architecture_for_a_chain() -> None:
 
 def test_a_chain_is_verified_from_any_stage() -> None:
     model, once, again = twice()
-    nn.init.normal_(again.model.get_parameter("0.weight"))  # fine-tuned: the structure is what counts
+    # fine-tuned: the structure is what counts
+    nn.init.normal_(again.model.get_parameter("0.weight"))
     for start in (model, once.model):
         found = fxprune.verify(start, again)
         assert (found.outputs, found.error < 1e-12) == (1, True)
@@ -341,7 +387,9 @@ def test_a_chain_with_a_wrong_stage_is_not_verified() -> None:
     model, once, again = twice()
     (group,) = once.plan.groups
     others = replace(group, kept=tuple(range(1, len(group.kept) + 1)))
-    swapped = replace(again, plan=replace(again.plan, previous=replace(once.plan, groups=(others,))))
+    swapped = replace(
+        again, plan=replace(again.plan, previous=replace(once.plan, groups=(others,)))
+    )
     assert fxprune.verify(model, swapped).error < 1e-12  # as many units, so the same structure
     fewer = replace(group, kept=group.kept[:-1])
     wrong = replace(again, plan=replace(again.plan, previous=replace(once.plan, groups=(fewer,))))

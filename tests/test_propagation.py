@@ -1,4 +1,6 @@
-"""Nodes run under labels: rules where there are some, pins where there are none, and errors that name the node."""
+"""Nodes run under labels: rules where there are some, pins where there are none, and errors that
+name the node.
+"""
 
 from typing import Any
 
@@ -43,13 +45,18 @@ def test_what_carries_no_labels_runs_for_real() -> None:
 
 def call(target: Any, *args: Any) -> fx.Node:
     graph = fx.Graph()
-    return graph.call_function(target, args) if callable(target) else graph.call_method(target, args)
+    return (
+        graph.call_function(target, args) if callable(target) else graph.call_method(target, args)
+    )
 
 
 @pytest.mark.parametrize("target", [torch.matmul, "matmul"])
 def test_errors_name_the_node_and_the_shapes(target: Any) -> None:
     context, x = labelled(3, 4)
-    with torch.inference_mode(), pytest.raises(RewriteError, match=r"node 'matmul' .*\(3, 4\), \(3, 4\)") as caught:
+    with (
+        torch.inference_mode(),
+        pytest.raises(RewriteError, match=r"node 'matmul' .*\(3, 4\), \(3, 4\)") as caught,
+    ):
         run_node(context, nn.Module(), call(target, x, x), lambda n: n, "train.")
     assert caught.value.node == "matmul"
     assert context.node == "train.matmul"
@@ -66,7 +73,11 @@ def test_recurrent_layers_are_seen_as_one_op(layer: Any) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.r, self.b = nn.Linear(3, 6), layer(6, 5, batch_first=True), nn.Linear(5, 2)
+            self.a, self.r, self.b = (
+                nn.Linear(3, 6),
+                layer(6, 5, batch_first=True),
+                nn.Linear(5, 2),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.r(self.a(x))[0])

@@ -1,4 +1,5 @@
-"""What must hold for every network: Hypothesis draws printable specs of random ones (see ``tests/specs``).
+"""What must hold for every network: Hypothesis draws printable specs of random ones (see
+``tests/specs``).
 
 A failure prints a spec. To look at it alone, paste it::
 
@@ -70,7 +71,8 @@ from .specs import (
 LARGEST_ERROR = 1e-9
 RATIOS = (0.5, 0.25, 0.75)
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # networks are drawn: in some nothing can go
+# networks are drawn: in some nothing can go
+pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 
 #: These act on each channel by itself, or on all of one place alike.
 KEEPING = (
@@ -91,13 +93,16 @@ KEEPING = (
     Upsample,
 )
 
-#: These treat the channels of one axis by their position: what a slice cuts off is not interchangeable with what it
-#: leaves, so units of one group need not be. Masked equivalence covers them.
+#: These treat the channels of one axis by their position: what a slice cuts off is not
+#: interchangeable with what it leaves, so units of one group need not be. Masked equivalence
+#: covers them.
 POSITIONAL = (Split, Chunk, Slice, Shuffle, Flip, Roll, PadChannels)
 
 
 def share(divisor: int) -> settings:
-    """The chosen profile with its number of examples divided, for properties that need fewer networks."""
+    """The chosen profile with its number of examples divided, for properties that need fewer
+    networks.
+    """
     return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
 
@@ -107,9 +112,11 @@ def _outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _plain_layers(net: Network) -> list[int]:
-    """Values of dense layers that reach nothing but dense layers, through layers that keep the channels apart.
+    """Values of dense layers that reach nothing but dense layers, through layers that keep the
+    channels apart.
 
-    Independent of what is tested: it looks at the spec alone, and only at the cases that leave no doubt.
+    Independent of what is tested: it looks at the spec alone, and only at the cases that leave no
+    doubt.
     """
     readers: dict[int, list[int]] = {index: [] for index in range(len(net.nodes) + 1)}
     for index, node in enumerate(net.nodes, start=1):
@@ -146,7 +153,9 @@ def _reached(model: nn.Module, x: Tensor) -> set[str]:
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """Relative distance, ||found - expected|| / ||expected||; absolute where the expected value is zero."""
+    """Relative distance, ||found - expected|| / ||expected||; absolute where the expected value is
+    zero.
+    """
     norm = expected.norm().item()
     return (found - expected).norm().item() / (norm if norm > 0 else 1.0)
 
@@ -154,21 +163,30 @@ def _error(found: Tensor, expected: Tensor) -> float:
 @share(1)
 @given(net=networks(), channels=st.sampled_from(RATIOS), units=st.sampled_from(("dims", "heads")))
 @hypothesis.example(
-    # Found by a random network: without a bias on the grouped convolution the gate failed to be rewritten.
-    net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), Conv(1, out=8, groups=2, bias=False), Glu(2)), outputs=(3,)),
-    channels=0.5,
-    units="dims",
-)
-@hypothesis.example(
-    # Found by a random network: positions of one unit were shuffled among each other, which labels of units cannot tell.
+    # Found by a random network: without a bias on the grouped convolution the gate failed to be
+    # rewritten.
     net=Network(
-        input=(3, 4, 4), nodes=(Conv(0, out=12), Shuffle(1, groups=6, style="function"), Conv(2, out=12, groups=3)), outputs=(3,)
+        input=(3, 4, 4),
+        nodes=(Conv(0, out=4), Conv(1, out=8, groups=2, bias=False), Glu(2)),
+        outputs=(3,),
     ),
     channels=0.5,
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: two labellings of one axis (the group, and the place in it) were taken for one group of units.
+    # Found by a random network: positions of one unit were shuffled among each other, which labels
+    # of units cannot tell.
+    net=Network(
+        input=(3, 4, 4),
+        nodes=(Conv(0, out=12), Shuffle(1, groups=6, style="function"), Conv(2, out=12, groups=3)),
+        outputs=(3,),
+    ),
+    channels=0.5,
+    units="dims",
+)
+@hypothesis.example(
+    # Found by a random network: two labellings of one axis (the group, and the place in it) were
+    # taken for one group of units.
     net=Network(
         input=(3, 4, 4),
         nodes=(
@@ -182,17 +200,30 @@ def _error(found: Tensor, expected: Tensor) -> float:
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: units that padding makes and channels lie at one place of two blocks.
-    net=Network(input=(3, 4, 4), nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)), outputs=(3,)),
+    # Found by a random network: units that padding makes and channels lie at one place of two
+    # blocks.
+    net=Network(
+        input=(3, 4, 4),
+        nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)),
+        outputs=(3,),
+    ),
     channels=0.5,
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: views that nobody reads had no labels with whole heads, and were emitted all the same.
+    # Found by a random network: views that nobody reads had no labels with whole heads, and were
+    # emitted all the same.
     net=Network(
         input=(6, 3),
         nodes=(
-            *(Image(0, height=2), Attention(0), Conv(1, out=24), Conv(3, out=4), Flatten(4), Add(3, 5)),
+            *(
+                Image(0, height=2),
+                Attention(0),
+                Conv(1, out=24),
+                Conv(3, out=4),
+                Flatten(4),
+                Add(3, 5),
+            ),
             *(GlobalPool(6), GlobalPool(2), Concat((7, 8)), Linear(9, out=4)),
         ),
         outputs=(10,),
@@ -203,15 +234,21 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def test_equals_the_masked_original(net: Network, channels: float, units: str) -> None:
     """The emitted model computes what the original computes with the removed elements zeroed."""
     model, x = build(net), example(net)
-    pruned = fxprune.prune(model, x, channels=channels, units=units if net.has(Attention) else "dims")
-    event("something was removed" if _count(pruned.model) < _count(model) else "nothing was removed")
+    pruned = fxprune.prune(
+        model, x, channels=channels, units=units if net.has(Attention) else "dims"
+    )
+    event(
+        "something was removed" if _count(pruned.model) < _count(model) else "nothing was removed"
+    )
     assert fxprune.verify(model, pruned, x).error <= LARGEST_ERROR
 
 
 @share(5)
 @given(net=networks(), channels=st.sampled_from(RATIOS))
 def test_emitted_model_relabelled_matches(net: Network, channels: float) -> None:
-    """The labelling of the emitted model unites the same elements: the structural half of verify, which raises."""
+    """The labelling of the emitted model unites the same elements: the structural half of verify,
+    which raises.
+    """
     model, x = build(net), example(net)
     fxprune.verify(model, fxprune.prune(model, x, channels=channels), x, numeric=False)
 
@@ -219,7 +256,9 @@ def test_emitted_model_relabelled_matches(net: Network, channels: float) -> None
 @share(5)
 @given(net=networks(), channels=st.sampled_from(RATIOS))
 def test_emitted_model_is_whole(net: Network, channels: float) -> None:
-    """Batches of 1, 2 and 5 come out in the original's shapes; training mode runs and reaches every parameter left."""
+    """Batches of 1, 2 and 5 come out in the original's shapes; training mode runs and reaches
+    every parameter left.
+    """
     model = build(net)
     emitted = fxprune.prune(model, example(net), channels=channels).model
     for batch in (1, 2, 5):
@@ -254,7 +293,9 @@ def test_keeping_all_is_the_identity(net: Network) -> None:
 @share(5)
 @given(net=networks())
 def test_groups_partition_the_units(net: Network) -> None:
-    """No two groups share a position of a labelling of an axis, and each unit of a group owns something."""
+    """No two groups share a position of a labelling of an axis, and each unit of a group owns
+    something.
+    """
     model, x = build(net), example(net)
     coupling = fxprune.analyze(model, x)
     shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -264,9 +305,13 @@ def test_groups_partition_the_units(net: Network) -> None:
             assert axis.length == shapes[axis.parameter][axis.dim], axis
             assert 0 <= axis.start < axis.stop <= axis.length, axis
             for position in range(axis.start, axis.stop):
-                owner = owners.setdefault((axis.parameter, axis.dim, axis.layer, position), group.name)
+                owner = owners.setdefault(
+                    (axis.parameter, axis.dim, axis.layer, position), group.name
+                )
                 assert owner == group.name, f"{axis} is in {owner} and in {group.name}"
-        seen = torch.cat([field.reshape(-1) for fields in coupling.elements(group).values() for field in fields])
+        seen = torch.cat(
+            [field.reshape(-1) for fields in coupling.elements(group).values() for field in fields]
+        )
         assert seen[seen >= 0].unique().tolist() == list(range(group.size)), group.name
     assert len({group.name for group in coupling.groups}) == len(coupling.groups)
 
@@ -274,7 +319,9 @@ def test_groups_partition_the_units(net: Network) -> None:
 @share(5)
 @given(net=networks(without=POSITIONAL), seed=st.integers(0, 3))
 def test_permuting_the_units_of_a_group_changes_nothing(net: Network, seed: int) -> None:
-    """The units of a group are interchangeable: permuted inside their blocks, they give the same outputs."""
+    """The units of a group are interchangeable: permuted inside their blocks, they give the same
+    outputs.
+    """
     model, x = build(net, dtype=torch.float64), example(net, dtype=torch.float64)
     coupling = fxprune.analyze(model, x)
     expected = _outputs(model, x)
@@ -289,7 +336,9 @@ def test_permuting_the_units_of_a_group_changes_nothing(net: Network, seed: int)
                 for field in fields:
                     state[name].copy_(_permuted(state[name], field, source))
         for found, reference in zip(_outputs(permuted, x), expected, strict=True):
-            assert _error(found, reference) <= LARGEST_ERROR, f"{group.name}: unit i from unit {source.tolist()}[i]"
+            assert _error(found, reference) <= LARGEST_ERROR, (
+                f"{group.name}: unit i from unit {source.tolist()}[i]"
+            )
 
 
 @share(5)
@@ -303,21 +352,26 @@ def test_replaying_the_plan_gives_the_same_model(net: Network, channels: float) 
     for plan in (pruned.plan, fxprune.Plan.from_json(text)):
         again = fxprune.apply(plan, model)
         assert _same_state(again.model, pruned.model)
-        for found, reference in zip(_outputs(again.model, x), _outputs(pruned.model, x), strict=True):
+        for found, reference in zip(
+            _outputs(again.model, x), _outputs(pruned.model, x), strict=True
+        ):
             assert torch.equal(found, reference)
 
 
 @share(5)
 @given(net=networks(), training=st.booleans())
 def test_the_input_model_is_untouched(net: Network, training: bool) -> None:
-    """Weights, buffers, modes, hooks, gradients and attributes of the user's model are what they were, bit for bit."""
+    """Weights, buffers, modes, hooks, gradients and attributes of the user's model are what they
+    were, bit for bit.
+    """
     model, x = build(net).train(training), example(net)
     given_x, before, state = x.clone(), list(_anatomy(model)), copy.deepcopy(model.state_dict())
     pruned = fxprune.prune(model, x, channels=0.5)
     fxprune.analyze(model, x)
     fxprune.verify(model, pruned, x)
     for parameter in pruned.model.parameters():
-        parameter.data.fill_(float("nan"))  # what was emitted shares no storage with what was given
+        # what was emitted shares no storage with what was given
+        parameter.data.fill_(float("nan"))
     assert list(_anatomy(model)) == before
     assert _bits_equal(model.state_dict(), state)
     assert torch.equal(x, given_x)
@@ -326,27 +380,42 @@ def test_the_input_model_is_untouched(net: Network, training: bool) -> None:
 @share(5)
 @given(net=networks())
 def test_plain_chains_are_pruned(net: Network) -> None:
-    """A layer read only by plain layers loses half of its channels: pinning it would be exact too, and useless."""
+    """A layer read only by plain layers loses half of its channels: pinning it would be exact too,
+    and useless.
+    """
     model, x = build(net), example(net)
     emitted = fxprune.prune(model, x, channels=0.5).model
     plain = _plain_layers(net)
     event(f"plain layers: {min(len(plain), 3)}{'+' if len(plain) >= 3 else ''}")
     for index in plain:
         name = f"{type(net.nodes[index - 1]).__name__.lower()}{index}.weight"
-        assert emitted.state_dict()[name].shape[0] == max(1, net.signals[index].channels // 2), name
+        assert emitted.state_dict()[name].shape[0] == max(1, net.signals[index].channels // 2), (
+            name
+        )
 
 
 @share(5)
-@given(net=networks(only=(Linear, Attention, Recurrent, Activation, LayerNorm, Add, Concat, Tokens), max_nodes=12))
+@given(
+    net=networks(
+        only=(Linear, Attention, Recurrent, Activation, LayerNorm, Add, Concat, Tokens),
+        max_nodes=12,
+    )
+)
 def test_attention_and_recurrent_layers_are_pruned(net: Network) -> None:
-    """Every head loses half of its dimensions, or half of the heads go; a recurrent layer loses half of its hidden units."""
+    """Every head loses half of its dimensions, or half of the heads go; a recurrent layer loses
+    half of its hidden units.
+    """
     model, x = build(net), example(net)
     for units in ("dims", "heads"):
         state = fxprune.prune(model, x, channels=0.5, units=units).model.state_dict()
         for index, node in enumerate(net.nodes, start=1):
             name = f"{type(node).__name__.lower()}{index}"
             if isinstance(node, Attention):
-                (read,) = (t.shape[1] for key, t in state.items() if key.startswith(f"{name}.") and _reads_heads(key))
+                (read,) = (
+                    t.shape[1]
+                    for key, t in state.items()
+                    if key.startswith(f"{name}.") and _reads_heads(key)
+                )
                 assert read == _left_of_heads(node, units), (name, units)
             elif isinstance(node, Recurrent) and not _is_output(net, index):
                 assert state[f"{name}.weight_hh_l0"].shape[1] == node.out // 2, name
@@ -357,8 +426,12 @@ def _reads_heads(parameter: str) -> bool:
 
 
 def _left_of_heads(node: Attention, units: str) -> int:
-    """How wide all heads together are when half is gone. A head of one dimension goes whole, a single one by its dimensions."""
-    shared = 1 if node.style not in ("grouped", "rotary") else 2 if node.heads % 2 == 0 else node.heads
+    """How wide all heads together are when half is gone. A head of one dimension goes whole, a
+    single one by its dimensions.
+    """
+    shared = (
+        1 if node.style not in ("grouped", "rotary") else 2 if node.heads % 2 == 0 else node.heads
+    )
     keys = node.heads // shared
     if units == "dims" and node.head_dim > 1:
         return node.heads * (node.head_dim // 2)
@@ -370,12 +443,16 @@ def _left_of_heads(node: Attention, units: str) -> int:
 def _is_output(net: Network, index: int) -> bool:
     """Whether a value is returned, or added to or mixed with what is."""
     readers = [i for i, node in enumerate(net.nodes, start=1) if index in node.inputs]
-    return index in net.outputs or any(not isinstance(net.nodes[i - 1], Linear) and _is_output(net, i) for i in readers)
+    return index in net.outputs or any(
+        not isinstance(net.nodes[i - 1], Linear) and _is_output(net, i) for i in readers
+    )
 
 
 @pytest.mark.long
 def test_most_networks_get_smaller() -> None:
-    """The same over many networks as they come: half the channels cost a good part of the parameters."""
+    """The same over many networks as they come: half the channels cost a good part of the
+    parameters.
+    """
     sizes: list[tuple[int, int]] = []
 
     @settings(max_examples=60, derandomize=True, phases=[Phase.generate], database=None)
@@ -393,7 +470,9 @@ def test_most_networks_get_smaller() -> None:
 
 @pytest.mark.long
 def test_the_strategy_draws_every_kind_and_long_networks() -> None:
-    """What the properties see is varied, prints as its own source, and runs at batch 1, 2 and 5."""
+    """What the properties see is varied, prints as its own source, and runs at batch 1, 2 and
+    5.
+    """
     kinds: Counter[str] = Counter()
     lengths: list[int] = []
 
@@ -409,7 +488,9 @@ def test_the_strategy_draws_every_kind_and_long_networks() -> None:
             return
         model = build(net)
         for batch in (1, 2, 5):
-            for y, index in zip(_outputs(model, example(net, batch=batch)), net.outputs, strict=True):
+            for y, index in zip(
+                _outputs(model, example(net, batch=batch)), net.outputs, strict=True
+            ):
                 assert y.shape == (batch, *net.signals[index].shape)
                 assert y.isfinite().all()
 
@@ -423,9 +504,15 @@ def test_the_strategy_draws_every_kind_and_long_networks() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: _net("Conv(0, out=4, groups=2)"), "Conv(0, out=4, groups=2): groups do not divide chw (3, 8, 8)"),
+        (
+            lambda: _net("Conv(0, out=4, groups=2)"),
+            "Conv(0, out=4, groups=2): groups do not divide chw (3, 8, 8)",
+        ),
         (lambda: _net("Linear(0, out=4)"), "Linear(0, out=4): cannot take chw (3, 8, 8)"),
-        (lambda: _net("Conv(1, out=4)"), "value 1, Conv(1, out=4): reads a value that does not exist yet"),
+        (
+            lambda: _net("Conv(1, out=4)"),
+            "value 1, Conv(1, out=4): reads a value that does not exist yet",
+        ),
     ],
 )
 def test_a_wrong_spec_names_its_node(make: Callable[[], Network], message: str) -> None:
@@ -447,22 +534,40 @@ def _count(model: nn.Module) -> int:
 
 def _bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return list(found) == list(expected) and all(
-        tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]) for name, tensor in found.items()
+        tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+        for name, tensor in found.items()
     )
 
 
 def _same_state(found: nn.Module, expected: nn.Module) -> bool:
     """The same keys, in whatever order, and the same bits."""
-    return _bits_equal(dict(sorted(found.state_dict().items())), dict(sorted(expected.state_dict().items())))
+    return _bits_equal(
+        dict(sorted(found.state_dict().items())), dict(sorted(expected.state_dict().items()))
+    )
 
 
 def _anatomy(model: nn.Module) -> Iterator[tuple[object, ...]]:
-    """Everything about a model but its numbers: object identities, modes, hooks, gradients, attribute names."""
+    """Everything about a model but its numbers: object identities, modes, hooks, gradients,
+    attribute names.
+    """
     for name, module in model.named_modules():
         hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-        yield name, id(module), module.training, tuple(sorted(hooks.items())), tuple(sorted(vars(module)))
+        yield (
+            name,
+            id(module),
+            module.training,
+            tuple(sorted(hooks.items())),
+            tuple(sorted(vars(module))),
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name, id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad, tensor._version
+        yield (
+            name,
+            id(tensor),
+            tensor.data_ptr(),
+            tensor.requires_grad,
+            tensor.grad,
+            tensor._version,
+        )
 
 
 def _varying(field: Tensor) -> list[int]:
@@ -479,11 +584,14 @@ def _along(field: Tensor) -> tuple[list[int], Tensor]:
     return dims, field.reshape(-1)
 
 
-def _permutation(elements: dict[str, list[Tensor]], blocks: Tensor, generator: torch.Generator) -> Tensor:
+def _permutation(
+    elements: dict[str, list[Tensor]], blocks: Tensor, generator: torch.Generator
+) -> Tensor:
     """For each unit, the unit whose elements it receives.
 
-    Units change places only inside their block, and only with units that own as many elements of the same tensors: a
-    unit that a residual sum ties to a second layer cannot stand in for one that no second layer has.
+    Units change places only inside their block, and only with units that own as many elements of
+    the same tensors: a unit that a residual sum ties to a second layer cannot stand in for one
+    that no second layer has.
     """
     size = len(blocks)
     counts = [_along(field)[1] for fields in elements.values() for field in fields]
@@ -499,7 +607,9 @@ def _permutation(elements: dict[str, list[Tensor]], blocks: Tensor, generator: t
 
 
 def _permuted(tensor: Tensor, field: Tensor, source: Tensor) -> Tensor:
-    """A copy of ``tensor`` in which unit u holds what unit ``source[u]`` held: its j-th place the other's j-th."""
+    """A copy of ``tensor`` in which unit u holds what unit ``source[u]`` held: its j-th place the
+    other's j-th.
+    """
     dims, units = _along(field)
     if not dims:
         return tensor.clone()

@@ -30,7 +30,9 @@ def test_checkout_commands_are_known_to_the_run_script():
     commands = re.findall(r"\./run (\w+)", README)
     assert {"demo", "test", "fxprune"} <= set(commands)
     for command in commands:
-        assert re.search(rf"^    (\w+ \| )*{command}( \| \w+)*\)$", script, flags=re.MULTILINE), command
+        assert re.search(rf"^    (\w+ \| )*{command}( \| \w+)*\)$", script, flags=re.MULTILINE), (
+            command
+        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX script")
@@ -44,12 +46,21 @@ def test_run_script_explains_itself():
 def test_command_lines_use_options_that_exist():
     from fxprune.cli import app
 
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("fxprune ")]
+    lines = [
+        line
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("fxprune ")
+    ]
     assert len(lines) >= 3
     for line in lines:
         command = line.split()[1]
         # A wide terminal, so that the help does not fold option names.
-        help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+        help_text = (
+            CliRunner()
+            .invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+            .output
+        )
         for option in re.findall(r"(?<= )--?[a-z][a-z-]*", line):
             assert option in help_text, f"{line}: {option}"
 
@@ -78,7 +89,16 @@ def test_example_runs(tmp_path):
     import json
 
     figures = tmp_path / "figures.json"
-    subprocess.run([sys.executable, ROOT / "examples/digits.py", "--epochs=4", "--finetune=2", f"--json={figures}"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "examples/digits.py",
+            "--epochs=4",
+            "--finetune=2",
+            f"--json={figures}",
+        ],
+        check=True,
+    )
     found = json.loads(figures.read_text())
     assert found["test accuracy, %"]["after"] > 80
     assert found["MACs"]["after"] < 0.4 * found["MACs"]["before"]

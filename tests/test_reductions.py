@@ -1,7 +1,9 @@
-"""Reductions over a channel axis that shrinks: each gives what the original gives where removed channels are zeros, or is pinned.
+"""Reductions over a channel axis that shrinks: each gives what the original gives where removed
+channels are zeros, or is pinned.
 
-One row of the table is one spelling of one operation, on features of shape (batch, 12 channels, 3, 4). ``pruned`` says whether the
-channels can go nevertheless; they cannot where a zero counts and nothing can make up for it (a minimum, an order, a softmax).
+One row of the table is one spelling of one operation, on features of shape (batch, 12 channels, 3,
+4). ``pruned`` says whether the channels can go nevertheless; they cannot where a zero counts and
+nothing can make up for it (a minimum, an order, a softmax).
 """
 
 import pickle
@@ -79,7 +81,10 @@ CASES = [
     exact("torch.var(x, 1)", lambda x: torch.var(x, 1)),
     exact("torch.var(input=x, dim=1)", lambda x: torch.var(input=x, dim=1)),
     exact("torch.var(x, axis=1)", lambda x: torch.var(x, axis=1)),
-    exact("torch.var(x, dim=(1, 2), correction=0, keepdim=True)", lambda x: torch.var(x, dim=(1, 2), correction=0, keepdim=True)),
+    exact(
+        "torch.var(x, dim=(1, 2), correction=0, keepdim=True)",
+        lambda x: torch.var(x, dim=(1, 2), correction=0, keepdim=True),
+    ),
     exact("torch.var(x, dim=1, correction=0.5)", lambda x: torch.var(x, dim=1, correction=0.5)),
     exact("torch.Tensor.var(x, 1)", lambda x: torch.Tensor.var(x, 1)),
     exact("aten.var.correction(x, [1])", lambda x: aten.var.correction(x, [1], correction=0)),
@@ -97,7 +102,10 @@ CASES = [
     exact("aten.std.correction(x, [1])", lambda x: aten.std.correction(x, [1])),
     exact("torch.var_mean(x, 1)", lambda x: torch.var_mean(x, 1)),
     exact("torch.var_mean(x)", lambda x: torch.var_mean(x)),
-    exact("torch.var_mean(x, dim=(-3, -2))", lambda x: torch.var_mean(x, dim=(-3, -2), correction=0, keepdim=True)),
+    exact(
+        "torch.var_mean(x, dim=(-3, -2))",
+        lambda x: torch.var_mean(x, dim=(-3, -2), correction=0, keepdim=True),
+    ),
     exact("torch.std_mean(x, 1, False)", lambda x: torch.std_mean(x, 1, False)),
     exact("torch.std_mean(x, unbiased=False)", lambda x: torch.std_mean(x, unbiased=False)),
     # means
@@ -113,7 +121,12 @@ CASES = [
     norm("normalised by std", lambda x: x / (x.std(1, keepdim=True) + 1e-5)),
     norm("root mean square", lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()),
     norm("evo_norm", evo_norm),
-    norm("evo_norm, expanded", lambda x: x * groups(x).std((2, 3, 4), keepdim=True).expand(groups(x).shape).reshape(x.shape)),
+    norm(
+        "evo_norm, expanded",
+        lambda x: (
+            x * groups(x).std((2, 3, 4), keepdim=True).expand(groups(x).shape).reshape(x.shape)
+        ),
+    ),
     exact("std over groups", lambda x: groups(x).std((2, 3, 4))),
     exact("var over the groups", lambda x: groups(x).var(1).sum(1)),
     # sums and norms
@@ -186,11 +199,17 @@ class Reduced(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.a, self.b, self.case = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(CHANNELS, 2, 1), case
+        self.a, self.b, self.case = (
+            nn.Conv2d(3, CHANNELS, 3, padding=1),
+            nn.Conv2d(CHANNELS, 2, 1),
+            case,
+        )
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(x)
-        return self.b(self.case.function(h)) if self.case.norm else (self.b(h), self.case.function(h))
+        return (
+            self.b(self.case.function(h)) if self.case.norm else (self.b(h), self.case.function(h))
+        )
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can go
@@ -209,21 +228,33 @@ def test_zeros_count(case: Case) -> None:
 
 
 class Standardised(nn.Module):
-    """A convolution whose kernels are standardised at each call, over their inputs in ``count`` groups."""
+    """A convolution whose kernels are standardised at each call, over their inputs in ``count``
+    groups.
+    """
 
     def __init__(self, count: int, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=count, bias=False), nn.Conv2d(8, 2, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, groups=count, bias=False),
+            nn.Conv2d(8, 2, 1),
+        )
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(F.conv2d(self.a(x).relu(), self.how(self.b.weight), groups=self.b.groups).relu())
+        return self.c(
+            F.conv2d(self.a(x).relu(), self.how(self.b.weight), groups=self.b.groups).relu()
+        )
 
 
 STANDARDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean and std": lambda w: (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5),
+    "mean and std": lambda w: (
+        (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+    ),
     "flat": lambda w: w / (w.view(len(w), -1).std(1).view(-1, 1, 1, 1) + 1e-5),
-    "var_mean": lambda w: (w - torch.var_mean(w, (1, 2, 3), keepdim=True)[1]) / torch.var(w, (1, 2, 3), keepdim=True),
+    "var_mean": lambda w: (
+        (w - torch.var_mean(w, (1, 2, 3), keepdim=True)[1]) / torch.var(w, (1, 2, 3), keepdim=True)
+    ),
     "per kernel": lambda w: w / (w.std((2, 3), keepdim=True) + 1e-5),
 }
 
@@ -247,7 +278,16 @@ def test_removed_inputs_count_in_a_standardised_weight(how: str, count: int) -> 
 
 @pytest.fixture
 def normed() -> tuple[nn.Module, Any, Tensor]:
-    model = randomise(Reduced(norm("", lambda x: by_hand(x) / (x.std((1, 2), keepdim=True) + x.var(keepdim=True, dim=(1, 3))))))
+    model = randomise(
+        Reduced(
+            norm(
+                "",
+                lambda x: (
+                    by_hand(x) / (x.std((1, 2), keepdim=True) + x.var(keepdim=True, dim=(1, 3)))
+                ),
+            )
+        )
+    )
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     return model.eval(), fxprune.prune(model, x, channels=0.5), x
 
@@ -278,8 +318,14 @@ def test_a_pruned_norm_is_saved_compiled_scripted_and_exported(normed: Any) -> N
         wanted = pruned.model(x)
         again = pickle.loads(pickle.dumps(pruned.model))
         assert torch.equal(again(x), wanted)
-        assert relative_error(torch.export.export(pruned.model, (x,)).module()(x), wanted) <= TOLERANCE
-        assert relative_error(torch.compile(pruned.model, fullgraph=True, backend="eager")(x), wanted) <= TOLERANCE
+        assert (
+            relative_error(torch.export.export(pruned.model, (x,)).module()(x), wanted)
+            <= TOLERANCE
+        )
+        assert (
+            relative_error(torch.compile(pruned.model, fullgraph=True, backend="eager")(x), wanted)
+            <= TOLERANCE
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit is deprecated
             assert relative_error(torch.jit.script(pruned.model)(x), wanted) <= TOLERANCE

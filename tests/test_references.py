@@ -161,7 +161,9 @@ def lock_below() -> Any:
     return SimpleNamespace(locks=[threading.Lock()], number=3)
 
 
-@pytest.mark.parametrize("make", [threading.Lock, threading.Condition, threading.local, lambda: threading, lock_below])
+@pytest.mark.parametrize(
+    "make", [threading.Lock, threading.Condition, threading.local, lambda: threading, lock_below]
+)
 def test_what_cannot_be_copied_is_shared(make: Any) -> None:
     model, x = Held(make()), torch.randn(2, 4)
     pruned = fxprune.prune(model, x, channels=0.5)
@@ -205,7 +207,14 @@ class Local(threading.local):
         self.counted, self.seen = 0, []
 
 
-@pytest.mark.parametrize("below", [lambda own: own, lambda own: [own], lambda own: SimpleNamespace(own=own, lock=threading.Lock())])
+@pytest.mark.parametrize(
+    "below",
+    [
+        lambda own: own,
+        lambda own: [own],
+        lambda own: SimpleNamespace(own=own, lock=threading.Lock()),
+    ],
+)
 @pytest.mark.parametrize("kind", [Uncopied, Slots, Table, Pair, Local])
 def test_what_a_class_refuses_to_copy_is_not_changed(kind: Any, below: Any) -> None:
     """A trial run would leave in it what the user's next call finds."""
@@ -300,9 +309,15 @@ def evaluated() -> None:
 
 
 @pytest.mark.parametrize("asks", [False, True])
-@pytest.mark.parametrize("set_up", [frozen_norm, frozen_by_the_model, frozen_through_a_function, adapting, evaluated])
-def test_modes_that_functions_of_the_model_give_are_kept(set_up: Any, asks: bool, tmp_path: Any) -> None:
-    """Functions that know the model, or a layer, as a global: those of the copies know the copies."""
+@pytest.mark.parametrize(
+    "set_up", [frozen_norm, frozen_by_the_model, frozen_through_a_function, adapting, evaluated]
+)
+def test_modes_that_functions_of_the_model_give_are_kept(
+    set_up: Any, asks: bool, tmp_path: Any
+) -> None:
+    """Functions that know the model, or a layer, as a global: those of the copies know the
+    copies.
+    """
 
     def make() -> nn.Module:
         globals()["NET"] = model = Switched(asks).eval()
@@ -321,7 +336,9 @@ def test_modes_that_functions_of_the_model_give_are_kept(set_up: Any, asks: bool
         model.train() if training else model.eval()
         modes = [model.get_submodule(name).training for name in ("", "norm", "drop")]
         pruned.model.train() if training else pruned.model.eval()
-        assert [pruned.model.get_submodule(name).training for name in ("", "norm", "drop")] == modes
+        assert [
+            pruned.model.get_submodule(name).training for name in ("", "norm", "drop")
+        ] == modes
     loaded = fxprune.load(tmp_path, make).model  # whose globals are others from now on
     for training in (True, False):
         loaded.train() if training else loaded.eval()
@@ -336,7 +353,9 @@ def test_a_layer_whose_forward_knows_it_as_a_global_is_pruned() -> None:
     model.drop.forward = lambda x: NET.drop[1](NET.drop[0](x))
     x = torch.randn(2, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
-    assert {p.data_ptr() for p in pruned.model.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+    assert {p.data_ptr() for p in pruned.model.parameters()}.isdisjoint(
+        p.data_ptr() for p in model.parameters()
+    )
     assert dict(pruned.model.named_parameters())["drop.0.weight"].shape == (4, 4, 1, 1)
 
 

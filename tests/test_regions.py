@@ -20,7 +20,11 @@ class Around(nn.Module):
 
     def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.inner, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.inner, self.last = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 4, 1),
+        )
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,12 +74,16 @@ def trained(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     out = model(x)
     out.float().square().sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("function", REGIONS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("outer", [False, True], ids=["plain", "autocast"])
-def test_outputs_and_gradients_are_those_of_the_original(function: Callable[..., Tensor], outer: bool) -> None:
+def test_outputs_and_gradients_are_those_of_the_original(
+    function: Callable[..., Tensor], outer: bool
+) -> None:
     torch.manual_seed(0)
     model, x = Around(function), torch.randn(2, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=1.0)
@@ -91,7 +99,9 @@ def test_outputs_and_gradients_are_those_of_the_original(function: Callable[...,
 
 
 @pytest.mark.parametrize("function", REGIONS, ids=lambda function: function.__name__)
-def test_regions_are_pruned_deployed_compiled_and_pruned_again(function: Callable[..., Tensor]) -> None:
+def test_regions_are_pruned_deployed_compiled_and_pruned_again(
+    function: Callable[..., Tensor],
+) -> None:
     torch.manual_seed(0)
     model, x = Around(function).eval(), torch.randn(2, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
@@ -144,7 +154,9 @@ def test_a_region_whose_content_is_gone() -> None:
     assert "pass" in emitted.code
 
 
-@pytest.mark.parametrize("question", ["is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"])
+@pytest.mark.parametrize(
+    "question", ["is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"]
+)
 def test_what_the_caller_decides_is_not_asked_in_a_graph(question: str) -> None:
     def forward(inner: nn.Module, x: Tensor) -> Tensor:
         return inner(x) if getattr(torch, question)() else inner(x) * 2
@@ -153,13 +165,20 @@ def test_what_the_caller_decides_is_not_asked_in_a_graph(question: str) -> None:
     with pytest.raises(TraceError, match=rf"torch\.{question}\(\) \(at test_regions.py:\d+\)"):
         trace(twin_of(model), *example_of(x))
     emitted = fxprune.prune(model, x, channels=1.0).model
-    for state in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+    for state in (
+        torch.enable_grad(),
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
         with state:
             assert relative_error(emitted(x).float(), model(x).float()) == 0
 
 
 def test_regions_inside_of_torch_are_its_own() -> None:
-    """Checkpointing computes without gradients first, and again with them later; a graph just computes."""
+    """Checkpointing computes without gradients first, and again with them later; a graph just
+    computes.
+    """
 
     def forward(inner: nn.Module, x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)

@@ -1,4 +1,6 @@
-"""Rules of the user's own: what the page about them shows, what they may be, and that a wrong one is caught."""
+"""Rules of the user's own: what the page about them shows, what they may be, and that a wrong one
+is caught.
+"""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +28,9 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def op(function: Any) -> None:
-    torch.library.custom_op(f"fxprune_test::{function.__name__}", function, mutates_args=()).register_fake(torch.empty_like)
+    torch.library.custom_op(
+        f"fxprune_test::{function.__name__}", function, mutates_args=()
+    ).register_fake(torch.empty_like)
 
 
 @op
@@ -61,7 +65,9 @@ class Between(nn.Module):
 
 
 def test_the_page_does_what_it_says() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     assert len(blocks) == 4
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
@@ -74,11 +80,14 @@ def test_the_page_does_what_it_says() -> None:
     assert without == 16 * 14 * 14 * 3 * 9 + 16 * 14 * 14 + 8 * 12 * 12 * 16 * 9
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not() -> None:
     before = fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
     assert before.report.params_after == before.report.params_before
-    assert any("fxprune_test::softsign has no rule" in pinned.reason for pinned in before.report.pinned)
+    assert any(
+        "fxprune_test::softsign has no rule" in pinned.reason for pinned in before.report.pinned
+    )
     assert before.report.error is None
     fxprune.register_rule("fxprune_test::softsign", like="pointwise")
     after = fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
@@ -87,9 +96,12 @@ def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not()
     assert after.report.error < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_whether_zero_stays_zero_is_tried_not_believed() -> None:
-    """Removed channels of one operand become ones in a product with another: they may go only where the other's go, too."""
+    """Removed channels of one operand become ones in a product with another: they may go only
+    where the other's go, too.
+    """
     fxprune.register_rule("fxprune_test::shifted", like="pointwise")
     pruned = fxprune.prune(Between("shifted"), IMAGE, channels=0.5)
     assert pruned.model.get_submodule("second").weight.shape == (
@@ -114,7 +126,10 @@ def test_a_wrong_rule_is_caught(wrong: str) -> None:
     name = f"fxprune_test::{wrong}"
     fxprune.register_rule(name, like="pointwise")
     net = Between(wrong)
-    with pytest.raises(VerificationError, match=rf"differs from the masked original by .* rules registered for {name}"):
+    with pytest.raises(
+        VerificationError,
+        match=rf"differs from the masked original by .* rules registered for {name}",
+    ):
         fxprune.prune(net, IMAGE, channels=0.5)
     kept = fxprune.prune(net, IMAGE, channels=0.5, keep="first")
     assert kept.report.params_after == kept.report.params_before
@@ -123,7 +138,8 @@ def test_a_wrong_rule_is_caught(wrong: str) -> None:
     assert fxprune.verify(net, unproved).error > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # nothing can go, which is what is tested
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_where_a_rule_forgets_a_dimension_nothing_is_pruned() -> None:
     @fxprune.register_rule("fxprune_test::softsign")
     def _(context: Any, op: Any, arguments: dict[str, Tensor], result: Tensor) -> None:
@@ -139,7 +155,9 @@ def test_a_rule_that_fails_says_so() -> None:
     def _(context: Any, op: Any, arguments: dict[str, Tensor], result: Tensor) -> None:
         arguments["y"]
 
-    with pytest.raises(RewriteError, match=r"the rule of fxprune_test::softsign failed at .*KeyError\('y'\)"):
+    with pytest.raises(
+        RewriteError, match=r"the rule of fxprune_test::softsign failed at .*KeyError\('y'\)"
+    ):
         fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
 
 

@@ -80,7 +80,9 @@ def test_long_sections_are_cut_in_the_text_only():
 
 def test_axes_pinned_for_one_reason_are_counted():
     row = (tuple(f"head{i}.weight:0" for i in range(5)), "reaches the output", "output")
-    assert "head0.weight:0, head1.weight:0, head2.weight:0 and 2 more: reaches" in str(full_report(pinned=(row,)))
+    assert "head0.weight:0, head1.weight:0, head2.weight:0 and 2 more: reaches" in str(
+        full_report(pinned=(row,))
+    )
 
 
 def test_dict_is_json_and_complete():
@@ -88,23 +90,35 @@ def test_dict_is_json_and_complete():
     data = json.loads(json.dumps(report.to_dict()))
     assert set(data) == {field.name for field in dataclasses.fields(Report)}
     assert data["groups"][0] == {"name": "conv1", "kept": 32, "total": 64}
-    assert data["pinned"][0] == {"axes": ["fc.weight:0[0:1000]"], "reason": "reaches the output", "node": "output"}
+    assert data["pinned"][0] == {
+        "axes": ["fc.weight:0[0:1000]"],
+        "reason": "reaches the output",
+        "node": "output",
+    }
     assert Report.from_dict(data) == report
 
 
-@pytest.mark.parametrize("data", [{}, [], 3, None, {"groups": [], "pinned": []}, {"groups": [3], "pinned": []}])
+@pytest.mark.parametrize(
+    "data", [{}, [], 3, None, {"groups": [], "pinned": []}, {"groups": [3], "pinned": []}]
+)
 def test_what_is_no_report(data):
     with pytest.raises(PlanError, match="not a report"):
         Report.from_dict(data)
 
 
 def narrow():
-    """Two of its layers cannot shrink: the second ends in the output, and a layer of its own leads to another one."""
+    """Two of its layers cannot shrink: the second ends in the output, and a layer of its own leads
+    to another one.
+    """
 
     class Narrow(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.alone = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(3, 5, 3, bias=False)
+            self.a, self.b, self.alone = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(8, 4, 3),
+                nn.Conv2d(3, 5, 3, bias=False),
+            )
 
         def forward(self, x):
             return self.b(self.a(x)), self.alone(x)
@@ -114,7 +128,8 @@ def narrow():
 
 def test_the_pinned_part_of_the_cost():
     report = fxprune.prune(narrow(), torch.zeros(1, 3, 8, 8), channels=0.5).report
-    assert report.params_pinned == 4 + 5 * 27  # b's bias and all of alone; b's weight shrinks with a
+    # b's bias and all of alone; b's weight shrinks with a
+    assert report.params_pinned == 4 + 5 * 27
     assert report.macs_pinned == 5 * 27 * 6 * 6
 
 
@@ -130,7 +145,9 @@ def test_the_pinned_part_is_what_the_smallest_model_leaves_alone(name):
     report = fxprune.prune(model, image, channels=1e-9).report
     smallest = fxprune.prune(model, image, channels=1e-9).model
     shapes = {name: tensor.shape for name, tensor in smallest.named_parameters()}
-    same = sum(tensor.numel() for name, tensor in model.named_parameters() if shapes[name] == tensor.shape)
+    same = sum(
+        tensor.numel() for name, tensor in model.named_parameters() if shapes[name] == tensor.shape
+    )
     assert 0 < report.params_pinned == same < report.params_before
     assert report.macs_pinned <= report.macs_after
 
@@ -138,6 +155,8 @@ def test_the_pinned_part_is_what_the_smallest_model_leaves_alone(name):
 def test_rows_are_named_and_the_report_is_frozen():
     report = full_report()
     assert report.groups[0] == GroupRow(name="conv1", kept=32, total=64)
-    assert report.pinned[1] == PinnedRow(axes=("fc.bias:0",), reason="reaches the output", node="output")
+    assert report.pinned[1] == PinnedRow(
+        axes=("fc.bias:0",), reason="reaches the output", node="output"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.params_after = 0

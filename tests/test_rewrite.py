@@ -1,4 +1,6 @@
-"""The smaller graph: numbers that follow the widths, numbers that do not, and a module that stays whole."""
+"""The smaller graph: numbers that follow the widths, numbers that do not, and a module that stays
+whole.
+"""
 
 import copy
 from collections.abc import Callable
@@ -63,7 +65,9 @@ def test_literals(name: str, channels: float) -> None:
 
 
 class TwoModes(nn.Module):
-    """GoogLeNet's scheme: an auxiliary head in training, another nesting of the output, and a layer nobody calls."""
+    """GoogLeNet's scheme: an auxiliary head in training, another nesting of the output, and a
+    layer nobody calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +102,9 @@ class FrozenBelow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), Frozen(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 8, 3), Frozen(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        )
 
     def train(self, mode: bool = True) -> "FrozenBelow":
         super().train(mode)
@@ -140,8 +146,16 @@ def test_plain_tensors_are_copied_too() -> None:
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_groups_that_keep_one_input_each_still_sum(kind: Any) -> None:
-    """What is left looks like a depthwise convolution; its outputs are units of their own all the same."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), kind(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    """What is left looks like a depthwise convolution; its outputs are units of their own all the
+    same.
+    """
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.ReLU(),
+        kind(4, 4, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )
     pruned = fxprune.prune(net, torch.randn(2, 3, 6, 6), channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error <= 1e-9
@@ -164,7 +178,9 @@ class Nested(nn.Module):
         return self.head(torch.cat([self.all(x), self.some(some)], dim=1).relu())
 
 
-@pytest.mark.parametrize("budget", [{"channels": 0.4, "scope": "global"}, {"macs": 0.3}, {"params": 0.3}])
+@pytest.mark.parametrize(
+    "budget", [{"channels": 0.4, "scope": "global"}, {"macs": 0.3}, {"params": 0.3}]
+)
 def test_groups_within_groups(budget: dict[str, Any]) -> None:
     pruned = fxprune.prune(Nested(), torch.randn(2, 3, 4, 4), verify=True, **budget)
     assert pruned.report.error is not None
@@ -177,7 +193,9 @@ class InContainers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3)))
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3))
+        )
         self.in_body = nn.Conv2d(4, 4, 1)
         self.scale = nn.Module()
         self.scale.factor = nn.Parameter(torch.rand(4, 1, 1))
@@ -217,11 +235,17 @@ def test_torchscript_reads_it() -> None:
 
 
 class WritesIntoACopy(nn.Module):
-    """What lies channels last is copied where it is laid out anew: what is written there is seen by nobody."""
+    """What lies channels last is copied where it is laid out anew: what is written there is seen
+    by nobody.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.LayerNorm(4), nn.Linear(4, 5)
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.LayerNorm(4),
+            nn.Linear(4, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x).permute(0, 2, 3, 1)).movedim(-1, 1) + 0.1
@@ -233,10 +257,14 @@ def test_a_copy_stays_one_where_one_channel_is_left() -> None:
     """One channel lies first and last alike: without a word its copy would be a view."""
     torch.manual_seed(0)
     model = WritesIntoACopy().eval()
-    pruned = check_exact(model, torch.randn(2, 3, 6, 6), channels=0.25, at_most=0.4, zeroable=False).model
+    pruned = check_exact(
+        model, torch.randn(2, 3, 6, 6), channels=0.25, at_most=0.4, zeroable=False
+    ).model
     assert pruned.get_parameter("norm.weight").numel() == 1
     assert "clone" in pruned.code
-    with pytest.raises(AssertionError, match=r"pruned for inputs with \(add.size\(3\) == 1\) == False"):
+    with pytest.raises(
+        AssertionError, match=r"pruned for inputs with \(add.size\(3\) == 1\) == False"
+    ):
         pruned(torch.randn(2, 3, 6, 1, dtype=torch.float64))
 
 
@@ -254,9 +282,14 @@ class Squeezes(nn.Module):
 
 
 def test_axes_that_are_dropped_with_a_batch_of_one() -> None:
-    """A graph says so where it goes by how many are left; where it does not, it takes any batch."""
+    """A graph says so where it goes by how many are left; where it does not, it takes any
+    batch.
+    """
     x, one = torch.randn(2, 3, 6, 6), torch.randn(1, 3, 6, 6)
-    by_rank, by_all = (lambda m, y: (y := m(y)).view(*y.shape, 1, 1)), (lambda m, y: m(y)[..., None, None])
+    by_rank, by_all = (
+        (lambda m, y: (y := m(y)).view(*y.shape, 1, 1)),
+        (lambda m, y: m(y)[..., None, None]),
+    )
     for gate, taken in ((by_rank, False), (by_all, True)):
         model = Squeezes(gate).eval()
         pruned = fxprune.prune(model, x, channels=0.5, verify=True).model

@@ -1,4 +1,6 @@
-"""Models in parts on other routes than the example's: in training, and where something is found, or nothing."""
+"""Models in parts on other routes than the example's: in training, and where something is found,
+or nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,17 @@ class Trained(nn.Module):
 
     def __init__(self, more: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.a, self.b, self.last = nn.Linear(6, 16), Repeated(16, 16), Repeated(16, 16), nn.Linear(16, 3)
-        self.auxiliary, self.queries, self.more = nn.Linear(16, 3), nn.Parameter(torch.randn(4, 16)), more
+        self.first, self.a, self.b, self.last = (
+            nn.Linear(6, 16),
+            Repeated(16, 16),
+            Repeated(16, 16),
+            nn.Linear(16, 3),
+        )
+        self.auxiliary, self.queries, self.more = (
+            nn.Linear(16, 3),
+            nn.Parameter(torch.randn(4, 16)),
+            more,
+        )
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(self.first(opaque(x)))
@@ -43,12 +54,16 @@ MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "another order": lambda model, h: model.last(model.a(model.b(h))),
     "at full width": lambda model, h: model.last(h.flip(1)) + model.last(h.reshape(-1, 16)),
     "all queries": lambda model, h: model.last(model.b(model.queries)) + h.mean(),
-    "a sum over pairs": lambda model, h: (h.unsqueeze(0) - model.first.weight.T.unsqueeze(1)).square().sum(-1),
+    "a sum over pairs": lambda model, h: (
+        (h.unsqueeze(0) - model.first.weight.T.unsqueeze(1)).square().sum(-1)
+    ),
 }
 
 
 def masked_like(model: nn.Module, small: nn.Module) -> nn.Module:
-    """The original with every element at zero that is not found in the pruned model. Elements are all different."""
+    """The original with every element at zero that is not found in the pruned model. Elements are
+    all different.
+    """
     left = torch.cat([p.detach().flatten() for p in small.parameters()])
     masked = copy.deepcopy(model)
     for parameter in masked.parameters():
@@ -104,7 +119,12 @@ class Drops(nn.Module):
 
     def __init__(self, chance: Callable[[], Any]) -> None:
         super().__init__()
-        self.first, self.a, self.b, self.last = nn.Linear(6, 16), Repeated(16, 16), Repeated(16, 16), nn.Linear(16, 3)
+        self.first, self.a, self.b, self.last = (
+            nn.Linear(6, 16),
+            Repeated(16, 16),
+            Repeated(16, 16),
+            nn.Linear(16, 3),
+        )
         self.chance = chance
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +187,11 @@ def test_a_count_of_calls_is_in_no_graph() -> None:
 
 @pytest.mark.parametrize("name", ["by a clock", "by a count"])
 def test_what_cannot_be_compared_from_call_to_call_is_left_out_of_the_proof(name: str) -> None:
-    chance = itertools.cycle([0, 1]).__next__ if name == "by a count" else lambda: os.urandom(1)[0] / 256
+    chance = (
+        itertools.cycle([0, 1]).__next__
+        if name == "by a count"
+        else lambda: os.urandom(1)[0] / 256
+    )
     model, x = Drops(chance).double().eval(), torch.randn(2, 6, dtype=ONE)
     model.chance = chance
     found = fxprune.verify(model, fxprune.prune(model, x, channels=0.5), x)
@@ -175,7 +199,9 @@ def test_what_cannot_be_compared_from_call_to_call_is_left_out_of_the_proof(name
 
 
 class Finds(nn.Module):
-    """A detector in small: boxes where scores are high, features pooled there, a class and a finer box for each."""
+    """A detector in small: boxes where scores are high, features pooled there, a class and a finer
+    box for each.
+    """
 
     def __init__(self, threshold: float, skips: bool, width: int = 16) -> None:
         super().__init__()
@@ -191,8 +217,12 @@ class Finds(nn.Module):
         for i in range(len(images)):
             score = out[i, 0].flatten().sigmoid()
             kept = torch.where(score > self.threshold)[0]
-            corner = torch.stack([kept % out.shape[-1], kept // out.shape[-1]], dim=1).to(images.dtype)
-            boxes = torch.cat([corner, corner + 2 + out[i, 1:3].flatten(1)[:, kept].T.sigmoid() * 4], dim=1)
+            corner = torch.stack([kept % out.shape[-1], kept // out.shape[-1]], dim=1).to(
+                images.dtype
+            )
+            boxes = torch.cat(
+                [corner, corner + 2 + out[i, 1:3].flatten(1)[:, kept].T.sigmoid() * 4], dim=1
+            )
             boxes = boxes[nms(boxes, score[kept], 0.3)]
             if self.skips and not len(boxes):
                 found.append({"boxes": boxes, "classes": images.new_zeros(0, 4)})
@@ -222,11 +252,17 @@ def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> No
 
 @pytest.mark.long
 def test_models_in_parts_are_pruned_by_several_threads_at_once() -> None:
-    """Beside a thread that serves a model of its own, and one that trains without torch's modules being looked at."""
+    """Beside a thread that serves a model of its own, and one that trains without torch's modules
+    being looked at.
+    """
     models = [Trained(MORE["all queries"]).double().eval() for _ in range(3)]
     x = torch.randn(2, 6, dtype=ONE)
     wanted = [fxprune.prune(model, x, channels=0.5).plan.to_json() for model in models]
-    served, stop, errors = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double(), threading.Event(), []
+    served, stop, errors = (
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double(),
+        threading.Event(),
+        [],
+    )
     right = served(x)
 
     def serve() -> None:
@@ -241,7 +277,11 @@ def test_models_in_parts_are_pruned_by_several_threads_at_once() -> None:
     try:
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             for _ in range(2):
-                plans = list(pool.map(lambda model: fxprune.prune(model, x, channels=0.5).plan.to_json(), models))
+                plans = list(
+                    pool.map(
+                        lambda model: fxprune.prune(model, x, channels=0.5).plan.to_json(), models
+                    )
+                )
                 assert plans == wanted
     finally:
         stop.set()

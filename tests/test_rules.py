@@ -1,7 +1,8 @@
 """Each op rule alone: one tiny op, and its expected coupling as text.
 
-The table below is the specification of ``fxprune.rules``; how to read a line stands in ``tests/support/coupling_text.py``. A case
-is named by an ATen op that it executes; what follows a comma says what is special about it.
+The table below is the specification of ``fxprune.rules``; how to read a line stands in
+``tests/support/coupling_text.py``. A case is named by an ATen op that it executes; what follows a
+comma says what is special about it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ def mask(*shape: int) -> Operand:
 
 
 class Case:
-    """``inside``: the op runs inside a larger fx node, whose numbers the rewriter cannot correct."""
+    """``inside``: the op runs inside a larger fx node, whose numbers the rewriter cannot
+    correct.
+    """
 
-    def __init__(self, name: str, text: str, function: Callable[..., Any], *operands: Operand, inside: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        function: Callable[..., Any],
+        *operands: Operand,
+        inside: bool = False,
+    ) -> None:
         self.name, self.text = name, text
         self.function, self.operands = function, operands
         self.target = None if inside else torch.mean
@@ -659,20 +669,24 @@ ALIASES = {
         "_upsample_nearest_exact3d adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d "
         "adaptive_max_pool3d avg_pool2d avg_pool3d max_pool1d max_pool1d_with_indices "
         "max_pool2d_with_indices max_pool3d reflection_pad1d reflection_pad2d reflection_pad3d "
-        "replication_pad1d replication_pad2d replication_pad3d upsample_bicubic2d upsample_linear1d "
-        "upsample_nearest1d upsample_nearest3d upsample_trilinear3d"
+        "replication_pad1d replication_pad2d replication_pad3d upsample_bicubic2d "
+        "upsample_linear1d upsample_nearest1d upsample_nearest3d upsample_trilinear3d"
     ),
     "all": "amin argmin kthvalue min mode",
     "index_put": "index_put_",
     "conv2d": "conv3d conv_transpose1d conv_transpose3d convolution",
     "alpha_dropout": (
-        "_to_copy bernoulli_ celu_ clip_ elu_ exponential_ fill hardsigmoid_ hardswish_ hardtanh_ "
-        "leaky_relu leaky_relu_ log_normal_ mish_ relu6_ rrelu_with_noise selu_ silu_ square_ threshold_ uniform_"
+        "_to_copy bernoulli_ celu_ clip_ elu_ exponential_ fill hardsigmoid_ hardswish_ "
+        "hardtanh_ leaky_relu leaky_relu_ log_normal_ mish_ relu6_ rrelu_with_noise selu_ silu_ "
+        "square_ threshold_ uniform_"
     ),
     "argsort": "_log_softmax _softmax cummin",
     "broadcast_to": "expand_copy",
     "cat": "concat concatenate",
-    "channel_shuffle": ("_conj alias conj fliplr flipud lift_fresh matrix_H moveaxis resolve_conj resolve_neg swapdims"),
+    "channel_shuffle": (
+        "_conj alias conj fliplr flipud lift_fresh matrix_H moveaxis resolve_conj resolve_neg "
+        "swapdims"
+    ),
     "chunk": "dsplit unsafe_chunk unsafe_split unsafe_split_with_sizes vsplit",
     "count_nonzero": "frobenius_norm norm",
     "flatten": "_reshape_alias _unsafe_view reshape_as",
@@ -688,7 +702,9 @@ WITHOUT_RULE = {case.op for case in CASES if case.name.endswith("has no rule")}
 def test_coupling(case):
     seen = case.run()
     assert seen.text == case.text
-    assert case.op in seen.executed, f"the case is named after an op that it does not execute: {sorted(seen.executed)}"
+    assert case.op in seen.executed, (
+        f"the case is named after an op that it does not execute: {sorted(seen.executed)}"
+    )
 
 
 def test_the_table_is_alphabetical():
@@ -699,10 +715,14 @@ def test_the_table_is_alphabetical():
 def test_every_rule_has_a_case():
     served = frozenset().union(*(case.run().served for case in CASES))
     aliases = {alias: op for op, others in ALIASES.items() for alias in others.split()}
-    assert sorted(aliases) == sorted(set(REGISTRY) - served - ON_DATA), "ALIASES lists just the entries that no case reaches"
+    assert sorted(aliases) == sorted(set(REGISTRY) - served - ON_DATA), (
+        "ALIASES lists just the entries that no case reaches"
+    )
     for alias, op in aliases.items():
         assert op in served, f"{op} has no case"
-        assert REGISTRY[alias].handler is REGISTRY[op].handler, f"{alias} is not served by the rule of {op}"
+        assert REGISTRY[alias].handler is REGISTRY[op].handler, (
+            f"{alias} is not served by the rule of {op}"
+        )
 
 
 def test_an_op_without_a_rule_pins_all_that_enters():
@@ -714,16 +734,22 @@ def test_an_op_without_a_rule_pins_all_that_enters():
             assert not any(character.isalpha() for character in left + right)
 
 
-# Where a weight that has labels already is coupled otherwise than one that takes them over: in a grouped convolution its rows would
-# share one labelling of the input axis, and a label per position cannot be told apart into those of two flattened dimensions.
+# Where a weight that has labels already is coupled otherwise than one that takes them over: in a
+# grouped convolution its rows would share one labelling of the input axis, and a label per
+# position cannot be told apart into those of two flattened dimensions.
 MET_BEFORE = {"conv1d, flattened input", "conv2d, grouped"}
 WEIGHTED = [case for case in CASES if any(operand.kind == "weight" for operand in case.operands)]
 
 
 @pytest.mark.parametrize("case", WEIGHTED, ids=lambda case: case.name)
 def test_a_weight_met_before_couples_alike(case):
-    """A weight's axes take over what they meet first; had they labels already, those would be united to the same effect."""
-    born = [labelled(*operand.shape) if operand.kind == "weight" else operand for operand in case.operands]
+    """A weight's axes take over what they meet first; had they labels already, those would be
+    united to the same effect.
+    """
+    born = [
+        labelled(*operand.shape) if operand.kind == "weight" else operand
+        for operand in case.operands
+    ]
     alike = couple_one(case.function, born, case.target).text == case.text
     assert alike == (case.name not in MET_BEFORE)
 
@@ -738,5 +764,7 @@ def test_the_page_of_rules_is_up_to_date():
 
 def test_every_rule_says_what_it_does():
     for name, rule in REGISTRY.items():
-        assert rule.doc.endswith("."), f"the docstring of {name}'s rule has to begin with one sentence on one line"
+        assert rule.doc.endswith("."), (
+            f"the docstring of {name}'s rule has to begin with a paragraph of whole sentences"
+        )
         assert "|" not in rule.doc

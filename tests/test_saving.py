@@ -1,4 +1,6 @@
-"""Pruned models on disk: round trips, every way in which a folder can be damaged, and saves that are interrupted at every step."""
+"""Pruned models on disk: round trips, every way in which a folder can be damaged, and saves that
+are interrupted at every step.
+"""
 
 import copy
 import hashlib
@@ -36,7 +38,9 @@ FILES = ["manifest.json", "model.safetensors", "plan.json", "report.json", "repo
 
 
 def build(width: int = 8) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3)
+    )
 
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -45,14 +49,17 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 def pruned_net(channels: float = 0.5) -> fxprune.Pruned:
     pruned = fxprune.prune(build(), IMAGE, channels=channels)
     with torch.no_grad():
-        for tensor in pruned.model.state_dict().values():  # as training would, so that none is what the factory makes
+        # as training would, so that none is what the factory makes
+        for tensor in pruned.model.state_dict().values():
             tensor.copy_(torch.randint(1, 100, tensor.shape))
     return pruned
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 # ---- round trips
@@ -101,7 +108,11 @@ def test_pruned_three_times_and_trained_in_between(tmp_path: Path) -> None:
 class Tied(nn.Module):
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
-        self.embed, self.mix, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.embed, self.mix, self.head = (
+            nn.Embedding(11, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 11, bias=False),
+        )
         self.register_buffer("scale", torch.arange(8.0))
         self.register_buffer("table", torch.arange(11), persistent=False)
         if tied:
@@ -132,7 +143,9 @@ def test_the_library_of_the_format_reads_the_weights_too(tmp_path: Path) -> None
 
 
 def test_ties_that_the_architecture_has_not(tmp_path: Path) -> None:
-    """The same names and shapes: a model that is tied on one side only would lose a tensor in silence."""
+    """The same names and shapes: a model that is tied on one side only would lose a tensor in
+    silence.
+    """
     tied, apart = tmp_path / "tied.safetensors", tmp_path / "apart.safetensors"
     saving.save_tensors(Tied(), tied)
     saving.save_tensors(Tied(tied=False), apart)
@@ -190,7 +203,9 @@ def test_memory_formats_and_shared_storage(tmp_path: Path) -> None:
             self.register_buffer("one", both[0])
             self.register_buffer("two", both[1])
             self.register_buffer("wide", torch.randn(1).expand(4))
-            self.register_buffer("last", torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+            self.register_buffer(
+                "last", torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+            )
 
     model, other = Views(), Views()
     saving.save_tensors(model, tmp_path / "views.safetensors")
@@ -201,7 +216,10 @@ def test_memory_formats_and_shared_storage(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     pruned_net().save(tmp_path)
-    assert fxprune.load(tmp_path, build, device="cpu").model.get_parameter("0.weight").device.type == "cpu"
+    assert (
+        fxprune.load(tmp_path, build, device="cpu").model.get_parameter("0.weight").device.type
+        == "cpu"
+    )
     with pytest.raises(ArgumentError, match="device='nonsense'"):
         fxprune.load(tmp_path, build, device="nonsense")
 
@@ -284,7 +302,9 @@ def test_one_bit_flipped_anywhere(name: str, copied: Path) -> None:
         changed[position] ^= 1 << position % 8
         (copied / name).write_bytes(changed)
         # A digest or a name in the manifest that changed speaks of another file.
-        with pytest.raises(PlanError, match=re.escape(str(copied) if name == "manifest.json" else name)):
+        with pytest.raises(
+            PlanError, match=re.escape(str(copied) if name == "manifest.json" else name)
+        ):
             saving.read_pruned(copied)
     (copied / name).write_bytes(data)
     saving.read_pruned(copied)
@@ -305,7 +325,9 @@ def resigned(folder: Path, name: str, data: bytes) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def test_weights_of_another_model_with_a_manifest_that_agrees(copied: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_with_a_manifest_that_agrees(
+    copied: Path, tmp_path: Path
+) -> None:
     for model, message in (
         (build(5), "has shape"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "'1.weight' is not in the file"),
@@ -327,7 +349,9 @@ def test_weights_of_another_model_with_a_manifest_that_agrees(copied: Path, tmp_
         ("report.json", b'{"groups": [], "pinned": [], "unknown": 1}', "not a report"),
     ],
 )
-def test_nonsense_with_a_manifest_that_agrees(name: str, data: bytes, message: str, copied: Path) -> None:
+def test_nonsense_with_a_manifest_that_agrees(
+    name: str, data: bytes, message: str, copied: Path
+) -> None:
     resigned(copied, name, data)
     with pytest.raises(PlanError, match=message):
         fxprune.load(copied, build)
@@ -356,7 +380,9 @@ def test_a_plan_that_breaks_a_balance(tmp_path: Path) -> None:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 3))
 
     pruned = fxprune.prune(grouped(), torch.zeros(1, 3, 9, 9), channels=0.5)
-    assert any(group.blocks for group in fxprune.analyze(grouped(), torch.zeros(1, 3, 9, 9)).groups)
+    assert any(
+        group.blocks for group in fxprune.analyze(grouped(), torch.zeros(1, 3, 9, 9)).groups
+    )
     pruned.save(tmp_path)
 
     def unbalance(data: dict[str, Any]) -> None:
@@ -434,7 +460,9 @@ STEPS = [(os, "replace"), (os, "fsync"), (os, "rmdir")]
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str]:
-    """Let the process 'die' at the given one of all calls that reach the disk, before or after it took effect."""
+    """Let the process 'die' at the given one of all calls that reach the disk, before or after it
+    took effect.
+    """
     calls: list[str] = []
 
     def watched(real: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -450,7 +478,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str
 
     for module, name in STEPS:
         monkeypatch.setattr(module, name, watched(getattr(module, name), name))
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # the dead clean up nothing
+    # the dead clean up nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     return calls
 
 
@@ -470,7 +499,11 @@ def test_killed_at_every_step(after: bool, tmp_path: Path) -> None:
         found.append(state_of(folder))
         saving.write_files(folder, texts("third"))  # and the next save puts all in order
         assert state_of(folder) == "third"
-        assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.txt", "manifest.json"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "a.txt",
+            "b.txt",
+            "manifest.json",
+        ]
         if finished:
             break
     assert finished
@@ -541,11 +574,17 @@ def test_an_exception_between_two_files(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="fire"):
             saving.write_files(folder, {**texts("new"), "c.txt": fail})
     assert state_of(tmp_path / "out") == "old"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "b.txt", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a.txt",
+        "b.txt",
+        "manifest.json",
+    ]
     assert not (tmp_path / "fresh").exists()
 
 
-def test_a_pruned_model_whose_save_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_model_whose_save_fails_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     earlier, later = pruned_net(0.5), pruned_net(0.25)
     earlier.save(tmp_path)
 
@@ -573,18 +612,22 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="kills a process by signal")
 def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
-    """Two states in turn, as fast as it goes, until SIGKILL: what is left is one of them, whole."""
+    """Two states in turn, as fast as it goes, until SIGKILL: what is left is one of them,
+    whole.
+    """
     script = textwrap.dedent(
         """
         import itertools, sys
         from fxprune import saving
         for number in itertools.count():
-            files = {name: (lambda path: path.write_text(str(number) * 100_000)) for name in ("a.txt", "b.txt")}
-            saving.write_files(sys.argv[1], files)
+            write = lambda path: path.write_text(str(number) * 100_000)
+            saving.write_files(sys.argv[1], {"a.txt": write, "b.txt": write})
             print(number, flush=True)
         """
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     process.stdout.readline()  # one save at least is complete
     time.sleep(0.3)
@@ -602,7 +645,9 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="limits of files are those of POSIX")
 @pytest.mark.parametrize("room", [0, 100, 5_000])
 def test_a_full_disk_is_told_and_leaves_the_earlier_state(room: int, tmp_path: Path) -> None:
-    """The system refuses to write more than so many bytes, as a full disk would: in the weights, or in what is written before."""
+    """The system refuses to write more than so many bytes, as a full disk would: in the weights,
+    or in what is written before.
+    """
     import resource
 
     small, large = pruned_net(), fxprune.prune(build(64), IMAGE, channels=1.0)
@@ -620,8 +665,12 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_state(room: int, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == FILES
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
-def test_an_error_of_the_system_on_the_way(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")]
+)
+def test_an_error_of_the_system_on_the_way(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*arguments: Any) -> None:
         raise error
 
@@ -641,7 +690,11 @@ def test_a_name_that_is_none(folder: Any) -> None:
 
 def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
     pruned = pruned_net()
-    for broken in (replace(pruned, plan=None), replace(pruned, model=pruned), replace(pruned, report={})):  # type: ignore[arg-type]
+    for broken in (
+        replace(pruned, plan=None),
+        replace(pruned, model=pruned),
+        replace(pruned, report={}),
+    ):  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="a Pruned holds a module, a Plan and a Report"):
             broken.save(tmp_path / "new")
 
@@ -650,7 +703,9 @@ def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
 
 
 class TwoPaths(nn.Module):
-    """A second output in training; a region without gradients; a branch by size, which becomes an assertion."""
+    """A second output in training; a region without gradients; a branch by size, which becomes an
+    assertion.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -734,7 +789,11 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_the_whole_model_comes_back_in_both_modes(kind: type[nn.Module], way: str) -> None:
     torch.manual_seed(0)
     pruned, x = fxprune.prune(kind(), torch.randn(4, 3), channels=0.5), torch.randn(5, 3)
-    for again in (WAYS[way](pruned.model), WAYS[way](pruned).model) if way != "copy" else (copy.copy(pruned.model),):
+    for again in (
+        (WAYS[way](pruned.model), WAYS[way](pruned).model)
+        if way != "copy"
+        else (copy.copy(pruned.model),)
+    ):
         assert type(again).__name__ == type(pruned.model).__name__
         assert same_state(again, pruned.model)
         for training in (True, False):
@@ -747,7 +806,10 @@ def test_the_whole_model_comes_back_in_both_modes(kind: type[nn.Module], way: st
             assert len(results[0]) == len(results[1])
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
             assert torch.equal(*gradients)
-        assert fxprune.verify(kind(), replace(pruned, model=again.eval()), x, numeric=False).outputs == 0
+        assert (
+            fxprune.verify(kind(), replace(pruned, model=again.eval()), x, numeric=False).outputs
+            == 0
+        )
     if kind is TwoPaths:
         with pytest.raises(AssertionError):
             again(torch.randn(2, 3))
@@ -803,7 +865,10 @@ def test_a_report_that_is_nested_without_end(copied: Path) -> None:
     refused(copied, "report.json")
 
 
-@pytest.mark.parametrize(("name", "value"), [("params_before", "many"), ("seconds", 3), ("error", [1.0]), ("parts", [3])])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("params_before", "many"), ("seconds", 3), ("error", [1.0]), ("parts", [3])],
+)
 def test_a_report_that_could_not_be_shown(name: str, value: Any, copied: Path) -> None:
     data = json.loads((copied / "report.json").read_text())
     resigned(copied, "report.json", json.dumps({**data, name: value}).encode())

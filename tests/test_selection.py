@@ -23,7 +23,8 @@ from tests.support.counting import CheckedCounter
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # networks are drawn: in some nothing can go
+# networks are drawn: in some nothing can go
+pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 
 sizes, shares = st.integers(1, 300), st.floats(0.001, 1.0)
 
@@ -76,9 +77,12 @@ def test_shares_that_floats_miss() -> None:
 
 # -- which
 
-PLAIN = fxprune.analyze(nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2)), torch.randn(2, 3))
+PLAIN = fxprune.analyze(
+    nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2)), torch.randn(2, 3)
+)
 GROUPED = fxprune.analyze(
-    nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 9, 1, groups=3), nn.Conv2d(9, 2, 1)), torch.randn(2, 3, 4, 4)
+    nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 9, 1, groups=3), nn.Conv2d(9, 2, 1)),
+    torch.randn(2, 3, 4, 4),
 )
 
 
@@ -101,7 +105,9 @@ def test_the_highest_scores_survive(share: float, seed: int) -> None:
 @settings(max_examples=40)
 @given(share=shares, seed=st.integers(0, 1000), step=st.integers(1, 6), least=st.integers(1, 4))
 def test_balanced_blocks_keep_equally_many(share: float, seed: int, step: int, least: int) -> None:
-    survivors = select(GROUPED, Ranking(scores(GROUPED, seed)), Budget(share, round_to=step, min_channels=least))
+    survivors = select(
+        GROUPED, Ranking(scores(GROUPED, seed)), Budget(share, round_to=step, min_channels=least)
+    )
     for group in GROUPED.groups:
         assert group.blocks == 3
         counts = torch.bincount(GROUPED.blocks(group)[list(survivors[group.name])], minlength=3)
@@ -115,7 +121,10 @@ def test_balanced_blocks_keep_equally_many(share: float, seed: int, step: int, l
 def test_within_a_block_the_highest_survive(share: float, seed: int) -> None:
     values = scores(GROUPED, seed)
     for group in GROUPED.groups:
-        kept, blocks = select(GROUPED, Ranking(values), Budget(share))[group.name], GROUPED.blocks(group)
+        kept, blocks = (
+            select(GROUPED, Ranking(values), Budget(share))[group.name],
+            GROUPED.blocks(group),
+        )
         for block in range(3):
             members = (blocks == block).nonzero().flatten().tolist()
             ranked = sorted(members, key=lambda i: -values[group.units[i]])
@@ -125,12 +134,18 @@ def test_within_a_block_the_highest_survive(share: float, seed: int) -> None:
 
 def test_equal_scores_keep_the_first() -> None:
     (group,) = PLAIN.groups
-    assert select(PLAIN, Ranking(np.ones(PLAIN.context.units.count)), Budget(0.3))[group.name] == (0, 1, 2)
+    assert select(PLAIN, Ranking(np.ones(PLAIN.context.units.count)), Budget(0.3))[group.name] == (
+        0,
+        1,
+        2,
+    )
 
 
 # -- budgets of the whole network
 
-CHAIN = nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 2)).requires_grad_(False)
+CHAIN = nn.Sequential(
+    nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 2)
+).requires_grad_(False)
 INPUT = torch.randn(2, 3)
 
 
@@ -144,20 +159,28 @@ def test_nothing_to_remove_leaves_everything() -> None:
 
 
 def test_a_hair_less_than_everything() -> None:
-    """The first multiples below are inside already, and giving nothing back is what rounding means."""
+    """The first multiples below are inside already, and giving nothing back is what rounding
+    means.
+    """
     assert widths(macs=0.999, round_to=8) == [8, 16]
     assert sum(widths(channels=0.999, scope="global")) == 31
 
 
 @pytest.mark.parametrize("share", [0.8, 0.61, 0.5, 0.333, 0.11])
 def test_wide_layers_stop_at_the_budget_too(share: float) -> None:
-    """Costs of many units are brought up to date after several at a time; the last one gone is still one that had to go."""
-    model = nn.Sequential(nn.Linear(3, 1500), nn.ReLU(), nn.Linear(1500, 900), nn.ReLU(), nn.Linear(900, 2))
+    """Costs of many units are brought up to date after several at a time; the last one gone is
+    still one that had to go.
+    """
+    model = nn.Sequential(
+        nn.Linear(3, 1500), nn.ReLU(), nn.Linear(1500, 900), nn.ReLU(), nn.Linear(900, 2)
+    )
 
     def parameters(first: int, second: int) -> int:
         return 4 * first + (first + 1) * second + 2 * second + 2
 
-    first, second = (len(group.kept) for group in fxprune.prune(model, INPUT, params=share).plan.groups)
+    first, second = (
+        len(group.kept) for group in fxprune.prune(model, INPUT, params=share).plan.groups
+    )
     limit = share * parameters(1500, 900)
     assert parameters(first, second) <= limit
     assert max(parameters(first + 1, second), parameters(first, second + 1)) > limit
@@ -171,7 +194,9 @@ def test_shares_that_floats_miss_in_all_together() -> None:
 
 
 def test_global_channels_go_by_rank_alone() -> None:
-    """One layer has all the small weights: it loses all but one unit before the other loses any."""
+    """One layer has all the small weights: it loses all but one unit before the other loses
+    any.
+    """
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 
     def first_is_small(view: Any) -> Tensor:
@@ -194,13 +219,17 @@ def test_layers_keep_their_share_and_the_others_pay() -> None:
 
 def test_a_glob_that_matches_nothing_prunable() -> None:
     for glob in ("1", "4", "nothing*"):
-        with pytest.raises(fxprune.ArgumentError, match=r"layers: .* matches no layer .* There are: 0\.weight"):
+        with pytest.raises(
+            fxprune.ArgumentError, match=r"layers: .* matches no layer .* There are: 0\.weight"
+        ):
             widths(layers={glob: 0.5})
 
 
 def test_an_unreachable_budget_says_what_is_reachable() -> None:
     """Parameters: one unit of each leaves 4 + 2 + 4 = 10 of 350."""
-    with pytest.raises(fxprune.BudgetError, match=r"^params=0\.02 .* has params=0\.02858 \(10 of 350\)"):
+    with pytest.raises(
+        fxprune.BudgetError, match=r"^params=0\.02 .* has params=0\.02858 \(10 of 350\)"
+    ):
         widths(params=0.02)
     assert widths(params=0.02858) == [1, 1]
     with pytest.raises(fxprune.BudgetError, match=r"has channels=0\.375 \(12 of 32\)"):
@@ -250,16 +279,21 @@ def _spent(pruned: fxprune.Pruned) -> dict[str, tuple[int, int]]:
 
 def _inside(pruned: fxprune.Pruned, budgets: dict[str, float]) -> bool:
     spent = _spent(pruned)
-    return all(spent[name][0] <= share * spent[name][1] * (1 + 1e-12) for name, share in budgets.items())
+    return all(
+        spent[name][0] <= share * spent[name][1] * (1 + 1e-12) for name, share in budgets.items()
+    )
 
 
-def _within(model: nn.Module, x: Tensor, budgets: dict[str, float], **options: Any) -> fxprune.Pruned:
+def _within(
+    model: nn.Module, x: Tensor, budgets: dict[str, float], **options: Any
+) -> fxprune.Pruned:
     """Prune to budgets; to the least reachable ones that the error names where these are not."""
     for _ in range(len(budgets) + 1):
         try:
             return fxprune.prune(model, x, scope="global", **budgets, **options)
         except fxprune.BudgetError as error:
-            # "macs=0.35 cannot be reached: the smallest model that ... has macs=0.41 (...)": and that one can be.
+            # "macs=0.35 cannot be reached: the smallest model that ... has macs=0.41 (...)": and
+            # that one can be.
             name, least = re.findall(r"(macs|params|channels)=([0-9.e-]+)", str(error))[-1]
             event("the least reachable was asked for")
             assert float(least) > budgets[name]
@@ -275,7 +309,9 @@ def _within(model: nn.Module, x: Tensor, budgets: dict[str, float], **options: A
     least=st.sampled_from((1, 1, 2, 3)),
 )
 def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, least: int) -> None:
-    """Inside every budget; no group empty; multiples where there are as many; never fewer than the least; and counted rightly."""
+    """Inside every budget; no group empty; multiples where there are as many; never fewer than the
+    least; and counted rightly.
+    """
     model, x = build(net), example(net)
     pruned = _within(model, x, budgets, round_to=round_to, min_channels=least)
     assert _inside(pruned, budgets)
@@ -284,7 +320,8 @@ def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, le
     for group in fxprune.analyze(model, x).groups:
         kept, blocks = len(_survivors(pruned)[group.name]), max(1, group.blocks)
         assert kept >= min(least, group.size)
-        step = round_to // math.gcd(round_to, blocks)  # of each block, so that all together keep a multiple
+        # of each block, so that all together keep a multiple
+        step = round_to // math.gcd(round_to, blocks)
         smallest = -(-max(least, blocks) // (step * blocks)) * step * blocks
         assert whole or kept % round_to == 0 or (kept == group.size and group.size < smallest)
     assert count_parameters(pruned.model) == pruned.report.params_after
@@ -305,8 +342,12 @@ def _macs(model: nn.Module, x: Tensor) -> int:
     shares=st.tuples(SHARE, SHARE),
     criterion=st.sampled_from(("cpmc", "l2", "random")),
 )
-def test_a_smaller_budget_keeps_a_subset(net: Network, kind: str, shares: tuple[float, float], criterion: str) -> None:
-    """The same units go first whatever the budget, so survivors are nested; and the same budget gives the same plan."""
+def test_a_smaller_budget_keeps_a_subset(
+    net: Network, kind: str, shares: tuple[float, float], criterion: str
+) -> None:
+    """The same units go first whatever the budget, so survivors are nested; and the same budget
+    gives the same plan.
+    """
     model, x = build(net), example(net)
     small, large = (_within(model, x, {kind: s}, criterion=criterion) for s in sorted(shares))
     for name, kept in _survivors(small).items():
@@ -318,9 +359,14 @@ def test_a_smaller_budget_keeps_a_subset(net: Network, kind: str, shares: tuple[
 
 
 @networks_drawn(2)
-@given(net=networks(), budgets=st.dictionaries(st.sampled_from(("macs", "params", "channels")), SHARE, min_size=1))
+@given(
+    net=networks(),
+    budgets=st.dictionaries(st.sampled_from(("macs", "params", "channels")), SHARE, min_size=1),
+)
 def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> None:
-    """There is a last removed unit (one in each block), and with it some budget would be broken."""
+    """There is a last removed unit (one in each block), and with it some budget would be
+    broken.
+    """
     model, x = build(net), example(net)
     pruned = _within(model, x, budgets)
     coupling = fxprune.analyze(model, x)
@@ -337,39 +383,58 @@ def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> 
             # Give this one back, and in every other block any one.
             others = {blocks[u]: u for u in reversed(gone[group.name])}
             back = {**others, blocks[first]: first}.values()
-            breaks |= not _holds(coupling, {**kept, group.name: kept[group.name] | set(back)}, budgets)
+            breaks |= not _holds(
+                coupling, {**kept, group.name: kept[group.name] | set(back)}, budgets
+            )
     assert breaks
 
 
-def _holds(coupling: fxprune.Coupling, kept: dict[str, set[int]], budgets: dict[str, float]) -> bool:
+def _holds(
+    coupling: fxprune.Coupling, kept: dict[str, set[int]], budgets: dict[str, float]
+) -> bool:
     """Whether these survivors are inside the budgets, counted on the shapes that they leave."""
 
     def spent(survivors: dict[str, set[int]]) -> dict[str, int]:
-        left = Survivors(coupling, {name: tuple(sorted(units)) for name, units in survivors.items()})
-        learnable = [tensor for tensor in coupling.parameters.values() if isinstance(tensor, nn.Parameter)]
+        left = Survivors(
+            coupling, {name: tuple(sorted(units)) for name, units in survivors.items()}
+        )
+        learnable = [
+            tensor for tensor in coupling.parameters.values() if isinstance(tensor, nn.Parameter)
+        ]
         return {
             "macs": coupling.macs(left.shape),
             "params": sum(math.prod(left.shape(tensor)) for tensor in learnable),
             "channels": sum(map(len, survivors.values())),
         }
 
-    found, whole = spent(kept), spent({group.name: set(range(group.size)) for group in coupling.groups})
+    found, whole = (
+        spent(kept),
+        spent({group.name: set(range(group.size)) for group in coupling.groups}),
+    )
     return all(found[name] <= share * whole[name] * (1 + 1e-12) for name, share in budgets.items())
 
 
 @networks_drawn(10)
 @given(net=networks(), macs=SHARE, params=SHARE)
-def test_pruned_to_budgets_equals_the_masked_original(net: Network, macs: float, params: float) -> None:
+def test_pruned_to_budgets_equals_the_masked_original(
+    net: Network, macs: float, params: float
+) -> None:
     model, x = build(net), example(net)
     pruned = _within(model, x, {"macs": macs, "params": params})
     assert fxprune.verify(model, pruned, x).error <= 1e-9
 
 
 def test_no_layer_loses_all_to_others_it_shares_blocks_with() -> None:
-    """Both channels of the second layer lie in blocks with other layers' channels, and lose against them in both."""
+    """Both channels of the second layer lie in blocks with other layers' channels, and lose
+    against them in both.
+    """
     network = Network(
         input=(3, 4, 4),
-        nodes=(*(Conv(i, out=2) for i in range(4)), Concat((4, 3, 2)), TransposedConv(5, out=2, groups=2)),
+        nodes=(
+            *(Conv(i, out=2) for i in range(4)),
+            Concat((4, 3, 2)),
+            TransposedConv(5, out=2, groups=2),
+        ),
         outputs=(6,),
     )
     torch.manual_seed(0)
@@ -387,7 +452,10 @@ def test_a_recurrent_network_is_counted_too() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm, self.head = nn.LSTM(6, 8, batch_first=True, bidirectional=True), nn.Linear(16, 3)
+            self.lstm, self.head = (
+                nn.LSTM(6, 8, batch_first=True, bidirectional=True),
+                nn.Linear(16, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.lstm(x)[0])
@@ -399,11 +467,17 @@ def test_a_recurrent_network_is_counted_too() -> None:
 
 
 class Pooled(nn.Module):
-    """Features without positions under a group norm: (batch, channels), or (batch, channels, 1, 1)."""
+    """Features without positions under a group norm: (batch, channels), or (batch, channels, 1,
+    1).
+    """
 
     def __init__(self, groups: int, spatial: bool) -> None:
         super().__init__()
-        self.a, self.norm, self.b = nn.Conv2d(3, 12, 3), nn.GroupNorm(groups, 12), nn.Conv2d(12, 2, 1)
+        self.a, self.norm, self.b = (
+            nn.Conv2d(3, 12, 3),
+            nn.GroupNorm(groups, 12),
+            nn.Conv2d(12, 2, 1),
+        )
         self.spatial = spatial
 
     def forward(self, x: Tensor) -> Tensor:
@@ -413,11 +487,19 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "budget", [{"channels": 0.05}, {"params": 0.6}, {"channels": 0.6, "scope": "global"}, {"layers": {"a": 0.01}}]
+    "budget",
+    [
+        {"channels": 0.05},
+        {"params": 0.6},
+        {"channels": 0.6, "scope": "global"},
+        {"layers": {"a": 0.01}},
+    ],
 )
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_no_group_norm_is_left_with_one_value(groups: int, spatial: bool, budget: dict[str, Any]) -> None:
+def test_no_group_norm_is_left_with_one_value(
+    groups: int, spatial: bool, budget: dict[str, Any]
+) -> None:
     model = Pooled(groups, spatial)
     pruned = fxprune.prune(model, torch.randn(2, 3, 6, 6), **budget)
     left = pruned.model.get_parameter("norm.weight").numel()
@@ -427,4 +509,9 @@ def test_no_group_norm_is_left_with_one_value(groups: int, spatial: bool, budget
 
 def test_a_group_norm_over_positions_keeps_one_channel() -> None:
     net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.Conv2d(12, 2, 1))
-    assert fxprune.prune(net, torch.randn(2, 3, 6, 6), channels=0.1).model.get_parameter("1.weight").numel() == 3
+    assert (
+        fxprune.prune(net, torch.randn(2, 3, 6, 6), channels=0.1)
+        .model.get_parameter("1.weight")
+        .numel()
+        == 3
+    )

@@ -29,11 +29,15 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError):
         return "refused"
-    return tree_map(lambda t: (tuple(t.shape), t.dtype, t.device.type) if isinstance(t, Tensor) else t, out)
+    return tree_map(
+        lambda t: (tuple(t.shape), t.dtype, t.device.type) if isinstance(t, Tensor) else t, out
+    )
 
 
 def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Assert that under ShapeMode a function does what it does on meta tensors; return its outcome."""
+    """Assert that under ShapeMode a function does what it does on meta tensors; return its
+    outcome.
+    """
     with torch.inference_mode():
         expected = outcome(function, *args, **kwargs)
         with ShapeMode():
@@ -43,15 +47,23 @@ def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def outcome_with_data(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's meta kernels let some things pass that its real ones refuse, and some of torch 2.11 give other shapes."""
-    args, kwargs = tree_map(lambda t: torch.ones_like(t, device="cpu") if isinstance(t, Tensor) else t, (args, kwargs))
-    return tree_map(lambda leaf: "meta" if leaf == "cpu" else leaf, outcome(function, *args, **kwargs))
+    """PyTorch's meta kernels let some things pass that its real ones refuse, and some of torch
+    2.11 give other shapes.
+    """
+    args, kwargs = tree_map(
+        lambda t: torch.ones_like(t, device="cpu") if isinstance(t, Tensor) else t, (args, kwargs)
+    )
+    return tree_map(
+        lambda leaf: "meta" if leaf == "cpu" else leaf, outcome(function, *args, **kwargs)
+    )
 
 
 def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """A meta tensor of a shape in some order of memory."""
     order = draw(st.permutations(range(len(shape))))
-    return meta(*(shape[d] for d in order), dtype=dtype).permute([order.index(d) for d in range(len(shape))])
+    return meta(*(shape[d] for d in order), dtype=dtype).permute(
+        [order.index(d) for d in range(len(shape))]
+    )
 
 
 # -- convolutions and products
@@ -62,13 +74,27 @@ def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
 def test_convolution(data: Any, count: int, groups: int, bias: bool) -> None:
     draw = data.draw
     each = st.one_of(st.integers(1, 3), st.tuples(*[st.integers(1, 3)] * count))
-    kernel, spatial = draw(st.tuples(*[st.integers(1, 3)] * count)), draw(st.tuples(*[st.integers(1, 8)] * count))
+    kernel, spatial = (
+        draw(st.tuples(*[st.integers(1, 3)] * count)),
+        draw(st.tuples(*[st.integers(1, 8)] * count)),
+    )
     inputs, outputs = groups * draw(sizes), groups * draw(sizes)
-    padding = draw(st.one_of(seldom, st.tuples(*[seldom] * count), st.sampled_from(["valid", "same"])))
+    padding = draw(
+        st.one_of(seldom, st.tuples(*[seldom] * count), st.sampled_from(["valid", "same"]))
+    )
     x = strided(draw, (draw(sizes), inputs, *spatial))
     weight = meta(outputs, inputs // groups, *kernel)
     function = getattr(F, f"conv{count}d")
-    agree(function, x, weight, meta(outputs) if bias else None, draw(each), padding, draw(each), groups)
+    agree(
+        function,
+        x,
+        weight,
+        meta(outputs) if bias else None,
+        draw(each),
+        padding,
+        draw(each),
+        groups,
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 5), (2, 4, 5), (2, 5, 5, 5), (2, 4, 1, 5), (4,)])
@@ -86,26 +112,44 @@ def test_bias_of_a_wrong_width_is_refused() -> None:
 
 
 @settings(max_examples=30)
-@given(lead=st.lists(sizes, max_size=3), inputs=sizes, outputs=sizes, wrong=st.booleans(), bias=st.booleans())
+@given(
+    lead=st.lists(sizes, max_size=3),
+    inputs=sizes,
+    outputs=sizes,
+    wrong=st.booleans(),
+    bias=st.booleans(),
+)
 def test_linear(lead: list[int], inputs: int, outputs: int, wrong: bool, bias: bool) -> None:
     weight = meta(outputs, inputs + wrong)
-    assert (agree(F.linear, meta(*lead, inputs), weight, meta(outputs) if bias else None) == "refused") == wrong
+    assert (
+        agree(F.linear, meta(*lead, inputs), weight, meta(outputs) if bias else None) == "refused"
+    ) == wrong
 
 
 @settings(max_examples=30)
 @given(batch=sizes, heads=sizes, tokens=sizes, source=sizes, width=sizes, out=sizes)
 def test_attention(batch: int, heads: int, tokens: int, source: int, width: int, out: int) -> None:
-    q, k, v = meta(batch, heads, tokens, width), meta(batch, heads, source, width), meta(batch, heads, source, out)
+    q, k, v = (
+        meta(batch, heads, tokens, width),
+        meta(batch, heads, source, width),
+        meta(batch, heads, source, out),
+    )
     agree(F.scaled_dot_product_attention, q, k, v)
     agree(F.scaled_dot_product_attention, q, k, v, meta(tokens, source, dtype=torch.bool))
     agree(F.scaled_dot_product_attention, q[0], k[0], v[0])
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [((2, 3, 5, 4), (2, 3, 5, 8)), ((2, 3, 5, 8), (2, 3, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 8))]
+    ("key", "value"),
+    [((2, 3, 5, 4), (2, 3, 5, 8)), ((2, 3, 5, 8), (2, 3, 6, 8)), ((2, 4, 5, 8), (2, 4, 5, 8))],
 )
-def test_attention_of_wrong_shapes_is_refused(key: tuple[int, ...], value: tuple[int, ...]) -> None:
-    assert agree(F.scaled_dot_product_attention, meta(2, 3, 5, 8), meta(*key), meta(*value)) == "refused"
+def test_attention_of_wrong_shapes_is_refused(
+    key: tuple[int, ...], value: tuple[int, ...]
+) -> None:
+    assert (
+        agree(F.scaled_dot_product_attention, meta(2, 3, 5, 8), meta(*key), meta(*value))
+        == "refused"
+    )
 
 
 # -- normalisations
@@ -116,7 +160,15 @@ def test_attention_of_wrong_shapes_is_refused(key: tuple[int, ...], value: tuple
 def test_batch_norm(data: Any, rank: int, affine: bool, training: bool) -> None:
     x = strided(data.draw, data.draw(st.tuples(*[st.integers(2, 5)] * rank)))
     vector = meta(x.shape[1])
-    agree(F.batch_norm, x, vector, vector, vector if affine else None, vector if affine else None, training)
+    agree(
+        F.batch_norm,
+        x,
+        vector,
+        vector,
+        vector if affine else None,
+        vector if affine else None,
+        training,
+    )
 
 
 @settings(max_examples=30)
@@ -132,7 +184,14 @@ def test_layer_norm_and_rms_norm(data: Any, rank: int, dtype: torch.dtype, affin
 @settings(max_examples=30)
 @given(data=st.data(), groups=st.integers(1, 3), width=sizes, rank=st.integers(2, 4))
 def test_group_norm(data: Any, groups: int, width: int, rank: int) -> None:
-    x = strided(data.draw, (data.draw(st.integers(2, 4)), groups * width, *data.draw(st.tuples(*[st.integers(2, 4)] * (rank - 2)))))
+    x = strided(
+        data.draw,
+        (
+            data.draw(st.integers(2, 4)),
+            groups * width,
+            *data.draw(st.tuples(*[st.integers(2, 4)] * (rank - 2))),
+        ),
+    )
     agree(F.group_norm, x, groups, meta(groups * width), meta(groups * width))
 
 
@@ -158,9 +217,31 @@ def test_batch_norm_of_a_wrong_width_is_refused() -> None:
 # -- pointwise
 
 
-UNARY = [torch.relu, torch.sigmoid, torch.exp, torch.abs, torch.neg, torch.sqrt, torch.logical_not, torch.isnan, F.gelu, F.silu]
+UNARY = [
+    torch.relu,
+    torch.sigmoid,
+    torch.exp,
+    torch.abs,
+    torch.neg,
+    torch.sqrt,
+    torch.logical_not,
+    torch.isnan,
+    F.gelu,
+    F.silu,
+]
 UNARY += [F.relu6, F.hardswish, F.hardsigmoid, F.leaky_relu, F.dropout]
-BINARY = [torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.eq, torch.lt, torch.ge, torch.logical_and]
+BINARY = [
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.div,
+    torch.pow,
+    torch.maximum,
+    torch.eq,
+    torch.lt,
+    torch.ge,
+    torch.logical_and,
+]
 BINARY += [torch.floor_divide, torch.remainder, torch.bitwise_and, torch.atan2]
 named = {"ids": lambda function: function.__name__}
 
@@ -241,7 +322,9 @@ def test_a_contiguous_result_stays_viewable(data: Any) -> None:
 # -- in place
 
 
-@pytest.mark.parametrize("name", ["add_", "mul_", "clamp_", "relu_", "copy_", "fill_", "zero_", "masked_fill_"])
+@pytest.mark.parametrize(
+    "name", ["add_", "mul_", "clamp_", "relu_", "copy_", "fill_", "zero_", "masked_fill_"]
+)
 def test_in_place_gives_the_tensor_itself(name: str) -> None:
     x = meta(2, 3)
     rest: dict[str, tuple[Any, ...]] = {"clamp_": (0,), "relu_": (), "zero_": (), "fill_": (1.0,)}
@@ -306,10 +389,22 @@ def test_softmax(data: Any, dtype: torch.dtype, to: torch.dtype | None) -> None:
 def test_adaptive_pool(data: Any, count: int, batched: bool) -> None:
     x = meta(*data.draw(st.tuples(*[sizes] * (count + 1 + batched))))
     size = data.draw(st.one_of(sizes, st.tuples(*[st.one_of(sizes, st.none())] * count)))
-    agree(getattr(F, f"adaptive_avg_pool{count}d"), x, size if count > 1 or isinstance(size, int) else size[0] or 2)
+    agree(
+        getattr(F, f"adaptive_avg_pool{count}d"),
+        x,
+        size if count > 1 or isinstance(size, int) else size[0] or 2,
+    )
 
 
-UPSAMPLES = [("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bilinear", 2), ("trilinear", 3), ("bicubic", 2)]
+UPSAMPLES = [
+    ("nearest", 1),
+    ("nearest", 2),
+    ("nearest", 3),
+    ("linear", 1),
+    ("bilinear", 2),
+    ("trilinear", 3),
+    ("bicubic", 2),
+]
 
 
 @pytest.mark.parametrize(("mode", "count"), UPSAMPLES)
@@ -319,7 +414,10 @@ def test_upsample(mode: str, count: int, data: Any) -> None:
     x = meta(*data.draw(st.tuples(*[sizes] * (count + 2))))
     agree(F.interpolate, x, size=data.draw(st.tuples(*[sizes] * count)), mode=mode)
     factor = data.draw(
-        st.one_of(st.sampled_from([1.0, 1.5, 2.0, 2.7, 3.0]), st.tuples(*[st.sampled_from([1.0, 2.0, 1.3])] * count))
+        st.one_of(
+            st.sampled_from([1.0, 1.5, 2.0, 2.7, 3.0]),
+            st.tuples(*[st.sampled_from([1.0, 2.0, 1.3])] * count),
+        )
     )
     agree(F.interpolate, x, scale_factor=factor, mode=mode)
 
@@ -329,16 +427,42 @@ def test_upsample(mode: str, count: int, data: Any) -> None:
 
 # -- what else networks are made of
 
-REDUCTIONS = [torch.mean, torch.sum, torch.amax, torch.amin, torch.std, torch.var, torch.norm, torch.linalg.vector_norm]
-REDUCTIONS += [torch.prod, torch.std_mean, torch.var_mean, torch.aminmax, torch.argmax, torch.argmin, torch.any, torch.all]
+REDUCTIONS = [
+    torch.mean,
+    torch.sum,
+    torch.amax,
+    torch.amin,
+    torch.std,
+    torch.var,
+    torch.norm,
+    torch.linalg.vector_norm,
+]
+REDUCTIONS += [
+    torch.prod,
+    torch.std_mean,
+    torch.var_mean,
+    torch.aminmax,
+    torch.argmax,
+    torch.argmin,
+    torch.any,
+    torch.all,
+]
 REDUCTIONS += [torch.logsumexp]
 
 
 @pytest.mark.parametrize("function", REDUCTIONS, ids=lambda function: function.__name__)
 @given(data=st.data(), rank=st.integers(0, 4), dtype=st.sampled_from(DTYPES), keep=st.booleans())
-def test_reductions(function: Callable[..., Any], data: Any, rank: int, dtype: torch.dtype, keep: bool) -> None:
+def test_reductions(
+    function: Callable[..., Any], data: Any, rank: int, dtype: torch.dtype, keep: bool
+) -> None:
     x = strided(data.draw, tuple(data.draw(st.lists(sizes, min_size=rank, max_size=rank))), dtype)
-    dims = data.draw(st.one_of(st.none(), st.integers(-rank - 1, rank), st.lists(st.integers(-rank, max(0, rank - 1)), max_size=3)))
+    dims = data.draw(
+        st.one_of(
+            st.none(),
+            st.integers(-rank - 1, rank),
+            st.lists(st.integers(-rank, max(0, rank - 1)), max_size=3),
+        )
+    )
     if function in (torch.mean, torch.sum) and dims is None:
         agree(function, x)
     agree(function, x, dim=dims, keepdim=keep)
@@ -356,10 +480,22 @@ LEADS = st.lists(st.sampled_from([1, 2]), max_size=2)
     wrong=st.booleans(),
     dtype=st.sampled_from(FLOATS),
 )
-def test_products(left: list[int], right: list[int], rows: int, shared: int, columns: int, wrong: bool, dtype: torch.dtype) -> None:
+def test_products(
+    left: list[int],
+    right: list[int],
+    rows: int,
+    shared: int,
+    columns: int,
+    wrong: bool,
+    dtype: torch.dtype,
+) -> None:
     """Rows or columns of 0 stand for a vector."""
     a = meta(*left, *([rows] if rows else []), shared) if rows else meta(shared)
-    b = meta(*right, shared + wrong, columns, dtype=dtype) if columns else meta(shared + wrong, dtype=dtype)
+    b = (
+        meta(*right, shared + wrong, columns, dtype=dtype)
+        if columns
+        else meta(shared + wrong, dtype=dtype)
+    )
     agree(torch.matmul, a, b)
     agree(torch.mm, a, b)
     agree(torch.bmm, a, b)
@@ -376,15 +512,35 @@ def test_transposed_convolution(data: Any, count: int, groups: int, bias: bool) 
     weight = meta(4, 3, *draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)))
     stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     function = getattr(F, f"conv_transpose{count}d")
-    agree(function, x, weight, meta(3 * groups) if bias else None, stride, draw(seldom), draw(seldom), groups, dilation)
+    agree(
+        function,
+        x,
+        weight,
+        meta(3 * groups) if bias else None,
+        stride,
+        draw(seldom),
+        draw(seldom),
+        groups,
+        dilation,
+    )
 
 
-@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"])
+@pytest.mark.parametrize(
+    "name", ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"]
+)
 @given(data=st.data(), batched=st.booleans(), ceil=st.booleans())
 def test_pool(name: str, data: Any, batched: bool, ceil: bool) -> None:
     count, draw = int(name[-2]), data.draw
-    x = meta(*([2] if batched else []), 3, *draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)))
-    kernel, stride, padding = draw(st.integers(1, 4)), draw(st.one_of(st.none(), st.integers(1, 3))), draw(seldom)
+    x = meta(
+        *([2] if batched else []),
+        3,
+        *draw(st.lists(st.integers(1, 9), min_size=count, max_size=count)),
+    )
+    kernel, stride, padding = (
+        draw(st.integers(1, 4)),
+        draw(st.one_of(st.none(), st.integers(1, 3))),
+        draw(seldom),
+    )
     agree(getattr(F, name), x, kernel, stride, padding, ceil_mode=ceil)
 
 
@@ -411,7 +567,10 @@ def test_pixels(shape: list[int], factor: int) -> None:
     agree(F.pixel_unshuffle, meta(*shape), factor)
 
 
-@given(shape=st.lists(sizes, max_size=3), dtype=st.sampled_from([torch.int64, torch.int32, torch.float32]))
+@given(
+    shape=st.lists(sizes, max_size=3),
+    dtype=st.sampled_from([torch.int64, torch.int32, torch.float32]),
+)
 def test_embedding(shape: list[int], dtype: torch.dtype) -> None:
     agree(F.embedding, meta(*shape, dtype=dtype), meta(7, 4))
 
@@ -421,12 +580,16 @@ def test_prelu(shape: list[int], width: int) -> None:
     agree(F.prelu, meta(*shape), meta(width))
 
 
-@pytest.mark.parametrize("function", [torch.einsum, torch.tensordot, F.normalize, F.cosine_similarity])
+@pytest.mark.parametrize(
+    "function", [torch.einsum, torch.tensordot, F.normalize, F.cosine_similarity]
+)
 def test_what_is_made_of_others(function: Callable[..., Any]) -> None:
     x = meta(2, 3, 4)
-    given = {torch.einsum: ("bij,bkj->bik", x, x), torch.tensordot: (x, meta(3, 4, 2)), F.cosine_similarity: (x, x)}.get(
-        function, (x,)
-    )
+    given = {
+        torch.einsum: ("bij,bkj->bik", x, x),
+        torch.tensordot: (x, meta(3, 4, 2)),
+        F.cosine_similarity: (x, x),
+    }.get(function, (x,))
     assert agree(function, *given) != "refused"
 
 
@@ -448,7 +611,9 @@ def test_data_beside_meta_goes_to_meta() -> None:
 
 def test_tensors_in_lists_are_found() -> None:
     x, y, z = meta(1), meta(2), meta(3)
-    assert [t is u for t, u in zip(tensors_in(([x, None, y], 1), {"out": z}), (x, y, z), strict=True)] == [True] * 3
+    assert [
+        t is u for t, u in zip(tensors_in(([x, None, y], 1), {"out": z}), (x, y, z), strict=True)
+    ] == [True] * 3
 
 
 @settings(max_examples=30)
@@ -462,7 +627,10 @@ def test_along_one_dimension(data: Any, rank: int, dtype: torch.dtype) -> None:
     agree(torch.topk, x, draw(seldom), dim)
     agree(torch.tril, x)
     agree(torch.triu, x, 1)
-    index = meta(*draw(st.lists(seldom, min_size=rank, max_size=rank)), dtype=draw(st.sampled_from([torch.int64, torch.float32])))
+    index = meta(
+        *draw(st.lists(seldom, min_size=rank, max_size=rank)),
+        dtype=draw(st.sampled_from([torch.int64, torch.float32])),
+    )
     agree(torch.gather, x, dim, index)
 
 
@@ -483,9 +651,20 @@ def test_pads(count: int, data: Any, batched: bool) -> None:
 @given(data=st.data(), batched=st.booleans())
 def test_pools_with_indices(count: int, data: Any, batched: bool) -> None:
     draw = data.draw
-    x = meta(*([2] if batched else []), 3, *draw(st.lists(st.integers(1, 7), min_size=count, max_size=count)))
+    x = meta(
+        *([2] if batched else []),
+        3,
+        *draw(st.lists(st.integers(1, 7), min_size=count, max_size=count)),
+    )
     agree(getattr(F, f"adaptive_max_pool{count}d"), x, draw(sizes), True)
-    agree(getattr(F, f"max_pool{count}d"), x, draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(seldom), return_indices=True)
+    agree(
+        getattr(F, f"max_pool{count}d"),
+        x,
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(seldom),
+        return_indices=True,
+    )
 
 
 @settings(max_examples=30)
@@ -502,7 +681,12 @@ def test_columns(data: Any, batched: bool) -> None:
 
 
 @settings(max_examples=30)
-@given(shape=st.lists(sizes, min_size=1, max_size=4), dim=st.integers(-1, 4), wrong=st.booleans(), dtype=st.sampled_from(FLOATS))
+@given(
+    shape=st.lists(sizes, min_size=1, max_size=4),
+    dim=st.integers(-1, 4),
+    wrong=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
 def test_weight_norm(shape: list[int], dim: int, wrong: bool, dtype: torch.dtype) -> None:
     norm = meta(*(size + wrong if at == dim else 1 for at, size in enumerate(shape)), dtype=dtype)
     agree(torch._weight_norm, meta(*shape, dtype=dtype), norm, dim)
@@ -512,7 +696,9 @@ def test_weight_norm(shape: list[int], dim: int, wrong: bool, dtype: torch.dtype
 @given(data=st.data(), shape=st.lists(sizes, min_size=1, max_size=4))
 def test_indices(data: Any, shape: list[int]) -> None:
     draw = data.draw
-    one = st.sampled_from([(2,), (3, 1), (1,), (), (3, 2)]).map(lambda own: meta(*own, dtype=torch.int64))
+    one = st.sampled_from([(2,), (3, 1), (1,), (), (3, 2)]).map(
+        lambda own: meta(*own, dtype=torch.int64)
+    )
     indices = draw(st.lists(st.one_of(st.none(), one), min_size=1, max_size=len(shape) + 1))
     x = meta(*shape)
     found = agree(torch.ops.aten.index, x, indices)
@@ -525,7 +711,9 @@ def test_indices(data: Any, shape: list[int]) -> None:
 @given(data=st.data(), rank=st.sampled_from([2, 3]), wrong=st.booleans())
 def test_grid_sample(data: Any, rank: int, wrong: bool) -> None:
     places = data.draw(st.lists(sizes, min_size=rank, max_size=rank))
-    agree(F.grid_sample, meta(2, 3, *[4] * rank), meta(2, *places, rank + wrong), align_corners=False)
+    agree(
+        F.grid_sample, meta(2, 3, *[4] * rank), meta(2, *places, rank + wrong), align_corners=False
+    )
 
 
 @settings(max_examples=30)

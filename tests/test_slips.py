@@ -1,4 +1,6 @@
-"""Arguments that nobody could have meant, at every argument of every public door: an error of fxprune's own, or a result."""
+"""Arguments that nobody could have meant, at every argument of every public door: an error of
+fxprune's own, or a result.
+"""
 
 import copy
 import dataclasses
@@ -20,13 +22,22 @@ from torch import nn
 import fxprune
 from fxprune import cost, criteria, latency
 from fxprune.doors import calling, door, read
-from fxprune.errors import ArgumentError, CallbackError, FxpruneError, InternalError, ResourceError, SignatureError
+from fxprune.errors import (
+    ArgumentError,
+    CallbackError,
+    FxpruneError,
+    InternalError,
+    ResourceError,
+    SignatureError,
+)
 from fxprune.report import Report
 
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    return nn.Sequential(
+        nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    ).eval()
 
 
 def raising(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +91,13 @@ def made() -> dict[str, Any]:
     pruned = fxprune.prune(model, x, channels=0.5)
     folder = tempfile.mkdtemp()
     pruned.save(folder)
-    return {"model": model, "x": x, "pruned": pruned, "folder": folder, "coupling": fxprune.analyze(model, x)}
+    return {
+        "model": model,
+        "x": x,
+        "pruned": pruned,
+        "folder": folder,
+        "coupling": fxprune.analyze(model, x),
+    }
 
 
 def loader() -> list[Any]:
@@ -136,7 +153,9 @@ def view() -> criteria.UnitView:
 
 def normalised() -> criteria.UnitView:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    return next(iter(criteria.Views(fxprune.analyze(model, made()["x"]), dict(model.named_parameters()))))
+    return next(
+        iter(criteria.Views(fxprune.analyze(model, made()["x"]), dict(model.named_parameters())))
+    )
 
 
 def fields_of(value: Any) -> dict[str, Any]:
@@ -154,37 +173,77 @@ def reported(**parts: Any) -> None:
 
 
 SHARES = {"channels": 0.9, "macs": 0.9, "params": 0.9}
-OPTIONS = {"scope": "global", "layers": {"2": 0.9}, "criterion": "l1", "keep": "1", "units": "dims", "round_to": 2}
+OPTIONS = {
+    "scope": "global",
+    "layers": {"2": 0.9},
+    "criterion": "l1",
+    "keep": "1",
+    "units": "dims",
+    "round_to": 2,
+}
 
 DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "prune": (fxprune.prune, lambda: pruning(**SHARES, **OPTIONS, min_channels=2, verify=True)),
     "prune in time": (fxprune.prune, lambda: pruning(device=None)),
-    "analyze": (fxprune.analyze, lambda: {"model": made()["model"], "example_inputs": made()["x"], "keep": (), "units": "dims"}),
+    "analyze": (
+        fxprune.analyze,
+        lambda: {
+            "model": made()["model"],
+            "example_inputs": made()["x"],
+            "keep": (),
+            "units": "dims",
+        },
+    ),
     "apply": (fxprune.apply, lambda: {"plan": made()["pruned"].plan, "model": made()["model"]}),
-    "load": (fxprune.load, lambda: {"folder": made()["folder"], "model_factory": network, "device": None}),
+    "load": (
+        fxprune.load,
+        lambda: {"folder": made()["folder"], "model_factory": network, "device": None},
+    ),
     "save": (lambda folder: made()["pruned"].save(folder), lambda: {"folder": "saved"}),
     "verify": (
         fxprune.verify,
-        lambda: both(example_inputs=made()["x"], dtype=torch.float64, randomize=True, seed=0, numeric=True),
+        lambda: both(
+            example_inputs=made()["x"], dtype=torch.float64, randomize=True, seed=0, numeric=True
+        ),
     ),
-    "constants": (fxprune.compensate, lambda: both(loader=loader(), method="constants", ridge=1e-4)),
-    "least squares": (fxprune.compensate, lambda: both(loader=loader(), method="least_squares", ridge=1e-4)),
+    "constants": (
+        fxprune.compensate,
+        lambda: both(loader=loader(), method="constants", ridge=1e-4),
+    ),
+    "least squares": (
+        fxprune.compensate,
+        lambda: both(loader=loader(), method="least_squares", ridge=1e-4),
+    ),
     "deploy": (fxprune.deploy, lambda: {"model": made()["pruned"].model, "channels_last": False}),
     "export": (
         lambda **arguments: fxprune.export(example_inputs=made()["x"], **arguments),
-        lambda: {"model": made()["model"], "path": "net.pt2", "dynamic_batch": False, "check": False},
+        lambda: {
+            "model": made()["model"],
+            "path": "net.pt2",
+            "dynamic_batch": False,
+            "check": False,
+        },
     ),
     "Steps": (steps, lambda: {**stepping(), "params": 0.6, "folder": None}),
     "Steps with options": (steps, lambda: {**stepping(), "criterion": "l1", "keep": ()}),
     "GroupSparsity": (penalty, lambda: {"model": made()["model"], "coupling": made()["coupling"]}),
-    "register_rule": (registered, lambda: {"name": "slips::none", "like": None, "rule": lambda *arguments: None}),
+    "register_rule": (
+        registered,
+        lambda: {"name": "slips::none", "like": None, "rule": lambda *arguments: None},
+    ),
     "cost_of": (cost.cost_of, lambda: {"module": made()["model"], "example_inputs": made()["x"]}),
     "count_parameters": (cost.count_parameters, lambda: {"module": made()["model"]}),
     "Plan.from_json": (fxprune.Plan.from_json, lambda: {"text": made()["pruned"].plan.to_json()}),
     "Report.from_dict": (Report.from_dict, lambda: {"data": made()["pruned"].report.to_dict()}),
     "Setting": (
         latency.Setting,
-        lambda: {"device": "cpu", "precision": "fp32", "mode": "eager", "channels_last": True, "batch": 2},
+        lambda: {
+            "device": "cpu",
+            "precision": "fp32",
+            "mode": "eager",
+            "channels_last": True,
+            "batch": 2,
+        },
     ),
     "measure": (
         latency.measure,
@@ -198,17 +257,41 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "time_in_turns": (
         latency.time_in_turns,
-        lambda: {"runs": {"one": lambda: None}, "device": "cpu", "rounds": 1, "seconds": 1e-4, "warm_up": 0},
+        lambda: {
+            "runs": {"one": lambda: None},
+            "device": "cpu",
+            "rounds": 1,
+            "seconds": 1e-4,
+            "warm_up": 0,
+        },
     ),
-    "roofline": (latency.roofline, lambda: {"device": torch.device("cpu"), "dtype": torch.float32, "tf32": False}),
-    "CPMC": (criteria.CPMC, lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "standing": True}),
-    "Random": (scored(criteria.Random), lambda: {"seed": 1, "coupling": made()["coupling"], "model": made()["model"]}),
+    "roofline": (
+        latency.roofline,
+        lambda: {"device": torch.device("cpu"), "dtype": torch.float32, "tf32": False},
+    ),
+    "CPMC": (
+        criteria.CPMC,
+        lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "standing": True},
+    ),
+    "Random": (
+        scored(criteria.Random),
+        lambda: {"seed": 1, "coupling": made()["coupling"], "model": made()["model"]},
+    ),
     "Taylor": (scored(criteria.Taylor), lambda: data(loss=F.mse_loss)),
     "Fisher": (scored(criteria.Fisher), lambda: data(loss=F.mse_loss)),
     "Activation": (scored(criteria.Activation), lambda: data()),
-    "Views": (lambda **given: [each.sum(torch.abs) for each in criteria.Views(**given)], lambda: viewed()),
-    "sum": (lambda **given: view().sum(**given), lambda: {"function": torch.abs, "roles": ("own",)}),
-    "network_mean": (lambda **given: view().network_mean(**given), lambda: {"function": torch.abs, "roles": ("own",)}),
+    "Views": (
+        lambda **given: [each.sum(torch.abs) for each in criteria.Views(**given)],
+        lambda: viewed(),
+    ),
+    "sum": (
+        lambda **given: view().sum(**given),
+        lambda: {"function": torch.abs, "roles": ("own",)},
+    ),
+    "network_mean": (
+        lambda **given: view().network_mean(**given),
+        lambda: {"function": torch.abs, "roles": ("own",)},
+    ),
     "rows": (lambda **given: view().rows(**given), lambda: {"roles": ("own",)}),
     "l1": (criteria.l1, lambda: {"view": view()}),
     "l2": (criteria.l2, lambda: {"view": view()}),
@@ -216,28 +299,52 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "lamp": (criteria.lamp, lambda: {"view": view()}),
     "fpgm": (criteria.fpgm, lambda: {"view": view()}),
     "CPMC of a view": (lambda view: criteria.CPMC()(view), lambda: {"view": view()}),
-    "role": (lambda **given: made()["coupling"].role(**given), lambda: {"name": "0.weight", "dim": 0}),
-    "parameter_labels": (lambda name: made()["coupling"].parameter_labels(name), lambda: {"name": "0.weight"}),
-    "elements": (lambda group: made()["coupling"].elements(group), lambda: {"group": made()["coupling"].groups[0]}),
-    "blocks": (lambda group: made()["coupling"].blocks(group), lambda: {"group": made()["coupling"].groups[0]}),
+    "role": (
+        lambda **given: made()["coupling"].role(**given),
+        lambda: {"name": "0.weight", "dim": 0},
+    ),
+    "parameter_labels": (
+        lambda name: made()["coupling"].parameter_labels(name),
+        lambda: {"name": "0.weight"},
+    ),
+    "elements": (
+        lambda group: made()["coupling"].elements(group),
+        lambda: {"group": made()["coupling"].groups[0]},
+    ),
+    "blocks": (
+        lambda group: made()["coupling"].blocks(group),
+        lambda: {"group": made()["coupling"].groups[0]},
+    ),
     "GroupPlan": (fxprune.GroupPlan, lambda: {"name": "0.weight:0", "size": 8, "kept": (0, 1)}),
     "Plan": (planned, lambda: fields_of(made()["pruned"].plan)),
     "Report": (reported, lambda: fields_of(made()["pruned"].report)),
-    "rank": (criteria.rank, lambda: {"criterion": "l1", "coupling": made()["coupling"], "model": made()["model"]}),
+    "rank": (
+        criteria.rank,
+        lambda: {"criterion": "l1", "coupling": made()["coupling"], "model": made()["model"]},
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [(name, argument) for name, (_, arguments) in DOORS.items() for argument in arguments()]
+    ("name", "argument"),
+    [(name, argument) for name, (_, arguments) in DOORS.items() for argument in arguments()],
 )
-def test_a_wrong_value(name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it is, it is told by an error of fxprune's own that is no mere "bug in fxprune", or it is taken."""
+def test_a_wrong_value(
+    name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is, it is told by an error of fxprune's own that is no mere "bug in fxprune", or
+    it is taken.
+    """
     monkeypatch.chdir(tmp_path)
     function, arguments = DOORS[name]
     function(**arguments())
     for label, value in WRONG.items():
         error = outcome(function, {**arguments(), argument: value})
-        told = isinstance(error, FxpruneError) and not isinstance(error, InternalError) and len(str(error)) < 1200
+        told = (
+            isinstance(error, FxpruneError)
+            and not isinstance(error, InternalError)
+            and len(str(error)) < 1200
+        )
         assert error is None or told, f"{argument}={label}: {type(error).__name__}: {error}"
 
 
@@ -251,7 +358,20 @@ def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Exceptio
     return None
 
 
-@pytest.mark.parametrize("name", ["prune", "analyze", "apply", "load", "verify", "constants", "deploy", "cost_of", "GroupSparsity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prune",
+        "analyze",
+        "apply",
+        "load",
+        "verify",
+        "constants",
+        "deploy",
+        "cost_of",
+        "GroupSparsity",
+    ],
+)
 def test_arguments_in_a_wrong_order(name: str) -> None:
     function, arguments = DOORS[name]
     given = list(arguments().values())
@@ -268,8 +388,20 @@ PUBLIC = [
     getattr(fxprune, name)
     for name in fxprune.__all__
     if inspect.isfunction(getattr(fxprune, name))
-    or (inspect.isclass(getattr(fxprune, name)) and not issubclass(getattr(fxprune, name), (Exception, Warning)))
-] + [criteria.l1, criteria.l2, criteria.bn_scale, criteria.lamp, criteria.fpgm, criteria.Views, criteria.UnitView, criteria.Taylor]
+    or (
+        inspect.isclass(getattr(fxprune, name))
+        and not issubclass(getattr(fxprune, name), (Exception, Warning))
+    )
+] + [
+    criteria.l1,
+    criteria.l2,
+    criteria.bn_scale,
+    criteria.lamp,
+    criteria.fpgm,
+    criteria.Views,
+    criteria.UnitView,
+    criteria.Taylor,
+]
 
 
 def required(public: Any) -> list[str]:
@@ -284,7 +416,8 @@ def test_a_call_without_its_arguments(public: Any) -> None:
         public()
     with pytest.raises(TypeError, match=r"unexpected keyword.*nowhere"):
         public(**dict.fromkeys(required(public)), nowhere=None)
-    assert list(inspect.signature(public).parameters)  # documentation and editors see the arguments
+    # documentation and editors see the arguments
+    assert list(inspect.signature(public).parameters)
 
 
 def test_a_misspelt_keyword() -> None:
@@ -296,14 +429,25 @@ def test_a_misspelt_keyword() -> None:
 
 
 @pytest.mark.parametrize(
-    "half", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).half()]
+    "half",
+    [
+        np.float16(0.5),
+        np.float32(0.5),
+        np.float64(0.5),
+        np.array(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5).half(),
+    ],
 )
 def test_numbers_of_other_libraries(half: Any) -> None:
     model, x = made()["model"], made()["x"]
     wanted = fxprune.prune(model, x, channels=0.5, round_to=2, layers={"2": 0.5}).plan
     whole: Any
     for whole in (np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)):
-        assert fxprune.prune(model, x, channels=half, round_to=whole, layers={"2": half}).plan == wanted
+        assert (
+            fxprune.prune(model, x, channels=half, round_to=whole, layers={"2": half}).plan
+            == wanted
+        )
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, torch.tensor])
@@ -313,7 +457,10 @@ def test_a_number_of_few_digits_is_the_decimal_that_it_is_written_as(kind: Any) 
     assert fxprune.prune(model, made()["x"], channels=kind(0.7)).report.groups[0].kept == 7
 
 
-@pytest.mark.parametrize("value", [np.bool_(True), torch.tensor(True), np.complex64(0.5), torch.tensor([0.5, 0.5]), np.zeros(1)])
+@pytest.mark.parametrize(
+    "value",
+    [np.bool_(True), torch.tensor(True), np.complex64(0.5), torch.tensor([0.5, 0.5]), np.zeros(1)],
+)
 def test_what_is_no_number(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"channels=.*outside \(0, 1\]"):
         fxprune.prune(made()["model"], made()["x"], channels=value)
@@ -327,12 +474,16 @@ def test_an_unforeseen_error_is_told_as_a_bug() -> None:
     def fails() -> None:
         {}["missing"]
 
-    with pytest.raises(InternalError, match=r"fails failed where it should not: KeyError: 'missing'.*report") as caught:
+    with pytest.raises(
+        InternalError, match=r"fails failed where it should not: KeyError: 'missing'.*report"
+    ) as caught:
         fails()
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, DeprecationWarning, FxpruneError, ArgumentError])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, DeprecationWarning, FxpruneError, ArgumentError]
+)
 def test_what_passes_as_it_is(error: type[BaseException]) -> None:
     @door
     def fails() -> None:
@@ -354,9 +505,14 @@ def test_memory_that_ran_out_is_no_bug() -> None:
 
 
 def test_code_of_the_caller_is_named() -> None:
-    with pytest.raises(CallbackError, match=r"the loss raised RuntimeError: the user's own \(at test_slips.py:\d+\)"):  # noqa: SIM117
-        with calling("the loss"):
-            raising()
+    with (
+        pytest.raises(
+            CallbackError,
+            match=r"the loss raised RuntimeError: the user's own \(at test_slips.py:\d+\)",
+        ),
+        calling("the loss"),
+    ):
+        raising()
     with pytest.raises(CallbackError, match="the loader raised OSError: the disk is gone"):
         list(read(RaisesWhenRead()))
     assert list(read([1, 2])) == [1, 2]
@@ -364,16 +520,26 @@ def test_code_of_the_caller_is_named() -> None:
 
 def test_a_factory_that_fails_or_wants_arguments(tmp_path: Path) -> None:
     made()["pruned"].save(tmp_path)
-    with pytest.raises(CallbackError, match=r"model_factory raised RuntimeError: the user's own \(at test_slips.py"):
+    with pytest.raises(
+        CallbackError,
+        match=r"model_factory raised RuntimeError: the user's own \(at test_slips.py",
+    ):
         fxprune.load(tmp_path, raising)
     with pytest.raises(CallbackError, match=r"model_factory raised TypeError.*missing"):
         fxprune.load(tmp_path, nn.Linear)
     with pytest.raises(FxpruneError, match="another architecture"):
-        fxprune.load(tmp_path, lambda: nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 2)))
+        fxprune.load(
+            tmp_path,
+            lambda: nn.Sequential(
+                nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 2)
+            ),
+        )
 
 
 def test_a_criterion_that_fails_is_named() -> None:
-    with pytest.raises(CallbackError, match=r"criterion raising.*the user's own \(at test_slips.py"):
+    with pytest.raises(
+        CallbackError, match=r"criterion raising.*the user's own \(at test_slips.py"
+    ):
         fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion=raising)
     with pytest.raises(ArgumentError, match=r"'lampp' is unknown.*Did you mean 'lamp'"):
         fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion="lampp")
@@ -394,20 +560,32 @@ def test_a_batch_that_cannot_be_measured(batch: tuple[Any, ...], words: str) -> 
     with pytest.raises(ArgumentError, match=words):
         criteria.Activation([batch]).scores(made()["coupling"], made()["model"])
     with pytest.raises(ArgumentError, match=words):
-        fxprune.compensate(made()["model"], copy.deepcopy(made()["pruned"]), [batch], method="least_squares")
+        fxprune.compensate(
+            made()["model"], copy.deepcopy(made()["pruned"]), [batch], method="least_squares"
+        )
 
 
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [
         (lambda output, target: (output * 1j).sum(), ArgumentError, "complex64"),
-        (lambda output, target: torch.ones((), requires_grad=True), ArgumentError, "depends on no parameter"),
-        (lambda output, target: [loss := output.sum(), loss.backward()][0], CallbackError, "the gradient of the loss raised"),
+        (
+            lambda output, target: torch.ones((), requires_grad=True),
+            ArgumentError,
+            "depends on no parameter",
+        ),
+        (
+            lambda output, target: [loss := output.sum(), loss.backward()][0],
+            CallbackError,
+            "the gradient of the loss raised",
+        ),
     ],
     ids=["complex", "of nothing", "used up"],
 )
 @pytest.mark.parametrize("kind", [criteria.Taylor, criteria.Fisher])
-def test_a_loss_without_a_gradient(loss: Any, error: type[FxpruneError], words: str, kind: Any) -> None:
+def test_a_loss_without_a_gradient(
+    loss: Any, error: type[FxpruneError], words: str, kind: Any
+) -> None:
     with pytest.raises(error, match=words):
         kind(loader(), loss).scores(made()["coupling"], made()["model"])
 
@@ -426,7 +604,12 @@ def test_scores_without_numbers(change: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 @pytest.mark.parametrize(
-    "change", [lambda ones: ones.to_sparse(), lambda ones: ones.bfloat16(), lambda ones: ones.requires_grad_()]
+    "change",
+    [
+        lambda ones: ones.to_sparse(),
+        lambda ones: ones.bfloat16(),
+        lambda ones: ones.requires_grad_(),
+    ],
 )
 def test_scores_of_any_kind_of_tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     count = made()["coupling"].context.units.count
@@ -455,7 +638,9 @@ def test_an_error_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ArgumentError, match="does not determine"):
         fxprune.compensate(made()["model"], pruned, loader(), method="least_squares")
     assert len(calls) == 2
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in pruned.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("method", ["constants", "least_squares"])
@@ -468,4 +653,10 @@ def test_a_pruned_model_that_is_not_the_plans(method: str) -> None:
 def test_steps_of_a_model_that_costs_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        steps(model=nn.Sequential(nn.ReLU()), example_inputs=made()["x"], count=2, macs=0.5, params=0.5)
+        steps(
+            model=nn.Sequential(nn.ReLU()),
+            example_inputs=made()["x"],
+            count=2,
+            macs=0.5,
+            params=0.5,
+        )

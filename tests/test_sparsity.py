@@ -10,7 +10,11 @@ from tests.support.checking import as_dtype
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
-SOME = [case for case in CASES if case.name in ("residual", "vit_packed", "concat", "shared", "depthwise")]
+SOME = [
+    case
+    for case in CASES
+    if case.name in ("residual", "vit_packed", "concat", "shared", "depthwise")
+]
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -49,7 +53,9 @@ def test_gradient() -> None:
         above, below = start.clone(), start.clone()
         above[i, j] += step
         below[i, j] -= step
-        assert float(gradient[i, j]) == pytest.approx(float((value(above) - value(below)).detach()) / (2 * step), rel=1e-6)
+        assert float(gradient[i, j]) == pytest.approx(
+            float((value(above) - value(below)).detach()) / (2 * step), rel=1e-6
+        )
 
 
 def test_a_unit_at_zero_has_a_finite_gradient() -> None:
@@ -58,19 +64,26 @@ def test_a_unit_at_zero_has_a_finite_gradient() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     GroupSparsity(model, fxprune.analyze(model, torch.zeros(2, 3)))().backward()
-    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    assert all(
+        bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None
+    )
 
 
 @pytest.mark.long
 def test_training_makes_units_vanish_together() -> None:
-    """With the penalty, the weakest half of the units falls to a smaller share of the weight than without."""
+    """With the penalty, the weakest half of the units falls to a smaller share of the weight than
+    without.
+    """
     shares = []
     for strength in (0.0, 0.05):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
         x = torch.randn(64, 4)
         coupling = fxprune.analyze(model, x)
-        penalty, optimiser = GroupSparsity(model, coupling), torch.optim.SGD(model.parameters(), lr=0.05)
+        penalty, optimiser = (
+            GroupSparsity(model, coupling),
+            torch.optim.SGD(model.parameters(), lr=0.05),
+        )
         for _ in range(1000):
             optimiser.zero_grad()
             ((model(x) - x[:, :1]).square().mean() + strength * penalty()).backward()
@@ -82,7 +95,9 @@ def test_training_makes_units_vanish_together() -> None:
 
 
 def test_parameters_that_have_changed() -> None:
-    """The penalty is of the parameters that the model has; others than those that were analysed are refused."""
+    """The penalty is of the parameters that the model has; others than those that were analysed
+    are refused.
+    """
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     penalty = fxprune.GroupSparsity(model, fxprune.analyze(model, torch.zeros(1, 3)))
     before = penalty()

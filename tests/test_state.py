@@ -97,8 +97,12 @@ STATEFUL = [
 ]
 
 
-@pytest.mark.parametrize(("function", "members", "name"), STATEFUL, ids=[case[0].__name__ for case in STATEFUL])
-def test_what_changes_the_next_call_is_in_no_graph(function: Any, members: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    ("function", "members", "name"), STATEFUL, ids=[case[0].__name__ for case in STATEFUL]
+)
+def test_what_changes_the_next_call_is_in_no_graph(
+    function: Any, members: dict[str, Any], name: str
+) -> None:
     torch.manual_seed(0)
     model, x = Keeps(function, **copy.deepcopy(members)).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(TraceError, match=rf"because it sets '{name}'"):
@@ -112,7 +116,9 @@ def test_what_changes_the_next_call_is_in_no_graph(function: Any, members: dict[
 
 
 class Queue(nn.Module):
-    """Keeps features of past calls in a ring; where the next ones go is read before it is written."""
+    """Keeps features of past calls in a ring; where the next ones go is read before it is
+    written.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +183,9 @@ STATELESS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "members"), STATELESS, ids=[case[0].__name__ for case in STATELESS])
+@pytest.mark.parametrize(
+    ("function", "members"), STATELESS, ids=[case[0].__name__ for case in STATELESS]
+)
 def test_what_does_not_is_traced_whole(function: Any, members: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, x = Keeps(function, **copy.deepcopy(members)).eval(), torch.randn(2, 3, 8, 8)
@@ -202,7 +210,9 @@ def test_tracing_leaves_the_twin_as_it_was() -> None:
         twin = twin_of(Keeps(function, **copy.deepcopy(members)).eval())
         before = Attributes(twin.model)
         trace(twin, *example_of(torch.randn(2, 3, 8, 8)))
-        assert not [change for change in before.changes() if not change.path.startswith("_constant")]
+        assert not [
+            change for change in before.changes() if not change.path.startswith("_constant")
+        ]
 
 
 def test_attributes_are_compared_and_restored() -> None:
@@ -225,7 +235,12 @@ def test_attributes_are_compared_and_restored() -> None:
     assert not [*before.changes()]
     assert inner.names is names and names == ["a"]  # noqa: PT018
     assert inner.nested is nested and nested == {"b": [1]}  # noqa: PT018
-    assert (inner.number, inner.gone, root.table is table, hasattr(inner, "new")) == (1, "here", True, False)
+    assert (inner.number, inner.gone, root.table is table, hasattr(inner, "new")) == (
+        1,
+        "here",
+        True,
+        False,
+    )
 
 
 def graph_of(value: Tensor, name: str, function: Any) -> tuple[fx.Graph, dict[str, Tensor]]:
@@ -257,7 +272,9 @@ def test_constants_count_by_value() -> None:
 
 
 class Cached(nn.Module):
-    """Two convolutions, and in between something is added that the module keeps from call to call."""
+    """Two convolutions, and in between something is added that the module keeps from call to
+    call.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +361,9 @@ def called_before(kind: type[Cached], *size: int) -> Cached:
 
 
 def sizes_taken(model: Cached) -> list[bool]:
-    """For each size whether the pruned model takes it; it then gives what the original gives that has been called as often."""
+    """For each size whether the pruned model takes it; it then gives what the original gives that
+    has been called as often.
+    """
     pruned = fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=1.0).model
     assert isinstance(pruned, fx.GraphModule)
     taken = []
@@ -368,7 +387,12 @@ def test_a_table_of_an_earlier_call_is_computed_for_every_size(kind: type[Cached
     kept = model.table
     assert all(sizes_taken(model))
     assert model.table is kept
-    assert fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=0.5, verify=True).report.error <= 1e-9  # type: ignore
+    assert (
+        fxprune.prune(
+            model, torch.randn(SIZES[0], dtype=torch.float64), channels=0.5, verify=True
+        ).report.error
+        <= 1e-9
+    )  # type: ignore
 
 
 @pytest.mark.parametrize("kind", [GridByWidth, TwoTables])
@@ -409,7 +433,9 @@ def test_attributes_that_a_graph_does_not_set_are_reported() -> None:
     """Some models keep an attention map for whoever wants to see it."""
     pruned = fxprune.prune(Shows(), torch.randn(2, 3, 9, 9), channels=0.5)
     assert pruned.report.not_set == ("last.features", "last.first.seen")
-    assert "set by forward, not by its graph\n  last.features\n  last.first.seen" in str(pruned.report)
+    assert "set by forward, not by its graph\n  last.features\n  last.first.seen" in str(
+        pruned.report
+    )
     assert "last.features" in str(fxprune.analyze(Shows(), torch.randn(2, 3, 9, 9)))
 
 
@@ -474,7 +500,11 @@ def counter() -> tuple[Callable[[Any, Tensor], Tensor], Callable[[], Any]]:
 
 
 in_a_variable, variable = counter()
-BESIDE, OF_A_THREAD, OF_A_CONTEXT = nn.Module(), threading.local(), contextvars.ContextVar[Any]("last", default=None)
+BESIDE, OF_A_THREAD, OF_A_CONTEXT = (
+    nn.Module(),
+    threading.local(),
+    contextvars.ContextVar[Any]("last", default=None),
+)
 
 
 def beside(m: Any, x: Tensor) -> Tensor:
@@ -516,7 +546,9 @@ def test_whatever_holds_an_activation_is_seen(function: Callable[[Any, Tensor], 
 
 
 @pytest.mark.parametrize("function", [scaled_by_a_table, scaled_by_a_remembered_table])
-def test_a_table_outside_of_the_model_is_as_it_was(function: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_table_outside_of_the_model_is_as_it_was(
+    function: Callable[[Any, Tensor], Tensor],
+) -> None:
     """What tracing has put there would be found by the next call of the user's model."""
     TABLES.clear()
     model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
@@ -528,7 +560,9 @@ def test_a_table_outside_of_the_model_is_as_it_was(function: Callable[[Any, Tens
 
 
 @pytest.mark.parametrize(("function", "holder"), [(notes_the_last, LAST), (fills_a_slot, SLOTS)])
-def test_what_is_left_in_an_object_is_left_by_the_pruned_one(function: Callable[[Any, Tensor], Tensor], holder: Any) -> None:
+def test_what_is_left_in_an_object_is_left_by_the_pruned_one(
+    function: Callable[[Any, Tensor], Tensor], holder: Any
+) -> None:
     model, x, holder.last = Keeps(function).eval(), torch.randn(2, 3, 9, 9), None
     pruned = fxprune.prune(model, x, channels=0.5)
     holder.last = None
@@ -537,7 +571,9 @@ def test_what_is_left_in_an_object_is_left_by_the_pruned_one(function: Callable[
 
 
 @pytest.mark.parametrize("function", [lists, notes])
-def test_what_is_left_outside_of_the_model_is_left_by_the_pruned_one(function: Callable[[Any, Tensor], Tensor]) -> None:
+def test_what_is_left_outside_of_the_model_is_left_by_the_pruned_one(
+    function: Callable[[Any, Tensor], Tensor],
+) -> None:
     model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
     pruned = fxprune.prune(model, x, channels=0.5)
     assert pruned.report.parts == ("first", "last")
@@ -572,12 +608,21 @@ def a_buffer(m: Any, weight: Tensor) -> None:
 
 
 class SetsWeights(nn.Module):
-    """The weight of its convolution is computed at each call; ``reads``: after Python has read a value of the input."""
+    """The weight of its convolution is computed at each call; ``reads``: after Python has read a
+    value of the input.
+    """
 
     def __init__(self, put: Callable[[Any, Tensor], None], reads: bool) -> None:
         super().__init__()
-        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.weight, self.scale = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.tensor(1.5))
+        self.stem, self.conv, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 4, 1),
+        )
+        self.weight, self.scale = (
+            nn.Parameter(torch.randn(8, 8, 3, 3)),
+            nn.Parameter(torch.tensor(1.5)),
+        )
         self.put, self.reads = put, reads
         if put is not a_parameter and put is not data:
             put(self, torch.zeros(8, 8, 3, 3))
@@ -592,7 +637,9 @@ class SetsWeights(nn.Module):
 
 @pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("put", [a_parameter, data, an_attribute, a_buffer])
-def test_a_layer_computes_with_the_weight_that_forward_gives_it(put: Callable[[Any, Tensor], None], reads: bool) -> None:
+def test_a_layer_computes_with_the_weight_that_forward_gives_it(
+    put: Callable[[Any, Tensor], None], reads: bool
+) -> None:
     model, x = SetsWeights(put, reads).eval(), torch.randn(2, 3, 9, 9)
     pruned = fxprune.prune(model, x, channels=0.5)
     assert bool(pruned.report.parts) == (reads or put is data)

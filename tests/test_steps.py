@@ -20,7 +20,12 @@ IMAGE = (1, 3, 8, 8)
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 1)
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3),
+        nn.ReLU(),
+        nn.Conv2d(48, 4, 1),
     ).eval()
 
 
@@ -33,7 +38,10 @@ def train(model: nn.Module) -> None:
 def test_each_step_keeps_its_share() -> None:
     model, x = network(), torch.randn(IMAGE)
     whole = cost_of(model, x)
-    shares = [(cost_of(step.model, x).macs / whole.macs) for step in fxprune.Steps(model, x, count=3, macs=0.2)]
+    shares = [
+        (cost_of(step.model, x).macs / whole.macs)
+        for step in fxprune.Steps(model, x, count=3, macs=0.2)
+    ]
     for k, share in enumerate(shares, start=1):
         assert 0.2 ** (k / 3) * 0.8 < share <= 0.2 ** (k / 3) + 1e-12
 
@@ -98,9 +106,22 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"macs": 0.3}, "budget"),
     "count": ({"count": 4}, "count"),
-    "architecture": ({"model": nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 1))}, "model"),
-    "weights": ({"model": network().requires_grad_(False).apply(lambda m: [p.add_(1) for p in m.parameters()])}, "model"),
-    "dtype": ({"model": network().double(), "example_inputs": torch.randn(IMAGE).double()}, "model and another inputs"),
+    "architecture": (
+        {"model": nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 1))},
+        "model",
+    ),
+    "weights": (
+        {
+            "model": network()
+            .requires_grad_(False)
+            .apply(lambda m: [p.add_(1) for p in m.parameters()])
+        },
+        "model",
+    ),
+    "dtype": (
+        {"model": network().double(), "example_inputs": torch.randn(IMAGE).double()},
+        "model and another inputs",
+    ),
     "resolution": ({"example_inputs": torch.randn(1, 3, 12, 12)}, "inputs"),
     "criterion": ({"criterion": "l2"}, "options"),
     "settings of a criterion": ({"criterion": fxprune.criteria.CPMC(beta=0.5)}, "options"),
@@ -111,7 +132,13 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_does_not_go_on_with_what_another_left(name: str, tmp_path: Path) -> None:
-    run = {"model": network(), "example_inputs": torch.randn(IMAGE), "count": 3, "macs": 0.2, "criterion": fxprune.criteria.CPMC()}
+    run = {
+        "model": network(),
+        "example_inputs": torch.randn(IMAGE),
+        "count": 3,
+        "macs": 0.2,
+        "criterion": fxprune.criteria.CPMC(),
+    }
     next(iter(fxprune.Steps(**run, folder=tmp_path)))
     fxprune.Steps(**run, folder=tmp_path)
     change, what = OTHERS[name]
@@ -120,12 +147,24 @@ def test_a_run_does_not_go_on_with_what_another_left(name: str, tmp_path: Path) 
 
 
 def test_the_same_run_is_known_in_another_process(tmp_path: Path) -> None:
-    """Modules in keep=, functions and loaders have other addresses there; numbers may be NumPy's."""
+    """Modules in keep=, functions and loaders have other addresses there; numbers may be
+    NumPy's.
+    """
 
     def steps() -> fxprune.Steps:
         model, x = network(), torch.randn(IMAGE)
-        criterion = fxprune.criteria.Taylor([(x, torch.zeros(1))], lambda output, target: output.mean())
-        return fxprune.Steps(model, x, count=2, macs=np.float32(0.6), criterion=criterion, keep=[model[5]], folder=tmp_path)
+        criterion = fxprune.criteria.Taylor(
+            [(x, torch.zeros(1))], lambda output, target: output.mean()
+        )
+        return fxprune.Steps(
+            model,
+            x,
+            count=2,
+            macs=np.float32(0.6),
+            criterion=criterion,
+            keep=[model[5]],
+            folder=tmp_path,
+        )
 
     for _ in steps():
         pass

@@ -1,4 +1,6 @@
-"""Pruning beside other threads: nothing of theirs gets into a model, and nothing of pruning's into them."""
+"""Pruning beside other threads: nothing of theirs gets into a model, and nothing of pruning's into
+them.
+"""
 
 import importlib
 import itertools
@@ -27,7 +29,10 @@ class Net(nn.Module):
         super().__init__()
         self.at = at
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2))
+        self.body = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            for _ in range(2)
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +56,9 @@ class Python(Net):
 class Threaded(Net):
     """Computes in threads of its own; ``asks``: after Python has read a value of the input."""
 
-    def __init__(self, compute: Callable[[Callable[[], Tensor]], Tensor], asks: bool, module: bool) -> None:
+    def __init__(
+        self, compute: Callable[[Callable[[], Tensor]], Tensor], asks: bool, module: bool
+    ) -> None:
         super().__init__()
         self.compute, self.asks, self.module = compute, asks, module
 
@@ -106,7 +113,9 @@ class Other:
 
 @pytest.mark.parametrize("kind", [Net, Python])
 @pytest.mark.parametrize(
-    "region", [torch.no_grad, lambda: torch.autocast("cpu"), torch.inference_mode], ids=["grad", "cast", "mode"]
+    "region",
+    [torch.no_grad, lambda: torch.autocast("cpu"), torch.inference_mode],
+    ids=["grad", "cast", "mode"],
 )
 def test_a_region_of_another_thread_is_its_own(region: Callable[[], Any], kind: type[Net]) -> None:
     other, entered = Other(), []
@@ -133,7 +142,13 @@ def test_another_thread_runs_trains_and_asks_undisturbed(kind: type[Net]) -> Non
 
     def work() -> None:
         mine(torch.zeros(2, 4)).sum().backward()
-        asked.append((torch.is_grad_enabled(), torch.zeros(2).device.type, torch.broadcast_shapes((1, 3), (2, 1))))
+        asked.append(
+            (
+                torch.is_grad_enabled(),
+                torch.zeros(2).device.type,
+                torch.broadcast_shapes((1, 3), (2, 1)),
+            )
+        )
         attention = nn.MultiheadAttention(8, 2).eval()
         attention(*[torch.zeros(3, 1, 8)] * 3)
 
@@ -144,7 +159,9 @@ def test_another_thread_runs_trains_and_asks_undisturbed(kind: type[Net]) -> Non
 
 @pytest.mark.parametrize("kind", [Net, Python])
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
-def test_random_numbers_of_another_thread_are_its_own(draw: Callable[[], Any], kind: type[Net]) -> None:
+def test_random_numbers_of_another_thread_are_its_own(
+    draw: Callable[[], Any], kind: type[Net]
+) -> None:
     """What another thread draws in the middle of a run is no choice of the model's."""
     other, before = Other(), []
 
@@ -166,7 +183,10 @@ def test_random_numbers_of_another_thread_are_its_own(draw: Callable[[], Any], k
 @pytest.mark.parametrize("compute", [in_a_pool, in_a_thread])
 def test_threads_of_the_model_itself_are_refused(compute: Any, asks: bool, module: bool) -> None:
     before = threading.Thread.start, ThreadPoolExecutor.submit
-    with pytest.raises(fxprune.TraceError, match=r"another thread compute with tensors \(at test_threads\.py:\d+\)"):
+    with pytest.raises(
+        fxprune.TraceError,
+        match=r"another thread compute with tensors \(at test_threads\.py:\d+\)",
+    ):
         fxprune.prune(Threaded(compute, asks, module).eval(), IMAGE, channels=0.5)
     assert before == (threading.Thread.start, ThreadPoolExecutor.submit)
 
@@ -201,27 +221,45 @@ def load(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
 
 
 def measure(model: nn.Module, pruned: fxprune.Pruned, folder: Path) -> Any:
-    return sorted(fxprune.latency.measure({"large": model, "small": pruned.model}, IMAGE, rounds=1, seconds=0.001))
+    return sorted(
+        fxprune.latency.measure(
+            {"large": model, "small": pruned.model}, IMAGE, rounds=1, seconds=0.001
+        )
+    )
 
 
 CALLS = (prune, analyze, verify, deploy, load, measure)
 
 
 def settings_of_torch() -> list[Any]:
-    backends = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.backends.mha.get_fastpath_enabled()
+    backends = (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
     return [*backends, torch.is_grad_enabled(), torch.get_num_threads()]
 
 
 def names_of_torch() -> dict[str, Any]:
     """What could be left exchanged; other names may come with imports."""
     spaces = torch, torch.autograd, torch.nn.functional, torch.no_grad, nn.Module, Tensor
-    return {f"{space.__name__}.{name}": value for space in spaces for name, value in vars(space).items()}
+    return {
+        f"{space.__name__}.{name}": value
+        for space in spaces
+        for name, value in vars(space).items()
+    }
 
 
 def side_by_side(
-    folder: Path, calls: Sequence[Callable[..., Any]], threads: int, times: int, kinds: Sequence[type[Net]] = (Net, Python)
+    folder: Path,
+    calls: Sequence[Callable[..., Any]],
+    threads: int,
+    times: int,
+    kinds: Sequence[type[Net]] = (Net, Python),
 ) -> None:
-    """Calls in several threads, beside one that serves, one that trains, one without gradients, and one that draws numbers."""
+    """Calls in several threads, beside one that serves, one that trains, one without gradients,
+    and one that draws numbers.
+    """
     torch.manual_seed(0)
     models = [kind().eval() for kind in kinds]
     pruned = [fxprune.prune(model, IMAGE, channels=0.5) for model in models]
@@ -230,7 +268,8 @@ def side_by_side(
         own.save(place)
     given = [*itertools.product(calls, zip(models, pruned, folders, strict=True))]
     wanted = [call(*arguments) for call, arguments in given]
-    importlib.import_module("torch._dynamo")  # which exchanges a function of torch's, and which optimisers import
+    # which exchanges a function of torch's, and which optimisers import
+    importlib.import_module("torch._dynamo")
     settings, names = settings_of_torch(), names_of_torch()
     failed: list[BaseException] = []
     over = threading.Event()
@@ -271,7 +310,9 @@ def side_by_side(
         thread.start()
     try:
         with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(call, *arguments) for _ in range(times) for call, arguments in given]
+            jobs = [
+                pool.submit(call, *arguments) for _ in range(times) for call, arguments in given
+            ]
             found = [job.result() for job in jobs]
     finally:
         over.set()
@@ -322,8 +363,14 @@ def test_numbers_that_another_thread_draws_all_the_time_are_its_own(kind: type[N
     model = kind().eval()
     pruned = fxprune.prune(model, IMAGE, channels=0.5)
     assert isinstance(pruned.model, torch.fx.GraphModule) == (kind is Net)
-    assert all(p.shape[0] == 4 for name, p in pruned.model.named_parameters() if not name.startswith("head"))
-    assert not [reason for reason in fxprune.verify(model, pruned, IMAGE).left_out if "random" in reason]
+    assert all(
+        p.shape[0] == 4
+        for name, p in pruned.model.named_parameters()
+        if not name.startswith("head")
+    )
+    assert not [
+        reason for reason in fxprune.verify(model, pruned, IMAGE).left_out if "random" in reason
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
@@ -339,7 +386,9 @@ def test_numbers_that_another_thread_draws_all_the_time_are_its_own(kind: type[N
         lambda: NUMPYS.rand(),
     ],
 )
-def test_a_model_that_draws_beside_another_thread_does_so_itself(draw: Callable[[], float]) -> None:
+def test_a_model_that_draws_beside_another_thread_does_so_itself(
+    draw: Callable[[], float],
+) -> None:
     class Skips(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * (2 if draw() < 0.5 else 1)

@@ -1,4 +1,6 @@
-"""Every torchvision model outside detection and optical flow is pruned exactly, by code that knows none of them."""
+"""Every torchvision model outside detection and optical flow is pruned exactly, by code that knows
+none of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torchvision import models
 import fxprune
 from tests.torchvision_models import CASES, EXCLUDED_MODULES, Case, parameter_count
 
-#: At ``channels=0.5`` a weight keeps a quarter if both of its axes shrink, a half if only one does (the classifier).
+#: At ``channels=0.5`` a weight keeps a quarter if both of its axes shrink, a half if only one does
+#: (the classifier).
 MOST_LEFT = 0.46
 LARGEST_ERROR = 1e-9
 
@@ -26,7 +29,9 @@ def _parameter(case: Case) -> object:
 def test_every_model_is_covered() -> None:
     """The list is torchvision's own: nothing is dropped by name."""
     excluded = [
-        name for name in models.list_models() if models.get_model_builder(name).__module__.split(".")[2] in EXCLUDED_MODULES
+        name
+        for name in models.list_models()
+        if models.get_model_builder(name).__module__.split(".")[2] in EXCLUDED_MODULES
     ]
     assert sorted([*excluded, *CASES]) == sorted(models.list_models())
     assert len(CASES) >= 107
@@ -34,11 +39,15 @@ def test_every_model_is_covered() -> None:
 
 @pytest.mark.parametrize("case", [_parameter(case) for case in CASES.values()])
 def test_prunes_exactly(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Half of the channels: equal to the masked original, and less than half of the parameters left."""
+    """Half of the channels: equal to the masked original, and less than half of the parameters
+    left.
+    """
     model = case.build()
-    alone = filelock.FileLock(tmp_path_factory.getbasetemp().parent / "giants.lock")  # the processes of a run share this folder
+    # the processes of a run share this folder
+    alone = filelock.FileLock(tmp_path_factory.getbasetemp().parent / "giants.lock")
     with alone if parameter_count(model) > GIANT else contextlib.nullcontext():
-        pruned = fxprune.prune(model, case.inputs(), channels=0.5, verify=True)  # float64, everything drawn at random
+        # float64, everything drawn at random
+        pruned = fxprune.prune(model, case.inputs(), channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
     left = parameter_count(pruned.model) / parameter_count(model)

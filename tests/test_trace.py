@@ -1,4 +1,6 @@
-"""Tracing: what Python decides is listed and guarded, what does not depend on the example stays open, and nothing is taken."""
+"""Tracing: what Python decides is listed and guarded, what does not depend on the example stays
+open, and nothing is taken.
+"""
 
 import copy
 import datetime
@@ -45,7 +47,9 @@ class Computes(nn.Module):
         return self.function(self, self.conv(x))
 
 
-def pruned(function: Callable[[nn.Module, Tensor], Any], *shape: int) -> tuple[nn.Module, nn.Module]:
+def pruned(
+    function: Callable[[nn.Module, Tensor], Any], *shape: int
+) -> tuple[nn.Module, nn.Module]:
     """The model around a function, and what is emitted for it when nothing is pruned."""
     model = Computes(function).eval()
     return model, fxprune.prune(model, torch.randn(shape), channels=1.0).model
@@ -69,7 +73,9 @@ LINE = by_width.__code__.co_firstlineno + 1
 
 
 @pytest.mark.parametrize(("width", "same", "other"), [(8, 12, 9), (9, 13, 8)])
-def test_a_branch_on_a_size_refuses_inputs_of_the_other_kind(width: int, same: int, other: int) -> None:
+def test_a_branch_on_a_size_refuses_inputs_of_the_other_kind(
+    width: int, same: int, other: int
+) -> None:
     model, emitted = pruned(by_width, 2, 3, 4, width)
     if width == 8:
         runs_alike(model, emitted, torch.randn(5, 3, 4, same))
@@ -92,9 +98,15 @@ def test_a_decision_names_its_line_and_its_formula() -> None:
 
 
 def test_no_line_outside_of_the_model_is_named() -> None:
-    """All of this forward is torch's own: the caller's line is none of the model's, and a graph is the same from every line."""
+    """All of this forward is torch's own: the caller's line is none of the model's, and a graph is
+    the same from every line.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
+    model = nn.Sequential(
+        nn.Linear(3, 8),
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+        nn.Linear(8, 3),
+    ).eval()
     one = traced(model, torch.randn(2, 5, 3))
     other = traced(model, torch.randn(2, 5, 3))
     assert one.decisions == other.decisions
@@ -111,7 +123,12 @@ def test_a_loop_over_a_size_is_a_decision() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda m, x: x if x.dim() == 4 else x[0], lambda m, x: x.flatten(1), lambda m, x: x.view(x.size(0), -1)]
+    "function",
+    [
+        lambda m, x: x if x.dim() == 4 else x[0],
+        lambda m, x: x.flatten(1),
+        lambda m, x: x.view(x.size(0), -1),
+    ],
 )
 def test_ranks_and_plain_reshapes_are_no_decisions(function: Callable[..., Any]) -> None:
     assert traced(Computes(function), torch.randn(2, 3, 4, 4)).decisions == []
@@ -138,7 +155,8 @@ def test_values_are_never_read(function: Callable[..., Any]) -> None:
 
 def test_a_wrong_shape_names_the_line() -> None:
     function = lambda m, x: x @ torch.zeros(7, 7)  # noqa: E731
-    with pytest.raises(InputError, match=rf"matmul.*\(2, 8, 4, 4\), \(7, 7\).*test_trace\.py:{function.__code__.co_firstlineno}"):
+    line = rf"test_trace\.py:{function.__code__.co_firstlineno}"
+    with pytest.raises(InputError, match=rf"matmul.*\(2, 8, 4, 4\), \(7, 7\).*{line}"):
         traced(Computes(function), torch.randn(2, 3, 4, 4))
 
 
@@ -154,7 +172,10 @@ def test_the_mode_decides_and_is_no_decision(training: bool) -> None:
     result = traced(Computes(by_mode), torch.randn(2, 3, 4, 4), training=training)
     assert result.asked_mode
     assert result.decisions == []
-    assert ("relu" in str(result.graph), "sigmoid" in str(result.graph)) == (training, not training)
+    assert ("relu" in str(result.graph), "sigmoid" in str(result.graph)) == (
+        training,
+        not training,
+    )
 
 
 def test_a_mode_that_is_passed_on_stays_open() -> None:
@@ -231,7 +252,9 @@ class ByName(nn.Module):
     ],
 )
 def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Functions whose first signatures take a number: torch.fx's own proxies end the process here."""
+    """Functions whose first signatures take a number: torch.fx's own proxies end the process
+    here.
+    """
     model, x = ByName(how), torch.randn(3, 4)
     before = torch.pow, torch.where, power
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
@@ -244,7 +267,10 @@ def test_a_message_about_sizes_costs_no_node() -> None:
     """As libraries write their checks: the message is made whether the check fails or not."""
 
     def checked(model: nn.Module, x: Tensor) -> Tensor:
-        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim} of {x.dtype}, {x.shape[1]} channels of {x}")
+        torch._assert(
+            x.ndim == 4,
+            f"expected 4 dimensions, got {x.ndim} of {x.dtype}, {x.shape[1]} channels of {x}",
+        )
         return x.relu()
 
     model, emitted = pruned(checked, 2, 3, 4, 4)
@@ -274,7 +300,9 @@ def test_the_mode_of_what_forward_makes() -> None:
             self.training = False
             return super().forward(x)
 
-    with pytest.raises(TraceError, match=r"changes the mode of a Switches \(at test_trace.py:\d+\)"):
+    with pytest.raises(
+        TraceError, match=r"changes the mode of a Switches \(at test_trace.py:\d+\)"
+    ):
         traced(Switches(), torch.zeros(2, 8))
 
 
@@ -287,7 +315,9 @@ def test_containers_come_out_as_what_they_are() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return OrderedDict(b=self.second(self.first(x)), a={"c": [x]})
 
-    out = fxprune.prune(Named(), torch.zeros(2, 4), channels=0.5, verify=True).model(torch.zeros(3, 4))
+    out = fxprune.prune(Named(), torch.zeros(2, 4), channels=0.5, verify=True).model(
+        torch.zeros(3, 4)
+    )
     assert type(out) is OrderedDict
     assert list(out) == ["b", "a"]
     assert type(out["a"]) is dict
@@ -297,11 +327,17 @@ def test_containers_come_out_as_what_they_are() -> None:
 
 
 def test_buffers_stay_buffers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()
     model[1].running_var.uniform_(0.5, 2)
     emitted = fxprune.prune(model, torch.randn(2, 3, 4, 4), channels=0.5).model
-    assert [name for name, _ in emitted.named_buffers()] == [name for name, _ in model.named_buffers()]
-    assert [name for name, _ in emitted.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in emitted.named_buffers()] == [
+        name for name, _ in model.named_buffers()
+    ]
+    assert [name for name, _ in emitted.named_parameters()] == [
+        name for name, _ in model.named_parameters()
+    ]
     kept = torch.isin(model[0].weight[:, 0, 0, 0], emitted.get_parameter("0.weight")[:, 0, 0, 0])
     assert torch.equal(emitted.get_buffer("1.running_var"), model[1].running_var[kept])
 
@@ -314,7 +350,9 @@ def test_a_constant_in_the_code_keeps_its_value() -> None:
 
 def test_constants_of_both_modes() -> None:
     tables = {mode: torch.full((1, 1, 4), 2.0 + mode) for mode in (True, False)}
-    model, emitted = pruned(lambda m, x: x * tables[True] if m.training else x * tables[False], 2, 3, 4, 4)
+    model, emitted = pruned(
+        lambda m, x: x * tables[True] if m.training else x * tables[False], 2, 3, 4, 4
+    )
     for training in (True, False):
         runs_alike(model.train(training), emitted.train(training), torch.randn(3, 3, 5, 4))
 
@@ -350,19 +388,24 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
 def test_a_table_that_forward_sets_is_computed_in_the_graph(buffer: bool) -> None:
     """Of the one that it had before only the size is read."""
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), Remembers(buffer, memory=False), nn.Conv2d(8, 2, 1)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), Remembers(buffer, memory=False), nn.Conv2d(8, 2, 1)
+    ).eval()
     pruned = fxprune.prune(model, torch.zeros(2, 3, 4, 5), channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error < 1e-12
     assert pruned.model.get_submodule("2").in_channels == 4
-    assert any("size(3)" in decision for decision in pruned.report.decisions)  # not that of the last call, and it says so
+    # not that of the last call, and it says so
+    assert any("size(3)" in decision for decision in pruned.report.decisions)
     assert model[1].table.shape == (1, 1)
 
 
 @pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
 def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -> None:
     x = torch.randn(2, 3, 4, 5)
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1), Remembers(buffer, memory=True)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 1), Remembers(buffer, memory=True)
+    ).eval()
     with pytest.raises(TraceError, match=r"reads '2\.last' and sets it for its next call"):
         traced(model, x)
     pruned = fxprune.prune(model, x, channels=0.5)
@@ -402,7 +445,11 @@ def applied_by_an_attribute(m: Any, x: Tensor) -> Tensor:
     return m.conv.twice(x)
 
 
-@pytest.mark.parametrize("function", [applied, applied_by_a_name, applied_by_an_attribute], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [applied, applied_by_a_name, applied_by_an_attribute],
+    ids=lambda function: function.__name__,
+)
 def test_functions_with_gradients_of_their_own(function: Callable[..., Tensor]) -> None:
     """C++ takes a proxy for the tensor that it says it is: without care the process ends."""
     x = torch.randn(2, 3, 4, 5)
@@ -416,12 +463,15 @@ def test_functions_with_gradients_of_their_own(function: Callable[..., Tensor]) 
     whole = fxprune.prune(model, x, channels=1.0).model
     for net in (model, whole, copy.deepcopy(whole)):
         net(x).sum().backward()
-    assert relative_error(whole.get_submodule("0.conv").weight.grad, model[0].conv.weight.grad) < 1e-6
+    assert (
+        relative_error(whole.get_submodule("0.conv").weight.grad, model[0].conv.weight.grad) < 1e-6
+    )
     assert Doubled.apply(x).equal(2 * x)
     assert type(doubled) is type(Doubled.apply)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the original's, which runs without gradients here
+# the original's, which runs without gradients here
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("imported", [False, True], ids=["from torch", "imported"])
 def test_a_checkpoint_is_what_it_computes(imported: bool, reentrant: bool) -> None:
@@ -444,11 +494,17 @@ class Checkpointed(nn.Module):
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.inner, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.inner, self.last = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 4, 1),
+        )
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(lambda y: self.activation(self.inner(y)), self.first(x), use_reentrant=False)
+        x = checkpoint(
+            lambda y: self.activation(self.inner(y)), self.first(x), use_reentrant=False
+        )
         return self.last(x)
 
 
@@ -518,7 +574,15 @@ def numbers(m: nn.Module, x: Tensor) -> Tensor:
     return x * count + width
 
 
-WRITING = [sum_into, scaled_in_place, relu_then_sum, through_a_view, behind_a_view, its_data, numbers]
+WRITING = [
+    sum_into,
+    scaled_in_place,
+    relu_then_sum,
+    through_a_view,
+    behind_a_view,
+    its_data,
+    numbers,
+]
 
 
 @pytest.mark.parametrize("function", WRITING, ids=lambda function: function.__name__)
@@ -582,13 +646,25 @@ def changes_a_constant(m: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fills_a_constant, r"written into a tensor that forward makes without it \(at test_trace.py:\d+\).*x.new_zeros"),
-        (fills_a_part_of_a_constant, r"written into a tensor that forward makes without it \(at test_trace.py:\d+\)"),
-        (changes_a_constant, r"changed after a graph has taken it for a constant \(at test_trace.py:\d+\)"),
+        (
+            fills_a_constant,
+            r"written into a tensor that forward makes without it \(at test_trace.py:\d+\)"
+            r".*x.new_zeros",
+        ),
+        (
+            fills_a_part_of_a_constant,
+            r"written into a tensor that forward makes without it \(at test_trace.py:\d+\)",
+        ),
+        (
+            changes_a_constant,
+            r"changed after a graph has taken it for a constant \(at test_trace.py:\d+\)",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_constant_that_is_written_to_is_in_no_graph(function: Callable[..., Tensor], message: str) -> None:
+def test_a_constant_that_is_written_to_is_in_no_graph(
+    function: Callable[..., Tensor], message: str
+) -> None:
     """It would be written to by one call after the other."""
     x = torch.randn(2, 3, 4, 5)
     with pytest.raises(TraceError, match=message):
@@ -604,12 +680,16 @@ def test_what_is_set_on_a_tensor_is_in_no_graph() -> None:
         x.data = x.relu()
         return x
 
-    with pytest.raises(TraceError, match=r"'data' of a tensor is set \(at test_trace.py:\d+\).*copy_"):
+    with pytest.raises(
+        TraceError, match=r"'data' of a tensor is set \(at test_trace.py:\d+\).*copy_"
+    ):
         traced(Computes(forward), torch.randn(2, 3, 4, 5))
 
 
 def test_a_parameter_read_twice_is_one_node() -> None:
-    graph = traced(Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)).graph
+    graph = traced(
+        Computes(lambda m, x: x * m.conv.bias[0] + m.conv.bias[1]), torch.randn(2, 3, 4, 4)
+    ).graph
     assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["conv.bias"]
 
 
@@ -646,7 +726,9 @@ class Nested(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
 
-    def forward(self, batch: dict[str, Any], scale: Tensor | None = None, *, flip: bool = False) -> dict[str, Any]:
+    def forward(
+        self, batch: dict[str, Any], scale: Tensor | None = None, *, flip: bool = False
+    ) -> dict[str, Any]:
         hidden = self.a(batch["x"]) + sum(self.a(item) for item in batch["rest"])
         hidden = hidden if scale is None else hidden * scale
         return {"out": self.b(hidden), "all": [hidden, (hidden.flip(0) if flip else hidden)]}
@@ -680,7 +762,9 @@ def test_example_of_keeps_dtypes() -> None:
 
 
 class Everything(nn.Module):
-    """Parameters twice, float and integer buffers, a plain tensor and attributes that are shared."""
+    """Parameters twice, float and integer buffers, a plain tensor and attributes that are
+    shared.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -700,7 +784,9 @@ def test_the_twin_allocates_nothing_and_shares_nothing() -> None:
     twin = twin_of(model)
     assert all(tensor.is_meta for tensor in (*twin.model.parameters(), twin.model.scale))
     ours = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), model.table)}
-    assert not ours & {id(t) for t in (*twin.model.parameters(), *twin.model.buffers(), twin.model.table)}
+    assert not ours & {
+        id(t) for t in (*twin.model.parameters(), *twin.model.buffers(), twin.model.table)
+    }
     assert twin.model.index.data_ptr() != model.index.data_ptr()
     assert twin.model.options["depth"] is not model.options["depth"]
     assert not {id(m) for m in model.modules()} & {id(m) for m in twin.model.modules()}
@@ -742,7 +828,9 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_a_large_model_costs_no_memory() -> None:
     """400 GB of weights, none of which is there."""
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 100_000), nn.Linear(100_000, 1_000_000), nn.Linear(1_000_000, 4))
+        model = nn.Sequential(
+            nn.Linear(4, 100_000), nn.Linear(100_000, 1_000_000), nn.Linear(1_000_000, 4)
+        )
     assert traced(model, torch.zeros(2, 4, device="meta")).graph.nodes
 
 
@@ -761,7 +849,9 @@ def test_what_is_a_leaf(module: nn.Module, leaf: bool) -> None:
 
 
 def test_what_is_computed_from_constants_can_be_trained_through() -> None:
-    """It is computed while the graph is traced, under inference mode, whose tensors autograd refuses."""
+    """It is computed while the graph is traced, under inference mode, whose tensors autograd
+    refuses.
+    """
 
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -774,7 +864,12 @@ def test_what_is_computed_from_constants_can_be_trained_through() -> None:
     graph = fxprune.prune(Masked(), torch.randn(2, 4), channels=1.0).model
     assert isinstance(graph, torch.fx.GraphModule)
     graph(torch.randn(2, 4)).sum().backward()
-    assert (graph.get_parameter("linear.weight").grad != 0).any(dim=1).tolist() == [False, False, True, True]
+    assert (graph.get_parameter("linear.weight").grad != 0).any(dim=1).tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -796,7 +891,9 @@ def test_the_text_of_a_size_or_dtype_is_its_own(text: Callable[[Tensor], bool]) 
             return x * 2 if text(x) else x
 
     found = traced(Reads(), torch.zeros(3, 4))
-    assert [node.target for node in found.graph.nodes if node.op == "call_function"][-1] is operator.mul
+    assert [node.target for node in found.graph.nodes if node.op == "call_function"][
+        -1
+    ] is operator.mul
 
 
 # -- chance
@@ -816,7 +913,12 @@ def test_what_is_decided_by_chance_is_in_no_graph(draw: Callable[[], Any]) -> No
     assert random.getstate() == before[1]
 
 
-OWN, ARRAYS, TURNS, CALLS = random.Random(0), np.random.default_rng(0), itertools.cycle([True, False]), {"n": 0}
+OWN, ARRAYS, TURNS, CALLS = (
+    random.Random(0),
+    np.random.default_rng(0),
+    itertools.cycle([True, False]),
+    {"n": 0},
+)
 
 
 def counted() -> int:
@@ -849,7 +951,9 @@ def test_generators_of_a_model_stand_afterwards_where_they_stood() -> None:
     before = OWN.getstate(), ARRAYS.bit_generator.state
     for name in ("a generator", "one of NumPy"):
         with pytest.raises(ChanceError):
-            traced(Computes(lambda m, x, draw=EACH_CALL[name]: x * draw()), torch.randn(2, 3, 4, 4))
+            traced(
+                Computes(lambda m, x, draw=EACH_CALL[name]: x * draw()), torch.randn(2, 3, 4, 4)
+            )
     assert (OWN.getstate(), ARRAYS.bit_generator.state) == before
 
 
@@ -906,5 +1010,7 @@ def test_what_no_graph_can_make_is_refused_as_a_result(kind: Any) -> None:
         def forward(self, x: Tensor) -> Any:
             return kind([x @ self.weight.t()])
 
-    with pytest.raises(TraceError, match=f"gives back a {kind.__name__}, which a graph cannot make. Give back"):
+    with pytest.raises(
+        TraceError, match=f"gives back a {kind.__name__}, which a graph cannot make. Give back"
+    ):
         fxprune.prune(Gives(), torch.randn(2, 3), channels=0.5)

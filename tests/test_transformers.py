@@ -9,16 +9,25 @@ from torch import Tensor, nn
 import fxprune
 from tests.support.checking import TOLERANCE, randomise
 
-transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+transformers = pytest.importorskip(
+    "transformers", reason="the transformers library is not installed"
+)
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the library warns of is none of ours
 
 TOKENS = torch.arange(8)[None] + 3
-SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+SMALL = {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 
 
 def llama(**options: Any) -> nn.Module:
     """Two query heads on each head of keys and values, rotary positions, RMSNorm, a gated MLP."""
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_key_value_heads=2, **SMALL, **options)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_key_value_heads=2, **SMALL, **options
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -44,14 +53,24 @@ CASES = {
     "llama": (lambda: llama(use_cache=False), masked, 0.33),
     "gpt2": (gpt2, masked, 0.33),
 }
-"""The model, what it is called with, and the share that may be left: half of the width, but for the vocabulary."""
+"""The model, what it is called with, and the share that may be left: half of the width, but for
+the vocabulary.
+"""
 
 
-LONG = [pytest.param("gpt2", "heads", marks=pytest.mark.slow), pytest.param("llama", "dims", marks=pytest.mark.slow)]
-"""A model by the one kind of units, where the tests of every change have it by the other: ten seconds each."""
+LONG = [
+    pytest.param("gpt2", "heads", marks=pytest.mark.slow),
+    pytest.param("llama", "dims", marks=pytest.mark.slow),
+]
+"""A model by the one kind of units, where the tests of every change have it by the other: ten
+seconds each.
+"""
 
 
-@pytest.mark.parametrize(("name", "units"), [("bert", "dims"), ("bert", "heads"), ("gpt2", "dims"), ("llama", "heads"), *LONG])
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("bert", "dims"), ("bert", "heads"), ("gpt2", "dims"), ("llama", "heads"), *LONG],
+)
 def test_half_the_width(name: str, units: str) -> None:
     build, inputs, at_most = CASES[name]
     torch.manual_seed(0)
@@ -68,7 +87,9 @@ def test_half_the_width(name: str, units: str) -> None:
 
 @pytest.mark.long
 def test_a_decoder_that_remembers_still_generates() -> None:
-    """Keys and values are kept in an object of the library: the modules around it are pruned, and it is used as before."""
+    """Keys and values are kept in an object of the library: the modules around it are pruned, and
+    it is used as before.
+    """
     torch.manual_seed(0)
     model = llama().eval()
     pruned = fxprune.prune(model, {"input_ids": TOKENS}, channels=0.5, verify=True, units="heads")

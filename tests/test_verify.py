@@ -129,7 +129,9 @@ def test_what_is_not_finite() -> None:
 
 def test_seeds_and_dtypes() -> None:
     model, result = pruned()
-    errors = {fxprune.verify(model, result, dtype=torch.float32, seed=seed).error for seed in range(3)}
+    errors = {
+        fxprune.verify(model, result, dtype=torch.float32, seed=seed).error for seed in range(3)
+    }
     assert len(errors) > 1
     assert max(errors) < 1e-5
     assert fxprune.verify(model, result, seed=1) == fxprune.verify(model, result, seed=1)
@@ -172,7 +174,13 @@ def proved(model: nn.Module, inputs: Any = X, **options: Any) -> Any:
     return proof
 
 
-EVERYTHING = {"the example's sizes", "the example itself", "training mode", "another batch", "gradients"}
+EVERYTHING = {
+    "the example's sizes",
+    "the example itself",
+    "training mode",
+    "another batch",
+    "gradients",
+}
 
 
 def test_what_is_compared() -> None:
@@ -189,10 +197,19 @@ def test_a_model_that_takes_one_size_alone() -> None:
     assert any("another size" in reason for reason in proof.left_out)
 
 
-def checked(model: nn.Module, result: Any, inputs: Any = X, analysed: nn.Module | None = None) -> Any:
+def checked(
+    model: nn.Module, result: Any, inputs: Any = X, analysed: nn.Module | None = None
+) -> Any:
     """The proof with an analysis that was made before: of the model as it was."""
     kept = {group.name: group.kept for group in result.plan.groups}
-    return check(model, result.model, result.plan, fxprune.analyze(analysed or model, inputs), kept, example_inputs=inputs)
+    return check(
+        model,
+        result.model,
+        result.plan,
+        fxprune.analyze(analysed or model, inputs),
+        kept,
+        example_inputs=inputs,
+    )
 
 
 def test_a_model_without_a_tensor_among_its_outputs() -> None:
@@ -209,7 +226,9 @@ def test_a_model_without_a_tensor_among_its_outputs() -> None:
 # -- results that are broken by hand, in a way that no graph shows
 
 
-def broken(model: nn.Module, inputs: Any, match: str, how: Callable[[nn.Module], None], **options: Any) -> None:
+def broken(
+    model: nn.Module, inputs: Any, match: str, how: Callable[[nn.Module], None], **options: Any
+) -> None:
     result = fxprune.prune(model, inputs, channels=0.5)
     assert fxprune.verify(model, result, inputs, **options).error < 1e-9
     how(result.model)
@@ -225,7 +244,12 @@ def test_a_lost_output() -> None:
 
 
 def test_another_container() -> None:
-    broken(Of(two), X, "has the form", lambda model: _ignored(model.register_forward_hook(lambda module, given, out: (out,))))
+    broken(
+        Of(two),
+        X,
+        "has the form",
+        lambda model: _ignored(model.register_forward_hook(lambda module, given, out: (out,))),
+    )
 
 
 def test_another_number() -> None:
@@ -253,9 +277,16 @@ def test_a_mode_that_is_lost() -> None:
     """Its batch normalisation goes on with stored statistics."""
 
     def hold(model: nn.Module) -> None:
-        model.norm.register_forward_pre_hook(lambda module, given: vars(module).update(training=False))  # type: ignore[operator]
+        model.norm.register_forward_pre_hook(
+            lambda module, given: vars(module).update(training=False)
+        )  # type: ignore[operator]
 
-    broken(Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)), torch.randn(8, 4), "^training mode: ", hold)
+    broken(
+        Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)),
+        torch.randn(8, 4),
+        "^training mode: ",
+        hold,
+    )
 
 
 @pytest.mark.parametrize("how", ["another share", "none", "evaluation alone"])
@@ -268,9 +299,16 @@ def test_a_dropout_that_drops_otherwise(how: str) -> None:
         elif how == "none":
             model.drop = nn.Identity()
         else:
-            model.drop.register_forward_pre_hook(lambda module, given: vars(module).update(training=False))  # type: ignore[operator]
+            model.drop.register_forward_pre_hook(
+                lambda module, given: vars(module).update(training=False)
+            )  # type: ignore[operator]
 
-    broken(Of(lambda m, x: m.b(m.drop(m.a(x))), drop=nn.Dropout(0.2)), X, "^training mode: .*dropouts", change)
+    broken(
+        Of(lambda m, x: m.b(m.drop(m.a(x))), drop=nn.Dropout(0.2)),
+        X,
+        "^training mode: .*dropouts",
+        change,
+    )
 
 
 def test_a_module_that_keeps_its_mode() -> None:
@@ -284,7 +322,10 @@ def test_python_that_draws_by_other_odds() -> None:
     class Thinned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.odds = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)), 0.5
+            self.block, self.odds = (
+                nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)),
+                0.5,
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.block(x if float(x.sum()) > -1e9 else -x)  # a value decides: Python stays
@@ -299,7 +340,12 @@ def test_statistics_that_are_not_updated() -> None:
     def forget(model: nn.Module) -> None:
         model.norm.momentum = 0.0  # type: ignore[union-attr, assignment]
 
-    broken(Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)), torch.randn(8, 4), "^training mode: ", forget)
+    broken(
+        Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)),
+        torch.randn(8, 4),
+        "^training mode: ",
+        forget,
+    )
 
 
 def test_a_batch_of_another_size() -> None:
@@ -333,7 +379,12 @@ def test_a_failure_on_the_example_itself() -> None:
         if given[0].dtype is torch.float32:
             raise TypeError("no float32")
 
-    broken(Of(two), X, "on the example, .*TypeError", lambda model: _ignored(model.register_forward_pre_hook(insist)))
+    broken(
+        Of(two),
+        X,
+        "on the example, .*TypeError",
+        lambda model: _ignored(model.register_forward_pre_hook(insist)),
+    )
 
 
 def test_a_guard_is_a_refusal() -> None:
@@ -365,7 +416,10 @@ def test_a_guard_that_is_gone() -> None:
     model = Of(forward)
     result = fxprune.prune(model, torch.randn(2, 6, 4), channels=0.5)
     remove(result.model)
-    with pytest.raises(VerificationError), mock.patch("fxprune.verification.check.check_structure"):
+    with (
+        pytest.raises(VerificationError),
+        mock.patch("fxprune.verification.check.check_structure"),
+    ):
         fxprune.verify(model, result, torch.randn(2, 6, 4))
     with pytest.raises(VerificationError, match="changed after pruning"):
         fxprune.verify(model, result, torch.randn(2, 6, 4))
@@ -375,7 +429,9 @@ def test_a_guard_that_is_gone() -> None:
 
 
 def test_a_trace_that_is_wrong_is_caught() -> None:
-    """Graph and pruned model agree with each other, and both with what the model's code was before."""
+    """Graph and pruned model agree with each other, and both with what the model's code was
+    before.
+    """
     factor = [1.0]
     model = Of(lambda m, x: two(m, x) * factor[0])
     result = fxprune.prune(model, X, channels=0.5)
@@ -403,7 +459,9 @@ NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "rms_norm": lambda m, x: F.rms_norm(x, (16,), eps=1e-6),
     "group_norm": lambda m, x: F.group_norm(x, 4),
     "two of them": lambda m, x: F.layer_norm(F.rms_norm(x, (16,)) + x, (16,)),
-    "one over a constant": lambda m, x: F.layer_norm(x, (16,)) + F.layer_norm(torch.arange(5.0, dtype=x.dtype), (5,)).mean(),
+    "one over a constant": lambda m, x: (
+        F.layer_norm(x, (16,)) + F.layer_norm(torch.arange(5.0, dtype=x.dtype), (5,)).mean()
+    ),
     "one over the input": lambda m, x: F.layer_norm(x, (16,)),
 }
 
@@ -419,7 +477,9 @@ def test_norms_over_survivors(norm: str) -> None:
 
 
 def test_a_copy_that_became_a_view_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm over survivors lies in memory as the original's does: writing into what may be a view does what it did there."""
+    """A norm over survivors lies in memory as the original's does: writing into what may be a view
+    does what it did there.
+    """
     emission = sys.modules["fxprune.rewrite.emit"]._Emission
     monkeypatch.setattr(emission, "_may_become_a_view", lambda *_: False)
     model = WritesIntoACopy().eval()
@@ -430,7 +490,9 @@ def test_a_copy_that_became_a_view_is_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_norms_of_a_batch_that_is_squeezed(norm: str) -> None:
-    """With a batch of one there is one dimension less, and the last one is normalised as it was."""
+    """With a batch of one there is one dimension less, and the last one is normalised as it
+    was.
+    """
     proof = proved(Of(lambda m, x: m.b(NORMS[norm](m, m.a(x).squeeze()))), torch.randn(3, 4))
     assert "another batch" in proof.compared
 
@@ -491,7 +553,8 @@ def test_a_part_that_gives_an_object() -> None:
             self.first, self.encoder, self.last = nn.Linear(4, 4), Encoder(), nn.Linear(4, 3)
 
         def forward(self, x: Tensor, n: int = 0) -> Tensor:
-            return self.last(self.encoder(self.first(x)).sum)[:, slice(-n, None)]  # a slice of a number: Python stays
+            # a slice of a number: Python stays
+            return self.last(self.encoder(self.first(x)).sum)[:, slice(-n, None)]
 
     proved(Looped(), torch.randn(2, 3, 4))
 
@@ -503,20 +566,28 @@ def test_a_pruned_model_in_a_dtype_of_its_own(dtype: torch.dtype) -> None:
     result.model.to(dtype)
     proof = fxprune.verify(model, result, X)
     assert proof.error < 1e-9
-    assert any("the example itself: torch.float32 on cpu is" in reason for reason in proof.left_out)
+    assert any(
+        "the example itself: torch.float32 on cpu is" in reason for reason in proof.left_out
+    )
 
 
 def test_attention_of_torch() -> None:
     """Its fused path hides the widths; the proof takes the plain one."""
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
-    model = nn.Sequential(nn.Linear(4, 16), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Linear(4, 16),
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+        nn.Linear(16, 3),
+    )
     proof = proved(model.eval(), torch.randn(2, 5, 4))
     assert set(proof.compared) >= EVERYTHING
 
 
 def test_a_filter_that_is_gone_has_no_direction() -> None:
     """Weights divided by their norms: 0/0 where a filter is gone."""
-    proved(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 16)), nn.Linear(16, 3)))
+    proved(
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 16)), nn.Linear(16, 3))
+    )
 
 
 # -- random numbers
@@ -526,11 +597,15 @@ DRAWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "behind": lambda m, x: two(m, x) + torch.randn(x.shape[0], 8, dtype=x.dtype),
     "like the output": lambda m, x: (y := two(m, x)) + torch.rand_like(y),
     "of a width that shrinks": lambda m, x: m.b((h := m.a(x)) + torch.randn_like(h)),
-    "of two widths": lambda m, x: m.b((h := m.a(x)) + torch.randn_like(h)) + torch.randn(8, dtype=x.dtype),
+    "of two widths": lambda m, x: (
+        m.b((h := m.a(x)) + torch.randn_like(h)) + torch.randn(8, dtype=x.dtype)
+    ),
     "by a mean and a deviation": lambda m, x: two(m, x) + torch.normal(x, 1.0)[:, :1],
     "dropout": lambda m, x: m.b(F.dropout(m.a(x), 0.5, training=True)),
     "dropout of the output": lambda m, x: F.dropout(two(m, x), 0.5, training=True),
-    "dropout of channels": lambda m, x: m.b(F.dropout1d(m.a(x)[..., None], 0.5, training=True)[..., 0]),
+    "dropout of channels": lambda m, x: m.b(
+        F.dropout1d(m.a(x)[..., None], 0.5, training=True)[..., 0]
+    ),
     "self-normalising dropout": lambda m, x: m.b(F.alpha_dropout(m.a(x), 0.5, training=True)),
     "bernoulli": lambda m, x: two(m, x) * torch.bernoulli(torch.sigmoid(x[:, :1])),
     "gumbel": lambda m, x: F.gumbel_softmax(two(m, x)),
@@ -544,7 +619,9 @@ def test_both_runs_draw_the_same(draw: str) -> None:
 
 
 def test_what_decides_a_draw_is_compared() -> None:
-    """The numbers are the original's; that they would be drawn by other odds shows all the same."""
+    """The numbers are the original's; that they would be drawn by other odds shows all the
+    same.
+    """
     model = Of(lambda m, x: torch.bernoulli(torch.sigmoid(two(m, x))))
     result = fxprune.prune(model, X, channels=0.5)
     assert fxprune.verify(model, result, X).error < 1e-9
@@ -558,7 +635,9 @@ def test_what_no_seed_makes_the_same() -> None:
     model, drifting = Of(two), Of(two)
     result = fxprune.prune(model, X, channels=0.5)
     drifting.b.register_forward_hook(lambda module, given, out: out * next(calls))
-    with pytest.raises(VerificationError, match="random numbers that it draws cannot be compared") as raised:
+    with pytest.raises(
+        VerificationError, match="random numbers that it draws cannot be compared"
+    ) as raised:
         checked(drifting, result, analysed=model)
     assert "report" not in str(raised.value)
 
@@ -610,7 +689,9 @@ def test_an_index_that_is_computed() -> None:
 
 
 MADE: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "zeros": lambda m, x: two(m, x) + torch.zeros(2, 8).index_add_(0, torch.tensor([0, 1]), x.repeat(1, 2)),
+    "zeros": lambda m, x: (
+        two(m, x) + torch.zeros(2, 8).index_add_(0, torch.tensor([0, 1]), x.repeat(1, 2))
+    ),
     "a range": lambda m, x: two(m, x) * torch.arange(8.0),
     "a table": lambda m, x: two(m, x) @ torch.tensor([[0.5] * 3] * 8),
     "a cast": lambda m, x: two(m, x.float()),
@@ -661,7 +742,10 @@ def test_no_error_but_its_own() -> None:
     model, result = pruned(Of(two))
     with pytest.raises(VerificationError, match=r"original itself fails.*test_verify"):
         fxprune.verify(model, result, torch.randn(2, 5))
-    with mock.patch("fxprune.verification.check.check_structure", side_effect=KeyError("x")), pytest.raises(VerificationError):
+    with (
+        mock.patch("fxprune.verification.check.check_structure", side_effect=KeyError("x")),
+        pytest.raises(VerificationError),
+    ):
         fxprune.verify(model, result, X)
 
 
@@ -671,18 +755,25 @@ def test_the_user_keeps_everything() -> None:
     model.norm.eval()
     x = torch.randn(5, 4)
     result = fxprune.prune(model, x, channels=0.5)
-    state = {name: value.clone() for name, value in [*model.state_dict().items(), *result.model.state_dict().items()]}
+    state = {
+        name: value.clone()
+        for name, value in [*model.state_dict().items(), *result.model.state_dict().items()]
+    }
     modes = [module.training for module in (*model.modules(), *result.model.modules())]
     fxprune.verify(model, result, x)
     after = dict([*model.state_dict().items(), *result.model.state_dict().items()])
     assert all(torch.equal(value, after[name]) for name, value in state.items())
     assert modes == [module.training for module in (*model.modules(), *result.model.modules())]
-    assert all(parameter.grad is None for parameter in (*model.parameters(), *result.model.parameters()))
+    assert all(
+        parameter.grad is None for parameter in (*model.parameters(), *result.model.parameters())
+    )
 
 
 def test_a_model_without_data() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 3)).to("meta")
-    result = fxprune.prune(model, torch.zeros(2, 4, device="meta"), channels=0.5, criterion="random")
+    result = fxprune.prune(
+        model, torch.zeros(2, 4, device="meta"), channels=0.5, criterion="random"
+    )
     assert fxprune.verify(model, result).error < 1e-9
 
 
@@ -704,7 +795,9 @@ def test_python_that_draws_no_more() -> None:
 
     model, dropping = Of(two), layer_drop(Of(two))
     result = fxprune.prune(model, X, channels=0.5)
-    with pytest.raises(VerificationError, match="random numbers of both models cannot be compared"):
+    with pytest.raises(
+        VerificationError, match="random numbers of both models cannot be compared"
+    ):
         checked(dropping, result, analysed=model)
     layer_drop(result.model)
     assert checked(dropping, result, analysed=model).error < 1e-9
@@ -727,14 +820,19 @@ def test_a_model_that_takes_long(takes: str) -> None:
 
     with mock.patch("fxprune.verification.check._LONG", -1):
         proof = proved(Of(forward), torch.randn(2, 6, 4))
-    assert (("another batch, in float32" in proof.compared), ("another batch" in proof.compared)) == (
+    assert (
+        ("another batch, in float32" in proof.compared),
+        ("another batch" in proof.compared),
+    ) == (
         takes == "one size",
         takes == "other sizes",
     )
 
 
 def test_what_cancels_is_no_error() -> None:
-    """The sum over channels that were centred is zero but for rounding: no relative error says anything about it."""
+    """The sum over channels that were centred is zero but for rounding: no relative error says
+    anything about it.
+    """
 
     class Centred(nn.Module):
         def __init__(self) -> None:
@@ -756,17 +854,23 @@ class Amplified(nn.Module):
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        self.up, self.inner, self.down = (nn.Linear(i, o, bias=False) for i, o in ((6, 100), (100, 8), (100, 3)))
+        self.up, self.inner, self.down = (
+            nn.Linear(i, o, bias=False) for i, o in ((6, 100), (100, 8), (100, 3))
+        )
         self.share = share
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
         rounding = self.inner(y) - F.linear(x, self.inner.weight @ self.up.weight)
-        return self.down(y) + self.share * F.normalize(rounding, dim=-1, eps=1e-30).sum(-1, keepdim=True)
+        return self.down(y) + self.share * F.normalize(rounding, dim=-1, eps=1e-30).sum(
+            -1, keepdim=True
+        )
 
 
 def test_rounding_that_is_amplified_is_no_error() -> None:
-    """Weights that are rounded otherwise move the original as far, which says nothing. A model that is wrong is called so."""
+    """Weights that are rounded otherwise move the original as far, which says nothing. A model
+    that is wrong is called so.
+    """
     model, x = Amplified(1e-3), torch.randn(4, 6)
     pruned = fxprune.prune(model, x, channels=0.5)
     assert pruned.model.get_submodule("up").out_features == 50
@@ -795,7 +899,9 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
-    """Second derivatives of rows: torch dies when it takes gradients of them under a mode that sees operations."""
+    """Second derivatives of rows: torch dies when it takes gradients of them under a mode that
+    sees operations.
+    """
 
     class Curved(nn.Module):
         def __init__(self) -> None:
@@ -804,14 +910,23 @@ def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.first(x)
-            return self.second(torch.vmap(torch.func.hessian(lambda row: row.pow(3).sum()))(h).sum(-1))
+            return self.second(
+                torch.vmap(torch.func.hessian(lambda row: row.pow(3).sum()))(h).sum(-1)
+            )
 
-    said = apart(lambda: str(fxprune.prune(Curved(), torch.randn(2, 4), channels=0.5, verify=True).report.error < 1e-9))
+    said = apart(
+        lambda: str(
+            fxprune.prune(Curved(), torch.randn(2, 4), channels=0.5, verify=True).report.error
+            < 1e-9
+        )
+    )
     assert said == "True", said
 
 
 class Asserts(nn.Module):
-    """A block that asserts something of its own; ``limit``: the size from which on it does something else."""
+    """A block that asserts something of its own; ``limit``: the size from which on it does
+    something else.
+    """
 
     def __init__(self, channels: int, limit: int = 0) -> None:
         super().__init__()
@@ -868,7 +983,11 @@ class Hides(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.first, self.norm, self.last = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 1),
+        )
         self.unused, self.idle = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 1, 1))
         self.register_buffer("positions", torch.arange(4.0))
 
@@ -876,7 +995,9 @@ class Hides(nn.Module):
         return self.last(self.norm(self.first(x)).relu()) + 0 * self.idle
 
 
-@pytest.mark.parametrize("name", ["first.weight", "norm.running_mean", "unused.weight", "idle", "positions"])
+@pytest.mark.parametrize(
+    "name", ["first.weight", "norm.running_mean", "unused.weight", "idle", "positions"]
+)
 def test_weights_that_were_changed_are_told(name: str) -> None:
     model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
     result = fxprune.prune(model, x, channels=0.5, verify=True)
@@ -887,7 +1008,9 @@ def test_weights_that_were_changed_are_told(name: str) -> None:
         result.model.state_dict()[name].add_(1)
     proof = fxprune.verify(model, result, x)
     assert proof.error < 1e-9
-    assert f"the weights themselves: '{name}' has other values than the plan leaves" in str(proof.left_out)
+    assert f"the weights themselves: '{name}' has other values than the plan leaves" in str(
+        proof.left_out
+    )
     if name == "positions":  # a buffer is looked at after a run in training mode, too
         with pytest.raises(VerificationError, match="differs from the masked original"):
             fxprune.verify(model, result, x, randomize=False)
@@ -900,13 +1023,18 @@ def test_a_layer_in_another_dtype_is_told() -> None:
     result = fxprune.prune(model, x, channels=0.5)
     result.model.unused.half()
     proof = fxprune.verify(model, result, x)
-    assert "'unused.weight' is torch.float16, the original's torch.float32, and so have 1 more" in str(proof.left_out)
+    assert (
+        "'unused.weight' is torch.float16, the original's torch.float32, and so have 1 more"
+        in str(proof.left_out)
+    )
     result.model.half()
     assert "the weights themselves" in fxprune.verify(model, result, x).compared
 
 
 def test_a_model_that_is_pruned_wrong_is_not_handed_out() -> None:
     model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
-    wrong = mock.patch("fxprune.rewrite.emit._laid_out_like", side_effect=lambda source, taken: taken.flip(0))
+    wrong = mock.patch(
+        "fxprune.rewrite.emit._laid_out_like", side_effect=lambda source, taken: taken.flip(0)
+    )
     with wrong, pytest.raises(VerificationError, match="has other values than the plan leaves"):
         fxprune.prune(model, x, channels=0.5, verify=True)

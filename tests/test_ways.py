@@ -1,4 +1,6 @@
-"""Python between parts that asks for values: of its caller's inputs freely, each way that it can go followed; of weights not."""
+"""Python between parts that asks for values: of its caller's inputs freely, each way that it can
+go followed; of weights not.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ class Asks(nn.Module):
 
     def __init__(self, code: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.a, self.b, self.c, self.head = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 3),
+        )
         self.code = code
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -76,7 +83,9 @@ def test_whichever_way_the_callers_values_lead(code: Any, mask: Tensor) -> None:
     assert "test_ways.py" in pruned.report.not_one_graph
     reference = masked(model, pruned.model)
     for other in MASKS:
-        assert relative_error(pruned.model(x, other.double()), reference(x, other.double())) < 1e-12
+        assert (
+            relative_error(pruned.model(x, other.double()), reference(x, other.double())) < 1e-12
+        )
     replayed = fxprune.apply(fxprune.Plan.from_json(pruned.plan.to_json()), model)
     assert replayed.plan == pruned.plan
 
@@ -93,9 +102,13 @@ def test_numbers_that_depend_on_weights_keep_parts_whole_to_each_other() -> None
 
 
 @pytest.mark.parametrize(
-    "read", [lambda n: n.item() > 3, lambda n: int(n) > 3, lambda n: n.tolist() > 3], ids=["item", "int", "list"]
+    "read",
+    [lambda n: n.item() > 3, lambda n: int(n) > 3, lambda n: n.tolist() > 3],
+    ids=["item", "int", "list"],
 )
-def test_numbers_of_the_caller_that_code_may_turn_by_keep_parts_whole_to_each_other(read: Callable[[Tensor], bool]) -> None:
+def test_numbers_of_the_caller_that_code_may_turn_by_keep_parts_whole_to_each_other(
+    read: Callable[[Tensor], bool],
+) -> None:
     """For another number other parts may be called, on whatever there is."""
 
     def code(model: Any, y: Tensor, n: Tensor) -> Tensor:
@@ -130,13 +143,23 @@ def test_ways() -> None:
     x = torch.ones(2)
     assert decided(lambda m, x: x * 2, x) == [()]
     assert decided(lambda m, x: 1 if x.sum() > 0 else 2, x) == [(True,), (False,)]
-    assert decided(lambda m, x: [1 for v in x if v > 0], x) == [(True, True), (False, True), (True, False)]  # one line, asked twice
+    # one line, asked twice
+    assert decided(lambda m, x: [1 for v in x if v > 0], x) == [
+        (True, True),
+        (False, True),
+        (True, False),
+    ]
     assert "test_ways.py" in decided(lambda m, x: int(x.sum()) and x.tolist(), x)
     assert decided(lambda m, x: bool(torch.zeros(x.shape).any()), x) == [()]  # of sizes alone
     for asks in (bool, lambda v: torch.equal(v, v), lambda v: (v > 0).item()):
-        assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [(True,), (False,)]
+        assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [
+            (True,),
+            (False,),
+        ]
     for reads in (float, lambda v: v.item(), lambda v: v.tolist(), lambda v: v.numpy()):
-        assert "test_ways.py" in decided(lambda m, x, reads=reads: reads((m.w.detach() * x).sum()), x)
+        assert "test_ways.py" in decided(
+            lambda m, x, reads=reads: reads((m.w.detach() * x).sum()), x
+        )
 
 
 def test_a_way_that_fails_is_not_known() -> None:
@@ -186,14 +209,21 @@ class Counts(nn.Module):
 
     def __init__(self, code: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.head, self.code = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3), code
+        self.a, self.b, self.head, self.code = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+            code,
+        )
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         return self.head(self.code(self.b(F.relu(self.a(x))), n))
 
 
 COUNTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "a mask by lengths": lambda y, n: y * (torch.arange(int(n.max()))[None] < n[:, None])[..., None],
+    "a mask by lengths": lambda y, n: (
+        y * (torch.arange(int(n.max()))[None] < n[:, None])[..., None]
+    ),
     "cut to a length": lambda y, n: y[:, : n.max().item()],
     "as often as told": lambda y, n: torch.repeat_interleave(y, n, dim=0),
     "one by one": lambda y, n: torch.stack([y[i, :k].sum(0) for i, k in enumerate(n.tolist())]),
@@ -220,7 +250,9 @@ class Packs(nn.Module):
         self.a, self.b, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
-        packed = rnn.pack_padded_sequence(F.relu(self.a(x)), n, batch_first=True, enforce_sorted=False)
+        packed = rnn.pack_padded_sequence(
+            F.relu(self.a(x)), n, batch_first=True, enforce_sorted=False
+        )
         y, _ = rnn.pad_packed_sequence(packed, batch_first=True, padding_value=0.5)
         return self.head(self.b(y))
 
@@ -240,7 +272,12 @@ class Repeats(nn.Module):
 
     def __init__(self, of_weights: bool) -> None:
         super().__init__()
-        self.a, self.turn, self.head, self.of_weights = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3), of_weights
+        self.a, self.turn, self.head, self.of_weights = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 3),
+            of_weights,
+        )
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         y = self.a(x)
@@ -251,7 +288,9 @@ class Repeats(nn.Module):
 
 @pytest.mark.parametrize("turns", [0, 1, 2])
 @pytest.mark.parametrize("of_weights", [False, True])
-def test_a_loop_ties_its_turns_however_often_the_example_turns(turns: int, of_weights: bool) -> None:
+def test_a_loop_ties_its_turns_however_often_the_example_turns(
+    turns: int, of_weights: bool
+) -> None:
     model, x = randomise(Repeats(of_weights)).eval(), torch.randn(3, 6, dtype=torch.float64)
     x = x * (0.01, 1.0, 4.0)[turns]
     pruned = fxprune.prune(model, (x, torch.tensor(turns)), channels=0.5)
@@ -263,7 +302,9 @@ def test_a_loop_ties_its_turns_however_often_the_example_turns(turns: int, of_we
 
 
 def test_ways_of_weights_are_the_same_for_other_weights(tmp_path: Path) -> None:
-    """What is saved is loaded into whatever the factory makes, which may lead its Python another way."""
+    """What is saved is loaded into whatever the factory makes, which may lead its Python another
+    way.
+    """
 
     def build(shift: float) -> Asks:
         model = randomise(Asks(lambda m, y, mask: m.b(y) if y.sum() > 0 else m.c(y))).eval()
@@ -343,7 +384,12 @@ class Drops(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.head, self.drop = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3), nn.Dropout(0.5)
+        self.a, self.b, self.head, self.drop = (
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 3),
+            nn.Dropout(0.5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.a(x))

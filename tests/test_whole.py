@@ -1,4 +1,6 @@
-"""Emitted models are whole: they train, switch modes, keep names, types and ties, and compile, export and convert."""
+"""Emitted models are whole: they train, switch modes, keep names, types and ties, and compile,
+export and convert.
+"""
 
 import copy
 import functools
@@ -10,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from tests.support.checking import TOLERANCE, as_dtype, call, count, nesting, randomise, relative_error, tensors
+from tests.support.checking import (
+    TOLERANCE,
+    as_dtype,
+    call,
+    count,
+    nesting,
+    randomise,
+    relative_error,
+    tensors,
+)
 from tests.support.families import FAMILIES, Family
 from tests.zoo import CASES
 from tests.zoo.blocks import Residual
@@ -22,7 +33,9 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 zoo = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 COMPOSITE = ("attention_module", "vit_module", "cross_attention", "encoder_layer")
-"""Zoo cases around nn.MultiheadAttention, which is taken apart: sums may be reordered, names may be fewer."""
+"""Zoo cases around nn.MultiheadAttention, which is taken apart: sums may be reordered, names may
+be fewer.
+"""
 
 SLOW_TO_COMPILE = ("googlenet", "inception_v3")
 """Families of so many layers that capturing a graph takes ten seconds."""
@@ -33,7 +46,10 @@ QUICK_TO_CONVERT = ("mobilenet_v2", "resnet", "vit")
 
 compiled_families = pytest.mark.parametrize(
     "family",
-    [pytest.param(f, id=f.name, marks=pytest.mark.slow if f.name in SLOW_TO_COMPILE else ()) for f in FAMILIES],
+    [
+        pytest.param(f, id=f.name, marks=pytest.mark.slow if f.name in SLOW_TO_COMPILE else ())
+        for f in FAMILIES
+    ],
 )
 
 
@@ -44,7 +60,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def halved(family: Family) -> tuple[nn.Module, Any]:
-    """A family's model and its `Pruned` at half the channels. Shared between tests: copy before you change it."""
+    """A family's model and its `Pruned` at half the channels. Shared between tests: copy before
+    you change it.
+    """
     torch.manual_seed(0)
     model = randomised(family.build())
     return model, fxprune.prune(model, torch.randn(2, *family.shape), channels=0.5)
@@ -76,12 +94,16 @@ def test_any_batch(family: Family) -> None:
         assert [out.shape for out in tensors(output)] == [out.shape for out in tensors(original)]
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.other], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.other], ids=lambda family: family.name
+)
 def test_another_resolution(family: Family) -> None:
     """The model pruned at one resolution is exact at another."""
     model, pruned = halved(family)
     assert family.other is not None
-    check = fxprune.verify(model, pruned, torch.randn(2, *family.other), dtype=torch.float64, randomize=True)
+    check = fxprune.verify(
+        model, pruned, torch.randn(2, *family.other), dtype=torch.float64, randomize=True
+    )
     assert check.error <= TOLERANCE
 
 
@@ -94,13 +116,20 @@ def check_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     model, pruned = copy.deepcopy(model).train(), pruned.train()
     assert all(module.training for module in pruned.modules())
     before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
-    buffers = [{name: b.clone() for name, b in network.named_buffers()} for network in (model, pruned)]
+    buffers = [
+        {name: b.clone() for name, b in network.named_buffers()} for network in (model, pruned)
+    ]
     arrived = gradients(pruned, inputs)
     assert set(arrived) == set(gradients(model, inputs))
     assert all(torch.isfinite(gradient).all() for gradient in arrived.values())
     for name in buffers[1]:
-        moved = [not torch.equal(b[name], n.get_buffer(name)) for b, n in zip(buffers, (model, pruned), strict=True)]
-        assert moved[0] == moved[1], f"{name} is updated in training mode by one model and not by the other"
+        moved = [
+            not torch.equal(b[name], n.get_buffer(name))
+            for b, n in zip(buffers, (model, pruned), strict=True)
+        ]
+        assert moved[0] == moved[1], (
+            f"{name} is updated in training mode by one model and not by the other"
+        )
     torch.optim.SGD(pruned.parameters(), lr=1e-3).step()
     parameters = dict(pruned.named_parameters())
     assert any(not torch.equal(parameters[name], before[name]) for name in arrived)
@@ -108,7 +137,9 @@ def check_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     pruned.eval()
     assert not any(module.training for module in pruned.modules())
     with torch.no_grad():
-        assert relative_error(*(floating(call(pruned, inputs)) for _ in range(2))) == 0, "eval mode is not deterministic"
+        assert relative_error(*(floating(call(pruned, inputs)) for _ in range(2))) == 0, (
+            "eval mode is not deterministic"
+        )
 
 
 @families
@@ -121,12 +152,16 @@ def test_families_train(family: Family) -> None:
 def test_zoo_trains(case: Case) -> None:
     model, inputs = randomised(case.build(case.width)), case.inputs(2)
     if case.name == "weight_norm_old_hook":
-        pytest.skip("torch cannot copy a module under the old weight_norm, nor give it back its hook")
+        pytest.skip(
+            "torch cannot copy a module under the old weight_norm, nor give it back its hook"
+        )
     check_trains(model, fxprune.prune(model, inputs, channels=0.5).model, inputs)
 
 
 def check_identity(model: nn.Module, inputs: Any, tolerance: float) -> None:
-    """At channels=1.0 the emitted model does in train mode what `model` does, random numbers included."""
+    """At channels=1.0 the emitted model does in train mode what `model` does, random numbers
+    included.
+    """
     pruned = fxprune.prune(model, inputs, channels=1.0).model
     assert count(pruned) == count(model)
     model.train(), pruned.train()
@@ -157,7 +192,9 @@ def test_zoo_at_full_width(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["convnext", "densenet", "efficientnet", "swin", "vit"])
 def test_dropout_and_stochastic_depth_stay_alive(name: str) -> None:
-    """Two seeds differ in train mode, and agree in eval mode, whichever mode the model was pruned in."""
+    """Two seeds differ in train mode, and agree in eval mode, whichever mode the model was pruned
+    in.
+    """
     family = next(f for f in FAMILIES if f.name == name)
     x = torch.randn(2, *family.shape)
     for training in (False, True):
@@ -168,7 +205,9 @@ def test_dropout_and_stochastic_depth_stay_alive(name: str) -> None:
         for seed in (0, 1):
             torch.manual_seed(seed)
             outputs.append((pruned.train()(x), pruned.eval()(x)))
-        assert not torch.equal(outputs[0][0], outputs[1][0]), "nothing random is left in train mode"
+        assert not torch.equal(outputs[0][0], outputs[1][0]), (
+            "nothing random is left in train mode"
+        )
     # Statistics moved between the two passes of train mode, so eval mode is asked again.
     assert torch.equal(pruned(x), pruned(x))
 
@@ -183,16 +222,22 @@ def test_mode_is_kept(training: bool) -> None:
 
 
 def check_names(model: nn.Module, pruned: nn.Module, composite: bool) -> None:
-    """The state dict has the original's names, and tensors of no more elements, of as many axes."""
+    """The state dict has the original's names, and tensors of no more elements, of as many
+    axes.
+    """
     original, emitted = model.state_dict(), pruned.state_dict()
     assert set(emitted) <= set(original), set(emitted) - set(original)
     assert composite or set(emitted) == set(original), set(original) - set(emitted)
     for name, value in emitted.items():
         assert value.dtype == original[name].dtype, name
         assert value.dim() == original[name].dim(), name
-        assert all(new <= old for new, old in zip(value.shape, original[name].shape, strict=True)), name
+        assert all(
+            new <= old for new, old in zip(value.shape, original[name].shape, strict=True)
+        ), name
     kinds = {name: (p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()}
-    assert {name: (p.dtype, p.device, p.requires_grad) for name, p in pruned.named_parameters()}.items() <= kinds.items()
+    assert {
+        name: (p.dtype, p.device, p.requires_grad) for name, p in pruned.named_parameters()
+    }.items() <= kinds.items()
     persistent = {name for name, _ in pruned.named_buffers()}
     assert persistent <= {name for name, _ in model.named_buffers()}
     pruned.load_state_dict(copy.deepcopy(emitted), strict=True)
@@ -207,7 +252,11 @@ def test_names_of_families(family: Family) -> None:
 @zoo
 def test_names_of_zoo(case: Case) -> None:
     model = randomised(case.build(case.width))
-    check_names(model, fxprune.prune(model, case.inputs(2), channels=0.5).model, case.name.startswith(COMPOSITE))
+    check_names(
+        model,
+        fxprune.prune(model, case.inputs(2), channels=0.5).model,
+        case.name.startswith(COMPOSITE),
+    )
 
 
 @families
@@ -257,25 +306,36 @@ def test_frozen_parameters_stay_frozen() -> None:
 
 
 def test_parameters_are_the_emitted_models_own() -> None:
-    """No storage is shared: training one does not move the other. And no graph hangs on what was sliced."""
+    """No storage is shared: training one does not move the other. And no graph hangs on what was
+    sliced.
+    """
     model = Residual(16)
     for channels in (0.5, 1.0):
         pruned = fxprune.prune(model, torch.randn(2, 3, 8, 8), channels=channels).model
         ours = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         for name, tensor in (*pruned.named_parameters(), *pruned.named_buffers()):
             assert tensor.untyped_storage().data_ptr() not in ours, name
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} keeps the original's memory alive"
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, (
+                f"{name} keeps the original's memory alive"
+            )
 
 
 @pytest.mark.parametrize(
     ("model", "inputs", "first", "second"),
     [
-        (LanguageModel(16, tied=True), torch.randint(20, (2, 8)), "embedding.weight", "head.weight"),
+        (
+            LanguageModel(16, tied=True),
+            torch.randint(20, (2, 8)),
+            "embedding.weight",
+            "head.weight",
+        ),
         (Shared(16), torch.randn(2, 3, 8, 8), "a.weight", "b.weight"),
     ],
     ids=["embedding and head", "two convolutions"],
 )
-def test_tied_parameters_stay_tied(model: nn.Module, inputs: Tensor, first: str, second: str) -> None:
+def test_tied_parameters_stay_tied(
+    model: nn.Module, inputs: Tensor, first: str, second: str
+) -> None:
     pruned = fxprune.prune(model.eval(), inputs, channels=0.5).model
     assert pruned.get_parameter(first) is pruned.get_parameter(second)
     assert pruned.get_parameter(first).numel() < model.get_parameter(first).numel()
@@ -285,14 +345,18 @@ def test_tied_parameters_stay_tied(model: nn.Module, inputs: Tensor, first: str,
 def test_functional_tie_stays_one_parameter() -> None:
     pruned = fxprune.prune(TiedBag(16), torch.randint(20, (2, 8)), channels=0.5).model
     assert pruned.embedding.weight.shape == (20, 8)
-    assert [name for name, p in pruned.named_parameters() if p.shape[0] == 20] == ["embedding.weight"]
+    assert [name for name, p in pruned.named_parameters() if p.shape[0] == 20] == [
+        "embedding.weight"
+    ]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_channels_last_is_kept(dims: int) -> None:
     memory_format = torch.channels_last if dims == 2 else torch.channels_last_3d
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
-    model = nn.Sequential(conv(3, 16, 3, padding=1), nn.ReLU(), conv(16, 16, 3, padding=1), nn.ReLU(), conv(16, 4, 1))
+    model = nn.Sequential(
+        conv(3, 16, 3, padding=1), nn.ReLU(), conv(16, 16, 3, padding=1), nn.ReLU(), conv(16, 4, 1)
+    )
     model = model.to(memory_format=memory_format)
     x = torch.randn(2, 3, *[8] * dims).to(memory_format=memory_format)
     pruned = fxprune.prune(model, x, channels=0.5).model
@@ -300,7 +364,10 @@ def test_channels_last_is_kept(dims: int) -> None:
         assert parameter.dim() == 1 or parameter.is_contiguous(memory_format=memory_format), name
     assert pruned.get_parameter("2.weight").shape[:2] == (8, 8)
     assert not pruned.get_parameter("2.weight").is_contiguous()
-    assert pruned.get_parameter("4.weight").stride() == pruned.get_parameter("4.weight").clone(memory_format=memory_format).stride()
+    assert (
+        pruned.get_parameter("4.weight").stride()
+        == pruned.get_parameter("4.weight").clone(memory_format=memory_format).stride()
+    )
 
 
 def test_contiguous_is_kept() -> None:
@@ -314,7 +381,9 @@ def test_contiguous_is_kept() -> None:
 def test_device_is_kept(family: Family) -> None:
     model, x = randomised(family.build()).cuda(), torch.randn(2, *family.shape, device="cuda")
     pruned = fxprune.prune(model, x, channels=0.5)
-    assert {t.device.type for t in (*pruned.model.parameters(), *pruned.model.buffers())} == {"cuda"}
+    assert {t.device.type for t in (*pruned.model.parameters(), *pruned.model.buffers())} == {
+        "cuda"
+    }
     assert fxprune.verify(model, pruned, x, dtype=torch.float64, randomize=True).error <= TOLERANCE
     check_trains(model, pruned.model, x)
 
@@ -351,8 +420,9 @@ def test_compiles_with_inductor(name: str) -> None:
 def test_trains_with_inductor(name: str) -> None:
     """The real backend's gradients are those of the uncompiled model.
 
-    In float64 and from a fresh initialisation: random weights of order one make a train-mode network of this depth chaotic (in the
-    original as well, an input that differs by 1e-12 moves its gradients by percents), so that rounding alone would decide.
+    In float64 and from a fresh initialisation: random weights of order one make a train-mode
+    network of this depth chaotic (in the original as well, an input that differs by 1e-12 moves
+    its gradients by percents), so that rounding alone would decide.
     """
     family = next(f for f in FAMILIES if f.name == name)
     torch.manual_seed(0)
@@ -367,20 +437,28 @@ def test_trains_with_inductor(name: str) -> None:
     compiled = torch.compile(pruned, fullgraph=True)
     compiled(x.double()).square().mean().backward()
     flat = torch.cat([gradient.flatten() for gradient in expected.values()])
-    assert relative_error(torch.cat([pruned.get_parameter(n).grad.flatten() for n in expected]), flat) <= 1e-7
+    assert (
+        relative_error(torch.cat([pruned.get_parameter(n).grad.flatten() for n in expected]), flat)
+        <= 1e-7
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 @zoo
 def test_zoo_compiles_as_one_graph(case: Case) -> None:
     model, inputs = randomised(case.build(case.width)), case.inputs(2)
-    if case.name == "weight_norm_old_hook" or any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if case.name == "weight_norm_old_hook" or any(
+        isinstance(module, nn.RNNBase) for module in model.modules()
+    ):
         pytest.skip("torch.compile breaks the graph on the original already")
     pruned = fxprune.prune(model, inputs, channels=0.5).model
     torch._dynamo.reset()
     compiled = torch.compile(pruned, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert relative_error(floating(call(compiled, inputs)), floating(call(pruned, inputs))) <= 1e-5
+        assert (
+            relative_error(floating(call(compiled, inputs)), floating(call(pruned, inputs)))
+            <= 1e-5
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -400,7 +478,9 @@ def test_exports_with_any_batch(name: str) -> None:
     _, pruned = halved(family)
     with torch.no_grad():
         dynamic = ({0: torch.export.Dim("batch", min=2)},)
-        program = torch.export.export(copy.deepcopy(pruned.model), (torch.randn(2, *family.shape),), dynamic_shapes=dynamic)
+        program = torch.export.export(
+            copy.deepcopy(pruned.model), (torch.randn(2, *family.shape),), dynamic_shapes=dynamic
+        )
         x = torch.randn(7, *family.shape)
         assert relative_error(program.module()(x), pruned.model(x)) <= 1e-5
 
@@ -409,7 +489,10 @@ def test_exports_with_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, id=f.name, marks=() if f.name in QUICK_TO_CONVERT else pytest.mark.slow) for f in FAMILIES],
+    [
+        pytest.param(f, id=f.name, marks=() if f.name in QUICK_TO_CONVERT else pytest.mark.slow)
+        for f in FAMILIES
+    ],
 )
 def test_converts_to_onnx(family: Family, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -443,7 +526,9 @@ def test_round_to_gives_multiples() -> None:
 
 
 def test_min_channels_are_left() -> None:
-    pruned = fxprune.prune(Residual(16), torch.randn(2, 3, 8, 8), channels=0.05, min_channels=3).model
+    pruned = fxprune.prune(
+        Residual(16), torch.randn(2, 3, 8, 8), channels=0.05, min_channels=3
+    ).model
     assert all(m.out_channels >= 3 for m in pruned.modules() if isinstance(m, nn.Conv2d))
 
 
@@ -455,7 +540,12 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def test_keep(how: str) -> None:
     """What a kept module owns stays as it is, however it is named; the rest is pruned."""
     model, x = Residual(16), torch.randn(2, 3, 8, 8)
-    keep: Any = {"name": "a1", "glob": "a?", "module": model.a1, "list": ["a1.0", model.a2, "hea?"]}[how]
+    keep: Any = {
+        "name": "a1",
+        "glob": "a?",
+        "module": model.a1,
+        "list": ["a1.0", model.a2, "hea?"],
+    }[how]
     pruned = fxprune.prune(model, x, channels=0.5, keep=keep).model
     assert _shapes(pruned.get_submodule("a1.0")) == _shapes(model.a1[0])
     if how in ("glob", "list"):
@@ -468,14 +558,19 @@ def test_layer_attributes_follow_the_shapes() -> None:
     pruned = fxprune.prune(Residual(16), torch.randn(2, 3, 8, 8), channels=0.5).model
     for module in pruned.modules():
         if isinstance(module, nn.Conv2d):
-            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+            assert module.weight.shape[:2] == (
+                module.out_channels,
+                module.in_channels // module.groups,
+            )
         elif isinstance(module, nn.BatchNorm2d):
             assert module.weight.shape == module.running_mean.shape == (module.num_features,)  # type: ignore[union-attr]
         elif isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("residual", "vit_packed")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("residual", "vit_packed")], ids=lambda case: case.name
+)
 def test_plan_replays(case: Case) -> None:
     """The same plan, also through JSON, gives the same model."""
     model, inputs = randomised(case.build(case.width)), case.inputs(2)
@@ -493,4 +588,6 @@ def test_float64_of_the_same_model_is_the_same_plan() -> None:
     model, x = Residual(16), torch.randn(2, 3, 8, 8)
     plan = fxprune.prune(model, x, channels=0.5).plan
     double = copy.deepcopy(model).double()
-    assert fxprune.prune(double, as_dtype(x, torch.float64), channels=0.5).plan.groups == plan.groups
+    assert (
+        fxprune.prune(double, as_dtype(x, torch.float64), channels=0.5).plan.groups == plan.groups
+    )

@@ -1,4 +1,6 @@
-"""What a model of other widths costs, without building it: polynomials in how many units survive of each kind."""
+"""What a model of other widths costs, without building it: polynomials in how many units survive
+of each kind.
+"""
 
 from collections.abc import Callable
 
@@ -18,7 +20,11 @@ from tests.zoo import CASES
 from tests.zoo.case import Case
 
 Kept = dict[str, tuple[int, ...]]
-few = settings(max_examples=max(1, settings.default.max_examples // 3), suppress_health_check=list(HealthCheck), deadline=None)
+few = settings(
+    max_examples=max(1, settings.default.max_examples // 3),
+    suppress_health_check=list(HealthCheck),
+    deadline=None,
+)
 
 
 class Costs:
@@ -36,13 +42,21 @@ class Costs:
         for number, pool in enumerate(self.pools):
             width = int(rng.integers(1, pool.width + 1)) if widths is None else widths[number]
             for row in pool.units:
-                kept[self.coupling.groups[pool.group].name] += rng.permutation(row)[:width].tolist()
+                kept[self.coupling.groups[pool.group].name] += rng.permutation(row)[
+                    :width
+                ].tolist()
         return {name: tuple(sorted(units)) for name, units in kept.items()}
 
     def counts(self, kept: Kept) -> np.ndarray:
         """How many units of each kind survive."""
-        left = [self.kinds.of_unit[np.array(g.units)[list(kept[g.name])]] for g in self.coupling.groups]
-        return np.bincount(np.concatenate(left), minlength=len(self.kinds.pool)) if left else np.zeros(0, dtype=np.int64)
+        left = [
+            self.kinds.of_unit[np.array(g.units)[list(kept[g.name])]] for g in self.coupling.groups
+        ]
+        return (
+            np.bincount(np.concatenate(left), minlength=len(self.kinds.pool))
+            if left
+            else np.zeros(0, dtype=np.int64)
+        )
 
     def measured(self, kept: Kept) -> tuple[int, int]:
         """MACs and parameters, counted on the shapes that the smaller model has."""
@@ -52,43 +66,64 @@ class Costs:
 
 
 def check(costs: Costs, seed: int) -> None:
-    """At full and at random widths: what the polynomials say is what the shapes of the smaller model give."""
+    """At full and at random widths: what the polynomials say is what the shapes of the smaller
+    model give.
+    """
     rng = np.random.default_rng(seed)
-    for kept in (costs.draw(rng, [pool.width for pool in costs.pools]), costs.draw(rng), costs.draw(rng)):
+    for kept in (
+        costs.draw(rng, [pool.width for pool in costs.pools]),
+        costs.draw(rng),
+        costs.draw(rng),
+    ):
         counts = costs.counts(kept)
         assert (costs.macs.at(counts), costs.params.at(counts)) == costs.measured(kept)
 
 
 def check_saved(costs: Costs, seed: int) -> None:
-    """What a pool saves with one unit of each block is the difference of two values, to the last one."""
+    """What a pool saves with one unit of each block is the difference of two values, to the last
+    one.
+    """
     kept = costs.draw(np.random.default_rng(seed))
     counts = costs.counts(kept)
     for number, pool in enumerate(costs.pools):
         lost = counts - _one_less(costs, kept, number)
         if counts[costs.kinds.pool == number].sum() > pool.blocks:
             for polynomial in (costs.macs, costs.params):
-                assert polynomial.saved(counts, lost)[number] == polynomial.at(counts) - polynomial.at(counts - lost)
+                assert polynomial.saved(counts, lost)[number] == polynomial.at(
+                    counts
+                ) - polynomial.at(counts - lost)
 
 
 def _one_less(costs: Costs, kept: Kept, number: int) -> np.ndarray:
     """The counts when the pool loses the first survivor of each block."""
     pool = costs.pools[number]
     name = costs.coupling.groups[pool.group].name
-    gone = {next((unit for unit in row.tolist() if unit in set(kept[name])), -1) for row in pool.units}
+    gone = {
+        next((unit for unit in row.tolist() if unit in set(kept[name])), -1) for row in pool.units
+    }
     return costs.counts({**kept, name: tuple(unit for unit in kept[name] if unit not in gone)})
 
 
 def check_partition(costs: Costs) -> None:
-    """Every unit is in one pool and of one kind; units of one block are of one cell, kinds ascend with their pools."""
+    """Every unit is in one pool and of one kind; units of one block are of one cell, kinds ascend
+    with their pools.
+    """
     for index, group in enumerate(costs.coupling.groups):
-        members = [unit for pool in costs.pools if pool.group == index for unit in pool.units.ravel().tolist()]
+        members = [
+            unit
+            for pool in costs.pools
+            if pool.group == index
+            for unit in pool.units.ravel().tolist()
+        ]
         assert sorted(members) == list(range(group.size))
         blocks = costs.coupling.blocks(group).numpy()
         for pool in costs.pools:
             if pool.group == index:
                 assert all(len(set(blocks[row])) == 1 for row in pool.units)
                 kinds = costs.kinds.of_unit[np.array(group.units)[pool.units]]
-                assert {int(costs.kinds.pool[k]) for k in kinds.ravel()} == {costs.pools.index(pool)}
+                assert {int(costs.kinds.pool[k]) for k in kinds.ravel()} == {
+                    costs.pools.index(pool)
+                }
     assert (np.diff(costs.kinds.pool) >= 0).all()
     assert costs.kinds.size.sum() == sum(group.size for group in costs.coupling.groups)
 
@@ -119,7 +154,11 @@ class Between(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor], width: int, out: int) -> None:
         super().__init__()
-        self.first, self.last, self.function = nn.Conv2d(3, width, 1), nn.Conv2d(out, 5, 1), function
+        self.first, self.last, self.function = (
+            nn.Conv2d(3, width, 1),
+            nn.Conv2d(out, 5, 1),
+            function,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.function(self.first(x)))
@@ -130,11 +169,17 @@ def between(function: Callable[[Tensor], Tensor], width: int = 6, out: int = 6) 
 
 
 class Stream(nn.Module):
-    """A convolution from a residual stream to itself: both of its dimensions are the same units."""
+    """A convolution from a residual stream to itself: both of its dimensions are the same
+    units.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.inside, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
+        self.first, self.inside, self.last = (
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 5, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.first(x)
@@ -167,7 +212,9 @@ def test_units_that_are_read_more_often_than_others_are_of_another_kind() -> Non
 
 def test_an_axis_of_two_labellings_is_their_product() -> None:
     """Every unit twice, and both copies by themselves: the next layer reads n m channels."""
-    costs = between(lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1, 4, 4), out=12)
+    costs = between(
+        lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1, 4, 4), out=12
+    )
     assert sorted(pool.width for pool in costs.pools) == [2, 6]
     for _ in range(4):
         check(costs, 3)
@@ -188,24 +235,33 @@ def test_nothing_to_prune_is_a_constant() -> None:
     costs = Costs(fxprune.analyze(model, torch.randn(2, 3)))
     assert costs.pools == ()
     nothing = np.zeros(0, dtype=np.int64)
-    assert (costs.macs.at(nothing), costs.params.at(nothing)) == (2 * 3 * 4, count_parameters(model))
+    assert (costs.macs.at(nothing), costs.params.at(nothing)) == (
+        2 * 3 * 4,
+        count_parameters(model),
+    )
     assert costs.macs.saved(nothing, nothing).shape == (0,)
 
 
 @given(
     rows=st.lists(st.tuples(*[st.integers(0, 5)] * 4), min_size=1, max_size=4),
-    terms=st.lists(st.tuples(st.integers(-5, 5), st.lists(st.integers(0, 3), max_size=3)), max_size=5),
+    terms=st.lists(
+        st.tuples(st.integers(-5, 5), st.lists(st.integers(0, 3), max_size=3)), max_size=5
+    ),
     counts=st.tuples(*[st.integers(0, 9)] * 3),
 )
 def test_against_a_loop(rows, terms, counts) -> None:
-    """`at` and `saved` of any polynomial, as one would write them down; pool 0 has two kinds, pool 1 one."""
+    """`at` and `saved` of any polynomial, as one would write them down; pool 0 has two kinds, pool
+    1 one.
+    """
     kinds = Kinds(np.array([-1, 0, 1, 2]), np.array([0, 0, 1]), np.array([1, 1, 1]))
     terms = [(c, tuple(f % len(rows) for f in factors)) for c, factors in terms]
     polynomial = Polynomial(kinds, np.array(rows, dtype=np.float64), terms)
 
     def value(n) -> int:
         sizes = [row[0] + sum(a * k for a, k in zip(row[1:], n, strict=True)) for row in rows]
-        return sum(c * int(np.prod([sizes[f] for f in factors], initial=1)) for c, factors in terms)
+        return sum(
+            c * int(np.prod([sizes[f] for f in factors], initial=1)) for c, factors in terms
+        )
 
     lost = (1, 2, 3)
     assert polynomial.at(np.array(counts)) == value(counts)

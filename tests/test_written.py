@@ -23,7 +23,11 @@ class Writes(nn.Module):
 
     def __init__(self, write: Callable[[Any, Tensor], None]) -> None:
         super().__init__()
-        self.first, self.inner, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+        self.first, self.inner, self.last = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 4, 1),
+        )
         self.register_buffer("level", torch.rand(8))
         self.write = write
 
@@ -68,7 +72,9 @@ def test_what_stays_zero_or_is_not_summed_is_pruned(write: Callable[[Any, Tensor
     """Several calls, of several sizes, are those of the masked original."""
     model = Writes(write).double()
     pruned = fxprune.prune(model, X.double(), channels=0.5)
-    assert [tuple(m.weight.shape[:2]) for m in pruned.model.modules() if isinstance(m, nn.Conv2d)] == [(4, 3), (4, 4), (4, 4)]
+    assert [
+        tuple(m.weight.shape[:2]) for m in pruned.model.modules() if isinstance(m, nn.Conv2d)
+    ] == [(4, 3), (4, 4), (4, 4)]
     proof = fxprune.verify(model, pruned)
     assert "a second call" in proof.compared
     assert sum("another size" in name for name in proof.compared) == 2
@@ -86,8 +92,12 @@ def counts_use(m: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [centres, counts_use], ids=lambda write: write.__name__)
-def test_what_is_summed_at_the_next_call_is_not(write: Callable[[Any, Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean over all inputs makes non-zeros of removed ones, which the next mean takes for weights. The proof would say so."""
+def test_what_is_summed_at_the_next_call_is_not(
+    write: Callable[[Any, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean over all inputs makes non-zeros of removed ones, which the next mean takes for
+    weights. The proof would say so.
+    """
     model = Writes(write)
     pruned = fxprune.prune(model, X, channels=0.5)
     assert pruned.model.get_submodule("first").out_channels == 8
@@ -107,7 +117,12 @@ def test_a_bias_that_was_lifted_is_no_zero_in_a_mean() -> None:
             return self.last(y) + self.first(x).mean(1, keepdim=True)
 
     model = Mean(lifts)
-    assert fxprune.prune(model, X, channels=0.5, verify=True).model.get_submodule("first").out_channels == 8
+    assert (
+        fxprune.prune(model, X, channels=0.5, verify=True)
+        .model.get_submodule("first")
+        .out_channels
+        == 8
+    )
 
 
 @pytest.mark.filterwarnings("ignore:channels=0.5 was asked for")
@@ -139,7 +154,9 @@ def test_the_user_keeps_weights_that_python_writes(write: Callable[[Any, Tensor]
 
     model = InPython(write).eval()
     before = copy.deepcopy(model.state_dict())
-    pruned = fxprune.prune(model, X, channels=0.5, verify=True, criterion=fxprune.criteria.Activation([(X,)]))
+    pruned = fxprune.prune(
+        model, X, channels=0.5, verify=True, criterion=fxprune.criteria.Activation([(X,)])
+    )
     assert pruned.report.parts
     fxprune.compensate(model, pruned, [(X,)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -149,8 +166,15 @@ def test_the_user_keeps_weights_that_python_writes(write: Callable[[Any, Tensor]
 
 
 def test_undone() -> None:
-    """What is written is taken back, through views and in lists; what is not written is not copied."""
-    held = {"a": torch.ones(4), "b": nn.Parameter(torch.ones(4)), "c": torch.ones(4), "d": torch.empty(4, device="meta")}
+    """What is written is taken back, through views and in lists; what is not written is not
+    copied.
+    """
+    held = {
+        "a": torch.ones(4),
+        "b": nn.Parameter(torch.ones(4)),
+        "c": torch.ones(4),
+        "d": torch.empty(4, device="meta"),
+    }
     undone = Undone(held)
     with undone.afterwards(), torch.no_grad():
         held["a"][1:3].zero_()

@@ -1,11 +1,14 @@
-"""The torchvision models that the tests and benchmarks run on: which, how to build one quickly, and what to feed it.
+"""The torchvision models that the tests and benchmarks run on: which, how to build one quickly,
+and what to feed it.
 
-The list follows from ``torchvision.models.list_models()`` and from the module that each builder lives in, never from a
-list of names, so that a new torchvision release is covered on the day it comes out.
+The list follows from ``torchvision.models.list_models()`` and from the module that each builder
+lives in, never from a list of names, so that a new torchvision release is covered on the day it
+comes out.
 
 Two sizes of input exist for every model:
 
-* ``small``: as few pixels as the architecture takes; what the tests use, as no analysis depends on it.
+* ``small``: as few pixels as the architecture takes; what the tests use, as no analysis depends on
+  it.
 * ``native``: 224 pixels (112 for the small video networks), 16 frames; what the benchmarks use.
 
 Example:
@@ -35,11 +38,12 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.video import mvit
 
-#: Families of another interface (lists of images, targets, pairs of images): they are in :data:`COMPOSITE`.
+#: Families of another interface (lists of images, targets, pairs of images): they are in
+#: :data:`COMPOSITE`.
 EXCLUDED_MODULES = ("detection", "optical_flow")
 
-#: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes many seconds; the
-#: smallest model of each family is not, unless it has more than :data:`HUGE`.
+#: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes
+#: many seconds; the smallest model of each family is not, unless it has more than :data:`HUGE`.
 SLOW_PARAMETERS = 30_000_000
 HUGE = 100_000_000
 
@@ -50,12 +54,14 @@ class Case:
 
     Attributes:
         name: what ``torchvision.models.get_model`` takes.
-        module: the module of the builder below ``torchvision.models``, such as ``"video.swin_transformer"``.
-        parameters: number of parameters as the library documents it (without auxiliary heads that only training uses).
+        module: the module of the builder below ``torchvision.models``, such as
+            ``"video.swin_transformer"``.
+        parameters: number of parameters as the library documents it (without auxiliary heads that
+            only training uses).
         small: shape of the smallest example input, batch of one included.
         native: shape of the example input at the model's usual resolution.
-        small_options: keyword arguments for the constructor that make the ``small`` input possible (a ViT's
-            ``image_size``).
+        small_options: keyword arguments for the constructor that make the ``small`` input possible
+            (a ViT's ``image_size``).
         slow: whether the model is too large for the tests that run on every change.
     """
 
@@ -68,13 +74,17 @@ class Case:
     slow: bool = False
 
     def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
-        """Build the model for inputs of ``size``, in eval mode, with cheap but distinct and finite random weights."""
+        """Build the model for inputs of ``size``, in eval mode, with cheap but distinct and finite
+        random weights.
+        """
         options = dict(self.small_options) if size == "small" else {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(cheap_weights(seed))
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # torchvision's own deprecations are not ours to report
-            if self.module == "video.mvit" and options:  # its builders fix the sizes, its class takes them
+            # torchvision's own deprecations are not ours to report
+            warnings.simplefilter("ignore")
+            # its builders fix the sizes, its class takes them
+            if self.module == "video.mvit" and options:
                 sized = functools.partial(_mvit, mvit.MViT, options)
                 stack.enter_context(unittest.mock.patch.object(mvit, "MViT", sized))
                 options = {}
@@ -85,7 +95,9 @@ class Case:
             return models.get_model(self.name, weights=None, **options).eval()
 
     def inputs(self, *, size: str = "small", batch: int = 1, seed: int = 0) -> Tensor:
-        """Return a float32 batch of normal noise, of shape ``small`` or ``native`` with the batch size replaced."""
+        """Return a float32 batch of normal noise, of shape ``small`` or ``native`` with the batch
+        size replaced.
+        """
         shape = self.small if size == "small" else self.native
         return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(seed))
 
@@ -95,8 +107,12 @@ class Composite(Case):
     """A detector or an optical flow: no graph holds it whole."""
 
     def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
-        """As of any model; a detector takes its images as small as it can, and nothing is downloaded for its backbone."""
-        options: dict[str, Any] = {"weights_backbone": None} if self.module.startswith("detection") else {}
+        """As of any model; a detector takes its images as small as it can, and nothing is
+        downloaded for its backbone.
+        """
+        options: dict[str, Any] = (
+            {"weights_backbone": None} if self.module.startswith("detection") else {}
+        )
         if size == "small":
             options |= self.small_options
         with cheap_weights(seed):
@@ -109,14 +125,20 @@ class Composite(Case):
         if self.module.startswith("optical_flow"):
             return tuple(torch.rand(batch, *shape[1:], generator=generator) for _ in range(2))
         _, colours, height, width = shape
-        return ([torch.rand(colours, height + 16 * i, width - 16 * i, generator=generator) for i in range(batch)],)
+        return (
+            [
+                torch.rand(colours, height + 16 * i, width - 16 * i, generator=generator)
+                for i in range(batch)
+            ],
+        )
 
 
 def small_detector(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
     """A RetinaNet of torchvision's over a few layers; images of any size."""
     widths = (3, 8, 16, 16)
     blocks = [
-        (nn.Conv2d(before, after, 3, 2, 1, bias=False), norm(after), nn.ReLU()) for before, after in itertools.pairwise(widths)
+        (nn.Conv2d(before, after, 3, 2, 1, bias=False), norm(after), nn.ReLU())
+        for before, after in itertools.pairwise(widths)
     ]
     backbone: Any = nn.Sequential(*itertools.chain.from_iterable(blocks))
     backbone.out_channels = widths[-1]
@@ -126,11 +148,13 @@ def small_detector(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Modu
 
 @contextlib.contextmanager
 def cheap_weights(seed: int = 0) -> Iterator[None]:
-    """Within the context, random initialisers repeat one pool of normal numbers instead of drawing each number.
+    """Within the context, random initialisers repeat one pool of normal numbers instead of drawing
+    each number.
 
-    Drawing the weights takes longer than everything else about building a large model, truncated normals above all. The
-    pool's length is prime, so that no two channels of one weight are equal; weights keep the spread of ``1 /
-    sqrt(fan_in)``, so that activations stay finite in deep models.
+    Drawing the weights takes longer than everything else about building a large model, truncated
+    normals above all. The pool's length is prime, so that no two channels of one weight are equal;
+    weights keep the spread of ``1 / sqrt(fan_in)``, so that activations stay finite in deep
+    models.
     """
     length = 65_537
     pool = torch.randn(length, generator=torch.Generator().manual_seed(seed))
@@ -159,7 +183,8 @@ def cheap_weights(seed: int = 0) -> Iterator[None]:
     )
     with (
         unittest.mock.patch.multiple(nn.init, **dict.fromkeys(names, fill)),
-        unittest.mock.patch("torch.nn.modules.activation.xavier_uniform_", fill),  # bound at import there
+        # bound at import there
+        unittest.mock.patch("torch.nn.modules.activation.xavier_uniform_", fill),
     ):
         yield
 
@@ -175,13 +200,16 @@ def _mvit(cls: type[nn.Module], options: Mapping[str, Any], **arguments: Any) ->
 
 def _shapes(name: str, module: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """Return the small input, the native input and the constructor options of the small one."""
-    native: tuple[int, ...] = (1, 3, 16, 224, 224) if module.startswith("video.") else (1, 3, 224, 224)
+    native: tuple[int, ...] = (
+        (1, 3, 16, 224, 224) if module.startswith("video.") else (1, 3, 224, 224)
+    )
     match module.removeprefix("quantization."):
         case "inception":  # its auxiliary head pools a map of 17 x 17 in training mode
             return (1, 3, 299, 299), (1, 3, 299, 299), {}
         case "maxvit":  # every stage must divide into 7 x 7 windows
             return native, native, {}
-        case "vision_transformer":  # the name ends in the patch size: 4 x 4 patches and the class token
+        case "vision_transformer":
+            # the name ends in the patch size: 4 x 4 patches and the class token
             image_size = 4 * int(name.rpartition("_")[2])
             return (1, 3, image_size, image_size), native, {"image_size": image_size}
         case "video.resnet":
@@ -209,10 +237,18 @@ def _cases() -> Iterator[Case]:
 
 
 def _built_of(case: Case) -> Hashable:
-    """What the builder of a model names beside its weights: siblings that name the same differ in widths and depths alone."""
+    """What the builder of a model names beside its weights: siblings that name the same differ in
+    widths and depths alone.
+    """
     code = inspect.unwrap(models.get_model_builder(case.name)).__code__
     names = {name for name in code.co_names if not name.endswith("Weights")}
-    keywords = {one for constant in code.co_consts if isinstance(constant, tuple) for one in constant if isinstance(one, str)}
+    keywords = {
+        one
+        for constant in code.co_consts
+        if isinstance(constant, tuple)
+        for one in constant
+        if isinstance(one, str)
+    }
     return case.module, frozenset(names), frozenset(keywords)
 
 
@@ -226,16 +262,21 @@ def _composites() -> Iterator[Composite]:
             yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
         else:  # SSD resizes to the one size that it is built for
             sizes = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
-            # A quarter or half of a minute each; what is special in them has smaller ones: small_detector for RetinaNet.
+            # A quarter or half of a minute each; what is special in them has smaller ones:
+            # small_detector for RetinaNet.
             slow = "rcnn_resnet50" in name or name in ("ssd300_vgg16", "retinanet_resnet50_fpn")
-            yield Composite(name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow)
+            yield Composite(
+                name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow
+            )
 
 
 Kind = TypeVar("Kind", bound=Case)
 
 
 def _smallest(cases: Iterable[Kind], family: Callable[[Kind], Hashable]) -> dict[str, Kind]:
-    """All, those marked slow that have a smaller sibling in their family: they run the same code."""
+    """All, those marked slow that have a smaller sibling in their family: they run the same
+    code.
+    """
     known: set[Hashable] = set()
     found = {}
     for case in sorted(cases, key=lambda case: (case.parameters, case.name)):

@@ -1,7 +1,9 @@
-"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
+"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench``
+and ``export``.
 
-Results go to standard output, progress, warnings and errors to standard error, so that ``--json`` can be piped. An error is printed
-without a traceback and ends with exit code 2, or 1 where it is a bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
+Results go to standard output, progress, warnings and errors to standard error, so that ``--json``
+can be piped. An error is printed without a traceback and ends with exit code 2, or 1 where it is a
+bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 """
 
 from __future__ import annotations
@@ -92,14 +94,18 @@ def inspect(
     weights: Weights = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
-    full: Annotated[bool, typer.Option("--full", help="Print every axis, and the nodes that tie them.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print every axis, and the nodes that tie them.")
+    ] = False,
 ) -> None:
     """Show what must be pruned together, and what is never pruned and why."""
     with errors_to_stderr():
         with stage(f"building {model}"):
             module, example_inputs = load(model, input_shapes, weights, checkpoint)
         with stage("analysing"):
-            coupling = api.analyze(module, example_inputs, keep=tuple(keep or ()), units=units_of(units))
+            coupling = api.analyze(
+                module, example_inputs, keep=tuple(keep or ()), units=units_of(units)
+            )
         if as_json:
             typer.echo(json.dumps(coupling_to_dict(coupling), indent=2))
         elif full:
@@ -113,7 +119,9 @@ def plan(
     model: Model,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where the plan goes, as JSON.", show_default=False),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Where the plan goes, as JSON.", show_default=False
+        ),
     ] = None,
     channels: Channels = None,
     macs: Macs = None,
@@ -139,7 +147,19 @@ def plan(
     """Choose what survives, and write that down; nothing else is written."""
     with errors_to_stderr():
         setting = setting_of(latency, device, precision, mode, batch)
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
+        options = options_of(
+            channels,
+            macs,
+            params,
+            scope,
+            layers,
+            keep,
+            units,
+            round_to,
+            min_channels,
+            latency,
+            setting,
+        )
         found = criterion_of(criterion)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         with stage("planning"):
@@ -179,18 +199,37 @@ def prune(
     """Prune a model and write the plan, the weights and a report."""
     with errors_to_stderr():
         setting = setting_of(latency, device, precision, mode, batch)
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
+        options = options_of(
+            channels,
+            macs,
+            params,
+            scope,
+            layers,
+            keep,
+            units,
+            round_to,
+            min_channels,
+            latency,
+            setting,
+        )
         found = criterion_of(criterion)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         with stage("pruning and verifying" if verify else "pruning"):
-            pruned = api.prune(module, example_inputs, criterion=found, verify=verify or None, **options)
+            pruned = api.prune(
+                module, example_inputs, criterion=found, verify=verify or None, **options
+            )
         _deliver(pruned, out, as_json)
 
 
 @app.command()
 def apply(
     plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="What fxprune plan or fxprune prune wrote: a plan.json.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PLAN",
+            help="What fxprune plan or fxprune prune wrote: a plan.json.",
+            show_default=False,
+        ),
     ],
     model: Model,
     out: Out = None,
@@ -200,7 +239,9 @@ def apply(
     saved: Saved = None,
     as_json: Json = False,
 ) -> None:
-    """Replay a plan on a model of the architecture that it was made for, for instance with other weights."""
+    """Replay a plan on a model of the architecture that it was made for, for instance with other
+    weights.
+    """
     with errors_to_stderr():
         replayed = Plan.from_json(read_text(plan))
         with stage(f"building {model}"):
@@ -210,7 +251,9 @@ def apply(
             pruned = api.apply(replayed, module)
             if verify:
                 error = api.verify(module, pruned).error
-                pruned = dataclasses.replace(pruned, report=dataclasses.replace(pruned.report, error=error))
+                pruned = dataclasses.replace(
+                    pruned, report=dataclasses.replace(pruned.report, error=error)
+                )
         _deliver(pruned, out, as_json)
 
 
@@ -218,7 +261,11 @@ def apply(
 def compare(
     model: Model,
     criteria: Annotated[
-        str, typer.Option(metavar="NAMES", help="Criteria to set side by side, with commas; each as --criterion of prune.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Criteria to set side by side, with commas; each as --criterion of prune.",
+        ),
     ] = "cpmc,l1,lamp",
     channels: Channels = None,
     macs: Macs = None,
@@ -239,15 +286,37 @@ def compare(
     checkpoint: Checkpoint = None,
     saved: Saved = None,
     as_json: Json = False,
-    full: Annotated[bool, typer.Option("--full", help="Print all groups, not only those on which the criteria differ.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Print all groups, not only those on which the criteria differ."
+        ),
+    ] = False,
 ) -> None:
-    """Show what several criteria leave within the same budget: cost, units kept per group, and how much they agree."""
+    """Show what several criteria leave within the same budget: cost, units kept per group, and how
+    much they agree.
+    """
     with errors_to_stderr():
         setting = setting_of(latency, device, precision, mode, batch)
-        options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels, latency, setting)
+        options = options_of(
+            channels,
+            macs,
+            params,
+            scope,
+            layers,
+            keep,
+            units,
+            round_to,
+            min_channels,
+            latency,
+            setting,
+        )
         names = listed(criteria)
         if len(set(names)) < 2 or len(set(names)) < len(names):
-            raise ArgumentError(f"--criteria {criteria!r} must name two criteria or more, each once, as --criteria cpmc,l1.")
+            raise ArgumentError(
+                f"--criteria {criteria!r} must name two criteria or more, each once, as "
+                "--criteria cpmc,l1."
+            )
         found = {name: criterion_of(name) for name in names}
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         results = {}
@@ -275,26 +344,44 @@ def bench(
     min_channels: MinChannels = 1,
     device: Device = None,
     precisions: Annotated[
-        str, typer.Option("--precision", metavar="NAMES", help=f"Of {', '.join(PRECISIONS)}, with commas.")
+        str,
+        typer.Option(
+            "--precision", metavar="NAMES", help=f"Of {', '.join(PRECISIONS)}, with commas."
+        ),
     ] = "fp32",
-    modes: Annotated[str, typer.Option("--mode", metavar="NAMES", help=f"Of {', '.join(MODES)}, with commas.")] = "eager",
-    batches: Annotated[str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")] = "1",
+    modes: Annotated[
+        str, typer.Option("--mode", metavar="NAMES", help=f"Of {', '.join(MODES)}, with commas.")
+    ] = "eager",
+    batches: Annotated[
+        str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")
+    ] = "1",
     channels_last: Annotated[bool, typer.Option(help="Lay images out channels-last.")] = True,
     rounds: Annotated[int, typer.Option(metavar="N", help="How many turns each model has.")] = 9,
-    seconds: Annotated[float, typer.Option(metavar="S", help="About how long each turn lasts.")] = 0.2,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="About how long each turn lasts.")
+    ] = 0.2,
     input_shapes: Input = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
     saved: Saved = None,
     as_json: Json = False,
 ) -> None:
-    """Time a model, and side by side with it what a budget leaves, as emitted and in its inference form."""
+    """Time a model, and side by side with it what a budget leaves, as emitted and in its inference
+    form.
+    """
     with errors_to_stderr():
         found = criterion_of(criterion)
-        named: dict[str, list[Any]] = {"--precision": listed(precisions), "--mode": listed(modes), "--batch": sizes(batches)}
+        named: dict[str, list[Any]] = {
+            "--precision": listed(precisions),
+            "--mode": listed(modes),
+            "--batch": sizes(batches),
+        }
         empty = [option for option, values in named.items() if not values]
         if empty:
-            raise ArgumentError(f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager --batch 1,64.")
+            raise ArgumentError(
+                f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode "
+                "eager --batch 1,64."
+            )
         settings = [
             Setting(device, precision, mode, channels_last, batch)
             for precision in named["--precision"]
@@ -304,7 +391,9 @@ def bench(
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         models = {"as given": module}
         if any(budget is not None for budget in (channels, macs, params, layers)):
-            options = options_of(channels, macs, params, scope, layers, keep, units, round_to, min_channels)
+            options = options_of(
+                channels, macs, params, scope, layers, keep, units, round_to, min_channels
+            )
             with stage("pruning"):
                 pruned = api.prune(module, example_inputs, criterion=found, **options).model
             models |= {"pruned": pruned, "pruned, deployed": deploy(pruned)}
@@ -322,12 +411,22 @@ def bench(
 @app.command()
 def export(
     model: Model,
-    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Write ONNX, to FILE.onnx.", show_default=False)] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write ONNX, to FILE.onnx.", show_default=False),
+    ] = None,
     pt2: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a program of torch.export, to FILE.pt2.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a program of torch.export, to FILE.pt2.",
+            show_default=False,
+        ),
     ] = None,
     dynamic_batch: Annotated[bool, typer.Option(help="Take any batch size.")] = True,
-    check: Annotated[bool, typer.Option(help="Run what was written in a process of its own, and compare.")] = True,
+    check: Annotated[
+        bool, typer.Option(help="Run what was written in a process of its own, and compare.")
+    ] = True,
     input_shapes: Input = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
@@ -337,14 +436,21 @@ def export(
     with errors_to_stderr():
         files = [file for file in (onnx, pt2) if file is not None]
         if not files:
-            raise ArgumentError("nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2, or both.")
+            raise ArgumentError(
+                "nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2, or both."
+            )
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         if saved is not None:
             module = deploy(module)
         for file in files:
             with stage(f"writing {file}"):
-                error = write_exported(module, example_inputs, file, dynamic_batch=dynamic_batch, check=check)
-            typer.echo(f"{file}: " + ("not checked" if error is None else f"largest relative error {error:.1e}"))
+                error = write_exported(
+                    module, example_inputs, file, dynamic_batch=dynamic_batch, check=check
+                )
+            typer.echo(
+                f"{file}: "
+                + ("not checked" if error is None else f"largest relative error {error:.1e}")
+            )
 
 
 def _deliver(pruned: api.Pruned, out: Path | None, as_json: bool) -> None:

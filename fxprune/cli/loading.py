@@ -35,15 +35,23 @@ __all__ = [
 ]
 
 
-def note_random(model: str, weights: str | None, checkpoint: Path | None, saved: Path | None) -> None:
+def note_random(
+    model: str, weights: str | None, checkpoint: Path | None, saved: Path | None
+) -> None:
     if weights is None and checkpoint is None and saved is None and ":" not in model:
         stderr().print(
-            "note: the weights are random; --weights, --checkpoint or --saved gives trained ones", style="yellow", soft_wrap=True
+            "note: the weights are random; --weights, --checkpoint or --saved gives trained ones",
+            style="yellow",
+            soft_wrap=True,
         )
 
 
 def built(
-    model: str, input_shapes: list[str] | None, weights: str | None, checkpoint: Path | None, saved: Path | None
+    model: str,
+    input_shapes: list[str] | None,
+    weights: str | None,
+    checkpoint: Path | None,
+    saved: Path | None,
 ) -> tuple[nn.Module, tuple[Any, ...]]:
     with stage(f"building {model}"):
         built = load(model, input_shapes, weights, checkpoint, saved)
@@ -62,18 +70,28 @@ def load(
     module = load_model(spec, weights, checkpoint, saved)
     shapes = input_shapes
     if not shapes and ":" in spec:
-        raise InputError(f"{spec} is not a torchvision name, so its input is not known: pass --input, as --input 1,3,224,224.")
+        raise InputError(
+            f"{spec} is not a torchvision name, so its input is not known: pass --input, as "
+            "--input 1,3,224,224."
+        )
     return module, tuple(example(text) for text in shapes or usual_shapes(spec))
 
 
-def load_model(spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None) -> nn.Module:
+def load_model(
+    spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None
+) -> nn.Module:
     """The model that ``spec`` names, with the weights that are asked for, in eval mode."""
     torch.manual_seed(0)  # the same command gives the same plan, also on random weights
     if saved is not None and (weights is not None or checkpoint is not None):
-        raise ArgumentError("--saved holds weights of its own: leave out --weights and --checkpoint.")
+        raise ArgumentError(
+            "--saved holds weights of its own: leave out --weights and --checkpoint."
+        )
     if ":" in spec:
         if weights is not None:
-            raise ArgumentError(f"--weights is for torchvision names; {spec} is your own: load its weights with --checkpoint.")
+            raise ArgumentError(
+                f"--weights is for torchvision names; {spec} is your own: load its weights with "
+                "--checkpoint."
+            )
         module = _own_model(spec)
     else:
         module = _torchvision_model(spec, weights)
@@ -89,7 +107,8 @@ def _torchvision_for(name: str) -> ModuleType:
         import torchvision
     except ImportError as error:
         raise ArgumentError(
-            f'{name!r} is read as the name of a torchvision model, which needs torchvision: pip install "fxprune[cli]". Your own '
+            f"{name!r} is read as the name of a torchvision model, which needs torchvision: pip "
+            'install "fxprune[cli]". Your own '
             "model is named as package.module:factory."
         ) from error
     return torchvision
@@ -101,7 +120,10 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ArgumentError(f"No torchvision model is named {name!r}. {hint}Your own is named as package.module:factory.")
+        raise ArgumentError(
+            f"No torchvision model is named {name!r}. {hint}Your own is named as "
+            "package.module:factory."
+        )
     builder = torchvision.models.get_model_builder(name)
     options: dict[str, Any] = {"weights": weights}
     if "weights_backbone" in inspection.signature(builder).parameters:
@@ -109,19 +131,28 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     try:
         with warnings.catch_warnings():
             # inception_v3 and googlenet announce a change of their random initialisation.
-            warnings.filterwarnings("ignore", message="The default weight initialization", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message="The default weight initialization", category=FutureWarning
+            )
             module = builder(**options)
     except (KeyError, ValueError) as error:
         choices = ", ".join(torchvision.models.get_model_weights(name).__members__) or "none"
-        raise ArgumentError(f"{name} has no weights named {weights!r}. Available: {choices}.") from error
+        raise ArgumentError(
+            f"{name} has no weights named {weights!r}. Available: {choices}."
+        ) from error
     except OSError as error:  # of the download, or of the disk
-        raise ArgumentError(f"the weights {weights!r} of {name} cannot be had: {error}. Give a file with --checkpoint.") from error
+        raise ArgumentError(
+            f"the weights {weights!r} of {name} cannot be had: {error}. Give a file with "
+            "--checkpoint."
+        ) from error
     assert isinstance(module, nn.Module)
     return module
 
 
 def usual_shapes(name: str) -> list[str]:
-    """What ``--input`` would be: batch 1 at the resolution that the model's published weights expect; 16 frames for video."""
+    """What ``--input`` would be: batch 1 at the resolution that the model's published weights
+    expect; 16 frames for video.
+    """
     for entry in _torchvision_for(name).models.get_model_weights(name):
         transform = entry.transforms  # a preset class, mostly inside functools.partial
         preset = getattr(transform, "func", transform).__name__
@@ -150,11 +181,14 @@ def attribute_named(spec: str, what: str) -> Any:
     """What ``package.module:attribute`` names."""
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ArgumentError(f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune knows by name.")
+        raise ArgumentError(
+            f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune "
+            "knows by name."
+        )
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise ArgumentError(
-            f"{what} {spec!r} is no Python name: write package.module:attribute, with dots and without .py, and run fxprune in the "
-            "folder that holds the package."
+            f"{what} {spec!r} is no Python name: write package.module:attribute, with dots and "
+            "without .py, and run fxprune in the folder that holds the package."
         )
     here = os.getcwd()
     if here not in sys.path:
@@ -164,14 +198,19 @@ def attribute_named(spec: str, what: str) -> Any:
             found: Any = importlib.import_module(module_name)
     except CallbackError as error:
         if isinstance(error.__cause__, ImportError):
-            raise ArgumentError(f"Cannot import {module_name!r} for {what} {spec!r}: {error.__cause__}.") from error
+            raise ArgumentError(
+                f"Cannot import {module_name!r} for {what} {spec!r}: {error.__cause__}."
+            ) from error
         raise
     missing = object()
     for part in attribute.split("."):
         with calling(f"{spec}, asked for {part!r},"):
             found = getattr(found, part, missing)
         if found is missing:
-            raise ArgumentError(f"{module_name!r} has no {attribute!r} ({what} is named as package.module:attribute).")
+            raise ArgumentError(
+                f"{module_name!r} has no {attribute!r} ({what} is named as "
+                "package.module:attribute)."
+            )
     return found
 
 
@@ -181,17 +220,24 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
             safetensors.torch.load_model(module, str(path))
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict):  # training scripts commonly wrap the state_dict with an epoch and an optimiser
+        # training scripts commonly wrap the state_dict with an epoch and an optimiser
+        if isinstance(state, dict):
             state = state.get("state_dict", state.get("model", state))
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise ArgumentError(f"it holds a {type(state).__name__}, and no tensors by their names")
+            raise ArgumentError(
+                f"it holds a {type(state).__name__}, and no tensors by their names"
+            )
         module.load_state_dict(state)
     except OSError as error:
-        raise ArgumentError(f"Cannot read checkpoint {path}: {error.strerror or error}.") from error
-    except Exception as error:  # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
+        raise ArgumentError(
+            f"Cannot read checkpoint {path}: {error.strerror or error}."
+        ) from error
+    except Exception as error:
+        # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
         said = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
         raise ArgumentError(
-            f"Checkpoint {path} does not fit the model: {said:.600}. Give what torch.save(model.state_dict(), path) writes."
+            f"Checkpoint {path} does not fit the model: {said:.600}. Give what "
+            "torch.save(model.state_dict(), path) writes."
         ) from error
 
 
@@ -212,7 +258,7 @@ def _shape(text: str, given: str) -> tuple[int, ...]:
         shape = ()
     if not shape or min(shape) < 1 or math.prod(shape) > _LARGEST:
         raise InputError(
-            f"--input {given!r} is not a shape: write positive sizes with commas, as 1,3,224,224, or several with + behind each; "
-            f"at most {_LARGEST:,} elements."
+            f"--input {given!r} is not a shape: write positive sizes with commas, as "
+            f"1,3,224,224, or several with + behind each; at most {_LARGEST:,} elements."
         )
     return shape

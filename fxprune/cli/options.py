@@ -54,30 +54,44 @@ Model = Annotated[
 ]
 Keep = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="A module name or glob that must not be pruned; may be repeated.", show_default=False),
+    typer.Option(
+        metavar="NAME",
+        help="A module name or glob that must not be pruned; may be repeated.",
+        show_default=False,
+    ),
 ]
 Input = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
         metavar="SHAPE",
-        help="Shape of an example input, as 1,3,224,224; once per positional argument. A list of tensors has + behind each: "
-        "3,320,320+3,300,400+. A torchvision name needs none.",
+        help="Shape of an example input, as 1,3,224,224; once per positional argument. A list of "
+        "tensors has + behind each: 3,320,320+3,300,400+. A torchvision name needs none.",
         show_default=False,
     ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="torchvision weights to load, as DEFAULT or IMAGENET1K_V1 (downloads).", show_default=False),
+    typer.Option(
+        metavar="NAME",
+        help="torchvision weights to load, as DEFAULT or IMAGENET1K_V1 (downloads).",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A state_dict to load: .safetensors, or what torch.save wrote.", show_default=False),
+    typer.Option(
+        metavar="FILE",
+        help="A state_dict to load: .safetensors, or what torch.save wrote.",
+        show_default=False,
+    ),
 ]
 Saved = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", help="Start from an earlier result of -o instead, whose first model was MODEL.", show_default=False
+        metavar="FOLDER",
+        help="Start from an earlier result of -o instead, whose first model was MODEL.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
@@ -91,37 +105,76 @@ Out = Annotated[
         show_default=False,
     ),
 ]
-Verify = Annotated[bool, typer.Option("--verify", help="Prove that the result equals the masked original.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Prove that the result equals the masked original.")
+]
 Channels = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Share of units to keep, in (0, 1]: of every group, see --scope.", show_default=False),
+    typer.Option(
+        metavar="SHARE",
+        help="Share of units to keep, in (0, 1]: of every group, see --scope.",
+        show_default=False,
+    ),
 ]
 Macs = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Share of multiply-accumulates to keep, in (0, 1].", show_default=False),
+    typer.Option(
+        metavar="SHARE",
+        help="Share of multiply-accumulates to keep, in (0, 1].",
+        show_default=False,
+    ),
 ]
-Params = Annotated[float | None, typer.Option(metavar="SHARE", help="Share of parameters to keep, in (0, 1].", show_default=False)]
+Params = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Share of parameters to keep, in (0, 1].", show_default=False
+    ),
+]
 Latency = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="Share of the time of one call to keep, in (0, 1], measured on this machine in the inference form.",
+        help=(
+            "Share of the time of one call to keep, in (0, 1], measured on this machine in the "
+            "inference form."
+        ),
         show_default=False,
     ),
 ]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False)]
-Precision = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(PRECISIONS)}.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False
+    ),
+]
+Precision = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(PRECISIONS)}.")
+]
 Mode = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(MODES)}.")]
 Batch = Annotated[
-    int | None, typer.Option(metavar="N", help="Of --latency: images per call; the example's otherwise.", show_default=False)
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Of --latency: images per call; the example's otherwise.",
+        show_default=False,
+    ),
 ]
-Scope = Annotated[str, typer.Option(metavar="SCOPE", help="What --channels counts: group (each group) or global (all together).")]
+Scope = Annotated[
+    str,
+    typer.Option(
+        metavar="SCOPE",
+        help="What --channels counts: group (each group) or global (all together).",
+    ),
+]
 Layers = Annotated[
     list[str] | None,
     typer.Option(
         "--layer",
         metavar="GLOB=SHARE",
-        help="Share of units that matching layers keep, whatever the budgets ask for; may be repeated.",
+        help=(
+            "Share of units that matching layers keep, whatever the budgets ask for; may be "
+            "repeated."
+        ),
         show_default=False,
     ),
 ]
@@ -129,14 +182,20 @@ Units = Annotated[
     list[str] | None,
     typer.Option(
         metavar="UNIT",
-        help="What a unit of an attention is: dims (of its heads, the default) or heads (whole ones); GLOB=UNIT for single "
-        "modules, may be repeated.",
+        help="What a unit of an attention is: dims (of its heads, the default) or heads (whole "
+        "ones); GLOB=UNIT for single modules, may be repeated.",
         show_default=False,
     ),
 ]
 Criterion = Annotated[
     str,
-    typer.Option(metavar="NAME", help=f"How important a unit is: {', '.join(CRITERIA)}, or package.module:criterion of your own."),
+    typer.Option(
+        metavar="NAME",
+        help=(
+            f"How important a unit is: {', '.join(CRITERIA)}, or package.module:criterion of "
+            "your own."
+        ),
+    ),
 ]
 RoundTo = Annotated[int, typer.Option(metavar="N", help="Keep a multiple of N units per group.")]
 MinChannels = Annotated[int, typer.Option(metavar="N", help="Keep at least N units per group.")]
@@ -171,12 +230,17 @@ def options_of(
     }
 
 
-def setting_of(latency: float | None, device: str | None, precision: str, mode: str, batch: int | None) -> Setting | None:
+def setting_of(
+    latency: float | None, device: str | None, precision: str, mode: str, batch: int | None
+) -> Setting | None:
     """Where and how the latency counts; None if there is no budget for it."""
     if latency is not None:
         return Setting(device, precision, mode, batch=batch)
     if (device, precision, mode, batch) != (None, "fp32", "eager", None):
-        raise ArgumentError("--device, --precision, --mode and --batch say how --latency is measured: give that too.")
+        raise ArgumentError(
+            "--device, --precision, --mode and --batch say how --latency is measured: give that "
+            "too."
+        )
     return None
 
 
@@ -187,7 +251,9 @@ def _layer(text: str) -> tuple[str, float]:
             return glob, float(share)
     except ValueError:
         pass
-    raise ArgumentError(f"--layer {text!r} is not GLOB=SHARE: write for instance --layer 'layer4.*=0.3'.")
+    raise ArgumentError(
+        f"--layer {text!r} is not GLOB=SHARE: write for instance --layer 'layer4.*=0.3'."
+    )
 
 
 def units_of(texts: list[str] | None) -> dict[str, str]:
@@ -200,12 +266,16 @@ def criterion_of(text: str) -> Any:
     if ":" not in text:
         if text not in CRITERIA:
             raise ArgumentError(
-                f"No criterion is named {text!r}: choose from {', '.join(CRITERIA)}, or name your own as package.module:criterion."
+                f"No criterion is named {text!r}: choose from {', '.join(CRITERIA)}, or name "
+                "your own as package.module:criterion."
             )
         return text
     found = attribute_named(text, "a criterion")
     if not callable(found) and not hasattr(found, "scores"):
-        raise ArgumentError(f"{text} is a {type(found).__name__}: a criterion is a function or has scores(coupling, model).")
+        raise ArgumentError(
+            f"{text} is a {type(found).__name__}: a criterion is a function or has "
+            "scores(coupling, model)."
+        )
     return found
 
 
@@ -227,4 +297,6 @@ def sizes(text: str) -> list[int]:
     try:
         return [int(size) for size in listed(text)]
     except ValueError:
-        raise ArgumentError(f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64.") from None
+        raise ArgumentError(
+            f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64."
+        ) from None

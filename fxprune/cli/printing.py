@@ -40,7 +40,11 @@ def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
             for group in coupling.groups
         ],
         "pinned": [
-            {"axes": [str(axis) for axis in pinned.axes], "reason": pinned.reason, "node": pinned.node}
+            {
+                "axes": [str(axis) for axis in pinned.axes],
+                "reason": pinned.reason,
+                "node": pinned.node,
+            }
             for pinned in coupling.pinned
         ],
         "pinned_macs": coupling.pinned_macs(),
@@ -60,7 +64,9 @@ def print_coupling(coupling: Coupling) -> None:
     groups.add_column("axes", justify="right")
     groups.add_column("of the axes", overflow="fold")
     for group in coupling.groups:
-        shown = ", ".join(str(axis) for axis in group.axes[:2]) + (", ..." if len(group.axes) > 2 else "")
+        shown = ", ".join(str(axis) for axis in group.axes[:2]) + (
+            ", ..." if len(group.axes) > 2 else ""
+        )
         size = f"{group.size} in {group.blocks} blocks" if group.blocks else str(group.size)
         groups.add_row(escape(group.name), size, str(len(group.axes)), escape(shown))
     console.print(groups)
@@ -70,14 +76,19 @@ def print_coupling(coupling: Coupling) -> None:
         pinned.add_column("reason", overflow="fold")
         pinned.add_column("node", overflow="fold")
         for entry in coupling.pinned:
-            shown = ", ".join(str(axis) for axis in entry.axes[:2]) + (", ..." if len(entry.axes) > 2 else "")
+            shown = ", ".join(str(axis) for axis in entry.axes[:2]) + (
+                ", ..." if len(entry.axes) > 2 else ""
+            )
             pinned.add_row(escape(shown), escape(entry.reason), escape(entry.node))
         console.print(pinned)
     held = [f"{share:.1%} {reason}" for reason, share in coupling.pinned_macs().items()]
     for title, lines in (
         ("multiply-accumulates held by pins, of all", held),
         ("not used by any operation", coupling.untouched),
-        ("in parts, not one graph, because", [coupling.not_one_graph] if coupling.not_one_graph else []),
+        (
+            "in parts, not one graph, because",
+            [coupling.not_one_graph] if coupling.not_one_graph else [],
+        ),
         ("set by forward, not by its graph", coupling.not_set),
         ("control flow fixed", coupling.decisions),
     ):
@@ -89,17 +100,25 @@ def print_coupling(coupling: Coupling) -> None:
 
 def planned(pruned: api.Pruned) -> str:
     """A plan and what it would bring, for a person."""
-    report = dataclasses.replace(pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=(), not_set=())
+    report = dataclasses.replace(
+        pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=(), not_set=()
+    )
     cost = str(report).split("\n\n")[0]  # the figures, without the sections
     return f"{cost}\n\n{pruned.plan}"
 
 
 def _removed(pruned: api.Pruned) -> set[tuple[str, int]]:
-    return {(group.name, unit) for group in pruned.plan.groups for unit in set(range(group.size)) - set(group.kept)}
+    return {
+        (group.name, unit)
+        for group in pruned.plan.groups
+        for unit in set(range(group.size)) - set(group.kept)
+    }
 
 
 def _overlaps(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, float]]:
-    """For each two criteria the share of the units that either removes which both remove; 1 where neither removes any."""
+    """For each two criteria the share of the units that either removes which both remove; 1 where
+    neither removes any.
+    """
     removed = {name: _removed(pruned) for name, pruned in results.items()}
 
     def overlap(one: str, other: str) -> float:
@@ -112,11 +131,18 @@ def _overlaps(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, float]]:
 def _kept_units(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, int]]:
     """For each group how many units each criterion keeps.
 
-    A node that cannot be emitted smaller is pinned for that criterion alone, so that it may have fewer groups than another.
+    A node that cannot be emitted smaller is pinned for that criterion alone, so that it may have
+    fewer groups than another.
     """
     sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
-    kept = {name: {group.name: len(group.kept) for group in pruned.plan.groups} for name, pruned in results.items()}
-    return {group: {name: kept[name].get(group, size) for name in results} for group, size in sizes.items()}
+    kept = {
+        name: {group.name: len(group.kept) for group in pruned.plan.groups}
+        for name, pruned in results.items()
+    }
+    return {
+        group: {name: kept[name].get(group, size) for name in results}
+        for group, size in sizes.items()
+    }
 
 
 def comparison_to_dict(results: Mapping[str, api.Pruned]) -> dict[str, Any]:
@@ -134,7 +160,10 @@ def comparison_to_dict(results: Mapping[str, api.Pruned]) -> dict[str, Any]:
             }
             for name, pruned in results.items()
         },
-        "groups": [{"name": name, "units": sizes[name], "kept": kept} for name, kept in _kept_units(results).items()],
+        "groups": [
+            {"name": name, "units": sizes[name], "kept": kept}
+            for name, kept in _kept_units(results).items()
+        ],
         "overlap": _overlaps(results),
     }
 
@@ -154,12 +183,16 @@ def print_comparison(results: Mapping[str, api.Pruned], full: bool) -> None:
     console.print(cost)
 
     rows = [row for row in data["groups"] if full or len(set(row["kept"].values())) > 1]
-    groups = Table(title=f"units kept, {len(rows)} of {len(data['groups'])} groups", title_justify="left")
+    groups = Table(
+        title=f"units kept, {len(rows)} of {len(data['groups'])} groups", title_justify="left"
+    )
     groups.add_column("group", overflow="fold")
     for column in ("units", *results):
         groups.add_column(escape(column), justify="right")
     for row in rows:
-        groups.add_row(escape(row["name"]), str(row["units"]), *(str(row["kept"][name]) for name in results))
+        groups.add_row(
+            escape(row["name"]), str(row["units"]), *(str(row["kept"][name]) for name in results)
+        )
     if rows:
         console.print(groups)
 
@@ -195,7 +228,10 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
     for setting, alike in itertools.groupby(rows, key=lambda row: row[0]):
         measured = [(name, latency) for _, name, latency in alike]
         batch, first = measured[0][1].batch, measured[0][1].timing.ms
-        table = Table(title=f"{setting.precision}, {setting.mode}, batch {batch}, on {_place(setting)}", title_justify="left")
+        table = Table(
+            title=f"{setting.precision}, {setting.mode}, batch {batch}, on {_place(setting)}",
+            title_justify="left",
+        )
         table.add_column("model")
         for column in ("ms", "quartiles", "floor, ms", "per second", "MiB", "relative"):
             table.add_column(column, justify="right")
@@ -211,8 +247,15 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
                 f"{timing.ms / first:.2f}",
             )
         console.print(table)
-    console.print("floor: the multiply-accumulates and bytes at this device's measured rates, whichever takes longer")
+    console.print(
+        "floor: the multiply-accumulates and bytes at this device's measured rates, whichever "
+        "takes longer"
+    )
 
 
 def _place(setting: Setting) -> str:
-    return torch.cuda.get_device_name(setting.place) if setting.on_gpu else f"the CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(setting.place)
+        if setting.on_gpu
+        else f"the CPU, {torch.get_num_threads()} threads"
+    )

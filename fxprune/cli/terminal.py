@@ -67,7 +67,9 @@ def stderr() -> Console:
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """Say on standard error what is going on, with a spinner on a terminal, and how long it took."""
+    """Say on standard error what is going on, with a spinner on a terminal, and how long it
+    took.
+    """
     console = stderr()
     start = time.perf_counter()
     with console.status(f"{escape(text)} ..."):
@@ -77,7 +79,8 @@ def stage(text: str) -> Iterator[None]:
 
 @contextmanager
 def errors_to_stderr() -> Iterator[None]:
-    """Say what went wrong in a sentence, and end with status 2, or 1 for what nobody foresaw; warnings of fxprune are said alike.
+    """Say what went wrong in a sentence, and end with status 2, or 1 for what nobody foresaw;
+    warnings of fxprune are said alike.
 
     With FXPRUNE_DEBUG set in the environment, errors keep their traceback.
     """
@@ -88,7 +91,12 @@ def errors_to_stderr() -> Iterator[None]:
             with guarded("fxprune"):
                 yield
         except SystemExit as error:
-            _say("error:", "bold red", f"code of yours ended the program: sys.exit({error.code!r}). fxprune imports and calls it.")
+            _say(
+                "error:",
+                "bold red",
+                f"code of yours ended the program: sys.exit({error.code!r}). fxprune imports and "
+                "calls it.",
+            )
             raise typer.Exit(2) from None
         except FxpruneError as error:
             if isinstance(error.__cause__, BrokenPipeError):
@@ -96,11 +104,21 @@ def errors_to_stderr() -> Iterator[None]:
             if os.environ.get("FXPRUNE_DEBUG"):
                 raise
             unforeseen = isinstance(error, InternalError)
-            _say("error:", "bold red", f"{error} Set FXPRUNE_DEBUG=1 to see the traceback." if unforeseen else str(error))
+            _say(
+                "error:",
+                "bold red",
+                f"{error} Set FXPRUNE_DEBUG=1 to see the traceback." if unforeseen else str(error),
+            )
             raise typer.Exit(1 if unforeseen else 2) from None
 
 
-def _show(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+def _show(
+    otherwise: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+    **options: Any,
+) -> None:
     if issubclass(category, FxpruneWarning):
         _say("warning:", "bold yellow", str(message))
     else:

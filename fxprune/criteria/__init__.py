@@ -1,8 +1,9 @@
 """How important a unit is: one score per unit, the larger the more important.
 
-A criterion is a pure function from a group's units (:class:`UnitView`) to scores of shape (units,), or an object with
-``scores(coupling, model)``, which gives an array of shape (labels,), ``coupling.context.units.count`` numbers: a group's units are
-the labels ``group.units``. The named ones:
+A criterion is a pure function from a group's units (:class:`UnitView`) to scores of shape
+(units,), or an object with ``scores(coupling, model)``, which gives an array of shape (labels,),
+``coupling.context.units.count`` numbers: a group's units are the labels ``group.units``. The named
+ones:
 
 ======== ==========================================
 cpmc     :class:`CPMC`, the default
@@ -13,7 +14,8 @@ fpgm     :func:`fpgm`
 random   :class:`Random`
 ======== ==========================================
 
-Those that read data have no name, because they need a loader: :class:`Taylor`, :class:`Fisher`, :class:`Activation`.
+Those that read data have no name, because they need a loader: :class:`Taylor`, :class:`Fisher`,
+:class:`Activation`.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ __all__ = [
 @door
 @dataclass(frozen=True)
 class Random:
-    """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal seeds.
+    """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal
+    seeds.
 
     >>> import fxprune
     >>> net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
@@ -94,7 +97,8 @@ CRITERIA: Mapping[str, Any] = {
     "random": Random(),
 }
 
-# Criteria whose scores of different groups do not compare: divided by their group's mean, as torch-pruning does.
+# Criteria whose scores of different groups do not compare: divided by their group's mean, as
+# torch-pruning does.
 _PER_GROUP = (l1, l2, fpgm)
 _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 
@@ -102,7 +106,8 @@ _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 @door
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """What the selection ranks by: ``value`` (by label, the larger the more important) and, in CPMC, the two costs.
+    """What the selection ranks by: ``value`` (by label, the larger the more important) and, in
+    CPMC, the two costs.
 
     A unit's rank is ``alpha * value + beta * (1 - C') + gamma * (1 - P')``; see :class:`CPMC`.
     """
@@ -120,8 +125,8 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     Parameters
     ----------
     criterion:
-        A name of :data:`CRITERIA`, one of the criteria here, or any callable from a :class:`UnitView` to a tensor of shape
-        (units,).
+        A name of :data:`CRITERIA`, one of the criteria here, or any callable from a
+        :class:`UnitView` to a tensor of shape (units,).
 
     Raises
     ------
@@ -139,8 +144,14 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     """
     check_coupling(coupling, model)
     criterion = _found(criterion)
-    value = _of_labels(criterion, coupling, model) if hasattr(criterion, "scores") else _of_views(criterion, coupling, model)
-    per_group = any(criterion is one for one in _PER_GROUP) or isinstance(criterion, _PER_GROUP_KINDS)
+    value = (
+        _of_labels(criterion, coupling, model)
+        if hasattr(criterion, "scores")
+        else _of_views(criterion, coupling, model)
+    )
+    per_group = any(criterion is one for one in _PER_GROUP) or isinstance(
+        criterion, _PER_GROUP_KINDS
+    )
     for group in coupling.groups:
         own = value[group.units]
         if not np.isfinite(own).all():
@@ -158,11 +169,12 @@ def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
     for name in dict.fromkeys(axis.parameter for axis in group.axes):
         if name in parameters and not bool(parameters[name].isfinite().all()):
             return ModelError(
-                f"parameter {name!r} holds infinity, so its units cannot be ranked: load or initialise the weights anew."
+                f"parameter {name!r} holds infinity, so its units cannot be ranked: load or "
+                "initialise the weights anew."
             )
     return ArgumentError(
-        f"the criterion gives scores that are not finite for group {group.name!r}. Scores must be numbers; weights so large "
-        "that their squares overflow have none."
+        f"the criterion gives scores that are not finite for group {group.name!r}. Scores must "
+        "be numbers; weights so large that their squares overflow have none."
     )
 
 
@@ -172,14 +184,20 @@ def _found(criterion: Any) -> Any:
             near = difflib.get_close_matches(criterion, CRITERIA, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(
-                f"criterion {shown(criterion)} is unknown: choose from {', '.join(CRITERIA)}, or pass a callable.{hint}"
+                f"criterion {shown(criterion)} is unknown: choose from {', '.join(CRITERIA)}, or "
+                f"pass a callable.{hint}"
             )
         return CRITERIA[criterion]
     if isinstance(criterion, type):
-        raise ArgumentError(f"criterion is the class {criterion.__name__}: pass an object of it, {criterion.__name__}(...).")
+        raise ArgumentError(
+            f"criterion is the class {criterion.__name__}: pass an object of it, "
+            f"{criterion.__name__}(...)."
+        )
     if not hasattr(criterion, "scores") and not callable(criterion):
         kind = "None" if criterion is None else f"a {type(criterion).__name__}"
-        raise ArgumentError(f"criterion is {kind}: pass a name, or a callable from a UnitView to scores.")
+        raise ArgumentError(
+            f"criterion is {kind}: pass a name, or a callable from a UnitView to scores."
+        )
     return criterion
 
 
@@ -191,34 +209,43 @@ def _running(criterion: Any, what: str) -> AbstractContextManager[None]:
 
 
 def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
-    with _running(criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"):
+    with _running(
+        criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"
+    ):
         given = criterion.scores(coupling, model)
     found = _of_tensor(given) if isinstance(given, Tensor) else given
     try:
         value = np.array(found, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"the criterion's scores(coupling, model) gave no array of numbers, but a {type(given).__name__}."
+            "the criterion's scores(coupling, model) gave no array of numbers, but a "
+            f"{type(given).__name__}."
         ) from error
     if value.shape != (coupling.context.units.count,):
         raise ArgumentError(
-            f"the criterion's scores(coupling, model) gave shape {value.shape}: it must give one number per label, shape "
-            f"({coupling.context.units.count},)."
+            f"the criterion's scores(coupling, model) gave shape {value.shape}: it must give one "
+            f"number per label, shape ({coupling.context.units.count},)."
         )
     return value
 
 
-def _of_views(criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module) -> Floats:
+def _of_views(
+    criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module
+) -> Floats:
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        with _running(criterion, f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a UnitView,"):
+        with _running(
+            criterion,
+            f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a "
+            "UnitView,",
+        ):
             scores = criterion(view)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ArgumentError(
-                f"the criterion gave {found} for group {view.group.name!r}: it must give one score per unit, a tensor of shape "
-                f"({view.group.size},)."
+                f"the criterion gave {found} for group {view.group.name!r}: it must give one "
+                f"score per unit, a tensor of shape ({view.group.size},)."
             )
         value[view.group.units] = _of_tensor(scores)
     return value
@@ -234,6 +261,8 @@ def _of_tensor(scores: Tensor) -> Floats:
     """
     if scores.is_meta or scores.is_complex() or scores.is_quantized:
         kind = "on the meta device" if scores.is_meta else f"of type {scores.dtype}"
-        raise ArgumentError(f"the criterion gave scores {kind}, which are no numbers to rank by: give real ones.")
+        raise ArgumentError(
+            f"the criterion gave scores {kind}, which are no numbers to rank by: give real ones."
+        )
     dense = scores.detach() if scores.layout is torch.strided else scores.detach().to_dense()
     return dense.to("cpu", torch.float64).numpy()

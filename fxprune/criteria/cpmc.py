@@ -26,33 +26,38 @@ class CPMC:
        I(u) = \alpha \frac{\bar V_g}{\bar V} V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
        V'(u) = \frac{V(u)}{\bar V_g} \Big/ \frac{r(u)}{n}, \qquad V(u) = \sum_{w \in W(u)} w^2
 
-    The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via Multi-Criteria based on Weight
-    Dependency", IJCNN 2021): :math:`W(u)` are all weights that vanish with a unit, its own filters and the slices of every next
-    layer that read it; :math:`C` and :math:`P` are the multiply-accumulates and the parameters that vanish with it, at the current
-    widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'` alike, is how COP normalises costs (Wang
-    et al., IJCAI 2019).
+    The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via
+    Multi-Criteria based on Weight Dependency", IJCNN 2021): :math:`W(u)` are all weights that
+    vanish with a unit, its own filters and the slices of every next layer that read it; :math:`C`
+    and :math:`P` are the multiply-accumulates and the parameters that vanish with it, at the
+    current widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'`
+    alike, is how COP normalises costs (Wang et al., IJCAI 2019).
 
-    The magnitude, the normalisers and the weights are ours. :math:`V'` is normalised within the group: by the mean over its n
-    units, :math:`\bar V_g`, and by the share of the unit's block that is left when all smaller units have gone, :math:`r(u) / n`,
-    the unit itself included. That share matters most: trained units of a group differ by a tenth or two, and without it a group
-    whose units are a little smaller than another's would lose them all first. With it groups shrink together, none is emptied.
-    :math:`\bar V_g / \bar V`, the mean over all units of the network, is what makes groups compare globally: each keeps a share of
-    its units in proportion to what they weigh, which is how seats are shared out among parties (D'Hondt's highest averages), and
-    training makes the units of residual streams and of early layers heavy. ``benchmarks/accuracy.py --ablation`` shows what each of
-    these choices is worth.
+    The magnitude, the normalisers and the weights are ours. :math:`V'` is normalised within the
+    group: by the mean over its n units, :math:`\bar V_g`, and by the share of the unit's block
+    that is left when all smaller units have gone, :math:`r(u) / n`, the unit itself included. That
+    share matters most: trained units of a group differ by a tenth or two, and without it a group
+    whose units are a little smaller than another's would lose them all first. With it groups
+    shrink together, none is emptied. :math:`\bar V_g / \bar V`, the mean over all units of the
+    network, is what makes groups compare globally: each keeps a share of its units in proportion
+    to what they weigh, which is how seats are shared out among parties (D'Hondt's highest
+    averages), and training makes the units of residual streams and of early layers heavy.
+    ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
 
-    Calling it gives :math:`V' \bar V_g / \bar V`, shape (units,), float64, none negative; the selection adds the costs, which
-    change as widths shrink.
+    Calling it gives :math:`V' \bar V_g / \bar V`, shape (units,), float64, none negative; the
+    selection adds the costs, which change as widths shrink.
 
     Parameters
     ----------
     alpha, beta, gamma:
         Weights of value, computation and parameters; none negative, not all 0.
     roles:
-        Which elements count for the value; ``("own", "scale")`` leaves out the dependent weights of the next layers.
+        Which elements count for the value; ``("own", "scale")`` leaves out the dependent weights
+        of the next layers.
     standing:
-        Whether groups count by their mean magnitude. False: :math:`V'` alone, which does not change when all of a group's weights
-        are scaled; for networks whose layers were scaled by hand.
+        Whether groups count by their mean magnitude. False: :math:`V'` alone, which does not
+        change when all of a group's weights are scaled; for networks whose layers were scaled by
+        hand.
 
     Raises
     ------
@@ -62,10 +67,13 @@ class CPMC:
     Examples
     --------
     >>> import fxprune; from fxprune.criteria import Views
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    >>> weights = {"0.weight": torch.tensor([[0., 4.], [0., 3.], [0., 0.]]), "2.weight": torch.tensor([[3., 0., 2.]])}
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(),
+    ...     torch.nn.Linear(3, 1))
+    >>> weights = {"0.weight": torch.tensor([[0., 4.], [0., 3.], [0., 0.]]),
+    ...     "2.weight": torch.tensor([[3., 0., 2.]])}
     >>> (view,) = Views(fxprune.analyze(net, torch.zeros(1, 2)), weights)
-    >>> CPMC()(view)  # V is 25, 9, 4: over their mean 1.97, 0.71, 0.32; a third, two thirds and all are left
+    >>> # V is 25, 9, 4: over their mean 1.97, 0.71, 0.32; a third, two thirds and all are left
+    >>> CPMC()(view)
     tensor([5.9211, 1.0658, 0.3158], dtype=torch.float64)
     >>> CPMC(roles=("own", "scale"))(view)  # of its own filters alone V is 16, 9, 0
     tensor([5.7600, 1.6200, 0.0000], dtype=torch.float64)
@@ -79,10 +87,19 @@ class CPMC:
 
     def __post_init__(self) -> None:
         weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
-        if not all(w is not None and math.isfinite(w) and w >= 0 for w in weights.values()) or not any(weights.values()):
+        if not all(
+            w is not None and math.isfinite(w) and w >= 0 for w in weights.values()
+        ) or not any(weights.values()):
             given = ", ".join(f"{shown(getattr(self, name))}" for name in weights)
-            raise ArgumentError(f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all of them 0.")
-        checked = {**weights, "roles": check_roles(self.roles), "standing": switch("standing", self.standing)}
+            raise ArgumentError(
+                f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all "
+                "of them 0."
+            )
+        checked = {
+            **weights,
+            "roles": check_roles(self.roles),
+            "standing": switch("standing", self.standing),
+        }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -91,12 +108,15 @@ class CPMC:
         """Shape (units,)."""
         check_view(view)
         value = view.sum(torch.square, self.roles)
-        whole = view.network_mean(torch.square, self.roles) if self.standing else float(value.mean())
+        whole = (
+            view.network_mean(torch.square, self.roles) if self.standing else float(value.mean())
+        )
         return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
 
 
 def share_left(values: Tensor, blocks: Tensor) -> Tensor:
-    """What share of its block is left when all smaller units have gone, the unit itself included; of equals, the last goes first.
+    """What share of its block is left when all smaller units have gone, the unit itself included;
+    of equals, the last goes first.
 
     >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 0, 0])).tolist()
     [0.75, 0.25, 0.5, 1.0]

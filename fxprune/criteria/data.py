@@ -1,9 +1,11 @@
-"""Criteria that read data: a loader of batches, a loss, and the gradients or activations they give.
+"""Criteria that read data: a loader of batches, a loss, and the gradients or activations they
+give.
 
-The model is not touched: it runs in evaluation mode on copies of its parameters and buffers (:class:`Taylor`, :class:`Fisher`), or
-as the graph that the analysis traced (:class:`Activation`), so its modes, gradients and statistics stay as they are. Batches are
-taken to the model's device. In a process group (``torchrun``) every process reads its own batches and the sums are reduced over all
-of them, so the scores are those of one process that reads everything.
+The model is not touched: it runs in evaluation mode on copies of its parameters and buffers
+(:class:`Taylor`, :class:`Fisher`), or as the graph that the analysis traced (:class:`Activation`),
+so its modes, gradients and statistics stay as they are. Batches are taken to the model's device.
+In a process group (``torchrun``) every process reads its own batches and the sums are reduced over
+all of them, so the scores are those of one process that reads everything.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from fxprune.shapes import holds_tensors
 from fxprune.trace import Trace, execute
 
 if torch.distributed.is_available():
-    # Its functions take the process group of the moment in which they are imported as their default, and keep it for ever. PyTorch
-    # imports it at its first tracing: in a process group, that group would outlive destroy_process_group, its threads the
-    # interpreter, and now and then a process would be aborted at its end. So it is imported before any group is there.
+    # Its functions take the process group of the moment in which they are imported as their
+    # default, and keep it for ever. PyTorch imports it at its first tracing: in a process group,
+    # that group would outlive destroy_process_group, its threads the interpreter, and now and then
+    # a process would be aborted at its end. So it is imported before any group is there.
     import torch.distributed.nn
 
 __all__ = [
@@ -59,7 +62,9 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class _Reader:
-    """Has a loader that can be read again: scores are taken anew when a model is analysed anew, and at every pruning step."""
+    """Has a loader that can be read again: scores are taken anew when a model is analysed anew,
+    and at every pruning step.
+    """
 
     loader: Loader
 
@@ -67,8 +72,8 @@ class _Reader:
         check_loader(self.loader)
         if isinstance(self.loader, Iterator):
             raise ArgumentError(
-                f"the loader is a {type(self.loader).__name__}, which can be read only once. Pass one that can be read again: a "
-                "DataLoader, or list(...) of it."
+                f"the loader is a {type(self.loader).__name__}, which can be read only once. "
+                "Pass one that can be read again: a DataLoader, or list(...) of it."
             )
 
 
@@ -81,43 +86,54 @@ class _LossReader(_Reader):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.loss, type) or not callable(self.loss):
-            what = f"the class {self.loss.__name__}" if isinstance(self.loss, type) else f"a {type(self.loss).__name__}"
+            what = (
+                f"the class {self.loss.__name__}"
+                if isinstance(self.loss, type)
+                else f"a {type(self.loss).__name__}"
+            )
             raise ArgumentError(
-                f"the loss is {what}: give a function loss(output, *targets), as torch.nn.functional.cross_entropy."
+                f"the loss is {what}: give a function loss(output, *targets), as "
+                "torch.nn.functional.cross_entropy."
             )
 
 
 @door
 @dataclass(frozen=True)
 class Taylor(_LossReader):
-    r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the first-order change of the loss.
+    r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the
+    first-order change of the loss.
 
-    L is the mean loss over all samples; how they are split into batches makes no difference. Molchanov et al., "Importance
-    Estimation for Neural Network Pruning", CVPR 2019: the root of their criterion for a channel's gate, over the coupled elements.
+    L is the mean loss over all samples; how they are split into batches makes no difference.
+    Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: the root of
+    their criterion for a channel's gate, over the coupled elements.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, *targets)``; ``inputs`` a tensor, a tuple or list of the model's arguments, or a dict of them by name.
-        The first tensor's first dimension counts the samples. Anything that can be read again: a DataLoader, a list.
+        Batches ``(inputs, *targets)``; ``inputs`` a tensor, a tuple or list of the model's
+        arguments, or a dict of them by name. The first tensor's first dimension counts the
+        samples. Anything that can be read again: a DataLoader, a list.
     loss:
         ``loss(output, *targets)``, a mean over the batch.
 
     Raises
     ------
     ArgumentError
-        If the loader is an iterator; when scoring, if it gives no batch, or something else than such batches, or the loss is no
-        number with a gradient.
+        If the loader is an iterator; when scoring, if it gives no batch, or something else than
+        such batches, or the loss is no number with a gradient.
 
     Examples
     --------
     >>> import fxprune
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
-    >>> net.load_state_dict({"0.weight": torch.tensor([[1.], [2.]]), "1.weight": torch.tensor([[1., 3.]])})
+    >>> weights = torch.tensor([[1.], [2.]]), torch.tensor([[1., 3.]])
+    >>> net.load_state_dict({"0.weight": weights[0], "1.weight": weights[1]})
     <All keys matched successfully>
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
-    >>> scores = Taylor([(torch.tensor([[1.], [5.]]),)], lambda output: output.mean()).scores(coupling, net)
-    >>> scores[coupling.groups[0].units].tolist()  # the mean output is 3 (1 * 1 + 2 * 3); either factor of a product counts
+    >>> scores = Taylor([(torch.tensor([[1.], [5.]]),)],
+    ...     lambda output: output.mean()).scores(coupling, net)
+    >>> # the mean output is 3 (1 * 1 + 2 * 3); either factor of a product counts
+    >>> scores[coupling.groups[0].units].tolist()
     [6.0, 36.0]
     """
 
@@ -139,12 +155,13 @@ class Taylor(_LossReader):
 @door
 @dataclass(frozen=True)
 class Fisher(_LossReader):
-    r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the diagonal Fisher information of a
-    unit's mask.
+    r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the
+    diagonal Fisher information of a unit's mask.
 
-    :math:`L_b` is the mean loss over batch b of :math:`n_b` samples, N samples in all. With batches of one sample this is the
-    empirical Fisher information, as in Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, and
-    over coupled elements in Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021. Larger batches
+    :math:`L_b` is the mean loss over batch b of :math:`n_b` samples, N samples in all. With
+    batches of one sample this is the empirical Fisher information, as in Theis et al., "Faster
+    gaze prediction with dense networks and Fisher pruning", 2018, and over coupled elements in Liu
+    et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021. Larger batches
     estimate it: the gradients of their samples are taken for uncorrelated.
 
     Parameters
@@ -156,11 +173,14 @@ class Fisher(_LossReader):
     --------
     >>> import fxprune
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
-    >>> net.load_state_dict({"0.weight": torch.tensor([[1.], [2.]]), "1.weight": torch.tensor([[1., 3.]])})
+    >>> weights = torch.tensor([[1.], [2.]]), torch.tensor([[1., 3.]])
+    >>> net.load_state_dict({"0.weight": weights[0], "1.weight": weights[1]})
     <All keys matched successfully>
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 1))
-    >>> scores = Fisher([(torch.tensor([[1.]]),), (torch.tensor([[2.]]),)], lambda output: output.mean()).scores(coupling, net)
-    >>> scores[coupling.groups[0].units].tolist()  # (2 ** 2 + 4 ** 2) / 2 and (12 ** 2 + 24 ** 2) / 2
+    >>> scores = Fisher([(torch.tensor([[1.]]),), (torch.tensor([[2.]]),)],
+    ...     lambda output: output.mean()).scores(coupling, net)
+    >>> # (2 ** 2 + 4 ** 2) / 2 and (12 ** 2 + 24 ** 2) / 2
+    >>> scores[coupling.groups[0].units].tolist()
     [10.0, 360.0]
     """
 
@@ -182,22 +202,25 @@ class Fisher(_LossReader):
 @door
 @dataclass(frozen=True)
 class Activation(_Reader):
-    r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and positions.
+    r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and
+    positions.
 
-    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015 (inbound pruning). What reads is a
-    contraction (convolution, depthwise too, matrix product, attention), or whatever else sums channels up. A unit that several read
-    has the mean over them, one that nothing reads has 0.
+    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015
+    (inbound pruning). What reads is a contraction (convolution, depthwise too, matrix product,
+    attention), or whatever else sums channels up. A unit that several read has the mean over them,
+    one that nothing reads has 0.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, ...)``, as for :class:`Taylor`, with the arguments and the sizes of the analysis' example, but any number
-        of samples; targets are not read.
+        Batches ``(inputs, ...)``, as for :class:`Taylor`, with the arguments and the sizes of the
+        analysis' example, but any number of samples; targets are not read.
 
     Raises
     ------
     ArgumentError
-        If the loader is an iterator; when scoring, if it gives no batch, or something else than such batches.
+        If the loader is an iterator; when scoring, if it gives no batch, or something else than
+        such batches.
 
     Examples
     --------
@@ -217,9 +240,17 @@ class Activation(_Reader):
         check_coupling(coupling, model)
         meter = _Meter(coupling)
         # Buffers are copied, should a module write to its own.
-        real = {key: t if isinstance(t, nn.Parameter) else t.clone() for key, t in coupling.twin.real.items()}
+        real = {
+            key: t if isinstance(t, nn.Parameter) else t.clone()
+            for key, t in coupling.twin.real.items()
+        }
         undone = Undone(dict(model.named_parameters()))
-        with undone.afterwards(), torch.no_grad(), coupling.twin.holding(real) as twin, evaluated(twin):
+        with (
+            undone.afterwards(),
+            torch.no_grad(),
+            coupling.twin.holding(real) as twin,
+            evaluated(twin),
+        ):
             for batch in batches_of(self.loader, model):
                 if coupling.parts:
                     _watch_parts(meter, coupling, twin, batch)
@@ -236,9 +267,13 @@ def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: Bat
     """Run a model that was not traced whole, every part of it under the meter."""
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        names = [str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"]
+        names = [
+            str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"
+        ]
         inputs = tree_map_only(Tensor, Tensor.clone, [*args, *kwargs.values()])
-        meter.watch(path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size)
+        meter.watch(
+            path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size
+        )
         return call()
 
     with intercepted(model, coupling.parts, part):
@@ -264,34 +299,63 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
-    """For each unit the sum of weight times gradient over its elements: the derivative by a mask on all of them."""
+    """For each unit the sum of weight times gradient over its elements: the derivative by a mask
+    on all of them.
+    """
     weights = dict(model.named_parameters())
     products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
     return Views(coupling, products).totals(_same)
 
 
-def _each_gradient(model: nn.Module, loader: Loader, loss: Loss, visit: Callable[[dict[str, Tensor], int], None]) -> None:
-    """Call ``visit(gradients by parameter's name, number of samples)`` batch by batch; gradients are in float32 at least."""
+def _each_gradient(
+    model: nn.Module, loader: Loader, loss: Loss, visit: Callable[[dict[str, Tensor], int], None]
+) -> None:
+    """Call ``visit(gradients by parameter's name, number of samples)`` batch by batch; gradients
+    are in float32 at least.
+    """
     with evaluated(model), torch.inference_mode(False), torch.enable_grad():
-        held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+        held = {
+            name: p.detach().clone().requires_grad_()
+            for name, p in model.named_parameters()
+            if p.is_floating_point()
+        }
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         for batch in batches_of(loader, model):
-            output = called(functools.partial(torch.func.functional_call, model, {**held, **buffers}), batch, apart=True)
+            output = called(
+                functools.partial(torch.func.functional_call, model, {**held, **buffers}),
+                batch,
+                apart=True,
+            )
             with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
                 value = loss(output, *batch.targets)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad or value.is_complex():
+            if (
+                not isinstance(value, Tensor)
+                or value.numel() != 1
+                or not value.requires_grad
+                or value.is_complex()
+            ):
                 tensor = isinstance(value, Tensor)
-                given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if tensor else f"a {type(value).__name__}"
+                given = (
+                    f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+                    if tensor
+                    else f"a {type(value).__name__}"
+                )
                 raise ArgumentError(
-                    f"the loss gave {given}: it must give the mean loss over the batch, one number that depends on the output "
-                    "through differentiable operations."
+                    f"the loss gave {given}: it must give the mean loss over the batch, one "
+                    "number that depends on the output through differentiable operations."
                 )
             check_finite([value], "the loss of a batch")
             with calling("the gradient of the loss"):
                 found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
             if all(gradient is None for gradient in found):
-                raise ArgumentError("the loss depends on no parameter of the model: compute it from the output that it is given.")
-            visit({name: widened(g) for name, g in zip(held, found, strict=True) if g is not None}, batch.size)
+                raise ArgumentError(
+                    "the loss depends on no parameter of the model: compute it from the output "
+                    "that it is given."
+                )
+            visit(
+                {name: widened(g) for name, g in zip(held, found, strict=True) if g is not None},
+                batch.size,
+            )
 
 
 class _Meter:
@@ -339,22 +403,38 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
     out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
     for node in trace.graph.nodes:
         name = trace.prefix + node.name
-        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)]
+        operands = [
+            operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)
+        ]
         if node.op == "get_attr" or (operands and learned.issuperset(operands)):
             learned.add(node)  # a weight, or made of weights alone: no activation
         results = tensors_of(node.meta.get("val"))
         if not results:
             continue
-        left = np.concatenate([np.zeros(1, np.int64), *(labels.ravel() for leaf in results for labels in coupling.labels(leaf))])
+        left = np.concatenate(
+            [
+                np.zeros(1, np.int64),
+                *(labels.ravel() for leaf in results for labels in coupling.labels(leaf)),
+            ]
+        )
         for operand in operands:
             for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
-                summed_up = not np.isin(labels[labels > 0], left).any() and name not in coupling.context.positional
+                summed_up = (
+                    not np.isin(labels[labels > 0], left).any()
+                    and name not in coupling.context.positional
+                )
                 if name in contracting or summed_up:
                     out.setdefault(node, []).append((operand, labels))
     return out
 
 
-def _value(trace: Trace, root: nn.Module, node: fx.Node, arguments: Mapping[str, Any], values: Mapping[fx.Node, Any]) -> Any:
+def _value(
+    trace: Trace,
+    root: nn.Module,
+    node: fx.Node,
+    arguments: Mapping[str, Any],
+    values: Mapping[fx.Node, Any],
+) -> Any:
     if node.op == "placeholder":
         return arguments[str(node.target)]
     if node.op == "get_attr" and node.target in trace.constants:
@@ -365,8 +445,9 @@ def _value(trace: Trace, root: nn.Module, node: fx.Node, arguments: Mapping[str,
         raise
     except Exception as error:
         raise ArgumentError(
-            f"a batch of the loader does not fit the example that the model was analysed with: {error}. Give batches of the "
-            "example's sizes; only the number of samples may be another."
+            "a batch of the loader does not fit the example that the model was analysed with: "
+            f"{error}. Give batches of the example's sizes; only the number of samples may be "
+            "another."
         ) from error
 
 
@@ -388,28 +469,39 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
         return tensor.to(device)
 
     def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device, copy=True)  # a model may write into its inputs, and they are the loader's
+        # a model may write into its inputs, and they are the loader's
+        return tensor.detach().to(device, copy=True)
 
     for batch in read(loader):
         args, kwargs, targets = call_of(batch)
         leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
         if leaf is None:
             raise ArgumentError(
-                f"the loader gave inputs without a tensor of samples ({type(batch[0]).__name__}): batches must be tuples "
-                "(inputs, *targets)."
+                "the loader gave inputs without a tensor of samples "
+                f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
             )
         if not len(leaf):
-            raise ArgumentError("a batch of the loader holds no sample, of which nothing can be measured. Leave such batches out.")
+            raise ArgumentError(
+                "a batch of the loader holds no sample, of which nothing can be measured. Leave "
+                "such batches out."
+            )
         if any(leaf.is_meta for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError("a batch of the loader lies on the meta device and has no values: give batches of data.")
+            raise ArgumentError(
+                "a batch of the loader lies on the meta device and has no values: give batches "
+                "of data."
+            )
         if any(bool(leaf.isnan().any()) for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError("a batch of the loader holds NaN, of which nothing can be measured. Look at how its data is made.")
+            raise ArgumentError(
+                "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
+                "its data is made."
+            )
         args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
         yield Batch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
 
 
 def called(model: Callable[..., Any], batch: Batch, *, apart: bool = False) -> Any:
-    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as two.
+    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as
+    two.
 
     Raises
     ------
@@ -429,9 +521,14 @@ def check_loader(loader: Any) -> None:
     """
     listed = isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
     if isinstance(loader, (str, bytes, Mapping, Tensor, type)) or not listed:
-        what = f"the class {loader.__name__}" if isinstance(loader, type) else f"a {type(loader).__name__}"
+        what = (
+            f"the class {loader.__name__}"
+            if isinstance(loader, type)
+            else f"a {type(loader).__name__}"
+        )
         raise ArgumentError(
-            f"the loader is {what}, which holds no batches: give a DataLoader, or a list of batches (inputs, *targets)."
+            f"the loader is {what}, which holds no batches: give a DataLoader, or a list of "
+            "batches (inputs, *targets)."
         )
 
 
@@ -443,14 +540,20 @@ def check_finite(values: Iterable[Any], what: str) -> None:
     ArgumentError
     """
     for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not bool(value.isfinite().all())
+        ):
             raise ArgumentError(
-                f"{what} is NaN or infinite, so nothing can be measured. Look at what the loader gives, and its scale."
+                f"{what} is NaN or infinite, so nothing can be measured. Look at what the loader "
+                "gives, and its scale."
             )
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-    """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and the targets.
+    """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and
+    the targets.
 
     Raises
     ------
@@ -463,8 +566,13 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...
     (((), {'ids': 1, 'mask': 2}, (3,)), ((4, 5), {}, (6,)))
     """
     if not isinstance(batch, (tuple, list)) or not batch:
-        what = "an empty batch" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-        raise ArgumentError(f"the loader gave {what}: batches must be tuples (inputs, *targets), as a DataLoader gives them.")
+        what = (
+            "an empty batch" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+        )
+        raise ArgumentError(
+            f"the loader gave {what}: batches must be tuples (inputs, *targets), as a DataLoader "
+            "gives them."
+        )
     inputs, *targets = batch
     if isinstance(inputs, Mapping):
         return (), dict(inputs), tuple(targets)
@@ -472,7 +580,8 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...
 
 
 def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
-    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes them.
+    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes
+    them.
 
     Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
     """
@@ -481,11 +590,17 @@ def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
     names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
     given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}
     example = zip(names, trace.placeholders, strict=False)
-    constants = {name: value for name, value in example if name not in given and not holds_tensors(value)}
+    constants = {
+        name: value for name, value in example if name not in given and not holds_tensors(value)
+    }
     try:
-        bound = signature.bind(trace.twin.model, *batch.args, **batch.kwargs, **constants).arguments
+        bound = signature.bind(
+            trace.twin.model, *batch.args, **batch.kwargs, **constants
+        ).arguments
     except TypeError as error:
-        raise ArgumentError(f"the loader's inputs do not fit the model's forward: {error}.") from error
+        raise ArgumentError(
+            f"the loader's inputs do not fit the model's forward: {error}."
+        ) from error
     out: dict[str, Any] = {}
     for name, value in list(bound.items())[1:]:
         kind = signature.parameters[name].kind
@@ -497,8 +612,8 @@ def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
             out[name] = value
     if set(out) != set(names):
         raise ArgumentError(
-            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with {', '.join(sorted(names))}: "
-            "give the same ones."
+            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with "
+            f"{', '.join(sorted(names))}: give the same ones."
         )
     for node in trace.graph.nodes:
         if node.op == "placeholder" and isinstance(out[str(node.target)], Tensor):
@@ -507,7 +622,8 @@ def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
 
 
 def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
-    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their sizes.
+    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their
+    sizes.
 
     Raises
     ------
@@ -515,8 +631,9 @@ def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
     """
     if isinstance(analysed, Tensor) and given.dim() != analysed.dim():
         raise ArgumentError(
-            f"a batch of the loader does not fit the example that the model was analysed with: {what} has {given.dim()} "
-            f"dimensions, and had {analysed.dim()}. Give batches of samples like the example's."
+            "a batch of the loader does not fit the example that the model was analysed with: "
+            f"{what} has {given.dim()} dimensions, and had {analysed.dim()}. Give batches of "
+            "samples like the example's."
         )
 
 
@@ -543,8 +660,9 @@ def check_read(samples: float) -> None:
     """Refuse a loader that gave nothing; ``samples`` (or batches) is how many it gave."""
     if not samples:
         raise ArgumentError(
-            "the loader gave no batch, so nothing can be measured. Pass one that is not empty and can be read again (a DataLoader, "
-            "a list), not a generator that was used up before."
+            "the loader gave no batch, so nothing can be measured. Pass one that is not empty "
+            "and can be read again (a DataLoader, a list), not a generator that was used up "
+            "before."
         )
 
 

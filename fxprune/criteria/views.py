@@ -19,7 +19,9 @@ from fxprune.labels import Array
 __all__ = ["ROLES", "UnitView", "Views", "check_roles", "check_view", "widened"]
 
 ROLES = ("own", "scale", "dependent")
-"""A unit's own filters and biases; the scale of a normalisation; the slices of the next layers' weights that read it."""
+"""A unit's own filters and biases; the scale of a normalisation; the slices of the next layers'
+weights that read it.
+"""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Elementwise = Callable[[Tensor], Tensor]
@@ -28,8 +30,8 @@ Elementwise = Callable[[Tensor], Tensor]
 def widened(tensor: Tensor) -> Tensor:
     """In float64 if it is that, else in float32: sums of half precision overflow.
 
-    >>> widened(torch.ones(2, dtype=torch.float16)).dtype, widened(torch.ones(2, dtype=torch.float64)).dtype
-    (torch.float32, torch.float64)
+    >>> [widened(torch.ones(2, dtype=own)).dtype for own in (torch.float16, torch.float64)]
+    [torch.float32, torch.float64]
     """
     return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
 
@@ -42,9 +44,17 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
     ArgumentError
         If one is unknown, or there is none: every sum would be 0.
     """
-    found = (roles,) if isinstance(roles, str) else tuple(read(roles, "roles")) if isinstance(roles, Iterable) else ()
+    found = (
+        (roles,)
+        if isinstance(roles, str)
+        else tuple(read(roles, "roles"))
+        if isinstance(roles, Iterable)
+        else ()
+    )
     if not found or not all(isinstance(role, str) and role in ROLES for role in found):
-        raise ArgumentError(f"roles={shown(roles)}: choose one or several of {', '.join(map(repr, ROLES))}.")
+        raise ArgumentError(
+            f"roles={shown(roles)}: choose one or several of {', '.join(map(repr, ROLES))}."
+        )
     return found
 
 
@@ -57,7 +67,8 @@ def check_view(view: Any) -> None:
     """
     if not isinstance(view, UnitView):
         raise ArgumentError(
-            f"a criterion takes a UnitView, as Views(coupling, tensors) gives them, and got a {type(view).__name__}."
+            "a criterion takes a UnitView, as Views(coupling, tensors) gives them, and got a "
+            f"{type(view).__name__}."
         )
 
 
@@ -70,15 +81,18 @@ class Views:
     coupling:
         The analysis.
     tensors:
-        One tensor per parameter name, of the parameter's shape, any float dtype or device: the weights, or what stands for them
-        (a product with a gradient). Names that are missing count nothing.
+        One tensor per parameter name, of the parameter's shape, any float dtype or device: the
+        weights, or what stands for them (a product with a gradient). Names that are missing count
+        nothing.
 
     Examples
     --------
     >>> import fxprune
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(),
+    ...     torch.nn.Linear(3, 1))
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
-    >>> (view,) = Views(coupling, {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 4.]]), "2.weight": torch.ones(1, 3)})
+    >>> (view,) = Views(coupling, {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 4.]]),
+    ...     "2.weight": torch.ones(1, 3)})
     >>> view.sum(torch.abs), view.sum(torch.abs, roles=("dependent",))
     (tensor([4., 4., 9.], dtype=torch.float64), tensor([1., 1., 1.], dtype=torch.float64))
     """
@@ -87,13 +101,21 @@ class Views:
         if not isinstance(coupling, Coupling) or not isinstance(tensors, Mapping):
             given = f"a {type(coupling).__name__} and a {type(tensors).__name__}"
             raise ArgumentError(
-                f"Views(coupling, tensors) takes what fxprune.analyze gives and a dict of tensors, and got {given}."
+                "Views(coupling, tensors) takes what fxprune.analyze gives and a dict of "
+                f"tensors, and got {given}."
             )
         for name, analysed in coupling.parameters.items():
             tensor = tensors.get(name, analysed)
             if not isinstance(tensor, Tensor) or tensor.shape != analysed.shape:
-                given = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-                raise ArgumentError(f"{name!r} is {given}: give a tensor of the parameter's shape, {tuple(analysed.shape)}.")
+                given = (
+                    f"of shape {tuple(tensor.shape)}"
+                    if isinstance(tensor, Tensor)
+                    else f"a {type(tensor).__name__}"
+                )
+                raise ArgumentError(
+                    f"{name!r} is {given}: give a tensor of the parameter's shape, "
+                    f"{tuple(analysed.shape)}."
+                )
         self.coupling, self.tensors = coupling, tensors
         self._totals: dict[tuple[Elementwise, tuple[str, ...]], Floats] = {}
 
@@ -102,12 +124,17 @@ class Views:
 
     @door
     def totals(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Floats:
-        """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0 where no unit is.
+        """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0
+        where no unit is.
 
-        Each tensor is passed over once per labelling, whatever the number of groups that lie on it.
+        Each tensor is passed over once per labelling, whatever the number of groups that lie on
+        it.
         """
         if not callable(function):
-            raise ArgumentError(f"the function that is summed is a {type(function).__name__}: give one like torch.abs.")
+            raise ArgumentError(
+                f"the function that is summed is a {type(function).__name__}: give one like "
+                "torch.abs."
+            )
         key = (function, check_roles(roles))
         if key in self._totals:
             return self._totals[key]
@@ -118,9 +145,14 @@ class Views:
             with calling(f"the function that is summed over {name!r}"):
                 values = function(tensor)
             if not isinstance(values, Tensor) or values.shape != tensor.shape:
-                given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+                given = (
+                    f"shape {tuple(values.shape)}"
+                    if isinstance(values, Tensor)
+                    else f"a {type(values).__name__}"
+                )
                 raise ArgumentError(
-                    f"the function that is summed gave {given} for {tuple(tensor.shape)}: it must give a number for each element."
+                    f"the function that is summed gave {given} for {tuple(tensor.shape)}: it "
+                    "must give a number for each element."
                 )
             for labels in fields:
                 first = next(d for d, size in enumerate(labels.shape) if size > 1)
@@ -132,7 +164,9 @@ class Views:
                 weights.append(summed.expand(labels.shape).cpu().numpy().ravel())
         count = self.coupling.context.units.count
         # Of nothing, bincount makes integers.
-        out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count).astype(np.float64, copy=False)
+        out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count).astype(
+            np.float64, copy=False
+        )
         out[0] = 0
         self._totals[key] = out
         return out
@@ -144,10 +178,15 @@ class Views:
             if name in self.tensors:
                 if self.tensors[name].is_meta:
                     raise ModelError(
-                        f"{name!r} is on the meta device and has no values, so nothing can be ranked: load the weights first, or "
+                        f"{name!r} is on the meta device and has no values, so nothing can be "
+                        "ranked: load the weights first, or "
                         'take criterion="random". fxprune.analyze needs none.'
                     )
-                fields = [labels for labels in self.coupling.parameter_labels(name) if role(name, dim(labels)) in roles]
+                fields = [
+                    labels
+                    for labels in self.coupling.parameter_labels(name)
+                    if role(name, dim(labels)) in roles
+                ]
                 if fields:
                     yield name, fields
 
@@ -164,7 +203,8 @@ class UnitView:
     def sum(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Tensor:
         """The sum of ``function(weights)`` over each unit's elements; shape (units,), float64.
 
-        ``function`` works element by element (``torch.abs``, ``torch.square``). ``roles`` says which elements count.
+        ``function`` works element by element (``torch.abs``, ``torch.square``). ``roles`` says
+        which elements count.
         """
         return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
@@ -176,7 +216,8 @@ class UnitView:
 
     @property
     def blocks(self) -> Tensor:
-        """The block of each unit, shape (units,), int64: only units of one block can take each other's place.
+        """The block of each unit, shape (units,), int64: only units of one block can take each
+        other's place.
 
         All 0 but in groups that are split (grouped convolutions, attention heads).
         """
@@ -184,9 +225,11 @@ class UnitView:
 
     @door
     def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
-        """The elements themselves; shape (units, elements), a unit with fewer than another is filled up with zeros.
+        """The elements themselves; shape (units, elements), a unit with fewer than another is
+        filled up with zeros.
 
-        Elements of units of one block (:attr:`blocks`) stand in the same order, so their rows can be compared.
+        Elements of units of one block (:attr:`blocks`) stand in the same order, so their rows can
+        be compared.
         """
         coupling, roles = self.views.coupling, check_roles(roles)
         index = np.full(coupling.context.units.count, -1, dtype=np.int64)
@@ -198,7 +241,10 @@ class UnitView:
             tensor = self.views.tensors[name].detach()
             for labels in coupling.parameter_labels(name):
                 own = index[labels]
-                if not (own >= 0).any() or coupling.role(name, coupling.shrinking_dim(labels)) not in roles:
+                if (
+                    not (own >= 0).any()
+                    or coupling.role(name, coupling.shrinking_dim(labels)) not in roles
+                ):
                     continue
                 varied = [d for d, size in enumerate(labels.shape) if size > 1]
                 rest = [d for d in range(tensor.dim()) if d not in varied]
@@ -207,8 +253,14 @@ class UnitView:
                 taken = taken[np.argsort(flat[taken], kind="stable")]
                 counts = np.bincount(flat[taken], minlength=self.group.size)
                 columns = np.arange(len(taken)) - np.repeat(np.cumsum(counts) - counts, counts)
-                lines = tensor.permute(*varied, *rest).reshape(len(flat), -1)[torch.from_numpy(taken).to(tensor.device)]
+                lines = tensor.permute(*varied, *rest).reshape(len(flat), -1)[
+                    torch.from_numpy(taken).to(tensor.device)
+                ]
                 block = lines.new_zeros(self.group.size, int(counts.max()), lines.shape[1])
                 block[torch.from_numpy(flat[taken]), torch.from_numpy(columns)] = lines
                 parts.append(block.reshape(self.group.size, -1).cpu().double())
-        return torch.cat(parts, dim=1) if parts else torch.zeros(self.group.size, 0, dtype=torch.float64)
+        return (
+            torch.cat(parts, dim=1)
+            if parts
+            else torch.zeros(self.group.size, 0, dtype=torch.float64)
+        )

@@ -1,8 +1,9 @@
-"""The form of a pruned model that only predicts: as fast as a network written by hand at its widths.
+"""The form of a pruned model that only predicts: as fast as a network written by hand at its
+widths.
 
-``constants`` computes once what depends on parameters alone, ``identities`` takes out what does nothing outside training,
-``folding`` puts what scales and shifts the channels of a contraction into its weights, ``layout`` brings these into channels-last
-order.
+``constants`` computes once what depends on parameters alone, ``identities`` takes out what does
+nothing outside training, ``folding`` puts what scales and shifts the channels of a contraction
+into its weights, ``layout`` brings these into channels-last order.
 """
 
 from __future__ import annotations
@@ -30,55 +31,67 @@ __all__ = ["LAYOUTS", "deploy", "lay_out"]
 
 @door
 def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
-    """A copy of a pruned model for inference: batch normalisations folded, constants computed, training code gone.
+    """A copy of a pruned model for inference: batch normalisations folded, constants computed,
+    training code gone.
 
-    Whatever multiplies and shifts the channels of a convolution or a linear layer goes into its weights: batch normalisation,
-    frozen or not, written as a module, a function or as arithmetic, and layer scales.
+    Whatever multiplies and shifts the channels of a convolution or a linear layer goes into its
+    weights: batch normalisation, frozen or not, written as a module, a function or as arithmetic,
+    and layer scales.
 
     Parameters
     ----------
     model:
-        What :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load` gave, on any device; it is left as it is. A
-        dense model becomes one with ``fxprune.prune(model, example, channels=1.0).model``.
+        What :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load` gave, on any
+        device; it is left as it is. A dense model becomes one with ``fxprune.prune(model, example,
+        channels=1.0).model``.
     channels_last:
-        Lay out weights of convolutions over images and volumes channels-last, which is what GPUs compute in: give inputs as
-        ``x.to(memory_format=torch.channels_last)``, so that nothing has to be laid out anew. False: as they are. So they stay
-        where Python code is left beside the graphs, as in detectors: ``view`` and what it writes in place depend on the layout.
+        Lay out weights of convolutions over images and volumes channels-last, which is what GPUs
+        compute in: give inputs as ``x.to(memory_format=torch.channels_last)``, so that nothing has
+        to be laid out anew. False: as they are. So they stay where Python code is left beside the
+        graphs, as in detectors: ``view`` and what it writes in place depend on the layout.
 
     Returns
     -------
-    A module in ``eval`` mode whose parameters need no gradient; outputs differ by rounding only. Its state dict has other names
-    than the model's: keep the model, or what :meth:`~fxprune.Pruned.save` wrote, to train or prune further.
+    A module in ``eval`` mode whose parameters need no gradient; outputs differ by rounding only.
+    Its state dict has other names than the model's: keep the model, or what
+    :meth:`~fxprune.Pruned.save` wrote, to train or prune further.
 
     Raises
     ------
     ModelError
-        If there is no graph in the model; if it writes through a view that it would not get channels-last.
+        If there is no graph in the model; if it writes through a view that it would not get
+        channels-last.
 
     Examples
     --------
     >>> import fxprune
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+    ...     nn.Conv2d(8, 4, 3))
     >>> x = torch.randn(2, 3, 8, 8)
     >>> pruned = fxprune.prune(net, x, channels=0.5).model.eval()
     >>> fast = deploy(pruned)
     >>> [name for name, _ in fast.named_children()], bool((fast(x) - pruned(x)).abs().max() < 1e-5)
     (['0', '2', '4'], True)
     """
-    if not isinstance(model, nn.Module) or not any(isinstance(module, fx.GraphModule) for module in model.modules()):
+    if not isinstance(model, nn.Module) or not any(
+        isinstance(module, fx.GraphModule) for module in model.modules()
+    ):
         raise ModelError(
-            f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no graph. Of a dense model make one "
-            "with prune(model, example_inputs, channels=1.0).model."
+            f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no "
+            "graph. Of a dense model make one with prune(model, example_inputs, "
+            "channels=1.0).model."
         )
     channels_last = switch("channels_last", channels_last)
     root = in_mode(_copy_of(model), False)
-    channels_last = channels_last and isinstance(root, fx.GraphModule)  # Python beside graphs would see the layout
+    # Python beside graphs would see the layout
+    channels_last = channels_last and isinstance(root, fx.GraphModule)
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
             with torch.no_grad():
                 _deploy_graph(module, channels_last)
             if not name:
-                called = fx.GraphModule(module, module.graph)  # takes over what the graph calls, and no more
+                # takes over what the graph calls, and no more
+                called = fx.GraphModule(module, module.graph)
                 root = PrunedModule(called, called.graph, type(model).__name__)
     if channels_last:
         lay_out(root)
@@ -86,9 +99,18 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch refuses to copy (``weight_norm``)."""
-    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch
+    refuses to copy (``weight_norm``).
+    """
+    tensors = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    ]
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf
+    }
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
     return copy_of(model, memo)

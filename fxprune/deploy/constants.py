@@ -18,10 +18,12 @@ _NUMBERS = (bool, int, float)
 
 
 def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> dict[fx.Node, Any]:
-    """Evaluate every node that needs no input; of them, what others read becomes a buffer, or a number in their arguments.
+    """Evaluate every node that needs no input; of them, what others read becomes a buffer, or a
+    number in their arguments.
 
-    Returns the constant nodes and their values, the new buffers included. Random numbers stay calls, and so does what something
-    in the graph writes to: the nodes in ``changing`` (:meth:`fxprune.memory.Memory.changing`).
+    Returns the constant nodes and their values, the new buffers included. Random numbers stay
+    calls, and so does what something in the graph writes to: the nodes in ``changing``
+    (:meth:`fxprune.memory.Memory.changing`).
     """
     constants: dict[fx.Node, Any] = {}
     for node in root.graph.nodes:
@@ -39,19 +41,31 @@ def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> di
         if isinstance(value, _NUMBERS):
             for user in list(node.users):
                 user.args, user.kwargs = _with_literal(node, value, user)
-        elif isinstance(value, Tensor) and node.op != "get_attr" and any(user not in constants for user in node.users):
+        elif (
+            isinstance(value, Tensor)
+            and node.op != "get_attr"
+            and any(user not in constants for user in node.users)
+        ):
             node.replace_all_uses_with(new_buffer(root, constants, node.name, value))
     return constants
 
 
 def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
     operands = node.all_input_nodes
-    return node.op in ("call_function", "call_method") and bool(operands) and all(operand in constants for operand in operands)
+    return (
+        node.op in ("call_function", "call_method")
+        and bool(operands)
+        and all(operand in constants for operand in operands)
+    )
 
 
-def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor) -> fx.Node:
+def new_buffer(
+    root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor
+) -> fx.Node:
     """A node that reads a new buffer of the module, at the top of the graph."""
-    free = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if not hasattr(root, n))
+    free = next(
+        n for n in chain([name], (f"{name}_{i}" for i in count(1))) if not hasattr(root, n)
+    )
     root.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
     with root.graph.inserting_before(next(n for n in root.graph.nodes if n.op != "placeholder")):
         node = root.graph.get_attr(free)
@@ -62,7 +76,9 @@ def new_buffer(root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, v
 
 def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
     """The arguments of a node with a number in the place of another node."""
-    return fx.node.map_arg((user.args, user.kwargs), lambda operand: value if operand is node else operand)
+    return fx.node.map_arg(
+        (user.args, user.kwargs), lambda operand: value if operand is node else operand
+    )
 
 
 class _Watch(DispatchMode):
@@ -73,5 +89,7 @@ class _Watch(DispatchMode):
         self.pure = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.pure &= torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
+        self.pure &= (
+            torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
+        )
         return func(*args, **(kwargs or {}))

@@ -1,7 +1,8 @@
 r"""What scales and shifts the channels of a contraction goes into its weights.
 
-A contraction (convolution, transposed convolution, linear layer) is linear in its weight and bias, so :math:`s (W x + b) + t` is
-the same contraction with weights :math:`s W` and bias :math:`s b + t`, computed in float64.
+A contraction (convolution, transposed convolution, linear layer) is linear in its weight and bias,
+so :math:`s (W x + b) + t` is the same contraction with weights :math:`s W` and bias :math:`s b +
+t`, computed in float64.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class _Contraction(NamedTuple):
         """The weight and bias of what gives the affine map of the result."""
         weight, scale = self.weight.detach().double(), affine.scale
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().double()
-        if self.transposed:  # (in, out / groups, ...): the channels of a group lie along the second dimension
+        # (in, out / groups, ...): the channels of a group lie along the second dimension
+        if self.transposed:
             by_group = scale.reshape(self.groups, 1, -1, *[1] * (weight.dim() - 2))
             weight = (weight.unflatten(0, (self.groups, -1)) * by_group).flatten(0, 1)
         else:
@@ -86,7 +88,8 @@ def fold(root: fx.GraphModule, constants: dict[fx.Node, Any]) -> bool:
 class _Folder:
     def __init__(self, root: fx.GraphModule, constants: dict[fx.Node, Any]) -> None:
         self.root, self.constants = root, constants
-        self.made: dict[tuple[str, str], str] = {}  # (contraction, what was folded into it) -> the module that does both
+        # (contraction, what was folded into it) -> the module that does both
+        self.made: dict[tuple[str, str], str] = {}
 
     # -- what a node does to the channels of the node before it
 
@@ -94,21 +97,40 @@ class _Folder:
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             source = first_of(node)
-            if not isinstance(module, _BatchNorm) or not _plain(module) or not isinstance(source, fx.Node):
+            if (
+                not isinstance(module, _BatchNorm)
+                or not _plain(module)
+                or not isinstance(source, fx.Node)
+            ):
                 return None
-            return _normalisation(source, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+            return _normalisation(
+                source,
+                module.running_mean,
+                module.running_var,
+                module.weight,
+                module.bias,
+                module.eps,
+            )
         if node.target is F.batch_norm:
             return self._functional_norm(node)
-        return self._arithmetic(node, _ARITHMETIC[node.target]) if node.target in _ARITHMETIC else None
+        return (
+            self._arithmetic(node, _ARITHMETIC[node.target])
+            if node.target in _ARITHMETIC
+            else None
+        )
 
     def _functional_norm(self, node: fx.Node) -> _Affine | None:
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         given.apply_defaults()
         values = given.arguments
         tensors = [values[name] for name in ("running_mean", "running_var", "weight", "bias")]
-        if values["training"] is not False or any(tensor is not None and tensor not in self.constants for tensor in tensors):
+        if values["training"] is not False or any(
+            tensor is not None and tensor not in self.constants for tensor in tensors
+        ):
             return None
-        mean, var, weight, bias = (None if tensor is None else self.constants[tensor] for tensor in tensors)
+        mean, var, weight, bias = (
+            None if tensor is None else self.constants[tensor] for tensor in tensors
+        )
         return _normalisation(values["input"], mean, var, weight, bias, values["eps"])
 
     def _arithmetic(self, node: fx.Node, kind: str) -> _Affine | None:
@@ -117,7 +139,11 @@ class _Folder:
             return None
         first, second = map(given.__getitem__, _OPERANDS)
         source, factor = (first, second) if self._varies(first) else (second, first)
-        if not isinstance(source, fx.Node) or self._varies(factor) or (kind in ("div", "sub") and source is not first):
+        if (
+            not isinstance(source, fx.Node)
+            or self._varies(factor)
+            or (kind in ("div", "sub") and source is not first)
+        ):
             return None
         layer, rank = self._contraction(source), source.meta.get("rank")
         if layer is None or rank is None:
@@ -126,14 +152,21 @@ class _Folder:
         if along is None:
             return None
         zero, one = torch.zeros_like(along), torch.ones_like(along)
-        scale, shift = {"mul": (along, zero), "div": (one / along, zero), "add": (one, along), "sub": (one, -along)}[kind]
+        scale, shift = {
+            "mul": (along, zero),
+            "div": (one / along, zero),
+            "add": (one, along),
+            "sub": (one, -along),
+        }[kind]
         return _Affine(source, scale, shift, layer.dim % rank)
 
     def _varies(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value not in self.constants
 
     def _along_channels(self, factor: Any, layer: _Contraction, rank: int) -> Tensor | None:
-        """A constant as one number per channel, if it does not vary along other dimensions nor changes the dtype."""
+        """A constant as one number per channel, if it does not vary along other dimensions nor
+        changes the dtype.
+        """
         factor = self.constants.get(factor) if isinstance(factor, fx.Node) else factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float, Tensor)):
             return None
@@ -143,7 +176,11 @@ class _Folder:
         shape = [1] * (rank - values.dim()) + list(values.shape)
         wanted = [1] * rank
         wanted[layer.dim] = layer.channels
-        return values.reshape(-1).expand(layer.channels) if values.numel() == 1 or shape == wanted else None
+        return (
+            values.reshape(-1).expand(layer.channels)
+            if values.numel() == 1 or shape == wanted
+            else None
+        )
 
     # -- into what
 
@@ -154,48 +191,80 @@ class _Folder:
                 return None
             linear = isinstance(module, nn.Linear)
             transposed = isinstance(module, _TRANSPOSED_MODULES)
-            return _Contraction(module.weight, module.bias, transposed, getattr(module, "groups", 1), -1 if linear else 1)
+            return _Contraction(
+                module.weight,
+                module.bias,
+                transposed,
+                getattr(module, "groups", 1),
+                -1 if linear else 1,
+            )
         if node.target not in _FUNCTIONS:
             return None
         linear = node.target is F.linear
         weight, bias = _argument(node, 1, "weight"), _argument(node, 2, "bias")
         groups = 1 if linear else _argument(node, 6, "groups", 1)
-        if weight not in self.constants or (bias is not None and bias not in self.constants) or not isinstance(groups, int):
+        if (
+            weight not in self.constants
+            or (bias is not None and bias not in self.constants)
+            or not isinstance(groups, int)
+        ):
             return None
         tensors = self.constants[weight], None if bias is None else self.constants[bias]
         return _Contraction(*tensors, node.target in _TRANSPOSED, groups, -1 if linear else 1)
 
     def fold(self, affine: _Affine, node: fx.Node) -> bool:
-        """Put an affine map of its result into a contraction; False where it does not lie along its channels."""
+        """Put an affine map of its result into a contraction; False where it does not lie along
+        its channels.
+        """
         source = affine.source
         layer, rank = self._contraction(source), source.meta.get("rank")
-        if layer is None or rank is None or affine.dim != layer.dim % rank or len(affine.scale) != layer.channels:
+        if (
+            layer is None
+            or rank is None
+            or affine.dim != layer.dim % rank
+            or len(affine.scale) != layer.channels
+        ):
             return False
         if layer.dim == 1 and rank != layer.weight.dim():
             return False  # one image without a batch: its channels lie elsewhere
         weight, bias = layer.scaled(affine)
         if source.op == "call_module":
-            source.target = self._module(source, str(node.target) if node.op == "call_module" else node.name, weight, bias)
+            source.target = self._module(
+                source, str(node.target) if node.op == "call_module" else node.name, weight, bias
+            )
             return True
         for position, name, value in ((1, "weight", weight), (2, "bias", bias)):
-            _give(source, position, name, new_buffer(self.root, self.constants, f"{source.name}_{name}", value))
+            _give(
+                source,
+                position,
+                name,
+                new_buffer(self.root, self.constants, f"{source.name}_{name}", value),
+            )
         return True
 
     def _module(self, source: fx.Node, folded: str, weight: Tensor, bias: Tensor) -> str:
-        """The name of a contraction with these weights: its own, or a new one where others use what it was.
+        """The name of a contraction with these weights: its own, or a new one where others use
+        what it was.
 
-        Heads that several scales share are called once for each; those that are followed by the same are one module again.
+        Heads that several scales share are called once for each; those that are followed by the
+        same are one module again.
         """
         name = str(source.target)
         if (name, folded) in self.made:
             return self.made[name, folded]
         old = self.root.get_submodule(name)
         module = copy.copy(old)
-        module.__dict__["_parameters"] = {**old._parameters, "weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
+        module.__dict__["_parameters"] = {
+            **old._parameters,
+            "weight": nn.Parameter(weight),
+            "bias": nn.Parameter(bias),
+        }
         calls = [node for node in self.root.graph.nodes if node.op == "call_module"]
         new = name
         if sum(self.root.get_submodule(str(node.target)) is old for node in calls) > 1:
-            new = next(free for i in itertools.count(1) if not _has(self.root, free := f"{name}_{i}"))
+            new = next(
+                free for i in itertools.count(1) if not _has(self.root, free := f"{name}_{i}")
+            )
         parent, _, own = new.rpartition(".")
         self.root.get_submodule(parent)._modules[own] = module
         self.made[name, folded] = new
@@ -203,9 +272,16 @@ class _Folder:
 
 
 def _normalisation(
-    source: Any, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    source: Any,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> _Affine | None:
-    """What batch normalisation does with stored statistics; None where there are none, and the batch's are taken."""
+    """What batch normalisation does with stored statistics; None where there are none, and the
+    batch's are taken.
+    """
     if mean is None or var is None:
         return None
     scale = (var.double() + eps).rsqrt()
@@ -215,8 +291,12 @@ def _normalisation(
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether a module is torch's own, with weights as they stand: subclasses, hooks, parametrisations may do something else."""
-    changed = parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
+    """Whether a module is torch's own, with weights as they stand: subclasses, hooks,
+    parametrisations may do something else.
+    """
+    changed = (
+        parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
+    )
     return type(module).__module__.startswith("torch.nn") and not changed
 
 

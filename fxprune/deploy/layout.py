@@ -16,16 +16,32 @@ from fxprune.trace import execute
 __all__ = ["LAYOUTS", "lay_out", "take_any_layout"]
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of dimensions of images and videos, and of the weights of convolutions over them."""
+"""By the number of dimensions of images and videos, and of the weights of convolutions over
+them.
+"""
 
-# Which of them give a view, and which a copy or an error, depends on how their argument lies in memory.
-_BY_LAYOUT = frozenset({"view", "reshape", "flatten", "contiguous", "ravel", "view_as", "reshape_as", "unflatten", "to"})
+# Which of them give a view, and which a copy or an error, depends on how their argument lies in
+# memory.
+_BY_LAYOUT = frozenset(
+    {
+        "view",
+        "reshape",
+        "flatten",
+        "contiguous",
+        "ravel",
+        "view_as",
+        "reshape_as",
+        "unflatten",
+        "to",
+    }
+)
 
 
 def lay_out(model: nn.Module) -> None:
     """Bring weights of convolutions over images and volumes into channels-last order, in place."""
     for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None  # none where a hook computes it
+        # none where a hook computes it
+        weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
         if weight is not None and weight.dim() in LAYOUTS:
             weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.dim()])
 
@@ -45,28 +61,41 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
         elif memory.changed_behind(node):
             if channels_last and memory.base[node].op != "get_attr":
                 raise ModelError(
-                    f"{node.name!r} looks at memory that is written to later, and channels-last it would be a copy. Deploy with "
-                    "channels_last=False, or write that line without an operation in place."
+                    f"{node.name!r} looks at memory that is written to later, and channels-last "
+                    "it would be a copy. Deploy with channels_last=False, or write that line "
+                    "without an operation in place."
                 )
-        elif node.target == "view" and not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
+        elif node.target == "view" and not any(
+            isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())
+        ):
             node.target = "reshape"
-            node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
+            node.kwargs = {
+                "shape" if name == "size" else name: size for name, size in node.kwargs.items()
+            }
 
 
 def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an operation fails on what lies channels-last, as some that torch makes of others do: it is tried on zeros.
+    """Whether an operation fails on what lies channels-last, as some that torch makes of others
+    do: it is tried on zeros.
 
-    Tensors without data would not do: torch's rules for these import its compiler at their first call.
+    Tensors without data would not do: torch's rules for these import its compiler at their first
+    call.
     """
     ranks = [operand.meta.get("rank") for operand in node.all_input_nodes]
-    if node.op not in ("call_function", "call_method") or None in ranks or LAYOUTS.keys().isdisjoint(ranks):
+    if (
+        node.op not in ("call_function", "call_method")
+        or None in ranks
+        or LAYOUTS.keys().isdisjoint(ranks)
+    ):
         return False
 
     def runs(channels_last: bool) -> bool:
         def probe(operand: fx.Node) -> Tensor:
             rank = operand.meta["rank"]
             layout = LAYOUTS.get(rank) if channels_last else None
-            return torch.zeros([2] * rank, device="cpu").contiguous(memory_format=layout or torch.contiguous_format)
+            return torch.zeros([2] * rank, device="cpu").contiguous(
+                memory_format=layout or torch.contiguous_format
+            )
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), probe)
         try:

@@ -10,7 +10,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxprune.shapes import tensors_in
@@ -24,15 +28,22 @@ Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
 
 @contextmanager
 def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> Iterator[None]:
-    """Calls of the modules at these paths, the outermost ones, go to ``instead(path, call, args, kwargs)``.
+    """Calls of the modules at these paths, the outermost ones, go to ``instead(path, call, args,
+    kwargs)``.
 
-    ``call()`` makes the call; where ``NotImplemented`` is given back the module's own Python runs, and its calls are looked at.
+    ``call()`` makes the call; where ``NotImplemented`` is given back the module's own Python runs,
+    and its calls are looked at.
 
-    For a while each of these modules has a ``forward`` of its own, so no other module, and no other thread, notices. ``root`` must
-    be a copy that nobody else calls. Hooks of these modules run, as for every call.
+    For a while each of these modules has a ``forward`` of its own, so no other module, and no
+    other thread, notices. ``root`` must be a copy that nobody else calls. Hooks of these modules
+    run, as for every call.
     """
     watch = _Watch(instead)
-    modules = {id(m): (name, m) for name, m in reversed(list(root.named_modules(remove_duplicate=False))) if name in paths}
+    modules = {
+        id(m): (name, m)
+        for name, m in reversed(list(root.named_modules(remove_duplicate=False)))
+        if name in paths
+    }
     before = [(module, vars(module).get("forward")) for _, module in modules.values()]
     for path, module in modules.values():
         vars(module)["forward"] = watch.over(path, module.forward)
@@ -84,7 +95,8 @@ class _Elsewhere(TorchFunctionMode):
 
 @contextmanager
 def in_one_thread() -> Iterator[None]:
-    """Refuse threads that the model starts, and functions that it hands to pools, once they compute with tensors.
+    """Refuse threads that the model starts, and functions that it hands to pools, once they
+    compute with tensors.
 
     Raises
     ------
@@ -109,8 +121,15 @@ def in_one_thread() -> Iterator[None]:
             vars(self)["run"] = refusing(self.run)
         start(self)
 
-    def hand_on(self: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return submit(self, refusing(function) if threading.get_ident() == mine else function, *args, **kwargs)
+    def hand_on(
+        self: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        return submit(
+            self,
+            refusing(function) if threading.get_ident() == mine else function,
+            *args,
+            **kwargs,
+        )
 
     with TURN:
         start, submit = threading.Thread.start, ThreadPoolExecutor.submit
@@ -138,6 +157,8 @@ def without_function_modes() -> Iterator[None]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Without what looks at the functions and the operations of a run: how a part is traced is none of it."""
+    """Without what looks at the functions and the operations of a run: how a part is traced is
+    none of it.
+    """
     with _disable_current_modes(), without_function_modes():
         yield

@@ -1,10 +1,12 @@
 """Which ways a model's Python can go for other values.
 
-Where a question about values (``if mask.all()``) is answered otherwise, the parts may be called in another order, and channels are
-tied there as well. So each question is put once more, answered the other way, and what the model does then is followed, too.
+Where a question about values (``if mask.all()``) is answered otherwise, the parts may be called in
+another order, and channels are tied there as well. So each question is put once more, answered the
+other way, and what the model does then is followed, too.
 
-What Python does with numbers that it takes out of tensors (lengths, counts, ids) cannot be known, unless its code has no branch
-that could go by them: where it has one, nothing is removed between parts.
+What Python does with numbers that it takes out of tensors (lengths, counts, ids) cannot be known,
+unless its code has no branch that could go by them: where it has one, nothing is removed between
+parts.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ from fxprune.memory import Undone
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
-__all__ = ["WHOLE", "Answers", "Decisions", "Ways", "followed", "inside_a_part", "is_raised", "ways_of"]
+__all__ = [
+    "WHOLE",
+    "Answers",
+    "Decisions",
+    "Ways",
+    "followed",
+    "inside_a_part",
+    "is_raised",
+    "ways_of",
+]
 
 Answers = tuple[bool, ...]
 
@@ -42,11 +53,14 @@ _READ = _ASKS | WHOLE | {"__int__", "__float__", "__complex__", "__index__", "it
 """What hands any of them to Python, which may then do something else for other values."""
 
 _MOST = 16  # ways that are followed
-_TURNS = 3  # of a loop: what ties channels from one turn to the next is seen in the second, and the third is as all later ones
+# of a loop: what ties channels from one turn to the next is seen in the second, and the third is
+# as all later ones
+_TURNS = 3
 
 
 class Decisions(TorchFunctionMode):
-    """Sees which values Python reads while a model runs, and answers its questions about them as it is told.
+    """Sees which values Python reads while a model runs, and answers its questions about them as
+    it is told.
 
     Parameters
     ----------
@@ -58,17 +72,23 @@ class Decisions(TorchFunctionMode):
     Attributes
     ----------
     asked:
-        The line of each question about values that depend on weights, inputs or chance, and its answer.
+        The line of each question about values that depend on weights, inputs or chance, and its
+        answer.
     between:
         Those of them that are not asked inside a part.
     taken_out:
-        The first line that takes numbers out which depend on weights, inputs or chance; empty if there is none.
+        The first line that takes numbers out which depend on weights, inputs or chance; empty if
+        there is none.
     """
 
-    def __init__(self, weights: Iterable[Tensor], inputs: Iterable[Tensor], answers: Answers = ()) -> None:
+    def __init__(
+        self, weights: Iterable[Tensor], inputs: Iterable[Tensor], answers: Answers = ()
+    ) -> None:
         super().__init__()
         self._of_inputs: Any = WeakTensorKeyDictionary((tensor, None) for tensor in inputs)
-        self._of_weights: Any = WeakTensorKeyDictionary((t, None) for t in weights if t.is_floating_point() or t.is_complex())
+        self._of_weights: Any = WeakTensorKeyDictionary(
+            (t, None) for t in weights if t.is_floating_point() or t.is_complex()
+        )
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
         self.between: list[tuple[str, bool]] = []
@@ -84,8 +104,11 @@ class Decisions(TorchFunctionMode):
             return out  # it says something of a tensor, and makes none
         given = tensors_of((args, kwargs))
         for known in (self._of_weights, self._of_inputs):
-            if any(tensor in known for tensor in given) or (known is self._of_weights and _draws(name)):
-                for leaf in tree_leaves(out) if out is not None else given[:1]:  # None: what is written into
+            if any(tensor in known for tensor in given) or (
+                known is self._of_weights and _draws(name)
+            ):
+                # None: what is written into
+                for leaf in tree_leaves(out) if out is not None else given[:1]:
                     if isinstance(leaf, Tensor):
                         known[leaf] = None
         return out
@@ -121,15 +144,28 @@ def inside_a_part() -> Iterator[None]:
 @functools.cache
 def _draws(name: str) -> bool:
     """Whether torch's operation of this name draws random numbers."""
-    operation = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    overloads = [getattr(operation, each) for each in operation.overloads()] if operation is not None else []
+    operation = (
+        getattr(torch.ops.aten, name, None)
+        if name.isidentifier() and not name.startswith("__")
+        else None
+    )
+    overloads = (
+        [getattr(operation, each) for each in operation.overloads()]
+        if operation is not None
+        else []
+    )
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
 def followed(
-    model: nn.Module, args: Any, kwargs: Any, answers: Answers, *inside: AbstractContextManager[Any]
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    answers: Answers,
+    *inside: AbstractContextManager[Any],
 ) -> tuple[Any, Decisions]:
-    """What a model returns for a copy of a call, with these answers to its first questions; run under these contexts.
+    """What a model returns for a copy of a call, with these answers to its first questions; run
+    under these contexts.
 
     What it writes into its parameters, which are the user's, is undone.
     """
@@ -139,7 +175,14 @@ def followed(
     inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)
     undone = Undone(dict(model.named_parameters()))
-    with undone.afterwards(), in_one_thread(), torch.inference_mode(), following(), decisions, ExitStack() as stack:
+    with (
+        undone.afterwards(),
+        in_one_thread(),
+        torch.inference_mode(),
+        following(),
+        decisions,
+        ExitStack() as stack,
+    ):
         for context in inside:
             stack.enter_context(context)
         return model(*args, **kwargs), decisions
@@ -151,12 +194,13 @@ class Ways:
     Attributes
     ----------
     answers:
-        For each way all the answers that it gives, so that one decided by chance can be gone again; the first is the example's.
+        For each way all the answers that it gives, so that one decided by chance can be gone
+        again; the first is the example's.
     decided:
         The line by which it cannot be known where Python goes; empty if it can.
     taken_out:
-        The line that takes out numbers, where no question is put: unless there is a way to turn by them, it is known where Python
-        goes.
+        The line that takes out numbers, where no question is put: unless there is a way to turn by
+        them, it is known where Python goes.
     """
 
     def __init__(self, answers: list[Answers], decided: str = "", taken_out: str = "") -> None:
@@ -166,7 +210,8 @@ class Ways:
 def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
     """Follow the model for the example, and then each question of it answered the other way.
 
-    A way that ends in an exception which the model raises itself (an example that it would refuse) leads nowhere.
+    A way that ends in an exception which the model raises itself (an example that it would refuse)
+    leads nowhere.
 
     Parameters
     ----------
@@ -175,7 +220,9 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
     """
     first = run(())
     if first.taken_out:
-        return Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
+        return (
+            Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
+        )
     found = [_given(first)]
     seen, waiting = set(_steps(first)), _others(first)
     while waiting:
@@ -218,11 +265,14 @@ def _others(way: Decisions) -> list[tuple[Answers, Step]]:
     """For each question of a way the answers that lead to the other one."""
     given = _given(way)
     steps = enumerate(_steps(way))
-    return [((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps]
+    return [
+        ((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps
+    ]
 
 
 def is_raised(trace: TracebackType | None, line: str) -> bool:
-    """Whether an exception comes from a ``raise`` or an ``assert`` of the model, or of torch where the question itself was put.
+    """Whether an exception comes from a ``raise`` or an ``assert`` of the model, or of torch where
+    the question itself was put.
 
     What failed otherwise may well be done for other inputs.
     """
@@ -232,5 +282,7 @@ def is_raised(trace: TracebackType | None, line: str) -> bool:
     if trace is None:
         return False
     code, place = trace.tb_frame.f_code, trace.tb_lasti
-    raised = any(at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code))
+    raised = any(
+        at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code)
+    )
     return raised and (not is_ours(code.co_filename) or user_line(frames) == line)

@@ -1,4 +1,6 @@
-"""How a model runs that is no single graph: which modules are its parts, and on which routes its Python calls them."""
+"""How a model runs that is no single graph: which modules are its parts, and on which routes its
+Python calls them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Explored:
     routes:
         The first is what the model does for the example, in evaluation.
     decided, by:
-        The line by which it cannot be known where Python goes, and what that decides by; empty if it is known.
+        The line by which it cannot be known where Python goes, and what that decides by; empty if
+        it is known.
     untrained:
         Why training could not be followed.
     """
@@ -46,7 +49,9 @@ class Explored:
 
 
 def explore(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explored:
-    """Find the parts of a model, and its routes, by running it for real on a call and on what that leads to."""
+    """Find the parts of a model, and its routes, by running it for real on a call and on what that
+    leads to.
+    """
     routes = routes_of(twin, args, kwargs)
     found = Finder(twin)
     found.run(args, kwargs, routes.all)
@@ -54,13 +59,24 @@ def explore(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explor
     if routes.taken_out and not routes.decided:
         real = twin.instance()
         plain = {replace(route, answers=()) for route in routes.all}
-        if not all(is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route)) for route in plain):
+        if not all(
+            is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route))
+            for route in plain
+        ):
             routes.decided = routes.taken_out
-    return Explored(found.parts, _apart(twin, found.parts, routes.all, args, kwargs), routes.decided, by, routes.untrained)
+    return Explored(
+        found.parts,
+        _apart(twin, found.parts, routes.all, args, kwargs),
+        routes.decided,
+        by,
+        routes.untrained,
+    )
 
 
 def _add_sized(twin: Twin, found: Finder, routes: Routes, args: Any, kwargs: Any) -> bool:
-    """Add what the model does for inputs of other sizes, and find the parts that it calls there; whether that is not all."""
+    """Add what the model does for inputs of other sizes, and find the parts that it calls there;
+    whether that is not all.
+    """
     plain, known, decided = [*routes.all], frozenset[str](), False
     while known != found.parts and not routes.decided:
         known, sized = found.parts, Sized(twin, found.parts, args, kwargs)
@@ -77,13 +93,17 @@ def _add_sized(twin: Twin, found: Finder, routes: Routes, args: Any, kwargs: Any
     return decided
 
 
-def _apart(twin: Twin, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any) -> list[Route]:
+def _apart(
+    twin: Twin, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
+) -> list[Route]:
     """The routes that differ between parts: what a part asks inside is not asked by its graph."""
     real, found = twin.instance(), dict[Any, Route]()
     for route in routes:
         calls: list[Any] = []
 
-        def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls) -> Any:
+        def part(
+            path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls
+        ) -> Any:
             with inside_a_part():
                 out = call()
             calls.append((path, *map(_said, ((args, kwargs), out))))
@@ -95,17 +115,28 @@ def _apart(twin: Twin, parts: frozenset[str], routes: Sequence[Route], args: Any
         except Exception as error:  # it fails there for good, and says so, or it fails here alone
             found[error] = route
             continue
-        found.setdefault((replace(route, answers=()), tuple(decisions.between), tuple(calls)), route)
+        found.setdefault(
+            (replace(route, answers=()), tuple(decisions.between), tuple(calls)), route
+        )
     return [*found.values()]
 
 
 def _said(value: Any) -> str:
     """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
-    return repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(value)])
+    return repr(
+        [
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves_of(value)
+        ]
+    )
 
 
-def decisions_of(twin: Twin, found: Explored, args: Any, kwargs: Any) -> dict[tuple[str, bool], list[str]]:
-    """What each part decides by the sizes of this call, by its path and for evaluation or training."""
+def decisions_of(
+    twin: Twin, found: Explored, args: Any, kwargs: Any
+) -> dict[tuple[str, bool], list[str]]:
+    """What each part decides by the sizes of this call, by its path and for evaluation or
+    training.
+    """
     real, decided = twin.instance(), dict[tuple[str, bool], list[str]]()
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:

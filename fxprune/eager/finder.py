@@ -20,11 +20,14 @@ from fxprune.trace import Twin, trace
 __all__ = ["Finder", "shape_of"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
-"""What a part may be called with beside tensors: its graph says so where it is called with another one."""
+"""What a part may be called with beside tensors: its graph says so where it is called with another
+one.
+"""
 
 
 class Finder:
-    """Finds the largest modules that can be traced: called on tensors, every time the same graph, and from outside only.
+    """Finds the largest modules that can be traced: called on tensors, every time the same graph,
+    and from outside only.
 
     Attributes
     ----------
@@ -38,8 +41,10 @@ class Finder:
         self.twin = twin
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
-        self._settled: frozenset[str] = frozenset()  # parts whose graph holds for its own sizes: it guards them
-        self._traced: dict[tuple[str, str], str | None] = {}  # by path and what it is called with; None: it cannot be traced
+        # parts whose graph holds for its own sizes: it guards them
+        self._settled: frozenset[str] = frozenset()
+        # by path and what it is called with; None: it cannot be traced
+        self._traced: dict[tuple[str, str], str | None] = {}
 
     @property
     def parts(self) -> frozenset[str]:
@@ -50,7 +55,11 @@ class Finder:
         real, known = self.twin.instance(), -1
         self._own = {module: _held(module) for module in real.modules()}
         self._real = real
-        everything = frozenset(name for name, module in real.named_modules() if name and any(True for _ in module.parameters()))
+        everything = frozenset(
+            name
+            for name, module in real.named_modules()
+            if name and any(True for _ in module.parameters())
+        )
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
             with intercepted(real, everything - self.python, self._try):
@@ -60,34 +69,52 @@ class Finder:
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        graph = self._graph(path, args, kwargs) if path not in self.python and self._is_as_given(path) else None
-        if graph is None or (self.graphs.setdefault(path, graph) != graph and path not in self._settled):
+        graph = (
+            self._graph(path, args, kwargs)
+            if path not in self.python and self._is_as_given(path)
+            else None
+        )
+        if graph is None or (
+            self.graphs.setdefault(path, graph) != graph and path not in self._settled
+        ):
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
         out = call()
-        self._own.update({module: _held(module) for module in self._real.get_submodule(path).modules()})  # what its graph does
+        # what its graph does
+        self._own.update(
+            {module: _held(module) for module in self._real.get_submodule(path).modules()}
+        )
         return out
 
     def _is_as_given(self, path: str) -> bool:
-        """Whether the module has the tensors that it had: neither ``torch.func`` nor Python has put others into it.
+        """Whether the module has the tensors that it had: neither ``torch.func`` nor Python has
+        put others into it.
 
         Nor does ``torch.func`` map over them.
         """
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return all(_are_same(_held(module), self._own[module]) for module in self._real.get_submodule(path).modules())
+        return all(
+            _are_same(_held(module), self._own[module])
+            for module in self._real.get_submodule(path).modules()
+        )
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         leaves = tree_leaves((args, kwargs))
-        if not holds_tensors(leaves) or not all(isinstance(leaf, Tensor) or type(leaf) in _CONSTANTS for leaf in leaves):
+        if not holds_tensors(leaves) or not all(
+            isinstance(leaf, Tensor) or type(leaf) in _CONSTANTS for leaf in leaves
+        ):
             return None
         try:
             inputs = tree_map(shape_of, (args, kwargs))
-        except Exception:  # a container that refuses tensors without data, as a packed sequence does
+        except Exception:
+            # a container that refuses tensors without data, as a packed sequence does
             return None
         leaves, spec = tree_flatten(inputs)
-        said = repr([(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        said = repr(
+            [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        )
         key = path, f"{spec} {said}"
         if key not in self._traced:
             with unwatched():
@@ -108,7 +135,9 @@ class Finder:
         return str(traced.graph) if known else None  # another object may hold tensors
 
     def _entered(self) -> set[str]:
-        """The parts inside of which another part lies: Python calls that one, too, which is as wide as Python sees it."""
+        """The parts inside of which another part lies: Python calls that one, too, which is as
+        wide as Python sees it.
+        """
         model, found = self.twin.model, set()
         called = {id(model.get_submodule(path)): path for path in self.graphs}
         for path in self.graphs:
@@ -119,7 +148,9 @@ class Finder:
 
 
 def shape_of(tensor: Any) -> Any:
-    """A tensor without data for one of the example, which has two of what the example has none of: boxes in an image, say."""
+    """A tensor without data for one of the example, which has two of what the example has none of:
+    boxes in an image, say.
+    """
     if not isinstance(tensor, Tensor):
         return tensor
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
@@ -128,7 +159,11 @@ def shape_of(tensor: Any) -> Any:
 def _held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
     """The tensors of a module, and where they lie."""
     named = {**vars(module), **module._buffers, **module._parameters}
-    return {name: (value, place_of(value)) for name, value in named.items() if isinstance(value, Tensor)}
+    return {
+        name: (value, place_of(value))
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _are_same(held: dict[str, tuple[Tensor, Any]], own: dict[str, tuple[Tensor, Any]]) -> bool:

@@ -1,4 +1,6 @@
-"""Whether a call gives on fewer channels what is left of its result on all of them: found out by trying."""
+"""Whether a call gives on fewer channels what is left of its result on all of them: found out by
+trying.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ Labels = Callable[[Tensor], list[Array]]
 def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool:
     """Whether the call, its numbers as they are, commutes with the removal of labelled positions.
 
-    The call is made on random values, on all positions and on some that are left. That is enough for operations that move values:
-    what they do does not depend on the values.
+    The call is made on random values, on all positions and on some that are left. That is enough
+    for operations that move values: what they do does not depend on the values.
 
     Parameters
     ----------
@@ -35,13 +37,19 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
     given = TensorMap((tensor, labels(tensor)) for tensor in tensors_in(args, kwargs))
     results = [labels(leaf) if isinstance(leaf, Tensor) else [] for leaf in tree_leaves(out)]
     fields = [array for arrays in (*given.values(), *results) for array in arrays]
-    filled = TensorMap((tensor, _random(tensor)) for tensor, arrays in given.items() if arrays and tensor.is_floating_point())
+    filled = TensorMap(
+        (tensor, _random(tensor))
+        for tensor, arrays in given.items()
+        if arrays and tensor.is_floating_point()
+    )
     whole = _called(func, args, kwargs, filled)
     if whole is None:
         return False
     tried = not fields
     for gone in _removals(fields):
-        small = TensorMap((tensor, _left(value, given[tensor], gone)) for tensor, value in filled.items())
+        small = TensorMap(
+            (tensor, _left(value, given[tensor], gone)) for tensor, value in filled.items()
+        )
         if any(value is None for value in small.values()):
             continue
         tried, found = True, _called(func, args, kwargs, small)
@@ -54,10 +62,11 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
 
 
 def of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels) -> bool:
-    """Whether a movement counts positions on an axis that channels share with a resolution: for another one it counts others.
+    """Whether a movement counts positions on an axis that channels share with a resolution: for
+    another one it counts others.
 
-    ``x.flatten(1)[:, ::3]`` takes the same positions of every channel as long as each has a multiple of three, and so does
-    ``x.flatten(1).view(len(x), -1, 3)``.
+    ``x.flatten(1)[:, ::3]`` takes the same positions of every channel as long as each has a
+    multiple of three, and so does ``x.flatten(1).view(len(x), -1, 3)``.
 
     Parameters
     ----------
@@ -68,7 +77,9 @@ def of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels) -
     if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
         return False
     if name == "slice":
-        return bound["step"] != 1 and any(bound["dim"] % tensor.dim() in _shared(array) for array in labels(tensor))
+        return bound["step"] != 1 and any(
+            bound["dim"] % tensor.dim() in _shared(array) for array in labels(tensor)
+        )
     if tensor.numel() != out.numel():
         return False
     inner = {dim for _, outs in reshape_blocks(tensor.shape, out.shape) for dim in outs[:-1]}
@@ -80,7 +91,11 @@ def _shared(array: Array) -> list[int]:
     found = []
     for dim in varied(array):
         rows = array.swapaxes(dim, -1).reshape(-1, array.shape[dim])
-        found += [dim] if any(len(np.unique(row[row > 0])) < np.count_nonzero(row) for row in rows) else []
+        found += (
+            [dim]
+            if any(len(np.unique(row[row > 0])) < np.count_nonzero(row) for row in rows)
+            else []
+        )
     return found
 
 
@@ -93,13 +108,19 @@ def _removals(fields: list[Array]) -> Iterator[Array]:
             yield np.unique(several[0].take([0], axis=dim))
         return
     units = [own[own > 0] for own in map(np.unique, fields)]
-    for part in (lambda own: own[len(own) // 2 :], lambda own: own[: len(own) // 2], lambda own: own[::2]):
+    for part in (
+        lambda own: own[len(own) // 2 :],
+        lambda own: own[: len(own) // 2],
+        lambda own: own[::2],
+    ):
         if units:
             yield np.concatenate([part(own) for own in units])
 
 
 def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
-    """A tensor without the positions of some labels; None where what is left is no rectangle, or nothing."""
+    """A tensor without the positions of some labels; None where what is left is no rectangle, or
+    nothing.
+    """
     for array in fields:
         alive = ~np.isin(array, gone)
         product = np.ones((), dtype=bool)
@@ -107,7 +128,9 @@ def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
             kept = alive.any(axis=tuple(d for d in range(alive.ndim) if d != dim), keepdims=True)
             product = product & kept
             if array.shape[dim] == value.shape[dim]:
-                value = value.index_select(dim, torch.from_numpy(np.flatnonzero(kept)).to(value.device))
+                value = value.index_select(
+                    dim, torch.from_numpy(np.flatnonzero(kept)).to(value.device)
+                )
         if not value.numel() or not np.array_equal(np.broadcast_to(product, alive.shape), alive):
             return None
     return value
@@ -115,7 +138,10 @@ def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
 
 def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[Any] | None:
     """The leaves of what the call gives on these values; None if it fails."""
-    own, named = tree_map(lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    own, named = tree_map(
+        lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf,
+        (args, kwargs),
+    )
     try:
         return tree_leaves(func(*own, **named))
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
@@ -123,7 +149,8 @@ def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[A
 
 
 def _random(tensor: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(tensor.numel())  # of the CPU: not every device has one
+    # of the CPU: not every device has one
+    generator = torch.Generator().manual_seed(tensor.numel())
     drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
     return torch.empty_like(tensor).copy_(drawn.to(tensor.dtype).to(tensor.device))
 

@@ -37,7 +37,8 @@ class Parts:
     Parameters
     ----------
     watch:
-        Gives, for a prefix of node names, what nodes run under while they are traced (see :func:`fxprune.trace.trace`).
+        Gives, for a prefix of node names, what nodes run under while they are traced (see
+        :func:`fxprune.trace.trace`).
     """
 
     def __init__(self, twin: Twin, context: Context, watch: Callable[[str], Any]) -> None:
@@ -47,10 +48,13 @@ class Parts:
         self.decided = ""  # the line at which Python takes out numbers that depend on weights
         self._by = "values"  # what it decides by
         self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
-        self._handed: list[tuple[Tensor, bool, bool]] = []  # tensors between parts: whether one gives it, whether it can be wide
+        # tensors between parts: whether one gives it, whether it can be wide
+        self._handed: list[tuple[Tensor, bool, bool]] = []
 
     def run(self, explored: Explored, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """What the model returns for this call, and on each other route that its Python can take."""
+        """What the model returns for this call, and on each other route that its Python can
+        take.
+        """
         self._untrained, self.decided, self._by = explored.untrained, explored.decided, explored.by
         results = []
         for route in explored.routes:
@@ -60,29 +64,46 @@ class Parts:
             except Exception:
                 if not route.is_of_sizes:
                     raise
-                self.decided, self._by = self.decided or f"inputs of other sizes, {route.sizes}", "sizes of inputs"
-            if route is not explored.routes[0]:  # what is computed there is not what the example costs
+                self.decided, self._by = (
+                    self.decided or f"inputs of other sizes, {route.sizes}",
+                    "sizes of inputs",
+                )
+            # what is computed there is not what the example costs
+            if route is not explored.routes[0]:
                 del self.context.contractions[contractions:]
         self._leave_whole_what_training_may_call()
-        inside = TensorMap((t, None) for path, _ in self.traces for t in _tensors(self.twin.model.get_submodule(path)))
+        inside = TensorMap(
+            (t, None)
+            for path, _ in self.traces
+            for t in _tensors(self.twin.model.get_submodule(path))
+        )
         read = TensorMap((tensor, None) for tensor in self._read)
         for tensor in _tensors(self.twin.model):
             record = self.context.record(tensor)
             if (tensor not in inside or tensor in read) and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
-        if self.decided:  # what a part shares with a module that has not run is read there as it is
-            self._handed += [(tensor, True, False) for tensor in self._outside() if tensor in inside]
+        # what a part shares with a module that has not run is read there as it is
+        if self.decided:
+            self._handed += [
+                (tensor, True, False) for tensor in self._outside() if tensor in inside
+            ]
         return results
 
     def _leave_whole_what_training_may_call(self) -> None:
-        """Where training cannot be followed, modules that have not run may be called there, on whatever is between the parts."""
+        """Where training cannot be followed, modules that have not run may be called there, on
+        whatever is between the parts.
+        """
         if not self._untrained or not self.traces:
             return
-        records = [self.context.record(tensor) for tensor in self._outside() if tensor.is_floating_point()]
+        records = [
+            self.context.record(tensor) for tensor in self._outside() if tensor.is_floating_point()
+        ]
         if any(record is not None and record.unmet for record in records) and not self.decided:
             self.decided = "training, which the example cannot take"
 
-    def _run(self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route) -> Any:
+    def _run(
+        self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
+    ) -> Any:
         real, mode = self.twin.instance(), RealMode(self.context)
         undone = Undone(dict(real.named_parameters()))
         for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
@@ -102,7 +123,12 @@ class Parts:
             mode.memory.meet(tensors_in(args, kwargs))
             with unwatched():
                 traced = self._traced(path, args, kwargs, route.training)
-            with _disable_current_modes(), torch.inference_mode(), mode.paused(), undone.watching():
+            with (
+                _disable_current_modes(),
+                torch.inference_mode(),
+                mode.paused(),
+                undone.watching(),
+            ):
                 out = call()
             for leaf, stand_in in zip(leaves_of(out), leaves_of(traced.outputs), strict=True):
                 if isinstance(leaf, Tensor):
@@ -122,21 +148,39 @@ class Parts:
         """The parameters and buffers of modules that are in no part."""
         paths = {path for path, _ in self.traces}
         modules = self.twin.model.named_modules(remove_duplicate=False)
-        own = [m for name, m in modules if not any(name == path or name.startswith(f"{path}.") for path in paths)]
-        return [t for m in own for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        own = [
+            m
+            for name, m in modules
+            if not any(name == path or name.startswith(f"{path}.") for path in paths)
+        ]
+        return [
+            t
+            for m in own
+            for t in (*m._parameters.values(), *m._buffers.values())
+            if t is not None
+        ]
 
     def settle(self) -> None:
-        """Extend what Python sees at full width to all that goes with it; pin it where it cannot be handed out so.
+        """Extend what Python sees at full width to all that goes with it; pin it where it cannot
+        be handed out so.
 
-        Where Python decides by values, or by sizes in a way that was not followed, parts may be called in another order and on
-        other things than for the example. Then nothing is removed between them: a part whose inputs and outputs are whole does the
-        right thing wherever it is called.
+        Where Python decides by values, or by sizes in a way that was not followed, parts may be
+        called in another order and on other things than for the example. Then nothing is removed
+        between them: a part whose inputs and outputs are whole does the right thing wherever it is
+        called.
         """
         ctx = self.context
         for tensor, _, _ in self._handed if self.decided else ():
             ctx.node = PYTHON + self.decided
             ctx.pin_all(ctx.fields(tensor), f"passes Python code that decides by {self._by}")
-        wide, before = np.unique(np.concatenate([np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.wide)])), -1
+        wide, before = (
+            np.unique(
+                np.concatenate(
+                    [np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.wide)]
+                )
+            ),
+            -1,
+        )
         wide = wide[wide > 0]
         while len(wide) != before:
             before = len(wide)
@@ -152,7 +196,9 @@ class Parts:
         ctx.wide = [wide]
 
     def _traced(self, path: str, args: Any, kwargs: Any, training: bool) -> Trace:
-        """A call of a part, under labels: its graph for evaluation, or for training where that is another."""
+        """A call of a part, under labels: its graph for evaluation, or for training where that is
+        another.
+        """
         inputs = tree_map(self._stand_in, (args, kwargs))
         traced = self._follow(path, inputs, training=False)
         if traced.asked_mode:
@@ -163,31 +209,46 @@ class Parts:
         return traced
 
     def _follow(self, path: str, inputs: Any, training: bool) -> Trace:
-        """Trace a call. The graph of the first one is emitted; what others read and give has to be laid out as there."""
+        """Trace a call. The graph of the first one is emitted; what others read and give has to be
+        laid out as there.
+        """
         ctx = self.context
         before, ctx.ran = ctx.ran, {}
         watch = self.watch(f"{path}:train." if training else f"{path}:")
-        traced = replace(trace(self.twin.part(path), *inputs, watch=watch, training=training), path=path)
+        traced = replace(
+            trace(self.twin.part(path), *inputs, watch=watch, training=training), path=path
+        )
         first = self.traces.setdefault((path, training), traced)
         if first is not traced:
             self._laid_out_alike(first, traced)
         ctx.ran = {**before, **ctx.ran} if first is traced else before
         for value in traced.placeholders:
-            self._handed += [(leaf, False, isinstance(value, Tensor)) for leaf in tensors_of(value)]
+            self._handed += [
+                (leaf, False, isinstance(value, Tensor)) for leaf in tensors_of(value)
+            ]
         return traced
 
     def _give_alike(self, traced: Trace, trained: Trace) -> None:
-        """Python that was not followed in training gets there what it gets in evaluation, or the whole of what it gets."""
+        """Python that was not followed in training gets there what it gets in evaluation, or the
+        whole of what it gets.
+        """
         self.context.node = f"{trained.prefix}output"
         self._unite([own.outputs for own in (traced, trained)], "is given in training only")
 
     def _laid_out_alike(self, first: Trace, again: Trace) -> None:
-        """One graph stands for all calls of a part: what it takes and gives keeps the same positions in each of them."""
+        """One graph stands for all calls of a part: what it takes and gives keeps the same
+        positions in each of them.
+        """
         self.context.node = f"{first.prefix}output"
-        self._unite([(own.placeholders, own.outputs) for own in (first, again)], "is laid out in another way in another call")
+        self._unite(
+            [(own.placeholders, own.outputs) for own in (first, again)],
+            "is laid out in another way in another call",
+        )
 
     def _unite(self, both: Sequence[Any], why: str) -> None:
-        """Unite the labels of two values leaf by leaf; pin them where they are laid out in two ways."""
+        """Unite the labels of two values leaf by leaf; pin them where they are laid out in two
+        ways.
+        """
         ctx, (ones, others) = self.context, map(leaves_of, both)
         for one, other in itertools.zip_longest(ones, others):
             fields, theirs = ctx.fields(one), ctx.fields(other)
@@ -211,11 +272,16 @@ class Parts:
 
 
 def _as_number(leaf: Any) -> Any:
-    """A width that a part is called with, or that the model gives, is a number, and no other one in the smaller model."""
+    """A width that a part is called with, or that the model gives, is a number, and no other one
+    in the smaller model.
+    """
     return leaf.told() if type(leaf) is Width else plain_sizes(leaf)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, one for each name."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
     return [tensor for _, tensor in named]

@@ -1,4 +1,6 @@
-"""What Python code does between parts, seen on data: labels are carried on, and what would be wrong for fewer channels is noted."""
+"""What Python code does between parts, seen on data: labels are carried on, and what would be
+wrong for fewer channels is noted.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,39 @@ PYTHON = "python:"
 
 
 _SIZED = frozenset(
-    {"view", "reshape", "expand", "unflatten", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full"}
+    {
+        "view",
+        "reshape",
+        "expand",
+        "unflatten",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+    }
     | {"repeat", "rand", "randn", "broadcast_to"}
 )
-"""Functions that take sizes as sizes: with a width that Python read off a tensor they give the right ones for a smaller one too."""
+"""Functions that take sizes as sizes: with a width that Python read off a tensor they give the
+right ones for a smaller one too.
+"""
 
 
-_READING = frozenset({"numel", "nelement", "nbytes", "__len__", "stride", "storage_offset", "storage", "untyped_storage"})
+_READING = frozenset(
+    {
+        "numel",
+        "nelement",
+        "nbytes",
+        "__len__",
+        "stride",
+        "storage_offset",
+        "storage",
+        "untyped_storage",
+    }
+)
 """What gives numbers that follow from the sizes of a tensor's memory."""
 
 
@@ -94,14 +122,21 @@ class Sizes(TorchFunctionMode):
             found = self._sizes(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return found if dim is None else found[dim]
-        if name in _READING or getattr(getattr(func, "__self__", None), "__name__", "") in _READING:
-            math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])  # whatever widths are in it are told
+        if (
+            name in _READING
+            or getattr(getattr(func, "__self__", None), "__name__", "") in _READING
+        ):
+            # whatever widths are in it are told
+            math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
             self.mode.memory.meet([args[0]])
             self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
         for width in _widths(_numbers(name, args, kwargs)):
             width.told()
-        before, self.mode.widths = self.mode.widths, _widths((args, kwargs)) if name in _SIZED else []
+        before, self.mode.widths = (
+            self.mode.widths,
+            _widths((args, kwargs)) if name in _SIZED else [],
+        )
         args, kwargs = map_leaves(_plain, (args, kwargs))
         given = tensors_in(args, kwargs)
         self.mode.memory.meet(given)
@@ -119,7 +154,9 @@ class Sizes(TorchFunctionMode):
         self.mode.reads(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
-            sizes[dim] = Width(int(sizes[dim]), functools.partial(_live, context, labels), context.wide.extend)
+            sizes[dim] = Width(
+                int(sizes[dim]), functools.partial(_live, context, labels), context.wide.extend
+            )
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
@@ -136,9 +173,11 @@ def _live(context: Context, labels: list[Array]) -> list[Array]:
 
 
 def measure(model: nn.Module, mode: RealMode) -> None:
-    """Let the numbers that modules remember of their sizes (``in_features``) say so where Python reads them.
+    """Let the numbers that modules remember of their sizes (``in_features``) say so where Python
+    reads them.
 
-    They are those of the smaller model there. What is computed from one keeps its value: the axis stays.
+    They are those of the smaller model there. What is computed from one keeps its value: the axis
+    stays.
     """
     context = mode.context
 
@@ -162,13 +201,17 @@ def measure(model: nn.Module, mode: RealMode) -> None:
 
 
 class RealMode(LabelMode):
-    """Executes ATen ops on data, carries labels on, and notes what the Python code around could not do on fewer channels."""
+    """Executes ATen ops on data, carries labels on, and notes what the Python code around could
+    not do on fewer channels.
+    """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.widths: list[Width] = []  # among the sizes that this call is given
-        self.own: TensorMap[Tensor] = TensorMap()  # the model's parameters and buffers -> those of the twin
-        self.read: TensorMap[None] = TensorMap()  # those of the twin that Python reads itself, outside of parts
+        # the model's parameters and buffers -> those of the twin
+        self.own: TensorMap[Tensor] = TensorMap()
+        # those of the twin that Python reads itself, outside of parts
+        self.read: TensorMap[None] = TensorMap()
         self.memory = Memory(context)
         self.pausing = False  # while a part runs
         self._number = itertools.count()
@@ -183,7 +226,9 @@ class RealMode(LabelMode):
             self.pausing = False
 
     def reads(self, tensor: Tensor) -> None:
-        """Python reads this tensor, or its size: what is a parameter is seen there as it is, and not as wide as it was."""
+        """Python reads this tensor, or its size: what is a parameter is seen there as it is, and
+        not as wide as it was.
+        """
         if tensor in self.own:
             self.read[self.own[tensor]] = None
 
@@ -200,7 +245,12 @@ class RealMode(LabelMode):
         out = func(*args, **kwargs)
         if labelled or (creates and self.widths):
             self._label(func, rule, args, kwargs, out)
-        self.memory.note([*tensors, *tensors_in((out,), {})] if func._schema.is_mutable else tensors_in((out,), {}), follows)
+        self.memory.note(
+            [*tensors, *tensors_in((out,), {})]
+            if func._schema.is_mutable
+            else tensors_in((out,), {}),
+            follows,
+        )
         return out
 
     def _label(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -221,11 +271,15 @@ class RealMode(LabelMode):
         before = [f.labels for t in tensors for f in ctx.fields(t)]
         statistics = len(ctx.statistics)
         bound = rules.bind(func, args, kwargs)
-        if any(tensor in ctx.records for tensor in tensors) or (isinstance(out, Tensor) and out.is_floating_point()):
+        if any(tensor in ctx.records for tensor in tensors) or (
+            isinstance(out, Tensor) and out.is_floating_point()
+        ):
             self._follow(rule, func, bound, out)
         if rule.family == "creation":
             for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
-                measured = [a for width in self.widths for a in width.labels if a.size == f.labels.size]
+                measured = [
+                    a for width in self.widths for a in width.labels if a.size == f.labels.size
+                ]
                 for labels in measured:
                     ctx.unite(f.labels.ravel(), labels.ravel())
                 ctx.wide += [] if measured else [f.labels]
@@ -235,14 +289,18 @@ class RealMode(LabelMode):
             ctx.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
 
     def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels through a call on no elements: the labels that it carries on some are found out, and are those of none.
+        """Carry labels through a call on no elements: the labels that it carries on some are found
+        out, and are those of none.
 
         Where that cannot be found out Python sees the full width.
         """
         ctx, given = self.context, tensors_in(args, kwargs)
         some = TensorMap((tensor, self._some(tensor)) for tensor in given)
         own, named = map_tensors(some.__getitem__, (args, kwargs))
-        if func._schema.name.removeprefix("aten::").rstrip("_") in _SIZED | {"_unsafe_view", "_reshape_alias"}:
+        if func._schema.name.removeprefix("aten::").rstrip("_") in _SIZED | {
+            "_unsafe_view",
+            "_reshape_alias",
+        }:
             own = tuple(_sizes_of_some(value) for value in own)
         try:
             made = func(*own, **named)
@@ -256,40 +314,63 @@ class RealMode(LabelMode):
                 self.carry(leaf, ctx.fields(stand_in))
 
     def _some(self, tensor: Tensor) -> Tensor:
-        """A tensor that has two of what there is none of; a mask that chooses the first two where it chooses nothing."""
+        """A tensor that has two of what there is none of; a mask that chooses the first two where
+        it chooses nothing.
+        """
         if tensor.numel():
             if tensor.dtype is not torch.bool or bool(tensor.any()):
                 return tensor
             chosen = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
             chosen.view(-1)[:2] = True
             return chosen
-        made = torch.zeros([size or 2 for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+        made = torch.zeros(
+            [size or 2 for size in tensor.shape], dtype=tensor.dtype, device=tensor.device
+        )
         if made.dtype is torch.bool:
             made[...] = True
         self.carry(made, self.context.fields(tensor))
         return made
 
     def carry(self, tensor: Tensor, fields: list[Field]) -> None:
-        """Give a tensor the labels of another, of which it may have fewer elements; what does not fit is seen at full width."""
-        fit = [f for f in fields if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims) and f.labels.ndim == tensor.dim()]
+        """Give a tensor the labels of another, of which it may have fewer elements; what does not
+        fit is seen at full width.
+        """
+        fit = [
+            f
+            for f in fields
+            if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
+            and f.labels.ndim == tensor.dim()
+        ]
         self.context.wide += [f.labels for f in fields if f not in fit]
         self.context.put(tensor, fit)
         self.memory.note([tensor], True)
 
-    def _narrows(self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int) -> bool:
+    def _narrows(
+        self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int
+    ) -> bool:
         """Whether the same call does the right thing on fewer channels."""
         ctx, name = self.context, func._schema.name.removeprefix("aten::").rstrip("_")
         if ctx.rescaled.pop(ctx.node, None) is not None:
             return False
         if len(ctx.statistics) > statistics:
-            ctx.statistics.popitem()  # they are taken at full width, where zeros count as in the masked original
+            # they are taken at full width, where zeros count as in the masked original
+            ctx.statistics.popitem()
             return False
         bound = rules.bind(func, args, kwargs)
         if rule.family == "convolution" and bound["groups"] > 1:
             return False
-        if bound.get("scale", 1) is None and any(bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])):
+        if bound.get("scale", 1) is None and any(
+            bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])
+        ):
             return False  # attention scales by the width of what it is given
-        if rule.family in ("pointwise", "contraction", "convolution", "normalisation", "reduction", "recurrent"):
+        if rule.family in (
+            "pointwise",
+            "contraction",
+            "convolution",
+            "normalisation",
+            "reduction",
+            "recurrent",
+        ):
             return True
         if name in _SIZED | {"_unsafe_view", "_reshape_alias"} and self._measured(out):
             return True
@@ -297,10 +378,18 @@ class RealMode(LabelMode):
         def labels(tensor: Tensor) -> list[Array]:
             return [f.labels for f in ctx.fields(tensor)]
 
-        return not of_one_size(name, bound, out, labels) and narrows(func, args, kwargs, out, labels)
+        return not of_one_size(name, bound, out, labels) and narrows(
+            func, args, kwargs, out, labels
+        )
 
     def _measured(self, out: Any) -> bool:
-        """Whether every axis that shrinks was given its size by Python that read it off a tensor."""
+        """Whether every axis that shrinks was given its size by Python that read it off a
+        tensor.
+        """
         live = self.context.units.live
         read = {live(a).ravel().tobytes() for width in self.widths for a in width.labels}
-        return all(f.labels.ravel().tobytes() in read for leaf in tree_leaves(out) for f in self.context.fields(leaf))
+        return all(
+            f.labels.ravel().tobytes() in read
+            for leaf in tree_leaves(out)
+            for f in self.context.fields(leaf)
+        )

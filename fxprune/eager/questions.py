@@ -1,7 +1,8 @@
 """Which questions about sizes a model's Python asks, and what it does after each answer.
 
-Sizes of tensors are numbers that are known for what they are (:class:`Size`), and so is what is computed of them. Where Python
-branches by one (``if x.shape[1] > 5``), that is a question: it is noted, and answered otherwise where that is wanted.
+Sizes of tensors are numbers that are known for what they are (:class:`Size`), and so is what is
+computed of them. Where Python branches by one (``if x.shape[1] > 5``), that is a question: it is
+noted, and answered otherwise where that is wanted.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class Questions(TorchFunctionMode):
     asked:
         The questions, by their places.
     trail:
-        Each step and one that it takes something from. A step is a call of a part, or of one of torch's functions on what follows
-        from parameters, at some lines of the model's code.
+        Each step and one that it takes something from. A step is a call of a part, or of one of
+        torch's functions on what follows from parameters, at some lines of the model's code.
     """
 
     def __init__(self, own: Iterable[Tensor], turned: Mapping[Place, bool] | None = None) -> None:
@@ -79,15 +80,18 @@ class Questions(TorchFunctionMode):
         self.turned = dict(turned or {})
         self.asked: dict[Place, Asked] = {}
         self.trail: set[tuple[Any, Any]] = set()
-        self._made: Any = WeakTensorKeyDictionary()  # what follows from parameters -> the step that gave it
-        self._said: dict[tuple[str, float, float], bool] = {}  # to which questions an answer was given that is not true
+        # what follows from parameters -> the step that gave it
+        self._made: Any = WeakTensorKeyDictionary()
+        # to which questions an answer was given that is not true
+        self._said: dict[tuple[str, float, float], bool] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
             return out if args[0] in self.own else self._known(out)
         if name not in _ATTRIBUTES:
-            self.step(name, (args, kwargs), out if out is not None else args[:1])  # None: of what is written into
+            # None: of what is written into
+            self.step(name, (args, kwargs), out if out is not None else args[:1])
         return out
 
     def step(self, what: str, given: Any, made: Any) -> None:
@@ -107,10 +111,16 @@ class Questions(TorchFunctionMode):
         self.step("output", out, ())
 
     def _known(self, sizes: Any) -> Any:
-        return torch.Size(map(self._known, sizes)) if isinstance(sizes, tuple) else Size(sizes, self)
+        return (
+            torch.Size(map(self._known, sizes)) if isinstance(sizes, tuple) else Size(sizes, self)
+        )
 
-    def answer(self, answer: bool, number: float, sign: str, other: float, frame: FrameType) -> bool:
-        """What is answered to a question whose true answer is known; the same question has one answer wherever it is asked."""
+    def answer(
+        self, answer: bool, number: float, sign: str, other: float, frame: FrameType
+    ) -> bool:
+        """What is answered to a question whose true answer is known; the same question has one
+        answer wherever it is asked.
+        """
         if not self.is_active():
             return answer
         place = frame.f_code, frame.f_lasti
@@ -133,7 +143,12 @@ class Questions(TorchFunctionMode):
         count, thread = builtins.len, threading.get_ident()
 
         def seen(value: Any, /) -> int:
-            known = isinstance(value, Tensor) and threading.get_ident() == thread and self.is_active() and value not in self.own
+            known = (
+                isinstance(value, Tensor)
+                and threading.get_ident() == thread
+                and self.is_active()
+                and value not in self.own
+            )
             return Size(count(value), self) if known else count(value)
 
         builtins.len = seen
@@ -143,7 +158,18 @@ class Questions(TorchFunctionMode):
             builtins.len = count
 
 
-_ATTRIBUTES = frozenset({"__get__", "dim", "ndimension", "is_floating_point", "__len__", "stride", "is_contiguous", "get_device"})
+_ATTRIBUTES = frozenset(
+    {
+        "__get__",
+        "dim",
+        "ndimension",
+        "is_floating_point",
+        "__len__",
+        "stride",
+        "is_contiguous",
+        "get_device",
+    }
+)
 """What only asks about tensors, and leads to no others."""
 
 _BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
@@ -172,7 +198,11 @@ class _Known:
     def __bool__(self) -> bool:
         number: Any = _plain(self)
         frame = sys._getframe(1)
-        return bool(number) if is_ours(frame.f_code.co_filename) else self.questions.answer(bool(number), number, "ne", 0, frame)
+        return (
+            bool(number)
+            if is_ours(frame.f_code.co_filename)
+            else self.questions.answer(bool(number), number, "ne", 0, frame)
+        )
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _plain(self)
@@ -207,7 +237,13 @@ def plain_sizes(value: Any) -> Any:
 def _known(number: Any, questions: Questions) -> Any:
     if type(number) is tuple:
         return tuple(_known(each, questions) for each in number)
-    return Size(number, questions) if type(number) is int else Fraction(number, questions) if type(number) is float else number
+    return (
+        Size(number, questions)
+        if type(number) is int
+        else Fraction(number, questions)
+        if type(number) is float
+        else number
+    )
 
 
 def _computing(kind: Any, name: str) -> Callable[..., Any]:
@@ -243,7 +279,12 @@ def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
 
 _OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow")
 for _kind, _plain_kind in ((Size, int), (Fraction, float)):
-    for _name in (*(f"__{side}{own}__" for own in _OPERATORS for side in ("", "r")), "__neg__", "__abs__", "__pos__"):
+    for _name in (
+        *(f"__{side}{own}__" for own in _OPERATORS for side in ("", "r")),
+        "__neg__",
+        "__abs__",
+        "__pos__",
+    ):
         setattr(_kind, _name, _computing(_plain_kind, _name))
     for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
         setattr(_kind, _name, _computing(_plain_kind, _name))

@@ -1,4 +1,6 @@
-"""The runs of a model by which it is learned what its Python does: with other answers, in training, where something is found."""
+"""The runs of a model by which it is learned what its Python does: with other answers, in
+training, where something is found.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ class Routes:
     untrained: str = ""
 
 
-def run(model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]) -> tuple[Any, Decisions]:
+def run(
+    model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]
+) -> tuple[Any, Decisions]:
     """What the model, a private copy, returns on this route, run under these contexts."""
     args, kwargs = route.call or (args, kwargs)
     found: list[AbstractContextManager[Any]] = [Found()] if route.finds else []
@@ -94,8 +98,8 @@ def run(model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: Abstrac
 def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
     """The routes that a model can take.
 
-    A route on which something is found where the example has nothing is one where the model can go it. Training is one, unless it
-    needs what the example has not: targets, say.
+    A route on which something is found where the example has nothing is one where the model can go
+    it. Training is one, unless it needs what the example has not: targets, say.
     """
     for again in range(RUNS):
         with drawing(twin.model) if again else undrawn() as drawn:
@@ -109,7 +113,9 @@ def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
 
 
 def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
-    """By what a model does something else when it is called again on the same inputs; empty if it does the same."""
+    """By what a model does something else when it is called again on the same inputs; empty if it
+    does the same.
+    """
     model = twin.instance()
     reach = Reach(model)
     if not reach.may_change:
@@ -141,7 +147,8 @@ def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
                 if now != first:
                     return EACH_CALL
                 changed = reach.may_differ or any(map(_is_another, attributes.changes()))
-            except Exception:  # it needs in training what the example has not; a way that fails leads nowhere
+            except Exception:
+                # it needs in training what the example has not; a way that fails leads nowhere
                 changed = False
             finally:
                 reach.put_back()
@@ -159,7 +166,9 @@ def _is_another(change: Change) -> bool:
 
 def _explored(twin: Twin, args: Any, kwargs: Any) -> Routes:
     watch, found = Found(finds=False), Routes([])
-    _add(found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route())
+    _add(
+        found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route()
+    )
     for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
         try:
             add_ways(found, twin, args, kwargs, route)
@@ -200,7 +209,8 @@ _FINDS = frozenset({"nonzero", "nonzero_numpy", "argwhere", "where", "masked_sel
 
 
 class Found(DispatchMode):
-    """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there instead.
+    """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there
+    instead.
 
     Attributes
     ----------
@@ -222,7 +232,11 @@ class Found(DispatchMode):
         if chosen is None:
             return out
         mask, others = (chosen, None) if isinstance(chosen, Tensor) else (chosen[0], chosen[1:])
-        if not isinstance(mask, Tensor) or not mask.numel() or (where and mask.dtype is not torch.bool):
+        if (
+            not isinstance(mask, Tensor)
+            or not mask.numel()
+            or (where and mask.dtype is not torch.bool)
+        ):
             return out
         self.missed += 1
         if not self.finds:

@@ -1,8 +1,9 @@
 """What a model's Python does between parts for inputs of other sizes.
 
-Parts guard the sizes by which they were traced. Python between them takes any size, and may call other parts then, or do something
-else on the way from one to the next. So the model is called with other sizes, and each question that it asks about one of them is
-answered the other way; what it does then, and has not done before, is one more route.
+Parts guard the sizes by which they were traced. Python between them takes any size, and may call
+other parts then, or do something else on the way from one to the next. So the model is called with
+other sizes, and each question that it asks about one of them is answered the other way; what it
+does then, and has not done before, is one more route.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _VALUES = "other values"
 
 @dataclass
 class _Asked:
-    """A question of all runs: by how much its numbers differ, by the sizes of the inputs; the answers; the routes that ask it."""
+    """A question of all runs: by how much its numbers differ, by the sizes of the inputs; the
+    answers; the routes that ask it.
+    """
 
     line: str
     empties: bool
@@ -50,7 +53,9 @@ class _Asked:
 
     @property
     def is_free(self) -> bool:
-        """Whether it goes by the sizes of inputs: for others its numbers differ by more, or by less."""
+        """Whether it goes by the sizes of inputs: for others its numbers differ by more, or by
+        less.
+        """
         return len(self.margins) == 1 or len({frozenset(own) for own in self.margins.values()}) > 1
 
 
@@ -79,13 +84,22 @@ class Sized:
         if self._trail == known and self._places == places:
             return  # training does what evaluation does
         before = len(self.routes)
-        every = (call for call in _calls((self.args, self.kwargs)) if self._takes(base, call, asked))
+        every = (
+            call for call in _calls((self.args, self.kwargs)) if self._takes(base, call, asked)
+        )
         taken = [*itertools.islice(every, _CALLS)]
         new = [route.sizes.startswith(_BATCH) for route in self.routes[before:]]
-        self._go_on(base, asked, _near((self.args, self.kwargs), rows=True in new, sizes=False in new))
+        self._go_on(
+            base, asked, _near((self.args, self.kwargs), rows=True in new, sizes=False in new)
+        )
         tried: set[tuple[Place, bool]] = set()
         while taken and not self.decided:
-            open_ = ((p, a) for p, found in asked.items() for a in (False, True) if a not in found.answers and found.is_free)
+            open_ = (
+                (p, a)
+                for p, found in asked.items()
+                for a in (False, True)
+                if a not in found.answers and found.is_free
+            )
             turn = next((turn for turn in open_ if turn not in tried), None)
             if turn is None:
                 break
@@ -93,7 +107,9 @@ class Sized:
             if len(self.routes) > _MOST or not self._turns(*turn, asked):
                 self.decided = asked[turn[0]].line
 
-    def _takes(self, base: Route, sized: tuple[str, Arguments], asked: dict[Place, _Asked]) -> bool:
+    def _takes(
+        self, base: Route, sized: tuple[str, Arguments], asked: dict[Place, _Asked]
+    ) -> bool:
         name, call = sized
         try:
             self._visit(replace(base, sizes=name, call=call), asked)
@@ -101,8 +117,15 @@ class Sized:
             return False
         return True
 
-    def _go_on(self, base: Route, asked: dict[Place, _Asked], others: Iterable[Iterator[tuple[str, Arguments]]]) -> None:
-        """Try more sizes, until several in a row lead to nothing new: a loop over layers, say, calls one more for each."""
+    def _go_on(
+        self,
+        base: Route,
+        asked: dict[Place, _Asked],
+        others: Iterable[Iterator[tuple[str, Arguments]]],
+    ) -> None:
+        """Try more sizes, until several in a row lead to nothing new: a loop over layers, say,
+        calls one more for each.
+        """
         for near in others:
             still, taken, refused, name = 0, 0, 0, ""
             for name, call in itertools.islice(near, _NEAR):
@@ -118,7 +141,9 @@ class Sized:
                 self.decided = self.decided or f"inputs of other sizes, {name}"
 
     def _turns(self, place: Place, answer: bool, asked: dict[Place, _Asked]) -> bool:
-        """Whether it is known where the other answer to a question leads: it was followed, or the model refuses such inputs."""
+        """Whether it is known where the other answer to a question leads: it was followed, or the
+        model refuses such inputs.
+        """
         found, known = asked[place], False
         for route in found.routes[:_WHERE]:
             turned = {**dict(route.turned), place: answer}
@@ -133,13 +158,21 @@ class Sized:
         self._takes(plain, (_VALUES, random((self.args, self.kwargs))), asked)
         if found.is_of_data or answer in found.answers:
             return True
-        return any(self._takes(plain, call, asked) and answer in found.answers for call in self._answering(found))
+        return any(
+            self._takes(plain, call, asked) and answer in found.answers
+            for call in self._answering(found)
+        )
 
     def _answering(self, found: _Asked) -> Iterator[tuple[str, Arguments]]:
         """Sizes for which a question about one of them may have the other answer."""
         call = self.args, self.kwargs
         margins = {int(margin) for own in found.margins.values() for margin in own}
-        away = {sign * abs(margin) + more for margin in margins for sign in (-1, 1) for more in (-1, 0, 1)}
+        away = {
+            sign * abs(margin) + more
+            for margin in margins
+            for sign in (-1, 1)
+            for more in (-1, 0, 1)
+        }
         near = {(abs(by), size + by, size) for size in lengths(call) for by in away - {0}}
         for _, new, size in sorted(near)[:_NEAR]:
             if 0 < new <= max(4 * size, _LONGEST):
@@ -157,7 +190,14 @@ class Sized:
             return out
 
         with intercepted(real, self.parts, part):
-            out, _ = run(real, self.args, self.kwargs, replace(route, turned=()), questions, questions.counting())
+            out, _ = run(
+                real,
+                self.args,
+                self.kwargs,
+                replace(route, turned=()),
+                questions,
+                questions.counting(),
+            )
         questions.finish(leaves_of(out))
         for place, own in questions.asked.items():
             found = asked.setdefault(place, _Asked(own.line, own.empties))
@@ -183,7 +223,9 @@ def _calls(call: Arguments) -> Iterator[tuple[str, Arguments]]:
 
 
 def _near(call: Arguments, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Arguments]]]:
-    """For the rows of the example, and for each of its sizes, calls with others, the nearest first."""
+    """For the rows of the example, and for each of its sizes, calls with others, the nearest
+    first.
+    """
     args, kwargs = call
     if rows and other_batch(call) is not None:
         around = _around(batch_size((*args, *kwargs.values())))

@@ -1,4 +1,6 @@
-"""Whether the Python between parts can go one way only, whatever the numbers that it has taken out of tensors."""
+"""Whether the Python between parts can go one way only, whatever the numbers that it has taken out
+of tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ __all__ = ["is_straight"]
 
 
 def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], object]) -> bool:
-    """Whether what runs outside of parts has no branch, no handler of exceptions, no loop that calls parts, and chooses no module.
+    """Whether what runs outside of parts has no branch, no handler of exceptions, no loop that
+    calls parts, and chooses no module.
 
-    A loop without calls of parts computes more or less of the same; a branch may choose what goes into the next part.
+    A loop without calls of parts computes more or less of the same; a branch may choose what goes
+    into the next part.
 
     Parameters
     ----------
@@ -42,7 +46,9 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
             run()
         finally:
             sys.setprofile(before)
-    return not seen.chooses and not any(_can_turn(code, code in seen.callers) for code in seen.codes)
+    return not seen.chooses and not any(
+        _can_turn(code, code in seen.callers) for code in seen.codes
+    )
 
 
 class _Seen:
@@ -84,19 +90,34 @@ class _Seen:
 
 
 def _is_models(frame: FrameType) -> bool:
-    """Whether a function may have to do with the tensors and modules of the model: not torch's, nor Python's, nor NumPy's."""
+    """Whether a function may have to do with the tensors and modules of the model: not torch's,
+    nor Python's, nor NumPy's.
+    """
     code = frame.f_code
-    if is_ours(code.co_filename) or (code.co_filename.startswith(_PYTHON) and not code.co_filename.startswith(_PACKAGES)):
+    if is_ours(code.co_filename) or (
+        code.co_filename.startswith(_PYTHON) and not code.co_filename.startswith(_PACKAGES)
+    ):
         return False
-    given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+    given = [
+        frame.f_locals.get(name)
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    ]
     return (
         "torch" in frame.f_globals
         or bool(code.co_freevars)
-        or any(isinstance(value, (Tensor, nn.Module)) or (callable(value) and not isinstance(value, type)) for value in given)
+        or any(
+            isinstance(value, (Tensor, nn.Module))
+            or (callable(value) and not isinstance(value, type))
+            for value in given
+        )
     )
 
 
-_PYTHON = (f"{sysconfig.get_paths()['stdlib']}/", f"{sysconfig.get_paths()['platstdlib']}/", "<frozen")
+_PYTHON = (
+    f"{sysconfig.get_paths()['stdlib']}/",
+    f"{sysconfig.get_paths()['platstdlib']}/",
+    "<frozen",
+)
 _PACKAGES = (f"{sysconfig.get_paths()['purelib']}/", f"{sysconfig.get_paths()['platlib']}/")
 
 

@@ -22,10 +22,11 @@ __all__ = ["runnable"]
 
 
 def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
-    """The example with values on which the model runs, and calls as many of its modules as can be reached.
+    """The example with values on which the model runs, and calls as many of its modules as can be
+    reached.
 
-    These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own; else random ones. Later ones are
-    tried only where those before them leave a module out.
+    These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own;
+    else random ones. Later ones are tried only where those before them leave a module out.
 
     Raises
     ------
@@ -36,7 +37,11 @@ def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
     """
     if twin.device.type == "meta":
         raise refused
-    every = {path for path, module in twin.model.named_modules() if path and any(True for _ in module.parameters())}
+    every = {
+        path
+        for path, module in twin.model.named_modules()
+        if path and any(True for _ in module.parameters())
+    }
     best, most = None, -1
     for call, own in _calls(example):
         try:
@@ -79,7 +84,13 @@ def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
 
     args, kwargs = placed(call, twin.device)
     undone = Undone(dict(model.named_parameters()))
-    with undone.afterwards(), in_one_thread(), torch.no_grad(), slow_path(), intercepted(model, paths, note):
+    with (
+        undone.afterwards(),
+        in_one_thread(),
+        torch.no_grad(),
+        slow_path(),
+        intercepted(model, paths, note),
+    ):
         model(*args, **kwargs)
     return found
 
@@ -91,20 +102,24 @@ def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
         return TraceError(takes_functions(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
     if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
-        return refused  # it says more: the arguments that forward takes, or shapes and the layer's weights
+        # it says more: the arguments that forward takes, or shapes and the layer's weights
+        return refused
     if _is_of_model(error):
         return ModelError(
-            f"forward of this {type(twin.model).__name__} fails on other grounds than its inputs: {type(error).__name__}: {error} "
-            f"(at {where}). Mend that line; a model that runs can be pruned."
+            f"forward of this {type(twin.model).__name__} fails on other grounds than its "
+            f"inputs: {type(error).__name__}: {error} (at {where}). Mend that line; a model that "
+            "runs can be pruned."
         )
     return InputError(
-        f"{type(twin.model).__name__} fails on the example inputs: {type(error).__name__}: {error} (at {where}). Check that they "
-        "are what the model is called with: shapes, dtypes, values and the order of arguments."
+        f"{type(twin.model).__name__} fails on the example inputs: {type(error).__name__}: "
+        f"{error} (at {where}). Check that they are what the model is called with: shapes, "
+        "dtypes, values and the order of arguments."
     )
 
 
 def _is_of_model(error: Exception) -> bool:
-    """Whether an exception has nothing to do with inputs: a name, or an attribute of a module, that is not there.
+    """Whether an exception has nothing to do with inputs: a name, or an attribute of a module,
+    that is not there.
 
     A local variable without a value may have one for other inputs.
     """

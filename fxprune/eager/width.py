@@ -17,8 +17,9 @@ __all__ = ["Width"]
 class Width(torch.SymInt):
     """A number that Python has read off a tensor, and that is smaller in the smaller model.
 
-    It answers as an ``int``, but is none: C code reads an ``int`` without asking (``range(n)``, ``math.log(n)``, ``int(n)``), and
-    has to ask this for its number, which is told. To torch it is a number like others.
+    It answers as an ``int``, but is none: C code reads an ``int`` without asking (``range(n)``,
+    ``math.log(n)``, ``int(n)``), and has to ask this for its number, which is told. To torch it is
+    a number like others.
 
     Parameters
     ----------
@@ -27,10 +28,13 @@ class Width(torch.SymInt):
     read:
         Gives the labels of the axis, by field.
     tell:
-        Called with the labels where something is computed from the number, which a smaller one would change.
+        Called with the labels where something is computed from the number, which a smaller one
+        would change.
     """
 
-    def __init__(self, number: int, read: Callable[[], list[Array]], tell: Callable[[list[Array]], None]) -> None:
+    def __init__(
+        self, number: int, read: Callable[[], list[Array]], tell: Callable[[list[Array]], None]
+    ) -> None:
         self.number, self._read, self._tell = number, read, tell
 
     @property
@@ -56,7 +60,11 @@ class Width(torch.SymInt):
 
     def is_size_of(self, other: Any) -> bool:
         """Whether another number is the same size, also when both have shrunk."""
-        pairs = zip(self.labels, other.labels, strict=False) if type(other) is Width and self.number == other.number else ()
+        pairs = (
+            zip(self.labels, other.labels, strict=False)
+            if type(other) is Width and self.number == other.number
+            else ()
+        )
         return any(np.array_equal(a.ravel(), b.ravel()) for a, b in pairs)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +123,9 @@ def _asking(name: str) -> Callable[..., Any]:
 
 
 def _computing(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
-    """An operator, with whatever is on its other side: a float has no word for a number that is no ``int``."""
+    """An operator, with whatever is on its other side: a float has no word for a number that is no
+    ``int``.
+    """
 
     def method(self: Width, other: Any) -> Any:
         if function in (operator.eq, operator.ne) and self.is_size_of(other):
@@ -130,7 +140,21 @@ _OWN = frozenset(dir(object)) | {"__getnewargs__"}
 for _name in set(dir(int)) - _OWN:
     if _name.startswith("__"):
         setattr(Width, _name, _asking(_name))
-for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "lshift", "rshift", "and", "or", "xor", "divmod"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "truediv",
+    "mod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "or",
+    "xor",
+    "divmod",
+):
     _function = divmod if _name == "divmod" else getattr(operator, f"__{_name}__")
     setattr(Width, f"__{_name}__", _computing(_function, reflected=False))
     setattr(Width, f"__r{_name}__", _computing(_function, reflected=True))

@@ -1,6 +1,8 @@
-"""Run an exported file in a process that knows nothing of where it came from: ``runner.py FILE INPUTS OUTPUTS [PACKAGE ...]``.
+"""Run an exported file in a process that knows nothing of where it came from: ``runner.py FILE
+INPUTS OUTPUTS [PACKAGE ...]``.
 
-The packages are those that define operations of the program: torch reads it only where they are imported.
+The packages are those that define operations of the program: torch reads it only where they are
+imported.
 """
 
 import importlib
@@ -20,16 +22,24 @@ def run(file: str, given: str, got: str, *packages: str) -> None:
 
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]
-        fed = [[leaf.numpy() for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)] for call in calls]
+        fed = [
+            [leaf.numpy() for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+            for call in calls
+        ]
         results = [session.run(None, dict(zip(names, arrays, strict=True))) for arrays in fed]
         outputs = [[torch.from_numpy(array) for array in result] for result in results]
     else:
         exported = torch.export.load(file)
-        place = next((tensor.device for tensor in exported.state_dict.values()), torch.device("cpu"))
+        place = next(
+            (tensor.device for tensor in exported.state_dict.values()), torch.device("cpu")
+        )
         program = exported.module()
         calls = tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), calls)
         results = [tree_leaves(program(*args, **kwargs)) for args, kwargs in calls]
-        outputs = [[leaf.detach().cpu() for leaf in result if isinstance(leaf, torch.Tensor)] for result in results]
+        outputs = [
+            [leaf.detach().cpu() for leaf in result if isinstance(leaf, torch.Tensor)]
+            for result in results
+        ]
     if "fxprune" in sys.modules:
         raise RuntimeError("the file brought fxprune with it")
     torch.save(outputs, got)

@@ -39,7 +39,12 @@ class Timing:
         Timing(ms=3.0, low=2.0, high=4.0, count=5)
         """
         ordered = sorted(milliseconds)
-        return cls(statistics.median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4], len(ordered))
+        return cls(
+            statistics.median(ordered),
+            ordered[len(ordered) // 4],
+            ordered[3 * len(ordered) // 4],
+            len(ordered),
+        )
 
 
 @functools.partial(door, inference=True)
@@ -53,9 +58,11 @@ def time_in_turns(
 ) -> dict[str, Timing]:
     """Time several callables side by side.
 
-    Each is warmed up, ``warm_up`` times or for a second, which is where compilation and the choice of algorithms go. Then they take
-    turns, in another order each round, and every turn lasts about ``seconds``. On a GPU, CUDA events measure each call; elsewhere
-    :class:`torch.utils.benchmark.Timer` measures each turn, with as many threads as torch uses now.
+    Each is warmed up, ``warm_up`` times or for a second, which is where compilation and the choice
+    of algorithms go. Then they take turns, in another order each round, and every turn lasts about
+    ``seconds``. On a GPU, CUDA events measure each call; elsewhere
+    :class:`torch.utils.benchmark.Timer` measures each turn, with as many threads as torch uses
+    now.
 
     Raises
     ------
@@ -64,19 +71,31 @@ def time_in_turns(
 
     Examples
     --------
-    >>> found = time_in_turns({"short": lambda: sum(range(100)), "long": lambda: sum(range(10_000))}, rounds=3, seconds=0.01)
-    >>> list(found), found["short"].count, found["long"].low <= found["long"].ms <= found["long"].high
+    >>> calls = {"short": lambda: sum(range(100)), "long": lambda: sum(range(10_000))}
+    >>> found = time_in_turns(calls, rounds=3, seconds=0.01)
+    >>> long = found["long"]
+    >>> list(found), found["short"].count, long.low <= long.ms <= long.high
     (['short', 'long'], 3, True)
     """
     if not isinstance(runs, Mapping) or not runs or not all(map(callable, runs.values())):
-        raise ArgumentError("time_in_turns takes functions without arguments by name: a dict from text to callables, not empty.")
-    rounds, warm_up, lasting = whole("rounds", rounds), whole("warm_up", warm_up, 0), number(seconds)
+        raise ArgumentError(
+            "time_in_turns takes functions without arguments by name: a dict from text to "
+            "callables, not empty."
+        )
+    rounds, warm_up, lasting = (
+        whole("rounds", rounds),
+        whole("warm_up", warm_up, 0),
+        number(seconds),
+    )
     if lasting is None or not 0 < lasting < float("inf"):
         raise ArgumentError(f"seconds={shown(seconds)} must be a number above 0.")
     seconds, device = lasting, device_of("device", device, here=False)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise ArgumentError(f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
+        raise ArgumentError(
+            f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the "
+            "CPU."
+        )
     turn = _turn_on_gpu if on_gpu else _turn
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)

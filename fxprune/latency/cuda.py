@@ -11,7 +11,9 @@ __all__ = ["cache_bytes", "captured", "current", "peak_bytes"]
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU the current one: streams, events and synchronisation that name none are of the current one."""
+    """Make a GPU the current one: streams, events and synchronisation that name none are of the
+    current one.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -21,8 +23,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     Raises
     ------
     RuntimeError
-        If the call waits for the GPU, which cannot be recorded. It is found before recording begins: a recording that fails leaves
-        random numbers unusable in this process.
+        If the call waits for the GPU, which cannot be recorded. It is found before recording
+        begins: a recording that fails leaves random numbers unusable in this process.
     """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())

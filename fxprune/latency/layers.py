@@ -25,17 +25,28 @@ __all__ = ["Layer", "Operand", "Prepare", "record"]
 Prepare = Callable[[], Callable[[], object]]
 """Makes what is timed; not called where its time is known."""
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_CONVOLUTIONS = (
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 _GROUPS = 6  # the position of ``groups`` among the arguments of all of them
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that an operation reads or gives: its shape in the dense model, and which of its dimensions follow which size."""
+    """A tensor that an operation reads or gives: its shape in the dense model, and which of its
+    dimensions follow which size.
+    """
 
     shape: tuple[int, ...]
-    dims: Mapping[int, int]  # dimension -> the number of its size (see :class:`~fxprune.widths.Sizes`)
-    order: tuple[int, ...]  # dimensions, from the one of the longest stride to that of the shortest
+    # dimension -> the number of its size (see :class:`~fxprune.widths.Sizes`)
+    dims: Mapping[int, int]
+    # dimensions, from the one of the longest stride to that of the shortest
+    order: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
@@ -48,7 +59,9 @@ class Operand:
         return tuple(sizes.get(self.dims.get(d, -1), n) for d, n in enumerate(self.shape))
 
     def drawn(self, sizes: Mapping[int, int], device: torch.device) -> Tensor:
-        """A tensor of this shape and layout: random numbers, or zeros where it holds whole ones."""
+        """A tensor of this shape and layout: random numbers, or zeros where it holds whole
+        ones.
+        """
         shape = self.at(sizes)
         laid_out = [shape[d] for d in self.order]
         values = torch.zeros(laid_out, dtype=self.dtype, device=device)
@@ -58,8 +71,13 @@ class Operand:
 
     def text(self, sizes: Mapping[int, int]) -> str:
         """What the time of an operation depends on."""
-        order = "" if self.order == tuple(range(len(self.order))) else f"@{','.join(map(str, self.order))}"
-        return f"{str(self.dtype).removeprefix('torch.')}[{','.join(map(str, self.at(sizes)))}]{order}"
+        order = (
+            ""
+            if self.order == tuple(range(len(self.order)))
+            else f"@{','.join(map(str, self.order))}"
+        )
+        shape = ",".join(map(str, self.at(sizes)))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]{order}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +108,36 @@ class Layer:
     @property
     def operands(self) -> list[Operand]:
         """All tensors, read and given."""
-        read = [leaf for leaf in _leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Operand)]
+        read = [
+            leaf for leaf in _leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Operand)
+        ]
         return [*read, *self.parameters.values(), *self.results]
 
     def free(self) -> dict[int, int]:
         """The sizes that it depends on, by their numbers, in the dense model."""
-        return {number: own.shape[dim] for own in self.operands for dim, number in own.dims.items()}
+        return {
+            number: own.shape[dim] for own in self.operands for dim, number in own.dims.items()
+        }
 
     def description(self, sizes: Mapping[int, int]) -> str:
         """What it is, at these sizes, in a line."""
         target = self.target
         if isinstance(target, nn.Module):
-            own = {key: value for key, value in vars(target).items() if key not in _FORGOTTEN and isinstance(value, _PLAIN)}
-            told = ", ".join(f"{key}={value}" for key, value in own.items() if not key.startswith("_"))
+            own = {
+                key: value
+                for key, value in vars(target).items()
+                if key not in _FORGOTTEN and isinstance(value, _PLAIN)
+            }
+            told = ", ".join(
+                f"{key}={value}" for key, value in own.items() if not key.startswith("_")
+            )
             name = f"{type(target).__name__}({told})"
         else:
-            name = target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
+            name = (
+                target
+                if isinstance(target, str)
+                else getattr(target, "__qualname__", repr(target))
+            )
         shown = [_text(value, sizes) for value in self.args]
         shown += [f"{key}={_text(value, sizes)}" for key, value in self.kwargs.items()]
         shown += [f"{key}={own.text(sizes)}" for key, own in self.parameters.items()]
@@ -114,13 +146,17 @@ class Layer:
     def prepared(self, sizes: Mapping[int, int], device: torch.device) -> Callable[[], object]:
         """What calls it at these sizes, on made-up values.
 
-        It may raise what the operation raises, where sizes stand in it as numbers that do not follow.
+        It may raise what the operation raises, where sizes stand in it as numbers that do not
+        follow.
         """
         args, kwargs = _map((self.args, dict(self.kwargs)), lambda own: own.drawn(sizes, device))
         call = self.target
         if isinstance(call, nn.Module):
             call = copy.copy(call)
-            made = {name: nn.Parameter(own.drawn(sizes, device), False) for name, own in self.parameters.items()}
+            made = {
+                name: nn.Parameter(own.drawn(sizes, device), False)
+                for name, own in self.parameters.items()
+            }
             call.__dict__["_parameters"] = {**self.target._parameters, **made}
             if isinstance(call, _ConvNd):
                 call.groups = _groups(call.groups, self.args[0].shape[1], args[0].shape[1])
@@ -129,13 +165,23 @@ class Layer:
                 groups = _groups(args[_GROUPS], self.args[0].shape[1], args[0].shape[1])
                 args = (*args[:_GROUPS], groups, *args[_GROUPS + 1 :])
             elif "groups" in kwargs:
-                kwargs["groups"] = _groups(kwargs["groups"], self.args[0].shape[1], args[0].shape[1])
+                kwargs["groups"] = _groups(
+                    kwargs["groups"], self.args[0].shape[1], args[0].shape[1]
+                )
         elif isinstance(call, str):
             return lambda: getattr(args[0], call)(*args[1:], **kwargs)
         return lambda: call(*args, **kwargs)
 
 
-_FORGOTTEN = ("training", "groups", "in_channels", "out_channels", "in_features", "out_features", "num_features")
+_FORGOTTEN = (
+    "training",
+    "groups",
+    "in_channels",
+    "out_channels",
+    "in_features",
+    "out_features",
+    "num_features",
+)
 """Attributes of modules that operands tell, or that do not matter."""
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -166,8 +212,15 @@ class _Shown(str):
         return str(self)
 
 
-def record(model: nn.Module, inputs: Any, coupling: Coupling, sizes: Sizes, see: Callable[[Layer, Prepare], None]) -> None:
-    """Run the deployed dense model, and hand over each of its operations, with what makes a callable that runs it again.
+def record(
+    model: nn.Module,
+    inputs: Any,
+    coupling: Coupling,
+    sizes: Sizes,
+    see: Callable[[Layer, Prepare], None],
+) -> None:
+    """Run the deployed dense model, and hand over each of its operations, with what makes a
+    callable that runs it again.
 
     Parameters
     ----------
@@ -195,14 +248,23 @@ def record(model: nn.Module, inputs: Any, coupling: Coupling, sizes: Sizes, see:
 class _Recorder(fx.Interpreter):
     """Runs a deployed graph and looks each node up in the trace that it came from."""
 
-    def __init__(self, module: fx.GraphModule, trace: Trace, sizes: Sizes, see: Callable[[Layer, Prepare], None]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        trace: Trace,
+        sizes: Sizes,
+        see: Callable[[Layer, Prepare], None],
+    ) -> None:
         super().__init__(module)
         self.trace, self.sizes, self.see = trace, sizes, see
         self.old = {node.name: node for node in trace.graph.nodes}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         places = self.graph.find_nodes(op="placeholder")
-        rest = [kwargs.get(str(node.target), node.args[0] if node.args else None) for node in places[len(args) :]]
+        rest = [
+            kwargs.get(str(node.target), node.args[0] if node.args else None)
+            for node in places[len(args) :]
+        ]
         return self.run(*args, *rest)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -220,10 +282,14 @@ class _Recorder(fx.Interpreter):
         return lambda: execute(self.module, node, args, kwargs)
 
     def _layer(self, node: fx.Node, results: list[Tensor]) -> Layer:
-        """The call, with which of its dimensions follow which size: as in the node of the trace that it stands for."""
+        """The call, with which of its dimensions follow which size: as in the node of the trace
+        that it stands for.
+        """
         old = self.old.get(node.name)
         module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        given = tuple(self._operands(results, old.meta.get("val") if old is not None else None, None))
+        given = tuple(
+            self._operands(results, old.meta.get("val") if old is not None else None, None)
+        )
         convolves = isinstance(module, _ConvNd) or node.target in _CONVOLUTIONS
         channels = given[0].dims.get(1 if convolves else len(given[0].shape) - 1)
 
@@ -234,7 +300,10 @@ class _Recorder(fx.Interpreter):
                 return tree_map_only(Tensor, lambda _: next(made), self.env[new])
             if isinstance(new, (tuple, list)):
                 alike = isinstance(before, (tuple, list)) and len(before) == len(new)
-                return type(new)(read(a, b) for a, b in zip(new, before if alike else [None] * len(new), strict=True))
+                return type(new)(
+                    read(a, b)
+                    for a, b in zip(new, before if alike else [None] * len(new), strict=True)
+                )
             return new
 
         before_args, before_kwargs = (old.args, old.kwargs) if old is not None else ((), {})
@@ -244,18 +313,39 @@ class _Recorder(fx.Interpreter):
         parameters: dict[str, Operand] = {}
         if module is not None and old is not None:
             twin = self.trace.twin.model.get_submodule(str(old.target))
-            own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+            own = {
+                name: parameter
+                for name, parameter in module._parameters.items()
+                if parameter is not None
+            }
             for name, parameter in own.items():
-                (parameters[name],) = self._operands([parameter], twin._parameters.get(name), channels)
-        return Layer(self.trace.prefix + node.name, node.target if module is None else module, args, kwargs, parameters, given)
+                (parameters[name],) = self._operands(
+                    [parameter], twin._parameters.get(name), channels
+                )
+        return Layer(
+            self.trace.prefix + node.name,
+            node.target if module is None else module,
+            args,
+            kwargs,
+            parameters,
+            given,
+        )
 
     def _operands(self, tensors: list[Tensor], before: Any, channels: int | None) -> list[Operand]:
-        """Operands for tensors that stand for those in ``before``. A bias that folding added has one number per channel."""
+        """Operands for tensors that stand for those in ``before``. A bias that folding added has
+        one number per channel.
+        """
         out = []
-        for tensor, was in zip(tensors, [*tensors_of(before), *[None] * len(tensors)], strict=False):
+        for tensor, was in zip(
+            tensors, [*tensors_of(before), *[None] * len(tensors)], strict=False
+        ):
             dims: dict[int, int] = {}
             if was is not None and was.dim() == tensor.dim():
-                dims = {d: n for d, n in self.sizes.dims(was).items() if was.shape[d] == tensor.shape[d]}
+                dims = {
+                    d: n
+                    for d, n in self.sizes.dims(was).items()
+                    if was.shape[d] == tensor.shape[d]
+                }
             elif was is None and tensor.dim() == 1 and channels is not None:
                 dims = {0: channels}
             out.append(Operand.of(tensor, dims))

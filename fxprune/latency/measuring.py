@@ -84,7 +84,9 @@ class Setting:
         named = isinstance(self.precision, str) and isinstance(self.mode, str)
         if not named or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
-            raise ArgumentError(f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}.")
+            raise ArgumentError(
+                f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}."
+            )
         if self.batch is not None:
             object.__setattr__(self, "batch", whole("batch", self.batch))
         object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
@@ -97,15 +99,26 @@ class Setting:
     def _checked(self) -> str:
         """The device's name, of one that can be measured here."""
         given: Any = self.device
-        device = torch.device(given) if isinstance(given, (str, torch.device)) and _is_device(given) else None
+        device = (
+            torch.device(given)
+            if isinstance(given, (str, torch.device)) and _is_device(given)
+            else None
+        )
         if device is None or device.type not in ("cpu", "cuda"):
             raise ArgumentError(
-                f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with a number, as "cuda:1".'
+                f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with '
+                'a number, as "cuda:1".'
             )
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(f"device={given!r}: torch sees no GPU here. Leave device out to measure on the CPU.")
+            raise ArgumentError(
+                f"device={given!r}: torch sees no GPU here. Leave device out to measure on the "
+                "CPU."
+            )
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ArgumentError(f"device={given!r}: torch sees {torch.cuda.device_count()} GPUs here, numbered from 0.")
+            raise ArgumentError(
+                f"device={given!r}: torch sees {torch.cuda.device_count()} GPUs here, numbered "
+                "from 0."
+            )
         return str(given)
 
     def __str__(self) -> str:
@@ -147,10 +160,12 @@ class Latency:
     batch:
         Images per call.
     floor_ms:
-        What the call would take at the device's measured rate of multiply-accumulates and its measured bandwidth, whichever is
-        longer, if weights, inputs and outputs went through memory once and nothing else did.
+        What the call would take at the device's measured rate of multiply-accumulates and its
+        measured bandwidth, whichever is longer, if weights, inputs and outputs went through memory
+        once and nothing else did.
     peak_bytes:
-        Weights, inputs, and the most memory that one call takes beside them; None on a CPU, which does not tell.
+        Weights, inputs, and the most memory that one call takes beside them; None on a CPU, which
+        does not tell.
     """
 
     timing: Timing
@@ -166,12 +181,20 @@ class Latency:
     def __str__(self) -> str:
         spread = f"{self.timing.low:.3f} to {self.timing.high:.3f}"
         memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**20:,.0f} MiB"
-        return f"{self.timing.ms:.3f} ms ({spread}; floor {self.floor_ms:.3f}), {self.throughput:,.0f} per second{memory}"
+        return (
+            f"{self.timing.ms:.3f} ms ({spread}; floor {self.floor_ms:.3f}), "
+            f"{self.throughput:,.0f} per second{memory}"
+        )
 
 
 @door
 def measure(
-    models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting | None = None, *, rounds: int = 9, seconds: float = 0.2
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    setting: Setting | None = None,
+    *,
+    rounds: int = 9,
+    seconds: float = 0.2,
 ) -> dict[str, Latency]:
     """Time models side by side, in turns, on the same inputs.
 
@@ -180,8 +203,9 @@ def measure(
     models:
         Name -> module; copies are measured, in ``eval`` mode, without gradients.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments. Shapes and dtypes matter; floating-point values
-        are drawn anew. On a GPU several batches take turns, more than its L2 cache holds.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments. Shapes and dtypes
+        matter; floating-point values are drawn anew. On a GPU several batches take turns, more
+        than its L2 cache holds.
     rounds, seconds:
         How many turns each model has, and about how long each lasts.
 
@@ -198,31 +222,54 @@ def measure(
     --------
     >>> small, large = (nn.Conv2d(3, width, 3).eval() for width in (4, 256))
     >>> models = {"small": small, "large": large}
-    >>> found = measure(models, torch.zeros(1, 3, 32, 32), Setting("cpu", batch=4), rounds=3, seconds=0.02)
-    >>> found["small"].batch, found["small"].timing.count, found["small"].floor_ms < found["large"].floor_ms
+    >>> found = measure(models, torch.zeros(1, 3, 32, 32), Setting("cpu", batch=4), rounds=3,
+    ...     seconds=0.02)
+    >>> small, large = found["small"], found["large"]
+    >>> small.batch, small.timing.count, small.floor_ms < large.floor_ms
     (4, 3, True)
     """
-    if not isinstance(models, Mapping) or not models or not all(isinstance(model, nn.Module) for model in models.values()):
-        raise ArgumentError('measure() takes models by name, as {"dense": model}: a dict from text to torch.nn.Module, not empty.')
+    if (
+        not isinstance(models, Mapping)
+        or not models
+        or not all(isinstance(model, nn.Module) for model in models.values())
+    ):
+        raise ArgumentError(
+            'measure() takes models by name, as {"dense": model}: a dict from text to '
+            "torch.nn.Module, not empty."
+        )
     setting = Setting() if setting is None else setting
     if not isinstance(setting, Setting):
-        raise ArgumentError(f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as Setting(device='cpu').")
+        raise ArgumentError(
+            f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as "
+            "Setting(device='cpu')."
+        )
     with _running(models, example_inputs, setting) as (batches, ready, runs):
         timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
-        limits = roofline(setting.place, PRECISIONS[setting.precision], setting.precision == "tf32")
+        limits = roofline(
+            setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
+        )
         out = {}
         for name, model in ready.items():
             first, peak = batches[0], None
             floor = limits.floor_ms(_macs(model, first), _bytes(model, first, _call(model, first)))
             if setting.on_gpu:  # replaying takes no memory, since what was recorded has it already
-                run = functools.partial(_call, model, first) if setting.mode == "cudagraph" else runs[name]
+                run = (
+                    functools.partial(_call, model, first)
+                    if setting.mode == "cudagraph"
+                    else runs[name]
+                )
                 peak = _bytes(model, first) + peak_bytes(run)
             out[name] = Latency(timings[name], batch_size(first), floor, peak)
     return out
 
 
 def time_models(
-    models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting, *, rounds: int = 9, seconds: float = 0.2
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    setting: Setting,
+    *,
+    rounds: int = 9,
+    seconds: float = 0.2,
 ) -> dict[str, Timing]:
     """As :func:`measure`, the times alone."""
     with _running(models, example_inputs, setting) as (_, _, runs):
@@ -233,33 +280,55 @@ def time_models(
 def _running(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
 ) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
-    """The batches, the models as they run, and what calls them, in the setting's precision and without gradients."""
+    """The batches, the models as they run, and what calls them, in the setting's precision and
+    without gradients.
+    """
     with running(setting), _compiled_for_all(setting), torch.inference_mode():
         batches = _batches(example_inputs, setting)
         ready = {name: prepared(model, setting) for name, model in models.items()}
-        yield batches, ready, {name: _runner(model, batches, setting) for name, model in ready.items()}
+        yield (
+            batches,
+            ready,
+            {name: _runner(model, batches, setting) for name, model in ready.items()},
+        )
 
 
 def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
-    """Models of one class share the code that is compiled. Past a limit it would run as it is, silently: none, then."""
+    """Models of one class share the code that is compiled. Past a limit it would run as it is,
+    silently: none, then.
+    """
     if setting.mode != "compiled":
         return contextlib.nullcontext()  # the compiler is not even imported
-    return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+    return torch._dynamo.config.patch(
+        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+    )
 
 
 @contextlib.contextmanager
 def running(setting: Setting) -> Iterator[None]:
-    """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its algorithms, as in production."""
+    """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its
+    algorithms, as in production.
+    """
     wanted = setting.precision == "tf32"
-    with TURN:  # they are the process's: two threads that exchange them would leave the wrong ones, and disturb each other's times
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    # they are the process's: two threads that exchange them would leave the wrong ones, and
+    # disturb each other's times
+    with TURN:
+        before = (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.benchmark,
+        )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
         torch.backends.cudnn.benchmark = True
         try:
             with current(setting.place):
                 yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
+            (
+                torch.backends.cuda.matmul.allow_tf32,
+                torch.backends.cudnn.allow_tf32,
+                torch.backends.cudnn.benchmark,
+            ) = before
 
 
 def prepared(model: nn.Module, setting: Setting) -> nn.Module:
@@ -281,10 +350,14 @@ def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
 
 
 def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
-    """Inputs like the example's, of the setting's batch size, precision and layout, on its device."""
+    """Inputs like the example's, of the setting's batch size, precision and layout, on its
+    device.
+    """
 
     def placed(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None)
+        tensor = tensor.to(
+            setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None
+        )
         laid_out = setting.channels_last and tensor.dim() in LAYOUTS
         return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()]) if laid_out else tensor
 
@@ -331,4 +404,6 @@ def _macs(model: nn.Module, inputs: Any) -> int:
 def _bytes(model: nn.Module, *more: Any) -> int:
     """Weights and the tensors in ``more``, once each."""
     tensors = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
-    return sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values())
+    return sum(
+        {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values()
+    )

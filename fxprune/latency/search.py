@@ -23,9 +23,12 @@ T = TypeVar("T")
 Kept = Mapping[str, tuple[int, ...]]
 
 _ATTEMPTS = 6
-_FITTED = (0.5, 0.25)  # of the channels of every group: what the forecast is fitted to, beside the dense model
-_ROUNDS, _SECONDS = 15, 0.1  # of a measurement; of its turns the fast ones count, which nothing else on the machine held up
-_ABOVE, _BELOW = 0.02, 0.04  # how far from the budget, relative to it, the measured time may be before another choice is tried
+# of the channels of every group: what the forecast is fitted to, beside the dense model
+_FITTED = (0.5, 0.25)
+# of a measurement; of its turns the fast ones count, which nothing else on the machine held up
+_ROUNDS, _SECONDS = 15, 0.1
+# how far from the budget, relative to it, the measured time may be before another choice is tried
+_ABOVE, _BELOW = 0.02, 0.04
 _LOOKS = 2  # a choice that seems too slow is measured again: something else may have held it up
 _REFUSED = 0.05  # above the budget
 
@@ -39,7 +42,8 @@ class Attempt(Generic[T]):
     kept, result:
         The survivors, and what ``emit`` made of them.
     dense_ms, ms:
-        Milliseconds of the deployed dense model and of this one, measured in turns: the lower quartiles.
+        Milliseconds of the deployed dense model and of this one, measured in turns: the lower
+        quartiles.
     forecast_ms:
         What had been forecast, before it was measured.
     """
@@ -70,8 +74,9 @@ def search(
 ) -> Attempt[T]:
     """Find survivors that take a share of the dense model's time, all deployed.
 
-    The forecast is fitted to the dense model and to ones with half and a quarter of its channels. What is chosen by it is measured
-    next to the dense model; where the time is not the budget's, the aim is corrected by the difference, up to five times.
+    The forecast is fitted to the dense model and to ones with half and a quarter of its channels.
+    What is chosen by it is measured next to the dense model; where the time is not the budget's,
+    the aim is corrected by the difference, up to five times.
 
     Parameters
     ----------
@@ -88,7 +93,8 @@ def search(
 
     Returns
     -------
-    Of the attempts within the budget (2 % above it are taken for noise) the slowest; where all are above, the fastest.
+    Of the attempts within the budget (2 % above it are taken for noise) the slowest; where all are
+    above, the fastest.
 
     Raises
     ------
@@ -110,8 +116,14 @@ def search(
     fewer = {str(kept): some(kept) for kept in _FITTED}
     models = {"dense": whole} | {name: deployed(kept) for name, kept in fewer.items()}
     found = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
-    forecast.fit([(forecast.full, found["dense"].low), *((counts(kept), found[name].low) for name, kept in fewer.items())])
-    tried: list[tuple[float, float]] = []  # what was forecast and what was measured, as shares of the dense model
+    forecast.fit(
+        [
+            (forecast.full, found["dense"].low),
+            *((counts(kept), found[name].low) for name, kept in fewer.items()),
+        ]
+    )
+    # what was forecast and what was measured, as shares of the dense model
+    tried: list[tuple[float, float]] = []
     attempts: list[Attempt[T]] = []
     for _ in range(_ATTEMPTS):
         try:
@@ -129,48 +141,74 @@ def search(
             if ms["pruned"] <= share * (1 + _ABOVE) * ms["dense"]:
                 break
         told = forecast.at(counts(kept)) / forecast.at(forecast.full)
-        attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], _corrected(told, share, tried) * ms["dense"]))
+        attempts.append(
+            Attempt(
+                kept,
+                result,
+                ms["dense"],
+                ms["pruned"],
+                _corrected(told, share, tried) * ms["dense"],
+            )
+        )
         reached = attempts[-1].share
-        if share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE) or (reached <= share and told >= 1):
+        if share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE) or (
+            reached <= share and told >= 1
+        ):
             break
         tried.append((told, reached))
     within = [attempt for attempt in attempts if attempt.share <= share * (1 + _ABOVE)]
-    best = max(within, key=lambda own: own.share) if within else min(attempts, key=lambda own: own.share)
+    best = (
+        max(within, key=lambda own: own.share)
+        if within
+        else min(attempts, key=lambda own: own.share)
+    )
     if best.share > share * (1 + _REFUSED):
         raise BudgetError(
-            f"latency={share} was not reached: the best of {len(attempts)} choices takes {best.share:.3f} of the dense model's "
-            f"time ({best.ms:.3f} of {best.dense_ms:.3f} ms, both deployed). Raise the budget, measure while the machine does "
-            "nothing else, or see what is pinned with print(fxprune.analyze(model, example_inputs))."
+            f"latency={share} was not reached: the best of {len(attempts)} choices takes "
+            f"{best.share:.3f} of the dense model's time ({best.ms:.3f} of {best.dense_ms:.3f} "
+            "ms, both deployed). Raise the budget, measure while the machine does nothing else, "
+            "or see what is pinned with print(fxprune.analyze(model, example_inputs))."
         )
     return best
 
 
 def _corrected(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
-    """What a forecast means, after what was measured: straight between the nearest on either side of the budget, if there are two.
+    """What a forecast means, after what was measured: straight between the nearest on either side
+    of the budget, if there are two.
 
-    >>> _corrected(0.5, 0.6, []), _corrected(0.6, 0.6, [(0.5, 0.55)]), _corrected(0.55, 0.6, [(0.5, 0.55), (0.6, 0.65)])
+    >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
+    >>> _corrected(0.5, 0.6, []), _corrected(0.6, 0.6, one), _corrected(0.55, 0.6, two)
     (0.5, 0.66, 0.6)
     """
     if not tried:
         return told
     (low, slow), (high, fast) = _around(share, tried)
-    return round(slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12)
+    return round(
+        slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12
+    )
 
 
 def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
     """What has to be forecast for a share to be measured: the inverse of :func:`_corrected`.
 
-    >>> _aim(0.6, []), round(_aim(0.6, [(0.5, 0.55)]), 4), round(_aim(0.6, [(0.5, 0.55), (0.6, 0.65)]), 4)
+    >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
+    >>> _aim(0.6, []), round(_aim(0.6, one), 4), round(_aim(0.6, two), 4)
     (0.6, 0.5455, 0.55)
     """
     if not tried:
         return share
     (low, slow), (high, fast) = _around(share, tried)
-    return low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
+    return (
+        low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
+    )
 
 
-def _around(share: float, tried: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The nearest attempts below and above a share, as (forecast, measured); twice the last where all are on one side."""
+def _around(
+    share: float, tried: Sequence[tuple[float, float]]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The nearest attempts below and above a share, as (forecast, measured); twice the last where
+    all are on one side.
+    """
     below = max((own for own in tried if own[1] <= share), key=lambda own: own[1], default=None)
     above = min((own for own in tried if own[1] > share), key=lambda own: own[1], default=None)
     return (below, above) if below and above and below[0] < above[0] else (tried[-1], tried[-1])

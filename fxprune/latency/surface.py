@@ -1,4 +1,6 @@
-"""What operations take that differ in their widths only: measured on a grid, interpolated between."""
+"""What operations take that differ in their widths only: measured on a grid, interpolated
+between.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ __all__ = ["Surface", "grid"]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
-"""By the number of sizes that an operation depends on: the eighths of each at which it is measured."""
+"""By the number of sizes that an operation depends on: the eighths of each at which it is
+measured.
+"""
 
 
 _LATE = 1.15  # times what more work took: an operation that took longer is measured again
 
 
 def grid(full: int, axes: int) -> tuple[int, ...]:
-    """The sizes to measure, ascending: eighths, multiples of a power of two where there are enough of them, the full one last.
+    """The sizes to measure, ascending: eighths, multiples of a power of two where there are enough
+    of them, the full one last.
 
     >>> grid(512, 2), grid(24, 2), grid(3, 1), grid(100, 3)
     ((64, 128, 192, 256, 384, 512), (4, 6, 10, 12, 18, 24), (1, 2, 3), (32, 64, 100))
@@ -45,8 +50,8 @@ class Surface:
     ms:
         What the operation takes at these sizes.
     again:
-        What it takes if it is measured once more, the least of all times. It is asked where less work took longer: either the
-        device is like that, or something else held it up.
+        What it takes if it is measured once more, the least of all times. It is asked where less
+        work took longer: either the device is like that, or something else held it up.
 
     Examples
     --------
@@ -71,7 +76,9 @@ class Surface:
         for point in points:
             larger = self.values[tuple(slice(i, None) for i in point)]
             if self.values[point] > _LATE * larger.min():
-                self.values[point] = again(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
+                self.values[point] = again(
+                    tuple(axis[i] for axis, i in zip(axes, point, strict=True))
+                )
 
     def at(self, sizes: Floats) -> Floats:
         """Shape (n, axes) -> shape (n,)."""
@@ -89,5 +96,10 @@ class Surface:
             weight = np.ones(len(sizes))
             for side, part in zip(choice, parts, strict=True):
                 weight = weight * (part if side else 1 - part)
-            out += weight * self.values[tuple(corner[side] for corner, side in zip(corners, choice, strict=True))]
+            out += (
+                weight
+                * self.values[
+                    tuple(corner[side] for corner, side in zip(corners, choice, strict=True))
+                ]
+            )
         return np.maximum(out, 0.0)

@@ -19,13 +19,18 @@ from fxprune.latency.measuring import Setting
 
 __all__ = ["Table", "cache_folder", "device_name"]
 
-_CALLS_PER_GRAPH = 10  # of one operation, so that replaying the graph costs little against what is in it
+# of one operation, so that replaying the graph costs little against what is in it
+_CALLS_PER_GRAPH = 10
 
 
 def cache_folder() -> Path:
     """Where tables are kept: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache folder."""
     given = os.environ.get("FXPRUNE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+    return (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -35,6 +40,11 @@ def device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _many(run: Callable[[], object]) -> Callable[[], object]:
+    """So many calls as one graph records; their results live as long as that."""
+    return lambda: [run() for _ in range(_CALLS_PER_GRAPH)]
 
 
 def _processor() -> str:
@@ -47,16 +57,18 @@ def _processor() -> str:
 
 
 class Table:
-    """What operations take, by a description that holds everything that their time depends on but the device.
+    """What operations take, by a description that holds everything that their time depends on but
+    the device.
 
-    One file per device, torch version, precision, layout and kind of call; it grows as more is measured. A file that cannot be read
-    is measured anew, and one that cannot be written is done without.
+    One file per device, torch version, precision, layout and kind of call; it grows as more is
+    measured. A file that cannot be read is measured anew, and one that cannot be written is done
+    without.
 
     Parameters
     ----------
     setting:
-        Where, in which precision and layout. Operations of a compiled model, or of one that is replayed, are timed on a GPU without
-        what it costs to launch them.
+        Where, in which precision and layout. Operations of a compiled model, or of one that is
+        replayed, are timed on a GPU without what it costs to launch them.
     folder:
         Where the file lies; None: :func:`cache_folder`.
 
@@ -89,7 +101,13 @@ class Table:
         self._ms = self._read()
         self._twice: set[str] = set()
 
-    def ms(self, description: str, prepare: Callable[[], Callable[[], object]] | None, *, again: bool = False) -> float:
+    def ms(
+        self,
+        description: str,
+        prepare: Callable[[], Callable[[], object]] | None,
+        *,
+        again: bool = False,
+    ) -> float:
         """Milliseconds of a call; ``prepare`` makes the callable if it is not known yet.
 
         ``again`` measures it once more if that was not done before, and takes the lesser time.
@@ -98,9 +116,13 @@ class Table:
             assert prepare is not None
             run, calls = prepare(), 1
             if self.setting.on_gpu and self.setting.mode != "eager":
-                run, calls = captured(lambda run=run: [run() for _ in range(_CALLS_PER_GRAPH)]), _CALLS_PER_GRAPH  # type: ignore[misc]
-            timing = time_in_turns({"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2)["run"]
-            self._ms[description] = min(timing.low / calls, self._ms.get(description, float("inf")))
+                run, calls = captured(_many(run)), _CALLS_PER_GRAPH
+            timing = time_in_turns(
+                {"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2
+            )["run"]
+            self._ms[description] = min(
+                timing.low / calls, self._ms.get(description, float("inf"))
+            )
             self.measured += 1
             if again:
                 self._twice.add(description)
@@ -111,7 +133,10 @@ class Table:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps({**self._about, "ms": {**self._read(), **self._ms}}, indent=0), encoding="utf-8")
+            new.write_text(
+                json.dumps({**self._about, "ms": {**self._read(), **self._ms}}, indent=0),
+                encoding="utf-8",
+            )
             os.replace(new, self.path)
 
     def _read(self) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""A node as the ATen op that it is, with its arguments by that op's own names, however the call is spelled.
+"""A node as the ATen op that it is, with its arguments by that op's own names, however the call is
+spelled.
 
-``x.narrow(1, 0, 4)``, ``torch.narrow(x, dim=1, start=0, length=4)`` and ``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are one op
-with the arguments ``self``, ``dim``, ``start`` and ``length``.
+``x.narrow(1, 0, 4)``, ``torch.narrow(x, dim=1, start=0, length=4)`` and
+``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are one op with the arguments ``self``, ``dim``,
+``start`` and ``length``.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Call:
 
 
 def _alike(value: Any, before: Any) -> Any:
-    """A value in the form in which it was given: a list, a tuple, or the one number that stands for either."""
+    """A value in the form in which it was given: a list, a tuple, or the one number that stands
+    for either.
+    """
     if not isinstance(value, list):
         return value
     if isinstance(before, tuple):
@@ -70,8 +74,13 @@ def _alike(value: Any, before: Any) -> Any:
     return value[0] if len(value) == 1 and isinstance(before, (int, fx.Node)) else value
 
 
-def call_of(node: fx.Node, ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], old: Callable[[Any], Any]) -> Call | None:
-    """The op that a node is; None if it is more than one, or if its arguments are not those of the op.
+def call_of(
+    node: fx.Node,
+    ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
+    old: Callable[[Any], Any],
+) -> Call | None:
+    """The op that a node is; None if it is more than one, or if its arguments are not those of the
+    op.
 
     Parameters
     ----------
@@ -103,12 +112,17 @@ def call_of(node: fx.Node, ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]
             return None
         places[name], given[name] = position, argument
     for key, argument in node.kwargs.items():
-        free = [name for name in names if name not in places and _same(old(argument), values[name])]
+        free = [
+            name for name in names if name not in places and _same(old(argument), values[name])
+        ]
         if not free:
             return None
         name = key if key in free else free[0]
         places[name], given[name] = key, argument
-    if any(not argument.has_default_value() and argument.name not in given for argument in func._schema.arguments):
+    if any(
+        not argument.has_default_value() and argument.name not in given
+        for argument in func._schema.arguments
+    ):
         return None  # the node works it out itself, as fftshift does with the shifts of a roll
     name = func._schema.name.removeprefix("aten::").removesuffix("_copy")
     return Call(node, name, values, given, places)
@@ -122,4 +136,6 @@ def _same(given: Any, ran: Any) -> bool:
         items = list(given) if isinstance(given, (list, tuple)) else [given] * len(ran)
         return len(items) == len(ran) and all(map(_same, items, ran))
     numbers = isinstance(given, (int, float)) and isinstance(ran, (int, float))
-    return isinstance(ran, torch.device) or bool((numbers or type(given) is type(ran)) and given == ran)
+    return isinstance(ran, torch.device) or bool(
+        (numbers or type(given) is type(ran)) and given == ran
+    )

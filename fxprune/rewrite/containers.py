@@ -1,8 +1,9 @@
 """Each container of modules is looked up once per call.
 
-``self.features.denseblock1.denselayer1.norm1`` asks four modules for a member, in Python, each time about as long as a small
-activation takes; nested classes ask one. So that an emitted graph is no slower than what it was traced from, its code names a
-container where it is first needed: ``in_features = self.features``, then ``in_features.norm0(x)``.
+``self.features.denseblock1.denselayer1.norm1`` asks four modules for a member, in Python, each
+time about as long as a small activation takes; nested classes ask one. So that an emitted graph is
+no slower than what it was traced from, its code names a container where it is first needed:
+``in_features = self.features``, then ``in_features.norm0(x)``.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ def containers_named(graph: fx.Graph) -> AbstractContextManager[None]:
     >>> code.count('in_0 = getattr(self, "0")'), code.count("getattr(in_0, ")
     (1, 2)
     """
-    return graph.on_generate_code(lambda before: lambda body: _named(graph, before(body) if before else body))
+    return graph.on_generate_code(
+        lambda before: lambda body: _named(graph, before(body) if before else body)
+    )
 
 
 def _named(graph: fx.Graph, body: list[str]) -> list[str]:
-    """Lines of code, one at least for each node in order; a line that does not look as torch writes it stays as it is."""
+    """Lines of code, one at least for each node in order; a line that does not look as torch
+    writes it stays as it is.
+    """
     taken = {name for node in graph.nodes for name in (node.name, str(node.target))}
     names = {"": "self"}  # container -> what the code calls it
     asking = [node for node in graph.nodes if node.op in ("call_module", "get_attr")][::-1]

@@ -1,4 +1,6 @@
-"""What modules of torch.nn remember about their sizes: it follows from the new shapes of their parameters and inputs."""
+"""What modules of torch.nn remember about their sizes: it follows from the new shapes of their
+parameters and inputs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ __all__ = ["resize"]
 
 
 def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -> None:
-    """Correct, in place, the size attributes of the leaf module that a node calls; ``value`` is its result in the original."""
+    """Correct, in place, the size attributes of the leaf module that a node calls; ``value`` is
+    its result in the original.
+    """
     first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     old_input = first.meta["val"] if isinstance(first, fx.Node) else None
     if not isinstance(old_input, Tensor):
@@ -30,12 +34,18 @@ def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -
 
 
 def _sizes(
-    survivors: Survivors, module: nn.Module, old_input: Tensor, new_input: list[int], new_output: list[int] | None
+    survivors: Survivors,
+    module: nn.Module,
+    old_input: Tensor,
+    new_input: list[int],
+    new_output: list[int] | None,
 ) -> dict[str, Any]:
     if isinstance(module, _ConvNd):
-        dim = len(new_input) - len(module.kernel_size) - 1  # of the channels; 0 for an unbatched image
+        # of the channels; 0 for an unbatched image
+        dim = len(new_input) - len(module.kernel_size) - 1
         return {
-            # Groups of one input channel go with it; groups of several keep their number and get narrower.
+            # Groups of one input channel go with it; groups of several keep their number and get
+            # narrower.
             "groups": new_input[dim] if module.groups == module.in_channels else module.groups,
             "in_channels": new_input[dim],
             "out_channels": module.out_channels if new_output is None else new_output[dim],
@@ -64,14 +74,24 @@ def _sizes(
         dim = module.dim % old_input.dim()
         sizes = list(module.unflattened_size)
         new = new_output[dim : dim + len(sizes)]
-        return {"unflattened_size": tuple(old if old == -1 else n for old, n in zip(sizes, new, strict=True))}
+        return {
+            "unflattened_size": tuple(
+                old if old == -1 else n for old, n in zip(sizes, new, strict=True)
+            )
+        }
     return {}
 
 
 def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase, features: int) -> dict[str, Any]:
-    """From the weights, which are the smaller ones already: (gates * hidden, what is seen) and (projection, hidden)."""
+    """From the weights, which are the smaller ones already: (gates * hidden, what is seen) and
+    (projection, hidden).
+    """
     own: dict[str, Any] = module._parameters
     seen = own["weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"].shape[1]
     if getattr(module, "proj_size", 0):
-        return {"input_size": features, "hidden_size": own["weight_hr_l0"].shape[1], "proj_size": seen}
+        return {
+            "input_size": features,
+            "hidden_size": own["weight_hr_l0"].shape[1],
+            "proj_size": seen,
+        }
     return {"input_size": features, "hidden_size": seen}

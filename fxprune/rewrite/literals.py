@@ -1,7 +1,9 @@
-"""Numbers in the graph that were true for the original's sizes, corrected from the labels of the node that they feed.
+"""Numbers in the graph that were true for the original's sizes, corrected from the labels of the
+node that they feed.
 
-Each corrector belongs to an ATen op, however it is spelled (:mod:`fxprune.rewrite.calls`), not to a model. It returns the arguments
-that are to be others. Other numbers are the original's (:mod:`fxprune.rewrite.numbers`).
+Each corrector belongs to an ATen op, however it is spelled (:mod:`fxprune.rewrite.calls`), not to
+a model. It returns the arguments that are to be others. Other numbers are the original's
+(:mod:`fxprune.rewrite.numbers`).
 """
 
 from __future__ import annotations
@@ -45,15 +47,19 @@ def corrects(*names: str) -> Callable[[Any], Any]:
     return register
 
 
-def correct(numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int, int] | None) -> Arguments:
-    """The arguments of a node, right for the smaller model; nodes of the original's graph stay where nothing is to be corrected.
+def correct(
+    numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int, int] | None
+) -> Arguments:
+    """The arguments of a node, right for the smaller model; nodes of the original's graph stay
+    where nothing is to be corrected.
 
     Parameters
     ----------
     call:
         The ATen op that the node is, if it is one.
     left:
-        Of how many elements that a statistic reduces to one how many are left; None if all are, or if it is none.
+        Of how many elements that a statistic reduces to one how many are left; None if all are, or
+        if it is none.
     """
     if name_of(node) in ("getitem", "setitem"):
         return _item(numbers, node)
@@ -71,15 +77,23 @@ def correct(numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int,
 def _sizes(numbers: Numbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
     """The sizes of a result's axes, from the axis ``first`` on."""
     wanted = numbers.survivors.shape(value)
-    if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):  # a list that forward computed
+    # a list that forward computed
+    if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):
         if list(numbers.new(given)) != wanted[first : first + len(given.meta["val"])]:
-            raise RewriteError(f"the sizes that node {call.node.name!r} is given are computed as one", call.node.name)
+            raise RewriteError(
+                f"the sizes that node {call.node.name!r} is given are computed as one",
+                call.node.name,
+            )
         return numbers.now(given)
     out = []
     for axis, entry in enumerate(given if isinstance(given, (tuple, list)) else [given], first):
         if isinstance(entry, fx.Node):
             lost = wanted[axis] != value.shape[axis]
-            even = not lost or numbers.extents.of(call.node, axis) is not Extent.UNKNOWN or numbers.extents.even(value, axis)
+            even = (
+                not lost
+                or numbers.extents.of(call.node, axis) is not Extent.UNKNOWN
+                or numbers.extents.even(value, axis)
+            )
             out.append(numbers.sized(entry, value.shape[axis], wanted[axis], even=even))
         else:
             out.append(entry if entry == -1 else wanted[axis])
@@ -91,7 +105,17 @@ def _scaled(numbers: Numbers, entry: Any, wanted: int) -> Any:
     return numbers.sized(entry, numbers.old(entry), wanted)
 
 
-@corrects("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full", "new_empty")
+@corrects(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "expand",
+    "broadcast_to",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
 @corrects("zeros", "ones", "empty", "full", "rand", "randn")
 def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
     name = "size" if "size" in call.given else "shape"
@@ -103,12 +127,15 @@ def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
     return {name: _sizes(numbers, call, value, given)}
 
 
-def _hold_layout(numbers: Numbers, call: Call, value: Tensor, given: Sequence[Any], start: int = 0) -> None:
-    """Hold what literal sizes take from axes of other sizes: with another one, what is open would mix channels with the rest.
+def _hold_layout(
+    numbers: Numbers, call: Call, value: Tensor, given: Sequence[Any], start: int = 0
+) -> None:
+    """Hold what literal sizes take from axes of other sizes: with another one, what is open would
+    mix channels with the rest.
 
-    ``given`` are the sizes of the result's axes from ``start`` on. An open one is -1 or follows from the input. Literals before
-    it take from the front, those behind it from the back: whole channels, or the same part of each, as long as no axis that they
-    take from is of another size.
+    ``given`` are the sizes of the result's axes from ``start`` on. An open one is -1 or follows
+    from the input. Literals before it take from the front, those behind it from the back: whole
+    channels, or the same part of each, as long as no axis that they take from is of another size.
     """
     x, old = call.given["self"], call.ran["self"]
     left = numbers.survivors.shape(old)
@@ -156,12 +183,18 @@ def _repeat(numbers: Numbers, call: Call, value: Any) -> Change:
     if len(times) != len(after):
         return {}
     wanted = [n // (before[d - lead] if d >= lead else 1) for d, n in enumerate(after)]
-    return {name: [_scaled(numbers, entry, want) for entry, want in zip(times, wanted, strict=True)]}
+    return {
+        name: [_scaled(numbers, entry, want) for entry, want in zip(times, wanted, strict=True)]
+    }
 
 
 @corrects("repeat_interleave")
 def _repeat_interleave(numbers: Numbers, call: Call, value: Any) -> Change:
-    if call.ran.get("dim") is None or not isinstance(call.ran["repeats"], int) or "output_size" in call.given:
+    if (
+        call.ran.get("dim") is None
+        or not isinstance(call.ran["repeats"], int)
+        or "output_size" in call.given
+    ):
         return {}
     axis = call.ran["dim"] % value.dim()
     before, after = (numbers.survivors.shape(tensor)[axis] for tensor in (call.ran["self"], value))
@@ -175,7 +208,11 @@ def _split(numbers: Numbers, call: Call, value: Any) -> Change:
     axis = split_dim(call.name, call.ran)
     if numbers.survivors.rows(tensor, axis) is None:
         return {}
-    numbers.hold_positions(call.given["self"], axis, *(a for name, a in call.given.items() if name not in ("self", "dim")))
+    numbers.hold_positions(
+        call.given["self"],
+        axis,
+        *(a for name, a in call.given.items() if name not in ("self", "dim")),
+    )
     ends = [0]
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
@@ -199,7 +236,11 @@ def _narrow(numbers: Numbers, call: Call, value: Any) -> Change:
 def _slice(numbers: Numbers, call: Call, value: Any) -> Change:
     part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
     new = _index(numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part)
-    return {name: bound for name, bound in (("start", new.start), ("end", new.stop)) if name in call.given}
+    return {
+        name: bound
+        for name, bound in (("start", new.start), ("end", new.stop))
+        if name in call.given
+    }
 
 
 @corrects("select")
@@ -237,7 +278,9 @@ def _index(numbers: Numbers, x: fx.Node, axis: int, part: Any) -> Any:
         if numbers.survivors.rows(tensor, axis) is None:
             return part
         size = tensor.shape[axis]
-        start, stop, step = slice(*(numbers.old(p) for p in (part.start, part.stop, part.step))).indices(size)
+        start, stop, step = slice(
+            *(numbers.old(p) for p in (part.start, part.stop, part.step))
+        ).indices(size)
         if step != 1 or part.start is not None or part.stop is not None:
             numbers.hold_positions(x, axis, part.start, part.stop)
         if step != 1:
@@ -269,7 +312,9 @@ def _roll(numbers: Numbers, call: Call, value: Any) -> Change:
         if numbers.survivors.rows(tensor, axis) is not None:
             numbers.hold_positions(call.given["self"], axis, shifts[i])
             size = tensor.shape[axis]
-            shifts[i] = _count(numbers, tensor, axis, (size - shift) % size, size) if shift % size else 0
+            shifts[i] = (
+                _count(numbers, tensor, axis, (size - shift) % size, size) if shift % size else 0
+            )
     return {"shifts": shifts}
 
 
@@ -280,30 +325,44 @@ def _pad(numbers: Numbers, call: Call, value: Any) -> Change:
     if after == list(before):
         return {}
     if isinstance(given, fx.Node):
-        raise RewriteError(f"the paddings that node {call.node.name!r} is given are computed as one", call.node.name)
+        raise RewriteError(
+            f"the paddings that node {call.node.name!r} is given are computed as one",
+            call.node.name,
+        )
     new = list(given)
     for i in range(len(new) // 2):
-        if numbers.survivors.rows(value, value.dim() - 1 - i) is not None and any(before[2 * i : 2 * i + 2]):
-            numbers.hold_positions(call.given["self"], value.dim() - 1 - i, *new[2 * i : 2 * i + 2])
+        if numbers.survivors.rows(value, value.dim() - 1 - i) is not None and any(
+            before[2 * i : 2 * i + 2]
+        ):
+            numbers.hold_positions(
+                call.given["self"], value.dim() - 1 - i, *new[2 * i : 2 * i + 2]
+            )
             new[2 * i : 2 * i + 2] = after[2 * i : 2 * i + 2]
     return {"pad": new}
 
 
 def padding(survivors: Survivors, padded: Tensor, amounts: Sequence[int]) -> list[int]:
-    """How much of a padding (as ``F.pad`` has it, the last dimension first) is left; ``padded`` is its result in the original."""
+    """How much of a padding (as ``F.pad`` has it, the last dimension first) is left; ``padded`` is
+    its result in the original.
+    """
     new = list(amounts)
     for i in range(len(amounts) // 2):
         axis, (before, after) = padded.dim() - 1 - i, amounts[2 * i : 2 * i + 2]
         size = padded.shape[axis]
         if (before or after) and survivors.rows(padded, axis) is not None:
-            new[2 * i : 2 * i + 2] = [survivors.count(padded, axis, *span) or 0 for span in ((0, before), (size - after, size))]
+            new[2 * i : 2 * i + 2] = [
+                survivors.count(padded, axis, *span) or 0
+                for span in ((0, before), (size - after, size))
+            ]
     return new
 
 
 @corrects("layer_norm", "rms_norm")
 def _normalized_shape(numbers: Numbers, call: Call, value: Any) -> Change:
     first = value.dim() - len(call.ran["normalized_shape"])
-    return {"normalized_shape": _sizes(numbers, call, value, call.given["normalized_shape"], first)}
+    return {
+        "normalized_shape": _sizes(numbers, call, value, call.given["normalized_shape"], first)
+    }
 
 
 @corrects("group_norm")
@@ -311,7 +370,9 @@ def _num_groups(numbers: Numbers, call: Call, value: Any) -> Change:
     x = call.ran["input"]
     if call.ran["num_groups"] != x.shape[1]:
         return {}
-    return {"num_groups": _scaled(numbers, call.given["num_groups"], numbers.survivors.shape(x)[1])}
+    return {
+        "num_groups": _scaled(numbers, call.given["num_groups"], numbers.survivors.shape(x)[1])
+    }
 
 
 @corrects("convolution", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
@@ -333,7 +394,9 @@ def _channel_shuffle(numbers: Numbers, call: Call, value: Any) -> Change:
 
 
 def shuffled_groups(survivors: Survivors, tensor: Tensor, groups: int) -> int:
-    """In how many groups the survivors of a channel axis are to be shuffled: whole groups may have gone, or a part of each."""
+    """In how many groups the survivors of a channel axis are to be shuffled: whole groups may have
+    gone, or a part of each.
+    """
     rows = survivors.rows(tensor, 1)
     if rows is None:
         return groups
@@ -349,13 +412,21 @@ def _scale(numbers: Numbers, call: Call, value: Any) -> Change:
         return {}
     width, scale = numbers.size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
     given = isinstance(width, fx.Node)
-    return {"scale": numbers.create("call_function", operator.pow, (width, -0.5), {}, scale) if given else scale}
+    return {
+        "scale": numbers.create("call_function", operator.pow, (width, -0.5), {}, scale)
+        if given
+        else scale
+    }
 
 
 def _counting(call: Call, left: tuple[int, int]) -> Arguments:
     """A variance that counts the zeros that were removed."""
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
-    return FUNCTIONS[call.name], (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *left), {}
+    return (
+        FUNCTIONS[call.name],
+        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *left),
+        {},
+    )
 
 
 def _fewer_left(node: fx.Node, left: tuple[int, int]) -> Arguments:

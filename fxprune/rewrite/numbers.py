@@ -1,9 +1,11 @@
-"""Numbers in the smaller graph that were computed from sizes: each use gets the one that is right there, for inputs of any size.
+"""Numbers in the smaller graph that were computed from sizes: each use gets the one that is right
+there, for inputs of any size.
 
-A number that depends on a size which has shrunk is two numbers in the smaller graph. Where it is used as a number (a scale, a
-divisor, something to decide by) it is the original's: :meth:`Numbers.original` computes it from sizes that are scaled back. Where
-it is used as a size it is the smaller model's: :meth:`Numbers.sized`. Where it does not follow for inputs of other sizes, the graph
-asserts the example's.
+A number that depends on a size which has shrunk is two numbers in the smaller graph. Where it is
+used as a number (a scale, a divisor, something to decide by) it is the original's:
+:meth:`Numbers.original` computes it from sizes that are scaled back. Where it is used as a size it
+is the smaller model's: :meth:`Numbers.sized`. Where it does not follow for inputs of other sizes,
+the graph asserts the example's.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ class Numbers:
     extents:
         What is known of the sizes of the original's graph.
     graph, made, values:
-        The smaller graph, its nodes by those of the original's, and what they give for the example. All three grow while it is
-        written; numbers that depend on what has shrunk are made here, when asked for.
+        The smaller graph, its nodes by those of the original's, and what they give for the
+        example. All three grow while it is written; numbers that depend on what has shrunk are
+        made here, when asked for.
     """
 
     def __init__(
@@ -60,13 +63,19 @@ class Numbers:
     # -- which numbers
 
     def shrunk(self, node: fx.Node) -> bool:
-        """Whether a node of the original's graph gives a number that depends on a size which has shrunk."""
+        """Whether a node of the original's graph gives a number that depends on a size which has
+        shrunk.
+        """
         if node not in self._shrunk:
             self._shrunk[node] = self._depends(node)
         return self._shrunk[node]
 
     def _depends(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr", "output") or holds_tensors(node.meta["val"]) or not _is_number(node.meta["val"]):
+        if (
+            node.op in ("placeholder", "get_attr", "output")
+            or holds_tensors(node.meta["val"])
+            or not _is_number(node.meta["val"])
+        ):
             return False
         if any(self.shrunk(n) for n in node.all_input_nodes):
             return True
@@ -75,10 +84,15 @@ class Numbers:
             old = read[0].meta["val"]
             left = self.survivors.shape(old)
             return any(left[axis] != old.shape[axis] for axis in read[1])
-        return _asks(node) and type(node.meta["val"]) is not bool and self.new(node) != node.meta["val"]
+        return (
+            _asks(node)
+            and type(node.meta["val"]) is not bool
+            and self.new(node) != node.meta["val"]
+        )
 
     def new(self, value: Any) -> Any:
-        """What an argument is in the smaller model, as the original's code computes it there, for the example.
+        """What an argument is in the smaller model, as the original's code computes it there, for
+        the example.
 
         ``nan`` where it cannot be computed.
         """
@@ -94,7 +108,9 @@ class Numbers:
     def _computed(self, node: fx.Node) -> Any:
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            return value if not value.is_meta else _laid_out_like(value, self.survivors.shape(value))
+            return (
+                value if not value.is_meta else _laid_out_like(value, self.survivors.shape(value))
+            )
         if node.op in ("placeholder", "get_attr") or holds_tensors(value):
             return value
         try:
@@ -136,7 +152,11 @@ class Numbers:
         if not whole and not (node.target is getattr and node.args[1] == "shape"):
             return None
         sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
-        return self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"]) if _nodes(sizes) else tuple(sizes)
+        return (
+            self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"])
+            if _nodes(sizes)
+            else tuple(sizes)
+        )
 
     def size(self, tensor: fx.Node, axis: int) -> Any:
         """The size of an axis of a tensor in the original."""
@@ -165,10 +185,14 @@ class Numbers:
             if self.extents.of(tensor, axis) is Extent.UNKNOWN:
                 self.size(tensor, axis)  # held
         now = self.now(node)
-        return self.times(now, math.prod(value.shape[a] for a in lost), math.prod(left[a] for a in lost))
+        return self.times(
+            now, math.prod(value.shape[a] for a in lost), math.prod(left[a] for a in lost)
+        )
 
     def _held_at(self, node: fx.Node) -> Any:
-        """Something else that a tensor is asked for: right as long as it is what it is for the example."""
+        """Something else that a tensor is asked for: right as long as it is what it is for the
+        example.
+        """
         self.hold(self.now(node), self._new(node), formula(node), node.meta["val"])
         return node.meta["val"]
 
@@ -184,15 +208,16 @@ class Numbers:
         return self.made[node]
 
     def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
-        """A number that is ``old`` in the original, and ``wanted`` in the smaller model for the example, for inputs of any size.
+        """A number that is ``old`` in the original, and ``wanted`` in the smaller model for the
+        example, for inputs of any size.
 
         Parameters
         ----------
         value:
             A literal, or a node of the original's graph.
         even:
-            Whether what is wanted is the same share of the original's for inputs of any size. Otherwise these are held to the
-            example's size.
+            Whether what is wanted is the same share of the original's for inputs of any size.
+            Otherwise these are held to the example's size.
         """
         if not isinstance(value, fx.Node):
             return wanted
@@ -209,31 +234,50 @@ class Numbers:
         return self.times(original, wanted, old)
 
     def hold_positions(self, tensor: fx.Node, axis: int, *bounds: Any) -> None:
-        """Hold an axis that shrinks, and numbers that tell its positions, to the example's: literals take their place.
+        """Hold an axis that shrinks, and numbers that tell its positions, to the example's:
+        literals take their place.
 
         Raises
         ------
         RewriteError
-            An axis that is the same for every input is cut to a length that the input decides, as a table of positions is.
+            An axis that is the same for every input is cut to a length that the input decides, as
+            a table of positions is.
         """
-        if self.extents.of(tensor, axis) is not Extent.FIXED and (tensor, axis) not in self._steady:
+        if (
+            self.extents.of(tensor, axis) is not Extent.FIXED
+            and (tensor, axis) not in self._steady
+        ):
             self._steady.add((tensor, axis))
             left = self.survivors.shape(tensor.meta["val"])[axis]
             now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
             self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
             if any(map(squeezes_all, tensor.graph.nodes)):
                 rank = tensor.meta["val"].dim()
-                self.hold(self.create("call_method", "dim", (self.made[tensor],), {}, rank), rank, f"{tensor.name}.dim()", rank)
+                self.hold(
+                    self.create("call_method", "dim", (self.made[tensor],), {}, rank),
+                    rank,
+                    f"{tensor.name}.dim()",
+                    rank,
+                )
         for number in _nodes(bounds):
             if _is_number(number.meta["val"]):
-                if isinstance(self.original(number), fx.Node) and self.extents.of(tensor, axis) is Extent.FIXED:
+                if (
+                    isinstance(self.original(number), fx.Node)
+                    and self.extents.of(tensor, axis) is Extent.FIXED
+                ):
                     raise RewriteError(
-                        f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which inputs decide", axis=axis
+                        f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which "
+                        "inputs decide",
+                        axis=axis,
                     )
-                self.hold(self.original(number), number.meta["val"], formula(number), number.meta["val"])
+                self.hold(
+                    self.original(number), number.meta["val"], formula(number), number.meta["val"]
+                )
 
     def hold_layout(self, tensor: fx.Node) -> None:
-        """Hold a tensor to sizes with which it lies in memory as for the example: where it is dense, to axes of size 1."""
+        """Hold a tensor to sizes with which it lies in memory as for the example: where it is
+        dense, to axes of size 1.
+        """
         old = tensor.meta["val"]
         dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
@@ -242,10 +286,17 @@ class Numbers:
                 if dense:
                     number = self.create("call_function", operator.eq, (number, 1), {}, size == 1)
                 what = f"{tensor.name}.size({axis})"
-                self.hold(number, size == 1 if dense else size, f"({what} == 1)" if dense else what, size == 1 if dense else size)
+                self.hold(
+                    number,
+                    size == 1 if dense else size,
+                    f"({what} == 1)" if dense else what,
+                    size == 1 if dense else size,
+                )
 
     def _is_product(self, value: Any) -> bool:
-        """Whether a number is a product of sizes, each a known share of the original's: so is it itself."""
+        """Whether a number is a product of sizes, each a known share of the original's: so is it
+        itself.
+        """
         if not isinstance(value, fx.Node) or not self.shrunk(value):
             return True
         read = axes_read(value)
@@ -267,16 +318,27 @@ class Numbers:
         numerator, denominator = numerator // shared, denominator // shared
         for function, factor in ((operator.mul, numerator), (operator.floordiv, denominator)):
             if factor != 1:
-                number = self.create("call_function", function, (number, factor), {}, function(self.values[number], factor))
+                number = self.create(
+                    "call_function",
+                    function,
+                    (number, factor),
+                    {},
+                    function(self.values[number], factor),
+                )
         return number
 
     def hold(self, number: Any, value: Any, what: str, old: Any) -> None:
-        """Let the graph say so where a number is another one than for the example; ``what`` it is in the original, and ``old``."""
+        """Let the graph say so where a number is another one than for the example; ``what`` it is
+        in the original, and ``old``.
+        """
         if not isinstance(number, fx.Node) or number in self._held:
             return
         self._held.add(number)
         same = self.create("call_function", operator.eq, (number, value), {}, True)
-        message = f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for others is not known"
+        message = (
+            f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for "
+            "others is not known"
+        )
         self.create("call_function", torch._assert, (same, message), {}, None)
 
 
@@ -284,7 +346,9 @@ def _laid_out_like(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """A tensor of other sizes, whose axes lie in memory in the order of another's."""
     if list(sizes) == list(tensor.shape):
         return tensor
-    return torch.empty_permuted(sizes, _in_memory(tensor), dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_permuted(
+        sizes, _in_memory(tensor), dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def _in_memory(tensor: Tensor) -> list[int]:
@@ -299,7 +363,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _asks(node: fx.Node) -> bool:
-    """Whether a number is not computed from numbers alone, but asked of a tensor or of something else."""
+    """Whether a number is not computed from numbers alone, but asked of a tensor or of something
+    else.
+    """
     return not all(_is_number(n.meta["val"]) for n in node.all_input_nodes)
 
 

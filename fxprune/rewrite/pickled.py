@@ -1,7 +1,7 @@
 """Graphs as plain data that ``pickle`` takes: what ``torch.save`` keeps of an emitted model.
 
-``torch.fx`` keeps the generated code and traces it anew, which loses the second mode's graph, regions without gradients, and what a
-traced call would decide. Here every node is kept as it is.
+``torch.fx`` keeps the generated code and traces it anew, which loses the second mode's graph,
+regions without gradients, and what a traced call would decide. Here every node is kept as it is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def pack(graph: fx.Graph) -> list[dict[str, Any]]:
             "args": map_aggregate(node.args, data),
             "kwargs": map_aggregate(node.kwargs, data),
             "type_expr": node.type,
-            "meta": {key: value for key, value in node.meta.items() if isinstance(value, (bool, int, float, str))},
+            "meta": {
+                key: value
+                for key, value in node.meta.items()
+                if isinstance(value, (bool, int, float, str))
+            },
         }
         for node in graph.nodes
     ]
@@ -89,7 +93,9 @@ def unpack(packed: list[dict[str, Any]]) -> fx.Graph:
 
     for entry in packed:
         args, kwargs = (map_aggregate(entry[key], live) for key in ("args", "kwargs"))
-        node = graph.create_node(entry["op"], live(entry["target"]), args, kwargs, entry["name"], entry["type_expr"])
+        node = graph.create_node(
+            entry["op"], live(entry["target"]), args, kwargs, entry["name"], entry["type_expr"]
+        )
         node.meta = dict(entry["meta"])
         nodes.append(node)
     return graph

@@ -32,15 +32,19 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._masks: dict[int, Mask | None] = {}  # by the id of labels, which the coupling keeps alive; None: nothing is lost
-        self._left: dict[tuple[int, ...], dict[int, int]] = {}  # by the ids of labels: dimension -> what is left of it
+        # by the id of labels, which the coupling keeps alive; None: nothing is lost
+        self._masks: dict[int, Mask | None] = {}
+        # by the ids of labels: dimension -> what is left of it
+        self._left: dict[tuple[int, ...], dict[int, int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         self.alive[coupling.units] = False
         for group in coupling.groups:
             self.alive[group.units[list(kept[group.name])]] = True
 
     def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
-        """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run that loses something."""
+        """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run
+        that loses something.
+        """
         out = []
         for labels in self.coupling.labels(tensor):
             if id(labels) not in self._masks:
@@ -52,11 +56,15 @@ class Survivors:
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:
-        """Which elements survive all of these labellings of one tensor, compact (broadcastable to it)."""
+        """Which elements survive all of these labellings of one tensor, compact (broadcastable to
+        it).
+        """
         return alive_mask((self.coupling.context.units.live(a) for a in arrays), self.alive)
 
     def rows(self, tensor: Any, dim: int) -> Mask | None:
-        """The survivors along one dimension, a row for each place along the others; None if nothing is lost there."""
+        """The survivors along one dimension, a row for each place along the others; None if
+        nothing is lost there.
+        """
         masks = [mask for _, shrink, mask in self.fields(tensor) if shrink == dim]
         if not masks:
             return None
@@ -64,10 +72,15 @@ class Survivors:
         for other in masks[1:]:
             mask = mask & other
         size = mask.shape[dim]
-        return mask.reshape(1, size) if mask.size == size else np.moveaxis(mask, dim, -1).reshape(-1, size)
+        return (
+            mask.reshape(1, size)
+            if mask.size == size
+            else np.moveaxis(mask, dim, -1).reshape(-1, size)
+        )
 
     def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
-        """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses nothing.
+        """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses
+        nothing.
 
         Raises
         ------
@@ -81,7 +94,9 @@ class Survivors:
             return int(np.count_nonzero(rows[0, start:stop]))
         counts = rows[:, start:stop].sum(axis=1)
         if (counts != counts[0]).any():
-            raise RewriteError(f"blocks of a dimension keep different numbers of positions in {start}:{stop}")
+            raise RewriteError(
+                f"blocks of a dimension keep different numbers of positions in {start}:{stop}"
+            )
         return int(counts[0])
 
     def shape(self, tensor: Tensor) -> list[int]:
@@ -95,14 +110,19 @@ class Survivors:
             self._left[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
         for dim, left in self._left[key].items():
             if not left:
-                raise RewriteError(f"nothing would be left of dimension {dim} of a tensor of shape {tuple(tensor.shape)}")
+                raise RewriteError(
+                    f"nothing would be left of dimension {dim} of a tensor of shape "
+                    f"{tuple(tensor.shape)}"
+                )
             size[dim] = left
         return size
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
-        """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the removed elements.
+        """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the
+        removed elements.
 
-        ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask is a product.
+        ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask
+        is a product.
         """
         fields = self.fields(tensor)
         done: dict[int, Mask] = {}
@@ -111,18 +131,28 @@ class Survivors:
                 values = _take_rows(values, mask, shrink, tensor.shape)
         for labels, shrink, mask in fields:
             if labels.size == labels.shape[shrink]:
-                done[shrink] = done[shrink] & mask.reshape(-1) if shrink in done else mask.reshape(-1)
+                done[shrink] = (
+                    done[shrink] & mask.reshape(-1) if shrink in done else mask.reshape(-1)
+                )
         for dim, mask in done.items():
             if values.shape[dim] == len(mask):
-                values = values.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device))
+                values = values.index_select(
+                    dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device)
+                )
             elif values.shape[dim] != 1:
                 raise RewriteError("a dimension is cut by two fields at once")
         return values
 
 
 def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) -> Tensor:
-    """Drop the masked positions along one dimension, where each place along some others drops its own."""
-    dims = [*(d for d in varied(mask) if d != shrink), shrink] if mask.shape[shrink] > 1 else list(varied(mask))
+    """Drop the masked positions along one dimension, where each place along some others drops its
+    own.
+    """
+    dims = (
+        [*(d for d in varied(mask) if d != shrink), shrink]
+        if mask.shape[shrink] > 1
+        else list(varied(mask))
+    )
     if all(values.shape[d] == 1 for d in dims):
         return values
     form = list(values.shape)
@@ -132,7 +162,9 @@ def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) ->
     moved = values.expand(form).permute(*rest, *dims)
     flat = torch.from_numpy(
         np.ascontiguousarray(
-            mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims)).transpose(np.argsort(np.argsort(dims)))
+            mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims)).transpose(
+                np.argsort(np.argsort(dims))
+            )
         )
     )
     left = int(flat.reshape(-1, flat.shape[-1]).sum(dim=1)[0])

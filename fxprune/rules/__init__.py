@@ -1,4 +1,6 @@
-"""All knowledge of ATen ops: one small rule per op family, registered by name. Importing the package fills the registry."""
+"""All knowledge of ATen ops: one small rule per op family, registered by name. Importing the
+package fills the registry.
+"""
 
 from fxprune.labels import Field
 from fxprune.rules import (

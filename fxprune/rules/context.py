@@ -1,7 +1,9 @@
-"""What a rule can see and do: read and write fields, unite labels, pin them, and note what must stay rectangular.
+"""What a rule can see and do: read and write fields, unite labels, pin them, and note what must
+stay rectangular.
 
-The verbs here know no op. A rule describes an op in their terms: which operands meet element by element (:meth:`Context.merge`),
-what is summed (:meth:`Context.contract`), what cannot be followed (:meth:`Context.pin`).
+The verbs here know no op. A rule describes an op in their terms: which operands meet element by
+element (:meth:`Context.merge`), what is summed (:meth:`Context.contract`), what cannot be followed
+(:meth:`Context.pin`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from fxprune.labels import Array, Field, Units, compact, varied
 from fxprune.macs import op_macs
 from fxprune.shapes import META, map_tensors
 
-__all__ = ["READS_INPUT", "Context", "Contraction", "Event", "Met", "Operand", "Record", "Sighting"]
+__all__ = [
+    "READS_INPUT",
+    "Context",
+    "Contraction",
+    "Event",
+    "Met",
+    "Operand",
+    "Record",
+    "Sighting",
+]
 
 READS_INPUT = "reads an input of the model"
 """Why the axes stay with which a model's first layers read what it is called with."""
@@ -41,8 +52,10 @@ class Record:
     name: str = ""  # parameters and buffers: their name
     axes: tuple[int, ...] = ()  # parameters and buffers: the number of each axis
     unborn: set[int] = field(default_factory=set)
-    born: list[Field] = field(default_factory=list)  # parameters: every field there ever was, for the report of pins
-    lost: dict[int, int] = field(default_factory=dict)  # dimension -> why the labels there were pinned
+    # parameters: every field there ever was, for the report of pins
+    born: list[Field] = field(default_factory=list)
+    # dimension -> why the labels there were pinned
+    lost: dict[int, int] = field(default_factory=dict)
 
     @property
     def unmet(self) -> bool:
@@ -53,10 +66,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sighting:
-    """A field that varies along several dimensions of some tensor: its survivors must form a rectangle.
+    """A field that varies along several dimensions of some tensor: its survivors must form a
+    rectangle.
 
-    ``fixed`` dimensions cannot shrink here. ``merged`` dimensions are (or were) one dimension on the other side of a reshape, so
-    survivors must keep their order when they are laid out one after the other.
+    ``fixed`` dimensions cannot shrink here. ``merged`` dimensions are (or were) one dimension on
+    the other side of a reshape, so survivors must keep their order when they are laid out one
+    after the other.
     """
 
     labels: Array
@@ -67,7 +82,9 @@ class Sighting:
 
 @dataclass(slots=True, eq=False)
 class Operand:
-    """A tensor laid into a rule's virtual dimensions: ``dims[i]`` is the virtual dimension of the tensor's i-th one."""
+    """A tensor laid into a rule's virtual dimensions: ``dims[i]`` is the virtual dimension of the
+    tensor's i-th one.
+    """
 
     fields: list[Field]
     sized: set[int]
@@ -75,7 +92,8 @@ class Operand:
     record: Record | None = None
     dims: tuple[int, ...] = ()
     tensor: Tensor | None = None
-    carrier: Tensor | None = None  # the tensor that the fields come from, where they are laid out by hand
+    # the tensor that the fields come from, where they are laid out by hand
+    carrier: Tensor | None = None
 
     @property
     def source(self) -> Tensor | None:
@@ -85,7 +103,9 @@ class Operand:
 
 @dataclass(slots=True, eq=False)
 class Met:
-    """A field after operands met: its labels, and for each operand that carries it whether it is zero there."""
+    """A field after operands met: its labels, and for each operand that carries it whether it is
+    zero there.
+    """
 
     labels: Array
     zero: dict[int, bool]
@@ -95,7 +115,8 @@ class Met:
 class Contraction:
     """An executed ATen op that costs multiply-accumulates, with its arguments and its result.
 
-    The labelled batch can be larger than the example's: ``share`` is the part of the costs that the example has.
+    The labelled batch can be larger than the example's: ``share`` is the part of the costs that
+    the example has.
     """
 
     node: str
@@ -120,17 +141,24 @@ class Contraction:
         return found
 
     def macs(self, shape: Callable[[Tensor], Sequence[int]] | None = None) -> int:
-        """Multiply-accumulates of the labelled batch; ``shape`` gives another size to each tensor."""
+        """Multiply-accumulates of the labelled batch; ``shape`` gives another size to each
+        tensor.
+        """
 
         def resized(tensor: Tensor) -> Tensor:
-            return tensor if shape is None else torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
+            return (
+                tensor
+                if shape is None
+                else torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
+            )
 
         return op_macs(self.func, *map_tensors(resized, (self.args, self.kwargs, self.out))) or 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
-    """An executed ATen op that a run with data has to know again: one that takes statistics, or one that draws random numbers.
+    """An executed ATen op that a run with data has to know again: one that takes statistics, or
+    one that draws random numbers.
 
     Attributes
     ----------
@@ -141,7 +169,8 @@ class Event:
     gone:
         For statistics: labels of the input whose removed elements leave them.
     run:
-        What tells the runs of one graph apart, of which a part that is called several times has several.
+        What tells the runs of one graph apart, of which a part that is called several times has
+        several.
     """
 
     node: str
@@ -161,50 +190,90 @@ class Context:
         self.target: Any = None
         self.sightings: list[Sighting] = []
         self._seen: set[tuple[Any, ...]] = set()
-        self.reasons: list[tuple[str, str]] = [("", ""), ("meets a part that stays", ""), ("is an input of the model", "")]
-        self.causes: Any = WeakTensorKeyDictionary()  # tensor -> dimension, or None: others -> the reason's number
+        self.reasons: list[tuple[str, str]] = [
+            ("", ""),
+            ("meets a part that stays", ""),
+            ("is an input of the model", ""),
+        ]
+        # tensor -> dimension, or None: others -> the reason's number
+        self.causes: Any = WeakTensorKeyDictionary()
         self._pinned_now = 0  # the first reason that the op which runs has given
-        self._given: int | None = None  # why the channels stay that the layer gives; None: no layer runs
+        # why the channels stay that the layer gives; None: no layer runs
+        self._given: int | None = None
         self._reason_numbers: dict[tuple[str, str], int] = {}
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
-        self.fixed_axes: dict[int, int] = {}  # axis number -> reason, for axes that met a fixed size before they got labels
+        # axis number -> reason, for axes that met a fixed size before they got labels
+        self.fixed_axes: dict[int, int] = {}
         self.statistics: dict[
             tuple[str, int], list[Array]
         ] = {}  # (node, how many-th in it) -> labels whose elements leave the statistics
         self._statistics_in_node: dict[str, int] = {}
-        self.noted: tuple[Array, ...] = ()  # of the op that runs: labels of its input that its statistics go over
+        # of the op that runs: labels of its input that its statistics go over
+        self.noted: tuple[Array, ...] = ()
         self.events: list[Event] = []  # in the order of execution
         self.moved: set[str] = set()  # nodes in which labelled positions were laid out anew
-        self.positional: set[str] = set()  # nodes with an op that tells positions apart: these, slices, groups, look-ups
-        self.summed_axes: set[int] = set()  # numbers of the parameter axes that a contraction sums over: what a consumer reads
-        self.summed_groups: set[str] = set()  # nodes with a convolution whose groups sum over several input channels
+        # nodes with an op that tells positions apart: these, slices, groups, look-ups
+        self.positional: set[str] = set()
+        # numbers of the parameter axes that a contraction sums over: what a consumer reads
+        self.summed_axes: set[int] = set()
+        # nodes with a convolution whose groups sum over several input channels
+        self.summed_groups: set[str] = set()
         self.scale_axes: set[int] = set()  # numbers of the axes of normalisations' scales
-        self.wide: list[Array] = []  # labels of axes that Python code, which is not traced, has to see as wide as they were
-        self.weights: Context | None = None  # parameters, and what is computed from them alone, under labels of their own
-        self.heads: list[tuple[Array, list[int]]] = []  # fields that a product of activations sums over, head by head, along what
-        self.writes: set[str] = set()  # nodes with an op that writes into a tensor or draws random numbers
-        self.ties: dict[int, Array] = {}  # axis number -> for each position the first that it goes with, whatever it meets
-        self.trusted: set[str] = set()  # ops whose rules the user gave: what they say is to be proved
-        self.contractions: list[Contraction] = []  # everything that ran and costs multiply-accumulates
-        self.rescaled: dict[str, list[Array]] = {}  # nodes that are a mean or a variance -> labels of the averaged elements
-        self.pairs: list[Array] = []  # labels of which every block keeps two, because of one value alone no statistic is taken
-        self.ran: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}  # node -> the ops that it ran, their arguments
+        # labels of axes that Python code, which is not traced, has to see as wide as they were
+        self.wide: list[Array] = []
+        # parameters, and what is computed from them alone, under labels of their own
+        self.weights: Context | None = None
+        # fields that a product of activations sums over, head by head, along what
+        self.heads: list[tuple[Array, list[int]]] = []
+        # nodes with an op that writes into a tensor or draws random numbers
+        self.writes: set[str] = set()
+        # axis number -> for each position the first that it goes with, whatever it meets
+        self.ties: dict[int, Array] = {}
+        # ops whose rules the user gave: what they say is to be proved
+        self.trusted: set[str] = set()
+        # everything that ran and costs multiply-accumulates
+        self.contractions: list[Contraction] = []
+        # nodes that are a mean or a variance -> labels of the averaged elements
+        self.rescaled: dict[str, list[Array]] = {}
+        # labels of which every block keeps two, because of one value alone no statistic is taken
+        self.pairs: list[Array] = []
+        # node -> the ops that it ran, their arguments
+        self.ran: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
 
     # -- tensors
 
     def parameter(
-        self, tensor: Tensor, name: str, axes: tuple[int, ...], fields: list[Field] | None = None, overwritten: bool = False
+        self,
+        tensor: Tensor,
+        name: str,
+        axes: tuple[int, ...],
+        fields: list[Field] | None = None,
+        overwritten: bool = False,
     ) -> None:
-        """Begin with a parameter or buffer; ``overwritten``: an earlier call may have left non-zeros at removed elements."""
-        unborn = {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
+        """Begin with a parameter or buffer; ``overwritten``: an earlier call may have left
+        non-zeros at removed elements.
+        """
+        unborn = (
+            {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
+        )
         given = list(fields or ())
-        self.records[tensor] = Record(tensor, given, name=name, axes=axes, unborn=unborn, born=[*given], overwritten=overwritten)
+        self.records[tensor] = Record(
+            tensor,
+            given,
+            name=name,
+            axes=axes,
+            unborn=unborn,
+            born=[*given],
+            overwritten=overwritten,
+        )
 
     def record(self, tensor: Tensor) -> Record | None:
         return self.records.get(tensor)
 
     def fields(self, tensor: Any) -> list[Field]:
-        """The live fields of a tensor. Pinned labels are gone; a field that is one single label is pinned on sight."""
+        """The live fields of a tensor. Pinned labels are gone; a field that is one single label is
+        pinned on sight.
+        """
         record = self.records.get(tensor)
         if record is None:
             return []
@@ -241,8 +310,11 @@ class Context:
                 record.lost.update(dict.fromkeys(f.dims, int(self.units.reasons(f.labels).max())))
 
     def settle(self) -> None:
-        """Refresh the fields of every tensor there is, those of a parameter that no op has met left alone."""
-        done: dict[int, tuple[Array, list[Field]]] = {}  # by the id of the labels as they were, which it keeps alive
+        """Refresh the fields of every tensor there is, those of a parameter that no op has met
+        left alone.
+        """
+        # by the id of the labels as they were, which it keeps alive
+        done: dict[int, tuple[Array, list[Field]]] = {}
         for record in self.records.values():
             fields: list[Field] = []
             for f in record.fields:
@@ -272,11 +344,15 @@ class Context:
         self.records[tensor] = Record(tensor, kept, base=root)
 
     def give(self, out: Tensor, fields: Iterable[Field], dims: Sequence[int]) -> None:
-        """Say what a result carries, from fields over virtual dimensions: its i-th dimension is the virtual one ``dims[i]``."""
+        """Say what a result carries, from fields over virtual dimensions: its i-th dimension is
+        the virtual one ``dims[i]``.
+        """
         self.put(out, [Field(take(f.labels, dims), f.zero) for f in fields])
 
     def overwrite(self, tensor: Tensor, fields: list[Field]) -> None:
-        """An in-place op wrote into a tensor (maybe a view); its labels were united with what was written."""
+        """An in-place op wrote into a tensor (maybe a view); its labels were united with what was
+        written.
+        """
         record = self.records.get(tensor)
         if record is None:
             if fields:
@@ -305,7 +381,9 @@ class Context:
         return born
 
     def adopt(self, record: Record, axis: int, labels: Array) -> None:
-        """A parameter's axis takes over the labels (laid out for that parameter) of what it met first."""
+        """A parameter's axis takes over the labels (laid out for that parameter) of what it met
+        first.
+        """
         record.unborn.discard(axis)
         record.fields.append(Field(labels, not record.overwritten))
         record.born.append(record.fields[-1])
@@ -313,13 +391,17 @@ class Context:
             self._edge(owner, record.axes[axis])
 
     def adopt_nothing(self, record: Record, axis: int, why: str | tuple[str, str]) -> None:
-        """A parameter's axis met a size that cannot shrink; ``why``: the reason, with the node that gave it if not this one."""
+        """A parameter's axis met a size that cannot shrink; ``why``: the reason, with the node
+        that gave it if not this one.
+        """
         record.unborn.discard(axis)
         self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
 
     def adopt_fixed(self, record: Record, axis: int, met: Iterable[Any]) -> None:
         """A parameter's axis met tensors that have no labels there."""
-        self.adopt_nothing(record, axis, self.why_fixed(met, read=record.axes[axis] in self.summed_axes))
+        self.adopt_nothing(
+            record, axis, self.why_fixed(met, read=record.axes[axis] in self.summed_axes)
+        )
 
     # -- why there are no labels
 
@@ -328,17 +410,24 @@ class Context:
         self.causes[tensor] = {None: _INPUT}
 
     def gives(self, weight: Tensor | None, dims: Iterable[int]) -> None:
-        """Note which dimensions of its weight a layer hands on: why they stay is why what it gives has no labels."""
+        """Note which dimensions of its weight a layer hands on: why they stay is why what it gives
+        has no labels.
+        """
         self._given = _first(number for number in (self._given or 0, self.cause(weight, dims)))
 
     def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Note, after an op, why its results may lack labels: what it has pinned, or what its operands lack them for.
+        """Note, after an op, why its results may lack labels: what it has pinned, or what its
+        operands lack them for.
 
         A dimension that an operand has as well lacks them for the same reason.
         """
         given, pinned = self._given, self._pinned_now
         self._given, self._pinned_now = None, 0
-        whole = given if given is not None else pinned or _first(self.cause(tensor) for tensor in tensors)
+        whole = (
+            given
+            if given is not None
+            else pinned or _first(self.cause(tensor) for tensor in tensors)
+        )
         for result in results:
             own: dict[int | None, int] = {None: whole} if whole else {}
             for tensor in tensors if given is None and whole else ():
@@ -348,17 +437,25 @@ class Context:
                 self.causes[result] = own
 
     def _causes_along(self, tensor: Any) -> dict[int | None, int]:
-        """The numbers of the reasons why a tensor has no labels along its dimensions; None: along any other."""
+        """The numbers of the reasons why a tensor has no labels along its dimensions; None: along
+        any other.
+        """
         own: dict[int | None, int] = dict(self.causes.get(tensor, {}))
         record = self.records.get(tensor)
         if record is not None:
             self._renew(record)
-            own.update((d, self.fixed_axes[number]) for d, number in enumerate(record.axes) if number in self.fixed_axes)
+            own.update(
+                (d, self.fixed_axes[number])
+                for d, number in enumerate(record.axes)
+                if number in self.fixed_axes
+            )
             own.update(record.lost.items())
         return own
 
     def cause(self, tensor: Any, dims: Iterable[int] | None = None) -> int:
-        """The number of the reason why a tensor has no labels, along some of its dimensions; 0: it never had any."""
+        """The number of the reason why a tensor has no labels, along some of its dimensions; 0: it
+        never had any.
+        """
         if not isinstance(tensor, Tensor):
             return 0
         known = self._causes_along(tensor)
@@ -366,15 +463,21 @@ class Context:
             return _first(known.values())
         return next((known[d] for d in sorted(dims) if d in known), known.get(None, 0))
 
-    def why_fixed(self, tensors: Iterable[Any], dims: Iterable[int] | None = None, *, read: bool = False) -> tuple[str, str]:
-        """The reason, and its node, of what meets tensors that have no labels; ``read``: of an axis that is summed."""
+    def why_fixed(
+        self, tensors: Iterable[Any], dims: Iterable[int] | None = None, *, read: bool = False
+    ) -> tuple[str, str]:
+        """The reason, and its node, of what meets tensors that have no labels; ``read``: of an
+        axis that is summed.
+        """
         found = _first(self.cause(tensor, dims) for tensor in tensors)
         if found == _INPUT:
             return (READS_INPUT if read else "meets an input of the model"), self.node
         return self.reasons[found] if found else ("meets a tensor of fixed size", self.node)
 
     def virtual(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
-        """Labels for dimensions that a literal size made (``expand``, ``zeros``): they shrink with what they meet."""
+        """Labels for dimensions that a literal size made (``expand``, ``zeros``): they shrink with
+        what they meet.
+        """
         out = []
         for d in dims:
             if shape[d] > 1:
@@ -404,7 +507,9 @@ class Context:
         return compact(self.units.live(labels))
 
     def pin(self, labels: Array, why: str | tuple[str, str]) -> None:
-        """Forbid the removal of labels; ``why``: the reason, with the node that gave it if not this one."""
+        """Forbid the removal of labels; ``why``: the reason, with the node that gave it if not
+        this one.
+        """
         number = self._reason(why)
         self._pinned_now = self._pinned_now or number
         self.units.pin(labels, number)
@@ -413,7 +518,9 @@ class Context:
         for f in fields:
             self.pin(f.labels, why)
 
-    def sight(self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()) -> None:
+    def sight(
+        self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()
+    ) -> None:
         if not self.units.pinning:
             return  # a check of an emitted model: the rectangles are there
         fixed = frozenset(fixed)
@@ -424,7 +531,8 @@ class Context:
             self.sightings.append(Sighting(labels, fixed, merged, self.node))
 
     def statistic(self, labels: list[Array], *, taken: bool = True) -> None:
-        """An op takes statistics over the survivors of these labels (none: over fixed dimensions only).
+        """An op takes statistics over the survivors of these labels (none: over fixed dimensions
+        only).
 
         ``taken=False``: in another mode than this it would.
         """
@@ -446,9 +554,11 @@ class Context:
             self.edges.setdefault((min(a, b), max(a, b)), {})[self.node] = None
 
     def meet_vector(self, labels: Array, vector: Tensor) -> bool:
-        """A parameter of one axis meets 1-D labels, position by position: the usual case of a bias or a scale, done at once.
+        """A parameter of one axis meets 1-D labels, position by position: the usual case of a bias
+        or a scale, done at once.
 
-        False (and nothing done) where it has labels already that are not these, or may not be zero where it is removed.
+        False (and nothing done) where it has labels already that are not these, or may not be zero
+        where it is removed.
         """
         record = self.records.get(vector)
         if record is None or vector.dim() != 1 or record.overwritten:
@@ -459,26 +569,35 @@ class Context:
         return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
 
     def reads(self, operands: Sequence[tuple[Tensor | None, Iterable[int]]]) -> None:
-        """A contraction sums over these dimensions of its operands: note the parameter axes that are read so.
+        """A contraction sums over these dimensions of its operands: note the parameter axes that
+        are read so.
 
         A product of weights alone makes a weight and reads none but its own operands.
         """
         weights = self.weights
-        consumes = weights is not None and not all(self.of_weights(tensor) for tensor, _ in operands)
+        consumes = weights is not None and not all(
+            self.of_weights(tensor) for tensor, _ in operands
+        )
         for tensor, dims in operands:
             record = self.records.get(tensor)
             if record is not None and record.axes:
                 self.summed_axes.update(record.axes[d] for d in dims)
-            elif weights is not None and consumes and tensor is not None and self.of_weights(tensor):
+            elif (
+                weights is not None and consumes and tensor is not None and self.of_weights(tensor)
+            ):
                 self.summed_axes.update(weights._axes_behind(tensor, set(dims)))
 
     def of_weights(self, tensor: Any) -> bool:
         """Whether a tensor is a parameter or buffer, or computed from such alone."""
         record = self.records.get(tensor)
-        return bool(record and record.axes) or (self.weights is not None and tensor in self.weights.records)
+        return bool(record and record.axes) or (
+            self.weights is not None and tensor in self.weights.records
+        )
 
     def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
-        """The numbers of the parameter axes whose labels a tensor carries along some of its dimensions."""
+        """The numbers of the parameter axes whose labels a tensor carries along some of its
+        dimensions.
+        """
         carried = [self.units.find(f.labels) for f in self.fields(tensor) if f.dims & dims]
         for record in self.records.values():
             for f in record.born:
@@ -493,7 +612,9 @@ class Context:
 
     # -- operands that meet
 
-    def operand(self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False) -> Operand:
+    def operand(
+        self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False
+    ) -> Operand:
         """Lay a tensor's fields into ``rank`` virtual dimensions."""
         record = self.records.get(tensor)
         unborn: dict[int, int] = {}
@@ -506,17 +627,23 @@ class Context:
         sized = {dims[d] for d, size in enumerate(tensor.shape) if size > 1}
         return Operand(laid, sized, unborn, record, tuple(dims), tensor)
 
-    def merge(self, operands: Sequence[Operand], rank: int, summed: Collection[int] = ()) -> list[Met]:
-        """Operands meet element by element on a virtual broadcast: pair their fields and unite the labels that meet.
+    def merge(
+        self, operands: Sequence[Operand], rank: int, summed: Collection[int] = ()
+    ) -> list[Met]:
+        """Operands meet element by element on a virtual broadcast: pair their fields and unite the
+        labels that meet.
 
-        Fields pair by the dimensions along which they vary. A field whose partner has the full size of its dimensions but no
-        labels there is pinned. Where the partner is sized on some of the dimensions only, the survivors must be equally many for
-        each position there. ``summed`` are dimensions that a contraction sums over then.
+        Fields pair by the dimensions along which they vary. A field whose partner has the full
+        size of its dimensions but no labels there is pinned. Where the partner is sized on some of
+        the dimensions only, the survivors must be equally many for each position there. ``summed``
+        are dimensions that a contraction sums over then.
         """
         order = sorted(range(len(operands)), key=lambda i: len(operands[i].unborn) > 0)
         acc: list[Met] = []
         sized: set[int] = set()
-        read = set(summed) if any(self.of_weights(operand.source) for operand in operands) else set()
+        read = (
+            set(summed) if any(self.of_weights(operand.source) for operand in operands) else set()
+        )
         before: list[Any] = []
         for turn, i in enumerate(order):
             b = operands[i]
@@ -530,7 +657,14 @@ class Context:
         return acc
 
     def _pair(
-        self, acc: list[Met], sized: set[int], before: list[Any], b: Operand, index: int, rank: int, read: set[int]
+        self,
+        acc: list[Met],
+        sized: set[int],
+        before: list[Any],
+        b: Operand,
+        index: int,
+        rank: int,
+        read: set[int],
     ) -> list[Met]:
         free = list(b.fields)
         out: list[Met] = []
@@ -540,20 +674,37 @@ class Context:
             if not common:
                 out.append(met)
                 continue
-            partner = _partner(self.units, met.labels, dims, free, alone=sum(set(varied(m.labels)) == dims for m in acc) == 1)
+            partner = _partner(
+                self.units,
+                met.labels,
+                dims,
+                free,
+                alone=sum(set(varied(m.labels)) == dims for m in acc) == 1,
+            )
             adopted = b.unborn.get(max(dims)) if max(dims) in common else None
             if partner is not None:
                 free.remove(partner)
                 self.unite(met.labels, partner.labels)
-                out.append(Met(self._either(met.labels, partner.labels), {**met.zero, index: partner.zero}))
+                out.append(
+                    Met(
+                        self._either(met.labels, partner.labels), {**met.zero, index: partner.zero}
+                    )
+                )
             elif adopted is not None and b.record is not None:
                 for v in common - {max(dims)}:  # one value for many: those go together
                     if v in b.unborn:
-                        self.adopt_nothing(b.record, b.unborn[v], "meets a channel axis that is split")
+                        self.adopt_nothing(
+                            b.record, b.unborn[v], "meets a channel axis that is split"
+                        )
                 labels = self.tie(met.labels, dims - {max(dims)})
                 if labels.size > 1:
                     self.adopt(b.record, adopted, take(labels, b.dims))
-                    out.append(Met(self._either(labels, met.labels), {**met.zero, index: not b.record.overwritten}))
+                    out.append(
+                        Met(
+                            self._either(labels, met.labels),
+                            {**met.zero, index: not b.record.overwritten},
+                        )
+                    )
             elif dims <= b.sized:
                 self.pin(met.labels, self.why_fixed([b.source], read=dims <= read))
             else:
@@ -577,11 +728,17 @@ class Context:
         return out
 
     def _either(self, a: Array, b: Array) -> Array:
-        """One for two arrays of labels that were united: the smaller. If they were not, the one that says more."""
+        """One for two arrays of labels that were united: the smaller. If they were not, the one
+        that says more.
+        """
         return a if (a.size <= b.size) == self.units.uniting else b
 
-    def _birth_rest(self, b: Operand, met_sizes: set[int], met: Iterable[Any], rank: int) -> list[Field]:
-        """Axes of a parameter that met no labels: pinned where they met a size, born where they met nothing."""
+    def _birth_rest(
+        self, b: Operand, met_sizes: set[int], met: Iterable[Any], rank: int
+    ) -> list[Field]:
+        """Axes of a parameter that met no labels: pinned where they met a size, born where they
+        met nothing.
+        """
         born: list[Field] = []
         if b.record is None:
             return born
@@ -597,16 +754,26 @@ class Context:
         b.unborn = {}
         return born
 
-    def contract(self, operands: Sequence[Operand], rank: int, summed: Iterable[int]) -> list[Field]:
-        """A sum of products: meet element by element, then drop the summed dimensions (they stay, with size 1)."""
+    def contract(
+        self, operands: Sequence[Operand], rank: int, summed: Iterable[int]
+    ) -> list[Field]:
+        """A sum of products: meet element by element, then drop the summed dimensions (they stay,
+        with size 1).
+        """
         summed = set(summed)
-        self.reads([(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands])
+        self.reads(
+            [(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands]
+        )
         for o in operands:
             if o.dims and self.of_weights(o.tensor):
                 self.gives(o.tensor, [d for d, v in enumerate(o.dims) if v not in summed])
         if len(operands) > 1 and not any(self.of_weights(o.tensor) for o in operands):
             fields = [f for operand in operands for f in operand.fields]
-            self.heads += [(f.labels, sorted(f.dims & summed)) for f in fields if f.dims & summed and f.dims - summed]
+            self.heads += [
+                (f.labels, sorted(f.dims & summed))
+                for f in fields
+                if f.dims & summed and f.dims - summed
+            ]
         out = []
         for met in self.merge(operands, rank, summed):
             dims = set(varied(met.labels))
@@ -622,7 +789,9 @@ class Context:
 
 
 def _alike(fields: Sequence[Field], others: Sequence[Field]) -> bool:
-    return len(fields) == len(others) and all(np.array_equal(f.labels, g.labels) for f, g in zip(fields, others, strict=True))
+    return len(fields) == len(others) and all(
+        np.array_equal(f.labels, g.labels) for f, g in zip(fields, others, strict=True)
+    )
 
 
 def _first(numbers: Iterable[int]) -> int:
@@ -651,11 +820,14 @@ def take(labels: Array, dims: Sequence[int]) -> Array:
     return reduced.transpose([kept.index(v) for v in dims])
 
 
-def _partner(units: Units, labels: Array, dims: set[int], free: list[Field], alone: bool) -> Field | None:
+def _partner(
+    units: Units, labels: Array, dims: set[int], free: list[Field], alone: bool
+) -> Field | None:
     """The field among ``free`` that pairs with these labels."""
     same = [f for f in free if f.dims == dims]
     inner = [f for f in free if max(dims) in f.dims and (f.dims < dims or f.dims > dims)]
-    if len(same) + len(inner) > 1:  # provenance decides: a field that already holds some of these labels
+    # provenance decides: a field that already holds some of these labels
+    if len(same) + len(inner) > 1:
         related = [f for f in same + inner if np.isin(f.labels, labels[labels > 0]).any()]
         if related:
             return related[0]
@@ -664,24 +836,36 @@ def _partner(units: Units, labels: Array, dims: set[int], free: list[Field], alo
     for f in same:  # several fields on one axis: pair those that repeat in the same pattern
         if f.labels.shape == labels.shape and _same_pattern(f.labels, labels):
             return f
-    of_weights = [f for f in same if units.owners(f.labels) != [-1]]  # rather than the copies that a size made
+    # rather than the copies that a size made
+    of_weights = [f for f in same if units.owners(f.labels) != [-1]]
     if alone and len(of_weights) == 1:
         return of_weights[0]
     return inner[0] if inner and (alone or not same) else None
 
 
 def _same_pattern(a: Array, b: Array) -> bool:
-    return bool(np.array_equal(np.unique(a, return_inverse=True)[1].ravel(), np.unique(b, return_inverse=True)[1].ravel())) or (
-        len(np.unique(a)) == len(np.unique(b)) == len({(x, y) for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)})
+    return bool(
+        np.array_equal(
+            np.unique(a, return_inverse=True)[1].ravel(),
+            np.unique(b, return_inverse=True)[1].ravel(),
+        )
+    ) or (
+        len(np.unique(a))
+        == len(np.unique(b))
+        == len({(x, y) for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)})
     )
 
 
 def _wrong_rank(f: Field, tensor: Tensor) -> Field:
-    raise AssertionError(f"a rule gave labels of shape {f.labels.shape} to a tensor of shape {tuple(tensor.shape)}")
+    raise AssertionError(
+        f"a rule gave labels of shape {f.labels.shape} to a tensor of shape {tuple(tensor.shape)}"
+    )
 
 
 def as_torch(labels: Array, shape: Sequence[int]) -> Tensor:
-    """An array of labels as an expanded (stride 0) integer tensor of the full shape, for movement ops to run on."""
+    """An array of labels as an expanded (stride 0) integer tensor of the full shape, for movement
+    ops to run on.
+    """
     return torch.from_numpy(np.ascontiguousarray(labels)).expand(tuple(shape))
 
 

@@ -12,12 +12,24 @@ from fxprune.rules.context import Context, Operand
 from fxprune.rules.registry import rule
 
 
-def _finish(ctx: Context, out: Tensor, fields: list[Field], dims: Sequence[int], extra: Tensor | None = None) -> None:
+def _finish(
+    ctx: Context,
+    out: Tensor,
+    fields: list[Field],
+    dims: Sequence[int],
+    extra: Tensor | None = None,
+) -> None:
     """Read the result's dimensions off the virtual ones; add a bias that broadcasts to it."""
     ctx.give(out, fields, dims)
     if extra is not None:
         rank = out.dim()
-        met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(extra, range(rank - extra.dim(), rank), rank)], rank)
+        met = ctx.merge(
+            [
+                ctx.operand(out, range(rank), rank),
+                ctx.operand(extra, range(rank - extra.dim(), rank), rank),
+            ],
+            rank,
+        )
         ctx.put(out, [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met])
 
 
@@ -26,13 +38,21 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (..., i), w (o, i) -> (..., o): i is summed."""
     x, w, rank = a["input"], a["weight"], a["input"].dim()
     if w.dim() == 1:
-        fields = ctx.contract([ctx.operand(x, range(rank), rank), ctx.operand(w, (rank - 1,), rank)], rank, {rank - 1})
+        fields = ctx.contract(
+            [ctx.operand(x, range(rank), rank), ctx.operand(w, (rank - 1,), rank)],
+            rank,
+            {rank - 1},
+        )
         return _finish(ctx, out, fields, range(rank - 1), a["bias"])
     operands = [ctx.operand(x, range(rank), rank + 1), ctx.operand(w, (rank, rank - 1), rank + 1)]
     fields = ctx.contract(operands, rank + 1, {rank - 1})
     bias = a["bias"]
     along = [f for f in fields if rank in f.dims]
-    if bias is not None and len(along) == 1 == len(fields) and ctx.meet_vector(along[0].labels.reshape(-1), bias):
+    if (
+        bias is not None
+        and len(along) == 1 == len(fields)
+        and ctx.meet_vector(along[0].labels.reshape(-1), bias)
+    ):
         bias = None
     return _finish(ctx, out, fields, [*range(rank - 1), rank], bias)
 
@@ -45,7 +65,9 @@ def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     n, k, m = batch, batch + 1, batch + 2
     x_dims = [*range(batch - (x.dim() - 2), batch), n, k] if x.dim() > 1 else [k]
     y_dims = [*range(batch - (y.dim() - 2), batch), k, m] if y.dim() > 1 else [k]
-    fields = ctx.contract([ctx.operand(x, x_dims, batch + 3), ctx.operand(y, y_dims, batch + 3)], batch + 3, {k})
+    fields = ctx.contract(
+        [ctx.operand(x, x_dims, batch + 3), ctx.operand(y, y_dims, batch + 3)], batch + 3, {k}
+    )
     out_dims = [*range(batch), *([n] if x.dim() > 1 else []), *([m] if y.dim() > 1 else [])]
     _finish(ctx, out, fields, out_dims)
 
@@ -60,7 +82,10 @@ def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x, y = (a["mat1"], a["mat2"]) if name == "addmm" else (a["batch1"], a["batch2"])
     batch = x.dim() - 2
     n, k, m = batch, batch + 1, batch + 2
-    operands = [ctx.operand(x, [*range(batch), n, k], batch + 3), ctx.operand(y, [*range(batch), k, m], batch + 3)]
+    operands = [
+        ctx.operand(x, [*range(batch), n, k], batch + 3),
+        ctx.operand(y, [*range(batch), k, m], batch + 3),
+    ]
     summed = {0, k} if name == "addbmm" else {k}
     out_dims = [n, m] if name == "addbmm" else [*range(batch), n, m]
     return _finish(ctx, out, ctx.contract(operands, batch + 3, summed), out_dims, a["self"])
@@ -81,13 +106,22 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             return
         right = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     ellipsis = max(
-        (t.dim() - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True) if "..." in term), default=0
+        (
+            t.dim() - len(term.replace("...", ""))
+            for t, term in zip(tensors, terms, strict=True)
+            if "..." in term
+        ),
+        default=0,
     )
     names: dict[str, int] = {f"...{i}": i for i in range(ellipsis)}
 
     def dims_of(term: str, rank: int) -> list[int]:
         head, dots, tail = term.partition("...")
-        middle = [f"...{i}" for i in range(ellipsis - (rank - len(head) - len(tail)), ellipsis)] if dots else []
+        middle = (
+            [f"...{i}" for i in range(ellipsis - (rank - len(head) - len(tail)), ellipsis)]
+            if dots
+            else []
+        )
         return [names.setdefault(letter, len(names)) for letter in [*head, *middle, *tail]]
 
     laid = [dims_of(term, t.dim()) for t, term in zip(tensors, terms, strict=True)]
@@ -99,7 +133,9 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("scaled_dot_product_attention")
 def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F), S is summed."""
+    """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F),
+    S is summed.
+    """
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     if not q.dim() == k.dim() == v.dim() or (mask is not None and not 0 < mask.dim() <= q.dim()):
         for t in (q, k, v, mask):
@@ -114,10 +150,15 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         operand = ctx.operand(t, [*lead, source, width], rank)
         if a.get("enable_gqa") and t.shape[-3] > 1:
             times, heads = q.shape[-3] // t.shape[-3], batch - 1
-            operand.fields = [Field(f.labels.repeat(times if heads in f.dims else 1, heads), f.zero) for f in operand.fields]
+            operand.fields = [
+                Field(f.labels.repeat(times if heads in f.dims else 1, heads), f.zero)
+                for f in operand.fields
+            ]
         return operand
 
-    scores = ctx.contract([ctx.operand(q, [*lead, length, width], rank), of_source(k)], rank, {width})
+    scores = ctx.contract(
+        [ctx.operand(q, [*lead, length, width], rank), of_source(k)], rank, {width}
+    )
     for f in scores:
         if f.dims & {length, source}:
             ctx.pin(f.labels, "is a token axis of attention")

@@ -1,4 +1,6 @@
-"""Convolutions: a contraction over input channels, group by group; positions of the kernel and the image are never removed."""
+"""Convolutions: a contraction over input channels, group by group; positions of the kernel and the
+image are never removed.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +20,54 @@ KERNEL = "is a kernel axis"
 """Why a kernel's height and width stay, whatever else happens."""
 
 
-_CONVOLUTIONS = ("convolution", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
+_CONVOLUTIONS = (
+    "convolution",
+    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
+)
 
 
 def is_convolution(func: Any) -> bool:
-    """Whether an ATen overload is a convolution: its weight's first two axes are channels, the others the kernel's."""
+    """Whether an ATen overload is a convolution: its weight's first two axes are channels, the
+    others the kernel's.
+    """
     return func._schema.name.removeprefix("aten::") in _CONVOLUTIONS
 
 
 @rule(*_CONVOLUTIONS)
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o, ...)."""
+    """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o,
+    ...).
+    """
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
     transposed = a.get("transposed", "transpose" in func._schema.name)
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
-    incoming = channel_fields(ctx, x, channel, "is an axis of positions that a convolution slides over")
+    incoming = channel_fields(
+        ctx, x, channel, "is an axis of positions that a convolution slides over"
+    )
     each = w.shape[0] // groups if transposed else w.shape[1]  # input channels of a group
     if groups > 1:
         if each > 1:
             ctx.summed_groups.add(ctx.node)
         elif ctx.node in ctx.summed_groups:
-            incoming = []  # in a smaller model, where one input channel of each group is left: a sum, not a depthwise convolution
+            # in a smaller model, where one input channel of each group is left: a sum, not a
+            # depthwise convolution
+            incoming = []
     record = ctx.record(w)
     if each > 1:
         ctx.reads([(x, ()), (w, [0 if transposed else 1])])
-    if record is not None and record.unborn and not (transposed or record.fields or record.overwritten):
+    if (
+        record is not None
+        and record.unborn
+        and not (transposed or record.fields or record.overwritten)
+    ):
         labels = _first_use(ctx, record, x, incoming, groups, w)
     else:
         labels = _general(ctx, x, w, incoming, groups, transposed, out.shape[channel])
     if ctx.of_weights(w):
         ctx.gives(w, [1 if transposed else 0])
-    fields = [Field(own.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for own, zero in labels]
+    fields = [
+        Field(own.reshape(-1, *[1] * (out.dim() - channel - 1)), zero) for own, zero in labels
+    ]
     fields = [Field(f.labels[np.newaxis] if channel else f.labels, f.zero) for f in fields]
     if bias is not None:
         fields = add_channel_bias(ctx, out, fields, bias, channel)
@@ -56,7 +75,9 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Field]:
-    """The fields along the channel dimension as 1-D fields; those that vary elsewhere as well are tied to one label per channel."""
+    """The fields along the channel dimension as 1-D fields; those that vary elsewhere as well are
+    tied to one label per channel.
+    """
     out = []
     for f in ctx.fields(x):
         if channel not in f.dims:
@@ -70,19 +91,31 @@ def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Fiel
     return out
 
 
-def add_channel_bias(ctx: Context, out: Tensor, fields: list[Field], bias: Tensor, channel: int) -> list[Field]:
-    if len(fields) == 1 and fields[0].dims == {channel} and ctx.meet_vector(fields[0].labels.reshape(-1), bias):
+def add_channel_bias(
+    ctx: Context, out: Tensor, fields: list[Field], bias: Tensor, channel: int
+) -> list[Field]:
+    if (
+        len(fields) == 1
+        and fields[0].dims == {channel}
+        and ctx.meet_vector(fields[0].labels.reshape(-1), bias)
+    ):
         return fields
     ctx.put(out, fields)
     rank = out.dim()
-    met = ctx.merge([ctx.operand(out, range(rank), rank), ctx.operand(bias, (channel,), rank)], rank)
+    met = ctx.merge(
+        [ctx.operand(out, range(rank), rank), ctx.operand(bias, (channel,), rank)], rank
+    )
     return [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met]
 
 
-def _first_use(ctx: Context, record: Record, x: Tensor, incoming: list[Field], groups: int, w: Tensor) -> list[tuple[Array, bool]]:
-    """A weight that no op has met: its input axis takes over the labels that come in, its output axis gets new ones.
+def _first_use(
+    ctx: Context, record: Record, x: Tensor, incoming: list[Field], groups: int, w: Tensor
+) -> list[tuple[Array, bool]]:
+    """A weight that no op has met: its input axis takes over the labels that come in, its output
+    axis gets new ones.
 
-    Within groups the input axis takes the labels block by block, so each group may keep other inputs than its neighbour.
+    Within groups the input axis takes the labels block by block, so each group may keep other
+    inputs than its neighbour.
     """
     outputs, inputs = w.shape[0] // groups, w.shape[1]
     tail = [1] * (w.dim() - 2)
@@ -91,7 +124,13 @@ def _first_use(ctx: Context, record: Record, x: Tensor, incoming: list[Field], g
     if inputs > 1:
         for f in incoming:
             blocks = f.labels.reshape(groups, 1, inputs)
-            rows = np.broadcast_to(blocks, (groups, outputs, inputs)).reshape(groups * outputs, inputs) if groups > 1 else blocks[0]
+            rows = (
+                np.broadcast_to(blocks, (groups, outputs, inputs)).reshape(
+                    groups * outputs, inputs
+                )
+                if groups > 1
+                else blocks[0]
+            )
             if groups > 1:
                 ctx.sight(f.labels.reshape(groups, inputs), fixed={0})
             ctx.adopt(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
@@ -113,7 +152,13 @@ def _first_use(ctx: Context, record: Record, x: Tensor, incoming: list[Field], g
 
 
 def _general(
-    ctx: Context, x: Tensor, w: Tensor, incoming: list[Field], groups: int, transposed: bool, channels: int
+    ctx: Context,
+    x: Tensor,
+    w: Tensor,
+    incoming: list[Field],
+    groups: int,
+    transposed: bool,
+    channels: int,
 ) -> list[tuple[Array, bool]]:
     """A contraction of (group, input) with (group, output, input)."""
     laid = []
@@ -125,10 +170,17 @@ def _general(
         split = (groups, -1) if first > 1 else (1, 1)
         labels = f.labels.reshape(*split, second)  # (g, o, i); transposed: (g, i, o)
         laid.append(Field(compact(labels if transposed else labels.transpose(0, 2, 1)), f.zero))
-    inputs, outputs = (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
+    inputs, outputs = (
+        (w.shape[0] // groups, w.shape[1]) if transposed else (w.shape[1], w.shape[0] // groups)
+    )
     sizes = {GROUP: groups, INPUT: inputs, OUTPUT: outputs}
     here = {d for d in (GROUP, INPUT) if sizes[d] > 1}
-    left = Operand([Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming], here, {}, carrier=x)
+    left = Operand(
+        [Field(compact(f.labels.reshape(groups, inputs, 1)), f.zero) for f in incoming],
+        here,
+        {},
+        carrier=x,
+    )
     right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {}, carrier=w)
     # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
     result = []

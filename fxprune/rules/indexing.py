@@ -42,7 +42,9 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     passing = []
     for f in ctx.fields(x):
         if f.dims <= set(layout):
-            passing.append(Field(take(f.labels.reshape(*f.labels.shape, *[1] * len(layout)), layout), f.zero))
+            passing.append(
+                Field(take(f.labels.reshape(*f.labels.shape, *[1] * len(layout)), layout), f.zero)
+            )
         else:
             ctx.pin(f.labels, "is read by indices")
     ctx.put(out, passing)
@@ -57,11 +59,21 @@ def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.pin_all([*ctx.fields(x), *ctx.fields(values)], "is written by a mask")
         return
     rank = x.dim() + len(layout)
-    met = ctx.merge([ctx.operand(x, range(x.dim()), rank), ctx.operand(values, layout[len(layout) - values.dim() :], rank)], rank)
+    met = ctx.merge(
+        [
+            ctx.operand(x, range(x.dim()), rank),
+            ctx.operand(values, layout[len(layout) - values.dim() :], rank),
+        ],
+        rank,
+    )
     fields = []
     for m in met:
         if set(varied(m.labels)) <= set(layout) & set(range(x.dim())):
-            fields.append(Field(take(m.labels, range(x.dim())), m.zero.get(0, False) and m.zero.get(1, False)))
+            fields.append(
+                Field(
+                    take(m.labels, range(x.dim())), m.zero.get(0, False) and m.zero.get(1, False)
+                )
+            )
         else:
             ctx.pin(m.labels, "is written by indices")
     if out is x:
@@ -71,7 +83,9 @@ def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _layout(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> list[int] | None:
-    """Which dimension of ``x`` each one of ``x[given]`` is; those of the indices are numbered on behind. None: there is a mask."""
+    """Which dimension of ``x`` each one of ``x[given]`` is; those of the indices are numbered on
+    behind. None: there is a mask.
+    """
     indices = [*given, *[None] * (x.dim() - len(given))]
     for i in indices:
         if i is not None:

@@ -1,7 +1,8 @@
 """Pure data movement: the op itself, executed on the labels.
 
-Only where a literal decides which positions are read (``select``, ``slice``, ``roll``) or how positions are laid out one after the
-other (``reshape``) does a rule add what must hold for the smaller tensor.
+Only where a literal decides which positions are read (``select``, ``slice``, ``roll``) or how
+positions are laid out one after the other (``reshape``) does a rule add what must hold for the
+smaller tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +20,32 @@ from fxprune.shapes import reshape_blocks
 
 
 @rule(
-    *("permute", "transpose", "transpose_", "t", "t_", "numpy_T", "matrix_H", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"),
+    *(
+        "permute",
+        "transpose",
+        "transpose_",
+        "t",
+        "t_",
+        "numpy_T",
+        "matrix_H",
+        "mT",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+    ),
     *("unsqueeze", "unsqueeze_", "squeeze", "squeeze_", "flip", "fliplr", "flipud", "rot90"),
-    *("alias", "detach", "lift_fresh", "clone", "contiguous", "_conj", "conj", "resolve_conj", "resolve_neg"),
+    *(
+        "alias",
+        "detach",
+        "lift_fresh",
+        "clone",
+        "contiguous",
+        "_conj",
+        "conj",
+        "resolve_conj",
+        "resolve_neg",
+    ),
     *("channel_shuffle", "native_channel_shuffle"),
 )
 def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
@@ -31,7 +55,17 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if out is x:
         _in_place(ctx, name, a, x)
         return
-    if name in ("alias", "detach", "lift_fresh", "clone", "contiguous", "_conj", "conj", "resolve_conj", "resolve_neg"):
+    if name in (
+        "alias",
+        "detach",
+        "lift_fresh",
+        "clone",
+        "contiguous",
+        "_conj",
+        "conj",
+        "resolve_conj",
+        "resolve_neg",
+    ):
         ctx.put(out, ctx.fields(x), base=None if name == "clone" else x)
         return
     fields = ctx.fields(x)
@@ -54,8 +88,11 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _in_place(ctx: Context, name: str, a: dict[str, Any], x: Tensor) -> None:
-    """``x.transpose_(0, 1)``: the tensor has its new shape already, its labels lie in the old one."""
-    if not name.endswith("_") or (record := ctx.record(x)) is None:  # contiguous, resolve_conj and such returned their argument
+    """``x.transpose_(0, 1)``: the tensor has its new shape already, its labels lie in the old
+    one.
+    """
+    # contiguous, resolve_conj and such returned their argument
+    if not name.endswith("_") or (record := ctx.record(x)) is None:
         return
     ranks = {f.labels.ndim for f in ctx.fields(x)}
     if name == "squeeze_" and a.get("dim") is None and ranks - {x.dim()}:
@@ -90,7 +127,9 @@ def _is_alias(func: Any) -> bool:
 
 @rule("diagonal")
 def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Position i of two dimensions at once: both are pinned, others pass and the diagonal lies behind them."""
+    """Position i of two dimensions at once: both are pinned, others pass and the diagonal lies
+    behind them.
+    """
     x = a["self"]
     both = {a["dim1"] % x.dim(), a["dim2"] % x.dim()}
     passing = []
@@ -103,7 +142,16 @@ def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing, base=x)
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "_reshape_alias",
+    "view_as",
+    "reshape_as",
+)
 def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Split and merge dimensions; only blocks of dimensions on which labels vary are touched."""
     x = a["self"]
@@ -118,12 +166,19 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
     """The result holds ``x`` at the sizes of another tensor, so their labels meet."""
     rank = out.dim()
-    met = ctx.merge([ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)], rank)
+    met = ctx.merge(
+        [ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)],
+        rank,
+    )
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met], base=base)
 
 
-def reshape(ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]) -> list[Field]:
-    """The labels of a reshaped tensor; notes which dimensions were laid out one after the other."""
+def reshape(
+    ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]
+) -> list[Field]:
+    """The labels of a reshaped tensor; notes which dimensions were laid out one after the
+    other.
+    """
     if not fields:
         return []
     blocks = reshape_blocks(tuple(old), tuple(new))
@@ -160,28 +215,43 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if isinstance(a.get("other"), Tensor):
         return _sized_like(ctx, out, x, a["other"], x)
     lead = out.dim() - x.dim()
-    fields = [Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)]
-    made = [d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)]
+    fields = [
+        Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)
+    ]
+    made = [
+        d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)
+    ]
     return ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
 
 
 @rule("repeat", "tile")
 def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Copies one after the other carry the same labels; copies of a dimension of size 1 are as in expand."""
+    """Copies one after the other carry the same labels; copies of a dimension of size 1 are as in
+    expand.
+    """
     x = a["self"]
     lead = out.dim() - x.dim()
     times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
     fields = []
     for f in ctx.fields(x):
         labels = f.labels.reshape([1] * lead + list(f.labels.shape))
-        fields.append(Field(np.tile(labels, [t if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]), f.zero))
+        fields.append(
+            Field(
+                np.tile(
+                    labels, [t if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]
+                ),
+                f.zero,
+            )
+        )
     made = [d for d in range(out.dim()) if times[d] > 1 and (d < lead or x.shape[d - lead] == 1)]
     ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)])
 
 
 @rule("repeat_interleave")
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each position several times: the copies carry the same label; those of a dimension of size 1 are as in expand."""
+    """Each position several times: the copies carry the same label; those of a dimension of size 1
+    are as in expand.
+    """
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
     if isinstance(x, Tensor) and x.dim() == 1:
         dim = 0
@@ -190,8 +260,13 @@ def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> N
             ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")
         return
     dim %= x.dim()
-    fields = [Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero) for f in ctx.fields(x)]
-    ctx.put(out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)])
+    fields = [
+        Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero)
+        for f in ctx.fields(x)
+    ]
+    ctx.put(
+        out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
+    )
 
 
 @rule("cat", "concat", "concatenate")
@@ -202,7 +277,9 @@ def cat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _join(ctx, tensors, [ctx.fields(t) for t in tensors], dim, out)
 
 
-def _join(ctx: Context, tensors: Sequence[Tensor], fields: list[list[Field]], dim: int, out: Tensor) -> None:
+def _join(
+    ctx: Context, tensors: Sequence[Tensor], fields: list[list[Field]], dim: int, out: Tensor
+) -> None:
     rank = out.dim()
     # Along the other dimensions: as operands that meet.
     across = [[f for f in own if dim not in f.dims] for own in fields]
@@ -213,13 +290,18 @@ def _join(ctx: Context, tensors: Sequence[Tensor], fields: list[list[Field]], di
             operand.fields, operand.sized = own, operand.sized - {dim}
             operands.append(operand)
         met = ctx.merge(operands, rank)
-        result = [Field(m.labels, len(m.zero) == len(tensors) and all(m.zero.values())) for m in met]
+        result = [
+            Field(m.labels, len(m.zero) == len(tensors) and all(m.zero.values())) for m in met
+        ]
     else:
         result = []
     # Along the dimension: the k-th field of each, one after the other.
     along = [[f for f in own if dim in f.dims] for own in fields]
     for k in range(max(len(own) for own in along)):
-        parts = [own[k].labels if k < len(own) else np.zeros([1] * rank, dtype=np.int64) for own in along]
+        parts = [
+            own[k].labels if k < len(own) else np.zeros([1] * rank, dtype=np.int64)
+            for own in along
+        ]
         form = [max(p.shape[d] for p in parts) for d in range(rank)]
         laid = []
         for t, p in zip(tensors, parts, strict=True):
@@ -238,7 +320,9 @@ def stack(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     dims = [d for d in range(out.dim()) if d != dim]
     operands = [ctx.operand(t, dims, out.dim()) for t in tensors]
     met = ctx.merge(operands, out.dim())
-    ctx.put(out, [Field(m.labels, len(m.zero) == len(tensors) and all(m.zero.values())) for m in met])
+    ctx.put(
+        out, [Field(m.labels, len(m.zero) == len(tensors) and all(m.zero.values())) for m in met]
+    )
 
 
 @rule("select")
@@ -273,7 +357,9 @@ def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.put(part, _select(ctx, fields, dim, i), base=x)
 
 
-def _slices(ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]], outs: Sequence[Tensor]) -> None:
+def _slices(
+    ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]], outs: Sequence[Tensor]
+) -> None:
     fields = ctx.fields(x)
     for (start, stop), out in zip(bounds, outs, strict=True):
         own = []
@@ -282,8 +368,12 @@ def _slices(ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]]
                 own.append(f)
                 continue
             pick = (slice(None),) * dim
-            if len(f.dims) > 1:  # every row must lose equally many before, inside and behind the slice
-                for part in (f.labels[(*pick, slice(0, start))], f.labels[(*pick, slice(stop, None))]):
+            # every row must lose equally many before, inside and behind the slice
+            if len(f.dims) > 1:
+                for part in (
+                    f.labels[(*pick, slice(0, start))],
+                    f.labels[(*pick, slice(stop, None))],
+                ):
                     if part.size and len(varied(part)) > 1:
                         ctx.sight(part)
             labels = f.labels[(*pick, slice(start, stop))]
@@ -319,7 +409,11 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.pin(labels, "is read with a step that does not divide it")
             continue
         tied = ctx.tie(labels.reshape(*labels.shape[:-1], size // step, step), [labels.ndim])
-        full = np.broadcast_to(tied, (*labels.shape[:-1], size // step, 1))[..., 0] if tied.size > 1 else tied[..., 0]
+        full = (
+            np.broadcast_to(tied, (*labels.shape[:-1], size // step, 1))[..., 0]
+            if tied.size > 1
+            else tied[..., 0]
+        )
         picked = compact(np.moveaxis(full, -1, dim))
         if picked.size == 1:
             ctx.pin(picked, "its removal would empty a tensor")
@@ -352,7 +446,9 @@ def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def split_dim(name: str, a: Mapping[str, Any]) -> int:
     """The dimension that an op of the family of ``split`` cuts."""
     rank = a["self"].dim()
-    dim: int = {"hsplit": 1 if rank > 1 else 0, "vsplit": 0, "dsplit": 2}.get(name, a.get("dim", 0))
+    dim: int = {"hsplit": 1 if rank > 1 else 0, "vsplit": 0, "dsplit": 2}.get(
+        name, a.get("dim", 0)
+    )
     return dim % rank
 
 
@@ -378,7 +474,9 @@ def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("constant_pad_nd", "pad")
 def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """New positions of a labelled dimension get labels of their own; elsewhere the channel's label covers its padding."""
+    """New positions of a labelled dimension get labels of their own; elsewhere the channel's label
+    covers its padding.
+    """
     x, amounts = a["self"], a["pad"]
     value = a.get("value") or 0
     if a.get("mode", "constant") != "constant":
@@ -399,7 +497,10 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             if d not in f.dims or not (before or after):
                 continue
             if before < 0 or after < 0 or len(f.dims) > 1:
-                ctx.pin(labels, "is cropped by a padding, or padded while split over several dimensions")
+                ctx.pin(
+                    labels,
+                    "is cropped by a padding, or padded while split over several dimensions",
+                )
                 labels = np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
                 break
             form = [1] * labels.ndim

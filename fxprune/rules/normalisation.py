@@ -1,4 +1,6 @@
-"""Normalisations: per-channel scale and shift, and statistics that are taken over the surviving channels."""
+"""Normalisations: per-channel scale and shift, and statistics that are taken over the surviving
+channels.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,37 @@ FUSED = frozenset({"batch_norm", "group_norm", "layer_norm", "rms_norm"})
 """Ops that normalise by statistics over channels: in the smaller model over those that survive."""
 
 
-def _scale_and_shift(ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int) -> list[Field]:
-    """The 1-D fields of the channel axis meet every per-channel parameter; the first two parameters are scale and shift."""
+def _scale_and_shift(
+    ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int
+) -> list[Field]:
+    """The 1-D fields of the channel axis meet every per-channel parameter; the first two
+    parameters are scale and shift.
+    """
     ctx.is_scale(parameters[0])
     rank = x.dim()
-    if len(fields) == 1 and all(ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None):
-        return [Field(place(fields[0].labels, (channel,), rank), parameters[0] is not None or fields[0].zero)]
+    if len(fields) == 1 and all(
+        ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None
+    ):
+        return [
+            Field(
+                place(fields[0].labels, (channel,), rank),
+                parameters[0] is not None or fields[0].zero,
+            )
+        ]
     laid = [Field(place(f.labels, (channel,), rank), f.zero) for f in fields]
     given = [p for p in parameters if p is not None]
     stand_in = x.new_empty(x.shape)
     ctx.put(stand_in, laid)
-    operands = [ctx.operand(stand_in, range(rank), rank)] + [ctx.operand(p, (channel,), rank) for p in given]
+    operands = [ctx.operand(stand_in, range(rank), rank)] + [
+        ctx.operand(p, (channel,), rank) for p in given
+    ]
     met = ctx.merge(operands, rank)
     affine = parameters[0] is not None
-    needed = [i for i, p in enumerate(given, start=1) if any(p is q for q in parameters[:2])] if affine else [0]
+    needed = (
+        [i for i, p in enumerate(given, start=1) if any(p is q for q in parameters[:2])]
+        if affine
+        else [0]
+    )
     return [Field(m.labels, all(m.zero.get(i, False) for i in needed)) for m in met]
 
 
@@ -37,12 +56,19 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Channels (dimension 1) meet scale, shift and running statistics."""
     x = a["input"]
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
-    # Statistics over the other dimensions: survivors only, if any of them is removable (a weight standardised by batch_norm).
+    # Statistics over the other dimensions: survivors only, if any of them is removable (a weight
+    # standardised by batch_norm).
     ctx.statistic([f.labels for f in others], taken=a["training"])
     rest = [Field(f.labels, False) for f in others]  # the shift reaches their removed elements
     channels = [f for f in ctx.fields(x) if 1 in f.dims]
-    tied = [Field(labels.reshape(-1), f.zero) for f in channels if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1]
-    fields = _scale_and_shift(ctx, x, tied, [a["weight"], a["bias"], a["running_mean"], a["running_var"]], 1)
+    tied = [
+        Field(labels.reshape(-1), f.zero)
+        for f in channels
+        if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1
+    ]
+    fields = _scale_and_shift(
+        ctx, x, tied, [a["weight"], a["bias"], a["running_mean"], a["running_var"]], 1
+    )
     ctx.put(out, [*fields, *rest])
 
 
@@ -57,13 +83,16 @@ def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("group_norm")
 def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over each group's surviving channels; every group loses equally many, and keeps two where it has no positions."""
+    """Statistics over each group's surviving channels; every group loses equally many, and keeps
+    two where it has no positions.
+    """
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     shared = groups < x.shape[1]
     ctx.statistic([place(f.labels, (1,), x.dim()) for f in fields] if shared else [])
     if shared:
-        if x.shape[2:].numel() == 1:  # F.group_norm refuses a batch of one then, if a group is one value
+        # F.group_norm refuses a batch of one then, if a group is one value
+        if x.shape[2:].numel() == 1:
             ctx.pairs += [f.labels for f in fields]
         for f in fields:
             if groups > 1:
@@ -86,7 +115,9 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.is_scale(a["weight"])
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
     dims = range(rank - len(a["normalized_shape"]), rank)
-    met = ctx.merge([ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank)
+    met = ctx.merge(
+        [ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank
+    )
     done = []
     for m in met:
         if set(range(rank)) & {d for d, s in enumerate(m.labels.shape) if s > 1} & inside:
@@ -99,11 +130,15 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not count."""
+    """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not
+    count.
+    """
     v, g = a["v"], a["g"]
     rank, dim = v.dim(), a["dim"]  # -1: the norm is over all dimensions
     fields = []
-    for m in ctx.merge([ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)], rank):
+    for m in ctx.merge(
+        [ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)], rank
+    ):
         f = Field(m.labels, m.zero.get(0, False))
         if f.dims - {dim} and not f.zero:
             ctx.pin(f.labels, "is summed although removed elements are not zero")

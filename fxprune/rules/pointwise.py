@@ -16,20 +16,27 @@ from fxprune.shapes import tensors_in
 
 @rule("pointwise")
 def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Operands meet element by element (broadcast); applies to every op that PyTorch tags as pointwise."""
-    # A mutable op without an out= writes into its first argument: self is an operand like the others.
+    """Operands meet element by element (broadcast); applies to every op that PyTorch tags as
+    pointwise.
+    """
+    # A mutable op without an out= writes into its first argument: self is an operand like the
+    # others.
     operands = {name: v for name, v in a.items() if isinstance(v, Tensor) and name != "out"}
     for given in tensors_in((out,), {}):  # frexp gives two
         elementwise(ctx, func, a, operands, given)
 
 
-def elementwise(ctx: Context, func: Any, a: dict[str, Any], operands: dict[str, Tensor], out: Tensor) -> None:
+def elementwise(
+    ctx: Context, func: Any, a: dict[str, Any], operands: dict[str, Tensor], out: Tensor
+) -> None:
     rank = out.dim()
     names = list(operands)
     if len(names) == 1 and operands[names[0]].dim() == rank:
         x = operands[names[0]]
         before = ctx.fields(x)
-        keeps = all(not f.zero for f in before) or keeps_zero(func, a, frozenset(names), frozenset(names))
+        keeps = all(not f.zero for f in before) or keeps_zero(
+            func, a, frozenset(names), frozenset(names)
+        )
         fields = [Field(f.labels, f.zero and keeps) for f in before]
     else:
         laid = [ctx.operand(x, range(rank - x.dim(), rank), rank) for x in operands.values()]
@@ -46,7 +53,8 @@ def _zero(func: Any, a: dict[str, Any], names: list[str], met: Met) -> bool:
     return bool(zeros) and keeps_zero(func, a, zeros, frozenset(names))
 
 
-# For each of these, any one of the listed sets of operands being zero makes the result zero, whatever the others hold.
+# For each of these, any one of the listed sets of operands being zero makes the result zero,
+# whatever the others hold.
 _ABSORBS: dict[str, tuple[frozenset[str], ...]] = {
     "mul": (frozenset({"self"}), frozenset({"other"})),
     "div": (frozenset({"self"}),),
@@ -60,10 +68,13 @@ _ABSORBS: dict[str, tuple[frozenset[str], ...]] = {
 }
 
 
-def keeps_zero(func: Any, a: dict[str, Any], zeros: frozenset[str], operands: frozenset[str]) -> bool:
+def keeps_zero(
+    func: Any, a: dict[str, Any], zeros: frozenset[str], operands: frozenset[str]
+) -> bool:
     """Whether the result is exactly 0 where the operands in ``zeros`` are 0.
 
-    If all operands are, the op is executed on zeros. Otherwise only ops that are known to absorb a zero count.
+    If all operands are, the op is executed on zeros. Otherwise only ops that are known to absorb a
+    zero count.
     """
     name = func._schema.name.removeprefix("aten::")
     plain = name.removesuffix("_")
@@ -82,15 +93,22 @@ def keeps_zero(func: Any, a: dict[str, Any], zeros: frozenset[str], operands: fr
 
 
 @functools.lru_cache(maxsize=4096)
-def _zero_at_zero(func: Any, operands: frozenset[str], scalars: tuple[tuple[str, Any], ...]) -> bool:
+def _zero_at_zero(
+    func: Any, operands: frozenset[str], scalars: tuple[tuple[str, Any], ...]
+) -> bool:
     names = [argument.name for argument in func._schema.arguments]
     rest = dict(scalars)
     values = {n: torch.zeros(1) if n in operands else rest.get(n) for n in names}
     positional = [values[arg.name] for arg in func._schema.arguments if not arg.kwarg_only]
-    keyword = {arg.name: values[arg.name] for arg in func._schema.arguments if arg.kwarg_only and values[arg.name] is not None}
+    keyword = {
+        arg.name: values[arg.name]
+        for arg in func._schema.arguments
+        if arg.kwarg_only and values[arg.name] is not None
+    }
     try:
         out = func(*positional, **keyword)
-    except Exception:  # the op does not take such operands (an integer op on floats): nothing is known
+    except Exception:
+        # the op does not take such operands (an integer op on floats): nothing is known
         return False
     return isinstance(out, Tensor) and bool((out == 0).all())
 
@@ -143,7 +161,9 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Pointwise by their definition, although PyTorch does not tag every overload of them."""
     name = func._schema.name.removeprefix("aten::")
     first = out[0] if isinstance(out, tuple) else out
-    operands = {n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")}
+    operands = {
+        n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")
+    }
     if name in ("dropout", "alpha_dropout", "native_dropout", "rrelu"):
         fields = [
             Field(f.labels, f.zero and name in ("dropout", "native_dropout", "rrelu"))
@@ -151,8 +171,21 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ]
         ctx.put(first, fields)
         return
-    if name in ("zero_", "fill_", "fill", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_"):
-        zero = name == "zero_" or (name.startswith("fill") and not isinstance(a.get("value"), Tensor) and a.get("value") == 0)
+    if name in (
+        "zero_",
+        "fill_",
+        "fill",
+        "normal_",
+        "uniform_",
+        "bernoulli_",
+        "exponential_",
+        "log_normal_",
+    ):
+        zero = name == "zero_" or (
+            name.startswith("fill")
+            and not isinstance(a.get("value"), Tensor)
+            and a.get("value") == 0
+        )
         fields = [Field(f.labels, zero) for f in ctx.fields(a["self"])]
         if first is a["self"]:
             ctx.overwrite(first, fields)
@@ -164,13 +197,16 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.put(first, ctx.fields(a["self"]))
         return
     elementwise(ctx, func, a, operands, first)
-    if name == "bernoulli" and a.get("p") is not None:  # drawn with that probability, whatever the argument holds
+    # drawn with that probability, whatever the argument holds
+    if name == "bernoulli" and a.get("p") is not None:
         ctx.put(first, [Field(f.labels, False) for f in ctx.fields(first)])
 
 
 @rule("copy_")
 def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The source meets the destination element by element: what is written must fit what was there."""
+    """The source meets the destination element by element: what is written must fit what was
+    there.
+    """
     elementwise(ctx, func, a, {"self": a["self"], "src": a["src"]}, out)
 
 
@@ -179,7 +215,10 @@ def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A slope per channel (dimension 1), or one for all."""
     x, weight = a["self"], a["weight"]
     rank = x.dim()
-    met = ctx.merge([ctx.operand(x, range(rank), rank), ctx.operand(weight, (1,) if rank > 1 else (0,), rank)], rank)
+    met = ctx.merge(
+        [ctx.operand(x, range(rank), rank), ctx.operand(weight, (1,) if rank > 1 else (0,), rank)],
+        rank,
+    )
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
 
 
@@ -193,7 +232,10 @@ def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         if f.labels.shape[dim] == 1:
             fields.append(f)
             continue
-        first, second = (slice(None),) * dim + (slice(0, half),), (slice(None),) * dim + (slice(half, None),)
+        first, second = (
+            (slice(None),) * dim + (slice(0, half),),
+            (slice(None),) * dim + (slice(half, None),),
+        )
         ctx.unite(f.labels[first], f.labels[second])
         if len(f.dims) > 1:
             ctx.sight(f.labels[first])

@@ -1,4 +1,6 @@
-"""Recurrent layers: a hidden unit has a row in every gate, packed into one axis, and a column that reads it at the next step."""
+"""Recurrent layers: a hidden unit has a row in every gate, packed into one axis, and a column that
+reads it at the next step.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
 _STEPS = "is an axis of positions that a recurrent layer steps over"
-_NOT_ZERO = "is a hidden unit that does not start at zero, or does not stay there, where it is removed"
+_NOT_ZERO = (
+    "is a hidden unit that does not start at zero, or does not stay there, where it is removed"
+)
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Hidden units, the same positions in all layers and directions, as the one initial state of all of them has it.
+    """Hidden units, the same positions in all layers and directions, as the one initial state of
+    all of them has it.
 
-    A removed unit starts at zero and stays there: its gates see nothing, so tanh(0) is all that is ever added to it.
+    A removed unit starts at zero and stays there: its gates see nothing, so tanh(0) is all that is
+    ever added to it.
     """
     x, weights = a["data"] if "data" in a else a["input"], list(a["params"])
     directions = 2 if a["bidirectional"] else 1
@@ -41,11 +47,16 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
 def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Steps of several sequences, one after the other or padded to one length: features stay on the last axis."""
+    """Steps of several sequences, one after the other or padded to one length: features stay on
+    the last axis.
+    """
     x, padding = (a["input"], 0) if "input" in a else (a["data"], a["padding_value"])
     fields = channel_fields(ctx, x, x.dim() - 1, _STEPS)
     place_of = (out[0].dim() - 1,)
-    ctx.put(out[0], [Field(place(f.labels, place_of, out[0].dim()), f.zero and padding == 0) for f in fields])
+    ctx.put(
+        out[0],
+        [Field(place(f.labels, place_of, out[0].dim()), f.zero and padding == 0) for f in fields],
+    )
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -61,7 +72,8 @@ def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None
 
 
 def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, bool]:
-    """Labels of what the next step and the next layer see, and of the hidden units: the same but where an LSTM projects them.
+    """Labels of what the next step and the next layer see, and of the hidden units: the same but
+    where an LSTM projects them.
 
     They are those of the initial states. Also whether a removed unit starts at zero.
     """
@@ -83,7 +95,13 @@ def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, b
 
 
 def _step(
-    ctx: Context, incoming: list[Field], seen: Array, units: Array, zero: bool, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ctx: Context,
+    incoming: list[Field],
+    seen: Array,
+    units: Array,
+    zero: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
 ) -> None:
     """The gates: a product with what comes in, one with what was seen before, and biases."""
     gates = np.tile(units, weights[0].shape[0] // len(units))

@@ -1,4 +1,6 @@
-"""Reductions: over removed zeros a sum, a mean or a variance is exact; anything else pins what it reduces."""
+"""Reductions: over removed zeros a sum, a mean or a variance is exact; anything else pins what it
+reduces.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from fxprune.rules.registry import rule
 
 
 def reduced_dims(a: Mapping[str, Any], x: Tensor) -> tuple[set[int], bool]:
-    """The dimensions of ``x`` that a reduction with these arguments removes, and whether they stay with size 1."""
+    """The dimensions of ``x`` that a reduction with these arguments removes, and whether they stay
+    with size 1.
+    """
     dims = a.get("dim")
     if dims is None or dims == []:
         return set(range(x.dim())), bool(a.get("keepdim", False))
@@ -30,7 +34,9 @@ def correction_of(a: Mapping[str, Any]) -> float:
     return 1 if correction is None else correction + 0
 
 
-def _put(ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool) -> None:
+def _put(
+    ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool
+) -> None:
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if not isinstance(result, Tensor):
             continue
@@ -38,16 +44,29 @@ def _put(ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[in
         if len(kept) != result.dim():
             ctx.pin_all(fields, "is reduced to an unexpected rank")
             continue
-        ctx.put(result, [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields])
+        ctx.put(
+            result,
+            [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields],
+        )
 
 
 def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
-    """Tie a field along the reduced dimensions, so that what is left of it varies along the others only."""
+    """Tie a field along the reduced dimensions, so that what is left of it varies along the others
+    only.
+    """
     labels = ctx.tie(f.labels, f.dims & reduced)
     return Field(labels, f.zero) if labels.size > 1 else None
 
 
-def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, verb: str = "is summed", counts: bool = False) -> None:
+def _sum_like(
+    ctx: Context,
+    func: Any,
+    a: dict[str, Any],
+    out: Any,
+    *,
+    verb: str = "is summed",
+    counts: bool = False,
+) -> None:
     """Reduce removed zeros; ``counts`` says that their number counts, as a divisor."""
     x = a["self"] if "self" in a else a["x"]
     reduced, keepdim = reduced_dims(a, x)
@@ -56,7 +75,8 @@ def _sum_like(ctx: Context, func: Any, a: dict[str, Any], out: Any, *, verb: str
         if not f.dims & reduced:
             passing.append(f)
         elif max(f.dims) not in reduced:
-            # The split's inner dimension stays: positions of the outer one go together, as in x.view(n, groups, c).sum(1).
+            # The split's inner dimension stays: positions of the outer one go together, as in
+            # x.view(n, groups, c).sum(1).
             tied = _whole_rows(ctx, f, reduced)
             if tied is not None:
                 passing.append(tied)
@@ -76,7 +96,9 @@ _STATISTICS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
 
 
 def _is_one_statistic(target: Any) -> bool:
-    """Whether a graph's target is one of these ops by itself: the emitted graph can then count what was removed."""
+    """Whether a graph's target is one of these ops by itself: the emitted graph can then count
+    what was removed.
+    """
     if isinstance(target, torch._ops.OpOverload):
         target = target._schema.name.removeprefix("aten::")
     return (target if isinstance(target, str) else getattr(target, "__name__", "")) in _STATISTICS
@@ -105,9 +127,26 @@ def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
 
 
-@rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "logsumexp", "aminmax", "median", "mode", "kthvalue")
+@rule(
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "prod",
+    "any",
+    "all",
+    "logsumexp",
+    "aminmax",
+    "median",
+    "mode",
+    "kthvalue",
+)
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A removed element would count: positions of a reduced dimension go together, or are pinned; others pass."""
+    """A removed element would count: positions of a reduced dimension go together, or are pinned;
+    others pass.
+    """
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
         return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
@@ -123,7 +162,9 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _put(ctx, out, x, passing, reduced, keepdim)
 
 
-_NOT_ZERO = frozenset(f"aten::{name}" for name in ("logsumexp", "argmax", "argmin", "median", "mode", "kthvalue"))
+_NOT_ZERO = frozenset(
+    f"aten::{name}" for name in ("logsumexp", "argmax", "argmin", "median", "mode", "kthvalue")
+)
 
 
 @rule(
@@ -141,7 +182,9 @@ _NOT_ZERO = frozenset(f"aten::{name}" for name in ("logsumexp", "argmax", "argmi
     "cummin",
 )
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Mixes all positions of one dimension, which go together (none can, where the channels are that dimension); others pass."""
+    """Mixes all positions of one dimension, which go together (none can, where the channels are
+    that dimension); others pass.
+    """
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
     passing = []
@@ -151,6 +194,10 @@ def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             continue
         own = _whole_rows(ctx, f, {dim})
         if own is not None:
-            passing.append(Field(own.labels, own.zero and func._schema.name in ("aten::cumsum", "aten::cumprod")))
+            passing.append(
+                Field(
+                    own.labels, own.zero and func._schema.name in ("aten::cumsum", "aten::cumprod")
+                )
+            )
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)

@@ -1,4 +1,6 @@
-"""Poolings, resamplings and spatial paddings: they act on positions; channels pass through, one by one."""
+"""Poolings, resamplings and spatial paddings: they act on positions; channels pass through, one by
+one.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,24 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 
 @rule(
-    *(f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg", "_adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+    *(
+        f"{kind}_pool{n}d"
+        for kind in ("avg", "max", "adaptive_avg", "_adaptive_avg", "adaptive_max")
+        for n in (1, 2, 3)
+    ),
     *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
-    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")),
+    *(
+        f"upsample_{kind}"
+        for kind in (
+            "nearest1d",
+            "nearest2d",
+            "nearest3d",
+            "linear1d",
+            "bilinear2d",
+            "trilinear3d",
+            "bicubic2d",
+        )
+    ),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
     *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
@@ -35,10 +52,21 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             passing.append(f)
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(result, Tensor):  # an index is not zero where its maximum is
-            ctx.put(result, passing if result.is_floating_point() else [Field(f.labels, False) for f in passing])
+            ctx.put(
+                result,
+                passing
+                if result.is_floating_point()
+                else [Field(f.labels, False) for f in passing],
+            )
 
 
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "torchvision::roi_align", "torchvision::roi_pool")
+@rule(
+    "grid_sampler",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
+    "torchvision::roi_align",
+    "torchvision::roi_pool",
+)
 def grid(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
@@ -88,10 +116,21 @@ def _channels_in_blocks(ctx: Context, x: Tensor, out: Tensor, channel: int, bloc
         if any(d > channel for d in f.dims):
             ctx.pin(f.labels, "is an axis of positions that is resampled")
         elif channel not in f.dims:
-            passing.append(Field(f.labels.reshape([*f.labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]), f.zero))
+            passing.append(
+                Field(
+                    f.labels.reshape(
+                        [*f.labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]
+                    ),
+                    f.zero,
+                )
+            )
         else:
             split = f.labels.reshape(*f.labels.shape[:channel], -1, block)
             labels = ctx.tie(split, [split.ndim - 1])
-            shape = [*labels.shape[:channel], labels.shape[channel], *[1] * (out.dim() - channel - 1)]
+            shape = [
+                *labels.shape[:channel],
+                labels.shape[channel],
+                *[1] * (out.dim() - channel - 1),
+            ]
             passing.append(Field(labels.reshape(shape), f.zero))
     ctx.put(out, passing)

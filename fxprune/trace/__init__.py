@@ -2,16 +2,20 @@
 
 Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not:
 
-* a stand-in for a value knows what that is for the example, so Python control flow on shapes runs, while the sizes themselves stay
+* a stand-in for a value knows what that is for the example, so Python control flow on shapes runs,
+  while the sizes themselves stay
   symbolic in the graph. What was decided is listed, and guarded by an assertion in the graph;
-* ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their modes;
+* ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their
+  modes;
 * functions that libraries mark as leaves are entered, because parameters pass through them.
 
-``twin`` copies the model, ``arguments`` reads the example, ``values`` stand for values, ``tracer`` makes nodes of what is done to
-them, ``decisions`` names what Python asked them, ``sizes`` and ``resized`` find what C++ asked them, ``takeover`` leads through the
-tracer what torch would do without a word to it, and ``lines`` finds the user's line for a message.
+``twin`` copies the model, ``arguments`` reads the example, ``values`` stand for values, ``tracer``
+makes nodes of what is done to them, ``decisions`` names what Python asked them, ``sizes`` and
+``resized`` find what C++ asked them, ``takeover`` leads through the tracer what torch would do
+without a word to it, and ``lines`` finds the user's line for a message.
 
-The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is never called nor changed.
+The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is
+never called nor changed.
 """
 
 from __future__ import annotations
@@ -34,7 +38,16 @@ from fxprune.memory import node_of, writes
 from fxprune.reach import AGAIN, Reach, drawing
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
-from fxprune.state import Attributes, Change, assigned, carried, first_difference, follows_inputs, keep, same_graph
+from fxprune.state import (
+    Attributes,
+    Change,
+    assigned,
+    carried,
+    first_difference,
+    follows_inputs,
+    keep,
+    same_graph,
+)
 from fxprune.trace.arguments import example_of
 from fxprune.trace.caches import forgotten_caches
 from fxprune.trace.checkpoints import overwrites_what_is_kept
@@ -69,8 +82,9 @@ __all__ = [
 
 
 DRAWS = (
-    "forward of this {} draws random numbers from {}, which a graph would hold as constants. Draw them with torch and hand them "
-    "on as tensors, or keep that line inside a module of its own."
+    "forward of this {} draws random numbers from {}, which a graph would hold as constants. "
+    "Draw them with torch and hand them on as tensors, or keep that line inside a module of its "
+    "own."
 )
 
 
@@ -78,8 +92,8 @@ DRAWS = (
 class Trace:
     """A traced model: the graph, its twin, and what tracing had to decide.
 
-    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta tensors, ints, tuples). The twin is
-    that of the traced module.
+    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta
+    tensors, ints, tuples). The twin is that of the traced module.
     """
 
     graph: fx.Graph
@@ -90,10 +104,13 @@ class Trace:
     asked_mode: bool = False
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
-    not_set: tuple[str, ...] = ()  # attributes that forward sets to what it computes of inputs, and nothing reads
-    left: list[fx.Node] = field(default_factory=list)  # what forward has left outside of its modules
+    # attributes that forward sets to what it computes of inputs, and nothing reads
+    not_set: tuple[str, ...] = ()
+    # what forward has left outside of its modules
+    left: list[fx.Node] = field(default_factory=list)
     missed: list[Lookup] = field(default_factory=list)  # lookups that have found nothing
-    filled: list[tuple[Any, Any]] = field(default_factory=list)  # dicts and sets, and keys that forward has put there then
+    # dicts and sets, and keys that forward has put there then
+    filled: list[tuple[Any, Any]] = field(default_factory=list)
     path: str = ""  # of the traced module below the model; empty: the model itself
 
     @property
@@ -121,19 +138,22 @@ def trace(
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
 ) -> Trace:
-    """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training mode.
+    """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training
+    mode.
 
     Parameters
     ----------
     watch:
-        Called with each node before it runs, for what it is to run under: a dispatch mode that executes ATen ops on tensors
-        without data, and may look on. Default: :class:`~fxprune.shapes.ShapeMode`.
+        Called with each node before it runs, for what it is to run under: a dispatch mode that
+        executes ATen ops on tensors without data, and may look on. Default:
+        :class:`~fxprune.shapes.ShapeMode`.
 
     Raises
     ------
     TraceError
-        If hooks run around a module, if the model branches on values, if a call leaves behind what makes the next one another
-        (:mod:`fxprune.state`), or if its code cannot be followed; the message names the line, or the attribute.
+        If hooks run around a module, if the model branches on values, if a call leaves behind what
+        makes the next one another (:mod:`fxprune.state`), or if its code cannot be followed; the
+        message names the line, or the attribute.
     InputError
         If an operation refuses the shapes of the example.
     """
@@ -146,7 +166,9 @@ def trace(
         return found.graph, found.constants
 
     reach = twin.reached.now()
-    with forgotten_caches(twin.model, reach, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor)):
+    with forgotten_caches(
+        twin.model, reach, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor)
+    ):
         tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
         try:
             with reach.watching():
@@ -179,7 +201,9 @@ def trace(
 
 
 def _hold_lookups(tracer: Tracer, first: Trace) -> None:
-    """Hold a graph to the numbers by which forward has looked something up that was not there, but for tables that it fills."""
+    """Hold a graph to the numbers by which forward has looked something up that was not there, but
+    for tables that it fills.
+    """
     missed = first.missed
     if first.filled:
         again = _with_keys(first)
@@ -195,7 +219,9 @@ def _hold_lookups(tracer: Tracer, first: Trace) -> None:
 
 
 def _with_keys(first: Trace) -> list[Lookup] | None:
-    """What a further call looks up where the keys are still there, of whom none is one of its own; None: it fails."""
+    """What a further call looks up where the keys are still there, of whom none is one of its own;
+    None: it fails.
+    """
     attributes = Attributes(first.twin.model)
     again = Tracer(first.twin, first.args, first.kwargs, first.training, _on_shapes)
     try:
@@ -212,7 +238,9 @@ def _with_keys(first: Trace) -> list[Lookup] | None:
 
 
 def _compare(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
-    """The first node in whose place a trace of another call does something else; None: there is none; False: it fails."""
+    """The first node in whose place a trace of another call does something else; None: there is
+    none; False: it fails.
+    """
     attributes = Attributes(first.twin.model)
     try:
         other, _ = _follow(Tracer(first.twin, *arguments, first.training, _on_shapes), first.twin)
@@ -242,7 +270,10 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
                 graph.erase_node(node)
             place = tracer.made.changed()
             if place is not None:
-                raise TraceError(f"a tensor is changed after a graph has taken it for a constant (at {place}). {MADE_FROM_INPUT}")
+                raise TraceError(
+                    "a tensor is changed after a graph has taken it for a constant (at "
+                    f"{place}). {MADE_FROM_INPUT}"
+                )
         except FxpruneError:
             raise
         except Exception as error:
@@ -253,12 +284,14 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
             where = user_line(traceback.extract_tb(error.__traceback__))
             if type(error).__module__.startswith("torch._dynamo"):
                 raise TraceError(
-                    f"torch compiles what forward does at {where}, as it does branches and loops on values (torch.cond, "
-                    "while_loop): a graph cannot follow that. Use torch.where, or keep that line inside a module of its own."
+                    f"torch compiles what forward does at {where}, as it does branches and loops "
+                    "on values (torch.cond, while_loop): a graph cannot follow that. Use "
+                    "torch.where, or keep that line inside a module of its own."
                 ) from error
             raise TraceError(
-                f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
-                "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor operations."
+                f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} "
+                f"(at {where}). Keep what cannot be traced inside a module of its own, or "
+                "rewrite that line with tensor operations."
             ) from error
         finally:
             tracer.close()
@@ -274,22 +307,40 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     }
     args, kwargs = tracer.example
     nodes = [node for node in map(node_of, left) if node is not None]
-    result = Trace(graph, twin, args, kwargs, tracer.decisions, tracer.asked_mode, tracer.training, constants, left=nodes)
+    result = Trace(
+        graph,
+        twin,
+        args,
+        kwargs,
+        tracer.decisions,
+        tracer.asked_mode,
+        tracer.training,
+        constants,
+        left=nodes,
+    )
     result.missed, result.filled = missed, filled
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
 
 
 def _draws_again(tracer: Tracer, twin: Twin) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
+    thread.
+    """
     for _ in range(RUNS - 1):
         again = Tracer(twin, *tracer.example, tracer.training, _on_shapes)
-        with torch.no_grad(), taken_over(again, twin.model), following(), drawing(twin.model) as drawn:
+        with (
+            torch.no_grad(),
+            taken_over(again, twin.model),
+            following(),
+            drawing(twin.model) as drawn,
+        ):
             try:
                 again.trace()
                 if not drawn():
                     return False
-            except Exception:  # it runs once more, on what the first left behind; that one succeeded
+            except Exception:
+                # it runs once more, on what the first left behind; that one succeeded
                 return True
             finally:
                 again.close()
@@ -302,7 +353,8 @@ def _is_stand_in(value: Any) -> bool:
 
 
 def _refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
-    """What forward leaves outside of its modules is an effect, which a graph has not; a table that follows from sizes is a cache.
+    """What forward leaves outside of its modules is an effect, which a graph has not; a table that
+    follows from sizes is a cache.
 
     Raises
     ------
@@ -312,13 +364,16 @@ def _refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
     for node in left:
         if follows_inputs(node):
             raise TraceError(
-                f"forward of this {type(root).__name__} leaves {node.name!r} outside of its modules, in a list or a variable say: "
-                "a graph would not do that. Hand it out as a result, or keep that line inside a module of its own."
+                f"forward of this {type(root).__name__} leaves {node.name!r} outside of its "
+                "modules, in a list or a variable say: a graph would not do that. Hand it out as "
+                "a result, or keep that line inside a module of its own."
             )
 
 
 def _held(tracer: Tracer) -> list[fx.Node]:
-    """What is held where no walk over containers finds it: a variable of a closure, an attribute of a module beside the model."""
+    """What is held where no walk over containers finds it: a variable of a closure, an attribute
+    of a module beside the model.
+    """
 
     def nodes() -> list[fx.Node]:
         return [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
@@ -329,7 +384,8 @@ def _held(tracer: Tracer) -> list[fx.Node]:
 
 
 def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
-    """What a checkpoint computes again before the backward pass reads it, a graph must not have overwritten.
+    """What a checkpoint computes again before the backward pass reads it, a graph must not have
+    overwritten.
 
     Raises
     ------
@@ -338,13 +394,15 @@ def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
     """
     if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, twin):
         raise TraceError(
-            "forward writes in place into what the backward pass reads. Its checkpoint "
-            f"(at {tracer.checkpoints[0]}) computes that again, which a graph does not. Use an operation that gives a new tensor."
+            "forward writes in place into what the backward pass reads. Its checkpoint (at "
+            f"{tracer.checkpoints[0]}) computes that again, which a graph does not. Use an "
+            "operation that gives a new tensor."
         )
 
 
 def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
-    """A tensor that forward keeps for its next call is state, which a graph has not; one that only lends its size is a cache.
+    """A tensor that forward keeps for its next call is state, which a graph has not; one that only
+    lends its size is a cache.
 
     Raises
     ------
@@ -356,13 +414,15 @@ def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None
             for user in node.users:
                 if holds_tensors(user.meta.get("val")):
                     raise TraceError(
-                        f"forward of this {type(root).__name__} reads {node.target!r} and sets it for its next call, which a graph "
-                        "cannot do. Hand it in and out as an argument, or make it a buffer and write into it in place."
+                        f"forward of this {type(root).__name__} reads {node.target!r} and sets "
+                        "it for its next call, which a graph cannot do. Hand it in and out as an "
+                        "argument, or make it a buffer and write into it in place."
                     )
 
 
 def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
-    """What the first call has left on the modules, where it now is, must not lead to another graph.
+    """What the first call has left on the modules, where it now is, must not lead to another
+    graph.
 
     Raises
     ------
@@ -371,9 +431,15 @@ def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
     """
     twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
     try:
-        second, made = _follow(Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin)
+        second, made = _follow(
+            Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin
+        )
         same = same_graph(first.graph, second.graph, first.constants, second.constants)
-        moving = [change for change in carried(attributes.changes(made)) if not holds_tensors(change.after)]
+        moving = [
+            change
+            for change in carried(attributes.changes(made))
+            if not holds_tensors(change.after)
+        ]
     except FxpruneError:
         same, moving = False, []
     finally:
@@ -381,8 +447,9 @@ def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
     if not same or moving:
         names = ", ".join(sorted(repr(change.path) for change in state))
         raise TraceError(
-            f"forward of this {type(twin.model).__name__} does something else when it is called again, because it sets {names}: a "
-            "graph is one call. Hand it in and out as an argument, or make it a buffer and write into it in place."
+            f"forward of this {type(twin.model).__name__} does something else when it is called "
+            f"again, because it sets {names}: a graph is one call. Hand it in and out as an "
+            "argument, or make it a buffer and write into it in place."
         )
 
 
@@ -407,14 +474,18 @@ def _refuse_chance(first: Trace, reach: Reach) -> None:
             same = _does_the_same(first)
         if not same:
             raise ChanceError(
-                f"forward of this {type(twin.model).__name__} does something else when it is called again, with the same inputs: "
-                "by a clock, by random numbers from outside of torch, or by what an earlier call has left behind outside of its "
-                "modules. A graph is one call. Hand it in as an argument, or keep that line inside a module of its own."
+                f"forward of this {type(twin.model).__name__} does something else when it is "
+                "called again, with the same inputs: by a clock, by random numbers from outside "
+                "of torch, or by what an earlier call has left behind outside of its modules. A "
+                "graph is one call. Hand it in as an argument, or keep that line inside a module "
+                "of its own."
             )
 
 
 def _each_draws(first: Trace) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another thread."""
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
+    thread.
+    """
     for _ in range(RUNS - 1):
         reach = Reach(first.twin.model)
         _does_the_same(first)
@@ -429,9 +500,16 @@ def _does_the_same(first: Trace) -> bool:
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:
-    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation in place may have no reader."""
+    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation
+    in place may have no reader.
+    """
     for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or node.target is torch._assert or node.target in BOUNDS:
+        if (
+            node.op in ("placeholder", "output")
+            or node.users
+            or node.target is torch._assert
+            or node.target in BOUNDS
+        ):
             continue
         if node.meta.get("looked_up"):
             continue  # the graph may have to be held to it

@@ -1,4 +1,6 @@
-"""What a model is called with: examples become meta tensors, and their names those of forward's parameters."""
+"""What a model is called with: examples become meta tensors, and their names those of forward's
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
     names = list(code.co_varnames[own : code.co_argcount])
     if count > len(names) and not code.co_flags & 0x04:  # 0x04: the function takes *args
         raise InputError(
-            f"example_inputs has {count} positional inputs, but forward takes {len(names)} ({', '.join(names)}). "
-            "Pass a tuple of positional arguments or a dict of keyword arguments."
+            f"example_inputs has {count} positional inputs, but forward takes {len(names)} "
+            f"({', '.join(names)}). Pass a tuple of positional arguments or a dict of keyword "
+            "arguments."
         )
     return (names + [f"args_{i}" for i in range(count)])[:count]
 
@@ -32,7 +35,11 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
 def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
     """The arguments that a call leaves to their defaults, and these are whole numbers."""
     parameters = inspect.signature(function).parameters.items()
-    return {name: parameter.default for name, parameter in parameters if name not in given and type(parameter.default) is int}
+    return {
+        name: parameter.default
+        for name, parameter in parameters
+        if name not in given and type(parameter.default) is int
+    }
 
 
 def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> None:
@@ -41,5 +48,6 @@ def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> No
     unknown = [name for name in kwargs if name not in known]
     if unknown and not code.co_flags & 0x08:  # 0x08: the function takes **kwargs
         raise InputError(
-            f"example_inputs has {unknown[0]!r}, but forward takes {', '.join(known)}: use its argument names as keys."
+            f"example_inputs has {unknown[0]!r}, but forward takes {', '.join(known)}: use its "
+            "argument names as keys."
         )

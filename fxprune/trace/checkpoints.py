@@ -1,7 +1,9 @@
-"""Checkpoints: what forward computes again in the backward pass. A graph computes it once, and keeps what is read then.
+"""Checkpoints: what forward computes again in the backward pass. A graph computes it once, and
+keeps what is read then.
 
-The results are the same, and so are the gradients, as long as nothing overwrites what is kept. Inside of a checkpoint an operation
-in place may: all is computed again before it is read. (Reentrant ones are held to it by torch themselves.)
+The results are the same, and so are the gradients, as long as nothing overwrites what is kept.
+Inside of a checkpoint an operation in place may: all is computed again before it is read.
+(Reentrant ones are held to it by torch themselves.)
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ __all__ = ["overwrites_what_is_kept"]
 def overwrites_what_is_kept(graph: fx.Graph, twin: Twin) -> bool:
     """Whether an operation of a graph writes into what another one has kept for its backward pass.
 
-    The graph runs with gradients on tensors without data, whose versions torch counts as it does those of others.
+    The graph runs with gradients on tensors without data, whose versions torch counts as it does
+    those of others.
     """
     if not any(writes(node, twin.model) for node in graph.nodes):
         return False
@@ -42,7 +45,11 @@ def overwrites_what_is_kept(graph: fx.Graph, twin: Twin) -> bool:
 @contextmanager
 def _trainable(twin: Twin) -> Iterator[None]:
     """While the parameters of the twin want gradients as those of the model do."""
-    asked = [own for own in twin.tensors.values() if isinstance(own, nn.Parameter) and twin.real[id(own)].requires_grad]
+    asked = [
+        own
+        for own in twin.tensors.values()
+        if isinstance(own, nn.Parameter) and twin.real[id(own)].requires_grad
+    ]
     try:
         for own in asked:
             own.requires_grad_(True)
@@ -79,7 +86,11 @@ def _given(tensor: Tensor) -> Tensor:
     """An input that another layer has computed, maybe."""
     with torch.no_grad():
         tensor = tensor.clone()
-    return tensor.requires_grad_().clone() if tensor.is_floating_point() or tensor.is_complex() else tensor
+    return (
+        tensor.requires_grad_().clone()
+        if tensor.is_floating_point() or tensor.is_complex()
+        else tensor
+    )
 
 
 def _functions(results: list[Tensor]) -> Iterator[Any]:
@@ -95,7 +106,9 @@ def _functions(results: list[Tensor]) -> Iterator[Any]:
 
 
 def _is_overwritten(function: Any) -> bool:
-    """Whether what a function has kept is not what it was: torch says so where it is asked for it."""
+    """Whether what a function has kept is not what it was: torch says so where it is asked for
+    it.
+    """
     try:
         for name in dir(function):
             if name.startswith("_saved_") or name == "saved_tensors":

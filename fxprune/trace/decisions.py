@@ -8,7 +8,10 @@ __all__ = ["formula", "from_mode", "number_decides", "of_rank"]
 
 
 def number_decides(node: fx.Node) -> str:
-    return f"what the model does depends on its argument {str(node.target)!r}, a number: a graph is for one number only."
+    return (
+        f"what the model does depends on its argument {str(node.target)!r}, a number: a graph is "
+        "for one number only."
+    )
 
 
 def from_mode(node: fx.Node) -> bool:
@@ -21,10 +24,14 @@ def from_mode(node: fx.Node) -> bool:
 
 
 def of_rank(node: fx.Node) -> bool:
-    """Whether a scalar depends on ranks alone (``x.dim() == 4``), which no input of the same kind changes."""
+    """Whether a scalar depends on ranks alone (``x.dim() == 4``), which no input of the same kind
+    changes.
+    """
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     if tensors:
-        return node.target in ("dim", "ndimension") or (node.target is getattr and str(node.args[1]) == "ndim")
+        return node.target in ("dim", "ndimension") or (
+            node.target is getattr and str(node.args[1]) == "ndim"
+        )
     return bool(node.all_input_nodes) and all(of_rank(n) for n in node.all_input_nodes)
 
 
@@ -35,7 +42,11 @@ def formula(node: fx.Node) -> str:
     if isinstance(node.meta.get("val"), Tensor):
         return node.name
     parts = [formula(a) if isinstance(a, fx.Node) else repr(a) for a in node.args]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    name = (
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
     if node.op == "call_method":
         return f"{parts[0]}.{name}({', '.join(parts[1:])})"
     return f"{name}({', '.join(parts)})"

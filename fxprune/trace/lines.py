@@ -16,7 +16,16 @@ import torch
 
 from fxprune.errors import TraceError
 
-__all__ = ["UNKNOWN", "ElsewhereError", "asker", "following", "is_ours", "takes_functions", "user_frames", "user_line"]
+__all__ = [
+    "UNKNOWN",
+    "ElsewhereError",
+    "asker",
+    "following",
+    "is_ours",
+    "takes_functions",
+    "user_frames",
+    "user_line",
+]
 
 UNKNOWN = "an unknown line"
 
@@ -32,7 +41,9 @@ _followed = _Followed()
 
 @contextmanager
 def following() -> Iterator[None]:
-    """A model's code is followed from here: what lies further out (who called ``prune``) is no line of the model."""
+    """A model's code is followed from here: what lies further out (who called ``prune``) is no
+    line of the model.
+    """
     outer = _followed.entry
     _followed.entry = sys._getframe(2)  # past contextlib
     try:
@@ -48,13 +59,16 @@ class ElsewhereError(TraceError):
     def at(cls, thread: int) -> ElsewhereError:
         """Said of the thread that runs forward."""
         return cls(
-            f"forward lets another thread compute with tensors (at {_line_of(sys._current_frames().get(thread))}), which cannot be "
-            "followed. Compute in one thread, as torch uses several by itself."
+            "forward lets another thread compute with tensors (at "
+            f"{_line_of(sys._current_frames().get(thread))}), which cannot be followed. Compute "
+            "in one thread, as torch uses several by itself."
         )
 
 
 def _line_of(frame: FrameType | None) -> str:
-    """The innermost line of a thread that belongs to no library of Python's, to torch or to fxprune."""
+    """The innermost line of a thread that belongs to no library of Python's, to torch or to
+    fxprune.
+    """
     while frame is not None:
         filename = frame.f_code.co_filename
         if not _internal(filename) and not filename.startswith(_PYTHON):
@@ -66,7 +80,8 @@ def _line_of(frame: FrameType | None) -> str:
 def user_line(stack: Any = None) -> str:
     """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune.
 
-    Where a model that is followed consists of torch's own code alone, it is the innermost line of torch.
+    Where a model that is followed consists of torch's own code alone, it is the innermost line of
+    torch.
     """
     if stack is not None:
         for entry in reversed(stack):
@@ -86,13 +101,22 @@ def user_line(stack: Any = None) -> str:
 
 
 def asker() -> str:
-    """Who does what is done now: ``forward``, or a function or module of torch's that a line of it calls."""
+    """Who does what is done now: ``forward``, or a function or module of torch's that a line of it
+    calls.
+    """
     frame, found = sys._getframe(1), "forward"
-    while frame is not None and frame is not _followed.entry and (is_ours(frame.f_code.co_filename) or found == "forward"):
+    while (
+        frame is not None
+        and frame is not _followed.entry
+        and (is_ours(frame.f_code.co_filename) or found == "forward")
+    ):
         filename, name = frame.f_code.co_filename, frame.f_code.co_name
         if filename.startswith(_TORCH) and filename != _CALLS and not name.startswith("<"):
             own = frame.f_locals.get("self")
-            found = f"torch's {type(own).__name__ if isinstance(own, torch.nn.Module) else name.strip('_')}"
+            found = (
+                "torch's "
+                f"{type(own).__name__ if isinstance(own, torch.nn.Module) else name.strip('_')}"
+            )
         elif not is_ours(filename):
             break
         frame = frame.f_back  # type: ignore[assignment]
@@ -100,33 +124,47 @@ def asker() -> str:
 
 
 def takes_functions(error: BaseException) -> str:
-    """What to say where torch has an operation that takes functions, and no way to look into it; empty for other errors."""
+    """What to say where torch has an operation that takes functions, and no way to look into it;
+    empty for other errors.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1].f_code is not torch._ops.HigherOrderOperator.dispatch.__code__:
         return ""
-    name, line = frames[-1].f_locals["self"].name(), user_line(traceback.extract_tb(error.__traceback__))
+    name, line = (
+        frames[-1].f_locals["self"].name(),
+        user_line(traceback.extract_tb(error.__traceback__)),
+    )
     return (
-        f"forward calls torch's {name} (at {line}), an operation that takes functions, into which nothing can look. Use operations "
-        "on tensors alone, as F.scaled_dot_product_attention with a mask."
+        f"forward calls torch's {name} (at {line}), an operation that takes functions, into "
+        "which nothing can look. Use operations on tensors alone, as "
+        "F.scaled_dot_product_attention with a mask."
     )
 
 
 def user_frames() -> tuple[tuple[str, int], ...]:
-    """File and line of each frame of a model that is followed, the innermost first, but for those of torch and of fxprune.
+    """File and line of each frame of a model that is followed, the innermost first, but for those
+    of torch and of fxprune.
 
-    Generated code has no file, and another name in each copy of its module: it goes by the name of its function.
+    Generated code has no file, and another name in each copy of its module: it goes by the name of
+    its function.
     """
     frame, found = sys._getframe(1), []
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         if not is_ours(filename):
-            found.append((frame.f_code.co_name if filename.startswith("<") else filename, frame.f_lineno))
+            found.append(
+                (frame.f_code.co_name if filename.startswith("<") else filename, frame.f_lineno)
+            )
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 
 
 _OWN = f"{Path(__file__).parents[1]}/"
-_PYTHON = (f"{Path(threading.__file__).parent}/concurrent", f"{Path(threading.__file__).parent}/asyncio", threading.__file__)
+_PYTHON = (
+    f"{Path(threading.__file__).parent}/concurrent",
+    f"{Path(threading.__file__).parent}/asyncio",
+    threading.__file__,
+)
 _TORCH = f"{Path(torch.__file__).parent}/"
 _CALLS = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
 
@@ -138,4 +176,9 @@ def is_ours(filename: str) -> bool:
 
 @functools.cache
 def _internal(filename: str) -> bool:
-    return filename.startswith("<") or is_ours(filename) or "/contextlib.py" in filename or "/unittest/" in filename
+    return (
+        filename.startswith("<")
+        or is_ours(filename)
+        or "/contextlib.py" in filename
+        or "/unittest/" in filename
+    )

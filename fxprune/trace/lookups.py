@@ -1,8 +1,11 @@
-"""Numbers by which forward looks something up: in a table, or a set. What is not found for the example may be for another size.
+"""Numbers by which forward looks something up: in a table, or a set. What is not found for the
+example may be for another size.
 
-A dict asks for the hash of a key, and compares it with those keys alone that have the same. Where it finds the number, the tracer
-is asked whether it is that one, and the graph is held to the answer. Where it finds none, nobody asks anything: so the graph is
-held to the number, unless forward fills the table itself, and by that number: then it does for each what it does for this one.
+A dict asks for the hash of a key, and compares it with those keys alone that have the same. Where
+it finds the number, the tracer is asked whether it is that one, and the graph is held to the
+answer. Where it finds none, nobody asks anything: so the graph is held to the number, unless
+forward fills the table itself, and by that number: then it does for each what it does for this
+one.
 """
 
 from __future__ import annotations
@@ -64,13 +67,16 @@ def unanswered(lookups: Sequence[Lookup], made: int) -> Iterator[Lookup]:
     later = [*(group[0].made for group in groups[1:]), made]
     for group, after in zip(groups, later, strict=False):
         kind = _operation(*group[0].place[:2])
-        remembers = after > group[0].made  # a function that computes a result which it does not remember yet
+        # a function that computes a result which it does not remember yet
+        remembers = after > group[0].made
         one_entry = kind in _OF_SETS and (len(group) == 1 or any(own.answered for own in group))
         if kind not in _FILLING and not remembers and not one_entry:
             yield from (own for own in group if not own.answered)
 
 
-_FILLING = frozenset({"STORE_SUBSCR", "BUILD_MAP", "MAP_ADD", "DICT_UPDATE", "DICT_MERGE", "BUILD_CONST_KEY_MAP"})
+_FILLING = frozenset(
+    {"STORE_SUBSCR", "BUILD_MAP", "MAP_ADD", "DICT_UPDATE", "DICT_MERGE", "BUILD_CONST_KEY_MAP"}
+)
 _OF_SETS = frozenset({"BUILD_SET", "SET_ADD", "SET_UPDATE"})
 
 

@@ -1,8 +1,9 @@
-"""What has followed from the sizes of inputs without a word, found by traces of inputs of other sizes: numbers that C++ has
-computed below Python, and how many axes a ``squeeze()`` leaves.
+"""What has followed from the sizes of inputs without a word, found by traces of inputs of other
+sizes: numbers that C++ has computed below Python, and how many axes a ``squeeze()`` leaves.
 
-Where another size makes another graph, the graph is for its own size alone, and says so. That is asked only of graphs with numbers
-of unknown origin in them: the rules of ``vmap`` cut, count and compose before an operation is seen.
+Where another size makes another graph, the graph is for its own size alone, and says so. That is
+asked only of graphs with numbers of unknown origin in them: the rules of ``vmap`` cut, count and
+compose before an operation is seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def hold_inputs(tracer: Tracer, compare: Compare) -> None:
     Parameters
     ----------
     compare:
-        Traces another call: gives the first node in whose place it has another one, None where there is none, False where it fails.
+        Traces another call: gives the first node in whose place it has another one, None where
+        there is none, False where it fails.
     """
     if not tracer.below_lines:
         return
@@ -49,21 +51,30 @@ def hold_inputs(tracer: Tracer, compare: Compare) -> None:
 
 
 def hold_ranks(tracer: Tracer, compare: Compare) -> None:
-    """Hold a graph to the number of axes that ``squeeze()`` leaves, where it is another graph for inputs of which it drops more."""
+    """Hold a graph to the number of axes that ``squeeze()`` leaves, where it is another graph for
+    inputs of which it drops more.
+    """
     squeezed = [node for node in tracer.graph.nodes if squeezes_all(node)]
     if not squeezed:
         return
     free = _free(tracer.graph)
-    alike = [[place for place in free if _size(place) == size and place[1] == dim] for size, dim in dict.fromkeys(map(_key, free))]
+    alike = [
+        [place for place in free if _size(place) == size and place[1] == dim]
+        for size, dim in dict.fromkeys(map(_key, free))
+    ]
     for places in (*alike, *([place] for place in free)):  # the batches of two inputs are one
-        if isinstance(compare(_with(tracer.example, places, 2 if _size(places[0]) == 1 else 1)), fx.Node):
+        if isinstance(
+            compare(_with(tracer.example, places, 2 if _size(places[0]) == 1 else 1)), fx.Node
+        ):
             for node in squeezed:
                 tracer.hold_rank(node)
             return
 
 
 def _failing_together(tracer: Tracer, places: Sequence[Place], compare: Compare) -> list[Place]:
-    """Those without which no other size is known to give the same graph: the batches of two inputs, say, are one."""
+    """Those without which no other size is known to give the same graph: the batches of two
+    inputs, say, are one.
+    """
     for alike in (_key, _size):
         for key in {alike(place) for place in places}:
             together = [place for place in places if alike(place) == key]
@@ -73,7 +84,9 @@ def _failing_together(tracer: Tracer, places: Sequence[Place], compare: Compare)
 
 
 def _resized(tracer: Tracer, places: Sequence[Place], compare: Compare) -> fx.Node | bool | None:
-    """What another trace gives with another size of these places: the first one that the model takes."""
+    """What another trace gives with another size of these places: the first one that the model
+    takes.
+    """
     size = max(map(_size, places))
     for other in (2 * size, 3 * size, size + 1, size // 2, size - 1):
         found = compare(_with(tracer.example, places, other)) if other not in (0, size) else False
@@ -86,7 +99,9 @@ def _with(call: tuple[Any, Any], places: Sequence[Place], other: int) -> Any:
     dims = {node.meta["val"]: {dim for own, dim in places if own is node} for node, _ in places}
 
     def resized(tensor: Tensor) -> Tensor:
-        sizes = [other if dim in dims.get(tensor, ()) else size for dim, size in enumerate(tensor.shape)]
+        sizes = [
+            other if dim in dims.get(tensor, ()) else size for dim, size in enumerate(tensor.shape)
+        ]
         return tensor.new_zeros(sizes)
 
     return tree_map_only(Tensor, resized, call)
@@ -97,14 +112,26 @@ def _free(graph: fx.Graph) -> list[Place]:
     containers: set[fx.Node] = set()
     tensors: list[fx.Node] = []
     for node in graph.nodes:
-        if node.op == "placeholder" or (node.target is operator.getitem and node.args[0] in containers):
+        if node.op == "placeholder" or (
+            node.target is operator.getitem and node.args[0] in containers
+        ):
             tensors.append(node) if isinstance(node.meta["val"], Tensor) else containers.add(node)
-    return [(node, dim) for node in tensors for dim in range(node.meta["val"].dim()) if not _is_held(node, dim)]
+    return [
+        (node, dim)
+        for node in tensors
+        for dim in range(node.meta["val"].dim())
+        if not _is_held(node, dim)
+    ]
 
 
 def _is_held(node: fx.Node, dim: int) -> bool:
     sizes = [user for user in node.users if user.target == "size" and user.args[1:] == (dim,)]
-    asked = [same for size in sizes for same in size.users if same.target is operator.eq and isinstance(same.args[1], int)]
+    asked = [
+        same
+        for size in sizes
+        for same in size.users
+        if same.target is operator.eq and isinstance(same.args[1], int)
+    ]
     return any(user.meta.get("guard") for same in asked for user in same.users)
 
 
@@ -119,4 +146,6 @@ def _key(place: Place) -> tuple[int, int]:
 def _line(tracer: Tracer, node: fx.Node) -> str:
     """The line of what C++ has done there, or next."""
     later = iter(tracer.below_lines.items())
-    return next((line for own, line in later if not own < node), next(iter(tracer.below_lines.values())))
+    return next(
+        (line for own, line in later if not own < node), next(iter(tracer.below_lines.values()))
+    )

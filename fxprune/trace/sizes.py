@@ -1,8 +1,10 @@
-"""Sizes that C++ computed from a tensor's shape: numbers of the graph in their place, so that it takes inputs of other sizes.
+"""Sizes that C++ computed from a tensor's shape: numbers of the graph in their place, so that it
+takes inputs of other sizes.
 
-What a scripted function or ``torch.vmap`` does arrives as ATen operations with plain numbers among their arguments. The sizes to
-which a tensor is laid out anew say by themselves which of its own sizes they are. What else follows from sizes holds the graph to
-the example's: the code of a scripted function says by which ones it goes, and traces of inputs of other sizes say which numbers
+What a scripted function or ``torch.vmap`` does arrives as ATen operations with plain numbers among
+their arguments. The sizes to which a tensor is laid out anew say by themselves which of its own
+sizes they are. What else follows from sizes holds the graph to the example's: the code of a
+scripted function says by which ones it goes, and traces of inputs of other sizes say which numbers
 are others then.
 """
 
@@ -21,15 +23,24 @@ from fxprune.trace.values import TracedTensor
 __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_sizes"]
 
 aten = torch.ops.aten
-_LAID_OUT = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default})
-_MADE = frozenset({aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default})
+_LAID_OUT = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default}
+)
+_MADE = frozenset(
+    {aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default}
+)
 _EXPANDED = frozenset({aten.expand.default, aten.expand_copy.default})
 
 
 def with_sizes(
-    func: Any, args: tuple[Any, ...], shape: Sequence[int], size: Callable[[int], Any], hold: Callable[[int], None]
+    func: Any,
+    args: tuple[Any, ...],
+    shape: Sequence[int],
+    size: Callable[[int], Any],
+    hold: Callable[[int], None],
 ) -> tuple[Any, ...]:
-    """The positional arguments of an operation, with sizes of its first one as numbers of the graph.
+    """The positional arguments of an operation, with sizes of its first one as numbers of the
+    graph.
 
     Parameters
     ----------
@@ -79,7 +90,9 @@ _SIZES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 
 
 def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
-    """The dimensions that a tensor shows inside of a transform, each as one of the stand-in that it wraps."""
+    """The dimensions that a tensor shows inside of a transform, each as one of the stand-in that
+    it wraps.
+    """
     functorch = torch._C._functorch
     batched: list[int] = []
     while functorch.is_batchedtensor(tensor) or functorch.is_gradtrackingtensor(tensor):
@@ -101,18 +114,43 @@ EVERY = frozenset({"every"})
 _LIST = frozenset({"list"})
 """The same, for the list of their sizes: its first entry is that of the first dimension."""
 
-_PLAIN = frozenset({"Constant", "ListConstruct", "ListUnpack", "TupleConstruct", "TupleUnpack", "TupleIndex", "If", "Loop"})
-_PLAIN |= frozenset(
-    {"min", "max", "DictConstruct", "GetAttr", "RaiseException", "Uninitialized", "unchecked_cast", "dtype", "device"}
+_PLAIN = frozenset(
+    {
+        "Constant",
+        "ListConstruct",
+        "ListUnpack",
+        "TupleConstruct",
+        "TupleUnpack",
+        "TupleIndex",
+        "If",
+        "Loop",
+    }
 )
-_NO_SIZES = frozenset({"aten::dim", "aten::is_floating_point", "aten::is_complex", "aten::__is__", "aten::__isnot__"})
+_PLAIN |= frozenset(
+    {
+        "min",
+        "max",
+        "DictConstruct",
+        "GetAttr",
+        "RaiseException",
+        "Uninitialized",
+        "unchecked_cast",
+        "dtype",
+        "device",
+    }
+)
+_NO_SIZES = frozenset(
+    {"aten::dim", "aten::is_floating_point", "aten::is_complex", "aten::__is__", "aten::__isnot__"}
+)
 _OF_SIZES = frozenset({"aten::size", "aten::len", "aten::numel"})
 
 
 def asked_sizes(graph: Any) -> frozenset[Any] | None:
-    """The dimensions by whose sizes a scripted function goes: it branches, counts or computes with them.
+    """The dimensions by whose sizes a scripted function goes: it branches, counts or computes with
+    them.
 
-    Sizes that it hands to an operation on tensors as they are do not count. None: the code does things that nobody can follow.
+    Sizes that it hands to an operation on tensors as they are do not count. None: the code does
+    things that nobody can follow.
     """
     asked: set[Any] = set()
     for node in _nodes(graph):
@@ -121,7 +159,12 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
             return None
         if node.kind() in _OF_SIZES and _is_tensor(node.inputsAt(0)):
             asked |= _asked(node.output(), _of_node(node))
-        elif space == "aten" and node.kind() not in _NO_SIZES and _takes_tensors(node) and not _gives_tensors(node):
+        elif (
+            space == "aten"
+            and node.kind() not in _NO_SIZES
+            and _takes_tensors(node)
+            and not _gives_tensors(node)
+        ):
             return None
     return frozenset(asked)
 
@@ -138,7 +181,9 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _of_node(node: Any) -> frozenset[Any]:
-    """The dimensions of ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)``, ``sizes[dim]``."""
+    """The dimensions of ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)``,
+    ``sizes[dim]``.
+    """
     if node.kind() == "aten::numel":
         return EVERY
     if node.kind() == "aten::len":
@@ -162,7 +207,9 @@ def _of_slice(node: Any) -> frozenset[Any]:
 
 
 def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
-    """Those of the dimensions whose sizes, in this value, go elsewhere than into operations on tensors."""
+    """Those of the dimensions whose sizes, in this value, go elsewhere than into operations on
+    tensors.
+    """
     asked: frozenset[Any] = frozenset()
     for use in value.uses():
         node = use.user
@@ -177,7 +224,9 @@ def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
             asked |= _asked(node.output(), EVERY if dims == _LIST else dims)
         elif node.kind() == "aten::len":
             continue  # how many there are says the rank
-        elif not (node.kind().startswith("aten::") and _takes_tensors(node) and _gives_tensors(node)):
+        elif not (
+            node.kind().startswith("aten::") and _takes_tensors(node) and _gives_tensors(node)
+        ):
             asked |= EVERY if dims == _LIST else dims
     return asked
 

@@ -1,8 +1,9 @@
 """While a model is traced, what torch would do without a word to the tracer goes through it.
 
-Modules of the twin answer through the tracer: they belong to nobody else. What belongs to torch (functions that libraries
-registered as leaves, functions with gradients of their own, regions without gradients) is exchanged for the time of the trace,
-answers the thread that traces alone, and is put back in every case.
+Modules of the twin answer through the tracer: they belong to nobody else. What belongs to torch
+(functions that libraries registered as leaves, functions with gradients of their own, regions
+without gradients) is exchanged for the time of the trace, answers the thread that traces alone,
+and is put back in every case.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def slow_path() -> Iterator[None]:
-    """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and hide the widths."""
-    with TURN:  # the setting is the process's: two threads that exchange it would leave the wrong one
+    """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and
+    hide the widths.
+    """
+    # the setting is the process's: two threads that exchange it would leave the wrong one
+    with TURN:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -67,7 +71,9 @@ def plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Something else under these names, and under no other: whatever is set beside them meanwhile stays."""
+    """Something else under these names, and under no other: whatever is set beside them meanwhile
+    stays.
+    """
     before = [(space, name, space[name]) for space, name, _ in places]
     for space, name, value in places:
         space[name] = value
@@ -78,8 +84,12 @@ def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
             space[name] = value
 
 
-def _if_traced(original: Callable[..., Any], tracer: Tracer, instead: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but for calls with a stand-in among their arguments, in the thread that traces."""
+def _if_traced(
+    original: Callable[..., Any], tracer: Tracer, instead: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function, but for calls with a stand-in among their arguments, in the thread that
+    traces.
+    """
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -98,13 +108,20 @@ def _leaf_functions(tracer: Tracer) -> Iterator[None]:
     """Follow the functions that were registered with ``torch.fx.wrap``."""
     registered = fx._symbolic_trace._wrapped_fns_to_patch
     named = [(space, name) for (_, name), space in registered.items() if callable(space.get(name))]
-    with _put([(space, name, _if_traced(space[name], tracer, tracer.call_leaf_function)) for space, name in named]):
+    with _put(
+        [
+            (space, name, _if_traced(space[name], tracer, tracer.call_leaf_function))
+            for space, name in named
+        ]
+    ):
         yield
 
 
 @contextmanager
 def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
-    """``torch.broadcast_shapes`` is Python on numbers, which asks whether a size is 1: as a node it leaves that open."""
+    """``torch.broadcast_shapes`` is Python on numbers, which asks whether a size is 1: as a node
+    it leaves that open.
+    """
 
     def record(function: Any, args: Any, kwargs: Any) -> Any:
         return tracer.record("call_function", function, args, kwargs)
@@ -116,32 +133,57 @@ def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
 
 @contextmanager
 def _checkpoints(tracer: Tracer) -> Iterator[None]:
-    """``checkpoint`` asks on which device tensors lie, to keep the state of its generator: a graph computes once and needs none."""
+    """``checkpoint`` asks on which device tensors lie, to keep the state of its generator: a graph
+    computes once and needs none.
+    """
 
     def begin(*_: Any) -> str:
         tracer.checkpoints.append(user_line())
         return "cpu"
 
     names = [name for name in ("_infer_device_type",) if name in vars(checkpoint)]
-    with _put([(vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, begin)) for name in names]):
+    with _put(
+        [
+            (vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, begin))
+            for name in names
+        ]
+    ):
         yield
 
 
 @contextmanager
 def _states_refused(tracer: Tracer) -> Iterator[None]:
-    """What a caller of the model decides (whether gradients are wanted, in which precision) is not known to a graph."""
+    """What a caller of the model decides (whether gradients are wanted, in which precision) is not
+    known to a graph.
+    """
     names = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
-    why = "it has one path for all answers. Do the same for all, or keep that line inside a module of its own."
-    asks = {name: f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}" for name in names}
-    with _put([(vars(torch), name, _unless_users(getattr(torch, name), tracer, text)) for name, text in asks.items()]):
+    why = (
+        "it has one path for all answers. Do the same for all, or keep that line inside a module "
+        "of its own."
+    )
+    asks = {
+        name: f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}"
+        for name in names
+    }
+    with _put(
+        [
+            (vars(torch), name, _unless_users(getattr(torch, name), tracer, text))
+            for name, text in asks.items()
+        ]
+    ):
         yield
 
 
 @contextmanager
 def _gradients_refused(tracer: Tracer) -> Iterator[None]:
-    """Operations that a graph records have no gradients while it is traced; ``torch.func`` takes them in transforms."""
+    """Operations that a graph records have no gradients while it is traced; ``torch.func`` takes
+    them in transforms.
+    """
     space, forwards = vars(torch.autograd), vars(torch.autograd.forward_ad)
-    text = "forward takes gradients (at {}), which a graph cannot. Take them with torch.func.grad or jvp, or outside of forward."
+    text = (
+        "forward takes gradients (at {}), which a graph cannot. Take them with torch.func.grad "
+        "or jvp, or outside of forward."
+    )
     run, dual = space["_engine_run_backward"], forwards["make_dual"]
 
     @functools.wraps(run)
@@ -150,7 +192,12 @@ def _gradients_refused(tracer: Tracer) -> Iterator[None]:
             raise TraceError(text.format(user_line()))
         return run(*args, **kwargs)
 
-    with _put([(space, "_engine_run_backward", backward), (forwards, "make_dual", _unless_users(dual, tracer, text))]):
+    with _put(
+        [
+            (space, "_engine_run_backward", backward),
+            (forwards, "make_dual", _unless_users(dual, tracer, text)),
+        ]
+    ):
         yield
 
 
@@ -168,7 +215,9 @@ def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Ca
 
 @contextmanager
 def _applications(tracer: Tracer) -> Iterator[None]:
-    """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks the class for ``forward``."""
+    """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks
+    the class for ``forward``.
+    """
     given: list[tuple[type, Any]] = []  # what is put back
     maker: Any = torch.autograd.function.FunctionMeta
     make = maker.__init__
@@ -183,10 +232,13 @@ def _applications(tracer: Tracer) -> Iterator[None]:
     try:
         for kind in _functions():
             forward = kind.__dict__.get("forward")
-            if forward is not None and not isinstance(forward, _ThroughGraph):  # it is one already inside of another trace
+            # it is one already inside of another trace
+            if forward is not None and not isinstance(forward, _ThroughGraph):
                 given.append((kind, forward))
                 _originals[kind] = kind.forward
-                kind.forward = _in_place_of.get(kind) or _in_place_of.setdefault(kind, _ThroughGraph(_recording(kind)))
+                kind.forward = _in_place_of.get(kind) or _in_place_of.setdefault(
+                    kind, _ThroughGraph(_recording(kind))
+                )
         maker.__init__ = made
         yield
     finally:
@@ -198,14 +250,17 @@ def _applications(tracer: Tracer) -> Iterator[None]:
 
 
 def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
-    """The forward of a class that is another one at each call: a graph cannot call it, and what it does has other gradients."""
+    """The forward of a class that is another one at each call: a graph cannot call it, and what it
+    does has other gradients.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_mine() and find_traced((args, kwargs)) is not None:
             raise TraceError(
-                f"forward applies {kind.__name__} (at {user_line()}), a function with gradients of its own that is made while "
-                "forward runs, as torch.vmap makes them: a graph would lose its gradients. Make it before, or keep that line "
-                "inside a module of its own."
+                f"forward applies {kind.__name__} (at {user_line()}), a function with gradients "
+                "of its own that is made while forward runs, as torch.vmap makes them: a graph "
+                "would lose its gradients. Make it before, or keep that line inside a module of "
+                "its own."
             )
         return forward(*args, **kwargs)
 
@@ -217,7 +272,9 @@ def _functions() -> Iterable[Any]:
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         kind = waiting.pop()
-        if kind not in found and not kind.__module__.startswith(("torch._dynamo", "torch._functorch")):
+        if kind not in found and not kind.__module__.startswith(
+            ("torch._dynamo", "torch._functorch")
+        ):
             found[kind] = None
             waiting += kind.__subclasses__()
     return found
@@ -243,24 +300,30 @@ def _recording(kind: type) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kind: Any = refer()
-        forward = _originals.get(kind) or kind.forward  # another thread may call when the trace has just ended
+        # another thread may call when the trace has just ended
+        forward = _originals.get(kind) or kind.forward
         innermost = _tracing[-1:]
         if not innermost or not innermost[0].is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
-        if kind.__module__ == checkpoint.__name__:  # what is kept for the backward pass is not a graph's business
+        # what is kept for the backward pass is not a graph's business
+        if kind.__module__ == checkpoint.__name__:
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
             _, function, _, *inputs = args
             return function(*inputs)
         with_context = kind.setup_context is torch.autograd.Function.setup_context
-        return innermost[0].record("call_function", _application(kind), args[1:] if with_context else args, kwargs)
+        return innermost[0].record(
+            "call_function", _application(kind), args[1:] if with_context else args, kwargs
+        )
 
     return call
 
 
 @functools.cache
 def _application(kind: Any) -> Callable[..., Any]:
-    """What a node calls to apply a function with gradients of its own; a bound method has no name that code could say."""
+    """What a node calls to apply a function with gradients of its own; a bound method has no name
+    that code could say.
+    """
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         return kind.apply(*args, **kwargs)
@@ -276,7 +339,9 @@ def _application(kind: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _scripts(tracer: Tracer) -> Iterator[None]:
-    """Calls of scripted functions and of methods of scripted modules go through the tracer, which reads their code."""
+    """Calls of scripted functions and of methods of scripted modules go through the tracer, which
+    reads their code.
+    """
     found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
     try:
         for kind, call in found:
@@ -306,36 +371,54 @@ def _read_mode(module: nn.Module) -> Any:
 
 
 def _write_mode(module: nn.Module, value: bool) -> None:
-    """A module that forward makes, a slice of a ModuleList say, has a mode of its own; the others keep theirs."""
+    """A module that forward makes, a slice of a ModuleList say, has a mode of its own; the others
+    keep theirs.
+    """
     if _TRACER in module.__dict__:
-        raise TraceError(f"forward changes the mode of a {type(module).__name__} (at {user_line()}), which a graph cannot do.")
+        raise TraceError(
+            f"forward changes the mode of a {type(module).__name__} (at {user_line()}), which a "
+            "graph cannot do."
+        )
     module.__dict__[_TRAINING] = value
 
 
 _TRAINING = "training"
 _TRACER = "_fxprune_tracer"
-_CALL = "_compiled_call_impl"  # where torch.nn looks, on the module itself, for another way to call it
+# where torch.nn looks, on the module itself, for another way to call it
+_CALL = "_compiled_call_impl"
 _traced_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def _class_while_traced(kind: type) -> type:
-    """A subclass whose instances read their mode, their parameters and their buffers through the tracer."""
+    """A subclass whose instances read their mode, their parameters and their buffers through the
+    tracer.
+    """
     if kind not in _traced_classes:
 
         def read(module: Any, name: str) -> Any:
             value = kind.__getattr__(module, name)  # type: ignore[attr-defined]
             tracer = module.__dict__.get(_TRACER)
-            return tracer.known(value) if isinstance(value, Tensor) and tracer is not None and not tracer.executing else value
+            return (
+                tracer.known(value)
+                if isinstance(value, Tensor) and tracer is not None and not tracer.executing
+                else value
+            )
 
-        members = {_TRAINING: property(_read_mode, _write_mode), "__getattr__": read, "__module__": kind.__module__}
+        members = {
+            _TRAINING: property(_read_mode, _write_mode),
+            "__getattr__": read,
+            "__module__": kind.__module__,
+        }
         _traced_classes[kind] = type(kind.__name__, (kind,), members)
     return _traced_classes[kind]
 
 
 def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a module of the twin does when it is called: a leaf becomes a node, of others the code is followed.
+    """What a module of the twin does when it is called: a leaf becomes a node, of others the code
+    is followed.
 
-    So is that of a leaf whose node would say something else: where forward has put other parameters into it, say.
+    So is that of a leaf whose node would say something else: where forward has put other
+    parameters into it, say.
     """
     if tracer.executing or not is_leaf(module):
         return module._call_impl(*args, **kwargs)

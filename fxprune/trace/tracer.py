@@ -1,4 +1,6 @@
-"""Follows a model's code and records each operation as a node, which has the value that it gives for the example."""
+"""Follows a model's code and records each operation as a node, which has the value that it gives
+for the example.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, is_tensor_method_or_property
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    is_tensor_method_or_property,
+)
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
@@ -54,7 +60,10 @@ from fxprune.trace.values import (
 
 __all__ = ["MADE_FROM_INPUT", "Tracer", "execute", "is_leaf"]
 
-MADE_FROM_INPUT = "Make it from an input, with x.new_zeros(...) or device=x.device, so that the graph makes it at each call."
+MADE_FROM_INPUT = (
+    "Make it from an input, with x.new_zeros(...) or device=x.device, so that the graph makes it "
+    "at each call."
+)
 
 
 def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -75,14 +84,18 @@ def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module stays one node.
 
-    A module of torch.nn without children is one operation, unless its forward was replaced. One with children is a container or
-    a composite, unless the children are parametrisations of torch's own, which compute its weights and belong to it. Those of a
-    user are code like any other.
+    A module of torch.nn without children is one operation, unless its forward was replaced. One
+    with children is a container or a composite, unless the children are parametrisations of
+    torch's own, which compute its weights and belong to it. Those of a user are code like any
+    other.
     """
     if not type(module).__module__.startswith("torch.nn") or has_own_forward(module):
         return False
     if parametrize.is_parametrized(module):
-        return all(type(child).__module__.startswith("torch.nn") for child in module._modules["parametrizations"].modules())
+        return all(
+            type(child).__module__.startswith("torch.nn")
+            for child in module._modules["parametrizations"].modules()
+        )
     return all(child is None for child in module._modules.values())
 
 
@@ -113,7 +126,9 @@ class _NoDraws(DispatchMode):
 
 
 class _Recording(TorchFunctionMode):
-    """Sees, in the thread that traces, the calls of torch's functions in which no argument is a stand-in for a tensor."""
+    """Sees, in the thread that traces, the calls of torch's functions in which no argument is a
+    stand-in for a tensor.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -141,7 +156,17 @@ _LAYOUT = frozenset(getattr(aten, name) for name in _ASKED if hasattr(aten, name
 
 _SEQUENCES = frozenset({tuple, list, torch.Size, SizeTuple, Parts})
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format, enum.Enum)
+_CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+    enum.Enum,
+)
 
 
 class Tracer:
@@ -171,50 +196,75 @@ class Tracer:
         self.asked_mode = False
         self.elsewhere: ElsewhereError | None = None  # once another thread has handled a stand-in
         self.stand_ins: list[weakref.ref[TracedTensor]] = []
-        self.left_out: list[fx.Node] = []  # whole numbers among the arguments for which the example has nothing
-        # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held here.
+        # whole numbers among the arguments for which the example has nothing
+        self.left_out: list[fx.Node] = []
+        # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held
+        # here.
         self.constants: dict[int, tuple[Tensor, str]] = {}
         self.constant_targets: set[str] = set()
-        self._given: frozenset[int] = frozenset()  # the ids of those that modules have from the beginning
+        # the ids of those that modules have from the beginning
+        self._given: frozenset[int] = frozenset()
         self.made_names: list[str] = []
-        self.made = Snapshot()  # tensors that forward makes without any input, and the graph holds as constants
+        # tensors that forward makes without any input, and the graph holds as constants
+        self.made = Snapshot()
         self._names = {id(tensor): name for name, tensor in twin.tensors.items()}
         self._tensors = list(twin.tensors.values())  # keeps the ids above
-        self._paths = {id(module): name for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))}
+        self._paths = {
+            id(module): name
+            for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))
+        }
         self._read: dict[str, Any] = {}  # parameters and buffers that have a node: their stand-ins
-        self._values: dict[int, fx.Node] = {}  # by the id of the tensor that a node gave, which its meta keeps
+        # by the id of the tensor that a node gave, which its meta keeps
+        self._values: dict[int, fx.Node] = {}
         self._inside_leaf_function = 0
-        self.executing = False  # while a node runs on meta tensors, modules behave as outside of tracing
+        # while a node runs on meta tensors, modules behave as outside of tracing
+        self.executing = False
         self._closed = False
-        self._modes: tuple[int, int] = (0, 0)  # those of functions and of operations that are there before the model runs
-        self._asked: frozenset[Any] = EVERY  # the dimensions by whose sizes C++ may go that reads them as plain numbers
-        self._held: set[tuple[fx.Node, int]] = set()  # tensors and the dimensions whose sizes the graph is held to
+        # those of functions and of operations that are there before the model runs
+        self._modes: tuple[int, int] = (0, 0)
+        # the dimensions by whose sizes C++ may go that reads them as plain numbers
+        self._asked: frozenset[Any] = EVERY
+        # tensors and the dimensions whose sizes the graph is held to
+        self._held: set[tuple[fx.Node, int]] = set()
         self.checkpoints: list[str] = []  # the lines of those that are not reentrant
-        self.below_lines: dict[fx.Node, str] = {}  # of what C++ has done with numbers that it may have computed from sizes
+        # of what C++ has done with numbers that it may have computed from sizes
+        self.below_lines: dict[fx.Node, str] = {}
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
-        self._read_values: list[tuple[fx.Node, str]] = []  # of tensors that follow from constants, with the lines
+        # of tensors that follow from constants, with the lines
+        self._read_values: list[tuple[fx.Node, str]] = []
         self.lookups: list[Lookup] = []
         self._reached = twin.reached
-        self._texts: list[tuple[str, list[fx.Node], list[str]]] = []  # of numbers; the nodes that hold these, and the decisions
+        # of numbers; the nodes that hold these, and the decisions
+        self._texts: list[tuple[str, list[fx.Node], list[str]]] = []
 
     def trace(self) -> fx.Graph:
-        """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its graph, in Python."""
+        """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its
+        graph, in Python.
+        """
         for path, module in self.root.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):
-                    self.constants.setdefault(id(value), (value, f"{path}.{name}".removeprefix(".")))
+                    self.constants.setdefault(
+                        id(value), (value, f"{path}.{name}".removeprefix("."))
+                    )
         self._given = frozenset(self.constants)
         args, kwargs = self._arguments()
         with _Recording(self), torch._C._AutoDispatchBelowAutograd():
-            self._modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-            result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(*args, **kwargs)
+            self._modes = (
+                torch._C._len_torch_function_stack(),
+                torch._C._len_torch_dispatch_stack(),
+            )
+            result = (self.root.forward if is_hooked(self.root) else self.root._call_impl)(
+                *args, **kwargs
+            )
             self.create_node("output", "output", (self.create_arg(result),), {})
         for leaf in leaves((args, kwargs, result)):
             if isinstance(leaf, TracedTensor) and leaf.marks:
                 raise TraceError(
-                    f"forward sets {leaf.marks[0]!r} on a tensor that its caller gets, {leaf.fx_node.name!r}: a graph would not. "
-                    "Hand it out as a result of its own, or keep that line inside a module of its own."
+                    f"forward sets {leaf.marks[0]!r} on a tensor that its caller gets, "
+                    f"{leaf.fx_node.name!r}: a graph would not. Hand it out as a result of its "
+                    "own, or keep that line inside a module of its own."
                 )
         self._refuse_values_that_change()
         return self.graph
@@ -227,15 +277,24 @@ class Tracer:
 
     @_unseen
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Placeholders for the inputs that the example has; parameters it leaves out keep their Python defaults."""
+        """Placeholders for the inputs that the example has; parameters it leaves out keep their
+        Python defaults.
+        """
         args, kwargs = self.example
         forward = type(self.root).forward
-        own = 0 if isinstance(inspect.getattr_static(type(self.root), "forward"), staticmethod) else 1  # self
+        # self
+        own = (
+            0
+            if isinstance(inspect.getattr_static(type(self.root), "forward"), staticmethod)
+            else 1
+        )
         names = parameter_names(forward, len(args), own)
         check_keywords(forward, kwargs, own)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
         made = {name: self._placeholder(name, value) for name, value in values.items()}
-        given = {name: made[name] if holds_tensors(values[name]) else values[name] for name in made}
+        given = {
+            name: made[name] if holds_tensors(values[name]) else values[name] for name in made
+        }
         keywords = {name: given[name] for name in kwargs}
         for name, value in left_out(forward, values).items():
             keywords[name] = self._placeholder(name, value)
@@ -249,7 +308,9 @@ class Tracer:
         return [given[name] for name in names], keywords
 
     def _hold_contents(self, node: fx.Node, what: str) -> None:
-        """How long a container among the arguments is, before its entries are read, and the constants in it."""
+        """How long a container among the arguments is, before its entries are read, and the
+        constants in it.
+        """
         value = node.meta["val"]
         if isinstance(value, Tensor):
             return
@@ -257,7 +318,11 @@ class Tracer:
             if value is None or isinstance(value, (bool, int, float, str)):
                 self._hold(node, value, f"inputs with {what}")
             elif isinstance(value, (list, tuple, dict)):
-                self._hold(self.record("call_function", len, (node,), {}), len(value), f"inputs with len({what})")
+                self._hold(
+                    self.record("call_function", len, (node,), {}),
+                    len(value),
+                    f"inputs with len({what})",
+                )
         for entry in [user for user in node.users if user.target is operator.getitem]:
             self._hold_contents(entry, f"{what}[{entry.args[1]!r}]")
 
@@ -268,7 +333,9 @@ class Tracer:
 
     @_unseen
     def known(self, value: Any) -> Any:
-        """A parameter or buffer of the model, or what a node gave: the stand-in for it. Anything else as it is."""
+        """A parameter or buffer of the model, or what a node gave: the stand-in for it. Anything
+        else as it is.
+        """
         if not isinstance(value, Tensor) or isinstance(value, Traced):
             return value
         name = self._names.get(id(value))
@@ -294,7 +361,9 @@ class Tracer:
         return self.on_function(func, args, kwargs)
 
     def _without_inputs(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What follows from constants alone is one, but for random numbers: the graph draws them at each call."""
+        """What follows from constants alone is one, but for random numbers: the graph draws them
+        at each call.
+        """
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)
         try:
@@ -304,23 +373,31 @@ class Tracer:
             return self._draw(func, args, kwargs)
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Random numbers that depend on no input: a node, whose value nobody can know, and the generator stays as it was."""
+        """Random numbers that depend on no input: a node, whose value nobody can know, and the
+        generator stays as it was.
+        """
         state = torch.get_rng_state()
         try:
             drawn = self._function(func, args, kwargs)
         finally:
             torch.set_rng_state(state)
-        drawn.fx_node.meta["val"] = tree_map_only(Tensor, lambda tensor: tensor.to(META), drawn.example)
+        drawn.fx_node.meta["val"] = tree_map_only(
+            Tensor, lambda tensor: tensor.to(META), drawn.example
+        )
         return stand_in(drawn.fx_node, self)
 
     def refuse_other_threads(self) -> None:
-        """What another thread does to a tensor comes at a time of its own, and under none of what is entered here."""
+        """What another thread does to a tensor comes at a time of its own, and under none of what
+        is entered here.
+        """
         if not self.is_mine():
             self.elsewhere = self.elsewhere or ElsewhereError.at(self.thread)
             raise self.elsewhere
 
     def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call of one of torch's functions, methods or properties with a stand-in among its arguments."""
+        """A call of one of torch's functions, methods or properties with a stand-in among its
+        arguments.
+        """
         if self.executing and self.is_mine():
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
@@ -335,25 +412,34 @@ class Tracer:
         return torch._C._functorch.peek_interpreter_stack() is not None
 
     def is_overridden(self) -> bool:
-        """Whether a transform, or a mode of the model's own, sees and may change what functions do."""
+        """Whether a transform, or a mode of the model's own, sees and may change what functions
+        do.
+        """
         self._refuse_modes()
         before = self._modes[0]
-        if torch._C._len_torch_function_stack() > before and _users(_get_current_function_mode_stack()[before:]):
+        if torch._C._len_torch_function_stack() > before and _users(
+            _get_current_function_mode_stack()[before:]
+        ):
             return True
         return self.in_transform()
 
     def _refuse_modes(self) -> None:
-        """A mode that sees ATen operations stands below gradients: which formulas they then have no graph can say."""
+        """A mode that sees ATen operations stands below gradients: which formulas they then have
+        no graph can say.
+        """
         before = self._modes[1]
-        own = torch._C._len_torch_dispatch_stack() > before and _users(_get_current_dispatch_mode_stack()[before:])
+        own = torch._C._len_torch_dispatch_stack() > before and _users(
+            _get_current_dispatch_mode_stack()[before:]
+        )
         if own:
             raise TraceError(
-                f"forward runs under a {own} (at {user_line()}), which sees operations that a graph has not. Keep that line inside "
-                "a module of its own."
+                f"forward runs under a {own} (at {user_line()}), which sees operations that a "
+                "graph has not. Keep that line inside a module of its own."
             )
 
     def below(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is seen as ATen operations.
+        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is
+        seen as ATen operations.
 
         A size that Python reads there is a plain number, so the graph is held to it.
         """
@@ -367,7 +453,11 @@ class Tracer:
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             what = func.__self__.__name__
-            return self._attribute(args[0], what) if name == "__get__" else self._set_attribute(args[0], what, args[1])
+            return (
+                self._attribute(args[0], what)
+                if name == "__get__"
+                else self._set_attribute(args[0], what, args[1])
+            )
         if not is_tensor_method_or_property(func):
             return self.record("call_function", func, args, kwargs)
         if name == "size":
@@ -379,7 +469,9 @@ class Tracer:
         return self.record("call_method", name, args, kwargs)
 
     def _special(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A method behind an operator or a builtin function, of a tensor that is no stand-in itself."""
+        """A method behind an operator or a builtin function, of a tensor that is no stand-in
+        itself.
+        """
         own = name.strip("_")
         if own in _OPERATORS or own in ("setitem", "getitem"):
             return self.record("call_function", getattr(operator, own), args, kwargs)
@@ -400,10 +492,12 @@ class Tracer:
 
     @_unseen
     def _set_attribute(self, tensor: Any, name: str, value: Any) -> None:
-        if not is_again(getattr(value, "fx_node", None), getattr, getattr(tensor, "fx_node", None), name):
+        if not is_again(
+            getattr(value, "fx_node", None), getattr, getattr(tensor, "fx_node", None), name
+        ):
             raise TraceError(
-                f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write into the tensor instead, with "
-                "copy_() or another operation in place."
+                f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write "
+                "into the tensor instead, with copy_() or another operation in place."
             )
 
     @_unseen
@@ -417,7 +511,9 @@ class Tracer:
         return self.record("call_method", "size", (tensor, dim), {})
 
     def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An ATen operation on stand-ins that no function of torch's Python interface has announced."""
+        """An ATen operation on stand-ins that no function of torch's Python interface has
+        announced.
+        """
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
@@ -438,21 +534,34 @@ class Tracer:
 
     @_unseen
     def _for_shape_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether formulas of gradients compute with what no node has made: so they find the shape of zeros that nobody computes.
+        """Whether formulas of gradients compute with what no node has made: so they find the shape
+        of zeros that nobody computes.
 
         What comes out has no node either: a graph that wants its values is refused.
         """
-        leaves = tree_leaves((args, kwargs)) if self._differentiates and not func._schema.is_mutable else ()
-        unknown = (leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Traced) and leaf.is_meta)
+        leaves = (
+            tree_leaves((args, kwargs))
+            if self._differentiates and not func._schema.is_mutable
+            else ()
+        )
+        unknown = (
+            leaf
+            for leaf in leaves
+            if isinstance(leaf, Tensor) and not isinstance(leaf, Traced) and leaf.is_meta
+        )
         return any(self.known(leaf) is leaf for leaf in unknown)
 
     @_unseen
     def _in_place_of_meta(self, value: Any, beside: Any) -> Any:
-        """Formulas of gradients put a tensor where another one is: the graph asks one of the call for its device."""
+        """Formulas of gradients put a tensor where another one is: the graph asks one of the call
+        for its device.
+        """
 
         def own(leaf: Any) -> Any:
             is_meta = isinstance(leaf, torch.device) and leaf.type == "meta"
-            return self.record("call_function", getattr, (beside, "device"), {}) if is_meta else leaf
+            return (
+                self.record("call_function", getattr, (beside, "device"), {}) if is_meta else leaf
+            )
 
         return map_leaves(own, value)
 
@@ -460,8 +569,9 @@ class Tracer:
     def _tell_layout(self, func: Any, tensor: Any, *args: Any) -> Any:
         """C++ asks how a tensor lies in memory, which is answered by the example.
 
-        Where it takes sizes as plain numbers (not ``sym_size``) it may go by them: how often a loop turns, which branch is taken.
-        What torch does for a transform is another matter: that is found by traces of other inputs.
+        Where it takes sizes as plain numbers (not ``sym_size``) it may go by them: how often a
+        loop turns, which branch is taken. What torch does for a transform is another matter: that
+        is found by traces of other inputs.
         """
         if func.overloadpacket in (aten.size, aten.numel) and not self.in_transform():
             for dim in range(tensor.rank):
@@ -470,9 +580,12 @@ class Tracer:
         return func(tensor.example, *args)
 
     def call_script(self, call: Callable[[], Any], graph: Any, inputs: Any) -> Any:
-        """A scripted function, which holds the graph to the sizes by which it goes, as its code says."""
+        """A scripted function, which holds the graph to the sizes by which it goes, as its code
+        says.
+        """
         asked = asked_sizes(graph)
-        if asked is None or (asked and self.in_transform()):  # tensors that a transform wraps are asked without a word
+        # tensors that a transform wraps are asked without a word
+        if asked is None or (asked and self.in_transform()):
             for leaf in tree_leaves(inputs):
                 self._hold_sizes(leaf)
         before, self._asked = self._asked, EVERY if asked is None or asked >= EVERY else asked
@@ -487,7 +600,9 @@ class Tracer:
         """Numbers of the graph in the place of sizes that C++ has read."""
         if not args or not isinstance(args[0], TracedTensor):
             return args
-        of, hold = (functools.partial(function, args[0]) for function in (self.size_of, self._hold_size))
+        of, hold = (
+            functools.partial(function, args[0]) for function in (self.size_of, self._hold_size)
+        )
         return with_sizes(func, args, args[0].example.shape, of, hold)
 
     @_unseen
@@ -504,7 +619,9 @@ class Tracer:
 
     @_unseen
     def hold_input(self, node: fx.Node, dim: int, where: str) -> None:
-        """Hold the finished graph to the size of an input, by which C++ went for the sake of a line of the user's."""
+        """Hold the finished graph to the size of an input, by which C++ went for the sake of a
+        line of the user's.
+        """
         self._closed = False
         with torch.no_grad(), self.graph.inserting_before(node.next):
             number = self.size_of(stand_in(node, self), dim)
@@ -525,15 +642,21 @@ class Tracer:
         with torch.no_grad(), self.graph.inserting_before(node.next):
             if text not in self.decisions and not of_rank(node):
                 self.decisions.append(text)
-            self._hold(number, number.example, f"inputs with {formula(node)}", f" (decided at {where})")
+            self._hold(
+                number, number.example, f"inputs with {formula(node)}", f" (decided at {where})"
+            )
         self._closed = True
 
     def _hold_inputs(self) -> None:
-        """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for inputs of these sizes alone."""
+        """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for
+        inputs of these sizes alone.
+        """
         if not self._sizes_held:
             self._sizes_held = True
             for node in [node for node in self.graph.nodes if node.op == "placeholder"]:
-                for tensor in tree_leaves(stand_in(node, self)) if node not in self.left_out else ():
+                for tensor in (
+                    tree_leaves(stand_in(node, self)) if node not in self.left_out else ()
+                ):
                     if isinstance(tensor, TracedTensor):
                         for size in self._size(tensor):
                             int(size)
@@ -560,17 +683,19 @@ class Tracer:
         self.refuse_other_threads()
         if self._closed:
             raise TraceError(
-                f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward kept it, in a cache say, outside "
-                "of the model. Empty that cache."
+                f"a stand-in of an earlier call of fxprune is used (at {user_line()}): forward "
+                "kept it, in a cache say, outside of the model. Empty that cache."
             )
         view = _view_instead(kind, target) if args and isinstance(args[0], TracedTensor) else None
-        if view is not None and args[0].fx_node.op not in ("get_attr", "placeholder"):  # those stay so, for the caller
+        # those stay so, for the caller
+        if view is not None and args[0].fx_node.op not in ("get_attr", "placeholder"):
             args[0].fx_node = args[0].node = self.record(kind, view, args, kwargs).fx_node
             return args[0]
         if view is None and _lays_out_anew(kind, target):
             raise TraceError(
-                f"forward gives a tensor another size or other memory in place (at {user_line()}), which a graph cannot do. Use "
-                "the tensor that it is to be, or keep that line inside a module of its own."
+                "forward gives a tensor another size or other memory in place (at "
+                f"{user_line()}), which a graph cannot do. Use the tensor that it is to be, or "
+                "keep that line inside a module of its own."
             )
         if target is torch._assert:
             self._release(*self.create_arg(args), **self.create_arg(kwargs))
@@ -603,26 +728,41 @@ class Tracer:
         if issubclass(kind, dict):
             return self._mapping(a)
         if kind is slice:
-            return slice(self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step))
+            return slice(
+                self.create_arg(a.start), self.create_arg(a.stop), self.create_arg(a.step)
+            )
         if kind is range:
             return a
         if isinstance(a, Tensor):
             return self._tensor(a)
-        if kind in (torch.SymInt, torch.SymFloat, torch.SymBool) and isinstance(getattr(a.node, "number", None), Number):
+        if kind in (torch.SymInt, torch.SymFloat, torch.SymBool) and isinstance(
+            getattr(a.node, "number", None), Number
+        ):
             return a.node.number.fx_node
         if kind is torch.device:
             if a.type == "meta":
                 raise TraceError(asks_device("torch.device(x.device)"))
             return a
-        if dataclasses.is_dataclass(a) and not isinstance(a, type) and all(own.init for own in dataclasses.fields(a)):
-            fields = {own.name: self.create_arg(getattr(a, own.name)) for own in dataclasses.fields(a)}
+        if (
+            dataclasses.is_dataclass(a)
+            and not isinstance(a, type)
+            and all(own.init for own in dataclasses.fields(a))
+        ):
+            fields = {
+                own.name: self.create_arg(getattr(a, own.name)) for own in dataclasses.fields(a)
+            }
             return self._made_by(kind, (), fields)
-        if callable(a) and hasattr(a, "__name__") and not any(isinstance(leaf, Traced) for leaf in leaves(a)):
+        if (
+            callable(a)
+            and hasattr(a, "__name__")
+            and not any(isinstance(leaf, Traced) for leaf in leaves(a))
+        ):
             return a
         raise _unheld(kind)
 
     def _sequence(self, a: Any) -> Any:
-        if hasattr(a, "_fields"):  # a named tuple is made by a node, which has a value like any other
+        # a named tuple is made by a node, which has a value like any other
+        if hasattr(a, "_fields"):
             return self._made_by(type(a), tuple(map(self.create_arg, a)), {})
         entries = [self.create_arg(entry) for entry in a]
         if hasattr(type(a), "n_sequence_fields"):  # what torch.max gives
@@ -633,13 +773,18 @@ class Tracer:
 
     def _mapping(self, a: Any) -> Any:
         if any(isinstance(key, Traced) for key in a):
-            raise TraceError(f"forward handles a {type(a).__qualname__} of which tensors are keys (at {user_line()}).")
+            raise TraceError(
+                f"forward handles a {type(a).__qualname__} of which tensors are keys (at "
+                f"{user_line()})."
+            )
         if type(a) is dict:
             return {key: self.create_arg(value) for key, value in a.items()}
         if type(a) not in SUPPORTED_NODES:
             raise _unheld(type(a))
         content = dict(zip(a.keys(), map(self.create_arg, a.values()), strict=True))
-        return self._made_by(type(a), *(((), content) if dataclasses.is_dataclass(a) else ((content,), {})))
+        return self._made_by(
+            type(a), *(((), content) if dataclasses.is_dataclass(a) else ((content,), {}))
+        )
 
     def _made_by(self, kind: type, args: Any, kwargs: Any) -> fx.Node:
         """A node that makes an object of what stands in its arguments."""
@@ -648,34 +793,53 @@ class Tracer:
         return node
 
     def _tensor(self, a: Tensor) -> fx.Node:
-        """A node for a tensor that is no stand-in: one of the model's, one that a node gave, or a constant."""
+        """A node for a tensor that is no stand-in: one of the model's, one that a node gave, or a
+        constant.
+        """
         known = self.known(a)
         if known is not a:
             return cast(fx.Node, known.fx_node)
         if torch._C._functorch.is_functorch_wrapped_tensor(a):
-            raise TraceError(f"a tensor inside of a transform of torch.func is handled outside of it (at {user_line()}).")
+            raise TraceError(
+                "a tensor inside of a transform of torch.func is handled outside of it (at "
+                f"{user_line()})."
+            )
         _, name = self.constants.get(id(a), (None, None))
         if name is None:
             if isinstance(a, nn.Parameter):
-                raise TraceError(f"forward makes a parameter of its own (at {user_line()}), which a graph cannot hold.")
+                raise TraceError(
+                    f"forward makes a parameter of its own (at {user_line()}), which a graph "
+                    "cannot hold."
+                )
             if a.is_meta:
-                raise TraceError(f"forward uses a tensor without data that no operation made (at {user_line()}).")
-            name = next(n for n in map("_constant{}".format, itertools.count()) if not hasattr(self.root, n))
+                raise TraceError(
+                    "forward uses a tensor without data that no operation made (at "
+                    f"{user_line()})."
+                )
+            name = next(
+                n
+                for n in map("_constant{}".format, itertools.count())
+                if not hasattr(self.root, n)
+            )
             self.constants[id(a)] = a, name
             self.made.take(a, user_line())
             self.made_names.append(name)
             setattr(self.root, name, a)
         self.constant_targets.add(name)
         node = self.create_node("get_attr", name, (), {})
-        node.meta["val"] = a if a.is_meta else a.cpu()  # the graph runs on the meta device, which takes data from a CPU
+        # the graph runs on the meta device, which takes data from a CPU
+        node.meta["val"] = a if a.is_meta else a.cpu()
         return node
 
     def _refuse_to_write_into_constants(self, node: fx.Node) -> None:
         values = (place.meta["val"] for place in written(node))
-        if any(isinstance(value, Tensor) and self.made.shares_memory_with(value) for value in values):
+        if any(
+            isinstance(value, Tensor) and self.made.shares_memory_with(value) for value in values
+        ):
             raise TraceError(
-                f"values that depend on the input are written into a tensor that forward makes without it (at {user_line()}), and "
-                f"that a graph has once for all calls. {MADE_FROM_INPUT}"
+                "values that depend on the input are written into a tensor that forward makes "
+                f"without it (at {user_line()}), and that a graph has once for all calls. "
+                f"{MADE_FROM_INPUT}"
             )
 
     def _execute(self, node: fx.Node) -> Any:
@@ -699,18 +863,32 @@ class Tracer:
             self.executing = False
 
     def _refusal(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> FxpruneError:
-        """Why a node cannot run without data: because it needs some, or because it cannot run at all."""
+        """Why a node cannot run without data: because it needs some, or because it cannot run at
+        all.
+        """
         shapes = [tuple(a.shape) for a in tensors_of((args, kwargs))]
-        what = f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)}"
-        own = dict(self.root.get_submodule(str(node.target)).named_parameters()) if node.op == "call_module" else {}
-        has = f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}" if own else ""
+        target = node.target
+        what = str(target if isinstance(target, str) else getattr(target, "__name__", target))
+        own = (
+            dict(self.root.get_submodule(str(node.target)).named_parameters())
+            if node.op == "call_module"
+            else {}
+        )
+        has = (
+            f", with {', '.join(f'{name} {tuple(p.shape)}' for name, p in own.items())}"
+            if own
+            else ""
+        )
         failed = f"{what!r} failed on shapes {shapes}{has}: {error} (at {user_line()})."
         if self._runs_on_data(node, args, kwargs):
             return (ChanceError if self._by_chance(node) else TraceError)(
-                f"{failed} The analysis runs on tensors without data, so no value can be read: rewrite that line without .item(), "
-                "boolean indexing or other reads of values."
+                f"{failed} The analysis runs on tensors without data, so no value can be read: "
+                "rewrite that line without .item(), boolean indexing or other reads of values."
             )
-        check = "Check that the example input has the shape, dtype and order of arguments that the model is called with."
+        check = (
+            "Check that the example input has the shape, dtype and order of arguments that the "
+            "model is called with."
+        )
         return InputError(f"{failed} {check}", user_line())
 
     def _by_chance(self, node: fx.Node) -> bool:
@@ -733,7 +911,10 @@ class Tracer:
             args, kwargs = tree_map_only(Tensor, _zeros, (args, kwargs))
             root = self.root
             if node.op == "call_module":
-                root = _Only(str(node.target), copy.deepcopy(root.get_submodule(str(node.target))).to_empty(device="cpu"))
+                root = _Only(
+                    str(node.target),
+                    copy.deepcopy(root.get_submodule(str(node.target))).to_empty(device="cpu"),
+                )
             with self._as_outside():
                 execute(root, node, args, kwargs)
         except Exception:
@@ -745,7 +926,9 @@ class Tracer:
     # -- modules
 
     def call_leaf_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Trace into a function that its library marked as a leaf; leave it whole where it branches on the mode."""
+        """Trace into a function that its library marked as a leaf; leave it whole where it
+        branches on the mode.
+        """
         if not isinstance(function, types.FunctionType) or _is_torch(function):
             return self.record("call_function", function, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
@@ -768,26 +951,35 @@ class Tracer:
         return self.record("call_module", self._paths[id(module)], args, kwargs)
 
     def is_as_given(self, module: nn.Module) -> bool:
-        """Whether a leaf computes with tensors that the model had from the beginning, and nothing sees what it computes."""
+        """Whether a leaf computes with tensors that the model had from the beginning, and nothing
+        sees what it computes.
+        """
         own = (*module._parameters.values(), *module._buffers.values())
         return (
             not self.is_overridden()
             and all(tensor is None or id(tensor) in self._names for tensor in own)
-            and all(id(value) in self._given for value in vars(module).values() if isinstance(value, Tensor))
+            and all(
+                id(value) in self._given
+                for value in vars(module).values()
+                if isinstance(value, Tensor)
+            )
         )
 
     @_unseen
     def read_mode(self, module: nn.Module) -> Any:
         path = self._paths[id(module)]
         node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
-        node.meta["val"] = module.__dict__["training"]  # a module whose train() is its own may not follow the model
+        # a module whose train() is its own may not follow the model
+        node.meta["val"] = module.__dict__["training"]
         node.meta["mode"] = True
         return stand_in(node, self)
 
     # -- regions
 
     def is_users(self, filename: str) -> bool:
-        """Whether code of this file is followed: not while a node runs, not inside of torch, and not in another thread."""
+        """Whether code of this file is followed: not while a node runs, not inside of torch, and
+        not in another thread.
+        """
         return not self.executing and self.is_mine() and not is_ours(filename)
 
     def is_mine(self) -> bool:
@@ -795,7 +987,9 @@ class Tracer:
         return threading.get_ident() == self.thread
 
     def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.create_node("call_function", enter, self.create_arg((kind, *args)), self.create_arg(kwargs))
+        node = self.create_node(
+            "call_function", enter, self.create_arg((kind, *args)), self.create_arg(kwargs)
+        )
         node.meta["val"] = None
         return node
 
@@ -811,7 +1005,9 @@ class Tracer:
 
     @_unseen
     def decide(self, value: Any, kind: type) -> Any:
-        """A Python decision needs a value now: take the example's, list it, and guard it in the graph."""
+        """A Python decision needs a value now: take the example's, list it, and guard it in the
+        graph.
+        """
         node, example = value.fx_node, value.example
         if node in self.left_out:
             raise TraceError(number_decides(node))
@@ -819,8 +1015,9 @@ class Tracer:
             if example.is_meta:
                 kind_of_error = ChanceError if self._by_chance(node) else TraceError
                 raise kind_of_error(
-                    f"the model branches on the values of a tensor (at {user_line()}). A graph has one path for all values: "
-                    "use torch.where or masks, or keep that part in a module that is not pruned."
+                    f"the model branches on the values of a tensor (at {user_line()}). A graph "
+                    "has one path for all values: use torch.where or masks, or keep that part in "
+                    "a module that is not pruned."
                 )
             self._read_values.append((node, user_line()))
             self._refuse_values_that_change()
@@ -840,9 +1037,15 @@ class Tracer:
         return taken
 
     def is_looked_up(self, number: Number) -> None:
-        """Code of the model looks something up by a number, or puts something there; libraries do so in what they remember."""
+        """Code of the model looks something up by a number, or puts something there; libraries do
+        so in what they remember.
+        """
         frame = sys._getframe(2)
-        if self._closed or not self.is_users(frame.f_code.co_filename) or self._reached.trusts(frame.f_globals.get("__name__", "")):
+        if (
+            self._closed
+            or not self.is_users(frame.f_code.co_filename)
+            or self._reached.trusts(frame.f_globals.get("__name__", ""))
+        ):
             return
         number.fx_node.meta["looked_up"] = True
         self.lookups.append(Lookup(number.fx_node, at(frame), user_line(), self._reached.made))
@@ -850,12 +1053,16 @@ class Tracer:
     def is_compared(self) -> None:
         """A number is compared; by a table, if one was looked up in the same place."""
         if self.lookups and self.lookups[-1].place == at(sys._getframe(2)):
-            for own in itertools.takewhile(lambda own: own.place == self.lookups[-1].place, reversed(self.lookups)):
+            for own in itertools.takewhile(
+                lambda own: own.place == self.lookups[-1].place, reversed(self.lookups)
+            ):
                 own.answered = True
 
     @_unseen
     def hold_looked_up(self, lookup: Lookup) -> None:
-        """Hold the finished graph to a number by which something was looked up, and was not there."""
+        """Hold the finished graph to a number by which something was looked up, and was not
+        there.
+        """
         if from_mode(lookup.node):
             self.asked_mode = True
             return
@@ -873,7 +1080,9 @@ class Tracer:
         return text
 
     def _release(self, condition: Any, message: Any = "") -> None:
-        """Do not hold the graph to texts that were written for the message of an assertion: it is shown where that fails alone."""
+        """Do not hold the graph to texts that were written for the message of an assertion: it is
+        shown where that fails alone.
+        """
         texts, self._texts = self._texts, []
         later = itertools.takewhile(lambda node: node is not condition, reversed(self.graph.nodes))
         between = set(itertools.takewhile(lambda node: not holds_tensors(node.meta["val"]), later))
@@ -884,21 +1093,30 @@ class Tracer:
                 self.decisions[:] = [line for line in self.decisions if line not in decisions]
 
     def _refuse_values_that_change(self) -> None:
-        """A value that Python has read off a buffer which the graph writes, before or after that, is another one at each call."""
+        """A value that Python has read off a buffer which the graph writes, before or after that,
+        is another one at each call.
+        """
         for value, where in self._read_values:
-            if any(own.op == "get_attr" and any(own in written(user)[:1] for user in own.users) for own in _sources(value)):
+            if any(
+                own.op == "get_attr" and any(own in written(user)[:1] for user in own.users)
+                for own in _sources(value)
+            ):
                 raise TraceError(
-                    f"forward reads the value of a buffer that it writes (at {where}): it is another one at each call, and a "
-                    "graph would hold this one. Compute with the buffer as a tensor."
+                    f"forward reads the value of a buffer that it writes (at {where}): it is "
+                    "another one at each call, and a graph would hold this one. Compute with the "
+                    "buffer as a tensor."
                 )
 
     def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
         """Let the graph say so where a value is another one than it was traced for."""
-        # Not operator.not_, which asks for the truth of a stand-in when the emitted graph is traced in its turn.
+        # Not operator.not_, which asks for the truth of a stand-in when the emitted graph is
+        # traced in its turn.
         same = operator.is_ if taken is None else operator.eq
         held = value if taken is True else self.record("call_function", same, (value, taken), {})
         message = f"this graph was traced for {what} == {taken!r}{why}"
-        node = self.create_node("call_function", torch._assert, (self.create_arg(held), message), {})
+        node = self.create_node(
+            "call_function", torch._assert, (self.create_arg(held), message), {}
+        )
         node.meta.update(val=None, guard=True)
 
 
@@ -920,10 +1138,13 @@ def _unheld(kind: type) -> TraceError:
     line = user_line()
     if line == UNKNOWN:  # forward has come to its end
         return TraceError(
-            f"forward gives back a {kind.__qualname__}, which a graph cannot make. Give back a tensor, or tensors in a tuple, a "
-            "list, a dict or a dataclass, and make of them what you need outside of the model."
+            f"forward gives back a {kind.__qualname__}, which a graph cannot make. Give back a "
+            "tensor, or tensors in a tuple, a list, a dict or a dataclass, and make of them what "
+            "you need outside of the model."
         )
-    return TraceError(f"forward handles a {kind.__qualname__} (at {line}), which a graph cannot hold.")
+    return TraceError(
+        f"forward handles a {kind.__qualname__} (at {line}), which a graph cannot hold."
+    )
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -937,24 +1158,37 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _in_words_of_code(value: Any) -> Any:
-    """A constant as the code of a graph can hold it: NumPy's numbers, and those of classes of their own, are Python's."""
+    """A constant as the code of a graph can hold it: NumPy's numbers, and those of classes of
+    their own, are Python's.
+    """
     if isinstance(value, (np.longdouble, np.complexfloating)) and not isinstance(value, complex):
         value = float(value.real)  # as torch takes it
     elif isinstance(value, np.generic):
         value = value.item()
     kind: Any
     for kind in (int, float, complex, str):
-        if isinstance(value, kind) and type(value) is not kind and not isinstance(value, (bool, enum.Enum)):
+        if (
+            isinstance(value, kind)
+            and type(value) is not kind
+            and not isinstance(value, (bool, enum.Enum))
+        ):
             return kind(value)
-    return f"{value.__module__}.{value.__name__}" if type(value) is type(torch.FloatTensor) else value  # x.type(...) takes either
+    # x.type(...) takes either
+    return (
+        f"{value.__module__}.{value.__name__}" if type(value) is type(torch.FloatTensor) else value
+    )
 
 
 @functools.cache
 def _view_instead(kind: str, target: Any) -> Any:
-    """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for ``x.squeeze_(1)``; else None."""
+    """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for
+    ``x.squeeze_(1)``; else None.
+    """
     name = _name(kind, target)
     views = _overloads(name[:-1])
-    if not _lays_out_anew(kind, target) or not all(given.alias_info is not None for own in views for given in own._schema.returns):
+    if not _lays_out_anew(kind, target) or not all(
+        given.alias_info is not None for own in views for given in own._schema.returns
+    ):
         return None
     if isinstance(target, torch._ops.OpOverload):
         return next((overload for overload in views if _takes(overload) == _takes(target)), None)
@@ -965,7 +1199,9 @@ def _view_instead(kind: str, target: Any) -> Any:
 def _lays_out_anew(kind: str, target: Any) -> bool:
     """Whether a call gives its tensor another shape, other strides or other memory, in place."""
     name = _name(kind, target)
-    return name.endswith("_") and any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name))
+    return name.endswith("_") and any(
+        torch.Tag.inplace_view in overload.tags for overload in _overloads(name)
+    )
 
 
 def _name(kind: str, target: Any) -> str:
@@ -979,8 +1215,14 @@ def _takes(overload: Any) -> list[tuple[str, str]]:
 
 def _overloads(name: str) -> list[Any]:
     """The overloads of an ATen operation that give their result."""
-    packet = getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    return [] if packet is None else [getattr(packet, own) for own in packet.overloads() if "out" not in own]
+    packet = (
+        getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    )
+    return (
+        []
+        if packet is None
+        else [getattr(packet, own) for own in packet.overloads() if "out" not in own]
+    )
 
 
 def _in_gradient() -> bool:
@@ -994,16 +1236,31 @@ def _zeros(tensor: Tensor) -> Tensor:
 
 
 def _refuse_to_tell_devices(node: fx.Node) -> None:
-    """From one that is written down, that is: two tensors lie on the same one wherever the model is. ``x.type()`` names it, too."""
-    of_tensors = [isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args]
-    compares = node.target in (operator.eq, operator.ne) and any(of_tensors) and not all(of_tensors)
-    if compares or (node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs):
+    """From one that is written down, that is: two tensors lie on the same one wherever the model
+    is. ``x.type()`` names it, too.
+    """
+    of_tensors = [
+        isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args
+    ]
+    compares = (
+        node.target in (operator.eq, operator.ne) and any(of_tensors) and not all(of_tensors)
+    )
+    if compares or (
+        node.op == "call_method"
+        and node.target == "type"
+        and len(node.args) == 1
+        and not node.kwargs
+    ):
         raise TraceError(asks_device(formula(node)))
 
 
 def _users(modes: Iterable[Any]) -> str:
-    """The name of the first mode that torch does not bring along: its own ones look on, or choose a device."""
-    names = [type(mode).__name__ for mode in modes if not type(mode).__module__.startswith("torch.")]
+    """The name of the first mode that torch does not bring along: its own ones look on, or choose
+    a device.
+    """
+    names = [
+        type(mode).__name__ for mode in modes if not type(mode).__module__.startswith("torch.")
+    ]
     return names[0] if names else ""
 
 

@@ -1,4 +1,6 @@
-"""A copy of a model without data in its parameters: it is traced, while the user's model is never called nor changed."""
+"""A copy of a model without data in its parameters: it is traced, while the user's model is never
+called nor changed.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,10 @@ __all__ = ["Twin", "attribute", "copy_of", "put_tensors", "set_mode", "twin_of"]
 class Twin:
     """A structural copy of a model with parameters on the meta device.
 
-    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands for, ``modules`` from the id of
-    a twin's module to the user's; ``tensors`` are the twin's parameters and buffers by name. ``kept`` keeps all tensors alive
-    whose ids lead on, also where forward has replaced one. ``reached`` is what the code of the whole model can reach.
+    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands
+    for, ``modules`` from the id of a twin's module to the user's; ``tensors`` are the twin's
+    parameters and buffers by name. ``kept`` keeps all tensors alive whose ids lead on, also where
+    forward has replaced one. ``reached`` is what the code of the whole model can reach.
     """
 
     model: nn.Module
@@ -52,14 +55,22 @@ class Twin:
                 store[name] = tensor
 
     def instance(self, values: Mapping[int, Tensor] | None = None) -> nn.Module:
-        """A copy of the twin's model to run: with these tensors, by the ids of the twin's, or the user's (buffers copied)."""
+        """A copy of the twin's model to run: with these tensors, by the ids of the twin's, or the
+        user's (buffers copied).
+        """
         memo: dict[int, Any] = {}
         for tensor in self.tensors.values():
             own = self.real[id(tensor)].detach() if values is None else values[id(tensor)]
-            memo[id(tensor)] = nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone()
+            memo[id(tensor)] = (
+                nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone()
+            )
         if values is not None:  # where these lie, the model's constants have to be
             place = next((value.device for value in values.values()), self.device)
-            constants = {key: own for key, own in self.real.items() if key not in memo and own.grad_fn is None}
+            constants = {
+                key: own
+                for key, own in self.real.items()
+                if key not in memo and own.grad_fn is None
+            }
             memo |= {key: own.detach().to(place, copy=True) for key, own in constants.items()}
         return copy_of(self.model, memo)
 
@@ -76,7 +87,8 @@ class Twin:
 
 
 def twin_of(model: nn.Module) -> Twin:
-    """Copy a model's structure; parameters and float buffers become meta tensors, other buffers data on the CPU, constants stay.
+    """Copy a model's structure; parameters and float buffers become meta tensors, other buffers
+    data on the CPU, constants stay.
 
     Raises
     ------
@@ -106,8 +118,13 @@ def twin_of(model: nn.Module) -> Twin:
     for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:
-                # Not a parameter, not a buffer: a constant whose value may matter, or one that a hook computes at each call.
-                held = value.detach().clone() if value.grad_fn is None else torch.empty_like(value, device=META)
+                # Not a parameter, not a buffer: a constant whose value may matter, or one that a
+                # hook computes at each call.
+                held = (
+                    value.detach().clone()
+                    if value.grad_fn is None
+                    else torch.empty_like(value, device=META)
+                )
                 memo[id(value)], real[id(held)] = held, value
     try:
         new_model = copy_of(model, memo)
@@ -118,7 +135,14 @@ def twin_of(model: nn.Module) -> Twin:
     twin = lower(new_model)
     tensors = named_tensors(twin)
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
-    return Twin(twin, real, tensors, Reached(twin), {id(memo[id(module)]): module for module in modules}, kept)
+    return Twin(
+        twin,
+        real,
+        tensors,
+        Reached(twin),
+        {id(memo[id(module)]): module for module in modules},
+        kept,
+    )
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
@@ -133,13 +157,18 @@ def set_mode(model: nn.Module, training: bool) -> None:
         in_mode(model, training)
     except Exception as error:  # of a train() of the model's own
         raise ModelError(
-            f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: {error} A module that "
-            "torch.export has made is one graph in one mode: give the model that was exported."
+            f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: "
+            f"{error} A module that torch.export has made is one graph in one mode: give the "
+            "model that was exported."
         ) from error
 
 
-def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Put tensors into the places of registered ones, by the ids of these; returns (place, name, what was there)."""
+def put_tensors(
+    model: nn.Module, new: Mapping[int, Tensor]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Put tensors into the places of registered ones, by the ids of these; returns (place, name,
+    what was there).
+    """
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -154,12 +183,15 @@ def put_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> list[tuple[dict[
     return changed
 
 
-_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), types.BuiltinFunctionType, type})
+_PLAIN = frozenset(
+    {bool, int, float, str, torch.dtype, type(None), types.BuiltinFunctionType, type}
+)
 _STORES = frozenset({dict, collections.OrderedDict, set})
 
 
 def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which need no copy.
+    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which
+    need no copy.
 
     All modules are there before their attributes are copied, which may refer to any of them.
     """
@@ -173,26 +205,42 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 new.__dict__[name] = attribute(name, value, memo)
             except Exception as error:  # whatever its type says
                 path = next((path for path, below in module.named_modules() if below is own), "")
-                raise TraceError(_uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)) from error
+                raise TraceError(
+                    _uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)
+                ) from error
     for own in whole:  # their own copies know nothing of what their hooks refer to
         for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
-            vars(new).update({name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]})
-            vars(new).update({name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)})
+            vars(new).update(
+                {name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]}
+            )
+            vars(new).update(
+                {name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)}
+            )
             # They may leave out what a user has put there, as those of a torch.fx.GraphModule do.
-            vars(new).update({name: attribute(name, value, memo) for name, value in vars(old).items() if name not in vars(new)})
+            vars(new).update(
+                {
+                    name: attribute(name, value, memo)
+                    for name, value in vars(old).items()
+                    if name not in vars(new)
+                }
+            )
     copied_module: nn.Module = memo[id(module)]
     return copied_module
 
 
 def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
-    what = f"{model} cannot be copied" + (f": its attribute {path!r} is a {type(value).__name__}" if path else "")
+    what = f"{model} cannot be copied" + (
+        f": its attribute {path!r} is a {type(value).__name__}" if path else ""
+    )
     return (
-        f"{what} ({type(error).__name__}: {error}). fxprune traces a copy so that your model stays untouched: make it "
-        "copyable with copy.deepcopy, or keep it outside of the model."
+        f"{what} ({type(error).__name__}: {error}). fxprune traces a copy so that your model "
+        "stays untouched: make it copyable with copy.deepcopy, or keep it outside of the model."
     )
 
 
-def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module], whole: list[nn.Module]) -> None:
+def _make_shells(
+    module: nn.Module, memo: dict[int, Any], shells: list[nn.Module], whole: list[nn.Module]
+) -> None:
     if id(module) in memo:
         return
     if hasattr(type(module), "__deepcopy__"):
@@ -215,7 +263,9 @@ def _make_shells(module: nn.Module, memo: dict[int, Any], shells: list[nn.Module
 
 
 def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands in its place."""
+    """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands
+    in its place.
+    """
     if name == "_compiled_call_impl":  # it would call the module that is copied
         return None
     kind = type(value)

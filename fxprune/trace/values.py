@@ -1,12 +1,14 @@
-"""Stand-ins for the values of a traced call: each belongs to a node of the graph and knows the example's value but for its data.
+"""Stand-ins for the values of a traced call: each belongs to a node of the graph and knows the
+example's value but for its data.
 
-The stand-in for a tensor *is* a tensor: a wrapper subclass on the meta device, which holds no memory. C++ can be handed it like any
-other. What Python does with it is recorded at ``__torch_function__``, in the words of torch's Python interface. What passes below
-that unseen (scripted functions, ``vmap``, extensions) is recorded at ``__torch_dispatch__``, as calls of ATen operations. Whoever
-asks for its memory gets an error.
+The stand-in for a tensor *is* a tensor: a wrapper subclass on the meta device, which holds no
+memory. C++ can be handed it like any other. What Python does with it is recorded at
+``__torch_function__``, in the words of torch's Python interface. What passes below that unseen
+(scripted functions, ``vmap``, extensions) is recorded at ``__torch_dispatch__``, as calls of ATen
+operations. Whoever asks for its memory gets an error.
 
-The stand-ins for numbers are ``torch.SymInt``, ``SymFloat`` and ``SymBool``, which torch's functions accept wherever they accept a
-number; those for devices and dtypes are accepted as such.
+The stand-ins for numbers are ``torch.SymInt``, ``SymFloat`` and ``SymBool``, which torch's
+functions accept wherever they accept a number; those for devices and dtypes are accepted as such.
 """
 
 from __future__ import annotations
@@ -49,26 +51,32 @@ __all__ = [
 _DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
 
 ASKS: dict[str, str] = {
-    **dict.fromkeys(("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"), _DEVICE),
+    **dict.fromkeys(
+        ("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"),
+        _DEVICE,
+    ),
     **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
     **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
 }
 """Attributes of a tensor that tell what is the caller's business, and what they tell."""
 
 OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
-"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight = nn.Parameter(w)`` asks."""
+"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight =
+nn.Parameter(w)`` asks.
+"""
 
 
 def asks(what: str, how: str) -> str:
     who = asker()
     if who != "forward":
         return (
-            f"{who} asks {what} (at {user_line()}), to do something else then, and a graph has one path for all answers. Keep that "
-            "line inside a module of its own."
+            f"{who} asks {what} (at {user_line()}), to do something else then, and a graph has "
+            "one path for all answers. Keep that line inside a module of its own."
         )
     return (
-        f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has one path for all answers: hand "
-        "x.device and x.dtype on, as in device=x.device, or keep that line inside a module of its own."
+        f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has "
+        "one path for all answers: hand x.device and x.dtype on, as in device=x.device, or keep "
+        "that line inside a module of its own."
     )
 
 
@@ -99,9 +107,11 @@ class SizeTuple(tuple[Any, ...]):
 
 
 class Parts(tuple[Any, ...]):
-    """What an operation gives that cuts one tensor into a list of them: their number depends on how long that tensor is.
+    """What an operation gives that cuts one tensor into a list of them: their number depends on
+    how long that tensor is.
 
-    Whoever asks how many there are holds the graph to this number; ``parts[0]`` asks for no more than that one.
+    Whoever asks how many there are holds the graph to this number; ``parts[0]`` asks for no more
+    than that one.
     """
 
     tracer: Tracer
@@ -112,7 +122,8 @@ class Parts(tuple[Any, ...]):
         """Hold the graph to their number."""
         if not self.counted and not self.tracer.executing:
             self.counted = True
-            with self.tracer.graph.inserting_before(self.fx_node.next):  # before entries that another input has not
+            # before entries that another input has not
+            with self.tracer.graph.inserting_before(self.fx_node.next):
                 int(self.tracer.record("call_function", len, (self.fx_node,), {}))
         return self
 
@@ -134,13 +145,20 @@ class Parts(tuple[Any, ...]):
 
 
 register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _: SizeTuple(sizes))
-register_pytree_node(Parts, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))  # of each a model takes the leaves
+# of each a model takes the leaves
+register_pytree_node(Parts, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
 
 
 def _is_cut(node: fx.Node) -> bool:
-    """Whether an operation makes a list of tensors out of one: ``split``, ``unbind`` and their kind."""
+    """Whether an operation makes a list of tensors out of one: ``split``, ``unbind`` and their
+    kind.
+    """
     packet = getattr(torch.ops.aten, name_of(node), None)
-    schemas = () if packet is None else [getattr(packet, overload)._schema for overload in packet.overloads()]
+    schemas = (
+        ()
+        if packet is None
+        else [getattr(packet, overload)._schema for overload in packet.overloads()]
+    )
     return any(
         bool(schema.arguments and schema.returns)
         and isinstance(schema.arguments[0].type, torch.TensorType)
@@ -150,7 +168,9 @@ def _is_cut(node: fx.Node) -> bool:
 
 
 class Traced:
-    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to them."""
+    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to
+    them.
+    """
 
     fx_node: fx.Node
     tracer: Tracer
@@ -184,14 +204,16 @@ class Traced:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TraceError(
-            f"forward writes {formula(self.fx_node)} to a file or to another process (at {user_line()}), which a graph cannot do."
+            f"forward writes {formula(self.fx_node)} to a file or to another process (at "
+            f"{user_line()}), which a graph cannot do."
         )
 
 
 class _SeenByTorch(Traced):
     """What torch's functions hand over before they look at it.
 
-    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of the thread that traces sees them.
+    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of
+    the thread that traces sees them.
     """
 
     @classmethod
@@ -204,7 +226,9 @@ class _SeenByTorch(Traced):
 
 
 class _Operators:
-    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number is a decision."""
+    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number
+    is a decision.
+    """
 
     tracer: Tracer
 
@@ -229,9 +253,15 @@ def _operator(name: str, reflected: bool) -> Callable[..., Any]:
     of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
 
     def record(self: Any, *others: Any) -> Any:
-        if of_tensors is not None and isinstance(self, TracedTensor) and self.tracer.is_overridden():
+        if (
+            of_tensors is not None
+            and isinstance(self, TracedTensor)
+            and self.tracer.is_overridden()
+        ):
             return of_tensors(self, *others)
-        if any(isinstance(other, (list, str)) or type(other) is tuple for other in others) and name in ("add", "mul"):
+        if any(
+            isinstance(other, (list, str)) or type(other) is tuple for other in others
+        ) and name in ("add", "mul"):
             return NotImplemented  # a sequence, so often as the number says
         args = (*others, self) if reflected else (self, *others)
         return self.tracer.record("call_function", function, args, {})
@@ -249,16 +279,21 @@ for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
 
 
 class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
-    """Stands for a tensor; ``example`` is one without data, unless it follows from constants alone.
+    """Stands for a tensor; ``example`` is one without data, unless it follows from constants
+    alone.
 
-    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of that class is used.
+    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of
+    that class is used.
     """
 
     @staticmethod
     def __new__(cls: Any, node: fx.Node, tracer: Tracer) -> TracedTensor:
         value: Tensor = node.meta["val"]
         if value.layout is not torch.strided:
-            raise TraceError(f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a graph cannot follow.")
+            raise TraceError(
+                f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a "
+                "graph cannot follow."
+            )
         made: TracedTensor = Tensor._make_wrapper_subclass(
             cls,
             value.size(),
@@ -351,7 +386,9 @@ for _name in AUGMENTED:
 
 
 class _ForCpp:
-    """What C++ asks of a number that it was given: with each answer of Python's the number is decided upon."""
+    """What C++ asks of a number that it was given: with each answer of Python's the number is
+    decided upon.
+    """
 
     def __init__(self, number: Number) -> None:
         self.number = number
@@ -405,11 +442,14 @@ class _ForCpp:
     def __getattr__(self, name: str) -> Any:
         if name == "str":
             return self._graph_repr
-        function: Any = getattr(operator, {"and": "and_", "or": "or_", "sym_not": "not_"}.get(name, name), None)
+        function: Any = getattr(
+            operator, {"and": "and_", "or": "or_", "sym_not": "not_"}.get(name, name), None
+        )
         if function is None:
             raise TraceError(
-                f"{asker()} reads the number {formula(self.number.fx_node)} in C++ (at {user_line()}), which a graph cannot "
-                "follow. Keep that line inside a module of its own."
+                f"{asker()} reads the number {formula(self.number.fx_node)} in C++ (at "
+                f"{user_line()}), which a graph cannot follow. Keep that line inside a module of "
+                "its own."
             )
         numbers = [self.number]
 
@@ -421,7 +461,9 @@ class _ForCpp:
 
 
 class Number(_Operators, Traced):
-    """Stands for a number that follows from sizes. Python's questions about it are decisions, which the graph guards."""
+    """Stands for a number that follows from sizes. Python's questions about it are decisions,
+    which the graph guards.
+    """
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer
@@ -436,14 +478,18 @@ class Number(_Operators, Traced):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(self.example, name):
-            raise AttributeError(f"{type(self.example).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(
+                f"{type(self.example).__name__!r} object has no attribute {name!r}"
+            )
         return getattr(self.tracer.decide(self, type(self.example)), name)
 
     def __abs__(self) -> Any:
         return self.tracer.record("call_function", operator.abs, (self,), {})
 
     def __round__(self, digits: Any = None) -> Any:
-        return self.tracer.record("call_function", round, (self,) if digits is None else (self, digits), {})
+        return self.tracer.record(
+            "call_function", round, (self,) if digits is None else (self, digits), {}
+        )
 
     def __floor__(self) -> Any:
         return self.tracer.record("call_function", math.floor, (self,), {})
@@ -497,7 +543,9 @@ class TracedBool(Number, _SeenByTorch, torch.SymBool):
 
 
 class _Attribute(Traced):
-    """Stands for what a tensor says of itself: nodes compare it, and nothing is looked up by it."""
+    """Stands for what a tensor says of itself: nodes compare it, and nothing is looked up by
+    it.
+    """
 
     def __eq__(self, other: Any) -> Any:
         return self.tracer.record("call_function", operator.eq, (self, other), {})
@@ -506,14 +554,18 @@ class _Attribute(Traced):
         return self.tracer.record("call_function", operator.ne, (self, other), {})
 
     def __hash__(self) -> int:
-        raise TraceError(asks("for something by the device or the dtype of a tensor", f"{self!r} as a key"))
+        raise TraceError(
+            asks("for something by the device or the dtype of a tensor", f"{self!r} as a key")
+        )
 
     def __repr__(self) -> str:
         return f"{self.fx_node.name}={self.example!r}"
 
 
 class TracedDevice(_Attribute, str):
-    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a text for a device."""
+    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a
+    text for a device.
+    """
 
     claimed = torch.device
 
@@ -569,7 +621,8 @@ _KINDS: dict[type, Any] = {
 
 
 def stand_in(node: fx.Node, tracer: Tracer) -> Any:
-    """What stands for the value of a node: containers hold a stand-in for each entry; None, text and the like are themselves.
+    """What stands for the value of a node: containers hold a stand-in for each entry; None, text
+    and the like are themselves.
 
     Raises
     ------
@@ -585,7 +638,10 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
     if kind is not None:
         return kind(node, tracer)
     if isinstance(value, (tuple, list)):
-        entries = [tracer.record("call_function", operator.getitem, (node, i), {}) for i in range(len(value))]
+        entries = [
+            tracer.record("call_function", operator.getitem, (node, i), {})
+            for i in range(len(value))
+        ]
         if isinstance(value, torch.Size):
             return SizeTuple(entries)
         if type(value) in (tuple, list) and _is_cut(node):
@@ -594,15 +650,22 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
             return parts
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     if isinstance(value, dict):
-        pairs = {key: tracer.record("call_function", operator.getitem, (node, key), {}) for key in value}
+        pairs = {
+            key: tracer.record("call_function", operator.getitem, (node, key), {}) for key in value
+        }
         return pairs if type(value) is dict else type(value)(pairs)
     if value is None or isinstance(value, (str, complex, torch.layout, torch.memory_format)):
         return value
-    raise TraceError(f"{node.name!r} gives a {type(value).__name__} (at {user_line()}), which a graph cannot follow.")
+    raise TraceError(
+        f"{node.name!r} gives a {type(value).__name__} (at {user_line()}), which a graph cannot "
+        "follow."
+    )
 
 
 def find_traced(value: Any) -> Traced | None:
-    """The first stand-in in nested arguments; also one that C++ hands back as a number of torch."""
+    """The first stand-in in nested arguments; also one that C++ hands back as a number of
+    torch.
+    """
     kind = type(value)
     if issubclass(kind, Traced):
         return cast(Traced, value)
@@ -624,7 +687,9 @@ def find_traced(value: Any) -> Traced | None:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has changed."""
+    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has
+    changed.
+    """
     kind = type(value)
     if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
         entries = [map_leaves(function, entry) for entry in value]
@@ -636,5 +701,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         pairs = {key: map_leaves(function, entry) for key, entry in value.items()}
         return value if all(pairs[key] is value[key] for key in value) else pairs
     if kind is slice:
-        return slice(*(map_leaves(function, bound) for bound in (value.start, value.stop, value.step)))
+        return slice(
+            *(map_leaves(function, bound) for bound in (value.start, value.stop, value.step))
+        )
     return function(value)

@@ -25,7 +25,16 @@ from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain
 from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
-from fxprune.verification.runs import LIMITS, Bench, GuardedError, Outcome, PrunedFailsError, RefusedError, RoundingError, said
+from fxprune.verification.runs import (
+    LIMITS,
+    Bench,
+    GuardedError,
+    Outcome,
+    PrunedFailsError,
+    RefusedError,
+    RoundingError,
+    said,
+)
 from fxprune.verification.structure import check_structure
 from fxprune.verification.values import Call, choices, in_single, inputs_of, weights_of
 from fxprune.verification.weights import changed
@@ -41,8 +50,8 @@ class Verification:
     Attributes
     ----------
     error:
-        The relative error ``||out - reference|| / ||reference||``, the largest over the outputs and over all situations that were
-        compared; NaN if only the structure was checked.
+        The relative error ``||out - reference|| / ||reference||``, the largest over the outputs
+        and over all situations that were compared; NaN if only the structure was checked.
     outputs:
         The number of output tensors compared for the example.
     dtype:
@@ -50,7 +59,8 @@ class Verification:
     compared:
         The situations in which both models agree.
     left_out:
-        The situations that could not be compared, each with the reason; and where the traced graph stood for the original's code.
+        The situations that could not be compared, each with the reason; and where the traced graph
+        stood for the original's code.
     """
 
     error: float
@@ -65,7 +75,10 @@ class Verification:
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
     def __str__(self) -> str:
-        return f"relative error {self.error:.1e} over {self.outputs} outputs in {str(self.dtype).removeprefix('torch.')}"
+        return (
+            f"relative error {self.error:.1e} over {self.outputs} outputs in "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
 
 
 def check(
@@ -82,7 +95,9 @@ def check(
     numeric: bool = True,
     fresh: bool = False,
 ) -> Verification:
-    """Both checks; see :func:`fxprune.verify`. ``fresh``: nobody can have changed the pruned model's weights."""
+    """Both checks; see :func:`fxprune.verify`. ``fresh``: nobody can have changed the pruned
+    model's weights.
+    """
     try:
         survivors = Survivors(coupling, kept)
         check_structure(pruned, coupling, survivors)
@@ -92,7 +107,9 @@ def check(
         weights = changed(model, pruned, coupling, survivors)
         if fresh and weights:
             raise VerificationError(f"{next(iter(weights.values()))[0]}.")
-        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(dtype, weights)
+        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(
+            dtype, weights
+        )
     except FxpruneError:
         raise
     except Exception as error:
@@ -103,7 +120,14 @@ class _Proof:
     """One proof: which values, and in which situations."""
 
     def __init__(
-        self, model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors, call: Call, randomize: bool, seed: int
+        self,
+        model: nn.Module,
+        pruned: nn.Module,
+        coupling: Coupling,
+        survivors: Survivors,
+        call: Call,
+        randomize: bool,
+        seed: int,
     ) -> None:
         self.model, self.pruned, self.coupling, self.survivors = model, pruned, coupling, survivors
         self.call, self.randomize, self.seed = call, randomize, seed
@@ -122,14 +146,22 @@ class _Proof:
         return replace(found, compared=tuple(self.compared), left_out=tuple(self.left_out))
 
     def _weights(self, changed: Mapping[str, tuple[str, float]]) -> Iterator[float]:
-        """How far the pruned model's own values are from those that the plan leaves, where they are what is proved."""
+        """How far the pruned model's own values are from those that the plan leaves, where they
+        are what is proved.
+        """
         if not changed:
             self.compared.append(_WEIGHTS)
             return
         first, more = next(iter(changed.values()))[0], len(changed) - 1
         others = f", and so have {more} more" if more else ""
-        ran = "both models ran on values drawn at random" if self.randomize else "the error says how far"
-        self.left_out.append(f"{_WEIGHTS}: {first}{others}: one of the models was trained since, or changed; {ran}")
+        ran = (
+            "both models ran on values drawn at random"
+            if self.randomize
+            else "the error says how far"
+        )
+        self.left_out.append(
+            f"{_WEIGHTS}: {first}{others}: one of the models was trained since, or changed; {ran}"
+        )
         if not self.randomize:
             yield max(error for _, error in changed.values())
 
@@ -153,34 +185,50 @@ class _Proof:
                 except VerificationError as error:
                     if bench.vary(inputs, training=False):
                         raise VerificationError(
-                            "both models do something else when they are called again on the same inputs, so that nothing can be "
-                            "compared."
+                            "both models do something else when they are called again on the "
+                            "same inputs, so that nothing can be compared."
                         ) from error
                     raise
         if isinstance(failed, VerificationError):
             raise failed
         if isinstance(failed, RoundingError):
             raise VerificationError(
-                f"on values like the example's {failed}. Pass example_inputs on which it gives more."
+                f"on values like the example's {failed}. Pass example_inputs on which it gives "
+                "more."
             ) from failed
         if isinstance(failed, RefusedError):
             raise VerificationError(
-                f"the original itself fails on values like the example's, so that nothing can be compared: {failed}. Pass "
-                "example_inputs on which it runs."
+                "the original itself fails on values like the example's, so that nothing can be "
+                f"compared: {failed}. Pass example_inputs on which it runs."
             ) from failed
-        raise VerificationError(f"the pruned model fails where the original runs: {failed}.") from failed
+        raise VerificationError(
+            f"the pruned model fails where the original runs: {failed}."
+        ) from failed
 
     def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Call]]:
         for choice in choices(self.randomize, self.call):
             values = weights_of(self.model, dtype, choice, self.seed)
             inputs = inputs_of(self.model, self.call, dtype, choice, self.seed)
             own = not self.randomize
-            yield Bench(self.model, self.pruned, self.coupling, self.survivors, values, own=own, seed=self.seed), inputs
+            yield (
+                Bench(
+                    self.model,
+                    self.pruned,
+                    self.coupling,
+                    self.survivors,
+                    values,
+                    own=own,
+                    seed=self.seed,
+                ),
+                inputs,
+            )
 
     # -- situations
 
     def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
-        """The errors in every other situation; of a model that takes long, on small inputs or in float32 where that is enough."""
+        """The errors in every other situation; of a model that takes long, on small inputs or in
+        float32 where that is enough.
+        """
         long = self.coupling.macs() > _LONG
         small = None
         self._as_given()
@@ -193,17 +241,31 @@ class _Proof:
         found = [*self._try("training mode", trained, Bench.compare, bench, quick, training=True)]
         if not found and quick is not inputs and not trained:
             del self.left_out[-1]  # a statistic of one value, say
-            found += self._try("training mode", trained, Bench.compare, bench, inputs, training=True)
+            found += self._try(
+                "training mode", trained, Bench.compare, bench, inputs, training=True
+            )
         yield from found
         if long and quick is inputs:
             bench, quick = bench.single(), in_single(inputs)
         batch = other_batch(quick)
-        yield from self._try("another batch", "" if batch else "no input has rows", Bench.compare, bench, batch)
+        yield from self._try(
+            "another batch", "" if batch else "no input has rows", Bench.compare, bench, batch
+        )
         yield from self._try("gradients", "", check_gradients, bench, quick, training=False)
         if any(trace.training or trace.path for trace in self.coupling.traces):
-            yield from self._try("gradients in training mode", trained, check_gradients, bench, quick, training=True)
+            yield from self._try(
+                "gradients in training mode", trained, check_gradients, bench, quick, training=True
+            )
 
-    def _try(self, name: str, why_not: str, compare: Callable[..., Any], bench: Bench, call: Any, **mode: Any) -> Iterator[float]:
+    def _try(
+        self,
+        name: str,
+        why_not: str,
+        compare: Callable[..., Any],
+        bench: Bench,
+        call: Any,
+        **mode: Any,
+    ) -> Iterator[float]:
         """Compare in one situation: the error, if the original can be brought into it.
 
         Raises
@@ -220,29 +282,38 @@ class _Proof:
             except PrunedFailsError:
                 if bench.dtype is not torch.float64:
                     raise
-                outcome = compare(bench.single(), in_single(call), **mode)  # what it makes may be single, whatever it is told
+                # what it makes may be single, whatever it is told
+                outcome = compare(bench.single(), in_single(call), **mode)
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
             return
         except PrunedFailsError as error:
-            raise VerificationError(f"{name}: the pruned model fails where the original runs: {error}.") from error
+            raise VerificationError(
+                f"{name}: the pruned model fails where the original runs: {error}."
+            ) from error
         except VerificationError as error:
             if bench.vary(call, training=mode.get("training", False)):
-                self.left_out.append(f"{name}: both models do something else when they are called again on the same inputs")
+                self.left_out.append(
+                    f"{name}: both models do something else when they are called again on the "
+                    "same inputs"
+                )
                 return
             raise VerificationError(f"{name}: {error}") from error
         if isinstance(outcome, Outcome):
             self._note(name, outcome)
             if not outcome.error <= bench.limit:
                 raise VerificationError(
-                    f"{name}: the pruned model differs from the masked original by {outcome.error:.1e}, relative. Modules in keep= "
-                    "are left as they are."
+                    f"{name}: the pruned model differs from the masked original by "
+                    f"{outcome.error:.1e}, relative. Modules in keep= are left as they are."
                 )
-            yield outcome.error if bench.dtype is self.dtype else 0.0  # rounding in float32 says nothing of the rest
+            # rounding in float32 says nothing of the rest
+            yield outcome.error if bench.dtype is self.dtype else 0.0
         else:
             self.compared.append(name)
 
-    def _resolutions(self, bench: Bench, inputs: Call, enough: int) -> Iterator[tuple[float, Call]]:
+    def _resolutions(
+        self, bench: Bench, inputs: Call, enough: int
+    ) -> Iterator[tuple[float, Call]]:
         """Other sizes of inputs, until the original has taken enough of them."""
         taken, left = 0, len(self.left_out)
         for text, call in itertools.islice(other_sizes(inputs), _SIZES):
@@ -251,17 +322,26 @@ class _Proof:
                 taken += 1
             if taken == enough:
                 break
-        del self.left_out[left + (0 if taken else 1) :]  # one reason is enough, and none where another size was compared
+        # one reason is enough, and none where another size was compared
+        del self.left_out[left + (0 if taken else 1) :]
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.compared.append(name)
-        self.left_out += [f"{name}: instead of the original's own code, {note}" for note in outcome.notes]
+        self.left_out += [
+            f"{name}: instead of the original's own code, {note}" for note in outcome.notes
+        ]
 
     def _trains(self) -> str:
         """Why training mode is not compared; empty if it is."""
-        asked = [trace for trace in self.coupling.traces if trace.asked_mode and not trace.training]
+        asked = [
+            trace for trace in self.coupling.traces if trace.asked_mode and not trace.training
+        ]
         both = {trace.path for trace in self.coupling.traces if trace.training}
-        return "" if all(trace.path in both for trace in asked) else "only the path of evaluation was traced"
+        return (
+            ""
+            if all(trace.path in both for trace in asked)
+            else "only the path of evaluation was traced"
+        )
 
     # -- the example itself
 
@@ -288,13 +368,20 @@ class _Proof:
         try:
             found = kinds(self._called(self.pruned))
         except Exception as error:
-            raise VerificationError(f"the pruned model fails on the example, where the original runs: {said(error)}.") from error
-        if self.coupling.parts:  # how much is found can depend on the values, which the masked original has been compared by
+            raise VerificationError(
+                f"the pruned model fails on the example, where the original runs: {said(error)}."
+            ) from error
+        # how much is found can depend on the values, which the masked original has been compared
+        # by
+        if self.coupling.parts:
             alike = [_unsized(kind) for kind in found] == [_unsized(kind) for kind in wanted]
         else:
             alike = found == wanted
         if not alike:
-            raise VerificationError(f"on the example the pruned model gives {', '.join(found)}, the original {', '.join(wanted)}.")
+            raise VerificationError(
+                f"on the example the pruned model gives {', '.join(found)}, the original "
+                f"{', '.join(wanted)}."
+            )
         self.compared.append("the example itself")
 
     def _called(self, model: nn.Module) -> Any:
@@ -304,11 +391,23 @@ class _Proof:
 
 
 def _moved(model: nn.Module, pruned: nn.Module) -> str:
-    """Whether all of the pruned model has been brought to another dtype or device: the example is none of its own then."""
+    """Whether all of the pruned model has been brought to another dtype or device: the example is
+    none of its own then.
+    """
     old = {name: (tensor.dtype, tensor.device) for name, tensor in named_tensors(model).items()}
-    pairs = {(old[name], (t.dtype, t.device)) for name, t in named_tensors(pruned).items() if name in old}
+    pairs = {
+        (old[name], (t.dtype, t.device))
+        for name, t in named_tensors(pruned).items()
+        if name in old
+    }
     one = len({before for before, _ in pairs}) == len(pairs)
-    return "; ".join(f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in pairs if was != now) if one else ""
+    return (
+        "; ".join(
+            f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in pairs if was != now
+        )
+        if one
+        else ""
+    )
 
 
 def _unsized(kind: str) -> tuple[str, int]:

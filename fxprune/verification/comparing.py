@@ -24,17 +24,25 @@ _ROUNDING = 1e-12
 
 def kinds(value: Any) -> list[str]:
     """Shape and dtype of each tensor, for a message."""
-    return [f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves(value) if isinstance(leaf, Tensor)]
+    return [
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        for leaf in leaves(value)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def form(value: Any) -> tuple[TreeSpec, list[str]]:
-    """The containers of an output, and the classes of what they hold; numbers and tensors are what they are.
+    """The containers of an output, and the classes of what they hold; numbers and tensors are what
+    they are.
 
     >>> form([1, 2]) == form([3, 4]), form([1, 2]) == form((1, 2))
     (True, False)
     """
     leaves, containers = tree_flatten(value, is_leaf=has_tensors_as_keys)
-    return containers, ["" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__ for leaf in leaves]
+    return containers, [
+        "" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__
+        for leaf in leaves
+    ]
 
 
 def difference(got: Any, wanted: Any) -> tuple[float, int]:
@@ -43,38 +51,56 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
     Raises
     ------
     VerificationError
-        If they differ in number, shape or kind, in a value that is no tensor, or if there is nothing to compare.
+        If they differ in number, shape or kind, in a value that is no tensor, or if there is
+        nothing to compare.
     """
     one, other = list(leaves(got)), list(leaves(wanted))
     tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
-    if len([leaf for leaf in one if isinstance(leaf, Tensor)]) != len(tensors) or len(one) != len(other):
-        raise VerificationError(f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}.")
+    if len([leaf for leaf in one if isinstance(leaf, Tensor)]) != len(tensors) or len(one) != len(
+        other
+    ):
+        raise VerificationError(
+            f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}."
+        )
     if not tensors:
         raise VerificationError("the model gives no tensor, so that there is nothing to compare.")
     error, number = 0.0, 0
     for mine, yours in zip(one, other, strict=True):
         if isinstance(yours, Tensor) != isinstance(mine, Tensor):
-            raise VerificationError(f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}.")
+            raise VerificationError(
+                f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}."
+            )
         if isinstance(yours, Tensor):
             error = max(error, _compared(mine, yours, number))
             number += 1
         elif not _equal(mine, yours):
-            raise VerificationError(f"the pruned model gives the number {mine!r}, the masked original {yours!r}.")
+            raise VerificationError(
+                f"the pruned model gives the number {mine!r}, the masked original {yours!r}."
+            )
     if not any(_has_numbers(tensor) for tensor in tensors):
-        raise NotFiniteError("the outputs are not finite, or empty: the check needs weights and inputs that give finite outputs.")
+        raise NotFiniteError(
+            "the outputs are not finite, or empty: the check needs weights and inputs that give "
+            "finite outputs."
+        )
     return error, len(tensors)
 
 
 def _compared(got: Tensor, wanted: Tensor, number: int) -> float:
     if got.shape != wanted.shape:
-        raise VerificationError(f"output {number} has shape {tuple(got.shape)}, the masked original gives {tuple(wanted.shape)}.")
+        raise VerificationError(
+            f"output {number} has shape {tuple(got.shape)}, the masked original gives "
+            f"{tuple(wanted.shape)}."
+        )
     if got.dtype != wanted.dtype:
-        raise VerificationError(f"output {number} has dtype {got.dtype}, the masked original gives {wanted.dtype}.")
+        raise VerificationError(
+            f"output {number} has dtype {got.dtype}, the masked original gives {wanted.dtype}."
+        )
     return relative_error(got, wanted)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """``||got - wanted|| / ||wanted||``. Infinities, and values that are no number, are equal where both have them.
+    """``||got - wanted|| / ||wanted||``. Infinities, and values that are no number, are equal
+    where both have them.
 
     Gaps of at most 1e-12 are none: terms near one that cancel leave as much of rounding.
     """
@@ -107,7 +133,11 @@ def _has_numbers(tensor: Tensor) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return bool(one == other)
-    return bool(one == other) or abs(one - other) <= 1e-6 * abs(other) or (one != one and other != other)
+    return (
+        bool(one == other)
+        or abs(one - other) <= 1e-6 * abs(other)
+        or (one != one and other != other)
+    )
 
 
 def _list(found: list[Any]) -> str:

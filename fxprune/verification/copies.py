@@ -1,4 +1,6 @@
-"""The two models that run: copies of the user's and of the pruned one, with other values in another dtype."""
+"""The two models that run: copies of the user's and of the pruned one, with other values in
+another dtype.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,31 @@ def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor])
             values[name].masked_fill_(torch.from_numpy(~alive), 0)
 
 
-def cut(pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def cut(
+    pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What the pruned model holds of these values, in memory of its own."""
     found: dict[str, Tensor] = {}
     for name in named_tensors(pruned):
         if name in coupling.parameters:
             old = coupling.parameters[name]
-            found[name] = (survivors.take(old, values[name]) if old.is_meta else values[name]).clone()
+            found[name] = (
+                survivors.take(old, values[name]) if old.is_meta else values[name]
+            ).clone()
     return found
 
 
 def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the user's model, its code, its hooks and all that it holds, with these values; parameters share their memory."""
+    """A copy of the user's model, its code, its hooks and all that it holds, with these values;
+    parameters share their memory.
+    """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():
         value = values[name]
         parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
+        memo[id(tensor)] = (
+            nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
+        )
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
         return copy_of(model, memo)
 
@@ -50,17 +60,25 @@ def plain(model: nn.Module) -> nn.Module:
     memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         own = tensor.detach().clone()
-        memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+        memo[id(tensor)] = (
+            nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+        )
     with _Tensors(lambda tensor: tensor.detach().clone()):
         return copy_of(model, memo)
 
 
 def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the pruned model with these values, whose memory its parameters share, and with its own where there are none."""
+    """A copy of the pruned model with these values, whose memory its parameters share, and with
+    its own where there are none.
+    """
     memo = sharing_graphs(pruned)
     for name, old in named_tensors(pruned).items():
         value = values[name] if name in values else _in_dtype(old, dtype)
-        memo[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.clone()
+        memo[id(old)] = (
+            nn.Parameter(value, old.requires_grad)
+            if isinstance(old, nn.Parameter)
+            else value.clone()
+        )
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
         return copy_of(pruned, memo)
 
@@ -70,7 +88,9 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Tensors(TorchFunctionMode):
-    """What ``copy.deepcopy`` makes of tensors that it meets; of one that autograd made, it would make none."""
+    """What ``copy.deepcopy`` makes of tensors that it meets; of one that autograd made, it would
+    make none.
+    """
 
     def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -21,7 +21,8 @@ __all__ = ["check_gradients"]
 def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
     """Run both models forward and backward; the number of parameters that get a gradient.
 
-    The gradients themselves are compared as well, unless statistics go over the survivors or random numbers are drawn.
+    The gradients themselves are compared as well, unless statistics go over the survivors or
+    random numbers are drawn.
 
     Raises
     ------
@@ -38,20 +39,38 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         found, same, _ = _gradients(pruned, bench, call)
     except Exception as error:
         raise bench.failure(pruned, error) from error
-    kept = {name: bench.survivors.take(bench.coupling.parameters[name], grad) for name, grad in wanted.items()}
+    kept = {
+        name: bench.survivors.take(bench.coupling.parameters[name], grad)
+        for name, grad in wanted.items()
+    }
     for name in _in_order(bench.model, kept.keys() ^ found.keys()):
-        has, lacks = ("the original", "the pruned model") if name in kept else ("the pruned model", "the original")
-        if bool((kept | found)[name].any()):  # what only led to removed elements has a gradient of zeros
+        has, lacks = (
+            ("the original", "the pruned model")
+            if name in kept
+            else ("the pruned model", "the original")
+        )
+        # what only led to removed elements has a gradient of zeros
+        if bool((kept | found)[name].any()):
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
-    # Norms of removed rows divide nothing by nothing in the masked original, and attention may make numbers of that again.
+    # Norms of removed rows divide nothing by nothing in the masked original, and attention may
+    # make numbers of that again.
     finite = all(bool(grad.isfinite().all()) for grad in kept.values())
-    if bench.dtype is torch.float64 and finite and not (drawn or bench.normalises or bench.own) and numbers == same:
+    if (
+        bench.dtype is torch.float64
+        and finite
+        and not (drawn or bench.normalises or bench.own)
+        and numbers == same
+    ):
         try:
             _compare(bench, found, {name: grad for name, grad in kept.items() if name in found})
         except _GapError as gap:
             for shaken in bench.shaken():
                 again, _, _ = _gradients(shaken.original(training), bench, call)
-                moved = float((again[gap.name] - wanted[gap.name]).norm()) if gap.name in again else 0.0
+                moved = (
+                    float((again[gap.name] - wanted[gap.name]).norm())
+                    if gap.name in again
+                    else 0.0
+                )
                 refuse_rounding(gap.size, moved, f"the gradient of {gap.name!r}")
             raise
     return len(found)
@@ -61,31 +80,52 @@ class _GapError(VerificationError):
     """A gradient that is another one."""
 
     def __init__(self, name: str, gap: float, of: float) -> None:
-        super().__init__(f"the gradient of {name!r} differs from the masked original's by {gap:.1e}, of {of:.1e}.")
+        super().__init__(
+            f"the gradient of {name!r} differs from the masked original's by {gap:.1e}, of "
+            f"{of:.1e}."
+        )
         self.name, self.size = name, gap
 
 
 def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int, bool]:
-    """Gradients by the names of parameters, how many numbers there are among the outputs, and whether torch drew random ones.
+    """Gradients by the names of parameters, how many numbers there are among the outputs, and
+    whether torch drew random ones.
 
-    No mode may look on: under one that sees operations, gradients of some are others than without it. What forward puts in the
-    place of a parameter is none of the model's: an optimiser does not know it.
+    No mode may look on: under one that sees operations, gradients of some are others than without
+    it. What forward puts in the place of a parameter is none of the model's: an optimiser does not
+    know it.
     """
     args, kwargs = clone(call)
     own = {name: (parameter, place_of(parameter)) for name, parameter in model.named_parameters()}
     with bench.drawing(), torch.enable_grad(), InDtype(bench.dtype):
         before = torch_states()
-        found = [leaf for leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        found = [
+            leaf
+            for leaf in leaves(model(*args, **kwargs))
+            if isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
         if found:
-            torch.autograd.backward([leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found])
+            torch.autograd.backward(
+                [leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found]
+            )
         drawn = not all(map(torch.equal, before, torch_states()))
     numbers = sum(int(leaf.isfinite().sum()) for leaf in found)
-    kept = {name: parameter.grad for name, (parameter, place) in own.items() if place_of(parameter) == place}
-    return {name: gradient.detach() for name, gradient in kept.items() if gradient is not None}, numbers, drawn
+    kept = {
+        name: parameter.grad
+        for name, (parameter, place) in own.items()
+        if place_of(parameter) == place
+    }
+    return (
+        {name: gradient.detach() for name, gradient in kept.items() if gradient is not None},
+        numbers,
+        drawn,
+    )
 
 
 def _weighted(output: Tensor) -> Tensor:
-    """A sum in which every element counts otherwise: a plain one has no gradient where they add up to a constant."""
+    """A sum in which every element counts otherwise: a plain one has no gradient where they add up
+    to a constant.
+    """
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
     return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
 

@@ -1,4 +1,5 @@
-"""The traced graph as reference: node by node, for the runs in which the original's own code cannot be followed.
+"""The traced graph as reference: node by node, for the runs in which the original's own code
+cannot be followed.
 
 It says less than the original's own run, because what was traced wrong is wrong here too.
 """
@@ -24,14 +25,32 @@ __all__ = ["GraphRun"]
 
 
 class GraphRun:
-    """Runs the traced graphs on the masked original's tensors, given by name; keeps what they draw."""
+    """Runs the traced graphs on the masked original's tensors, given by name; keeps what they
+    draw.
+    """
 
     def __init__(
-        self, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor], *, training: bool, constant: bool
+        self,
+        coupling: Coupling,
+        survivors: Survivors,
+        values: Mapping[str, Tensor],
+        *,
+        training: bool,
+        constant: bool,
     ) -> None:
-        self.coupling, self.survivors, self.training, self.constant = coupling, survivors, training, constant
-        self.values = {id(tensor): values[name].clone() for name, tensor in coupling.parameters.items()}
-        self.dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.get_default_dtype())
+        self.coupling, self.survivors, self.training, self.constant = (
+            coupling,
+            survivors,
+            training,
+            constant,
+        )
+        self.values = {
+            id(tensor): values[name].clone() for name, tensor in coupling.parameters.items()
+        }
+        self.dtype = next(
+            (value.dtype for value in values.values() if value.is_floating_point()),
+            torch.get_default_dtype(),
+        )
         self.events: dict[str, list[Event]] = {}
         for own in events_of(coupling).values():
             for event in own:
@@ -40,7 +59,9 @@ class GraphRun:
         self.dropped: list[float] = []
 
     def trace_of(self, path: str) -> Trace:
-        """The graph of the module at this path, for the mode of the run where there is one for each."""
+        """The graph of the module at this path, for the mode of the run where there is one for
+        each.
+        """
         own = [trace for trace in self.coupling.traces if trace.path == path]
         return next((trace for trace in own if trace.training is self.training), own[0])
 
@@ -89,9 +110,16 @@ class GraphRun:
         return value
 
     def _clean(self, node: fx.Node, value: Any) -> None:
-        """0/0 at an element that is not there any more (a filter that is gone divided by its norm) says nothing."""
+        """0/0 at an element that is not there any more (a filter that is gone divided by its norm)
+        says nothing.
+        """
         for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
-            if isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point() and bool(torch.isnan(new).any()):
+            if (
+                isinstance(old, Tensor)
+                and isinstance(new, Tensor)
+                and new.is_floating_point()
+                and bool(torch.isnan(new).any())
+            ):
                 for labels in self.coupling.labels(old):
                     gone = torch.from_numpy(~self.survivors.alive[labels])
                     with torch.inference_mode():

@@ -1,4 +1,6 @@
-"""What both runs are under: one dtype, the same random numbers, and statistics over what survives."""
+"""What both runs are under: one dtype, the same random numbers, and statistics over what
+survives.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,17 @@ class InDtype(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _CASTS:
             return args[0].to(self.dtype)
-        if any(value in _LOW for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
+        if any(
+            value in _LOW for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)
+        ):
             args = tuple(self._meant(value) for value in args)
             kwargs = {name: self._meant(value) for name, value in kwargs.items()}
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and _dtype(out) in _LOW and not any(_dtype(t) in _LOW for t in tensors_in(args, kwargs)):
+        if (
+            isinstance(out, Tensor)
+            and _dtype(out) in _LOW
+            and not any(_dtype(t) in _LOW for t in tensors_in(args, kwargs))
+        ):
             return out.to(self.dtype)  # made without a dtype, or from data of its own
         return out
 
@@ -71,7 +79,9 @@ _dtype = torch.Tensor.dtype.__get__
 
 
 def python_state() -> tuple[Any, ...]:
-    """Where the generators of Python and of NumPy stand: two runs that draw the same leave them alike."""
+    """Where the generators of Python and of NumPy stand: two runs that draw the same leave them
+    alike.
+    """
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, np.asarray(keys).tobytes(), rest
 
@@ -86,7 +96,9 @@ class MismatchError(Exception):
 
 @dataclass
 class Draw:
-    """Random numbers that the original drew, the tensors and numbers that decide how, and the event of the analysis that it was."""
+    """Random numbers that the original drew, the tensors and numbers that decide how, and the
+    event of the analysis that it was.
+    """
 
     op: Any
     values: Any
@@ -104,7 +116,9 @@ class _Ahead:
 
 
 def events_of(coupling: Coupling) -> dict[str, list[Event]]:
-    """The events of the analysis by the prefix of their graph, each graph's as they came when it ran first."""
+    """The events of the analysis by the prefix of their graph, each graph's as they came when it
+    ran first.
+    """
     found: dict[str, list[Event]] = {}
     for event in coupling.context.events:
         prefix = event.node[: max(event.node.rfind(":"), event.node.rfind(".")) + 1]
@@ -115,9 +129,11 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
-    """What a fused normalisation gives with statistics over the survivors; None where nothing leaves them.
+    """What a fused normalisation gives with statistics over the survivors; None where nothing
+    leaves them.
 
-    The input may have another number of dimensions than where the code was traced, a batch of one that was squeezed, say.
+    The input may have another number of dimensions than where the code was traced, a batch of one
+    that was squeezed, say.
 
     Raises
     ------
@@ -129,28 +145,47 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
         return None
     rank, name = args[0].dim(), func._schema.name
     if mask.ndim != rank:
-        if name not in _FROM_THE_END or any(size > 1 for size in mask.shape[: max(0, mask.ndim - rank)]):
+        if name not in _FROM_THE_END or any(
+            size > 1 for size in mask.shape[: max(0, mask.ndim - rank)]
+        ):
             raise NotFollowedError(f"{func} was traced for another number of dimensions")
         mask = mask.reshape(mask.shape[-rank:])
     return OVER_SURVIVORS[func._schema.name](bind(func, args, kwargs), torch.from_numpy(mask))
 
 
 _FROM_THE_END = frozenset({"aten::layer_norm", "aten::rms_norm"})
-"""Of which the dimensions that are normalised are the last ones, whatever the number of the others."""
+"""Of which the dimensions that are normalised are the last ones, whatever the number of the
+others.
+"""
 
 
 class Followed(DispatchMode):
-    """The original's run: what it normalises is normalised over survivors, and what it draws is kept.
+    """The original's run: what it normalises is normalised over survivors, and what it draws is
+    kept.
 
     Enter it below autograd, where composite ops arrive whole.
     """
 
-    def __init__(self, events: Mapping[str, Sequence[Event]], survivors: Survivors, training: bool, constant: bool) -> None:
+    def __init__(
+        self,
+        events: Mapping[str, Sequence[Event]],
+        survivors: Survivors,
+        training: bool,
+        constant: bool,
+    ) -> None:
         super().__init__()
-        self.events, self.survivors, self.training, self.constant = events, survivors, training, constant
+        self.events, self.survivors, self.training, self.constant = (
+            events,
+            survivors,
+            training,
+            constant,
+        )
         self.draws: list[Draw] = []
         self.dropped: list[float] = []
-        self.matters = {prefix: any(not survivors.mask(e.gone).all() for e in own if e.gone) for prefix, own in events.items()}
+        self.matters = {
+            prefix: any(not survivors.mask(e.gone).all() for e in own if e.gone)
+            for prefix, own in events.items()
+        }
         self._stack: list[tuple[str, _Ahead]] = []
 
     @contextmanager
@@ -160,7 +195,9 @@ class Followed(DispatchMode):
         if self.training and f"{prefix}train." in self.events:
             prefix += "train."
         own = self.events.get(prefix, ())
-        ahead = _Ahead([e for e in own if takes_statistics(e.op)], [e for e in own if _draws(e.op)])
+        ahead = _Ahead(
+            [e for e in own if takes_statistics(e.op)], [e for e in own if _draws(e.op)]
+        )
         self._stack.append((prefix, ahead))
         try:
             yield
@@ -193,7 +230,8 @@ class Followed(DispatchMode):
         found = _over_survivors(func, args, kwargs, ahead.statistics.pop(0), self.survivors)
         if found is None:
             return func(*args, **kwargs)
-        own = func(args[0], *clone(args[1:]), **clone(kwargs))  # of copies: it may write into what is remembered
+        # of copies: it may write into what is remembered
+        own = func(args[0], *clone(args[1:]), **clone(kwargs))
         return tree_map(_with_strides_of, found, own)
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -213,8 +251,9 @@ class Followed(DispatchMode):
 class Replayed(DispatchMode):
     """The pruned model's run: it draws what the original drew, without what is removed.
 
-    ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the original's. ``dropped`` gets the share
-    that each dropout would drop, as it does in :class:`Followed`.
+    ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the
+    original's. ``dropped`` gets the share that each dropout would drop, as it does in
+    :class:`Followed`.
     """
 
     def __init__(self, draws: Sequence[Draw], survivors: Survivors, constant: bool) -> None:
@@ -238,12 +277,20 @@ class Replayed(DispatchMode):
             raise MismatchError(f"{func} draws what the original does not draw")
         draw = self.ahead.pop(0)
         numbers = _numbers(func, args, kwargs)
-        if len(numbers) != len(draw.numbers) or not np.allclose(numbers, draw.numbers, equal_nan=True):
-            raise MismatchError(f"{func} draws with {numbers}, where the original draws with {draw.numbers}")
+        if len(numbers) != len(draw.numbers) or not np.allclose(
+            numbers, draw.numbers, equal_nan=True
+        ):
+            raise MismatchError(
+                f"{func} draws with {numbers}, where the original draws with {draw.numbers}"
+            )
         self._compare(given, draw)
         if self.constant:
             return _fill(out)
-        old = tree_leaves(draw.event.out) if draw.event is not None else [None] * len(tree_leaves(draw.values))
+        old = (
+            tree_leaves(draw.event.out)
+            if draw.event is not None
+            else [None] * len(tree_leaves(draw.values))
+        )
         pairs = zip(tree_leaves(out), tree_leaves(draw.values), old, strict=True)
         for new, drawn, labelled in pairs:
             new.copy_(self._cut(new, drawn, labelled))
@@ -254,7 +301,8 @@ class Replayed(DispatchMode):
             drawn = self.survivors.take(labelled, drawn)
         if drawn.shape != new.shape:
             raise MismatchError(
-                f"random numbers of shape {tuple(new.shape)} are drawn, where the original draws {tuple(drawn.shape)}"
+                f"random numbers of shape {tuple(new.shape)} are drawn, where the original draws "
+                f"{tuple(drawn.shape)}"
             )
         return drawn
 
@@ -273,7 +321,9 @@ def _with_strides_of(tensor: Any, own: Any) -> Any:
     """A tensor that lies in memory as another one: which views of it are copies goes by that."""
     if not isinstance(tensor, Tensor) or tensor.stride() == own.stride():
         return tensor
-    return torch.empty_strided(own.shape, own.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return torch.empty_strided(
+        own.shape, own.stride(), dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
 
 
 def clone(value: Any) -> Any:
@@ -292,11 +342,15 @@ def _draws(func: Any) -> bool:
 
 
 _SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, "dropout_p": 0.0}
-"""Arguments of ops that draw random numbers for training alone, with the values for which they draw none."""
+"""Arguments of ops that draw random numbers for training alone, with the values for which they
+draw none.
+"""
 
 
 def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) -> Any:
-    """Dropout drops nothing, as its mask has another shape in the pruned model; what it would drop is noted."""
+    """Dropout drops nothing, as its mask has another shape in the pruned model; what it would drop
+    is noted.
+    """
     bound = bind(func, args, kwargs)
     share = next((bound[name] for name in ("p", "dropout", "dropout_p") if name in bound), 0.0)
     if share and bound.get("train", True) is not False:
@@ -307,9 +361,15 @@ def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) ->
 
 
 def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors whose values decide what an op draws: not what is overwritten, nor what only lends its size."""
+    """The tensors whose values decide what an op draws: not what is overwritten, nor what only
+    lends its size.
+    """
     name = func._schema.name
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = [
+        a.name
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
     found = [value for key, value in bind(func, args, kwargs).items() if key not in written]
     return [] if name.endswith("_like") else tensors_in(found, {})
 
@@ -320,7 +380,9 @@ def _numbers(func: Any, args: Any, kwargs: Any) -> list[float]:
 
 
 def _fill(out: Any) -> Any:
-    """One number in the place of all random ones: where they cannot be brought together, as their shapes differ."""
+    """One number in the place of all random ones: where they cannot be brought together, as their
+    shapes differ.
+    """
     for leaf in tree_leaves(out):
         leaf.fill_(1 if leaf.is_floating_point() else 0)
     return out

@@ -86,7 +86,8 @@ class Outcome:
 def _whole() -> Iterator[None]:
     """Without gradients; composite operations arrive whole.
 
-    Not ``torch.inference_mode()``: there some versions of torch give the transforms of ``torch.func`` other gradients.
+    Not ``torch.inference_mode()``: there some versions of torch give the transforms of
+    ``torch.func`` other gradients.
     """
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         yield
@@ -94,7 +95,9 @@ def _whole() -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers it drew, and dropout's shares."""
+    """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers
+    it drew, and dropout's shares.
+    """
 
     outputs: list[Any] = field(default_factory=list)
     form: Any = None  # of the model's output; None where it is not the model's own
@@ -115,7 +118,8 @@ class Bench:
     Parameters
     ----------
     values:
-        The original's tensors, by name. They become the bench's own: what is removed is overwritten with zeros.
+        The original's tensors, by name. They become the bench's own: what is removed is
+        overwritten with zeros.
     own:
         The pruned model runs on its own tensors instead of the survivors of these.
     """
@@ -131,21 +135,36 @@ class Bench:
         own: bool,
         seed: int,
     ) -> None:
-        self.model, self.pruned, self.coupling, self.survivors, self.seed = model, pruned, coupling, survivors, seed
+        self.model, self.pruned, self.coupling, self.survivors, self.seed = (
+            model,
+            pruned,
+            coupling,
+            survivors,
+            seed,
+        )
         self.own = own
         self.kept = {} if own else cut(pruned, coupling, survivors, values)
         mask(coupling, survivors, values)
         self.masked = values
         self.events = events_of(coupling)
-        self.normalises = any(not survivors.mask(event.gone).all() for own in self.events.values() for event in own if event.gone)
-        self.written: set[str] = set()  # names of the tensors that forward has written so far, in either model
+        self.normalises = any(
+            not survivors.mask(event.gone).all()
+            for own in self.events.values()
+            for event in own
+            if event.gone
+        )
+        # names of the tensors that forward has written so far, in either model
+        self.written: set[str] = set()
         self._modes: dict[str, bool] = {}
         self._reached = Reached(model)
 
     @property
     def dtype(self) -> torch.dtype:
         """In which both run."""
-        return next((value.dtype for value in self.masked.values() if value.is_floating_point()), torch.get_default_dtype())
+        return next(
+            (value.dtype for value in self.masked.values() if value.is_floating_point()),
+            torch.get_default_dtype(),
+        )
 
     @property
     def limit(self) -> float:
@@ -155,13 +174,17 @@ class Bench:
     def single(self) -> Bench:
         """The same values in float32."""
         other = copy.copy(self)
-        other.masked, other.kept = ({name: in_single(value) for name, value in own.items()} for own in (self.masked, self.kept))
+        other.masked, other.kept = (
+            {name: in_single(value) for name, value in own.items()}
+            for own in (self.masked, self.kept)
+        )
         return other
 
     # -- what is compared
 
     def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
-        """Run both and compare all that comes out; ``times``: so often, each time on what the time before has left.
+        """Run both and compare all that comes out; ``times``: so often, each time on what the time
+        before has left.
 
         Raises
         ------
@@ -178,26 +201,38 @@ class Bench:
         try:
             return self._compare([call] * times, training, constant=True)
         except MismatchError as error:
-            raise VerificationError(f"the random numbers of both models cannot be compared: {error}.") from error
+            raise VerificationError(
+                f"the random numbers of both models cannot be compared: {error}."
+            ) from error
 
     def _compare(self, calls: Sequence[Call], training: bool, constant: bool) -> Outcome:
         reference, notes = self._reference(calls, training, constant)
         result, deciding = self._smaller(calls, training, constant, reference.draws)
         if not notes and _undefined(reference, result):
-            reference, notes = self._graph(calls, training, constant), ("the traced graph: 0/0 at removed elements",)
+            reference, notes = (
+                self._graph(calls, training, constant),
+                ("the traced graph: 0/0 at removed elements",),
+            )
             result, deciding = self._smaller(calls, training, constant, reference.draws)
-        if not notes and reference.state != result.state and self._draw_in_python(calls[0], training):
+        if (
+            not notes
+            and reference.state != result.state
+            and self._draw_in_python(calls[0], training)
+        ):
             raise MismatchError("Python code draws them in one model, and not in the other")
         outcome = self._held(result, reference, deciding, notes)
         if not outcome.error <= self.limit:
             second, _ = self._reference(calls, training, constant)
             if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
                 raise VerificationError(
-                    "the original gives other outputs when it runs again: random numbers that it draws cannot be compared."
+                    "the original gives other outputs when it runs again: random numbers that it "
+                    "draws cannot be compared."
                 )
             for shaken in self.shaken():
                 run, _ = shaken._reference(calls, training, constant)
-                refuse_rounding(outcome.error, difference(run.outputs, reference.outputs)[0], "what it gives")
+                refuse_rounding(
+                    outcome.error, difference(run.outputs, reference.outputs)[0], "what it gives"
+                )
         return outcome
 
     def shaken(self) -> Iterator[Bench]:
@@ -205,16 +240,28 @@ class Bench:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(5):
             other = copy.copy(self)
-            other.masked = {name: _rounded_otherwise(value, generator) for name, value in self.masked.items()}
+            other.masked = {
+                name: _rounded_otherwise(value, generator) for name, value in self.masked.items()
+            }
             yield other
 
-    def _held(self, result: _Run, reference: _Run, deciding: list[tuple[Tensor, Tensor]], notes: tuple[str, ...]) -> Outcome:
+    def _held(
+        self,
+        result: _Run,
+        reference: _Run,
+        deciding: list[tuple[Tensor, Tensor]],
+        notes: tuple[str, ...],
+    ) -> Outcome:
         error, count = difference(result.outputs, reference.outputs)
         if None not in (reference.form, result.form) and reference.form != result.form:
-            raise VerificationError(f"the pruned model's output has the form {result.form}, the original's {reference.form}.")
+            raise VerificationError(
+                f"the pruned model's output has the form {result.form}, the original's "
+                f"{reference.form}."
+            )
         if reference.dropped != result.dropped:
             raise VerificationError(
-                f"the pruned model's dropouts drop the shares {result.dropped}, the original's {reference.dropped}."
+                f"the pruned model's dropouts drop the shares {result.dropped}, the original's "
+                f"{reference.dropped}."
             )
         for mine, yours in deciding:
             error = max(error, difference(mine, yours)[0])
@@ -226,18 +273,30 @@ class Bench:
         return Outcome(error, count, notes)
 
     def _draw_in_python(self, call: Call, training: bool) -> bool:
-        """Whether Python code of one of the models draws random numbers: it may have been that of another thread."""
+        """Whether Python code of one of the models draws random numbers: it may have been that of
+        another thread.
+        """
         found = False
         for model in (self.original(training), self.smaller(training)):
             args, kwargs = clone(call)
-            with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), drawing(self.model) as drawn:
+            with (
+                self._undone(model),
+                self.drawing(),
+                torch.no_grad(),
+                InDtype(self.dtype),
+                drawing(self.model) as drawn,
+            ):
                 model(*args, **kwargs)
                 found |= drawn()
         return found
 
     def vary(self, call: Call, *, training: bool) -> bool:
-        """Whether both models do something else when they run again on the same values, by a clock, say."""
-        return self._varies(lambda: self.original(training), call) and self._varies(lambda: self.smaller(training), call)
+        """Whether both models do something else when they run again on the same values, by a
+        clock, say.
+        """
+        return self._varies(lambda: self.original(training), call) and self._varies(
+            lambda: self.smaller(training), call
+        )
 
     def _varies(self, copied: Callable[[], nn.Module], call: Call) -> bool:
         first: list[Any] | None = None
@@ -260,13 +319,17 @@ class Bench:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Every run draws the same random numbers, also from generators that the model has of its own."""
+        """Every run draws the same random numbers, also from generators that the model has of its
+        own.
+        """
         with seeded(self.seed), undrawn_by(self._reached):
             yield
 
     @contextmanager
     def _undone(self, model: nn.Module) -> Iterator[None]:
-        """What a run writes into the model's tensors is undone: its parameters share their memory with those of other runs."""
+        """What a run writes into the model's tensors is undone: its parameters share their memory
+        with those of other runs.
+        """
         undone = Undone(named_tensors(model))
         try:
             with undone.afterwards():
@@ -276,18 +339,27 @@ class Bench:
 
     def _own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values in the memory of all runs, but for those that a run would write."""
-        return {name: value.clone() if name in self.written else value for name, value in values.items()}
+        return {
+            name: value.clone() if name in self.written else value
+            for name, value in values.items()
+        }
 
     # -- the original
 
     def original(self, training: bool) -> nn.Module:
-        """The user's model with zeros at what is removed, in the mode that its own train() gives each module."""
+        """The user's model with zeros at what is removed, in the mode that its own train() gives
+        each module.
+        """
         model = original(self.model, self._own(self.masked), self.dtype)
         in_mode(model, training)
-        self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+        self._modes = {
+            name: module.training for name, module in model.named_modules(remove_duplicate=False)
+        }
         return model
 
-    def _reference(self, calls: Sequence[Call], training: bool, constant: bool) -> tuple[_Run, tuple[str, ...]]:
+    def _reference(
+        self, calls: Sequence[Call], training: bool, constant: bool
+    ) -> tuple[_Run, tuple[str, ...]]:
         try:
             return self._followed(calls, training, constant), ()
         except NotFollowedError as error:
@@ -296,7 +368,10 @@ class Bench:
     def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
         """The user's own code."""
         model = self.original(training)
-        mode, held = Followed(self.events, self.survivors, training, constant), dict(model.named_buffers())
+        mode, held = (
+            Followed(self.events, self.survivors, training, constant),
+            dict(model.named_buffers()),
+        )
         run = _Run(draws=mode.draws, dropped=mode.dropped)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -316,13 +391,16 @@ class Bench:
             except Exception as error:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
-            # One that forward exchanges for another is a cache: the graph computes it (see fxprune.state).
+            # One that forward exchanges for another is a cache: the graph computes it (see
+            # fxprune.state).
             run.buffers = _buffers(model, held) if training else {}
         return run
 
     def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
         """The traced graph; where there are parts, in the user's code around them."""
-        graph = GraphRun(self.coupling, self.survivors, self.masked, training=training, constant=constant)
+        graph = GraphRun(
+            self.coupling, self.survivors, self.masked, training=training, constant=constant
+        )
         run = _Run(draws=graph.draws, dropped=graph.dropped)
         calls, model = clone(calls), self.original(training)
 
@@ -331,10 +409,20 @@ class Bench:
             run.outputs.append(clone(self._cut(path, out)))
             return clone(out)  # what Python may write into
 
-        with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype), self._parts(model, part):
+        with (
+            self._undone(model),
+            self.drawing(),
+            torch.no_grad(),
+            InDtype(self.dtype),
+            self._parts(model, part),
+        ):
             try:
                 for args, kwargs in calls:
-                    out = model(*args, **kwargs) if self.coupling.parts else graph.run("", args, kwargs)
+                    out = (
+                        model(*args, **kwargs)
+                        if self.coupling.parts
+                        else graph.run("", args, kwargs)
+                    )
                     run.outputs.append(_taken(out))
             except FxpruneError:
                 raise
@@ -344,9 +432,15 @@ class Bench:
                 raise RefusedError(said(error)) from error
         return run
 
-    def _parts(self, model: nn.Module, instead: Callable[..., Any]) -> AbstractContextManager[None]:
+    def _parts(
+        self, model: nn.Module, instead: Callable[..., Any]
+    ) -> AbstractContextManager[None]:
         """While calls of the parts go to a function; see :func:`fxprune.eager.intercepted`."""
-        return intercepted(model, self.coupling.parts, instead) if self.coupling.parts else nullcontext()
+        return (
+            intercepted(model, self.coupling.parts, instead)
+            if self.coupling.parts
+            else nullcontext()
+        )
 
     def _cut(self, path: str, out: Any) -> list[Any]:
         """What is left of a part's outputs, as the pruned model's part gives them."""
@@ -363,17 +457,26 @@ class Bench:
     # -- the pruned model
 
     def smaller(self, training: bool) -> nn.Module:
-        """The pruned model, in the mode that its own train() gives each module: it must be the original's."""
+        """The pruned model, in the mode that its own train() gives each module: it must be the
+        original's.
+        """
         model = smaller(self.pruned, self._own(self.kept), self.dtype)
         in_mode(model, training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
-                raise VerificationError(f"train({training}) gives {name!r} another mode in the pruned model than in the original.")
+                raise VerificationError(
+                    f"train({training}) gives {name!r} another mode in the pruned model than in "
+                    "the original."
+                )
         return model
 
     def failure(self, model: nn.Module, error: Exception) -> PrunedFailsError | GuardedError:
         """What an error of the pruned model says."""
-        return GuardedError(str(error)) if is_guard(error, model, self.coupling) else PrunedFailsError(said(error))
+        return (
+            GuardedError(str(error))
+            if is_guard(error, model, self.coupling)
+            else PrunedFailsError(said(error))
+        )
 
     def _smaller(
         self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
@@ -388,7 +491,14 @@ class Bench:
             return out
 
         calls = clone(calls)
-        with self._undone(model), self.drawing(), _whole(), InDtype(self.dtype), self._parts(model, part), mode:
+        with (
+            self._undone(model),
+            self.drawing(),
+            _whole(),
+            InDtype(self.dtype),
+            self._parts(model, part),
+            mode,
+        ):
             try:
                 for args, kwargs in calls:
                     run.take(model(*args, **kwargs))
@@ -399,19 +509,24 @@ class Bench:
             run.state = python_state()
             run.buffers = _buffers(model) if training else {}
         if mode.ahead:
-            raise MismatchError(f"the pruned model draws {len(mode.ahead)} numbers fewer than the original")
+            raise MismatchError(
+                f"the pruned model draws {len(mode.ahead)} numbers fewer than the original"
+            )
         return run, mode.compared
 
 
 def refuse_rounding(gap: float, moved: float, what: str) -> None:
-    """Say so where a gap between the models is one that rounding alone makes, in an original that divides what is nearly nothing.
+    """Say so where a gap between the models is one that rounding alone makes, in an original that
+    divides what is nearly nothing.
 
     Raises
     ------
     RoundingError
     """
     if math.isfinite(moved) and gap <= _AMPLIFIED * moved:
-        raise RoundingError(f"rounding alone moves {what} by {moved:.1e}, so that it cannot be compared")
+        raise RoundingError(
+            f"rounding alone moves {what} by {moved:.1e}, so that it cannot be compared"
+        )
 
 
 _AMPLIFIED = 10.0
@@ -431,12 +546,20 @@ def _taken(out: Any) -> list[Any]:
 
 
 def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """What buffers hold; of those that were ``held`` before, if they are given, and have not been exchanged."""
-    return {name: own.clone() for name, own in model.named_buffers() if held is None or held.get(name) is own}
+    """What buffers hold; of those that were ``held`` before, if they are given, and have not been
+    exchanged.
+    """
+    return {
+        name: own.clone()
+        for name, own in model.named_buffers()
+        if held is None or held.get(name) is own
+    }
 
 
 def _undefined(reference: _Run, result: _Run) -> bool:
-    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a removed element spreads so."""
+    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a
+    removed element spreads so.
+    """
     pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
     return any(
         isinstance(old, Tensor)

@@ -1,4 +1,6 @@
-"""Fused normalisations with their statistics taken over some elements only: what the pruned model computes, at full width."""
+"""Fused normalisations with their statistics taken over some elements only: what the pruned model
+computes, at full width.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ __all__ = ["OVER_SURVIVORS"]
 
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over ``dims`` of the elements under the mask, dimensions kept."""
+    """Mean, biased variance and count over ``dims`` of the elements under the mask, dimensions
+    kept.
+    """
     weight = mask.to(x.dtype).expand(x.shape)
     count = weight.sum(dims, keepdim=True)
     mean = (x * weight).sum(dims, keepdim=True) / count
@@ -44,7 +48,9 @@ def _group_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
     x, groups = a["input"], a["num_groups"]
     split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
     y = x.reshape(split)
-    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape([1, *split[1:3], *[1] * (x.dim() - 2)])
+    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(
+        [1, *split[1:3], *[1] * (x.dim() - 2)]
+    )
     mean, variance, _ = _moments(y, own, list(range(2, y.dim())))
     y = ((y - mean) * (variance + a["eps"]).rsqrt()).reshape(x.shape)
     return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
@@ -59,7 +65,12 @@ def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor | None:
         n = count.reshape(-1)
         a["running_mean"].lerp_(mean.reshape(-1), a["momentum"])
         a["running_var"].lerp_(variance.reshape(-1) * n / (n - 1), a["momentum"])
-    return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
+    return _affine(
+        (x - mean) * (variance + a["eps"]).rsqrt(),
+        a["weight"],
+        a["bias"],
+        [1, -1, *[1] * (x.dim() - 2)],
+    )
 
 
 OVER_SURVIVORS: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
@@ -68,7 +79,8 @@ OVER_SURVIVORS: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
     "aten::group_norm": _group_norm,
     "aten::batch_norm": _batch_norm,
 }
-"""By the op's name: a function of its arguments by name and of a mask that is broadcastable to its input.
+"""By the op's name: a function of its arguments by name and of a mask that is broadcastable to its
+input.
 
 None where the op takes no statistics this time.
 """

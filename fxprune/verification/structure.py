@@ -1,4 +1,6 @@
-"""The structural half of the proof: the graph at hand is the one that the plan emits, and its labels match."""
+"""The structural half of the proof: the graph at hand is the one that the plan emits, and its
+labels match.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,36 @@ def check_structure(pruned: nn.Module, coupling: Coupling, survivors: Survivors)
     try:
         again = emit(coupling, survivors, thorough=True)
     except RewriteError as error:
-        raise VerificationError(f"the labels of the emitted model do not match: {error}") from error
+        raise VerificationError(
+            f"the labels of the emitted model do not match: {error}"
+        ) from error
     found, wanted = _shapes(pruned), _shapes(again)
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
-            raise VerificationError(f"{name!r} has shape {found.get(name)}, the plan leaves {wanted.get(name)}.")
+            raise VerificationError(
+                f"{name!r} has shape {found.get(name)}, the plan leaves {wanted.get(name)}."
+            )
     for path in coupling.parts or ("",):
         for one, other in zip(_graphs(pruned, path), _graphs(again, path), strict=True):
             if [*_lines(one)] != [*_lines(other)]:
-                raise VerificationError("the model's graph is not the one that the plan emits; it was changed after pruning.")
+                raise VerificationError(
+                    "the model's graph is not the one that the plan emits; it was changed after "
+                    "pruning."
+                )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
 
 
 def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool:
-    """Whether a graph of the pruned model refused inputs that it was not made for, and no assertion of the user's failed."""
+    """Whether a graph of the pruned model refused inputs that it was not made for, and no
+    assertion of the user's failed.
+    """
     frames = [*traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1][0].f_code is not torch._assert.__code__:
         return False
@@ -58,12 +73,25 @@ def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool
 
 
 def _guards(own: PrunedModule, path: str | None, coupling: Coupling) -> frozenset[str]:
-    """The names of the assertions of the graph that runs in this mode, but for those of the user's."""
+    """The names of the assertions of the graph that runs in this mode, but for those of the
+    user's.
+    """
     trained = own.training_graph if own.training else None
     graph, training = trained or own.graph, trained is not None
-    traced = [trace for trace in coupling.traces if trace.path == path and trace.training is training]
-    users = {n.name for trace in traced for n in trace.graph.nodes if n.target is torch._assert and not n.meta.get("guard")}
-    return frozenset(node.name for node in graph.nodes if node.target is torch._assert and node.name not in users)
+    traced = [
+        trace for trace in coupling.traces if trace.path == path and trace.training is training
+    ]
+    users = {
+        n.name
+        for trace in traced
+        for n in trace.graph.nodes
+        if n.target is torch._assert and not n.meta.get("guard")
+    }
+    return frozenset(
+        node.name
+        for node in graph.nodes
+        if node.target is torch._assert and node.name not in users
+    )
 
 
 def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:

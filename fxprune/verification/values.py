@@ -1,4 +1,6 @@
-"""What both models are run on: weights, drawn at random or the user's own, and inputs, for the example's sizes or others."""
+"""What both models are run on: weights, drawn at random or the user's own, and inputs, for the
+example's sizes or others.
+"""
 
 from __future__ import annotations
 
@@ -38,42 +40,61 @@ class Choice:
 def choices(randomize: bool, call: Call) -> Iterator[Choice]:
     """The values to try, until the original can be run on some and gives numbers.
 
-    Values drawn at random show the most: no zero in a fresh model hides an error. A model may refuse them (an index that it
-    computes leaves its table), or give nothing that is finite (the logarithm of a negative number).
+    Values drawn at random show the most: no zero in a fresh model hides an error. A model may
+    refuse them (an index that it computes leaves its table), or give nothing that is finite (the
+    logarithm of a negative number).
     """
     unknown = any(leaf.is_meta and not _real(leaf) for leaf in tensors_of(call))
-    for weights, floats in ((True, True), (True, False), (False, False)) if randomize else ((False, False),):
+    for weights, floats in (
+        ((True, True), (True, False), (False, False)) if randomize else ((False, False),)
+    ):
         for whole in (None, 0, 1) if unknown else (None,):
             yield Choice(weights, floats, whole)
 
 
-def weights_of(model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int) -> dict[str, Tensor]:
+def weights_of(
+    model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int
+) -> dict[str, Tensor]:
     """The original's tensors by name, on the CPU, in ``dtype``.
 
-    Random ones keep activations of order one and variances positive. A tensor that has two names is one tensor.
+    Random ones keep activations of order one and variances positive. A tensor that has two names
+    is one tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Tensor] = {}
     shared: dict[int, Tensor] = {}
     parameters = {id(p) for p in model.parameters()}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         if id(tensor) not in shared:
             if not _real(tensor):
-                held = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
+                held = (
+                    torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    if tensor.is_meta
+                    else tensor.detach().cpu().clone()
+                )
                 shared[id(tensor)] = held.to(_complex(dtype)) if held.is_complex() else held
             elif not choice.weights and not tensor.is_meta:
                 shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
             elif id(tensor) in parameters and tensor.dim() > 1:
                 most = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
-                shared[id(tensor)] = torch.empty(tensor.shape, dtype=dtype).uniform_(-most, most, generator=generator)
+                shared[id(tensor)] = torch.empty(tensor.shape, dtype=dtype).uniform_(
+                    -most, most, generator=generator
+                )
             else:
-                shared[id(tensor)] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+                shared[id(tensor)] = (
+                    torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+                )
         values[name] = shared[id(tensor)]
     return values
 
 
 def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
-    """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as they are."""
+    """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as
+    they are.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     # An index must stay inside its table, whichever that is.
     top = min([2, *(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))])

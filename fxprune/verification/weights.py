@@ -1,4 +1,6 @@
-"""Whether the pruned model's own parameters and buffers are what the plan leaves of the original's."""
+"""Whether the pruned model's own parameters and buffers are what the plan leaves of the
+original's.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,19 @@ from fxprune.verification.comparing import dense, relative_error
 __all__ = ["changed"]
 
 
-def changed(model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> dict[str, tuple[str, float]]:
+def changed(
+    model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors
+) -> dict[str, tuple[str, float]]:
     """Those that are not, by name: what is said of it, and the relative error.
 
-    A model that has been brought to another dtype as a whole holds what the plan leaves, in that dtype.
+    A model that has been brought to another dtype as a whole holds what the plan leaves, in that
+    dtype.
     """
     known = named_tensors(model)
     pairs = [
-        (name, known[name], own) for name, own in named_tensors(pruned).items() if name in known and name in coupling.parameters
+        (name, known[name], own)
+        for name, own in named_tensors(pruned).items()
+        if name in known and name in coupling.parameters
     ]
     dtypes = {(old.dtype, own.dtype) for _, old, own in pairs}
     whole = len({before for before, _ in dtypes}) == len(dtypes)
@@ -30,7 +37,14 @@ def changed(model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: 
             found[name] = f"{name!r} is {own.dtype}, the original's {old.dtype}", 0.0
         elif not (old.is_meta or own.is_meta):
             labelled = coupling.parameters[name]
-            wanted = dense(survivors.take(labelled, old.detach()) if labelled.is_meta else old).to(own.device, own.dtype)
-            if not torch.equal(wanted, dense(own)) and (error := relative_error(dense(own), wanted)):
-                found[name] = f"{name!r} has other values than the plan leaves of the original's", error
+            wanted = dense(survivors.take(labelled, old.detach()) if labelled.is_meta else old).to(
+                own.device, own.dtype
+            )
+            if not torch.equal(wanted, dense(own)) and (
+                error := relative_error(dense(own), wanted)
+            ):
+                found[name] = (
+                    f"{name!r} has other values than the plan leaves of the original's",
+                    error,
+                )
     return found

@@ -1,4 +1,6 @@
-"""A model that lies on another device than the CPU is pruned there, to the same plan, and all of the result lies there."""
+"""A model that lies on another device than the CPU is pruned there, to the same plan, and all of
+the result lies there.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def moved(value: Any) -> Any:
     names: dict[int, list[str]] = {}
     for name, parameter in value.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    value.to(NAME)  # makes new parameters, as tensors of this device are of another class, and so parts those that are shared
+    # makes new parameters, as tensors of this device are of another class, and so parts those that
+    # are shared
+    value.to(NAME)
     for first, *others in names.values():
         for path, _, name in (other.rpartition(".") for other in others):
             setattr(value.get_submodule(path), name, value.get_parameter(first))
@@ -46,12 +50,22 @@ def moved(value: Any) -> Any:
 
 def here(model: nn.Module) -> bool:
     """Whether parameters, buffers and constants are all on the device."""
-    constants = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return all(tensor.device.type == NAME for tensor in (*model.parameters(), *model.buffers(), *constants))
+    constants = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    ]
+    return all(
+        tensor.device.type == NAME
+        for tensor in (*model.parameters(), *model.buffers(), *constants)
+    )
 
 
 def prunes_alike(model: nn.Module, inputs: Any, **options: Any) -> fxprune.Pruned:
-    """The result there, where the model is afterwards, after comparing it with the result on the CPU."""
+    """The result there, where the model is afterwards, after comparing it with the result on the
+    CPU.
+    """
     wanted = fxprune.prune(model, inputs, **options)
     reference = tensors(call(wanted.model, inputs))
     given = moved(inputs)
@@ -86,14 +100,21 @@ def check_family(family: Family) -> None:
 
 
 def recurrent(case: Case) -> bool:
-    return any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in case.build(case.width).modules())
+    return any(
+        isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        for module in case.build(case.width).modules()
+    )
 
 
 # Recurrent layers: on a device that is no CPU, torch calls kernels that only GPUs have.
-@pytest.mark.parametrize("case", [case for case in ZOO if not recurrent(case)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in ZOO if not recurrent(case)], ids=lambda case: case.name
+)
 def test_zoo(case: Case) -> None:
     torch.manual_seed(0)
-    prunes_alike(randomise(case.build(case.width), torch.float32).eval(), case.inputs(2), channels=0.5)
+    prunes_alike(
+        randomise(case.build(case.width), torch.float32).eval(), case.inputs(2), channels=0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +133,11 @@ def test_python_between(code: Callable[[Any, Tensor], Tensor]) -> None:
 
 def test_python_detector() -> None:
     torch.manual_seed(0)
-    prunes_alike(test_eager.Detects().eval(), ([torch.rand(3, 20, 30), torch.rand(3, 30, 20)],), channels=0.5)
+    prunes_alike(
+        test_eager.Detects().eval(),
+        ([torch.rand(3, 20, 30), torch.rand(3, 30, 20)],),
+        channels=0.5,
+    )
 
 
 class Constants(nn.Module):
@@ -120,7 +145,11 @@ class Constants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last, self.places = nn.Linear(16, 32), nn.Linear(32, 4), nn.Embedding(8, 32)
+        self.first, self.last, self.places = (
+            nn.Linear(16, 32),
+            nn.Linear(32, 4),
+            nn.Embedding(8, 32),
+        )
         self.scale, self.order = torch.rand(32), torch.tensor([3, 2, 1, 0])
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
@@ -130,7 +159,9 @@ class Constants(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.where((self.order > 1)[None, :, None], self.first(x) * self.scale, 0.5)
-        return self.last(y + self.places(torch.arange(x.shape[1], device=next(self.parameters()).device)))
+        return self.last(
+            y + self.places(torch.arange(x.shape[1], device=next(self.parameters()).device))
+        )
 
 
 def test_constants() -> None:
@@ -142,7 +173,13 @@ def test_constants() -> None:
 def network() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
-    layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10)]
+    layers += [
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 10),
+    ]
     return nn.Sequential(*layers).eval()
 
 

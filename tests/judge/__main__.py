@@ -1,4 +1,6 @@
-"""The command: draw networks, judge each in a process that may die, print a summary, keep what failed."""
+"""The command: draw networks, judge each in a process that may die, print a summary, keep what
+failed.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,29 @@ def main() -> int:
     """Run the command; the exit status is 0 where nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.judge", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="how many networks")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the first; the next have the numbers after it")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the seed of the first; the next have the numbers after it",
+    )
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=120, help="the longest that one network may take")
-    parser.add_argument("--failures", type=Path, default=Path("judge-failures.txt"), help="where specs and errors of failures go")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="the longest that one network may take"
+    )
+    parser.add_argument(
+        "--failures",
+        type=Path,
+        default=Path("judge-failures.txt"),
+        help="where specs and errors of failures go",
+    )
     parser.add_argument("--summary", type=Path, help="where the summary goes as JSON")
     parser.add_argument("--spec", help="judge this one network, and show its source")
-    parser.add_argument("--shrink", action="store_true", help="with --spec: drop blocks while it fails in the same setting")
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="with --spec: drop blocks while it fails in the same setting",
+    )
     arguments = parser.parse_args()
     if arguments.spec:
         return _one(Spec.parse(arguments.spec), arguments.shrink)
@@ -33,11 +51,16 @@ def main() -> int:
         for verdict in campaign(seeds, arguments.processes, arguments.seconds):
             summary.add(verdict)
             if verdict.outcome in ("wrong", "refused"):
-                text = f"{verdict.outcome}: {verdict.what}\n    python -m tests.judge --spec '{verdict.spec}'"
+                text = (
+                    f"{verdict.outcome}: {verdict.what}\n    python -m tests.judge --spec "
+                    f"'{verdict.spec}'"
+                )
                 print(text, file=file, flush=True)
                 if verdict.outcome == "wrong":
                     print(text, flush=True)
-            if arguments.summary is not None and (summary.count % 100 == 0 or summary.count == arguments.count):
+            if arguments.summary is not None and (
+                summary.count % 100 == 0 or summary.count == arguments.count
+            ):
                 arguments.summary.write_text(summary.to_json())
     print(summary)
     return 1 if summary.outcomes["wrong"] else 0

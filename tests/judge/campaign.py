@@ -69,11 +69,15 @@ class Summary:
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
     def __str__(self) -> str:
-        return "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in self.as_dict().items())
+        return "\n".join(
+            f"{name.replace('_', ' ')}: {value}" for name, value in self.as_dict().items()
+        )
 
 
 def campaign(seeds: Sequence[int], processes: int = 1, seconds: float = 120) -> Iterator[Verdict]:
-    """Judge the networks of these seeds; one that ends its process, or takes longer than ``seconds``, is wrong."""
+    """Judge the networks of these seeds; one that ends its process, or takes longer than
+    ``seconds``, is wrong.
+    """
     todo = collections.deque(seeds)
     context = multiprocessing.get_context("spawn")
     workers = [_Worker(context) for _ in range(min(processes, len(seeds)))]
@@ -109,7 +113,9 @@ class _Worker:
         self.served = 0
 
     def give(self, todo: collections.deque[int]) -> None:
-        """The next seed, or none; a process is renewed now and then, so that what one keeps does not pile up."""
+        """The next seed, or none; a process is renewed now and then, so that what one keeps does
+        not pile up.
+        """
         self.seed = todo.popleft() if todo else None
         if self.seed is None:
             return
@@ -127,7 +133,10 @@ class _Worker:
             except EOFError:
                 self.process.join()
                 code = self.process.exitcode or 0
-                what = f"process: died of {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
+                what = (
+                    "process: died of "
+                    f"{signal.Signals(-code).name if code < 0 else f'exit {code}'}"
+                )
         elif time.monotonic() - self.since > seconds:
             self.process.kill()
             self.process.join()
@@ -151,5 +160,6 @@ def _serve(pipe: Connection) -> None:
         except Exception as error:
             verdict = Verdict(str(spec), "wrong", f"judge: {type(error).__name__}: {error}")
         pipe.send(verdict)
-        if not gc.get_freeze_count():  # what was imported stays: no use to look through it at each collection
+        # what was imported stays: no use to look through it at each collection
+        if not gc.get_freeze_count():
             gc.freeze()

@@ -1,7 +1,8 @@
 """The masked original: what the pruned model must equal, found without asking the pruner.
 
-Every element of the original gets a value that occurs once. What is found again in the pruned model survived; all else is set to
-zero in the original, built once more. Fused norms take their statistics over the channels whose weight survived.
+Every element of the original gets a value that occurs once. What is found again in the pruned
+model survived; all else is set to zero in the original, built once more. Fused norms take their
+statistics over the channels whose weight survived.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ from torch.overrides import TorchFunctionMode
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Floating-point parameters and saved buffers with axes, each once, by their first name."""
-    computed = {f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in m._non_persistent_buffers_set}
+    computed = {
+        f"{path}.{name}".lstrip(".")
+        for path, m in model.named_modules()
+        for name in m._non_persistent_buffers_set
+    }
     named = (*model.named_parameters(), *model.named_buffers())
-    return {name: t for name, t in named if t.is_floating_point() and t.dim() and name not in computed}
+    return {
+        name: t for name, t in named if t.is_floating_point() and t.dim() and name not in computed
+    }
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Give every element its own value, in float64, of a size that keeps activations near one; variances are positive."""
+    """Give every element its own value, in float64, of a size that keeps activations near one;
+    variances are positive.
+    """
     model.to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,13 +47,21 @@ def fill(model: nn.Module, seed: int = 0) -> None:
             else:
                 values = values * 0.2 + (1.0 if name.endswith("weight") else 0.0)
             t.copy_(values)
-    elements = torch.cat([t.detach().flatten() for t in stored(model).values()] or [torch.zeros(0)])
+    elements = torch.cat(
+        [t.detach().flatten() for t in stored(model).values()] or [torch.zeros(0)]
+    )
     assert len(elements.unique()) == len(elements), "two elements drew the same value"
 
 
 def survivors(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
-    """For each stored tensor of the original, which elements are found again in the pruned model."""
-    held = [t.detach().double().flatten() for t in (*pruned.parameters(), *pruned.buffers()) if t.is_floating_point()]
+    """For each stored tensor of the original, which elements are found again in the pruned
+    model.
+    """
+    held = [
+        t.detach().double().flatten()
+        for t in (*pruned.parameters(), *pruned.buffers())
+        if t.is_floating_point()
+    ]
     alive = torch.cat([*held, torch.zeros(0, dtype=torch.float64)]).unique()
     return {name: torch.isin(t.detach(), alive) for name, t in stored(model).items()}
 
@@ -52,7 +69,8 @@ def survivors(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
 def mask(model: nn.Module, alive: dict[str, Tensor]) -> None:
     """Set every element that did not survive to zero.
 
-    Directions of weight_norm of which nothing survived stay: their magnitude is zero, and 0 / 0 is no number.
+    Directions of weight_norm of which nothing survived stay: their magnitude is zero, and 0 / 0 is
+    no number.
     """
     with torch.no_grad():
         for name, t in stored(model).items():
@@ -71,7 +89,9 @@ class WithoutDropout(TorchFunctionMode):
 
 @contextmanager
 def in_backward(*instead: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """What checkpoints run once more, in the backward pass, goes the same way: modes are not asked there."""
+    """What checkpoints run once more, in the backward pass, goes the same way: modes are not asked
+    there.
+    """
     with ExitStack() as stack:
         for func, other in (pair for pairs in instead for pair in pairs.items()):
             for space in (torch, F):
@@ -84,7 +104,13 @@ def _same(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return input
 
 
-def _mean_slope(input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+def _mean_slope(
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
     out = F.leaky_relu(input, (lower + upper) / 2, inplace)
     return out.contiguous() if training and not inplace else out  # as the random ones lie
 
@@ -96,7 +122,9 @@ class OverSurvivors(TorchFunctionMode):
         return OVER_SURVIVORS.get(func, func)(*args, **(kwargs or {}))
 
 
-def _standardised(x: Tensor, on: Tensor, dims: tuple[int, ...], eps: float, centred: bool = True) -> Tensor:
+def _standardised(
+    x: Tensor, on: Tensor, dims: tuple[int, ...], eps: float, centred: bool = True
+) -> Tensor:
     count = (on.expand(x.shape)).sum(dims, keepdim=True).clamp(min=1)
     mean = (x * on).sum(dims, keepdim=True) / count if centred else x.new_zeros(())
     variance = ((x - mean) ** 2 * on).sum(dims, keepdim=True) / count
@@ -104,7 +132,12 @@ def _standardised(x: Tensor, on: Tensor, dims: tuple[int, ...], eps: float, cent
 
 
 def _layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn: Any = None,
 ) -> Tensor:
     if weight is None:
         return torch.native_layer_norm(input, list(normalized_shape), weight, bias, eps)[0]
@@ -114,16 +147,35 @@ def _layer_norm(
 
 
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Tensor:
-    on = torch.ones(tuple(normalized_shape), dtype=input.dtype) if weight is None else (weight != 0).to(input.dtype)
-    y = _standardised(input, on, tuple(range(-on.dim(), 0)), torch.finfo(input.dtype).eps if eps is None else eps, centred=False)
+    on = (
+        torch.ones(tuple(normalized_shape), dtype=input.dtype)
+        if weight is None
+        else (weight != 0).to(input.dtype)
+    )
+    y = _standardised(
+        input,
+        on,
+        tuple(range(-on.dim(), 0)),
+        torch.finfo(input.dtype).eps if eps is None else eps,
+        centred=False,
+    )
     return y if weight is None else y * weight
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: Any = None
+    input: Tensor,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn: Any = None,
 ) -> Tensor:
     channels = input.shape[1]
-    on = torch.ones(channels, dtype=input.dtype) if weight is None else (weight != 0).to(input.dtype)
+    on = (
+        torch.ones(channels, dtype=input.dtype)
+        if weight is None
+        else (weight != 0).to(input.dtype)
+    )
     split = input.reshape(input.shape[0], num_groups, channels // num_groups, -1)
     y = _standardised(split, on.view(1, num_groups, -1, 1), (2, 3), eps).reshape(input.shape)
     wide = (1, -1) + (1,) * (input.dim() - 2)
@@ -132,17 +184,37 @@ def _group_norm(
 
 
 def _where_it_lies(func: Any, norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The norm, with a result that lies in memory as the function's own does: which views of it are copies goes by that."""
+    """The norm, with a result that lies in memory as the function's own does: which views of it
+    are copies goes by that.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         given = func(*args, **kwargs)
-        return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype).copy_(norm(*args, **kwargs))
+        return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype).copy_(
+            norm(*args, **kwargs)
+        )
 
     return call
 
 
 _NORMS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
-OVER_SURVIVORS = {func: _where_it_lies(func, norm) for n, norm in _NORMS.items() for func in (getattr(torch, n), getattr(F, n))}
+OVER_SURVIVORS = {
+    func: _where_it_lies(func, norm)
+    for n, norm in _NORMS.items()
+    for func in (getattr(torch, n), getattr(F, n))
+}
 
-_DROPS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout, torch.feature_dropout, torch.dropout_)
-WITHOUT_DROPOUT: dict[Any, Callable[..., Tensor]] = {**dict.fromkeys(_DROPS, _same), F.rrelu: _mean_slope}
+_DROPS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    torch.dropout,
+    torch.feature_dropout,
+    torch.dropout_,
+)
+WITHOUT_DROPOUT: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys(_DROPS, _same),
+    F.rrelu: _mean_slope,
+}

@@ -9,7 +9,9 @@ from .verdict import Verdict, judge
 
 
 def shrunk(spec: Spec, judge: Callable[[Spec], Verdict] = judge) -> Spec:
-    """Drop blocks one by one while the network fails in the same setting; return the smallest found."""
+    """Drop blocks one by one while the network fails in the same setting; return the smallest
+    found.
+    """
     fault = _fault(judge(spec))
     smaller: Spec | None = spec
     while smaller is not None:

@@ -1,4 +1,6 @@
-"""Python source of a drawn network: the text of a module class as a person writes it, and the module that it makes."""
+"""Python source of a drawn network: the text of a module class as a person writes it, and the
+module that it makes.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,21 @@ from torch import Tensor
 """
 
 
-# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of math. What drops each axis of size
-# 1, a batch of one as well. And what counts positions of channels and places laid out as one: for another number of places these
-# are others than without the channels that are gone.
+# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of
+# math. What drops each axis of size 1, a batch of one as well. And what counts positions of
+# channels and places laid out as one: for another number of places these are others than without
+# the channels that are gone.
 _COUNTS = re.compile(
-    r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|kernel_size=x|"
+    r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|"
+    r"kernel_size=x|"
     r"flatten\(1\)\[:, ::|torch\.squeeze\("
 )
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What a variable of forward holds: an image (B, C, H, W), tokens (B, T, C) or a vector (B, C).
+    """What a variable of forward holds: an image (B, C, H, W), tokens (B, T, C) or a vector (B,
+    C).
 
     ``width`` is C, ``size`` the other sizes at the example: (H, W), (T,) or ().
     """
@@ -63,7 +68,9 @@ class Signal:
 
 @dataclass
 class File:
-    """The source file that is being written: its classes and functions, and the draws of the block at hand."""
+    """The source file that is being written: its classes and functions, and the draws of the block
+    at hand.
+    """
 
     rng: Random = field(default_factory=Random)
     parts: list[str] = field(default_factory=list)
@@ -117,7 +124,9 @@ class Writer:
 
     def buffer(self, code: str, *, saved: bool = True) -> str:
         name = self.fresh("table")
-        self.setup.append(f'self.register_buffer("{name}", {code}{"" if saved else ", persistent=False"})')
+        self.setup.append(
+            f'self.register_buffer("{name}", {code}{"" if saved else ", persistent=False"})'
+        )
         return f"self.{name}"
 
     def line(self, text: str) -> None:
@@ -135,7 +144,9 @@ class Writer:
 
     @contextmanager
     def under(self, text: str) -> Iterator[None]:
-        """What is written inside stands under ``text``, one step further to the right; its variables stay there."""
+        """What is written inside stands under ``text``, one step further to the right; its
+        variables stay there.
+        """
         self.line(text)
         kept, self.indent = list(self.pool), self.indent + "    "
         yield
@@ -195,7 +206,8 @@ class Writer:
         setup = "\n".join(f"        {line}" for line in ("super().__init__()", *self.setup))
         body = "\n".join(f"        {line}" for line in (*self.body, f"return {result}"))
         self.file.parts.append(
-            f"class {self.name}({base}):\n    def __init__(self):\n{setup}\n\n    def forward(self, {arguments}):\n{body}\n"
+            f"class {self.name}({base}):\n    def __init__(self):\n{setup}\n\n    def "
+            f"forward(self, {arguments}):\n{body}\n"
         )
         return self.name
 
@@ -209,7 +221,9 @@ Inside = Callable[[Writer, Signal], Signal]
 
 @dataclass(frozen=True)
 class Example:
-    """What a network reads: ``make(batch, more)`` gives its inputs, with ``more`` positions than the example along each axis."""
+    """What a network reads: ``make(batch, more)`` gives its inputs, with ``more`` positions than
+    the example along each axis.
+    """
 
     arguments: str
     make: Callable[[int, int], Any]
@@ -237,7 +251,12 @@ class Drawn:
             module = types.ModuleType(name)
             module.__file__ = f"<{name}>"
             sys.modules[name] = module
-            linecache.cache[module.__file__] = (len(self.text), None, self.text.splitlines(True), module.__file__)
+            linecache.cache[module.__file__] = (
+                len(self.text),
+                None,
+                self.text.splitlines(True),
+                module.__file__,
+            )
             exec(compile(self.text, module.__file__, "exec"), module.__dict__)
         return sys.modules[name].Network()
 
@@ -268,7 +287,9 @@ def write(spec: Spec) -> Drawn:
 
 
 def emit(w: Writer, items: tuple[Item, ...], x: Signal) -> Signal:
-    """Write blocks one after the other; one that cannot take what the one before it gives is left out."""
+    """Write blocks one after the other; one that cannot take what the one before it gives is left
+    out.
+    """
     from .blocks import BLOCKS
 
     for item in items:

@@ -1,7 +1,8 @@
 """A drawn network as a line of text: what it reads, its blocks, what it returns, how it is pruned.
 
-``image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2`` names blocks; the number after each is the seed from
-which the block draws its own choices, so that a network from which a block was dropped keeps the others as they were.
+``image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2`` names blocks; the number
+after each is the seed from which the block draws its own choices, so that a network from which a
+block was dropped keeps the others as they were.
 """
 
 from __future__ import annotations
@@ -51,12 +52,21 @@ class Spec:
         """The spec that prints as this text. Raises ValueError for anything else."""
         words = re.findall(r"[a-z_]+:\d+|[()]|\S+", text)
         items = _items(words)
-        if words or len(items) < 3 or str(spec := cls(items[0], items[1:-2], items[-2], items[-1])) != " ".join(text.split()):
-            raise ValueError(f"{text!r} is no spec; one reads 'image:3 layer:17 classify:9 channels:2'")
+        if (
+            words
+            or len(items) < 3
+            or str(spec := cls(items[0], items[1:-2], items[-2], items[-1]))
+            != " ".join(text.split())
+        ):
+            raise ValueError(
+                f"{text!r} is no spec; one reads 'image:3 layer:17 classify:9 channels:2'"
+            )
         return spec
 
     def without_one(self) -> Iterator[Spec]:
-        """All specs that have one block less, the larger cuts first: a block goes with its children, or only they go."""
+        """All specs that have one block less, the larger cuts first: a block goes with its
+        children, or only they go.
+        """
         for blocks in _without_one(self.blocks):
             yield Spec(self.source, blocks, self.result, self.options)
 
@@ -113,5 +123,11 @@ def draw(seed: int) -> Spec:
     source = rng.choices(list(SOURCES), [SOURCES[name].weight for name in SOURCES])[0]
     kind = SOURCES[source].gives
     blocks, kind = run(kind, rng.randint(1, 6), 2, False)
-    first = (item("layer"), item("layer"))  # something to prune, whatever the blocks after it hold in place
-    return Spec(item(source), (*first, *blocks), item(pick(RESULTS, kind, False)), item(rng.choice(list(OPTIONS))))
+    # something to prune, whatever the blocks after it hold in place
+    first = (item("layer"), item("layer"))
+    return Spec(
+        item(source),
+        (*first, *blocks),
+        item(pick(RESULTS, kind, False)),
+        item(rng.choice(list(OPTIONS))),
+    )

@@ -45,9 +45,9 @@ class ShortError(Exception):
 class Verdict:
     """What came of one network.
 
-    ``outcome`` is ``"right"``, ``"whole"`` (right, and nothing was pruned), ``"refused"`` (an FxpruneError from prune),
-    ``"wrong"``, or ``"invalid"`` (the drawn network itself does not run); ``what`` says more, ``left`` is the share of
-    parameters that is left.
+    ``outcome`` is ``"right"``, ``"whole"`` (right, and nothing was pruned), ``"refused"`` (an
+    FxpruneError from prune), ``"wrong"``, or ``"invalid"`` (the drawn network itself does not
+    run); ``what`` says more, ``left`` is the share of parameters that is left.
     """
 
     spec: str
@@ -63,10 +63,13 @@ def judge(spec: Spec) -> Verdict:
     drawn = write(spec)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # networks use what torch calls deprecated; that is none of the pruner's faults
+            # networks use what torch calls deprecated; that is none of the pruner's faults
+            warnings.simplefilter("ignore")
             return _judge(drawn)
     except ShortError as error:
-        return Verdict(str(spec), "invalid" if error.setting == "original" else "wrong", str(error))
+        return Verdict(
+            str(spec), "invalid" if error.setting == "original" else "wrong", str(error)
+        )
     except fxprune.FxpruneError as error:
         return Verdict(str(spec), "refused", _text(error))
     finally:
@@ -103,7 +106,9 @@ def _judge(drawn: Drawn) -> Verdict:
     _proved(model, dataclasses.replace(pruned, model=emitted.eval()), inputs)
     left = _count(emitted) / max(1, _count(model))
     parts = not isinstance(emitted, torch.fx.GraphModule)
-    return Verdict(str(drawn.spec), "whole" if left == 1 else "right", left=left, parts=parts, guarded=guarded)
+    return Verdict(
+        str(drawn.spec), "whole" if left == 1 else "right", left=left, parts=parts, guarded=guarded
+    )
 
 
 def _prune(model: nn.Module, inputs: Any, options: dict[str, Any]) -> fxprune.Pruned:
@@ -123,23 +128,36 @@ def _filled(drawn: Drawn) -> nn.Module:
 
 
 def _original(drawn: Drawn) -> tuple[nn.Module, Any]:
-    """The module with values that occur once, and its example; ShortError where the drawn network itself does not run."""
+    """The module with values that occur once, and its example; ShortError where the drawn network
+    itself does not run.
+    """
     inputs = drawn.example.make(3, 0)
     try:
         model = _filled(drawn)
         found = [t for t in leaves(run(model, inputs)) if t.is_floating_point()]
-        training = [t for t in leaves(run(_filled(drawn).train(), inputs)) if t.is_floating_point()]
+        training = [
+            t for t in leaves(run(_filled(drawn).train(), inputs)) if t.is_floating_point()
+        ]
     except Exception as error:
         raise ShortError("original", _text(error)) from error
-    finite = all(bool(t.isfinite().all()) and float(t.abs().sum()) < 1e9 for t in (*found, *training))
+    finite = all(
+        bool(t.isfinite().all()) and float(t.abs().sum()) < 1e9 for t in (*found, *training)
+    )
     _expect("original", found and finite, "no finite output")
     return model, inputs
 
 
 def _others(drawn: Drawn, reference: nn.Module, emitted: nn.Module) -> int:
-    """Another batch, another resolution, both; an input that the original does not take is none."""
+    """Another batch, another resolution, both; an input that the original does not take is
+    none.
+    """
     guarded = 0
-    for setting, batch, more in (("batch 5", 5, 0), ("batch 1", 1, 0), ("other size", 3, 1), ("other size and batch", 2, 2)):
+    for setting, batch, more in (
+        ("batch 5", 5, 0),
+        ("batch 1", 1, 0),
+        ("other size", 3, 1),
+        ("other size and batch", 2, 2),
+    ):
         inputs = drawn.example.make(batch, more)
         try:
             run(reference, inputs)
@@ -153,7 +171,9 @@ def _others(drawn: Drawn, reference: nn.Module, emitted: nn.Module) -> int:
     return guarded
 
 
-def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict[str, Tensor]) -> None:
+def _training(
+    reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict[str, Tensor]
+) -> None:
     """In training mode: outputs, gradients of what survived, and what the norms remember."""
     reference, emitted = reference.train(), emitted.train()
     state = {name: t.clone() for name, t in reference.state_dict().items()}
@@ -166,7 +186,8 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
     reference.load_state_dict(state)
     with WithoutDropout():
         got, want = _compare("training", reference, emitted, inputs, grad=differentiable)
-    ours, theirs = dict(emitted.named_buffers()), stored(reference)  # before the backward pass: checkpoints run once more there
+    # before the backward pass: checkpoints run once more there
+    ours, theirs = dict(emitted.named_buffers()), stored(reference)
     for name, old in dict(reference.named_buffers()).items():
         if name in ours and name in theirs:
             _near("statistics after training", [ours[name].flatten()], [old[alive[name]]], name)
@@ -183,7 +204,18 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
         except RuntimeError as error:
             raise ShortError("gradients", _text(error)) from error
     ours, theirs = dict(emitted.named_parameters()), dict(reference.named_parameters())
-    floor = 1e-3 * max((float(_grad(p).nan_to_num(0, 0, 0).abs().max()) for p in theirs.values() if p.numel()), default=0.0) + 1e-6
+    floor = (
+        1e-3
+        * max(
+            (
+                float(_grad(p).nan_to_num(0, 0, 0).abs().max())
+                for p in theirs.values()
+                if p.numel()
+            ),
+            default=0.0,
+        )
+        + 1e-6
+    )
     for name, old in theirs.items():
         if (new := ours.get(name)) is None or name not in alive:
             continue
@@ -194,7 +226,9 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
         )
         expected, found = _grad(old)[alive[name]], _grad(new).flatten()
         _expect(
-            "gradients", expected.numel() == found.numel(), f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived"
+            "gradients",
+            expected.numel() == found.numel(),
+            f"{name} is {tuple(new.shape)}, {expected.numel()} elements survived",
         )
         if bool(expected.isfinite().all()):
             try:
@@ -204,10 +238,20 @@ def _training(reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict
                     raise
 
 
-def _is_rounding(reference: nn.Module, state: dict[str, Tensor], inputs: Any, name: str, on: Tensor, gap: Tensor) -> bool:
-    """Whether a gradient moves as far in the original when its weights are rounded otherwise: what is nearly zero is divided by."""
-    parameter, grads = dict(reference.named_parameters())[name], [own.grad for own in reference.parameters()]
-    before, after = _grad(parameter)[on].clone(), {key: t.clone() for key, t in reference.state_dict().items()}
+def _is_rounding(
+    reference: nn.Module, state: dict[str, Tensor], inputs: Any, name: str, on: Tensor, gap: Tensor
+) -> bool:
+    """Whether a gradient moves as far in the original when its weights are rounded otherwise: what
+    is nearly zero is divided by.
+    """
+    parameter, grads = (
+        dict(reference.named_parameters())[name],
+        [own.grad for own in reference.parameters()],
+    )
+    before, after = (
+        _grad(parameter)[on].clone(),
+        {key: t.clone() for key, t in reference.state_dict().items()},
+    )
     eps, generator, moved = torch.finfo(torch.float64).eps, torch.Generator().manual_seed(0), 0.0
     for _ in range(5):
         reference.load_state_dict(state)
@@ -231,7 +275,13 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _sum(outputs: list[Tensor]) -> Tensor:
-    return torch.stack([(t * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in outputs if t.requires_grad]).sum()
+    return torch.stack(
+        [
+            (t * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum()
+            for t in outputs
+            if t.requires_grad
+        ]
+    ).sum()
 
 
 def _saved(drawn: Drawn, pruned: fxprune.Pruned, emitted: nn.Module, inputs: Any) -> None:
@@ -243,11 +293,18 @@ def _saved(drawn: Drawn, pruned: fxprune.Pruned, emitted: nn.Module, inputs: Any
         except Exception as error:
             raise ShortError("save and load", _text(error)) from error
     _expect("save and load", _same(emitted.state_dict(), loaded.state_dict()), "other tensors")
-    _near("save and load", _outputs("save and load", loaded, inputs), leaves(run(emitted, inputs)), "the loaded model")
+    _near(
+        "save and load",
+        _outputs("save and load", loaded, inputs),
+        leaves(run(emitted, inputs)),
+        "the loaded model",
+    )
 
 
 def _deployed(drawn: Drawn, emitted: nn.Module, inputs: Any) -> None:
-    """In the inference form the same outputs, at another batch too; views that are written to forbid channels-last."""
+    """In the inference form the same outputs, at another batch too; views that are written to
+    forbid channels-last.
+    """
     try:
         try:
             fast = fxprune.deploy(emitted)
@@ -270,14 +327,23 @@ def _deployed(drawn: Drawn, emitted: nn.Module, inputs: Any) -> None:
 
 
 def _rounds_to_others(model: nn.Module, inputs: Any) -> bool:
-    """Whether outputs are others where weights are rounded otherwise: what is chosen among equals, say."""
-    state, want = {name: t.clone() for name, t in model.state_dict().items()}, leaves(run(model, inputs))
+    """Whether outputs are others where weights are rounded otherwise: what is chosen among equals,
+    say.
+    """
+    state, want = (
+        {name: t.clone() for name, t in model.state_dict().items()},
+        leaves(run(model, inputs)),
+    )
     generator = torch.Generator().manual_seed(0)
     try:
         for _ in range(5):
             for own in model.parameters():
                 with torch.no_grad():
-                    own.mul_(1 + torch.randint(-2, 3, own.shape, generator=generator).double() * torch.finfo(torch.float64).eps)
+                    own.mul_(
+                        1
+                        + torch.randint(-2, 3, own.shape, generator=generator).double()
+                        * torch.finfo(torch.float64).eps
+                    )
             _near("rounding", leaves(run(model, inputs)), want, "itself")
     except ShortError:
         return True
@@ -348,8 +414,12 @@ def _compare(
     return got, want
 
 
-def _near(setting: str, got: list[Tensor], want: list[Tensor], whom: str, floor: float = 1e-6) -> None:
-    """Raise where something differs, relative to the largest element; one below ``floor`` may be what cancelled."""
+def _near(
+    setting: str, got: list[Tensor], want: list[Tensor], whom: str, floor: float = 1e-6
+) -> None:
+    """Raise where something differs, relative to the largest element; one below ``floor`` may be
+    what cancelled.
+    """
     shapes = [[tuple(t.shape) for t in values] for values in (got, want)]
     _expect(setting, shapes[0] == shapes[1], f"shapes {shapes[0]}, {whom} has {shapes[1]}")
     for n, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -367,7 +437,9 @@ def _expect(setting: str, holds: Any, what: str) -> None:
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.equal(t.nan_to_num(), other[name].nan_to_num()) for name, t in one.items())
+    return set(one) == set(other) and all(
+        torch.equal(t.nan_to_num(), other[name].nan_to_num()) for name, t in one.items()
+    )
 
 
 def _count(model: nn.Module) -> int:
@@ -377,5 +449,15 @@ def _count(model: nn.Module) -> int:
 def _text(error: BaseException) -> str:
     """The error in one line, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = next((f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno} {f.name}" for f in reversed(frames) if "fxprune" in f.filename), "")
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{f' [{place}]' if place else ''}"
+    place = next(
+        (
+            f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno} {f.name}"
+            for f in reversed(frames)
+            if "fxprune" in f.filename
+        ),
+        "",
+    )
+    return (
+        f"{type(error).__name__}: "
+        f"{' '.join(str(error).split())[:300]}{f' [{place}]' if place else ''}"
+    )

@@ -9,7 +9,8 @@ from .nodes import Again, Attention, Chunk, Node, Signal, SpecError, Split, Toke
 
 
 class Network:
-    """A network in single-assignment form: value 0 is the input, value ``i`` the output of ``nodes[i - 1]``.
+    """A network in single-assignment form: value 0 is the input, value ``i`` the output of
+    ``nodes[i - 1]``.
 
     Parameters
     ----------
@@ -28,12 +29,15 @@ class Network:
     Examples
     --------
     >>> from tests.specs import Conv, GlobalPool, Linear, Pool
-    >>> net = Network(input=(3, 8, 8), nodes=(Conv(0, out=8), Pool(1), GlobalPool(2), Linear(3, out=5)), outputs=(4,))
+    >>> net = Network(input=(3, 8, 8), nodes=(Conv(0, out=8), Pool(1), GlobalPool(2), Linear(3,
+    ...     out=5)), outputs=(4,))
     >>> build(net)(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 5])
     """
 
-    def __init__(self, *, input: tuple[int, ...], nodes: tuple[Node, ...], outputs: tuple[int, ...]) -> None:
+    def __init__(
+        self, *, input: tuple[int, ...], nodes: tuple[Node, ...], outputs: tuple[int, ...]
+    ) -> None:
         self.input = tuple(input)
         self.nodes = tuple(nodes)
         self.outputs = tuple(outputs)
@@ -59,16 +63,24 @@ class Network:
                 live.add(index)
                 todo.extend(self.nodes[index - 1].inputs if index else ())
         mapping = {old: new for new, old in enumerate(sorted(live | {0}))}
-        nodes = tuple(node.renumbered(mapping) for i, node in enumerate(self.nodes, start=1) if i in live)
-        return Network(input=self.input, nodes=nodes, outputs=tuple(mapping[i] for i in self.outputs))
+        nodes = tuple(
+            node.renumbered(mapping) for i, node in enumerate(self.nodes, start=1) if i in live
+        )
+        return Network(
+            input=self.input, nodes=nodes, outputs=tuple(mapping[i] for i in self.outputs)
+        )
 
     def has(self, *kinds: type[Node]) -> bool:
         return any(isinstance(node, kinds) for node in self.nodes)
 
     @property
     def bit_exact(self) -> bool:
-        """Whether keep-all must give the same bits: yes, unless a composite leaf is taken apart."""
-        return not any(isinstance(node, Attention) and node.style == "module" for node in self.nodes)
+        """Whether keep-all must give the same bits: yes, unless a composite leaf is taken
+        apart.
+        """
+        return not any(
+            isinstance(node, Attention) and node.style == "module" for node in self.nodes
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and repr(self) == repr(other)
@@ -84,7 +96,9 @@ class Network:
         return "\n".join(lines)
 
     def _repr_pretty_(self, printer: object, cycle: bool) -> None:
-        """Hypothesis prints a failing example through this; nested, the lines keep their indentation."""
+        """Hypothesis prints a failing example through this; nested, the lines keep their
+        indentation.
+        """
         lines = repr(self).split("\n")
         for position, line in enumerate(lines):
             if position:
@@ -107,20 +121,30 @@ def infer(node: Node, nodes: tuple[Node, ...] | list[Node], signals: list[Signal
     if first is None or len(first.inputs) != 1:
         raise SpecError(f"{node!r}: value {node.of} has no layer to share")
     before, now = signals[first.inputs[0]], signals[node.x]
-    alike = before == now if isinstance(first, TokenMix) else before.with_channels(1).layout == now.layout
+    alike = (
+        before == now
+        if isinstance(first, TokenMix)
+        else before.with_channels(1).layout == now.layout
+    )
     if not alike or before.channels != now.channels:
         raise SpecError(f"{node!r}: the layer was made for {before}, not {now}")
     return first.infer(now)
 
 
 class SpecModule(nn.Module):
-    """The module of a network: one submodule for each node that owns parameters, named after its kind and value."""
+    """The module of a network: one submodule for each node that owns parameters, named after its
+    kind and value.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         for index, node in enumerate(network.nodes, start=1):
-            module = node.module(*(network.signals[i] for i in node.inputs)) if not isinstance(node, Again) else None
+            module = (
+                node.module(*(network.signals[i] for i in node.inputs))
+                if not isinstance(node, Again)
+                else None
+            )
             if module is not None:
                 self.add_module(self._name(index), module)
 
@@ -140,7 +164,9 @@ class SpecModule(nn.Module):
             layer = getattr(self, self._name(source), None)
             read = (node.x,) if isinstance(node, Again) else node.inputs
             signals = tuple(self.network.signals[i] for i in read)
-            values.append(self.network.nodes[source - 1].forward(layer, signals, *(values[i] for i in read)))
+            values.append(
+                self.network.nodes[source - 1].forward(layer, signals, *(values[i] for i in read))
+            )
         found = tuple(values[i] for i in self.network.outputs)
         return found[0] if len(found) == 1 else found
 
@@ -148,8 +174,9 @@ class SpecModule(nn.Module):
 def build(network: Network, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The network's module, in eval mode, every parameter and buffer random.
 
-    Weights are scaled by fan-in so that values neither vanish nor explode through thirty layers; norm scales lie around
-    one, running variances between 0.5 and 1.5. Torch's own generator is left as it was.
+    Weights are scaled by fan-in so that values neither vanish nor explode through thirty layers;
+    norm scales lie around one, running variances between 0.5 and 1.5. Torch's own generator is
+    left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,7 +187,12 @@ def build(network: Network, *, seed: int = 0, dtype: torch.dtype = torch.float32
                     continue
                 if name.endswith("running_var"):
                     tensor.uniform_(0.5, 1.5)
-                elif tensor.dim() > 1 and min(tensor.shape) > 0 and "gamma" not in name and "token." not in name:
+                elif (
+                    tensor.dim() > 1
+                    and min(tensor.shape) > 0
+                    and "gamma" not in name
+                    and "token." not in name
+                ):
                     tensor.normal_().div_(max(1, tensor[0].numel()) ** 0.5)
                 elif name.endswith(("bias", "running_mean", "token")):
                     tensor.normal_(std=0.3)
@@ -169,7 +201,9 @@ def build(network: Network, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return module.eval()
 
 
-def example(network: Network, *, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def example(
+    network: Network, *, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """A random batch of inputs, shape (batch, *network.input)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, *network.input), generator=generator, dtype=torch.float64).to(dtype)

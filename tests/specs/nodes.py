@@ -1,6 +1,8 @@
-"""The node kinds of a random network: frozen dataclasses that know their shape, their module and their forward.
+"""The node kinds of a random network: frozen dataclasses that know their shape, their module and
+their forward.
 
-A *signal* is what travels between nodes, written without the batch axis. Its layout says what the axes mean:
+A *signal* is what travels between nodes, written without the batch axis. Its layout says what the
+axes mean:
 
 ========  ============  ==============
 layout    axes          channel axis
@@ -11,9 +13,9 @@ tokens    (T, C)        last
 vector    (C,)          last
 ========  ============  ==============
 
-Every node names the values it reads by index: value 0 is the network's input, value ``i`` the output of the i-th node.
-The index fields come first, so that a node prints as a person would write it: ``Conv(3, out=8, kernel=1)``; defaults
-are not printed.
+Every node names the values it reads by index: value 0 is the network's input, value ``i`` the
+output of the i-th node. The index fields come first, so that a node prints as a person would write
+it: ``Conv(3, out=8, kernel=1)``; defaults are not printed.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Signal:
 
     @classmethod
     def of_input(cls, shape: tuple[int, ...]) -> Signal:
-        """The signal of a network input: three axes are an image, two are tokens, one is a vector."""
+        """The signal of a network input: three axes are an image, two are tokens, one is a
+        vector.
+        """
         return cls({3: "chw", 2: "tokens", 1: "vector"}[len(shape)], shape)
 
     @property
@@ -81,14 +85,18 @@ class Signal:
 
 @dataclass(frozen=True, repr=False)
 class Node:
-    """One operation. Subclasses give ``infer``, and ``forward``, and ``module`` where they own parameters."""
+    """One operation. Subclasses give ``infer``, and ``forward``, and ``module`` where they own
+    parameters.
+    """
 
     layouts: ClassVar[tuple[str, ...]] = LAYOUTS
     references: ClassVar[tuple[str, ...]] = ("x",)
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Indices of the values that this node reads, in the order that ``infer`` and ``forward`` take them."""
+        """Indices of the values that this node reads, in the order that ``infer`` and ``forward``
+        take them.
+        """
         found: list[int] = []
         for name in self.references:
             value = getattr(self, name)
@@ -100,7 +108,9 @@ class Node:
         changes: dict[str, object] = {}
         for name in self.references:
             value = getattr(self, name)
-            changes[name] = tuple(mapping[v] for v in value) if isinstance(value, tuple) else mapping[value]
+            changes[name] = (
+                tuple(mapping[v] for v in value) if isinstance(value, tuple) else mapping[value]
+            )
         return dataclasses.replace(self, **changes)
 
     def infer(self, *signals: Signal) -> Signal:
@@ -111,8 +121,12 @@ class Node:
         """A fresh module with this node's parameters, or None for a node that has none."""
         return None
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
-        """Compute the value. ``signals`` are the inputs' shapes as built, for nodes that spell sizes as literals."""
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
+        """Compute the value. ``signals`` are the inputs' shapes as built, for nodes that spell
+        sizes as literals.
+        """
         assert module is not None
         return module(*tensors)
 
@@ -152,7 +166,10 @@ class Conv(Node):
     def infer(self, *signals: Signal) -> Signal:
         self._need_layout(*signals)
         (signal,) = signals
-        self._need(signal.channels % self.groups == 0 and self.out % self.groups == 0, f"groups do not divide {signal}")
+        self._need(
+            signal.channels % self.groups == 0 and self.out % self.groups == 0,
+            f"groups do not divide {signal}",
+        )
         height, width = (-(-side // self.stride) for side in signal.shape[1:])
         return Signal("chw", (self.out, height, width))
 
@@ -184,12 +201,23 @@ class Depthwise(Node):
     def infer(self, *signals: Signal) -> Signal:
         self._need_layout(*signals)
         channels, height, width = signals[0].shape
-        return Signal("chw", (channels * self.multiplier, -(-height // self.stride), -(-width // self.stride)))
+        return Signal(
+            "chw",
+            (channels * self.multiplier, -(-height // self.stride), -(-width // self.stride)),
+        )
 
     def module(self, *signals: Signal) -> nn.Module:
         width = signals[0].channels
         padding = (self.kernel - 1) // 2
-        return nn.Conv2d(width, width * self.multiplier, self.kernel, self.stride, padding, groups=width, bias=self.bias)
+        return nn.Conv2d(
+            width,
+            width * self.multiplier,
+            self.kernel,
+            self.stride,
+            padding,
+            groups=width,
+            bias=self.bias,
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,11 +234,23 @@ class TransposedConv(Node):
     def infer(self, *signals: Signal) -> Signal:
         self._need_layout(*signals)
         (signal,) = signals
-        self._need(signal.channels % self.groups == 0 and self.out % self.groups == 0, f"groups do not divide {signal}")
-        return Signal("chw", (self.out, signal.shape[1] * self.stride, signal.shape[2] * self.stride))
+        self._need(
+            signal.channels % self.groups == 0 and self.out % self.groups == 0,
+            f"groups do not divide {signal}",
+        )
+        return Signal(
+            "chw", (self.out, signal.shape[1] * self.stride, signal.shape[2] * self.stride)
+        )
 
     def module(self, *signals: Signal) -> nn.Module:
-        return nn.ConvTranspose2d(signals[0].channels, self.out, self.stride, self.stride, groups=self.groups, bias=self.bias)
+        return nn.ConvTranspose2d(
+            signals[0].channels,
+            self.out,
+            self.stride,
+            self.stride,
+            groups=self.groups,
+            bias=self.bias,
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,7 +285,9 @@ class TokenMix(Node):
     def module(self, *signals: Signal) -> nn.Module:
         return nn.Linear(signals[0].shape[0], self.out)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         assert module is not None
         return module(tensors[0].transpose(1, 2)).transpose(1, 2)
 
@@ -331,7 +373,9 @@ class Activation(_Shaped):
     x: int
     fn: str = "relu"
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return ACTIVATIONS[self.fn](tensors[0])
 
 
@@ -358,7 +402,11 @@ class Dropout(_Shaped):
 class _Scale(nn.Module):
     def __init__(self, signal: Signal) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(signal.channels, 1, 1) if signal.layout == "chw" else torch.ones(signal.channels))
+        self.gamma = nn.Parameter(
+            torch.ones(signal.channels, 1, 1)
+            if signal.layout == "chw"
+            else torch.ones(signal.channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -430,7 +478,9 @@ class _PackedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv.unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
@@ -449,23 +499,33 @@ class _SeparateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = (layer(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 class _GroupedAttention(nn.Module):
-    """Two query heads (or all of an odd number) on one key and value head; with rotary positions, each head turned by them."""
+    """Two query heads (or all of an odd number) on one key and value head; with rotary positions,
+    each head turned by them.
+    """
 
     def __init__(self, width: int, heads: int, head_dim: int, rotary: bool) -> None:
         super().__init__()
         self.head_dim, self.times = head_dim, 2 if heads % 2 == 0 else heads
         self.q, self.proj = nn.Linear(width, heads * head_dim), nn.Linear(heads * head_dim, width)
-        self.k, self.v = (nn.Linear(width, heads // self.times * head_dim, bias=False) for _ in range(2))
+        self.k, self.v = (
+            nn.Linear(width, heads // self.times * head_dim, bias=False) for _ in range(2)
+        )
         self.register_buffer("frequencies", torch.rand(head_dim // 2) if rotary else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         if self.frequencies is not None:
             q, k = self._turned(q), self._turned(k)
         if self.frequencies is None:
@@ -493,8 +553,10 @@ class _ModuleAttention(nn.Module):
 
 @dataclass(frozen=True, repr=False)
 class Attention(_Shaped):
-    """Self-attention: ``packed`` (one qkv projection), ``separate`` (three), ``module`` (nn.MultiheadAttention), ``grouped``
-    (query heads that share a head of the keys and values) or ``rotary`` (grouped, with rotary positions)."""
+    """Self-attention: ``packed`` (one qkv projection), ``separate`` (three), ``module``
+    (nn.MultiheadAttention), ``grouped`` (query heads that share a head of the keys and values) or
+    ``rotary`` (grouped, with rotary positions).
+    """
 
     x: int
     heads: int = 2
@@ -504,7 +566,10 @@ class Attention(_Shaped):
 
     def infer(self, *signals: Signal) -> Signal:
         if self.style == "module":
-            self._need(signals[0].channels == self.heads * self.head_dim, f"heads x head_dim is not the width of {signals[0]}")
+            self._need(
+                signals[0].channels == self.heads * self.head_dim,
+                f"heads x head_dim is not the width of {signals[0]}",
+            )
         return super().infer(*signals)
 
     def module(self, *signals: Signal) -> nn.Module:
@@ -519,7 +584,9 @@ class Attention(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Recurrent(Node):
-    """A recurrent layer over the tokens: ``lstm`` or ``gru``, in one direction or ``both``, whose results lie side by side."""
+    """A recurrent layer over the tokens: ``lstm`` or ``gru``, in one direction or ``both``, whose
+    results lie side by side.
+    """
 
     x: int
     out: int = 4
@@ -535,7 +602,9 @@ class Recurrent(Node):
         kind = nn.LSTM if self.kind == "lstm" else nn.GRU
         return kind(signals[0].channels, self.out, batch_first=True, bidirectional=self.both)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         assert module is not None
         return module(tensors[0])[0]
 
@@ -552,7 +621,11 @@ def _spread(tensor: Tensor, own: Signal, wide: Signal) -> Tensor:
     """A vector made broadcastable to ``wide``; anything else as it is."""
     if own.layout == wide.layout:
         return tensor
-    return {"chw": tensor[:, :, None, None], "tokens": tensor[:, None], "hwc": tensor[:, None, None]}[wide.layout]
+    return {
+        "chw": tensor[:, :, None, None],
+        "tokens": tensor[:, None],
+        "hwc": tensor[:, None, None],
+    }[wide.layout]
 
 
 @dataclass(frozen=True, repr=False)
@@ -567,7 +640,9 @@ class Add(Node):
         self._need(meets(*signals), f"{signals[0]} does not meet {signals[1]}")
         return signals[0]
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0] + _spread(tensors[1], signals[1], signals[0])
 
 
@@ -584,7 +659,9 @@ class Mul(Node):
         self._need(meets(*signals), f"{signals[0]} does not meet {signals[1]}")
         return signals[0]
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         gate = tensors[1] if self.gate == "none" else ACTIVATIONS[self.gate](tensors[1])
         return tensors[0] * _spread(gate, signals[1], signals[0])
 
@@ -598,10 +675,15 @@ class Concat(Node):
 
     def infer(self, *signals: Signal) -> Signal:
         first = signals[0]
-        self._need(all(s.with_channels(1) == first.with_channels(1) for s in signals), f"{signals} do not line up")
+        self._need(
+            all(s.with_channels(1) == first.with_channels(1) for s in signals),
+            f"{signals} do not line up",
+        )
         return first.with_channels(sum(s.channels for s in signals))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return torch.cat(tensors, dim=signals[0].dim)
 
 
@@ -658,12 +740,18 @@ class Slice(Node):
     stop: int
 
     def infer(self, *signals: Signal) -> Signal:
-        self._need(0 <= self.start < self.stop <= signals[0].channels, f"no such channels in {signals[0]}")
+        self._need(
+            0 <= self.start < self.stop <= signals[0].channels, f"no such channels in {signals[0]}"
+        )
         return signals[0].with_channels(self.stop - self.start)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         (x,) = tensors
-        return x[:, self.start : self.stop] if signals[0].dim == 1 else x[..., self.start : self.stop]
+        return (
+            x[:, self.start : self.stop] if signals[0].dim == 1 else x[..., self.start : self.stop]
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -676,7 +764,9 @@ class Glu(Node):
         self._need(signals[0].channels % 2 == 0, f"no two halves in {signals[0]}")
         return signals[0].with_channels(signals[0].channels // 2)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return F.glu(tensors[0], dim=signals[0].dim)
 
 
@@ -693,7 +783,9 @@ class Shuffle(_Shaped):
         self._need(signals[0].channels % self.groups == 0, f"groups do not divide {signals[0]}")
         return super().infer(*signals)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         (x,) = tensors
         if self.style == "function":
             return F.channel_shuffle(x, self.groups)
@@ -708,7 +800,9 @@ class Flip(_Shaped):
 
     x: int
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0].flip(signals[0].dim)
 
 
@@ -719,7 +813,9 @@ class Roll(_Shaped):
     x: int
     shift: int = 1
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return torch.roll(tensors[0], self.shift, signals[0].dim)
 
 
@@ -734,7 +830,9 @@ class PadChannels(Node):
     def infer(self, *signals: Signal) -> Signal:
         return signals[0].with_channels(signals[0].channels + self.before + self.after)
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         behind = len(signals[0].shape) - signals[0].dim
         return F.pad(tensors[0], (0, 0) * behind + (self.before, self.after))
 
@@ -751,7 +849,9 @@ class Flatten(Node):
         self._need_layout(*signals)
         return Signal("vector", (math.prod(signals[0].shape),))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         (x,) = tensors
         if self.style == "flatten":
             return x.flatten(1)
@@ -772,7 +872,9 @@ class Permute(Node):
         a, b, c = signals[0].shape
         return Signal("hwc", (b, c, a)) if signals[0].layout == "chw" else Signal("chw", (c, a, b))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0].permute((0, 2, 3, 1) if signals[0].layout == "chw" else (0, 3, 1, 2))
 
 
@@ -788,7 +890,9 @@ class Tokens(Node):
         channels, height, width = signals[0].shape
         return Signal("tokens", (height * width, channels))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0].flatten(2).transpose(1, 2)
 
 
@@ -806,8 +910,14 @@ class Image(Node):
         self._need(tokens % self.height == 0, f"height does not divide {signals[0]}")
         return Signal("chw", (channels, self.height, tokens // self.height))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
-        return tensors[0].transpose(1, 2).unflatten(2, (self.height, signals[0].shape[0] // self.height))
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
+        return (
+            tensors[0]
+            .transpose(1, 2)
+            .unflatten(2, (self.height, signals[0].shape[0] // self.height))
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -823,7 +933,9 @@ class PixelShuffle(Node):
         self._need(channels % 4 == 0, f"four does not divide the channels of {signals[0]}")
         return Signal("chw", (channels // 4, 2 * height, 2 * width))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return F.pixel_shuffle(tensors[0], 2)
 
 
@@ -840,7 +952,9 @@ class PixelUnshuffle(Node):
         self._need(height % 2 == 0 and width % 2 == 0, f"odd sides in {signals[0]}")
         return Signal("chw", (4 * channels, height // 2, width // 2))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return F.pixel_unshuffle(tensors[0], 2)
 
 
@@ -856,7 +970,9 @@ class Pad(Node):
         self._need_layout(*signals)
         return signals[0].with_space(*(side + 2 * self.amount for side in signals[0].shape[1:]))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return F.pad(tensors[0], (self.amount,) * 4)
 
 
@@ -876,7 +992,9 @@ class Pool(Node):
         self._need(min(signals[0].shape[1:]) >= 2, f"nothing to halve in {signals[0]}")
         return signals[0].with_space(*(side // 2 for side in signals[0].shape[1:]))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         if self.mode == "adaptive":
             return F.adaptive_avg_pool2d(tensors[0], [side // 2 for side in signals[0].shape[1:]])
         return (F.max_pool2d if self.mode == "max" else F.avg_pool2d)(tensors[0], 2)
@@ -895,7 +1013,9 @@ class GlobalPool(Node):
         self._need(self.style == "mean" or signals[0].layout == "chw", f"cannot pool {signals[0]}")
         return Signal("vector", (signals[0].channels,))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         (x,) = tensors
         if self.style == "adaptive":
             return F.adaptive_avg_pool2d(x, 1).flatten(1)
@@ -914,7 +1034,9 @@ class Upsample(Node):
         self._need_layout(*signals)
         return signals[0].with_space(*(2 * side for side in signals[0].shape[1:]))
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         if self.mode == "bilinear":
             return F.interpolate(tensors[0], scale_factor=2, mode="bilinear", align_corners=False)
         return F.interpolate(tensors[0], scale_factor=2)
@@ -922,7 +1044,9 @@ class Upsample(Node):
 
 @dataclass(frozen=True, repr=False)
 class Fit(Node):
-    """Control flow on sizes: a picture whose sides are no multiples is padded until they are, any other one is left alone."""
+    """Control flow on sizes: a picture whose sides are no multiples is padded until they are, any
+    other one is left alone.
+    """
 
     x: int
     multiple: int = 4
@@ -930,9 +1054,13 @@ class Fit(Node):
 
     def infer(self, *signals: Signal) -> Signal:
         self._need_layout(*signals)
-        return signals[0].with_space(*(-(-side // self.multiple) * self.multiple for side in signals[0].shape[1:]))
+        return signals[0].with_space(
+            *(-(-side // self.multiple) * self.multiple for side in signals[0].shape[1:])
+        )
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         height, width = tensors[0].shape[-2:]
         down, right = (self.multiple - side % self.multiple for side in (height, width))
         if down < self.multiple or right < self.multiple:
@@ -946,7 +1074,9 @@ class Softmax(_Shaped):
 
     x: int
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0].softmax(signals[0].dim)
 
 
@@ -956,7 +1086,9 @@ class Centre(_Shaped):
 
     x: int
 
-    def forward(self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
+    ) -> Tensor:
         return tensors[0] - tensors[0].mean(signals[0].dim, keepdim=True)
 
 

@@ -1,10 +1,11 @@
 """The Hypothesis strategy that draws networks.
 
-What Hypothesis draws is a list of *steps*: a kind, how far back to look for a value that it fits, and one number that
-holds the kind's choices. Laying the steps out as nodes draws nothing more, and a step that fits nowhere is left out. So
-every step can be dropped or made smaller without disturbing what the others mean, and there is little to try: that is
-what lets a failure shrink to a network that a person can read. Widths come from a palette of two per network, so that
-residual sums and gates find partners.
+What Hypothesis draws is a list of *steps*: a kind, how far back to look for a value that it fits,
+and one number that holds the kind's choices. Laying the steps out as nodes draws nothing more, and
+a step that fits nowhere is left out. So every step can be dropped or made smaller without
+disturbing what the others mean, and there is little to try: that is what lets a failure shrink to
+a network that a person can read. Widths come from a palette of two per network, so that residual
+sums and gates find partners.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ MAX_SIDE = 12
 MAX_TOKENS = 150
 MAX_PRODUCTS = 2  # products without a bounded gate square the magnitudes; a few are enough
 
-#: How often a kind stands in the list that is sampled from; 2 where it is not named. Kinds that end a picture, or that
-#: rightly pin what comes before them, are rare: most of a network should be something that can be pruned.
+#: How often a kind stands in the list that is sampled from; 2 where it is not named. Kinds that
+#: end a picture, or that rightly pin what comes before them, are rare: most of a network should be
+#: something that can be pruned.
 WEIGHTS: dict[type[Node], int] = {
     n.Conv: 16,
     n.Linear: 8,
@@ -83,8 +85,13 @@ class Draft:
         return len(self.nodes)
 
     def loose_first(self, keep: Callable[[int], bool]) -> list[int]:
-        """Values that pass ``keep``: those that nothing reads yet come first, the newest first among them."""
-        return sorted((i for i in range(self.oldest, len(self.signals)) if keep(i)), key=lambda i: (i in self.used, -i))
+        """Values that pass ``keep``: those that nothing reads yet come first, the newest first
+        among them.
+        """
+        return sorted(
+            (i for i in range(self.oldest, len(self.signals)) if keep(i)),
+            key=lambda i: (i in self.used, -i),
+        )
 
     def partners(self, x: int) -> list[int]:
         """Values that meet ``x`` elementwise."""
@@ -97,7 +104,10 @@ class Draft:
 
         def fits(i: int) -> bool:
             there = self.signals[i]
-            return there.with_channels(1) == here.with_channels(1) and here.channels + there.channels <= most
+            return (
+                there.with_channels(1) == here.with_channels(1)
+                and here.channels + there.channels <= most
+            )
 
         return self.loose_first(fits)
 
@@ -116,7 +126,8 @@ class Draft:
 
 
 class Picker:
-    """Takes a step's number apart, one digit for each choice, in the base of however many options there are.
+    """Takes a step's number apart, one digit for each choice, in the base of however many options
+    there are.
 
     >>> pick = Picker(5)
     >>> pick("a", "b"), pick("a", "b", "c"), pick("a", "b")
@@ -137,7 +148,9 @@ def _divisors(*numbers: int) -> list[int]:
 
 
 def _chunks(here: Signal) -> list[int]:
-    """Numbers of equal chunks that leave more than one channel in each: after width 1 there is nothing to prune."""
+    """Numbers of equal chunks that leave more than one channel in each: after width 1 there is
+    nothing to prune.
+    """
     return [d for d in (2, 3, 4) if here.channels % d == 0 and here.channels > d]
 
 
@@ -182,12 +195,17 @@ def _transposed(pick: Picker, draft: Draft, x: int) -> Node:
 def _depthwise(pick: Picker, draft: Draft, x: int) -> Node:
     here = draft.signals[x]
     multiplier = pick(*[m for m in (1, 2, 3) if here.channels * m <= MAX_WIDTH])
-    return n.Depthwise(x, multiplier=multiplier, stride=pick(*_strides(here)), bias=pick(True, False))
+    return n.Depthwise(
+        x, multiplier=multiplier, stride=pick(*_strides(here)), bias=pick(True, False)
+    )
 
 
 def _split(pick: Picker, draft: Draft, x: int) -> Node:
     """Another part of an earlier split of the same value, or two or three new parts."""
-    fresh, earlier = pick(True, False), [node for node in draft.nodes if isinstance(node, n.Split) and node.x == x]
+    fresh, earlier = (
+        pick(True, False),
+        [node for node in draft.nodes if isinstance(node, n.Split) and node.x == x],
+    )
     if earlier and not fresh:
         return n.Split(x, sizes=earlier[-1].sizes, part=pick(*range(len(earlier[-1].sizes))))
     total = draft.signals[x].channels
@@ -223,22 +241,33 @@ def _concat(pick: Picker, draft: Draft, x: int) -> Node:
 def _mul(pick: Picker, draft: Draft, x: int) -> Node:
     products = sum(isinstance(node, n.Mul) and node.gate == "none" for node in draft.nodes)
     other = pick(*draft.partners(x))
-    return n.Mul(x, other, gate=pick(*("sigmoid", "tanh", "none")[: 3 if products < MAX_PRODUCTS else 2]))
+    return n.Mul(
+        x, other, gate=pick(*("sigmoid", "tanh", "none")[: 3 if products < MAX_PRODUCTS else 2])
+    )
 
 
 def _attention(pick: Picker, draft: Draft, x: int) -> Node:
-    width, style = draft.signals[x].channels, pick("packed", "separate", "module", "grouped", "rotary")
+    width, style = (
+        draft.signals[x].channels,
+        pick("packed", "separate", "module", "grouped", "rotary"),
+    )
     heads = pick(*(reversed(_divisors(width)) if style == "module" else (2, 1, 3, 4)))
-    head_dim = width // heads if style == "module" else pick(4, 2) if style == "rotary" else pick(4, 2, 3)
+    head_dim = (
+        width // heads if style == "module" else pick(4, 2) if style == "rotary" else pick(4, 2, 3)
+    )
     return n.Attention(x, heads=heads, head_dim=head_dim, style=style)
 
 
 def _global_pool(pick: Picker, draft: Draft, x: int) -> Node:
-    return n.GlobalPool(x, style=pick("mean", "adaptive") if draft.signals[x].layout == "chw" else "mean")
+    return n.GlobalPool(
+        x, style=pick("mean", "adaptive") if draft.signals[x].layout == "chw" else "mean"
+    )
 
 
 def _shuffle(pick: Picker, draft: Draft, x: int) -> Node:
-    return n.Shuffle(x, groups=pick(*_divisors(draft.signals[x].channels)[1:]), style=pick("shape", "function"))
+    return n.Shuffle(
+        x, groups=pick(*_divisors(draft.signals[x].channels)[1:]), style=pick("shape", "function")
+    )
 
 
 MAKE: dict[type[Node], Callable[[Picker, Draft, int], Node]] = {
@@ -255,15 +284,21 @@ MAKE: dict[type[Node], Callable[[Picker, Draft, int], Node]] = {
     n.Shuffle: _shuffle,
     n.Linear: lambda pick, draft, x: n.Linear(x, out=pick(*draft.widths), bias=pick(True, False)),
     n.TokenMix: lambda pick, draft, x: n.TokenMix(x, out=pick(*draft.widths)),
-    n.Recurrent: lambda pick, draft, x: n.Recurrent(x, out=pick(4, 6), kind=pick("lstm", "gru"), both=pick(False, True)),
+    n.Recurrent: lambda pick, draft, x: n.Recurrent(
+        x, out=pick(4, 6), kind=pick("lstm", "gru"), both=pick(False, True)
+    ),
     n.Fit: lambda pick, draft, x: n.Fit(x, multiple=pick(4, 3)),
     n.Activation: lambda pick, draft, x: n.Activation(x, fn=pick(*n.ACTIVATIONS)),
     n.Add: lambda pick, draft, x: n.Add(x, pick(*draft.partners(x))),
     n.Again: lambda pick, draft, x: n.Again(x, of=pick(*draft.layers(x))),
-    n.GroupNorm: lambda pick, draft, x: n.GroupNorm(x, groups=pick(*_divisors(draft.signals[x].channels))),
+    n.GroupNorm: lambda pick, draft, x: n.GroupNorm(
+        x, groups=pick(*_divisors(draft.signals[x].channels))
+    ),
     n.SqueezeExcite: lambda pick, draft, x: n.SqueezeExcite(x, hidden=pick(4, 2)),
     n.Roll: lambda pick, draft, x: n.Roll(x, shift=pick(1, 2)),
-    n.PadChannels: lambda pick, draft, x: n.PadChannels(x, before=pick(0, 1, 2), after=pick(1, 0, 2)),
+    n.PadChannels: lambda pick, draft, x: n.PadChannels(
+        x, before=pick(0, 1, 2), after=pick(1, 0, 2)
+    ),
     n.Flatten: lambda pick, draft, x: n.Flatten(x, style=pick("flatten", "view", "literal")),
     n.Image: lambda pick, draft, x: n.Image(x, height=pick(*_heights(draft.signals[x]))),
     n.Pool: lambda pick, draft, x: n.Pool(x, mode=pick("max", "avg", "adaptive")),
@@ -294,14 +329,20 @@ FITS: dict[type[Node], Callable[[Draft, int, Signal], bool]] = {
     n.Fit: lambda draft, x, here: max(here.shape[1:]) + 2 <= MAX_SIDE,
     n.Pad: lambda draft, x, here: max(here.shape[1:]) + 2 <= MAX_SIDE,
     n.Upsample: lambda draft, x, here: _grows(here),
-    n.PixelShuffle: lambda draft, x, here: here.channels % 4 == 0 and here.channels > 4 and _grows(here),
-    n.PixelUnshuffle: lambda draft, x, here: here.channels * 4 <= MAX_WIDTH and all(side % 2 == 0 for side in here.shape[1:]),
+    n.PixelShuffle: lambda draft, x, here: (
+        here.channels % 4 == 0 and here.channels > 4 and _grows(here)
+    ),
+    n.PixelUnshuffle: lambda draft, x, here: (
+        here.channels * 4 <= MAX_WIDTH and all(side % 2 == 0 for side in here.shape[1:])
+    ),
 }
 """Kinds that are not here fit every value of their layouts."""
 
 
 def lay(draft: Draft, step: Step) -> None:
-    """Append the node that a step describes, reading the newest values that it fits; nothing if it fits none."""
+    """Append the node that a step describes, reading the newest values that it fits; nothing if it
+    fits none.
+    """
     fits = FITS.get(step.kind, lambda *_: True)
     found: list[int] = []
     for i in range(len(draft.signals) - 1, draft.oldest - 1, -1):
@@ -317,7 +358,9 @@ def lay(draft: Draft, step: Step) -> None:
 
 
 def join(draft: Draft, max_nodes: int, without: Sequence[int]) -> None:
-    """Pool and concatenate what nothing reads and put a linear layer on it: no node is lost, no loose end pinned."""
+    """Pool and concatenate what nothing reads and put a linear layer on it: no node is lost, no
+    loose end pinned.
+    """
     vectors: list[int] = []
     total = 0
     for i in draft.loose_first(lambda i: i > 0 and i not in draft.used and i not in without):
@@ -327,11 +370,17 @@ def join(draft: Draft, max_nodes: int, without: Sequence[int]) -> None:
             vectors.append(draft.add(n.GlobalPool(i)) if pooled else i)
             total += here.channels
     if vectors:
-        draft.add(n.Linear(draft.add(n.Concat(tuple(vectors))) if len(vectors) > 1 else vectors[0], out=4))
+        draft.add(
+            n.Linear(
+                draft.add(n.Concat(tuple(vectors))) if len(vectors) > 1 else vectors[0], out=4
+            )
+        )
 
 
 def steps(kinds: Sequence[type[Node]], max_size: int) -> SearchStrategy[list[Step]]:
-    """Lists of steps, every draw named. Four lists end to end, because one list alone is seldom long."""
+    """Lists of steps, every draw named. Four lists end to end, because one list alone is seldom
+    long.
+    """
     step = st.builds(
         Step,
         kind=st.sampled_from([kind for kind in kinds for _ in range(WEIGHTS.get(kind, 2))]),
@@ -339,14 +388,21 @@ def steps(kinds: Sequence[type[Node]], max_size: int) -> SearchStrategy[list[Ste
         choices=st.integers(0, 2**16 - 1),
     )
     stretch = st.lists(step, max_size=-(-max_size // 3))
-    return st.tuples(*[stretch] * 4).map(lambda parts: [step for part in parts for step in part][:max_size])
+    return st.tuples(*[stretch] * 4).map(
+        lambda parts: [step for part in parts for step in part][:max_size]
+    )
 
 
 @st.composite
 def networks(
-    draw: DrawFn, *, max_nodes: int = 30, without: tuple[type[Node], ...] = (), only: tuple[type[Node], ...] = KINDS
+    draw: DrawFn,
+    *,
+    max_nodes: int = 30,
+    without: tuple[type[Node], ...] = (),
+    only: tuple[type[Node], ...] = KINDS,
 ) -> Network:
-    """Networks of one to ``max_nodes`` nodes with small sizes, each as a spec that prints as Python source.
+    """Networks of one to ``max_nodes`` nodes with small sizes, each as a spec that prints as
+    Python source.
 
     ``without`` names kinds that are not drawn, ``only`` those that are.
 
@@ -359,12 +415,17 @@ def networks(
         outputs=(1,),
     )
     """
-    layout = draw(st.sampled_from(("chw", "chw", "chw", "tokens", "chw", "vector", "tokens")), label="input layout")
+    layout = draw(
+        st.sampled_from(("chw", "chw", "chw", "tokens", "chw", "vector", "tokens")),
+        label="input layout",
+    )
     width = draw(st.sampled_from((3, 4, 8)), label="input channels")
     side = draw(st.sampled_from((4, 8, 6, 5)), label="input side")
     shape = {"chw": (width, side, side), "tokens": (side, width), "vector": (width,)}[layout]
     widths = draw(st.tuples(*[st.sampled_from(WIDTHS)] * 2), label="widths")
-    stem = draw(st.sampled_from((False, True, True)), label="a first layer, the only one to read the input")
+    stem = draw(
+        st.sampled_from((False, True, True)), label="a first layer, the only one to read the input"
+    )
     joined = draw(st.sampled_from((False, True, True)), label="a head over all loose ends")
     further = draw(st.sampled_from((0, 0, 0, 1, 2)), label="further outputs")
 
@@ -381,4 +442,6 @@ def networks(
     if joined:
         join(draft, max_nodes, without=outputs)
         last = len(draft.nodes)
-    return Network(input=shape, nodes=tuple(draft.nodes), outputs=(last, *outputs)).with_live_nodes()
+    return Network(
+        input=shape, nodes=tuple(draft.nodes), outputs=(last, *outputs)
+    ).with_live_nodes()

@@ -1,10 +1,13 @@
-"""Calls of torch's functions inside of a small model, each in a process of its own: ``python -m tests.support.callables``.
+"""Calls of torch's functions inside of a small model, each in a process of its own: ``python -m
+tests.support.callables``.
 
-Every public callable of torch, torch.special, torch.linalg, torch.fft, torch.func and torch.nn.functional is called on activations,
-in each of a few ways that work on plain tensors, one of them under vmap. The model around it is pruned. Whatever becomes of it
-(pruned exactly, in parts, or refused), the process lives, and only errors of fxprune's own come out.
+Every public callable of torch, torch.special, torch.linalg, torch.fft, torch.func and
+torch.nn.functional is called on activations, in each of a few ways that work on plain tensors, one
+of them under vmap. The model around it is pruned. Whatever becomes of it (pruned exactly, in
+parts, or refused), the process lives, and only errors of fxprune's own come out.
 
-All processes are forked from one that has loaded everything already: each takes a fraction of a second.
+All processes are forked from one that has loaded everything already: each takes a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -53,11 +56,26 @@ WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 # What acts on the process (its threads, files, devices, defaults) and not on a tensor.
-_GLOBAL = ("set_", "seed", "manual_seed", "save", "load", "compile", "_", "use_deterministic", "init_", "fork", "wait", "export")
+_GLOBAL = (
+    "set_",
+    "seed",
+    "manual_seed",
+    "save",
+    "load",
+    "compile",
+    "_",
+    "use_deterministic",
+    "init_",
+    "fork",
+    "wait",
+    "export",
+)
 
 
 class Around(nn.Module):
-    """Two layers with a call in between, of whose result the floating-point part is added to what goes on."""
+    """Two layers with a call in between, of whose result the floating-point part is added to what
+    goes on.
+    """
 
     def __init__(self, call: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -93,20 +111,28 @@ def ways(name: str) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
 
 
 def outcomes(name: str) -> dict[str, str]:
-    """What becomes of each call of a function, each in a process of its own, and so is the choice of the calls."""
+    """What becomes of each call of a function, each in a process of its own, and so is the choice
+    of the calls.
+    """
     loaded()
     texts = apart(lambda: json.dumps([text for text, _ in ways(name)]))
     if not texts.startswith("["):
         return {"": texts}
     place, _, own = name.rpartition(".")
     function = getattr(SPACES[place], own)
-    return {text: apart(lambda text=text: outcome(functools.partial(WAYS[text], function))) for text in json.loads(texts)}
+    return {
+        text: apart(lambda text=text: outcome(functools.partial(WAYS[text], function)))
+        for text in json.loads(texts)
+    }
 
 
 def outcome(call: Callable[[Tensor], Any]) -> str:
-    """What becomes of a model with this call, in a word, and after a colon more of it: one of :data:`ALLOWED`, or what is wrong."""
+    """What becomes of a model with this call, in a word, and after a colon more of it: one of
+    :data:`ALLOWED`, or what is wrong.
+    """
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written holds no numbers
+    # memory that nobody has written holds no numbers
+    torch.use_deterministic_algorithms(True, warn_only=True)
     model, x = Around(call).eval(), torch.randn(2, 4)
     try:
         pruned = fxprune.prune(model, x, channels=0.5)
@@ -127,7 +153,8 @@ def outcome(call: Callable[[Tensor], Any]) -> str:
 UNPROVED = {
     "random": "random",
     "not finite": "finite",
-    "original fails": "the original itself fails",  # on the values that verify draws: probabilities, matrices that can be inverted
+    # on the values that verify draws: probabilities, matrices that can be inverted
+    "original fails": "the original itself fails",
 }
 """Where there is nothing to compare, and which words of verify's say so."""
 
@@ -169,7 +196,9 @@ def apart(call: Callable[[], str], seconds: float = 120.0) -> str:
 
 @functools.cache
 def loaded() -> None:
-    """Load what pruning and verifying load, once for all processes that are forked from this one; none of it has run here."""
+    """Load what pruning and verifying load, once for all processes that are forked from this one;
+    none of it has run here.
+    """
 
     def modules() -> str:
         before = {*sys.modules}

@@ -1,8 +1,10 @@
-"""One check for every module: prune it, and see that the result is exact, small, alive and took nothing from the user.
+"""One check for every module: prune it, and see that the result is exact, small, alive and took
+nothing from the user.
 
-Two references are used. `fxprune.verify` is the project's own; `masked` is independent of it: parameters are drawn at
-random, so every number is unique, and an element of the original was removed exactly if its value no longer occurs in
-the emitted model. Neither the plan nor the coupling is consulted.
+Two references are used. `fxprune.verify` is the project's own; `masked` is independent of it:
+parameters are drawn at random, so every number is unique, and an element of the original was
+removed exactly if its value no longer occurs in the emitted model. Neither the plan nor the
+coupling is consulted.
 """
 
 import copy
@@ -23,14 +25,18 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` the way `fxprune.prune` reads `inputs`: a tensor, positional arguments or keyword arguments."""
+    """Run `model` the way `fxprune.prune` reads `inputs`: a tensor, positional arguments or
+    keyword arguments.
+    """
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def nesting(structure: Any) -> Any:
-    """How an output is nested. An OrderedDict counts as a dict: a graph has no other word for it."""
+    """How an output is nested. An OrderedDict counts as a dict: a graph has no other word for
+    it.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -47,7 +53,9 @@ def tensors(structure: Any) -> list[Tensor]:
 
 def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """`inputs` with floating tensors cast; indices stay what they are."""
-    return pytree.tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs)
+    return pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs
+    )
 
 
 def count(model: nn.Module) -> int:
@@ -56,10 +64,12 @@ def count(model: nn.Module) -> int:
 
 
 def randomise(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Draw every parameter and every statistic of `model` anew, in place, and return it in `dtype`.
+    """Draw every parameter and every statistic of `model` anew, in place, and return it in
+    `dtype`.
 
-    Weights get the scale of a usual initialisation. Scales and biases are moved away from 1 and 0, because a wrong
-    slice of a constant cannot be seen. Masks and tables (buffers not named like a statistic) stay.
+    Weights get the scale of a usual initialisation. Scales and biases are moved away from 1 and 0,
+    because a wrong slice of a constant cannot be seen. Masks and tables (buffers not named like a
+    statistic) stay.
     """
     model.to(dtype)
     with torch.no_grad():
@@ -77,12 +87,16 @@ def randomise(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module
 
 
 def relative_error(output: Any, reference: Any) -> float:
-    """`||output - reference|| / ||reference||`, the largest over the tensors of a nested output."""
+    """`||output - reference|| / ||reference||`, the largest over the tensors of a nested
+    output.
+    """
     assert nesting(output) == nesting(reference), "the outputs are nested differently"
     worst = 0.0
     for out, ref in zip(tensors(output), tensors(reference), strict=True):
         assert out.shape == ref.shape, f"output {tuple(out.shape)}, reference {tuple(ref.shape)}"
-        assert torch.isfinite(ref).all(), "the reference is not finite: the test model is badly scaled"
+        assert torch.isfinite(ref).all(), (
+            "the reference is not finite: the test model is badly scaled"
+        )
         assert torch.isfinite(out).all(), "the output is not finite"
         if not ref.is_floating_point():  # an argmax
             assert torch.equal(out, ref)
@@ -94,7 +108,9 @@ def relative_error(output: Any, reference: Any) -> float:
 
 
 def masked(model: nn.Module, pruned: nn.Module) -> nn.Module:
-    """A copy of `model` with every parameter element zeroed that does not occur in `pruned`. See the file's head."""
+    """A copy of `model` with every parameter element zeroed that does not occur in `pruned`. See
+    the file's head.
+    """
     reference = copy.deepcopy(model)
     kept = dict(pruned.named_parameters()) | dict(pruned.named_buffers())
     with torch.no_grad():
@@ -126,24 +142,41 @@ def snapshot(model: nn.Module) -> Snapshot:
     return Snapshot(
         state={name: value.detach().clone() for name, value in everything.items()},
         identities={name: id(value) for name, value in everything.items()},
-        pointers={name: value.data_ptr() for name, value in everything.items() if value.device.type != "meta"},
+        pointers={
+            name: value.data_ptr()
+            for name, value in everything.items()
+            if value.device.type != "meta"
+        },
         formats={
-            name: (value.dtype, value.device, value.requires_grad, value.stride(), value.grad is None)
+            name: (
+                value.dtype,
+                value.device,
+                value.requires_grad,
+                value.stride(),
+                value.grad is None,
+            )
             for name, value in everything.items()
         },
         modes={name: module.training for name, module in modules.items()},
         classes={name: type(module) for name, module in modules.items()},
         hooks={
-            name: (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            name: (
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                len(module._backward_hooks),
+            )
             for name, module in modules.items()
         },
-        # `_is_hf_initialized`-like leftovers count too: what a trace pokes onto a module, the user finds there.
+        # `_is_hf_initialized`-like leftovers count too: what a trace pokes onto a module, the user
+        # finds there.
         attributes={name: tuple(sorted(vars(module))) for name, module in modules.items()},
     )
 
 
 def assert_unharmed(model: nn.Module, before: Snapshot) -> None:
-    """Raise unless `model` is bit for bit what it was at `before`: values, objects, storage, mode, classes, hooks."""
+    """Raise unless `model` is bit for bit what it was at `before`: values, objects, storage, mode,
+    classes, hooks.
+    """
     after = snapshot(model)
     for name, value in before.state.items():
         same = value.device.type == "meta" or torch.equal(_bits(value), _bits(after.state[name]))
@@ -154,8 +187,17 @@ def assert_unharmed(model: nn.Module, before: Snapshot) -> None:
 
 def _bits(value: Tensor) -> Tensor:
     """`value` as integers, so that NaN equals NaN and 0.0 differs from -0.0."""
-    sizes: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return value if value.is_quantized else value.contiguous().reshape(-1).view(sizes[value.element_size()])
+    sizes: dict[int, torch.dtype] = {
+        1: torch.uint8,
+        2: torch.int16,
+        4: torch.int32,
+        8: torch.int64,
+    }
+    return (
+        value
+        if value.is_quantized
+        else value.contiguous().reshape(-1).view(sizes[value.element_size()])
+    )
 
 
 def check_exact(
@@ -174,10 +216,12 @@ def check_exact(
         model: changed in place: randomised, cast to float64, set to eval.
         inputs: example inputs, as `fxprune.prune` takes them.
         channels: the share of units that every group keeps.
-        at_most: the share of parameters that may be left. Without it, pinning everything would pass.
-        zeroable: whether the original with zeros is a reference at all. It is not where statistics go over the
-            surviving channels (LayerNorm, GroupNorm, RMSNorm, weight standardisation), nor where a zeroed filter is
-            divided by its own norm (weight_norm). Those rest on `fxprune.verify` alone.
+        at_most: the share of parameters that may be left. Without it, pinning everything would
+            pass.
+        zeroable: whether the original with zeros is a reference at all. It is not where statistics
+            go over the surviving channels (LayerNorm, GroupNorm, RMSNorm, weight standardisation),
+            nor where a zeroed filter is divided by its own norm (weight_norm). Those rest on
+            `fxprune.verify` alone.
         batches: gives inputs of a batch size; tried at 1, 2 and 5.
         options: passed on to `fxprune.prune`.
 
@@ -193,15 +237,23 @@ def check_exact(
     assert check.error <= TOLERANCE, f"relative error {check.error:.2e}"
 
     left = count(pruned.model) / count(model)
-    assert left <= at_most, f"{left:.3f} of the parameters are left, expected {at_most:.3f}\n{_why(model, inputs)}"
+    assert left <= at_most, (
+        f"{left:.3f} of the parameters are left, expected {at_most:.3f}\n{_why(model, inputs)}"
+    )
 
     reference = masked(model, pruned.model) if zeroable else None
-    for example in [inputs] if batches is None else [as_dtype(batches(size), torch.float64) for size in (1, 2, 5)]:
+    for example in (
+        [inputs]
+        if batches is None
+        else [as_dtype(batches(size), torch.float64) for size in (1, 2, 5)]
+    ):
         with torch.no_grad():
             output, original = call(pruned.model, example), call(reference or model, example)
         if reference is not None:
             error = relative_error(output, original)
-            assert error <= TOLERANCE, f"relative error {error:.2e} against the original with zeros"
+            assert error <= TOLERANCE, (
+                f"relative error {error:.2e} against the original with zeros"
+            )
         assert [out.shape for out in tensors(output)] == [out.shape for out in tensors(original)]
         assert all(torch.isfinite(out).all() for out in tensors(output))
         assert nesting(output) == nesting(original)

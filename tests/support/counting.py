@@ -1,4 +1,6 @@
-"""A second count of multiply-accumulates: kernel by kernel, each against torch's own formula where this torch has one."""
+"""A second count of multiply-accumulates: kernel by kernel, each against torch's own formula where
+this torch has one.
+"""
 
 from typing import Any
 
@@ -8,9 +10,13 @@ from fxprune.cost import MacCounter
 
 
 class CheckedCounter(MacCounter):
-    """Counts what runs below it. A formula of torch's that says another number fails on the spot."""
+    """Counts what runs below it. A formula of torch's that says another number fails on the
+    spot.
+    """
 
-    def macs_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+    def macs_of(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> int | None:
         macs = super().macs_of(func, args, kwargs, out)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:

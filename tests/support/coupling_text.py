@@ -1,9 +1,9 @@
 """How one op couples its operands, as one line of text.
 
-``linear: (i,j),(k,j),(k)->(i,k)`` reads like an einsum: a letter is an axis, a letter that stands twice is united, the first
-one wins.
+``linear: (i,j),(k,j),(k)->(i,k)`` reads like an einsum: a letter is an axis, a letter that stands
+twice is united, the first one wins.
 
-======================  ==================================================================================================
+======================  ========================================================================
 ``i``, ``j``, ...       the units of an operand's axis, in order
 ``a``, ``b``, ...       units of a dimension that a literal made (``expand``, ``zeros``, padding)
 ``5``                   a dimension (or stretch) of fixed size: nothing removable
@@ -15,8 +15,9 @@ one wins.
 ``i1,i2``               the units of one axis, spread over two dimensions, row by row
 ``[i j]``               two labels on each position, that lie in no such order
 ``i~``                  removed elements are not exactly zero here
-``with (i1!,i2)``       survivors must form a rectangle; ``!``: this side of it cannot shrink; ``*``: and their order counts
-======================  ==================================================================================================
+``with (i1!,i2)``       survivors must form a rectangle; ``!``: this side of it cannot shrink;
+                        ``*``: and their order counts
+======================  ========================================================================
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ PINNED = -1
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that an op is tried on. ``kind``: labelled (every axis), weight (labelled when it is met), constant (no labels)."""
+    """A tensor that an op is tried on. ``kind``: labelled (every axis), weight (labelled when it
+    is met), constant (no labels).
+    """
 
     shape: tuple[int, ...]
     kind: str
@@ -68,7 +71,9 @@ def constant(*shape: int, dtype: torch.dtype = torch.float32) -> Operand:
 
 @dataclass(frozen=True)
 class Seen:
-    """The coupling's text, and the ATen ops that were executed: their names, and the registry entries that served them."""
+    """The coupling's text, and the ATen ops that were executed: their names, and the registry
+    entries that served them.
+    """
 
     text: str
     executed: frozenset[str]
@@ -76,7 +81,9 @@ class Seen:
 
 
 def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: Any = None) -> Seen:
-    """Run a function on labels. ``operands`` may nest :class:`Operand` in lists; anything else is passed as it is."""
+    """Run a function on labels. ``operands`` may nest :class:`Operand` in lists; anything else is
+    passed as it is.
+    """
     context = Context()
     context.units = units = _RecordedUnits()
     context.node, context.target = "op", target
@@ -88,14 +95,19 @@ def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: An
             return leaf
         tensor = leaf.tensor
         if leaf.kind != "constant":
-            context.parameter(tensor, f"operand{len(given)}", tuple(next(number) for _ in leaf.shape))
+            context.parameter(
+                tensor, f"operand{len(given)}", tuple(next(number) for _ in leaf.shape)
+            )
         if leaf.kind == "labelled":
             context.fields(tensor)
         given.append((leaf, tensor))
         return tensor
 
     mode = _RecordedMode(context)
-    with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        torch.inference_mode(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         arguments = tree_map(make, list(operands))
         with mode:
             out = function(*arguments)
@@ -106,7 +118,9 @@ def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: An
     text = _Text(context, units)
     left = ",".join(text.operand(operand, tensor) for operand, tensor in given)
     right = ",".join(text.result(result) for result in results)
-    return Seen(f"{left}->{right}{text.conditions()}", frozenset(mode.executed), frozenset(mode.served))
+    return Seen(
+        f"{left}->{right}{text.conditions()}", frozenset(mode.executed), frozenset(mode.served)
+    )
 
 
 class _RecordedUnits(Units):
@@ -133,13 +147,21 @@ class _RecordedMode(LabelMode):
         self.executed.add(name)
         rule = rules.find(func)
         if rule is not None:
-            self.served.add(next(n for n in (name, name.removesuffix("_"), "pointwise") if rules.REGISTRY.get(n) is rule))
+            self.served.add(
+                next(
+                    n
+                    for n in (name, name.removesuffix("_"), "pointwise")
+                    if rules.REGISTRY.get(n) is rule
+                )
+            )
         return super()._execute(func, args, kwargs)
 
 
 @dataclass(frozen=True)
 class _Factor:
-    """What one field says of one dimension: ``outer`` copies of ``text``, over ``core`` positions, each ``inner`` times."""
+    """What one field says of one dimension: ``outer`` copies of ``text``, over ``core`` positions,
+    each ``inner`` times.
+    """
 
     outer: int
     text: str
@@ -190,9 +212,16 @@ class _Text:
                 texts = [_axis(labels.shape[d], factors[d]) for d in dims]
                 _, fixed, merged = rectangles.setdefault(",".join(texts), (texts, set(), set()))
                 fixed |= {i for i, d in enumerate(dims) if d in sighting.fixed}
-                merged |= {i for i, d in enumerate(dims) if d in sighting.merged and dims[i - 1] in sighting.merged and i}
+                merged |= {
+                    i
+                    for i, d in enumerate(dims)
+                    if d in sighting.merged and dims[i - 1] in sighting.merged and i
+                }
         full = [
-            "".join(("*" if i in merged else "," if i else "") + t + "!" * (i in fixed) for i, t in enumerate(texts))
+            "".join(
+                ("*" if i in merged else "," if i else "") + t + "!" * (i in fixed)
+                for i, t in enumerate(texts)
+            )
             for texts, fixed, merged in rectangles.values()
         ]
         text = "".join(f" with ({rectangle})" for rectangle in full)
@@ -200,7 +229,12 @@ class _Text:
             ("statistics over", [a for own in self.context.statistics.values() for a in own]),
             ("mean over", [a for own in self.context.rescaled.values() for a in own]),
         ):
-            names = {self._letter(self._run(int(root))) for a in arrays for root in np.unique(self.units.live(a)) if root}
+            names = {
+                self._letter(self._run(int(root)))
+                for a in arrays
+                for root in np.unique(self.units.live(a))
+                if root
+            }
             if names:
                 text += f"; {verb} {','.join(sorted(names))}"
         return text
@@ -216,11 +250,15 @@ class _Text:
         if not dims:
             for d, n in enumerate(shape):
                 if n > 1:
-                    factors[d].append(_Factor(1, "!" if labels.flat[0] == PINNED else "{one}", n, 1))
+                    factors[d].append(
+                        _Factor(1, "!" if labels.flat[0] == PINNED else "{one}", n, 1)
+                    )
             return
         core = labels.reshape([labels.shape[d] for d in dims])
         for d, text in zip(dims, self._spread(core), strict=True):
-            factors[d].append(_Factor(outers[d], text + ("" if zero else "~"), labels.shape[d], inners[d]))
+            factors[d].append(
+                _Factor(outers[d], text + ("" if zero else "~"), labels.shape[d], inners[d])
+            )
 
     def _spread(self, core: Array) -> list[str]:
         if core.ndim == 1:
@@ -241,19 +279,25 @@ class _Text:
         first = int(ranks.flat[0])
         strides = [int(ranks.take(1, axis=d).flat[0]) - first for d in range(core.ndim)]
         grid = np.ogrid[[slice(n) for n in core.shape]]
-        if strides[-1] != 1 or not np.array_equal(ranks - first, sum(grid[d] * s for d, s in enumerate(strides))):
+        if strides[-1] != 1 or not np.array_equal(
+            ranks - first, sum(grid[d] * s for d, s in enumerate(strides))
+        ):
             return None
         texts, limit = [], count
         for d, (n, stride) in enumerate(zip(core.shape, strides, strict=True)):
             start, size = first % limit // stride if limit else 0, limit // max(stride, 1)
             if stride <= 0 or limit % stride or start + n > size:
                 return None
-            texts.append(f"{self._letter(run)}{d + 1}" + ("" if n == size else f"[{start}:{start + n}]"))
+            texts.append(
+                f"{self._letter(run)}{d + 1}" + ("" if n == size else f"[{start}:{start + n}]")
+            )
             limit = stride
         return texts
 
     def _ranks(self, run: int, roots: Array) -> tuple[Array | None, int]:
-        """The numbers of these units among those that began on one axis, and how many those are."""
+        """The numbers of these units among those that began on one axis, and how many those
+        are.
+        """
         start, stop, _ = self.units.runs[run]
         if (roots < start).any() or (roots >= stop).any():
             return None, 0
@@ -268,14 +312,21 @@ class _Text:
             return whole
         n = len(labels)
         for rows in range(2, n // 2 + 1):
-            if n % rows == 0 and (stretch := self._stretch(labels.reshape(rows, -1).T.ravel())) is not None:
+            if (
+                n % rows == 0
+                and (stretch := self._stretch(labels.reshape(rows, -1).T.ravel())) is not None
+            ):
                 return f"{stretch}2*{stretch}1"
         parts, start = [], 0
         while start < n:
             stop = start + 1
             while stop < n and self._stretch(labels[start : stop + 1]) is not None:
                 stop += 1
-            times = next((t for t in range(n - start, 1, -1) if self._repeats(labels[start:], t)), 1) if stop == start + 1 else 1
+            times = (
+                next((t for t in range(n - start, 1, -1) if self._repeats(labels[start:], t)), 1)
+                if stop == start + 1
+                else 1
+            )
             if times > 1:
                 while self._repeats(labels[stop - 1 + times :], times) and self._stretch(
                     labels[start : stop - 1 + 2 * times : times]
@@ -312,11 +363,17 @@ class _Text:
         if (steps == 1).all():
             return letter if len(ranks) == count else f"{letter}[{first}:{last + 1}]"
         if (steps == -1).all():
-            return f"{letter}[::-1]" if len(ranks) == count else f"{letter}[{first}:{last - 1 if last else ''}:-1]"
+            return (
+                f"{letter}[::-1]"
+                if len(ranks) == count
+                else f"{letter}[{first}:{last - 1 if last else ''}:-1]"
+            )
         return None
 
     def _run(self, root: int) -> int:
-        return next(i for i, (start, stop, _) in enumerate(self.units.runs) if start <= root < stop)
+        return next(
+            i for i, (start, stop, _) in enumerate(self.units.runs) if start <= root < stop
+        )
 
     def _letter(self, run: int) -> str:
         if run not in self.letters:
@@ -325,15 +382,27 @@ class _Text:
 
 
 def _strip(labels: Array, d: int) -> tuple[Array, int, int]:
-    """Take repeats off one dimension: the rest, how many copies of it lie behind each other, how often each position stands."""
+    """Take repeats off one dimension: the rest, how many copies of it lie behind each other, how
+    often each position stands.
+    """
     n = labels.shape[d]
     rows = np.moveaxis(labels, d, 0)
     for inner in range(n, 0, -1):
-        if n % inner == 0 and (rows.reshape(n // inner, inner, -1) == rows.reshape(n // inner, inner, -1)[:, :1]).all():
+        if (
+            n % inner == 0
+            and (
+                rows.reshape(n // inner, inner, -1) == rows.reshape(n // inner, inner, -1)[:, :1]
+            ).all()
+        ):
             rows, n = rows[::inner], n // inner
             break
     for outer in range(n, 0, -1):
-        if n % outer == 0 and (rows.reshape(outer, n // outer, -1) == rows.reshape(outer, n // outer, -1)[:1]).all():
+        if (
+            n % outer == 0
+            and (
+                rows.reshape(outer, n // outer, -1) == rows.reshape(outer, n // outer, -1)[:1]
+            ).all()
+        ):
             rows = rows[: n // outer]
             break
     return np.moveaxis(rows, 0, d), outer, inner
@@ -351,12 +420,20 @@ def _axis(n: int, factors: list[_Factor]) -> str:
             return "[" + " ".join(_alone(f) for f in factors) + "]"
         outer, rest = rest // (f.core * f.inner), f.inner
         parts += [str(outer)] if outer > 1 else []
-        parts.append(f"({f.text})" if "+" in f.text and (len(factors) > 1 or n > f.core) else f.text)
+        parts.append(
+            f"({f.text})" if "+" in f.text and (len(factors) > 1 or n > f.core) else f.text
+        )
     return "*".join([*parts, *([str(rest)] if rest > 1 else [])])
 
 
 def _alone(f: _Factor) -> str:
-    return "*".join([*([str(f.outer)] if f.outer > 1 else []), f.text, *([str(f.inner)] if f.inner > 1 else [])])
+    return "*".join(
+        [
+            *([str(f.outer)] if f.outer > 1 else []),
+            f.text,
+            *([str(f.inner)] if f.inner > 1 else []),
+        ]
+    )
 
 
 def _tuple(texts: Any) -> str:

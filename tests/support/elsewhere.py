@@ -1,7 +1,8 @@
 """A second device, in Python: it computes on the CPU, and its tensors meet no others.
 
-Where there is no GPU it shows what would go wrong on one: tensors made on the CPU and used with those of the model, data read
-without being fetched. It is for a process of its own, because torch has one place for such a device and never gives it back.
+Where there is no GPU it shows what would go wrong on one: tensors made on the CPU and used with
+those of the model, data read without being fetched. It is for a process of its own, because torch
+has one place for such a device and never gives it back.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class Elsewhere(Tensor):
         if id(self) not in memo:
             new = Elsewhere(self.inner.detach().clone())
             is_parameter = isinstance(self, nn.Parameter)
-            memo[id(self)] = nn.Parameter(new, self.requires_grad) if is_parameter else new.requires_grad_(self.requires_grad)
+            memo[id(self)] = (
+                nn.Parameter(new, self.requires_grad)
+                if is_parameter
+                else new.requires_grad_(self.requires_grad)
+            )
         copied: Tensor = memo[id(self)]
         return copied
 
@@ -81,14 +86,21 @@ def compute(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     own = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     others = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
-    moves = name in ("aten::copy_", "aten::_to_copy") or (name in _INDEXING and isinstance(args[0], Elsewhere))
+    moves = name in ("aten::copy_", "aten::_to_copy") or (
+        name in _INDEXING and isinstance(args[0], Elsewhere)
+    )
     if own and others and not moves:
-        raise RuntimeError(f"Expected all tensors to be on the same device: {name} got {NAME} and {others[0].device}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device: {name} got {NAME} and "
+            f"{others[0].device}"
+        )
     device = kwargs.get("device")
     here = bool(own) if device is None else torch.device(device).type == NAME
     if name == "aten::copy_":
         here = isinstance(args[0], Elsewhere)
-    inner_kwargs = {**kwargs, "device": torch.device("cpu")} if device is not None and here else kwargs
+    inner_kwargs = (
+        {**kwargs, "device": torch.device("cpu")} if device is not None and here else kwargs
+    )
     out = func(*tree_map(_inner, args), **tree_map(_inner, dict(inner_kwargs)))
     known = {id(tensor.inner): tensor for tensor in own}
 

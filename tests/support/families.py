@@ -1,6 +1,7 @@
 """One small member of each family of torchvision models, built by the family's own classes.
 
-Depth and width are cut so that a test takes about a second; every kind of layer of the family is still there.
+Depth and width are cut so that a test takes about a second; every kind of layer of the family is
+still there.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,11 @@ class Family:
         name: the test's id.
         build: gives the model with fresh weights.
         shape: the example input without the batch axis.
-        other: another shape that the model takes too, None where the architecture fixes the resolution. Swin's is
-            on the same side of its own test, whether a map is as small as a window.
-        composite: whether a composite leaf (nn.MultiheadAttention) is taken apart, so that sums may be reordered.
+        other: another shape that the model takes too, None where the architecture fixes the
+            resolution. Swin's is on the same side of its own test, whether a map is as small as a
+            window.
+        composite: whether a composite leaf (nn.MultiheadAttention) is taken apart, so that sums
+            may be reordered.
     """
 
     name: str
@@ -54,7 +57,11 @@ class Family:
 def _small_classifier(model: nn.Module, width: int, dropout: float = 0.5) -> nn.Module:
     """`model` without the hundred megabytes of its two hidden layers of 4096."""
     model.classifier = nn.Sequential(
-        nn.Dropout(dropout), nn.Linear(width, 64), nn.ReLU(True), nn.Dropout(dropout), nn.Linear(64, 10)
+        nn.Dropout(dropout),
+        nn.Linear(width, 64),
+        nn.ReLU(True),
+        nn.Dropout(dropout),
+        nn.Linear(64, 10),
     )
     return model
 
@@ -76,7 +83,9 @@ def _s3d() -> nn.Module:
 
 
 def _backbone() -> nn.Module:
-    """A ResNet that gives the features of its last two stages, as the segmentation models take them."""
+    """A ResNet that gives the features of its last two stages, as the segmentation models take
+    them.
+    """
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], width_per_group=64)
     layers = {"layer3": "aux", "layer4": "out"}
     return torchvision.models._utils.IntermediateLayerGetter(body, return_layers=layers)
@@ -93,7 +102,9 @@ def _efficientnet() -> nn.Module:
         efficientnet.MBConvConfig(4, 3, 2, 16, 24, 2),
         efficientnet.MBConvConfig(4, 5, 1, 24, 24, 2),
     ]
-    return efficientnet.EfficientNet(setting, dropout=0.2, stochastic_depth_prob=0.3, num_classes=10)
+    return efficientnet.EfficientNet(
+        setting, dropout=0.2, stochastic_depth_prob=0.3, num_classes=10
+    )
 
 
 def _mobilenetv3() -> nn.Module:
@@ -128,7 +139,9 @@ def _swin(block: Callable[..., nn.Module], **options: Any) -> nn.Module:
 def _swin3d() -> nn.Module:
     from torchvision.models.video import swin_transformer as swin3d
 
-    return swin3d.SwinTransformer3d([2, 4, 4], 24, [2, 2], [2, 4], [2, 4, 4], stochastic_depth_prob=0.3, num_classes=10)
+    return swin3d.SwinTransformer3d(
+        [2, 4, 4], 24, [2, 2], [2, 4], [2, 4, 4], stochastic_depth_prob=0.3, num_classes=10
+    )
 
 
 def _maxvit() -> nn.Module:
@@ -147,16 +160,41 @@ def _maxvit() -> nn.Module:
 def _mvit() -> nn.Module:
     block = partial(mvit.MSBlockConfig, kernel_q=[3, 3, 3], kernel_kv=[3, 3, 3])
     setting = [
-        block(num_heads=1, input_channels=16, output_channels=32, stride_q=[1, 1, 1], stride_kv=[1, 2, 2]),
-        block(num_heads=2, input_channels=32, output_channels=32, stride_q=[1, 2, 2], stride_kv=[1, 1, 1]),
+        block(
+            num_heads=1,
+            input_channels=16,
+            output_channels=32,
+            stride_q=[1, 1, 1],
+            stride_kv=[1, 2, 2],
+        ),
+        block(
+            num_heads=2,
+            input_channels=32,
+            output_channels=32,
+            stride_q=[1, 2, 2],
+            stride_kv=[1, 1, 1],
+        ),
     ]
-    return mvit.MViT((16, 16), 4, setting, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
-                     proj_after_attn=True, stochastic_depth_prob=0.3, num_classes=10)  # fmt: skip
+    return mvit.MViT(
+        (16, 16),
+        4,
+        setting,
+        residual_pool=True,
+        residual_with_cls_embed=False,
+        rel_pos_embed=True,
+        proj_after_attn=True,
+        stochastic_depth_prob=0.3,
+        num_classes=10,
+    )
 
 
 def _video(conv: Any, makers: int = 4) -> nn.Module:
-    stem = video_resnet.BasicStem if conv is video_resnet.Conv3DSimple else video_resnet.R2Plus1dStem
-    return video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * makers, [1, 1, 1, 1], stem, num_classes=10)
+    stem = (
+        video_resnet.BasicStem if conv is video_resnet.Conv3DSimple else video_resnet.R2Plus1dStem
+    )
+    return video_resnet.VideoResNet(
+        video_resnet.BasicBlock, [conv] * makers, [1, 1, 1, 1], stem, num_classes=10
+    )
 
 
 def _fcn() -> nn.Module:
@@ -175,17 +213,29 @@ def _lraspp() -> nn.Module:
 
 
 def _vit() -> nn.Module:
-    return vision_transformer.VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1, attention_dropout=0.1, num_classes=10)
+    return vision_transformer.VisionTransformer(
+        32, 8, 2, 4, 32, 64, dropout=0.1, attention_dropout=0.1, num_classes=10
+    )
 
 
 FAMILIES = (
     Family("alexnet", _alexnet, (3, 96, 96), (3, 128, 112)),
     Family("convnext", _convnext, (3, 32, 32), (3, 48, 40)),
     Family("deeplabv3", _deeplab, (3, 33, 33), (3, 48, 40)),
-    Family("densenet", lambda: densenet.DenseNet(8, (2, 3), 16, drop_rate=0.1, num_classes=10), (3, 32, 32), (3, 64, 48)),
+    Family(
+        "densenet",
+        lambda: densenet.DenseNet(8, (2, 3), 16, drop_rate=0.1, num_classes=10),
+        (3, 32, 32),
+        (3, 64, 48),
+    ),
     Family("efficientnet", _efficientnet, (3, 32, 32), (3, 40, 64)),
     Family("fcn", _fcn, (3, 33, 33), (3, 48, 40)),
-    Family("googlenet", lambda: models.GoogLeNet(10, aux_logits=False, init_weights=False), (3, 32, 32), (3, 64, 48)),
+    Family(
+        "googlenet",
+        lambda: models.GoogLeNet(10, aux_logits=False, init_weights=False),
+        (3, 32, 32),
+        (3, 64, 48),
+    ),
     Family(
         "inception_v3",
         lambda: inception.Inception3(10, aux_logits=False, init_weights=False),
@@ -199,7 +249,12 @@ FAMILIES = (
     Family("mobilenet_v3", _mobilenetv3, (3, 32, 32), (3, 64, 48)),
     Family("mvit", _mvit, (3, 4, 16, 16)),
     Family("regnet", _regnet, (3, 32, 32), (3, 64, 48)),
-    Family("resnet", lambda: resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], 10), (3, 32, 32), (3, 64, 48)),
+    Family(
+        "resnet",
+        lambda: resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], 10),
+        (3, 32, 32),
+        (3, 64, 48),
+    ),
     Family(
         "resnext",
         lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 10, groups=8, width_per_group=4),
@@ -217,13 +272,20 @@ FAMILIES = (
     Family("swin", lambda: _swin(swin_transformer.SwinTransformerBlock), (3, 64, 64), (3, 72, 88)),
     Family(
         "swin_v2",
-        lambda: _swin(swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2),
+        lambda: _swin(
+            swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=swin_transformer.PatchMergingV2,
+        ),
         (3, 64, 64),
         (3, 72, 88),
     ),
     Family("swin_3d", _swin3d, (3, 4, 64, 64), (3, 4, 72, 64)),
     Family("vgg", _vgg, (3, 32, 32), (3, 48, 64)),
-    Family("video_resnet", lambda: _video(video_resnet.Conv3DSimple), (3, 4, 16, 16), (3, 6, 24, 16)),
-    Family("video_r2plus1d", lambda: _video(video_resnet.Conv2Plus1D), (3, 4, 16, 16), (3, 6, 24, 16)),
+    Family(
+        "video_resnet", lambda: _video(video_resnet.Conv3DSimple), (3, 4, 16, 16), (3, 6, 24, 16)
+    ),
+    Family(
+        "video_r2plus1d", lambda: _video(video_resnet.Conv2Plus1D), (3, 4, 16, 16), (3, 6, 24, 16)
+    ),
     Family("vit", _vit, (3, 32, 32), composite=True),
 )

@@ -1,4 +1,6 @@
-"""What a process of a process group does in the tests of distributed scores. Spawned processes import it by name."""
+"""What a process of a process group does in the tests of distributed scores. Spawned processes
+import it by name.
+"""
 
 import contextlib
 import json
@@ -21,7 +23,15 @@ KINDS = ("taylor", "fisher", "activation")
 def network() -> nn.Module:
     """The same in every process."""
     torch.manual_seed(3)
-    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)]
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ]
     return nn.Sequential(*layers).double()
 
 
@@ -30,7 +40,10 @@ def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(4)
     sizes = (1, 4, 2, 3, 5)
     return [
-        (torch.randn(n, 3, 6, 6, generator=generator, dtype=torch.float64), torch.randint(5, (n,), generator=generator))
+        (
+            torch.randn(n, 3, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(5, (n,), generator=generator),
+        )
         for n in sizes
     ]
 
@@ -40,12 +53,17 @@ def scores(own: list[Batch]) -> dict[str, np.ndarray]:
     model = network()
     coupling = fxprune.analyze(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
     criteria = Taylor(own, F.cross_entropy), Fisher(own, F.cross_entropy), Activation(own)
-    return {kind: criterion.scores(coupling, model) for kind, criterion in zip(KINDS, criteria, strict=True)}
+    return {
+        kind: criterion.scores(coupling, model)
+        for kind, criterion in zip(KINDS, criteria, strict=True)
+    }
 
 
 @contextlib.contextmanager
 def process_group(rank: int, size: int, meeting: str) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size
+    )
     try:
         yield
     finally:
@@ -66,7 +84,9 @@ def visit(rank: int, size: int, folder: str) -> None:
 
 
 def work(rank: int, size: int, folder: str) -> None:
-    """Score every ``size``-th batch; then with all of them in the first process; then with none at all."""
+    """Score every ``size``-th batch; then with all of them in the first process; then with none at
+    all.
+    """
     torch.set_num_threads(1)
     with process_group(rank, size, f"{folder}/meeting"):
         found = scores(batches()[rank::size])

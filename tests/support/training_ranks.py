@@ -1,4 +1,6 @@
-"""What a process of a process group does in the tests of distributed training. Spawned processes import it by name."""
+"""What a process of a process group does in the tests of distributed training. Spawned processes
+import it by name.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +30,13 @@ def fsdp_is_there() -> bool:
 
 
 def pruned_network(name: str) -> nn.Module:
-    """The same in every process, half of its units gone; in eval mode, so that no statistics depend on who has which images."""
+    """The same in every process, half of its units gone; in eval mode, so that no statistics
+    depend on who has which images.
+    """
     torch.manual_seed(3)
-    dense = (Residual(16) if name == "residual" else Transformer(16, PackedAttention)).double().eval()
+    dense = (
+        (Residual(16) if name == "residual" else Transformer(16, PackedAttention)).double().eval()
+    )
     for buffer in dense.buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
@@ -47,7 +53,9 @@ def batches() -> Iterator[Batch]:
 
 def fit(called: nn.Module, own: slice) -> None:
     """Train on this part of each batch."""
-    optimizer = torch.optim.SGD(called.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(
+        called.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3
+    )
     for images, labels in batches():
         optimizer.zero_grad()
         F.cross_entropy(called(images[own]), labels[own]).backward()
@@ -74,7 +82,12 @@ def together(name: str, kind: str, own: slice) -> dict[str, np.ndarray]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    fit(fully_shard(model, mesh=distributed.init_device_mesh("cpu", (distributed.get_world_size(),))), own)
+    fit(
+        fully_shard(
+            model, mesh=distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+        ),
+        own,
+    )
     return arrays(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
@@ -84,4 +97,7 @@ def work(rank: int, size: int, folder: str) -> None:
     with process_group(rank, size, f"{folder}/meeting"):
         for kind in KINDS if fsdp_is_there() else KINDS[:1]:
             for name in NETWORKS:
-                np.savez(Path(folder) / f"{kind}_{name}_{rank}.npz", **together(name, kind, slice(rank, None, size)))
+                np.savez(
+                    Path(folder) / f"{kind}_{name}_{rank}.npz",
+                    **together(name, kind, slice(rank, None, size)),
+                )

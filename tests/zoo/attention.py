@@ -12,7 +12,9 @@ HEADS = 4
 
 
 class PackedAttention(nn.Module):
-    """One linear layer for queries, keys and values, taken apart by reshape, permute and unbind."""
+    """One linear layer for queries, keys and values, taken apart by reshape, permute and
+    unbind.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,8 +37,12 @@ class ChunkedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
-        q, k, v = (t.view(b, n, HEADS, c // HEADS).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().view(b, n, c))
+        q, k, v = (
+            t.view(b, n, HEADS, c // HEADS).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
+        )
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().view(b, n, c)
+        )
 
 
 class SeparateAttention(nn.Module):
@@ -68,7 +74,9 @@ class EinsumAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (torch.einsum("bnc,chd->bhnd", x, w) for w in (self.wq, self.wk, self.wv))
         attention = torch.einsum("bhnd,bhmd->bhnm", q * 0.25, k).softmax(-1)
-        return torch.einsum("bhnd,hdc->bnc", torch.einsum("bhnm,bhmd->bhnd", attention, v), self.wo)
+        return torch.einsum(
+            "bhnd,hdc->bnc", torch.einsum("bhnm,bhmd->bhnd", attention, v), self.wo
+        )
 
 
 class ModuleAttention(nn.Module):
@@ -87,7 +95,9 @@ class ModuleAttention(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Two query heads on each key and value head: copied for each by one of three spellings, or by the fused kernel itself."""
+    """Two query heads on each key and value head: copied for each by one of three spellings, or by
+    the fused kernel itself.
+    """
 
     def __init__(self, width: int, copied: str, rotary: bool = False) -> None:
         super().__init__()
@@ -97,7 +107,10 @@ class GroupedAttention(nn.Module):
         self.rotary = Rotary(self.head_dim) if rotary else None
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        q, k, v = (t(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for t in (self.q, self.k, self.v))
+        q, k, v = (
+            t(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for t in (self.q, self.k, self.v)
+        )
         if self.rotary is not None:
             cos, sin = self.rotary(x)
             q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
@@ -105,7 +118,9 @@ class GroupedAttention(nn.Module):
             k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
         elif self.copied == "expand":
             k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.copied == "kernel")
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=self.copied == "kernel"
+        )
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -119,7 +134,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 10.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim))
+        self.register_buffer(
+            "frequencies", 10.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(x.shape[1], device=x.device, dtype=self.frequencies.dtype)
@@ -145,8 +162,12 @@ class Decoder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(20, width)
-        self.attentions = nn.ModuleList(GroupedAttention(width, "expand", rotary=True) for _ in range(2))
-        self.gates, self.ups = (nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2)) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            GroupedAttention(width, "expand", rotary=True) for _ in range(2)
+        )
+        self.gates, self.ups = (
+            nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2)) for _ in range(2)
+        )
         self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(2))
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(5))
         self.head = nn.Linear(width, 20, bias=False)
@@ -161,7 +182,9 @@ class Decoder(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Swin: roll, partition into windows, attention with a table of relative biases, and all the way back."""
+    """Swin: roll, partition into windows, attention with a table of relative biases, and all the
+    way back.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -179,14 +202,18 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).reshape(x.shape[0], 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]
         bias = self.table[self.index.view(-1)].view(4, 4, -1).permute(2, 0, 1).contiguous()
-        attention = F.softmax(q @ k.transpose(-2, -1) * (c // HEADS) ** -0.5 + bias.unsqueeze(0), dim=-1)
+        attention = F.softmax(
+            q @ k.transpose(-2, -1) * (c // HEADS) ** -0.5 + bias.unsqueeze(0), dim=-1
+        )
         x = self.proj((attention @ v).transpose(1, 2).reshape(-1, 4, c))
         x = x.view(b, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
         return torch.roll(x, shifts=(1, 1), dims=(1, 2))
 
 
 class Transformer(nn.Module):
-    """ViT of two blocks around some attention: patches, class token, positions, layer scale, LayerNorm first."""
+    """ViT of two blocks around some attention: patches, class token, positions, layer scale,
+    LayerNorm first.
+    """
 
     def __init__(self, width: int, attention: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -197,7 +224,13 @@ class Transformer(nn.Module):
         self.norms2 = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.attentions = nn.ModuleList(attention(width) for _ in range(2))
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width)) for _ in range(2)
+            nn.Sequential(
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Dropout(0.1),
+                nn.Linear(2 * width, width),
+            )
+            for _ in range(2)
         )
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
@@ -212,7 +245,9 @@ class Transformer(nn.Module):
 
 
 class BareAttention(nn.Module):
-    """The same attentions with no normalisation around them, so that the original with zeros is the reference."""
+    """The same attentions with no normalisation around them, so that the original with zeros is
+    the reference.
+    """
 
     def __init__(self, width: int, attention: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -241,12 +276,16 @@ class Windows(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one input, keys and values from another; nn.MultiheadAttention with its own kdim and vdim."""
+    """Queries from one input, keys and values from another; nn.MultiheadAttention with its own
+    kdim and vdim.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.q, self.kv = nn.Linear(6, width), nn.Linear(5, 2 * width)
-        self.attention = nn.MultiheadAttention(width, HEADS, kdim=2 * width, vdim=2 * width, batch_first=True)
+        self.attention = nn.MultiheadAttention(
+            width, HEADS, kdim=2 * width, vdim=2 * width, batch_first=True
+        )
         self.up, self.head = nn.Linear(width, 2 * width), nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -261,7 +300,9 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, norm_first: bool) -> None:
         super().__init__()
         self.stem = nn.Linear(6, width)
-        self.layer = nn.TransformerEncoderLayer(width, HEADS, 2 * width, 0.1, batch_first=True, norm_first=norm_first)
+        self.layer = nn.TransformerEncoderLayer(
+            width, HEADS, 2 * width, 0.1, batch_first=True, norm_first=norm_first
+        )
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -275,16 +316,32 @@ ATTENTIONS: dict[str, Callable[[int], nn.Module]] = {
     "einsum": EinsumAttention,
     "module": ModuleAttention,
     "module_sequence_first": lambda width: ModuleAttention(width, batch_first=False),
-    **{f"grouped_{how}": lambda w, how=how: GroupedAttention(w, how) for how in ("repeat_interleave", "expand", "kernel")},
+    **{
+        f"grouped_{how}": lambda w, how=how: GroupedAttention(w, how)
+        for how in ("repeat_interleave", "expand", "kernel")
+    },
     "grouped_rotary": lambda width: GroupedAttention(width, "kernel", rotary=True),
 }
 
 CASES = [
-    *(Case(f"attention_{name}", lambda w, a=a: BareAttention(w, a), floats(5, 6)) for name, a in ATTENTIONS.items()),
-    *(Case(f"vit_{name}", lambda w, a=a: Transformer(w, a), floats(3, 8, 8), zeroable=False) for name, a in ATTENTIONS.items()),
+    *(
+        Case(f"attention_{name}", lambda w, a=a: BareAttention(w, a), floats(5, 6))
+        for name, a in ATTENTIONS.items()
+    ),
+    *(
+        Case(f"vit_{name}", lambda w, a=a: Transformer(w, a), floats(3, 8, 8), zeroable=False)
+        for name, a in ATTENTIONS.items()
+    ),
     Case("window_attention", Windows, floats(3, 8, 8), zeroable=False),
     Case("decoder", Decoder, tokens(6, 20), zeroable=False),
     Case("cross_attention", CrossAttention, several((5, 6), (7, 5))),
-    Case("encoder_layer", lambda w: EncoderLayer(w, norm_first=False), floats(5, 6), zeroable=False),
-    Case("encoder_layer_norm_first", lambda w: EncoderLayer(w, norm_first=True), floats(5, 6), zeroable=False),
+    Case(
+        "encoder_layer", lambda w: EncoderLayer(w, norm_first=False), floats(5, 6), zeroable=False
+    ),
+    Case(
+        "encoder_layer_norm_first",
+        lambda w: EncoderLayer(w, norm_first=True),
+        floats(5, 6),
+        zeroable=False,
+    ),
 ]

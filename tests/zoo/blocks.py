@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from tests.zoo.case import Case, classify, floats
 
 
-def conv(fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv(
+    fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """Convolution, batch normalisation, SiLU."""
     return nn.Sequential(
         nn.Conv2d(fan_in, fan_out, kernel, stride, kernel // 2, groups=groups, bias=False),
@@ -60,7 +62,9 @@ class SqueezeExcite(nn.Module):
 
 
 class LayerScaled(nn.Module):
-    """ConvNeXt block: depthwise, channels last, LayerNorm, an inverted bottleneck and a learned scale."""
+    """ConvNeXt block: depthwise, channels last, LayerNorm, an inverted bottleneck and a learned
+    scale.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -111,7 +115,10 @@ class SplitShuffle(nn.Module):
         super().__init__()
         self.stem = conv(3, 2 * width)
         self.work = nn.ModuleList(
-            nn.Sequential(conv(width, width, 1), conv(width, width, groups=width), conv(width, width, 1)) for _ in range(2)
+            nn.Sequential(
+                conv(width, width, 1), conv(width, width, groups=width), conv(width, width, 1)
+            )
+            for _ in range(2)
         )
         self.last = conv(2 * width, 2 * width)
         self.head = nn.Linear(2 * width, 10)
@@ -132,7 +139,9 @@ class C2f(nn.Module):
         self.add = add
         self.stem = conv(3, width)
         self.cv1 = conv(width, 2 * width, 1)
-        self.blocks = nn.ModuleList(nn.Sequential(conv(width, width), conv(width, width)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(width, width), conv(width, width)) for _ in range(2)
+        )
         self.cv2 = conv(4 * width, 2 * width, 1)
         self.head = nn.Linear(2 * width, 10)
 
@@ -162,24 +171,37 @@ class CSP(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """FPN: three levels, lateral convolutions, top-down sums, heads that all levels share; a list of outputs."""
+    """FPN: three levels, lateral convolutions, top-down sums, heads that all levels share; a list
+    of outputs.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.c1, self.c2 = conv(3, width), conv(width, 2 * width, stride=2)
         self.c3 = conv(2 * width, 4 * width, stride=2)
         self.lateral = nn.ModuleList(nn.Conv2d(n * width, 2 * width, 1) for n in (1, 2, 4))
-        self.smooth = nn.ModuleList(nn.Conv2d(2 * width, 2 * width, 3, padding=1) for _ in range(3))
+        self.smooth = nn.ModuleList(
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1) for _ in range(3)
+        )
         self.tower = conv(2 * width, 2 * width)
-        self.scores, self.boxes = nn.Conv2d(2 * width, 5, 3, padding=1), nn.Conv2d(2 * width, 4, 3, padding=1)
+        self.scores, self.boxes = (
+            nn.Conv2d(2 * width, 5, 3, padding=1),
+            nn.Conv2d(2 * width, 4, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
         c1 = self.c1(x)
         c2 = self.c2(c1)
-        levels = [lateral(c) for lateral, c in zip(self.lateral, (c1, c2, self.c3(c2)), strict=True)]
+        levels = [
+            lateral(c) for lateral, c in zip(self.lateral, (c1, c2, self.c3(c2)), strict=True)
+        ]
         for i in (1, 0):
-            levels[i] = levels[i] + F.interpolate(levels[i + 1], size=levels[i].shape[-2:], mode="nearest")
-        towers = [self.tower(smooth(level)) for smooth, level in zip(self.smooth, levels, strict=True)]
+            levels[i] = levels[i] + F.interpolate(
+                levels[i + 1], size=levels[i].shape[-2:], mode="nearest"
+            )
+        towers = [
+            self.tower(smooth(level)) for smooth, level in zip(self.smooth, levels, strict=True)
+        ]
         return [{"scores": self.scores(t), "boxes": self.boxes(t)} for t in towers]
 
 
@@ -188,8 +210,15 @@ class UNet(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.d1, self.d2, self.mid = conv(3, width), conv(width, 2 * width), conv(2 * width, 4 * width)
-        self.up2, self.u2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), conv(4 * width, 2 * width)
+        self.d1, self.d2, self.mid = (
+            conv(3, width),
+            conv(width, 2 * width),
+            conv(2 * width, 4 * width),
+        )
+        self.up2, self.u2 = (
+            nn.ConvTranspose2d(4 * width, 2 * width, 2, 2),
+            conv(4 * width, 2 * width),
+        )
         self.up1, self.u1 = nn.Upsample(scale_factor=2, mode="bilinear"), conv(3 * width, width)
         self.out = nn.Conv2d(width, 2, 1)
 
@@ -209,7 +238,9 @@ class HighResolution(nn.Module):
         self.stem = conv(3, width)
         self.to_low = conv(width, 2 * width, stride=2)
         self.high, self.low = conv(width, width), conv(2 * width, 2 * width)
-        self.up = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width), nn.Upsample(scale_factor=2))
+        self.up = nn.Sequential(
+            nn.Conv2d(2 * width, width, 1), nn.BatchNorm2d(width), nn.Upsample(scale_factor=2)
+        )
         self.down = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width))
         self.out = nn.Conv2d(3 * width, 4, 1)
 
@@ -230,7 +261,9 @@ class Dense(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.norms = nn.ModuleList(nn.BatchNorm2d((1 + i) * width) for i in range(4))
-        self.convs = nn.ModuleList(nn.Conv2d((1 + i) * width, width, 3, padding=1) for i in range(3))
+        self.convs = nn.ModuleList(
+            nn.Conv2d((1 + i) * width, width, 3, padding=1) for i in range(3)
+        )
         self.transition = nn.Conv2d(4 * width, 2 * width, 1)
         self.head = nn.Linear(2 * width, 10)
 
@@ -248,7 +281,10 @@ class Inception(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.stem = conv(3, width)
-        self.b1, self.b3 = conv(width, width, 1), nn.Sequential(conv(width, width, 1), conv(width, 2 * width))
+        self.b1, self.b3 = (
+            conv(width, width, 1),
+            nn.Sequential(conv(width, width, 1), conv(width, 2 * width)),
+        )
         self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(width, width // 2, 1))
         self.last = conv(7 * width // 2, width)
         self.head = nn.Linear(width, 10)
@@ -264,7 +300,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.stem = conv(3, width)
-        self.expand, self.depthwise = conv(width, 4 * width, 1), conv(4 * width, 4 * width, groups=4 * width)
+        self.expand, self.depthwise = (
+            conv(width, 4 * width, 1),
+            conv(4 * width, 4 * width, groups=4 * width),
+        )
         self.project = nn.Conv2d(4 * width, width, 1)
         self.head = nn.Linear(width, 10)
 
@@ -295,12 +334,17 @@ class SelectiveKernel(nn.Module):
 class SpatialGate(nn.Module):
     """CBAM's spatial gate: mean and maximum over the channels, a small convolution, a sigmoid.
 
-    The maximum over a removable axis changes when channels go: it may be pinned, and the rest must still shrink.
+    The maximum over a removable axis changes when channels go: it may be pinned, and the rest must
+    still shrink.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c1, self.c2, self.c3 = conv(3, 2 * width), conv(2 * width, 2 * width), conv(2 * width, width)
+        self.c1, self.c2, self.c3 = (
+            conv(3, 2 * width),
+            conv(2 * width, 2 * width),
+            conv(2 * width, width),
+        )
         self.gate = nn.Conv2d(2, 1, 3, padding=1)
         self.c4 = conv(width, 2 * width)
         self.head = nn.Linear(2 * width, 10)
@@ -358,5 +402,8 @@ CASES = [
     Case("selective_kernel", SelectiveKernel, IMAGE),
     # c2 free on both sides, c1, c3 and c4 on one where the maximum pins the channels of c3: 0.38.
     Case("spatial_gate", SpatialGate, IMAGE, at_most=0.4),
-    *(Case(f"gate_by_{how}", lambda w, how=how: Gated(w, how), IMAGE) for how in ("glu", "chunk", "slice", "maxout")),
+    *(
+        Case(f"gate_by_{how}", lambda w, how=how: Gated(w, how), IMAGE)
+        for how in ("glu", "chunk", "slice", "maxout")
+    ),
 ]

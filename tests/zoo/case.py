@@ -17,11 +17,14 @@ class Case:
 
     Attributes:
         name: the test's id.
-        build: gives the network of a width; at half the width it is what a correct pruner leaves at `channels=0.5`.
+        build: gives the network of a width; at half the width it is what a correct pruner leaves
+            at `channels=0.5`.
         inputs: gives the example inputs of a batch size.
-        at_most: the share of parameters that may be left, where half the width is not the answer. Says why.
-        slack: added to the share that the half-width network has. Needed where unlike units compete in one group
-            (a concatenation, a slice), because which of them survive depends on the scores.
+        at_most: the share of parameters that may be left, where half the width is not the answer.
+            Says why.
+        slack: added to the share that the half-width network has. Needed where unlike units
+            compete in one group (a concatenation, a slice), because which of them survive depends
+            on the scores.
         zeroable: see `tests.support.checking.check_exact`.
         width: the width to build.
     """
@@ -38,7 +41,10 @@ class Case:
         """The share of parameters that may be left."""
         if self.at_most is not None:
             return self.at_most
-        half, full = (sum(p.numel() for p in self.build(w).parameters()) for w in (self.width // 2, self.width))
+        half, full = (
+            sum(p.numel() for p in self.build(w).parameters())
+            for w in (self.width // 2, self.width)
+        )
         return half / full + self.slack
 
 

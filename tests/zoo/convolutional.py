@@ -1,4 +1,6 @@
-"""Convolutions in all dimensions with every normalisation, and weights that are computed or bare."""
+"""Convolutions in all dimensions with every normalisation, and weights that are computed or
+bare.
+"""
 
 from collections.abc import Callable
 
@@ -12,19 +14,37 @@ from tests.zoo.case import Case, classify, floats
 Layer = Callable[[int], nn.Module]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM: dict[int, type[nn.Module]] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+INSTANCE_NORM: dict[int, type[nn.Module]] = {
+    1: nn.InstanceNorm1d,
+    2: nn.InstanceNorm2d,
+    3: nn.InstanceNorm3d,
+}
 SIDE = {1: (8,), 2: (8, 8), 3: (4, 4, 4)}
 
 
 class ConvNet(nn.Module):
     """Three convolutions, each followed by a normalisation and an activation, and a classifier."""
 
-    def __init__(self, width: int, dims: int = 2, norm: Layer = nn.Identity, act: Layer = lambda _: nn.ReLU()) -> None:
+    def __init__(
+        self,
+        width: int,
+        dims: int = 2,
+        norm: Layer = nn.Identity,
+        act: Layer = lambda _: nn.ReLU(),
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for fan_in, fan_out, stride in ((3, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
+        for fan_in, fan_out, stride in (
+            (3, width, 1),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+        ):
             layers += [CONV[dims](fan_in, fan_out, 3, stride, 1), norm(fan_out), act(fan_out)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * width, 10)
@@ -88,7 +108,9 @@ class Decoder(nn.Module):
 
 
 class GroupedNet(nn.Module):
-    """A convolution of `groups(width)` groups from `width` to `factor * width` channels, between full ones."""
+    """A convolution of `groups(width)` groups from `width` to `factor * width` channels, between
+    full ones.
+    """
 
     def __init__(self, width: int, groups: Callable[[int], int], factor: int) -> None:
         super().__init__()
@@ -139,19 +161,23 @@ class StandardisedConv(nn.Conv2d):
 
 
 class StandardisedConvByBatchNorm(nn.Conv2d):
-    """Weight standardisation by a batch normalisation over the filters, as in BiT and NFNet code."""
+    """Weight standardisation by a batch normalisation over the filters, as in BiT and NFNet
+    code.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
-        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(
+            self.weight
+        )
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
 
 class Standardised(nn.Module):
     """Plain and standardised convolutions in turn.
 
-    The input channels of a standardised filter share a statistic. A pruner may keep them all (that is exact), and then
-    every second axis is still free: half of the parameters must go either way.
+    The input channels of a standardised filter share a statistic. A pruner may keep them all (that
+    is exact), and then every second axis is still free: half of the parameters must go either way.
     """
 
     def __init__(self, width: int, conv: type[nn.Conv2d]) -> None:
@@ -168,7 +194,9 @@ class Standardised(nn.Module):
 
 
 class WeightNormed(nn.Module):
-    """Convolutions and a linear layer under weight_norm, `wrap` being the parametrisation or the old hook."""
+    """Convolutions and a linear layer under weight_norm, `wrap` being the parametrisation or the
+    old hook.
+    """
 
     def __init__(self, width: int, wrap: Callable[..., nn.Module]) -> None:
         super().__init__()
@@ -236,7 +264,9 @@ def _dims(dims: int) -> list[Case]:
         case("conv_instance_norm_tracked", tracked),
         case("conv_layer_norm", lambda w: OverChannels(nn.LayerNorm(w)), zeroable=False),
         case("conv_rms_norm", lambda w: OverChannels(nn.RMSNorm(w)), zeroable=False),
-        case("conv_rms_norm_by_hand", lambda w: OverChannels(HandwrittenRMSNorm(w)), zeroable=False),
+        case(
+            "conv_rms_norm_by_hand", lambda w: OverChannels(HandwrittenRMSNorm(w)), zeroable=False
+        ),
         Case(f"prelu_{dims}d", lambda w: ConvNet(w, dims, act=nn.PReLU), image),
         Case(f"transposed_{dims}d", lambda w: Decoder(w, dims), image),
         Case(f"transposed_grouped_{dims}d", lambda w: Decoder(w, dims, groups=4), image),
@@ -258,7 +288,13 @@ CASES = [
     Case("depth_multiplier_3", lambda w: GroupedNet(w, lambda w: w, 3), IMAGE),
     Case("functional_convs_on_bare_parameters", BareParameters, IMAGE),
     # Only every second axis need be free; see Standardised.
-    Case("weight_standardisation", lambda w: Standardised(w, StandardisedConv), IMAGE, at_most=0.53, zeroable=False),
+    Case(
+        "weight_standardisation",
+        lambda w: Standardised(w, StandardisedConv),
+        IMAGE,
+        at_most=0.53,
+        zeroable=False,
+    ),
     Case(
         "weight_standardisation_by_batch_norm",
         lambda w: Standardised(w, StandardisedConvByBatchNorm),
@@ -266,8 +302,18 @@ CASES = [
         at_most=0.53,
         zeroable=False,
     ),
-    Case("weight_norm", lambda w: WeightNormed(w, parametrizations.weight_norm), floats(3, 8), zeroable=False),
-    Case("weight_norm_old_hook", lambda w: WeightNormed(w, _old_weight_norm), floats(3, 8), zeroable=False),
+    Case(
+        "weight_norm",
+        lambda w: WeightNormed(w, parametrizations.weight_norm),
+        floats(3, 8),
+        zeroable=False,
+    ),
+    Case(
+        "weight_norm_old_hook",
+        lambda w: WeightNormed(w, _old_weight_norm),
+        floats(3, 8),
+        zeroable=False,
+    ),
     Case("masked_conv", MaskedNet, IMAGE),
 ]
 

@@ -1,4 +1,6 @@
-"""Python around the network: several inputs and outputs, control flow on shapes, in-place writes, sharing."""
+"""Python around the network: several inputs and outputs, control flow on shapes, in-place writes,
+sharing.
+"""
 
 from typing import Any
 
@@ -14,19 +16,26 @@ class Backbone(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+        )
         self.norm = nn.BatchNorm2d(2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear(x))
 
     def linear(self, x: Tensor) -> Tensor:
-        """The same without the last ReLU, whose backward pass would forbid to write into its output."""
+        """The same without the last ReLU, whose backward pass would forbid to write into its
+        output.
+        """
         return self.norm(self.c2(F.relu(self.c1(x))))
 
 
 class TwoInputs(nn.Module):
-    """An image and a vector: embedded apart, concatenated, and a FiLM that scales one by the other."""
+    """An image and a vector: embedded apart, concatenated, and a FiLM that scales one by the
+    other.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -91,8 +100,14 @@ class FeatureOutput(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv2d(3, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 8, 3, padding=1)
-        self.c3, self.c4 = nn.Conv2d(8, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, 2 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 8, 3, padding=1),
+        )
+        self.c3, self.c4 = (
+            nn.Conv2d(8, 2 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +157,11 @@ class FoldedFrames(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.backbone, self.fc, self.head = Backbone(width), nn.Linear(2 * width, width), nn.Linear(width, 10)
+        self.backbone, self.fc, self.head = (
+            Backbone(width),
+            nn.Linear(2 * width, width),
+            nn.Linear(width, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, c, h, w = x.shape
@@ -158,8 +177,13 @@ class InPlace(nn.Module):
         super().__init__()
         self.how, self.half = how, width
         self.backbone = Backbone(width)
-        self.side, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.full = nn.Conv2d(3, 2 * width, 3, padding=1) if how in ("operators", "copy", "mask") else None
+        self.side, self.last = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        )
+        self.full = (
+            nn.Conv2d(3, 2 * width, 3, padding=1) if how in ("operators", "copy", "mask") else None
+        )
         self.head = nn.Linear(2 * width, 10)
         if self.full is not None:
             del self.side
@@ -200,7 +224,10 @@ class Shared(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.stem, self.body = nn.Conv2d(3, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.stem, self.body = (
+            nn.Conv2d(3, 2 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        )
         self.a, self.b = nn.Conv2d(2 * width, width, 1), nn.Conv2d(2 * width, width, 1)
         self.b.weight = self.a.weight
         self.head = nn.Linear(2 * width, 10)
@@ -217,10 +244,18 @@ class Containers(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, padding=1)])
-        self.by_name = nn.ModuleDict({"act": nn.ReLU(inplace=True), "norm": nn.BatchNorm2d(2 * width)})
-        self.scales = nn.ParameterList([nn.Parameter(torch.ones(2 * width, 1, 1)) for _ in range(2)])
-        self.tail = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.Dropout2d(0.1), nn.ReLU())
+        self.layers = nn.ModuleList(
+            [nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, padding=1)]
+        )
+        self.by_name = nn.ModuleDict(
+            {"act": nn.ReLU(inplace=True), "norm": nn.BatchNorm2d(2 * width)}
+        )
+        self.scales = nn.ParameterList(
+            [nn.Parameter(torch.ones(2 * width, 1, 1)) for _ in range(2)]
+        )
+        self.tail = nn.Sequential(
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.Dropout2d(0.1), nn.ReLU()
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,18 +280,37 @@ def nested(batch: int) -> dict[str, Any]:
 
 
 IMAGE = floats(3, 8, 8)
-IN_PLACE = ("operators", "copy", "mask", "add to slice", "assign slice", "assign strided", "fill by slices")
+IN_PLACE = (
+    "operators",
+    "copy",
+    "mask",
+    "add to slice",
+    "assign slice",
+    "assign strided",
+    "fill by slices",
+)
 CASES = [
     Case("two_inputs", TwoInputs, several((3, 8, 8), (4,)), slack=0.08),
     Case("two_inputs_by_keyword", TwoInputs, keywords, slack=0.08),
     Case("siamese", Siamese, several((3, 8, 8), (3, 8, 8))),
     Case("nested_inputs", NestedInput, nested, slack=0.08),
-    *(Case(f"output_{kind}", lambda w, k=kind: Outputs(w, k), IMAGE) for kind in ("dict", "list", "tuple")),
+    *(
+        Case(f"output_{kind}", lambda w, k=kind: Outputs(w, k), IMAGE)
+        for kind in ("dict", "list", "tuple")
+    ),
     Case("feature_output", FeatureOutput, IMAGE),
     Case("control_flow_on_shapes", ControlFlow, floats(3, 7, 9)),
     Case("frames_in_a_loop", Frames, video),
     Case("frames_folded_into_batch", FoldedFrames, video),
-    *(Case(f"in_place_{how.replace(' ', '_')}", lambda w, how=how: InPlace(w, how), IMAGE, slack=0.1) for how in IN_PLACE),
+    *(
+        Case(
+            f"in_place_{how.replace(' ', '_')}",
+            lambda w, how=how: InPlace(w, how),
+            IMAGE,
+            slack=0.1,
+        )
+        for how in IN_PLACE
+    ),
     Case("shared_modules", Shared, IMAGE),
     Case("containers", Containers, IMAGE),
 ]

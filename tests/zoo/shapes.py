@@ -23,7 +23,10 @@ class Between(nn.Module):
     def __init__(self, width: int, move: Move, factor: float = 2) -> None:
         super().__init__()
         after = int(factor * width)
-        self.c1, self.c2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+        )
         self.move = move
         self.norm = nn.BatchNorm2d(after)
         self.c3 = nn.Conv2d(after, width, 3, padding=1)
@@ -39,7 +42,10 @@ class Flat(nn.Module):
 
     def __init__(self, width: int, move: Move, factor: int) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        )
         self.move = move
         self.fc1, self.fc2 = nn.Linear(factor * width, 2 * width), nn.Linear(2 * width, 10)
 
@@ -49,18 +55,28 @@ class Flat(nn.Module):
 
 
 class Uneven(nn.Module):
-    """A tensor cut into parts of unlike size, each of which goes another way. `cut` says how to cut 4 * width."""
+    """A tensor cut into parts of unlike size, each of which goes another way. `cut` says how to
+    cut 4 * width.
+    """
 
     def __init__(self, width: int, cut: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.width, self.cut = width, cut
-        self.c1, self.c2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 4 * width, 3, padding=1)
-        self.small, self.large = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(3 * width, width, 3, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.Conv2d(width, 4 * width, 3, padding=1),
+        )
+        self.small, self.large = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(3 * width, width, 3, padding=1),
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         small, large = self.cut(F.relu(self.c2(F.relu(self.c1(x)))), self.width)
-        return self.head(classify(F.relu(torch.cat([self.small(small), self.large(large)], dim=1))))
+        return self.head(
+            classify(F.relu(torch.cat([self.small(small), self.large(large)], dim=1)))
+        )
 
 
 class Unfolded(nn.Module):
@@ -92,7 +108,10 @@ class SuperResolution(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv2d(3, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 4 * width, 3, padding=1)
+        self.c1, self.c2 = (
+            nn.Conv2d(3, 2 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1),
+        )
         self.c3 = nn.Conv2d(width, 12, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +120,22 @@ class SuperResolution(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """ResNet's parameter-free shortcut: every second pixel, and zeros for the channels that are missing."""
+    """ResNet's parameter-free shortcut: every second pixel, and zeros for the channels that are
+    missing.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.pad = width // 2
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.a, self.b = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.c, self.d = nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.a, self.b = (
+            nn.Conv2d(width, 2 * width, 3, 2, 1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        )
+        self.c, self.d = (
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +173,8 @@ class ShapeArithmetic(nn.Module):
         x = F.relu(self.c2(F.relu(self.c1(x))))
         b, c, h, w = x.shape
         y = x.permute(0, 2, 3, 1).reshape(b * h * w, c)
-        y = F.relu(self.up(y)).reshape(b, h * w, 2 * c)  # 2 * c is a stale proxy: the width of `up` is its own
+        # 2 * c is a stale proxy: the width of `up` is its own
+        y = F.relu(self.up(y)).reshape(b, h * w, 2 * c)
         y = self.down(y).transpose(-1, -2).reshape(b, c, h, -1)
         x = (x + y).view(x.size(0), x.size(1) * h * w)
         return self.fc2(F.relu(self.fc1(x)))
@@ -162,7 +190,9 @@ def stacked_sum(x: Tensor) -> Tensor:
 
 
 def focus(x: Tensor) -> Tensor:
-    return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+    return torch.cat(
+        [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1
+    )
 
 
 def windows(x: Tensor) -> Tensor:
@@ -248,7 +278,8 @@ IMAGE: Batch = floats(3, 8, 8)
 
 
 def _between(name: str, move: Move, factor: float) -> Case:
-    # 2 * width + 4 channels after the pad are no multiple of the width, nor are four of them removable.
+    # 2 * width + 4 channels after the pad are no multiple of the width, nor are four of them
+    # removable.
     if name == "channel_pad":
         return Case(name, lambda w: _padded(w, move), IMAGE)
     return Case(name, lambda w: Between(w, move, factor), IMAGE)
@@ -261,11 +292,15 @@ def _padded(width: int, move: Move) -> nn.Module:
 CASES = [
     *(_between(name, move, factor) for name, (move, factor) in MOVES.items()),
     *(Case(name, lambda w, m=m, f=f: Flat(w, m, f), IMAGE) for name, (m, f) in FLATTENS.items()),
-    *(Case(name, lambda w, cut=cut: Uneven(w, cut), IMAGE, slack=0.1) for name, cut in CUTS.items()),
+    *(
+        Case(name, lambda w, cut=cut: Uneven(w, cut), IMAGE, slack=0.1)
+        for name, cut in CUTS.items()
+    ),
     Case("unfold", lambda w: Unfolded(w, fold=False), IMAGE),
     Case("fold", lambda w: Unfolded(w, fold=True), IMAGE),
     Case("super_resolution", SuperResolution, IMAGE),
-    # Half of the padded sum's channels meet constants and may stay: stem 0.5, a and b 0.38 and 0.38, c 0.38, d 0.5.
+    # Half of the padded sum's channels meet constants and may stay: stem 0.5, a and b 0.38 and
+    # 0.38, c 0.38, d 0.5.
     Case("pad_shortcut", PadShortcut, IMAGE, at_most=0.45),
     Case("literal_view_sizes", LiteralSizes, IMAGE),
     Case("shape_arithmetic", ShapeArithmetic, IMAGE),

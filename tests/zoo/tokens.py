@@ -1,4 +1,6 @@
-"""Sequences of tokens without or beside attention: embeddings, mixers, gated MLPs, recurrent layers."""
+"""Sequences of tokens without or beside attention: embeddings, mixers, gated MLPs, recurrent
+layers.
+"""
 
 from typing import Any
 
@@ -28,13 +30,23 @@ class TextConv(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token and position embeddings, a causal block, and an output layer that is the token embedding again."""
+    """Token and position embeddings, a causal block, and an output layer that is the token
+    embedding again.
+    """
 
     def __init__(self, width: int, tied: bool) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(8, width)
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.qkv, self.proj = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
         self.register_buffer("causal", torch.ones(8, 8).tril().bool())
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
         if tied:
@@ -53,7 +65,9 @@ class LanguageModel(nn.Module):
 
 
 class TiedBag(nn.Module):
-    """Tied embeddings with nothing that normalises: the mean of the tokens predicts the next one."""
+    """Tied embeddings with nothing that normalises: the mean of the tokens predicts the next
+    one.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,7 +87,9 @@ class Mixer(nn.Module):
         self.patches = nn.Conv2d(3, width, 2, 2)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.tokens = nn.Sequential(nn.Linear(16, 2 * width), nn.GELU(), nn.Linear(2 * width, 16))
-        self.channels = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.channels = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,12 +130,23 @@ class GatedMLP(nn.Module):
 class Recurrent(nn.Module):
     """Convolutions, a recurrent layer, linear layers that read its outputs and its last state."""
 
-    def __init__(self, width: int, layer: type[nn.RNNBase], project: bool = False, **options: Any) -> None:
+    def __init__(
+        self, width: int, layer: type[nn.RNNBase], project: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv1d(3, width, 3, padding=1)
-        self.rnn = layer(width, 2 * width, batch_first=True, **options, **({"proj_size": width} if project else {}))
+        self.rnn = layer(
+            width,
+            2 * width,
+            batch_first=True,
+            **options,
+            **({"proj_size": width} if project else {}),
+        )
         seen = width if project else 2 * width
-        self.fc, self.last = nn.Linear(seen * (1 + self.rnn.bidirectional), 2 * width), nn.Linear(seen, 2 * width)
+        self.fc, self.last = (
+            nn.Linear(seen * (1 + self.rnn.bidirectional), 2 * width),
+            nn.Linear(seen, 2 * width),
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +162,11 @@ class Started(nn.Module):
         super().__init__()
         self.width, self.learned = width, learned
         self.start = nn.Parameter(torch.randn(2, 1, width)) if learned else nn.Linear(8, 2 * width)
-        self.embed, self.rnn, self.head = nn.Linear(8, width), nn.GRU(width, width, 2), nn.Linear(width, 10)
+        self.embed, self.rnn, self.head = (
+            nn.Linear(8, width),
+            nn.GRU(width, width, 2),
+            nn.Linear(width, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learned:
@@ -151,11 +182,18 @@ class Cells(nn.Module):
 
     def __init__(self, width: int, cell: type[nn.RNNCellBase]) -> None:
         super().__init__()
-        self.embed, self.cell, self.head = nn.Linear(8, width), cell(width, 2 * width), nn.Linear(2 * width, 10)
+        self.embed, self.cell, self.head = (
+            nn.Linear(8, width),
+            cell(width, 2 * width),
+            nn.Linear(2 * width, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.embed(x))
-        state, memory = x.new_zeros(x.shape[0], self.cell.hidden_size), x.new_zeros(x.shape[0], self.cell.hidden_size)
+        state, memory = (
+            x.new_zeros(x.shape[0], self.cell.hidden_size),
+            x.new_zeros(x.shape[0], self.cell.hidden_size),
+        )
         for step in x.unbind(1):
             if isinstance(self.cell, nn.LSTMCell):
                 state, memory = self.cell(step, (state, memory))
@@ -179,23 +217,50 @@ class OuterProduct(nn.Module):
 
 CASES = [
     Case("embedding", TextConv, indices(8, VOCABULARY), slack=0.08),
-    Case("language_model", lambda w: LanguageModel(w, tied=False), indices(8, VOCABULARY), zeroable=False),
-    Case("language_model_tied", lambda w: LanguageModel(w, tied=True), indices(8, VOCABULARY), zeroable=False),
+    Case(
+        "language_model",
+        lambda w: LanguageModel(w, tied=False),
+        indices(8, VOCABULARY),
+        zeroable=False,
+    ),
+    Case(
+        "language_model_tied",
+        lambda w: LanguageModel(w, tied=True),
+        indices(8, VOCABULARY),
+        zeroable=False,
+    ),
     Case("embedding_tied", TiedBag, indices(8, VOCABULARY)),
     Case("mixer_token_axis", Mixer, floats(3, 8, 8), zeroable=False),
     *(
-        Case(f"gated_mlp_{how.replace(' ', '_')}", lambda w, how=how: GatedMLP(w, how), floats(5, 6))
+        Case(
+            f"gated_mlp_{how.replace(' ', '_')}", lambda w, how=how: GatedMLP(w, how), floats(5, 6)
+        )
         for how in ("two layers", "glu", "chunk", "unflatten")
     ),
     Case("lstm_in_the_middle", lambda w: Recurrent(w, nn.LSTM), floats(3, 8)),
     Case("lstm_bidirectional", lambda w: Recurrent(w, nn.LSTM, bidirectional=True), floats(3, 8)),
-    Case("lstm_of_several_layers", lambda w: Recurrent(w, nn.LSTM, num_layers=3, bias=False), floats(3, 8)),
-    Case("lstm_projected", lambda w: Recurrent(w, nn.LSTM, project=True, num_layers=2, bidirectional=True), floats(3, 8)),
+    Case(
+        "lstm_of_several_layers",
+        lambda w: Recurrent(w, nn.LSTM, num_layers=3, bias=False),
+        floats(3, 8),
+    ),
+    Case(
+        "lstm_projected",
+        lambda w: Recurrent(w, nn.LSTM, project=True, num_layers=2, bidirectional=True),
+        floats(3, 8),
+    ),
     Case("gru_in_the_middle", lambda w: Recurrent(w, nn.GRU), floats(3, 8)),
-    Case("gru_of_several_layers", lambda w: Recurrent(w, nn.GRU, num_layers=2, bidirectional=True), floats(3, 8)),
+    Case(
+        "gru_of_several_layers",
+        lambda w: Recurrent(w, nn.GRU, num_layers=2, bidirectional=True),
+        floats(3, 8),
+    ),
     Case("rnn_in_the_middle", lambda w: Recurrent(w, nn.RNN), floats(3, 8)),
     Case("recurrent_from_a_parameter", lambda w: Started(w, learned=True), floats(4, 8)),
     Case("recurrent_from_the_input", lambda w: Started(w, learned=False), floats(4, 8)),
-    *(Case(cell.__name__, lambda w, cell=cell: Cells(w, cell), floats(4, 8)) for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
+    *(
+        Case(cell.__name__, lambda w, cell=cell: Cells(w, cell), floats(4, 8))
+        for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    ),
     Case("outer_product", OuterProduct, floats(6), width=8),
 ]

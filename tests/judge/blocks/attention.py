@@ -38,9 +38,13 @@ def attention(w: Writer, x: Signal) -> Signal:
         if form == "chunk":
             w.line(f"{q}, {k}, {v} = {w.pick(f'{y}.chunk(3, dim=-1)', f'torch.chunk({y}, 3, 2)')}")
         elif form == "split":
-            w.line(f"{q}, {k}, {v} = {w.pick(f'{y}.split({inner}, -1)', f'torch.split({y}, [{inner}] * 3, dim=2)')}")
+            w.line(
+                f"{q}, {k}, {v} = {w.pick(f'{y}.split({inner}, -1)', f'torch.split({y}, [{inner}] * 3, dim=2)')}"
+            )
         elif form == "slices":
-            w.line(f"{q}, {k}, {v} = {y}[..., :{inner}], {y}[..., {inner}:-{inner}], {y}[..., -{inner}:]")
+            w.line(
+                f"{q}, {k}, {v} = {y}[..., :{inner}], {y}[..., {inner}:-{inner}], {y}[..., -{inner}:]"
+            )
         else:
             z = w.assign(
                 w.pick(
@@ -112,7 +116,14 @@ def attention(w: Writer, x: Signal) -> Signal:
             ),
             "a",
         )
-        y = w.assign(w.pick(f"{a} @ {v}", f"torch.matmul({a}, {v})", f"torch.einsum('bhqk,bhkd->bhqd', {a}, {v})"), "y")
+        y = w.assign(
+            w.pick(
+                f"{a} @ {v}",
+                f"torch.matmul({a}, {v})",
+                f"torch.einsum('bhqk,bhkd->bhqd', {a}, {v})",
+            ),
+            "y",
+        )
     merged = w.pick(
         f"{y}.transpose(1, 2).reshape({x}.shape[0], {x}.shape[1], {inner})",
         f"{y}.transpose(1, 2).flatten(2)",
@@ -142,10 +153,16 @@ def torch_attention(w: Writer, x: Signal) -> Signal:
             x,
             f"{layer}({{x}}.transpose(0, 1), {{x}}.transpose(0, 1), {{x}}.transpose(0, 1), need_weights=False)[0].transpose(0, 1)",
         )
-    layer = w.module(f"nn.MultiheadAttention({x.width}, 2, batch_first=True{w.pick('', ', bias=False')})", "attention")
+    layer = w.module(
+        f"nn.MultiheadAttention({x.width}, 2, batch_first=True{w.pick('', ', bias=False')})",
+        "attention",
+    )
     if form == "cross":
         memory = w.parameter(1, 3, x.width)
-        return w.value(x, f"{layer}({{x}}, {memory}.expand({{x}}.size(0), -1, -1), {memory}.expand({{x}}.size(0), -1, -1))[0]")
+        return w.value(
+            x,
+            f"{layer}({{x}}, {memory}.expand({{x}}.size(0), -1, -1), {memory}.expand({{x}}.size(0), -1, -1))[0]",
+        )
     if form == "mask":
         return w.value(
             x,
@@ -161,7 +178,12 @@ def channel_attention(w: Writer, x: Signal) -> Signal:
     """Attention without heads, of pixels or tokens, or across channels; linear attention."""
     y = x
     if x.kind == "image":
-        y = w.value(x, w.pick("{x}.flatten(2).transpose(1, 2)", "{x}.flatten(2).mT"), kind="tokens", size=(x.size[0] * x.size[1],))
+        y = w.value(
+            x,
+            w.pick("{x}.flatten(2).transpose(1, 2)", "{x}.flatten(2).mT"),
+            kind="tokens",
+            size=(x.size[0] * x.size[1],),
+        )
     size = w.some_width()
     q, k, v = linear(w, y, size), linear(w, y, size), linear(w, y, x.width)
     forms = (

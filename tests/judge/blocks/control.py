@@ -20,12 +20,21 @@ def residual(w: Writer, x: Signal, inside: Inside) -> Signal:
     """A sum around blocks, in the same forward or in a class of its own."""
     if w.chance(0.5):
         y = fitted(w, inside(w, x), x)
-        return w.value(x, w.pick(f"{{x}} + {y}", f"{y} + {{x}}", f"{{x}}.add({y})", f"{{x}} + 0.5 * {y}"))
+        return w.value(
+            x, w.pick(f"{{x}} + {y}", f"{y} + {{x}}", f"{{x}}.add({y})", f"{{x}} + 0.5 * {y}")
+        )
     c = w.child()
     start = replace(x, name="x")
     c.pool.append(start)
     y = fitted(c, inside(c, start), start)
-    name = c.finish(c.pick(f"x + {y}", f"{y} + x", f"torch.add(x, {y})", f"{y}.add_(x)" if y.name != "x" else "x + x"))
+    name = c.finish(
+        c.pick(
+            f"x + {y}",
+            f"{y} + x",
+            f"torch.add(x, {y})",
+            f"{y}.add_(x)" if y.name != "x" else "x + x",
+        )
+    )
     layer = w.module(f"{name}()", "part")
     return w.value(x, w.pick(f"{layer}({{x}})", f"{layer}(x={{x}})", f"{layer}.forward({{x}})"))
 
@@ -79,7 +88,13 @@ def early_return(w: Writer, x: Signal, inside: Inside) -> Signal:
 def training_only(w: Writer, x: Signal, inside: Inside) -> Signal:
     """Something that only training, or only evaluation, computes."""
     y = w.value(x, "{x} * 1.0")
-    with w.under(w.pick("if self.training:", "if not self.training:", "if self.training and self.training is not None:")):
+    with w.under(
+        w.pick(
+            "if self.training:",
+            "if not self.training:",
+            "if self.training and self.training is not None:",
+        )
+    ):
         z = fitted(w, inside(w, x), x)
         w.line(w.pick(f"{y} = {z}", f"{y} = {y} + {z}", f"{y} = {y} + 0.1 * {z}"))
     return y
@@ -90,7 +105,9 @@ def optional(w: Writer, x: Signal, inside: Inside) -> Signal:
     """Branches on None, on attributes, and asserts."""
     name = w.fresh("maybe")
     form = w.pick("none", "set", "flag", "assert", "getattr", "isinstance", "scripting", "try")
-    w.setup.append(f"self.{name} = {'None' if form == 'none' else 'True' if form != 'set' else 'nn.Identity()'}")
+    w.setup.append(
+        f"self.{name} = {'None' if form == 'none' else 'True' if form != 'set' else 'nn.Identity()'}"
+    )
     tests = {
         "none": f"if self.{name} is None:",
         "set": f"if self.{name} is not None:",
@@ -125,7 +142,11 @@ def optional(w: Writer, x: Signal, inside: Inside) -> Signal:
 
 def layer_of_silent(w: Writer, x: Signal) -> str:
     """A layer that is called in one expression."""
-    code = f"nn.Conv2d({x.width}, {x.width}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {x.width})"
+    code = (
+        f"nn.Conv2d({x.width}, {x.width}, 1)"
+        if x.kind == "image"
+        else f"nn.Linear({x.width}, {x.width})"
+    )
     return f"{w.module(code, 'other')}({x})"
 
 
@@ -137,12 +158,29 @@ def container(w: Writer, x: Signal) -> Signal:
     if w.chance(0.4):
         widths = [x.width] * (count + 1)
     same = len(set(widths)) == 1
-    make = (lambda a, b: f"nn.Conv2d({a}, {b}, 1)") if x.kind == "image" else (lambda a, b: f"nn.Linear({a}, {b})")
+    make = (
+        (lambda a, b: f"nn.Conv2d({a}, {b}, 1)")
+        if x.kind == "image"
+        else (lambda a, b: f"nn.Linear({a}, {b})")
+    )
     layers = [make(a, b) for a, b in pairwise(widths)]
     y = w.fresh()
-    form = w.pick("list", "dict", "sequence", "attributes", "slices", "index", "plain", "while", "dense", "call")
+    form = w.pick(
+        "list",
+        "dict",
+        "sequence",
+        "attributes",
+        "slices",
+        "index",
+        "plain",
+        "while",
+        "dense",
+        "call",
+    )
     if form == "dict":
-        w.setup.append(f"self.{name} = nn.ModuleDict({{{', '.join(f'{chr(97 + n)!r}: {code}' for n, code in enumerate(layers))}}})")
+        w.setup.append(
+            f"self.{name} = nn.ModuleDict({{{', '.join(f'{chr(97 + n)!r}: {code}' for n, code in enumerate(layers))}}})"
+        )
         w.line(f"{y} = {x}")
         if w.chance(0.5):
             w.line(f"for key, layer in self.{name}.items():")
@@ -165,13 +203,17 @@ def container(w: Writer, x: Signal) -> Signal:
         w.setup.append(f"self.{name} = nn.ModuleList([{', '.join(layers)}])")
         w.line(f"{y} = [{x}]")
         w.line(f"for layer in self.{name}:")
-        w.line(f"    {y}.append(layer({w.pick(f'{y}[-1]', f'sum({y})', f'torch.stack({y}).mean(0)')}).relu())")
+        w.line(
+            f"    {y}.append(layer({w.pick(f'{y}[-1]', f'sum({y})', f'torch.stack({y}).mean(0)')}).relu())"
+        )
         total = w.fresh()
         w.line(
             f"{total} = {w.pick(f'sum({y})', f'torch.stack({y}, 0).amax(0)', f'{y}[-1] + {y}[0]', f'torch.stack({y}, -1).sum(-1)')}"
         )
         y = total
-    elif form == "plain":  # a list that torch does not know, of layers that it knows by another name
+    elif (
+        form == "plain"
+    ):  # a list that torch does not know, of layers that it knows by another name
         for n, code in enumerate(layers):
             w.setup.append(f"self.{name}_{n} = {code}")
         w.setup.append(
@@ -191,7 +233,9 @@ def container(w: Writer, x: Signal) -> Signal:
         w.line("    n += 1")
     elif form == "call":
         w.setup.append(f"self.{name} = nn.ModuleList([{', '.join(layers)}])")
-        w.line(f"{y} = functools.reduce(lambda value, layer: F.gelu(layer(value)), self.{name}, {x})")
+        w.line(
+            f"{y} = functools.reduce(lambda value, layer: F.gelu(layer(value)), self.{name}, {x})"
+        )
     else:
         w.setup.append(f"self.{name} = nn.ModuleList([{', '.join(layers)}])")
         w.line(f"{y} = {x}")
@@ -237,6 +281,16 @@ def method(w: Writer, x: Signal, inside: Inside) -> Signal:
         return replace(y, name=w.assign(f"{w.module(f'{name}()', 'part')}({x})[1][0]"))
     if form == "keywords":
         name = c.finish(f"{y} * scale", "x, *, scale=1.0, **unused")
-        return replace(y, name=w.assign(f"{w.module(f'{name}()', 'part')}({x}{w.pick('', ', scale=0.5', ', other=3')})"))
+        return replace(
+            y,
+            name=w.assign(
+                f"{w.module(f'{name}()', 'part')}({x}{w.pick('', ', scale=0.5', ', other=3')})"
+            ),
+        )
     name = c.finish(f"{y} if skip is None else {y} + skip", "x, skip=None, *rest")
-    return replace(y, name=w.assign(f"{w.module(f'{name}()', 'part')}({x}{w.pick('', ', None', ', 1.5', f', skip={x}.mean()')})"))
+    return replace(
+        y,
+        name=w.assign(
+            f"{w.module(f'{name}()', 'part')}({x}{w.pick('', ', None', ', 1.5', f', skip={x}.mean()')})"
+        ),
+    )

@@ -166,7 +166,9 @@ def scale(w: Writer, x: Signal) -> Signal:
         f"torch.maximum({{x}}, {met})",
         f"{{x}} * torch.exp(-{met}.abs())",
         f"{{x}} * {vector}.mean()",
-        f"{{x}} * {met}.softmax({w.dim(x) if x.axis == x.rank - 1 else 0})" if x.axis == x.rank - 1 else f"{{x}} * {met} * 2",
+        f"{{x}} * {met}.softmax({w.dim(x) if x.axis == x.rank - 1 else 0})"
+        if x.axis == x.rank - 1
+        else f"{{x}} * {met} * 2",
         f"{{x}} * {met} + {met}",
         f"{{x}}.sub({met}, alpha=0.1)",
         f"{{x}}.mul({met}).add_({met})",
@@ -175,7 +177,9 @@ def scale(w: Writer, x: Signal) -> Signal:
         y = w.value(x, "{x}.clone()")
         w.line(w.pick(f"{y} *= {met}", f"{y}.mul_({met})", f"{y} += {met}", f"{y}.sub_({met})"))
         return y
-    if x.rank > 2 and x.axis == 1 and w.chance(0.2):  # along the channels by moving them to the end
+    if (
+        x.rank > 2 and x.axis == 1 and w.chance(0.2)
+    ):  # along the channels by moving them to the end
         return w.value(x, f"({{x}}.movedim(1, -1) * {vector}).movedim(-1, 1)")
     return w.value(x, w.pick(*forms))
 

@@ -16,7 +16,10 @@ def _forms(w: Writer, shape: Any) -> tuple[str, Any]:
     form = w.pick("tensor", "tensor", "tensor", "tuple", "named", "scale", "none")
     if form == "scale":
         w.line("x = x * (1 + scale[(...,) + (None,) * (x.dim() - 1)])")
-        return "x, scale", lambda batch, more: (shape(batch, more), random_tensor(batch, seed=3).abs())
+        return "x, scale", lambda batch, more: (
+            shape(batch, more),
+            random_tensor(batch, seed=3).abs(),
+        )
     if form == "none":
         w.line("if mask is not None:")
         w.line("    x = x * mask")
@@ -31,14 +34,18 @@ def _forms(w: Writer, shape: Any) -> tuple[str, Any]:
 @source(gives="image", weight=4)
 def image(w: Writer) -> tuple[Signal, Example]:
     height, width = w.pick((6, 6), (8, 8), (8, 6), (7, 9), (12, 12))
-    arguments, make = _forms(w, lambda batch, more: random_tensor(batch, 3, height + 2 * more, width + 4 * more))
+    arguments, make = _forms(
+        w, lambda batch, more: random_tensor(batch, 3, height + 2 * more, width + 4 * more)
+    )
     return Signal("x", "image", 3, (height, width)), Example(arguments, make)
 
 
 @source(gives="tokens", weight=3)
 def tokens(w: Writer) -> tuple[Signal, Example]:
     length, channels = w.between(4, 8), w.pick(4, 6, 8)
-    arguments, make = _forms(w, lambda batch, more: random_tensor(batch, length + 3 * more, channels))
+    arguments, make = _forms(
+        w, lambda batch, more: random_tensor(batch, length + 3 * more, channels)
+    )
     return Signal("x", "tokens", channels, (length,)), Example(arguments, make)
 
 
@@ -54,10 +61,22 @@ def ids(w: Writer) -> tuple[Signal, Example]:
     length, channels, words = w.between(4, 8), w.some_width(), 11
 
     def make(batch: int, more: int) -> Any:
-        return torch.randint(0, words, (batch, length + 3 * more), generator=torch.Generator().manual_seed(batch + more))
+        return torch.randint(
+            0,
+            words,
+            (batch, length + 3 * more),
+            generator=torch.Generator().manual_seed(batch + more),
+        )
 
-    table = w.module(f"nn.Embedding({words}, {channels}{w.pick('', '', ', padding_idx=0')})", "words")
-    code = w.pick("{t}(x)", "F.embedding(x, {t}.weight)", "{t}.weight[x]", "F.one_hot(x, {n}).to({t}.weight.dtype) @ {t}.weight")
+    table = w.module(
+        f"nn.Embedding({words}, {channels}{w.pick('', '', ', padding_idx=0')})", "words"
+    )
+    code = w.pick(
+        "{t}(x)",
+        "F.embedding(x, {t}.weight)",
+        "{t}.weight[x]",
+        "F.one_hot(x, {n}).to({t}.weight.dtype) @ {t}.weight",
+    )
     y = Signal("x", "tokens", channels, (length,))
     return w.value(y, code.format(t=table, n=words)), Example("x", make)
 
@@ -77,7 +96,12 @@ def classify(w: Writer, x: Signal) -> str:
     y = to_vector(w, x)
     layer = w.module(f"nn.Linear({y.width}, 5{w.pick('', ', bias=False')})", "head")
     logits = w.assign(f"{layer}({y})", "logits")
-    return w.pick(logits, f"F.log_softmax({logits}, dim=-1)", f"{logits}.softmax(1)", f"torch.softmax({logits}, -1)")
+    return w.pick(
+        logits,
+        f"F.log_softmax({logits}, dim=-1)",
+        f"{logits}.softmax(1)",
+        f"torch.softmax({logits}, -1)",
+    )
 
 
 def _several(w: Writer, x: Signal) -> tuple[str, str, str]:
@@ -85,7 +109,12 @@ def _several(w: Writer, x: Signal) -> tuple[str, str, str]:
     y = to_vector(w, x)
     small = w.assign(f"{w.module(f'nn.Linear({y.width}, 3)', 'head')}({y})", "small")
     earlier = w.pick(*[*w.pool[-3:], x])
-    wide = w.assign(w.pick(f"{earlier}.clone()", f"{earlier}.mean(0)", f"{earlier} + 0", f"{earlier}.flatten(1)"), "wide")
+    wide = w.assign(
+        w.pick(
+            f"{earlier}.clone()", f"{earlier}.mean(0)", f"{earlier} + 0", f"{earlier}.flatten(1)"
+        ),
+        "wide",
+    )
     other = w.assign(f"{w.pick(*[*w.extra, x])}.sum()", "other")
     return small, wide, other
 
@@ -94,7 +123,9 @@ def _several(w: Writer, x: Signal) -> tuple[str, str, str]:
 def nested(w: Writer, x: Signal) -> str:
     """Dicts of lists of tuples, numbers and None beside tensors."""
     a, b, c = _several(w, x)
-    number = w.pick("1", "None", f"{x}.shape[0]", f"{x}.shape[1]", "'text'", f"float({w.width(x)})")
+    number = w.pick(
+        "1", "None", f"{x}.shape[0]", f"{x}.shape[1]", "'text'", f"float({w.width(x)})"
+    )
     forms = (
         f"{{'logits': {a}, 'features': [{b}, ({c}, {number})]}}",
         f"({a}, {{'aux': [({b}, {c}), {number}]}})",
@@ -117,10 +148,14 @@ def objects(w: Writer, x: Signal) -> str:
     if form == "tuple":
         w.function(f"{name} = collections.namedtuple('{name}', 'small wide other')\n")
     elif form == "typed":
-        w.function(f"class {name}(NamedTuple):\n    small: Tensor\n    wide: Tensor\n    other: Any = None\n")
+        w.function(
+            f"class {name}(NamedTuple):\n    small: Tensor\n    wide: Tensor\n    other: Any = None\n"
+        )
     elif form in ("dataclass", "frozen"):
         frozen = "(frozen=True)" if form == "frozen" else ""
-        w.function(f"@dataclasses.dataclass{frozen}\nclass {name}:\n    small: Tensor\n    wide: Tensor\n    other: Any = None\n")
+        w.function(
+            f"@dataclasses.dataclass{frozen}\nclass {name}:\n    small: Tensor\n    wide: Tensor\n    other: Any = None\n"
+        )
     elif form == "class":
         text = f"class {name}:\n    def __init__(self, small, wide, other):\n        self.small, self.wide, self.other = small, wide, other\n"
         w.function(text)
@@ -130,7 +165,12 @@ def objects(w: Writer, x: Signal) -> str:
         )
     else:
         name = "types.SimpleNamespace"
-    return str(w.pick(f"{name}(small={a}, wide={b}, other={c})", f"{name}(**{{'small': {a}, 'wide': {b}}}, other={c})"))
+    return str(
+        w.pick(
+            f"{name}(small={a}, wide={b}, other={c})",
+            f"{name}(**{{'small': {a}, 'wide': {b}}}, other={c})",
+        )
+    )
 
 
 @result("tokens", weight=1.5)
@@ -140,7 +180,9 @@ def tied_words(w: Writer, x: Signal) -> str:
     form = w.pick("tied", "functional", "product", "alone")
     if form == "tied":
         head = w.module(f"nn.Linear({x.width}, 7, bias=False)", "head")
-        w.setup.append(w.pick(f"{head}.weight = {table}.weight", f"{table}.weight = {head}.weight"))
+        w.setup.append(
+            w.pick(f"{head}.weight = {table}.weight", f"{table}.weight = {head}.weight")
+        )
         y = w.assign(f"{head}({x})")
     elif form == "functional":
         y = w.assign(f"F.linear({x}, {table}.weight)")
@@ -163,7 +205,9 @@ def tied_words(w: Writer, x: Signal) -> str:
 @result("image", weight=1.5)
 def dense(w: Writer, x: Signal) -> str:
     """A map of classes over the picture."""
-    layer = w.module(f"nn.Conv2d({x.width}, 2, {w.pick('1', '1, bias=False', '3, padding=1')})", "head")
+    layer = w.module(
+        f"nn.Conv2d({x.width}, 2, {w.pick('1', '1, bias=False', '3, padding=1')})", "head"
+    )
     y = w.assign(f"{layer}({x})")
     return w.pick(
         y,
@@ -194,4 +238,9 @@ def budget(w: Writer) -> dict[str, Any]:
 
 @options
 def scope(w: Writer) -> dict[str, Any]:
-    return {"channels": w.pick(0.5, 0.6), "scope": "global", "round_to": w.pick(1, 2), "units": w.pick("dims", "heads")}
+    return {
+        "channels": w.pick(0.5, 0.6),
+        "scope": "global",
+        "round_to": w.pick(1, 2),
+        "units": w.pick("dims", "heads"),
+    }

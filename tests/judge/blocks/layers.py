@@ -8,7 +8,10 @@ from math import gcd
 from ..source import Signal, Writer
 from .registry import block
 
-PARAMETRISED = ("nn.utils.parametrizations.weight_norm({})", "nn.utils.parametrizations.weight_norm({}, dim=0)")
+PARAMETRISED = (
+    "nn.utils.parametrizations.weight_norm({})",
+    "nn.utils.parametrizations.weight_norm({}, dim=0)",
+)
 
 
 def linear(w: Writer, x: Signal, out: int) -> Signal:
@@ -52,7 +55,9 @@ def linear(w: Writer, x: Signal, out: int) -> Signal:
             f"{{x}}.matmul({weight}){plus}",
             f"torch.tensordot({{x}}, {weight}, dims=1){plus}",
             f"torch.einsum('...c,cd->...d', {{x}}, {weight}){plus}",
-            f"({weight}.t() @ {{x}}.unsqueeze(-1)).squeeze(-1){plus}" if x.rank == 2 else f"{{x}} @ {weight}[None]{plus}",
+            f"({weight}.t() @ {{x}}.unsqueeze(-1)).squeeze(-1){plus}"
+            if x.rank == 2
+            else f"{{x}} @ {weight}[None]{plus}",
             f"torch.inner({{x}}, {weight}.T){plus}",
         ]
         if x.rank == 2:
@@ -149,18 +154,28 @@ def convolution(w: Writer, x: Signal, out: int) -> Signal:
                 f"F.conv2d(input={{x}}, weight={weight}, padding=1, groups={{x}}.shape[1])",
             )
         y = w.value(x, code, width=x.width * more)
-        return w.value(y, f"{w.module(f'nn.Conv2d({y.width}, {out}, 1)', 'point')}({{x}})", width=out)
+        return w.value(
+            y, f"{w.module(f'nn.Conv2d({y.width}, {out}, 1)', 'point')}({{x}})", width=out
+        )
     if form == "groups":
         groups = gcd(gcd(x.width, out), w.pick(2, 4))
         return w.value(
-            x, f"{w.module(f'nn.Conv2d({x.width}, {out}, 3, padding=1, groups={groups}{tail})', 'conv')}({{x}})", width=out
+            x,
+            f"{w.module(f'nn.Conv2d({x.width}, {out}, 3, padding=1, groups={groups}{tail})', 'conv')}({{x}})",
+            width=out,
         )
     if form == "unfold":
         weight = w.parameter(out, x.width * 9)
         columns = w.pick(
-            "F.unfold({x}, 3, padding=1)", "F.unfold({x}, kernel_size=(3, 3), padding=1)", "nn.Unfold(3, padding=1)({x})"
+            "F.unfold({x}, 3, padding=1)",
+            "F.unfold({x}, kernel_size=(3, 3), padding=1)",
+            "nn.Unfold(3, padding=1)({x})",
         )
-        return w.value(x, f"({weight} @ {columns}).view({{x}}.size(0), {out}, {{x}}.size(2), {{x}}.size(3))", width=out)
+        return w.value(
+            x,
+            f"({weight} @ {columns}).view({{x}}.size(0), {out}, {{x}}.size(2), {{x}}.size(3))",
+            width=out,
+        )
     if form == "linear":
         y = replace(
             x,
@@ -223,7 +238,12 @@ def convolution(w: Writer, x: Signal, out: int) -> Signal:
         w.module(f"nn.Conv2d({x.width}, {w.pick(out, 1)}, 1)", "gate"),
     )
     return w.value(
-        x, w.pick(f"{value}({{x}}) * {gate}({{x}}).sigmoid()", f"{value}({{x}}).mul(torch.sigmoid({gate}({{x}})))"), width=out
+        x,
+        w.pick(
+            f"{value}({{x}}) * {gate}({{x}}).sigmoid()",
+            f"{value}({{x}}).mul(torch.sigmoid({gate}({{x}})))",
+        ),
+        width=out,
     )
 
 
@@ -244,7 +264,14 @@ def bottleneck(w: Writer, x: Signal) -> Signal:
     y = w.value(y, w.pick("F.gelu({x})", "{x}.relu()", "F.silu({x}, inplace=True)"))
     y = layer_of(w, y, x.width)
     return w.value(
-        x, w.pick(f"{{x}} + {y}", f"{y} + {{x}}", f"torch.add({{x}}, {y}, alpha=0.5)", f"{{x}}.add({y})", f"{{x}} + 0.1 * {y}")
+        x,
+        w.pick(
+            f"{{x}} + {y}",
+            f"{y} + {{x}}",
+            f"torch.add({{x}}, {y}, alpha=0.5)",
+            f"{{x}}.add({y})",
+            f"{{x}} + 0.1 * {y}",
+        ),
     )
 
 
@@ -266,7 +293,9 @@ def tokens_convolved(w: Writer, x: Signal) -> Signal:
             width=out,
         )
     if form == "depthwise":
-        layer = w.module(f"nn.Conv1d({x.width}, {x.width}, 3, padding=1, groups={x.width})", "conv")
+        layer = w.module(
+            f"nn.Conv1d({x.width}, {x.width}, 3, padding=1, groups={x.width})", "conv"
+        )
         return w.value(x, f"{layer}({{x}}.transpose(-1, -2)).transpose(-1, -2)")
     if form == "causal":
         layer = w.module(f"nn.Conv1d({x.width}, {out}, 3, padding=2)", "conv")
@@ -306,7 +335,12 @@ def functions_of_two(w: Writer, x: Signal) -> Signal:
     if w.chance(0.3):
         layer = w.module(f"nn.Bilinear({x.width}, {x.width}, {out})")
         return w.value(
-            x, w.pick(f"{layer}({{x}}, {{x}})", f"F.bilinear({{x}}, {{x}}.tanh(), {layer}.weight, {layer}.bias)"), width=out
+            x,
+            w.pick(
+                f"{layer}({{x}}, {{x}})",
+                f"F.bilinear({{x}}, {{x}}.tanh(), {layer}.weight, {layer}.bias)",
+            ),
+            width=out,
         )
     if w.chance(0.5):
         points = w.parameter(out, x.width)
@@ -324,6 +358,9 @@ def functions_of_two(w: Writer, x: Signal) -> Signal:
     return w.value(
         a,
         w.pick(
-            f"{{x}} * {b}", f"{{x}} * {b}.sigmoid()", f"F.glu(torch.cat(({{x}}, {b}), -1), -1)", f"torch.addcmul({{x}}, {{x}}, {b})"
+            f"{{x}} * {b}",
+            f"{{x}} * {b}.sigmoid()",
+            f"F.glu(torch.cat(({{x}}, {b}), -1), -1)",
+            f"torch.addcmul({{x}}, {{x}}, {b})",
         ),
     )

@@ -91,7 +91,12 @@ def cut(w: Writer, x: Signal) -> Signal:
         (f"torch.cat([{{x}}, {{x}}.relu()], {at})[{head}{half}:-{half}]", 2 * c - 2 * half),
         (f"{{x}}[{head}:{{x}}.shape[{x.axis}] // 2]", half),
         (f"{{x}}.unfold({at}, 2, 2).sum(-1)", half),
-        (f"{{x}}.unflatten({x.axis}, (-1, 2)).amax({x.axis + 1})" if c % 2 == 0 else f"{{x}}[{head}:{half}]", half),
+        (
+            f"{{x}}.unflatten({x.axis}, (-1, 2)).amax({x.axis + 1})"
+            if c % 2 == 0
+            else f"{{x}}[{head}:{half}]",
+            half,
+        ),
     ]
     if c % 2 == 0:
         forms += [
@@ -134,7 +139,10 @@ def joined(w: Writer, x: Signal) -> Signal:
         (f"torch.nn.functional.pad({{x}}, pad=({zeros}2, 0), value=0)", c + 2),
         (f"torch.constant_pad_nd({{x}}, [{zeros}1, 1])", c + 2),
         (f"torch.stack([{{x}}, {{x}}.tanh()], {x.axis}).flatten({x.axis}, {x.axis + 1})", 2 * c),
-        (f"torch.stack([{{x}}, {{x}} * 2], dim={x.axis + 1}).flatten({x.axis}, {x.axis + 1})", 2 * c),
+        (
+            f"torch.stack([{{x}}, {{x}} * 2], dim={x.axis + 1}).flatten({x.axis}, {x.axis + 1})",
+            2 * c,
+        ),
         (f"torch.cat([{{x}}, {{x}}.mean({at}, keepdim=True)], {at})", c + 1),
         (f"torch.cat([{{x}}.amax({at}, keepdim=True), {{x}}], dim={at})", c + 1),
         (f"torch.cat([{{x}}, torch.zeros_like({{x}})], {at})", 2 * c),
@@ -175,7 +183,11 @@ def skipped(w: Writer, x: Signal) -> Signal:
     y = w.pick(*others) if others else x
     if y.width < x.width and w.chance(0.5):
         zeros = "0, " * (2 * (x.rank - 1 - x.axis))
-        y = w.value(y, f"F.pad({{x}}, ({zeros}{w.pick(f'0, {x.width - y.width}', f'{x.width - y.width}, 0')}))", width=x.width)
+        y = w.value(
+            y,
+            f"F.pad({{x}}, ({zeros}{w.pick(f'0, {x.width - y.width}', f'{x.width - y.width}, 0')}))",
+            width=x.width,
+        )
     elif y.width > x.width and w.chance(0.5):
         y = w.value(y, f"{{x}}[{':, ' if x.axis == 1 else '..., '}:{x.width}]", width=x.width)
     if y.width != x.width:
@@ -280,7 +292,12 @@ def larger(w: Writer, x: Signal) -> Signal:
     up = tuple(2 * n for n in x.size)
     if w.chance(0.3):
         out = w.some_width()
-        return w.value(x, f"{w.module(f'nn.ConvTranspose2d({x.width}, {out}, 2, stride=2)', 'up')}({{x}})", width=out, size=up)
+        return w.value(
+            x,
+            f"{w.module(f'nn.ConvTranspose2d({x.width}, {out}, 2, stride=2)', 'up')}({{x}})",
+            width=out,
+            size=up,
+        )
     if x.width % 4 == 0 and w.chance(0.4):
         forms = (
             "F.pixel_shuffle({x}, 2)",

@@ -15,10 +15,20 @@ def _moved(w: Writer, x: Signal, code: str) -> Signal:
     if x.axis == x.rank - 1:
         return w.value(x, code)
     last = replace(
-        x, name=w.assign(w.pick(f"{x}.permute(0, 2, 3, 1)", f"{x}.movedim(1, -1)", f"torch.movedim({x}, source=1, destination=-1)"))
+        x,
+        name=w.assign(
+            w.pick(
+                f"{x}.permute(0, 2, 3, 1)",
+                f"{x}.movedim(1, -1)",
+                f"torch.movedim({x}, source=1, destination=-1)",
+            )
+        ),
     )
     return w.value(
-        w.value(last, code), w.pick("{x}.permute(0, 3, 1, 2)", "{x}.movedim(-1, 1)", "{x}.permute(0, 3, 1, 2).contiguous()")
+        w.value(last, code),
+        w.pick(
+            "{x}.permute(0, 3, 1, 2)", "{x}.movedim(-1, 1)", "{x}.permute(0, 3, 1, 2).contiguous()"
+        ),
     )
 
 
@@ -26,7 +36,19 @@ def _moved(w: Writer, x: Signal, code: str) -> Signal:
 def norm(w: Writer, x: Signal) -> Signal:
     """A norm over channels, groups, positions or the batch."""
     c = x.width
-    form = w.pick("layer", "layer_f", "rms", "rms_f", "group", "group_f", "batch", "batch_f", "instance", "whole", "bare")
+    form = w.pick(
+        "layer",
+        "layer_f",
+        "rms",
+        "rms_f",
+        "group",
+        "group_f",
+        "batch",
+        "batch_f",
+        "instance",
+        "whole",
+        "bare",
+    )
     if form == "layer":
         return _moved(
             w,
@@ -50,11 +72,17 @@ def norm(w: Writer, x: Signal) -> Signal:
         return _moved(w, x, f"{w.module(f'nn.RMSNorm({c}, eps=1e-5)', 'norm')}({{x}})")
     if form == "rms_f":
         return _moved(
-            w, x, f"F.rms_norm({{x}}, {w.pick(f'({c},)', '{x}.shape[-1:]')}, {w.parameter(c)}, {w.pick('1e-5', 'eps=1e-6')})"
+            w,
+            x,
+            f"F.rms_norm({{x}}, {w.pick(f'({c},)', '{x}.shape[-1:]')}, {w.parameter(c)}, {w.pick('1e-5', 'eps=1e-6')})",
         )
     if form in ("group", "group_f"):
         groups = w.pick(1, gcd(c, 2), gcd(c, 4))
-        y = x if x.axis == 1 else w.value(x, w.pick("{x}.transpose(1, 2)", "{x}.mT", "{x}.permute(0, 2, 1)"))
+        y = (
+            x
+            if x.axis == 1
+            else w.value(x, w.pick("{x}.transpose(1, 2)", "{x}.mT", "{x}.permute(0, 2, 1)"))
+        )
         if form == "group":
             code = f"{w.module(w.pick(f'nn.GroupNorm({groups}, {c})', f'nn.GroupNorm(num_groups={groups}, num_channels={c}, eps=1e-3)'), 'norm')}({{x}})"
         else:
@@ -63,12 +91,18 @@ def norm(w: Writer, x: Signal) -> Signal:
                 f"F.group_norm(input={{x}}, num_groups={groups}, weight={w.parameter(c)}, bias=None)",
             )
         y = w.value(y, code)
-        return y if x.axis == 1 else w.value(y, w.pick("{x}.transpose(1, 2)", "{x}.transpose(-1, -2)", "{x}.mT"))
+        return (
+            y
+            if x.axis == 1
+            else w.value(y, w.pick("{x}.transpose(1, 2)", "{x}.transpose(-1, -2)", "{x}.mT"))
+        )
     if form in ("batch", "batch_f"):
         y = x if x.axis == 1 else w.value(x, "{x}.transpose(1, 2)")
         kind = "BatchNorm2d" if x.kind == "image" else "BatchNorm1d"
         if form == "batch":
-            more = w.pick("", "", ", eps=1e-3", ", momentum=None", ", affine=False", ", momentum=0.3")
+            more = w.pick(
+                "", "", ", eps=1e-3", ", momentum=None", ", affine=False", ", momentum=0.3"
+            )
             code = f"{w.module(f'nn.{kind}({c}{more})', 'norm')}({{x}})"
         else:
             mean, var = w.buffer(f"torch.zeros({c})"), w.fresh("running_var")
@@ -91,7 +125,9 @@ def norm(w: Writer, x: Signal) -> Signal:
             ),
         )
     if form == "whole" and x.kind == "image" and w.chance(0.3):
-        return w.value(x, f"{w.module(f'nn.LayerNorm([{c}, {x.size[0]}, {x.size[1]}])', 'norm')}({{x}})")
+        return w.value(
+            x, f"{w.module(f'nn.LayerNorm([{c}, {x.size[0]}, {x.size[1]}])', 'norm')}({{x}})"
+        )
     if form == "bare":  # statistics without weights, of what a layer gives
         y = layer_of(w, x, c)
         if x.kind == "image":
@@ -104,7 +140,14 @@ def norm(w: Writer, x: Signal) -> Signal:
                     "F.local_response_norm({x}, 3)",
                 ),
             )
-        return w.value(y, w.pick("F.normalize({x}, dim=-1)", "F.normalize({x}, p=1, dim=-1)", "F.normalize({x}, 2, -1)"))
+        return w.value(
+            y,
+            w.pick(
+                "F.normalize({x}, dim=-1)",
+                "F.normalize({x}, p=1, dim=-1)",
+                "F.normalize({x}, 2, -1)",
+            ),
+        )
     return _moved(w, x, f"{w.module(f'nn.LayerNorm({c})', 'norm')}({{x}})")
 
 
@@ -118,7 +161,10 @@ def dropout(w: Writer, x: Signal) -> Signal:
         f"{w.module('nn.Dropout(p=0.3, inplace=True)', 'drop')}({{x}} * 1)",
     ]
     if x.kind == "image":
-        forms += [f"{w.module('nn.Dropout2d(0.2)', 'drop')}({{x}})", "F.dropout2d({x}, 0.1, training=self.training)"]
+        forms += [
+            f"{w.module('nn.Dropout2d(0.2)', 'drop')}({{x}})",
+            "F.dropout2d({x}, 0.1, training=self.training)",
+        ]
     return w.value(x, w.pick(*forms))
 
 

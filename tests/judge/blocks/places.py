@@ -38,7 +38,14 @@ def positions(w: Writer, x: Signal) -> Signal:
             f"torch.arange({x}.size(1), dtype={x}.dtype)[:, None] * torch.exp(-torch.arange({w.width(x)}, dtype={x}.dtype) / {w.width(x)})",
             "angles",
         )
-        return w.value(x, w.pick(f"{{x}} + {angles}.sin()", f"{{x}} * {angles}.cos()", f"{{x}} + torch.sin({angles}).unsqueeze(0)"))
+        return w.value(
+            x,
+            w.pick(
+                f"{{x}} + {angles}.sin()",
+                f"{{x}} * {angles}.cos()",
+                f"{{x}} + torch.sin({angles}).unsqueeze(0)",
+            ),
+        )
     if form == "rotary" and c % 2 == 0:
         half = c // 2
         angles = w.assign(
@@ -56,7 +63,11 @@ def positions(w: Writer, x: Signal) -> Signal:
     weights = w.assign(f"torch.linspace(0, 1, {x}.shape[1], dtype={x}.dtype)")
     return w.value(
         x,
-        w.pick(f"{{x}} * {weights}[:, None]", f"{{x}} + {weights}.view(1, -1, 1)", f"torch.einsum('btc,t->btc', {{x}}, {weights})"),
+        w.pick(
+            f"{{x}} * {weights}[:, None]",
+            f"{{x}} + {weights}.view(1, -1, 1)",
+            f"torch.einsum('btc,t->btc', {{x}}, {weights})",
+        ),
     )
 
 

@@ -12,7 +12,11 @@ def recurrent_layer(w: Writer, x: Signal) -> Signal:
     kind, hidden = w.pick("LSTM", "GRU", "RNN"), w.pick(4, 6, 8)
     both, deep = w.chance(0.3), w.chance(0.2)
     first = w.chance(0.7)
-    more = (", batch_first=True" if first else "") + (", bidirectional=True" if both else "") + (", num_layers=2" if deep else "")
+    more = (
+        (", batch_first=True" if first else "")
+        + (", bidirectional=True" if both else "")
+        + (", num_layers=2" if deep else "")
+    )
     layer = w.module(f"nn.{kind}({x.width}, {hidden}{more})", "rnn")
     given = "{x}" if first else w.pick("{x}.transpose(0, 1)", "{x}.permute(1, 0, 2)")
     back = "" if first else ".transpose(0, 1)"
@@ -39,7 +43,10 @@ def cell_loop(w: Writer, x: Signal) -> Signal:
         w.line(f"{state} = ({state}, {state})")
     w.line(f"{steps} = []")
     if kind == "hand":
-        a, b = w.module(f"nn.Linear({x.width}, {hidden})", "enter"), w.module(f"nn.Linear({hidden}, {hidden}, bias=False)", "again")
+        a, b = (
+            w.module(f"nn.Linear({x.width}, {hidden})", "enter"),
+            w.module(f"nn.Linear({hidden}, {hidden}, bias=False)", "again"),
+        )
         new = w.pick(
             f"torch.tanh({a}(step) + {b}({state}))",
             f"({a}(step) + {b}({state})).sigmoid()",

@@ -36,14 +36,18 @@ def checkpointed(w: Writer, x: Signal, inside: Inside) -> Signal:
     c.pool.append(start)
     y = inside(c, start)
     layer = w.module(f"{c.finish(str(y))}()", "part")
-    return replace(y, name=w.assign(f"torch.utils.checkpoint.checkpoint({layer}, {x}, use_reentrant=False)"))
+    return replace(
+        y, name=w.assign(f"torch.utils.checkpoint.checkpoint({layer}, {x}, use_reentrant=False)")
+    )
 
 
 @block(weight=1)
 def functions(w: Writer, x: Signal) -> Signal:
     """Functions of the user: plain, with gradients of their own, scripted, mapped over the batch."""
     name = w.fresh("function")
-    form = w.pick("plain", "autograd", "scripted", "vmap", "static", "closure", "partial", "decorated")
+    form = w.pick(
+        "plain", "autograd", "scripted", "vmap", "static", "closure", "partial", "decorated"
+    )
     inner = w.pick(
         "value * value.sigmoid()",
         "value.relu() * 0.5",
@@ -59,14 +63,24 @@ def functions(w: Writer, x: Signal) -> Signal:
         )
         return w.value(x, f"{name}.apply({{x}})")
     if form == "static":
-        w.setup.append(f"self.{name} = staticmethod(torch.{w.pick('tanh', 'sigmoid', 'relu')}).__func__")
+        w.setup.append(
+            f"self.{name} = staticmethod(torch.{w.pick('tanh', 'sigmoid', 'relu')}).__func__"
+        )
         return w.value(x, f"self.{name}({{x}})")
     before = {"scripted": "@torch.jit.script\n", "decorated": "@torch.no_grad()\n"}.get(form, "")
-    w.function(f"{before}def {name}(value):\n    return {inner.replace('F.gelu', 'torch.nn.functional.gelu')}\n")
+    w.function(
+        f"{before}def {name}(value):\n    return {inner.replace('F.gelu', 'torch.nn.functional.gelu')}\n"
+    )
     if form == "decorated":
         return w.value(x, f"{{x}} + {name}({{x}})")
     if form == "vmap":
-        return w.value(x, w.pick(f"torch.vmap({name})({{x}})", f"torch.func.vmap({name}, in_dims=1, out_dims=1)({{x}})"))
+        return w.value(
+            x,
+            w.pick(
+                f"torch.vmap({name})({{x}})",
+                f"torch.func.vmap({name}, in_dims=1, out_dims=1)({{x}})",
+            ),
+        )
     if form == "closure":
         return w.value(x, f"(lambda f: f(f({{x}})))(lambda value: {name}(value) * 0.5)")
     if form == "partial":

@@ -24,7 +24,9 @@ def scan(w: Writer, x: Signal) -> Signal:
         f"{{x}} - {{x}}.cumsum({at}) / {{x}}.shape[{at}]",
         f"{{x}}.cumsum({at}) / torch.arange(1, {{x}}.size({at}) + 1, dtype={{x}}.dtype).view({', '.join(str(-1 if a == at % x.rank else 1) for a in range(x.rank))})",
         f"torch.cat([{{x}}.narrow({at}, 0, 1), {{x}}.diff(dim={at})], {at})",
-        "torch.cumulative_trapezoid(F.pad({x}, (0, 0, 1, 0)), dim=1)" if x.kind == "tokens" else f"{{x}}.cumsum({at}) * 0.3",
+        "torch.cumulative_trapezoid(F.pad({x}, (0, 0, 1, 0)), dim=1)"
+        if x.kind == "tokens"
+        else f"{{x}}.cumsum({at}) * 0.3",
         f"torch.diff({{x}}, dim={at}, prepend=torch.zeros_like({{x}}.narrow({at}, 0, 1)))",
         f"{{x}}.softmax({at}).cumsum({at})",
         f"{{x}}.clone().cumsum_({at})",
@@ -37,11 +39,18 @@ def state_space(w: Writer, x: Signal) -> Signal:
     """A linear recurrence over the tokens, a decay per channel."""
     decay = w.parameter(x.width)
     state, steps = w.fresh("state"), w.fresh("steps")
-    start = w.pick(f"torch.zeros_like({x}[:, 0])", "0", f"{x}.new_zeros({x}.size(0), {w.width(x)})", f"{x}.mean(1)")
+    start = w.pick(
+        f"torch.zeros_like({x}[:, 0])",
+        "0",
+        f"{x}.new_zeros({x}.size(0), {w.width(x)})",
+        f"{x}.mean(1)",
+    )
     w.line(f"{state}, {steps} = {start}, []")
     w.line(
         w.pick(
-            f"for step in {x}.unbind(1):", f"for step in torch.unbind({x}, dim=-2):", f"for step in {x}.transpose(0, 1).unbind():"
+            f"for step in {x}.unbind(1):",
+            f"for step in torch.unbind({x}, dim=-2):",
+            f"for step in {x}.transpose(0, 1).unbind():",
         )
     )
     w.line(

@@ -100,7 +100,11 @@ def tokens_of_image(w: Writer, x: Signal) -> Signal:
 @block("tokens", gives="image", keeps=False, weight=0.8)
 def image_of_tokens(w: Writer, x: Signal) -> Signal:
     """Tokens become a picture of one row, or of rows of equal length."""
-    forms = ["{x}.transpose(1, 2).unsqueeze(2)", "{x}.mT[:, :, None]", "{x}.permute(0, 2, 1).unflatten(2, (1, -1))"]
+    forms = [
+        "{x}.transpose(1, 2).unsqueeze(2)",
+        "{x}.mT[:, :, None]",
+        "{x}.permute(0, 2, 1).unflatten(2, (1, -1))",
+    ]
     size = (1, x.size[0])
     if w.chance(0.6):
         size = (x.size[0], 2)
@@ -112,7 +116,13 @@ def image_of_tokens(w: Writer, x: Signal) -> Signal:
     return w.value(x, w.pick(*forms), kind="image", size=size)
 
 
-@block("vector", gives="tokens", keeps=False, weight=0.8, fits=lambda x: x.width % 2 == 0 and x.width >= 8)
+@block(
+    "vector",
+    gives="tokens",
+    keeps=False,
+    weight=0.8,
+    fits=lambda x: x.width % 2 == 0 and x.width >= 8,
+)
 def tokens_of_vector(w: Writer, x: Signal) -> Signal:
     """A vector is cut into tokens, or stands beside copies of itself."""
     if w.chance(0.4):
@@ -140,7 +150,11 @@ def image_of_vector(w: Writer, x: Signal) -> Signal:
     y = w.value(x, f"{layer}({{x}})", width=36)
     return w.value(
         y,
-        w.pick("{x}.view(-1, 4, 3, 3)", "{x}.unflatten(1, (4, 3, 3))", "{x}.reshape({x}.shape[0], 4, 3, 3)"),
+        w.pick(
+            "{x}.view(-1, 4, 3, 3)",
+            "{x}.unflatten(1, (4, 3, 3))",
+            "{x}.reshape({x}.shape[0], 4, 3, 3)",
+        ),
         kind="image",
         width=4,
         size=(3, 3),

@@ -26,7 +26,9 @@ def called_twice(w: Writer, x: Signal, inside: Inside) -> Signal:
     if form == "loop":
         z = w.assign(f"{x} * 1")
         w.line(f"for _ in range({w.between(2, 3)}):")
-        w.line(f"    {z} = {w.pick(f'{layer}({z})', f'{z} + {layer}({z})', f'{layer}({z}).relu()')}")
+        w.line(
+            f"    {z} = {w.pick(f'{layer}({z})', f'{z} + {layer}({z})', f'{layer}({z}).relu()')}"
+        )
         return replace(x, name=z)
     if form == "list":
         layers = w.module(f"nn.ModuleList([{layer}] * 2)", "parts")
@@ -45,7 +47,14 @@ def called_twice(w: Writer, x: Signal, inside: Inside) -> Signal:
         )
     if form == "siamese":
         return w.value(x, f"(lambda a, b: (a - b).abs())({layer}({{x}}), {layer}({{x}}.flip(0)))")
-    return w.value(x, w.pick(f"{layer}({layer}({{x}}))", f"{layer}({{x}} + {layer}({{x}}))", f"{layer}(F.relu({layer}({{x}})))"))
+    return w.value(
+        x,
+        w.pick(
+            f"{layer}({layer}({{x}}))",
+            f"{layer}({{x}} + {layer}({{x}}))",
+            f"{layer}(F.relu({layer}({{x}})))",
+        ),
+    )
 
 
 @block(weight=1.5)
@@ -110,9 +119,16 @@ def tied(w: Writer, x: Signal) -> Signal:
         weight = w.parameter(out + x.width, x.width)
         y = w.value(x, f"F.linear({{x}}, {weight}[:{out}]).relu()", width=out)
         return w.value(
-            y, w.pick(f"{{x}} @ {weight}[:{out}]", f"{{x}}.matmul({weight}.split([{out}, {x.width}])[0])"), width=x.width
+            y,
+            w.pick(
+                f"{{x}} @ {weight}[:{out}]", f"{{x}}.matmul({weight}.split([{out}, {x.width}])[0])"
+            ),
+            width=x.width,
         )
-    layer, other = w.module(f"nn.Linear({x.width}, {x.width})"), w.module(f"nn.Linear({x.width}, {x.width})")
+    layer, other = (
+        w.module(f"nn.Linear({x.width}, {x.width})"),
+        w.module(f"nn.Linear({x.width}, {x.width})"),
+    )
     w.setup.append(
         w.pick(
             f"{other}.weight = {layer}.weight",
@@ -143,9 +159,15 @@ HOOKS = (
     ("register_forward_pre_hook", "lambda module, args: args[0].tanh()"),
     ("register_forward_pre_hook", "lambda module, args: None"),
     ("register_forward_hook", "lambda module, args, kwargs, output: output - 1, with_kwargs=True"),
-    ("register_forward_pre_hook", "lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True"),
+    (
+        "register_forward_pre_hook",
+        "lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True",
+    ),
     ("register_forward_hook", "lambda module, args, output: output * (1 + output.softmax(-1))"),
-    ("register_forward_hook", "functools.partial(lambda factor, module, args, output: output * factor, 3.0)"),
+    (
+        "register_forward_hook",
+        "functools.partial(lambda factor, module, args, output: output * factor, 3.0)",
+    ),
     ("register_forward_hook", "lambda module, args, output: output.mul_(0.5), prepend=True"),
     ("register_forward_hook", "lambda module, args, output: output / output.shape[1]"),
 )
@@ -155,7 +177,10 @@ HOOKS = (
 def hooked(w: Writer, x: Signal) -> Signal:
     """Hooks that change what a layer reads or gives."""
     out = w.some_width()
-    layer = w.module(f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})", "hooked")
+    layer = w.module(
+        f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})",
+        "hooked",
+    )
     register, hook = w.pick(*HOOKS)
     w.setup.append(f"{layer}.{register}({hook})")
     return w.value(x, f"{layer}({{x}})", width=out)
@@ -165,7 +190,10 @@ def hooked(w: Writer, x: Signal) -> Signal:
 def captured(w: Writer, x: Signal) -> Signal:
     """A hook that keeps what a layer gives; forward reads it later."""
     out = w.some_width()
-    layer = w.module(f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})", "watched")
+    layer = w.module(
+        f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})",
+        "watched",
+    )
     kept = w.fresh("kept")
     w.setup.append(f"self.{kept} = {{}}")
     w.setup.append(
@@ -178,7 +206,9 @@ def captured(w: Writer, x: Signal) -> Signal:
     given = w.setup[-1].endswith("args[0]))")
     y = w.value(x, f"{layer}({{x}}).tanh()", width=out)
     z = replace(
-        x, name=w.assign(f"self.{kept}.pop('out')" if w.chance(0.5) else f"self.{kept}['out']"), width=x.width if given else out
+        x,
+        name=w.assign(f"self.{kept}.pop('out')" if w.chance(0.5) else f"self.{kept}['out']"),
+        width=x.width if given else out,
     )
     w.extra.append(z)
     if given or w.chance(0.5):

@@ -124,7 +124,11 @@ def over_groups(w: Writer, x: Signal) -> Signal:
             f"{{x}}.reshape({{x}}.shape[:-1] + ({groups}, {w.width(x)} // {groups}))",
         )
         dims = w.pick("-1", f"({x.rank},)", "[-1]")
-        back = w.pick("{x}.flatten(-2)", "{x}.flatten(-2, -1)", f"{{x}}.reshape(*{{x}}.shape[:-2], {x.width})")
+        back = w.pick(
+            "{x}.flatten(-2)",
+            "{x}.flatten(-2, -1)",
+            f"{{x}}.reshape(*{{x}}.shape[:-2], {x.width})",
+        )
     y = w.assign(split.replace("{x}", x.name))
     forms = (
         f"{y} - {y}.mean({dims}, keepdim=True)",
@@ -133,7 +137,9 @@ def over_groups(w: Writer, x: Signal) -> Signal:
         f"({y} - {y}.mean({dims}, True)) * ({y}.var({dims}, unbiased=False, keepdim=True) + 1e-3).rsqrt()",
         f"{y} * {y}.pow(2).mean({dims}, keepdim=True)",
         f"{y} * torch.sigmoid({y}) / ({y}.std(dim={dims}, keepdim=True) + 0.1)",
-        f"{y} / ({y}.norm(dim={dims}, keepdim=True) + 0.1)" if "2, 3" not in dims and "-3" not in dims else f"{y} * 2",
+        f"{y} / ({y}.norm(dim={dims}, keepdim=True) + 0.1)"
+        if "2, 3" not in dims and "-3" not in dims
+        else f"{y} * 2",
     )
     z = w.assign(w.pick(*forms))
     return w.value(x, back.replace("{x}", z))
@@ -147,7 +153,11 @@ def squeeze_excite(w: Writer, x: Signal) -> Signal:
         if w.chance(0.3)
         else w.value(
             x,
-            w.pick("{x}.mean((2, 3))", "F.adaptive_avg_pool2d({x}, 1).flatten(1)", "{x}.flatten(2).mean(-1)"),
+            w.pick(
+                "{x}.mean((2, 3))",
+                "F.adaptive_avg_pool2d({x}, 1).flatten(1)",
+                "{x}.flatten(2).mean(-1)",
+            ),
             kind="vector",
             size=(),
         )
@@ -156,7 +166,16 @@ def squeeze_excite(w: Writer, x: Signal) -> Signal:
         y = w.value(x, "{x}.mean((-1, -2))", kind="vector", size=())
     y = linear(w, y, w.pick(2, 4, 6))
     y = linear(w, w.value(y, w.pick("{x}.relu()", "F.silu({x})")), x.width)
-    gate = w.value(y, w.pick("{x}.sigmoid()", "torch.sigmoid({x})", "F.hardsigmoid({x})", "{x}.softmax(-1)", "{x}.tanh()"))
+    gate = w.value(
+        y,
+        w.pick(
+            "{x}.sigmoid()",
+            "torch.sigmoid({x})",
+            "F.hardsigmoid({x})",
+            "{x}.softmax(-1)",
+            "{x}.tanh()",
+        ),
+    )
     return w.value(
         x,
         w.pick(
@@ -174,10 +193,16 @@ def mixture(w: Writer, x: Signal) -> Signal:
     """A weighted sum of several layers, the weights from the input."""
     out = w.some_width()
     y = to_vector(w, x)
-    gate = w.value(linear(w, y, 3), w.pick("{x}.softmax(-1)", "F.softmax({x}, dim=1)", "{x}.sigmoid()"))
+    gate = w.value(
+        linear(w, y, 3), w.pick("{x}.softmax(-1)", "F.softmax({x}, dim=1)", "{x}.sigmoid()")
+    )
     layers = w.fresh("experts")
-    kind = f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})"
-    w.setup.append(f"self.{layers} = nn.ModuleList({w.pick(f'[{kind} for _ in range(3)]', f'{kind} for _ in range(3)')})")
+    kind = (
+        f"nn.Conv2d({x.width}, {out}, 1)" if x.kind == "image" else f"nn.Linear({x.width}, {out})"
+    )
+    w.setup.append(
+        f"self.{layers} = nn.ModuleList({w.pick(f'[{kind} for _ in range(3)]', f'{kind} for _ in range(3)')})"
+    )
     shape = ", ".join(["1"] * (x.rank - 1))
     forms = (
         f"sum({gate}[:, n].view(-1, {shape}) * layer({{x}}) for n, layer in enumerate(self.{layers}))",
