@@ -68,7 +68,7 @@ def label_and_couple(
             )
             found = _label(model, example, terms, **options)
     with clock("couple"):
-        coupling = couple(found.labelling, _share(example, found.labelling.inputs))
+        coupling = couple(found.labelling, _batch_share(example, found.labelling.inputs))
         coupling.example, coupling.not_one_graph, coupling.untrained = (
             found.example,
             found.refused,
@@ -89,12 +89,12 @@ class _Found:
     untrained: str = ""
 
 
-_Known = dict[str, Explored]
+_ExploredByPath = dict[str, Explored]
 """How a model runs on calls of these shapes."""
 
 
 def _label(
-    model: nn.Module, example: Arguments, terms: Terms, *, known: _Known, **options: Any
+    model: nn.Module, example: Arguments, terms: Terms, *, known: _ExploredByPath, **options: Any
 ) -> _Found:
     """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one
     graph, or in parts, or neither.
@@ -138,7 +138,7 @@ def _label_whole(
     try:
         labelling, call = _deciding_alike(evaluated, decided, wide, example)
     except FxpruneError:
-        if _sizes(wide) == _sizes(example):
+        if _all_sizes(wide) == _all_sizes(example):
             raise
         labelling, call = evaluated(example), example  # a model may insist on its batch of 1
     if untrained:
@@ -177,7 +177,7 @@ def _deciding_alike(
     """
     labelling = label(wide)
     decisions = {(own.path, own.training): own.decisions for own in labelling.traces}
-    if any(decisions.values()) and _sizes(wide) != _sizes(example):
+    if any(decisions.values()) and _all_sizes(wide) != _all_sizes(example):
         try:
             alike = decided(example) == decisions
         except Exception:  # whatever it is, the labels for the example meet it, too
@@ -192,7 +192,7 @@ def _label_parts(
     example: Arguments,
     terms: Terms,
     refused: Exception,
-    known: _Known,
+    known: _ExploredByPath,
     **options: Any,
 ) -> _Found:
     """The labels of a model that cannot be traced whole, for the reason given."""
@@ -205,7 +205,7 @@ def _label_parts(
             yield twin, placed(call, twin.device)
 
     def explored(call: Arguments) -> Explored:
-        shapes = str(_sizes(call))
+        shapes = str(_all_sizes(call))
         if shapes not in known:
             with running(call) as (twin, placed_call):
                 known[shapes] = explore(twin, *placed_call)
@@ -244,7 +244,7 @@ def _label_parts(
     return _Found(labelling, call, why)
 
 
-def _share(example: Arguments, ran: Any) -> Fraction:
+def _batch_share(example: Arguments, ran: Any) -> Fraction:
     """The example's batch over the labelled one, which may be 2 where the example has 1."""
     asked, given = (
         sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim())
@@ -253,5 +253,5 @@ def _share(example: Arguments, ran: Any) -> Fraction:
     return Fraction(asked, given) if given else Fraction(1)
 
 
-def _sizes(call: Arguments) -> list[torch.Size]:
+def _all_sizes(call: Arguments) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors_of(call)]

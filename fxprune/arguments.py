@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.budget import Budget
 from fxprune.contents import named_tensors, tensors_of
-from fxprune.doors import read, shown
+from fxprune.doors import drawn_from, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
 from fxprune.plan import Plan, check_groups
@@ -46,7 +46,7 @@ def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
     if isinstance(keep, (str, nn.Module)):
         entries = [keep]
     elif isinstance(keep, Iterable) and not isinstance(keep, (Tensor, Mapping, type, bytes)):
-        entries = list(read(keep, "keep"))
+        entries = list(drawn_from(keep, "keep"))
     else:
         raise ArgumentError(
             f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list "

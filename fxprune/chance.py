@@ -63,7 +63,7 @@ def undrawn() -> Iterator[Callable[[], bool]]:
     with TURN:
         states = _states()
         try:
-            yield lambda: not _same(states, _states())
+            yield lambda: not _same_states(states, _states())
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -82,6 +82,6 @@ def _states() -> tuple[Any, Any]:
     return random.getstate(), np.random.get_state()
 
 
-def _same(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+def _same_states(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     numbers = all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
     return bool(one[0] == other[0]) and numbers

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.criteria.data import (
-    Batch,
+    LoaderBatch,
     batches_of,
     called,
     check_dimensions,
@@ -159,7 +159,7 @@ def _refit(
     survivors: Survivors,
     model: nn.Module,
     pruned: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[LoaderBatch],
     ridge: float,
 ) -> Compensation:
     """Refit the next layers one after the other."""
@@ -171,7 +171,7 @@ def _refit(
         fits = isinstance(smaller, nn.Linear) or (
             isinstance(smaller, nn.Conv2d) and smaller.groups == 1
         )
-        sums = _moments(survivors, model, pruned, name, node, batches) if fits else None
+        sums = _second_moments(survivors, model, pruned, name, node, batches) if fits else None
         if sums is None:
             left.append(name)
             continue
@@ -204,13 +204,13 @@ def _refit(
     return Compensation(tuple(changed), tuple(left))
 
 
-def _moments(
+def _second_moments(
     survivors: Survivors,
     model: nn.Module,
     pruned: nn.Module,
     name: str,
     node: fx.Node,
-    batches: Sequence[Batch],
+    batches: Sequence[LoaderBatch],
 ) -> tuple[Tensor, Tensor] | None:
     """Sums of x x' and x y' over all samples and positions, with a last input of 1; None if the
     model does not call the module.
@@ -292,25 +292,27 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Seen(BaseException):
+class _SeenEnough(BaseException):
     """Ends a forward pass that has shown what was wanted; no error, so that the model does not
     take it for one.
     """
 
 
-def _call_of(model: nn.Module, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
+def _call_of(
+    model: nn.Module, module: nn.Module, batch: LoaderBatch
+) -> tuple[Tensor, Tensor] | None:
     """The first input and the output of one module when the model runs on a batch."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         found.append((inputs[0], output))
-        raise _Seen
+        raise _SeenEnough
 
     handle = module.register_forward_hook(hook)
     try:
         with _untouched(model), torch.no_grad():
             called(model, batch)
-    except _Seen:
+    except _SeenEnough:
         pass
     finally:
         handle.remove()

@@ -103,7 +103,7 @@ def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
         for leaf in tree_leaves(value, is_leaf=has_tensors_as_keys):
             if id(leaf) in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
                 continue
-            content = None if lazy and isinstance(leaf, Iterator) else _content(leaf)
+            content = None if lazy and isinstance(leaf, Iterator) else _held_by(leaf)
             if content is None:
                 yield leaf
             else:
@@ -124,7 +124,7 @@ _CODE = (FunctionType, MethodType, ModuleType, CodeType, FrameType)
 _NO_HOLDERS = (Tensor, int, float, complex, str, bytes, *_CODE)
 
 
-def _content(holder: Any) -> list[Any] | None:
+def _held_by(holder: Any) -> list[Any] | None:
     """What an object that is no container of torch's holds; None: nothing, it is a value
     itself.
     """

@@ -103,7 +103,8 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     # the module's own tensors out for the call and back, also when the forward pass raises.
     metas: dict[int, Tensor] = {}
     state = {
-        name: metas.setdefault(id(tensor), _to_meta(tensor)) for name, tensor in _state(module)
+        name: metas.setdefault(id(tensor), _to_meta(tensor))
+        for name, tensor in _module_state(module)
     }
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
     counter = _ShapeCounter()
@@ -200,7 +201,7 @@ def _makes_tensors(func: Any) -> bool:
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _module_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),

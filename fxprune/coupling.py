@@ -621,12 +621,12 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
         context.settle()
         if context.units.version == version:
             break
-    groups, graph = _groups(context, parameters, balance)
+    groups, graph = _groups_of(context, parameters, balance)
     share_of = {
         name: part
         for own in traces
         if not own.training
-        for name, part in _shares(own, share).items()
+        for name, part in _cost_shares(own, share).items()
     }
     return Coupling(
         groups,
@@ -649,7 +649,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
     )
 
 
-def _shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
+def _cost_shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
     """For each node the part of its costs that the example has: all of it where only weights are
     read.
     """
@@ -698,7 +698,7 @@ def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
     return out
 
 
-def _groups(
+def _groups_of(
     context: Context, parameters: dict[str, Tensor], balance: Balance
 ) -> tuple[tuple[Group, ...], nx.Graph]:
     rng = np.random.default_rng(0)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fxprune.arrays import Counts, Floats
 from fxprune.budget import Budget, keep_count
 from fxprune.coupling import Coupling
 from fxprune.criteria import Ranking
@@ -26,10 +27,8 @@ from fxprune.errors import BudgetError
 from fxprune.knapsack import best_options
 from fxprune.widths import Polynomial, Pool, kinds_of, macs_of, params_of
 
-__all__ = ["Cost", "Descent", "Timed", "step_of"]
+__all__ = ["Descent", "Timed", "WidthCost", "step_of"]
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Counts: TypeAlias = npt.NDArray[np.int64]
 
 # how often, at most, costs are brought up to date while a whole network is taken apart
 _REFRESHES = 512
@@ -39,7 +38,7 @@ _STRIDE = 0.05  # of a pool's width: by how much, or twice as much, a round chan
 _REACH = 0.25  # of the greedy choice's width: how far exchanges may lead away from it
 
 
-class Cost(Protocol):
+class WidthCost(Protocol):
     """What a model costs, in whole numbers, where so many units of each kind survive
     (:class:`~fxprune.widths.Kinds`).
     """
@@ -53,7 +52,7 @@ class Cost(Protocol):
         """
 
 
-class Timed(Cost, Protocol):
+class Timed(WidthCost, Protocol):
     """What it takes, and by how many units at a time pools should shrink, so that widths are such
     as the hardware likes.
     """
@@ -103,7 +102,7 @@ class Descent:
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
         # what the cost term of CPMC counts
-        self.computation: Cost = self.macs if timed is None else timed
+        self.computation: WidthCost = self.macs if timed is None else timed
         self.first = np.searchsorted(kinds.pool, np.arange(len(pools) + 1)).tolist()
         # by pool, shape (width + 1, kinds): how many there are at each width
         self.survivors: list[npt.NDArray[np.int64]] = []
@@ -123,13 +122,13 @@ class Descent:
         # (what is limited, what it costs, its limit); whole numbers, so that nothing is lost to
         # rounding but the share's own.
         self.full = self._counts([pool.width for pool in pools])
-        self.limits: list[tuple[str, Cost, int]] = []
+        self.limits: list[tuple[str, WidthCost, int]] = []
         counted = Polynomial(
             kinds,
             np.array([[0.0, *(0.0 if fixed[p] else 1.0 for p in kinds.pool)]]),
             [(1.0, (0,))],
         )
-        shares: list[tuple[str, Cost, float | None]] = [
+        shares: list[tuple[str, WidthCost, float | None]] = [
             ("macs", self.macs, budget.macs),
             ("params", self.params, budget.params),
             ("latency", self.computation, budget.latency),

@@ -1,6 +1,7 @@
 """The doors of the package: whatever leaves them is an :class:`~fxprune.errors.FxpruneError`.
 
-:func:`door` guards what users call. :func:`calling` and :func:`read` run what users hand in, so
+:func:`door` guards what users call. :func:`calling` and :func:`drawn_from` run what users hand in,
+ so
 that an error of their code is told apart from one of fxprune.
 """
 
@@ -27,7 +28,7 @@ from fxprune.errors import (
     SignatureError,
 )
 
-__all__ = ["calling", "door", "guarded", "read", "shown"]
+__all__ = ["calling", "door", "drawn_from", "guarded", "shown"]
 
 T = TypeVar("T")
 
@@ -111,13 +112,13 @@ def _own(error: Exception, name: str) -> FxpruneError:
     """What an error that nobody foresaw is told as."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ResourceError(
-            f"{name}: memory ran out ({_said(error)}). Give smaller example inputs, or another "
-            "device."
+            f"{name}: memory ran out ({_error_text(error)}). Give smaller example inputs, or "
+            "another device."
         )
     return InternalError(
-        f"{name} failed where it should not: {type(error).__name__}: {_said(error)} (at "
-        f"{_place(error.__traceback__)}). This is a bug in fxprune: please report it, with this "
-        "traceback. Until it is mended, modules in keep= are left as they are."
+        f"{name} failed where it should not: {type(error).__name__}: {_error_text(error)} (at "
+        f"{_place_of_error(error.__traceback__)}). This is a bug in fxprune: please report it, "
+        "with this traceback. Until it is mended, modules in keep= are left as they are."
     )
 
 
@@ -145,12 +146,12 @@ def calling(what: str) -> Iterator[None]:
     except Exception as error:
         text = (
             f"{what} raised {type(error).__name__}: "
-            f"{_said(error)}{_line_of_caller(error.__traceback__)}."
+            f"{_error_text(error)}{_line_of_caller(error.__traceback__)}."
         )
         raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
 
 
-def read(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
+def drawn_from(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
     """What an iterable of the caller's gives, one by one.
 
     Raises
@@ -181,7 +182,7 @@ def shown(value: Any, most: int = 60) -> str:
         return f"a {type(value).__name__}"
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """An error's text as one line, without a full stop."""
     try:
         text = str(error)
@@ -196,14 +197,14 @@ _LIBRARIES = tuple(
 )
 
 
-def _place(trace: TracebackType | None) -> str:
+def _place_of_error(trace: TracebackType | None) -> str:
     """The innermost line of fxprune, and the caller's line below it if there is one."""
     frames = traceback.extract_tb(trace)
     own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
     if not own:
         return "an unknown line"
     last = frames[own[-1]]
-    theirs = [_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
+    theirs = [_frame_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
     return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (
         f", reached from {theirs[-1]}" if theirs else ""
     )
@@ -212,10 +213,10 @@ def _place(trace: TracebackType | None) -> str:
 def _line_of_caller(trace: TracebackType | None) -> str:
     """The innermost line that belongs to no library, in brackets; nothing where there is none."""
     theirs = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
-    return f" (at {_line(theirs[-1])})" if theirs else ""
+    return f" (at {_frame_line(theirs[-1])})" if theirs else ""
 
 
-def _line(frame: traceback.FrameSummary) -> str:
+def _frame_line(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 

@@ -10,7 +10,7 @@ from fxprune.errors import TraceError
 
 __all__ = ["has_own_forward", "in_mode", "is_hooked", "refuse_hooks"]
 
-_STORES = ("_forward_pre_hooks", "_forward_hooks")
+_HOOK_STORES = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -56,5 +56,5 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks of a user run before or after a module's forward."""
-    hooks = [hook for store in _STORES for hook in vars(module).get(store, {}).values()]
+    hooks = [hook for store in _HOOK_STORES for hook in vars(module).get(store, {}).values()]
     return any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)

@@ -111,7 +111,7 @@ def read(example_inputs: Any) -> Arguments:
 
 def shapes_of(call: Arguments) -> Arguments:
     """The same call with meta tensors."""
-    return _each(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
+    return _map_tensors(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
 
 
 def widened(call: Arguments, batch: int = 2) -> Arguments:
@@ -129,7 +129,7 @@ def widened(call: Arguments, batch: int = 2) -> Arguments:
             return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
         return tensor.expand(batch, *tensor.shape[1:]).clone()
 
-    return _each(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
+    return _map_tensors(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
 
 
 def placed(call: Arguments, device: torch.device) -> Arguments:
@@ -156,7 +156,7 @@ def filled(call: Arguments) -> Arguments:
     time.
     """
     generator = torch.Generator().manual_seed(0)
-    return _each(lambda t: _random(t, generator) if t.is_meta else t, call)
+    return _map_tensors(lambda t: _random(t, generator) if t.is_meta else t, call)
 
 
 def random(call: Arguments) -> Arguments:
@@ -164,7 +164,7 @@ def random(call: Arguments) -> Arguments:
     time.
     """
     generator = torch.Generator().manual_seed(0)
-    return _each(lambda t: _random(t, generator) if t.is_floating_point() else t, call)
+    return _map_tensors(lambda t: _random(t, generator) if t.is_floating_point() else t, call)
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -173,14 +173,14 @@ def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _each(function: Callable[[Tensor], Tensor], call: Arguments) -> Arguments:
+def _map_tensors(function: Callable[[Tensor], Tensor], call: Arguments) -> Arguments:
     args, kwargs = tree_map_only(Tensor, function, call)
     return args, kwargs
 
 
 # ---- values that a plan holds -------------------------------------------------------------------
 
-_MOST = 1 << 16  # characters of a tensor's data in a plan
+_MOST_VALUES = 1 << 16  # characters of a tensor's data in a plan
 
 
 def kept(call: Arguments) -> Arguments:
@@ -200,7 +200,7 @@ def kept(call: Arguments) -> Arguments:
             return tensor
         return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
-    return _each(one, call)
+    return _map_tensors(one, call)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -215,7 +215,7 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def compressed(tensor: Tensor, most: float = _MOST) -> str:
+def compressed(tensor: Tensor, most: float = _MOST_VALUES) -> str:
     """A tensor's data as text; empty if that has more than so many characters."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     text = base64.b64encode(zlib.compress(raw)).decode()
@@ -281,7 +281,7 @@ def batch_size(example_inputs: Any) -> int:
     >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2))), batch_size((images,)), batch_size(None)
     (4, 2, 1)
     """
-    for value in _values(example_inputs):
+    for value in _input_values(example_inputs):
         if _is_list(value):
             return len(value)
         for leaf in tree_leaves(value):
@@ -324,7 +324,7 @@ def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> An
     return value(example_inputs)
 
 
-def _values(example_inputs: Any) -> Iterable[Any]:
+def _input_values(example_inputs: Any) -> Iterable[Any]:
     args, kwargs = as_call(example_inputs)
     return (*args, *kwargs.values())
 

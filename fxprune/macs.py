@@ -64,7 +64,7 @@ def _registered() -> Mapping[Any, Callable[..., int]]:
     return {} if counter is None else counter.flop_registry
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
+def _sizes_of(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
@@ -72,37 +72,37 @@ def _elements_of(index: int) -> Callable[[tuple[Any, ...], Any], int]:
     """One MAC per element of the argument at ``index``: matrix-vector and vector-vector
     products.
     """
-    return lambda args, out: prod(_shape(args[index]))
+    return lambda args, out: prod(_sizes_of(args[index]))
 
 
 def _per_output(args: tuple[Any, ...], out: Any) -> int:
     """Linear layers and convolutions: each output element is a dot product with one row of the
     weight.
     """
-    return prod(_shape(out)) * prod(_shape(args[1])[1:])
+    return prod(_sizes_of(out)) * prod(_sizes_of(args[1])[1:])
 
 
 def _per_input(args: tuple[Any, ...], out: Any) -> int:
     """Transposed convolutions: each input element is spread over one row of the weight."""
-    return prod(_shape(args[0])) * prod(_shape(args[1])[1:])
+    return prod(_sizes_of(args[0])) * prod(_sizes_of(args[1])[1:])
 
 
 def _matrices(index: int) -> Callable[[tuple[Any, ...], Any], int]:
     """(..., m, k), the argument at ``index``, by (..., k, n), the one behind it: a matrix, or one
     for each batch.
     """
-    return lambda args, out: prod(_shape(args[index])) * _shape(args[index + 1])[-1]
+    return lambda args, out: prod(_sizes_of(args[index])) * _sizes_of(args[index + 1])[-1]
 
 
-def _convolution(args: tuple[Any, ...], out: Any) -> int:
+def _convolution_macs(args: tuple[Any, ...], out: Any) -> int:
     """As torch's own entry takes it: the argument at 6 says whether it is transposed."""
     return _per_input(args, out) if args[6] else _per_output(args, out)
 
 
 def _conv_tbc(args: tuple[Any, ...], out: Any) -> int:
     """Over (time, batch, channels) with a weight of (kernel, in, out)."""
-    kernel, inputs, _ = _shape(args[1])
-    return prod(_shape(out)) * kernel * inputs
+    kernel, inputs, _ = _sizes_of(args[1])
+    return prod(_sizes_of(out)) * kernel * inputs
 
 
 def _grouped_matrices(args: tuple[Any, ...], out: Any) -> int:
@@ -112,26 +112,30 @@ def _grouped_matrices(args: tuple[Any, ...], out: Any) -> int:
     (m, k) by (groups, k, n), (groups, m, k) by (k, n), (m, k) by (k, n); or (groups, m, k) by
     (groups, k, n).
     """
-    a, b = _shape(args[0]), _shape(args[1])
+    a, b = _sizes_of(args[0]), _sizes_of(args[1])
     return prod(a[-2:] if len(b) == 2 else a) * b[-1]
 
 
-def _attention(args: tuple[Any, ...], out: Any) -> int:
+def _attention_macs(args: tuple[Any, ...], out: Any) -> int:
     """softmax(q k^T) v with q (..., L, E), k (..., S, E), v (..., S, V): L x S x (E + V) for each
     head.
     """
     result = out if isinstance(out, Tensor) else out[0]  # kernels give more than the result
-    (*batch, length, _), keys, values = _shape(result), _shape(args[1]), _shape(args[2])
+    (*batch, length, _), keys, values = _sizes_of(result), _sizes_of(args[1]), _sizes_of(args[2])
     return prod(batch) * length * keys[-2] * (keys[-1] + values[-1])
 
 
 def _attention_by_token(args: tuple[Any, ...], out: Any) -> int | None:
-    """As :func:`_attention` with q (batch, L, heads, E). Sequences that lie end to end have no
-    length in their shape: None.
+    """As :func:`_attention_macs` with q (batch, L, heads, E). Sequences that lie end to end have
+    no length in their shape: None.
     """
     if any(isinstance(offsets, Tensor) and offsets.dim() == 1 for offsets in args[3:6]):
         return None
-    (batch, length, heads, _), keys, values = _shape(args[0]), _shape(args[1]), _shape(args[2])
+    (batch, length, heads, _), keys, values = (
+        _sizes_of(args[0]),
+        _sizes_of(args[1]),
+        _sizes_of(args[2]),
+    )
     return batch * heads * length * keys[1] * (keys[-1] + values[-1])
 
 
@@ -139,10 +143,10 @@ def _attention_module(args: tuple[Any, ...], out: Any) -> int:
     """nn.MultiheadAttention in one operation: (query, key, value, width, heads, qkv weight, its
     bias, projection, ...).
     """
-    (batch, length, width), keys = _shape(args[0]), _shape(args[1])[1]
+    (batch, length, width), keys = _sizes_of(args[0]), _sizes_of(args[1])[1]
     inputs = length + 2 * keys
     return batch * (
-        inputs * width * width + 2 * length * keys * width + length * prod(_shape(args[7]))
+        inputs * width * width + 2 * length * keys * width + length * prod(_sizes_of(args[7]))
     )
 
 
@@ -150,8 +154,10 @@ def _encoder_layer(args: tuple[Any, ...], out: Any) -> int:
     """nn.TransformerEncoderLayer in one operation: (tokens, width, heads, qkv weight, its bias,
     projection, ...).
     """
-    (batch, length, width), linear = _shape(args[0]), (args[3], args[5], args[14], args[16])
-    return batch * length * (sum(prod(_shape(weight)) for weight in linear) + 2 * length * width)
+    (batch, length, width), linear = _sizes_of(args[0]), (args[3], args[5], args[14], args[16])
+    return (
+        batch * length * (sum(prod(_sizes_of(weight)) for weight in linear) + 2 * length * width)
+    )
 
 
 def _einsum(args: tuple[Any, ...], out: Any) -> int:
@@ -211,15 +217,15 @@ def _recurrent(args: tuple[Any, ...], out: Any) -> int:
     """
     # packed sequences have their batch sizes in front
     weights = args[2] if isinstance(args[3], bool) else args[3]
-    return prod(_shape(args[0])[:-1]) * sum(
-        prod(_shape(weight)) for weight in weights if weight.dim() == 2
+    return prod(_sizes_of(args[0])[:-1]) * sum(
+        prod(_sizes_of(weight)) for weight in weights if weight.dim() == 2
     )
 
 
 def _recurrent_of_library(args: tuple[Any, ...], out: Any) -> int:
     """As cuDNN and MIOpen take it: (input, weights, ...)."""
-    return prod(_shape(args[0])[:-1]) * sum(
-        prod(_shape(weight)) for weight in args[1] if weight.dim() == 2
+    return prod(_sizes_of(args[0])[:-1]) * sum(
+        prod(_sizes_of(weight)) for weight in args[1] if weight.dim() == 2
     )
 
 
@@ -227,12 +233,12 @@ def _recurrent_direction(args: tuple[Any, ...], out: Any) -> int:
     """One layer in one direction, as oneDNN takes it: (input, weight of the input, weight of the
     hidden state, ...).
     """
-    return prod(_shape(args[0])[:-1]) * (prod(_shape(args[1])) + prod(_shape(args[2])))
+    return prod(_sizes_of(args[0])[:-1]) * (prod(_sizes_of(args[1])) + prod(_sizes_of(args[2])))
 
 
 def _recurrent_cell(args: tuple[Any, ...], out: Any) -> int:
     """One step: both weight matrices, of the input and of the hidden state."""
-    return prod(_shape(args[0])[:-1]) * (prod(_shape(args[2])) + prod(_shape(args[3])))
+    return prod(_sizes_of(args[0])[:-1]) * (prod(_sizes_of(args[2])) + prod(_sizes_of(args[3])))
 
 
 _Formula = Callable[[tuple[Any, ...], Any], "int | None"]
@@ -242,7 +248,7 @@ _BY_NAME: Mapping[str, _Formula] = {
     "mm bmm _scaled_mm _scaled_mm_v2 _int_mm": _matrices(0),
     # addbmm: summed over the batch as well
     "addmm baddbmm addbmm _addmm_activation": _matrices(1),
-    "matmul": lambda args, out: prod(_shape(out)) * _shape(args[0])[-1],
+    "matmul": lambda args, out: prod(_sizes_of(out)) * _sizes_of(args[0])[-1],
     "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2": _grouped_matrices,
     "linear mkldnn_linear _weight_int8pack_mm": _per_output,
     "conv1d conv2d conv3d _convolution_mode thnn_conv2d slow_conv3d": _per_output,
@@ -254,13 +260,15 @@ _BY_NAME: Mapping[str, _Formula] = {
     "_conv_depthwise2d conv_depthwise3d _nnpack_spatial_convolution": _per_output,
     "conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution_transpose": _per_input,
     "miopen_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d": _per_input,
-    "convolution _convolution convolution_overrideable": _convolution,
+    "convolution _convolution_macs convolution_overrideable": _convolution_macs,
     "conv_tbc": _conv_tbc,
-    "scaled_dot_product_attention _scaled_dot_product_attention_math": _attention,
-    "_scaled_dot_product_attention_math_for_mps": _attention,
-    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": _attention,
-    "_scaled_dot_product_fused_attention_overrideable _triton_scaled_dot_attention": _attention,
+    "scaled_dot_product_attention _scaled_dot_product_attention_math": _attention_macs,
+    "_scaled_dot_product_attention_math_for_mps": _attention_macs,
+    "_scaled_dot_product_flash_attention": _attention_macs,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention_macs,
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": _attention_macs,
+    "_scaled_dot_product_fused_attention_overrideable": _attention_macs,
+    "_triton_scaled_dot_attention": _attention_macs,
     "_flash_attention_forward _efficient_attention_forward": _attention_by_token,
     "_native_multi_head_attention _triton_multi_head_attention": _attention_module,
     "_transformer_encoder_layer_fwd": _encoder_layer,
@@ -272,7 +280,7 @@ _BY_NAME: Mapping[str, _Formula] = {
     "mv dot vdot": _elements_of(0),
     "addmv": _elements_of(1),
     # nn.Bilinear: for each row and output an in1 x in2 form; the weight is (1, out, in1, in2).
-    "_trilinear": lambda args, out: prod(_shape(out)) * prod(_shape(args[1])[-2:]),
+    "_trilinear": lambda args, out: prod(_sizes_of(out)) * prod(_sizes_of(args[1])[-2:]),
 }
 
 _FORMULAS: Mapping[Any, _Formula] = {

@@ -55,7 +55,9 @@ _WRITING = frozenset(
     {*(getattr(operator, name) for name in AUGMENTED), operator.setitem, operator.delitem}
 )
 
-_SIZES = frozenset({"size", "dim", "numel", "getattr"})  # they do not read what a tensor holds
+_READS_SIZES = frozenset(
+    {"size", "dim", "numel", "getattr"}
+)  # they do not read what a tensor holds
 
 # Without a word in their schemas these give back their argument, or a part of it, for some
 # arguments; a test looks for others.
@@ -278,7 +280,7 @@ class Memory:
         self._place = {node: place for place, node in enumerate(nodes)}
         self._last_read = {
             node: max(
-                (self._place[user] for user in node.users if name_of(user) not in _SIZES),
+                (self._place[user] for user in node.users if name_of(user) not in _READS_SIZES),
                 default=-1,
             )
             for node in nodes

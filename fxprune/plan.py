@@ -50,10 +50,10 @@ class GroupPlan:
 
     def __post_init__(self) -> None:
         with _told("a group of a plan"):
-            _text(self.name)
-            _whole(self.size)
+            _checked_text(self.name)
+            _checked_whole(self.size)
             for unit in _tuple(self.kept):
-                _whole(unit)
+                _checked_whole(unit)
 
 
 @door
@@ -99,7 +99,7 @@ class Plan:
                 *_tuple(self.pinned_nodes),
                 *_tuple(self.heads),
             ):
-                _text(text)
+                _checked_text(text)
             if self.previous is not None:
                 _of_type(self.previous, Plan)
 
@@ -137,7 +137,7 @@ class Plan:
             data = json.loads(text)
             schema = data.pop("schema")
             if type(schema) is int and schema in _READABLE:
-                for stage in [*([] if schema == 1 else _list(data.pop("previous"))), data]:
+                for stage in [*([] if schema == 1 else _as_list(data.pop("previous"))), data]:
                     plan = _unpack(stage if schema > 2 else {**stage, "heads": []}, plan)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(
@@ -178,15 +178,19 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     """The inverse of :func:`_pack`; whatever is damaged raises one of Python's own errors."""
     return Plan(
         groups=tuple(
-            GroupPlan(_text(g["name"]), _whole(g["size"]), tuple(map(_whole, _list(g["kept"]))))
+            GroupPlan(
+                _checked_text(g["name"]),
+                _checked_whole(g["size"]),
+                tuple(map(_checked_whole, _as_list(g["kept"]))),
+            )
             for g in data["groups"]
         ),
-        inputs=_text(data["inputs"]),
-        keep=tuple(map(_text, _list(data["keep"]))),
-        pinned_nodes=tuple(map(_text, _list(data["pinned_nodes"]))),
-        fingerprint=_text(data["fingerprint"]),
+        inputs=_checked_text(data["inputs"]),
+        keep=tuple(map(_checked_text, _as_list(data["keep"]))),
+        pinned_nodes=tuple(map(_checked_text, _as_list(data["pinned_nodes"]))),
+        fingerprint=_checked_text(data["fingerprint"]),
         previous=previous,
-        heads=tuple(map(_text, _list(data["heads"]))),
+        heads=tuple(map(_checked_text, _as_list(data["heads"]))),
     )
 
 
@@ -201,11 +205,11 @@ def _told(what: str) -> Iterator[None]:
         ) from error
 
 
-def _text(value: Any) -> str:
+def _checked_text(value: Any) -> str:
     return _of_type(value, str)
 
 
-def _whole(value: Any) -> int:
+def _checked_whole(value: Any) -> int:
     return _of_type(value, int)
 
 
@@ -213,7 +217,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
     return _of_type(value, tuple)
 
 
-def _list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return _of_type(value, list)
 
 
@@ -313,7 +317,7 @@ def _packed(value: Any) -> Any:
         return {
             "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
-            **_values(value),
+            **_stored_values(value),
         }
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _packed(item) for key, item in value.items()}}
@@ -326,7 +330,7 @@ def _packed(value: Any) -> Any:
     return {"object": type(value).__name__}
 
 
-def _values(tensor: Tensor) -> dict[str, Any]:
+def _stored_values(tensor: Tensor) -> dict[str, Any]:
     if not is_plain(tensor):
         return {}
     data = compressed(tensor)

@@ -95,7 +95,7 @@ def _check_quantised(model: nn.Module) -> None:
             raise _quantised(name or "the model", kind.__name__)
 
 
-_STORES: Mapping[str, tuple[type, ...]] = {
+_STORE_TYPES: Mapping[str, tuple[type, ...]] = {
     "_parameters": (Tensor,),
     "_buffers": (Tensor,),
     "_modules": (nn.Module,),
@@ -112,7 +112,7 @@ def _check_module(name: str, module: nn.Module) -> None:
             "code to trace: take the nn.Module that it was made from."
         )
     what = repr(name) if name else f"this {type(module).__name__}"
-    for store, kinds in _STORES.items():
+    for store, kinds in _STORE_TYPES.items():
         held = vars(module).get(store)
         if not isinstance(held, Mapping) or not hasattr(module, "training"):
             lacking = "training" if isinstance(held, Mapping) else store

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from fxprune.chance import undrawn
 from fxprune.contents import every_leaf, slots_of, tensors_of
+from fxprune.references import is_filled
 
 __all__ = ["AGAIN", "MISSING", "Entry", "Reach", "Reached", "drawing", "same", "undrawn_by"]
 
@@ -89,7 +90,7 @@ _CALCULATE |= {
 nothing.
 """
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes)
 _HOLDERS = (list, dict, set, collections.deque)
 
 
@@ -292,7 +293,7 @@ class Reach:
         own = [
             value
             for name, value in vars(module).items()
-            if type(value) not in _PLAIN and name not in _INTERNAL
+            if type(value) not in _PLAIN_TYPES and name not in _NOT_OF_THE_USER
         ]
         self._waiting += own
         _nested(own, self._attributes)
@@ -325,7 +326,7 @@ class Reach:
         self._names |= names
 
     def _take(self, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, (*_PLAIN, Tensor, ModuleType)):
+        if id(value) in self._seen or isinstance(value, (*_PLAIN_TYPES, Tensor, ModuleType)):
             return
         self._seen[id(value)] = value
         if isinstance(value, FunctionType):
@@ -360,12 +361,14 @@ class Reach:
             *(function.__defaults__ or ()),
             *(function.__kwdefaults__ or {}).values(),
         ]
-        for code in _codes(function.__code__):
+        for code in _code_within(function.__code__):
             chains, imported, names, sets, bound, _ = _references(code)
             self._sets |= sets
             self._add_names(names)
             for name, *attributes in chains:
-                found = [cell.cell_contents] if (cell := cells.get(name)) and _filled(cell) else []
+                found = (
+                    [cell.cell_contents] if (cell := cells.get(name)) and is_filled(cell) else []
+                )
                 found += [function.__globals__[name]] if name in function.__globals__ else []
                 for own in found:
                     self._waiting += _along(own, attributes)
@@ -533,7 +536,7 @@ def _nested(values: Iterable[Any], found: set[int]) -> None:
 
 def _no_plain(values: Iterable[Any]) -> list[Any]:
     """What may lead on: a table of words, say, has many entries that do not."""
-    return [value for value in values if type(value) not in _PLAIN]
+    return [value for value in values if type(value) not in _PLAIN_TYPES]
 
 
 @contextmanager
@@ -562,7 +565,7 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
     >>> before, after
     (False, True)
     """
-    watch, before = _Watch(), sys.getprofile()
+    watch, before = _DrawWatch(), sys.getprofile()
 
     def mine() -> bool:
         alone = threading.active_count() == 1
@@ -580,7 +583,7 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
             sys.setprofile(before)
 
 
-class _Watch:
+class _DrawWatch:
     """What :func:`sys.setprofile` tells of the functions of one thread."""
 
     def __init__(self) -> None:
@@ -591,35 +594,39 @@ class _Watch:
 
     def __call__(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            self.draws |= _draws(called)
+            self.draws |= _leads_to_generator(called)
         elif event == "call" and not self.draws:
             code = frame.f_code
             if code.co_freevars:
-                self.draws |= any(_draws(frame.f_locals.get(name)) for name in code.co_freevars)
+                self.draws |= any(
+                    _leads_to_generator(frame.f_locals.get(name)) for name in code.co_freevars
+                )
             if code not in self.seen:
                 self.seen.add(code)
                 self.draws |= _may_draw(frame)
 
 
-def _is_shared(generator: Any) -> bool:
+def _is_process_wide(generator: Any) -> bool:
     """Whether it is the one of :mod:`random`, or NumPy's, which belong to the process."""
     return generator is _PYTHONS or generator is _NUMPYS
 
 
-def _draws(value: Any) -> bool:
+def _leads_to_generator(value: Any) -> bool:
     """Whether it is a method of such a generator, or what leads to NumPy's."""
     return (
-        _is_shared(getattr(value, "__self__", None))
+        _is_process_wide(getattr(value, "__self__", None))
         or value is np
         or value is np.random
-        or _is_shared(value)
+        or _is_process_wide(value)
     )
 
 
 _PYTHONS: Any = random.random.__self__  # type: ignore[attr-defined]
 _NUMPYS: Any = np.random.random.__self__
 _METHODS = frozenset(
-    name for name, value in vars(np.random).items() if _is_shared(getattr(value, "__self__", None))
+    name
+    for name, value in vars(np.random).items()
+    if _is_process_wide(getattr(value, "__self__", None))
 )
 
 
@@ -634,7 +641,9 @@ def _may_draw(frame: FrameType) -> bool:
     if not _METHODS.isdisjoint(attributes) or any(name.startswith("numpy") for name in imported):
         return True
     return any(
-        _draws(value) for name, *rest in chains for value in _along(known.get(name), rest)[-1:]
+        _leads_to_generator(value)
+        for name, *rest in chains
+        for value in _along(known.get(name), rest)[-1:]
     )
 
 
@@ -645,7 +654,7 @@ class _Globals:
         self.store, self.names = store, names
 
 
-_INTERNAL = frozenset(vars(nn.Module()))
+_NOT_OF_THE_USER = frozenset(vars(nn.Module()))
 
 
 def _is_function(value: Any) -> bool:
@@ -708,11 +717,11 @@ def _references(
     return chains, imported, frozenset(code.co_names), sets, bound, others
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def _code_within(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from _code_within(constant)
 
 
 def _take_out(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
@@ -772,7 +781,7 @@ def _has_tensors(named: dict[Any, Any]) -> bool:
 
 
 def _is_plain(name: Any) -> bool:
-    return isinstance(name, (*_PLAIN, torch.dtype)) or (
+    return isinstance(name, (*_PLAIN_TYPES, torch.dtype)) or (
         isinstance(name, tuple) and all(map(_is_plain, name))
     )
 
@@ -788,13 +797,6 @@ def _put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[An
         store[name] = was[name]
     else:
         store.pop(name, None)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is cell.cell_contents
-    except ValueError:
-        return False
 
 
 def _content(holder: Any) -> Any:
@@ -813,7 +815,7 @@ def _content(holder: Any) -> Any:
     if isinstance(holder, collections.deque):
         return [*collections.deque.__iter__(holder)]
     if isinstance(holder, CellType):
-        return {"cell_contents": holder.cell_contents} if _filled(holder) else {}
+        return {"cell_contents": holder.cell_contents} if is_filled(holder) else {}
     return {
         **getattr(holder, "__dict__", {}),
         **({} if isinstance(holder, type) else slots_of(holder)),
@@ -859,7 +861,7 @@ def same(one: Any, other: Any) -> bool:
             and one.dtype is other.dtype
             and torch.equal(one, other)
         )
-    return isinstance(one, _PLAIN) and one == other
+    return isinstance(one, _PLAIN_TYPES) and one == other
 
 
 def _has_values(tensor: Tensor) -> bool:

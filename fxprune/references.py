@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fxprune.contents import slots_of
 
-__all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of"]
+__all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of", "is_filled"]
 
-_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_COPIED_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict)
 _CONTAINERS = frozenset(
     {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
@@ -71,7 +71,7 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(value)] = made
         made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
         return made
-    if kind in _SEQUENCES:
+    if kind in _COPIED_SEQUENCES:
         return kind(copied(item, memo) for item in value)
     # what a hook has kept of a step of training, say
     if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -163,7 +163,7 @@ def _is_of_python(kind: type) -> bool:
 
 
 _LAYOUTS: frozenset[Any] = frozenset(
-    {object, types.SimpleNamespace, threading.local, *_SEQUENCES, *_MAPPINGS}
+    {object, types.SimpleNamespace, threading.local, *_COPIED_SEQUENCES, *_MAPPINGS}
 )
 """Classes whose objects hold nothing but what Python sees."""
 
@@ -172,7 +172,7 @@ def _is_shared(value: Any) -> bool:
     """Whether an object that holds no other cannot be copied, and nobody can tell who has used
     it.
     """
-    if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _held(value):
+    if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _objects_held(value):
         return False
     try:
         copy.deepcopy(value)
@@ -201,13 +201,13 @@ def hooks_apart(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
 
 def _hook_apart(hook: Any, memo: dict[int, Any]) -> Any:
     for container in _collections(hook):
-        _apart(container, memo)
+        _copied_apart(container, memo)
     if type(hook) is types.MethodType:
-        return types.MethodType(hook.__func__, _apart(hook.__self__, memo))
-    return copied(hook, memo) if type(hook) is types.FunctionType else _apart(hook, memo)
+        return types.MethodType(hook.__func__, _copied_apart(hook.__self__, memo))
+    return copied(hook, memo) if type(hook) is types.FunctionType else _copied_apart(hook, memo)
 
 
-def _apart(value: Any, memo: dict[int, Any]) -> Any:
+def _copied_apart(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a container, or of an object and the containers that it has; what is collected in
     them stays the same.
     """
@@ -216,9 +216,9 @@ def _apart(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in _CONTAINERS:
         made = memo[id(value)] = copy.copy(value)
         if isinstance(value, dict):
-            made.update((key, _apart(item, memo)) for key, item in value.items())
+            made.update((key, _copied_apart(item, memo)) for key, item in value.items())
         elif isinstance(value, list):
-            made[:] = [_apart(item, memo) for item in value]
+            made[:] = [_copied_apart(item, memo) for item in value]
         return made
     if hasattr(value, "__dict__") and not isinstance(
         value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)
@@ -226,7 +226,9 @@ def _apart(value: Any, memo: dict[int, Any]) -> Any:
         made = memo[id(value)] = copy.copy(value)
         for name, item in vars(value).items():
             vars(made)[name] = (
-                _apart(item, memo) if type(item) in _CONTAINERS else memo.get(id(item), item)
+                _copied_apart(item, memo)
+                if type(item) in _CONTAINERS
+                else memo.get(id(item), item)
             )
         return made
     return value
@@ -245,7 +247,7 @@ def hooks_of(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
 def _collections(function: Any) -> list[Any]:
     """The lists, dicts and sets that a function holds."""
     return (
-        [held for held in _held(function) if type(held) in _CONTAINERS]
+        [held for held in _objects_held(function) if type(held) in _CONTAINERS]
         if type(function) is types.FunctionType
         else []
     )
@@ -276,7 +278,7 @@ def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.Funct
     )
     made.__defaults__ = _rebound(function.__defaults__, memo)
     for cell, new, fresh in cells:
-        if fresh and _filled(cell):
+        if fresh and is_filled(cell):
             new.cell_contents = _rebound(cell.cell_contents, memo)
     return made
 
@@ -337,7 +339,8 @@ def _cell(cell: types.CellType, memo: dict[int, Any]) -> tuple[types.CellType, b
     return memo[id(cell)], fresh
 
 
-def _filled(cell: types.CellType) -> bool:
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a variable of a closure has a value yet."""
     try:
         return cell.cell_contents is cell.cell_contents
     except ValueError:  # a name that the function around has not bound yet
@@ -358,15 +361,15 @@ def _reached(value: Any, memo: dict[int, Any] | None = None) -> Iterator[Any]:
         if id(own) not in seen:
             seen[id(own)] = own  # kept alive: a bound method is another object each time
             yield own
-            waiting += _held(own) if memo is None or id(own) not in memo else []
+            waiting += _objects_held(own) if memo is None or id(own) not in memo else []
             if memo is not None and isinstance(own, types.FunctionType) and id(own) not in memo:
                 waiting += _globals(own, memo).values()
 
 
-def _held(value: Any) -> list[Any]:
+def _objects_held(value: Any) -> list[Any]:
     kind = type(value)
     if kind is types.FunctionType:
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if kind is types.MethodType:
         return [value.__func__, value.__self__]
@@ -374,7 +377,7 @@ def _held(value: Any) -> list[Any]:
         return [value.func, *value.args, *value.keywords.values()]
     if kind in _MAPPINGS:
         return [*value.keys(), *value.values()]
-    if kind in _SEQUENCES:
+    if kind in _COPIED_SEQUENCES:
         return [*value]
     if kind is weakref.ref:
         return [] if value() is None else [value()]

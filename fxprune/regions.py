@@ -69,7 +69,7 @@ def recorded(
     def watched(entering: Any, leaving: Any) -> tuple[Any, Any]:
         def on_enter(region: Any) -> Any:
             if mine(_caller()):
-                name, args, kwargs = _described(region)
+                name, args, kwargs = _region_described(region)
                 open_regions[id(region)] = begin(name, *args, **kwargs)
             return entering(region)
 
@@ -103,7 +103,7 @@ _HELPERS = {contextlib.__file__, torch.utils._contextlib.__file__}
 _HELPERS |= {torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__}
 
 
-def _described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+def _region_described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     if isinstance(region, torch.autocast):
         kwargs = {
             "dtype": region.fast_dtype,
@@ -150,7 +150,7 @@ def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:
     out: list[str] = []
     inside: list[str] = []
     for line in filter(str.strip, "".join(body).splitlines(keepends=True)):
-        name, call = line.partition(" = ")[0], _CALL.match(line)
+        name, call = line.partition(" = ")[0], _REGION_CALL.match(line)
         if name in entries and call:
             out.append(f"{_INDENT * len(inside)}with torch.{call[1]}({call[2]}):\n")
             inside.append(name)
@@ -165,4 +165,4 @@ def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:
 
 
 _INDENT = "    "
-_CALL = re.compile(r"\w+ = \w+\('(\w+)'(?:, )?(.*?)\)(?:;.*)?$")
+_REGION_CALL = re.compile(r"\w+ = \w+\('(\w+)'(?:, )?(.*?)\)(?:;.*)?$")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fxprune.doors import door, read
+from fxprune.doors import door, drawn_from
 from fxprune.errors import ArgumentError, PlanError
 
 __all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
@@ -111,15 +111,15 @@ class Report:
         # Rows may arrive as plain tuples; the pinned axes as one text or as several.
         try:
             object.__setattr__(
-                self, "groups", tuple(GroupRow(*row) for row in read(self.groups, "groups"))
+                self, "groups", tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
             )
             pinned = (
                 PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
-                for axes, *rest in read(self.pinned, "pinned")
+                for axes, *rest in drawn_from(self.pinned, "pinned")
             )
             object.__setattr__(self, "pinned", tuple(pinned))
             for name in _TEXTS:
-                object.__setattr__(self, name, tuple(read(getattr(self, name), name)))
+                object.__setattr__(self, name, tuple(drawn_from(getattr(self, name), name)))
             self._check()
         except (TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"a report cannot be made of this: {error}.") from error
@@ -227,7 +227,7 @@ class Report:
             (self.macs_pinned, self.macs_before, "MACs"),
         )
         fixed = [
-            f"{_share(part, whole)} of the {name}"
+            f"{_percent(part, whole)} of the {name}"
             for part, whole, name in shares
             if part is not None and whole
         ]
@@ -248,7 +248,7 @@ class Report:
 
     def _groups(self) -> Iterable[str]:
         kept, total = sum(row.kept for row in self.groups), sum(row.total for row in self.groups)
-        title = f"{_count(len(self.groups), 'group')}, {kept:,} of {total:,} units kept"
+        title = f"{_counted(len(self.groups), 'group')}, {kept:,} of {total:,} units kept"
         width = max((len(row.name) for row in self.groups[:_SHOWN]), default=0)
         rows = [f"{row.name:{width}}  {row.kept} of {row.total}" for row in self.groups]
         return _section(title, rows) or ["", "no group: nothing in this model can be pruned"]
@@ -288,9 +288,9 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,}{left}"
 
 
-def _share(part: int, whole: int) -> str:
+def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

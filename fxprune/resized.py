@@ -35,7 +35,7 @@ def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
             return [given[i % before] for i in range(wanted)]
         if isinstance(given, Tensor) and given.dim() and given.shape[0] == before:
             found = True
-            return _resized(given, 0, wanted)
+            return _resized_tensor(given, 0, wanted)
         if type(given) in (tuple, list):
             return type(given)(value(item) for item in given)  # type: ignore[call-arg, attr-defined]
         return {key: value(item) for key, item in given.items()} if type(given) is dict else given
@@ -51,7 +51,7 @@ def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The example at other resolutions and lengths, with what changed: sizes that are equal change
     together.
     """
-    first = _first(call)
+    first = _first_size_axis(call)
     tensors = tensors_of(call)
     images = {
         size
@@ -71,7 +71,7 @@ def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The example with one axis longer by one, where another axis has the same size: they need not
     be equal.
     """
-    first, tensors = _first(call), tensors_of(call)
+    first, tensors = _first_size_axis(call), tensors_of(call)
     for dim in range(first, max((tensor.dim() for tensor in tensors), default=0)):
         sizes = [
             size
@@ -91,20 +91,20 @@ def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
 def with_sizes(call: Arguments, new: dict[int, int]) -> Arguments:
     """The example with other numbers for its sizes, but for those of its batch."""
     args, kwargs = tree_map_only(
-        Tensor, functools.partial(_with_sizes, new=new, first=_first(call)), call
+        Tensor, functools.partial(_with_sizes, new=new, first=_first_size_axis(call)), call
     )
     return args, kwargs
 
 
 def lengths(call: Arguments) -> list[int]:
     """The sizes of the example's tensors but for those of its batch, the largest first."""
-    first = _first(call)
+    first = _first_size_axis(call)
     return sorted(
         {size for tensor in tensors_of(call) for size in tensor.shape[first:]}, reverse=True
     )
 
 
-def _first(call: Arguments) -> int:
+def _first_size_axis(call: Arguments) -> int:
     """The first axis that is none of the batch: images in a list have no such axis."""
     args, kwargs = call
     return 0 if any(type(value) is list for value in (*args, *kwargs.values())) else 1
@@ -128,7 +128,7 @@ def _next(size: int) -> int:
 
 def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
     return (
-        _resized(tensor, dim, size + 1)
+        _resized_tensor(tensor, dim, size + 1)
         if tensor.dim() > dim and tensor.shape[dim] == size
         else tensor
     )
@@ -137,10 +137,10 @@ def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
 def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
     for dim, size in enumerate(tensor.shape[first:], start=first):
         if size in new:
-            tensor = _resized(tensor, dim, new[size])
+            tensor = _resized_tensor(tensor, dim, new[size])
     return tensor
 
 
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+def _resized_tensor(tensor: Tensor, dim: int, size: int) -> Tensor:
     """The tensor with another size along one dimension: cut, or repeated from its beginning."""
     return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])

@@ -46,10 +46,10 @@ __all__ = [
 
 PLAN, WEIGHTS, REPORT, TEXT = "plan.json", "model.safetensors", "report.json", "report.txt"
 MANIFEST = "manifest.json"
-SCHEMA = 1
+FOLDER_SCHEMA = 1
 
 _COMMITTED = ".committed"  # a complete save whose files are not all in their places yet
-_WRITING = ".writing-"  # an incomplete one
+_WRITING_SUFFIX = ".writing-"  # an incomplete one
 
 Folder = str | os.PathLike[str]
 
@@ -263,9 +263,9 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
             raise ArgumentError(f"{folder} is a file, not a folder: name another.")
         if folder.exists():
             _settle(folder)  # an earlier save that was killed on its way
-            parent, prefix, target = folder, _WRITING, folder / _COMMITTED
+            parent, prefix, target = folder, _WRITING_SUFFIX, folder / _COMMITTED
         else:
-            parent, prefix, target = folder.parent, f".{folder.name}{_WRITING}", folder
+            parent, prefix, target = folder.parent, f".{folder.name}{_WRITING_SUFFIX}", folder
             parent.mkdir(parents=True, exist_ok=True)
         _discard(parent, prefix)
         try:
@@ -302,7 +302,7 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
                 f"{folder / MANIFEST} does not list {', '.join(lacking)}: this is no pruned "
                 "model. Save it again."
             )
-        paths = {name: _place(folder, name) for name in listed}
+        paths = {name: _path_in(folder, name) for name in listed}
         for name, path in paths.items():
             _check_file(path, listed[name])
     return paths
@@ -339,7 +339,7 @@ def _settle(folder: Path) -> None:
     committed.rmdir()
 
 
-def _place(folder: Path, name: str) -> Path:
+def _path_in(folder: Path, name: str) -> Path:
     committed = folder / _COMMITTED / name
     return committed if committed.exists() else folder / name
 
@@ -353,11 +353,11 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _manifest_text(listed: Mapping[str, Mapping[str, Any]]) -> str:
-    return json.dumps({"schema": SCHEMA, "files": listed}, indent=1) + "\n"
+    return json.dumps({"schema": FOLDER_SCHEMA, "files": listed}, indent=1) + "\n"
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    path = _place(folder, MANIFEST)
+    path = _path_in(folder, MANIFEST)
     if not path.exists():
         raise PlanError(
             f"{folder} has no {MANIFEST}: it is not a pruned model that was saved whole. Save it "
@@ -374,9 +374,9 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise PlanError(
             f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
         ) from error
-    if schema != SCHEMA:
+    if schema != FOLDER_SCHEMA:
         raise PlanError(
-            f"{path} has schema {schema}, this version of fxprune reads {SCHEMA}: upgrade "
+            f"{path} has schema {schema}, this version of fxprune reads {FOLDER_SCHEMA}: upgrade "
             "fxprune, or save anew."
         )
     # The manifest has no digest of its own: it must be exactly the text that would be written for

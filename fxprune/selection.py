@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fxprune.arrays import Floats
 from fxprune.budget import Budget, keep_count
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, Group
@@ -20,8 +20,6 @@ from fxprune.errors import ArgumentError
 from fxprune.widths import Pool, lines, pools_of
 
 __all__ = ["select"]
-
-Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def select(
@@ -50,7 +48,7 @@ def select(
         max(math.ceil(budget.min_channels / pool.blocks), spared, pair)
         for pool, spared, pair in zip(pools, least, _pairs(coupling, pools), strict=True)
     ]
-    widths, fixed = _given(coupling, pools, budget, least)
+    widths, fixed = _starting_widths(coupling, pools, budget, least)
     whole = (
         budget.macs,
         budget.params,
@@ -138,11 +136,11 @@ def _all_tensors(coupling: Coupling) -> list[Tensor]:
     return [*coupling.parameters.values(), *tensors_of(nodes)]
 
 
-def _given(
+def _starting_widths(
     coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
     """The widths to start from, and which of them are settled by a layer's own share."""
-    shares = _shares(coupling, budget.layers)
+    shares = _layer_shares(coupling, budget.layers)
     widths, fixed = [], []
     for pool, at_least in zip(pools, least, strict=True):
         share = shares.get(pool.group)
@@ -155,7 +153,7 @@ def _given(
     return widths, fixed
 
 
-def _shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
+def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
     shares: dict[int, float] = {}
     owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
     for glob, share in layers.items():

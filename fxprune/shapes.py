@@ -28,6 +28,7 @@ __all__ = [
     "META",
     "DispatchMode",
     "ShapeMode",
+    "aten",
     "is_composite",
     "is_quick",
     "map_tensors",
@@ -81,7 +82,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = tensors_in(args, kwargs)
     if not any(t.is_meta for t in tensors):
         if func.overloadpacket is aten.arange and kwargs.get("device") == META:
-            return _like(func(*args, **{**kwargs, "device": "cpu"}))
+            return _empty_like(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
     quick = _quick(func)
     if quick is not None:
@@ -89,7 +90,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if out is not None:
             return out
     if "device" in kwargs or not all(t.is_meta for t in tensors):
-        args, kwargs = tree_map(_to_meta, (args, kwargs))
+        args, kwargs = tree_map(_as_meta, (args, kwargs))
     if is_composite(func):
         with ShapeMode():
             return func.decompose(*args, **kwargs)
@@ -114,11 +115,11 @@ def _quick(func: Any) -> Callable[..., Any] | None:
     if func.overloadpacket in _QUICK:
         return _QUICK[func.overloadpacket]
     if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
-        return _in_place
+        return _first_argument
     return _pointwise if torch.Tag.pointwise in func.tags else None
 
 
-def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _first_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """An op that writes into its first argument gives that argument back, whatever it writes."""
     returns = func._schema.returns
     written = (
@@ -138,7 +139,7 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     return args[0]
 
 
-def _to_meta(value: Any) -> Any:
+def _as_meta(value: Any) -> Any:
     if isinstance(value, Tensor) and not value.is_meta and value.dim() > 0:
         return value.to(META)
     if isinstance(value, torch.device):
@@ -160,7 +161,7 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         return None
     for t in tensors:
         if t.is_meta and t.shape == shape:
-            return _like(t, dtype)
+            return _empty_like(t, dtype)
     return _empty(shape, dtype=dtype, device=META)
 
 
@@ -178,12 +179,12 @@ def _broadcast(shapes: set[torch.Size]) -> torch.Size | None:
     return torch.Size(out)
 
 
-def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _given_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that were given, by name."""
     return {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """torch.empty_like for meta tensors; that one is a Python program."""
     if x.is_contiguous() or 0 in x.stride():
         return _empty(x.shape, dtype=dtype or x.dtype, device=META)
@@ -230,7 +231,7 @@ def _pointwise_dtype(
 
 def _like_first(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x = args[0]
-    return _like(x) if x.is_meta and x.is_floating_point() else None
+    return _empty_like(x) if x.is_meta and x.is_floating_point() else None
 
 
 def _contiguous(x: Tensor, keep_format: bool = False) -> Tensor | None:
@@ -241,7 +242,7 @@ def _contiguous(x: Tensor, keep_format: bool = False) -> Tensor | None:
         return None
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if keep_format and last is not None and x.is_contiguous(memory_format=last):
-        return _like(x)
+        return _empty_like(x)
     return _empty(x.shape, dtype=x.dtype, device=META)
 
 
@@ -253,7 +254,7 @@ def _channel_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     return _contiguous(x, func.overloadpacket is not aten.instance_norm) if fits else None
 
 
-def _group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _group_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return (
         _channel_norm(func, args, kwargs)
         if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0
@@ -291,7 +292,7 @@ def _adaptive(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 def _upsample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if func._overloadname != "vec":
         return None
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     x, size = given["input"], given.get("output_size")
     scale: Any = given.get("scale_factors")
     spatial: Sequence[int] = (
@@ -316,13 +317,13 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
     )
 
 
-def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _convolution_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     if func._overloadname == "padding" or kwargs:
         return None
     x, weight = args[0], args[1]
     count = weight.dim() - 2
     stride, padding, dilation = (
-        _each(args[i] if len(args) > i else default, count)
+        _as_many(args[i] if len(args) > i else default, count)
         for i, default in ((3, 1), (4, 0), (5, 1))
     )
     groups = args[6] if len(args) > 6 else 1
@@ -351,7 +352,7 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     )
 
 
-def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
+def _as_many(value: int | Sequence[int], count: int) -> Sequence[int]:
     sizes = [value] if isinstance(value, int) else list(value)
     return sizes * count if len(sizes) == 1 else sizes
 
@@ -365,7 +366,7 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     return _empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
 
 
-def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _attention_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     query, key, value = args[:3]
     if (
         not query.dim() == key.dim() == value.dim() == 4
@@ -384,9 +385,11 @@ def _convolution_either_way(
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     count = weight.dim() - 2
     if not transposed:
-        return _convolution(func, (x, weight, bias, stride, padding, dilation, groups), kwargs)
+        return _convolution_shape(
+            func, (x, weight, bias, stride, padding, dilation, groups), kwargs
+        )
     stride, padding, dilation, more = (
-        _each(value, count) for value in (stride, padding, dilation, output_padding)
+        _as_many(value, count) for value in (stride, padding, dilation, output_padding)
     )
     if (
         x.dim() != count + 2
@@ -413,7 +416,7 @@ def _convolution_either_way(
     )
 
 
-def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _product_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """mm: (m, k) by (k, n); bmm: one for each of a batch."""
     a, b = args[:2]
     rank = 3 if func.overloadpacket in (aten.bmm, aten.baddbmm) else 2
@@ -429,8 +432,8 @@ def _vector(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 
 def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """As :func:`_product`, where leading dimensions broadcast; a vector is a row on the left and a
-    column on the right.
+    """As :func:`_product_shape`, where leading dimensions broadcast; a vector is a row on the left
+    and a column on the right.
     """
     a, b = args
     if (
@@ -452,7 +455,7 @@ def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 def _sum_of_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """addmm, baddbmm: a product, and what broadcasts to it."""
-    out = _product(func, args[1:3], kwargs) if len(args) == 3 else None
+    out = _product_shape(func, args[1:3], kwargs) if len(args) == 3 else None
     fits = (
         out is not None
         and args[0].dtype == out.dtype
@@ -465,11 +468,11 @@ def _reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     """Sums, means, extremes, norms of floating-point values: the dimensions that are named go, or
     stay with a size of 1.
     """
-    return _reduced(func, args, kwargs) if args[0].is_floating_point() else None
+    return _reduced_shape(func, args, kwargs) if args[0].is_floating_point() else None
 
 
-def _reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    given = _given(func, args, kwargs)
+def _reduced_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = _given_arguments(func, args, kwargs)
     x, dims, keep = given["self"], given.get("dim"), given.get("keepdim", False)
     if not (x.is_meta and x.dim() and x.numel()) or given.get("dtype") is not None:
         return None
@@ -487,25 +490,29 @@ def _two_reductions(
 ) -> tuple[Tensor, Tensor] | None:
     """std_mean, var_mean, aminmax."""
     out = _reduction(func, args, kwargs)
-    return None if out is None else (out, _like(out))
+    return None if out is None else (out, _empty_like(out))
 
 
-def _position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _position_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """argmax, argmin."""
     out = _reduction(func, args, kwargs)
-    return None if out is None else _like(out, torch.int64)
+    return None if out is None else _empty_like(out, torch.int64)
 
 
 def _truth(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """any, all."""
     # which stays what it is
     out = _some_reduced(func, args, kwargs) if args[0].dtype is not torch.uint8 else None
-    return None if out is None else _like(out, torch.bool)
+    return None if out is None else _empty_like(out, torch.bool)
 
 
 def _some_reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """As :func:`_reduction`, of ops for which no dimension is none, not all of them."""
-    return None if _given(func, args, kwargs).get("dim") == [] else _reduced(func, args, kwargs)
+    return (
+        None
+        if _given_arguments(func, args, kwargs).get("dim") == []
+        else _reduced_shape(func, args, kwargs)
+    )
 
 
 def _logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -514,21 +521,21 @@ def _logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 
 def _with_positions(out: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Values, and where each of them was found."""
-    return None if out is None else (out, _like(out, torch.int64))
+    return None if out is None else (out, _empty_like(out, torch.int64))
 
 
 def _sort(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     x, dim = given["self"], given.get("dim", -1)
-    return _with_positions(_like(x)) if x.is_meta and -x.dim() <= dim < x.dim() else None
+    return _with_positions(_empty_like(x)) if x.is_meta and -x.dim() <= dim < x.dim() else None
 
 
 def _topk(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     x, dim, count = given["self"], given.get("dim", -1), given["k"]
     if not x.is_meta or not -x.dim() <= dim < x.dim() or not 0 <= count <= x.shape[dim]:
         return None
@@ -536,7 +543,7 @@ def _topk(
     return _with_positions(x.new_empty([*x.shape[:dim], count, *x.shape[dim + 1 :]]))
 
 
-def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _index_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Whole numbers as indices. What stands apart from each other comes first in the result."""
     x, indices = args
     given = [index for index in indices if index is not None]
@@ -561,13 +568,13 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
 
 def _index_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, indices, values = args[:3]
-    place = _index(func, (x, indices), {})
+    place = _index_shape(func, (x, indices), {})
     fits = (
         place is not None
         and values.dtype == x.dtype
         and _broadcast({values.shape, place.shape}) == place.shape
     )
-    return _like(x) if fits and x.is_meta else None
+    return _empty_like(x) if fits and x.is_meta else None
 
 
 def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -586,7 +593,7 @@ def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     return _empty(index.shape, dtype=x.dtype, device=META) if fits else None
 
 
-def _repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _repeat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, times = args
     if len(times) < x.dim() or any(count < 0 for count in times):
         return None
@@ -605,7 +612,7 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 
 
 def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     tensors, dim = given["tensors"], given.get("dim", 0)
     first = tensors[0]
     if any(t.dtype != first.dtype or t.shape != first.shape or not t.is_meta for t in tensors):
@@ -620,7 +627,7 @@ def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
 
 def _reordered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """roll, flip: over dimensions that are there, each once."""
-    x, given = args[0], _given(func, args, kwargs)
+    x, given = args[0], _given_arguments(func, args, kwargs)
     dims = given.get("dims") or ()
     fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len(
         {dim % x.dim() for dim in dims}
@@ -659,7 +666,9 @@ def _shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return x.new_empty([*batch, *sizes]) if fits else None
 
 
-def _channel_shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _channel_shuffle_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
     x, groups = args
     fits = (
         x.is_meta
@@ -669,7 +678,7 @@ def _channel_shuffle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         and groups > 0
         and x.shape[1] % groups == 0
     )
-    return _like(x) if fits else None
+    return _empty_like(x) if fits else None
 
 
 def _grid_sampler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -691,21 +700,21 @@ def _grid_sampler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 def _blank(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     x, dtype = given["self"], given.get("dtype")
     plain = (
         x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
     )
-    return _like(x, dtype) if plain else None
+    return _empty_like(x, dtype) if plain else None
 
 
 def _pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """max_pool, avg_pool: windows that lie inside of what is padded."""
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     x, count = given["self"], _rank(func)
-    kernel = _each(given["kernel_size"], count)
+    kernel = _as_many(given["kernel_size"], count)
     stride, padding, dilation = (
-        _each(given.get(name) or default, count)
+        _as_many(given.get(name) or default, count)
         for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
     )
     if (
@@ -747,7 +756,7 @@ def _rank(func: Any) -> int:
     return int(next(letter for letter in func._schema.name if letter.isdigit()))
 
 
-def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """reflection_pad, replication_pad: outwards."""
     x, pads = args
     count = _rank(func)
@@ -823,7 +832,7 @@ def _weight_norm(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
     """A weight of a given norm along one dimension, and the norm that it had."""
-    given = _given(func, args, kwargs)
+    given = _given_arguments(func, args, kwargs)
     v, g, dim = given["v"], given["g"], given.get("dim", 0)
     norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]
     fits = (
@@ -834,7 +843,7 @@ def _weight_norm(
         and 0 <= dim < v.dim()
     )
     return (
-        (_like(v), _empty(norm, dtype=v.dtype, device=META))
+        (_empty_like(v), _empty(norm, dtype=v.dtype, device=META))
         if fits and v.dtype is not torch.bfloat16
         else None
     )
@@ -842,11 +851,11 @@ def _weight_norm(
 
 def _triangle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x = args[0]
-    return _like(x) if x.is_meta and x.dim() >= 2 else None
+    return _empty_like(x) if x.is_meta and x.dim() >= 2 else None
 
 
 _QUICK: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((aten.mm, aten.bmm), _product),
+    **dict.fromkeys((aten.mm, aten.bmm), _product_shape),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _sum_of_product),
     **dict.fromkeys(
         (
@@ -867,8 +876,8 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.mv, aten.dot), _vector),
     **dict.fromkeys((aten.grid_sampler_2d, aten.grid_sampler_3d), _grid_sampler),
     aten.logsumexp: _logsumexp,
-    aten.channel_shuffle: _channel_shuffle,
-    **dict.fromkeys((aten.argmax, aten.argmin), _position),
+    aten.channel_shuffle: _channel_shuffle_shape,
+    **dict.fromkeys((aten.argmax, aten.argmin), _position_shape),
     **dict.fromkeys(
         (
             aten.empty_like,
@@ -888,9 +897,11 @@ _QUICK: dict[Any, Callable[..., Any]] = {
         (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices), _pool_with_indices
     ),
     **dict.fromkeys((aten.adaptive_max_pool2d, aten.adaptive_max_pool3d), _adaptive_with_indices),
-    **dict.fromkeys((aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d), _pad),
     **dict.fromkeys(
-        (aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d), _pad
+        (aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d), _pad_shape
+    ),
+    **dict.fromkeys(
+        (aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d), _pad_shape
     ),
     **dict.fromkeys((aten.tril, aten.triu), _triangle),
     **dict.fromkeys(
@@ -904,25 +915,25 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     aten.constant_pad_nd: _constant_pad,
     aten.im2col: _im2col,
     aten.col2im: _col2im,
-    aten.index: _index,
+    aten.index: _index_shape,
     aten.index_put: _index_put,
     aten.gather: _gather,
     aten.sort: _sort,
     aten.topk: _topk,
-    aten.repeat: _repeat,
+    aten.repeat: _repeat_shape,
     aten.embedding: _embedding,
     aten.stack: _stack,
     aten.glu: _glu,
     aten._prelu_kernel: _pointwise,
     aten.batch_norm: _channel_norm,
-    aten.conv1d: _convolution,
-    aten.conv2d: _convolution,
-    aten.conv3d: _convolution,
+    aten.conv1d: _convolution_shape,
+    aten.conv2d: _convolution_shape,
+    aten.conv3d: _convolution_shape,
     aten.linear: _linear,
-    aten.scaled_dot_product_attention: _attention,
+    aten.scaled_dot_product_attention: _attention_shape,
     aten.instance_norm: _channel_norm,
     aten.layer_norm: _last_norm,
-    aten.group_norm: _group_norm,
+    aten.group_norm: _group_norm_shape,
     aten.rms_norm: _last_norm,
     aten.dropout: _like_first,
     aten.hardsigmoid: _like_first,  # these three are pointwise, though not tagged so

@@ -21,8 +21,8 @@ from fxprune.memory import is_again, name_of, node_of
 from fxprune.shapes import holds_tensors
 
 __all__ = [
+    "AttributeChange",
     "Attributes",
-    "Change",
     "assigned",
     "carried",
     "first_difference",
@@ -32,12 +32,12 @@ __all__ = [
     "values_read",
 ]
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Change:
+class AttributeChange:
     """An attribute that holds something else after forward than before; ``path`` leads to it from
     the root.
 
@@ -59,7 +59,7 @@ class Change:
     @property
     def nodes(self) -> list[fx.Node]:
         """The nodes of what was traced of what is there now."""
-        return [node for node in map(node_of, _leaves(self.after)) if node is not None]
+        return [node for node in map(node_of, _leaves_with_sizes(self.after)) if node is not None]
 
     def computed(self, of: Callable[[fx.Node], Any]) -> Any:
         """What is there now, with what ``of`` says of a node in the place of what was traced."""
@@ -87,14 +87,14 @@ class Attributes:
                 {
                     name: _copy(value)
                     for name, value in store.items()
-                    if type(value) in _CONTAINERS
+                    if type(value) in _COMPARED_CONTAINERS
                 },
             )
             for path, module in root.named_modules()
             for store in (vars(module), module._parameters, module._buffers)
         ]
 
-    def changes(self, ignore: Iterable[str] = ()) -> Iterator[Change]:
+    def changes(self, ignore: Iterable[str] = ()) -> Iterator[AttributeChange]:
         """What is different, but for the root's attributes named in ``ignore``."""
         ignored = {*ignore}
         for path, store, before, contents in self._before:
@@ -103,17 +103,17 @@ class Attributes:
                 if old is new and (
                     name not in contents
                     or not (new or contents[name])
-                    or _alike(contents[name], new)
+                    or _same_attribute(contents[name], new)
                 ):
                     continue
-                if name in _INTERNAL or (
-                    type(old) is type(new) and type(old) in _PLAIN and old == new
+                if name in _MODULE_INTERNALS or (
+                    type(old) is type(new) and type(old) in _PLAIN_VALUES and old == new
                 ):
                     continue
                 full = f"{path}.{name}".removeprefix(".")
                 if full not in ignored:
-                    after = _copy(new) if type(new) in _CONTAINERS else new
-                    yield Change(store, name, full, old, contents.get(name), after)
+                    after = _copy(new) if type(new) in _COMPARED_CONTAINERS else new
+                    yield AttributeChange(store, name, full, old, contents.get(name), after)
 
     def restore(self, ignore: Iterable[str] = ()) -> None:
         """Put everything back."""
@@ -122,11 +122,11 @@ class Attributes:
                 del change.store[change.name]
                 continue
             change.store[change.name] = change.before
-            if type(change.before) in _CONTAINERS:
+            if type(change.before) in _COMPARED_CONTAINERS:
                 _refill(change.before, change.contents)
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves_with_sizes(value: Any) -> list[Any]:
     """The leaves of nested containers, the sizes of a tensor among them, which are a tuple of a
     class of its own.
     """
@@ -137,9 +137,9 @@ def _leaves(value: Any) -> list[Any]:
     ]
 
 
-_PLAIN = frozenset({bool, int, float, str, type(None)})
-_CONTAINERS = frozenset({list, dict, set})
-_LEAVES = (Tensor, nn.Module, *_PLAIN)
+_PLAIN_VALUES = frozenset({bool, int, float, str, type(None)})
+_COMPARED_CONTAINERS = frozenset({list, dict, set})
+_LEAVES = (Tensor, nn.Module, *_PLAIN_VALUES)
 
 
 def _copy(value: Any) -> Any:
@@ -151,12 +151,12 @@ def _copy(value: Any) -> Any:
     return tree_map(lambda leaf: leaf, value)
 
 
-def _alike(copied: Any, now: Any) -> bool:
+def _same_attribute(copied: Any, now: Any) -> bool:
     if type(now) is set:
         return bool(copied == now)
     before, after = tree_leaves(copied), tree_leaves(now)
     return len(before) == len(after) and all(
-        a is b or (type(a) in _PLAIN and a == b) for a, b in zip(before, after, strict=True)
+        a is b or (type(a) in _PLAIN_VALUES and a == b) for a, b in zip(before, after, strict=True)
     )
 
 
@@ -165,12 +165,12 @@ def _refill(container: Any, contents: Any) -> None:
     container.extend(contents) if type(container) is list else container.update(contents)
 
 
-def assigned(changes: Iterable[Change]) -> set[str]:
+def assigned(changes: Iterable[AttributeChange]) -> set[str]:
     """Paths of what was set to something that was traced."""
     return {change.path for change in changes if change.rebound and change.nodes}
 
 
-def carried(changes: Iterable[Change]) -> list[Change]:
+def carried(changes: Iterable[AttributeChange]) -> list[AttributeChange]:
     """Those that may make the next call another one: what depends on the values of inputs, and
     what Python has computed.
     """
@@ -224,7 +224,7 @@ def follows_inputs(node: fx.Node) -> bool:
     return False
 
 
-def keep(changes: Iterable[Change]) -> None:
+def keep(changes: Iterable[AttributeChange]) -> None:
     """Leave on the modules what the call has left, for another one."""
     for change in changes:
         if change.after is _MISSING:
@@ -251,7 +251,7 @@ def first_difference(
     """The first node of a graph in whose place another graph does something else (see
     :func:`same_graph`).
     """
-    ones, theirs = _computing(one), _computing(other)
+    ones, theirs = _computing_nodes(one), _computing_nodes(other)
     for left, right, line, another in zip(
         ones, theirs, _described(ones), _described(theirs), strict=False
     ):
@@ -266,7 +266,7 @@ def first_difference(
     return None if len(ones) == len(theirs) else ones[min(len(ones) - 1, len(theirs))]
 
 
-def _computing(graph: fx.Graph) -> list[fx.Node]:
+def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a graph without its guards, and without numbers that nothing else reads."""
     idle: set[fx.Node] = set()
     for node in reversed(graph.nodes):

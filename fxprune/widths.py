@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxprune.arrays import Floats
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.rules import Contraction
@@ -38,7 +38,6 @@ __all__ = [
     "products_of",
 ]
 
-Floats: TypeAlias = npt.NDArray[np.float64]
 Factors = tuple[int, ...]
 Sum = tuple[tuple[float, Factors], ...]
 """A sum of products: (coefficient, numbers of the affine factors)."""
@@ -130,7 +129,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
     profile = np.zeros(count, dtype=np.uint64)
     seen: set[int] = set()
     overlaps = []
-    for tensor in _tensors(coupling):
+    for tensor in _counted_tensors(coupling):
         fields = coupling.labels(tensor)
         for labels in fields:
             if id(labels) not in seen:
@@ -160,7 +159,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
         overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
 
 
-def _tensors(coupling: Coupling) -> list[Tensor]:
+def _counted_tensors(coupling: Coupling) -> list[Tensor]:
     """Everything whose shape counts: the parameters, and what contractions read and give."""
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:

@@ -15,6 +15,7 @@ PACKAGE = Path(fxprune.__file__).parent
 ROOMS = [
     "version",
     "errors",
+    "arrays",
     "contents",
     "turn",
     "chance",

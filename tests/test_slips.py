@@ -21,7 +21,7 @@ from torch import nn
 
 import fxprune
 from fxprune import cost, criteria, latency
-from fxprune.doors import calling, door, read
+from fxprune.doors import calling, door, drawn_from
 from fxprune.errors import (
     ArgumentError,
     CallbackError,
@@ -514,8 +514,8 @@ def test_code_of_the_caller_is_named() -> None:
     ):
         raising()
     with pytest.raises(CallbackError, match="the loader raised OSError: the disk is gone"):
-        list(read(RaisesWhenRead()))
-    assert list(read([1, 2])) == [1, 2]
+        list(drawn_from(RaisesWhenRead()))
+    assert list(drawn_from([1, 2])) == [1, 2]
 
 
 def test_a_factory_that_fails_or_wants_arguments(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from fxprune import api
-from fxprune.cli.loading import built, load, load_model, note_random
+from fxprune.cli.loading import built, load_model, model_and_inputs, note_random
 from fxprune.cli.options import (
     Batch,
     Channels,
@@ -26,7 +26,7 @@ from fxprune.cli.options import (
     Input,
     Json,
     Keep,
-    Latency,
+    LatencyShare,
     Layers,
     Macs,
     MinChannels,
@@ -38,13 +38,13 @@ from fxprune.cli.options import (
     RoundTo,
     Saved,
     Scope,
-    Units,
+    UnitKind,
     Verify,
     Weights,
     criterion_of,
+    latency_setting,
     listed,
     options_of,
-    setting_of,
     sizes,
     units_of,
 )
@@ -89,7 +89,7 @@ def _root(
 def inspect(
     model: Model,
     keep: Keep = None,
-    units: Units = None,
+    units: UnitKind = None,
     input_shapes: Input = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
@@ -101,7 +101,7 @@ def inspect(
     """Show what must be pruned together, and what is never pruned and why."""
     with errors_to_stderr():
         with stage(f"building {model}"):
-            module, example_inputs = load(model, input_shapes, weights, checkpoint)
+            module, example_inputs = model_and_inputs(model, input_shapes, weights, checkpoint)
         with stage("analysing"):
             coupling = api.analyze(
                 module, example_inputs, keep=tuple(keep or ()), units=units_of(units)
@@ -126,7 +126,7 @@ def plan(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
-    latency: Latency = None,
+    latency: LatencyShare = None,
     device: Device = None,
     precision: Precision = "fp32",
     mode: Mode = "eager",
@@ -135,7 +135,7 @@ def plan(
     layers: Layers = None,
     criterion: Criterion = "cpmc",
     keep: Keep = None,
-    units: Units = None,
+    units: UnitKind = None,
     round_to: RoundTo = 1,
     min_channels: MinChannels = 1,
     input_shapes: Input = None,
@@ -146,7 +146,7 @@ def plan(
 ) -> None:
     """Choose what survives, and write that down; nothing else is written."""
     with errors_to_stderr():
-        setting = setting_of(latency, device, precision, mode, batch)
+        setting = latency_setting(latency, device, precision, mode, batch)
         options = options_of(
             channels,
             macs,
@@ -177,7 +177,7 @@ def prune(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
-    latency: Latency = None,
+    latency: LatencyShare = None,
     device: Device = None,
     precision: Precision = "fp32",
     mode: Mode = "eager",
@@ -186,7 +186,7 @@ def prune(
     layers: Layers = None,
     criterion: Criterion = "cpmc",
     keep: Keep = None,
-    units: Units = None,
+    units: UnitKind = None,
     round_to: RoundTo = 1,
     min_channels: MinChannels = 1,
     verify: Verify = False,
@@ -198,7 +198,7 @@ def prune(
 ) -> None:
     """Prune a model and write the plan, the weights and a report."""
     with errors_to_stderr():
-        setting = setting_of(latency, device, precision, mode, batch)
+        setting = latency_setting(latency, device, precision, mode, batch)
         options = options_of(
             channels,
             macs,
@@ -270,7 +270,7 @@ def compare(
     channels: Channels = None,
     macs: Macs = None,
     params: Params = None,
-    latency: Latency = None,
+    latency: LatencyShare = None,
     device: Device = None,
     precision: Precision = "fp32",
     mode: Mode = "eager",
@@ -278,7 +278,7 @@ def compare(
     scope: Scope = "group",
     layers: Layers = None,
     keep: Keep = None,
-    units: Units = None,
+    units: UnitKind = None,
     round_to: RoundTo = 1,
     min_channels: MinChannels = 1,
     input_shapes: Input = None,
@@ -297,7 +297,7 @@ def compare(
     much they agree.
     """
     with errors_to_stderr():
-        setting = setting_of(latency, device, precision, mode, batch)
+        setting = latency_setting(latency, device, precision, mode, batch)
         options = options_of(
             channels,
             macs,
@@ -339,7 +339,7 @@ def bench(
     layers: Layers = None,
     criterion: Criterion = "cpmc",
     keep: Keep = None,
-    units: Units = None,
+    units: UnitKind = None,
     round_to: RoundTo = 1,
     min_channels: MinChannels = 1,
     device: Device = None,

@@ -28,8 +28,8 @@ __all__ = [
     "attribute_named",
     "built",
     "example",
-    "load",
     "load_model",
+    "model_and_inputs",
     "note_random",
     "usual_shapes",
 ]
@@ -54,12 +54,12 @@ def built(
     saved: Path | None,
 ) -> tuple[nn.Module, tuple[Any, ...]]:
     with stage(f"building {model}"):
-        built = load(model, input_shapes, weights, checkpoint, saved)
+        built = model_and_inputs(model, input_shapes, weights, checkpoint, saved)
     note_random(model, weights, checkpoint, saved)
     return built
 
 
-def load(
+def model_and_inputs(
     spec: str,
     input_shapes: list[str] | None,
     weights: str | None,
@@ -244,14 +244,16 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
 def example(text: str) -> Tensor | list[Tensor]:
     """A tensor, or a list of tensors, of random values in [0, 1): a detector refuses others."""
     if "+" in text:
-        return [torch.rand(_shape(part, text)) for part in text.removesuffix("+").split("+")]
-    return torch.rand(_shape(text, text))
+        return [
+            torch.rand(_shape_from_text(part, text)) for part in text.removesuffix("+").split("+")
+        ]
+    return torch.rand(_shape_from_text(text, text))
 
 
 _LARGEST = 2**32  # elements of an example: 16 GiB
 
 
-def _shape(text: str, given: str) -> tuple[int, ...]:
+def _shape_from_text(text: str, given: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -21,7 +21,7 @@ __all__ = [
     "Input",
     "Json",
     "Keep",
-    "Latency",
+    "LatencyShare",
     "Layers",
     "Macs",
     "MinChannels",
@@ -33,13 +33,13 @@ __all__ = [
     "RoundTo",
     "Saved",
     "Scope",
-    "Units",
+    "UnitKind",
     "Verify",
     "Weights",
     "criterion_of",
+    "latency_setting",
     "listed",
     "options_of",
-    "setting_of",
     "sizes",
     "units_of",
 ]
@@ -130,7 +130,7 @@ Params = Annotated[
         metavar="SHARE", help="Share of parameters to keep, in (0, 1].", show_default=False
     ),
 ]
-Latency = Annotated[
+LatencyShare = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
@@ -178,7 +178,7 @@ Layers = Annotated[
         show_default=False,
     ),
 ]
-Units = Annotated[
+UnitKind = Annotated[
     list[str] | None,
     typer.Option(
         metavar="UNIT",
@@ -230,7 +230,7 @@ def options_of(
     }
 
 
-def setting_of(
+def latency_setting(
     latency: float | None, device: str | None, precision: str, mode: str, batch: int | None
 ) -> Setting | None:
     """Where and how the latency counts; None if there is no budget for it."""

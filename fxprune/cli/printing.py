@@ -229,7 +229,8 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
         measured = [(name, latency) for _, name, latency in alike]
         batch, first = measured[0][1].batch, measured[0][1].timing.ms
         table = Table(
-            title=f"{setting.precision}, {setting.mode}, batch {batch}, on {_place(setting)}",
+            title=f"{setting.precision}, {setting.mode}, batch {batch}, "
+            f"on {_device_place(setting)}",
             title_justify="left",
         )
         table.add_column("model")
@@ -253,7 +254,7 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
     )
 
 
-def _place(setting: Setting) -> str:
+def _device_place(setting: Setting) -> str:
     return (
         torch.cuda.get_device_name(setting.place)
         if setting.on_gpu

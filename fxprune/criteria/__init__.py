@@ -24,13 +24,13 @@ import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fxprune.arrays import Floats
 from fxprune.coupling import Coupling, Group, check_coupling
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
@@ -39,8 +39,6 @@ from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
 from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError, FxpruneError, ModelError
 from fxprune.values import whole
-
-Floats: TypeAlias = npt.NDArray[np.float64]
 
 __all__ = [
     "CPMC",
@@ -143,7 +141,7 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     [0.0, 1.0, 2.0, 3.0]
     """
     check_coupling(coupling, model)
-    criterion = _found(criterion)
+    criterion = _criterion_found(criterion)
     value = (
         _of_labels(criterion, coupling, model)
         if hasattr(criterion, "scores")
@@ -178,7 +176,7 @@ def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
     )
 
 
-def _found(criterion: Any) -> Any:
+def _criterion_found(criterion: Any) -> Any:
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             near = difflib.get_close_matches(criterion, CRITERIA, n=1)
@@ -201,7 +199,7 @@ def _found(criterion: Any) -> Any:
     return criterion
 
 
-def _running(criterion: Any, what: str) -> AbstractContextManager[None]:
+def _running_criterion(criterion: Any, what: str) -> AbstractContextManager[None]:
     """Tells errors of a criterion of the caller's own apart from those of one of these."""
     kind = criterion if hasattr(criterion, "__qualname__") else type(criterion)
     ours = str(getattr(kind, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
@@ -209,7 +207,7 @@ def _running(criterion: Any, what: str) -> AbstractContextManager[None]:
 
 
 def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
-    with _running(
+    with _running_criterion(
         criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"
     ):
         given = criterion.scores(coupling, model)
@@ -235,7 +233,7 @@ def _of_views(
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        with _running(
+        with _running_criterion(
             criterion,
             f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a "
             "UnitView,",

@@ -15,18 +15,18 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from fxprune.arrays import Floats
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, check_coupling
-from fxprune.criteria.views import Views, widened
-from fxprune.doors import calling, door, read
+from fxprune.criteria.views import Views, in_single_at_least
+from fxprune.doors import calling, door, drawn_from
 from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
@@ -43,8 +43,8 @@ if torch.distributed.is_available():
 
 __all__ = [
     "Activation",
-    "Batch",
     "Fisher",
+    "LoaderBatch",
     "Taylor",
     "batches_of",
     "called",
@@ -55,7 +55,6 @@ __all__ = [
     "evaluated",
 ]
 
-Floats: TypeAlias = npt.NDArray[np.float64]
 Loader = Iterable[Any]
 Loss = Callable[..., Tensor]
 
@@ -255,15 +254,17 @@ class Activation(_Reader):
                 if coupling.parts:
                     _watch_parts(meter, coupling, twin, batch)
                 else:
-                    meter.watch("", twin, _arguments(coupling.traces[0], batch), batch.size)
+                    meter.watch(
+                        "", twin, _placeholder_values(coupling.traces[0], batch), batch.size
+                    )
                 meter.samples += batch.size
         units = coupling.context.units.count
-        both = _reduced(np.concatenate([meter.total, meter.times, [meter.samples]]))
+        both = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
         check_read(both[-1])
         return both[:units] / np.maximum(both[units:-1], 1)
 
 
-def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: Batch) -> None:
+def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
     """Run a model that was not traced whole, every part of it under the meter."""
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -294,7 +295,7 @@ class _Sum:
                 self.tensors[name] = gradient * weight
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -304,7 +305,7 @@ def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tens
     """
     weights = dict(model.named_parameters())
     products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
-    return Views(coupling, products).totals(_same)
+    return Views(coupling, products).totals(_unchanged)
 
 
 def _each_gradient(
@@ -353,7 +354,11 @@ def _each_gradient(
                     "that it is given."
                 )
             visit(
-                {name: widened(g) for name, g in zip(held, found, strict=True) if g is not None},
+                {
+                    name: in_single_at_least(g)
+                    for name, g in zip(held, found, strict=True)
+                    if g is not None
+                },
                 batch.size,
             )
 
@@ -382,13 +387,17 @@ class _Meter:
             # Now, not when the operand was made: it may have been changed in place since.
             for operand, labels in self.reads[path].get(node, ()):
                 self._add(values[operand], labels, size)
-            values[node] = _value(self.traces[path], root, node, arguments, values)
+            values[node] = _node_value(self.traces[path], root, node, arguments, values)
             for done in self._last.get(node, ()):
                 del values[done]
 
     def _add(self, value: Tensor, labels: Array, size: int) -> None:
         alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
-        means = widened(value).abs().mean(alike, keepdim=True) if alike else widened(value).abs()
+        means = (
+            in_single_at_least(value).abs().mean(alike, keepdim=True)
+            if alike
+            else in_single_at_least(value).abs()
+        )
         units, place = np.unique(labels.ravel(), return_inverse=True)
         summed = np.bincount(place, means.expand(labels.shape).cpu().numpy().ravel())
         here = units > 0
@@ -428,7 +437,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
     return out
 
 
-def _value(
+def _node_value(
     trace: Trace,
     root: nn.Module,
     node: fx.Node,
@@ -452,7 +461,7 @@ def _value(
 
 
 @dataclass(frozen=True)
-class Batch:
+class LoaderBatch:
     """A loader's batch as the model's arguments and the loss's, on the model's device."""
 
     args: tuple[Any, ...]
@@ -461,7 +470,7 @@ class Batch:
     size: int
 
 
-def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
+def batches_of(loader: Loader, model: nn.Module) -> Iterator[LoaderBatch]:
     """A loader's batches, taken apart and copied to the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -472,8 +481,8 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
         # a model may write into its inputs, and they are the loader's
         return tensor.detach().to(device, copy=True)
 
-    for batch in read(loader):
-        args, kwargs, targets = call_of(batch)
+    for batch in drawn_from(loader):
+        args, kwargs, targets = loader_call(batch)
         leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
         if leaf is None:
             raise ArgumentError(
@@ -496,10 +505,10 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[Batch]:
                 "its data is made."
             )
         args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
-        yield Batch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
+        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
 
 
-def called(model: Callable[..., Any], batch: Batch, *, apart: bool = False) -> Any:
+def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False) -> Any:
     """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as
     two.
 
@@ -551,7 +560,7 @@ def check_finite(values: Iterable[Any], what: str) -> None:
             )
 
 
-def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+def loader_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
     """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and
     the targets.
 
@@ -562,7 +571,7 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...
 
     Examples
     --------
-    >>> call_of(({"ids": 1, "mask": 2}, 3)), call_of([[4, 5], 6])
+    >>> loader_call(({"ids": 1, "mask": 2}, 3)), loader_call([[4, 5], 6])
     (((), {'ids': 1, 'mask': 2}, (3,)), ((4, 5), {}, (6,)))
     """
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -579,7 +588,7 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}, tuple(targets)
 
 
-def _arguments(trace: Trace, batch: Batch) -> dict[str, Any]:
+def _placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
     """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes
     them.
 
@@ -651,7 +660,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 def _mean(total: Floats, samples: int) -> Floats:
     """The sums of all processes, by sample."""
-    both = _reduced(np.append(total, samples))
+    both = _summed_over_processes(np.append(total, samples))
     check_read(both[-1])
     return both[:-1] / both[-1]
 
@@ -666,7 +675,7 @@ def check_read(samples: float) -> None:
         )
 
 
-def _reduced(values: Floats) -> Floats:
+def _summed_over_processes(values: Floats) -> Floats:
     """The sum over all processes of the process group, if there is one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values

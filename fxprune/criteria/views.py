@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxprune.arrays import Floats
 from fxprune.coupling import Coupling, Group
-from fxprune.doors import calling, door, read, shown
+from fxprune.doors import calling, door, drawn_from, shown
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
 
-__all__ = ["ROLES", "UnitView", "Views", "check_roles", "check_view", "widened"]
+__all__ = ["ROLES", "UnitView", "Views", "check_roles", "check_view", "in_single_at_least"]
 
 ROLES = ("own", "scale", "dependent")
 """A unit's own filters and biases; the scale of a normalisation; the slices of the next layers'
 weights that read it.
 """
 
-Floats: TypeAlias = npt.NDArray[np.float64]
 Elementwise = Callable[[Tensor], Tensor]
 
 
-def widened(tensor: Tensor) -> Tensor:
+def in_single_at_least(tensor: Tensor) -> Tensor:
     """In float64 if it is that, else in float32: sums of half precision overflow.
 
-    >>> [widened(torch.ones(2, dtype=own)).dtype for own in (torch.float16, torch.float64)]
+    >>> half, double = torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.float64)
+    >>> [in_single_at_least(half).dtype, in_single_at_least(double).dtype]
     [torch.float32, torch.float64]
     """
     return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
@@ -47,7 +47,7 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
     found = (
         (roles,)
         if isinstance(roles, str)
-        else tuple(read(roles, "roles"))
+        else tuple(drawn_from(roles, "roles"))
         if isinstance(roles, Iterable)
         else ()
     )
@@ -141,7 +141,7 @@ class Views:
         units: list[Array] = [np.zeros(0, dtype=np.int64)]
         weights: list[Floats] = [np.zeros(0)]
         for name, fields in self._fields(key[1]):
-            tensor = widened(self.tensors[name].detach())
+            tensor = in_single_at_least(self.tensors[name].detach())
             with calling(f"the function that is summed over {name!r}"):
                 values = function(tensor)
             if not isinstance(values, Tensor) or values.shape != tensor.shape:

@@ -33,7 +33,7 @@ def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> di
                 constants[node] = value
         elif node not in changing and _computable(node, constants):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
-            with _Watch() as watch:
+            with _DeterminismWatch() as watch:
                 value = execute(root, node, args, kwargs)
             if watch.pure:
                 constants[node] = value
@@ -81,7 +81,7 @@ def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
     )
 
 
-class _Watch(DispatchMode):
+class _DeterminismWatch(DispatchMode):
     """Says whether all that ran gives the same each time and changes nothing."""
 
     def __init__(self) -> None:

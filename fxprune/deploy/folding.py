@@ -99,7 +99,7 @@ class _Folder:
             source = first_of(node)
             if (
                 not isinstance(module, _BatchNorm)
-                or not _plain(module)
+                or not _is_plain_module(module)
                 or not isinstance(source, fx.Node)
             ):
                 return None
@@ -187,7 +187,7 @@ class _Folder:
     def _contraction(self, node: fx.Node) -> _Contraction | None:
         if node.op == "call_module":
             module: Any = self.root.get_submodule(str(node.target))
-            if not _plain(module) or not isinstance(module, _MODULES):
+            if not _is_plain_module(module) or not isinstance(module, _MODULES):
                 return None
             linear = isinstance(module, nn.Linear)
             transposed = isinstance(module, _TRANSPOSED_MODULES)
@@ -201,8 +201,8 @@ class _Folder:
         if node.target not in _FUNCTIONS:
             return None
         linear = node.target is F.linear
-        weight, bias = _argument(node, 1, "weight"), _argument(node, 2, "bias")
-        groups = 1 if linear else _argument(node, 6, "groups", 1)
+        weight, bias = _argument_of(node, 1, "weight"), _argument_of(node, 2, "bias")
+        groups = 1 if linear else _argument_of(node, 6, "groups", 1)
         if (
             weight not in self.constants
             or (bias is not None and bias not in self.constants)
@@ -290,7 +290,7 @@ def _normalisation(
     return _Affine(source, scale, shift if bias is None else shift + bias.detach().double(), 1)
 
 
-def _plain(module: nn.Module) -> bool:
+def _is_plain_module(module: nn.Module) -> bool:
     """Whether a module is torch's own, with weights as they stand: subclasses, hooks,
     parametrisations may do something else.
     """
@@ -300,7 +300,7 @@ def _plain(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") and not changed
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def _argument_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 

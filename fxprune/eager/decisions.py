@@ -52,7 +52,7 @@ WHOLE = frozenset({"__array__", "__dlpack__", "numpy", "tolist"})
 _READ = _ASKS | WHOLE | {"__int__", "__float__", "__complex__", "__index__", "item"}
 """What hands any of them to Python, which may then do something else for other values."""
 
-_MOST = 16  # ways that are followed
+_MOST_WAYS = 16  # ways that are followed
 # of a loop: what ties channels from one turn to the next is seen in the second, and the third is
 # as all later ones
 _TURNS = 3
@@ -105,7 +105,7 @@ class Decisions(TorchFunctionMode):
         given = tensors_of((args, kwargs))
         for known in (self._of_weights, self._of_inputs):
             if any(tensor in known for tensor in given) or (
-                known is self._of_weights and _draws(name)
+                known is self._of_weights and _draws_numbers(name)
             ):
                 # None: what is written into
                 for leaf in tree_leaves(out) if out is not None else given[:1]:
@@ -142,7 +142,7 @@ def inside_a_part() -> Iterator[None]:
 
 
 @functools.cache
-def _draws(name: str) -> bool:
+def _draws_numbers(name: str) -> bool:
     """Whether torch's operation of this name draws random numbers."""
     operation = (
         getattr(torch.ops.aten, name, None)
@@ -223,7 +223,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
         return (
             Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
         )
-    found = [_given(first)]
+    found = [_answers_given(first)]
     seen, waiting = set(_steps(first)), _others(first)
     while waiting:
         answers, step = waiting.pop(0)
@@ -236,9 +236,9 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
             if is_raised(error.__traceback__, step[0]):
                 continue
             return Ways([()], step[0])
-        if way.taken_out or len(found) == _MOST:
+        if way.taken_out or len(found) == _MOST_WAYS:
             return Ways([()], way.taken_out or step[0])
-        found.append(_given(way))
+        found.append(_answers_given(way))
         seen.update(_steps(way))
         waiting += _others(way)
     return Ways(found)
@@ -257,13 +257,13 @@ def _steps(way: Decisions) -> list[Step]:
     return out
 
 
-def _given(way: Decisions) -> Answers:
+def _answers_given(way: Decisions) -> Answers:
     return tuple(answer for _, answer in way.asked)
 
 
 def _others(way: Decisions) -> list[tuple[Answers, Step]]:
     """For each question of a way the answers that lead to the other one."""
-    given = _given(way)
+    given = _answers_given(way)
     steps = enumerate(_steps(way))
     return [
         ((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps

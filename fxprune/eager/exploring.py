@@ -16,7 +16,7 @@ from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.decisions import inside_a_part
 from fxprune.eager.finder import Finder, shape_of
-from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run
+from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run_route
 from fxprune.eager.sized import Sized
 from fxprune.eager.straight import is_straight
 from fxprune.trace import Twin, trace
@@ -60,13 +60,13 @@ def explore(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explor
         real = twin.instance()
         plain = {replace(route, answers=()) for route in routes.all}
         if not all(
-            is_straight(real, found.parts, functools.partial(run, real, args, kwargs, route))
+            is_straight(real, found.parts, functools.partial(run_route, real, args, kwargs, route))
             for route in plain
         ):
             routes.decided = routes.taken_out
     return Explored(
         found.parts,
-        _apart(twin, found.parts, routes.all, args, kwargs),
+        _differing_between_parts(twin, found.parts, routes.all, args, kwargs),
         routes.decided,
         by,
         routes.untrained,
@@ -93,7 +93,7 @@ def _add_sized(twin: Twin, found: Finder, routes: Routes, args: Any, kwargs: Any
     return decided
 
 
-def _apart(
+def _differing_between_parts(
     twin: Twin, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
 ) -> list[Route]:
     """The routes that differ between parts: what a part asks inside is not asked by its graph."""
@@ -106,12 +106,12 @@ def _apart(
         ) -> Any:
             with inside_a_part():
                 out = call()
-            calls.append((path, *map(_said, ((args, kwargs), out))))
+            calls.append((path, *map(_call_key, ((args, kwargs), out))))
             return out
 
         try:
             with intercepted(real, parts, part):
-                _, decisions = run(real, args, kwargs, route)
+                _, decisions = run_route(real, args, kwargs, route)
         except Exception as error:  # it fails there for good, and says so, or it fails here alone
             found[error] = route
             continue
@@ -121,7 +121,7 @@ def _apart(
     return [*found.values()]
 
 
-def _said(value: Any) -> str:
+def _call_key(value: Any) -> str:
     """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
     return repr(
         [
@@ -152,5 +152,5 @@ def decisions_of(
     with intercepted(real, found.parts, part):
         for route in found.routes:
             if not route.is_of_sizes:
-                run(real, args, kwargs, route)
+                run_route(real, args, kwargs, route)
     return decided

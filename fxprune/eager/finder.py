@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.memory import place_of
-from fxprune.eager.routes import Route, run
+from fxprune.eager.routes import Route, run_route
 from fxprune.errors import FxpruneError
 from fxprune.shapes import META, holds_tensors
 from fxprune.trace import Twin, trace
 
 __all__ = ["Finder", "shape_of"]
 
-_CONSTANTS = (type(None), bool, int, float, str)
+_CONSTANT_TYPES = (type(None), bool, int, float, str)
 """What a part may be called with beside tensors: its graph says so where it is called with another
 one.
 """
@@ -53,7 +53,7 @@ class Finder:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
         """Let the model go each of these routes until all that it calls is a part, or Python."""
         real, known = self.twin.instance(), -1
-        self._own = {module: _held(module) for module in real.modules()}
+        self._own = {module: _tensors_held(module) for module in real.modules()}
         self._real = real
         everything = frozenset(
             name
@@ -65,7 +65,7 @@ class Finder:
             with intercepted(real, everything - self.python, self._try):
                 for route in routes:
                     self._settled = self.parts if route.is_of_sizes else frozenset()
-                    run(real, args, kwargs, route)
+                    run_route(real, args, kwargs, route)
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ class Finder:
         out = call()
         # what its graph does
         self._own.update(
-            {module: _held(module) for module in self._real.get_submodule(path).modules()}
+            {module: _tensors_held(module) for module in self._real.get_submodule(path).modules()}
         )
         return out
 
@@ -96,14 +96,14 @@ class Finder:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         return all(
-            _are_same(_held(module), self._own[module])
+            _are_same(_tensors_held(module), self._own[module])
             for module in self._real.get_submodule(path).modules()
         )
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         leaves = tree_leaves((args, kwargs))
         if not holds_tensors(leaves) or not all(
-            isinstance(leaf, Tensor) or type(leaf) in _CONSTANTS for leaf in leaves
+            isinstance(leaf, Tensor) or type(leaf) in _CONSTANT_TYPES for leaf in leaves
         ):
             return None
         try:
@@ -131,7 +131,9 @@ class Finder:
                 trace(self.twin.part(path), args, kwargs, training=True)
             except FxpruneError:
                 return None  # a graph would do in training what it does in evaluation
-        known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves_of(traced.outputs))
+        known = all(
+            isinstance(leaf, (Tensor, *_CONSTANT_TYPES)) for leaf in leaves_of(traced.outputs)
+        )
         return str(traced.graph) if known else None  # another object may hold tensors
 
     def _entered(self) -> set[str]:
@@ -156,7 +158,7 @@ def shape_of(tensor: Any) -> Any:
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
 
 
-def _held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+def _tensors_held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
     """The tensors of a module, and where they lie."""
     named = {**vars(module), **module._buffers, **module._parameters}
     return {

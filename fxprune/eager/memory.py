@@ -14,10 +14,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.identity import TensorMap
 from fxprune.rules import Context
 
-__all__ = ["Memory", "place_of"]
+__all__ = ["LabelledMemory", "place_of"]
 
 
-class Memory:
+class LabelledMemory:
     """Knows the memory of labelled tensors, by which what is the same tensor under another name
     gets their labels.
 

@@ -38,11 +38,11 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
     results = [labels(leaf) if isinstance(leaf, Tensor) else [] for leaf in tree_leaves(out)]
     fields = [array for arrays in (*given.values(), *results) for array in arrays]
     filled = TensorMap(
-        (tensor, _random(tensor))
+        (tensor, _random_like(tensor))
         for tensor, arrays in given.items()
         if arrays and tensor.is_floating_point()
     )
-    whole = _called(func, args, kwargs, filled)
+    whole = _call_leaves(func, args, kwargs, filled)
     if whole is None:
         return False
     tried = not fields
@@ -52,11 +52,11 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
         )
         if any(value is None for value in small.values()):
             continue
-        tried, found = True, _called(func, args, kwargs, small)
+        tried, found = True, _call_leaves(func, args, kwargs, small)
         if found is None or len(found) != len(whole):
             return False
         for own, value, arrays in zip(found, whole, results, strict=True):
-            if isinstance(value, Tensor) and not _alike(own, _left(value, arrays, gone)):
+            if isinstance(value, Tensor) and not _same_result(own, _left(value, arrays, gone)):
                 return False
     return tried
 
@@ -136,7 +136,7 @@ def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
     return value
 
 
-def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[Any] | None:
+def _call_leaves(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[Any] | None:
     """The leaves of what the call gives on these values; None if it fails."""
     own, named = tree_map(
         lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf,
@@ -148,14 +148,14 @@ def _called(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[A
         return None
 
 
-def _random(tensor: Tensor) -> Tensor:
+def _random_like(tensor: Tensor) -> Tensor:
     # of the CPU: not every device has one
     generator = torch.Generator().manual_seed(tensor.numel())
     drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
     return torch.empty_like(tensor).copy_(drawn.to(tensor.dtype).to(tensor.device))
 
 
-def _alike(found: Any, wanted: Tensor | None) -> bool:
+def _same_result(found: Any, wanted: Tensor | None) -> bool:
     if wanted is None or not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
     if not found.is_floating_point():

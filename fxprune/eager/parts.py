@@ -17,9 +17,9 @@ from fxprune.contents import leaves, leaves_of, tensors_of
 from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.exploring import Explored
 from fxprune.eager.finder import shape_of
-from fxprune.eager.python import PYTHON, RealMode, Sizes, measure
+from fxprune.eager.python import PYTHON, RealMode, SizeReader, note_sizes
 from fxprune.eager.questions import plain_sizes
-from fxprune.eager.routes import Route, run
+from fxprune.eager.routes import Route, run_route
 from fxprune.eager.width import Width
 from fxprune.identity import TensorMap
 from fxprune.memory import Undone
@@ -75,10 +75,10 @@ class Parts:
         inside = TensorMap(
             (t, None)
             for path, _ in self.traces
-            for t in _tensors(self.twin.model.get_submodule(path))
+            for t in _tensors_by_name(self.twin.model.get_submodule(path))
         )
         read = TensorMap((tensor, None) for tensor in self._read)
-        for tensor in _tensors(self.twin.model):
+        for tensor in _tensors_by_name(self.twin.model):
             record = self.context.record(tensor)
             if (tensor not in inside or tensor in read) and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
@@ -106,13 +106,15 @@ class Parts:
     ) -> Any:
         real, mode = self.twin.instance(), RealMode(self.context)
         undone = Undone(dict(real.named_parameters()))
-        for own, stand_in in zip(_tensors(real), _tensors(self.twin.model), strict=True):
+        for own, stand_in in zip(
+            _tensors_by_name(real), _tensors_by_name(self.twin.model), strict=True
+        ):
             mode.own[own] = stand_in
             record = self.context.record(stand_in)
             if record is not None:
                 self.context.records[own] = record
         mode.memory.note([*mode.own], True)
-        measure(real, mode)
+        note_sizes(real, mode)
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             if not path:
@@ -137,7 +139,7 @@ class Parts:
             return out
 
         with undone.afterwards(), intercepted(real, {*parts, ""}, part):
-            out = run(real, args, kwargs, route, Sizes(mode), mode)[0]
+            out = run_route(real, args, kwargs, route, SizeReader(mode), mode)[0]
         for leaf in leaves(out):
             _as_number(leaf)
             mode.memory.meet(tensors_in((leaf,), {}))
@@ -278,7 +280,7 @@ def _as_number(leaf: Any) -> Any:
     return leaf.told() if type(leaf) is Width else plain_sizes(leaf)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def _tensors_by_name(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, one for each name."""
     named = (
         *model.named_parameters(remove_duplicate=False),

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import rules
 from fxprune.contents import tensors_of
 from fxprune.eager.decisions import WHOLE
-from fxprune.eager.memory import Memory
+from fxprune.eager.memory import LabelledMemory
 from fxprune.eager.narrowing import narrows, of_one_size
 from fxprune.eager.width import Width
 from fxprune.errors import FxpruneError
@@ -32,7 +32,7 @@ from fxprune.shapes import map_tensors, tensors_in
 from fxprune.trace import SizeTuple, user_line
 from fxprune.trace.values import map_leaves
 
-__all__ = ["PYTHON", "RealMode", "Sizes", "measure"]
+__all__ = ["PYTHON", "RealMode", "SizeReader", "note_sizes"]
 
 PYTHON = "python:"
 """What the names of nodes begin with that are no nodes: lines of Python code."""
@@ -79,7 +79,7 @@ _FILLED = {"full": 1, "new_full": 2}
 """Functions that take sizes, and a number for what these hold, with its place."""
 
 
-def _numbers(name: str, args: Any, kwargs: Any) -> Any:
+def _number_arguments(name: str, args: Any, kwargs: Any) -> Any:
     """The arguments of a call that are not taken as sizes."""
     if name in _FILLED:
         return args[_FILLED[name] :], kwargs.get("fill_value")
@@ -99,11 +99,11 @@ def _widths(value: Any) -> list[Width]:
     return found
 
 
-def _plain(leaf: Any) -> Any:
+def _plain_leaf(leaf: Any) -> Any:
     return leaf.number if type(leaf) is Width else leaf
 
 
-class Sizes(TorchFunctionMode):
+class SizeReader(TorchFunctionMode):
     """Sees Python read sizes, and give them back."""
 
     def __init__(self, mode: RealMode) -> None:
@@ -113,7 +113,7 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.mode.pausing:
-            args, kwargs = map_leaves(_plain, (args, kwargs))
+            args, kwargs = map_leaves(_plain_leaf, (args, kwargs))
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if func == Tensor.shape.__get__:
@@ -131,13 +131,13 @@ class Sizes(TorchFunctionMode):
         if name in WHOLE:
             self.mode.memory.meet([args[0]])
             self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
-        for width in _widths(_numbers(name, args, kwargs)):
+        for width in _widths(_number_arguments(name, args, kwargs)):
             width.told()
         before, self.mode.widths = (
             self.mode.widths,
             _widths((args, kwargs)) if name in _SIZED else [],
         )
-        args, kwargs = map_leaves(_plain, (args, kwargs))
+        args, kwargs = map_leaves(_plain_leaf, (args, kwargs))
         given = tensors_in(args, kwargs)
         self.mode.memory.meet(given)
         try:
@@ -172,7 +172,7 @@ def _live(context: Context, labels: list[Array]) -> list[Array]:
     return [*map(context.units.live, labels)]
 
 
-def measure(model: nn.Module, mode: RealMode) -> None:
+def note_sizes(model: nn.Module, mode: RealMode) -> None:
     """Let the numbers that modules remember of their sizes (``in_features``) say so where Python
     reads them.
 
@@ -212,7 +212,7 @@ class RealMode(LabelMode):
         self.own: TensorMap[Tensor] = TensorMap()
         # those of the twin that Python reads itself, outside of parts
         self.read: TensorMap[None] = TensorMap()
-        self.memory = Memory(context)
+        self.memory = LabelledMemory(context)
         self.pausing = False  # while a part runs
         self._number = itertools.count()
 

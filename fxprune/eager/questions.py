@@ -28,12 +28,12 @@ from fxprune.identity import TensorMap
 from fxprune.trace.lines import is_ours, user_frames, user_line
 from fxprune.trace.values import map_leaves
 
-__all__ = ["PART", "Place", "Questions", "plain_sizes"]
+__all__ = ["PART", "CodePlace", "Questions", "plain_sizes"]
 
 PART = "part:"
 """What the names of steps begin with that are calls of parts."""
 
-Place = tuple[CodeType, int]
+CodePlace = tuple[CodeType, int]
 """Where a question is asked: code, and the place of its instruction."""
 
 
@@ -74,11 +74,13 @@ class Questions(TorchFunctionMode):
         torch's functions on what follows from parameters, at some lines of the model's code.
     """
 
-    def __init__(self, own: Iterable[Tensor], turned: Mapping[Place, bool] | None = None) -> None:
+    def __init__(
+        self, own: Iterable[Tensor], turned: Mapping[CodePlace, bool] | None = None
+    ) -> None:
         super().__init__()
         self.own: TensorMap[int] = TensorMap((tensor, i) for i, tensor in enumerate(own))
         self.turned = dict(turned or {})
-        self.asked: dict[Place, Asked] = {}
+        self.asked: dict[CodePlace, Asked] = {}
         self.trail: set[tuple[Any, Any]] = set()
         # what follows from parameters -> the step that gave it
         self._made: Any = WeakTensorKeyDictionary()
@@ -182,7 +184,7 @@ def _in_one_form(sign: str, number: float, other: float) -> tuple[tuple[str, flo
     return ({"ge": "lt", "ne": "eq"}.get(sign, sign), number, other), sign in ("ge", "ne")
 
 
-class _Known:
+class _FromSizes:
     """What numbers have that follow from sizes.
 
     A comparison by C code (``min(n, 3)``, a key of a dict) is no question: it chooses a number.
@@ -196,7 +198,7 @@ class _Known:
         return made
 
     def __bool__(self) -> bool:
-        number: Any = _plain(self)
+        number: Any = _plain_number(self)
         frame = sys._getframe(1)
         return (
             bool(number)
@@ -205,33 +207,33 @@ class _Known:
         )
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return _plain(self)
+        return _plain_number(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        number: Any = _plain(self)
+        number: Any = _plain_number(self)
         return type(number), (number,)
 
 
-class Size(_Known, int):
+class Size(_FromSizes, int):
     """A size of a tensor, or a whole number that follows from some."""
 
     __hash__ = int.__hash__
 
 
-class Fraction(_Known, float):
+class Fraction(_FromSizes, float):
     """A number with a fraction that follows from sizes."""
 
     __hash__ = float.__hash__
 
 
-def _plain(leaf: Any) -> Any:
+def _plain_number(leaf: Any) -> Any:
     """A number as it is: what other code is handed is no size."""
     return int(leaf) if type(leaf) is Size else float(leaf) if type(leaf) is Fraction else leaf
 
 
 def plain_sizes(value: Any) -> Any:
     """Nested arguments with plain numbers."""
-    return map_leaves(_plain, value)
+    return map_leaves(_plain_number, value)
 
 
 def _known(number: Any, questions: Questions) -> Any:
@@ -246,11 +248,11 @@ def _known(number: Any, questions: Questions) -> Any:
     )
 
 
-def _computing(kind: Any, name: str) -> Callable[..., Any]:
+def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
     plain = getattr(kind, name)
 
     def method(self: Any, *others: Any) -> Any:
-        number, given = _plain(self), [*map(_plain, others)]
+        number, given = _plain_number(self), [*map(_plain_number, others)]
         result = plain(number, *given)
         if result is NotImplemented and any(isinstance(other, float) for other in given):
             result = getattr(float(number), name)(*given)
@@ -264,7 +266,7 @@ def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
     plain = getattr(kind, name)
 
     def method(self: Any, other: Any) -> Any:
-        number, given = _plain(self), _plain(other)
+        number, given = _plain_number(self), _plain_number(other)
         answer, frame = plain(number, given), sys._getframe(1)
         if answer is NotImplemented and isinstance(given, float):
             answer = getattr(float(number), name)(given)
@@ -277,16 +279,16 @@ def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
     return method
 
 
-_OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow")
+_NUMBER_OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow")
 for _kind, _plain_kind in ((Size, int), (Fraction, float)):
     for _name in (
-        *(f"__{side}{own}__" for own in _OPERATORS for side in ("", "r")),
+        *(f"__{side}{own}__" for own in _NUMBER_OPERATORS for side in ("", "r")),
         "__neg__",
         "__abs__",
         "__pos__",
     ):
-        setattr(_kind, _name, _computing(_plain_kind, _name))
+        setattr(_kind, _name, _number_operator(_plain_kind, _name))
     for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
-        setattr(_kind, _name, _computing(_plain_kind, _name))
+        setattr(_kind, _name, _number_operator(_plain_kind, _name))
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(_kind, f"__{_name}__", _comparing(_plain_kind, _name))

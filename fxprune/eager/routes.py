@@ -17,15 +17,15 @@ from fxprune.chance import RUNS, seeded, undrawn
 from fxprune.contents import tensors_of
 from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
-from fxprune.eager.questions import Place, Questions
+from fxprune.eager.questions import CodePlace, Questions
 from fxprune.hooks import in_mode
 from fxprune.inputs import Arguments
 from fxprune.reach import AGAIN, Reach, drawing, same
 from fxprune.shapes import DispatchMode
-from fxprune.state import Attributes, Change
+from fxprune.state import AttributeChange, Attributes
 from fxprune.trace import Twin
 
-__all__ = ["Route", "Routes", "add_ways", "routes_of", "run"]
+__all__ = ["Route", "Routes", "add_ways", "routes_of", "run_route"]
 
 CHANCE = "random numbers of Python or NumPy"
 EACH_CALL = "a clock, or what an earlier call has left behind"
@@ -54,7 +54,7 @@ class Route:
     finds: bool = False
     sizes: str = ""
     call: Arguments | None = field(default=None, compare=False, repr=False)
-    turned: tuple[tuple[Place, bool], ...] = ()
+    turned: tuple[tuple[CodePlace, bool], ...] = ()
 
     @property
     def is_of_sizes(self) -> bool:
@@ -82,7 +82,7 @@ class Routes:
     untrained: str = ""
 
 
-def run(
+def run_route(
     model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]
 ) -> tuple[Any, Decisions]:
     """What the model, a private copy, returns on this route, run under these contexts."""
@@ -132,7 +132,7 @@ def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
                 return NotImplemented
 
             with seeded(0), intercepted(model, paths, note):
-                run(model, args, kwargs, route)
+                run_route(model, args, kwargs, route)
             return calls
 
         first = None
@@ -158,7 +158,7 @@ def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
     return ""
 
 
-def _is_another(change: Change) -> bool:
+def _is_another(change: AttributeChange) -> bool:
     """Whether an attribute has another value, and not only an equal one that was made anew."""
     before = change.before if change.contents is None else change.contents
     return not same(before, change.after)
@@ -183,7 +183,7 @@ def add_ways(routes: Routes, twin: Twin, args: Any, kwargs: Any, route: Route) -
 
 
 def _decisions(twin: Twin, args: Any, kwargs: Any, route: Route, answers: Answers) -> Decisions:
-    return run(twin.instance(), args, kwargs, replace(route, answers=answers))[1]
+    return run_route(twin.instance(), args, kwargs, replace(route, answers=answers))[1]
 
 
 def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from fxprune.contents import leaves_of
 from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import is_raised
-from fxprune.eager.questions import PART, Place, Questions
-from fxprune.eager.routes import Route, run
+from fxprune.eager.questions import PART, CodePlace, Questions
+from fxprune.eager.routes import Route, run_route
 from fxprune.inputs import Arguments, batch_size, random
 from fxprune.resized import lengths, other_batch, other_sizes, sizes_alone, with_sizes
 from fxprune.trace import Twin
@@ -25,7 +25,7 @@ from fxprune.trace import Twin
 __all__ = ["Sized"]
 
 _CALLS = 5  # other sizes that are tried
-_MOST = 16  # routes that are followed
+_MOST_SIZES = 16  # routes that are followed
 _NEAR = 12  # sizes that are tried near the example's
 _STILL = 3  # sizes in a row that lead to nothing new
 _WHERE = 2  # routes on which a question is answered the other way
@@ -75,24 +75,26 @@ class Sized:
         self.routes: list[Route] = []
         self.decided = ""
         self._trail: set[Any] = set()
-        self._places: set[Place] = set()
+        self._places: set[CodePlace] = set()
 
     def explore(self, base: Route) -> None:
         """Follow what the model does on a route, for other sizes of its inputs."""
-        known, places, asked = set(self._trail), set(self._places), dict[Place, _Asked]()
+        known, places, asked = set(self._trail), set(self._places), dict[CodePlace, _Asked]()
         self._visit(base, asked)
         if self._trail == known and self._places == places:
             return  # training does what evaluation does
         before = len(self.routes)
         every = (
-            call for call in _calls((self.args, self.kwargs)) if self._takes(base, call, asked)
+            call
+            for call in _resized_calls((self.args, self.kwargs))
+            if self._takes(base, call, asked)
         )
         taken = [*itertools.islice(every, _CALLS)]
         new = [route.sizes.startswith(_BATCH) for route in self.routes[before:]]
         self._go_on(
             base, asked, _near((self.args, self.kwargs), rows=True in new, sizes=False in new)
         )
-        tried: set[tuple[Place, bool]] = set()
+        tried: set[tuple[CodePlace, bool]] = set()
         while taken and not self.decided:
             open_ = (
                 (p, a)
@@ -104,11 +106,11 @@ class Sized:
             if turn is None:
                 break
             tried.add(turn)
-            if len(self.routes) > _MOST or not self._turns(*turn, asked):
+            if len(self.routes) > _MOST_SIZES or not self._turns(*turn, asked):
                 self.decided = asked[turn[0]].line
 
     def _takes(
-        self, base: Route, sized: tuple[str, Arguments], asked: dict[Place, _Asked]
+        self, base: Route, sized: tuple[str, Arguments], asked: dict[CodePlace, _Asked]
     ) -> bool:
         name, call = sized
         try:
@@ -120,7 +122,7 @@ class Sized:
     def _go_on(
         self,
         base: Route,
-        asked: dict[Place, _Asked],
+        asked: dict[CodePlace, _Asked],
         others: Iterable[Iterator[tuple[str, Arguments]]],
     ) -> None:
         """Try more sizes, until several in a row lead to nothing new: a loop over layers, say,
@@ -140,7 +142,7 @@ class Sized:
             if still < min(_STILL, taken):
                 self.decided = self.decided or f"inputs of other sizes, {name}"
 
-    def _turns(self, place: Place, answer: bool, asked: dict[Place, _Asked]) -> bool:
+    def _turns(self, place: CodePlace, answer: bool, asked: dict[CodePlace, _Asked]) -> bool:
         """Whether it is known where the other answer to a question leads: it was followed, or the
         model refuses such inputs.
         """
@@ -178,7 +180,7 @@ class Sized:
             if 0 < new <= max(4 * size, _LONGEST):
                 yield f"{new} for {size}", with_sizes(call, {size: new})
 
-    def _visit(self, route: Route, asked: dict[Place, _Asked]) -> None:
+    def _visit(self, route: Route, asked: dict[CodePlace, _Asked]) -> None:
         """Run the model on a route, and note what it asks and does."""
         real = self.twin.instance()
         questions = Questions([*real.parameters(), *real.buffers()], dict(route.turned))
@@ -190,7 +192,7 @@ class Sized:
             return out
 
         with intercepted(real, self.parts, part):
-            out, _ = run(
+            out, _ = run_route(
                 real,
                 self.args,
                 self.kwargs,
@@ -210,7 +212,7 @@ class Sized:
         self._places |= set(questions.asked)
 
 
-def _calls(call: Arguments) -> Iterator[tuple[str, Arguments]]:
+def _resized_calls(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     """The example with other sizes, and in words with which."""
     args, kwargs = call
     rows = batch_size((*args, *kwargs.values()))
@@ -228,12 +230,12 @@ def _near(call: Arguments, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[s
     """
     args, kwargs = call
     if rows and other_batch(call) is not None:
-        around = _around(batch_size((*args, *kwargs.values())))
+        around = _sizes_near(batch_size((*args, *kwargs.values())))
         yield ((f"{_BATCH} {new}", other_batch(call, new) or call) for new in around)
     for size in lengths(call) if sizes else ():
-        yield ((f"{new} for {size}", with_sizes(call, {size: new})) for new in _around(size))
+        yield ((f"{new} for {size}", with_sizes(call, {size: new})) for new in _sizes_near(size))
 
 
-def _around(size: int) -> Iterator[int]:
+def _sizes_near(size: int) -> Iterator[int]:
     for away in itertools.count(1):
         yield from (new for new in (size + away, size - away) if new > 0)

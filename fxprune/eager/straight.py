@@ -32,7 +32,7 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
     run:
         Calls the model, whose modules at the paths of ``parts`` are called as they are.
     """
-    seen = _Seen()
+    seen = _Profile()
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         seen.note_callers()
@@ -51,7 +51,7 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
     )
 
 
-class _Seen:
+class _Profile:
     """What :func:`sys.setprofile` tells of the model's own functions."""
 
     def __init__(self) -> None:
@@ -95,7 +95,8 @@ def _is_models(frame: FrameType) -> bool:
     """
     code = frame.f_code
     if is_ours(code.co_filename) or (
-        code.co_filename.startswith(_PYTHON) and not code.co_filename.startswith(_PACKAGES)
+        code.co_filename.startswith(_STANDARD_LIBRARY)
+        and not code.co_filename.startswith(_PACKAGES)
     ):
         return False
     given = [
@@ -113,7 +114,7 @@ def _is_models(frame: FrameType) -> bool:
     )
 
 
-_PYTHON = (
+_STANDARD_LIBRARY = (
     f"{sysconfig.get_paths()['stdlib']}/",
     f"{sysconfig.get_paths()['platstdlib']}/",
     "<frozen",

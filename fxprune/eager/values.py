@@ -43,9 +43,9 @@ def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
         if path and any(True for _ in module.parameters())
     }
     best, most = None, -1
-    for call, own in _calls(example):
+    for call, own in _example_values(example):
         try:
-            called = len(_called(twin, call, every))
+            called = len(_modules_called(twin, call, every))
         except ElsewhereError:
             raise
         except Exception as error:  # whatever the model raises
@@ -61,7 +61,7 @@ def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
     return best
 
 
-def _calls(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
+def _example_values(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
     """Values to try, and whether they are the example's own."""
     data = filled(example)
     real = not any(tensor.is_meta for tensor in tensors_of(example))
@@ -73,7 +73,7 @@ def _calls(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
     yield random(data), False
 
 
-def _called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
+def _modules_called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
     """Which of these modules a call reaches."""
     model, found = twin.instance(), set[str]()
     set_mode(model, training=False)

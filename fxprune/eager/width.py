@@ -122,7 +122,7 @@ def _asking(name: str) -> Callable[..., Any]:
     return method
 
 
-def _computing(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
+def _operator_of(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
     """An operator, with whatever is on its other side: a float has no word for a number that is no
     ``int``.
     """
@@ -136,8 +136,8 @@ def _computing(function: Callable[..., Any], reflected: bool) -> Callable[..., A
     return method
 
 
-_OWN = frozenset(dir(object)) | {"__getnewargs__"}
-for _name in set(dir(int)) - _OWN:
+_OBJECT_NAMES = frozenset(dir(object)) | {"__getnewargs__"}
+for _name in set(dir(int)) - _OBJECT_NAMES:
     if _name.startswith("__"):
         setattr(Width, _name, _asking(_name))
 for _name in (
@@ -156,7 +156,7 @@ for _name in (
     "divmod",
 ):
     _function = divmod if _name == "divmod" else getattr(operator, f"__{_name}__")
-    setattr(Width, f"__{_name}__", _computing(_function, reflected=False))
-    setattr(Width, f"__r{_name}__", _computing(_function, reflected=True))
+    setattr(Width, f"__{_name}__", _operator_of(_function, reflected=False))
+    setattr(Width, f"__r{_name}__", _operator_of(_function, reflected=True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Width, f"__{_name}__", _computing(getattr(operator, _name), reflected=False))
+    setattr(Width, f"__{_name}__", _operator_of(getattr(operator, _name), reflected=False))

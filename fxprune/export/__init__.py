@@ -29,12 +29,11 @@ from fxprune.contents import tensors_of
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.hooks import in_mode
-from fxprune.inputs import as_call, batch_size, drawn
+from fxprune.inputs import Arguments, as_call, batch_size, drawn
 from fxprune.values import path_of, switch
 
 __all__ = ["export", "packages_of"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _TOLERANCE = 1e-4  # of float32 computed by another library, relative to the whole output
 _RUNNER = Path(__file__).with_name("runner.py")
@@ -240,7 +239,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
+def _check(model: nn.Module, calls: list[Arguments], file: Path, packages: list[str]) -> float:
     """Run the file on all calls in one process of its own; returns the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]

@@ -9,7 +9,7 @@ import importlib
 import sys
 
 
-def run(file: str, given: str, got: str, *packages: str) -> None:
+def run_file(file: str, given: str, got: str, *packages: str) -> None:
     """Read a list of calls, run the file on each, and write the output tensors of each."""
     import torch
     from torch.utils._pytree import tree_leaves, tree_map_only
@@ -46,4 +46,4 @@ def run(file: str, given: str, got: str, *packages: str) -> None:
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:])
+    run_file(*sys.argv[1:])

@@ -7,16 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fxprune.arrays import Counts, Floats
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
-from fxprune.latency.layers import Layer, Operand, Prepare, record
+from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
 from fxprune.latency.measuring import Setting, batch_of, prepared, running
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
@@ -25,12 +26,10 @@ from fxprune.widths import Kinds, Polynomial, Pool, Sizes, Sum, kinds_of, pools_
 
 __all__ = ["Forecast"]
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Counts: TypeAlias = npt.NDArray[np.int64]
 
 _NS = 1e6  # nanoseconds in a millisecond: forecasts are whole numbers, as the other costs are
 _MOST_AXES = 3
-_STEPS = (1, 2, 4, 8, 16, 32)
+_WIDTH_STEPS = (1, 2, 4, 8, 16, 32)
 # a width that takes this much more than the widths around it is one that the hardware does not
 # like
 _WORSE = 1.05
@@ -253,7 +252,7 @@ class Forecast:
                     (_NS * max(ms - self._idle, 0.0) / nbytes, self._product(own))
                 )
 
-    def _product(self, own: Operand) -> list[Sum]:
+    def _product(self, own: LayerTensor) -> list[Sum]:
         """The bytes of a tensor, as a product of sizes."""
         rest = prod(n for d, n in enumerate(own.shape) if d not in own.dims) * own.dtype.itemsize
         return [((float(rest), ()),), *(self._sizes.sizes[number] for number in own.dims.values())]
@@ -393,7 +392,7 @@ class Forecast:
         what lies between the widths of a much coarser step around them.
         """
         full = [axis.steps for axis in alike.widest]
-        coarse = 2 * _STEPS[-1]
+        coarse = 2 * _WIDTH_STEPS[-1]
         while coarse > 2 and full[place] < 2 * coarse:
             coarse //= 2
         top = min(full[place] * 3 // 4 // coarse + 1, full[place] // coarse) * coarse
@@ -404,7 +403,7 @@ class Forecast:
             return self._left(alike, [*full[:place], left, *full[place + 1 :]])
 
         high, low = ms(top), ms(top - coarse)
-        for step in _STEPS:
+        for step in _WIDTH_STEPS:
             if 2 * step > coarse:
                 break
             between = [

@@ -20,12 +20,12 @@ from fxprune.inputs import as_call
 from fxprune.trace import Trace, execute
 from fxprune.widths import Sizes
 
-__all__ = ["Layer", "Operand", "Prepare", "record"]
+__all__ = ["Layer", "LayerTensor", "Prepare", "record"]
 
 Prepare = Callable[[], Callable[[], object]]
 """Makes what is timed; not called where its time is known."""
 
-_CONVOLUTIONS = (
+_CONVOLUTION_FUNCTIONS = (
     F.conv1d,
     F.conv2d,
     F.conv3d,
@@ -37,7 +37,7 @@ _GROUPS = 6  # the position of ``groups`` among the arguments of all of them
 
 
 @dataclass(frozen=True)
-class Operand:
+class LayerTensor:
     """A tensor that an operation reads or gives: its shape in the dense model, and which of its
     dimensions follow which size.
     """
@@ -50,7 +50,7 @@ class Operand:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor, dims: Mapping[int, int]) -> Operand:
+    def of(cls, tensor: Tensor, dims: Mapping[int, int]) -> LayerTensor:
         order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride()[d], d))
         return cls(tuple(tensor.shape), dims, tuple(order), tensor.dtype)
 
@@ -102,14 +102,16 @@ class Layer:
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    parameters: Mapping[str, Operand]
-    results: tuple[Operand, ...]
+    parameters: Mapping[str, LayerTensor]
+    results: tuple[LayerTensor, ...]
 
     @property
-    def operands(self) -> list[Operand]:
+    def operands(self) -> list[LayerTensor]:
         """All tensors, read and given."""
         read = [
-            leaf for leaf in _leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Operand)
+            leaf
+            for leaf in _argument_leaves((self.args, dict(self.kwargs)))
+            if isinstance(leaf, LayerTensor)
         ]
         return [*read, *self.parameters.values(), *self.results]
 
@@ -126,7 +128,7 @@ class Layer:
             own = {
                 key: value
                 for key, value in vars(target).items()
-                if key not in _FORGOTTEN and isinstance(value, _PLAIN)
+                if key not in _FORGOTTEN and isinstance(value, _ARGUMENT_TYPES)
             }
             told = ", ".join(
                 f"{key}={value}" for key, value in own.items() if not key.startswith("_")
@@ -138,8 +140,8 @@ class Layer:
                 if isinstance(target, str)
                 else getattr(target, "__qualname__", repr(target))
             )
-        shown = [_text(value, sizes) for value in self.args]
-        shown += [f"{key}={_text(value, sizes)}" for key, value in self.kwargs.items()]
+        shown = [_argument_text(value, sizes) for value in self.args]
+        shown += [f"{key}={_argument_text(value, sizes)}" for key, value in self.kwargs.items()]
         shown += [f"{key}={own.text(sizes)}" for key, own in self.parameters.items()]
         return f"{name} {' '.join(shown)}"
 
@@ -159,13 +161,13 @@ class Layer:
             }
             call.__dict__["_parameters"] = {**self.target._parameters, **made}
             if isinstance(call, _ConvNd):
-                call.groups = _groups(call.groups, self.args[0].shape[1], args[0].shape[1])
-        elif call in _CONVOLUTIONS:
+                call.groups = _groups_left(call.groups, self.args[0].shape[1], args[0].shape[1])
+        elif call in _CONVOLUTION_FUNCTIONS:
             if len(args) > _GROUPS:
-                groups = _groups(args[_GROUPS], self.args[0].shape[1], args[0].shape[1])
+                groups = _groups_left(args[_GROUPS], self.args[0].shape[1], args[0].shape[1])
                 args = (*args[:_GROUPS], groups, *args[_GROUPS + 1 :])
             elif "groups" in kwargs:
-                kwargs["groups"] = _groups(
+                kwargs["groups"] = _groups_left(
                     kwargs["groups"], self.args[0].shape[1], args[0].shape[1]
                 )
         elif isinstance(call, str):
@@ -184,23 +186,25 @@ _FORGOTTEN = (
 )
 """Attributes of modules that operands tell, or that do not matter."""
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_ARGUMENT_TYPES = (bool, int, float, str, tuple, type(None))
 
 
-def _groups(groups: int, channels: int, left: int) -> int:
+def _groups_left(groups: int, channels: int, left: int) -> int:
     """Groups of one channel go with it; groups of several keep their number and get narrower."""
     return left if groups == channels else groups
 
 
-def _leaves(value: Any) -> list[Any]:
-    return tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, Operand))
+def _argument_leaves(value: Any) -> list[Any]:
+    return tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor))
 
 
-def _map(value: Any, function: Callable[[Operand], Any]) -> Any:
-    return tree_map_only(Operand, function, value, is_leaf=lambda leaf: isinstance(leaf, Operand))
+def _map(value: Any, function: Callable[[LayerTensor], Any]) -> Any:
+    return tree_map_only(
+        LayerTensor, function, value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor)
+    )
 
 
-def _text(value: Any, sizes: Mapping[int, int]) -> str:
+def _argument_text(value: Any, sizes: Mapping[int, int]) -> str:
     shown = _map(value, lambda own: _Shown(own.text(sizes)))
     return repr(shown)
 
@@ -290,7 +294,7 @@ class _Recorder(fx.Interpreter):
         given = tuple(
             self._operands(results, old.meta.get("val") if old is not None else None, None)
         )
-        convolves = isinstance(module, _ConvNd) or node.target in _CONVOLUTIONS
+        convolves = isinstance(module, _ConvNd) or node.target in _CONVOLUTION_FUNCTIONS
         channels = given[0].dims.get(1 if convolves else len(given[0].shape) - 1)
 
         def read(new: Any, before: Any) -> Any:
@@ -310,7 +314,7 @@ class _Recorder(fx.Interpreter):
         padded = [*before_args, *[None] * len(node.args)]
         args = tuple(read(new, before) for new, before in zip(node.args, padded, strict=False))
         kwargs = {name: read(new, before_kwargs.get(name)) for name, new in node.kwargs.items()}
-        parameters: dict[str, Operand] = {}
+        parameters: dict[str, LayerTensor] = {}
         if module is not None and old is not None:
             twin = self.trace.twin.model.get_submodule(str(old.target))
             own = {
@@ -331,7 +335,9 @@ class _Recorder(fx.Interpreter):
             given,
         )
 
-    def _operands(self, tensors: list[Tensor], before: Any, channels: int | None) -> list[Operand]:
+    def _operands(
+        self, tensors: list[Tensor], before: Any, channels: int | None
+    ) -> list[LayerTensor]:
         """Operands for tensors that stand for those in ``before``. A bias that folding added has
         one number per channel.
         """
@@ -348,5 +354,5 @@ class _Recorder(fx.Interpreter):
                 }
             elif was is None and tensor.dim() == 1 and channels is not None:
                 dims = {0: channels}
-            out.append(Operand.of(tensor, dims))
+            out.append(LayerTensor.of(tensor, dims))
         return out

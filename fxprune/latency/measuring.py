@@ -243,7 +243,7 @@ def measure(
             f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as "
             "Setting(device='cpu')."
         )
-    with _running(models, example_inputs, setting) as (batches, ready, runs):
+    with _running_models(models, example_inputs, setting) as (batches, ready, runs):
         timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
         limits = roofline(
             setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
@@ -251,10 +251,12 @@ def measure(
         out = {}
         for name, model in ready.items():
             first, peak = batches[0], None
-            floor = limits.floor_ms(_macs(model, first), _bytes(model, first, _call(model, first)))
+            floor = limits.floor_ms(
+                _macs(model, first), _bytes(model, first, _call_model(model, first))
+            )
             if setting.on_gpu:  # replaying takes no memory, since what was recorded has it already
                 run = (
-                    functools.partial(_call, model, first)
+                    functools.partial(_call_model, model, first)
                     if setting.mode == "cudagraph"
                     else runs[name]
                 )
@@ -272,12 +274,12 @@ def time_models(
     seconds: float = 0.2,
 ) -> dict[str, Timing]:
     """As :func:`measure`, the times alone."""
-    with _running(models, example_inputs, setting) as (_, _, runs):
+    with _running_models(models, example_inputs, setting) as (_, _, runs):
         return time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
 
 
 @contextlib.contextmanager
-def _running(
+def _running_models(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
 ) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
     """The batches, the models as they run, and what calls them, in the setting's precision and
@@ -364,7 +366,7 @@ def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
     return tree_map_only(Tensor, placed, drawn(example_inputs, batch=setting.batch, seed=seed))
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def _call_model(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = as_call(inputs)
     with calling(f"the {type(model).__name__}"):
         return model(*args, **kwargs)
@@ -375,13 +377,13 @@ def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[
     if setting.mode == "cudagraph":
         return _replayed(model, batches, taken)
     called: Any = torch.compile(model, dynamic=False) if setting.mode == "compiled" else model
-    return lambda: _call(called, next(taken))
+    return lambda: _call_model(called, next(taken))
 
 
 def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
     """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
     still = tree_map_only(Tensor, torch.clone, batches[0])
-    replay = captured(lambda: _call(model, still))
+    replay = captured(lambda: _call_model(model, still))
     places = tensors_of(still)
 
     def run() -> None:
@@ -397,7 +399,7 @@ def _macs(model: nn.Module, inputs: Any) -> int:
         return cost_of(model, inputs).macs
     except Exception:  # the values decide what runs, as in a detector: count while it does
         with MacCounter() as counter:
-            _call(model, inputs)
+            _call_model(model, inputs)
         return counter.macs
 
 

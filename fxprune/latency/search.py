@@ -19,10 +19,10 @@ from fxprune.latency.table import Table
 
 __all__ = ["Attempt", "search"]
 
-T = TypeVar("T")
+Emitted = TypeVar("Emitted")
 Kept = Mapping[str, tuple[int, ...]]
 
-_ATTEMPTS = 6
+_MOST_ATTEMPTS = 6
 # of the channels of every group: what the forecast is fitted to, beside the dense model
 _FITTED = (0.5, 0.25)
 # of a measurement; of its turns the fast ones count, which nothing else on the machine held up
@@ -34,7 +34,7 @@ _REFUSED = 0.05  # above the budget
 
 
 @dataclass(frozen=True)
-class Attempt(Generic[T]):
+class Attempt(Generic[Emitted]):
     """A choice, what was emitted for it, and its time.
 
     Attributes
@@ -49,7 +49,7 @@ class Attempt(Generic[T]):
     """
 
     kept: Kept
-    result: T
+    result: Emitted
     dense_ms: float
     ms: float
     forecast_ms: float
@@ -68,10 +68,10 @@ def search(
     *,
     some: Callable[[float], Kept],
     choose: Callable[[float, Timed], Kept],
-    emit: Callable[[Kept], T],
-    model_of: Callable[[T], nn.Module],
+    emit: Callable[[Kept], Emitted],
+    model_of: Callable[[Emitted], nn.Module],
     table: Table | None = None,
-) -> Attempt[T]:
+) -> Attempt[Emitted]:
     """Find survivors that take a share of the dense model's time, all deployed.
 
     The forecast is fitted to the dense model and to ones with half and a quarter of its channels.
@@ -124,8 +124,8 @@ def search(
     )
     # what was forecast and what was measured, as shares of the dense model
     tried: list[tuple[float, float]] = []
-    attempts: list[Attempt[T]] = []
-    for _ in range(_ATTEMPTS):
+    attempts: list[Attempt[Emitted]] = []
+    for _ in range(_MOST_ATTEMPTS):
         try:
             kept = choose(min(1.0, _aim(share, tried)), forecast)
         except BudgetError:
@@ -147,7 +147,7 @@ def search(
                 result,
                 ms["dense"],
                 ms["pruned"],
-                _corrected(told, share, tried) * ms["dense"],
+                _corrected_share(told, share, tried) * ms["dense"],
             )
         )
         reached = attempts[-1].share
@@ -172,24 +172,24 @@ def search(
     return best
 
 
-def _corrected(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
+def _corrected_share(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
     """What a forecast means, after what was measured: straight between the nearest on either side
     of the budget, if there are two.
 
     >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
-    >>> _corrected(0.5, 0.6, []), _corrected(0.6, 0.6, one), _corrected(0.55, 0.6, two)
-    (0.5, 0.66, 0.6)
+    >>> [_corrected_share(*given) for given in ((0.5, 0.6, []), (0.6, 0.6, one), (0.55, 0.6, two))]
+    [0.5, 0.66, 0.6]
     """
     if not tried:
         return told
-    (low, slow), (high, fast) = _around(share, tried)
+    (low, slow), (high, fast) = _nearest_attempts(share, tried)
     return round(
         slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12
     )
 
 
 def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
-    """What has to be forecast for a share to be measured: the inverse of :func:`_corrected`.
+    """What has to be forecast for a share to be measured: the inverse of :func:`_corrected_share`.
 
     >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
     >>> _aim(0.6, []), round(_aim(0.6, one), 4), round(_aim(0.6, two), 4)
@@ -197,13 +197,13 @@ def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
     """
     if not tried:
         return share
-    (low, slow), (high, fast) = _around(share, tried)
+    (low, slow), (high, fast) = _nearest_attempts(share, tried)
     return (
         low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
     )
 
 
-def _around(
+def _nearest_attempts(
     share: float, tried: Sequence[tuple[float, float]]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """The nearest attempts below and above a share, as (forecast, measured); twice the last where

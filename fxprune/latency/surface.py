@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 __all__ = ["Surface", "grid"]
-
-Floats: TypeAlias = npt.NDArray[np.float64]
+from fxprune.arrays import Floats
 
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
 """By the number of sizes that an operation depends on: the eighths of each at which it is

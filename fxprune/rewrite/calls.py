@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from fxprune.rules import bind
 
-__all__ = ["Arguments", "Call", "call_of"]
+__all__ = ["Call", "NewCall", "call_of"]
 
-Arguments = tuple[Any, tuple[Any, ...], dict[str, Any]]
+NewCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """Target, positional and keyword arguments of a node."""
 
 
@@ -46,24 +46,24 @@ class Call:
     _places: Mapping[str, int | str]  # by name: which positional argument, which keyword
 
     @property
-    def unchanged(self) -> Arguments:
+    def unchanged(self) -> NewCall:
         return self.node.target, self.node.args, self.node.kwargs
 
-    def with_(self, changed: Mapping[str, Any]) -> Arguments:
+    def with_(self, changed: Mapping[str, Any]) -> NewCall:
         """The same call, in its own spelling, with other values for some arguments."""
         args, kwargs = list(self.node.args), dict(self.node.kwargs)
         for name, value in changed.items():
             place = self._places.get(name, name)
             if isinstance(place, str):
-                kwargs[place] = _alike(value, kwargs.get(place))
+                kwargs[place] = _in_form_of(value, kwargs.get(place))
             elif place < 0:
                 args[place:] = value
             else:
-                args[place] = _alike(value, args[place])
+                args[place] = _in_form_of(value, args[place])
         return self.node.target, tuple(args), kwargs
 
 
-def _alike(value: Any, before: Any) -> Any:
+def _in_form_of(value: Any, before: Any) -> Any:
     """A value in the form in which it was given: a list, a tuple, or the one number that stands
     for either.
     """
@@ -104,16 +104,16 @@ def call_of(
             return None
         name, rest = names[position], list(node.args[position:])
         if position == last and len(rest) > 1:  # sizes given one by one: x.view(2, 3)
-            if not _same(list(map(old, rest)), values[name]):
+            if not _is_given(list(map(old, rest)), values[name]):
                 return None
             places[name], given[name] = position - len(node.args), rest
             break
-        if not _same(old(argument), values[name]):
+        if not _is_given(old(argument), values[name]):
             return None
         places[name], given[name] = position, argument
     for key, argument in node.kwargs.items():
         free = [
-            name for name in names if name not in places and _same(old(argument), values[name])
+            name for name in names if name not in places and _is_given(old(argument), values[name])
         ]
         if not free:
             return None
@@ -128,13 +128,13 @@ def call_of(
     return Call(node, name, values, given, places)
 
 
-def _same(given: Any, ran: Any) -> bool:
+def _is_given(given: Any, ran: Any) -> bool:
     """Whether an op ran with the value that was given; one number may stand for a list of such."""
     if isinstance(given, Tensor) or isinstance(ran, Tensor):
         return given is ran
     if isinstance(ran, (list, tuple)):
         items = list(given) if isinstance(given, (list, tuple)) else [given] * len(ran)
-        return len(items) == len(ran) and all(map(_same, items, ran))
+        return len(items) == len(ran) and all(map(_is_given, items, ran))
     numbers = isinstance(given, (int, float)) and isinstance(ran, (int, float))
     return isinstance(ran, torch.device) or bool(
         (numbers or type(given) is type(ran)) and given == ran

@@ -29,11 +29,11 @@ def containers_named(graph: fx.Graph) -> AbstractContextManager[None]:
     (1, 2)
     """
     return graph.on_generate_code(
-        lambda before: lambda body: _named(graph, before(body) if before else body)
+        lambda before: lambda body: _named_lines(graph, before(body) if before else body)
     )
 
 
-def _named(graph: fx.Graph, body: list[str]) -> list[str]:
+def _named_lines(graph: fx.Graph, body: list[str]) -> list[str]:
     """Lines of code, one at least for each node in order; a line that does not look as torch
     writes it stays as it is.
     """

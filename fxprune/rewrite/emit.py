@@ -98,7 +98,7 @@ def emit(
             del graphs[1]  # the model asks for its mode, but does the same in both
         emitted[path] = below, graphs
     filled = _survivors_of(coupling, survivors)
-    _fill(root, filled, smaller)
+    _fill_tensors(root, filled, smaller)
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
             _set(emitted[trace.path][0], target, tensor)
@@ -646,7 +646,7 @@ def _refer_to(
     for key, below in made.items():
         own = vars(final[key])
         for name, value in vars(below).items():
-            if name not in (*_STORES, *HOOKS) and own.get(name) is value:
+            if name not in (*_SKELETON_STORES, *HOOKS) and own.get(name) is value:
                 own[name] = attribute(name, value, memo)
 
 
@@ -660,7 +660,13 @@ def _hook(users: dict[int, nn.Module], final: dict[int, nn.Module]) -> None:
             vars(final[key])[store] = hooks_of(vars(user)[store], memo)
 
 
-_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_SKELETON_STORES = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "training",
+)
 
 
 def _skeleton(
@@ -688,7 +694,7 @@ def _skeleton(
     if isinstance(module, fx.GraphModule) and own_class:
         # each has a class of its own, which gets its forward with the graph
         new.graph = copy.deepcopy(module.graph)
-    for store in _STORES[:-1]:
+    for store in _SKELETON_STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
     done[id(module)] = new
@@ -735,7 +741,7 @@ def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]
         taken = survivors.take(tensor, source.detach()) if tensor.is_meta else source.detach()
         if taken.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             taken = taken.clone()
-        taken = _laid_out_like(source, taken)
+        taken = _in_format_of(source, taken)
         out[id(tensor)] = (
             nn.Parameter(taken, source.requires_grad)
             if isinstance(source, nn.Parameter)
@@ -744,7 +750,7 @@ def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]
     return out
 
 
-def _laid_out_like(source: Tensor, taken: Tensor) -> Tensor:
+def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
     """Contiguous, in the memory format of the source. Strides tell it, also where sizes of 1 make
     both formats contiguous.
     """
@@ -757,7 +763,7 @@ def _laid_out_like(source: Tensor, taken: Tensor) -> Tensor:
     return torch.empty_like(taken, memory_format=last).copy_(taken)
 
 
-def _fill(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:
+def _fill_tensors(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:
     """Put real tensors in the place of the meta tensors that the graph was checked with."""
     put_tensors(root, {id(stand_in): real[key] for key, stand_in in meta.items()})
     for module in root.modules():

@@ -78,7 +78,7 @@ class Extents:
         count = held.args[0]
         source = count.args[0] if count.target is len else None
         first = (
-            _first(source)
+            _first_operand(source)
             if isinstance(source, fx.Node) and not isinstance(source.meta["val"], Tensor)
             else None
         )
@@ -192,7 +192,7 @@ class Extents:
 
     def _of(self, node: fx.Node, value: Tensor, axis: int) -> Extent:
         """The same axis of the first operand, where that has it, at the same size."""
-        first = _first(node)
+        first = _first_operand(node)
         old = None if first is None else first.meta["val"]
         if (
             not isinstance(old, Tensor)
@@ -226,7 +226,7 @@ class Extents:
             "tensor_split",
         ):
             return Extent.UNKNOWN
-        first = _first(source)
+        first = _first_operand(source)
         if first is None or first.meta["val"].dim() != value.dim():
             return Extent.UNKNOWN
         found = self.of(first, axis)
@@ -241,7 +241,7 @@ class Extents:
         """An axis of what is laid out anew: the product, or a factor, of the axes that it came
         from.
         """
-        first, value = _first(node), node.meta["val"]
+        first, value = _first_operand(node), node.meta["val"]
         if squeezes_all(node):
             return Extent.UNKNOWN  # which axes are left depends on the batch
         given = _sizes_given(node)
@@ -286,7 +286,7 @@ class Extents:
         return True
 
     def _permuted(self, node: fx.Node, axis: int) -> Extent:
-        first = _first(node)
+        first = _first_operand(node)
         dims = _permutation(self.root, node, node.meta["val"].dim())
         return Extent.UNKNOWN if first is None or dims is None else self.of(first, dims[axis])
 
@@ -360,7 +360,7 @@ class Extents:
         )
 
     def _narrowed(self, node: fx.Node, axis: int) -> Extent:
-        first, dim = _first(node), _argument(node, 1, "dim", None)
+        first, dim = _first_operand(node), _argument(node, 1, "dim", None)
         if first is None or not isinstance(dim, int):
             return Extent.UNKNOWN
         found = self.of(first, axis)
@@ -381,7 +381,7 @@ class Extents:
 
     def _expanded(self, node: fx.Node, axis: int) -> Extent:
         """An axis that was there, or one of a given size."""
-        first, value = _first(node), node.meta["val"]
+        first, value = _first_operand(node), node.meta["val"]
         if first is None:
             return Extent.UNKNOWN
         old = first.meta["val"]
@@ -396,7 +396,7 @@ class Extents:
         )
 
     def _repeated(self, node: fx.Node, axis: int) -> Extent:
-        first, value = _first(node), node.meta["val"]
+        first, value = _first_operand(node), node.meta["val"]
         given = [*_sizes_given(node)]
         # what tile is told may be the last ones alone
         given = [1] * (value.dim() - len(given)) + given
@@ -409,11 +409,11 @@ class Extents:
         """The batch, or the channels of an image, of which each may make, or be made of, a
         constant number.
         """
-        first = _first(node)
+        first = _first_operand(node)
         return Extent.UNKNOWN if first is None or axis > 1 else self.of(first, axis)
 
     def _padded(self, node: fx.Node, axis: int) -> Extent:
-        first, amounts = _first(node), _argument(node, 1, "pad", None)
+        first, amounts = _first_operand(node), _argument(node, 1, "pad", None)
         if first is None or not isinstance(amounts, (tuple, list)):
             return Extent.UNKNOWN
         place = 2 * (node.meta["val"].dim() - 1 - axis)
@@ -423,13 +423,13 @@ class Extents:
         return found if found is Extent.FIXED and self.constant(own) else Extent.UNKNOWN
 
     def _selected(self, node: fx.Node, axis: int) -> Extent:
-        first, dim = _first(node), _argument(node, 1, "dim", None)
+        first, dim = _first_operand(node), _argument(node, 1, "dim", None)
         if first is None or not isinstance(dim, int):
             return Extent.UNKNOWN
         return self.of(first, axis + (axis >= dim % first.meta["val"].dim()))
 
     def _reduced(self, node: fx.Node, axis: int) -> Extent:
-        first, dim = _first(node), _argument(node, 1, "dim", None)
+        first, dim = _first_operand(node), _argument(node, 1, "dim", None)
         if first is None:
             return Extent.UNKNOWN
         rank = first.meta["val"].dim()
@@ -493,7 +493,7 @@ def _sizes_given(node: fx.Node) -> Sequence[Any]:
     return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
-def _first(node: fx.Node) -> fx.Node | None:
+def _first_operand(node: fx.Node) -> fx.Node | None:
     first = node.args[0] if node.args else node.kwargs.get("input")
     return first if isinstance(first, fx.Node) else None
 

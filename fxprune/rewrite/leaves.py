@@ -28,12 +28,12 @@ def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -
     new_input = survivors.shape(old_input)
     new_output = survivors.shape(value) if isinstance(value, Tensor) else None
     # Numbers, past Module.__setattr__, which is slow.
-    vars(module).update(_sizes(survivors, module, old_input, new_input, new_output))
+    vars(module).update(_module_sizes(survivors, module, old_input, new_input, new_output))
     if isinstance(module, _ConstantPadNd):
         module.padding = tuple(padding(survivors, value, module.padding))
 
 
-def _sizes(
+def _module_sizes(
     survivors: Survivors,
     module: nn.Module,
     old_input: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxprune.errors import RewriteError
 from fxprune.memory import name_of
 from fxprune.moments import FUNCTIONS
-from fxprune.rewrite.calls import Arguments, Call
+from fxprune.rewrite.calls import Call, NewCall
 from fxprune.rewrite.extents import Extent
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Survivors
@@ -30,7 +30,7 @@ from fxprune.shapes import reshape_blocks
 
 __all__ = ["correct", "padding", "shuffled_groups"]
 
-Change = dict[str, Any] | Arguments
+Change = dict[str, Any] | NewCall
 """Arguments by name that are to be others, or another call altogether."""
 
 _TABLE: dict[str, Callable[[Numbers, Call, Any], Change]] = {}
@@ -49,7 +49,7 @@ def corrects(*names: str) -> Callable[[Any], Any]:
 
 def correct(
     numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int, int] | None
-) -> Arguments:
+) -> NewCall:
     """The arguments of a node, right for the smaller model; nodes of the original's graph stay
     where nothing is to be corrected.
 
@@ -74,7 +74,7 @@ def correct(
     return change if isinstance(change, tuple) else call.with_(change)
 
 
-def _sizes(numbers: Numbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
+def _new_sizes(numbers: Numbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
     """The sizes of a result's axes, from the axis ``first`` on."""
     wanted = numbers.survivors.shape(value)
     # a list that forward computed
@@ -124,7 +124,7 @@ def _result_size(numbers: Numbers, call: Call, value: Any) -> Change:
     given = call.given[name]
     if call.name in ("view", "reshape", "_unsafe_view") and isinstance(given, (tuple, list)):
         _hold_layout(numbers, call, value, given)
-    return {name: _sizes(numbers, call, value, given)}
+    return {name: _new_sizes(numbers, call, value, given)}
 
 
 def _hold_layout(
@@ -170,11 +170,11 @@ def _unflatten(numbers: Numbers, call: Call, value: Any) -> Change:
     start, given = call.ran["dim"] % call.ran["self"].dim(), call.given["sizes"]
     if isinstance(given, (tuple, list)):
         _hold_layout(numbers, call, value, given, start)
-    return {"sizes": _sizes(numbers, call, value, given, start)}
+    return {"sizes": _new_sizes(numbers, call, value, given, start)}
 
 
 @corrects("repeat", "tile")
-def _repeat(numbers: Numbers, call: Call, value: Any) -> Change:
+def _correct_repeat(numbers: Numbers, call: Call, value: Any) -> Change:
     name = "repeats" if "repeats" in call.given else "dims"
     given = call.given[name]
     times = list(given) if isinstance(given, (tuple, list)) else [given]
@@ -216,7 +216,7 @@ def _split(numbers: Numbers, call: Call, value: Any) -> Change:
     ends = [0]
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
-    sizes = [_count(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
+    sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
     return torch.split, (call.given["self"], sizes, axis), {}
 
 
@@ -228,14 +228,16 @@ def _narrow(numbers: Numbers, call: Call, value: Any) -> Change:
         return {}
     numbers.hold_positions(call.given["self"], axis, call.given["start"], call.given["length"])
     first %= tensor.shape[axis]
-    count = _count(numbers, tensor, axis, first, first + call.ran["length"])
-    return {"start": _count(numbers, tensor, axis, 0, first), "length": count}
+    count = _survivors_between(numbers, tensor, axis, first, first + call.ran["length"])
+    return {"start": _survivors_between(numbers, tensor, axis, 0, first), "length": count}
 
 
 @corrects("slice")
 def _slice(numbers: Numbers, call: Call, value: Any) -> Change:
     part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
-    new = _index(numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part)
+    new = _correct_index(
+        numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
+    )
     return {
         name: bound
         for name, bound in (("start", new.start), ("end", new.stop))
@@ -244,12 +246,12 @@ def _slice(numbers: Numbers, call: Call, value: Any) -> Change:
 
 
 @corrects("select")
-def _select(numbers: Numbers, call: Call, value: Any) -> Change:
+def _correct_select(numbers: Numbers, call: Call, value: Any) -> Change:
     axis = call.ran["dim"] % call.ran["self"].dim()
-    return {"index": _position(numbers, call.given["self"], axis, call.given["index"])}
+    return {"index": _new_position(numbers, call.given["self"], axis, call.given["index"])}
 
 
-def _item(numbers: Numbers, node: fx.Node) -> Arguments:
+def _item(numbers: Numbers, node: fx.Node) -> NewCall:
     x: Any = node.args[0]
     index, tensor = node.args[1], numbers.old(x)
     if not isinstance(tensor, Tensor):
@@ -266,13 +268,13 @@ def _item(numbers: Numbers, node: fx.Node) -> Arguments:
         if part is None:
             new.append(part)
             continue
-        new.append(_index(numbers, x, axis, part))
+        new.append(_correct_index(numbers, x, axis, part))
         axis += 1
     packed = tuple(new) if isinstance(index, (tuple, list)) else new[0]
     return node.target, (x, packed, *node.args[2:]), node.kwargs
 
 
-def _index(numbers: Numbers, x: fx.Node, axis: int, part: Any) -> Any:
+def _correct_index(numbers: Numbers, x: fx.Node, axis: int, part: Any) -> Any:
     tensor = numbers.old(x)
     if isinstance(part, slice):
         if numbers.survivors.rows(tensor, axis) is None:
@@ -285,20 +287,24 @@ def _index(numbers: Numbers, x: fx.Node, axis: int, part: Any) -> Any:
             numbers.hold_positions(x, axis, part.start, part.stop)
         if step != 1:
             return part
-        left = None if part.start is None else _count(numbers, tensor, axis, 0, start)
-        right = None if part.stop is None else _count(numbers, tensor, axis, 0, max(start, stop))
+        left = None if part.start is None else _survivors_between(numbers, tensor, axis, 0, start)
+        right = (
+            None
+            if part.stop is None
+            else _survivors_between(numbers, tensor, axis, 0, max(start, stop))
+        )
         return slice(left, right, part.step)
     if isinstance(numbers.old(part), int) and not isinstance(numbers.old(part), bool):
-        return _position(numbers, x, axis, part)
+        return _new_position(numbers, x, axis, part)
     return part
 
 
-def _position(numbers: Numbers, x: fx.Node, axis: int, index: Any) -> Any:
+def _new_position(numbers: Numbers, x: fx.Node, axis: int, index: Any) -> Any:
     tensor = numbers.old(x)
     if numbers.survivors.rows(tensor, axis) is None:
         return index
     numbers.hold_positions(x, axis, index)
-    return _count(numbers, tensor, axis, 0, numbers.old(index) % tensor.shape[axis])
+    return _survivors_between(numbers, tensor, axis, 0, numbers.old(index) % tensor.shape[axis])
 
 
 @corrects("roll")
@@ -313,13 +319,15 @@ def _roll(numbers: Numbers, call: Call, value: Any) -> Change:
             numbers.hold_positions(call.given["self"], axis, shifts[i])
             size = tensor.shape[axis]
             shifts[i] = (
-                _count(numbers, tensor, axis, (size - shift) % size, size) if shift % size else 0
+                _survivors_between(numbers, tensor, axis, (size - shift) % size, size)
+                if shift % size
+                else 0
             )
     return {"shifts": shifts}
 
 
 @corrects("pad", "constant_pad_nd")
-def _pad(numbers: Numbers, call: Call, value: Any) -> Change:
+def _correct_pad(numbers: Numbers, call: Call, value: Any) -> Change:
     given, before = call.given["pad"], call.ran["pad"]
     after = padding(numbers.survivors, value, before)
     if after == list(before):
@@ -361,7 +369,7 @@ def padding(survivors: Survivors, padded: Tensor, amounts: Sequence[int]) -> lis
 def _normalized_shape(numbers: Numbers, call: Call, value: Any) -> Change:
     first = value.dim() - len(call.ran["normalized_shape"])
     return {
-        "normalized_shape": _sizes(numbers, call, value, call.given["normalized_shape"], first)
+        "normalized_shape": _new_sizes(numbers, call, value, call.given["normalized_shape"], first)
     }
 
 
@@ -376,7 +384,7 @@ def _num_groups(numbers: Numbers, call: Call, value: Any) -> Change:
 
 
 @corrects("convolution", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-def _groups(numbers: Numbers, call: Call, value: Any) -> Change:
+def _correct_groups(numbers: Numbers, call: Call, value: Any) -> Change:
     x, w, groups = call.ran["input"], call.ran["weight"], call.ran["groups"]
     if groups == 1:
         return {}
@@ -389,7 +397,7 @@ def _groups(numbers: Numbers, call: Call, value: Any) -> Change:
 
 
 @corrects("channel_shuffle", "native_channel_shuffle")
-def _channel_shuffle(numbers: Numbers, call: Call, value: Any) -> Change:
+def _correct_channel_shuffle(numbers: Numbers, call: Call, value: Any) -> Change:
     return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
 
 
@@ -419,7 +427,7 @@ def _scale(numbers: Numbers, call: Call, value: Any) -> Change:
     }
 
 
-def _counting(call: Call, left: tuple[int, int]) -> Arguments:
+def _counting(call: Call, left: tuple[int, int]) -> NewCall:
     """A variance that counts the zeros that were removed."""
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
     return (
@@ -429,13 +437,13 @@ def _counting(call: Call, left: tuple[int, int]) -> Arguments:
     )
 
 
-def _fewer_left(node: fx.Node, left: tuple[int, int]) -> Arguments:
+def _fewer_left(node: fx.Node, left: tuple[int, int]) -> NewCall:
     """A statistic that was corrected before: of what was left then, less is left now."""
     values: tuple[Any, ...] = node.args
     *rest, kept, total = values
     return node.target, (*rest, kept * left[0], total * left[1]), node.kwargs
 
 
-def _count(numbers: Numbers, tensor: Tensor, axis: int, start: int, stop: int) -> int:
+def _survivors_between(numbers: Numbers, tensor: Tensor, axis: int, start: int, stop: int) -> int:
     count = numbers.survivors.count(tensor, axis, start, stop)
     return stop - start if count is None else count

@@ -20,7 +20,7 @@ __all__ = ["PrunedModule"]
 
 _NAME = "class name"  # no attribute can be called so
 _MODES = "_own_modes"
-_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_MODULE_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = None
         # it would copy what the graph calls, one by one
         super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
-        for store in _STORES:
+        for store in _MODULE_STORES:
             self.__dict__[store] = root.__dict__[store]
         self.__dict__.update(_constants(root))
         self.training = root.training
@@ -144,7 +144,7 @@ class PrunedModule(fx.GraphModule):
         """What :meth:`_rebuild` takes beside the graphs: the stores, all other attributes, and the
         class it behaves like.
         """
-        stores = {name: self.__dict__[name] for name in _STORES}
+        stores = {name: self.__dict__[name] for name in _MODULE_STORES}
         rest = {
             name: value
             for name, value in self.__dict__.items()

@@ -142,7 +142,7 @@ class Numbers:
             sizes = self._all_sizes(node)
             return self._held_at(node) if sizes is None else sizes
         args, kwargs = self.original((node.args, node.kwargs))
-        if not _nodes(args, kwargs):
+        if not _nodes_in(args, kwargs):
             return tuple(value) if isinstance(value, tuple) else value
         return self.create(node.op, node.target, args, kwargs, value)
 
@@ -154,7 +154,7 @@ class Numbers:
         sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
         return (
             self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"])
-            if _nodes(sizes)
+            if _nodes_in(sizes)
             else tuple(sizes)
         )
 
@@ -259,7 +259,7 @@ class Numbers:
                     f"{tensor.name}.dim()",
                     rank,
                 )
-        for number in _nodes(bounds):
+        for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
                 if (
                     isinstance(self.original(number), fx.Node)
@@ -369,7 +369,7 @@ def _asks(node: fx.Node) -> bool:
     return not all(_is_number(n.meta["val"]) for n in node.all_input_nodes)
 
 
-def _nodes(*values: Any) -> list[fx.Node]:
+def _nodes_in(*values: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(values, found.append)
     return found

@@ -331,7 +331,7 @@ class Context:
             return
         kept = [f if f.labels.ndim == tensor.dim() else _wrong_rank(f, tensor) for f in fields]
         root = self.records.get(base) if base is not None else None
-        if root is not None and tensor is base and _alike(root.fields, kept):
+        if root is not None and tensor is base and _same_fields(root.fields, kept):
             return  # nothing to do, as in a flatten() of what is flat
         if root is not None and root.base is not None:
             root = root.base
@@ -413,7 +413,9 @@ class Context:
         """Note which dimensions of its weight a layer hands on: why they stay is why what it gives
         has no labels.
         """
-        self._given = _first(number for number in (self._given or 0, self.cause(weight, dims)))
+        self._given = _first_reason(
+            number for number in (self._given or 0, self.cause(weight, dims))
+        )
 
     def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Note, after an op, why its results may lack labels: what it has pinned, or what its
@@ -426,7 +428,7 @@ class Context:
         whole = (
             given
             if given is not None
-            else pinned or _first(self.cause(tensor) for tensor in tensors)
+            else pinned or _first_reason(self.cause(tensor) for tensor in tensors)
         )
         for result in results:
             own: dict[int | None, int] = {None: whole} if whole else {}
@@ -460,7 +462,7 @@ class Context:
             return 0
         known = self._causes_along(tensor)
         if dims is None:
-            return _first(known.values())
+            return _first_reason(known.values())
         return next((known[d] for d in sorted(dims) if d in known), known.get(None, 0))
 
     def why_fixed(
@@ -469,7 +471,7 @@ class Context:
         """The reason, and its node, of what meets tensors that have no labels; ``read``: of an
         axis that is summed.
         """
-        found = _first(self.cause(tensor, dims) for tensor in tensors)
+        found = _first_reason(self.cause(tensor, dims) for tensor in tensors)
         if found == _INPUT:
             return (READS_INPUT if read else "meets an input of the model"), self.node
         return self.reasons[found] if found else ("meets a tensor of fixed size", self.node)
@@ -788,13 +790,13 @@ class Context:
         return out
 
 
-def _alike(fields: Sequence[Field], others: Sequence[Field]) -> bool:
+def _same_fields(fields: Sequence[Field], others: Sequence[Field]) -> bool:
     return len(fields) == len(others) and all(
         np.array_equal(f.labels, g.labels) for f, g in zip(fields, others, strict=True)
     )
 
 
-def _first(numbers: Iterable[int]) -> int:
+def _first_reason(numbers: Iterable[int]) -> int:
     """Of several reasons the first pin there was; without any, that it is an input."""
     found = list(numbers)
     return min((number for number in found if number > _INPUT), default=max(found, default=0))

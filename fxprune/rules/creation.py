@@ -23,7 +23,7 @@ from fxprune.rules.registry import rule
     "rand",
     "randn",
 )
-def filled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Constant fill of a given size: each dimension gets labels of its own, owned by no
     parameter.
     """

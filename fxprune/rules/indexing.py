@@ -35,7 +35,7 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x[i, :, j]: indexed dimensions are pinned; the result lies as in NumPy."""
     x = a["self"]
-    layout = _layout(ctx, x, a["indices"])
+    layout = _dims_of_index(ctx, x, a["indices"])
     if layout is None:
         ctx.pin_all(ctx.fields(x), "is read by a mask")
         return
@@ -54,7 +54,7 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x[i, :, j] = v: indexed dimensions are pinned, on the others x and v meet."""
     x, values = a["self"], a["values"]
-    layout = _layout(ctx, x, a["indices"])
+    layout = _dims_of_index(ctx, x, a["indices"])
     if layout is None:
         ctx.pin_all([*ctx.fields(x), *ctx.fields(values)], "is written by a mask")
         return
@@ -82,7 +82,7 @@ def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.put(out, fields)
 
 
-def _layout(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> list[int] | None:
+def _dims_of_index(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> list[int] | None:
     """Which dimension of ``x`` each one of ``x[given]`` is; those of the indices are numbered on
     behind. None: there is a mask.
     """

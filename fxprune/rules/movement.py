@@ -1,6 +1,6 @@
 """Pure data movement: the op itself, executed on the labels.
 
-Only where a literal decides which positions are read (``select``, ``slice``, ``roll``) or how
+Only where a literal decides which positions are read (``selected``, ``slice``, ``roll``) or how
 positions are laid out one after the other (``reshape``) does a rule add what must hold for the
 smaller tensor.
 """
@@ -326,14 +326,14 @@ def stack(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 @rule("select")
-def select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+def selected(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One position of a dimension: it has to stay where the dimension itself can shrink."""
     x = a["self"]
     dim = a["dim"] % x.dim()
-    ctx.put(out, _select(ctx, ctx.fields(x), dim, a["index"] % x.shape[dim]), base=x)
+    ctx.put(out, _select_position(ctx, ctx.fields(x), dim, a["index"] % x.shape[dim]), base=x)
 
 
-def _select(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
+def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
     out = []
     for f in fields:
         picked = cast(Array, f.labels.take(index if dim in f.dims else 0, axis=dim))
@@ -354,7 +354,7 @@ def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     dim = a["dim"] % x.dim()
     fields = ctx.fields(x)
     for i, part in enumerate(out):
-        ctx.put(part, _select(ctx, fields, dim, i), base=x)
+        ctx.put(part, _select_position(ctx, fields, dim, i), base=x)
 
 
 def _slices(

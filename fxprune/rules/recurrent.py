@@ -15,8 +15,8 @@ from fxprune.rules.context import Context, Operand, place
 from fxprune.rules.convolution import channel_fields
 from fxprune.rules.registry import rule
 
-_STEPS = "is an axis of positions that a recurrent layer steps over"
-_NOT_ZERO = (
+_STEPS_REASON = "is an axis of positions that a recurrent layer steps over"
+_NOT_ZERO_REASON = (
     "is a hidden unit that does not start at zero, or does not stay there, where it is removed"
 )
 
@@ -32,7 +32,7 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x, weights = a["data"] if "data" in a else a["input"], list(a["params"])
     directions = 2 if a["bidirectional"] else 1
     seen, units, zero = _units(ctx, a["hx"])
-    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
     each = len(weights) // (a["num_layers"] * directions)
     for start in range(0, len(weights), each):
         if start >= each * directions:
@@ -40,9 +40,9 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         own = weights[start : start + each]
         _step(ctx, incoming, seen, units, zero, own[:2], own[2:4] if a["has_biases"] else ())
         if seen is not units:
-            _meet(ctx, seen, _product(ctx, [Field(units, zero)], own[-1]))
+            _meet(ctx, seen, _product_fields(ctx, [Field(units, zero)], own[-1]))
     for result, labels in zip(out, (np.tile(seen, directions), seen, units), strict=False):
-        _put(ctx, result, labels, zero)
+        _put_last(ctx, result, labels, zero)
 
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
@@ -51,7 +51,7 @@ def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     the last axis.
     """
     x, padding = (a["input"], 0) if "input" in a else (a["data"], a["padding_value"])
-    fields = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    fields = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
     place_of = (out[0].dim() - 1,)
     ctx.put(
         out[0],
@@ -64,11 +64,11 @@ def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None
     """One step of a recurrent layer."""
     x = a["input"]
     seen, units, zero = _units(ctx, a["hx"])
-    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS)
+    incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
     biases = [b for b in (a["b_ih"], a["b_hh"]) if b is not None]
     _step(ctx, incoming, seen, units, zero, [a["w_ih"], a["w_hh"]], biases)
     for state in [out] if isinstance(out, Tensor) else out:
-        _put(ctx, state, units, zero)
+        _put_last(ctx, state, units, zero)
 
 
 def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, bool]:
@@ -88,7 +88,7 @@ def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, b
         zero = zero and all(f.zero for f in fields)
     for labels in (seen, units):
         if not zero:
-            ctx.pin(labels, _NOT_ZERO)
+            ctx.pin(labels, _NOT_ZERO_REASON)
         elif labels.size == 1:
             ctx.pin(labels, "its removal would empty a tensor")
     return seen, units, zero
@@ -106,17 +106,17 @@ def _step(
     """The gates: a product with what comes in, one with what was seen before, and biases."""
     gates = np.tile(units, weights[0].shape[0] // len(units))
     for fields, weight in zip((incoming, [Field(seen, zero)]), weights, strict=True):
-        product = _product(ctx, fields, weight)
+        product = _product_fields(ctx, fields, weight)
         _meet(ctx, gates, product)
-        ctx.pin_all([f for f in product if not f.zero], _NOT_ZERO)
+        ctx.pin_all([f for f in product if not f.zero], _NOT_ZERO_REASON)
     for bias in biases:
         met = ctx.merge([Operand([Field(gates, True)], {0}, {}), ctx.operand(bias, (0,), 1)], 1)
         for m in met:
             if not m.zero.get(1, True):
-                ctx.pin(m.labels, _NOT_ZERO)
+                ctx.pin(m.labels, _NOT_ZERO_REASON)
 
 
-def _product(ctx: Context, fields: list[Field], weight: Tensor) -> list[Field]:
+def _product_fields(ctx: Context, fields: list[Field], weight: Tensor) -> list[Field]:
     """What a vector with these fields times the transposed weight (outputs, inputs) carries."""
     vector = Operand([Field(f.labels.reshape(1, -1), f.zero) for f in fields], {1}, {})
     found = ctx.contract([vector, ctx.operand(weight, (0, 1), 2)], 2, {1})
@@ -128,7 +128,7 @@ def _meet(ctx: Context, labels: Array, fields: list[Field]) -> None:
     ctx.merge([Operand([Field(labels, True)], {0}, {}), Operand(fields, {0}, {})], 1)
 
 
-def _put(ctx: Context, out: Tensor, labels: Array, zero: bool) -> None:
+def _put_last(ctx: Context, out: Tensor, labels: Array, zero: bool) -> None:
     """A result carries labels along its last dimension."""
     if labels.size > 1:
         ctx.put(out, [Field(place(labels, (out.dim() - 1,), out.dim()), zero)])

@@ -34,7 +34,7 @@ def correction_of(a: Mapping[str, Any]) -> float:
     return 1 if correction is None else correction + 0
 
 
-def _put(
+def _put_reduced(
     ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool
 ) -> None:
     for result in out if isinstance(out, (tuple, list)) else (out,):
@@ -89,7 +89,7 @@ def _sum_like(
                 ctx.sight(f.labels, fixed=f.dims - reduced)
             if counts:
                 ctx.rescaled.setdefault(ctx.node, []).append(f.labels)
-    _put(ctx, out, x, passing, reduced, keepdim)
+    _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
 _STATISTICS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
@@ -159,7 +159,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         own = _whole_rows(ctx, f, reduced)
         if own is not None:  # log(n) is not zero, nor is the position of a maximum
             passing.append(Field(own.labels, own.zero and func._schema.name not in _NOT_ZERO))
-    return _put(ctx, out, x, passing, reduced, keepdim)
+    return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
 _NOT_ZERO = frozenset(

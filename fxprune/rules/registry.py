@@ -143,7 +143,7 @@ def find(func: Any) -> Rule | None:
 
 
 @functools.cache
-def _arguments(func: Any) -> tuple[tuple[str, Any], ...]:
+def _schema_arguments(func: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (a.name, a.default_value if a.has_default_value() else None)
         for a in func._schema.arguments
@@ -152,7 +152,7 @@ def _arguments(func: Any) -> tuple[tuple[str, Any], ...]:
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, defaults filled in."""
-    named = _arguments(func)
+    named = _schema_arguments(func)
     bound = {
         name: args[i] if i < len(args) else default for i, (name, default) in enumerate(named)
     }

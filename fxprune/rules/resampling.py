@@ -67,7 +67,7 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     "torchvision::roi_align",
     "torchvision::roi_pool",
 )
-def grid(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
     passing = []

@@ -39,8 +39,8 @@ from fxprune.reach import AGAIN, Reach, drawing
 from fxprune.regions import BOUNDS
 from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import (
+    AttributeChange,
     Attributes,
-    Change,
     assigned,
     carried,
     first_difference,
@@ -190,13 +190,13 @@ def trace(
                 twin.reached.begin_anew()
             changes, state = [], []
             _hold_lookups(tracer, result)
-            _refuse_left(_held(tracer), twin.model)
+            _refuse_left(_nodes_held(tracer), twin.model)
             _refuse_chance(result, reach)
         except BaseException:
             attributes.restore()
             raise
         for hold in (hold_inputs, hold_ranks):
-            hold(tracer, lambda other: _compare(result, other))
+            hold(tracer, lambda other: _first_other_node(result, other))
         return result
 
 
@@ -237,7 +237,7 @@ def _with_keys(first: Trace) -> list[Lookup] | None:
     return again.lookups
 
 
-def _compare(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
+def _first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
     """The first node in whose place a trace of another call does something else; None: there is
     none; False: it fails.
     """
@@ -370,7 +370,7 @@ def _refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
             )
 
 
-def _held(tracer: Tracer) -> list[fx.Node]:
+def _nodes_held(tracer: Tracer) -> list[fx.Node]:
     """What is held where no walk over containers finds it: a variable of a closure, an attribute
     of a module beside the model.
     """
@@ -420,7 +420,7 @@ def _refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None
                     )
 
 
-def _refuse_state(first: Trace, state: Sequence[Change]) -> None:
+def _refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
     """What the first call has left on the modules, where it now is, must not lead to another
     graph.
 
@@ -496,7 +496,7 @@ def _each_draws(first: Trace) -> bool:
 
 def _does_the_same(first: Trace) -> bool:
     """Whether a further call is the same graph."""
-    return _compare(first, (first.args, first.kwargs)) is None
+    return _first_other_node(first, (first.args, first.kwargs)) is None
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:

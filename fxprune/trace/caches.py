@@ -24,14 +24,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import FxpruneError
+from fxprune.inputs import Arguments
 from fxprune.reach import Entry, Reach
 from fxprune.shapes import META, holds_tensors, map_tensors
-from fxprune.state import Attributes, Change, carried, values_read
+from fxprune.state import AttributeChange, Attributes, carried, values_read
 from fxprune.trace.tracer import execute
 
 __all__ = ["forgotten_caches"]
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -59,7 +58,7 @@ def forgotten_caches(
     real:
         The data of a buffer or of another tensor of the model.
     """
-    kept: dict[Any, _Attribute | Entry] = {
+    kept: dict[Any, _ModuleAttribute | Entry] = {
         **dict(_kept(model)),
         **{entry.key: entry for entry in outside.entries},
     }
@@ -73,7 +72,7 @@ def forgotten_caches(
 
 
 @dataclass(frozen=True)
-class _Attribute:
+class _ModuleAttribute:
     """An attribute of a module."""
 
     store: dict[str, Any]
@@ -92,12 +91,12 @@ class _Attribute:
 
 
 @dataclass(frozen=True)
-class _Followed:
+class _FollowedCall:
     """A graph, and the attributes that forward has set, by their paths."""
 
     graph: fx.Graph
     constants: Mapping[str, Tensor]
-    changes: Mapping[Any, Change]
+    changes: Mapping[Any, AttributeChange]
 
     @property
     def gives(self) -> list[Any]:
@@ -116,7 +115,7 @@ class _Forgetting:
         arguments: Arguments,
         follow: Any,
         real: Any,
-        kept: Mapping[Any, _Attribute | Entry],
+        kept: Mapping[Any, _ModuleAttribute | Entry],
     ) -> None:
         self.model, self.outside, self.arguments, self.follow, self.real = (
             model,
@@ -156,13 +155,13 @@ class _Forgetting:
             if entry.now() is absent:
                 entry.put(entry.value)
 
-    def _is_read(self, place: _Attribute | Entry, now: _Followed) -> bool:
+    def _is_read(self, place: _ModuleAttribute | Entry, now: _FollowedCall) -> bool:
         """Whether the graph may hold this: of what is outside, tensors are among its constants, or
         numbers beside them.
         """
         tensors = [leaf for leaf in tree_leaves(place.value) if isinstance(leaf, Tensor)]
-        if isinstance(place, _Attribute) or not tensors:
-            return isinstance(place, _Attribute) or type(place.value) in (int, float)
+        if isinstance(place, _ModuleAttribute) or not tensors:
+            return isinstance(place, _ModuleAttribute) or type(place.value) in (int, float)
         held = [*now.constants.values()]
         return any(
             one.shape == other.shape and self._same(one, other, "whole")
@@ -170,28 +169,28 @@ class _Forgetting:
             for other in held
         )
 
-    def _followed(self, arguments: Arguments) -> _Followed | None:
+    def _followed(self, arguments: Arguments) -> _FollowedCall | None:
         attributes = Attributes(self.model)
         try:
             graph, constants = self.follow(arguments)
-            changes: dict[Any, Change] = {
+            changes: dict[Any, AttributeChange] = {
                 change.path: change for change in attributes.changes(constants)
             }
-            return _Followed(graph, constants, changes | self._outside())
+            return _FollowedCall(graph, constants, changes | self._outside())
         except FxpruneError:
             return None
         finally:
             attributes.restore()
 
-    def _outside(self) -> dict[Any, Change]:
+    def _outside(self) -> dict[Any, AttributeChange]:
         """What forward has set outside of the modules."""
         known = {key: place.value for key, place in self._kept.items() if isinstance(place, Entry)}
         return {
-            key: Change({}, "", str(key), known.get(key), None, value)
+            key: AttributeChange({}, "", str(key), known.get(key), None, value)
             for key, value in self.outside.taken.items()
         }
 
-    def _computed_anew(self, path: Any, was: Any, now: _Followed) -> set[Any]:
+    def _computed_anew(self, path: Any, was: Any, now: _FollowedCall) -> set[Any]:
         """What forward sets once it has forgotten the attribute at a path; nothing if that may
         make another model of it.
 
@@ -231,7 +230,7 @@ class _Forgetting:
                 return set()
         return set(anew.changes) if compared else set()
 
-    def _values(self, followed: _Followed) -> dict[Any, Any]:
+    def _values(self, followed: _FollowedCall) -> dict[Any, Any]:
         """What forward has set, computed from sizes and buffers; ``None`` where that is not all it
         takes.
         """
@@ -267,7 +266,9 @@ class _Forgetting:
                 return execute(
                     self.model,
                     node,
-                    *fx.node.map_arg((node.args, node.kwargs), lambda n: _like(computed[n], n)),
+                    *fx.node.map_arg(
+                        (node.args, node.kwargs), lambda n: _stand_in_like(computed[n], n)
+                    ),
                 )
             except Exception:
                 return None
@@ -325,7 +326,7 @@ class _Forgetting:
 _CPU = torch.device("cpu")
 
 
-def _like(computed: Any, node: fx.Node) -> Any:
+def _stand_in_like(computed: Any, node: fx.Node) -> Any:
     """What was computed of an argument; of one whose shape and dtype alone are read anything that
     has these.
     """
@@ -372,7 +373,7 @@ def _absent(value: Any) -> list[Any]:
     )
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, _Attribute]]:
+def _kept(model: nn.Module) -> Iterator[tuple[str, _ModuleAttribute]]:
     """Plain attributes that are there and that code which forward calls would set. A buffer may be
     loaded from a file.
     """
@@ -383,7 +384,7 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, _Attribute]]:
                 isinstance(store[name], (Tensor, tuple, list, dict, int, float))
                 and type(store[name]) is not bool
             ):
-                yield f"{path}.{name}".removeprefix("."), _Attribute(store, name)
+                yield f"{path}.{name}".removeprefix("."), _ModuleAttribute(store, name)
 
 
 @functools.cache
@@ -400,7 +401,7 @@ def _assigned_names(kind: type) -> frozenset[str]:
     names: set[str] = set()
     seen, waiting = {"forward"}, ["forward"]
     while waiting:
-        for code in _codes(getattr(methods.get(waiting.pop()), "__code__", None)):
+        for code in _codes_of(getattr(methods.get(waiting.pop()), "__code__", None)):
             names |= {
                 step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
             }
@@ -410,10 +411,10 @@ def _assigned_names(kind: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def _codes(code: types.CodeType | None) -> Iterator[types.CodeType]:
+def _codes_of(code: types.CodeType | None) -> Iterator[types.CodeType]:
     """A function's code and that of functions inside it."""
     if code is not None:
         yield code
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                yield from _codes(constant)
+                yield from _codes_of(constant)

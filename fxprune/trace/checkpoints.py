@@ -39,7 +39,7 @@ def overwrites_what_is_kept(graph: fx.Graph, twin: Twin) -> bool:
             results = _results(graph, twin)
         except RuntimeError:
             return False  # writing into a parameter, say: the model itself has no gradients
-    return any(map(_is_overwritten, _functions(results)))
+    return any(map(_is_overwritten, _backward_functions(results)))
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def _results(graph: fx.Graph, twin: Twin) -> list[Tensor]:
             elif node.target is leave:
                 leave(regions.pop(node.args[0]))
             elif node.op == "placeholder":
-                values[node] = tree_map_only(Tensor, _given, node.meta["val"])
+                values[node] = tree_map_only(Tensor, _as_input, node.meta["val"])
             elif node.op == "output":
                 values[node] = args
             else:
@@ -82,7 +82,7 @@ def _results(graph: fx.Graph, twin: Twin) -> list[Tensor]:
     return tensors_of(values[next(iter(reversed(graph.nodes)))])
 
 
-def _given(tensor: Tensor) -> Tensor:
+def _as_input(tensor: Tensor) -> Tensor:
     """An input that another layer has computed, maybe."""
     with torch.no_grad():
         tensor = tensor.clone()
@@ -93,7 +93,7 @@ def _given(tensor: Tensor) -> Tensor:
     )
 
 
-def _functions(results: list[Tensor]) -> Iterator[Any]:
+def _backward_functions(results: list[Tensor]) -> Iterator[Any]:
     """What autograd would call for tensors, each once."""
     seen: set[Any] = set()
     waiting = [tensor.grad_fn for tensor in results]

@@ -71,7 +71,7 @@ def _line_of(frame: FrameType | None) -> str:
     """
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not _internal(filename) and not filename.startswith(_PYTHON):
+        if not _internal(filename) and not filename.startswith(_THREAD_FILES):
             return f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return UNKNOWN
@@ -94,7 +94,7 @@ def user_line(stack: Any = None) -> str:
         line = f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         if not _internal(filename):
             return line
-        if not of_torch and filename.startswith(_TORCH) and filename != _CALLS:
+        if not of_torch and filename.startswith(_TORCH) and filename != _CALL_FILE:
             of_torch = line
         frame = frame.f_back  # type: ignore[assignment]
     return of_torch or UNKNOWN
@@ -111,7 +111,7 @@ def asker() -> str:
         and (is_ours(frame.f_code.co_filename) or found == "forward")
     ):
         filename, name = frame.f_code.co_filename, frame.f_code.co_name
-        if filename.startswith(_TORCH) and filename != _CALLS and not name.startswith("<"):
+        if filename.startswith(_TORCH) and filename != _CALL_FILE and not name.startswith("<"):
             own = frame.f_locals.get("self")
             found = (
                 "torch's "
@@ -159,19 +159,19 @@ def user_frames() -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-_OWN = f"{Path(__file__).parents[1]}/"
-_PYTHON = (
+_PACKAGE_FOLDER = f"{Path(__file__).parents[1]}/"
+_THREAD_FILES = (
     f"{Path(threading.__file__).parent}/concurrent",
     f"{Path(threading.__file__).parent}/asyncio",
     threading.__file__,
 )
 _TORCH = f"{Path(torch.__file__).parent}/"
-_CALLS = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
+_CALL_FILE = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
 
 
 def is_ours(filename: str) -> bool:
     """Whether a file belongs to this package or to torch."""
-    return filename.startswith((_OWN, _TORCH))
+    return filename.startswith((_PACKAGE_FOLDER, _TORCH))
 
 
 @functools.cache

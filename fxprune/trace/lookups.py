@@ -21,7 +21,7 @@ from torch import fx
 
 __all__ = ["Lookup", "at", "unanswered"]
 
-Place = tuple[CodeType, int, int]
+CallPlace = tuple[CodeType, int, int]
 """An instruction of a function, and which call of that function it is."""
 
 
@@ -44,13 +44,13 @@ class Lookup:
     """
 
     node: fx.Node
-    place: Place
+    place: CallPlace
     line: str
     made: int
     answered: bool = False
 
 
-def at(frame: FrameType) -> Place:
+def at(frame: FrameType) -> CallPlace:
     """The instruction that a function is at."""
     return frame.f_code, frame.f_lasti, id(frame)
 

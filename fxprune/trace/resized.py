@@ -20,7 +20,7 @@ from fxprune.trace.tracer import Tracer
 
 __all__ = ["hold_inputs", "hold_ranks"]
 
-Place = tuple[fx.Node, int]
+InputAxis = tuple[fx.Node, int]
 """An input, or an entry of one, and a dimension of it."""
 
 Compare = Callable[[tuple[Any, Any]], "fx.Node | bool | None"]
@@ -37,13 +37,13 @@ def hold_inputs(tracer: Tracer, compare: Compare) -> None:
     """
     if not tracer.below_lines:
         return
-    waiting: list[Place] = []
+    waiting: list[InputAxis] = []
     for place in _free(tracer.graph):
-        found = _resized(tracer, [place], compare)
+        found = _trace_resized(tracer, [place], compare)
         if found is False:
             waiting.append(place)
         elif isinstance(found, fx.Node):
-            tracer.hold_input(*place, _line(tracer, found))
+            tracer.hold_input(*place, _user_line_at(tracer, found))
     if len(waiting) == 1:
         return  # the model takes no other size: two that depend on each other both fail alone
     for place in _failing_together(tracer, waiting, compare):
@@ -71,19 +71,23 @@ def hold_ranks(tracer: Tracer, compare: Compare) -> None:
             return
 
 
-def _failing_together(tracer: Tracer, places: Sequence[Place], compare: Compare) -> list[Place]:
+def _failing_together(
+    tracer: Tracer, places: Sequence[InputAxis], compare: Compare
+) -> list[InputAxis]:
     """Those without which no other size is known to give the same graph: the batches of two
     inputs, say, are one.
     """
     for alike in (_key, _size):
         for key in {alike(place) for place in places}:
             together = [place for place in places if alike(place) == key]
-            if len(together) > 1 and _resized(tracer, together, compare) is None:
+            if len(together) > 1 and _trace_resized(tracer, together, compare) is None:
                 places = [place for place in places if place not in together]
     return [*places]
 
 
-def _resized(tracer: Tracer, places: Sequence[Place], compare: Compare) -> fx.Node | bool | None:
+def _trace_resized(
+    tracer: Tracer, places: Sequence[InputAxis], compare: Compare
+) -> fx.Node | bool | None:
     """What another trace gives with another size of these places: the first one that the model
     takes.
     """
@@ -95,7 +99,7 @@ def _resized(tracer: Tracer, places: Sequence[Place], compare: Compare) -> fx.No
     return False
 
 
-def _with(call: tuple[Any, Any], places: Sequence[Place], other: int) -> Any:
+def _with(call: tuple[Any, Any], places: Sequence[InputAxis], other: int) -> Any:
     dims = {node.meta["val"]: {dim for own, dim in places if own is node} for node, _ in places}
 
     def resized(tensor: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def _with(call: tuple[Any, Any], places: Sequence[Place], other: int) -> Any:
     return tree_map_only(Tensor, resized, call)
 
 
-def _free(graph: fx.Graph) -> list[Place]:
+def _free(graph: fx.Graph) -> list[InputAxis]:
     """The dimensions of all inputs that the graph is not held to."""
     containers: set[fx.Node] = set()
     tensors: list[fx.Node] = []
@@ -135,15 +139,15 @@ def _is_held(node: fx.Node, dim: int) -> bool:
     return any(user.meta.get("guard") for same in asked for user in same.users)
 
 
-def _size(place: Place) -> int:
+def _size(place: InputAxis) -> int:
     return int(place[0].meta["val"].shape[place[1]])
 
 
-def _key(place: Place) -> tuple[int, int]:
+def _key(place: InputAxis) -> tuple[int, int]:
     return _size(place), place[1]
 
 
-def _line(tracer: Tracer, node: fx.Node) -> str:
+def _user_line_at(tracer: Tracer, node: fx.Node) -> str:
     """The line of what C++ has done there, or next."""
     later = iter(tracer.below_lines.items())
     return next(

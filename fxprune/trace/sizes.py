@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from fxprune.shapes import reshape_blocks
+from fxprune.shapes import aten, reshape_blocks
 from fxprune.trace.values import TracedTensor
 
-__all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_sizes"]
+__all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]
 
-aten = torch.ops.aten
 _LAID_OUT = frozenset(
     {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default}
 )
@@ -32,7 +31,7 @@ _MADE = frozenset(
 _EXPANDED = frozenset({aten.expand.default, aten.expand_copy.default})
 
 
-def with_sizes(
+def with_traced_sizes(
     func: Any,
     args: tuple[Any, ...],
     shape: Sequence[int],
@@ -83,10 +82,12 @@ def _product(numbers: Iterable[Any]) -> Any:
 def reads_size(func: Any) -> bool:
     """Whether one of torch's functions asks a tensor for its size."""
     name = getattr(func, "__name__", "")
-    return (getattr(func.__self__, "__name__", "") if name == "__get__" else name) in _SIZES
+    return (
+        getattr(func.__self__, "__name__", "") if name == "__get__" else name
+    ) in _SIZE_QUESTIONS
 
 
-_SIZES = frozenset({"shape", "size", "numel", "nelement", "__len__"})
+_SIZE_QUESTIONS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 
 
 def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
@@ -114,7 +115,7 @@ EVERY = frozenset({"every"})
 _LIST = frozenset({"list"})
 """The same, for the list of their sizes: its first entry is that of the first dimension."""
 
-_PLAIN = frozenset(
+_PLAIN_NODES = frozenset(
     {
         "Constant",
         "ListConstruct",
@@ -126,7 +127,7 @@ _PLAIN = frozenset(
         "Loop",
     }
 )
-_PLAIN |= frozenset(
+_PLAIN_NODES |= frozenset(
     {
         "min",
         "max",
@@ -153,9 +154,9 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
     things that nobody can follow.
     """
     asked: set[Any] = set()
-    for node in _nodes(graph):
+    for node in _nodes_of_block(graph):
         space, _, name = node.kind().partition("::")
-        if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN):
+        if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN_NODES):
             return None
         if node.kind() in _OF_SIZES and _is_tensor(node.inputsAt(0)):
             asked |= _asked(node.output(), _of_node(node))
@@ -169,11 +170,11 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
     return frozenset(asked)
 
 
-def _nodes(block: Any) -> Iterator[Any]:
+def _nodes_of_block(block: Any) -> Iterator[Any]:
     for node in block.nodes():
         yield node
         for inner in node.blocks():
-            yield from _nodes(inner)
+            yield from _nodes_of_block(inner)
 
 
 def _is_tensor(value: Any) -> bool:

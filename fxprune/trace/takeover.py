@@ -230,7 +230,7 @@ def _applications(tracer: Tracer) -> Iterator[None]:
 
     _tracing.append(tracer)
     try:
-        for kind in _functions():
+        for kind in _function_classes():
             forward = kind.__dict__.get("forward")
             # it is one already inside of another trace
             if forward is not None and not isinstance(forward, _ThroughGraph):
@@ -267,7 +267,7 @@ def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callab
     return call
 
 
-def _functions() -> Iterable[Any]:
+def _function_classes() -> Iterable[Any]:
     found: dict[Any, None] = {}  # in order
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:

@@ -36,20 +36,20 @@ from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave
-from fxprune.shapes import META, DispatchMode, holds_tensors
+from fxprune.shapes import META, DispatchMode, aten, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, is_ours, user_line
 from fxprune.trace.lookups import Lookup, at
-from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_sizes
+from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_traced_sizes
 from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
     ASKS,
     OF_PARAMETERS,
     Number,
-    Parts,
     SizeTuple,
     Traced,
+    TracedPieces,
     TracedTensor,
     asks,
     asks_device,
@@ -138,7 +138,6 @@ class _Recording(TorchFunctionMode):
         return self.tracer.on_call(func, args, kwargs or {})
 
 
-aten = torch.ops.aten
 _ASKED: tuple[str, ...] = (
     "dim",
     "size",
@@ -154,7 +153,7 @@ _ASKED += ("sym_stride", "sym_storage_offset", "sym_is_contiguous", "is_non_over
 _LAYOUT = frozenset(getattr(aten, name) for name in _ASKED if hasattr(aten, name))
 """What C++ asks of a tensor without a word of Python's."""
 
-_SEQUENCES = frozenset({tuple, list, torch.Size, SizeTuple, Parts})
+_SEQUENCES = frozenset({tuple, list, torch.Size, SizeTuple, TracedPieces})
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
 _CONSTANTS = (
     bool,
@@ -530,7 +529,7 @@ class Tracer:
         result = self.record("call_function", func, self._with_sizes(func, args), kwargs)
         if self.in_transform() or any(type(leaf) is int for leaf in tree_leaves((args, kwargs))):
             self.below_lines[before.next] = user_line()
-        return list(result.count_parts()) if type(result) is Parts else result
+        return list(result.count_parts()) if type(result) is TracedPieces else result
 
     @_unseen
     def _for_shape_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -603,7 +602,7 @@ class Tracer:
         of, hold = (
             functools.partial(function, args[0]) for function in (self.size_of, self._hold_size)
         )
-        return with_sizes(func, args, args[0].example.shape, of, hold)
+        return with_traced_sizes(func, args, args[0].example.shape, of, hold)
 
     @_unseen
     def _hold_sizes(self, wrapped: Any) -> None:
@@ -1184,7 +1183,7 @@ def _view_instead(kind: str, target: Any) -> Any:
     """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for
     ``x.squeeze_(1)``; else None.
     """
-    name = _name(kind, target)
+    name = _target_name(kind, target)
     views = _overloads(name[:-1])
     if not _lays_out_anew(kind, target) or not all(
         given.alias_info is not None for own in views for given in own._schema.returns
@@ -1198,13 +1197,13 @@ def _view_instead(kind: str, target: Any) -> Any:
 @functools.cache
 def _lays_out_anew(kind: str, target: Any) -> bool:
     """Whether a call gives its tensor another shape, other strides or other memory, in place."""
-    name = _name(kind, target)
+    name = _target_name(kind, target)
     return name.endswith("_") and any(
         torch.Tag.inplace_view in overload.tags for overload in _overloads(name)
     )
 
 
-def _name(kind: str, target: Any) -> str:
+def _target_name(kind: str, target: Any) -> str:
     name = target if kind == "call_method" else getattr(target, "__name__", "")
     return str(getattr(getattr(target, "_schema", None), "name", name)).removeprefix("aten::")
 

@@ -183,10 +183,10 @@ def put_tensors(
     return changed
 
 
-_PLAIN = frozenset(
+_UNCOPIED = frozenset(
     {bool, int, float, str, torch.dtype, type(None), types.BuiltinFunctionType, type}
 )
-_STORES = frozenset({dict, collections.OrderedDict, set})
+_STORE_KINDS = frozenset({dict, collections.OrderedDict, set})
 
 
 def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -269,9 +269,9 @@ def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
     if name == "_compiled_call_impl":  # it would call the module that is copied
         return None
     kind = type(value)
-    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+    if kind in _UNCOPIED or (kind is tuple and all(type(item) in _UNCOPIED for item in value)):
         return value
-    if kind in _STORES and not value:
+    if kind in _STORE_KINDS and not value:
         return value.copy()
     if kind is dict and name in ("_parameters", "_buffers", "_modules"):
         return {key: None if item is None else memo[id(item)] for key, item in value.items()}

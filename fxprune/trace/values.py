@@ -106,7 +106,7 @@ class SizeTuple(tuple[Any, ...]):
         return f"torch.Size([{', '.join(map(repr, self))}])"
 
 
-class Parts(tuple[Any, ...]):
+class TracedPieces(tuple[Any, ...]):
     """What an operation gives that cuts one tensor into a list of them: their number depends on
     how long that tensor is.
 
@@ -118,7 +118,7 @@ class Parts(tuple[Any, ...]):
     fx_node: fx.Node
     counted = False
 
-    def count_parts(self) -> Parts:
+    def count_parts(self) -> TracedPieces:
         """Hold the graph to their number."""
         if not self.counted and not self.tracer.executing:
             self.counted = True
@@ -146,7 +146,7 @@ class Parts(tuple[Any, ...]):
 
 register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _: SizeTuple(sizes))
 # of each a model takes the leaves
-register_pytree_node(Parts, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
+register_pytree_node(TracedPieces, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
 
 
 def _is_cut(node: fx.Node) -> bool:
@@ -611,7 +611,7 @@ class TracedDtype(_Attribute, _SeenByTorch):
 # -- all of them
 
 
-_KINDS: dict[type, Any] = {
+_TRACED_KINDS: dict[type, Any] = {
     bool: TracedBool,
     int: TracedInt,
     float: TracedFloat,
@@ -632,7 +632,7 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
     value = node.meta["val"]
     if isinstance(value, Tensor):
         return TracedTensor(node, tracer)
-    kind = _KINDS.get(type(value))
+    kind = _TRACED_KINDS.get(type(value))
     if isinstance(value, torch.dtype) and not (value.is_floating_point or value.is_complex):
         return value  # no conversion of the model changes it
     if kind is not None:
@@ -645,7 +645,7 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
         if isinstance(value, torch.Size):
             return SizeTuple(entries)
         if type(value) in (tuple, list) and _is_cut(node):
-            parts = Parts(entries)
+            parts = TracedPieces(entries)
             parts.tracer, parts.fx_node = tracer, node
             return parts
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
@@ -693,7 +693,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     kind = type(value)
     if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
         entries = [map_leaves(function, entry) for entry in value]
-        kind = tuple if kind is Parts else kind
+        kind = tuple if kind is TracedPieces else kind
         if all(new is old for new, old in zip(entries, value, strict=True)):
             return value
         return kind(*entries) if hasattr(value, "_fields") else kind(entries)

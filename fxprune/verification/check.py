@@ -16,13 +16,13 @@ from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
-from fxprune.inputs import as_call
+from fxprune.inputs import Arguments, as_call
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.reach import Reached, undrawn_by
 from fxprune.resized import other_batch, other_sizes
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import NotFiniteError, kinds
-from fxprune.verification.copies import plain
+from fxprune.verification.copies import plain_copy
 from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
 from fxprune.verification.runs import (
@@ -35,8 +35,8 @@ from fxprune.verification.runs import (
     RoundingError,
     said,
 )
-from fxprune.verification.structure import check_structure
-from fxprune.verification.values import Call, choices, in_single, inputs_of, weights_of
+from fxprune.verification.structure import check_emission
+from fxprune.verification.values import choices, in_single, inputs_of, weights_of
 from fxprune.verification.weights import changed
 
 __all__ = ["Verification", "check"]
@@ -100,7 +100,7 @@ def check(
     """
     try:
         survivors = Survivors(coupling, kept)
-        check_structure(pruned, coupling, survivors)
+        check_emission(pruned, coupling, survivors)
         if not numeric:
             return Verification(float("nan"), 0, dtype)
         call = unpack_inputs(plan.inputs) if example_inputs is None else as_call(example_inputs)
@@ -125,7 +125,7 @@ class _Proof:
         pruned: nn.Module,
         coupling: Coupling,
         survivors: Survivors,
-        call: Call,
+        call: Arguments,
         randomize: bool,
         seed: int,
     ) -> None:
@@ -167,7 +167,7 @@ class _Proof:
 
     # -- values on which the original runs
 
-    def _first(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
+    def _first(self, dtype: torch.dtype) -> tuple[Bench, Arguments, Outcome]:
         """The first values, and the first dtype, for which both models can be run."""
         failed: Exception | None = None
         for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
@@ -205,7 +205,7 @@ class _Proof:
             f"the pruned model fails where the original runs: {failed}."
         ) from failed
 
-    def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Call]]:
+    def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Arguments]]:
         for choice in choices(self.randomize, self.call):
             values = weights_of(self.model, dtype, choice, self.seed)
             inputs = inputs_of(self.model, self.call, dtype, choice, self.seed)
@@ -225,7 +225,7 @@ class _Proof:
 
     # -- situations
 
-    def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
+    def _situations(self, bench: Bench, inputs: Arguments) -> Iterator[float]:
         """The errors in every other situation; of a model that takes long, on small inputs or in
         float32 where that is enough.
         """
@@ -312,11 +312,11 @@ class _Proof:
             self.compared.append(name)
 
     def _resolutions(
-        self, bench: Bench, inputs: Call, enough: int
-    ) -> Iterator[tuple[float, Call]]:
+        self, bench: Bench, inputs: Arguments, enough: int
+    ) -> Iterator[tuple[float, Arguments]]:
         """Other sizes of inputs, until the original has taken enough of them."""
         taken, left = 0, len(self.left_out)
-        for text, call in itertools.islice(other_sizes(inputs), _SIZES):
+        for text, call in itertools.islice(other_sizes(inputs), _SIZES_TRIED):
             for error in self._try(f"another size ({text})", "", Bench.compare, bench, call):
                 yield error, call
                 taken += 1
@@ -387,7 +387,7 @@ class _Proof:
     def _called(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
         with seeded(self.seed), undrawn_by(Reached(self.model)), torch.no_grad():
-            return in_mode(plain(model), False)(*args, **kwargs)
+            return in_mode(plain_copy(model), False)(*args, **kwargs)
 
 
 def _moved(model: nn.Module, pruned: nn.Module) -> str:
@@ -417,12 +417,12 @@ def _unsized(kind: str) -> tuple[str, int]:
 
 _WEIGHTS = "the weights themselves"
 
-_SIZES = 12
+_SIZES_TRIED = 12
 """How many other sizes of inputs are tried."""
 
 _LONG = 3e8
 """Multiply-accumulates of a model that takes long."""
 
 
-def _elements(call: Call) -> int:
+def _elements(call: Arguments) -> int:
     return sum(leaf.numel() for leaf in tensors_of(call))

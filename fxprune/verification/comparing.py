@@ -19,7 +19,7 @@ class NotFiniteError(VerificationError):
     """The values that both models were run on give nothing that can be compared."""
 
 
-_ROUNDING = 1e-12
+_ROUNDING_ERROR = 1e-12
 
 
 def kinds(value: Any) -> list[str]:
@@ -60,7 +60,7 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
         other
     ):
         raise VerificationError(
-            f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}."
+            f"the pruned model gives {_listed(one)}; the masked original gives {_listed(other)}."
         )
     if not tensors:
         raise VerificationError("the model gives no tensor, so that there is nothing to compare.")
@@ -68,7 +68,8 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
     for mine, yours in zip(one, other, strict=True):
         if isinstance(yours, Tensor) != isinstance(mine, Tensor):
             raise VerificationError(
-                f"the pruned model gives {_list(one)}; the masked original gives {_list(other)}."
+                f"the pruned model gives {_listed(one)}; the masked original gives "
+                f"{_listed(other)}."
             )
         if isinstance(yours, Tensor):
             error = max(error, _compared(mine, yours, number))
@@ -106,7 +107,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     """
     got, wanted = (_double(tensor) for tensor in (got, wanted))
     gap = (got - wanted).abs()
-    same = (got == wanted) | (got.isnan() & wanted.isnan()) | (gap <= _ROUNDING)
+    same = (got == wanted) | (got.isnan() & wanted.isnan()) | (gap <= _ROUNDING_ERROR)
     gap = torch.where(same, 0.0, gap)
     if not bool(gap.isfinite().all()):
         return math.inf
@@ -140,5 +141,5 @@ def _equal(one: Any, other: Any) -> bool:
     )
 
 
-def _list(found: list[Any]) -> str:
+def _listed(found: list[Any]) -> str:
     return f"{len(found)} outputs ({', '.join(kinds(found)) or 'no tensor'})"

@@ -16,7 +16,7 @@ from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
 
-__all__ = ["cut", "mask", "original", "plain", "smaller"]
+__all__ = ["cut", "mask", "original", "plain_copy", "smaller"]
 
 
 def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype)
         return copy_of(model, memo)
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of a model where it lies, as it is."""
     memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -11,14 +11,14 @@ from fxprune.chance import torch_states
 from fxprune.contents import leaves
 from fxprune.eager.memory import place_of
 from fxprune.errors import VerificationError
+from fxprune.inputs import Arguments
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.runs import Bench, RefusedError, refuse_rounding, said
-from fxprune.verification.values import Call
 
 __all__ = ["check_gradients"]
 
 
-def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
+def check_gradients(bench: Bench, call: Arguments, *, training: bool) -> int:
     """Run both models forward and backward; the number of parameters that get a gradient.
 
     The gradients themselves are compared as well, unless statistics go over the survivors or
@@ -62,7 +62,9 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         and numbers == same
     ):
         try:
-            _compare(bench, found, {name: grad for name, grad in kept.items() if name in found})
+            _compare_gradients(
+                bench, found, {name: grad for name, grad in kept.items() if name in found}
+            )
         except _GapError as gap:
             for shaken in bench.shaken():
                 again, _, _ = _gradients(shaken.original(training), bench, call)
@@ -87,7 +89,9 @@ class _GapError(VerificationError):
         self.name, self.size = name, gap
 
 
-def _gradients(model: nn.Module, bench: Bench, call: Call) -> tuple[dict[str, Tensor], int, bool]:
+def _gradients(
+    model: nn.Module, bench: Bench, call: Arguments
+) -> tuple[dict[str, Tensor], int, bool]:
     """Gradients by the names of parameters, how many numbers there are among the outputs, and
     whether torch drew random ones.
 
@@ -130,7 +134,7 @@ def _weighted(output: Tensor) -> Tensor:
     return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
 
 
-def _compare(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+def _compare_gradients(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     largest = max((float(grad.norm()) for grad in kept.values()), default=0.0)
     for name in _in_order(bench.model, kept):
         gap, size = float((found[name] - kept[name]).norm()), float(kept[name].norm())

@@ -243,8 +243,8 @@ class Followed(DispatchMode):
         given = [clone(t) for t in _deciding(func, args, kwargs)]
         out = func(*args, **kwargs)
         if self.constant:
-            _fill(out)
-        self.draws.append(Draw(func, clone(out), given, _numbers(func, args, kwargs), event))
+            _fill_constant(out)
+        self.draws.append(Draw(func, clone(out), given, _probabilities(func, args, kwargs), event))
         return out
 
 
@@ -276,7 +276,7 @@ class Replayed(DispatchMode):
         if not self.ahead or self.ahead[0].op._schema.name != func._schema.name:
             raise MismatchError(f"{func} draws what the original does not draw")
         draw = self.ahead.pop(0)
-        numbers = _numbers(func, args, kwargs)
+        numbers = _probabilities(func, args, kwargs)
         if len(numbers) != len(draw.numbers) or not np.allclose(
             numbers, draw.numbers, equal_nan=True
         ):
@@ -285,7 +285,7 @@ class Replayed(DispatchMode):
             )
         self._compare(given, draw)
         if self.constant:
-            return _fill(out)
+            return _fill_constant(out)
         old = (
             tree_leaves(draw.event.out)
             if draw.event is not None
@@ -374,12 +374,12 @@ def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [] if name.endswith("_like") else tensors_in(found, {})
 
 
-def _numbers(func: Any, args: Any, kwargs: Any) -> list[float]:
+def _probabilities(func: Any, args: Any, kwargs: Any) -> list[float]:
     """The numbers that decide what an op draws, as a probability. Whole ones may be sizes."""
     return [value for value in bind(func, args, kwargs).values() if isinstance(value, float)]
 
 
-def _fill(out: Any) -> Any:
+def _fill_constant(out: Any) -> Any:
     """One number in the place of all random ones: where they cannot be brought together, as their
     shapes differ.
     """

@@ -20,6 +20,7 @@ from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
+from fxprune.inputs import Arguments
 from fxprune.memory import Undone
 from fxprune.reach import AGAIN, Reached, drawing, undrawn_by
 from fxprune.rewrite import Survivors
@@ -39,7 +40,7 @@ from fxprune.verification.modes import (
     python_state,
 )
 from fxprune.verification.structure import is_guard
-from fxprune.verification.values import Call, in_single
+from fxprune.verification.values import in_single
 
 __all__ = [
     "LIMITS",
@@ -83,7 +84,7 @@ class Outcome:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def _composites_whole() -> Iterator[None]:
     """Without gradients; composite operations arrive whole.
 
     Not ``torch.inference_mode()``: there some versions of torch give the transforms of
@@ -182,7 +183,7 @@ class Bench:
 
     # -- what is compared
 
-    def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
+    def compare(self, call: Arguments, *, training: bool = False, times: int = 1) -> Outcome:
         """Run both and compare all that comes out; ``times``: so often, each time on what the time
         before has left.
 
@@ -205,7 +206,7 @@ class Bench:
                 f"the random numbers of both models cannot be compared: {error}."
             ) from error
 
-    def _compare(self, calls: Sequence[Call], training: bool, constant: bool) -> Outcome:
+    def _compare(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Outcome:
         reference, notes = self._reference(calls, training, constant)
         result, deciding = self._smaller(calls, training, constant, reference.draws)
         if not notes and _undefined(reference, result):
@@ -272,7 +273,7 @@ class Bench:
                 error = max(error, difference([buffer], [wanted])[0])
         return Outcome(error, count, notes)
 
-    def _draw_in_python(self, call: Call, training: bool) -> bool:
+    def _draw_in_python(self, call: Arguments, training: bool) -> bool:
         """Whether Python code of one of the models draws random numbers: it may have been that of
         another thread.
         """
@@ -290,7 +291,7 @@ class Bench:
                 found |= drawn()
         return found
 
-    def vary(self, call: Call, *, training: bool) -> bool:
+    def vary(self, call: Arguments, *, training: bool) -> bool:
         """Whether both models do something else when they run again on the same values, by a
         clock, say.
         """
@@ -298,7 +299,7 @@ class Bench:
             lambda: self.smaller(training), call
         )
 
-    def _varies(self, copied: Callable[[], nn.Module], call: Call) -> bool:
+    def _varies(self, copied: Callable[[], nn.Module], call: Arguments) -> bool:
         first: list[Any] | None = None
         for _ in range(AGAIN + 1):
             (args, kwargs), model = clone(call), copied()
@@ -358,14 +359,14 @@ class Bench:
         return model
 
     def _reference(
-        self, calls: Sequence[Call], training: bool, constant: bool
+        self, calls: Sequence[Arguments], training: bool, constant: bool
     ) -> tuple[_Run, tuple[str, ...]]:
         try:
             return self._followed(calls, training, constant), ()
         except NotFollowedError as error:
             return self._graph(calls, training, constant), (f"the traced graph: {error}",)
 
-    def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
+    def _followed(self, calls: Sequence[Arguments], training: bool, constant: bool) -> _Run:
         """The user's own code."""
         model = self.original(training)
         mode, held = (
@@ -381,7 +382,7 @@ class Bench:
             return out
 
         calls = clone(calls)
-        with self._undone(model), self.drawing(), _whole(), InDtype(self.dtype), mode:
+        with self._undone(model), self.drawing(), _composites_whole(), InDtype(self.dtype), mode:
             try:
                 for args, kwargs in calls:
                     with self._parts(model, part) if self.coupling.parts else mode.inside(""):
@@ -396,7 +397,7 @@ class Bench:
             run.buffers = _buffers(model, held) if training else {}
         return run
 
-    def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> _Run:
+    def _graph(self, calls: Sequence[Arguments], training: bool, constant: bool) -> _Run:
         """The traced graph; where there are parts, in the user's code around them."""
         graph = GraphRun(
             self.coupling, self.survivors, self.masked, training=training, constant=constant
@@ -479,7 +480,7 @@ class Bench:
         )
 
     def _smaller(
-        self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
+        self, calls: Sequence[Arguments], training: bool, constant: bool, draws: list[Draw]
     ) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
         model = self.smaller(training)
         mode = Replayed(draws, self.survivors, constant)
@@ -494,7 +495,7 @@ class Bench:
         with (
             self._undone(model),
             self.drawing(),
-            _whole(),
+            _composites_whole(),
             InDtype(self.dtype),
             self._parts(model, part),
             mode,

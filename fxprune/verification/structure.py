@@ -16,10 +16,10 @@ from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError, VerificationError
 from fxprune.rewrite import PrunedModule, Survivors, emit
 
-__all__ = ["check_structure", "is_guard"]
+__all__ = ["check_emission", "is_guard"]
 
 
-def check_structure(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
+def check_emission(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
     """Emit again, label by label, and compare the graph that comes out with the one at hand.
 
     Raises
@@ -106,17 +106,17 @@ def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
 def _lines(graph: fx.Graph | None) -> Iterator[tuple[Any, ...]]:
     """What a graph computes, node by node. The text of an assertion is none of it."""
     for node in graph.nodes if graph is not None else ():
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _named)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _node_named)
         if node.target is torch._assert:
             args = args[:1]
-        yield node.op, node.name, _name(node.target), repr(args), repr(kwargs)
+        yield node.op, node.name, _name_of_target(node.target), repr(args), repr(kwargs)
 
 
-def _name(target: Any) -> str:
+def _name_of_target(target: Any) -> str:
     if isinstance(target, str):
         return target
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or target}"
 
 
-def _named(node: fx.Node) -> Any:
+def _node_named(node: fx.Node) -> Any:
     return f"%{node.name}"

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune.contents import tensors_of
+from fxprune.inputs import Arguments
 
-__all__ = ["Call", "Choice", "choices", "in_single", "inputs_of", "weights_of"]
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
+__all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Choice:
     whole: int | None = None
 
 
-def choices(randomize: bool, call: Call) -> Iterator[Choice]:
+def choices(randomize: bool, call: Arguments) -> Iterator[Choice]:
     """The values to try, until the original can be run on some and gives numbers.
 
     Values drawn at random show the most: no zero in a fresh model hides an error. A model may
@@ -91,7 +89,9 @@ def weights_of(
     return values
 
 
-def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
+def inputs_of(
+    model: nn.Module, call: Arguments, dtype: torch.dtype, choice: Choice, seed: int
+) -> Arguments:
     """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as
     they are.
     """
