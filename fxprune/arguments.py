@@ -15,6 +15,7 @@ from fxprune.budget import Budget
 from fxprune.contents import named_tensors, tensors_of
 from fxprune.doors import drawn_from, shown
 from fxprune.errors import ArgumentError
+from fxprune.identity import IdentitySet
 from fxprune.latency import Setting
 from fxprune.plan import Plan, check_groups
 from fxprune.values import share, whole
@@ -137,12 +138,12 @@ def _tensors_below(
     if not modules:
         return ()
     own = [model.get_submodule(name) for name in modules]
-    tensors = {
-        id(t) for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))
-    }
+    tensors = IdentitySet(
+        t for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))
+    )
     every = named_tensors(model).items()
     return tuple(
-        name for name, tensor in every if id(tensor) in tensors and tensor.is_floating_point()
+        name for name, tensor in every if tensor in tensors and tensor.is_floating_point()
     )
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune import shapes
 from fxprune.compiled import plain
 from fxprune.doors import calling, door
+from fxprune.identity import IdentityMap
 from fxprune.inputs import read
 from fxprune.macs import has_formula, op_macs
 from fxprune.prunable import check_structure
@@ -101,10 +102,9 @@ def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     args, kwargs = read(example_inputs)
     # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps
     # the module's own tensors out for the call and back, also when the forward pass raises.
-    metas: dict[int, Tensor] = {}
+    metas: IdentityMap[Tensor, Tensor] = IdentityMap()
     state = {
-        name: metas.setdefault(id(tensor), _to_meta(tensor))
-        for name, tensor in _module_state(module)
+        name: metas.setdefault(tensor, _to_meta(tensor)) for name, tensor in _module_state(module)
     }
     args, kwargs = _meta_tree(args), _meta_tree(kwargs)
     counter = _ShapeCounter()

@@ -26,7 +26,7 @@ from fxprune.doors import door, shown
 from fxprune.eager import PYTHON, Explored, Parts
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.hooks import refuse_hooks
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.inputs import Arguments
 from fxprune.labels import Array
 from fxprune.propagation import LabelMode
@@ -161,9 +161,10 @@ class Coupling:
     example: Arguments = ((), {})
     not_one_graph: str = ""
     untrained: str = ""
-    _labels: TensorMap[list[Array]] = field(default_factory=TensorMap, init=False, repr=False)
-    # by the id of labels, kept alive
-    _dims: dict[int, tuple[Array, int]] = field(default_factory=dict, init=False, repr=False)
+    _labels: IdentityMap[Tensor, list[Array]] = field(
+        default_factory=IdentityMap, init=False, repr=False
+    )
+    _dims: IdentityMap[Array, int] = field(default_factory=IdentityMap, init=False, repr=False)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -226,9 +227,9 @@ class Coupling:
         """Along which dimension a tensor with these live labels gets smaller
         (:func:`fxprune.balance.shrinking_dim`).
         """
-        if id(labels) not in self._dims:
-            self._dims[id(labels)] = labels, shrinking_dim(labels, self.balance.block)
-        return self._dims[id(labels)][1]
+        if labels not in self._dims:
+            self._dims[labels] = shrinking_dim(labels, self.balance.block)
+        return self._dims[labels]
 
     @door
     def macs(
@@ -263,7 +264,7 @@ class Coupling:
             for axis in pinned.axes:
                 part = Fraction(axis.stop - axis.start, axis.length)
                 held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
-        names = TensorMap((tensor, name) for name, tensor in self.parameters.items())
+        names = IdentityMap((tensor, name) for name, tensor in self.parameters.items())
         shares: dict[str, Fraction] = {}
         for ran in self.contractions:
             channels = 2 if is_convolution(ran.func) else None  # its other axes are the kernel's

@@ -1,29 +1,27 @@
-"""Tables of what is known of tensors, looked up by which tensor it is and not by its values."""
+"""Tables and sets of objects, looked up by which object it is and not by its value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar, overload
 
-from torch import Tensor
+__all__ = ["IdentityMap", "IdentitySet"]
 
-__all__ = ["TensorMap"]
-
+K = TypeVar("K")
 V = TypeVar("V")
 D = TypeVar("D")
 
 
-class TensorMap(Generic[V]):
-    """A dictionary from tensors to values. Two tensors are one key only if they are the same
-    object.
+class IdentityMap(Generic[K, V]):
+    """A dictionary from objects to values. Two objects are one key only if they are the same one.
 
-    The ``id`` of an object that died is given to a new one. The map keeps its tensors alive, so
-    that a new tensor never finds what was noted for an old one.
+    The ``id`` of an object that died is given to a new one. The map keeps its keys alive, so that
+    a new object never finds what was noted for an old one.
 
     Examples
     --------
     >>> import torch
-    >>> noted, x = TensorMap(), torch.zeros(2)
+    >>> noted, x = IdentityMap(), torch.zeros(2)
     >>> noted[x] = "x"
     >>> noted.get(x), noted.get(torch.zeros(2)), x in noted, len(noted)
     ('x', None, True, 1)
@@ -31,44 +29,72 @@ class TensorMap(Generic[V]):
 
     __slots__ = ("_entries",)
 
-    def __init__(self, items: Iterable[tuple[Tensor, V]] = ()) -> None:
-        self._entries: dict[int, tuple[Tensor, V]] = {
-            id(tensor): (tensor, value) for tensor, value in items
-        }
+    def __init__(self, items: Iterable[tuple[K, V]] = ()) -> None:
+        self._entries: dict[int, tuple[K, V]] = {id(key): (key, value) for key, value in items}
 
-    def __setitem__(self, tensor: Tensor, value: V) -> None:
-        self._entries[id(tensor)] = tensor, value
+    def __setitem__(self, key: K, value: V) -> None:
+        self._entries[id(key)] = key, value
 
-    def __getitem__(self, tensor: Tensor) -> V:
-        return self._entries[id(tensor)][1]
+    def __getitem__(self, key: K) -> V:
+        return self._entries[id(key)][1]
 
-    def __contains__(self, tensor: object) -> bool:
-        return id(tensor) in self._entries
+    def __contains__(self, key: object) -> bool:
+        return id(key) in self._entries
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (tensor for tensor, _ in self._entries.values())
+    def __iter__(self) -> Iterator[K]:
+        return (key for key, _ in self._entries.values())
 
     @overload
-    def get(self, tensor: object) -> V | None: ...
+    def get(self, key: object) -> V | None: ...
     @overload
-    def get(self, tensor: object, default: D) -> V | D: ...
-    def get(self, tensor: object, default: D | None = None) -> V | D | None:
+    def get(self, key: object, default: D) -> V | D: ...
+    def get(self, key: object, default: D | None = None) -> V | D | None:
         """What is noted for this very object; ``default`` where nothing is."""
-        entry = self._entries.get(id(tensor))
+        entry = self._entries.get(id(key))
         return default if entry is None else entry[1]
 
-    def setdefault(self, tensor: Tensor, value: V) -> V:
-        return self._entries.setdefault(id(tensor), (tensor, value))[1]
+    def setdefault(self, key: K, value: V) -> V:
+        return self._entries.setdefault(id(key), (key, value))[1]
 
-    def discard(self, tensor: Tensor) -> None:
-        """Forget a tensor, and let it go."""
-        self._entries.pop(id(tensor), None)
+    def discard(self, key: K) -> None:
+        """Forget an object, and let it go."""
+        self._entries.pop(id(key), None)
 
     def values(self) -> Iterator[V]:
         return (value for _, value in self._entries.values())
 
-    def items(self) -> Iterator[tuple[Tensor, V]]:
+    def items(self) -> Iterator[tuple[K, V]]:
         return iter(self._entries.values())
+
+
+class IdentitySet(Generic[K]):
+    """A set of objects, in order. Two are one only if they are the same one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.zeros(2)
+    >>> seen = IdentitySet([x, x])
+    >>> x in seen, torch.zeros(2) in seen, len(seen)
+    (True, False, 1)
+    """
+
+    __slots__ = ("_members",)
+
+    def __init__(self, members: Iterable[K] = ()) -> None:
+        self._members: dict[int, K] = {id(member): member for member in members}
+
+    def add(self, member: K) -> None:
+        self._members[id(member)] = member
+
+    def __contains__(self, member: object) -> bool:
+        return id(member) in self._members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._members.values())

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxprune.identity import IdentityMap
+
 __all__ = ["PlainAttention", "lower"]
 
 
@@ -25,17 +27,18 @@ def lower(root: nn.Module) -> nn.Module:
     >>> lower(nn.Sequential(nn.MultiheadAttention(8, 2)))[0].__class__.__name__
     'PlainAttention'
     """
-    done: dict[int, nn.Module] = {}  # a module that is used under two names stays one module
+    # a module that is used under two names stays one module
+    done: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
     def visit(module: nn.Module) -> nn.Module:
-        if id(module) not in done:
-            done[id(module)] = module
+        if module not in done:
+            done[module] = module
             for name, child in module._modules.items():
                 if child is not None:
                     module._modules[name] = visit(child)
             if type(module) is nn.MultiheadAttention:
-                done[id(module)] = PlainAttention(module)
-        return done[id(module)]
+                done[module] = PlainAttention(module)
+        return done[module]
 
     return visit(root)
 

@@ -260,7 +260,7 @@ _BY_NAME: Mapping[str, _Formula] = {
     "_conv_depthwise2d conv_depthwise3d _nnpack_spatial_convolution": _per_output,
     "conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution_transpose": _per_input,
     "miopen_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d": _per_input,
-    "convolution _convolution_macs convolution_overrideable": _convolution_macs,
+    "convolution _convolution convolution_overrideable": _convolution_macs,
     "conv_tbc": _conv_tbc,
     "scaled_dot_product_attention _scaled_dot_product_attention_math": _attention_macs,
     "_scaled_dot_product_attention_math_for_mps": _attention_macs,

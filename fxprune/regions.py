@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 from torch import fx
 
+from fxprune.identity import IdentityMap
+
 __all__ = ["BOUNDS", "blocks", "enter", "leave", "recorded"]
 
 _KINDS = {
@@ -64,18 +66,20 @@ def recorded(
     ``begin(kind, *args, **kwargs)`` gets the arguments of :func:`enter`; what it returns is handed
     to ``end``.
     """
-    open_regions: dict[int, Any] = {}
+    open_regions: IdentityMap[Any, Any] = IdentityMap()
 
     def watched(entering: Any, leaving: Any) -> tuple[Any, Any]:
         def on_enter(region: Any) -> Any:
             if mine(_caller()):
                 name, args, kwargs = _region_described(region)
-                open_regions[id(region)] = begin(name, *args, **kwargs)
+                open_regions[region] = begin(name, *args, **kwargs)
             return entering(region)
 
         def on_exit(region: Any, *error: Any) -> Any:
-            if id(region) in open_regions:
-                end(open_regions.pop(id(region)))
+            if region in open_regions:
+                opened = open_regions[region]
+                open_regions.discard(region)
+                end(opened)
             return leaving(region, *error)
 
         return on_enter, on_exit

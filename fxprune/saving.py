@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.errors import ArgumentError, ModelError, PlanError
+from fxprune.identity import IdentityMap
 from fxprune.plan import Plan
 from fxprune.report import Report
 from fxprune.values import path_of
@@ -204,10 +205,10 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that are another's -> that one's name, the first in alphabetical order."""
-    first: dict[int, str] = {}
+    first: IdentityMap[Tensor, str] = IdentityMap()
     for name in sorted(state):
-        first.setdefault(id(state[name]), name)
-    return {name: first[id(tensor)] for name, tensor in state.items() if first[id(tensor)] != name}
+        first.setdefault(state[name], name)
+    return {name: first[tensor] for name, tensor in state.items() if first[tensor] != name}
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

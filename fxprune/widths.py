@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxprune.arrays import Floats
 from fxprune.coupling import Coupling
+from fxprune.identity import IdentityMap, IdentitySet
 from fxprune.labels import Array
 from fxprune.rules import Contraction
 
@@ -127,13 +128,13 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
         pool_of[pool.labels] = number
     rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
     profile = np.zeros(count, dtype=np.uint64)
-    seen: set[int] = set()
+    seen: IdentitySet[Array] = IdentitySet()
     overlaps = []
     for tensor in _counted_tensors(coupling):
         fields = coupling.labels(tensor)
         for labels in fields:
-            if id(labels) not in seen:
-                seen.add(id(labels))
+            if labels not in seen:
+                seen.add(labels)
                 positions = np.bincount(labels.ravel()).astype(np.uint64)
                 profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
         if len(fields) > 1:
@@ -164,7 +165,7 @@ def _counted_tensors(coupling: Coupling) -> list[Tensor]:
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:
         found += ran.tensors
-    return list({id(tensor): tensor for tensor in found}.values())
+    return list(IdentitySet(found))
 
 
 def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
@@ -426,13 +427,13 @@ def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, i
     coefficients, by Newton's forward differences, which are exact in integers.
     """
     tensors = ran.tensors
-    read = {id(tensor): sizes.dims(tensor) for tensor in tensors}
-    degrees = Counter(size for tensor in tensors for size in read[id(tensor)].values())
+    read = IdentityMap((tensor, sizes.dims(tensor)) for tensor in tensors)
+    degrees = Counter(size for tensor in tensors for size in read[tensor].values())
     free = sorted(degrees)
 
     def cost(at: dict[int, int]) -> int:
         def shape(tensor: Tensor) -> list[int]:
-            dims = read[id(tensor)]
+            dims = read[tensor]
             return [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
 
         return ran.macs(shape)

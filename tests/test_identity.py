@@ -5,12 +5,12 @@ import weakref
 
 import torch
 
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 
 
 def test_equal_tensors_are_two_keys() -> None:
     one, other = torch.zeros(2), torch.zeros(2)
-    noted = TensorMap([(one, "one")])
+    noted = IdentityMap([(one, "one")])
     assert one in noted
     assert other not in noted
     noted[other] = "other"
@@ -20,7 +20,7 @@ def test_equal_tensors_are_two_keys() -> None:
 
 
 def test_a_tensor_that_is_noted_stays_alive_so_that_no_other_gets_its_id() -> None:
-    noted: TensorMap[int] = TensorMap()
+    noted: IdentityMap[torch.Tensor, int] = IdentityMap()
     for number in range(100):
         noted[torch.zeros(1)] = number
     gc.collect()
@@ -29,7 +29,7 @@ def test_a_tensor_that_is_noted_stays_alive_so_that_no_other_gets_its_id() -> No
 
 
 def test_what_is_discarded_is_let_go() -> None:
-    noted: TensorMap[int] = TensorMap()
+    noted: IdentityMap[torch.Tensor, int] = IdentityMap()
     tensor = torch.zeros(1)
     noted[tensor] = 1
     gone = weakref.ref(tensor)

@@ -17,6 +17,7 @@ from torch.overrides import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxprune.identity import IdentityMap
 from fxprune.shapes import tensors_in
 from fxprune.trace.lines import ElsewhereError
 from fxprune.turn import TURN
@@ -39,13 +40,10 @@ def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> It
     run, as for every call.
     """
     watch = _Watch(instead)
-    modules = {
-        id(m): (name, m)
-        for name, m in reversed(list(root.named_modules(remove_duplicate=False)))
-        if name in paths
-    }
-    before = [(module, vars(module).get("forward")) for _, module in modules.values()]
-    for path, module in modules.values():
+    named = reversed(list(root.named_modules(remove_duplicate=False)))
+    modules = IdentityMap((module, name) for name, module in named if name in paths)
+    before = [(module, vars(module).get("forward")) for module in modules]
+    for module, path in modules.items():
         vars(module)["forward"] = watch.over(path, module.forward)
     try:
         yield

@@ -14,6 +14,7 @@ from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.memory import place_of
 from fxprune.eager.routes import Route, run_route
 from fxprune.errors import FxpruneError
+from fxprune.identity import IdentitySet
 from fxprune.shapes import META, holds_tensors
 from fxprune.trace import Twin, trace
 
@@ -141,10 +142,10 @@ class Finder:
         wide as Python sees it.
         """
         model, found = self.twin.model, set()
-        called = {id(model.get_submodule(path)): path for path in self.graphs}
+        called = IdentitySet(model.get_submodule(path) for path in self.graphs)
         for path in self.graphs:
             outer = model.get_submodule(path)
-            if any(inner is not outer and id(inner) in called for inner in outer.modules()):
+            if any(inner is not outer and inner in called for inner in outer.modules()):
                 found.add(path)
         return found
 

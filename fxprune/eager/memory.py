@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.rules import Context
 
 __all__ = ["LabelledMemory", "place_of"]
@@ -28,7 +28,7 @@ class LabelledMemory:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._places: Any = WeakTensorKeyDictionary()  # of what operations gave that are followed
-        self._labelled: dict[int, TensorMap[None]] = {}  # by the address of the memory
+        self._labelled: dict[int, IdentityMap[Tensor, None]] = {}  # by the address of the memory
 
     def note(self, tensors: Collection[Tensor], follows: bool) -> None:
         """An operation gave these, or wrote into them.
@@ -38,7 +38,7 @@ class LabelledMemory:
         for tensor in tensors:
             place = place_of(tensor)
             if tensor in self.context.records and place is not None:
-                self._labelled.setdefault(place[0], TensorMap())[tensor] = None
+                self._labelled.setdefault(place[0], IdentityMap())[tensor] = None
             if place is not None and (follows or tensor in self.context.records):
                 self._places[tensor] = place
             else:

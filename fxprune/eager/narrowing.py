@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array, varied
 from fxprune.shapes import reshape_blocks, tensors_in
 
@@ -34,10 +34,10 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
     labels:
         The live labels of a tensor, one array for each field.
     """
-    given = TensorMap((tensor, labels(tensor)) for tensor in tensors_in(args, kwargs))
+    given = IdentityMap((tensor, labels(tensor)) for tensor in tensors_in(args, kwargs))
     results = [labels(leaf) if isinstance(leaf, Tensor) else [] for leaf in tree_leaves(out)]
     fields = [array for arrays in (*given.values(), *results) for array in arrays]
-    filled = TensorMap(
+    filled = IdentityMap(
         (tensor, _random_like(tensor))
         for tensor, arrays in given.items()
         if arrays and tensor.is_floating_point()
@@ -47,7 +47,7 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
         return False
     tried = not fields
     for gone in _removals(fields):
-        small = TensorMap(
+        small = IdentityMap(
             (tensor, _left(value, given[tensor], gone)) for tensor, value in filled.items()
         )
         if any(value is None for value in small.values()):
@@ -136,7 +136,9 @@ def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
     return value
 
 
-def _call_leaves(func: Any, args: Any, kwargs: Any, values: TensorMap[Any]) -> list[Any] | None:
+def _call_leaves(
+    func: Any, args: Any, kwargs: Any, values: IdentityMap[Tensor, Any]
+) -> list[Any] | None:
     """The leaves of what the call gives on these values; None if it fails."""
     own, named = tree_map(
         lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf,

@@ -21,7 +21,7 @@ from fxprune.eager.python import PYTHON, RealMode, SizeReader, note_sizes
 from fxprune.eager.questions import plain_sizes
 from fxprune.eager.routes import Route, run_route
 from fxprune.eager.width import Width
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.memory import Undone
 from fxprune.rules import Context, Record
 from fxprune.shapes import tensors_in
@@ -44,7 +44,7 @@ class Parts:
     def __init__(self, twin: Twin, context: Context, watch: Callable[[str], Any]) -> None:
         self.twin, self.context, self.watch = twin, context, watch
         self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
-        self._stand_ins: TensorMap[Tensor] = TensorMap()
+        self._stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.decided = ""  # the line at which Python takes out numbers that depend on weights
         self._by = "values"  # what it decides by
         self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
@@ -72,12 +72,12 @@ class Parts:
             if route is not explored.routes[0]:
                 del self.context.contractions[contractions:]
         self._leave_whole_what_training_may_call()
-        inside = TensorMap(
+        inside = IdentityMap(
             (t, None)
             for path, _ in self.traces
             for t in _tensors_by_name(self.twin.model.get_submodule(path))
         )
-        read = TensorMap((tensor, None) for tensor in self._read)
+        read = IdentityMap((tensor, None) for tensor in self._read)
         for tensor in _tensors_by_name(self.twin.model):
             record = self.context.record(tensor)
             if (tensor not in inside or tensor in read) and record is not None and record.fields:

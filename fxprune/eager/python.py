@@ -23,7 +23,7 @@ from fxprune.eager.memory import LabelledMemory
 from fxprune.eager.narrowing import narrows, of_one_size
 from fxprune.eager.width import Width
 from fxprune.errors import FxpruneError
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field
 from fxprune.module_sizes import remembered
 from fxprune.propagation import LabelMode
@@ -209,9 +209,9 @@ class RealMode(LabelMode):
         super().__init__(context)
         self.widths: list[Width] = []  # among the sizes that this call is given
         # the model's parameters and buffers -> those of the twin
-        self.own: TensorMap[Tensor] = TensorMap()
+        self.own: IdentityMap[Tensor, Tensor] = IdentityMap()
         # those of the twin that Python reads itself, outside of parts
-        self.read: TensorMap[None] = TensorMap()
+        self.read: IdentityMap[Tensor, None] = IdentityMap()
         self.memory = LabelledMemory(context)
         self.pausing = False  # while a part runs
         self._number = itertools.count()
@@ -295,7 +295,7 @@ class RealMode(LabelMode):
         Where that cannot be found out Python sees the full width.
         """
         ctx, given = self.context, tensors_in(args, kwargs)
-        some = TensorMap((tensor, self._some(tensor)) for tensor in given)
+        some = IdentityMap((tensor, self._some(tensor)) for tensor in given)
         own, named = map_tensors(some.__getitem__, (args, kwargs))
         if func._schema.name.removeprefix("aten::").rstrip("_") in _SIZED | {
             "_unsafe_view",

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.contents import leaves_of, tensors_of
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.trace.lines import is_ours, user_frames, user_line
 from fxprune.trace.values import map_leaves
 
@@ -78,7 +78,9 @@ class Questions(TorchFunctionMode):
         self, own: Iterable[Tensor], turned: Mapping[CodePlace, bool] | None = None
     ) -> None:
         super().__init__()
-        self.own: TensorMap[int] = TensorMap((tensor, i) for i, tensor in enumerate(own))
+        self.own: IdentityMap[Tensor, int] = IdentityMap(
+            (tensor, i) for i, tensor in enumerate(own)
+        )
         self.turned = dict(turned or {})
         self.asked: dict[CodePlace, Asked] = {}
         self.trail: set[tuple[Any, Any]] = set()

@@ -22,6 +22,7 @@ from fxprune.deploy import LAYOUTS, lay_out
 from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError
 from fxprune.hooks import in_mode
+from fxprune.identity import IdentitySet
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
@@ -405,7 +406,5 @@ def _macs(model: nn.Module, inputs: Any) -> int:
 
 def _bytes(model: nn.Module, *more: Any) -> int:
     """Weights and the tensors in ``more``, once each."""
-    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
-    return sum(
-        {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values()
-    )
+    leaves = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
+    return sum(leaf.nbytes for leaf in IdentitySet(leaves) if isinstance(leaf, Tensor))

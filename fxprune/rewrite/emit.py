@@ -28,7 +28,7 @@ from fxprune.contents import leaves_of
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward, in_mode
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.memory import Memory, first_of, name_of, shares
 from fxprune.module_sizes import sizes_of
@@ -158,7 +158,7 @@ class _Emission:
         # the original's result, for new nodes that need not run
         self.unrun: dict[fx.Node, Tensor] = {}
         # for a tensor of the original what stands for it in the smaller model
-        self.standing: TensorMap[Tensor] = TensorMap()
+        self.standing: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array, alive_mask, varied
 
 __all__ = ["Mask", "Survivors"]
@@ -32,8 +33,7 @@ class Survivors:
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        # by the id of labels, which the coupling keeps alive; None: nothing is lost
-        self._masks: dict[int, Mask | None] = {}
+        self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: nothing is lost
         # by the ids of labels: dimension -> what is left of it
         self._left: dict[tuple[int, ...], dict[int, int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
@@ -47,10 +47,10 @@ class Survivors:
         """
         out = []
         for labels in self.coupling.labels(tensor):
-            if id(labels) not in self._masks:
+            if labels not in self._masks:
                 mask = self.alive[labels]
-                self._masks[id(labels)] = None if mask.all() else mask
-            known = self._masks[id(labels)]
+                self._masks[labels] = None if mask.all() else mask
+            known = self._masks[labels]
             if known is not None:
                 out.append((labels, self.coupling.shrinking_dim(labels), known))
         return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxprune.identity import TensorMap
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field, Units, compact, varied
 from fxprune.macs import op_macs
 from fxprune.shapes import META, map_tensors
@@ -185,7 +185,7 @@ class Context:
 
     def __init__(self) -> None:
         self.units = Units()
-        self.records: TensorMap[Record] = TensorMap()
+        self.records: IdentityMap[Tensor, Record] = IdentityMap()
         self.node = ""
         self.target: Any = None
         self.sightings: list[Sighting] = []
@@ -313,14 +313,13 @@ class Context:
         """Refresh the fields of every tensor there is, those of a parameter that no op has met
         left alone.
         """
-        # by the id of the labels as they were, which it keeps alive
-        done: dict[int, tuple[Array, list[Field]]] = {}
+        done: IdentityMap[Array, list[Field]] = IdentityMap()  # by the labels as they were
         for record in self.records.values():
             fields: list[Field] = []
             for f in record.fields:
-                if id(f.labels) not in done:
-                    done[id(f.labels)] = f.labels, self._refresh([f])
-                fields += [Field(new.labels, f.zero) for new in done[id(f.labels)][1]]
+                if f.labels not in done:
+                    done[f.labels] = self._refresh([f])
+                fields += [Field(new.labels, f.zero) for new in done[f.labels]]
             if len(fields) < len(record.fields):
                 self._note_lost(record, record.fields)
             record.fields, record.version = fields, self.units.version

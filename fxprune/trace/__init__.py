@@ -34,6 +34,7 @@ from torch import Tensor, fx, nn
 from fxprune.chance import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
+from fxprune.identity import IdentitySet
 from fxprune.memory import node_of, writes
 from fxprune.reach import AGAIN, Reach, drawing
 from fxprune.regions import BOUNDS
@@ -209,8 +210,8 @@ def _hold_lookups(tracer: Tracer, first: Trace) -> None:
         again = _with_keys(first)
         if again is not None and len(again) == len(tracer.lookups):
             pairs = zip(tracer.lookups, again, strict=True)
-            known = [id(own) for own, other in pairs if other.answered]
-            missed = [own for own in missed if id(own) not in known]
+            known = IdentitySet(own for own, other in pairs if other.answered)
+            missed = [own for own in missed if own not in known]
     for own in {own.node: own for own in missed}.values():
         tracer.hold_looked_up(own)
     for node in first.graph.nodes:

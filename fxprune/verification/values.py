@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune.contents import tensors_of
+from fxprune.identity import IdentityMap, IdentitySet
 from fxprune.inputs import Arguments
 
 __all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
@@ -60,32 +61,30 @@ def weights_of(
     """
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Tensor] = {}
-    shared: dict[int, Tensor] = {}
-    parameters = {id(p) for p in model.parameters()}
+    shared: IdentityMap[Tensor, Tensor] = IdentityMap()
+    parameters = IdentitySet(model.parameters())
     for name, tensor in [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
-        if id(tensor) not in shared:
+        if tensor not in shared:
             if not _real(tensor):
                 held = (
                     torch.zeros(tensor.shape, dtype=tensor.dtype)
                     if tensor.is_meta
                     else tensor.detach().cpu().clone()
                 )
-                shared[id(tensor)] = held.to(_complex(dtype)) if held.is_complex() else held
+                shared[tensor] = held.to(_complex(dtype)) if held.is_complex() else held
             elif not choice.weights and not tensor.is_meta:
-                shared[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
-            elif id(tensor) in parameters and tensor.dim() > 1:
+                shared[tensor] = tensor.detach().to("cpu", dtype, copy=True)
+            elif tensor in parameters and tensor.dim() > 1:
                 most = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
-                shared[id(tensor)] = torch.empty(tensor.shape, dtype=dtype).uniform_(
+                shared[tensor] = torch.empty(tensor.shape, dtype=dtype).uniform_(
                     -most, most, generator=generator
                 )
             else:
-                shared[id(tensor)] = (
-                    torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
-                )
-        values[name] = shared[id(tensor)]
+                shared[tensor] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+        values[name] = shared[tensor]
     return values
 
 
