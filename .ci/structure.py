@@ -120,21 +120,25 @@ def says_any(annotation: ast.expr | None) -> bool:
     )
 
 
-def public_any(tree: ast.Module, path: Path) -> Iterator[str]:
-    """Parameters and results of functions in ``__all__`` that are annotated with ``Any``."""
-    names = next(
-        (
-            words_of(own.value)
-            for own in tree.body
-            if isinstance(own, ast.Assign) and targets(own) == ["__all__"]
-        ),
-        [],
-    )
+DOORS = ("__init__.py", "criteria/__init__.py", "latency/__init__.py", "cost.py")
+"""The files whose ``__all__`` is what users import."""
+
+
+def listed(tree: ast.Module) -> list[str]:
+    """What ``__all__`` names."""
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    return next((words_of(node.value) for node in assigned if targets(node) == ["__all__"]), [])
+
+
+def with_any(tree: ast.Module, names: set[str], path: Path) -> Iterator[str]:
+    """Functions of these names with a parameter or a result that is annotated with ``Any``."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in names:
+        if isinstance(node, ast.FunctionDef) and node.name in names & set(listed(tree)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            if any(says_any(own.annotation) for own in arguments) or says_any(node.returns):
-                yield f"{path.relative_to(ROOT)}: {node.name}"
+            said = [own.arg for own in arguments if says_any(own.annotation)]
+            said += ["return"] if says_any(node.returns) else []
+            if said:
+                yield f"{path.relative_to(ROOT)}: {node.name}({', '.join(said)})"
 
 
 def targets(node: ast.Assign) -> list[str]:
@@ -192,7 +196,8 @@ def measured() -> dict[str, tuple[str, Found]]:
         if path.relative_to(ROOT).parts[0] not in ("ops", "rules")
         for line, size in tables_of_operations(tree)
     ]
-    anys = [name for path, tree in trees.items() for name in public_any(tree, path)]
+    public = {name for door in DOORS for name in listed(trees[ROOT / door])}
+    anys = [name for path, tree in trees.items() for name in with_any(tree, public, path)]
     percentile = sizes[int(len(sizes) * 0.95)]
     return {
         "functions": (
