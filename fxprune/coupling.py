@@ -16,6 +16,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -729,15 +730,8 @@ def _groups_of(
                     by_signature.setdefault(key, []).append((segment, number))
     for alike in by_signature.values():
         _connect(graph, alike, context)
-    # Cells of one kind keep equally many units: the groups they lie in are one.
     units = np.flatnonzero(signature)
-    celled = units[balance.cell[units] >= 0]
-    for kind in np.unique(balance.kind[balance.cell[celled]]) if celled.size else ():
-        keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
-        for key in keys[1:]:
-            graph.add_edge(
-                by_signature[keys[0]][0][0], by_signature[key][0][0], nodes=("balance",)
-            )
+    _connect_cells(graph, by_signature, signature, units, balance)
     statistics = [
         (node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
         for (node, _), arrays in context.statistics.items()
@@ -782,6 +776,22 @@ def _groups_of(
         )
     groups.sort(key=lambda g: order[g.axes[0]])
     return tuple(groups), graph
+
+
+def _connect_cells(
+    graph: nx.Graph,
+    by_signature: dict[int, list[tuple[Axis, int]]],
+    signature: npt.NDArray[np.uint64],
+    units: Array,
+    balance: Balance,
+) -> None:
+    """Cells of one kind keep equally many units: the groups they lie in are one."""
+    celled = units[balance.cell[units] >= 0]
+    for kind in np.unique(balance.kind[balance.cell[celled]]) if celled.size else ():
+        keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
+        first = by_signature[keys[0]][0][0]
+        for key in keys[1:]:
+            graph.add_edge(first, by_signature[key][0][0], nodes=("balance",))
 
 
 def _connect(graph: nx.Graph, segments: list[tuple[Axis, int]], context: Context) -> None:

@@ -66,16 +66,7 @@ def emit(
         name.
     """
     twin, parts = coupling.twin, coupling.parts
-    smaller: dict[int, Tensor] = {}
-    for tensor in coupling.parameters.values():
-        stand_in = (
-            torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META)
-            if tensor.is_meta
-            else tensor.clone()
-        )
-        smaller[id(tensor)] = (
-            nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in
-        )
+    smaller = {id(own): _smaller(own, survivors) for own in coupling.parameters.values()}
     made: dict[int, nn.Module] = {}
     root = _skeleton(twin.model, smaller, made, keep_classes=bool(parts))
     context = _old_units(coupling)
@@ -104,11 +95,7 @@ def emit(
             _set(emitted[trace.path][0], target, tensor)
     standing: dict[int, nn.Module] = {}
     for path, (below, graphs) in emitted.items():
-        for buffer in below._non_persistent_buffers_set:
-            if buffer.startswith(_POSITIONS):
-                below.register_buffer(
-                    buffer, below.get_buffer(buffer).to(coupling.twin.device), persistent=False
-                )
+        _place_positions(below, coupling.twin.device)
         module = PrunedModule(
             below, graphs[0], type(below).__name__ if path else name, *graphs[1:]
         )
@@ -128,6 +115,25 @@ def emit(
 
 _POSITIONS = "_positions"
 """How the names of buffers begin that say which positions Python sees."""
+
+
+def _smaller(tensor: Tensor, survivors: Survivors) -> Tensor:
+    """A tensor of the size that is left of a parameter or buffer, without data where that has
+    none.
+    """
+    made = (
+        torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META)
+        if tensor.is_meta
+        else tensor.clone()
+    )
+    return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _place_positions(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers of positions on the device of the model."""
+    for name in module._non_persistent_buffers_set:
+        if name.startswith(_POSITIONS):
+            module.register_buffer(name, module.get_buffer(name).to(device), persistent=False)
 
 
 class _Emission:

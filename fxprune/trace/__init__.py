@@ -278,22 +278,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         except FxpruneError:
             raise
         except Exception as error:
-            if tracer.elsewhere is not None:
-                raise tracer.elsewhere from error
-            if takes_functions(error):
-                raise TraceError(takes_functions(error)) from error
-            where = user_line(traceback.extract_tb(error.__traceback__))
-            if type(error).__module__.startswith("torch._dynamo"):
-                raise TraceError(
-                    f"torch compiles what forward does at {where}, as it does branches and loops "
-                    "on values (torch.cond, while_loop): a graph cannot follow that. Use "
-                    "torch.where, or keep that line inside a module of its own."
-                ) from error
-            raise TraceError(
-                f"{type(twin.model).__name__} cannot be traced: {type(error).__name__}: {error} "
-                f"(at {where}). Keep what cannot be traced inside a module of its own, or "
-                "rewrite that line with tensor operations."
-            ) from error
+            raise _untraceable(error, tracer, twin.model) from error
         finally:
             tracer.close()
             missed = [*unanswered(tracer.lookups, twin.reached.made)]
@@ -322,6 +307,26 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     result.missed, result.filled = missed, filled
     _drop_unused_sizes(graph)
     return result, frozenset(tracer.made_names)
+
+
+def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneError:
+    """What to say of an error that forward has ended with, with the user's line."""
+    if tracer.elsewhere is not None:
+        return tracer.elsewhere
+    if takes_functions(error):
+        return TraceError(takes_functions(error))
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    if type(error).__module__.startswith("torch._dynamo"):
+        return TraceError(
+            f"torch compiles what forward does at {where}, as it does branches and loops on "
+            "values (torch.cond, while_loop): a graph cannot follow that. Use torch.where, or "
+            "keep that line inside a module of its own."
+        )
+    return TraceError(
+        f"{type(model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
+        "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor "
+        "operations."
+    )
 
 
 def _draws_again(tracer: Tracer, twin: Twin) -> bool:
