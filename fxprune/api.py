@@ -274,32 +274,42 @@ def prune(
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            proof = check(
-                model,
-                pruned.model,
-                pruned.plan,
-                coupling,
-                survivors,
-                example_inputs=example_inputs,
-                fresh=True,
-            )
-        if not proof.error <= proof.limit:
-            blamed = (
-                f"Look at the rules registered for {', '.join(trusted)}"
-                if trusted
-                else "Please report it"
-            )
-            raise VerificationError(
-                f"the pruned model differs from the masked original by {proof.error:.1e}, "
-                f"relative. {blamed}; modules in keep= are left as they are, and verify=False "
-                "returns the model all the same."
-            )
-        pruned = replace(
-            pruned, report=replace(pruned.report, error=proof.error, seconds=dict(clock.seconds))
-        )
+            found = _prove(model, pruned, coupling, survivors, example_inputs, trusted)
+        report = replace(pruned.report, error=found, seconds=dict(clock.seconds))
+        pruned = replace(pruned, report=report)
     warn_of_evaluation(coupling, stacklevel=3)
     warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
+
+
+def _prove(
+    model: nn.Module,
+    pruned: Pruned,
+    coupling: Coupling,
+    survivors: dict[str, tuple[int, ...]],
+    example_inputs: Any,
+    trusted: list[str],
+) -> float:
+    """The error of a result that was just made; VerificationError where it is too large."""
+    proof = check(
+        model,
+        pruned.model,
+        pruned.plan,
+        coupling,
+        survivors,
+        example_inputs=example_inputs,
+        fresh=True,
+    )
+    if proof.error <= proof.limit:
+        return proof.error
+    blamed = (
+        f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
+    )
+    raise VerificationError(
+        f"the pruned model differs from the masked original by {proof.error:.1e}, relative. "
+        f"{blamed}; modules in keep= are left as they are, and verify=False returns the model all "
+        "the same."
+    )
 
 
 def _within_time(
