@@ -703,17 +703,7 @@ def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
 def _groups_of(
     context: Context, parameters: dict[str, Tensor], balance: Balance
 ) -> tuple[tuple[Group, ...], nx.Graph]:
-    rng = np.random.default_rng(0)
-    signature = np.zeros(context.units.count, dtype=np.uint64)
-    axes: list[tuple[str, int, int, Array]] = []  # parameter, dim, axis number, rows of labels
-    for name, tensor in parameters.items():
-        record = context.record(tensor)
-        for dim, rows in _positions(record, balance) if record is not None else ():
-            axes.append((name, dim, record.axes[dim], rows))  # type: ignore[union-attr]
-            # An axis adds its random number once to every label that lies on it (fancy indexing
-            # does not repeat).
-            signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
-    signature[0] = 0
+    signature, axes = _signed_axes(context, parameters, balance)
     graph: nx.Graph = nx.Graph()
     by_signature: dict[int, list[tuple[Axis, int]]] = {}
     layers: dict[int, int] = {}
@@ -776,6 +766,26 @@ def _groups_of(
         )
     groups.sort(key=lambda g: order[g.axes[0]])
     return tuple(groups), graph
+
+
+def _signed_axes(
+    context: Context, parameters: dict[str, Tensor], balance: Balance
+) -> tuple[npt.NDArray[np.uint64], list[tuple[str, int, int, Array]]]:
+    """For each unit a number that says on which axes it lies; and the axes: parameter, dimension,
+    number of the axis, rows of labels.
+    """
+    rng = np.random.default_rng(0)
+    signature = np.zeros(context.units.count, dtype=np.uint64)
+    axes: list[tuple[str, int, int, Array]] = []
+    for name, tensor in parameters.items():
+        record = context.record(tensor)
+        for dim, rows in _positions(record, balance) if record is not None else ():
+            axes.append((name, dim, record.axes[dim], rows))  # type: ignore[union-attr]
+            # An axis adds its random number once to every label that lies on it (fancy indexing
+            # does not repeat).
+            signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
+    signature[0] = 0
+    return signature, axes
 
 
 def _connect_cells(

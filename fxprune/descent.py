@@ -25,7 +25,7 @@ from fxprune.coupling import Coupling
 from fxprune.criteria import Ranking
 from fxprune.errors import BudgetError
 from fxprune.knapsack import best_options
-from fxprune.widths import Polynomial, Pool, kinds_of, macs_of, params_of
+from fxprune.widths import Kinds, Polynomial, Pool, kinds_of, macs_of, params_of
 
 __all__ = ["Descent", "Timed", "WidthCost", "step_of"]
 
@@ -119,26 +119,27 @@ class Descent:
             self.survivors.append(
                 np.concatenate([np.zeros((1, stop - start), dtype=np.int64), last.cumsum(axis=0)])
             )
-        # (what is limited, what it costs, its limit); whole numbers, so that nothing is lost to
-        # rounding but the share's own.
         self.full = self._counts([pool.width for pool in pools])
-        self.limits: list[tuple[str, WidthCost, int]] = []
-        counted = Polynomial(
-            kinds,
-            np.array([[0.0, *(0.0 if fixed[p] else 1.0 for p in kinds.pool)]]),
-            [(1.0, (0,))],
-        )
+        self.limits = self._limits(kinds)
+
+    def _limits(self, kinds: Kinds) -> list[tuple[str, WidthCost, int]]:
+        """What is limited, what it costs, and its limit, in whole numbers, so that nothing is lost
+        to rounding but the share's own.
+        """
+        budget = self.budget
+        counts = np.array([[0.0, *(0.0 if self.fixed[p] else 1.0 for p in kinds.pool)]])
         shares: list[tuple[str, WidthCost, float | None]] = [
             ("macs", self.macs, budget.macs),
             ("params", self.params, budget.params),
             ("latency", self.computation, budget.latency),
-            ("channels", counted, budget.channels if budget.scope == "global" else None),
         ]
-        for name, cost, share in shares:
-            if share is not None:
-                self.limits.append(
-                    (name, cost, math.floor(share * cost.at(self.full) * (1 + _ROUNDING)))
-                )
+        if budget.scope == "global":
+            shares.append(("channels", Polynomial(kinds, counts, [(1.0, (0,))]), budget.channels))
+        return [
+            (name, cost, math.floor(share * cost.at(self.full) * (1 + _ROUNDING)))
+            for name, cost, share in shares
+            if share is not None
+        ]
 
     def run(self) -> list[int]:
         # asked first: of what is measured, the smallest model can be the slower one

@@ -9,6 +9,7 @@ bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -382,12 +383,8 @@ def bench(
                 f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode "
                 "eager --batch 1,64."
             )
-        settings = [
-            Setting(device, precision, mode, channels_last, batch)
-            for precision in named["--precision"]
-            for mode in named["--mode"]
-            for batch in named["--batch"]
-        ]
+        every = itertools.product(named["--precision"], named["--mode"], named["--batch"])
+        settings = [Setting(device, own, mode, channels_last, batch) for own, mode, batch in every]
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         models = {"as given": module}
         if any(budget is not None for budget in (channels, macs, params, layers)):

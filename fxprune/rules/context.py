@@ -715,18 +715,24 @@ class Context:
                         free.remove(f)
                 self.sight(met.labels, fixed=common)
                 out.append(met)
+        out += self._unmet(free, sized, before, index, read)
+        for f in self._birth_rest(b, sized, before, rank):
+            out.append(Met(f.labels, {index: f.zero}))
+        return out
+
+    def _unmet(
+        self, free: list[Field], sized: set[int], before: list[Any], index: int, read: set[int]
+    ) -> Iterator[Met]:
+        """The fields of an operand that have met no other's."""
         for f in free:
             common = set(f.dims) & sized
             if not common:
-                out.append(Met(f.labels, {index: f.zero}))
+                yield Met(f.labels, {index: f.zero})
             elif f.dims <= sized:
                 self.pin(f.labels, self.why_fixed(before, read=f.dims <= read))
             else:
                 self.sight(f.labels, fixed=common)
-                out.append(Met(f.labels, {index: f.zero}))
-        for f in self._birth_rest(b, sized, before, rank):
-            out.append(Met(f.labels, {index: f.zero}))
-        return out
+                yield Met(f.labels, {index: f.zero})
 
     def _either(self, a: Array, b: Array) -> Array:
         """One for two arrays of labels that were united: the smaller. If they were not, the one
