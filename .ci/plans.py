@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Digests of the plans of a fixed list of models, to see whether a change leaves them as they were.
+"""Digests of the plans of a fixed list of models, to see whether a change leaves them alone.
 
 PYTHONPATH=. python .ci/plans.py before.json    # in a checkout of the one commit
 PYTHONPATH=. python .ci/plans.py after.json     # and of the other
