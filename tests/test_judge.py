@@ -95,6 +95,17 @@ ONCE_WRONG = {
     "a size of what was written into": (
         "tokens:247 layer:661 in_place:323 over_channels:560 classify:63 scope:583"
     ),
+    "an axis that is cut, counted from the end": (
+        "image:367 layer:205 layer:511 pooled:943 training_only:781(bottleneck:929 layer:653) "
+        "layer:959 over_channels:674 cut:819 objects:833 half:696"
+    ),
+    "a size that is held, of axes that may be dropped": (
+        "image:367 layer:205 pooled:943 cut:819 objects:833 half:696"
+    ),
+    "nothing by nothing, of which a choice makes numbers": (
+        "tokens:866 layer:814 layer:417 scale:870 checkpointed:302(layer:499 over_groups:735) "
+        "nested:998 budget:880"
+    ),
     "axes that are dropped with a batch of one": (
         "image:739 layer:325 layer:221 squeeze_excite:759 plain:618 scope:383"
     ),

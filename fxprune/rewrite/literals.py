@@ -217,7 +217,9 @@ def _split(numbers: Numbers, call: Call, value: Any) -> Change:
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
     sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
-    return torch.split, (call.given["self"], sizes, axis), {}
+    said = call.given.get("dim", axis)  # from the end stays so: axes before it may be dropped
+    counted = axis - tensor.dim() if isinstance(said, int) and said < 0 else axis
+    return torch.split, (call.given["self"], sizes, counted), {}
 
 
 @corrects("narrow")

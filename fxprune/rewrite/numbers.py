@@ -54,6 +54,7 @@ class Numbers:
         self._news: dict[fx.Node, Any] = {}
         self._sizes: dict[tuple[fx.Node, int], Any] = {}
         self._held: set[fx.Node] = set()
+        self._ranked: set[fx.Node] = set()  # tensors that are held to the example's number of axes
         self._steady: set[tuple[fx.Node, int]] = set()  # axes that are held to the example's size
 
     def old(self, value: Any) -> Any:
@@ -169,7 +170,7 @@ class Numbers:
             return old
         if (tensor, axis) not in self._sizes:
             left = self.survivors.shape(tensor.meta["val"])[axis]
-            now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+            now = self._size_now(tensor, axis)
             self._sizes[tensor, axis] = self.times(now, old, left)
         return self._sizes[tensor, axis]
 
@@ -249,16 +250,8 @@ class Numbers:
         ):
             self._steady.add((tensor, axis))
             left = self.survivors.shape(tensor.meta["val"])[axis]
-            now = self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+            now = self._size_now(tensor, axis)
             self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
-            if any(map(squeezes_all, tensor.graph.nodes)):
-                rank = tensor.meta["val"].dim()
-                self.hold(
-                    self.create("call_method", "dim", (self.made[tensor],), {}, rank),
-                    rank,
-                    f"{tensor.name}.dim()",
-                    rank,
-                )
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
                 if (
@@ -273,6 +266,18 @@ class Numbers:
                 self.hold(
                     self.original(number), number.meta["val"], formula(number), number.meta["val"]
                 )
+
+    def _size_now(self, tensor: fx.Node, axis: int) -> fx.Node:
+        """The size of an axis in the smaller model; the axis has its number as long as no more
+        axes of size 1 are dropped than for the example.
+        """
+        if any(map(squeezes_all, tensor.graph.nodes)) and tensor not in self._ranked:
+            self._ranked.add(tensor)
+            rank = tensor.meta["val"].dim()
+            now = self.create("call_method", "dim", (self.made[tensor],), {}, rank)
+            self.hold(now, rank, f"{tensor.name}.dim()", rank)
+        left = self.survivors.shape(tensor.meta["val"])[axis]
+        return self.create("call_method", "size", (self.made[tensor], axis), {}, left)
 
     def hold_layout(self, tensor: fx.Node) -> None:
         """Hold a tensor to sizes with which it lies in memory as for the example: where it is
