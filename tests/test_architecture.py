@@ -1,4 +1,4 @@
-"""The house: rooms import one way only, from rooms above them."""
+"""The layers of the package: imports go one way only."""
 
 import ast
 import sys
@@ -11,8 +11,8 @@ import fxprune
 
 PACKAGE = Path(fxprune.__file__).parent
 
-# Top to bottom. A room may import from the rooms before it, and from inside itself.
-ROOMS = [
+# In order. A layer may import from the layers before it, and from inside itself.
+LAYERS = [
     "version",
     "errors",
     "arrays",
@@ -69,12 +69,12 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-FRONT = "__init__"  # re-exports from any room but those of the command line
+PACKAGE_FILE = "__init__"  # re-exports from any layer but those of the command line
 # what the extra "cli" brings, and cli alone may import
 EXTRA = {"typer", "rich", "click", "torchvision"}
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -100,17 +100,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
 def test_imports_go_one_way(path):
-    here = room_of(path)
-    assert here in [*ROOMS, FRONT], f"{path.name} is in no room: add it to ROOMS, in its place"
+    here = layer_of(path)
+    assert here in [*LAYERS, PACKAGE_FILE], (
+        f"{path.name} is in no layer: add it to LAYERS, in its place"
+    )
     allowed = (
-        {*ROOMS[: ROOMS.index(here)], here} if here != FRONT else {*ROOMS} - {"cli", "__main__"}
+        {*LAYERS[: LAYERS.index(here)], here}
+        if here != PACKAGE_FILE
+        else {*LAYERS} - {"cli", "__main__"}
     )
     for line, name in imported_modules(path):
         if name.split(".")[0] == "fxprune":
             parts = name.split(".")
-            assert len(parts) > 1, f"{path.name}:{line} imports the front door; import the room"
+            assert len(parts) > 1, f"{path.name}:{line} imports the package; import the layer"
             assert parts[1] in allowed, (
-                f"{path.name}:{line} imports {name}, which is not above {here}"
+                f"{path.name}:{line} imports {name}, which does not come before {here}"
             )
         elif here != "cli":
             assert name.split(".")[0] not in EXTRA, (
@@ -118,20 +122,20 @@ def test_imports_go_one_way(path):
             )
 
 
-def test_every_room_in_the_list_is_there():
-    for room in ROOMS:
-        there = (PACKAGE / f"{room}.py").exists() or (PACKAGE / room).is_dir()
-        assert there, f"room {room} is gone; take it out of ROOMS"
+def test_every_layer_in_the_list_is_there():
+    for layer in LAYERS:
+        there = (PACKAGE / f"{layer}.py").exists() or (PACKAGE / layer).is_dir()
+        assert there, f"layer {layer} is gone; take it out of LAYERS"
 
 
 def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
-    room = tmp_path / "rules"
-    room.mkdir()
-    (room / "bad.py").write_text(
+    folder = tmp_path / "rules"
+    folder.mkdir()
+    (folder / "bad.py").write_text(
         "from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    assert imported_modules(room / "bad.py") == [
+    assert imported_modules(folder / "bad.py") == [
         (1, "fxprune.api"),
         (2, "fxprune.rules.registry"),
         (3, "fxprune.cli"),
