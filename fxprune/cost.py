@@ -195,8 +195,8 @@ class _ShapeCounter(MacCounter):
 
 
 def _makes_tensors(func: Any) -> bool:
-    """Whether an operation takes no tensor (arange, empty, ...): where a tensor is born nothing is
-    computed.
+    """Whether an operation takes no tensor (arange, empty, ...): making one computes
+    nothing.
     """
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 

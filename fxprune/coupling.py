@@ -414,8 +414,8 @@ class Labelling:
         Names of parameters and buffers in which an earlier call leaves non-zeros at removed
         elements (:meth:`overwritten`).
     coupling:
-        Without it nothing is united and nothing pinned: labels say where they were born, wherever
-        an op can carry them.
+        Without it nothing is united and nothing pinned: labels say on which axis they began,
+        wherever an op can carry them.
     """
 
     def __init__(
@@ -449,8 +449,8 @@ class Labelling:
         for name in terms.keep:
             record = self.context.record(self.parameters[name])
             assert record is not None
-            for axis in sorted(record.unborn):
-                self.context.adopt_nothing(record, axis, KEPT)
+            for axis in sorted(record.unlabelled):
+                self.context.fix_axis(record, axis, KEPT)
 
     def trace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
@@ -489,19 +489,19 @@ class Labelling:
         """
         context, units = self.context, self.context.units
         units.uniting = True
-        born = {
+        own = {
             record.axes[next(iter(f.dims))]: f.labels.ravel()
             for name, tensor in self.parameters.items()
             if (record := context.record(tensor)) is not None
-            for f in record.born
+            for f in record.own_fields
             if len(f.dims) == 1
         }
-        asked = [born[number] for name in names for number in self._axes(name) if number in born]
+        asked = [own[number] for name in names for number in self._axes(name) if number in own]
         for labels, along in context.heads:
-            if any(np.isin(units.find(labels), units.find(own)).any() for own in asked):
+            if any(np.isin(units.find(labels), units.find(one)).any() for one in asked):
                 context.tie(labels, along)
         ties = {}
-        for number, labels in born.items():
+        for number, labels in own.items():
             _, first, inverse = np.unique(
                 units.find(labels), return_index=True, return_inverse=True
             )
@@ -828,7 +828,7 @@ def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]
                 )
     for name, tensor in parameters.items():
         record = context.record(tensor)
-        for f in record.born if record is not None else ():
+        for f in record.own_fields if record is not None else ():
             if not context.units.reasons(f.labels).any():
                 continue
             for dim in sorted(f.dims):

@@ -64,11 +64,11 @@ class Units:
         self._owner = np.full(1024, -1, dtype=np.int32)
         self.count = 1  # label 0 stands for "nothing removable"
         self.pinning = True  # a check of an emitted model looks for wrong unions only
-        self.uniting = True  # without it labels say where they were born, and nothing else
+        self.uniting = True  # without it labels say on which axis they began, and nothing else
         self.version = 0  # grows whenever an earlier answer of find or live may have become stale
 
     def fresh(self, n: int, owner: int) -> Array:
-        """``n`` new labels, each a unit of its own, born on the parameter axis numbered ``owner``
+        """``n`` new labels, each a unit of its own, of the parameter axis numbered ``owner``
         (-1: on none).
         """
         end = self.count + n
@@ -90,7 +90,7 @@ class Units:
         return labels
 
     def owners(self, labels: Array) -> list[int]:
-        """The parameter axes on which these labels were born."""
+        """The parameter axes on which these labels began."""
         owners = self._owner[labels.ravel()]
         if owners.size and owners[0] == owners[-1] and bool((owners == owners[0]).all()):
             return [int(owners[0])]

@@ -746,11 +746,11 @@ def test_a_weight_met_before_couples_alike(case):
     """A weight's axes take over what they meet first; had they labels already, those would be
     united to the same effect.
     """
-    born = [
+    fresh = [
         labelled(*operand.shape) if operand.kind == "weight" else operand
         for operand in case.operands
     ]
-    alike = couple_one(case.function, born, case.target).text == case.text
+    alike = couple_one(case.function, fresh, case.target).text == case.text
     assert alike == (case.name not in MET_BEFORE)
 
 

@@ -504,7 +504,7 @@ class _Emission:
                 ).numpy()
                 wanted = compact(before.units.find(left))
                 wanted = np.where(wanted < count, wanted, 0)
-                # labels that were born here, by a dimension that is repeated, say nothing
+                # labels that were made here, by a dimension that is repeated, say nothing
                 if wanted.size == 1 or not wanted.any():
                     continue
                 if not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
@@ -563,8 +563,8 @@ class _Emission:
             return
         left = self._taken(old)
         for g in found:
-            # Labels born in this run (padding, expanded dimensions) stand for those that the
-            # original bore here.
+            # Labels made in this run (padding, expanded dimensions) stand for those that the
+            # original's run made here.
             right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
             for _, labels in left:
                 right = right | (g.labels == labels)

@@ -42,7 +42,7 @@ _INPUT = 2  # the number of the reason of an input itself; who meets one has its
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What is known of one tensor. ``unborn`` are axes of a parameter that no op has met yet."""
+    """What is known of one tensor. ``unlabelled``: axes of a parameter that no op has met yet."""
 
     tensor: Tensor
     fields: list[Field]
@@ -51,9 +51,9 @@ class Record:
     overwritten: bool = False  # an in-place op may have left non-zeros at removed elements
     name: str = ""  # parameters and buffers: their name
     axes: tuple[int, ...] = ()  # parameters and buffers: the number of each axis
-    unborn: set[int] = field(default_factory=set)
+    unlabelled: set[int] = field(default_factory=set)
     # parameters: every field there ever was, for the report of pins
-    born: list[Field] = field(default_factory=list)
+    own_fields: list[Field] = field(default_factory=list)
     # dimension -> why the labels there were pinned
     lost: dict[int, int] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Record:
     def unmet(self) -> bool:
         """Whether this is a parameter that no op has met."""
         axes = {axis for axis, size in enumerate(self.tensor.shape) if size > 1}
-        return not self.fields and bool(axes) and self.unborn == axes
+        return not self.fields and bool(axes) and self.unlabelled == axes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +88,7 @@ class Operand:
 
     fields: list[Field]
     sized: set[int]
-    unborn: dict[int, int]  # virtual dimension -> axis of the parameter
+    unlabelled: dict[int, int]  # virtual dimension -> axis of the parameter
     record: Record | None = None
     dims: tuple[int, ...] = ()
     tensor: Tensor | None = None
@@ -253,7 +253,7 @@ class Context:
         """Begin with a parameter or buffer; ``overwritten``: an earlier call may have left
         non-zeros at removed elements.
         """
-        unborn = (
+        unlabelled = (
             {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
         )
         given = list(fields or ())
@@ -262,8 +262,8 @@ class Context:
             given,
             name=name,
             axes=axes,
-            unborn=unborn,
-            born=[*given],
+            unlabelled=unlabelled,
+            own_fields=[*given],
             overwritten=overwritten,
         )
 
@@ -277,9 +277,9 @@ class Context:
         record = self.records.get(tensor)
         if record is None:
             return []
-        if record.unborn:
-            for axis in sorted(record.unborn):
-                self.birth(record, axis)
+        if record.unlabelled:
+            for axis in sorted(record.unlabelled):
+                self.label_anew(record, axis)
         self._renew(record)
         if record.base is not None and record.base.overwritten:
             return [Field(f.labels, False) for f in record.fields]
@@ -363,42 +363,42 @@ class Context:
             root.overwritten = True
             root.fields = [Field(f.labels, False) for f in root.fields]
 
-    # -- birth of labels
+    # -- new labels
 
-    def birth(self, record: Record, axis: int) -> Field:
+    def label_anew(self, record: Record, axis: int) -> Field:
         """Give an axis of a parameter its labels, one per position."""
-        record.unborn.discard(axis)
+        record.unlabelled.discard(axis)
         n = record.tensor.shape[axis]
         shape = [1] * record.tensor.dim()
         shape[axis] = n
         labels = self.units.fresh(n, record.axes[axis])
         if record.axes[axis] in self.ties:
             self.units.unite(labels, labels[self.ties[record.axes[axis]]])
-        born = Field(labels.reshape(shape), not record.overwritten)
-        record.fields.append(born)
-        record.born.append(born)
-        return born
+        fresh = Field(labels.reshape(shape), not record.overwritten)
+        record.fields.append(fresh)
+        record.own_fields.append(fresh)
+        return fresh
 
-    def adopt(self, record: Record, axis: int, labels: Array) -> None:
+    def label_axis(self, record: Record, axis: int, labels: Array) -> None:
         """A parameter's axis takes over the labels (laid out for that parameter) of what it met
         first.
         """
-        record.unborn.discard(axis)
+        record.unlabelled.discard(axis)
         record.fields.append(Field(labels, not record.overwritten))
-        record.born.append(record.fields[-1])
+        record.own_fields.append(record.fields[-1])
         for owner in self.units.owners(labels):
             self._edge(owner, record.axes[axis])
 
-    def adopt_nothing(self, record: Record, axis: int, why: str | tuple[str, str]) -> None:
+    def fix_axis(self, record: Record, axis: int, why: str | tuple[str, str]) -> None:
         """A parameter's axis met a size that cannot shrink; ``why``: the reason, with the node
         that gave it if not this one.
         """
-        record.unborn.discard(axis)
+        record.unlabelled.discard(axis)
         self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
 
-    def adopt_fixed(self, record: Record, axis: int, met: Iterable[Any]) -> None:
+    def fix_axis_by(self, record: Record, axis: int, met: Iterable[Any]) -> None:
         """A parameter's axis met tensors that have no labels there."""
-        self.adopt_nothing(
+        self.fix_axis(
             record, axis, self.why_fixed(met, read=record.axes[axis] in self.summed_axes)
         )
 
@@ -564,8 +564,8 @@ class Context:
         record = self.records.get(vector)
         if record is None or vector.dim() != 1 or record.overwritten:
             return False
-        if record.unborn:
-            self.adopt(record, 0, labels)
+        if record.unlabelled:
+            self.label_axis(record, 0, labels)
             return True
         return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
 
@@ -601,7 +601,7 @@ class Context:
         """
         carried = [self.units.find(f.labels) for f in self.fields(tensor) if f.dims & dims]
         for record in self.records.values():
-            for f in record.born:
+            for f in record.own_fields:
                 if any(np.isin(self.units.find(f.labels), labels).any() for labels in carried):
                     yield from (record.axes[d] for d in f.dims)
 
@@ -614,19 +614,19 @@ class Context:
     # -- operands that meet
 
     def operand(
-        self, tensor: Tensor, dims: Sequence[int], rank: int, *, born: bool = False
+        self, tensor: Tensor, dims: Sequence[int], rank: int, *, as_labelled: bool = False
     ) -> Operand:
         """Lay a tensor's fields into ``rank`` virtual dimensions."""
         record = self.records.get(tensor)
-        unborn: dict[int, int] = {}
-        if record is not None and record.unborn and not born:
-            unborn = {dims[a]: a for a in record.unborn}
+        unlabelled: dict[int, int] = {}
+        if record is not None and record.unlabelled and not as_labelled:
+            unlabelled = {dims[a]: a for a in record.unlabelled}
             fields = self._refresh(record.fields)
         else:
             fields = self.fields(tensor)
         laid = [Field(place(f.labels, dims, rank), f.zero) for f in fields]
         sized = {dims[d] for d, size in enumerate(tensor.shape) if size > 1}
-        return Operand(laid, sized, unborn, record, tuple(dims), tensor)
+        return Operand(laid, sized, unlabelled, record, tuple(dims), tensor)
 
     def merge(
         self, operands: Sequence[Operand], rank: int, summed: Collection[int] = ()
@@ -639,7 +639,7 @@ class Context:
         the dimensions only, the survivors must be equally many for each position there. ``summed``
         are dimensions that a contraction sums over then.
         """
-        order = sorted(range(len(operands)), key=lambda i: len(operands[i].unborn) > 0)
+        order = sorted(range(len(operands)), key=lambda i: len(operands[i].unlabelled) > 0)
         acc: list[Met] = []
         sized: set[int] = set()
         read = (
@@ -649,7 +649,7 @@ class Context:
         for turn, i in enumerate(order):
             b = operands[i]
             if turn == 0:
-                self._birth_rest(b, set(), (), rank)
+                self._label_rest(b, set(), (), rank)
                 acc = [Met(f.labels, {i: f.zero}) for f in b.fields]
             else:
                 acc = self._pair(acc, sized, before, b, i, rank, read)
@@ -682,7 +682,7 @@ class Context:
                 free,
                 alone=sum(set(varied(m.labels)) == dims for m in acc) == 1,
             )
-            adopted = b.unborn.get(max(dims)) if max(dims) in common else None
+            unlabelled_axis = b.unlabelled.get(max(dims)) if max(dims) in common else None
             if partner is not None:
                 free.remove(partner)
                 self.unite(met.labels, partner.labels)
@@ -691,15 +691,15 @@ class Context:
                         self._either(met.labels, partner.labels), {**met.zero, index: partner.zero}
                     )
                 )
-            elif adopted is not None and b.record is not None:
+            elif unlabelled_axis is not None and b.record is not None:
                 for v in common - {max(dims)}:  # one value for many: those go together
-                    if v in b.unborn:
-                        self.adopt_nothing(
-                            b.record, b.unborn[v], "meets a channel axis that is split"
+                    if v in b.unlabelled:
+                        self.fix_axis(
+                            b.record, b.unlabelled[v], "meets a channel axis that is split"
                         )
                 labels = self.tie(met.labels, dims - {max(dims)})
                 if labels.size > 1:
-                    self.adopt(b.record, adopted, take(labels, b.dims))
+                    self.label_axis(b.record, unlabelled_axis, take(labels, b.dims))
                     out.append(
                         Met(
                             self._either(labels, met.labels),
@@ -716,7 +716,7 @@ class Context:
                 self.sight(met.labels, fixed=common)
                 out.append(met)
         out += self._unmet(free, sized, before, index, read)
-        for f in self._birth_rest(b, sized, before, rank):
+        for f in self._label_rest(b, sized, before, rank):
             out.append(Met(f.labels, {index: f.zero}))
         return out
 
@@ -740,26 +740,26 @@ class Context:
         """
         return a if (a.size <= b.size) == self.units.uniting else b
 
-    def _birth_rest(
+    def _label_rest(
         self, b: Operand, met_sizes: set[int], met: Iterable[Any], rank: int
     ) -> list[Field]:
-        """Axes of a parameter that met no labels: pinned where they met a size, born where they
-        met nothing.
+        """Axes of a parameter that met no labels: pinned where they met a size, labelled where
+        they met nothing.
         """
-        born: list[Field] = []
+        fresh: list[Field] = []
         if b.record is None:
-            return born
-        for v, axis in list(b.unborn.items()):
-            if axis not in b.record.unborn:
+            return fresh
+        for v, axis in list(b.unlabelled.items()):
+            if axis not in b.record.unlabelled:
                 continue
             if v in met_sizes:
-                self.adopt_fixed(b.record, axis, met)
+                self.fix_axis_by(b.record, axis, met)
             else:
-                f = self.birth(b.record, axis)
-                born.append(Field(place(f.labels, b.dims, rank), f.zero))
-        b.fields = b.fields + born
-        b.unborn = {}
-        return born
+                f = self.label_anew(b.record, axis)
+                fresh.append(Field(place(f.labels, b.dims, rank), f.zero))
+        b.fields = b.fields + fresh
+        b.unlabelled = {}
+        return fresh
 
     def contract(
         self, operands: Sequence[Operand], rank: int, summed: Iterable[int]

@@ -166,7 +166,7 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     weights = ctx.operand(q, [*lead, length, width], rank)
     weights.fields = [Field(f.labels, False) for f in scores if not f.dims & {length, source}]
     weights.sized = (weights.sized - {width}) | {length, source}
-    weights.unborn, weights.record = {}, None
+    weights.unlabelled, weights.record = {}, None
     if mask is not None:  # a bias per head meets the heads
         mask_dims = [*lead, length, source][-mask.dim() :]
         for f in ctx.fields(mask):

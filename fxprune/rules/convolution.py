@@ -57,7 +57,7 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.reads([(x, ()), (w, [0 if transposed else 1])])
     if (
         record is not None
-        and record.unborn
+        and record.unlabelled
         and not (transposed or record.fields or record.overwritten)
     ):
         labels = _first_use(ctx, record, x, incoming, groups, w)
@@ -119,8 +119,8 @@ def _first_use(
     """
     outputs, inputs = w.shape[0] // groups, w.shape[1]
     tail = [1] * (w.dim() - 2)
-    for axis in record.unborn - {0, 1}:
-        ctx.adopt_nothing(record, axis, KERNEL)
+    for axis in record.unlabelled - {0, 1}:
+        ctx.fix_axis(record, axis, KERNEL)
     if inputs > 1:
         for f in incoming:
             blocks = f.labels.reshape(groups, 1, inputs)
@@ -133,22 +133,22 @@ def _first_use(
             )
             if groups > 1:
                 ctx.sight(f.labels.reshape(groups, inputs), fixed={0})
-            ctx.adopt(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
+            ctx.label_axis(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
         if not incoming:
-            ctx.adopt_fixed(record, 1, [x])
+            ctx.fix_axis_by(record, 1, [x])
     record.version = -1
-    if 0 not in record.unborn:
+    if 0 not in record.unlabelled:
         return []
     if inputs == 1 and groups > 1:  # depthwise: each input channel carries its outputs along
         for f in incoming:
-            ctx.adopt(record, 0, np.repeat(f.labels, outputs).reshape(-1, 1, *tail))
+            ctx.label_axis(record, 0, np.repeat(f.labels, outputs).reshape(-1, 1, *tail))
         if not incoming:
-            ctx.adopt_fixed(record, 0, [x])
+            ctx.fix_axis_by(record, 0, [x])
         return [(np.repeat(f.labels, outputs), True) for f in incoming]
-    born = ctx.birth(record, 0).labels.reshape(-1)
+    fresh = ctx.label_anew(record, 0).labels.reshape(-1)
     if groups > 1:
-        ctx.sight(born.reshape(groups, outputs), fixed={0})
-    return [(born, True)]
+        ctx.sight(fresh.reshape(groups, outputs), fixed={0})
+    return [(fresh, True)]
 
 
 def _general(

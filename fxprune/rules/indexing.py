@@ -20,8 +20,8 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     table = a["weight"]
     ctx.pin_all(ctx.fields(a["indices"]), "is a tensor of indices")
     record = ctx.record(table)
-    if record is not None and 0 in record.unborn:
-        ctx.adopt_nothing(record, 0, "is the vocabulary of an embedding")
+    if record is not None and 0 in record.unlabelled:
+        ctx.fix_axis(record, 0, "is the vocabulary of an embedding")
     passing = []
     for f in ctx.fields(table):
         if 0 in f.dims:

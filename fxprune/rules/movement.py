@@ -286,7 +286,7 @@ def _join(
     if any(across):
         operands = []
         for t, own in zip(tensors, across, strict=True):
-            operand = ctx.operand(t, range(rank), rank, born=True)
+            operand = ctx.operand(t, range(rank), rank, as_labelled=True)
             operand.fields, operand.sized = own, operand.sized - {dim}
             operands.append(operand)
         met = ctx.merge(operands, rank)

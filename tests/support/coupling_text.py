@@ -184,7 +184,7 @@ class _Text:
         if operand.kind == "constant" or record is None:
             return _tuple(str(n) for n in operand.shape)
         factors: list[list[_Factor]] = [[] for _ in operand.shape]
-        for f in record.born:
+        for f in record.own_fields:
             pinned = self.units.reasons(f.labels) > 0
             self._add(factors, np.where(pinned, PINNED, self.units.find(f.labels)), True)
         texts = []
