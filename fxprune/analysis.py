@@ -21,7 +21,7 @@ from fxprune.eager import Explored, decisions_of, explore, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Arguments, placed, shapes_of, widened
 from fxprune.reach import Reached, undrawn_by
-from fxprune.trace import Twin, set_mode, slow_path, trace, twin_of
+from fxprune.trace import MetaCopy, meta_copy_of, set_mode, slow_path, trace
 from fxprune.trace.lines import ElsewhereError
 
 __all__ = ["Clock", "label_and_couple"]
@@ -127,12 +127,12 @@ def _label_whole(
     """
 
     def evaluated(call: Arguments) -> Labelling:
-        labelling = Labelling(twin_of(model), terms, **options)
+        labelling = Labelling(meta_copy_of(model), terms, **options)
         labelling.trace(*call)
         return labelling
 
     def decided(call: Arguments) -> _Decided:
-        return {("", False): trace(twin_of(model), *call).decisions}
+        return {("", False): trace(meta_copy_of(model), *call).decisions}
 
     wide = widened(example)
     try:
@@ -198,32 +198,32 @@ def _label_parts(
     """The labels of a model that cannot be traced whole, for the reason given."""
 
     @contextmanager
-    def running(call: Arguments) -> Iterator[tuple[Twin, Arguments]]:
-        twin = twin_of(model)
-        set_mode(twin.model, training=False)
-        with slow_path(), seeded(0), undrawn_by(Reached(twin.model)):
-            yield twin, placed(call, twin.device)
+    def running(call: Arguments) -> Iterator[tuple[MetaCopy, Arguments]]:
+        meta_copy = meta_copy_of(model)
+        set_mode(meta_copy.model, training=False)
+        with slow_path(), seeded(0), undrawn_by(Reached(meta_copy.model)):
+            yield meta_copy, placed(call, meta_copy.device)
 
     def explored(call: Arguments) -> Explored:
         shapes = str(_all_sizes(call))
         if shapes not in known:
-            with running(call) as (twin, placed_call):
-                known[shapes] = explore(twin, *placed_call)
+            with running(call) as (meta_copy, placed_call):
+                known[shapes] = explore(meta_copy, *placed_call)
         return known[shapes]
 
     def run(call: Arguments) -> Labelling:
         found = explored(call)
-        with running(call) as (twin, placed_call):
-            labelling = Labelling(twin, terms, **options)
+        with running(call) as (meta_copy, placed_call):
+            labelling = Labelling(meta_copy, terms, **options)
             labelling.run(*placed_call, found)
         return labelling
 
     def decided(call: Arguments) -> _Decided:
-        with running(call) as (twin, placed_call):
-            return decisions_of(twin, explored(wide), *placed_call)
+        with running(call) as (meta_copy, placed_call):
+            return decisions_of(meta_copy, explored(wide), *placed_call)
 
     with seeded(0):
-        call = runnable(twin_of(model), example, refused)
+        call = runnable(meta_copy_of(model), example, refused)
     try:
         wide = widened(call)
         labelling, ran = _deciding_alike(run, decided, wide, call)

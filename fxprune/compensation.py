@@ -330,7 +330,7 @@ def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
             if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
                 calls.setdefault(str(node.target), []).append(node)
         for name, nodes in calls.items():
-            module, x = trace.twin.model.get_submodule(name), nodes[0].args[0].meta["val"]
+            module, x = trace.meta_copy.model.get_submodule(name), nodes[0].args[0].meta["val"]
             kind = type(module)
             weight: Any = getattr(module, "weight", None)
             fits = kind is nn.Linear or (
@@ -379,7 +379,7 @@ def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
         if other.op == "call_module" and other.target == users[0].target
     )
     name = consumer.removesuffix(str(node.target)) + str(users[0].target)
-    module = coupling.twin.model.get_submodule(name)
+    module = coupling.meta_copy.model.get_submodule(name)
     return (
         name
         if isinstance(module, _BatchNorm)

@@ -34,7 +34,7 @@ from fxprune.propagation import LabelMode
 from fxprune.rules import Context, Contraction, Record
 from fxprune.rules.convolution import is_convolution
 from fxprune.shapes import META, ShapeMode, map_tensors
-from fxprune.trace import Trace, Twin, trace
+from fxprune.trace import MetaCopy, Trace, trace
 
 __all__ = [
     "KEPT",
@@ -153,7 +153,7 @@ class Coupling:
     untouched: tuple[str, ...]
     decisions: tuple[str, ...]
     graph: nx.Graph
-    twin: Twin
+    meta_copy: MetaCopy
     traces: tuple[Trace, ...]
     context: Context
     balance: Balance
@@ -330,7 +330,7 @@ class Coupling:
 
     @door
     def parameter_labels(self, name: str) -> list[Array]:
-        """The live labels of a parameter of the twin."""
+        """The live labels of a parameter of the meta copy."""
         return self.labels(self._parameter(name))
 
     @door
@@ -401,7 +401,7 @@ class Terms:
 
 
 class Labelling:
-    """Labels on the tensors of a twin, put there while it is traced: in one mode, or in both.
+    """Labels on the tensors of a meta copy, put there while it is traced: in one mode, or in both.
 
     Parameters
     ----------
@@ -420,7 +420,7 @@ class Labelling:
 
     def __init__(
         self,
-        twin: Twin,
+        meta_copy: MetaCopy,
         terms: Terms,
         *,
         ties: Mapping[int, Array] | None = None,
@@ -428,13 +428,13 @@ class Labelling:
         overwritten: Collection[str] = (),
         coupling: bool = True,
     ) -> None:
-        self.twin = twin
+        self.meta_copy = meta_copy
         self.context = Context()
         self.context.units.pinning = self.context.units.uniting = coupling
         self.context.ties = dict(ties or {})
         self.context.weights = Context()
         self.context.weights.units.pinning = False
-        self.parameters = twin.tensors
+        self.parameters = meta_copy.tensors
         number = 0
         for name, tensor in self.parameters.items():
             if tensor.is_meta:
@@ -455,22 +455,22 @@ class Labelling:
     def trace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
     ) -> Trace:
-        """Trace the twin (see :func:`fxprune.trace.trace`), every node under labels."""
+        """Trace the meta copy (see :func:`fxprune.trace.trace`), every node under labels."""
         watch = self._watch("train." if training else "")
         for tensor in tensors_of((args, kwargs)):
             self.context.is_input(tensor)
-        traced = trace(self.twin, args, kwargs, training=training, watch=watch)
-        refuse_hooks(self.twin.model)
+        traced = trace(self.meta_copy, args, kwargs, training=training, watch=watch)
+        refuse_hooks(self.meta_copy.model)
         self.context.node = traced.prefix + "output"
         self._finish(traced.outputs)
         self.inputs, self.traces = traced.placeholders, [*self.traces, traced]
         return traced
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
-        """Run a twin that cannot be traced whole, and trace its parts (see
+        """Run a meta copy that cannot be traced whole, and trace its parts (see
         :class:`fxprune.eager.Parts`).
         """
-        parts = Parts(self.twin, self.context, self._watch)
+        parts = Parts(self.meta_copy, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]
         out = parts.run(explored, args, kwargs)
         self.context.node = "output"
@@ -554,7 +554,7 @@ class Labelling:
         return [name for name, record in known.items() if record is not None and record.unmet]
 
     def _finish(self, outputs: Any) -> None:
-        refuse_lazy(outputs, self.twin.model)
+        refuse_lazy(outputs, self.meta_copy.model)
         for leaf in leaves(outputs):
             self.context.pin_all(self.context.fields(leaf), OUTPUT)
 
@@ -610,7 +610,7 @@ def check_coupling(coupling: Any, model: Any) -> None:
 
 
 def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
-    """Read off a labelled twin what can only be pruned together.
+    """Read off a labelled meta copy what can only be pruned together.
 
     ``share`` is the example's batch over the labelled one.
     """
@@ -636,7 +636,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
         tuple(labelling.missed()),
         tuple(dict.fromkeys(d for trace in traces for d in trace.decisions)),
         graph,
-        labelling.twin,
+        labelling.meta_copy,
         traces,
         context,
         balance,

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxprune
-from fxprune.trace import example_of, trace, twin_of
+from fxprune.trace import example_of, meta_copy_of, trace
 from tests.support.callables import ALLOWED, apart, kind, names, outcome, outcomes
 
 
@@ -208,7 +208,7 @@ def test_memory_of_a_stand_in_is_nobodys() -> None:
             return self.linear(x).numpy()
 
     with pytest.raises(fxprune.TraceError, match=r"numpy.*test_cpp\.py:\d+"):
-        trace(twin_of(Reads()), *example_of(torch.zeros(2, 4)))
+        trace(meta_copy_of(Reads()), *example_of(torch.zeros(2, 4)))
 
 
 def test_sizes_below_python_are_those_of_the_example() -> None:
@@ -535,4 +535,4 @@ TOLD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_a_graph_says_what_it_cannot_do_and_where(name: str) -> None:
     call, text = TOLD[name]
     with pytest.raises(fxprune.TraceError, match=rf"(?s){text}.*test_cpp\.py:\d+"):
-        trace(twin_of(Between(lambda model, h: call(h))), *example_of(torch.zeros(2, 4)))
+        trace(meta_copy_of(Between(lambda model, h: call(h))), *example_of(torch.zeros(2, 4)))

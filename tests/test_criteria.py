@@ -1072,14 +1072,16 @@ def test_a_model_is_unharmed() -> None:
     model[4].weight.grad = torch.full_like(model[4].weight, 7.0)
     before, twin_modes = (
         snapshot(model),
-        [module.training for module in coupling.traces[0].twin.model.modules()],
+        [module.training for module in coupling.traces[0].meta_copy.model.modules()],
     )
     for criterion, expected in zip(criteria, plain, strict=True):
         np.testing.assert_array_equal(criterion.scores(coupling, model), expected)
         assert_unharmed(model, before)
         assert model[4].weight.grad.unique().tolist() == [7.0]
         assert all(p.grad is None for name, p in model.named_parameters() if name != "4.weight")
-    assert [module.training for module in coupling.traces[0].twin.model.modules()] == twin_modes
+    assert [
+        module.training for module in coupling.traces[0].meta_copy.model.modules()
+    ] == twin_modes
     with torch.no_grad():
         np.testing.assert_array_equal(criteria[0].scores(coupling, model), plain[0])
     with torch.inference_mode():

@@ -561,8 +561,8 @@ class Asks(nn.Module):
 def test_what_is_done_for_some_callers_only_stays_python(
     question: Callable[[Any, Tensor], bool],
 ) -> None:
-    """The twin lies on the meta device and has no gradients: it would answer otherwise. A graph
-    would have one answer for all.
+    """The meta copy lies on the meta device and has no gradients: it would answer otherwise. A
+    graph would have one answer for all.
     """
     model, x = Asks(question).eval(), torch.randn(3, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)

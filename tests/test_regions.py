@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.regions import enter, leave
-from fxprune.trace import example_of, trace, twin_of
+from fxprune.trace import example_of, meta_copy_of, trace
 from tests.support.checking import relative_error
 
 
@@ -139,7 +139,7 @@ def test_what_is_empty_leaves_no_trace() -> None:
             assert x.dim() == 4
         return inner(x)
 
-    graph = trace(twin_of(Around(forward)), *example_of(torch.randn(2, 3, 8, 8))).graph
+    graph = trace(meta_copy_of(Around(forward)), *example_of(torch.randn(2, 3, 8, 8))).graph
     assert not {enter, leave} & {node.target for node in graph.nodes}
 
 
@@ -163,7 +163,7 @@ def test_what_the_caller_decides_is_not_asked_in_a_graph(question: str) -> None:
 
     model, x = Around(forward), torch.randn(2, 3, 8, 8)
     with pytest.raises(TraceError, match=rf"torch\.{question}\(\) \(at test_regions.py:\d+\)"):
-        trace(twin_of(model), *example_of(x))
+        trace(meta_copy_of(model), *example_of(x))
     emitted = fxprune.prune(model, x, channels=1.0).model
     for state in (
         torch.enable_grad(),

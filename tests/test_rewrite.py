@@ -129,11 +129,15 @@ def test_a_train_of_the_users_own_is_kept() -> None:
 
 
 def test_copies_keep_both_modes_and_all_parameters(both: Any) -> None:
-    twin, x = copy.deepcopy(both), torch.randn(4, 5)
-    assert twin.state_dict().keys() == both.state_dict().keys() >= {"unused.weight", "unused.bias"}
-    assert not {id(p) for p in twin.parameters()} & {id(p) for p in both.parameters()}
-    assert torch.equal(twin.eval()(x), both.eval()(x))
-    for one, other in zip(twin.train()(x), both.train()(x), strict=True):
+    meta_copy, x = copy.deepcopy(both), torch.randn(4, 5)
+    assert (
+        meta_copy.state_dict().keys()
+        == both.state_dict().keys()
+        >= {"unused.weight", "unused.bias"}
+    )
+    assert not {id(p) for p in meta_copy.parameters()} & {id(p) for p in both.parameters()}
+    assert torch.equal(meta_copy.eval()(x), both.eval()(x))
+    for one, other in zip(meta_copy.train()(x), both.train()(x), strict=True):
         assert torch.equal(one, other)
 
 

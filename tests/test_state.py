@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.state import Attributes, same_graph
-from fxprune.trace import example_of, trace, twin_of
+from fxprune.trace import example_of, meta_copy_of, trace
 from tests.support.checking import relative_error
 
 
@@ -106,7 +106,7 @@ def test_what_changes_the_next_call_is_in_no_graph(
     torch.manual_seed(0)
     model, x = Keeps(function, **copy.deepcopy(members)).eval(), torch.randn(2, 3, 8, 8)
     with pytest.raises(TraceError, match=rf"because it sets '{name}'"):
-        trace(twin_of(model), *example_of(x))
+        trace(meta_copy_of(model), *example_of(x))
     pruned = fxprune.prune(model, x, channels=1.0)
     assert pruned.report.parts
     assert getattr(model, name) == members[name]  # the user's model was not called
@@ -201,15 +201,15 @@ def test_what_does_not_is_traced_whole(function: Any, members: dict[str, Any]) -
 
 def test_tracing_leaves_the_twin_as_it_was() -> None:
     for function, members, _ in STATEFUL:
-        twin = twin_of(Keeps(function, **copy.deepcopy(members)).eval())
-        before = Attributes(twin.model)
+        meta_copy = meta_copy_of(Keeps(function, **copy.deepcopy(members)).eval())
+        before = Attributes(meta_copy.model)
         with pytest.raises(TraceError):
-            trace(twin, *example_of(torch.randn(2, 3, 8, 8)))
+            trace(meta_copy, *example_of(torch.randn(2, 3, 8, 8)))
         assert not [*before.changes()]
     for function, members in STATELESS:
-        twin = twin_of(Keeps(function, **copy.deepcopy(members)).eval())
-        before = Attributes(twin.model)
-        trace(twin, *example_of(torch.randn(2, 3, 8, 8)))
+        meta_copy = meta_copy_of(Keeps(function, **copy.deepcopy(members)).eval())
+        before = Attributes(meta_copy.model)
+        trace(meta_copy, *example_of(torch.randn(2, 3, 8, 8)))
         assert not [
             change for change in before.changes() if not change.path.startswith("_constant")
         ]
@@ -653,10 +653,10 @@ def test_a_layer_computes_with_the_weight_that_forward_gives_it(
 
 def test_parameters_of_the_model_are_its_own_again() -> None:
     model = SetsWeights(a_parameter, reads=False).eval()
-    twin = twin_of(model)
-    own = twin.model.get_parameter("conv.weight")
-    traced = trace(twin, *example_of(torch.randn(2, 3, 9, 9)))
-    assert twin.model.get_parameter("conv.weight") is own
+    meta_copy = meta_copy_of(model)
+    own = meta_copy.model.get_parameter("conv.weight")
+    traced = trace(meta_copy, *example_of(torch.randn(2, 3, 9, 9)))
+    assert meta_copy.model.get_parameter("conv.weight") is own
     assert "conv.weight" not in {node.target for node in traced.graph.nodes}
 
 

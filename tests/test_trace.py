@@ -28,12 +28,12 @@ from torchvision.ops.stochastic_depth import stochastic_depth
 
 import fxprune
 from fxprune.errors import ChanceError, InputError, TraceError
-from fxprune.trace import Trace, example_of, is_leaf, trace, twin_of
+from fxprune.trace import Trace, example_of, is_leaf, meta_copy_of, trace
 from tests.support.checking import assert_unharmed, call, relative_error, snapshot
 
 
 def traced(model: nn.Module, *inputs: Any, training: bool = False) -> Trace:
-    return trace(twin_of(model), *example_of(inputs), training=training)
+    return trace(meta_copy_of(model), *example_of(inputs), training=training)
 
 
 class Computes(nn.Module):
@@ -187,11 +187,14 @@ def test_a_mode_that_is_passed_on_stays_open() -> None:
 
 
 def test_classes_of_modules_are_given_back() -> None:
-    twin = twin_of(Computes(by_mode))
+    meta_copy = meta_copy_of(Computes(by_mode))
     with pytest.raises(TraceError):
-        trace(twin_of(Computes(lambda m, x: x.sum().item())), *example_of(torch.zeros(2, 3, 4, 4)))
-    trace(twin, *example_of(torch.zeros(2, 3, 4, 4)))
-    assert [type(m) for m in twin.model.modules()] == [Computes, nn.Conv2d]
+        trace(
+            meta_copy_of(Computes(lambda m, x: x.sum().item())),
+            *example_of(torch.zeros(2, 3, 4, 4)),
+        )
+    trace(meta_copy, *example_of(torch.zeros(2, 3, 4, 4)))
+    assert [type(m) for m in meta_copy.model.modules()] == [Computes, nn.Conv2d]
 
 
 # -- leaf functions
@@ -758,7 +761,7 @@ def test_example_of_keeps_dtypes() -> None:
     assert [a.dtype for a in args] == [torch.int64, torch.bfloat16]
 
 
-# -- the twin
+# -- the meta copy
 
 
 class Everything(nn.Module):
@@ -781,34 +784,35 @@ class Everything(nn.Module):
 
 def test_the_twin_allocates_nothing_and_shares_nothing() -> None:
     model = Everything()
-    twin = twin_of(model)
-    assert all(tensor.is_meta for tensor in (*twin.model.parameters(), twin.model.scale))
+    meta_copy = meta_copy_of(model)
+    assert all(tensor.is_meta for tensor in (*meta_copy.model.parameters(), meta_copy.model.scale))
     ours = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), model.table)}
     assert not ours & {
-        id(t) for t in (*twin.model.parameters(), *twin.model.buffers(), twin.model.table)
+        id(t)
+        for t in (*meta_copy.model.parameters(), *meta_copy.model.buffers(), meta_copy.model.table)
     }
-    assert twin.model.index.data_ptr() != model.index.data_ptr()
-    assert twin.model.options["depth"] is not model.options["depth"]
-    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.model.modules()}
+    assert meta_copy.model.index.data_ptr() != model.index.data_ptr()
+    assert meta_copy.model.options["depth"] is not model.options["depth"]
+    assert not {id(m) for m in model.modules()} & {id(m) for m in meta_copy.model.modules()}
 
 
 def test_the_twin_has_the_structure_of_the_model() -> None:
     model = Everything().eval()
-    twin = twin_of(model).model
-    assert twin.a.weight is twin.b.weight
-    assert twin.again is twin.a
-    assert list(twin.state_dict()) == list(model.state_dict())
-    assert twin.index.tolist() == model.index.tolist()
-    assert twin.table.tolist() == model.table.tolist()
-    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    meta_copy = meta_copy_of(model).model
+    assert meta_copy.a.weight is meta_copy.b.weight
+    assert meta_copy.again is meta_copy.a
+    assert list(meta_copy.state_dict()) == list(model.state_dict())
+    assert meta_copy.index.tolist() == model.index.tolist()
+    assert meta_copy.table.tolist() == model.table.tolist()
+    assert [type(m) for m in meta_copy.modules()] == [type(m) for m in model.modules()]
 
 
 def test_the_twin_knows_what_it_stands_for() -> None:
     model = Everything()
-    twin = twin_of(model)
-    for name, tensor in twin.model.named_parameters():
-        assert twin.real[id(tensor)] is model.get_parameter(name)
-    assert twin.real[id(twin.model.scale)] is model.scale
+    meta_copy = meta_copy_of(model)
+    for name, tensor in meta_copy.model.named_parameters():
+        assert meta_copy.real[id(tensor)] is model.get_parameter(name)
+    assert meta_copy.real[id(meta_copy.model.scale)] is model.scale
 
 
 def test_tracing_leaves_the_model_alone() -> None:
@@ -822,7 +826,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     model = Everything()
     model.stream = (i for i in range(3))
     with pytest.raises(TraceError, match=r"Everything cannot be copied.*generator"):
-        twin_of(model)
+        meta_copy_of(model)
 
 
 def test_a_large_model_costs_no_memory() -> None:

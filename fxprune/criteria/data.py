@@ -241,21 +241,21 @@ class Activation(_Reader):
         # Buffers are copied, should a module write to its own.
         real = {
             key: t if isinstance(t, nn.Parameter) else t.clone()
-            for key, t in coupling.twin.real.items()
+            for key, t in coupling.meta_copy.real.items()
         }
         undone = Undone(dict(model.named_parameters()))
         with (
             undone.afterwards(),
             torch.no_grad(),
-            coupling.twin.holding(real) as twin,
-            evaluated(twin),
+            coupling.meta_copy.holding(real) as meta_copy,
+            evaluated(meta_copy),
         ):
             for batch in batches_of(self.loader, model):
                 if coupling.parts:
-                    _watch_parts(meter, coupling, twin, batch)
+                    _watch_parts(meter, coupling, meta_copy, batch)
                 else:
                     meter.watch(
-                        "", twin, _placeholder_values(coupling.traces[0], batch), batch.size
+                        "", meta_copy, _placeholder_values(coupling.traces[0], batch), batch.size
                     )
                 meter.samples += batch.size
         units = coupling.context.units.count
@@ -595,7 +595,7 @@ def _placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
     Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
     """
     # As the tracer reads it: the signature of the function itself, not of one that it wraps.
-    signature = inspect.signature(type(trace.twin.model).forward, follow_wrapped=False)
+    signature = inspect.signature(type(trace.meta_copy.model).forward, follow_wrapped=False)
     names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
     given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}
     example = zip(names, trace.placeholders, strict=False)
@@ -604,7 +604,7 @@ def _placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
     }
     try:
         bound = signature.bind(
-            trace.twin.model, *batch.args, **batch.kwargs, **constants
+            trace.meta_copy.model, *batch.args, **batch.kwargs, **constants
         ).arguments
     except TypeError as error:
         raise ArgumentError(

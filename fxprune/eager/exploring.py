@@ -19,7 +19,7 @@ from fxprune.eager.finder import Finder, shape_of
 from fxprune.eager.routes import Route, Routes, add_ways, routes_of, run_route
 from fxprune.eager.sized import Sized
 from fxprune.eager.straight import is_straight
-from fxprune.trace import Twin, trace
+from fxprune.trace import MetaCopy, trace
 
 __all__ = ["Explored", "decisions_of", "explore"]
 
@@ -48,16 +48,16 @@ class Explored:
     untrained: str
 
 
-def explore(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explored:
+def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explored:
     """Find the parts of a model, and its routes, by running it for real on a call and on what that
     leads to.
     """
-    routes = routes_of(twin, args, kwargs)
-    found = Finder(twin)
+    routes = routes_of(meta_copy, args, kwargs)
+    found = Finder(meta_copy)
     found.run(args, kwargs, routes.all)
-    by = "sizes of inputs" if _add_sized(twin, found, routes, args, kwargs) else "values"
+    by = "sizes of inputs" if _add_sized(meta_copy, found, routes, args, kwargs) else "values"
     if routes.taken_out and not routes.decided:
-        real = twin.instance()
+        real = meta_copy.instance()
         plain = {replace(route, answers=()) for route in routes.all}
         if not all(
             is_straight(real, found.parts, functools.partial(run_route, real, args, kwargs, route))
@@ -66,26 +66,26 @@ def explore(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explor
             routes.decided = routes.taken_out
     return Explored(
         found.parts,
-        _differing_between_parts(twin, found.parts, routes.all, args, kwargs),
+        _differing_between_parts(meta_copy, found.parts, routes.all, args, kwargs),
         routes.decided,
         by,
         routes.untrained,
     )
 
 
-def _add_sized(twin: Twin, found: Finder, routes: Routes, args: Any, kwargs: Any) -> bool:
+def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kwargs: Any) -> bool:
     """Add what the model does for inputs of other sizes, and find the parts that it calls there;
     whether that is not all.
     """
     plain, known, decided = [*routes.all], frozenset[str](), False
     while known != found.parts and not routes.decided:
-        known, sized = found.parts, Sized(twin, found.parts, args, kwargs)
+        known, sized = found.parts, Sized(meta_copy, found.parts, args, kwargs)
         for route in plain:
             if not route.answers and not route.finds:
                 sized.explore(route)
         del routes.all[len(plain) :]
         for route in sized.routes:
-            add_ways(routes, twin, args, kwargs, route)
+            add_ways(routes, meta_copy, args, kwargs, route)
         if sized.decided:
             routes.decided, decided = sized.decided, True
         if sized.routes:
@@ -94,10 +94,10 @@ def _add_sized(twin: Twin, found: Finder, routes: Routes, args: Any, kwargs: Any
 
 
 def _differing_between_parts(
-    twin: Twin, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
+    meta_copy: MetaCopy, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
 ) -> list[Route]:
     """The routes that differ between parts: what a part asks inside is not asked by its graph."""
-    real, found = twin.instance(), dict[Any, Route]()
+    real, found = meta_copy.instance(), dict[Any, Route]()
     for route in routes:
         calls: list[Any] = []
 
@@ -132,21 +132,23 @@ def _call_key(value: Any) -> str:
 
 
 def decisions_of(
-    twin: Twin, found: Explored, args: Any, kwargs: Any
+    meta_copy: MetaCopy, found: Explored, args: Any, kwargs: Any
 ) -> dict[tuple[str, bool], list[str]]:
     """What each part decides by the sizes of this call, by its path and for evaluation or
     training.
     """
-    real, decided = twin.instance(), dict[tuple[str, bool], list[str]]()
+    real, decided = meta_copy.instance(), dict[tuple[str, bool], list[str]]()
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         if (path, False) not in decided:
             inputs = tree_map(shape_of, (args, kwargs))
             with unwatched():
-                traced = trace(twin.part(path), *inputs)
+                traced = trace(meta_copy.part(path), *inputs)
                 decided[path, False] = traced.decisions
                 if traced.asked_mode:
-                    decided[path, True] = trace(twin.part(path), *inputs, training=True).decisions
+                    decided[path, True] = trace(
+                        meta_copy.part(path), *inputs, training=True
+                    ).decisions
         return call()
 
     with intercepted(real, found.parts, part):

@@ -16,7 +16,7 @@ from fxprune.eager.routes import Route, run_route
 from fxprune.errors import FxpruneError
 from fxprune.identity import IdentitySet
 from fxprune.shapes import META, holds_tensors
-from fxprune.trace import Twin, trace
+from fxprune.trace import MetaCopy, trace
 
 __all__ = ["Finder", "shape_of"]
 
@@ -38,8 +38,8 @@ class Finder:
         Path of a part -> its graph, as text.
     """
 
-    def __init__(self, twin: Twin) -> None:
-        self.twin = twin
+    def __init__(self, meta_copy: MetaCopy) -> None:
+        self.meta_copy = meta_copy
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
         # parts whose graph holds for its own sizes: it guards them
@@ -53,7 +53,7 @@ class Finder:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
         """Let the model go each of these routes until all that it calls is a part, or Python."""
-        real, known = self.twin.instance(), -1
+        real, known = self.meta_copy.instance(), -1
         self._own = {module: _tensors_held(module) for module in real.modules()}
         self._real = real
         everything = frozenset(
@@ -124,12 +124,12 @@ class Finder:
 
     def _try_to_trace(self, path: str, args: Any, kwargs: Any) -> str | None:
         try:
-            traced = trace(self.twin.part(path), args, kwargs)
+            traced = trace(self.meta_copy.part(path), args, kwargs)
         except FxpruneError:
             return None
         if traced.asked_mode:
             try:
-                trace(self.twin.part(path), args, kwargs, training=True)
+                trace(self.meta_copy.part(path), args, kwargs, training=True)
             except FxpruneError:
                 return None  # a graph would do in training what it does in evaluation
         known = all(
@@ -141,7 +141,7 @@ class Finder:
         """The parts inside of which another part lies: Python calls that one, too, which is as
         wide as Python sees it.
         """
-        model, found = self.twin.model, set()
+        model, found = self.meta_copy.model, set()
         called = IdentitySet(model.get_submodule(path) for path in self.graphs)
         for path in self.graphs:
             outer = model.get_submodule(path)

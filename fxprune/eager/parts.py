@@ -25,14 +25,14 @@ from fxprune.identity import IdentityMap
 from fxprune.memory import Undone
 from fxprune.rules import Context, Record
 from fxprune.shapes import tensors_in
-from fxprune.trace import Trace, Twin, trace
+from fxprune.trace import MetaCopy, Trace, trace
 from fxprune.trace.values import map_leaves
 
 __all__ = ["Parts"]
 
 
 class Parts:
-    """Runs a twin for real, Python and all, and traces the modules that it calls.
+    """Runs a meta copy for real, Python and all, and traces the modules that it calls.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ class Parts:
         :func:`fxprune.trace.trace`).
     """
 
-    def __init__(self, twin: Twin, context: Context, watch: Callable[[str], Any]) -> None:
-        self.twin, self.context, self.watch = twin, context, watch
+    def __init__(self, meta_copy: MetaCopy, context: Context, watch: Callable[[str], Any]) -> None:
+        self.meta_copy, self.context, self.watch = meta_copy, context, watch
         self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
         self._stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.decided = ""  # the line at which Python takes out numbers that depend on weights
@@ -75,10 +75,10 @@ class Parts:
         inside = IdentityMap(
             (t, None)
             for path, _ in self.traces
-            for t in _tensors_by_name(self.twin.model.get_submodule(path))
+            for t in _tensors_by_name(self.meta_copy.model.get_submodule(path))
         )
         read = IdentityMap((tensor, None) for tensor in self._read)
-        for tensor in _tensors_by_name(self.twin.model):
+        for tensor in _tensors_by_name(self.meta_copy.model):
             record = self.context.record(tensor)
             if (tensor not in inside or tensor in read) and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
@@ -104,10 +104,10 @@ class Parts:
     def _run(
         self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
     ) -> Any:
-        real, mode = self.twin.instance(), RealMode(self.context)
+        real, mode = self.meta_copy.instance(), RealMode(self.context)
         undone = Undone(dict(real.named_parameters()))
         for own, stand_in in zip(
-            _tensors_by_name(real), _tensors_by_name(self.twin.model), strict=True
+            _tensors_by_name(real), _tensors_by_name(self.meta_copy.model), strict=True
         ):
             mode.own[own] = stand_in
             record = self.context.record(stand_in)
@@ -149,7 +149,7 @@ class Parts:
     def _outside(self) -> list[Tensor]:
         """The parameters and buffers of modules that are in no part."""
         paths = {path for path, _ in self.traces}
-        modules = self.twin.model.named_modules(remove_duplicate=False)
+        modules = self.meta_copy.model.named_modules(remove_duplicate=False)
         own = [
             m
             for name, m in modules
@@ -218,7 +218,7 @@ class Parts:
         before, ctx.ran = ctx.ran, {}
         watch = self.watch(f"{path}:train." if training else f"{path}:")
         traced = replace(
-            trace(self.twin.part(path), *inputs, watch=watch, training=training), path=path
+            trace(self.meta_copy.part(path), *inputs, watch=watch, training=training), path=path
         )
         first = self.traces.setdefault((path, training), traced)
         if first is not traced:

@@ -208,9 +208,9 @@ class RealMode(LabelMode):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.widths: list[Width] = []  # among the sizes that this call is given
-        # the model's parameters and buffers -> those of the twin
+        # the model's parameters and buffers -> those of the meta copy
         self.own: IdentityMap[Tensor, Tensor] = IdentityMap()
-        # those of the twin that Python reads itself, outside of parts
+        # those of the meta copy that Python reads itself, outside of parts
         self.read: IdentityMap[Tensor, None] = IdentityMap()
         self.memory = LabelledMemory(context)
         self.pausing = False  # while a part runs

@@ -23,7 +23,7 @@ from fxprune.inputs import Arguments
 from fxprune.reach import AGAIN, Reach, drawing, same
 from fxprune.shapes import DispatchMode
 from fxprune.state import AttributeChange, Attributes
-from fxprune.trace import Twin
+from fxprune.trace import MetaCopy
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run_route"]
 
@@ -95,28 +95,28 @@ def run_route(
         return followed(model, args, kwargs, route.answers, *inside, *found)
 
 
-def routes_of(twin: Twin, args: Any, kwargs: Any) -> Routes:
+def routes_of(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
     """The routes that a model can take.
 
     A route on which something is found where the example has nothing is one where the model can go
     it. Training is one, unless it needs what the example has not: targets, say.
     """
     for again in range(RUNS):
-        with drawing(twin.model) if again else undrawn() as drawn:
-            found = _explored(twin, args, kwargs)
+        with drawing(meta_copy.model) if again else undrawn() as drawn:
+            found = _explored(meta_copy, args, kwargs)
             draws = drawn()
         if not draws:
-            found.decided = found.decided or _from_call_to_call(twin, args, kwargs)
+            found.decided = found.decided or _from_call_to_call(meta_copy, args, kwargs)
             return found
     found.decided = found.decided or CHANCE
     return found
 
 
-def _from_call_to_call(twin: Twin, args: Any, kwargs: Any) -> str:
+def _from_call_to_call(meta_copy: MetaCopy, args: Any, kwargs: Any) -> str:
     """By what a model does something else when it is called again on the same inputs; empty if it
     does the same.
     """
-    model = twin.instance()
+    model = meta_copy.instance()
     reach = Reach(model)
     if not reach.may_change:
         return ""
@@ -164,26 +164,30 @@ def _is_another(change: AttributeChange) -> bool:
     return not same(before, change.after)
 
 
-def _explored(twin: Twin, args: Any, kwargs: Any) -> Routes:
+def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
     watch, found = Found(finds=False), Routes([])
     _add(
-        found, lambda answers: followed(twin.instance(), args, kwargs, answers, watch)[1], Route()
+        found,
+        lambda answers: followed(meta_copy.instance(), args, kwargs, answers, watch)[1],
+        Route(),
     )
     for route in (*([Route(finds=True)] if watch.missed else []), Route(training=True)):
         try:
-            add_ways(found, twin, args, kwargs, route)
+            add_ways(found, meta_copy, args, kwargs, route)
         except Exception as error:
             found.untrained = f"{type(error).__name__}: {error}" if route.training else ""
     return found
 
 
-def add_ways(routes: Routes, twin: Twin, args: Any, kwargs: Any, route: Route) -> None:
+def add_ways(routes: Routes, meta_copy: MetaCopy, args: Any, kwargs: Any, route: Route) -> None:
     """Add all ways that a route can go."""
-    _add(routes, functools.partial(_decisions, twin, args, kwargs, route), route)
+    _add(routes, functools.partial(_decisions, meta_copy, args, kwargs, route), route)
 
 
-def _decisions(twin: Twin, args: Any, kwargs: Any, route: Route, answers: Answers) -> Decisions:
-    return run_route(twin.instance(), args, kwargs, replace(route, answers=answers))[1]
+def _decisions(
+    meta_copy: MetaCopy, args: Any, kwargs: Any, route: Route, answers: Answers
+) -> Decisions:
+    return run_route(meta_copy.instance(), args, kwargs, replace(route, answers=answers))[1]
 
 
 def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route) -> None:

@@ -20,7 +20,7 @@ from fxprune.eager.questions import PART, CodePlace, Questions
 from fxprune.eager.routes import Route, run_route
 from fxprune.inputs import Arguments, batch_size, random
 from fxprune.resized import lengths, other_batch, other_sizes, sizes_alone, with_sizes
-from fxprune.trace import Twin
+from fxprune.trace import MetaCopy
 
 __all__ = ["Sized"]
 
@@ -70,8 +70,10 @@ class Sized:
         The line by which it cannot be known where Python goes; empty if it can.
     """
 
-    def __init__(self, twin: Twin, parts: Collection[str], args: Any, kwargs: Any) -> None:
-        self.twin, self.parts, self.args, self.kwargs = twin, parts, args, kwargs
+    def __init__(
+        self, meta_copy: MetaCopy, parts: Collection[str], args: Any, kwargs: Any
+    ) -> None:
+        self.meta_copy, self.parts, self.args, self.kwargs = meta_copy, parts, args, kwargs
         self.routes: list[Route] = []
         self.decided = ""
         self._trail: set[Any] = set()
@@ -182,7 +184,7 @@ class Sized:
 
     def _visit(self, route: Route, asked: dict[CodePlace, _Asked]) -> None:
         """Run the model on a route, and note what it asks and does."""
-        real = self.twin.instance()
+        real = self.meta_copy.instance()
         questions = Questions([*real.parameters(), *real.buffers()], dict(route.turned))
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:

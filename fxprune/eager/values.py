@@ -15,13 +15,13 @@ from fxprune.eager.calls import in_one_thread, intercepted
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
 from fxprune.inputs import Arguments, filled, kept, placed, random
 from fxprune.memory import Undone
-from fxprune.trace import Twin, set_mode, slow_path, user_line
+from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, takes_functions
 
 __all__ = ["runnable"]
 
 
-def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
+def runnable(meta_copy: MetaCopy, example: Arguments, refused: Exception) -> Arguments:
     """The example with values on which the model runs, and calls as many of its modules as can be
     reached.
 
@@ -35,22 +35,22 @@ def runnable(twin: Twin, example: Arguments, refused: Exception) -> Arguments:
     Exception
         ``refused``, why the model is no graph, if it lies on the meta device and cannot be run.
     """
-    if twin.device.type == "meta":
+    if meta_copy.device.type == "meta":
         raise refused
     every = {
         path
-        for path, module in twin.model.named_modules()
+        for path, module in meta_copy.model.named_modules()
         if path and any(True for _ in module.parameters())
     }
     best, most = None, -1
     for call, own in _example_values(example):
         try:
-            called = len(_modules_called(twin, call, every))
+            called = len(_modules_called(meta_copy, call, every))
         except ElsewhereError:
             raise
         except Exception as error:  # whatever the model raises
             if own:
-                raise _fails(twin, error, refused) from error
+                raise _fails(meta_copy, error, refused) from error
             continue
         if called > most:
             best, most = call, called
@@ -73,16 +73,16 @@ def _example_values(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
     yield random(data), False
 
 
-def _modules_called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
+def _modules_called(meta_copy: MetaCopy, call: Arguments, paths: set[str]) -> set[str]:
     """Which of these modules a call reaches."""
-    model, found = twin.instance(), set[str]()
+    model, found = meta_copy.instance(), set[str]()
     set_mode(model, training=False)
 
     def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         found.add(path)
         return NotImplemented
 
-    args, kwargs = placed(call, twin.device)
+    args, kwargs = placed(call, meta_copy.device)
     undone = Undone(dict(model.named_parameters()))
     with (
         undone.afterwards(),
@@ -95,7 +95,7 @@ def _modules_called(twin: Twin, call: Arguments, paths: set[str]) -> set[str]:
     return found
 
 
-def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
+def _fails(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
     if isinstance(error, FxpruneError):
         return error
     if takes_functions(error):
@@ -106,12 +106,12 @@ def _fails(twin: Twin, error: Exception, refused: Exception) -> Exception:
         return refused
     if _is_of_model(error):
         return ModelError(
-            f"forward of this {type(twin.model).__name__} fails on other grounds than its "
+            f"forward of this {type(meta_copy.model).__name__} fails on other grounds than its "
             f"inputs: {type(error).__name__}: {error} (at {where}). Mend that line; a model that "
             "runs can be pruned."
         )
     return InputError(
-        f"{type(twin.model).__name__} fails on the example inputs: {type(error).__name__}: "
+        f"{type(meta_copy.model).__name__} fails on the example inputs: {type(error).__name__}: "
         f"{error} (at {where}). Check that they are what the model is called with: shapes, "
         "dtypes, values and the order of arguments."
     )

@@ -316,7 +316,7 @@ class _Recorder(fx.Interpreter):
         kwargs = {name: read(new, before_kwargs.get(name)) for name, new in node.kwargs.items()}
         parameters: dict[str, LayerTensor] = {}
         if module is not None and old is not None:
-            twin = self.trace.twin.model.get_submodule(str(old.target))
+            meta_copy = self.trace.meta_copy.model.get_submodule(str(old.target))
             own = {
                 name: parameter
                 for name, parameter in module._parameters.items()
@@ -324,7 +324,7 @@ class _Recorder(fx.Interpreter):
             }
             for name, parameter in own.items():
                 (parameters[name],) = self._operands(
-                    [parameter], twin._parameters.get(name), channels
+                    [parameter], meta_copy._parameters.get(name), channels
                 )
         return Layer(
             self.trace.prefix + node.name,

@@ -65,10 +65,10 @@ def emit(
         If a node cannot be made smaller, or units that were separate meet; it carries the node's
         name.
     """
-    twin, parts = coupling.twin, coupling.parts
+    meta_copy, parts = coupling.meta_copy, coupling.parts
     smaller = {id(own): _smaller(own, survivors) for own in coupling.parameters.values()}
     made: dict[int, nn.Module] = {}
-    root = _skeleton(twin.model, smaller, made, keep_classes=bool(parts))
+    root = _skeleton(meta_copy.model, smaller, made, keep_classes=bool(parts))
     context = _old_units(coupling)
     original = {id(smaller[id(tensor)]): tensor for tensor in coupling.parameters.values()}
     emitted: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
@@ -79,7 +79,7 @@ def emit(
         )
         for trace in own:
             for target in trace.constants:
-                constant = operator.attrgetter(target)(trace.twin.model)
+                constant = operator.attrgetter(target)(trace.meta_copy.model)
                 _set(below, target, constant if constant.is_meta else constant.cpu())
         graphs = [
             _Emission(coupling, survivors, trace, below, original, context, thorough).run()
@@ -95,19 +95,21 @@ def emit(
             _set(emitted[trace.path][0], target, tensor)
     standing: dict[int, nn.Module] = {}
     for path, (below, graphs) in emitted.items():
-        _place_positions(below, coupling.twin.device)
+        _place_positions(below, coupling.meta_copy.device)
         module = PrunedModule(
             below, graphs[0], type(below).__name__ if path else name, *graphs[1:]
         )
         standing[id(below)] = (
-            module.behaving_like(below) if path else module.holding_modes(_own_modes(twin.model))
+            module.behaving_like(below)
+            if path
+            else module.holding_modes(_own_modes(meta_copy.model))
         )
         root = _replaced(root, below, standing[id(below)])
     final = {key: standing.get(id(below), below) for key, below in made.items()}
     if parts or any(map(has_own_forward, made.values())):
         _refer_to(made, final, filled)
     if parts:
-        _hook(twin.modules, final)
+        _hook(meta_copy.modules, final)
         for module in final.values():
             vars(module).update(sizes_of(module))
     return root
@@ -154,7 +156,7 @@ class _Emission:
             root,
             context,
         )
-        self.original = original  # by the id of a parameter of the smaller model: the twin's
+        self.original = original  # by the id of a parameter of the smaller model: the meta copy's
         self.thorough = thorough
         self.prefix = trace.prefix
         self.graph = fx.Graph()
@@ -169,13 +171,13 @@ class _Emission:
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
         self.numbers = Numbers(
-            Extents(survivors, trace.twin.model), self.graph, self.made, self.env
+            Extents(survivors, trace.meta_copy.model), self.graph, self.made, self.env
         )
 
     @functools.cached_property
     def memory(self) -> Memory:
         """Who shares memory with whom in the original's graph."""
-        return Memory(self.trace.graph, self.trace.twin.model)
+        return Memory(self.trace.graph, self.trace.meta_copy.model)
 
     def value(self, new: fx.Node) -> Any:
         """The value of a node of the new graph; of one that was not run, a tensor with the labels
@@ -359,7 +361,7 @@ class _Emission:
 
         An axis of which one position is left lies in memory as one likes.
         """
-        source, value = shares(node, self.trace.twin.model), _value(node)
+        source, value = shares(node, self.trace.meta_copy.model), _value(node)
         old = None if source is None else _value(source)
         if (
             not isinstance(old, Tensor)
@@ -487,7 +489,7 @@ class _Emission:
                 [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1],
             )
         count = before.units.count
-        result = run_node(before, self.trace.twin.model, node, _value)
+        result = run_node(before, self.trace.meta_copy.model, node, _value)
         emitted = run_node(after, self.root, new, self.value)
         for own, old, now in zip(
             tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True
@@ -642,11 +644,11 @@ def _replaced(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 def _refer_to(
     made: dict[int, nn.Module], final: dict[int, nn.Module], tensors: dict[int, Tensor]
 ) -> None:
-    """What Python holds of the twin's modules and tensors (in lists, methods, closures) are the
-    emitted ones from now on.
+    """What Python holds of the meta copy's modules and tensors (in lists, methods, closures) are
+    the emitted ones from now on.
 
-    ``made`` leads from the id of a twin's module to its skeleton, ``final`` to the module that was
-    emitted.
+    ``made`` leads from the id of a meta copy's module to its skeleton, ``final`` to the module
+    that was emitted.
     """
     memo: dict[int, Any] = {**final, **tensors}
     for key, below in made.items():
@@ -657,8 +659,8 @@ def _refer_to(
 
 
 def _hook(users: dict[int, nn.Module], final: dict[int, nn.Module]) -> None:
-    """The emitted modules have the hooks of the user's: those of the twin collected what was run
-    for the analysis.
+    """The emitted modules have the hooks of the user's: those of the meta copy collected what was
+    run for the analysis.
     """
     memo: dict[int, Any] = {id(user): final[key] for key, user in users.items() if key in final}
     for key, user in users.items():
@@ -736,8 +738,8 @@ def _own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
 
 
 def _survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]:
-    """The surviving elements of the user's tensors, by the id of the twin's tensor."""
-    real = coupling.twin.real
+    """The surviving elements of the user's tensors, by the id of the meta copy's tensor."""
+    real = coupling.meta_copy.real
     out: dict[int, Tensor] = {}
     for tensor in coupling.parameters.values():
         source = real[id(tensor)]

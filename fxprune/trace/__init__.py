@@ -9,13 +9,13 @@ Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not
   modes;
 * functions that libraries mark as leaves are entered, because parameters pass through them.
 
-``twin`` copies the model, ``arguments`` reads the example, ``values`` stand for values, ``tracer``
-makes nodes of what is done to them, ``decisions`` names what Python asked them, ``sizes`` and
-``resized`` find what C++ asked them, ``takeover`` leads through the tracer what torch would do
-without a word to it, and ``lines`` finds the user's line for a message.
+``meta_copy`` copies the model, ``arguments`` reads the example, ``values`` stand for values,
+``tracer`` makes nodes of what is done to them, ``decisions`` names what Python asked them,
+``sizes`` and ``resized`` find what C++ asked them, ``takeover`` leads through the tracer what
+torch would do without a word to it, and ``lines`` finds the user's line for a message.
 
-The model that runs is a *twin*: same structure, parameters on the meta device. The user's model is
-never called nor changed.
+The model that runs is a *meta copy*: same structure, parameters on the meta device. The user's
+model is never called nor changed.
 """
 
 from __future__ import annotations
@@ -55,16 +55,23 @@ from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.decisions import formula, number_decides
 from fxprune.trace.lines import following, takes_functions, user_line
 from fxprune.trace.lookups import Lookup, unanswered
+from fxprune.trace.meta_copy import (
+    MetaCopy,
+    attribute,
+    copy_of,
+    meta_copy_of,
+    put_tensors,
+    set_mode,
+)
 from fxprune.trace.resized import hold_inputs, hold_ranks
 from fxprune.trace.takeover import plain_attention, slow_path, taken_over
 from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer, execute, is_leaf
-from fxprune.trace.twin import Twin, attribute, copy_of, put_tensors, set_mode, twin_of
 from fxprune.trace.values import SizeTuple
 
 __all__ = [
+    "MetaCopy",
     "SizeTuple",
     "Trace",
-    "Twin",
     "attribute",
     "copy_of",
     "example_of",
@@ -72,12 +79,12 @@ __all__ = [
     "following",
     "formula",
     "is_leaf",
+    "meta_copy_of",
     "plain_attention",
     "put_tensors",
     "set_mode",
     "slow_path",
     "trace",
-    "twin_of",
     "user_line",
 ]
 
@@ -91,14 +98,14 @@ DRAWS = (
 
 @dataclass
 class Trace:
-    """A traced model: the graph, its twin, and what tracing had to decide.
+    """A traced model: the graph, its meta copy, and what tracing had to decide.
 
     ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta
-    tensors, ints, tuples). The twin is that of the traced module.
+    tensors, ints, tuples). The meta copy is that of the traced module.
     """
 
     graph: fx.Graph
-    twin: Twin
+    meta_copy: MetaCopy
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     decisions: list[str] = field(default_factory=list)
@@ -132,15 +139,15 @@ class Trace:
 
 
 def trace(
-    twin: Twin,
+    meta_copy: MetaCopy,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
 ) -> Trace:
-    """Trace the twin on meta inputs (see :func:`example_of`) in evaluation mode, or in training
-    mode.
+    """Trace the meta copy on meta inputs (see :func:`example_of`) in evaluation mode, or in
+    training mode.
 
     Parameters
     ----------
@@ -158,40 +165,44 @@ def trace(
     InputError
         If an operation refuses the shapes of the example.
     """
-    if any(module.__dict__["training"] is not training for module in twin.model.modules()):
-        set_mode(twin.model, training)
-    attributes = Attributes(twin.model)
+    if any(module.__dict__["training"] is not training for module in meta_copy.model.modules()):
+        set_mode(meta_copy.model, training)
+    attributes = Attributes(meta_copy.model)
 
     def follow(arguments: tuple[Any, Any]) -> tuple[fx.Graph, dict[str, Tensor]]:
-        found, _ = _follow(Tracer(twin, *arguments, training, _on_shapes), twin)
+        found, _ = _follow(Tracer(meta_copy, *arguments, training, _on_shapes), meta_copy)
         return found.graph, found.constants
 
-    reach = twin.reached.now()
+    reach = meta_copy.reached.now()
     with forgotten_caches(
-        twin.model, reach, (args, kwargs), follow, lambda tensor: twin.real.get(id(tensor), tensor)
+        meta_copy.model,
+        reach,
+        (args, kwargs),
+        follow,
+        lambda tensor: meta_copy.real.get(id(tensor), tensor),
     ):
-        tracer = Tracer(twin, args, kwargs, training, watch or _on_shapes)
+        tracer = Tracer(meta_copy, args, kwargs, training, watch or _on_shapes)
         try:
             with reach.watching():
-                result, made = _follow(tracer, twin)
-            _refuse_left(result.left, twin.model)
-            _refuse_checkpoints(tracer, twin)
-            refuse_hooks(twin.model, below=True)
+                result, made = _follow(tracer, meta_copy)
+            _refuse_left(result.left, meta_copy.model)
+            _refuse_checkpoints(tracer, meta_copy)
+            refuse_hooks(meta_copy.model, below=True)
             changes = [*attributes.changes(made)]
-            _refuse_memory(result.graph, assigned(changes), twin.model)
+            _refuse_memory(result.graph, assigned(changes), meta_copy.model)
             state = carried(changes)
             if state:
                 attributes.restore(made)
                 keep(state)
-                twin.reached.begin_anew()
+                meta_copy.reached.begin_anew()
                 _refuse_state(result, state)
                 result.not_set = tuple(change.path for change in state if change.nodes)
             attributes.restore(made)
             if state:
-                twin.reached.begin_anew()
+                meta_copy.reached.begin_anew()
             changes, state = [], []
             _hold_lookups(tracer, result)
-            _refuse_left(_nodes_held(tracer), twin.model)
+            _refuse_left(_nodes_held(tracer), meta_copy.model)
             _refuse_chance(result, reach)
         except BaseException:
             attributes.restore()
@@ -223,12 +234,12 @@ def _with_keys(first: Trace) -> list[Lookup] | None:
     """What a further call looks up where the keys are still there, of whom none is one of its own;
     None: it fails.
     """
-    attributes = Attributes(first.twin.model)
-    again = Tracer(first.twin, first.args, first.kwargs, first.training, _on_shapes)
+    attributes = Attributes(first.meta_copy.model)
+    again = Tracer(first.meta_copy, first.args, first.kwargs, first.training, _on_shapes)
     try:
         for table, key in first.filled:
             set.add(table, key) if isinstance(table, set) else dict.__setitem__(table, key, None)
-        _follow(again, first.twin)
+        _follow(again, first.meta_copy)
     except FxpruneError:
         return None
     finally:
@@ -242,9 +253,11 @@ def _first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | boo
     """The first node in whose place a trace of another call does something else; None: there is
     none; False: it fails.
     """
-    attributes = Attributes(first.twin.model)
+    attributes = Attributes(first.meta_copy.model)
     try:
-        other, _ = _follow(Tracer(first.twin, *arguments, first.training, _on_shapes), first.twin)
+        other, _ = _follow(
+            Tracer(first.meta_copy, *arguments, first.training, _on_shapes), first.meta_copy
+        )
     except FxpruneError:
         return False
     finally:
@@ -256,10 +269,10 @@ def _on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
     return ShapeMode()
 
 
-def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
-    """Trace once; also the names of the constants that the twin's module has got by it."""
+def _follow(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[str]]:
+    """Trace once; also the names of the constants that the meta copy's module has got by it."""
     draws = False
-    with torch.no_grad(), taken_over(tracer, twin.model), following(), undrawn() as drawn:
+    with torch.no_grad(), taken_over(tracer, meta_copy.model), following(), undrawn() as drawn:
         try:
             graph = tracer.trace()
             if tracer.elsewhere is not None:
@@ -278,16 +291,18 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
         except FxpruneError:
             raise
         except Exception as error:
-            raise _untraceable(error, tracer, twin.model) from error
+            raise _untraceable(error, tracer, meta_copy.model) from error
         finally:
             tracer.close()
-            missed = [*unanswered(tracer.lookups, twin.reached.made)]
-            filled = twin.reached.keys(_is_stand_in) if missed else []
-            left = twin.reached.take_out(_is_stand_in)
-    if draws and _draws_again(tracer, twin):
-        raise ChanceError(DRAWS.format(type(twin.model).__name__, "Python's or NumPy's generator"))
+            missed = [*unanswered(tracer.lookups, meta_copy.reached.made)]
+            filled = meta_copy.reached.keys(_is_stand_in) if missed else []
+            left = meta_copy.reached.take_out(_is_stand_in)
+    if draws and _draws_again(tracer, meta_copy):
+        raise ChanceError(
+            DRAWS.format(type(meta_copy.model).__name__, "Python's or NumPy's generator")
+        )
     constants = {
-        name: twin.real[id(t)] if id(t) in twin.real else t.clone()
+        name: meta_copy.real[id(t)] if id(t) in meta_copy.real else t.clone()
         for t, name in tracer.constants.values()
         if name in tracer.constant_targets
     }
@@ -295,7 +310,7 @@ def _follow(tracer: Tracer, twin: Twin) -> tuple[Trace, frozenset[str]]:
     nodes = [node for node in map(node_of, left) if node is not None]
     result = Trace(
         graph,
-        twin,
+        meta_copy,
         args,
         kwargs,
         tracer.decisions,
@@ -329,17 +344,17 @@ def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneE
     )
 
 
-def _draws_again(tracer: Tracer, twin: Twin) -> bool:
+def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
     """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
     thread.
     """
     for _ in range(RUNS - 1):
-        again = Tracer(twin, *tracer.example, tracer.training, _on_shapes)
+        again = Tracer(meta_copy, *tracer.example, tracer.training, _on_shapes)
         with (
             torch.no_grad(),
-            taken_over(again, twin.model),
+            taken_over(again, meta_copy.model),
             following(),
-            drawing(twin.model) as drawn,
+            drawing(meta_copy.model) as drawn,
         ):
             try:
                 again.trace()
@@ -350,7 +365,7 @@ def _draws_again(tracer: Tracer, twin: Twin) -> bool:
                 return True
             finally:
                 again.close()
-                twin.reached.take_out(_is_stand_in)
+                meta_copy.reached.take_out(_is_stand_in)
     return True
 
 
@@ -389,7 +404,7 @@ def _nodes_held(tracer: Tracer) -> list[fx.Node]:
     return nodes()
 
 
-def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
+def _refuse_checkpoints(tracer: Tracer, meta_copy: MetaCopy) -> None:
     """What a checkpoint computes again before the backward pass reads it, a graph must not have
     overwritten.
 
@@ -398,7 +413,7 @@ def _refuse_checkpoints(tracer: Tracer, twin: Twin) -> None:
     TraceError
         If it has.
     """
-    if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, twin):
+    if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, meta_copy):
         raise TraceError(
             "forward writes in place into what the backward pass reads. Its checkpoint (at "
             f"{tracer.checkpoints[0]}) computes that again, which a graph does not. Use an "
@@ -435,10 +450,14 @@ def _refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
     TraceError
         If a second call does something else, or leaves something else behind.
     """
-    twin, attributes, made = first.twin, Attributes(first.twin.model), frozenset[str]()
+    meta_copy, attributes, made = (
+        first.meta_copy,
+        Attributes(first.meta_copy.model),
+        frozenset[str](),
+    )
     try:
         second, made = _follow(
-            Tracer(twin, first.args, first.kwargs, first.training, _on_shapes), twin
+            Tracer(meta_copy, first.args, first.kwargs, first.training, _on_shapes), meta_copy
         )
         same = same_graph(first.graph, second.graph, first.constants, second.constants)
         moving = [
@@ -453,9 +472,9 @@ def _refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
     if not same or moving:
         names = ", ".join(sorted(repr(change.path) for change in state))
         raise TraceError(
-            f"forward of this {type(twin.model).__name__} does something else when it is called "
-            f"again, because it sets {names}: a graph is one call. Hand it in and out as an "
-            "argument, or make it a buffer and write into it in place."
+            f"forward of this {type(meta_copy.model).__name__} does something else when it is "
+            f"called again, because it sets {names}: a graph is one call. Hand it in and out as "
+            "an argument, or make it a buffer and write into it in place."
         )
 
 
@@ -467,20 +486,20 @@ def _refuse_chance(first: Trace, reach: Reach) -> None:
     ChanceError
         If a generator of the model's own is drawn from, or if a further call does something else.
     """
-    twin = first.twin
+    meta_copy = first.meta_copy
     if reach.drawn and _each_draws(first):
         reach.put_back()
-        raise ChanceError(DRAWS.format(type(twin.model).__name__, "a generator of its own"))
+        raise ChanceError(DRAWS.format(type(meta_copy.model).__name__, "a generator of its own"))
     reach.put_back()
     for _ in range(AGAIN):
         if not reach.may_differ:
             break  # it has left nothing behind, or what it found was all there
-        reach = Reach(twin.model)
+        reach = Reach(meta_copy.model)
         with reach.watching():
             same = _does_the_same(first)
         if not same:
             raise ChanceError(
-                f"forward of this {type(twin.model).__name__} does something else when it is "
+                f"forward of this {type(meta_copy.model).__name__} does something else when it is "
                 "called again, with the same inputs: by a clock, by random numbers from outside "
                 "of torch, or by what an earlier call has left behind outside of its modules. A "
                 "graph is one call. Hand it in as an argument, or keep that line inside a module "
@@ -493,7 +512,7 @@ def _each_draws(first: Trace) -> bool:
     thread.
     """
     for _ in range(RUNS - 1):
-        reach = Reach(first.twin.model)
+        reach = Reach(first.meta_copy.model)
         _does_the_same(first)
         if not reach.drawn:
             return False

@@ -20,35 +20,35 @@ from fxprune.contents import tensors_of
 from fxprune.memory import writes
 from fxprune.regions import enter, leave
 from fxprune.shapes import ShapeMode
+from fxprune.trace.meta_copy import MetaCopy
 from fxprune.trace.tracer import execute
-from fxprune.trace.twin import Twin
 
 __all__ = ["overwrites_what_is_kept"]
 
 
-def overwrites_what_is_kept(graph: fx.Graph, twin: Twin) -> bool:
+def overwrites_what_is_kept(graph: fx.Graph, meta_copy: MetaCopy) -> bool:
     """Whether an operation of a graph writes into what another one has kept for its backward pass.
 
     The graph runs with gradients on tensors without data, whose versions torch counts as it does
     those of others.
     """
-    if not any(writes(node, twin.model) for node in graph.nodes):
+    if not any(writes(node, meta_copy.model) for node in graph.nodes):
         return False
-    with torch.inference_mode(False), torch.enable_grad(), _trainable(twin), ShapeMode():
+    with torch.inference_mode(False), torch.enable_grad(), _trainable(meta_copy), ShapeMode():
         try:
-            results = _results(graph, twin)
+            results = _results(graph, meta_copy)
         except RuntimeError:
             return False  # writing into a parameter, say: the model itself has no gradients
     return any(map(_is_overwritten, _backward_functions(results)))
 
 
 @contextmanager
-def _trainable(twin: Twin) -> Iterator[None]:
-    """While the parameters of the twin want gradients as those of the model do."""
+def _trainable(meta_copy: MetaCopy) -> Iterator[None]:
+    """While the parameters of the meta copy want gradients as those of the model do."""
     asked = [
         own
-        for own in twin.tensors.values()
-        if isinstance(own, nn.Parameter) and twin.real[id(own)].requires_grad
+        for own in meta_copy.tensors.values()
+        if isinstance(own, nn.Parameter) and meta_copy.real[id(own)].requires_grad
     ]
     try:
         for own in asked:
@@ -59,7 +59,7 @@ def _trainable(twin: Twin) -> Iterator[None]:
             own.requires_grad_(False)
 
 
-def _results(graph: fx.Graph, twin: Twin) -> list[Tensor]:
+def _results(graph: fx.Graph, meta_copy: MetaCopy) -> list[Tensor]:
     """What comes out, when each node is called."""
     values: dict[fx.Node, Any] = {}
     regions: dict[fx.Node, Any] = {}
@@ -75,7 +75,7 @@ def _results(graph: fx.Graph, twin: Twin) -> list[Tensor]:
             elif node.op == "output":
                 values[node] = args
             else:
-                values[node] = execute(twin.model, node, args, kwargs)
+                values[node] = execute(meta_copy.model, node, args, kwargs)
     finally:
         for region in reversed(regions.values()):
             leave(region)

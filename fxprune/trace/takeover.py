@@ -1,9 +1,9 @@
 """While a model is traced, what torch would do without a word to the tracer goes through it.
 
-Modules of the twin answer through the tracer: they belong to nobody else. What belongs to torch
-(functions that libraries registered as leaves, functions with gradients of their own, regions
-without gradients) is exchanged for the time of the trace, answers the thread that traces alone,
-and is put back in every case.
+Modules of the meta copy answer through the tracer: they belong to nobody else. What belongs to
+torch (functions that libraries registered as leaves, functions with gradients of their own,
+regions without gradients) is exchanged for the time of the trace, answers the thread that traces
+alone, and is put back in every case.
 """
 
 from __future__ import annotations
@@ -414,8 +414,8 @@ def _class_while_traced(kind: type) -> type:
 
 
 def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a module of the twin does when it is called: a leaf becomes a node, of others the code
-    is followed.
+    """What a module of the meta copy does when it is called: a leaf becomes a node, of others the
+    code is followed.
 
     So is that of a leaf whose node would say something else: where forward has put other
     parameters into it, say.
@@ -446,7 +446,7 @@ def _answering(module: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 @contextmanager
 def _modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Modules of the twin answer through the tracer."""
+    """Modules of the meta copy answer through the tracer."""
     below = [module for name, module in root.named_modules() if name]
     try:
         for module in below:

@@ -41,8 +41,8 @@ from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, is_ours, user_line
 from fxprune.trace.lookups import Lookup, at
+from fxprune.trace.meta_copy import MetaCopy
 from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_traced_sizes
-from fxprune.trace.twin import Twin
 from fxprune.trace.values import (
     ASKS,
     OF_PARAMETERS,
@@ -179,13 +179,13 @@ class Tracer:
 
     def __init__(
         self,
-        twin: Twin,
+        meta_copy: MetaCopy,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         training: bool,
         watch: Callable[[fx.Node], AbstractContextManager[Any]],
     ) -> None:
-        self.root = twin.model
+        self.root = meta_copy.model
         self.graph = fx.Graph()
         self.example = (args, kwargs)
         self.watch = watch
@@ -206,8 +206,8 @@ class Tracer:
         self.made_names: list[str] = []
         # tensors that forward makes without any input, and the graph holds as constants
         self.made = Snapshot()
-        self._names = {id(tensor): name for name, tensor in twin.tensors.items()}
-        self._tensors = list(twin.tensors.values())  # keeps the ids above
+        self._names = {id(tensor): name for name, tensor in meta_copy.tensors.items()}
+        self._tensors = list(meta_copy.tensors.values())  # keeps the ids above
         self._paths = {
             id(module): name
             for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))
@@ -233,7 +233,7 @@ class Tracer:
         # of tensors that follow from constants, with the lines
         self._read_values: list[tuple[fx.Node, str]] = []
         self.lookups: list[Lookup] = []
-        self._reached = twin.reached
+        self._reached = meta_copy.reached
         # of numbers; the nodes that hold these, and the decisions
         self._texts: list[tuple[str, list[fx.Node], list[str]]] = []
 

@@ -74,12 +74,12 @@ class GraphRun:
             If it cannot be told which elements a statistic goes over.
         """
         trace = self.trace_of(path)
-        twin = trace.twin.model
-        modes = {module: module.training for module in twin.modules()}
+        meta_copy = trace.meta_copy.model
+        modes = {module: module.training for module in meta_copy.modules()}
         inputs, env = iter([*args, *kwargs.values()]), {}
         try:
-            in_mode(twin, self.training)
-            with trace.twin.holding(self.values), torch.no_grad():
+            in_mode(meta_copy, self.training)
+            with trace.meta_copy.holding(self.values), torch.no_grad():
                 for node in trace.graph.nodes:
                     if node.op == "placeholder":
                         env[node] = clone(next(inputs))
@@ -101,7 +101,7 @@ class GraphRun:
         mode = Followed({"": own}, self.survivors, False, self.constant)
         try:
             with torch.inference_mode(), mode.inside(""), mode:
-                value = execute(trace.twin.model, node, args, kwargs)
+                value = execute(trace.meta_copy.model, node, args, kwargs)
         except NotFollowedError as error:
             raise NotFollowedError(f"node {node.name!r} cannot be followed: {error}") from error
         self.draws += mode.draws

@@ -24,17 +24,17 @@ from fxprune.reach import Reached
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
 from fxprune.shapes import META
 
-__all__ = ["Twin", "attribute", "copy_of", "put_tensors", "set_mode", "twin_of"]
+__all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "set_mode"]
 
 
 @dataclass(frozen=True)
-class Twin:
+class MetaCopy:
     """A structural copy of a model with parameters on the meta device.
 
-    ``real`` leads from the id of a twin's tensor to the tensor of the user's model that it stands
-    for, ``modules`` from the id of a twin's module to the user's; ``tensors`` are the twin's
-    parameters and buffers by name. ``kept`` keeps all tensors alive whose ids lead on, also where
-    forward has replaced one. ``reached`` is what the code of the whole model can reach.
+    ``real`` leads from the id of a meta copy's tensor to the tensor of the user's model that it
+    stands for, ``modules`` from the id of a meta copy's module to the user's; ``tensors`` are the
+    meta copy's parameters and buffers by name. ``kept`` keeps all tensors alive whose ids lead on,
+    also where forward has replaced one. ``reached`` is what the code of the whole model can reach.
     """
 
     model: nn.Module
@@ -46,7 +46,9 @@ class Twin:
 
     @contextmanager
     def holding(self, values: Mapping[int, Tensor]) -> Iterator[nn.Module]:
-        """The twin's model with other tensors, given by the ids of the twin's, for a while."""
+        """The meta copy's model with other tensors, given by the ids of the meta copy's, for a
+        while.
+        """
         changed = put_tensors(self.model, values)
         try:
             yield self.model
@@ -55,8 +57,8 @@ class Twin:
                 store[name] = tensor
 
     def instance(self, values: Mapping[int, Tensor] | None = None) -> nn.Module:
-        """A copy of the twin's model to run: with these tensors, by the ids of the twin's, or the
-        user's (buffers copied).
+        """A copy of the meta copy's model to run: with these tensors, by the ids of the meta
+        copy's, or the user's (buffers copied).
         """
         memo: dict[int, Any] = {}
         for tensor in self.tensors.values():
@@ -79,14 +81,14 @@ class Twin:
         """Where the user's model lies; without any tensor, on the CPU."""
         return next((tensor.device for tensor in self.real.values()), torch.device("cpu"))
 
-    def part(self, path: str) -> Twin:
-        """The twin of a module below."""
+    def part(self, path: str) -> MetaCopy:
+        """The meta copy of a module below."""
         model = self.model.get_submodule(path)
         tensors = named_tensors(model)
         return replace(self, model=model, tensors=tensors)
 
 
-def twin_of(model: nn.Module) -> Twin:
+def meta_copy_of(model: nn.Module) -> MetaCopy:
     """Copy a model's structure; parameters and float buffers become meta tensors, other buffers
     data on the CPU, constants stay.
 
@@ -132,14 +134,14 @@ def twin_of(model: nn.Module) -> Twin:
         raise
     except Exception as error:  # of a __deepcopy__ of the user's
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
-    twin = lower(new_model)
-    tensors = named_tensors(twin)
+    meta_copy = lower(new_model)
+    tensors = named_tensors(meta_copy)
     kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
-    return Twin(
-        twin,
+    return MetaCopy(
+        meta_copy,
         real,
         tensors,
-        Reached(twin),
+        Reached(meta_copy),
         {id(memo[id(module)]): module for module in modules},
         kept,
     )
