@@ -110,6 +110,8 @@ def cut(w: Writer, x: Signal) -> Signal:
             (f"torch.maximum(*{{x}}.tensor_split(2, {at}))", half),
             (f"{{x}}[{head}:{half}] * {{x}}[{head}{half}:].tanh()", half),
         ]
+    # a vector may be an image laid out as one row: for another size other positions are half of it
+    w.file.branches |= x.kind == "vector"
     code, width = w.pick(*forms)
     return w.value(x, code, width=width)
 
