@@ -436,13 +436,10 @@ def _matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     and a column on the right.
     """
     a, b = args
-    if (
-        not a.dim()
-        or not b.dim()
-        or a.dtype != b.dtype
-        or a.shape[-1] != b.shape[max(-2, -b.dim())]
-    ):
+    if not a.dim() or not b.dim() or a.shape[-1] != b.shape[max(-2, -b.dim())]:
         return None
+    if a.dtype != b.dtype:  # which torch itself lets pass where there are no data
+        raise RuntimeError(f"matmul of {a.dtype} and {b.dtype}: their dtypes must be the same")
     batch = _broadcast({a.shape[:-2], b.shape[:-2]})
     if batch is None:
         return None

@@ -35,7 +35,7 @@ def test_files_that_it_links_to_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_checkout_exist(page: str) -> None:
-    for command in re.findall(r"(?<!\w)\.ci/\w+", text(page)):
+    for command in re.findall(r"(?<!\w)\.ci/\w+(?:\.py)?", text(page)):
         assert (ROOT / command).exists(), command
     for command in re.findall(r"\./run (\w+)", text(page)):
         assert re.search(

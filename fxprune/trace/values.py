@@ -318,8 +318,12 @@ class TracedTensor(_Operators, _SeenByTorch, Tensor, fx.Proxy):
 
     @property
     def marks(self) -> list[str]:
-        """The names of attributes that forward has set on the tensor."""
-        return [name for name in vars(self) if name not in _OF_STAND_INS]
+        """The names of attributes that forward has set on the tensor: what C++ keeps there, as a
+        capsule and what belongs to it, is none of these.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in _OF_STAND_INS}
+        kept = tuple(name for name, value in own.items() if type(value).__name__ == "PyCapsule")
+        return [name for name in own if not name.startswith(kept)]
 
     def __copy__(self) -> Any:
         return self.tracer.record("call_method", "detach", (self,), {})
