@@ -147,20 +147,9 @@ class Extents:
             own = self.root.get_submodule(str(node.target)).parameters()
             if any(self._is_row(row, tensor, d) for tensor in own for d in range(tensor.dim())):
                 return Extent.FIXED
-        found = Extent.UNKNOWN
-        for operand in operands:
-            value = operand.meta["val"]
-            found = max(
-                [
-                    found,
-                    *(
-                        self.of(operand, d)
-                        for d in range(value.dim())
-                        if self._is_row(row, value, d)
-                    ),
-                ]
-            )
-        return found
+        axes = ((operand, d) for operand in operands for d in range(operand.meta["val"].dim()))
+        found = (self.of(own, d) for own, d in axes if self._is_row(row, own.meta["val"], d))
+        return max(found, default=Extent.UNKNOWN)
 
     def _is_row(self, row: Array, tensor: Tensor, axis: int) -> bool:
         return tensor.shape[axis] == len(row) and np.array_equal(self._units(tensor, axis), row)

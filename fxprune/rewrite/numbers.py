@@ -169,9 +169,8 @@ class Numbers:
             self.hold_positions(tensor, axis)
             return old
         if (tensor, axis) not in self._sizes:
-            left = self.survivors.shape(tensor.meta["val"])[axis]
             now = self._size_now(tensor, axis)
-            self._sizes[tensor, axis] = self.times(now, old, left)
+            self._sizes[tensor, axis] = self.times(now, old, self.values[now])
         return self._sizes[tensor, axis]
 
     def _scaled_back(self, node: fx.Node, tensor: fx.Node, axes: Sequence[int]) -> Any:
@@ -249,9 +248,9 @@ class Numbers:
             and (tensor, axis) not in self._steady
         ):
             self._steady.add((tensor, axis))
-            left = self.survivors.shape(tensor.meta["val"])[axis]
             now = self._size_now(tensor, axis)
-            self.hold(now, left, f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis])
+            what, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
+            self.hold(now, self.values[now], what, old)
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
                 if (
@@ -287,16 +286,12 @@ class Numbers:
         dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
             if self.extents.of(tensor, axis) is not Extent.FIXED:
-                number = self.size(tensor, axis)
-                if dense:
-                    number = self.create("call_function", operator.eq, (number, 1), {}, size == 1)
+                number, value = self.size(tensor, axis), size
                 what = f"{tensor.name}.size({axis})"
-                self.hold(
-                    number,
-                    size == 1 if dense else size,
-                    f"({what} == 1)" if dense else what,
-                    size == 1 if dense else size,
-                )
+                if dense and isinstance(number, fx.Node):
+                    value, what = size == 1, f"({what} == 1)"
+                    number = self.create("call_function", operator.eq, (number, 1), {}, value)
+                self.hold(number, value, what, value)
 
     def _is_product(self, value: Any) -> bool:
         """Whether a number is a product of sizes, each a known share of the original's: so is it
