@@ -92,7 +92,8 @@ def tables_of_operations(tree: ast.Module) -> Iterator[tuple[int, int]]:
     """Line and size of the tables of a module that consist of names of ATen operations."""
     for node in tree.body:
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-        if value is not None:
+        exported = isinstance(node, ast.Assign) and "__all__" in targets(node)
+        if value is not None and not exported:
             words = words_of(value)
             known = [
                 word

@@ -24,9 +24,9 @@ from fxprune.errors import (
     VerificationError,
 )
 from fxprune.export import export
+from fxprune.ops import register_rule
 from fxprune.plan import GroupPlan, Plan
 from fxprune.report import Report
-from fxprune.rules import register_rule
 from fxprune.sparsity import GroupSparsity
 from fxprune.steps import Steps
 from fxprune.verification import Verification

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from fxprune.budget import Budget
 from fxprune.coupling import KEPT, OUTPUT, Coupling
 from fxprune.errors import FxpruneWarning
+from fxprune.ops import READS_INPUT
 from fxprune.report import Report
-from fxprune.rules import READS_INPUT
 
 __all__ = ["warn_of_evaluation", "warn_of_little"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxprune.labels import Array, compact, varied
-from fxprune.rules import Context, Sighting
+from fxprune.ops import Context, Sighting
 
 __all__ = ["Balance", "resolve", "shrinking_dim"]
 

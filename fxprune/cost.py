@@ -2,8 +2,8 @@
 
 The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory, so that the
 cost of any model at any resolution is had without allocating an activation and without touching a
-weight. What one operation costs is a pure function of its arguments' shapes (:mod:`fxprune.macs`).
-What ran without a formula is reported by name in
+weight. What one operation costs is a pure function of its arguments' shapes
+(:mod:`fxprune.ops.macs`). What ran without a formula is reported by name in
 :attr:`Cost.uncounted`, so that nothing is missed silently.
 """
 
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune import shapes
 from fxprune.compiled import plain
+from fxprune.dispatch import DispatchMode, tensors_in
 from fxprune.doors import calling, door
 from fxprune.identity import IdentityMap
 from fxprune.inputs import read
-from fxprune.macs import has_formula, op_macs
+from fxprune.ops.macs import has_formula, op_macs
+from fxprune.ops.running import has_shape, run
 from fxprune.prunable import check_structure
 
 __all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
@@ -133,7 +134,7 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
             store.update(values)
 
 
-class MacCounter(shapes.DispatchMode):
+class MacCounter(DispatchMode):
     """Adds up the multiply-accumulates of everything that runs while it is entered.
 
     Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the
@@ -180,7 +181,7 @@ class MacCounter(shapes.DispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> int | None:
         # no shape, so no formula
-        ragged = any(tensor.is_nested for tensor in shapes.tensors_in(args, kwargs))
+        ragged = any(tensor.is_nested for tensor in tensors_in(args, kwargs))
         return None if ragged else op_macs(func, args, kwargs, out)
 
 
@@ -188,10 +189,10 @@ class _ShapeCounter(MacCounter):
     """Runs every operation on shapes alone."""
 
     def runs_whole(self, func: Any) -> bool:
-        return shapes.is_quick(func)
+        return has_shape(func)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return shapes.run(func, args, kwargs)
+        return run(func, args, kwargs)
 
 
 def _makes_tensors(func: Any) -> bool:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.balance import Balance, resolve, shrinking_dim
 from fxprune.contents import leaves, refuse_lazy, tensors_of
+from fxprune.dispatch import META, map_tensors
 from fxprune.doors import door, shown
 from fxprune.eager import PYTHON, Explored, Parts
 from fxprune.errors import ArgumentError, ModelError
@@ -30,10 +31,10 @@ from fxprune.hooks import refuse_hooks
 from fxprune.identity import IdentityMap
 from fxprune.inputs import Arguments
 from fxprune.labels import Array
+from fxprune.ops import Context, Contraction, Record
+from fxprune.ops.convolution import is_convolution
+from fxprune.ops.running import ShapeMode
 from fxprune.propagation import LabelMode
-from fxprune.rules import Context, Contraction, Record
-from fxprune.rules.convolution import is_convolution
-from fxprune.shapes import META, ShapeMode, map_tensors
 from fxprune.trace import MetaCopy, Trace, trace
 
 __all__ = [

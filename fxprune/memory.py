@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.contents import tensors_of
-from fxprune.shapes import DispatchMode
+from fxprune.dispatch import DispatchMode
+from fxprune.ops import Trait, has
 
 __all__ = [
     "AUGMENTED",
@@ -58,31 +59,6 @@ _WRITING = frozenset(
 _READS_SIZES = frozenset(
     {"size", "dim", "numel", "getattr"}
 )  # they do not read what a tensor holds
-
-# Without a word in their schemas these give back their argument, or a part of it, for some
-# arguments; a test looks for others.
-_MAY_GIVE_BACK = frozenset(
-    {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}  # in evaluation mode
-    | {
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
-        "data",
-        "type_as",
-        "unsafe_chunk",
-        "unsafe_split",
-        "unsafe_split_with_sizes",
-    }
-    | {
-        "conj_physical",
-        "dequantize",
-        "lift",
-        "set",
-        "to_dense",
-        "to_dense_backward",
-        "to_mkldnn_backward",
-    }
-)
 
 
 def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
@@ -200,7 +176,7 @@ def _op_makes_new(name: str) -> bool:
     not its arguments' memory.
     """
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or name in _MAY_GIVE_BACK:
+    if packet is None or has(name, Trait.MAY_GIVE_BACK):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     return not any(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.dispatch import META
 from fxprune.doors import door, shown
 from fxprune.errors import PlanError
 from fxprune.inputs import Arguments, compressed, is_plain, restored, value_range, within
-from fxprune.shapes import META
 
 __all__ = [
     "GroupPlan",

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxprune.dispatch import holds_tensors
 from fxprune.memory import is_again, name_of, node_of
-from fxprune.shapes import holds_tensors
+from fxprune.ops import Trait, has
 
 __all__ = [
     "AttributeChange",
@@ -181,21 +182,6 @@ def _carries(nodes: Sequence[fx.Node]) -> bool:
     return not nodes or any(map(follows_inputs, nodes))
 
 
-_SHAPED_LIKE = frozenset(
-    {
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-    }
-)
-_CAST_LIKE = frozenset({"to", "type_as"})
-
-
 def values_read(node: fx.Node) -> Sequence[fx.Node]:
     """The arguments of a call on whose values its result depends: of others it takes the shape,
     the dtype or the device alone.
@@ -203,9 +189,9 @@ def values_read(node: fx.Node) -> Sequence[fx.Node]:
     name = name_of(node)
     return (
         ()
-        if name in _SHAPED_LIKE
+        if has(name, Trait.READS_SHAPE)
         else node.all_input_nodes[:1]
-        if name in _CAST_LIKE
+        if has(name, Trait.READS_DTYPE)
         else node.all_input_nodes
     )
 

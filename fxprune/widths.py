@@ -23,7 +23,7 @@ from fxprune.arrays import Floats
 from fxprune.coupling import Coupling
 from fxprune.identity import IdentityMap, IdentitySet
 from fxprune.labels import Array
-from fxprune.rules import Contraction
+from fxprune.ops import Contraction
 
 __all__ = [
     "Kinds",

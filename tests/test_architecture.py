@@ -21,6 +21,11 @@ LAYERS = [
     "chance",
     "identity",
     "doors",
+    "labels",
+    "dispatch",
+    "reshape",
+    "moments",
+    "ops",
     "values",
     "compiled",
     "prunable",
@@ -30,17 +35,12 @@ LAYERS = [
     "module_sizes",
     "references",
     "reach",
-    "shapes",
-    "macs",
     "cost",
     "lowering",
     "memory",
-    "moments",
     "regions",
     "state",
     "trace",
-    "labels",
-    "rules",
     "balance",
     "propagation",
     "eager",
@@ -129,15 +129,15 @@ def test_every_layer_in_the_list_is_there():
 
 
 def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
-    folder = tmp_path / "rules"
+    folder = tmp_path / "ops"
     folder.mkdir()
     (folder / "bad.py").write_text(
-        "from ..api import prune\nfrom .registry import rule\nfrom .. import cli\n"
+        "from ..api import prune\nfrom .table import op\nfrom .. import cli\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     assert imported_modules(folder / "bad.py") == [
         (1, "fxprune.api"),
-        (2, "fxprune.rules.registry"),
+        (2, "fxprune.ops.table"),
         (3, "fxprune.cli"),
     ]
 

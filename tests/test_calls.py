@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.rewrite.calls import call_of
+from fxprune.ops.calls import call_of
 from tests.support.checking import TOLERANCE, masked, randomise, relative_error
 
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import RewriteError
+from fxprune.ops import Context
 from fxprune.propagation import LabelMode, run_node
-from fxprune.rules import Context
 
 
 def labelled(*shape: int) -> tuple[Context, Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 import fxprune
 from fxprune.errors import ArgumentError, RewriteError, VerificationError
-from fxprune.rules import registry
+from fxprune.ops import table
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -21,10 +22,12 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
-    registry.find.cache_clear()
+    monkeypatch.setattr(table, "OPS", dict(table.OPS))
+    for cached in (table.find, table.own_row):
+        cached.cache_clear()
     yield
-    registry.find.cache_clear()
+    for cached in (table.find, table.own_row):
+        cached.cache_clear()
 
 
 def op(function: Any) -> None:
@@ -68,7 +71,7 @@ def test_the_page_does_what_it_says() -> None:
     blocks = re.findall(
         r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
@@ -78,6 +81,22 @@ def test_the_page_does_what_it_says() -> None:
     net = names["Net"]()
     without = fxprune.prune(net, torch.zeros(1, 3, 16, 16), channels=1.0).report.macs_before
     assert without == 16 * 14 * 14 * 3 * 9 + 16 * 14 * 14 + 8 * 12 * 12 * 16 * 9
+
+
+@op
+def counted(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+# nothing can go, which is what is tested
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
+def test_a_formula_that_torch_was_told_counts() -> None:
+    plain = fxprune.prune(Between("counted"), IMAGE, channels=0.5).report.macs_before
+    register_flop_formula(torch.ops.fxprune_test.counted)(
+        lambda shape, out_shape=None, **_: 2 * torch.Size(shape).numel()
+    )
+    told = fxprune.prune(Between("counted"), IMAGE, channels=0.5).report.macs_before
+    assert told - plain == 8 * 6 * 6
 
 
 # nothing can go, which is what is tested

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from fxprune.shapes import ShapeMode, run, tensors_in
+from fxprune.dispatch import tensors_in
+from fxprune.ops.running import ShapeMode, run
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 DTYPES = (*FLOATS, torch.int64, torch.uint8, torch.bool)

@@ -118,7 +118,7 @@ def scored(kind: Any) -> Callable[..., None]:
 
 
 def registered(rule: Any, **arguments: Any) -> None:
-    known = fxprune.rules.registry.REGISTRY
+    known = fxprune.ops.OPS
     before = dict(known)
     try:
         fxprune.register_rule(**arguments)(rule)

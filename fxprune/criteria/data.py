@@ -26,12 +26,12 @@ from fxprune.arrays import Floats
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.views import Views, in_single_at_least
+from fxprune.dispatch import holds_tensors
 from fxprune.doors import calling, door, drawn_from
 from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
 from fxprune.memory import Undone
-from fxprune.shapes import holds_tensors
 from fxprune.trace import Trace, execute
 
 if torch.distributed.is_available():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.shapes import DispatchMode
+from fxprune.dispatch import DispatchMode
 from fxprune.trace import execute
 
 __all__ = ["compute_constants", "new_buffer"]

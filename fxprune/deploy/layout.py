@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from fxprune.chance import seeded
 from fxprune.errors import ModelError
 from fxprune.memory import Memory, name_of
+from fxprune.ops import Trait, has
 from fxprune.trace import execute
 
 __all__ = ["LAYOUTS", "lay_out", "take_any_layout"]
@@ -19,22 +20,6 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By the number of dimensions of images and videos, and of the weights of convolutions over
 them.
 """
-
-# Which of them give a view, and which a copy or an error, depends on how their argument lies in
-# memory.
-_BY_LAYOUT = frozenset(
-    {
-        "view",
-        "reshape",
-        "flatten",
-        "contiguous",
-        "ravel",
-        "view_as",
-        "reshape_as",
-        "unflatten",
-        "to",
-    }
-)
 
 
 def lay_out(model: nn.Module) -> None:
@@ -55,7 +40,7 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
         If it looks at memory that is written to later, which would be a copy then.
     """
     for node in root.graph.nodes:
-        if name_of(node, root) not in _BY_LAYOUT:
+        if not has(name_of(node, root), Trait.BY_LAYOUT):
             if channels_last and _needs_contiguous(root, node):
                 _make_contiguous(node)
         elif memory.changed_behind(node):

@@ -17,8 +17,8 @@ from torch.overrides import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxprune.dispatch import tensors_in
 from fxprune.identity import IdentityMap
-from fxprune.shapes import tensors_in
 from fxprune.trace.lines import ElsewhereError
 from fxprune.turn import TURN
 

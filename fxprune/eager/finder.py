@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxprune.contents import leaves_of
+from fxprune.dispatch import META, holds_tensors
 from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.memory import place_of
 from fxprune.eager.routes import Route, run_route
 from fxprune.errors import FxpruneError
 from fxprune.identity import IdentitySet
-from fxprune.shapes import META, holds_tensors
 from fxprune.trace import MetaCopy, trace
 
 __all__ = ["Finder", "shape_of"]

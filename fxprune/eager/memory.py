@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.identity import IdentityMap
-from fxprune.rules import Context
+from fxprune.ops import Context
 
 __all__ = ["LabelledMemory", "place_of"]
 

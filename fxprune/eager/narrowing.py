@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxprune.dispatch import tensors_in
 from fxprune.identity import IdentityMap
 from fxprune.labels import Array, varied
-from fxprune.shapes import reshape_blocks, tensors_in
+from fxprune.reshape import reshape_blocks
 
 __all__ = ["narrows", "of_one_size"]
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from fxprune.contents import leaves, leaves_of, tensors_of
+from fxprune.dispatch import tensors_in
 from fxprune.eager.calls import intercepted, unwatched
 from fxprune.eager.exploring import Explored
 from fxprune.eager.finder import shape_of
@@ -23,8 +24,7 @@ from fxprune.eager.routes import Route, run_route
 from fxprune.eager.width import Width
 from fxprune.identity import IdentityMap
 from fxprune.memory import Undone
-from fxprune.rules import Context, Record
-from fxprune.shapes import tensors_in
+from fxprune.ops import Context, Record
 from fxprune.trace import MetaCopy, Trace, trace
 from fxprune.trace.values import map_leaves
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fxprune import rules
+from fxprune import ops
 from fxprune.contents import tensors_of
+from fxprune.dispatch import map_tensors, tensors_in
 from fxprune.eager.decisions import WHOLE
 from fxprune.eager.memory import LabelledMemory
 from fxprune.eager.narrowing import narrows, of_one_size
@@ -26,9 +27,8 @@ from fxprune.errors import FxpruneError
 from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field
 from fxprune.module_sizes import remembered
+from fxprune.ops import Context, Kind
 from fxprune.propagation import LabelMode
-from fxprune.rules import Context
-from fxprune.shapes import map_tensors, tensors_in
 from fxprune.trace import SizeTuple, user_line
 from fxprune.trace.values import map_leaves
 
@@ -36,28 +36,6 @@ __all__ = ["PYTHON", "RealMode", "SizeReader", "note_sizes"]
 
 PYTHON = "python:"
 """What the names of nodes begin with that are no nodes: lines of Python code."""
-
-
-_SIZED = frozenset(
-    {
-        "view",
-        "reshape",
-        "expand",
-        "unflatten",
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-    }
-    | {"repeat", "rand", "randn", "broadcast_to"}
-)
-"""Functions that take sizes as sizes: with a width that Python read off a tensor they give the
-right ones for a smaller one too.
-"""
 
 
 _READING = frozenset(
@@ -83,7 +61,8 @@ def _number_arguments(name: str, args: Any, kwargs: Any) -> Any:
     """The arguments of a call that are not taken as sizes."""
     if name in _FILLED:
         return args[_FILLED[name] :], kwargs.get("fill_value")
-    return () if name in _SIZED else (args, kwargs)
+    # with a width that Python read off a tensor they give the right sizes for a smaller one too
+    return () if ops.takes_sizes(name) else (args, kwargs)
 
 
 def _widths(value: Any) -> list[Width]:
@@ -135,7 +114,7 @@ class SizeReader(TorchFunctionMode):
             width.told()
         before, self.mode.widths = (
             self.mode.widths,
-            _widths((args, kwargs)) if name in _SIZED else [],
+            _widths((args, kwargs)) if ops.takes_sizes(name) else [],
         )
         args, kwargs = map_leaves(_plain_leaf, (args, kwargs))
         given = tensors_in(args, kwargs)
@@ -233,14 +212,14 @@ class RealMode(LabelMode):
             self.read[self.own[tensor]] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        ctx, rule, tensors = self.context, rules.find(func), tensors_in(args, kwargs)
+        ctx, rule, tensors = self.context, ops.find(func), tensors_in(args, kwargs)
         self.memory.meet(tensors)
         for tensor in tensors:
             self.reads(tensor)
         ctx.node = f"{PYTHON}{user_line()}#{next(self._number)}"
         ctx.target = func
         labelled = any(t in ctx.records for t in tensors)
-        creates = rule is not None and rule.family == "creation"
+        creates = rule is not None and rule.kind is Kind.CREATES
         follows = rule is not None and (labelled or any(map(self.memory.follows, tensors)))
         out = func(*args, **kwargs)
         if labelled or (creates and self.widths):
@@ -270,12 +249,12 @@ class RealMode(LabelMode):
             return
         before = [f.labels for t in tensors for f in ctx.fields(t)]
         statistics = len(ctx.statistics)
-        bound = rules.bind(func, args, kwargs)
+        bound = ops.bind(func, args, kwargs)
         if any(tensor in ctx.records for tensor in tensors) or (
             isinstance(out, Tensor) and out.is_floating_point()
         ):
             self._follow(rule, func, bound, out)
-        if rule.family == "creation":
+        if rule.kind is Kind.CREATES:
             for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
                 measured = [
                     a for width in self.widths for a in width.labels if a.size == f.labels.size
@@ -297,14 +276,11 @@ class RealMode(LabelMode):
         ctx, given = self.context, tensors_in(args, kwargs)
         some = IdentityMap((tensor, self._some(tensor)) for tensor in given)
         own, named = map_tensors(some.__getitem__, (args, kwargs))
-        if func._schema.name.removeprefix("aten::").rstrip("_") in _SIZED | {
-            "_unsafe_view",
-            "_reshape_alias",
-        }:
+        if ops.takes_sizes(ops.name_of_op(func)):
             own = tuple(_sizes_of_some(value) for value in own)
         try:
             made = func(*own, **named)
-            self._note(func, rules.find(func), own, named, made)
+            self._note(func, ops.find(func), own, named, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
             ctx.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
@@ -349,30 +325,23 @@ class RealMode(LabelMode):
         self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int
     ) -> bool:
         """Whether the same call does the right thing on fewer channels."""
-        ctx, name = self.context, func._schema.name.removeprefix("aten::").rstrip("_")
+        ctx, name = self.context, ops.name_of_op(func)
         if ctx.rescaled.pop(ctx.node, None) is not None:
             return False
         if len(ctx.statistics) > statistics:
             # they are taken at full width, where zeros count as in the masked original
             ctx.statistics.popitem()
             return False
-        bound = rules.bind(func, args, kwargs)
-        if rule.family == "convolution" and bound["groups"] > 1:
+        bound = ops.bind(func, args, kwargs)
+        if rule.kind is Kind.COMPUTES and bound.get("groups", 1) > 1:
             return False
         if bound.get("scale", 1) is None and any(
             bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])
         ):
             return False  # attention scales by the width of what it is given
-        if rule.family in (
-            "pointwise",
-            "contraction",
-            "convolution",
-            "normalisation",
-            "reduction",
-            "recurrent",
-        ):
+        if rule.kind is Kind.COMPUTES:
             return True
-        if name in _SIZED | {"_unsafe_view", "_reshape_alias"} and self._measured(out):
+        if ops.takes_sizes(name) and self._measured(out):
             return True
 
         def labels(tensor: Tensor) -> list[Array]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fxprune.chance import RUNS, seeded, undrawn
 from fxprune.contents import tensors_of
+from fxprune.dispatch import DispatchMode
 from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import CodePlace, Questions
 from fxprune.hooks import in_mode
 from fxprune.inputs import Arguments
+from fxprune.ops import Trait, has, name_of_op
 from fxprune.reach import AGAIN, Reach, drawing, same
-from fxprune.shapes import DispatchMode
 from fxprune.state import AttributeChange, Attributes
 from fxprune.trace import MetaCopy
 
@@ -209,9 +210,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-_FINDS = frozenset({"nonzero", "nonzero_numpy", "argwhere", "where", "masked_select", "index"})
-
-
 class Found(DispatchMode):
     """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there
     instead.
@@ -228,10 +226,12 @@ class Found(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        if name not in _FINDS or all(leaf.numel() for leaf in tensors_of(out)):
+        name = name_of_op(func)
+        by_index = has(name, Trait.FINDS_BY_INDEX)
+        finds = by_index or has(name, Trait.FINDS)
+        if not finds or all(leaf.numel() for leaf in tensors_of(out)):
             return out
-        where = 0 if name in ("nonzero", "nonzero_numpy", "argwhere", "where") else 1
+        where = int(by_index)
         chosen = args[where] if len(args) > where else None
         if chosen is None:
             return out

@@ -21,7 +21,7 @@ from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
 from fxprune.latency.measuring import Setting, batch_of, prepared, running
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
-from fxprune.rules import Contraction
+from fxprune.ops import Contraction
 from fxprune.widths import Kinds, Polynomial, Pool, Sizes, Sum, kinds_of, pools_of, products_of
 
 __all__ = ["Forecast"]

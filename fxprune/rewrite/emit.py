@@ -26,24 +26,24 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.contents import leaves_of
 from fxprune.coupling import Coupling
+from fxprune.dispatch import META, map_tensors
 from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward, in_mode
 from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field, compact, varied
 from fxprune.memory import Memory, first_of, name_of, shares
 from fxprune.module_sizes import sizes_of
-from fxprune.moments import FUNCTIONS
+from fxprune.moments import counts_removed
+from fxprune.ops import Context
+from fxprune.ops.calls import Call, call_of
 from fxprune.propagation import run_node
 from fxprune.references import HOOKS, hooks_of
-from fxprune.rewrite.calls import Call, call_of
 from fxprune.rewrite.extents import Extent, Extents
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Mask, Survivors
-from fxprune.rules import Context
-from fxprune.shapes import META, map_tensors
 from fxprune.trace import Trace, attribute, is_leaf, plain_attention, put_tensors
 
 __all__ = ["emit"]
@@ -171,7 +171,7 @@ class _Emission:
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
         self.numbers = Numbers(
-            Extents(survivors, trace.meta_copy.model), self.graph, self.made, self.env
+            Extents(survivors, trace.meta_copy.model, self.ran), self.graph, self.made, self.env
         )
 
     @functools.cached_property
@@ -198,9 +198,11 @@ class _Emission:
 
     def call(self, node: fx.Node) -> Call | None:
         """The ATen op that a node of the original is, if it is one."""
-        return call_of(
-            node, self.coupling.context.ran.get(self.prefix + node.name, []), self.numbers.old
-        )
+        return call_of(node, self.ran(node), self.numbers.old)
+
+    def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """The ops that a node of the original ran, with their arguments."""
+        return self.coupling.context.ran.get(self.prefix + node.name, [])
 
     def left_of(self, node: fx.Node) -> tuple[int, int] | None:
         """Of how many elements that a statistic reduces to one how many are left; None if all are,
@@ -516,7 +518,7 @@ class _Emission:
         """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
         left = self.left_of(node)
         # they count what is gone by themselves
-        if left is None or new.target in FUNCTIONS.values():
+        if left is None or counts_removed(new.target):
             return new
         call = self.call(node)
         if call is None or call.name != "mean":

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.padding import _ConstantPadNd
 
-from fxprune.rewrite.literals import padding, shuffled_groups
+from fxprune.ops.literals import padding, shuffled_groups
 from fxprune.rewrite.survivors import Survivors
 
 __all__ = ["resize"]

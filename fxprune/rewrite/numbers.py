@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.dispatch import holds_tensors
 from fxprune.errors import RewriteError
 from fxprune.memory import name_of, squeezes_all
 from fxprune.rewrite.extents import Extent, Extents, axes_read
-from fxprune.shapes import holds_tensors
 from fxprune.trace import execute, formula
 
 __all__ = ["Numbers"]

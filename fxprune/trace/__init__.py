@@ -32,13 +32,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.chance import RUNS, undrawn
+from fxprune.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.hooks import refuse_hooks
 from fxprune.identity import IdentitySet
 from fxprune.memory import node_of, writes
+from fxprune.ops.running import ShapeMode
 from fxprune.reach import AGAIN, Reach, drawing
 from fxprune.regions import BOUNDS
-from fxprune.shapes import ShapeMode, holds_tensors
 from fxprune.state import (
     AttributeChange,
     Attributes,
@@ -154,7 +155,7 @@ def trace(
     watch:
         Called with each node before it runs, for what it is to run under: a dispatch mode that
         executes ATen ops on tensors without data, and may look on. Default:
-        :class:`~fxprune.shapes.ShapeMode`.
+        :class:`~fxprune.ops.running.ShapeMode`.
 
     Raises
     ------

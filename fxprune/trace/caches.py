@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.dispatch import META, holds_tensors, map_tensors
 from fxprune.errors import FxpruneError
 from fxprune.inputs import Arguments
 from fxprune.reach import Entry, Reach
-from fxprune.shapes import META, holds_tensors, map_tensors
 from fxprune.state import AttributeChange, Attributes, carried, values_read
 from fxprune.trace.tracer import execute
 

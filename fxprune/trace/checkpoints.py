@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.contents import tensors_of
 from fxprune.memory import writes
+from fxprune.ops.running import ShapeMode
 from fxprune.regions import enter, leave
-from fxprune.shapes import ShapeMode
 from fxprune.trace.meta_copy import MetaCopy
 from fxprune.trace.tracer import execute
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from fxprune.compiled import Uncompiled, is_compiled
 from fxprune.contents import named_tensors
+from fxprune.dispatch import META
 from fxprune.errors import ModelError, TraceError
 from fxprune.hooks import in_mode
 from fxprune.lowering import lower
 from fxprune.reach import Reached
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
-from fxprune.shapes import META
 
 __all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "set_mode"]
 

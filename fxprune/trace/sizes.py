@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fxprune.shapes import aten, reshape_blocks
+from fxprune.dispatch import aten
+from fxprune.reshape import reshape_blocks
 from fxprune.trace.values import TracedTensor
 
 __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]

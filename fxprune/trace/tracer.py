@@ -32,11 +32,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map_only
 
 from fxprune.contents import leaves, tensors_of
+from fxprune.dispatch import META, DispatchMode, aten, holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
 from fxprune.regions import BOUNDS, enter, leave
-from fxprune.shapes import META, DispatchMode, aten, holds_tensors
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, is_ours, user_line

@@ -24,9 +24,9 @@ from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 from torch.utils._pytree import register_pytree_node
 
+from fxprune.dispatch import META
 from fxprune.errors import TraceError
 from fxprune.memory import AUGMENTED, name_of
-from fxprune.shapes import META
 from fxprune.trace.decisions import formula
 from fxprune.trace.lines import asker, user_line
 

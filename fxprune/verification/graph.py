@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
 from fxprune.hooks import in_mode
+from fxprune.ops import Event
 from fxprune.rewrite import Survivors
-from fxprune.rules import Event
 from fxprune.trace import Trace, execute
 from fxprune.verification.modes import Draw, Followed, NotFollowedError, clone, events_of
 

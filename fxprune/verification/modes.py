@@ -19,11 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.coupling import Coupling
+from fxprune.dispatch import DispatchMode, tensors_in
+from fxprune.ops import Event, Trait, bind, has, known, name_of_op
 from fxprune.propagation import seen_whole, takes_statistics
 from fxprune.rewrite import Survivors
-from fxprune.rules import Event, bind
-from fxprune.shapes import DispatchMode, tensors_in
-from fxprune.verification.statistics import OVER_SURVIVORS
 
 __all__ = [
     "Draw",
@@ -143,20 +142,15 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
     mask = survivors.mask(event.gone)
     if mask.all():
         return None
-    rank, name = args[0].dim(), func._schema.name
+    rank, name = args[0].dim(), name_of_op(func)
     if mask.ndim != rank:
-        if name not in _FROM_THE_END or any(
+        if not has(name, Trait.FROM_THE_END) or any(
             size > 1 for size in mask.shape[: max(0, mask.ndim - rank)]
         ):
             raise NotFollowedError(f"{func} was traced for another number of dimensions")
         mask = mask.reshape(mask.shape[-rank:])
-    return OVER_SURVIVORS[func._schema.name](bind(func, args, kwargs), torch.from_numpy(mask))
-
-
-_FROM_THE_END = frozenset({"aten::layer_norm", "aten::rms_norm"})
-"""Of which the dimensions that are normalised are the last ones, whatever the number of the
-others.
-"""
+    over = known(name).survivors
+    return None if over is None else over(bind(func, args, kwargs), torch.from_numpy(mask))
 
 
 class Followed(DispatchMode):

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune import rules
+from fxprune import ops
 from fxprune.labels import Array, Units
+from fxprune.ops import Context
 from fxprune.propagation import LabelMode
-from fxprune.rules import Context
 
 __all__ = ["Operand", "Seen", "constant", "couple_one", "labelled", "weight"]
 
@@ -145,13 +145,13 @@ class _RecordedMode(LabelMode):
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.removeprefix("aten::")
         self.executed.add(name)
-        rule = rules.find(func)
+        rule = ops.find(func)
         if rule is not None:
             self.served.add(
                 next(
                     n
                     for n in (name, name.removesuffix("_"), "pointwise")
-                    if rules.REGISTRY.get(n) is rule
+                    if ops.OPS.get(n) is rule
                 )
             )
         return super()._execute(func, args, kwargs)

@@ -4,14 +4,18 @@ image are never removed.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.labels import Array, Field, compact
-from fxprune.rules.context import Context, Operand, Record
-from fxprune.rules.registry import rule
+from fxprune.ops import literals, macs
+from fxprune.ops.context import Context, Operand, Record
+from fxprune.ops.shapes import contraction as shapes
+from fxprune.ops.table import Axes, Kind, op, own_row, row
 
 # Virtual dimensions: the group, the input channel and the output channel within it.
 GROUP, INPUT, OUTPUT = 0, 1, 2
@@ -20,20 +24,31 @@ KERNEL = "is a kernel axis"
 """Why a kernel's height and width stay, whatever else happens."""
 
 
-_CONVOLUTIONS = (
-    "convolution",
-    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
-)
-
-
 def is_convolution(func: Any) -> bool:
     """Whether an ATen overload is a convolution: its weight's first two axes are channels, the
     others the kernel's.
     """
-    return func._schema.name.removeprefix("aten::") in _CONVOLUTIONS
+    own = own_row(func)
+    return own is not None and own.rule is convolution
 
 
-@rule(*_CONVOLUTIONS)
+def _groups_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
+    """Groups are told apart by their positions, but for those of a depthwise convolution."""
+    return bool(a["groups"] == 1 or a["groups"] == a["weight"].shape[0] == a["input"].shape[1])
+
+
+_sliding = functools.partial(
+    op,
+    kind=Kind.COMPUTES,
+    axes=Axes.CONVOLVED,
+    in_order=_groups_in_order,
+    corrects=literals.convolution_literals,
+)
+
+
+@_sliding("convolution", macs=macs.convolution_macs, shape=shapes.convolution_either_way_shape)
+@_sliding("conv1d", "conv2d", "conv3d", macs=macs.per_output_macs, shape=shapes.convolution_shape)
+@_sliding("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", macs=macs.per_input_macs)
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o,
     ...).
@@ -190,3 +205,36 @@ def _general(
             ctx.sight(rows, fixed={0} if inputs > 1 else ())
         result.append((np.ascontiguousarray(rows).reshape(channels), f.zero))
     return result
+
+
+# Kernels that one or another version of torch runs for these.
+row(
+    "_convolution_mode",
+    "thnn_conv2d",
+    "_slow_conv2d_forward",
+    "slow_conv3d",
+    "slow_conv3d_forward",
+    "slow_conv_dilated2d",
+    "slow_conv_dilated3d",
+    "_conv_depthwise2d",
+    "conv_depthwise3d",
+    "_nnpack_spatial_convolution",
+    "cudnn_convolution",
+    "cudnn_convolution_relu",
+    "cudnn_convolution_add_relu",
+    "mkldnn_convolution",
+    "miopen_convolution",
+    "miopen_convolution_relu",
+    "miopen_convolution_add_relu",
+    "miopen_depthwise_convolution",
+    macs=macs.per_output_macs,
+)
+row(
+    "cudnn_convolution_transpose",
+    "miopen_convolution_transpose",
+    "slow_conv_transpose2d",
+    "slow_conv_transpose3d",
+    macs=macs.per_input_macs,
+)
+row("_convolution", "convolution_overrideable", macs=macs.convolution_macs)
+row("conv_tbc", macs=macs.conv_tbc_macs)

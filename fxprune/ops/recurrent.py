@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.labels import Array, Field
-from fxprune.rules.context import Context, Operand, place
-from fxprune.rules.convolution import channel_fields
-from fxprune.rules.registry import rule
+from fxprune.ops import macs
+from fxprune.ops.context import Context, Operand, place
+from fxprune.ops.convolution import channel_fields
+from fxprune.ops.table import Kind, op, row
 
 _STEPS_REASON = "is an axis of positions that a recurrent layer steps over"
 _NOT_ZERO_REASON = (
@@ -21,7 +22,15 @@ _NOT_ZERO_REASON = (
 )
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+@op(
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    kind=Kind.COMPUTES,
+    in_order=False,
+    macs=macs.recurrent_macs,
+)
 def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Hidden units, the same positions in all layers and directions, as the one initial state of
     all of them has it.
@@ -45,7 +54,7 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         _put_last(ctx, result, labels, zero)
 
 
-@rule("_pack_padded_sequence", "_pad_packed_sequence")
+@op("_pack_padded_sequence", "_pad_packed_sequence", kind=Kind.COMPUTES, in_order=False)
 def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Steps of several sequences, one after the other or padded to one length: features stay on
     the last axis.
@@ -59,7 +68,15 @@ def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     )
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+@op(
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
+    kind=Kind.COMPUTES,
+    in_order=False,
+    macs=macs.recurrent_cell_macs,
+)
 def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One step of a recurrent layer."""
     x = a["input"]
@@ -132,3 +149,8 @@ def _put_last(ctx: Context, out: Tensor, labels: Array, zero: bool) -> None:
     """A result carries labels along its last dimension."""
     if labels.size > 1:
         ctx.put(out, [Field(place(labels, (out.dim() - 1,), out.dim()), zero)])
+
+
+# Kernels that one or another version of torch runs for these.
+row("_cudnn_rnn", "miopen_rnn", macs=macs.recurrent_of_library_macs)
+row("mkldnn_rnn_layer", macs=macs.recurrent_direction_macs)

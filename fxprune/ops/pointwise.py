@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxprune.dispatch import tensors_in
 from fxprune.labels import Field
-from fxprune.rules.context import Context, Met
-from fxprune.rules.registry import rule
-from fxprune.shapes import tensors_in
+from fxprune.ops.context import Context, Met
+from fxprune.ops.shapes import elementwise as shapes
+from fxprune.ops.shapes.common import like_first_shape
+from fxprune.ops.table import Axes, Kind, Trait, name_of_op, op, row
+
+_pointwise = functools.partial(op, kind=Kind.COMPUTES)
 
 
-@rule("pointwise")
+@_pointwise("pointwise")
 def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Operands meet element by element (broadcast); applies to every op that PyTorch tags as
     pointwise.
@@ -76,7 +80,7 @@ def keeps_zero(
     If all operands are, the op is executed on zeros. Otherwise only ops that are known to absorb a
     zero count.
     """
-    name = func._schema.name.removeprefix("aten::")
+    name = name_of_op(func)
     plain = name.removesuffix("_")
     for absorbing in _ABSORBS.get(name, _ABSORBS.get(plain, ())):
         if absorbing <= zeros:
@@ -113,45 +117,27 @@ def _zero_at_zero(
     return isinstance(out, Tensor) and bool((out == 0).all())
 
 
-@rule(
-    "hardswish",
+@_pointwise("hardswish", "hardsigmoid", "relu6", axes=Axes.SAME, shape=like_first_shape)
+@_pointwise(
     "hardswish_",
+    "hardsigmoid_",
+    "relu6_",
     "silu_",
     "hardtanh_",
-    "relu6_",
     "leaky_relu",
     "leaky_relu_",
     "elu_",
     "celu",
     "celu_",
+    "selu",
     "selu_",
     "mish_",
-    "dropout",
-    "alpha_dropout",
-    "native_dropout",
-    "rrelu",
     "rrelu_with_noise",
-    "relu6",
-    "selu",
     "clip",
     "clip_",
-    "type_as",
-    "to",
-    "_to_copy",
     "float_power",
     "square",
     "square_",
-    "hardsigmoid_",
-    "hardsigmoid",
-    "bernoulli_",
-    "bernoulli",
-    "zero_",
-    "fill_",
-    "fill",
-    "normal_",
-    "uniform_",
-    "exponential_",
-    "log_normal_",
     "threshold",
     "threshold_",
     "masked_fill",
@@ -159,50 +145,79 @@ def _zero_at_zero(
 )
 def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Pointwise by their definition, although PyTorch does not tag every overload of them."""
-    name = func._schema.name.removeprefix("aten::")
     first = out[0] if isinstance(out, tuple) else out
     operands = {
         n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")
     }
-    if name in ("dropout", "alpha_dropout", "native_dropout", "rrelu"):
-        fields = [
-            Field(f.labels, f.zero and name in ("dropout", "native_dropout", "rrelu"))
-            for f in ctx.fields(a["input" if "input" in a else "self"])
-        ]
-        ctx.put(first, fields)
-        return
-    if name in (
-        "zero_",
-        "fill_",
-        "fill",
-        "normal_",
-        "uniform_",
-        "bernoulli_",
-        "exponential_",
-        "log_normal_",
-    ):
-        zero = name == "zero_" or (
-            name.startswith("fill")
-            and not isinstance(a.get("value"), Tensor)
-            and a.get("value") == 0
-        )
-        fields = [Field(f.labels, zero) for f in ctx.fields(a["self"])]
-        if first is a["self"]:
-            ctx.overwrite(first, fields)
-        else:
-            ctx.put(first, fields)
-        return
-    if name in ("to", "_to_copy", "type_as"):
-        if first is not a["self"]:
-            ctx.put(first, ctx.fields(a["self"]))
-        return
     elementwise(ctx, func, a, operands, first)
-    # drawn with that probability, whatever the argument holds
-    if name == "bernoulli" and a.get("p") is not None:
-        ctx.put(first, [Field(f.labels, False) for f in ctx.fields(first)])
 
 
-@rule("copy_")
+@_pointwise("bernoulli")
+def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Draws with the probabilities that its argument holds, or with one that is given."""
+    untagged(ctx, func, a, out)
+    if a.get("p") is not None:
+        ctx.put(out, [Field(f.labels, False) for f in ctx.fields(out)])
+
+
+@_pointwise("dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK, shape=like_first_shape)
+@_pointwise("native_dropout", "rrelu")
+def dropped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Random factors: what is zero stays so."""
+    _randomised(ctx, a, out, keeps_zeros=True)
+
+
+@_pointwise("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
+def shifted(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Random factors and shifts: what is zero does not stay so."""
+    _randomised(ctx, a, out, keeps_zeros=False)
+
+
+def _randomised(ctx: Context, a: dict[str, Any], out: Any, keeps_zeros: bool) -> None:
+    fields = ctx.fields(a["input" if "input" in a else "self"])
+    ctx.put(
+        out[0] if isinstance(out, tuple) else out,
+        [Field(f.labels, f.zero and keeps_zeros) for f in fields],
+    )
+
+
+@_pointwise("zero_")
+def emptied(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Writes zeros."""
+    _overwritten(ctx, a, out, zero=True)
+
+
+@_pointwise("fill", "fill_")
+def fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Writes a value."""
+    value = a.get("value")
+    _overwritten(ctx, a, out, zero=not isinstance(value, Tensor) and value == 0)
+
+
+@_pointwise("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_")
+def redrawn(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Writes random numbers."""
+    _overwritten(ctx, a, out, zero=False)
+
+
+def _overwritten(ctx: Context, a: dict[str, Any], out: Tensor, zero: bool) -> None:
+    fields = [Field(f.labels, zero) for f in ctx.fields(a["self"])]
+    if out is a["self"]:
+        ctx.overwrite(out, fields)
+    else:
+        ctx.put(out, fields)
+
+
+@_pointwise("to", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.BY_LAYOUT)
+@_pointwise("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_GIVE_BACK)
+@_pointwise("_to_copy", axes=Axes.SAME)
+def cast(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """The same values in another dtype, or on another device."""
+    if out is not a["self"]:
+        ctx.put(out, ctx.fields(a["self"]))
+
+
+@_pointwise("copy_")
 def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The source meets the destination element by element: what is written must fit what was
     there.
@@ -210,7 +225,7 @@ def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     elementwise(ctx, func, a, {"self": a["self"], "src": a["src"]}, out)
 
 
-@rule("prelu")
+@_pointwise("prelu", axes=Axes.SAME)
 def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A slope per channel (dimension 1), or one for all."""
     x, weight = a["self"], a["weight"]
@@ -222,7 +237,7 @@ def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
 
 
-@rule("glu")
+@_pointwise("glu", in_order=False, shape=shapes.glu_shape)
 def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The two halves of a dimension meet: a * sigmoid(b)."""
     x, dim = a["self"], a["dim"] % a["self"].dim()
@@ -241,3 +256,10 @@ def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.sight(f.labels[first])
         fields.append(Field(f.labels[first], f.zero))
     ctx.put(out, fields)
+
+
+row("_prelu_kernel", shape=shapes.pointwise_shape)
+row("tril", "triu", shape=shapes.triangle_shape)
+row("feature_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
+row("feature_alpha_dropout", traits=Trait.MAY_GIVE_BACK)
+row("where", traits=Trait.FINDS)  # of one argument

@@ -1,15 +1,15 @@
-"""How many multiply-accumulates one ATen operation takes: one table of formulas, which read shapes
-alone.
+"""How many multiply-accumulates one ATen operation takes: formulas, which read shapes alone.
 
-**One MAC is one multiply-accumulate.** Only contractions are in the table (matrix products,
-convolutions, attention, recurrent
-layers): additions, activations and normalisations cost memory traffic, not MACs.
+**One MAC is one multiply-accumulate.** Only contractions have a formula (matrix products,
+convolutions, attention, recurrent layers): additions, activations and normalisations cost memory
+traffic, not MACs.
 
-The table has the operations that people call (``conv2d``, ``scaled_dot_product_attention``) and
-the kernels that one or another version of torch runs for them on one or another device
-(``mkldnn_convolution``, ``_scaled_dot_product_flash_attention_for_cpu``). So a count never depends
-on what :mod:`torch.utils.flop_counter` knows in the version at hand; the tests compare the two
-where both know an operation.
+The table of operations has formulas for what people call (``conv2d``,
+``scaled_dot_product_attention``) and for the kernels that one or another version of torch runs for
+it on one or another device (``mkldnn_convolution``,
+``_scaled_dot_product_flash_attention_for_cpu``). So a count never depends on what
+:mod:`torch.utils.flop_counter` knows in the version at hand; the tests compare the two where both
+know an operation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,32 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["has_formula", "op_macs"]
+from fxprune.ops.table import own_row
+
+__all__ = [
+    "attention_by_token_macs",
+    "attention_macs",
+    "attention_module_macs",
+    "conv_tbc_macs",
+    "convolution_macs",
+    "einsum_macs",
+    "element_macs",
+    "encoder_layer_macs",
+    "grouped_matrices_macs",
+    "has_formula",
+    "matmul_macs",
+    "matrices_macs",
+    "op_macs",
+    "per_input_macs",
+    "per_output_macs",
+    "recurrent_cell_macs",
+    "recurrent_direction_macs",
+    "recurrent_macs",
+    "recurrent_of_library_macs",
+    "trilinear_macs",
+]
 
 
 def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int | None:
@@ -42,18 +64,18 @@ def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: An
         >>> op_macs(torch.ops.aten.relu.default, (a,), {}, a) is None
         True
     """
-    packet = getattr(func, "overloadpacket", func)
-    formula = _FORMULAS.get(packet)
-    if formula is not None:
-        return formula(args, out)
-    registered = _registered().get(packet)
+    own = own_row(func)
+    if own is not None and own.macs is not None:
+        return own.macs(args, out)
+    registered = _registered().get(getattr(func, "overloadpacket", func))
     return None if registered is None else int(registered(*args, **kwargs, out_val=out)) // 2
 
 
 def has_formula(func: Any) -> bool:
     """Whether :func:`op_macs` counts an operation."""
-    packet = getattr(func, "overloadpacket", func)
-    return packet in _FORMULAS or packet in _registered()
+    own = own_row(func)
+    formula = None if own is None else own.macs
+    return formula is not None or getattr(func, "overloadpacket", func) in _registered()
 
 
 def _registered() -> Mapping[Any, Callable[..., int]]:
@@ -68,44 +90,44 @@ def _sizes_of(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _elements_of(index: int) -> Callable[[tuple[Any, ...], Any], int]:
+def element_macs(index: int) -> Callable[[tuple[Any, ...], Any], int]:
     """One MAC per element of the argument at ``index``: matrix-vector and vector-vector
     products.
     """
     return lambda args, out: prod(_sizes_of(args[index]))
 
 
-def _per_output(args: tuple[Any, ...], out: Any) -> int:
+def per_output_macs(args: tuple[Any, ...], out: Any) -> int:
     """Linear layers and convolutions: each output element is a dot product with one row of the
     weight.
     """
     return prod(_sizes_of(out)) * prod(_sizes_of(args[1])[1:])
 
 
-def _per_input(args: tuple[Any, ...], out: Any) -> int:
+def per_input_macs(args: tuple[Any, ...], out: Any) -> int:
     """Transposed convolutions: each input element is spread over one row of the weight."""
     return prod(_sizes_of(args[0])) * prod(_sizes_of(args[1])[1:])
 
 
-def _matrices(index: int) -> Callable[[tuple[Any, ...], Any], int]:
+def matrices_macs(index: int) -> Callable[[tuple[Any, ...], Any], int]:
     """(..., m, k), the argument at ``index``, by (..., k, n), the one behind it: a matrix, or one
     for each batch.
     """
     return lambda args, out: prod(_sizes_of(args[index])) * _sizes_of(args[index + 1])[-1]
 
 
-def _convolution_macs(args: tuple[Any, ...], out: Any) -> int:
+def convolution_macs(args: tuple[Any, ...], out: Any) -> int:
     """As torch's own entry takes it: the argument at 6 says whether it is transposed."""
-    return _per_input(args, out) if args[6] else _per_output(args, out)
+    return per_input_macs(args, out) if args[6] else per_output_macs(args, out)
 
 
-def _conv_tbc(args: tuple[Any, ...], out: Any) -> int:
+def conv_tbc_macs(args: tuple[Any, ...], out: Any) -> int:
     """Over (time, batch, channels) with a weight of (kernel, in, out)."""
     kernel, inputs, _ = _sizes_of(args[1])
     return prod(_sizes_of(out)) * kernel * inputs
 
 
-def _grouped_matrices(args: tuple[Any, ...], out: Any) -> int:
+def grouped_matrices_macs(args: tuple[Any, ...], out: Any) -> int:
     """Products of a mixture of experts: rows, columns or what is summed fall into groups, each in
     one.
 
@@ -116,7 +138,7 @@ def _grouped_matrices(args: tuple[Any, ...], out: Any) -> int:
     return prod(a[-2:] if len(b) == 2 else a) * b[-1]
 
 
-def _attention_macs(args: tuple[Any, ...], out: Any) -> int:
+def attention_macs(args: tuple[Any, ...], out: Any) -> int:
     """softmax(q k^T) v with q (..., L, E), k (..., S, E), v (..., S, V): L x S x (E + V) for each
     head.
     """
@@ -125,8 +147,8 @@ def _attention_macs(args: tuple[Any, ...], out: Any) -> int:
     return prod(batch) * length * keys[-2] * (keys[-1] + values[-1])
 
 
-def _attention_by_token(args: tuple[Any, ...], out: Any) -> int | None:
-    """As :func:`_attention_macs` with q (batch, L, heads, E). Sequences that lie end to end have
+def attention_by_token_macs(args: tuple[Any, ...], out: Any) -> int | None:
+    """As :func:`attention_macs` with q (batch, L, heads, E). Sequences that lie end to end have
     no length in their shape: None.
     """
     if any(isinstance(offsets, Tensor) and offsets.dim() == 1 for offsets in args[3:6]):
@@ -139,7 +161,7 @@ def _attention_by_token(args: tuple[Any, ...], out: Any) -> int | None:
     return batch * heads * length * keys[1] * (keys[-1] + values[-1])
 
 
-def _attention_module(args: tuple[Any, ...], out: Any) -> int:
+def attention_module_macs(args: tuple[Any, ...], out: Any) -> int:
     """nn.MultiheadAttention in one operation: (query, key, value, width, heads, qkv weight, its
     bias, projection, ...).
     """
@@ -150,7 +172,7 @@ def _attention_module(args: tuple[Any, ...], out: Any) -> int:
     )
 
 
-def _encoder_layer(args: tuple[Any, ...], out: Any) -> int:
+def encoder_layer_macs(args: tuple[Any, ...], out: Any) -> int:
     """nn.TransformerEncoderLayer in one operation: (tokens, width, heads, qkv weight, its bias,
     projection, ...).
     """
@@ -160,7 +182,7 @@ def _encoder_layer(args: tuple[Any, ...], out: Any) -> int:
     )
 
 
-def _einsum(args: tuple[Any, ...], out: Any) -> int:
+def einsum_macs(args: tuple[Any, ...], out: Any) -> int:
     """Pair by pair, from the left, as ATen does it.
 
     What only one of the two has, and nothing later needs, is summed first; if they then share an
@@ -211,7 +233,7 @@ def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list
     )
 
 
-def _recurrent(args: tuple[Any, ...], out: Any) -> int:
+def recurrent_macs(args: tuple[Any, ...], out: Any) -> int:
     """Every step multiplies with every weight matrix of every layer and direction once; args[0] is
     (..., features).
     """
@@ -222,70 +244,30 @@ def _recurrent(args: tuple[Any, ...], out: Any) -> int:
     )
 
 
-def _recurrent_of_library(args: tuple[Any, ...], out: Any) -> int:
+def recurrent_of_library_macs(args: tuple[Any, ...], out: Any) -> int:
     """As cuDNN and MIOpen take it: (input, weights, ...)."""
     return prod(_sizes_of(args[0])[:-1]) * sum(
         prod(_sizes_of(weight)) for weight in args[1] if weight.dim() == 2
     )
 
 
-def _recurrent_direction(args: tuple[Any, ...], out: Any) -> int:
+def recurrent_direction_macs(args: tuple[Any, ...], out: Any) -> int:
     """One layer in one direction, as oneDNN takes it: (input, weight of the input, weight of the
     hidden state, ...).
     """
     return prod(_sizes_of(args[0])[:-1]) * (prod(_sizes_of(args[1])) + prod(_sizes_of(args[2])))
 
 
-def _recurrent_cell(args: tuple[Any, ...], out: Any) -> int:
+def recurrent_cell_macs(args: tuple[Any, ...], out: Any) -> int:
     """One step: both weight matrices, of the input and of the hidden state."""
     return prod(_sizes_of(args[0])[:-1]) * (prod(_sizes_of(args[2])) + prod(_sizes_of(args[3])))
 
 
-_Formula = Callable[[tuple[Any, ...], Any], "int | None"]
+def matmul_macs(args: tuple[Any, ...], out: Any) -> int:
+    """(..., m, k) by (..., k, n): k for each element of the result."""
+    return prod(_sizes_of(out)) * _sizes_of(args[0])[-1]
 
-# Names of operations -> formula. Not every version of torch has every one.
-_BY_NAME: Mapping[str, _Formula] = {
-    "mm bmm _scaled_mm _scaled_mm_v2 _int_mm": _matrices(0),
-    # addbmm: summed over the batch as well
-    "addmm baddbmm addbmm _addmm_activation": _matrices(1),
-    "matmul": lambda args, out: prod(_sizes_of(out)) * _sizes_of(args[0])[-1],
-    "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2": _grouped_matrices,
-    "linear mkldnn_linear _weight_int8pack_mm": _per_output,
-    "conv1d conv2d conv3d _convolution_mode thnn_conv2d slow_conv3d": _per_output,
-    "cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu": _per_output,
-    "mkldnn_convolution miopen_convolution miopen_convolution_relu": _per_output,
-    "miopen_convolution_add_relu miopen_depthwise_convolution": _per_output,
-    "_slow_conv2d_forward slow_conv3d_forward": _per_output,
-    "slow_conv_dilated2d slow_conv_dilated3d": _per_output,
-    "_conv_depthwise2d conv_depthwise3d _nnpack_spatial_convolution": _per_output,
-    "conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution_transpose": _per_input,
-    "miopen_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d": _per_input,
-    "convolution _convolution convolution_overrideable": _convolution_macs,
-    "conv_tbc": _conv_tbc,
-    "scaled_dot_product_attention _scaled_dot_product_attention_math": _attention_macs,
-    "_scaled_dot_product_attention_math_for_mps": _attention_macs,
-    "_scaled_dot_product_flash_attention": _attention_macs,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention_macs,
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": _attention_macs,
-    "_scaled_dot_product_fused_attention_overrideable": _attention_macs,
-    "_triton_scaled_dot_attention": _attention_macs,
-    "_flash_attention_forward _efficient_attention_forward": _attention_by_token,
-    "_native_multi_head_attention _triton_multi_head_attention": _attention_module,
-    "_transformer_encoder_layer_fwd": _encoder_layer,
-    "einsum": _einsum,
-    "lstm gru rnn_tanh rnn_relu": _recurrent,
-    "_cudnn_rnn miopen_rnn": _recurrent_of_library,
-    "mkldnn_rnn_layer": _recurrent_direction,
-    "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell": _recurrent_cell,
-    "mv dot vdot": _elements_of(0),
-    "addmv": _elements_of(1),
-    # nn.Bilinear: for each row and output an in1 x in2 form; the weight is (1, out, in1, in2).
-    "_trilinear": lambda args, out: prod(_sizes_of(out)) * prod(_sizes_of(args[1])[-2:]),
-}
 
-_FORMULAS: Mapping[Any, _Formula] = {
-    getattr(torch.ops.aten, name): formula
-    for names, formula in _BY_NAME.items()
-    for name in names.split()
-    if hasattr(torch.ops.aten, name)
-}
+def trilinear_macs(args: tuple[Any, ...], out: Any) -> int:
+    """nn.Bilinear: for each row and output an in1 x in2 form; the weight is (1, out, in1, in2)."""
+    return prod(_sizes_of(out)) * prod(_sizes_of(args[1])[-2:])

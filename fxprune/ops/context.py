@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxprune.dispatch import META, map_tensors
 from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field, Units, compact, varied
-from fxprune.macs import op_macs
-from fxprune.shapes import META, map_tensors
+from fxprune.ops.macs import op_macs
 
 __all__ = [
     "READS_INPUT",

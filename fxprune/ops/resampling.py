@@ -4,40 +4,61 @@ one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context
-from fxprune.rules.registry import rule
+from fxprune.ops.context import Context
+from fxprune.ops.shapes import movement as shapes_of_movements
+from fxprune.ops.shapes import resampling as shapes
+from fxprune.ops.table import Axes, Kind, op
 
 _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 
-@rule(
-    *(
-        f"{kind}_pool{n}d"
-        for kind in ("avg", "max", "adaptive_avg", "_adaptive_avg", "adaptive_max")
-        for n in (1, 2, 3)
-    ),
-    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
-    *(
-        f"upsample_{kind}"
-        for kind in (
-            "nearest1d",
-            "nearest2d",
-            "nearest3d",
-            "linear1d",
-            "bilinear2d",
-            "trilinear3d",
-            "bicubic2d",
-        )
-    ),
-    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+_pooling = functools.partial(op, kind=Kind.MOVES, axes=Axes.POOLED)
+_pooling_in_order = functools.partial(_pooling, in_order=True)
+_upsampling = functools.partial(op, kind=Kind.MOVES, axes=Axes.RESAMPLED)
+
+
+@_pooling_in_order("avg_pool1d", "adaptive_max_pool1d")
+@_pooling_in_order("avg_pool2d", "avg_pool3d", shape=shapes.pool_shape)
+@_pooling_in_order("max_pool1d", "max_pool2d", "max_pool3d", shape=shapes.pool_shape)
+@_pooling_in_order(
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    shape=shapes.adaptive_shape,
+)
+@_pooling_in_order(
+    "adaptive_max_pool2d", "adaptive_max_pool3d", shape=shapes.adaptive_with_indices_shape
+)
+@_pooling("_adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@_pooling("max_pool1d_with_indices")
+@_pooling(
+    "max_pool2d_with_indices", "max_pool3d_with_indices", shape=shapes.pool_with_indices_shape
+)
+@_pooling("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", shape=shapes.pad_shape)
+@_pooling("replication_pad1d", "replication_pad2d", "replication_pad3d", shape=shapes.pad_shape)
+@_upsampling(
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+    shape=shapes.upsample_shape,
+)
+@_upsampling(
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
 )
 def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The last one to three dimensions are positions and are pinned; the rest pass."""
@@ -60,13 +81,8 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             )
 
 
-@rule(
-    "grid_sampler",
-    "grid_sampler_2d",
-    "grid_sampler_3d",
-    "torchvision::roi_align",
-    "torchvision::roi_pool",
-)
+@op("grid_sampler_2d", "grid_sampler_3d", kind=Kind.MOVES, shape=shapes.grid_sampler_shape)
+@op("grid_sampler", "torchvision::roi_align", "torchvision::roi_pool", kind=Kind.MOVES)
 def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
@@ -80,14 +96,15 @@ def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.put(result, [Field(f.labels, f.zero and result.is_floating_point()) for f in passing])
 
 
-@rule("pixel_shuffle")
+@_upsampling("pixel_shuffle", shape=shapes_of_movements.pixel_shuffle_shape)
 def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """(c*r*r, h, w) -> (c, h*r, w*r): the r*r channels that make one go together."""
     block = a["upscale_factor"] ** 2
     _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 3, block)
 
 
-@rule("pixel_unshuffle", "im2col")
+@_upsampling("pixel_unshuffle", shape=shapes_of_movements.pixel_shuffle_shape)
+@op("im2col", kind=Kind.MOVES, shape=shapes.im2col_shape)
 def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Each channel becomes a block of consecutive ones, which go together."""
     x = a["self"]
@@ -103,7 +120,7 @@ def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> Non
     ctx.put(out, passing)
 
 
-@rule("col2im")
+@op("col2im", kind=Kind.MOVES, shape=shapes.col2im_shape)
 def col2im(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Blocks of kernel positions are added into one channel: a block goes together."""
     kernel = a["kernel_size"]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fxprune.labels import Field, varied
-from fxprune.rules.context import Context, take
-from fxprune.rules.registry import rule
+from fxprune.ops.context import Context, take
+from fxprune.ops.shapes import movement as shapes
+from fxprune.ops.table import Axes, Trait, op, row
 
 
-@rule("embedding")
+@op("embedding", axes=Axes.LAYER, shape=shapes.embedding_shape)
 def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """table (v, e), indices (...) -> (..., e): v is pinned."""
     table = a["weight"]
@@ -31,7 +32,7 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing)
 
 
-@rule("index")
+@op("index", traits=Trait.FINDS_BY_INDEX, shape=shapes.index_shape)
 def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x[i, :, j]: indexed dimensions are pinned; the result lies as in NumPy."""
     x = a["self"]
@@ -50,7 +51,8 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing)
 
 
-@rule("index_put", "index_put_")
+@op("index_put", shape=shapes.index_put_shape)
+@op("index_put_")
 def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x[i, :, j] = v: indexed dimensions are pinned, on the others x and v meet."""
     x, values = a["self"], a["values"]
@@ -99,7 +101,7 @@ def _dims_of_index(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> l
     return [*kept[:where], *range(x.dim(), x.dim() + len(shape)), *kept[where:]]
 
 
-@rule("index_select")
+@op("index_select")
 def index_select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One dimension is read by indices and pinned; the others pass."""
     x = a["self"]
@@ -113,9 +115,14 @@ def index_select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing)
 
 
-@rule("gather", "take_along_dim")
+@op("gather", shape=shapes.gather_shape)
+@op("take_along_dim")
 def gather(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Reads by an index tensor as large as the result: everything that meets it is pinned."""
     for value in (a["self"], a.get("index", a.get("indices"))):
         if isinstance(value, Tensor):
             ctx.pin_all(ctx.fields(value), "is read by indices")
+
+
+row("nonzero", "nonzero_numpy", "argwhere", traits=Trait.FINDS)
+row("masked_select", traits=Trait.FINDS_BY_INDEX)

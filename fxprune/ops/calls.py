@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.rules import bind
+from fxprune.ops.table import bind, name_of_op
 
 __all__ = ["Call", "NewCall", "call_of"]
 
@@ -124,7 +124,7 @@ def call_of(
         for argument in func._schema.arguments
     ):
         return None  # the node works it out itself, as fftshift does with the shifts of a roll
-    name = func._schema.name.removeprefix("aten::").removesuffix("_copy")
+    name = name_of_op(func).removesuffix("_copy")
     return Call(node, name, values, given, places)
 
 

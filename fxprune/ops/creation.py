@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context
-from fxprune.rules.registry import rule
+from fxprune.ops import literals
+from fxprune.ops.context import Context
+from fxprune.ops.shapes.elementwise import blank_shape
+from fxprune.ops.table import Axes, Kind, Trait, op
+
+_creation = functools.partial(op, kind=Kind.CREATES)
 
 
-@rule(
-    "zeros",
-    "ones",
-    "full",
-    "empty",
+@_creation("zeros", "ones", "full", "empty", "rand", "randn", corrects=literals.sizes_literals)
+@_creation(
     "new_zeros",
     "new_ones",
     "new_full",
     "new_empty",
-    "rand",
-    "randn",
+    traits=Trait.READS_SHAPE,
+    corrects=literals.sizes_literals,
 )
 def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Constant fill of a given size: each dimension gets labels of its own, owned by no
@@ -37,7 +39,16 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     )
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@_creation("rand_like", "randn_like", axes=Axes.SAME, shape=blank_shape)
+@_creation(
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    axes=Axes.SAME,
+    traits=Trait.READS_SHAPE,
+    shape=blank_shape,
+)
 def like(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Sized like its argument, hence labelled like it."""
     value = {"zeros_like": 0, "full_like": a.get("fill_value", 1)}.get(

@@ -1,16 +1,23 @@
 """Fused normalisations with their statistics taken over some elements only: what the pruned model
 computes, at full width.
+
+Each takes the op's arguments by name and a mask that is broadcastable to its input. None: the op
+takes no statistics this time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OVER_SURVIVORS"]
+__all__ = [
+    "batch_norm_over_survivors",
+    "group_norm_over_survivors",
+    "layer_norm_over_survivors",
+    "rms_norm_over_survivors",
+]
 
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,13 +36,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: list[in
     return x if bias is None else x + bias.reshape(form)
 
 
-def _layer_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+def layer_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
     x, shape = a["input"], list(a["normalized_shape"])
     mean, variance, _ = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
     return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], shape)
 
 
-def _rms_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+def rms_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
     x, shape = a["input"], list(a["normalized_shape"])
     dims = list(range(x.dim() - len(shape), x.dim()))
     weight = mask.to(x.dtype).expand(x.shape)
@@ -44,7 +51,7 @@ def _rms_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
     return _affine(x * (square + eps).rsqrt(), a["weight"], None, shape)
 
 
-def _group_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
+def group_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
     x, groups = a["input"], a["num_groups"]
     split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
     y = x.reshape(split)
@@ -56,7 +63,7 @@ def _group_norm(a: dict[str, Any], mask: Tensor) -> Tensor:
     return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
 
 
-def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor | None:
+def batch_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor | None:
     x = a["input"]
     if not a["training"]:
         return None  # with the statistics that are stored
@@ -71,16 +78,3 @@ def _batch_norm(a: dict[str, Any], mask: Tensor) -> Tensor | None:
         a["bias"],
         [1, -1, *[1] * (x.dim() - 2)],
     )
-
-
-OVER_SURVIVORS: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
-    "aten::layer_norm": _layer_norm,
-    "aten::rms_norm": _rms_norm,
-    "aten::group_norm": _group_norm,
-    "aten::batch_norm": _batch_norm,
-}
-"""By the op's name: a function of its arguments by name and of a mask that is broadcastable to its
-input.
-
-None where the op takes no statistics this time.
-"""

@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context, Operand
-from fxprune.rules.registry import rule
+from fxprune.ops import literals, macs
+from fxprune.ops.context import Context, Operand
+from fxprune.ops.shapes import contraction as shapes
+from fxprune.ops.table import Axes, Kind, op, row
+
+COMPUTES = Kind.COMPUTES
 
 
 def _finish(
@@ -33,7 +37,7 @@ def _finish(
         ctx.put(out, [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met])
 
 
-@rule("linear")
+@op("linear", kind=COMPUTES, axes=Axes.LAYER, macs=macs.per_output_macs, shape=shapes.linear_shape)
 def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (..., i), w (o, i) -> (..., o): i is summed."""
     x, w, rank = a["input"], a["weight"], a["input"].dim()
@@ -57,7 +61,18 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _finish(ctx, out, fields, [*range(rank - 1), rank], bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@op("mv", "dot", kind=COMPUTES, macs=macs.element_macs(0), shape=shapes.vector_product_shape)
+@op(
+    "mm",
+    "bmm",
+    kind=COMPUTES,
+    axes=Axes.MULTIPLIED,
+    macs=macs.matrices_macs(0),
+    shape=shapes.product_shape,
+)
+@op(
+    "matmul", kind=COMPUTES, axes=Axes.MULTIPLIED, macs=macs.matmul_macs, shape=shapes.matmul_shape
+)
 def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """(..., n, k) @ (..., k, m) -> (..., n, m): k is summed, leading dimensions broadcast."""
     x, y = a["self"], next(a[name] for name in ("other", "mat2", "vec", "tensor") if name in a)
@@ -72,7 +87,15 @@ def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _finish(ctx, out, fields, out_dims)
 
 
-@rule("addmm", "baddbmm", "addbmm", "addmv")
+@op(
+    "addmm",
+    "baddbmm",
+    kind=COMPUTES,
+    macs=macs.matrices_macs(1),
+    shape=shapes.sum_of_product_shape,
+)
+@op("addbmm", kind=COMPUTES, macs=macs.matrices_macs(1))  # summed over the batch as well
+@op("addmv", kind=COMPUTES, macs=macs.element_macs(1))
 def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A matrix product plus a tensor that broadcasts to it."""
     name = func._schema.name.removeprefix("aten::")
@@ -91,7 +114,7 @@ def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _finish(ctx, out, ctx.contract(operands, batch + 3, summed), out_dims, a["self"])
 
 
-@rule("einsum")
+@op("einsum", kind=COMPUTES, macs=macs.einsum_macs)
 def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Every letter is a virtual dimension; letters that are not in the result are summed."""
     equation, tensors = a["equation"].replace(" ", ""), list(a["tensors"])
@@ -131,7 +154,14 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _finish(ctx, out, ctx.contract(operands, rank, set(range(rank)) - set(out_dims)), out_dims)
 
 
-@rule("scaled_dot_product_attention")
+@op(
+    "scaled_dot_product_attention",
+    kind=COMPUTES,
+    axes=Axes.ATTENDED,
+    macs=macs.attention_macs,
+    shape=shapes.attention_shape,
+    corrects=literals.attention_literals,
+)
 def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F),
     S is summed.
@@ -176,3 +206,31 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         weights.fields = [Field(m.labels, False) for m in met]
     fields = ctx.contract([weights, of_source(v)], rank, {source})
     _finish(ctx, out, fields, [*lead, length, width])
+
+
+# Kernels that one or another version of torch runs for these, and products that labels do not pass
+# through.
+row("_scaled_mm", "_scaled_mm_v2", "_int_mm", macs=macs.matrices_macs(0))
+row("_addmm_activation", macs=macs.matrices_macs(1))
+row("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", macs=macs.grouped_matrices_macs)
+row("mkldnn_linear", "_weight_int8pack_mm", macs=macs.per_output_macs)
+row("vdot", macs=macs.element_macs(0))
+row("_trilinear", macs=macs.trilinear_macs)
+row(
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_triton_scaled_dot_attention",
+    macs=macs.attention_macs,
+)
+row("_flash_attention_forward", "_efficient_attention_forward", macs=macs.attention_by_token_macs)
+row(
+    "_native_multi_head_attention",
+    "_triton_multi_head_attention",
+    macs=macs.attention_module_macs,
+)
+row("_transformer_encoder_layer_fwd", macs=macs.encoder_layer_macs)

@@ -4,34 +4,24 @@ reduces.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxprune import moments
 from fxprune.labels import Field
-from fxprune.rules.context import Context
-from fxprune.rules.pointwise import elementwise
-from fxprune.rules.registry import rule
+from fxprune.ops.context import Context
+from fxprune.ops.dims import correction_of, reduced_dims
+from fxprune.ops.pointwise import elementwise
+from fxprune.ops.shapes import normalisation as shapes_of_norms
+from fxprune.ops.shapes import reduction as shapes
+from fxprune.ops.table import Axes, Kind, Trait, has, name_of_op, op, row
 
-
-def reduced_dims(a: Mapping[str, Any], x: Tensor) -> tuple[set[int], bool]:
-    """The dimensions of ``x`` that a reduction with these arguments removes, and whether they stay
-    with size 1.
-    """
-    dims = a.get("dim")
-    if dims is None or dims == []:
-        return set(range(x.dim())), bool(a.get("keepdim", False))
-    dims = [dims] if isinstance(dims, int) else dims
-    return {d % max(x.dim(), 1) for d in dims}, bool(a.get("keepdim", False))
-
-
-def correction_of(a: Mapping[str, Any]) -> float:
-    """What a variance with these arguments subtracts from the number of elements."""
-    correction = a.get("correction", bool(a.get("unbiased", True)))
-    return 1 if correction is None else correction + 0
+_reduction = functools.partial(op, kind=Kind.COMPUTES)
+_statistic = functools.partial(_reduction, traits=Trait.STATISTIC)
 
 
 def _put_reduced(
@@ -92,19 +82,19 @@ def _sum_like(
     _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
-_STATISTICS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
-
-
 def _is_one_statistic(target: Any) -> bool:
     """Whether a graph's target is one of these ops by itself: the emitted graph can then count
     what was removed.
     """
     if isinstance(target, torch._ops.OpOverload):
         target = target._schema.name.removeprefix("aten::")
-    return (target if isinstance(target, str) else getattr(target, "__name__", "")) in _STATISTICS
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return has(name, Trait.STATISTIC)
 
 
-@rule("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum", "count_nonzero")
+@_reduction("sum", "norm", axes=Axes.REDUCED, shape=shapes.reduction_shape)
+@_reduction("linalg_vector_norm", shape=shapes.reduction_shape)
+@_reduction("frobenius_norm", "nansum", "count_nonzero")
 def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Sums and norms: exact where the removed elements are zero, pinned where they are not."""
     order = a.get("ord", a.get("p", 2))
@@ -113,13 +103,16 @@ def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _sum_like(ctx, func, a, out)
 
 
-@rule("mean")
+@_reduction("mean", axes=Axes.REDUCED, traits=Trait.STATISTIC, shape=shapes.reduction_shape)
 def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """As a sum; the divisor stays the original's."""
     _sum_like(ctx, func, a, out, verb="is averaged", counts=True)
 
 
-@rule("var", "std", "var_mean", "std_mean")
+@_statistic("var", axes=Axes.REDUCED, shape=shapes.reduction_shape, counting=moments.var)
+@_statistic("std", axes=Axes.REDUCED, shape=shapes.reduction_shape, counting=moments.std)
+@_statistic("var_mean", shape=shapes.two_reductions_shape, counting=moments.var_mean)
+@_statistic("std_mean", shape=shapes.two_reductions_shape, counting=moments.std_mean)
 def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """As a mean: removed elements count as the zeros that they are."""
     if a["self"].is_complex() or correction_of(a) > 1:
@@ -127,22 +120,14 @@ def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
 
 
-@rule(
-    "amax",
-    "amin",
-    "argmax",
-    "argmin",
-    "max",
-    "min",
-    "prod",
-    "any",
-    "all",
-    "logsumexp",
-    "aminmax",
-    "median",
-    "mode",
-    "kthvalue",
-)
+@_reduction("amax", "amin", axes=Axes.REDUCED, shape=shapes.reduction_shape)
+@_reduction("prod", shape=shapes.reduction_shape)
+@_reduction("aminmax", shape=shapes.two_reductions_shape)
+@_reduction("any", "all", shape=shapes.truth_shape)
+@_reduction("max", "min")
+@_reduction("argmax", "argmin", traits=Trait.COUNTS_ALL, shape=shapes.position_shape)
+@_reduction("logsumexp", axes=Axes.REDUCED, traits=Trait.COUNTS_ALL, shape=shapes.logsumexp_shape)
+@_reduction("median", "mode", "kthvalue", traits=Trait.COUNTS_ALL)
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A removed element would count: positions of a reduced dimension go together, or are pinned;
     others pass.
@@ -151,6 +136,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
         return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
     reduced, keepdim = reduced_dims(a, x)
+    counts_all = has(name_of_op(func), Trait.COUNTS_ALL)
     passing = []
     for f in ctx.fields(x):
         if f.dims <= reduced:
@@ -158,29 +144,16 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             continue
         own = _whole_rows(ctx, f, reduced)
         if own is not None:  # log(n) is not zero, nor is the position of a maximum
-            passing.append(Field(own.labels, own.zero and func._schema.name not in _NOT_ZERO))
+            passing.append(Field(own.labels, own.zero and not counts_all))
     return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
-_NOT_ZERO = frozenset(
-    f"aten::{name}" for name in ("logsumexp", "argmax", "argmin", "median", "mode", "kthvalue")
-)
-
-
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "sort",
-    "topk",
-    "argsort",
-    "cummax",
-    "cummin",
-)
+@_reduction("softmax", "log_softmax", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
+@_reduction("_softmax", "_log_softmax", "logcumsumexp", "argsort", "cummax", "cummin")
+@_reduction("cumsum", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
+@_reduction("cumprod", shape=shapes_of_norms.softmax_shape)
+@_reduction("sort", shape=shapes.sort_shape)
+@_reduction("topk", shape=shapes.topk_shape)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Mixes all positions of one dimension, which go together (none can, where the channels are
     that dimension); others pass.
@@ -201,3 +174,6 @@ def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             )
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)
+
+
+row("_safe_softmax", shape=shapes_of_norms.softmax_shape)

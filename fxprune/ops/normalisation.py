@@ -4,17 +4,19 @@ channels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
 from fxprune.labels import Field
-from fxprune.rules.context import Context, place
-from fxprune.rules.convolution import channel_fields
-from fxprune.rules.registry import rule
+from fxprune.ops import literals, survivors
+from fxprune.ops.context import Context, place
+from fxprune.ops.convolution import channel_fields
+from fxprune.ops.shapes import normalisation as shapes
+from fxprune.ops.table import Axes, Kind, Trait, op
 
-FUSED = frozenset({"batch_norm", "group_norm", "layer_norm", "rms_norm"})
-"""Ops that normalise by statistics over channels: in the smaller model over those that survive."""
+_norm = functools.partial(op, kind=Kind.COMPUTES, axes=Axes.SAME)
 
 
 def _scale_and_shift(
@@ -51,7 +53,9 @@ def _scale_and_shift(
     return [Field(m.labels, all(m.zero.get(i, False) for i in needed)) for m in met]
 
 
-@rule("batch_norm")
+@_norm(
+    "batch_norm", shape=shapes.channel_norm_shape, survivors=survivors.batch_norm_over_survivors
+)
 def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Channels (dimension 1) meet scale, shift and running statistics."""
     x = a["input"]
@@ -72,7 +76,7 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, [*fields, *rest])
 
 
-@rule("instance_norm")
+@_norm("instance_norm", shape=shapes.channel_norm_shape)
 def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Each channel (dimension 1) has statistics of its own over the positions."""
     x = a["input"]
@@ -81,7 +85,13 @@ def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, _scale_and_shift(ctx, x, fields, parameters, 1))
 
 
-@rule("group_norm")
+@_norm(
+    "group_norm",
+    in_order=False,
+    shape=shapes.group_norm_shape,
+    corrects=literals.group_norm_literals,
+    survivors=survivors.group_norm_over_survivors,
+)
 def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Statistics over each group's surviving channels; every group loses equally many, and keeps
     two where it has no positions.
@@ -101,7 +111,22 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, _scale_and_shift(ctx, x, fields, [a["weight"], a["bias"]], 1))
 
 
-@rule("layer_norm", "rms_norm")
+@_norm(
+    "layer_norm",
+    in_order=False,
+    traits=Trait.FROM_THE_END,
+    shape=shapes.last_norm_shape,
+    corrects=literals.last_norm_literals,
+    survivors=survivors.layer_norm_over_survivors,
+)
+@_norm(
+    "rms_norm",
+    in_order=False,
+    traits=Trait.FROM_THE_END,
+    shape=shapes.last_norm_shape,
+    corrects=literals.last_norm_literals,
+    survivors=survivors.rms_norm_over_survivors,
+)
 def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Statistics over the survivors of the last dimensions, which meet scale and shift."""
     x, rank = a["input"], a["input"].dim()
@@ -128,7 +153,8 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, done)
 
 
-@rule("_weight_norm", "_weight_norm_interface")
+@op("_weight_norm", kind=Kind.COMPUTES)
+@op("_weight_norm_interface", kind=Kind.COMPUTES, shape=shapes.weight_norm_shape)
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not
     count.

@@ -1,0 +1,75 @@
+"""All knowledge of ATen ops: one row per op. Importing the package fills the table."""
+
+from fxprune.labels import Field
+from fxprune.ops import (
+    contraction,
+    convolution,
+    creation,
+    cutting,
+    indexing,
+    joining,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    resampling,
+    reshaping,
+)
+from fxprune.ops.context import READS_INPUT, Context, Contraction, Event, Record, Sighting
+from fxprune.ops.table import (
+    OPS,
+    Axes,
+    Kind,
+    Op,
+    Trait,
+    bind,
+    find,
+    has,
+    known,
+    name_of_op,
+    own_row,
+    register_rule,
+    takes_sizes,
+)
+
+FAMILIES = (
+    contraction,
+    convolution,
+    creation,
+    cutting,
+    indexing,
+    joining,
+    movement,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    resampling,
+    reshaping,
+)
+"""The modules in which the rows stand."""
+
+__all__ = [
+    "FAMILIES",
+    "OPS",
+    "READS_INPUT",
+    "Axes",
+    "Context",
+    "Contraction",
+    "Event",
+    "Field",
+    "Kind",
+    "Op",
+    "Record",
+    "Sighting",
+    "Trait",
+    "bind",
+    "find",
+    "has",
+    "known",
+    "name_of_op",
+    "own_row",
+    "register_rule",
+    "takes_sizes",
+]

@@ -1,0 +1,219 @@
+"""Parts of a tensor, positions that are moved or added: a literal decides which positions are
+read, so a rule adds what must hold for the smaller tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.labels import Array, Field, compact, varied
+from fxprune.ops import literals
+from fxprune.ops.context import Context
+from fxprune.ops.dims import padded_dims, split_dim
+from fxprune.ops.shapes import movement as shapes
+from fxprune.ops.table import Axes, Trait, moves, name_of_op
+
+
+@moves("select", axes=Axes.SELECTED, corrects=literals.select_literals)
+def selected(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """One position of a dimension: it has to stay where the dimension itself can shrink."""
+    x = a["self"]
+    dim = a["dim"] % x.dim()
+    ctx.put(out, _select_position(ctx, ctx.fields(x), dim, a["index"] % x.shape[dim]), base=x)
+
+
+def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
+    out = []
+    for f in fields:
+        picked = cast(Array, f.labels.take(index if dim in f.dims else 0, axis=dim))
+        if f.dims == {dim}:
+            ctx.pin(picked, "is read by its position")
+            continue
+        if dim in f.dims:
+            ctx.sight(f.labels, fixed={dim})
+            picked = compact(picked)
+        out.append(Field(picked, f.zero))
+    return out
+
+
+@moves("unbind", axes=Axes.CUT, in_order=True)
+def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Every position of a dimension, each a tensor of its own."""
+    x = a["self"]
+    dim = a["dim"] % x.dim()
+    fields = ctx.fields(x)
+    for i, part in enumerate(out):
+        ctx.put(part, _select_position(ctx, fields, dim, i), base=x)
+
+
+def _slices(
+    ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]], outs: Sequence[Tensor]
+) -> None:
+    fields = ctx.fields(x)
+    for (start, stop), out in zip(bounds, outs, strict=True):
+        own = []
+        for f in fields:
+            if dim not in f.dims:
+                own.append(f)
+                continue
+            pick = (slice(None),) * dim
+            # every row must lose equally many before, inside and behind the slice
+            if len(f.dims) > 1:
+                for part in (
+                    f.labels[(*pick, slice(0, start))],
+                    f.labels[(*pick, slice(stop, None))],
+                ):
+                    if part.size and len(varied(part)) > 1:
+                        ctx.sight(part)
+            labels = f.labels[(*pick, slice(start, stop))]
+            if labels.size == 0:
+                continue
+            labels = compact(labels)
+            if labels.size == 1:
+                ctx.pin(labels, "its removal would empty a tensor")
+            else:
+                own.append(Field(labels, f.zero))
+        ctx.put(out, own, base=x)
+
+
+@moves("slice", corrects=literals.slices_literals)
+@moves("narrow", axes=Axes.NARROWED, corrects=literals.narrow_literals)
+def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """A range of positions; with a step, the positions of one stride go together."""
+    x, dim = a["self"], a["dim"] % a["self"].dim()
+    size, step = x.shape[dim], a.get("step") or 1
+    if "length" in a:
+        start = int(a["start"])
+        stop = start + a["length"]
+    else:
+        start, stop, _ = slice(a["start"], a["end"], None).indices(size)
+    if step == 1:
+        return _slices(ctx, x, dim, [(start, max(start, stop))], [out])
+    own = []
+    for f in ctx.fields(x):
+        if dim not in f.dims:
+            own.append(f)
+            continue
+        labels = np.moveaxis(f.labels, dim, -1)
+        if size % step or stop != size or start >= step:
+            ctx.pin(labels, "is read with a step that does not divide it")
+            continue
+        tied = ctx.tie(labels.reshape(*labels.shape[:-1], size // step, step), [labels.ndim])
+        full = (
+            np.broadcast_to(tied, (*labels.shape[:-1], size // step, 1))[..., 0]
+            if tied.size > 1
+            else tied[..., 0]
+        )
+        picked = compact(np.moveaxis(full, -1, dim))
+        if picked.size == 1:
+            ctx.pin(picked, "its removal would empty a tensor")
+        else:
+            own.append(Field(picked, f.zero))
+    ctx.put(out, own, base=x)
+    return None
+
+
+_split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literals)
+
+
+@_split("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
+@_split("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_GIVE_BACK)
+def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Consecutive ranges of positions."""
+    x = a["self"]
+    dim = split_dim(name_of_op(func), a)
+    ends = np.cumsum([part.shape[dim] for part in out]).tolist()
+    _slices(ctx, x, dim, list(zip([0, *ends[:-1]], ends, strict=True)), out)
+
+
+@moves("roll", axes=Axes.SAME, shape=shapes.reordered_shape, corrects=literals.roll_literals)
+def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """A rotation; the literal shift is corrected to the survivors that wrap around."""
+    x, shifts, dims = a["self"], a["shifts"], a["dims"]
+    if not dims:
+        ctx.pin_all(ctx.fields(x), "is rolled over all its dimensions at once")
+        return
+    moved = []
+    for f in ctx.fields(x):
+        labels = f.labels
+        for shift, d in zip(shifts, dims, strict=True):
+            d %= x.dim()
+            if d in f.dims:
+                labels = np.roll(labels, shift, axis=d)
+                if len(f.dims) > 1:
+                    ctx.sight(f.labels, fixed={d})
+        moved.append(Field(labels, f.zero))
+    ctx.put(out, moved)
+
+
+def _pads_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
+    own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
+    return not own & padded_dims(a["self"], a["pad"])
+
+
+_padding = functools.partial(moves, in_order=_pads_in_order, corrects=literals.pad_literals)
+
+
+@_padding("constant_pad_nd", shape=shapes.constant_pad_shape)
+@_padding("pad", axes=Axes.PADDED)
+def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """New positions of a labelled dimension get labels of their own; elsewhere the channel's label
+    covers its padding.
+    """
+    x, amounts = a["self"], a["pad"]
+    value = a.get("value") or 0
+    if a.get("mode", "constant") != "constant":
+        padded = padded_dims(x, amounts)
+        passing = []
+        for f in ctx.fields(x):
+            if f.dims & padded:
+                ctx.pin(f.labels, "is padded from its own content")
+            else:
+                passing.append(f)
+        ctx.put(out, passing)
+        return
+    fields = []
+    for f in ctx.fields(x):
+        labels = f.labels
+        for i in range(len(amounts) // 2):
+            d, before, after = x.dim() - 1 - i, amounts[2 * i], amounts[2 * i + 1]
+            if d not in f.dims or not (before or after):
+                continue
+            if before < 0 or after < 0 or len(f.dims) > 1:
+                ctx.pin(
+                    labels,
+                    "is cropped by a padding, or padded while split over several dimensions",
+                )
+                labels = np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
+                break
+            form = [1] * labels.ndim
+            parts = [labels]
+            if before:
+                form[d] = before
+                parts.insert(0, ctx.units.fresh(before, -1).reshape(form))
+            if after:
+                form[d] = after
+                parts.append(ctx.units.fresh(after, -1).reshape(form))
+            labels = np.concatenate(parts, axis=d)
+        if labels.any():
+            fields.append(Field(labels, f.zero and value == 0))
+    ctx.put(out, fields)
+
+
+@moves("unfold")
+def unfold(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Sliding windows over one dimension, which is pinned; the window is a new last dimension."""
+    x = a["self"]
+    dim = a["dimension"] % x.dim()
+    passing = []
+    for f in ctx.fields(x):
+        if dim in f.dims:
+            ctx.pin(f.labels, "is an axis of positions that a window slides over")
+        else:
+            passing.append(Field(f.labels[..., np.newaxis], f.zero))
+    ctx.put(out, passing)

@@ -1,0 +1,360 @@
+"""NewNumbers among an op's arguments that were true for the original's sizes, corrected from the
+labels of what they describe: a column of the table.
+
+A corrector takes the numbers of the graph that is emitted, the call and its result in the
+original. It returns the arguments that are to be others, by name, or another call altogether.
+Other numbers are the original's (:mod:`fxprune.rewrite.numbers`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.errors import RewriteError
+from fxprune.ops.calls import Call, NewCall
+from fxprune.ops.dims import split_dim
+from fxprune.ops.smaller import NewNumbers, WhatIsLeft
+from fxprune.reshape import reshape_blocks
+
+__all__ = [
+    "attention_literals",
+    "channel_shuffle_literals",
+    "convolution_literals",
+    "group_norm_literals",
+    "index_literal",
+    "last_norm_literals",
+    "narrow_literals",
+    "pad_literals",
+    "padding",
+    "repeat_interleave_literals",
+    "repeat_literals",
+    "roll_literals",
+    "select_literals",
+    "shuffled_groups",
+    "sizes_literals",
+    "slices_literals",
+    "split_literals",
+    "unflatten_literals",
+]
+
+Change: TypeAlias = dict[str, Any] | NewCall
+"""Arguments by name that are to be others, or another call altogether."""
+
+
+def _new_sizes(numbers: NewNumbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
+    """The sizes of a result's axes, from the axis ``first`` on."""
+    wanted = numbers.survivors.shape(value)
+    # a list that forward computed
+    if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):
+        if list(numbers.new(given)) != wanted[first : first + len(given.meta["val"])]:
+            raise RewriteError(
+                f"the sizes that node {call.node.name!r} is given are computed as one",
+                call.node.name,
+            )
+        return numbers.now(given)
+    out = []
+    for axis, entry in enumerate(given if isinstance(given, (tuple, list)) else [given], first):
+        if isinstance(entry, fx.Node):
+            lost = wanted[axis] != value.shape[axis]
+            even = (
+                not lost
+                or numbers.extents.known(call.node, axis)
+                or numbers.extents.even(value, axis)
+            )
+            out.append(numbers.sized(entry, value.shape[axis], wanted[axis], even=even))
+        else:
+            out.append(entry if entry == -1 else wanted[axis])
+    return out
+
+
+def _scaled(numbers: NewNumbers, entry: Any, wanted: int) -> Any:
+    """A number that goes with sizes and is none itself: of groups, of repetitions."""
+    return numbers.sized(entry, numbers.old(entry), wanted)
+
+
+def sizes_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    name = "size" if "size" in call.given else "shape"
+    if name not in call.given:  # x.view(dtype)
+        return {}
+    given = call.given[name]
+    if call.name in ("view", "reshape", "_unsafe_view") and isinstance(given, (tuple, list)):
+        _hold_layout(numbers, call, value, given)
+    return {name: _new_sizes(numbers, call, value, given)}
+
+
+def _hold_layout(
+    numbers: NewNumbers, call: Call, value: Tensor, given: Sequence[Any], start: int = 0
+) -> None:
+    """Hold what literal sizes take from axes of other sizes: with another one, what is open would
+    mix channels with the rest.
+
+    ``given`` are the sizes of the result's axes from ``start`` on. An open one is -1 or follows
+    from the input. Literals before it take from the front, those behind it from the back: whole
+    channels, or the same part of each, as long as no axis that they take from is of another size.
+    """
+    x, old = call.given["self"], call.ran["self"]
+    left = numbers.survivors.shape(old)
+    if left == list(old.shape):
+        return
+    for ins, outs in reshape_blocks(old.shape, value.shape):
+        lost = [d for d in ins if left[d] != old.shape[d]]
+        sizes = [given[d - start] if start <= d < start + len(given) else None for d in outs]
+        literal = [isinstance(size, int) and size != -1 for size in sizes]
+        if all(literal):
+            held = ins if -1 in given else []
+        elif not lost or not any(literal):
+            continue
+        else:
+            first, last = literal.index(False), len(literal) - 1 - literal[::-1].index(False)
+            within = any(literal[first:last])
+            held = [d for d in ins if d < lost[-1]] if first or within else []
+            fixed = 1
+            for d in reversed(ins):
+                if not numbers.extents.fixed(x, d):
+                    break
+                fixed *= old.shape[d]
+            behind = math.prod(value.shape[d] for d in outs[last + 1 :])
+            if within or fixed % behind:
+                held += [d for d in ins if d >= lost[0]]
+        for d in dict.fromkeys(held):
+            numbers.hold_positions(x, d)
+
+
+def unflatten_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    start, given = call.ran["dim"] % call.ran["self"].dim(), call.given["sizes"]
+    if isinstance(given, (tuple, list)):
+        _hold_layout(numbers, call, value, given, start)
+    return {"sizes": _new_sizes(numbers, call, value, given, start)}
+
+
+def repeat_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    name = "repeats" if "repeats" in call.given else "dims"
+    given = call.given[name]
+    times = list(given) if isinstance(given, (tuple, list)) else [given]
+    before, after = numbers.survivors.shape(call.ran["self"]), numbers.survivors.shape(value)
+    lead = len(after) - len(before)
+    if len(times) != len(after):
+        return {}
+    wanted = [n // (before[d - lead] if d >= lead else 1) for d, n in enumerate(after)]
+    return {
+        name: [_scaled(numbers, entry, want) for entry, want in zip(times, wanted, strict=True)]
+    }
+
+
+def repeat_interleave_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    if (
+        call.ran.get("dim") is None
+        or not isinstance(call.ran["repeats"], int)
+        or "output_size" in call.given
+    ):
+        return {}
+    axis = call.ran["dim"] % value.dim()
+    before, after = (numbers.survivors.shape(tensor)[axis] for tensor in (call.ran["self"], value))
+    return {"repeats": _scaled(numbers, call.given["repeats"], after // before)}
+
+
+def split_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    tensor = call.ran["self"]
+    axis = split_dim(call.name, call.ran)
+    if numbers.survivors.rows(tensor, axis) is None:
+        return {}
+    numbers.hold_positions(
+        call.given["self"],
+        axis,
+        *(a for name, a in call.given.items() if name not in ("self", "dim")),
+    )
+    ends = [0]
+    for part in value:
+        ends.append(ends[-1] + part.shape[axis])
+    sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
+    said = call.given.get("dim", axis)  # from the end stays so: axes before it may be dropped
+    counted = axis - tensor.dim() if isinstance(said, int) and said < 0 else axis
+    return torch.split, (call.given["self"], sizes, counted), {}
+
+
+def narrow_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    tensor = call.ran["self"]
+    axis, first = call.ran["dim"] % tensor.dim(), call.ran["start"]
+    if isinstance(first, Tensor) or numbers.survivors.rows(tensor, axis) is None:
+        return {}
+    numbers.hold_positions(call.given["self"], axis, call.given["start"], call.given["length"])
+    first %= tensor.shape[axis]
+    count = _survivors_between(numbers, tensor, axis, first, first + call.ran["length"])
+    return {"start": _survivors_between(numbers, tensor, axis, 0, first), "length": count}
+
+
+def slices_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
+    new = index_literal(
+        numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
+    )
+    return {
+        name: bound
+        for name, bound in (("start", new.start), ("end", new.stop))
+        if name in call.given
+    }
+
+
+def select_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    axis = call.ran["dim"] % call.ran["self"].dim()
+    return {"index": _new_position(numbers, call.given["self"], axis, call.given["index"])}
+
+
+def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
+    tensor = numbers.old(x)
+    if isinstance(part, slice):
+        if numbers.survivors.rows(tensor, axis) is None:
+            return part
+        size = tensor.shape[axis]
+        start, stop, step = slice(
+            *(numbers.old(p) for p in (part.start, part.stop, part.step))
+        ).indices(size)
+        if step != 1 or part.start is not None or part.stop is not None:
+            numbers.hold_positions(x, axis, part.start, part.stop)
+        if step != 1:
+            return part
+        left = None if part.start is None else _survivors_between(numbers, tensor, axis, 0, start)
+        right = (
+            None
+            if part.stop is None
+            else _survivors_between(numbers, tensor, axis, 0, max(start, stop))
+        )
+        return slice(left, right, part.step)
+    if isinstance(numbers.old(part), int) and not isinstance(numbers.old(part), bool):
+        return _new_position(numbers, x, axis, part)
+    return part
+
+
+def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any:
+    tensor = numbers.old(x)
+    if numbers.survivors.rows(tensor, axis) is None:
+        return index
+    numbers.hold_positions(x, axis, index)
+    return _survivors_between(numbers, tensor, axis, 0, numbers.old(index) % tensor.shape[axis])
+
+
+def roll_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    tensor, given = call.ran["self"], call.given["shifts"]
+    shifts = list(given) if isinstance(given, (tuple, list)) else [given]
+    if len(call.ran["dims"]) != len(shifts):
+        return {}
+    for i, (shift, dim) in enumerate(zip(call.ran["shifts"], call.ran["dims"], strict=True)):
+        axis = dim % tensor.dim()
+        if numbers.survivors.rows(tensor, axis) is not None:
+            numbers.hold_positions(call.given["self"], axis, shifts[i])
+            size = tensor.shape[axis]
+            shifts[i] = (
+                _survivors_between(numbers, tensor, axis, (size - shift) % size, size)
+                if shift % size
+                else 0
+            )
+    return {"shifts": shifts}
+
+
+def pad_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    given, before = call.given["pad"], call.ran["pad"]
+    after = padding(numbers.survivors, value, before)
+    if after == list(before):
+        return {}
+    if isinstance(given, fx.Node):
+        raise RewriteError(
+            f"the paddings that node {call.node.name!r} is given are computed as one",
+            call.node.name,
+        )
+    new = list(given)
+    for i in range(len(new) // 2):
+        if numbers.survivors.rows(value, value.dim() - 1 - i) is not None and any(
+            before[2 * i : 2 * i + 2]
+        ):
+            numbers.hold_positions(
+                call.given["self"], value.dim() - 1 - i, *new[2 * i : 2 * i + 2]
+            )
+            new[2 * i : 2 * i + 2] = after[2 * i : 2 * i + 2]
+    return {"pad": new}
+
+
+def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> list[int]:
+    """How much of a padding (as ``F.pad`` has it, the last dimension first) is left; ``padded`` is
+    its result in the original.
+    """
+    new = list(amounts)
+    for i in range(len(amounts) // 2):
+        axis, (before, after) = padded.dim() - 1 - i, amounts[2 * i : 2 * i + 2]
+        size = padded.shape[axis]
+        if (before or after) and survivors.rows(padded, axis) is not None:
+            new[2 * i : 2 * i + 2] = [
+                survivors.count(padded, axis, *span) or 0
+                for span in ((0, before), (size - after, size))
+            ]
+    return new
+
+
+def last_norm_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    first = value.dim() - len(call.ran["normalized_shape"])
+    return {
+        "normalized_shape": _new_sizes(numbers, call, value, call.given["normalized_shape"], first)
+    }
+
+
+def group_norm_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    x = call.ran["input"]
+    if call.ran["num_groups"] != x.shape[1]:
+        return {}
+    return {
+        "num_groups": _scaled(numbers, call.given["num_groups"], numbers.survivors.shape(x)[1])
+    }
+
+
+def convolution_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    x, w, groups = call.ran["input"], call.ran["weight"], call.ran["groups"]
+    if groups == 1:
+        return {}
+    channels = numbers.survivors.shape(x)[x.dim() - w.dim() + 1]
+    if call.ran.get("transposed", "transpose" in call.name):
+        new = channels if groups == w.shape[0] else groups
+    else:
+        new = channels // numbers.survivors.shape(w)[1]
+    return {"groups": _scaled(numbers, call.given["groups"], new)}
+
+
+def channel_shuffle_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
+
+
+def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
+    """In how many groups the survivors of a channel axis are to be shuffled: whole groups may have
+    gone, or a part of each.
+    """
+    rows = survivors.rows(tensor, 1)
+    if rows is None:
+        return groups
+    split = rows.all(axis=0).reshape(groups, -1)
+    whole = split.all(axis=1) | ~split.any(axis=1)
+    return int(split.any(axis=1).sum()) if whole.all() else groups
+
+
+def attention_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+    query, tensor = call.given["query"], call.ran["query"]
+    if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
+        return {}
+    width, scale = numbers.size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
+    given = isinstance(width, fx.Node)
+    return {
+        "scale": numbers.create("call_function", operator.pow, (width, -0.5), {}, scale)
+        if given
+        else scale
+    }
+
+
+def _survivors_between(
+    numbers: NewNumbers, tensor: Tensor, axis: int, start: int, stop: int
+) -> int:
+    count = numbers.survivors.count(tensor, axis, start, stop)
+    return stop - start if count is None else count

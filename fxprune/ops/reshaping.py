@@ -1,0 +1,158 @@
+"""Dimensions that are split, merged, or made of size 1: how positions are laid out one after the
+other decides what must hold for the smaller tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.labels import Field, compact
+from fxprune.ops import literals
+from fxprune.ops.context import Context
+from fxprune.ops.shapes import movement as shapes
+from fxprune.ops.table import Axes, Trait, moves, row
+from fxprune.reshape import reshape_blocks
+
+
+@moves(
+    "view", "reshape", axes=Axes.RESHAPED, traits=Trait.BY_LAYOUT, corrects=literals.sizes_literals
+)
+@moves("_unsafe_view", axes=Axes.RESHAPED, corrects=literals.sizes_literals)
+@moves("flatten", axes=Axes.RESHAPED, traits=Trait.BY_LAYOUT)
+@moves(
+    "unflatten", axes=Axes.RESHAPED, traits=Trait.BY_LAYOUT, corrects=literals.unflatten_literals
+)
+@moves("_reshape_alias")
+@moves("view_as", "reshape_as", traits=Trait.BY_LAYOUT)
+def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Split and merge dimensions; only blocks of dimensions on which labels vary are touched."""
+    x = a["self"]
+    if func._overloadname == "dtype":
+        ctx.pin_all(ctx.fields(x), "is reinterpreted as another dtype")
+        return
+    ctx.put(out, reshape(ctx, ctx.fields(x), x.shape, out.shape), base=x)
+    if isinstance(a.get("other"), Tensor):
+        _sized_like(ctx, out, out, a["other"], x)
+
+
+def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
+    """The result holds ``x`` at the sizes of another tensor, so their labels meet."""
+    rank = out.dim()
+    met = ctx.merge(
+        [ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)],
+        rank,
+    )
+    ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met], base=base)
+
+
+def reshape(
+    ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]
+) -> list[Field]:
+    """The labels of a reshaped tensor; notes which dimensions were laid out one after the
+    other.
+    """
+    if not fields:
+        return []
+    blocks = reshape_blocks(tuple(old), tuple(new))
+    out = []
+    for f in fields:
+        dims = f.dims
+        form_old, form_new = [1] * len(old), [1] * len(new)
+        splits = []
+        for ins, outs in blocks:
+            touched = [d for d in ins if d in dims]
+            if not touched:
+                continue
+            for d in ins:
+                form_old[d] = old[d]
+            for d in outs:
+                form_new[d] = new[d]
+            if len(touched) > 1:
+                ctx.sight(f.labels, merged=tuple(touched))
+            if len(outs) > 1:
+                splits.append(tuple(outs))
+        labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
+        for parts in splits:
+            inner = tuple(d for d in parts if labels.shape[d] > 1)
+            if len(inner) > 1:
+                ctx.sight(labels, merged=inner)
+        out.append(Field(labels, f.zero))
+    return out
+
+
+_growing = functools.partial(moves, axes=Axes.EXPANDED, traits=Trait.GROWS)
+
+
+@_growing("expand", corrects=literals.sizes_literals)
+@_growing("broadcast_to", axes=None, corrects=literals.sizes_literals)
+@_growing("expand_copy", axes=None)
+@moves("expand_as", axes=Axes.SAME)
+def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Dimensions made from size 1 shrink with what they meet."""
+    x = a["self"]
+    if isinstance(a.get("other"), Tensor):
+        return _sized_like(ctx, out, x, a["other"], x)
+    lead = out.dim() - x.dim()
+    fields = [
+        Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)
+    ]
+    made = [
+        d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)
+    ]
+    return ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
+
+
+@_growing(
+    "repeat", axes=Axes.REPEATED, shape=shapes.repeat_shape, corrects=literals.repeat_literals
+)
+@_growing("tile", axes=Axes.REPEATED, corrects=literals.repeat_literals)
+def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Copies one after the other carry the same labels; copies of a dimension of size 1 are as in
+    expand.
+    """
+    x = a["self"]
+    lead = out.dim() - x.dim()
+    times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
+    fields = []
+    for f in ctx.fields(x):
+        labels = f.labels.reshape([1] * lead + list(f.labels.shape))
+        fields.append(
+            Field(
+                np.tile(
+                    labels, [t if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]
+                ),
+                f.zero,
+            )
+        )
+    made = [d for d in range(out.dim()) if times[d] > 1 and (d < lead or x.shape[d - lead] == 1)]
+    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)])
+
+
+@_growing("repeat_interleave", axes=None, corrects=literals.repeat_interleave_literals)
+def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
+    """Each position several times: the copies carry the same label; those of a dimension of size 1
+    are as in expand.
+    """
+    x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
+    if isinstance(x, Tensor) and x.dim() == 1:
+        dim = 0
+    if not isinstance(x, Tensor) or dim is None or not isinstance(times, int):
+        for v in a.values():
+            ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")
+        return
+    dim %= x.dim()
+    fields = [
+        Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero)
+        for f in ctx.fields(x)
+    ]
+    ctx.put(
+        out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
+    )
+
+
+row("ravel", traits=Trait.BY_LAYOUT)

@@ -1,0 +1,155 @@
+"""Products, linear layers, attention and convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.dispatch import META, aten
+from fxprune.ops.shapes.common import as_many, broadcast, empty
+
+
+def product_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """mm: (m, k) by (k, n); bmm: one for each of a batch."""
+    a, b = args[:2]
+    rank = 3 if func.overloadpacket in (aten.bmm, aten.baddbmm) else 2
+    if len(args) > 2 or not a.dim() == b.dim() == rank or a.shape[:-2] != b.shape[:-2]:
+        return None
+    return matmul_shape(func, (a, b), kwargs)
+
+
+def vector_product_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """mv, dot: by a vector."""
+    rank = 2 if func.overloadpacket is aten.mv else 1
+    return (
+        matmul_shape(func, args, kwargs) if args[0].dim() == rank and args[1].dim() == 1 else None
+    )
+
+
+def matmul_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """As :func:`product_shape`, where leading dimensions broadcast; a vector is a row on the left
+    and a column on the right.
+    """
+    a, b = args
+    if not a.dim() or not b.dim() or a.shape[-1] != b.shape[max(-2, -b.dim())]:
+        return None
+    if a.dtype != b.dtype:  # which torch itself lets pass where there are no data
+        raise RuntimeError(f"matmul of {a.dtype} and {b.dtype}: their dtypes must be the same")
+    batch = broadcast({a.shape[:-2], b.shape[:-2]})
+    if batch is None:
+        return None
+    return empty(
+        [*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ())],
+        dtype=a.dtype,
+        device=META,
+    )
+
+
+def sum_of_product_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """addmm, baddbmm: a product, and what broadcasts to it."""
+    out = product_shape(func, args[1:3], kwargs) if len(args) == 3 else None
+    fits = (
+        out is not None
+        and args[0].dtype == out.dtype
+        and broadcast({args[0].shape, out.shape}) == out.shape
+    )
+    return out if fits else None
+
+
+def linear_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, weight = args[0], args[1]
+    if weight.dim() != 2 or x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:]:
+        return None
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
+        return None
+    return empty([*x.shape[:-1], weight.shape[0]], dtype=x.dtype, device=META)
+
+
+def attention_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    query, key, value = args[:3]
+    if (
+        not query.dim() == key.dim() == value.dim() == 4
+        or not query.shape[:2] == key.shape[:2] == value.shape[:2]
+    ):
+        return None
+    if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
+        return None
+    return empty([*query.shape[:-1], value.shape[-1]], dtype=query.dtype, device=META)
+
+
+def convolution_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if func._overloadname == "padding" or kwargs:
+        return None
+    x, weight = args[0], args[1]
+    count = weight.dim() - 2
+    stride, padding, dilation = (
+        as_many(args[i] if len(args) > i else default, count)
+        for i, default in ((3, 1), (4, 0), (5, 1))
+    )
+    groups = args[6] if len(args) > 6 else 1
+    if (
+        x.dim() != count + 2
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+        or x.dtype != weight.dtype
+    ):
+        return None  # PyTorch says what is wrong
+    # PyTorch's own kernel for shapes takes it
+    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"a bias of shape {tuple(args[2].shape)} for {weight.shape[0]} output channels"
+        )
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return (
+        empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META)
+        if min(spatial) > 0
+        else None
+    )
+
+
+def convolution_either_way_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """aten.convolution, which the others become: transposed, or not."""
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    count = weight.dim() - 2
+    if not transposed:
+        return convolution_shape(
+            func, (x, weight, bias, stride, padding, dilation, groups), kwargs
+        )
+    stride, padding, dilation, more = (
+        as_many(value, count) for value in (stride, padding, dilation, output_padding)
+    )
+    if (
+        x.dim() != count + 2
+        or x.shape[1] != weight.shape[0]
+        or x.shape[1] % groups
+        or x.dtype != weight.dtype
+    ):
+        return None
+    outputs = weight.shape[1] * groups
+    if any(m >= max(s, d) for m, s, d in zip(more, stride, dilation, strict=True)):
+        return None
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        return None
+    spatial = [
+        (n - 1) * s - 2 * p + d * (k - 1) + m + 1
+        for n, k, s, p, d, m in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True
+        )
+    ]
+    return (
+        empty([x.shape[0], outputs, *spatial], dtype=x.dtype, device=META)
+        if min(spatial) > 0
+        else None
+    )

@@ -1,0 +1,113 @@
+"""Pointwise ops, and what makes tensors like others."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.dispatch import META, tensors_in
+from fxprune.ops.shapes.common import broadcast, empty, empty_like, given_arguments
+
+
+def pointwise_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
+        return None
+    tensors = [a for a in args if isinstance(a, Tensor)] + [
+        a for a in kwargs.values() if isinstance(a, Tensor)
+    ]
+    shape = broadcast({t.shape for t in tensors})
+    if shape is None:
+        return None
+    dtype = _pointwise_dtype(func, *_kinds(args, kwargs))
+    if dtype is None:
+        return None
+    for t in tensors:
+        if t.is_meta and t.shape == shape:
+            return empty_like(t, dtype)
+    return empty(shape, dtype=dtype, device=META)
+
+
+def first_argument_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """An op that writes into its first argument gives that argument back, whatever it writes."""
+    returns = func._schema.returns
+    written = (
+        len(returns) == 1
+        and returns[0].alias_info is not None
+        and isinstance(args[0], Tensor)
+        and args[0].is_meta
+    )
+    if not written:
+        return None
+    if torch.Tag.pointwise in func.tags:
+        tensors = tensors_in(args, kwargs)
+        if broadcast({t.shape for t in tensors}) != args[0].shape:
+            return None  # PyTorch says what is wrong
+        # raises where the result's dtype does not fit in
+        _pointwise_dtype(func, *_kinds(args, kwargs))
+    return args[0]
+
+
+def _kinds(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    return tuple(map(_hashable, args)), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items()))
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (value.dtype, value.dim() > 0)
+    if isinstance(value, bool | str | torch.dtype) or value is None:
+        return value
+    return type(value)
+
+
+@functools.cache
+def _pointwise_dtype(
+    func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, Any], ...]
+) -> torch.dtype | None:
+    """Ask PyTorch once, on one-element tensors, which dtype the op returns for these kinds of
+    argument.
+    """
+
+    def sample(kind: Any) -> Any:
+        if isinstance(kind, tuple):
+            return torch.ones((1,) if kind[1] else (), dtype=kind[0])
+        if isinstance(kind, type):
+            return kind(1) if kind in (int, float, complex) else None
+        return kind
+
+    if any(
+        isinstance(k, type) and k not in (int, float, complex)
+        for k in key + tuple(v for _, v in kwkey)
+    ):
+        return None
+    out = func(*(sample(k) for k in key), **{k: sample(v) for k, v in kwkey})
+    return out.dtype if isinstance(out, Tensor) else None
+
+
+def glu_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, dim = args[0], args[1] if len(args) > 1 else -1
+    if not x.is_floating_point() or not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
+        return None
+    dim %= x.dim()
+    return x.new_empty([*x.shape[:dim], x.shape[dim] // 2, *x.shape[dim + 1 :]])
+
+
+def blank_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
+    given = given_arguments(func, args, kwargs)
+    x, dtype = given["self"], given.get("dtype")
+    plain = (
+        x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
+    )
+    return empty_like(x, dtype) if plain else None
+
+
+def triangle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x = args[0]
+    return empty_like(x) if x.is_meta and x.dim() >= 2 else None

@@ -1,0 +1,179 @@
+"""Joins, repetitions and other movements of data, and look-ups by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.dispatch import META, aten
+from fxprune.ops.shapes.common import (
+    broadcast,
+    empty,
+    empty_like,
+    given_arguments,
+    like_first_shape,
+)
+
+
+def cat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.dim() != first.dim() or not t.is_meta for t in tensors):
+        return None
+    if not -first.dim() <= dim < first.dim():
+        return None
+    dim %= first.dim()
+    rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
+    if any([*t.shape[:dim], *t.shape[dim + 1 :]] != rest for t in tensors):
+        return None
+    return first.new_empty(
+        [*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]]
+    )
+
+
+def stack_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = given_arguments(func, args, kwargs)
+    tensors, dim = given["tensors"], given.get("dim", 0)
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.shape != first.shape or not t.is_meta for t in tensors):
+        return None
+    if not -first.dim() - 1 <= dim <= first.dim():
+        return None
+    dim %= first.dim() + 1
+    return empty(
+        [*first.shape[:dim], len(tensors), *first.shape[dim:]], dtype=first.dtype, device=META
+    )
+
+
+def repeat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, times = args
+    if len(times) < x.dim() or any(count < 0 for count in times):
+        return None
+    sizes = [1] * (len(times) - x.dim()) + list(x.shape)
+    return empty(
+        [count * size for count, size in zip(times, sizes, strict=True)],
+        dtype=x.dtype,
+        device=META,
+    )
+
+
+def reordered_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """roll, flip: over dimensions that are there, each once."""
+    x, given = args[0], given_arguments(func, args, kwargs)
+    dims = given.get("dims") or ()
+    fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len(
+        {dim % x.dim() for dim in dims}
+    ) == len(dims)
+    return (
+        like_first_shape(func, args, kwargs)
+        if fits and len(given.get("shifts", dims)) == len(dims)
+        else None
+    )
+
+
+def pixel_shuffle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """pixel_shuffle: channels become pixels; pixel_unshuffle: the other way."""
+    x, factor = args
+    if x.dim() < 3 or factor < 1:
+        return None
+    *batch, channels, height, width = x.shape
+    if func.overloadpacket is aten.pixel_shuffle:
+        fits, sizes = (
+            channels % factor**2 == 0,
+            (channels // factor**2, height * factor, width * factor),
+        )
+    else:
+        fits, sizes = (
+            height % factor == width % factor == 0,
+            (channels * factor**2, height // factor, width // factor),
+        )
+    return x.new_empty([*batch, *sizes]) if fits else None
+
+
+def channel_shuffle_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    x, groups = args
+    fits = (
+        x.is_meta
+        and x.is_floating_point()
+        and x.dim() > 2
+        and x.numel()
+        and groups > 0
+        and x.shape[1] % groups == 0
+    )
+    return empty_like(x) if fits else None
+
+
+def padded_shape(x: Tensor, pads: Sequence[int]) -> Tensor | None:
+    """Pads come in pairs, from the last dimension on."""
+    sizes = list(x.shape)
+    for n, pad in enumerate(pads):
+        sizes[-1 - n // 2] += pad
+    return x.new_empty(sizes) if min(sizes) > 0 else None
+
+
+def constant_pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, pads = args[:2]
+    plain = x.is_meta and len(pads) % 2 == 0 and len(pads) <= 2 * x.dim()
+    within = plain and all(-pad <= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
+    return padded_shape(x, pads) if within and x.numel() else None
+
+
+def index_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Whole numbers as indices. What stands apart from each other comes first in the result."""
+    x, indices = args
+    given = [index for index in indices if index is not None]
+    if (
+        not given
+        or len(indices) > x.dim()
+        or not x.numel()
+        or any(t.dtype not in (torch.int64, torch.int32) for t in given)
+    ):
+        return None
+    found = broadcast({index.shape for index in given})
+    if found is None:
+        return None
+    at = [dim for dim, index in enumerate(indices) if index is not None]
+    together = at[-1] - at[0] + 1 == len(at)
+    before = x.shape[: at[0]] if together else ()
+    rest = [
+        size for dim, size in enumerate(x.shape) if dim not in at and (not together or dim > at[0])
+    ]
+    return empty([*before, *found, *rest], dtype=x.dtype, device=META)
+
+
+def index_put_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, indices, values = args[:3]
+    place = index_shape(func, (x, indices), {})
+    fits = (
+        place is not None
+        and values.dtype == x.dtype
+        and broadcast({values.shape, place.shape}) == place.shape
+    )
+    return empty_like(x) if fits and x.is_meta else None
+
+
+def gather_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, dim, index = args
+    if (
+        not -x.dim() <= dim < x.dim()
+        or index.dim() != x.dim()
+        or index.dtype not in (torch.int64, torch.int32)
+    ):
+        return None
+    fits = all(
+        own <= size
+        for at, (own, size) in enumerate(zip(index.shape, x.shape, strict=True))
+        if at != dim % x.dim()
+    )
+    return empty(index.shape, dtype=x.dtype, device=META) if fits else None
+
+
+def embedding_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    weight, indices = args[:2]
+    whole = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
+    return weight.new_empty([*indices.shape, weight.shape[1]]) if whole else None

@@ -1,0 +1,67 @@
+"""Normalisations and softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.dispatch import META, aten, tensors_in
+from fxprune.ops.shapes.common import empty, empty_like, given_arguments, laid_anew_shape
+
+
+def channel_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """batch_norm, instance_norm: up to four vectors over the channels."""
+    x = args[0]
+    vectors = [t for t in tensors_in(args, kwargs) if t is not x]
+    fits = x.dim() > 1 and all(t.shape == x.shape[1:2] for t in vectors)
+    return laid_anew_shape(x, func.overloadpacket is not aten.instance_norm) if fits else None
+
+
+def group_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return (
+        channel_norm_shape(func, args, kwargs)
+        if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0
+        else None
+    )
+
+
+def last_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """layer_norm, rms_norm: statistics and weights over the last dimensions."""
+    x, shape = args[0], tuple(args[1])
+    fits = all(t.shape == shape for t in tensors_in(args[2:], kwargs))
+    if not fits or not shape or x.shape[-len(shape) :] != shape:
+        return None
+    return laid_anew_shape(x, func.overloadpacket is aten.rms_norm)
+
+
+def softmax_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    dim = args[1] if len(args) > 1 else kwargs["dim"]
+    if not -args[0].dim() <= dim < args[0].dim():
+        return None
+    dtype = kwargs.get(
+        "dtype", args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None
+    )
+    return None if dtype is not None else laid_anew_shape(args[0])
+
+
+def weight_norm_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """A weight of a given norm along one dimension, and the norm that it had."""
+    given = given_arguments(func, args, kwargs)
+    v, g, dim = given["v"], given["g"], given.get("dim", 0)
+    norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]
+    fits = (
+        v.is_meta
+        and v.is_floating_point()
+        and v.dtype == g.dtype
+        and list(g.shape) == norm
+        and 0 <= dim < v.dim()
+    )
+    return (
+        (empty_like(v), empty(norm, dtype=v.dtype, device=META))
+        if fits and v.dtype is not torch.bfloat16
+        else None
+    )

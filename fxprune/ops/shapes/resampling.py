@@ -1,0 +1,149 @@
+"""Poolings, resamplings, spatial paddings, windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.ops.shapes.common import as_many, given_arguments, spatial_rank, with_positions
+from fxprune.ops.shapes.movement import padded_shape
+
+
+def pool_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """max_pool, avg_pool: windows that lie inside of what is padded."""
+    given = given_arguments(func, args, kwargs)
+    x, count = given["self"], spatial_rank(func)
+    kernel = as_many(given["kernel_size"], count)
+    stride, padding, dilation = (
+        as_many(given.get(name) or default, count)
+        for name, default in (("stride", kernel), ("padding", 0), ("dilation", 1))
+    )
+    if (
+        not x.is_meta
+        or not x.is_floating_point()
+        or given.get("ceil_mode")
+        or x.dim() not in (count + 1, count + 2)
+    ):
+        return None
+    sizes = list(zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True))
+    if any(2 * p > k or s < 1 or n < k for n, k, s, p, _ in sizes):
+        return None  # PyTorch says what is wrong, if anything
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
+
+
+def pool_with_indices_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    return with_positions(pool_shape(func, args, kwargs))
+
+
+def adaptive_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, size = args[0], args[1] if len(args) > 1 else kwargs["output_size"]
+    size = [int(s) for s in size]
+    if any(s < 0 for s in size) or x.dim() < len(size) + 1:
+        return None
+    return x.new_empty([*x.shape[: x.dim() - len(size)], *size])
+
+
+def adaptive_with_indices_shape(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    x, count = args[0], len(args[1])
+    whole = (
+        x.is_meta
+        and x.is_floating_point()
+        and x.numel()
+        and x.dim() in (count + 1, count + 2)
+        and count == spatial_rank(func)
+    )
+    return with_positions(adaptive_shape(func, args, kwargs)) if whole else None
+
+
+def upsample_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if func._overloadname != "vec":
+        return None
+    given = given_arguments(func, args, kwargs)
+    x, size = given["input"], given.get("output_size")
+    scale: Any = given.get("scale_factors")
+    spatial: Sequence[int] = (
+        size if size is not None else [int(s * f) for s, f in zip(x.shape[2:], scale, strict=True)]
+    )
+    return x.new_empty([*x.shape[:2], *spatial])
+
+
+def grid_sampler_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Values at the places that a grid names, one coordinate for each spatial dimension."""
+    x, grid = args[:2]
+    rank = spatial_rank(func)
+    fits = (
+        x.dim() == grid.dim() == rank + 2
+        and x.shape[0] == grid.shape[0]
+        and grid.shape[-1] == rank
+        and x.dtype == grid.dtype
+    )
+    return (
+        x.new_empty([*x.shape[:2], *grid.shape[1:-1]])
+        if fits and x.is_meta and x.numel()
+        else None
+    )
+
+
+def pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """reflection_pad, replication_pad: outwards."""
+    x, pads = args
+    count = spatial_rank(func)
+    if (
+        not x.is_meta
+        or not x.is_floating_point()
+        or not x.numel()
+        or x.dim() not in (count + 1, count + 2)
+        or min(pads) < 0
+    ):
+        return None
+    reflects = "reflection" in func._schema.name
+    if len(pads) != 2 * count or (
+        reflects and any(pad >= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
+    ):
+        return None  # PyTorch says what is wrong
+    return padded_shape(x, pads)
+
+
+def _windows(
+    sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any
+) -> list[int] | None:
+    """How many windows there are along each of two dimensions."""
+    lists = [list(value) for value in (sizes, kernel, dilation, padding, stride)]
+    if (
+        any(len(own) != 2 for own in lists)
+        or min(map(min, (sizes, kernel, dilation, stride))) < 1
+        or min(padding) < 0
+    ):
+        return None
+    counts = [1 + (n + 2 * p - d * (k - 1) - 1) // s for n, k, d, p, s in zip(*lists, strict=True)]
+    return counts if min(counts) > 0 else None
+
+
+def im2col_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, kernel = args[:2]
+    counts = (
+        _windows(x.shape[-2:], *args[1:])
+        if x.is_meta and x.dim() in (3, 4) and x.numel()
+        else None
+    )
+    return (
+        None
+        if counts is None
+        else x.new_empty([*x.shape[:-3], x.shape[-3] * math.prod(kernel), math.prod(counts)])
+    )
+
+
+def col2im_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x, size, kernel = args[:3]
+    counts = _windows(size, *args[2:]) if x.is_meta and x.dim() in (2, 3) and x.numel() else None
+    if counts is None or x.shape[-1] != math.prod(counts) or x.shape[-2] % math.prod(kernel):
+        return None
+    return x.new_empty([*x.shape[:-2], x.shape[-2] // math.prod(kernel), *size])

@@ -1,0 +1,304 @@
+"""What is known of an axis of a result, by what is known of the axes of its operands: a function
+for each kind of op (:class:`~fxprune.ops.Axes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.dispatch import META
+from fxprune.memory import name_of, squeezes_all
+from fxprune.ops import Axes, known
+from fxprune.reshape import reshape_blocks
+from fxprune.trace import execute
+
+if TYPE_CHECKING:
+    from fxprune.rewrite.extents import Extents
+
+__all__ = ["RULES", "Extent", "argument", "first_operand", "of_operands"]
+
+
+class Extent(IntEnum):
+    """What is known of an axis: nothing; that it is a fixed share of the original's; that it is
+    the same for every input.
+    """
+
+    UNKNOWN = 0
+    SHARE = 1
+    FIXED = 2
+
+
+def _first(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """The same axis of the first operand, where that has it, at the same size."""
+    first, value = first_operand(node), node.meta["val"]
+    old = None if first is None else first.meta["val"]
+    if (
+        not isinstance(old, Tensor)
+        or old.dim() != value.dim()
+        or old.shape[axis] != value.shape[axis]
+    ):
+        return Extent.UNKNOWN
+    return extents.of(first, axis)
+
+
+def of_operands(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """An axis of what is computed element by element: that of any operand that has it."""
+    rank, best = node.meta["val"].dim(), Extent.UNKNOWN
+    # a branch, before the stream that it is added to
+    for operand in reversed(node.all_input_nodes):
+        value = operand.meta["val"]
+        own = axis - rank + value.dim() if isinstance(value, Tensor) else -1
+        if own >= 0 and value.shape[own] > 1:
+            best = max(best, extents.of(operand, own))
+            if best is Extent.FIXED:
+                break
+    return best
+
+
+def _reshaped(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """An axis of what is laid out anew: the product, or a factor, of the axes that it came
+    from.
+    """
+    first, value = first_operand(node), node.meta["val"]
+    if squeezes_all(node):
+        return Extent.UNKNOWN  # which axes are left depends on the batch
+    given = _sizes_given(node)
+    if len(given) == value.dim() and given[axis] != -1 and extents.constant(given[axis]):
+        return Extent.FIXED
+    if first is None or not isinstance(first.meta["val"], Tensor):
+        return Extent.UNKNOWN
+    old = first.meta["val"]
+    for before, after in reshape_blocks(old.shape, value.shape):
+        if axis in after:
+            sources = [extents.of(first, d) for d in before]
+            if Extent.UNKNOWN in sources:
+                return Extent.UNKNOWN
+            if len(after) == 1:
+                # Axes of size 1 for the example, which may be larger for another one, go with
+                # those beside them.
+                fixed = all(s is Extent.FIXED for s in sources) and extents.nothing_hidden(
+                    first, old
+                )
+                return Extent.FIXED if fixed else Extent.SHARE
+            return Extent.SHARE if extents.even(value, axis) else Extent.UNKNOWN
+    return Extent.UNKNOWN
+
+
+def _permuted(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first = first_operand(node)
+    dims = _permutation(extents.root, node, node.meta["val"].dim())
+    return Extent.UNKNOWN if first is None or dims is None else extents.of(first, dims[axis])
+
+
+def _joined(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    parts = argument(node, 0, "tensors", ())
+    dim = argument(node, 1, "dim", 0)
+    if not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
+        return Extent.UNKNOWN
+    value = node.meta["val"]
+    whole = [p for p in parts if isinstance(p, fx.Node) and p.meta["val"].dim() == value.dim()]
+    if axis != dim % value.dim():
+        return max((extents.of(p, axis) for p in whole), default=Extent.UNKNOWN)
+    if len(whole) != len(parts):
+        return Extent.UNKNOWN
+    found = min(extents.of(p, axis) for p in whole)
+    if found is Extent.SHARE:  # shares of the parts are one of the whole where they are equal
+        sizes = {
+            (p.meta["val"].shape[axis], extents.survivors.shape(p.meta["val"])[axis])
+            for p in whole
+        }
+        first, *rest = sizes
+        return (
+            found
+            if all(first[0] * left == size * first[1] for size, left in rest)
+            else Extent.UNKNOWN
+        )
+    return found
+
+
+def _narrowed(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first, dim = first_operand(node), argument(node, 1, "dim", None)
+    if first is None or not isinstance(dim, int):
+        return Extent.UNKNOWN
+    found = extents.of(first, axis)
+    bounds = [argument(node, 2, "start", None), argument(node, 3, "length", None)]
+    fixed = found is Extent.FIXED and extents.constant(bounds)
+    return found if axis != dim % node.meta["val"].dim() or fixed else Extent.UNKNOWN
+
+
+def _stacked(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    parts, dim = argument(node, 0, "tensors", ()), argument(node, 1, "dim", 0)
+    if not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
+        return Extent.UNKNOWN
+    along = dim % node.meta["val"].dim()
+    return (
+        Extent.FIXED
+        if axis == along
+        else max(extents.of(part, axis - (axis > along)) for part in parts)
+    )
+
+
+def _expanded(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """An axis that was there, or one of a given size."""
+    first, value = first_operand(node), node.meta["val"]
+    if first is None:
+        return Extent.UNKNOWN
+    old = first.meta["val"]
+    own = axis - value.dim() + old.dim()
+    if own >= 0 and old.shape[own] == value.shape[axis] > 1:
+        return extents.of(first, own)
+    given = _sizes_given(node)
+    return (
+        Extent.FIXED
+        if len(given) == value.dim() and given[axis] != -1 and extents.constant(given[axis])
+        else Extent.UNKNOWN
+    )
+
+
+def _repeated(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first, value = first_operand(node), node.meta["val"]
+    given = [*_sizes_given(node)]
+    # what tile is told may be the last ones alone
+    given = [1] * (value.dim() - len(given)) + given
+    if first is None or not extents.constant(given[axis]):
+        return Extent.UNKNOWN
+    own = axis - value.dim() + first.meta["val"].dim()
+    return extents.of(first, own) if own >= 0 else Extent.FIXED
+
+
+def _resampled(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """The batch, or the channels of an image, of which each may make, or be made of, a
+    constant number.
+    """
+    first = first_operand(node)
+    return Extent.UNKNOWN if first is None or axis > 1 else extents.of(first, axis)
+
+
+def _padded(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first, amounts = first_operand(node), argument(node, 1, "pad", None)
+    if first is None or not isinstance(amounts, (tuple, list)):
+        return Extent.UNKNOWN
+    place = 2 * (node.meta["val"].dim() - 1 - axis)
+    own, found = list(amounts[place : place + 2]), extents.of(first, axis)
+    if not any(isinstance(amount, fx.Node) or amount for amount in own):
+        return found
+    return found if found is Extent.FIXED and extents.constant(own) else Extent.UNKNOWN
+
+
+def _selected(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first, dim = first_operand(node), argument(node, 1, "dim", None)
+    if first is None or not isinstance(dim, int):
+        return Extent.UNKNOWN
+    return extents.of(first, axis + (axis >= dim % first.meta["val"].dim()))
+
+
+def _reduced(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    first, dim = first_operand(node), argument(node, 1, "dim", None)
+    if first is None:
+        return Extent.UNKNOWN
+    rank = first.meta["val"].dim()
+    if rank == node.meta["val"].dim():
+        return _first(extents, node, axis)
+    dims = [dim] if isinstance(dim, int) else dim
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
+        return Extent.UNKNOWN
+    gone = {d % rank for d in dims}
+    left = [d for d in range(rank) if d not in gone]
+    return extents.of(first, left[axis]) if len(left) == node.meta["val"].dim() else Extent.UNKNOWN
+
+
+def _multiplied(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    rank = node.meta["val"].dim()
+    first, second = [*node.args, *node.kwargs.values(), None, None][:2]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return Extent.UNKNOWN
+    if min(first.meta["val"].dim(), second.meta["val"].dim()) < 2:
+        return Extent.UNKNOWN
+    if axis >= rank - 2:
+        source, own = (first, -2) if axis == rank - 2 else (second, -1)
+        return extents.of(source, own + source.meta["val"].dim())
+    return of_operands(extents, node, axis)
+
+
+def _attended(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    query, value = argument(node, 0, "query", None), argument(node, 2, "value", None)
+    source = value if axis == node.meta["val"].dim() - 1 else query
+    return extents.of(source, axis) if isinstance(source, fx.Node) else Extent.UNKNOWN
+
+
+def _sizes_given(node: fx.Node) -> Sequence[Any]:
+    """The sizes, one for each axis, that a call of ``view`` or its kind is given."""
+    if known(name_of(node)).axes not in (Axes.RESHAPED, Axes.EXPANDED, Axes.REPEATED):
+        return ()
+    named = (
+        node.kwargs[key] for key in ("size", "shape", "repeats", "dims") if key in node.kwargs
+    )
+    given = next(named, node.args[1:])
+    return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+
+
+def first_operand(node: fx.Node) -> fx.Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, fx.Node) else None
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _permutation(root: nn.Module, node: fx.Node, rank: int) -> Sequence[int] | None:
+    """For each axis of the result that of the operand: the operation itself moves axes that are
+    known by their lengths.
+    """
+    if len(node.all_input_nodes) != 1:
+        return None
+    probe = torch.empty(tuple(range(rank)), device=META)
+    return list(
+        execute(root, node, *fx.node.map_arg((node.args, node.kwargs), lambda _: probe)).shape
+    )
+
+
+def _convolved(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """Channels are as many as the weight says; behind them lie positions."""
+    channel = extents.channel_of(node)
+    if axis == channel:
+        return Extent.FIXED
+    return _first(extents, node, axis) if axis < channel else Extent.UNKNOWN
+
+
+def _pooled(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """What lies before the positions."""
+    before = node.meta["val"].dim() - extents.positions_of(node)
+    return _first(extents, node, axis) if axis < before else Extent.UNKNOWN
+
+
+def _of_layer(extents: Extents, node: fx.Node, axis: int) -> Extent:
+    """The last axis is as wide as the weight says."""
+    last = node.meta["val"].dim() - 1
+    return Extent.FIXED if axis == last else _first(extents, node, axis)
+
+
+RULES: dict[Axes, Callable[[Extents, fx.Node, int], Extent]] = {
+    Axes.SAME: _first,
+    Axes.RESHAPED: _reshaped,
+    Axes.PERMUTED: _permuted,
+    Axes.REDUCED: _reduced,
+    Axes.SELECTED: _selected,
+    Axes.NARROWED: _narrowed,
+    Axes.PADDED: _padded,
+    Axes.EXPANDED: _expanded,
+    Axes.REPEATED: _repeated,
+    Axes.JOINED: _joined,
+    Axes.STACKED: _stacked,
+    Axes.MULTIPLIED: _multiplied,
+    Axes.ATTENDED: _attended,
+    Axes.LAYER: _of_layer,
+    Axes.CONVOLVED: _convolved,
+    Axes.POOLED: _pooled,
+    Axes.RESAMPLED: _resampled,
+}
