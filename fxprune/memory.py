@@ -56,10 +56,6 @@ _WRITING = frozenset(
     {*(getattr(operator, name) for name in AUGMENTED), operator.setitem, operator.delitem}
 )
 
-_READS_SIZES = frozenset(
-    {"size", "dim", "numel", "getattr"}
-)  # they do not read what a tensor holds
-
 
 def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     """Whether a call may change an argument: an operator's name says so, a trailing underscore,
@@ -211,6 +207,12 @@ def _torch_class(module: nn.Module) -> type:
     return next(kinds, type(module))
 
 
+def _reads(node: fx.Node) -> bool:
+    """Whether a call reads what a tensor holds, not only what it is."""
+    name = name_of(node)
+    return name != "getattr" and not has(name, Trait.ASKS | Trait.ASKS_SIZES)
+
+
 def squeezes_all(node: fx.Node) -> bool:
     """Whether it is a ``squeeze()`` that drops each axis of size 1, a batch of one as well."""
     return name_of(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
@@ -256,7 +258,7 @@ class Memory:
         self._place = {node: place for place, node in enumerate(nodes)}
         self._last_read = {
             node: max(
-                (self._place[user] for user in node.users if name_of(user) not in _READS_SIZES),
+                (self._place[user] for user in node.users if _reads(user)),
                 default=-1,
             )
             for node in nodes

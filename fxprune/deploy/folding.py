@@ -11,7 +11,6 @@ import copy
 import inspect
 import itertools
 import operator
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from fxprune.deploy.constants import new_buffer
-from fxprune.memory import first_of
+from fxprune.memory import AUGMENTED, first_of, name_of
 
 __all__ = ["fold"]
 
@@ -30,12 +29,18 @@ _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED, F.linear)
 _TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_MODULES, nn.Linear)
 _OPERANDS = ("input", "other")  # as torch names those of arithmetic
-_ARITHMETIC: Mapping[Any, str] = {
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "mul"),
-    **dict.fromkeys((operator.truediv, torch.div, "div"), "div"),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), "sub"),
-}
+
+
+def _arithmetic_of(node: fx.Node) -> str:
+    """The name of the operation that an operator, a function or a method of torch is, however it
+    is spelled: ``div`` for ``x /= y``.
+    """
+    name = name_of(node)
+    own = (getattr(operator, name, None), getattr(torch, name, None))
+    if node.op != "call_method" and node.target not in own:
+        return ""
+    plain = name[1:] if name in AUGMENTED else name.removesuffix("_")
+    return "div" if plain == "truediv" else plain
 
 
 class _Affine(NamedTuple):
@@ -113,11 +118,7 @@ class _Folder:
             )
         if node.target is F.batch_norm:
             return self._functional_norm(node)
-        return (
-            self._arithmetic(node, _ARITHMETIC[node.target])
-            if node.target in _ARITHMETIC
-            else None
-        )
+        return self._arithmetic(node, _arithmetic_of(node))
 
     def _functional_norm(self, node: fx.Node) -> _Affine | None:
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
@@ -135,6 +136,8 @@ class _Folder:
 
     def _arithmetic(self, node: fx.Node, kind: str) -> _Affine | None:
         given = {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
+        if kind not in ("mul", "div", "add", "sub"):
+            return None
         if len(node.args) > 2 or set(given) != set(_OPERANDS):
             return None
         first, second = map(given.__getitem__, _OPERANDS)
@@ -152,12 +155,10 @@ class _Folder:
         if along is None:
             return None
         zero, one = torch.zeros_like(along), torch.ones_like(along)
-        scale, shift = {
-            "mul": (along, zero),
-            "div": (one / along, zero),
-            "add": (one, along),
-            "sub": (one, -along),
-        }[kind]
+        if kind in ("mul", "div"):
+            scale, shift = (along if kind == "mul" else one / along), zero
+        else:
+            scale, shift = one, (along if kind == "add" else -along)
         return _Affine(source, scale, shift, layer.dim % rank)
 
     def _varies(self, value: Any) -> bool:

@@ -29,6 +29,7 @@ from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread
 from fxprune.inputs import placed
 from fxprune.memory import Undone
+from fxprune.ops import Trait, has
 from fxprune.trace import following, user_line
 from fxprune.trace.lines import is_ours
 
@@ -45,12 +46,14 @@ __all__ = [
 
 Answers = tuple[bool, ...]
 
-_ASKS = frozenset({"__bool__", "__contains__", "allclose", "equal", "is_nonzero"})
 WHOLE = frozenset({"__array__", "__dlpack__", "numpy", "tolist"})
 """What hands all values of a tensor to Python."""
 
-_READ = _ASKS | WHOLE | {"__int__", "__float__", "__complex__", "__index__", "item"}
-"""What hands any of them to Python, which may then do something else for other values."""
+_NUMBERS = frozenset({"__int__", "__float__", "__complex__", "__index__"})
+_READ = WHOLE | _NUMBERS | {"__bool__", "__contains__"}
+"""What hands any of them to Python, which may then do something else for other values, beside
+operations that do.
+"""
 
 _MOST_WAYS = 16  # ways that are followed
 # of a loop: what ties channels from one turn to the next is seen in the second, and the third is
@@ -98,7 +101,7 @@ class Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         out = func(*args, **kwargs)
-        if name in _READ:
+        if name in _READ or has(name, Trait.READS_VALUES):
             return self._read(name, tensors_of((args, kwargs)), out)
         if type(out) is torch.Size or not isinstance(out, (Tensor, tuple, list, type(None))):
             return out  # it says something of a tensor, and makes none
@@ -117,7 +120,7 @@ class Decisions(TorchFunctionMode):
         of_weights = any(tensor in self._of_weights for tensor in given)
         if not of_weights and not any(tensor in self._of_inputs for tensor in given):
             return value
-        if name in _ASKS or isinstance(value, bool):
+        if isinstance(value, bool):
             place = len(self.asked)
             value = self.answers[place] if place < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.contents import leaves_of, tensors_of
 from fxprune.identity import IdentityMap
+from fxprune.ops import Trait, has
 from fxprune.trace.lines import is_ours, user_frames, user_line
 from fxprune.trace.values import map_leaves
 
@@ -93,7 +94,7 @@ class Questions(TorchFunctionMode):
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
             return out if args[0] in self.own else self._known(out)
-        if name not in _ATTRIBUTES:
+        if name not in _ATTRIBUTES and not has(name, Trait.ASKS | Trait.ASKS_SIZES):
             # None: of what is written into
             self.step(name, (args, kwargs), out if out is not None else args[:1])
         return out
@@ -162,19 +163,8 @@ class Questions(TorchFunctionMode):
             builtins.len = count
 
 
-_ATTRIBUTES = frozenset(
-    {
-        "__get__",
-        "dim",
-        "ndimension",
-        "is_floating_point",
-        "__len__",
-        "stride",
-        "is_contiguous",
-        "get_device",
-    }
-)
-"""What only asks about tensors, and leads to no others."""
+_ATTRIBUTES = frozenset({"__get__", "__len__", "ndimension"})
+"""What only asks about tensors, and leads to no others, beside operations that do."""
 
 _BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
 
@@ -281,14 +271,17 @@ def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
     return method
 
 
-_NUMBER_OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow")
+def _operators(kind: type) -> list[str]:
+    """The methods behind the operators of a kind of number: those that have a reflected form, in
+    both forms, and those of one operand.
+    """
+    names = dir(kind)
+    both = [name for name in names if name.startswith("__r") and f"__{name[3:]}" in names]
+    return [*both, *(f"__{name[3:]}" for name in both), "__neg__", "__abs__", "__pos__"]
+
+
 for _kind, _plain_kind in ((Size, int), (Fraction, float)):
-    for _name in (
-        *(f"__{side}{own}__" for own in _NUMBER_OPERATORS for side in ("", "r")),
-        "__neg__",
-        "__abs__",
-        "__pos__",
-    ):
+    for _name in _operators(_plain_kind):
         setattr(_kind, _name, _number_operator(_plain_kind, _name))
     for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
         setattr(_kind, _name, _number_operator(_plain_kind, _name))

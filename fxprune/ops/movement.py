@@ -145,6 +145,23 @@ def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing, base=x)
 
 
+row("dim", "is_complex", "is_floating_point", "get_device", traits=Trait.ASKS)
+row(
+    "size",
+    "numel",
+    "stride",
+    "storage_offset",
+    "is_contiguous",
+    "is_strides_like_format",
+    "is_non_overlapping_and_dense",
+    "sym_size",
+    "sym_numel",
+    "sym_stride",
+    "sym_storage_offset",
+    "sym_is_contiguous",
+    traits=Trait.ASKS_SIZES,
+)
+row("allclose", "equal", "is_nonzero", "item", traits=Trait.READS_VALUES)
 row("adjoint", axes=Axes.PERMUTED)
 # They give back their argument, or a part of it, for some arguments.
 row(

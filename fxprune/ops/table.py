@@ -134,6 +134,12 @@ class Trait(Flag):
     """Takes of its argument the shape, the dtype and the device alone."""
     READS_DTYPE = auto()
     """Takes of its other argument the dtype and the device alone."""
+    ASKS = auto()
+    """Asks a tensor what kind it is: its dtype, its device, the number of its dimensions."""
+    ASKS_SIZES = auto()
+    """Asks for what follows from a tensor's sizes, or from how it lies in memory."""
+    READS_VALUES = auto()
+    """Hands values of a tensor to Python, as a truth or a number."""
     FINDS = auto()
     """Gives what a mask, its first argument, chooses; of nothing it gives nothing."""
     FINDS_BY_INDEX = auto()

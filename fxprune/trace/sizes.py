@@ -17,19 +17,11 @@ from typing import Any
 
 import torch
 
-from fxprune.dispatch import aten
+from fxprune.ops import Axes, Trait, has, known, name_of_op, takes_sizes
 from fxprune.reshape import reshape_blocks
 from fxprune.trace.values import TracedTensor
 
 __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]
-
-_LAID_OUT = frozenset(
-    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_copy.default}
-)
-_MADE = frozenset(
-    {aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default}
-)
-_EXPANDED = frozenset({aten.expand.default, aten.expand_copy.default})
 
 
 def with_traced_sizes(
@@ -51,21 +43,25 @@ def with_traced_sizes(
     hold:
         Called for a dimension that is split: into what, for another size, nobody can know.
     """
-    if func in _EXPANDED:
+    name = name_of_op(func).removesuffix("_copy")
+    own = known(name)
+    if name == "native_group_norm" and tuple(args[3:5]) == tuple(shape[:2]):
+        return (*args[:3], size(0), size(1), _product(map(size, range(2, len(shape)))), *args[6:])
+    if func._overloadname != "default" or not takes_sizes(name):
+        return args
+    if own.axes is Axes.EXPANDED:
         lead = len(args[1]) - len(shape)
         kept = [-1 if d >= lead and n == shape[d - lead] else n for d, n in enumerate(args[1])]
         return (args[0], kept, *args[2:])
-    if func in _MADE:
-        own = zip(args[1], shape, strict=False)
-        made = [size(d) if n == at != 1 else n for d, (n, at) in enumerate(own)]
+    if Trait.READS_SHAPE in own.traits:
+        both = zip(args[1], shape, strict=False)
+        made = [size(d) if n == at != 1 else n for d, (n, at) in enumerate(both)]
         return (args[0], [*made, *args[1][len(made) :]], *args[2:])
-    if func is aten.native_group_norm.default and tuple(args[3:5]) == tuple(shape[:2]):
-        return (*args[:3], size(0), size(1), _product(map(size, range(2, len(shape)))), *args[6:])
-    if func not in _LAID_OUT or 0 in shape or not all(type(n) is int for n in args[1]):
+    if own.axes is not Axes.RESHAPED or 0 in shape or not all(type(n) is int for n in args[1]):
         return args
     given = list(args[1])
-    known = torch.Size(shape).numel() // abs(torch.Size(given).numel())
-    for ins, outs in reshape_blocks(tuple(shape), tuple(known if n == -1 else n for n in given)):
+    left = torch.Size(shape).numel() // abs(torch.Size(given).numel())
+    for ins, outs in reshape_blocks(tuple(shape), tuple(left if n == -1 else n for n in given)):
         if len(outs) > 1:
             for d in ins:
                 hold(d)
@@ -141,10 +137,7 @@ _PLAIN_NODES |= frozenset(
         "device",
     }
 )
-_NO_SIZES = frozenset(
-    {"aten::dim", "aten::is_floating_point", "aten::is_complex", "aten::__is__", "aten::__isnot__"}
-)
-_OF_SIZES = frozenset({"aten::size", "aten::len", "aten::numel"})
+_IDENTITY = frozenset({"__is__", "__isnot__"})  # of a tensor and None
 
 
 def asked_sizes(graph: Any) -> frozenset[Any] | None:
@@ -159,14 +152,11 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
         space, _, name = node.kind().partition("::")
         if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN_NODES):
             return None
-        if node.kind() in _OF_SIZES and _is_tensor(node.inputsAt(0)):
+        if space == "prim" or has(name, Trait.ASKS) or name in _IDENTITY:
+            continue
+        if name in ("size", "len", "numel") and _is_tensor(node.inputsAt(0)):
             asked |= _asked(node.output(), _of_node(node))
-        elif (
-            space == "aten"
-            and node.kind() not in _NO_SIZES
-            and _takes_tensors(node)
-            and not _gives_tensors(node)
-        ):
+        elif _takes_tensors(node) and not _gives_tensors(node):
             return None
     return frozenset(asked)
 

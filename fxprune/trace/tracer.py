@@ -36,6 +36,7 @@ from fxprune.dispatch import META, DispatchMode, aten, holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import Snapshot, is_again, written
+from fxprune.ops import Trait, has, name_of_op
 from fxprune.regions import BOUNDS, enter, leave
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
@@ -138,23 +139,7 @@ class _Recording(TorchFunctionMode):
         return self.tracer.on_call(func, args, kwargs or {})
 
 
-_ASKED: tuple[str, ...] = (
-    "dim",
-    "size",
-    "numel",
-    "stride",
-    "storage_offset",
-    "is_contiguous",
-    "is_strides_like_format",
-    "sym_size",
-    "sym_numel",
-)
-_ASKED += ("sym_stride", "sym_storage_offset", "sym_is_contiguous", "is_non_overlapping_and_dense")
-_LAYOUT = frozenset(getattr(aten, name) for name in _ASKED if hasattr(aten, name))
-"""What C++ asks of a tensor without a word of Python's."""
-
 _SEQUENCES = frozenset({tuple, list, torch.Size, SizeTuple, TracedPieces})
-_OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"})
 _CONSTANTS = (
     bool,
     int,
@@ -166,6 +151,11 @@ _CONSTANTS = (
     torch.memory_format,
     enum.Enum,
 )
+
+
+def _is_operator(name: str) -> bool:
+    """Whether Python has an operator of this name that takes a tensor on either side."""
+    return hasattr(operator, name) and hasattr(Tensor, f"__r{name}__")
 
 
 class Tracer:
@@ -472,9 +462,9 @@ class Tracer:
         itself.
         """
         own = name.strip("_")
-        if own in _OPERATORS or own in ("setitem", "getitem"):
+        if _is_operator(own) or own in ("setitem", "getitem"):
             return self.record("call_function", getattr(operator, own), args, kwargs)
-        if own.startswith("r") and own[1:] in _OPERATORS:
+        if own.startswith("r") and _is_operator(own[1:]):
             return self.record("call_function", getattr(operator, own[1:]), args[::-1], kwargs)
         if isinstance(args[0], TracedTensor) and name in vars(TracedTensor):
             return getattr(args[0], name)(*args[1:], **kwargs)
@@ -516,7 +506,8 @@ class Tracer:
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
-        if getattr(func, "overloadpacket", None) in _LAYOUT:
+        # C++ asks for its layout without a word of Python's
+        if has(name_of_op(func), Trait.ASKS | Trait.ASKS_SIZES):
             return self._tell_layout(func, *args)
         if self._differentiates:
             self._hold_inputs()
