@@ -21,12 +21,12 @@ from fxprune.arguments import (
     setting_of,
 )
 from fxprune.budget import Budget
+from fxprune.calibration import check_loader
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.compiled import plain
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import Ranking, rank
-from fxprune.criteria.data import check_loader
 from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
 from fxprune.inputs import read

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxprune.contents import named_tensors
-from fxprune.coupling import Coupling
-from fxprune.criteria.data import (
+from fxprune.calibration import (
     LoaderBatch,
     batches_of,
     called,
@@ -28,6 +26,8 @@ from fxprune.criteria.data import (
     check_read,
     evaluated,
 )
+from fxprune.contents import named_tensors
+from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import ArgumentError
 from fxprune.memory import Undone

@@ -207,7 +207,7 @@ def _torch_class(module: nn.Module) -> type:
     return next(kinds, type(module))
 
 
-def _reads(node: fx.Node) -> bool:
+def _reads_values(node: fx.Node) -> bool:
     """Whether a call reads what a tensor holds, not only what it is."""
     name = name_of(node)
     return name != "getattr" and not has(name, Trait.ASKS | Trait.ASKS_SIZES)
@@ -258,7 +258,7 @@ class Memory:
         self._place = {node: place for place, node in enumerate(nodes)}
         self._last_read = {
             node: max(
-                (self._place[user] for user in node.users if _reads(user)),
+                (self._place[user] for user in node.users if _reads_values(user)),
                 default=-1,
             )
             for node in nodes

@@ -48,6 +48,7 @@ LAYERS = [
     "analysis",
     "sparsity",
     "widths",
+    "calibration",
     "criteria",
     "plan",
     "budget",

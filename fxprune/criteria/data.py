@@ -11,28 +11,32 @@ all of them, so the scores are those of one process that reads everything.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
 
 from fxprune.arrays import Floats
-from fxprune.contents import tensors_of
+from fxprune.calibration import (
+    Loader,
+    batches_of,
+    called,
+    check_finite,
+    check_loader,
+    check_read,
+    evaluated,
+)
 from fxprune.coupling import Coupling, check_coupling
+from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
 from fxprune.criteria.views import Views, in_single_at_least
-from fxprune.dispatch import holds_tensors
-from fxprune.doors import calling, door, drawn_from
-from fxprune.eager import intercepted
-from fxprune.errors import ArgumentError, FxpruneError
-from fxprune.labels import Array
+from fxprune.doors import calling, door
+from fxprune.errors import ArgumentError
 from fxprune.memory import Undone
-from fxprune.trace import Trace, execute
+
+__all__ = ["Activation", "Fisher", "Loss", "Taylor"]
+
 
 if torch.distributed.is_available():
     # Its functions take the process group of the moment in which they are imported as their
@@ -41,21 +45,7 @@ if torch.distributed.is_available():
     # a process would be aborted at its end. So it is imported before any group is there.
     import torch.distributed.nn
 
-__all__ = [
-    "Activation",
-    "Fisher",
-    "LoaderBatch",
-    "Taylor",
-    "batches_of",
-    "called",
-    "check_dimensions",
-    "check_finite",
-    "check_loader",
-    "check_read",
-    "evaluated",
-]
 
-Loader = Iterable[Any]
 Loss = Callable[..., Tensor]
 
 
@@ -140,7 +130,7 @@ class Taylor(_LossReader):
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)
-        summed, samples = _Sum(), 0
+        summed, samples = RunningSum(), 0
 
         def visit(gradients: dict[str, Tensor], size: int) -> None:
             nonlocal samples
@@ -237,7 +227,7 @@ class Activation(_Reader):
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)
-        meter = _Meter(coupling)
+        meter = Meter(coupling)
         # Buffers are copied, should a module write to its own.
         real = {
             key: t if isinstance(t, nn.Parameter) else t.clone()
@@ -252,10 +242,10 @@ class Activation(_Reader):
         ):
             for batch in batches_of(self.loader, model):
                 if coupling.parts:
-                    _watch_parts(meter, coupling, meta_copy, batch)
+                    watch_parts(meter, coupling, meta_copy, batch)
                 else:
                     meter.watch(
-                        "", meta_copy, _placeholder_values(coupling.traces[0], batch), batch.size
+                        "", meta_copy, placeholder_values(coupling.traces[0], batch), batch.size
                     )
                 meter.samples += batch.size
         units = coupling.context.units.count
@@ -264,48 +254,13 @@ class Activation(_Reader):
         return both[:units] / np.maximum(both[units:-1], 1)
 
 
-def _watch_parts(meter: _Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
-    """Run a model that was not traced whole, every part of it under the meter."""
-
-    def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        names = [
-            str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"
-        ]
-        inputs = tree_map_only(Tensor, Tensor.clone, [*args, *kwargs.values()])
-        meter.watch(
-            path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size
-        )
-        return call()
-
-    with intercepted(model, coupling.parts, part):
-        called(model, batch)
-
-
-class _Sum:
-    """Sums of gradients, by name."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
-        for name, gradient in gradients.items():
-            if name in self.tensors:
-                self.tensors[name].add_(gradient, alpha=weight)
-            else:
-                self.tensors[name] = gradient * weight
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
     """For each unit the sum of weight times gradient over its elements: the derivative by a mask
     on all of them.
     """
     weights = dict(model.named_parameters())
     products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
-    return Views(coupling, products).totals(_unchanged)
+    return Views(coupling, products).totals(unchanged)
 
 
 def _each_gradient(
@@ -363,316 +318,11 @@ def _each_gradient(
             )
 
 
-class _Meter:
-    """Adds up what the layers of traced graphs read, unit by unit."""
-
-    def __init__(self, coupling: Coupling) -> None:
-        self.traces = {trace.path: trace for trace in coupling.traces if not trace.training}
-        self.reads = {path: _reads(coupling, trace) for path, trace in self.traces.items()}
-        self.total = np.zeros(coupling.context.units.count)
-        self.times = np.zeros(coupling.context.units.count)
-        self.samples = 0
-        self._last: dict[fx.Node, list[fx.Node]] = {}
-        for trace in self.traces.values():
-            for node in trace.graph.nodes:
-                if node.users:
-                    self._last.setdefault(max(node.users), []).append(node)
-
-    def watch(self, path: str, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
-        """Run a graph on a batch of ``size`` samples."""
-        values: dict[fx.Node, Any] = {}
-        for node in self.traces[path].graph.nodes:
-            if node.op == "output":
-                break
-            # Now, not when the operand was made: it may have been changed in place since.
-            for operand, labels in self.reads[path].get(node, ()):
-                self._add(values[operand], labels, size)
-            values[node] = _node_value(self.traces[path], root, node, arguments, values)
-            for done in self._last.get(node, ()):
-                del values[done]
-
-    def _add(self, value: Tensor, labels: Array, size: int) -> None:
-        alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
-        means = (
-            in_single_at_least(value).abs().mean(alike, keepdim=True)
-            if alike
-            else in_single_at_least(value).abs()
-        )
-        units, place = np.unique(labels.ravel(), return_inverse=True)
-        summed = np.bincount(place, means.expand(labels.shape).cpu().numpy().ravel())
-        here = units > 0
-        self.total[units[here]] += size * (summed / np.bincount(place))[here]
-        self.times[units[here]] += size
-
-
-def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
-    """For each node that reads units: the operands, with their labels."""
-    contracting = {ran.node for ran in coupling.contractions}
-    learned: set[fx.Node] = set()
-    out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
-    for node in trace.graph.nodes:
-        name = trace.prefix + node.name
-        operands = [
-            operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)
-        ]
-        if node.op == "get_attr" or (operands and learned.issuperset(operands)):
-            learned.add(node)  # a weight, or made of weights alone: no activation
-        results = tensors_of(node.meta.get("val"))
-        if not results:
-            continue
-        left = np.concatenate(
-            [
-                np.zeros(1, np.int64),
-                *(labels.ravel() for leaf in results for labels in coupling.labels(leaf)),
-            ]
-        )
-        for operand in operands:
-            for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
-                summed_up = (
-                    not np.isin(labels[labels > 0], left).any()
-                    and name not in coupling.context.positional
-                )
-                if name in contracting or summed_up:
-                    out.setdefault(node, []).append((operand, labels))
-    return out
-
-
-def _node_value(
-    trace: Trace,
-    root: nn.Module,
-    node: fx.Node,
-    arguments: Mapping[str, Any],
-    values: Mapping[fx.Node, Any],
-) -> Any:
-    if node.op == "placeholder":
-        return arguments[str(node.target)]
-    if node.op == "get_attr" and node.target in trace.constants:
-        return trace.constants[str(node.target)]
-    try:
-        return execute(root, node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-    except (FxpruneError, Warning):
-        raise
-    except Exception as error:
-        raise ArgumentError(
-            "a batch of the loader does not fit the example that the model was analysed with: "
-            f"{error}. Give batches of the example's sizes; only the number of samples may be "
-            "another."
-        ) from error
-
-
-@dataclass(frozen=True)
-class LoaderBatch:
-    """A loader's batch as the model's arguments and the loss's, on the model's device."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: tuple[Any, ...]
-    size: int
-
-
-def batches_of(loader: Loader, model: nn.Module) -> Iterator[LoaderBatch]:
-    """A loader's batches, taken apart and copied to the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def there(tensor: Tensor) -> Tensor:
-        return tensor.to(device)
-
-    def copied(tensor: Tensor) -> Tensor:
-        # a model may write into its inputs, and they are the loader's
-        return tensor.detach().to(device, copy=True)
-
-    for batch in drawn_from(loader):
-        args, kwargs, targets = loader_call(batch)
-        leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
-        if leaf is None:
-            raise ArgumentError(
-                "the loader gave inputs without a tensor of samples "
-                f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
-            )
-        if not len(leaf):
-            raise ArgumentError(
-                "a batch of the loader holds no sample, of which nothing can be measured. Leave "
-                "such batches out."
-            )
-        if any(leaf.is_meta for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader lies on the meta device and has no values: give batches "
-                "of data."
-            )
-        if any(bool(leaf.isnan().any()) for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
-                "its data is made."
-            )
-        args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
-        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
-
-
-def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False) -> Any:
-    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as
-    two.
-
-    Raises
-    ------
-    CallbackError
-        If the batch does not fit the model.
-    """
-    with calling("the model, given a batch of the loader,"):
-        return model(batch.args, batch.kwargs) if apart else model(*batch.args, **batch.kwargs)
-
-
-def check_loader(loader: Any) -> None:
-    """Refuse what gives no batches.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    listed = isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
-    if isinstance(loader, (str, bytes, Mapping, Tensor, type)) or not listed:
-        what = (
-            f"the class {loader.__name__}"
-            if isinstance(loader, type)
-            else f"a {type(loader).__name__}"
-        )
-        raise ArgumentError(
-            f"the loader is {what}, which holds no batches: give a DataLoader, or a list of "
-            "batches (inputs, *targets)."
-        )
-
-
-def check_finite(values: Iterable[Any], what: str) -> None:
-    """Refuse what came to NaN or infinity.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    for value in values:
-        if (
-            isinstance(value, Tensor)
-            and value.is_floating_point()
-            and not bool(value.isfinite().all())
-        ):
-            raise ArgumentError(
-                f"{what} is NaN or infinite, so nothing can be measured. Look at what the loader "
-                "gives, and its scale."
-            )
-
-
-def loader_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-    """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and
-    the targets.
-
-    Raises
-    ------
-    ArgumentError
-        If the batch is something else.
-
-    Examples
-    --------
-    >>> loader_call(({"ids": 1, "mask": 2}, 3)), loader_call([[4, 5], 6])
-    (((), {'ids': 1, 'mask': 2}, (3,)), ((4, 5), {}, (6,)))
-    """
-    if not isinstance(batch, (tuple, list)) or not batch:
-        what = (
-            "an empty batch" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-        )
-        raise ArgumentError(
-            f"the loader gave {what}: batches must be tuples (inputs, *targets), as a DataLoader "
-            "gives them."
-        )
-    inputs, *targets = batch
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs), tuple(targets)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}, tuple(targets)
-
-
-def _placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
-    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes
-    them.
-
-    Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
-    """
-    # As the tracer reads it: the signature of the function itself, not of one that it wraps.
-    signature = inspect.signature(type(trace.meta_copy.model).forward, follow_wrapped=False)
-    names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
-    given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}
-    example = zip(names, trace.placeholders, strict=False)
-    constants = {
-        name: value for name, value in example if name not in given and not holds_tensors(value)
-    }
-    try:
-        bound = signature.bind(
-            trace.meta_copy.model, *batch.args, **batch.kwargs, **constants
-        ).arguments
-    except TypeError as error:
-        raise ArgumentError(
-            f"the loader's inputs do not fit the model's forward: {error}."
-        ) from error
-    out: dict[str, Any] = {}
-    for name, value in list(bound.items())[1:]:
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            out.update({f"args_{i}": item for i, item in enumerate(value)})
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            out.update(value)
-        else:
-            out[name] = value
-    if set(out) != set(names):
-        raise ArgumentError(
-            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with "
-            f"{', '.join(sorted(names))}: give the same ones."
-        )
-    for node in trace.graph.nodes:
-        if node.op == "placeholder" and isinstance(out[str(node.target)], Tensor):
-            check_dimensions(f"the input {node.target!r}", out[str(node.target)], node.meta["val"])
-    return out
-
-
-def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
-    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their
-    sizes.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    if isinstance(analysed, Tensor) and given.dim() != analysed.dim():
-        raise ArgumentError(
-            "a batch of the loader does not fit the example that the model was analysed with: "
-            f"{what} has {given.dim()} dimensions, and had {analysed.dim()}. Give batches of "
-            "samples like the example's."
-        )
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _mean(total: Floats, samples: int) -> Floats:
     """The sums of all processes, by sample."""
     both = _summed_over_processes(np.append(total, samples))
     check_read(both[-1])
     return both[:-1] / both[-1]
-
-
-def check_read(samples: float) -> None:
-    """Refuse a loader that gave nothing; ``samples`` (or batches) is how many it gave."""
-    if not samples:
-        raise ArgumentError(
-            "the loader gave no batch, so nothing can be measured. Pass one that is not empty "
-            "and can be read again (a DataLoader, a list), not a generator that was used up "
-            "before."
-        )
 
 
 def _summed_over_processes(values: Floats) -> Floats:

@@ -49,8 +49,8 @@ Answers = tuple[bool, ...]
 WHOLE = frozenset({"__array__", "__dlpack__", "numpy", "tolist"})
 """What hands all values of a tensor to Python."""
 
-_NUMBERS = frozenset({"__int__", "__float__", "__complex__", "__index__"})
-_READ = WHOLE | _NUMBERS | {"__bool__", "__contains__"}
+_NUMBER_METHODS = frozenset({"__int__", "__float__", "__complex__", "__index__"})
+_READ = WHOLE | _NUMBER_METHODS | {"__bool__", "__contains__"}
 """What hands any of them to Python, which may then do something else for other values, beside
 operations that do.
 """

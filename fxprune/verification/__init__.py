@@ -9,6 +9,6 @@ runs the same random numbers. Where it cannot be followed so, the traced ``graph
 """
 
 from fxprune.verification.check import Verification, check
-from fxprune.verification.runs import LIMITS
+from fxprune.verification.outcomes import LIMITS
 
 __all__ = ["LIMITS", "Verification", "check"]

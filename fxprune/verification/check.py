@@ -25,9 +25,8 @@ from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain_copy
 from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
-from fxprune.verification.runs import (
+from fxprune.verification.outcomes import (
     LIMITS,
-    Bench,
     GuardedError,
     Outcome,
     PrunedFailsError,
@@ -35,6 +34,7 @@ from fxprune.verification.runs import (
     RoundingError,
     said,
 )
+from fxprune.verification.runs import Bench
 from fxprune.verification.structure import check_emission
 from fxprune.verification.values import choices, in_single, inputs_of, weights_of
 from fxprune.verification.weights import changed

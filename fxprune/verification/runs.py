@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +22,6 @@ from fxprune.inputs import Arguments
 from fxprune.memory import Undone
 from fxprune.reach import AGAIN, Reached, drawing, undrawn_by
 from fxprune.rewrite import Survivors
-from fxprune.trace import user_line
 from fxprune.verification.comparing import dense, difference, form
 from fxprune.verification.copies import cut, mask, original, smaller
 from fxprune.verification.graph import GraphRun
@@ -39,48 +36,19 @@ from fxprune.verification.modes import (
     events_of,
     python_state,
 )
+from fxprune.verification.outcomes import (
+    LIMITS,
+    GuardedError,
+    Outcome,
+    PrunedFailsError,
+    RefusedError,
+    refuse_rounding,
+    said,
+)
 from fxprune.verification.structure import is_guard
 from fxprune.verification.values import in_single
 
-__all__ = [
-    "LIMITS",
-    "Bench",
-    "GuardedError",
-    "Outcome",
-    "PrunedFailsError",
-    "RefusedError",
-    "RoundingError",
-    "refuse_rounding",
-    "said",
-]
-
-LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
-"""The relative error from which on a difference is no rounding."""
-
-
-class RefusedError(Exception):
-    """The original cannot be run on these values."""
-
-
-class RoundingError(RefusedError):
-    """What the original gives on these values is rounding, amplified."""
-
-
-class PrunedFailsError(Exception):
-    """The pruned model cannot be run where the original can."""
-
-
-class GuardedError(Exception):
-    """The pruned model's graph says that it was traced for other sizes."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was measured in one run of each model."""
-
-    error: float
-    outputs: int
-    notes: tuple[str, ...] = ()  # what stood for the original's own code, and why
+__all__ = ["Bench"]
 
 
 @contextmanager
@@ -516,24 +484,6 @@ class Bench:
         return run, mode.compared
 
 
-def refuse_rounding(gap: float, moved: float, what: str) -> None:
-    """Say so where a gap between the models is one that rounding alone makes, in an original that
-    divides what is nearly nothing.
-
-    Raises
-    ------
-    RoundingError
-    """
-    if math.isfinite(moved) and gap <= _AMPLIFIED * moved:
-        raise RoundingError(
-            f"rounding alone moves {what} by {moved:.1e}, so that it cannot be compared"
-        )
-
-
-_AMPLIFIED = 10.0
-"""So many times as far two runs may be apart as one whose weights are rounded otherwise."""
-
-
 def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value
@@ -570,9 +520,3 @@ def _undefined(reference: _Run, result: _Run) -> bool:
         and bool((old.isnan() & ~new.isnan()).any())
         for old, new in pairs
     )
-
-
-def said(error: Exception) -> str:
-    """An error with the user's line, for a message."""
-    where = user_line(traceback.extract_tb(error.__traceback__))
-    return f"{type(error).__name__}: {error} (at {where})"

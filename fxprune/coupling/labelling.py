@@ -1,0 +1,227 @@
+"""Labels on the tensors of a model that runs: what goes together is united on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxprune.contents import leaves, refuse_lazy, tensors_of
+from fxprune.coupling.result import KEPT, OUTPUT
+from fxprune.eager import Explored, Parts
+from fxprune.hooks import refuse_hooks
+from fxprune.labels import Array
+from fxprune.ops import Context
+from fxprune.ops.running import ShapeMode
+from fxprune.propagation import LabelMode
+from fxprune.trace import MetaCopy, Trace, trace
+
+__all__ = ["Labelling", "Terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the analysis is told.
+
+    Attributes
+    ----------
+    keep:
+        Names of parameters whose every axis stays.
+    pinned_nodes:
+        Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted
+        smaller.
+    heads:
+        Names of parameters whose attention heads go as a whole or not at all.
+    """
+
+    keep: tuple[str, ...] = ()
+    pinned_nodes: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+
+class Labelling:
+    """Labels on the tensors of a meta copy, put there while it is traced: in one mode, or in both.
+
+    Parameters
+    ----------
+    ties:
+        Number of a parameter axis -> for each position the first one that it goes with
+        (:meth:`head_ties`).
+    unread:
+        Names of nodes that get no labels, because nothing comes of them (:meth:`unread`).
+    overwritten:
+        Names of parameters and buffers in which an earlier call leaves non-zeros at removed
+        elements (:meth:`overwritten`).
+    coupling:
+        Without it nothing is united and nothing pinned: labels say on which axis they began,
+        wherever an op can carry them.
+    """
+
+    def __init__(
+        self,
+        meta_copy: MetaCopy,
+        terms: Terms,
+        *,
+        ties: Mapping[int, Array] | None = None,
+        unread: Collection[str] = (),
+        overwritten: Collection[str] = (),
+        coupling: bool = True,
+    ) -> None:
+        self.meta_copy = meta_copy
+        self.context = Context()
+        self.context.units.pinning = self.context.units.uniting = coupling
+        self.context.ties = dict(ties or {})
+        self.context.weights = Context()
+        self.context.weights.units.pinning = False
+        self.parameters = meta_copy.tensors
+        number = 0
+        for name, tensor in self.parameters.items():
+            if tensor.is_meta:
+                axes = tuple(range(number, number + tensor.dim()))
+                self.context.parameter(tensor, name, axes, overwritten=name in overwritten)
+                number += tensor.dim()
+        self.traces: list[Trace] = []
+        self.inputs: list[Any] = []
+        # the line of Python that reads values, in a model that was not traced whole
+        self.decided = ""
+        self._pinned_nodes, self._unread = frozenset(terms.pinned_nodes), frozenset(unread)
+        for name in terms.keep:
+            record = self.context.record(self.parameters[name])
+            assert record is not None
+            for axis in sorted(record.unlabelled):
+                self.context.fix_axis(record, axis, KEPT)
+
+    def trace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
+    ) -> Trace:
+        """Trace the meta copy (see :func:`fxprune.trace.trace`), every node under labels."""
+        watch = self._watch("train." if training else "")
+        for tensor in tensors_of((args, kwargs)):
+            self.context.is_input(tensor)
+        traced = trace(self.meta_copy, args, kwargs, training=training, watch=watch)
+        refuse_hooks(self.meta_copy.model)
+        self.context.node = traced.prefix + "output"
+        self._finish(traced.outputs)
+        self.inputs, self.traces = traced.placeholders, [*self.traces, traced]
+        return traced
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
+        """Run a meta copy that cannot be traced whole, and trace its parts (see
+        :class:`fxprune.eager.Parts`).
+        """
+        parts = Parts(self.meta_copy, self.context, self._watch)
+        self.inputs = [*args, *kwargs.values()]
+        out = parts.run(explored, args, kwargs)
+        self.context.node = "output"
+        self._finish(out)
+        parts.settle()
+        self.decided = parts.decided
+        self.traces += parts.traces.values()
+
+    def head_ties(self, names: Collection[str]) -> dict[int, Array]:
+        """What must go together for the heads of these parameters to stay whole or go: see
+        ``ties``.
+
+        A head is what a product of two activations sums over at one position of an axis that both
+        have: the query's and the key's channels for the scores of one head. Nothing is known of
+        modules or of names.
+        """
+        context, units = self.context, self.context.units
+        units.uniting = True
+        own = {
+            record.axes[next(iter(f.dims))]: f.labels.ravel()
+            for name, tensor in self.parameters.items()
+            if (record := context.record(tensor)) is not None
+            for f in record.own_fields
+            if len(f.dims) == 1
+        }
+        asked = [own[number] for name in names for number in self._axes(name) if number in own]
+        for labels, along in context.heads:
+            if any(np.isin(units.find(labels), units.find(one)).any() for one in asked):
+                context.tie(labels, along)
+        ties = {}
+        for number, labels in own.items():
+            _, first, inverse = np.unique(
+                units.find(labels), return_index=True, return_inverse=True
+            )
+            if len(first) < labels.size:
+                ties[number] = first[inverse]
+        return ties
+
+    def unread(self) -> set[str]:
+        """Names of the nodes of which nothing is read, and that change no tensor and draw no
+        random number: attention weights for a caller who drops them, say. A module that is called
+        stays: it may count, or draw, in training.
+        """
+        out: set[str] = set()
+        for traced in self.traces:
+            for node in reversed(traced.graph.nodes):
+                name = traced.prefix + node.name
+                read = any(traced.prefix + user.name not in out for user in node.users)
+                call = node.op in ("call_function", "call_method")
+                if call and not read and not node.is_impure() and name not in self.context.writes:
+                    out.add(name)
+        return out
+
+    def overwritten(self) -> set[str]:
+        """Names of parameters and buffers in which a call may leave non-zeros at removed elements,
+        for the next call to read.
+        """
+        found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
+        return {
+            name for name, record in found.items() if record is not None and record.overwritten
+        }
+
+    def drop_unread(self) -> None:
+        """Take the nodes that got no labels out of the graphs: they are not emitted."""
+        for traced in self.traces:
+            for node in reversed(list(traced.graph.nodes)):
+                if traced.prefix + node.name in self._unread:
+                    traced.graph.erase_node(node)
+
+    def _axes(self, name: str) -> tuple[int, ...]:
+        record = self.context.record(self.parameters[name])
+        return () if record is None else record.axes
+
+    def missed(self) -> list[str]:
+        """Parameters that no op has met."""
+        known = {
+            name: self.context.record(tensor)
+            for name, tensor in self.parameters.items()
+            if tensor.is_floating_point()
+        }
+        return [name for name, record in known.items() if record is not None and record.unmet]
+
+    def _finish(self, outputs: Any) -> None:
+        refuse_lazy(outputs, self.meta_copy.model)
+        for leaf in leaves(outputs):
+            self.context.pin_all(self.context.fields(leaf), OUTPUT)
+
+    def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
+        context, mode = self.context, LabelMode(self.context)
+        axes = {
+            name: int(axis)
+            for name, _, axis in (entry.rpartition("@") for entry in self._pinned_nodes)
+            if name
+        }
+
+        def watch(node: fx.Node) -> LabelMode | ShapeMode:
+            context.node, context.target = prefix + node.name, node.target
+            if context.node in self._unread:
+                return ShapeMode()
+            if context.node in self._pinned_nodes:
+                for operand in node.all_input_nodes:
+                    for leaf in tree_leaves(operand.meta["val"]):
+                        context.pin_all(context.fields(leaf), "could not be emitted smaller")
+            elif context.node in axes:
+                values = tree_leaves([operand.meta["val"] for operand in node.all_input_nodes])
+                first = next(value for value in values if isinstance(value, Tensor))
+                cut = [own for own in context.fields(first) if axes[context.node] in own.dims]
+                context.pin_all(cut, "is cut to a length that inputs decide")
+            return mode
+
+        return watch

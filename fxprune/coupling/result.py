@@ -1,0 +1,386 @@
+"""What the analysis finds: groups of units, what is pinned and why, and what each element of a
+parameter belongs to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.balance import Balance, shrinking_dim
+from fxprune.doors import door, shown
+from fxprune.errors import ArgumentError, ModelError
+from fxprune.identity import IdentityMap
+from fxprune.inputs import Arguments
+from fxprune.labels import Array
+from fxprune.ops import Context, Contraction
+from fxprune.ops.convolution import is_convolution
+from fxprune.trace import MetaCopy, Trace
+
+__all__ = ["KEPT", "OUTPUT", "Axis", "Coupling", "Group", "Pinned", "check_coupling"]
+
+
+KEPT = "is kept by request"
+"""The reason of a pin that the caller asked for."""
+
+
+OUTPUT = "is an output of the model"
+"""The reason of a pin of what the model gives."""
+
+
+@door
+@dataclass(frozen=True, order=True)
+class Axis:
+    """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of
+    ``length``.
+
+    An axis that is a product (heads x head dimension, laid flat) can bear several labellings:
+    ``layer`` counts them.
+
+    >>> str(Axis("conv.weight", 0, 0, 64, 64)), str(Axis("fc.weight", 1, 8, 16, 64))
+    ('conv.weight:0', 'fc.weight:1[8:16]')
+    """
+
+    parameter: str
+    dim: int
+    start: int
+    stop: int
+    length: int
+    layer: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.parameter, self.dim, self.start, self.layer))
+
+    def __str__(self) -> str:
+        whole = self.start == 0 and self.stop == self.length
+        part = "" if whole else f"[{self.start}:{self.stop}]"
+        return f"{self.parameter}:{self.dim}{part}" + (
+            f" (layer {self.layer})" if self.layer else ""
+        )
+
+
+@door
+@dataclass(frozen=True)
+class Group:
+    """Units that compete with each other: they lie on the same axes.
+
+    ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take
+    statistics over this group, over its survivors in the pruned model; ``units`` are their labels,
+    shape (size,), ascending, read-only.
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    blocks: int
+    normalised: tuple[str, ...]
+    units: Array = field(compare=False)
+
+    def __str__(self) -> str:
+        balanced = f" in {self.blocks} balanced blocks" if self.blocks else ""
+        shown = ", ".join(map(str, self.axes[:6])) + (
+            f", ... ({len(self.axes)} in all)" if len(self.axes) > 6 else ""
+        )
+        return f"{self.size} units{balanced}: {shown}"
+
+
+@door
+@dataclass(frozen=True)
+class Pinned:
+    """Axes that keep their size, the reason, and the fx node that gave it."""
+
+    axes: tuple[Axis, ...]
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.axes[:4])) + (
+            f", ... ({len(self.axes)} in all)" if len(self.axes) > 4 else ""
+        )
+        return f"{shown}: {self.reason}" + (f" (at {self.node})" if self.node else "")
+
+
+@door
+@dataclass(eq=False)
+class Coupling:
+    """The result of the analysis; ``print`` it, or draw :meth:`to_networkx`.
+
+    Attributes
+    ----------
+    groups, pinned:
+        What can be pruned together, and what cannot be pruned.
+    untouched:
+        Parameters that no executed op met; they stay as they are.
+    decisions:
+        Control flow that was decided while tracing, one line each.
+    example:
+        What the model is called with, in shapes; in values where its Python has run on them.
+    not_one_graph:
+        What keeps the model from being one graph, with the line; empty if it is one.
+    untrained:
+        Why the graph is evaluation's alone, with the line; empty if it is not.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: tuple[Pinned, ...]
+    untouched: tuple[str, ...]
+    decisions: tuple[str, ...]
+    graph: nx.Graph
+    meta_copy: MetaCopy
+    traces: tuple[Trace, ...]
+    context: Context
+    balance: Balance
+    parameters: dict[str, Tensor]
+    contractions: tuple[Contraction, ...]  # in evaluation mode
+    example: Arguments = ((), {})
+    not_one_graph: str = ""
+    untrained: str = ""
+    _labels: IdentityMap[Tensor, list[Array]] = field(
+        default_factory=IdentityMap, init=False, repr=False
+    )
+    _dims: IdentityMap[Array, int] = field(default_factory=IdentityMap, init=False, repr=False)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the modules that were traced one by one; empty if the model was traced
+        whole.
+        """
+        return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
+
+    @property
+    def not_set(self) -> tuple[str, ...]:
+        """Attributes that forward sets to what it computes of the inputs; nothing reads them, and
+        graphs do not set them.
+        """
+        return tuple(
+            dict.fromkeys(
+                f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set
+            )
+        )
+
+    @functools.cached_property
+    def units(self) -> Array:
+        """The labels of all units, ascending; shape (units,)."""
+        return np.sort(
+            np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)])
+        )
+
+    @door
+    def to_networkx(self) -> nx.Graph:
+        """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that
+        tied the two ends.
+        """
+        return self.graph.copy()
+
+    def labels(self, tensor: Any) -> list[Array]:
+        """The live labels of a tensor of the labelled run, one array per field; not to be
+        changed.
+        """
+        known = self._labels.get(tensor)
+        if known is None:
+            record = self.context.record(tensor)
+            if record is None:
+                return []
+            known = self._labels[tensor] = [f.labels for f in record.fields]
+        return known
+
+    def wide_dims(self, tensor: Any) -> list[int]:
+        """Dimensions of a tensor between parts that keep their size, because Python code that is
+        not traced reads them.
+        """
+        wide = self.context.wide
+        return sorted(
+            {
+                self.shrinking_dim(a)
+                for a in self.labels(tensor)
+                if wide and np.isin(a, wide[0]).any()
+            }
+        )
+
+    def shrinking_dim(self, labels: Array) -> int:
+        """Along which dimension a tensor with these live labels gets smaller
+        (:func:`fxprune.balance.shrinking_dim`).
+        """
+        if labels not in self._dims:
+            self._dims[labels] = shrinking_dim(labels, self.balance.block)
+        return self._dims[labels]
+
+    @door
+    def macs(
+        self,
+        shape: Callable[[Tensor], Sequence[int]] | None = None,
+        of: Iterable[Contraction] | None = None,
+    ) -> int:
+        """Multiply-accumulates of the example's batch.
+
+        ``shape`` gives another size to each tensor of the labelled run; ``of`` are the
+        contractions that count, default: all.
+        """
+        if shape is not None and not callable(shape):
+            raise ArgumentError(
+                f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None."
+            )
+        return round(
+            sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of))
+        )
+
+    @door
+    def pinned_macs(self) -> dict[str, float]:
+        """For each reason of a pin the share of the multiply-accumulates that it holds, the
+        largest first.
+
+        Those of a layer count for its two channel axes in equal parts, and for an axis as far as
+        its positions stay: where all inputs and half of the outputs stay, three quarters of them
+        are held, one half and one quarter by two reasons.
+        """
+        held: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
+        for pinned in self.pinned:
+            for axis in pinned.axes:
+                part = Fraction(axis.stop - axis.start, axis.length)
+                held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        names = IdentityMap((tensor, name) for name, tensor in self.parameters.items())
+        shares: dict[str, Fraction] = {}
+        for ran in self.contractions:
+            channels = 2 if is_convolution(ran.func) else None  # its other axes are the kernel's
+            weights = [t for t in ran.read if t.dim() > 1 and self.context.of_weights(t)]
+            axes = [
+                (weight, dim)
+                for weight in weights
+                for dim, size in enumerate(weight.shape[:channels])
+                if size > 1
+            ]
+            for weight, dim in axes:
+                for reason, part in (
+                    held.get((names[weight], dim), ())
+                    if weight in names
+                    else self._held(weight, dim)
+                ):
+                    shares[reason] = shares.get(
+                        reason, Fraction(0)
+                    ) + ran.share * ran.macs() * part / len(axes)
+        total = self.macs() or 1
+        return {
+            reason: float(share / total)
+            for reason, share in sorted(shares.items(), key=lambda item: -item[1])
+        }
+
+    def _held(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
+        """Why an axis stays of a weight that forward computes."""
+        if any(labels.shape[dim] > 1 for labels in self.labels(weight)):
+            return []
+        return [(self.context.why_fixed([weight], dims=[dim])[0], Fraction(1))]
+
+    def _parameter(self, name: str) -> Tensor:
+        if not isinstance(name, str) or name not in self.parameters:
+            raise ArgumentError(
+                f"{shown(name)} is no parameter of the model that was analysed: they are the "
+                "keys of .parameters."
+            )
+        return self.parameters[name]
+
+    def _own(self, group: Group) -> Group:
+        if not isinstance(group, Group) or not any(group is own for own in self.groups):
+            raise ArgumentError(
+                f"{shown(group)} is no group of this coupling: give one of its .groups."
+            )
+        return group
+
+    @door
+    def role(self, name: str, dim: int) -> str:
+        """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"``
+        (of a normalisation), or ``"dependent"`` (what the next layers read them with).
+        """
+        tensor = self._parameter(name)
+        if not isinstance(dim, int) or not 0 <= dim < max(tensor.dim(), 1):
+            raise ArgumentError(
+                f"dim={shown(dim)} is no axis of {name!r}, which has {tensor.dim()}."
+            )
+        record = self.context.record(tensor)
+        number = record.axes[dim] if record is not None and record.axes else -1
+        if number in self.context.scale_axes:
+            return "scale"
+        return "dependent" if number in self.context.summed_axes else "own"
+
+    @door
+    def parameter_labels(self, name: str) -> list[Array]:
+        """The live labels of a parameter of the meta copy."""
+        return self.labels(self._parameter(name))
+
+    @door
+    def elements(self, group: Group) -> dict[str, list[Tensor]]:
+        """For each parameter of a group: the unit's index in the group at each element, -1 where
+        none of its units lies.
+
+        Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies
+        twice has two.
+        """
+        group = self._own(group)
+        index = np.full(self.context.units.count, -1, dtype=np.int64)
+        index[group.units] = np.arange(group.size)
+        out: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(axis.parameter for axis in group.axes):
+            own = [index[labels] for labels in self.parameter_labels(name)]
+            out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
+        return out
+
+    @door
+    def blocks(self, group: Group) -> Tensor:
+        """The block of each unit of a group: units may only be exchanged within one. All zero
+        without balance.
+        """
+        cells = self.balance.cell[self._own(group).units]
+        return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups, {sum(g.size for g in self.groups)} units"]
+        lines += [f"  {g}" for g in self.groups]
+        if self.pinned:
+            lines.append("pinned")
+            lines += [f"  {p}" for p in self.pinned]
+            shares = [
+                f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()
+            ]
+            lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
+        if self.untouched:
+            lines.append(f"untouched: {', '.join(self.untouched)}")
+        if self.not_one_graph:
+            lines.append(f"in parts, not one graph: {self.not_one_graph}")
+        if self.not_set:
+            lines.append(f"set by forward, not by its graph: {', '.join(self.not_set)}")
+        if self.decisions:
+            lines.append("decided while tracing")
+            lines += [f"  {d}" for d in self.decisions]
+        return "\n".join(lines)
+
+
+def check_coupling(coupling: Any, model: Any) -> None:
+    """Refuse what is no analysis of a model.
+
+    Raises
+    ------
+    ModelError, ArgumentError
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module as model, got a {type(model).__name__}.")
+    if not isinstance(coupling, Coupling):
+        raise ArgumentError(
+            f"coupling is a {type(coupling).__name__}: give what fxprune.analyze(model, "
+            "example_inputs) gives."
+        )
+    parameters = dict(model.named_parameters())
+    for name, analysed in coupling.parameters.items():
+        if isinstance(analysed, nn.Parameter) and (
+            name not in parameters or parameters[name].shape != analysed.shape
+        ):
+            raise ArgumentError(
+                f"the coupling is of another architecture than this {type(model).__name__}: it "
+                f"has {name!r} of shape {tuple(analysed.shape)}. Analyse the very model."
+            )

@@ -1,0 +1,242 @@
+"""Follows a call of a model on stand-ins, once and again, to see whether it does the same."""
+
+from __future__ import annotations
+
+import gc
+import operator
+import traceback
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.chance import RUNS, undrawn
+from fxprune.dispatch import holds_tensors
+from fxprune.errors import ChanceError, FxpruneError, TraceError
+from fxprune.memory import node_of, writes
+from fxprune.ops.running import ShapeMode
+from fxprune.reach import Reach, drawing
+from fxprune.regions import BOUNDS
+from fxprune.state import (
+    Attributes,
+    first_difference,
+    follows_inputs,
+)
+from fxprune.trace.decisions import number_decides
+from fxprune.trace.lines import following, takes_functions, user_line
+from fxprune.trace.lookups import Lookup, unanswered
+from fxprune.trace.meta_copy import (
+    MetaCopy,
+)
+from fxprune.trace.takeover import taken_over
+from fxprune.trace.traced import DRAWS, Trace
+from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer
+
+__all__ = [
+    "does_the_same",
+    "drop_unused_sizes",
+    "each_draws",
+    "first_other_node",
+    "followed_call",
+    "nodes_held",
+    "on_shapes",
+    "with_keys",
+]
+
+
+def with_keys(first: Trace) -> list[Lookup] | None:
+    """What a further call looks up where the keys are still there, of whom none is one of its own;
+    None: it fails.
+    """
+    attributes = Attributes(first.meta_copy.model)
+    again = Tracer(first.meta_copy, first.args, first.kwargs, first.training, on_shapes)
+    try:
+        for table, key in first.filled:
+            set.add(table, key) if isinstance(table, set) else dict.__setitem__(table, key, None)
+        followed_call(again, first.meta_copy)
+    except FxpruneError:
+        return None
+    finally:
+        attributes.restore()
+        for table, key in first.filled:
+            set.discard(table, key) if isinstance(table, set) else dict.pop(table, key, None)
+    return again.lookups
+
+
+def first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
+    """The first node in whose place a trace of another call does something else; None: there is
+    none; False: it fails.
+    """
+    attributes = Attributes(first.meta_copy.model)
+    try:
+        other, _ = followed_call(
+            Tracer(first.meta_copy, *arguments, first.training, on_shapes), first.meta_copy
+        )
+    except FxpruneError:
+        return False
+    finally:
+        attributes.restore()
+    return first_difference(first.graph, other.graph, first.constants, other.constants)
+
+
+def on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
+    return ShapeMode()
+
+
+def followed_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[str]]:
+    """Trace once; also the names of the constants that the meta copy's module has got by it."""
+    draws = False
+    with torch.no_grad(), taken_over(tracer, meta_copy.model), following(), undrawn() as drawn:
+        try:
+            graph = tracer.trace()
+            if tracer.elsewhere is not None:
+                raise tracer.elsewhere
+            draws = drawn()
+            for node in tracer.left_out:
+                if node.users:
+                    raise TraceError(number_decides(node))
+                graph.erase_node(node)
+            place = tracer.made.changed()
+            if place is not None:
+                raise TraceError(
+                    "a tensor is changed after a graph has taken it for a constant (at "
+                    f"{place}). {MADE_FROM_INPUT}"
+                )
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise _untraceable(error, tracer, meta_copy.model) from error
+        finally:
+            tracer.close()
+            missed = [*unanswered(tracer.lookups, meta_copy.reached.made)]
+            filled = meta_copy.reached.keys(_is_stand_in) if missed else []
+            left = meta_copy.reached.take_out(_is_stand_in)
+    if draws and _draws_again(tracer, meta_copy):
+        raise ChanceError(
+            DRAWS.format(type(meta_copy.model).__name__, "Python's or NumPy's generator")
+        )
+    constants = {
+        name: meta_copy.real[id(t)] if id(t) in meta_copy.real else t.clone()
+        for t, name in tracer.constants.values()
+        if name in tracer.constant_targets
+    }
+    args, kwargs = tracer.example
+    nodes = [node for node in map(node_of, left) if node is not None]
+    result = Trace(
+        graph,
+        meta_copy,
+        args,
+        kwargs,
+        tracer.decisions,
+        tracer.asked_mode,
+        tracer.training,
+        constants,
+        left=nodes,
+    )
+    result.missed, result.filled = missed, filled
+    drop_unused_sizes(graph)
+    return result, frozenset(tracer.made_names)
+
+
+def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneError:
+    """What to say of an error that forward has ended with, with the user's line."""
+    if tracer.elsewhere is not None:
+        return tracer.elsewhere
+    if takes_functions(error):
+        return TraceError(takes_functions(error))
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    if type(error).__module__.startswith("torch._dynamo"):
+        return TraceError(
+            f"torch compiles what forward does at {where}, as it does branches and loops on "
+            "values (torch.cond, while_loop): a graph cannot follow that. Use torch.where, or "
+            "keep that line inside a module of its own."
+        )
+    return TraceError(
+        f"{type(model).__name__} cannot be traced: {type(error).__name__}: {error} (at {where}). "
+        "Keep what cannot be traced inside a module of its own, or rewrite that line with tensor "
+        "operations."
+    )
+
+
+def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
+    thread.
+    """
+    for _ in range(RUNS - 1):
+        again = Tracer(meta_copy, *tracer.example, tracer.training, on_shapes)
+        with (
+            torch.no_grad(),
+            taken_over(again, meta_copy.model),
+            following(),
+            drawing(meta_copy.model) as drawn,
+        ):
+            try:
+                again.trace()
+                if not drawn():
+                    return False
+            except Exception:
+                # it runs once more, on what the first left behind; that one succeeded
+                return True
+            finally:
+                again.close()
+                meta_copy.reached.take_out(_is_stand_in)
+    return True
+
+
+def _is_stand_in(value: Any) -> bool:
+    return node_of(value) is not None
+
+
+def nodes_held(tracer: Tracer) -> list[fx.Node]:
+    """What is held where no walk over containers finds it: a variable of a closure, an attribute
+    of a module beside the model.
+    """
+
+    def nodes() -> list[fx.Node]:
+        return [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
+
+    if any(map(follows_inputs, nodes())):
+        gc.collect()  # of exceptions that forward has caught, say
+    return nodes()
+
+
+def each_draws(first: Trace) -> bool:
+    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
+    thread.
+    """
+    for _ in range(RUNS - 1):
+        reach = Reach(first.meta_copy.model)
+        does_the_same(first)
+        if not reach.drawn:
+            return False
+    return True
+
+
+def does_the_same(first: Trace) -> bool:
+    """Whether a further call is the same graph."""
+    return first_other_node(first, (first.args, first.kwargs)) is None
+
+
+def drop_unused_sizes(graph: fx.Graph) -> None:
+    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation
+    in place may have no reader.
+    """
+    for node in reversed(list(graph.nodes)):
+        if (
+            node.op in ("placeholder", "output")
+            or node.users
+            or node.target is torch._assert
+            or node.target in BOUNDS
+        ):
+            continue
+        if node.meta.get("looked_up"):
+            continue  # the graph may have to be held to it
+        scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
+        if _is_entry(node) or (scalar and not writes(node)):
+            graph.erase_node(node)
+
+
+def _is_entry(node: fx.Node) -> bool:
+    """Whether a node takes an entry out of a tuple, list or dict."""
+    return node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor)
