@@ -1,7 +1,7 @@
 """fxprune: a compiled-graph structured pruner for PyTorch."""
 
 from fxprune import criteria
-from fxprune.api import Pruned, analyze, apply, compensate, load, prune, verify
+from fxprune.api import analyze, apply, compensate, load, prune, verify
 from fxprune.compensation import Compensation
 from fxprune.coupling import Axis, Coupling, Group, Pinned
 from fxprune.deploy import deploy
@@ -26,6 +26,7 @@ from fxprune.errors import (
 from fxprune.export import export
 from fxprune.ops import register_rule
 from fxprune.plan import GroupPlan, Plan
+from fxprune.pruned import Pruned
 from fxprune.report import Report
 from fxprune.sparsity import GroupSparsity
 from fxprune.steps import Steps

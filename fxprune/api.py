@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,89 +17,37 @@ from fxprune.arguments import (
     check_plan,
     check_pruned,
     kept_parameters,
+    model_of,
     of_whole_heads,
     setting_of,
 )
-from fxprune.budget import Budget
 from fxprune.calibration import check_loader
 from fxprune.compensation import Compensation, fold_constants, reconstruct
 from fxprune.compiled import plain
-from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
-from fxprune.criteria import Ranking, rank
-from fxprune.doors import calling, door, shown
-from fxprune.errors import ArgumentError, PlanError, RewriteError, VerificationError
+from fxprune.doors import door, shown
+from fxprune.errors import ArgumentError
 from fxprune.inputs import read
 from fxprune.latency import Setting
-from fxprune.latency.search import search
+from fxprune.pipeline import (
+    apply_stage,
+    proofs,
+    prove,
+    replay,
+    smaller_model,
+    stages_of,
+)
 from fxprune.plan import (
-    GroupPlan,
     Plan,
-    fingerprint,
-    history,
-    holds_objects,
-    pack_inputs,
-    remember,
-    unpack_inputs,
 )
 from fxprune.prunable import check_model
-from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
-from fxprune.rewrite import Survivors, emit
-from fxprune.saving import load_tensors, read_pruned, save_pruned
-from fxprune.selection import select
+from fxprune.pruned import Pruned
+from fxprune.rewrite import Survivors
+from fxprune.saving import load_tensors, read_pruned
 from fxprune.values import number, switch, whole
-from fxprune.verification import Verification, check
+from fxprune.verification import Verification
 
-__all__ = ["Pruned", "analyze", "apply", "compensate", "load", "prune", "verify"]
-
-_ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
-
-
-@door
-@dataclass(frozen=True)
-class Pruned:
-    """The result of :func:`prune` and :func:`apply`.
-
-    Attributes
-    ----------
-    model:
-        The smaller model; trains, compiles and exports like any module, for any batch size.
-    plan:
-        What survived, as data.
-    report:
-        What changed; ``print`` it.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
-
-    @door
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write plan.json, model.safetensors, report.json, report.txt and a manifest of them;
-        :func:`load` reads them.
-
-        Nothing is pickled. The folder is made if missing, an earlier save in it is replaced as a
-        whole, other files in it are left alone. A save that is interrupted, even killed, leaves
-        the old state or the new one, never a torn one.
-
-        Raises
-        ------
-        ArgumentError
-            If the folder cannot be written to.
-        ModelError
-            If the state dict holds what only a pickle could.
-        """
-        if (
-            not isinstance(self.model, nn.Module)
-            or not isinstance(self.plan, Plan)
-            or not isinstance(self.report, Report)
-        ):
-            raise ArgumentError(
-                "a Pruned holds a module, a Plan and a Report, as those of prune do: this one "
-                "does not."
-            )
-        save_pruned(folder, self.model, self.plan, self.report)
+__all__ = ["analyze", "apply", "compensate", "load", "prune", "verify"]
 
 
 @door
@@ -246,100 +194,18 @@ def prune(
         check_model(model)
         example = read(example_inputs)
         terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
-    for _ in range(_ATTEMPTS):
-        coupling = label_and_couple(model, example, terms, clock)
-        with clock("score"):
-            ranking = rank(criterion, coupling, model)
-        try:
-            if setting is not None:
-                pruned, survivors = _within_time(
-                    model, coupling, ranking, budget, terms, clock, example_inputs, setting
-                )
-                break
-            with clock("select"):
-                survivors = select(coupling, ranking, budget)
-            pruned = _emit(model, coupling, survivors, terms, clock)
-            break
-        except RewriteError as error:
-            # Never guess: a node that cannot be made smaller keeps its operands whole.
-            if not error.node or error.node in terms.pinned_nodes:
-                raise
-            terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
-    else:
-        failed = ", ".join(terms.pinned_nodes)
-        raise RewriteError(
-            f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass "
-            "modules in keep=."
-        )
+    pruned, coupling, survivors = smaller_model(
+        model, example, example_inputs, terms, criterion, budget, setting, clock
+    )
     trusted = sorted(coupling.context.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
-            found = _prove(model, pruned, coupling, survivors, example_inputs, trusted)
+            found = prove(model, pruned, coupling, survivors, example_inputs, trusted)
         report = replace(pruned.report, error=found, seconds=dict(clock.seconds))
         pruned = replace(pruned, report=report)
     warn_of_evaluation(coupling, stacklevel=3)
     warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
-
-
-def _prove(
-    model: nn.Module,
-    pruned: Pruned,
-    coupling: Coupling,
-    survivors: dict[str, tuple[int, ...]],
-    example_inputs: Any,
-    trusted: list[str],
-) -> float:
-    """The error of a result that was just made; VerificationError where it is too large."""
-    proof = check(
-        model,
-        pruned.model,
-        pruned.plan,
-        coupling,
-        survivors,
-        example_inputs=example_inputs,
-        fresh=True,
-    )
-    if proof.error <= proof.limit:
-        return proof.error
-    blamed = (
-        f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
-    )
-    raise VerificationError(
-        f"the pruned model differs from the masked original by {proof.error:.1e}, relative. "
-        f"{blamed}; modules in keep= are left as they are, and verify=False returns the model all "
-        "the same."
-    )
-
-
-def _within_time(
-    model: nn.Module,
-    coupling: Coupling,
-    ranking: Ranking,
-    budget: Budget,
-    terms: Terms,
-    clock: Clock,
-    example_inputs: Any,
-    setting: Setting,
-) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
-    """What a latency budget leaves, with its time in the report."""
-    assert budget.latency is not None
-    with clock("latency"):
-        found = search(
-            budget.latency,
-            coupling,
-            example_inputs,
-            setting,
-            some=lambda share: select(coupling, ranking, Budget(channels=share)),
-            choose=lambda aim, timed: select(
-                coupling, ranking, replace(budget, latency=aim), timed
-            ),
-            emit=lambda kept: _emit(model, coupling, dict(kept), terms, Clock()),
-            model_of=lambda pruned: pruned.model,
-        )
-    time = LatencyRow(found.dense_ms, found.ms, found.forecast_ms, str(setting))
-    report = replace(found.result.report, latency=time, seconds=dict(clock.seconds))
-    return replace(found.result, report=report), dict(found.kept)
 
 
 @door
@@ -364,10 +230,10 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     check_plan(plan, "apply")
     model = plain(model)
     check_model(model)
-    stages = _stages(plan, model)
-    pruned = _apply_stage(stages[0], model)
+    stages = stages_of(plan, model)
+    pruned = apply_stage(stages[0], model)
     for stage in stages[1:]:
-        before, pruned = pruned.report, _apply_stage(stage, pruned.model)
+        before, pruned = pruned.report, apply_stage(stage, pruned.model)
         report = replace(
             pruned.report, params_before=before.params_before, macs_before=before.macs_before
         )
@@ -424,7 +290,7 @@ def load(
     True
     """
     plan, weights, report = read_pruned(folder)
-    pruned = apply(plan, _model_of(model_factory))
+    pruned = apply(plan, model_of(model_factory))
     load_tensors(pruned.model, weights)
     if device is not None:
         try:
@@ -500,7 +366,6 @@ def verify(
             f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
         )
     options: dict[str, Any] = {
-        "example_inputs": example_inputs,
         "dtype": dtype,
         "randomize": switch("randomize", randomize),
         "seed": whole("seed", seed, 0) % 2**63,
@@ -511,16 +376,7 @@ def verify(
     check_model(model)
     if example_inputs is not None:
         read(example_inputs)  # refuses what is no example
-    stages = _stages(pruned.plan, model)
-    found = []
-    for stage in stages:
-        coupling, survivors, clock = _replay(stage, model, example_inputs)
-        if stage is stages[-1]:
-            smaller = pruned.model
-        else:
-            smaller = _emit(model, coupling, survivors, _terms(stage), clock).model
-        found.append(check(model, smaller, stage, coupling, survivors, **options))
-        model = smaller
+    found = proofs(pruned.plan, model, pruned.model, example_inputs, **options)
     return max(found, key=lambda verification: verification.error)
 
 
@@ -579,147 +435,14 @@ def compensate(
     model = plain(model)
     check_model(model)
     check_loader(loader)
-    stages = _stages(pruned.plan, model)
+    stages = stages_of(pruned.plan, model)
     if len(stages) > 1:
         raise ArgumentError(
             "compensate takes the model that was pruned last: call it after each prune, with the "
             "model before it."
         )
-    coupling, kept, _ = _replay(stages[0], model)
+    coupling, kept, _ = replay(stages[0], model)
     survivors = Survivors(coupling, kept)
     if method == "constants":
         return fold_constants(coupling, survivors, model, pruned.model, loader)
     return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
-
-
-def _model_of(model_factory: Any) -> Any:
-    """What a factory builds; what is none is taken for the model itself."""
-    if isinstance(model_factory, nn.Module) or not callable(model_factory):
-        return model_factory
-    with calling("the model_factory"):
-        return model_factory()
-
-
-def _terms(plan: Plan) -> Terms:
-    return Terms(plan.keep, plan.pinned_nodes, plan.heads)
-
-
-def _emit(
-    model: nn.Module,
-    coupling: Coupling,
-    survivors: dict[str, tuple[int, ...]],
-    terms: Terms,
-    clock: Clock,
-) -> Pruned:
-    with clock("rewrite"):
-        left = Survivors(coupling, survivors)
-        smaller = emit(coupling, left, type(model).__name__)
-        _restore_modes(model, smaller)
-    with clock("report"):
-        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(
-            groups,
-            pack_inputs(*coupling.example),
-            terms.keep,
-            terms.pinned_nodes,
-            fingerprint(model),
-            history(model),
-            terms.heads,
-        )
-        remember(smaller, plan)
-        report = Report(
-            params_before=count_parameters(model),
-            params_after=count_parameters(smaller),
-            macs_before=coupling.macs(),
-            macs_after=coupling.macs(left.shape),
-            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
-            pinned=tuple(
-                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
-            ),
-            untouched=coupling.untouched,
-            decisions=coupling.decisions,
-            statistics=tuple(
-                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
-            ),
-            params_pinned=_pinned_parameters(coupling),
-            macs_pinned=_pinned_macs(coupling),
-            parts=coupling.parts,
-            not_one_graph=coupling.not_one_graph,
-            not_set=coupling.not_set,
-        )
-    return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
-
-
-def _pinned_parameters(coupling: Coupling) -> int:
-    """Elements of the parameters that keep their shape whatever goes."""
-    tensors = coupling.parameters.values()
-    return sum(
-        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
-    )
-
-
-def _pinned_macs(coupling: Coupling) -> int:
-    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
-    return coupling.macs(
-        of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
-    )
-
-
-def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
-    """train() or eval() as in the original, module by module."""
-    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    for name, module in smaller.named_modules(remove_duplicate=False):
-        module.training = modes.get(name, model.training)
-
-
-def _stages(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
-    """The plans of a chain that lead from this model to the end: all, or those after the stage
-    that it is the model of.
-    """
-    chain = plan.chain
-    done = history(model)
-    if done in chain[:-1]:
-        return chain[chain.index(done) + 1 :]
-    found = fingerprint(model)
-    return next((chain[i:] for i, stage in enumerate(chain) if stage.fingerprint == found), chain)
-
-
-def _apply_stage(stage: Plan, model: nn.Module) -> Pruned:
-    coupling, survivors, clock = _replay(stage, model)
-    return _emit(model, coupling, survivors, _terms(stage), clock)
-
-
-def _replay(
-    plan: Plan, model: nn.Module, example: Any = None
-) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
-    if fingerprint(model) != plan.fingerprint:
-        raise PlanError(
-            f"the plan was made for another architecture than this {type(model).__name__}: names "
-            "or shapes of its parameters differ. Build the model exactly as it was when the plan "
-            "was made."
-        )
-    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    unknown = [name for name in (*plan.keep, *plan.heads) if name not in known]
-    if unknown:
-        raise PlanError(
-            f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. "
-            "Prune anew."
-        )
-    clock = Clock()
-    call = (
-        read(example)
-        if example is not None and holds_objects(plan.inputs)
-        else unpack_inputs(plan.inputs)
-    )
-    coupling = label_and_couple(model, call, _terms(plan), clock)
-    found, planned = (
-        {g.name: g.size for g in coupling.groups},
-        {g.name: g.size for g in plan.groups},
-    )
-    if found != planned:
-        names = sorted(set(found.items()) ^ set(planned.items()))
-        raise PlanError(
-            f"the plan's groups are not those of this {type(model).__name__} (first difference: "
-            f"{names[0]}). Prune anew."
-        )
-    return coupling, {g.name: g.kept for g in plan.groups}, clock

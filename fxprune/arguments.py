@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.budget import Budget
 from fxprune.contents import named_tensors, tensors_of
-from fxprune.doors import drawn_from, shown
+from fxprune.doors import calling, drawn_from, shown
 from fxprune.errors import ArgumentError
 from fxprune.identity import IdentitySet
 from fxprune.latency import Setting
@@ -26,6 +26,7 @@ __all__ = [
     "check_pruned",
     "kept_modules",
     "kept_parameters",
+    "model_of",
     "of_whole_heads",
     "setting_of",
 ]
@@ -257,3 +258,11 @@ def check_plan(plan: Any, function: str) -> None:
             f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}."
         )
     check_groups(plan)
+
+
+def model_of(model_factory: Any) -> Any:
+    """What a factory builds; what is none is taken for the model itself."""
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        return model_factory
+    with calling("the model_factory"):
+        return model_factory()

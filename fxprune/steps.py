@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.api import Pruned, load, prune
+from fxprune.api import load, prune
 from fxprune.arguments import kept_modules
 from fxprune.compiled import plain
 from fxprune.contents import named_tensors
@@ -24,6 +24,7 @@ from fxprune.cost import cost_of
 from fxprune.doors import door, guarded
 from fxprune.errors import ArgumentError, PlanError, SignatureError
 from fxprune.prunable import check_model
+from fxprune.pruned import Pruned
 from fxprune.saving import read_files, write_files
 from fxprune.values import number, path_of, share, whole
 

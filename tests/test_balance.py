@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.balance import shrinking_dim
+from fxprune.coupling.balance import shrinking_dim
 
 
 class Split(nn.Module):

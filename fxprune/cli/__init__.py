@@ -64,6 +64,7 @@ from fxprune.errors import ArgumentError
 from fxprune.export import export as write_exported
 from fxprune.latency import MODES, PRECISIONS, Setting, measure
 from fxprune.plan import Plan
+from fxprune.pruned import Pruned
 from fxprune.version import __version__
 
 __all__ = ["app"]
@@ -450,7 +451,7 @@ def export(
             )
 
 
-def _deliver(pruned: api.Pruned, out: Path | None, as_json: bool) -> None:
+def _deliver(pruned: Pruned, out: Path | None, as_json: bool) -> None:
     """Write the result, if asked to, and print its report."""
     if out is not None:
         with stage(f"writing {out}"):

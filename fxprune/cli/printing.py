@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxprune import api
 from fxprune.coupling import Coupling
 from fxprune.latency import Latency, Setting
+from fxprune.pruned import Pruned
 
 __all__ = [
     "comparison_to_dict",
@@ -98,7 +98,7 @@ def print_coupling(coupling: Coupling) -> None:
                 console.print(f"  {line}", markup=False, emoji=False, highlight=False)
 
 
-def planned(pruned: api.Pruned) -> str:
+def planned(pruned: Pruned) -> str:
     """A plan and what it would bring, for a person."""
     report = dataclasses.replace(
         pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=(), not_set=()
@@ -107,7 +107,7 @@ def planned(pruned: api.Pruned) -> str:
     return f"{cost}\n\n{pruned.plan}"
 
 
-def _removed(pruned: api.Pruned) -> set[tuple[str, int]]:
+def _removed(pruned: Pruned) -> set[tuple[str, int]]:
     return {
         (group.name, unit)
         for group in pruned.plan.groups
@@ -115,7 +115,7 @@ def _removed(pruned: api.Pruned) -> set[tuple[str, int]]:
     }
 
 
-def _overlaps(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, float]]:
+def _overlaps(results: Mapping[str, Pruned]) -> dict[str, dict[str, float]]:
     """For each two criteria the share of the units that either removes which both remove; 1 where
     neither removes any.
     """
@@ -128,7 +128,7 @@ def _overlaps(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, float]]:
     return {one: {other: overlap(one, other) for other in results} for one in results}
 
 
-def _kept_units(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, int]]:
+def _kept_units(results: Mapping[str, Pruned]) -> dict[str, dict[str, int]]:
     """For each group how many units each criterion keeps.
 
     A node that cannot be emitted smaller is pinned for that criterion alone, so that it may have
@@ -145,7 +145,7 @@ def _kept_units(results: Mapping[str, api.Pruned]) -> dict[str, dict[str, int]]:
     }
 
 
-def comparison_to_dict(results: Mapping[str, api.Pruned]) -> dict[str, Any]:
+def comparison_to_dict(results: Mapping[str, Pruned]) -> dict[str, Any]:
     sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
     return {
         "criteria": {
@@ -168,7 +168,7 @@ def comparison_to_dict(results: Mapping[str, api.Pruned]) -> dict[str, Any]:
     }
 
 
-def print_comparison(results: Mapping[str, api.Pruned], full: bool) -> None:
+def print_comparison(results: Mapping[str, Pruned], full: bool) -> None:
     data, console = comparison_to_dict(results), Console()
     cost = Table(title="what is left", title_justify="left")
     cost.add_column("criterion", overflow="fold")

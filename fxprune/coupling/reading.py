@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.balance import Balance, resolve, shrinking_dim
+from fxprune.coupling.balance import Balance, resolve, shrinking_dim
 from fxprune.coupling.labelling import Labelling
 from fxprune.coupling.result import Axis, Coupling, Group, Pinned
 from fxprune.dispatch import META, map_tensors

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.balance import Balance, shrinking_dim
+from fxprune.coupling.balance import Balance, shrinking_dim
 from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.identity import IdentityMap
@@ -207,7 +207,7 @@ class Coupling:
 
     def shrinking_dim(self, labels: Array) -> int:
         """Along which dimension a tensor with these live labels gets smaller
-        (:func:`fxprune.balance.shrinking_dim`).
+        (:func:`fxprune.coupling.balance.shrinking_dim`).
         """
         if labels not in self._dims:
             self._dims[labels] = shrinking_dim(labels, self.balance.block)

@@ -1,0 +1,304 @@
+"""From a coupling and the units that stay to a smaller model, and from a plan to both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fxprune.analysis import Clock, label_and_couple
+from fxprune.budget import Budget
+from fxprune.cost import count_parameters
+from fxprune.coupling import Coupling, Terms
+from fxprune.criteria import Ranking, rank
+from fxprune.errors import PlanError, RewriteError, VerificationError
+from fxprune.inputs import Arguments, read
+from fxprune.latency import Setting
+from fxprune.latency.search import search
+from fxprune.plan import (
+    GroupPlan,
+    Plan,
+    fingerprint,
+    history,
+    holds_objects,
+    pack_inputs,
+    remember,
+    unpack_inputs,
+)
+from fxprune.pruned import Pruned
+from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
+from fxprune.rewrite import Survivors, emit
+from fxprune.selection import select
+from fxprune.verification import Verification, check
+
+__all__ = [
+    "apply_stage",
+    "emitted",
+    "proofs",
+    "prove",
+    "replay",
+    "smaller_model",
+    "stages_of",
+    "terms_of",
+]
+
+
+_ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
+
+
+def smaller_model(
+    model: nn.Module,
+    example: Arguments,
+    example_inputs: Any,
+    terms: Terms,
+    criterion: Any,
+    budget: Budget,
+    setting: Setting | None,
+    clock: Clock,
+) -> tuple[Pruned, Coupling, dict[str, tuple[int, ...]]]:
+    """Analyse a model, score and select its units and write what is left, within a budget.
+
+    Parameters
+    ----------
+    example, example_inputs:
+        The call of the model, in shapes, and as the caller gave it.
+    setting:
+        Where a latency budget is measured; None without one.
+
+    Returns
+    -------
+    The result, the analysis that it is of, and by groups the indices of the units that stay.
+
+    Raises
+    ------
+    RewriteError
+        If too many nodes cannot be emitted smaller.
+    """
+    for _ in range(_ATTEMPTS):
+        coupling = label_and_couple(model, example, terms, clock)
+        with clock("score"):
+            ranking = rank(criterion, coupling, model)
+        try:
+            if setting is not None:
+                pruned, survivors = _within_time(
+                    model, coupling, ranking, budget, terms, clock, example_inputs, setting
+                )
+            else:
+                with clock("select"):
+                    survivors = select(coupling, ranking, budget)
+                pruned = emitted(model, coupling, survivors, terms, clock)
+            return pruned, coupling, survivors
+        except RewriteError as error:
+            # Never guess: a node that cannot be made smaller keeps its operands whole.
+            if not error.node or error.node in terms.pinned_nodes:
+                raise
+            terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
+    failed = ", ".join(terms.pinned_nodes)
+    raise RewriteError(
+        f"after {_ATTEMPTS} attempts some nodes cannot be emitted smaller ({failed}); pass "
+        "modules in keep=."
+    )
+
+
+def prove(
+    model: nn.Module,
+    pruned: Pruned,
+    coupling: Coupling,
+    survivors: dict[str, tuple[int, ...]],
+    example_inputs: Any,
+    trusted: list[str],
+) -> float:
+    """The error of a result that was just made; VerificationError where it is too large."""
+    proof = check(
+        model,
+        pruned.model,
+        pruned.plan,
+        coupling,
+        survivors,
+        example_inputs=example_inputs,
+        fresh=True,
+    )
+    if proof.error <= proof.limit:
+        return proof.error
+    blamed = (
+        f"Look at the rules registered for {', '.join(trusted)}" if trusted else "Please report it"
+    )
+    raise VerificationError(
+        f"the pruned model differs from the masked original by {proof.error:.1e}, relative. "
+        f"{blamed}; modules in keep= are left as they are, and verify=False returns the model all "
+        "the same."
+    )
+
+
+def _within_time(
+    model: nn.Module,
+    coupling: Coupling,
+    ranking: Ranking,
+    budget: Budget,
+    terms: Terms,
+    clock: Clock,
+    example_inputs: Any,
+    setting: Setting,
+) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
+    """What a latency budget leaves, with its time in the report."""
+    assert budget.latency is not None
+    with clock("latency"):
+        found = search(
+            budget.latency,
+            coupling,
+            example_inputs,
+            setting,
+            some=lambda share: select(coupling, ranking, Budget(channels=share)),
+            choose=lambda aim, timed: select(
+                coupling, ranking, replace(budget, latency=aim), timed
+            ),
+            emit=lambda kept: emitted(model, coupling, dict(kept), terms, Clock()),
+            model_of=lambda pruned: pruned.model,
+        )
+    time = LatencyRow(found.dense_ms, found.ms, found.forecast_ms, str(setting))
+    report = replace(found.result.report, latency=time, seconds=dict(clock.seconds))
+    return replace(found.result, report=report), dict(found.kept)
+
+
+def terms_of(plan: Plan) -> Terms:
+    return Terms(plan.keep, plan.pinned_nodes, plan.heads)
+
+
+def emitted(
+    model: nn.Module,
+    coupling: Coupling,
+    survivors: dict[str, tuple[int, ...]],
+    terms: Terms,
+    clock: Clock,
+) -> Pruned:
+    with clock("rewrite"):
+        left = Survivors(coupling, survivors)
+        smaller = emit(coupling, left, type(model).__name__)
+        _restore_modes(model, smaller)
+    with clock("report"):
+        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
+        plan = Plan(
+            groups,
+            pack_inputs(*coupling.example),
+            terms.keep,
+            terms.pinned_nodes,
+            fingerprint(model),
+            history(model),
+            terms.heads,
+        )
+        remember(smaller, plan)
+        report = Report(
+            params_before=count_parameters(model),
+            params_after=count_parameters(smaller),
+            macs_before=coupling.macs(),
+            macs_after=coupling.macs(left.shape),
+            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
+            pinned=tuple(
+                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
+            ),
+            untouched=coupling.untouched,
+            decisions=coupling.decisions,
+            statistics=tuple(
+                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
+            ),
+            params_pinned=_pinned_parameters(coupling),
+            macs_pinned=_pinned_macs(coupling),
+            parts=coupling.parts,
+            not_one_graph=coupling.not_one_graph,
+            not_set=coupling.not_set,
+        )
+    return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def _pinned_parameters(coupling: Coupling) -> int:
+    """Elements of the parameters that keep their shape whatever goes."""
+    tensors = coupling.parameters.values()
+    return sum(
+        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
+    )
+
+
+def _pinned_macs(coupling: Coupling) -> int:
+    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
+    return coupling.macs(
+        of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
+    )
+
+
+def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
+    """train() or eval() as in the original, module by module."""
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in smaller.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, model.training)
+
+
+def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
+    """The plans of a chain that lead from this model to the end: all, or those after the stage
+    that it is the model of.
+    """
+    chain = plan.chain
+    done = history(model)
+    if done in chain[:-1]:
+        return chain[chain.index(done) + 1 :]
+    found = fingerprint(model)
+    return next((chain[i:] for i, stage in enumerate(chain) if stage.fingerprint == found), chain)
+
+
+def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
+    coupling, survivors, clock = replay(stage, model)
+    return emitted(model, coupling, survivors, terms_of(stage), clock)
+
+
+def replay(
+    plan: Plan, model: nn.Module, example: Any = None
+) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
+    if fingerprint(model) != plan.fingerprint:
+        raise PlanError(
+            f"the plan was made for another architecture than this {type(model).__name__}: names "
+            "or shapes of its parameters differ. Build the model exactly as it was when the plan "
+            "was made."
+        )
+    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    unknown = [name for name in (*plan.keep, *plan.heads) if name not in known]
+    if unknown:
+        raise PlanError(
+            f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. "
+            "Prune anew."
+        )
+    clock = Clock()
+    call = (
+        read(example)
+        if example is not None and holds_objects(plan.inputs)
+        else unpack_inputs(plan.inputs)
+    )
+    coupling = label_and_couple(model, call, terms_of(plan), clock)
+    found, planned = (
+        {g.name: g.size for g in coupling.groups},
+        {g.name: g.size for g in plan.groups},
+    )
+    if found != planned:
+        names = sorted(set(found.items()) ^ set(planned.items()))
+        raise PlanError(
+            f"the plan's groups are not those of this {type(model).__name__} (first difference: "
+            f"{names[0]}). Prune anew."
+        )
+    return coupling, {g.name: g.kept for g in plan.groups}, clock
+
+
+def proofs(
+    plan: Plan, model: nn.Module, smaller: nn.Module, example_inputs: Any, **options: Any
+) -> Iterator[Verification]:
+    """Prove a pruned model, stage by stage (see :func:`fxprune.verification.check`)."""
+    stages = stages_of(plan, model)
+    for stage in stages:
+        coupling, survivors, clock = replay(stage, model, example_inputs)
+        last = stage is stages[-1]
+        after = (
+            smaller if last else emitted(model, coupling, survivors, terms_of(stage), clock).model
+        )
+        yield check(
+            model, after, stage, coupling, survivors, example_inputs=example_inputs, **options
+        )
+        model = after
