@@ -25,7 +25,8 @@ from fxprune.coupling import Coupling
 from fxprune.criteria import Ranking
 from fxprune.errors import BudgetError
 from fxprune.knapsack import best_options
-from fxprune.widths import Kinds, Polynomial, Pool, kinds_of, macs_of, params_of
+from fxprune.polynomials import Polynomial, macs_of, params_of
+from fxprune.widths import Kinds, Pool, kinds_of
 
 __all__ = ["Descent", "Timed", "WidthCost", "step_of"]
 

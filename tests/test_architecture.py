@@ -47,6 +47,7 @@ LAYERS = [
     "analysis",
     "sparsity",
     "widths",
+    "polynomials",
     "calibration",
     "criteria",
     "plan",

@@ -25,9 +25,10 @@ from fxprune.latency.forecast import Forecast
 from fxprune.latency.layers import Layer, record
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table, cache_folder, device_name
+from fxprune.polynomials import Sizes, macs_of, params_of
 from fxprune.report import LatencyRow, Report
 from fxprune.selection import select
-from fxprune.widths import Sizes, kinds_of, macs_of, params_of, pools_of
+from fxprune.widths import kinds_of, pools_of
 from tests.support.checking import assert_unharmed, randomise, snapshot
 from tests.support.counting import CheckedCounter
 from tests.support.families import FAMILIES, Family

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.cost import count_parameters
+from fxprune.polynomials import Polynomial, macs_of, params_of
 from fxprune.rewrite import Survivors
-from fxprune.widths import Kinds, Polynomial, Pool, kinds_of, macs_of, params_of, pools_of
+from fxprune.widths import Kinds, Pool, kinds_of, pools_of
 from tests.specs import build, example, networks
 from tests.zoo import CASES
 from tests.zoo.case import Case

@@ -9,10 +9,9 @@ bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,9 +43,9 @@ from fxprune.cli.options import (
     Weights,
     criterion_of,
     latency_setting,
-    listed,
     options_of,
-    sizes,
+    settings_of,
+    several_criteria,
     units_of,
 )
 from fxprune.cli.printing import (
@@ -62,7 +61,7 @@ from fxprune.cli.terminal import dumps, errors_to_stderr, read_text, stage, writ
 from fxprune.deploy import deploy
 from fxprune.errors import ArgumentError
 from fxprune.export import export as write_exported
-from fxprune.latency import MODES, PRECISIONS, Setting, measure
+from fxprune.latency import MODES, PRECISIONS, measure
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned
 from fxprune.version import __version__
@@ -313,18 +312,12 @@ def compare(
             latency,
             setting,
         )
-        names = listed(criteria)
-        if len(set(names)) < 2 or len(set(names)) < len(names):
-            raise ArgumentError(
-                f"--criteria {criteria!r} must name two criteria or more, each once, as "
-                "--criteria cpmc,l1."
-            )
-        found = {name: criterion_of(name) for name in names}
+        found = several_criteria(criteria)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         results = {}
-        for name in names:
+        for name, own in found.items():
             with stage(f"pruning by {name}"):
-                results[name] = api.prune(module, example_inputs, criterion=found[name], **options)
+                results[name] = api.prune(module, example_inputs, criterion=own, **options)
         if as_json:
             typer.echo(dumps(comparison_to_dict(results)), nl=False)
         else:
@@ -373,19 +366,7 @@ def bench(
     """
     with errors_to_stderr():
         found = criterion_of(criterion)
-        named: dict[str, list[Any]] = {
-            "--precision": listed(precisions),
-            "--mode": listed(modes),
-            "--batch": sizes(batches),
-        }
-        empty = [option for option, values in named.items() if not values]
-        if empty:
-            raise ArgumentError(
-                f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode "
-                "eager --batch 1,64."
-            )
-        every = itertools.product(named["--precision"], named["--mode"], named["--batch"])
-        settings = [Setting(device, own, mode, channels_last, batch) for own, mode, batch in every]
+        settings = settings_of(device, precisions, modes, batches, channels_last)
         module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
         models = {"as given": module}
         if any(budget is not None for budget in (channels, macs, params, layers)):

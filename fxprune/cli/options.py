@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ __all__ = [
     "latency_setting",
     "listed",
     "options_of",
+    "settings_of",
+    "several_criteria",
     "sizes",
     "units_of",
 ]
@@ -300,3 +303,45 @@ def sizes(text: str) -> list[int]:
         raise ArgumentError(
             f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64."
         ) from None
+
+
+def several_criteria(names: str) -> dict[str, Any]:
+    """The criteria of ``compare``, by name.
+
+    Raises
+    ------
+    ArgumentError
+        If they are fewer than two, or one is named twice.
+    """
+    found = listed(names)
+    if len(set(found)) < 2 or len(set(found)) < len(found):
+        raise ArgumentError(
+            f"--criteria {names!r} must name two criteria or more, each once, as --criteria "
+            "cpmc,l1."
+        )
+    return {name: criterion_of(name) for name in found}
+
+
+def settings_of(
+    device: str | None, precisions: str, modes: str, batches: str, channels_last: bool
+) -> list[Setting]:
+    """Every combination of what ``bench`` is given, each a list with commas.
+
+    Raises
+    ------
+    ArgumentError
+        If a list is empty.
+    """
+    named: dict[str, list[Any]] = {
+        "--precision": listed(precisions),
+        "--mode": listed(modes),
+        "--batch": sizes(batches),
+    }
+    empty = [option for option, values in named.items() if not values]
+    if empty:
+        raise ArgumentError(
+            f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager "
+            "--batch 1,64."
+        )
+    every = itertools.product(named["--precision"], named["--mode"], named["--batch"])
+    return [Setting(device, own, mode, channels_last, batch) for own, mode, batch in every]

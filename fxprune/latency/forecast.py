@@ -22,7 +22,8 @@ from fxprune.latency.measuring import Setting, batch_of, prepared, running
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
 from fxprune.ops import Contraction
-from fxprune.widths import Kinds, Polynomial, Pool, Sizes, Sum, kinds_of, pools_of, products_of
+from fxprune.polynomials import Polynomial, Sizes, Sum, products_of
+from fxprune.widths import Kinds, Pool, kinds_of, pools_of
 
 __all__ = ["Forecast"]
 

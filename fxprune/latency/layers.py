@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.inputs import as_call
+from fxprune.polynomials import Sizes
 from fxprune.trace import Trace, execute
-from fxprune.widths import Sizes
 
 __all__ = ["Layer", "LayerTensor", "Prepare", "record"]
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from fxprune.trace.arguments import example_of
 from fxprune.trace.decisions import formula
+from fxprune.trace.execution import execute
 from fxprune.trace.lines import following, user_line
 from fxprune.trace.meta_copy import (
     MetaCopy,
@@ -33,7 +34,7 @@ from fxprune.trace.meta_copy import (
 )
 from fxprune.trace.takeover import plain_attention, slow_path
 from fxprune.trace.traced import Trace
-from fxprune.trace.tracer import execute, is_leaf
+from fxprune.trace.tracer import is_leaf
 from fxprune.trace.values import SizeTuple
 from fxprune.trace.whole import trace
 

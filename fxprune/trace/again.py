@@ -23,6 +23,7 @@ from fxprune.state import (
     first_difference,
     follows_inputs,
 )
+from fxprune.trace.constants import MADE_FROM_INPUT
 from fxprune.trace.decisions import number_decides
 from fxprune.trace.lines import following, takes_functions, user_line
 from fxprune.trace.lookups import Lookup, unanswered
@@ -31,7 +32,7 @@ from fxprune.trace.meta_copy import (
 )
 from fxprune.trace.takeover import taken_over
 from fxprune.trace.traced import DRAWS, Trace
-from fxprune.trace.tracer import MADE_FROM_INPUT, Tracer
+from fxprune.trace.tracer import Tracer
 
 __all__ = [
     "does_the_same",

@@ -28,7 +28,7 @@ from fxprune.errors import FxpruneError
 from fxprune.inputs import Arguments
 from fxprune.reach import Entry, Reach
 from fxprune.state import AttributeChange, Attributes, carried, values_read
-from fxprune.trace.tracer import execute
+from fxprune.trace.execution import execute
 
 __all__ = ["forgotten_caches"]
 

@@ -20,8 +20,8 @@ from fxprune.contents import tensors_of
 from fxprune.memory import writes
 from fxprune.ops.running import ShapeMode
 from fxprune.regions import enter, leave
+from fxprune.trace.execution import execute
 from fxprune.trace.meta_copy import MetaCopy
-from fxprune.trace.tracer import execute
 
 __all__ = ["overwrites_what_is_kept"]
 
