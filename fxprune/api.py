@@ -197,7 +197,7 @@ def prune(
     pruned, coupling, survivors = smaller_model(
         model, example, example_inputs, terms, criterion, budget, setting, clock
     )
-    trusted = sorted(coupling.context.trusted)
+    trusted = sorted(coupling.context.found.trusted)
     if verify or (verify is None and trusted):
         with clock("verify"):
             found = prove(model, pruned, coupling, survivors, example_inputs, trusted)

@@ -34,23 +34,23 @@ class LabelMode(dispatch.DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
-            self.context.writes.add(self.context.node)
+            self.context.found.writes.add(self.context.node)
         if seen_whole(func):
-            self.context.noted = ()
+            self.context.found.noted = ()
             out = self._execute(func, args, kwargs)
             self.context.carry_causes(
                 dispatch.tensors_in(args, kwargs), dispatch.tensors_in((out,), {})
             )
             if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
-                self.context.events.append(
-                    Event(self.context.node, func, out, self.context.noted, self)
+                self.context.found.events.append(
+                    Event(self.context.node, func, out, self.context.found.noted, self)
                 )
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
             # whose sizes are no numbers
             nested = any(tensor.is_nested for tensor in dispatch.tensors_in(args, kwargs))
             if not nested and op_macs(func, args, kwargs, out):
-                self.context.contractions.append(
+                self.context.found.contractions.append(
                     Contraction(self.context.node, func, args, kwargs, out)
                 )
             return out
@@ -59,7 +59,7 @@ class LabelMode(dispatch.DispatchMode):
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx = self.context
-        ctx.ran.setdefault(ctx.node, []).append((func, args, kwargs))
+        ctx.found.ran.setdefault(ctx.node, []).append((func, args, kwargs))
         own = ops.find(func)
         tensors = dispatch.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
@@ -76,23 +76,23 @@ class LabelMode(dispatch.DispatchMode):
         else:
             out = run(func, args, kwargs)
         if own is None:
-            ctx.positional.add(ctx.node)
+            ctx.found.positional.add(ctx.node)
             for tensor in tensors:
                 ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
         elif labelled or out.is_floating_point():
             bound = ops.bind(func, args, kwargs)
             self._follow(own, func, bound, out)
             if not keeps_order(ctx, own, bound):
-                ctx.positional.add(ctx.node)
-            if own.kind is Kind.MOVES and ctx.node in ctx.positional:
-                ctx.moved.add(ctx.node)
+                ctx.found.positional.add(ctx.node)
+            if own.kind is Kind.MOVES and ctx.node in ctx.found.positional:
+                ctx.found.moved.add(ctx.node)
         return out
 
     def _follow(self, own: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
         """Let an op's rule say what its result carries."""
         ctx = self.context
         if own.of_user:
-            ctx.trusted.add(func._schema.name)
+            ctx.found.trusted.add(func._schema.name)
         try:
             own.follow(ctx, func, bound, out)
         except Exception as error:

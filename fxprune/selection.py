@@ -125,7 +125,7 @@ def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
     """
     context = coupling.context
     needed = np.zeros(context.units.count, dtype=bool)
-    for labels in context.pairs:
+    for labels in context.found.pairs:
         needed[context.units.live(labels)] = True
     return [min(2, pool.width) if needed[pool.labels].any() else 1 for pool in pools]
 

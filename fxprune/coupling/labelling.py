@@ -140,7 +140,7 @@ class Labelling:
             if len(f.dims) == 1
         }
         asked = [own[number] for name in names for number in self._axes(name) if number in own]
-        for labels, along in context.heads:
+        for labels, along in context.found.heads:
             if any(np.isin(units.find(labels), units.find(one)).any() for one in asked):
                 context.tie(labels, along)
         ties = {}
@@ -163,7 +163,12 @@ class Labelling:
                 name = traced.prefix + node.name
                 read = any(traced.prefix + user.name not in out for user in node.users)
                 call = node.op in ("call_function", "call_method")
-                if call and not read and not node.is_impure() and name not in self.context.writes:
+                if (
+                    call
+                    and not read
+                    and not node.is_impure()
+                    and name not in self.context.found.writes
+                ):
                     out.add(name)
         return out
 

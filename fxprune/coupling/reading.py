@@ -64,7 +64,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
             replace(ran, share=share_of[ran.node])
             if ran.node in share_of
             else _of_python(ran, context, share)
-            for ran in context.contractions
+            for ran in context.found.contractions
             if ran.node in share_of or ran.node.startswith(PYTHON)
         ),
     )
@@ -85,7 +85,7 @@ def _cost_shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
 
 def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contraction:
     """What Python code contracts, without the data; at full width where it sees that."""
-    wide = context.wide[0] if context.wide else np.zeros(0, dtype=np.int64)
+    wide = context.found.wide[0] if context.found.wide else np.zeros(0, dtype=np.int64)
     whole = any(
         np.isin(f.labels, wide).any() for tensor in ran.tensors for f in context.fields(tensor)
     )
@@ -143,7 +143,7 @@ def _groups_of(
     _connect_cells(graph, by_signature, signature, units, balance)
     statistics = [
         (node, np.unique(np.concatenate([context.units.live(a).ravel() for a in arrays])))
-        for (node, _), arrays in context.statistics.items()
+        for (node, _), arrays in context.found.statistics.items()
     ]
     keys_of: dict[Axis, list[int]] = {}
     for key, alike in by_signature.items():

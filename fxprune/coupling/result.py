@@ -196,7 +196,7 @@ class Coupling:
         """Dimensions of a tensor between parts that keep their size, because Python code that is
         not traced reads them.
         """
-        wide = self.context.wide
+        wide = self.context.found.wide
         return sorted(
             {
                 self.shrinking_dim(a)
@@ -305,9 +305,9 @@ class Coupling:
             )
         record = self.context.record(tensor)
         number = record.axes[dim] if record is not None and record.axes else -1
-        if number in self.context.scale_axes:
+        if number in self.context.found.scale_axes:
             return "scale"
-        return "dependent" if number in self.context.summed_axes else "own"
+        return "dependent" if number in self.context.found.summed_axes else "own"
 
     @door
     def parameter_labels(self, name: str) -> list[Array]:

@@ -125,7 +125,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
             for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
                 summed_up = (
                     not np.isin(labels[labels > 0], left).any()
-                    and name not in coupling.context.positional
+                    and name not in coupling.context.found.positional
                 )
                 if name in contracting or summed_up:
                     out.setdefault(node, []).append((operand, labels))

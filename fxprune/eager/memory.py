@@ -84,7 +84,9 @@ class LabelledMemory:
             self.see_whole(given)
 
     def see_whole(self, tensors: Collection[Tensor]) -> None:
-        self.context.wide += [f.labels for tensor in tensors for f in self.context.fields(tensor)]
+        self.context.found.wide += [
+            f.labels for tensor in tensors for f in self.context.fields(tensor)
+        ]
 
     def _is_models(self, tensor: Tensor) -> bool:
         """A parameter or buffer is known by itself, also where its memory is, until ``w.data = h``

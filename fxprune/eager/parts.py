@@ -58,7 +58,7 @@ class Parts:
         self._untrained, self.decided, self._by = explored.untrained, explored.decided, explored.by
         results = []
         for route in explored.routes:
-            contractions = len(self.context.contractions)
+            contractions = len(self.context.found.contractions)
             try:
                 results.append(self._run(explored.parts, args, kwargs, route))
             except Exception:
@@ -70,7 +70,7 @@ class Parts:
                 )
             # what is computed there is not what the example costs
             if route is not explored.routes[0]:
-                del self.context.contractions[contractions:]
+                del self.context.found.contractions[contractions:]
         self._leave_whole_what_training_may_call()
         inside = IdentityMap(
             (t, None)
@@ -178,7 +178,7 @@ class Parts:
         wide, before = (
             np.unique(
                 np.concatenate(
-                    [np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.wide)]
+                    [np.zeros(0, np.int64), *(ctx.units.live(a).ravel() for a in ctx.found.wide)]
                 )
             ),
             -1,
@@ -195,7 +195,7 @@ class Parts:
                         ctx.node = "python"
                         ctx.pin(f.labels, "is read in Python code that is not traced")
                     wide = np.union1d(wide, f.labels[f.labels > 0])
-        ctx.wide = [wide]
+        ctx.found.wide = [wide]
 
     def _traced(self, path: str, args: Any, kwargs: Any, training: bool) -> Trace:
         """A call of a part, under labels: its graph for evaluation, or for training where that is
@@ -215,7 +215,7 @@ class Parts:
         laid out as there.
         """
         ctx = self.context
-        before, ctx.ran = ctx.ran, {}
+        before, ctx.found.ran = ctx.found.ran, {}
         watch = self.watch(f"{path}:train." if training else f"{path}:")
         traced = replace(
             trace(self.meta_copy.part(path), *inputs, watch=watch, training=training), path=path
@@ -223,7 +223,7 @@ class Parts:
         first = self.traces.setdefault((path, training), traced)
         if first is not traced:
             self._laid_out_alike(first, traced)
-        ctx.ran = {**before, **ctx.ran} if first is traced else before
+        ctx.found.ran = {**before, **ctx.found.ran} if first is traced else before
         for value in traced.placeholders:
             self._handed += [
                 (leaf, False, isinstance(value, Tensor)) for leaf in tensors_of(value)

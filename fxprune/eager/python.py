@@ -109,7 +109,7 @@ class SizeReader(TorchFunctionMode):
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
             self.mode.memory.meet([args[0]])
-            self.mode.context.wide += [f.labels for f in self.mode.context.fields(args[0])]
+            self.mode.context.found.wide += [f.labels for f in self.mode.context.fields(args[0])]
         for width in _widths(_number_arguments(name, args, kwargs)):
             width.told()
         before, self.mode.widths = (
@@ -134,7 +134,9 @@ class SizeReader(TorchFunctionMode):
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
             sizes[dim] = Width(
-                int(sizes[dim]), functools.partial(_live, context, labels), context.wide.extend
+                int(sizes[dim]),
+                functools.partial(_live, context, labels),
+                context.found.wide.extend,
             )
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
@@ -245,10 +247,10 @@ class RealMode(LabelMode):
         """Carry labels on, and note whose width the call must see."""
         ctx, tensors = self.context, tensors_in(args, kwargs)
         if rule is None:
-            ctx.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
+            ctx.found.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
             return
         before = [f.labels for t in tensors for f in ctx.fields(t)]
-        statistics = len(ctx.statistics)
+        statistics = len(ctx.found.statistics)
         bound = ops.bind(func, args, kwargs)
         if any(tensor in ctx.records for tensor in tensors) or (
             isinstance(out, Tensor) and out.is_floating_point()
@@ -261,11 +263,11 @@ class RealMode(LabelMode):
                 ]
                 for labels in measured:
                     ctx.unite(f.labels.ravel(), labels.ravel())
-                ctx.wide += [] if measured else [f.labels]
+                ctx.found.wide += [] if measured else [f.labels]
             return
         if not self._narrows(func, args, kwargs, rule, out, statistics):
-            ctx.wide += [*before, *(a for width in self.widths for a in width.labels)]
-            ctx.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
+            ctx.found.wide += [*before, *(a for width in self.widths for a in width.labels)]
+            ctx.found.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
 
     def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry labels through a call on no elements: the labels that it carries on some are found
@@ -283,7 +285,7 @@ class RealMode(LabelMode):
             self._note(func, ops.find(func), own, named, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
-            ctx.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
+            ctx.found.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
             pairs = [(leaf, None) for leaf in tree_leaves(out)]
         for leaf, stand_in in pairs:
             if isinstance(leaf, Tensor):
@@ -317,7 +319,7 @@ class RealMode(LabelMode):
             if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
             and f.labels.ndim == tensor.dim()
         ]
-        self.context.wide += [f.labels for f in fields if f not in fit]
+        self.context.found.wide += [f.labels for f in fields if f not in fit]
         self.context.put(tensor, fit)
         self.memory.note([tensor], True)
 
@@ -326,11 +328,11 @@ class RealMode(LabelMode):
     ) -> bool:
         """Whether the same call does the right thing on fewer channels."""
         ctx, name = self.context, ops.name_of_op(func)
-        if ctx.rescaled.pop(ctx.node, None) is not None:
+        if ctx.found.rescaled.pop(ctx.node, None) is not None:
             return False
-        if len(ctx.statistics) > statistics:
+        if len(ctx.found.statistics) > statistics:
             # they are taken at full width, where zeros count as in the masked original
-            ctx.statistics.popitem()
+            ctx.found.statistics.popitem()
             return False
         bound = ops.bind(func, args, kwargs)
         if rule.kind is Kind.COMPUTES and bound.get("groups", 1) > 1:

@@ -16,7 +16,8 @@ from fxprune.ops import (
     resampling,
     reshaping,
 )
-from fxprune.ops.context import READS_INPUT, Context, Contraction, Event, Record, Sighting
+from fxprune.ops.context import Context
+from fxprune.ops.records import READS_INPUT, Contraction, Event, Record, Sighting
 from fxprune.ops.table import (
     OPS,
     Axes,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fxprune.labels import Field
 from fxprune.ops import literals, macs
-from fxprune.ops.context import Context, Operand
+from fxprune.ops.context import Context
+from fxprune.ops.records import Operand
 from fxprune.ops.shapes import contraction as shapes
 from fxprune.ops.table import Axes, Kind, op, row
 

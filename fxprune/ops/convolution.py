@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxprune.labels import Array, Field, compact
 from fxprune.ops import literals, macs
-from fxprune.ops.context import Context, Operand, Record
+from fxprune.ops.context import Context
+from fxprune.ops.records import Operand, Record
 from fxprune.ops.shapes import contraction as shapes
 from fxprune.ops.table import Axes, Kind, op, own_row, row
 
@@ -62,8 +63,8 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     each = w.shape[0] // groups if transposed else w.shape[1]  # input channels of a group
     if groups > 1:
         if each > 1:
-            ctx.summed_groups.add(ctx.node)
-        elif ctx.node in ctx.summed_groups:
+            ctx.found.summed_groups.add(ctx.node)
+        elif ctx.node in ctx.found.summed_groups:
             # in a smaller model, where one input channel of each group is left: a sum, not a
             # depthwise convolution
             incoming = []

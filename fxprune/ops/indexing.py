@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fxprune.labels import Field, varied
-from fxprune.ops.context import Context, take
+from fxprune.ops.context import Context
+from fxprune.ops.records import take
 from fxprune.ops.shapes import movement as shapes
 from fxprune.ops.table import Axes, Trait, op, row
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fxprune.labels import Field
 from fxprune.ops import literals
-from fxprune.ops.context import Context, as_torch, from_torch
+from fxprune.ops.context import Context
+from fxprune.ops.records import as_torch, from_torch
 from fxprune.ops.reshaping import reshape
 from fxprune.ops.shapes import movement as shapes
 from fxprune.ops.table import Axes, Trait, moves, name_of_op, row

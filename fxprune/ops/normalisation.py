@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fxprune.labels import Field
 from fxprune.ops import literals, survivors
-from fxprune.ops.context import Context, place
+from fxprune.ops.context import Context
 from fxprune.ops.convolution import channel_fields
+from fxprune.ops.records import place
 from fxprune.ops.shapes import normalisation as shapes
 from fxprune.ops.table import Axes, Kind, Trait, op
 
@@ -103,7 +104,7 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if shared:
         # F.group_norm refuses a batch of one then, if a group is one value
         if x.shape[2:].numel() == 1:
-            ctx.pairs += [f.labels for f in fields]
+            ctx.found.pairs += [f.labels for f in fields]
         for f in fields:
             if groups > 1:
                 ctx.sight(f.labels.reshape(groups, -1), fixed={0})

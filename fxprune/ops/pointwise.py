@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxprune.dispatch import tensors_in
 from fxprune.labels import Field
-from fxprune.ops.context import Context, Met
+from fxprune.ops.context import Context
+from fxprune.ops.records import Met
 from fxprune.ops.shapes import elementwise as shapes
 from fxprune.ops.shapes.common import like_first_shape
 from fxprune.ops.table import Axes, Kind, Trait, name_of_op, op, row

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fxprune.labels import Array, Field
 from fxprune.ops import macs
-from fxprune.ops.context import Context, Operand, place
+from fxprune.ops.context import Context
 from fxprune.ops.convolution import channel_fields
+from fxprune.ops.records import Operand, place
 from fxprune.ops.table import Kind, op, row
 
 _STEPS_REASON = "is an axis of positions that a recurrent layer steps over"

@@ -78,7 +78,7 @@ def _sum_like(
             if f.dims - reduced:
                 ctx.sight(f.labels, fixed=f.dims - reduced)
             if counts:
-                ctx.rescaled.setdefault(ctx.node, []).append(f.labels)
+                ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
     _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 

@@ -202,13 +202,15 @@ class _Emission:
 
     def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         """The ops that a node of the original ran, with their arguments."""
-        return self.coupling.context.ran.get(self.prefix + node.name, [])
+        return self.coupling.context.found.ran.get(self.prefix + node.name, [])
 
     def left_of(self, node: fx.Node) -> tuple[int, int] | None:
         """Of how many elements that a statistic reduces to one how many are left; None if all are,
         or if it is none.
         """
-        mask = self.survivors.mask(self.coupling.context.rescaled.get(self.prefix + node.name, []))
+        mask = self.survivors.mask(
+            self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
+        )
         kept, total = int(np.count_nonzero(mask)), mask.size
         common = math.gcd(kept, total)
         return None if kept == total else (kept // common, total // common)
@@ -348,12 +350,12 @@ class _Emission:
         self.env[new] = run_node(self.context, self.root, new, self.value)
         if op == "get_attr":
             self._label(self.env[new])
-        if self.prefix + node.name in self.coupling.context.rescaled:
+        if self.prefix + node.name in self.coupling.context.found.rescaled:
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
         if isinstance(value, Tensor) and value.is_meta:
             self.standing[value] = self.env[new]
-        if self.prefix + node.name in self.coupling.context.moved:
+        if self.prefix + node.name in self.coupling.context.found.moved:
             self._check_order(node, new, value)
         return new
 
@@ -441,7 +443,7 @@ class _Emission:
         """Whether a node, its arguments as they are, gives the survivors of what it gave
         before.
         """
-        name, seen, value = self.prefix + node.name, self.coupling.context, _value(node)
+        name, seen, value = self.prefix + node.name, self.coupling.context.found, _value(node)
         if node.op == "get_attr" or name in seen.positional or name in seen.rescaled:
             return False
         if not isinstance(value, Tensor) or not value.is_meta:
@@ -630,7 +632,7 @@ def _old_units(coupling: Coupling) -> Context:
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
-    context.summed_groups = coupling.context.summed_groups
+    context.found.summed_groups = coupling.context.found.summed_groups
     return context
 
 

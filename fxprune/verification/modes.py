@@ -119,7 +119,7 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
     ran first.
     """
     found: dict[str, list[Event]] = {}
-    for event in coupling.context.events:
+    for event in coupling.context.found.events:
         prefix = event.node[: max(event.node.rfind(":"), event.node.rfind(".")) + 1]
         own = found.setdefault(prefix, [])
         if not own or own[0].run is event.run:

@@ -226,8 +226,11 @@ class _Text:
         ]
         text = "".join(f" with ({rectangle})" for rectangle in full)
         for verb, arrays in (
-            ("statistics over", [a for own in self.context.statistics.values() for a in own]),
-            ("mean over", [a for own in self.context.rescaled.values() for a in own]),
+            (
+                "statistics over",
+                [a for own in self.context.found.statistics.values() for a in own],
+            ),
+            ("mean over", [a for own in self.context.found.rescaled.values() for a in own]),
         ):
             names = {
                 self._letter(self._run(int(root)))
