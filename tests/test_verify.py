@@ -1028,7 +1028,7 @@ def test_a_layer_in_another_dtype_is_told() -> None:
 def test_a_model_that_is_pruned_wrong_is_not_handed_out() -> None:
     model, x = Hides().eval(), torch.randn(2, 3, 6, 6)
     wrong = mock.patch(
-        "fxprune.rewrite.emit._in_format_of", side_effect=lambda source, taken: taken.flip(0)
+        "fxprune.rewrite.skeleton._in_format_of", side_effect=lambda source, taken: taken.flip(0)
     )
     with wrong, pytest.raises(VerificationError, match="has other values than the plan leaves"):
         fxprune.prune(model, x, channels=0.5, verify=True)

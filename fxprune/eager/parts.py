@@ -26,7 +26,7 @@ from fxprune.identity import IdentityMap
 from fxprune.memory import Undone
 from fxprune.ops import Context, Record
 from fxprune.trace import MetaCopy, Trace, trace
-from fxprune.trace.values import map_leaves
+from fxprune.trace.tensors import map_leaves
 
 __all__ = ["Parts"]
 

@@ -30,7 +30,7 @@ from fxprune.module_sizes import remembered
 from fxprune.ops import Context, Kind
 from fxprune.propagation import LabelMode
 from fxprune.trace import SizeTuple, user_line
-from fxprune.trace.values import map_leaves
+from fxprune.trace.tensors import map_leaves
 
 __all__ = ["PYTHON", "RealMode", "SizeReader", "note_sizes"]
 

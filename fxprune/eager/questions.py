@@ -27,7 +27,7 @@ from fxprune.contents import leaves_of, tensors_of
 from fxprune.identity import IdentityMap
 from fxprune.ops import Trait, has
 from fxprune.trace.lines import is_ours, user_frames, user_line
-from fxprune.trace.values import map_leaves
+from fxprune.trace.tensors import map_leaves
 
 __all__ = ["PART", "CodePlace", "Questions", "plain_sizes"]
 

@@ -88,7 +88,7 @@ def run_route(
 ) -> tuple[Any, Decisions]:
     """What the model, a private copy, returns on this route, run under these contexts."""
     args, kwargs = route.call or (args, kwargs)
-    found: list[AbstractContextManager[Any]] = [Found()] if route.finds else []
+    found: list[AbstractContextManager[Any]] = [ChosenSome()] if route.finds else []
     if route.turned:
         questions = Questions([*model.parameters(), *model.buffers()], dict(route.turned))
         inside = (questions, questions.counting(), *inside)
@@ -166,7 +166,7 @@ def _is_another(change: AttributeChange) -> bool:
 
 
 def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
-    watch, found = Found(finds=False), Routes([])
+    watch, found = ChosenSome(finds=False), Routes([])
     _add(
         found,
         lambda answers: followed(meta_copy.instance(), args, kwargs, answers, watch)[1],
@@ -210,7 +210,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-class Found(DispatchMode):
+class ChosenSome(DispatchMode):
     """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there
     instead.
 

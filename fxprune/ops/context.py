@@ -20,6 +20,7 @@ from fxprune.ops.labelled import Labelled
 from fxprune.ops.records import (
     Met,
     Operand,
+    Record,
     partner_of,
     place,
     take,

@@ -32,10 +32,10 @@ from fxprune.trace.meta_copy import (
     put_tensors,
     set_mode,
 )
+from fxprune.trace.sequences import SizeTuple
 from fxprune.trace.takeover import plain_attention, slow_path
 from fxprune.trace.traced import Trace
 from fxprune.trace.tracer import is_leaf
-from fxprune.trace.values import SizeTuple
 from fxprune.trace.whole import trace
 
 __all__ = [

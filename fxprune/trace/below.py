@@ -17,14 +17,9 @@ from fxprune.trace.execution import (
 )
 from fxprune.trace.guards import Guarded
 from fxprune.trace.lines import user_line
+from fxprune.trace.sequences import TracedPieces
 from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_traced_sizes
-from fxprune.trace.values import (
-    Traced,
-    TracedPieces,
-    TracedTensor,
-    find_traced,
-    map_leaves,
-)
+from fxprune.trace.tensors import Traced, TracedTensor, find_traced, map_leaves
 
 __all__ = ["BelowPython"]
 

@@ -11,13 +11,10 @@ import torch
 from torch import fx
 
 from fxprune.errors import TraceError
+from fxprune.trace.asks import asks_device
 from fxprune.trace.decisions import formula
 from fxprune.trace.lines import UNKNOWN, user_line
-from fxprune.trace.values import (
-    SizeTuple,
-    TracedPieces,
-    asks_device,
-)
+from fxprune.trace.sequences import SizeTuple, TracedPieces
 
 __all__ = [
     "CONSTANTS",

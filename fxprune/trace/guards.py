@@ -23,11 +23,9 @@ from fxprune.trace.execution import (
 )
 from fxprune.trace.lines import is_ours, user_line
 from fxprune.trace.lookups import Lookup, at
+from fxprune.trace.numbers import Number
 from fxprune.trace.recorder import Recorder
-from fxprune.trace.values import (
-    Number,
-    SizeTuple,
-)
+from fxprune.trace.sequences import SizeTuple
 
 __all__ = ["Guarded"]
 

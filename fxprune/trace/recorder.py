@@ -19,6 +19,7 @@ from fxprune.contents import leaves, tensors_of
 from fxprune.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
 from fxprune.memory import Snapshot, written
+from fxprune.trace.asks import asks_device
 from fxprune.trace.constants import (
     CONSTANTS,
     MADE_FROM_INPUT,
@@ -39,15 +40,10 @@ from fxprune.trace.execution import (
 from fxprune.trace.lines import ElsewhereError, user_line
 from fxprune.trace.lookups import Lookup
 from fxprune.trace.meta_copy import MetaCopy
+from fxprune.trace.numbers import Number
 from fxprune.trace.sizes import EVERY
-from fxprune.trace.values import (
-    Number,
-    Traced,
-    TracedTensor,
-    asks_device,
-    map_leaves,
-    stand_in,
-)
+from fxprune.trace.tensors import Traced, TracedTensor, map_leaves
+from fxprune.trace.values import stand_in
 from fxprune.trace.views import lays_out_anew, view_instead
 
 if TYPE_CHECKING:

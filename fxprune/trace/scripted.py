@@ -13,8 +13,8 @@ from torch.utils import checkpoint
 
 from fxprune.errors import TraceError
 from fxprune.trace.lines import user_line
+from fxprune.trace.tensors import find_traced
 from fxprune.trace.tracer import Tracer
-from fxprune.trace.values import find_traced
 
 __all__ = ["applications_followed", "scripts_followed"]
 

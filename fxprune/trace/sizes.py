@@ -19,7 +19,7 @@ import torch
 
 from fxprune.ops import Axes, Trait, has, known, name_of_op, takes_sizes
 from fxprune.reshape import reshape_blocks
-from fxprune.trace.values import TracedTensor
+from fxprune.trace.tensors import TracedTensor
 
 __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]
 

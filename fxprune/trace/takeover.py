@@ -23,8 +23,8 @@ from fxprune.errors import TraceError
 from fxprune.regions import recorded
 from fxprune.trace.lines import user_line
 from fxprune.trace.scripted import applications_followed, scripts_followed
+from fxprune.trace.tensors import find_traced
 from fxprune.trace.tracer import Tracer, is_leaf
-from fxprune.trace.values import find_traced
 from fxprune.turn import TURN
 
 __all__ = ["plain_attention", "slow_path", "taken_over"]

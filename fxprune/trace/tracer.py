@@ -27,6 +27,7 @@ from fxprune.errors import TraceError
 from fxprune.hooks import has_own_forward, is_hooked
 from fxprune.memory import is_again
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
+from fxprune.trace.asks import ASKS, OF_PARAMETERS, asks
 from fxprune.trace.below import BelowPython
 from fxprune.trace.execution import (
     DrawsError,
@@ -35,15 +36,8 @@ from fxprune.trace.execution import (
     unseen,
 )
 from fxprune.trace.lines import user_line
-from fxprune.trace.values import (
-    ASKS,
-    OF_PARAMETERS,
-    TracedTensor,
-    asks,
-    find_traced,
-    map_leaves,
-    stand_in,
-)
+from fxprune.trace.tensors import TracedTensor, find_traced, map_leaves
+from fxprune.trace.values import stand_in
 
 __all__ = ["Tracer", "is_leaf"]
 

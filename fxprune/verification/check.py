@@ -21,6 +21,7 @@ from fxprune.plan import Plan, unpack_inputs
 from fxprune.reach import Reached, undrawn_by
 from fxprune.resized import other_batch, other_sizes
 from fxprune.rewrite import Survivors
+from fxprune.verification.bench import Bench
 from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain_copy
 from fxprune.verification.gradients import check_gradients
@@ -34,7 +35,6 @@ from fxprune.verification.outcomes import (
     RoundingError,
     said,
 )
-from fxprune.verification.runs import Bench
 from fxprune.verification.structure import check_emission
 from fxprune.verification.values import choices, in_single, inputs_of, weights_of
 from fxprune.verification.weights import changed

@@ -12,9 +12,9 @@ from fxprune.contents import leaves
 from fxprune.eager.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.inputs import Arguments
+from fxprune.verification.bench import Bench
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.outcomes import RefusedError, refuse_rounding, said
-from fxprune.verification.runs import Bench
 
 __all__ = ["check_gradients"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.chance import seeded
 from fxprune.contents import leaves, named_tensors
@@ -20,9 +18,9 @@ from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
 from fxprune.inputs import Arguments
 from fxprune.memory import Undone
-from fxprune.reach import AGAIN, Reached, drawing, undrawn_by
+from fxprune.reach import Reached, undrawn_by
 from fxprune.rewrite import Survivors
-from fxprune.verification.comparing import dense, difference, form
+from fxprune.verification.comparing import dense, form
 from fxprune.verification.copies import cut, mask, original, smaller
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
@@ -37,18 +35,14 @@ from fxprune.verification.modes import (
     python_state,
 )
 from fxprune.verification.outcomes import (
-    LIMITS,
     GuardedError,
-    Outcome,
     PrunedFailsError,
     RefusedError,
-    refuse_rounding,
     said,
 )
 from fxprune.verification.structure import is_guard
-from fxprune.verification.values import in_single
 
-__all__ = ["Bench"]
+__all__ = ["Run", "Runs", "taken"]
 
 
 @contextmanager
@@ -63,7 +57,7 @@ def _composites_whole() -> Iterator[None]:
 
 
 @dataclass
-class _Run:
+class Run:
     """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers
     it drew, and dropout's shares.
     """
@@ -77,18 +71,34 @@ class _Run:
 
     def take(self, out: Any) -> None:
         """The model's own output."""
-        self.outputs.append(_taken(out))
+        self.outputs.append(taken(out))
         self.form = form(out)
 
 
-class Bench:
-    """Both models, with one choice of weights in one dtype.
+def taken(out: Any) -> list[Any]:
+    """The leaves of an output, as they are now."""
+    return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
+
+
+def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """What buffers hold; of those that were ``held`` before, if they are given, and have not been
+    exchanged.
+    """
+    return {
+        name: own.clone()
+        for name, own in model.named_buffers()
+        if held is None or held.get(name) is own
+    }
+
+
+class Runs:
+    """Both models, with one choice of weights in one dtype, and how each is run.
 
     Parameters
     ----------
     values:
-        The original's tensors, by name. They become the bench's own: what is removed is
-        overwritten with zeros.
+        The original's tensors, by name. They become its own: what is removed is overwritten with
+        zeros.
     own:
         The pruned model runs on its own tensors instead of the survivors of these.
     """
@@ -135,157 +145,6 @@ class Bench:
             torch.get_default_dtype(),
         )
 
-    @property
-    def limit(self) -> float:
-        """The relative error that is still rounding."""
-        return LIMITS.get(self.dtype, LIMITS[torch.float32])
-
-    def single(self) -> Bench:
-        """The same values in float32."""
-        other = copy.copy(self)
-        other.masked, other.kept = (
-            {name: in_single(value) for name, value in own.items()}
-            for own in (self.masked, self.kept)
-        )
-        return other
-
-    # -- what is compared
-
-    def compare(self, call: Arguments, *, training: bool = False, times: int = 1) -> Outcome:
-        """Run both and compare all that comes out; ``times``: so often, each time on what the time
-        before has left.
-
-        Raises
-        ------
-        RefusedError, PrunedFailsError, GuardedError
-        VerificationError
-            If outputs differ in more than their values, or random numbers cannot be compared.
-        """
-        try:
-            outcome = self._compare([call] * times, training, constant=False)
-        except MismatchError:
-            outcome = None
-        if outcome is not None:
-            return outcome
-        try:
-            return self._compare([call] * times, training, constant=True)
-        except MismatchError as error:
-            raise VerificationError(
-                f"the random numbers of both models cannot be compared: {error}."
-            ) from error
-
-    def _compare(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Outcome:
-        reference, notes = self._reference(calls, training, constant)
-        result, deciding = self._smaller(calls, training, constant, reference.draws)
-        if not notes and _undefined(reference, result):
-            reference, notes = (
-                self._graph(calls, training, constant),
-                ("the traced graph: 0/0 at removed elements",),
-            )
-            result, deciding = self._smaller(calls, training, constant, reference.draws)
-        if (
-            not notes
-            and reference.state != result.state
-            and self._draw_in_python(calls[0], training)
-        ):
-            raise MismatchError("Python code draws them in one model, and not in the other")
-        outcome = self._held(result, reference, deciding, notes)
-        if not outcome.error <= self.limit:
-            second, _ = self._reference(calls, training, constant)
-            if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
-                raise VerificationError(
-                    "the original gives other outputs when it runs again: random numbers that it "
-                    "draws cannot be compared."
-                )
-            for shaken in self.shaken():
-                run, _ = shaken._reference(calls, training, constant)
-                refuse_rounding(
-                    outcome.error, difference(run.outputs, reference.outputs)[0], "what it gives"
-                )
-        return outcome
-
-    def shaken(self) -> Iterator[Bench]:
-        """The same with the original's weights rounded otherwise, several times."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(5):
-            other = copy.copy(self)
-            other.masked = {
-                name: _rounded_otherwise(value, generator) for name, value in self.masked.items()
-            }
-            yield other
-
-    def _held(
-        self,
-        result: _Run,
-        reference: _Run,
-        deciding: list[tuple[Tensor, Tensor]],
-        notes: tuple[str, ...],
-    ) -> Outcome:
-        error, count = difference(result.outputs, reference.outputs)
-        if None not in (reference.form, result.form) and reference.form != result.form:
-            raise VerificationError(
-                f"the pruned model's output has the form {result.form}, the original's "
-                f"{reference.form}."
-            )
-        if reference.dropped != result.dropped:
-            raise VerificationError(
-                f"the pruned model's dropouts drop the shares {result.dropped}, the original's "
-                f"{reference.dropped}."
-            )
-        for mine, yours in deciding:
-            error = max(error, difference(mine, yours)[0])
-        for name, buffer in result.buffers.items():
-            wanted = reference.buffers.get(name)
-            if wanted is not None and name in self.coupling.parameters:
-                wanted = self.survivors.take(self.coupling.parameters[name], wanted)
-                error = max(error, difference([buffer], [wanted])[0])
-        return Outcome(error, count, notes)
-
-    def _draw_in_python(self, call: Arguments, training: bool) -> bool:
-        """Whether Python code of one of the models draws random numbers: it may have been that of
-        another thread.
-        """
-        found = False
-        for model in (self.original(training), self.smaller(training)):
-            args, kwargs = clone(call)
-            with (
-                self._undone(model),
-                self.drawing(),
-                torch.no_grad(),
-                InDtype(self.dtype),
-                drawing(self.model) as drawn,
-            ):
-                model(*args, **kwargs)
-                found |= drawn()
-        return found
-
-    def vary(self, call: Arguments, *, training: bool) -> bool:
-        """Whether both models do something else when they run again on the same values, by a
-        clock, say.
-        """
-        return self._varies(lambda: self.original(training), call) and self._varies(
-            lambda: self.smaller(training), call
-        )
-
-    def _varies(self, copied: Callable[[], nn.Module], call: Arguments) -> bool:
-        first: list[Any] | None = None
-        for _ in range(AGAIN + 1):
-            (args, kwargs), model = clone(call), copied()
-            try:
-                with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype):
-                    out = _taken(model(*args, **kwargs))
-                if first is None:
-                    difference(out, out)
-            except Exception:  # it fails, or gives nothing that can be compared
-                return False
-            try:
-                if first is not None and difference(out, first)[0] > 0.0:
-                    return True
-            except VerificationError:
-                return True
-            first = out if first is None else first
-        return False
-
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Every run draws the same random numbers, also from generators that the model has of its
@@ -313,8 +172,6 @@ class Bench:
             for name, value in values.items()
         }
 
-    # -- the original
-
     def original(self, training: bool) -> nn.Module:
         """The user's model with zeros at what is removed, in the mode that its own train() gives
         each module.
@@ -326,22 +183,14 @@ class Bench:
         }
         return model
 
-    def _reference(
-        self, calls: Sequence[Arguments], training: bool, constant: bool
-    ) -> tuple[_Run, tuple[str, ...]]:
-        try:
-            return self._followed(calls, training, constant), ()
-        except NotFollowedError as error:
-            return self._graph(calls, training, constant), (f"the traced graph: {error}",)
-
-    def _followed(self, calls: Sequence[Arguments], training: bool, constant: bool) -> _Run:
+    def _followed(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Run:
         """The user's own code."""
         model = self.original(training)
         mode, held = (
             Followed(self.events, self.survivors, training, constant),
             dict(model.named_buffers()),
         )
-        run = _Run(draws=mode.draws, dropped=mode.dropped)
+        run = Run(draws=mode.draws, dropped=mode.dropped)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             with mode.inside(path):
@@ -365,12 +214,12 @@ class Bench:
             run.buffers = _buffers(model, held) if training else {}
         return run
 
-    def _graph(self, calls: Sequence[Arguments], training: bool, constant: bool) -> _Run:
+    def _graph(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Run:
         """The traced graph; where there are parts, in the user's code around them."""
         graph = GraphRun(
             self.coupling, self.survivors, self.masked, training=training, constant=constant
         )
-        run = _Run(draws=graph.draws, dropped=graph.dropped)
+        run = Run(draws=graph.draws, dropped=graph.dropped)
         calls, model = clone(calls), self.original(training)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
@@ -392,7 +241,7 @@ class Bench:
                         if self.coupling.parts
                         else graph.run("", args, kwargs)
                     )
-                    run.outputs.append(_taken(out))
+                    run.outputs.append(taken(out))
             except FxpruneError:
                 raise
             except NotFollowedError as error:
@@ -423,8 +272,6 @@ class Bench:
             cut.append(self.survivors.take(labelled, leaf) if narrow else leaf)
         return cut
 
-    # -- the pruned model
-
     def smaller(self, training: bool) -> nn.Module:
         """The pruned model, in the mode that its own train() gives each module: it must be the
         original's.
@@ -449,10 +296,10 @@ class Bench:
 
     def _smaller(
         self, calls: Sequence[Arguments], training: bool, constant: bool, draws: list[Draw]
-    ) -> tuple[_Run, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Run, list[tuple[Tensor, Tensor]]]:
         model = self.smaller(training)
         mode = Replayed(draws, self.survivors, constant)
-        run = _Run(dropped=mode.dropped)
+        run = Run(dropped=mode.dropped)
 
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             out = instead()
@@ -482,41 +329,3 @@ class Bench:
                 f"the pruned model draws {len(mode.ahead)} numbers fewer than the original"
             )
         return run, mode.compared
-
-
-def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    steps = torch.randint(-2, 3, value.shape, generator=generator)
-    return value * (1 + steps.to(value.dtype) * torch.finfo(value.dtype).eps)
-
-
-def _taken(out: Any) -> list[Any]:
-    """The leaves of an output, as they are now."""
-    return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
-
-
-def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """What buffers hold; of those that were ``held`` before, if they are given, and have not been
-    exchanged.
-    """
-    return {
-        name: own.clone()
-        for name, own in model.named_buffers()
-        if held is None or held.get(name) is own
-    }
-
-
-def _undefined(reference: _Run, result: _Run) -> bool:
-    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a
-    removed element spreads so.
-    """
-    pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
-    return any(
-        isinstance(old, Tensor)
-        and isinstance(new, Tensor)
-        and old.shape == new.shape
-        and old.is_floating_point()
-        and bool((old.isnan() & ~new.isnan()).any())
-        for old, new in pairs
-    )

@@ -1,0 +1,311 @@
+"""Whether what was emitted does what the original did: the labels are those of the survivors."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.coupling import Coupling
+from fxprune.dispatch import META
+from fxprune.errors import RewriteError
+from fxprune.identity import IdentityMap
+from fxprune.labels import Array, Field, compact, varied
+from fxprune.memory import Memory
+from fxprune.moments import counts_removed
+from fxprune.ops import Context
+from fxprune.ops.calls import Call, call_of
+from fxprune.propagation import run_node
+from fxprune.rewrite.extents import Extents
+from fxprune.rewrite.numbers import Numbers
+from fxprune.rewrite.survivors import Survivors
+from fxprune.trace import Trace
+
+__all__ = ["Checked", "storage_of", "value_of"]
+
+
+def value_of(node: fx.Node) -> Any:
+    """What a node of the original's graph gave for the example."""
+    return node.meta["val"]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which memory a tensor looks at, also where it has no data."""
+    return tensor.untyped_storage()._cdata
+
+
+def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
+    """Whether a field over several dimensions has one position left along the shrinking one.
+
+    What is left varies along the blocks only, where it would be taken for labels of whole blocks.
+    """
+    return len(varied(before)) > 1 and after.shape[coupling.shrinking_dim(before)] == 1
+
+
+class Checked:
+    """A graph that is emitted node by node, each held against the original."""
+
+    def __init__(
+        self,
+        coupling: Coupling,
+        survivors: Survivors,
+        trace: Trace,
+        root: nn.Module,
+        original: dict[int, Tensor],
+        context: Context,
+        thorough: bool,
+    ) -> None:
+        self.coupling, self.survivors, self.trace, self.root, self.context = (
+            coupling,
+            survivors,
+            trace,
+            root,
+            context,
+        )
+        self.original = original  # by the id of a parameter of the smaller model: the meta copy's
+        self.thorough = thorough
+        self.prefix = trace.prefix
+        self.graph = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        # the values of the new nodes, but for those that nobody has needed yet
+        self.env: dict[fx.Node, Any] = {}
+        # the original's result, for new nodes that need not run
+        self.unrun: dict[fx.Node, Tensor] = {}
+        # for a tensor of the original what stands for it in the smaller model
+        self.standing: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.units = coupling.units[survivors.alive[coupling.units]]
+        self.checked = context.units.version
+        self.numbers = Numbers(
+            Extents(survivors, trace.meta_copy.model, self.ran), self.graph, self.made, self.env
+        )
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Who shares memory with whom in the original's graph."""
+        return Memory(self.trace.graph, self.trace.meta_copy.model)
+
+    def value(self, new: fx.Node) -> Any:
+        """The value of a node of the new graph; of one that was not run, a tensor with the labels
+        of the original's survivors.
+        """
+        if new not in self.env:
+            self.env[new] = self._stand_in(self.unrun[new])
+        return self.env[new]
+
+    def _stand_in(self, old: Tensor) -> Tensor:
+        """A tensor with the labels of what is left of one of the original."""
+        if old not in self.standing:
+            stand_in = self.standing[old] = torch.empty(
+                self.survivors.shape(old), dtype=old.dtype, device=META
+            )
+            self.context.put(stand_in, self._left(old))
+        return self.standing[old]
+
+    def call(self, node: fx.Node) -> Call | None:
+        """The ATen op that a node of the original is, if it is one."""
+        return call_of(node, self.ran(node), self.numbers.old)
+
+    def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """The ops that a node of the original ran, with their arguments."""
+        return self.coupling.context.found.ran.get(self.prefix + node.name, [])
+
+    def left_of(self, node: fx.Node) -> tuple[int, int] | None:
+        """Of how many elements that a statistic reduces to one how many are left; None if all are,
+        or if it is none.
+        """
+        mask = self.survivors.mask(
+            self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
+        )
+        kept, total = int(np.count_nonzero(mask)), mask.size
+        common = math.gcd(kept, total)
+        return None if kept == total else (kept // common, total // common)
+
+    def _label(self, smaller: Any) -> None:
+        """Give what is left of a parameter the units of its elements, when it is first needed."""
+        tensor = self.original.get(id(smaller))
+        if tensor is None or not tensor.is_meta or self.context.record(smaller) is not None:
+            return
+        fields = []
+        for labels in self.coupling.labels(tensor):
+            left = np.ascontiguousarray(
+                self.survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy()
+            )
+            if not _shrank_away(labels, left, self.coupling):
+                fields.append(Field(left, True))
+        self.context.parameter(smaller, "", tuple(-1 for _ in smaller.shape), fields)
+
+    def _commutes(self, node: fx.Node) -> bool:
+        """Whether a node, its arguments as they are, gives the survivors of what it gave
+        before.
+        """
+        name, seen, value = self.prefix + node.name, self.coupling.context.found, value_of(node)
+        if node.op == "get_attr" or name in seen.positional or name in seen.rescaled:
+            return False
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return False
+        for operand in node.all_input_nodes:
+            own = value_of(operand)
+            if isinstance(own, Tensor):
+                if not own.is_meta:
+                    return False
+            elif isinstance(own, (tuple, list, dict)) or self.numbers.shrunk(operand):
+                return False
+        return True
+
+    def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
+        """Labels of units cannot tell two positions of one unit apart: where positions are laid
+        out anew, tell them one by one.
+
+        Every position of every operand gets a number of its own. The emitted node must bring the
+        survivors' numbers to where the original's node brings them.
+        """
+        if node.op == "call_module" and any(
+            True for _ in self.modules[str(node.target)].parameters()
+        ):
+            return
+        operands = [
+            n
+            for n in node.all_input_nodes
+            if isinstance(value_of(n), Tensor) and self.survivors.fields(value_of(n))
+        ]
+        if not operands:
+            return
+        before, after = Context(), Context()
+        before.units.pinning = after.units.pinning = False
+        numbered: dict[fx.Node, list[Array]] = {}
+        for operand in operands:
+            labels = self.coupling.labels(value_of(operand))
+            numbered[operand] = [before.units.fresh(a.size, -1).reshape(a.shape) for a in labels]
+            before.put(value_of(operand), [Field(a, True) for a in numbered[operand]])
+        after.units.fresh(before.units.count - 1, -1)
+        for operand, arrays in numbered.items():
+            old = value_of(operand)
+            taken = [
+                compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays
+            ]
+            after.put(
+                self.value(self.made[operand]),
+                [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1],
+            )
+        count = before.units.count
+        result = run_node(before, self.trace.meta_copy.model, node, value_of)
+        emitted = run_node(after, self.root, new, self.value)
+        for own, old, now in zip(
+            tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True
+        ):
+            if not isinstance(old, Tensor):
+                continue
+            found = [
+                before.units.find(np.where(f.labels < count, f.labels, 0))
+                for f in after.fields(now)
+            ]
+            for f in before.fields(own):
+                left = self.survivors.take(
+                    old, torch.from_numpy(np.ascontiguousarray(f.labels))
+                ).numpy()
+                wanted = compact(before.units.find(left))
+                wanted = np.where(wanted < count, wanted, 0)
+                # labels that were made here, by a dimension that is repeated, say nothing
+                if wanted.size == 1 or not wanted.any():
+                    continue
+                if not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
+                    raise self._mixed(node)
+
+    def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
+        left = self.left_of(node)
+        # they count what is gone by themselves
+        if left is None or counts_removed(new.target):
+            return new
+        call = self.call(node)
+        if call is None or call.name != "mean":
+            raise RewriteError(
+                f"node {node.name!r} ({node.target}) averages inside a larger operation", node.name
+            )
+        scaled = self.graph.call_function(operator.mul, (new, left[0] / left[1]))
+        self.env[scaled] = run_node(self.context, self.root, scaled, self.value)
+        return scaled
+
+    def _check(self, node: fx.Node, old: Any, new: Any) -> None:
+        pairs = (
+            [(old, new)]
+            if isinstance(old, Tensor)
+            else list(zip(tree_leaves(old), tree_leaves(new), strict=True))
+        )
+        for before, after in pairs:
+            if isinstance(before, Tensor):
+                wanted = self.survivors.shape(before)
+                if wanted != list(after.shape):
+                    raise RewriteError(
+                        f"node {node.name!r} ({node.target}) gives {tuple(after.shape)} in the "
+                        f"smaller model, where its labels say {tuple(wanted)} (original: "
+                        f"{tuple(before.shape)}). Pass the module's name in keep= to leave it "
+                        "whole.",
+                        node.name,
+                    )
+        if self.context.units.version != self.checked:
+            self.checked = self.context.units.version
+            if not np.array_equal(self.context.units.find(self.units), self.units):
+                raise self._mixed(node)
+        if node.op != "get_attr":
+            for before, after in pairs:
+                if isinstance(before, Tensor):
+                    self._compare(node, before, after)
+
+    def _compare(self, node: fx.Node, old: Tensor, new: Tensor) -> None:
+        """The labels that the emitted node gives must be those of the original's survivors, in the
+        same order.
+
+        The next node then starts from these: a channel axis that shrank to size 1 has no labels of
+        its own any more.
+        """
+        found = self.context.fields(new)
+        if not self.coupling.labels(old) and not found:
+            return
+        left = self._taken(old)
+        for g in found:
+            # Labels made in this run (padding, expanded dimensions) stand for those that the
+            # original's run made here.
+            right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
+            for _, labels in left:
+                right = right | (g.labels == labels)
+            if left and not right.all():
+                raise self._mixed(node)
+        self.context.put(new, self._left(old, left))
+
+    def _taken(self, old: Tensor) -> list[tuple[Field, Array]]:
+        """Each field of a tensor of the original, and its labels at the survivors."""
+        fields = self.coupling.context.fields(old)
+        return [
+            (
+                f,
+                compact(
+                    self.survivors.take(
+                        old, torch.from_numpy(np.ascontiguousarray(f.labels))
+                    ).numpy()
+                ),
+            )
+            for f in fields
+        ]
+
+    def _left(self, old: Tensor, taken: list[tuple[Field, Array]] | None = None) -> list[Field]:
+        """The fields of what is left of a tensor of the original."""
+        return [
+            Field(labels, f.zero)
+            for f, labels in (self._taken(old) if taken is None else taken)
+            if labels.size > 1 and not _shrank_away(f.labels, labels, self.coupling)
+        ]
+
+    def _mixed(self, node: fx.Node) -> RewriteError:
+        return RewriteError(
+            f"node {node.name!r} ({node.target}) brings channels together that were apart in the "
+            "original. Pass the module's name in keep= to leave it whole.",
+            node.name,
+        )

@@ -1,0 +1,50 @@
+"""What a graph cannot tell of a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fxprune.trace.lines import asker, user_line
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["ASKS", "OF_PARAMETERS", "asks", "asks_device"]
+
+
+_DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
+
+
+ASKS: dict[str, str] = {
+    **dict.fromkeys(
+        ("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"),
+        _DEVICE,
+    ),
+    **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
+    **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
+}
+"""Attributes of a tensor that tell what is the caller's business, and what they tell."""
+
+
+OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
+"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight =
+nn.Parameter(w)`` asks.
+"""
+
+
+def asks(what: str, how: str) -> str:
+    who = asker()
+    if who != "forward":
+        return (
+            f"{who} asks {what} (at {user_line()}), to do something else then, and a graph has "
+            "one path for all answers. Keep that line inside a module of its own."
+        )
+    return (
+        f"forward asks {what} ({how}, at {user_line()}), to do something else then. A graph has "
+        "one path for all answers: hand x.device and x.dtype on, as in device=x.device, or keep "
+        "that line inside a module of its own."
+    )
+
+
+def asks_device(how: str) -> str:
+    return asks(_DEVICE, how)

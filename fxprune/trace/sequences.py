@@ -1,0 +1,103 @@
+"""Sizes and pieces of a tensor: tuples that may have another length for another input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import register_pytree_node
+
+from fxprune.memory import name_of
+
+if TYPE_CHECKING:
+    from fxprune.trace.tracer import Tracer
+
+__all__ = ["SizeTuple", "TracedPieces", "is_cut"]
+
+
+class SizeTuple(tuple[Any, ...]):
+    """What ``x.shape`` gives while tracing: a tuple whose entries stand for ``x.size(i)``."""
+
+    @property
+    def __class__(self) -> type:
+        return torch.Size  # for isinstance(x.shape, torch.Size) in users' code
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return SizeTuple(found) if isinstance(index, slice) else found
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+    def __repr__(self) -> str:
+        return f"torch.Size([{', '.join(map(repr, self))}])"
+
+
+class TracedPieces(tuple[Any, ...]):
+    """What an operation gives that cuts one tensor into a list of them: their number depends on
+    how long that tensor is.
+
+    Whoever asks how many there are holds the graph to this number; ``parts[0]`` asks for no more
+    than that one.
+    """
+
+    tracer: Tracer
+    fx_node: fx.Node
+    counted = False
+
+    def count_parts(self) -> TracedPieces:
+        """Hold the graph to their number."""
+        if not self.counted and not self.tracer.executing:
+            self.counted = True
+            # before entries that another input has not
+            with self.tracer.graph.inserting_before(self.fx_node.next):
+                int(self.tracer.record("call_function", len, (self.fx_node,), {}))
+        return self
+
+    def __len__(self) -> int:
+        return tuple.__len__(self.count_parts())
+
+    def __iter__(self) -> Iterator[Any]:
+        return tuple.__iter__(self.count_parts())
+
+    def __getitem__(self, index: Any) -> Any:
+        first = isinstance(index, int) and 0 <= index < tuple.__len__(self)
+        return tuple.__getitem__(self if first else self.count_parts(), index)
+
+    def __add__(self, other: Any) -> Any:
+        return tuple.__add__(self.count_parts(), other)
+
+    def __mul__(self, times: Any) -> Any:
+        return tuple.__mul__(self.count_parts(), times)
+
+
+register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _: SizeTuple(sizes))
+
+
+# of each a model takes the leaves
+register_pytree_node(TracedPieces, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
+
+
+def is_cut(node: fx.Node) -> bool:
+    """Whether an operation makes a list of tensors out of one: ``split``, ``unbind`` and their
+    kind.
+    """
+    packet = getattr(torch.ops.aten, name_of(node), None)
+    schemas = (
+        ()
+        if packet is None
+        else [getattr(packet, overload)._schema for overload in packet.overloads()]
+    )
+    return any(
+        bool(schema.arguments and schema.returns)
+        and isinstance(schema.arguments[0].type, torch.TensorType)
+        and isinstance(schema.returns[0].type, torch.ListType)
+        for schema in schemas
+    )

@@ -1,0 +1,287 @@
+"""Stand-ins for tensors; what all stand-ins are: a node, and the operators of Python on it."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import magic_methods, reflectable_magic_methods
+
+from fxprune.dispatch import META
+from fxprune.errors import TraceError
+from fxprune.memory import AUGMENTED
+from fxprune.trace.decisions import formula
+from fxprune.trace.lines import user_line
+
+if TYPE_CHECKING:
+    from fxprune.trace.tracer import Tracer
+from fxprune.trace.sequences import TracedPieces
+
+__all__ = ["Operators", "SeenByTorch", "Traced", "TracedTensor", "find_traced", "map_leaves"]
+
+
+class Traced:
+    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to
+    them.
+    """
+
+    fx_node: fx.Node
+    tracer: Tracer
+    claimed: Any
+    """The class that ``isinstance`` sees."""
+
+    @property
+    def __class__(self) -> type:
+        return cast(type, self.claimed)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a stand-in is fixed")
+
+    @property
+    def example(self) -> Any:
+        """The value for the example."""
+        return self.fx_node.meta["val"]
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions a tensor has."""
+        with torch._C.DisableTorchFunction():
+            return int(self.example.dim())
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TraceError(
+            f"forward writes {formula(self.fx_node)} to a file or to another process (at "
+            f"{user_line()}), which a graph cannot do."
+        )
+
+
+class SeenByTorch(Traced):
+    """What torch's functions hand over before they look at it.
+
+    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of
+    the thread that traces sees them.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = find_traced((args, kwargs))
+        if found is None:  # torch asks about its own attributes of the class
+            return func(*args, **kwargs)
+        return found.tracer.on_function(func, args, kwargs)
+
+
+class Operators:
+    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number
+    is a decision.
+    """
+
+    tracer: Tracer
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.decide(self, complex))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self, bool))
+
+
+def _operator(name: str, reflected: bool) -> Callable[..., Any]:
+    function = getattr(operator, name)
+    of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
+
+    def record(self: Any, *others: Any) -> Any:
+        if (
+            of_tensors is not None
+            and isinstance(self, TracedTensor)
+            and self.tracer.is_overridden()
+        ):
+            return of_tensors(self, *others)
+        if any(
+            isinstance(other, (list, str)) or type(other) is tuple for other in others
+        ) and name in ("add", "mul"):
+            return NotImplemented  # a sequence, so often as the number says
+        args = (*others, self) if reflected else (self, *others)
+        return self.tracer.record("call_function", function, args, {})
+
+    return record
+
+
+for _name in filter(operator.__dict__.__contains__, magic_methods):
+    setattr(Operators, f"__{_name.strip('_')}__", _operator(_name, reflected=False))
+
+
+for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
+    setattr(Operators, f"__r{_name.strip('_')}__", _operator(_name, reflected=True))
+
+
+class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
+    """Stands for a tensor; ``example`` is one without data, unless it follows from constants
+    alone.
+
+    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of
+    that class is used.
+    """
+
+    @staticmethod
+    def __new__(cls: Any, node: fx.Node, tracer: Tracer) -> TracedTensor:
+        value: Tensor = node.meta["val"]
+        if value.layout is not torch.strided:
+            raise TraceError(
+                f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a "
+                "graph cannot follow."
+            )
+        made: TracedTensor = Tensor._make_wrapper_subclass(
+            cls,
+            value.size(),
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=value.dtype,
+            device=META,
+            dispatch_sizes_strides_policy="sizes",
+        )
+        made.fx_node = made.node = node
+        made.tracer = tracer
+        tracer.stand_ins.append(weakref.ref(made))
+        return made
+
+    def __init__(self, node: fx.Node, tracer: Tracer) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+
+    claimed = Tensor
+
+    @property
+    def marks(self) -> list[str]:
+        """The names of attributes that forward has set on the tensor: what C++ keeps there, as a
+        capsule and what belongs to it, is none of these.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in _OF_STAND_INS}
+        kept = tuple(name for name, value in own.items() if type(value).__name__ == "PyCapsule")
+        return [name for name in own if not name.startswith(kept)]
+
+    def __copy__(self) -> Any:
+        return self.tracer.record("call_method", "detach", (self,), {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo[id(self)] = self.tracer.record("call_method", "clone", (self,), {})
+        return copied
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = cast(Traced, find_traced((args, kwargs)))
+        return found.tracer.on_dispatch(func, args, kwargs or {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self.tracer.is_overridden():
+            Tensor.__setitem__(self, index, value)
+        else:
+            self.tracer.record("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        if not self.rank:
+            raise TypeError("len() of a 0-d tensor")
+        return int(self.tracer.size_of(self, 0))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self))])
+
+    def __reversed__(self) -> Any:
+        return self.tracer.record("call_method", "flip", (self, 0), {}) if self.rank else self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with torch._C.DisableTorchFunction():
+            return f"{self.fx_node.name}{tuple(self.example.shape)}"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+
+_OF_STAND_INS = frozenset({"fx_node", "node", "tracer"})
+
+
+def _augmented(name: str) -> Callable[..., Any]:
+    """``x += y`` writes into a tensor."""
+
+    def write(self: TracedTensor, other: Any) -> Any:
+        if self.tracer.is_overridden():
+            return getattr(Tensor, f"__{name}__")(self, other)
+        return self.tracer.record("call_function", getattr(operator, name), (self, other), {})
+
+    return write
+
+
+for _name in AUGMENTED:
+    setattr(TracedTensor, f"__{_name}__", _augmented(_name))
+
+
+def find_traced(value: Any) -> Traced | None:
+    """The first stand-in in nested arguments; also one that C++ hands back as a number of
+    torch.
+    """
+    kind = type(value)
+    if issubclass(kind, Traced):
+        return cast(Traced, value)
+    if kind is tuple or kind is list or issubclass(kind, (tuple, list)):
+        entries: Any = value
+    elif issubclass(kind, dict):
+        entries = value.values()
+    elif kind is slice:
+        entries = (value.start, value.stop, value.step)
+    elif kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
+        return getattr(value.node, "number", None)
+    else:
+        return None
+    for entry in entries:
+        found = find_traced(entry)
+        if found is not None:
+            return found
+    return None
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has
+    changed.
+    """
+    kind = type(value)
+    if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
+        entries = [map_leaves(function, entry) for entry in value]
+        kind = tuple if kind is TracedPieces else kind
+        if all(new is old for new, old in zip(entries, value, strict=True)):
+            return value
+        return kind(*entries) if hasattr(value, "_fields") else kind(entries)
+    if kind is dict:
+        pairs = {key: map_leaves(function, entry) for key, entry in value.items()}
+        return value if all(pairs[key] is value[key] for key in value) else pairs
+    if kind is slice:
+        return slice(
+            *(map_leaves(function, bound) for bound in (value.start, value.stop, value.step))
+        )
+    return function(value)

@@ -1,0 +1,223 @@
+"""Holds what both models give against each other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.errors import VerificationError
+from fxprune.inputs import Arguments
+from fxprune.reach import AGAIN, drawing
+from fxprune.verification.comparing import difference
+from fxprune.verification.modes import (
+    InDtype,
+    MismatchError,
+    NotFollowedError,
+    clone,
+)
+from fxprune.verification.outcomes import (
+    LIMITS,
+    Outcome,
+    refuse_rounding,
+)
+from fxprune.verification.runs import Run, Runs, taken
+from fxprune.verification.values import in_single
+
+__all__ = ["Bench"]
+
+
+class Bench(Runs):
+    """Both models, with one choice of weights in one dtype.
+
+    Parameters
+    ----------
+    values:
+        The original's tensors, by name. They become the bench's own: what is removed is
+        overwritten with zeros.
+    own:
+        The pruned model runs on its own tensors instead of the survivors of these.
+    """
+
+    @property
+    def limit(self) -> float:
+        """The relative error that is still rounding."""
+        return LIMITS.get(self.dtype, LIMITS[torch.float32])
+
+    def single(self) -> Bench:
+        """The same values in float32."""
+        other = copy.copy(self)
+        other.masked, other.kept = (
+            {name: in_single(value) for name, value in own.items()}
+            for own in (self.masked, self.kept)
+        )
+        return other
+
+    def compare(self, call: Arguments, *, training: bool = False, times: int = 1) -> Outcome:
+        """Run both and compare all that comes out; ``times``: so often, each time on what the time
+        before has left.
+
+        Raises
+        ------
+        RefusedError, PrunedFailsError, GuardedError
+        VerificationError
+            If outputs differ in more than their values, or random numbers cannot be compared.
+        """
+        try:
+            outcome = self._compare([call] * times, training, constant=False)
+        except MismatchError:
+            outcome = None
+        if outcome is not None:
+            return outcome
+        try:
+            return self._compare([call] * times, training, constant=True)
+        except MismatchError as error:
+            raise VerificationError(
+                f"the random numbers of both models cannot be compared: {error}."
+            ) from error
+
+    def _compare(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Outcome:
+        reference, notes = self._reference(calls, training, constant)
+        result, deciding = self._smaller(calls, training, constant, reference.draws)
+        if not notes and _undefined(reference, result):
+            reference, notes = (
+                self._graph(calls, training, constant),
+                ("the traced graph: 0/0 at removed elements",),
+            )
+            result, deciding = self._smaller(calls, training, constant, reference.draws)
+        if (
+            not notes
+            and reference.state != result.state
+            and self._draw_in_python(calls[0], training)
+        ):
+            raise MismatchError("Python code draws them in one model, and not in the other")
+        outcome = self._held(result, reference, deciding, notes)
+        if not outcome.error <= self.limit:
+            second, _ = self._reference(calls, training, constant)
+            if not notes and difference(second.outputs, reference.outputs)[0] > 0.0:
+                raise VerificationError(
+                    "the original gives other outputs when it runs again: random numbers that it "
+                    "draws cannot be compared."
+                )
+            for shaken in self.shaken():
+                run, _ = shaken._reference(calls, training, constant)
+                refuse_rounding(
+                    outcome.error, difference(run.outputs, reference.outputs)[0], "what it gives"
+                )
+        return outcome
+
+    def shaken(self) -> Iterator[Bench]:
+        """The same with the original's weights rounded otherwise, several times."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(5):
+            other = copy.copy(self)
+            other.masked = {
+                name: _rounded_otherwise(value, generator) for name, value in self.masked.items()
+            }
+            yield other
+
+    def _held(
+        self,
+        result: Run,
+        reference: Run,
+        deciding: list[tuple[Tensor, Tensor]],
+        notes: tuple[str, ...],
+    ) -> Outcome:
+        error, count = difference(result.outputs, reference.outputs)
+        if None not in (reference.form, result.form) and reference.form != result.form:
+            raise VerificationError(
+                f"the pruned model's output has the form {result.form}, the original's "
+                f"{reference.form}."
+            )
+        if reference.dropped != result.dropped:
+            raise VerificationError(
+                f"the pruned model's dropouts drop the shares {result.dropped}, the original's "
+                f"{reference.dropped}."
+            )
+        for mine, yours in deciding:
+            error = max(error, difference(mine, yours)[0])
+        for name, buffer in result.buffers.items():
+            wanted = reference.buffers.get(name)
+            if wanted is not None and name in self.coupling.parameters:
+                wanted = self.survivors.take(self.coupling.parameters[name], wanted)
+                error = max(error, difference([buffer], [wanted])[0])
+        return Outcome(error, count, notes)
+
+    def _draw_in_python(self, call: Arguments, training: bool) -> bool:
+        """Whether Python code of one of the models draws random numbers: it may have been that of
+        another thread.
+        """
+        found = False
+        for model in (self.original(training), self.smaller(training)):
+            args, kwargs = clone(call)
+            with (
+                self._undone(model),
+                self.drawing(),
+                torch.no_grad(),
+                InDtype(self.dtype),
+                drawing(self.model) as drawn,
+            ):
+                model(*args, **kwargs)
+                found |= drawn()
+        return found
+
+    def vary(self, call: Arguments, *, training: bool) -> bool:
+        """Whether both models do something else when they run again on the same values, by a
+        clock, say.
+        """
+        return self._varies(lambda: self.original(training), call) and self._varies(
+            lambda: self.smaller(training), call
+        )
+
+    def _varies(self, copied: Callable[[], nn.Module], call: Arguments) -> bool:
+        first: list[Any] | None = None
+        for _ in range(AGAIN + 1):
+            (args, kwargs), model = clone(call), copied()
+            try:
+                with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype):
+                    out = taken(model(*args, **kwargs))
+                if first is None:
+                    difference(out, out)
+            except Exception:  # it fails, or gives nothing that can be compared
+                return False
+            try:
+                if first is not None and difference(out, first)[0] > 0.0:
+                    return True
+            except VerificationError:
+                return True
+            first = out if first is None else first
+        return False
+
+    def _reference(
+        self, calls: Sequence[Arguments], training: bool, constant: bool
+    ) -> tuple[Run, tuple[str, ...]]:
+        try:
+            return self._followed(calls, training, constant), ()
+        except NotFollowedError as error:
+            return self._graph(calls, training, constant), (f"the traced graph: {error}",)
+
+
+def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    steps = torch.randint(-2, 3, value.shape, generator=generator)
+    return value * (1 + steps.to(value.dtype) * torch.finfo(value.dtype).eps)
+
+
+def _undefined(reference: Run, result: Run) -> bool:
+    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a
+    removed element spreads so.
+    """
+    pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
+    return any(
+        isinstance(old, Tensor)
+        and isinstance(new, Tensor)
+        and old.shape == new.shape
+        and old.is_floating_point()
+        and bool((old.isnan() & ~new.isnan()).any())
+        for old, new in pairs
+    )
