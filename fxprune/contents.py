@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import TraceError
+from fxprune.identity import IdentitySet
 
 __all__ = [
     "every_leaf",
@@ -97,17 +98,17 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
 
 def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
     """All that is no container, whatever holds it; ``lazy`` leaves iterators as they are."""
-    seen: dict[int, Any] = {}
+    seen: IdentitySet[Any] = IdentitySet()
 
     def walk(value: Any) -> Iterator[Any]:
         for leaf in tree_leaves(value, is_leaf=has_tensors_as_keys):
-            if id(leaf) in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
+            if leaf in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
                 continue
             content = None if lazy and isinstance(leaf, Iterator) else _held_by(leaf)
             if content is None:
                 yield leaf
             else:
-                seen[id(leaf)] = leaf
+                seen.add(leaf)
                 yield from walk(content)
 
     return walk(value)
@@ -189,11 +190,11 @@ def _inside(holder: Any, attributes: list[Any]) -> list[Any]:
     """What an object of a class that is written in C refers to: an entry of a list, an argument of
     an exception.
     """
-    known = {id(value) for value in (*attributes, getattr(holder, "__dict__", None))}
+    known = IdentitySet((*attributes, getattr(holder, "__dict__", None)))
     return [
         value
         for value in gc.get_referents(holder)
-        if id(value) not in known and not isinstance(value, (type, *_CODE))
+        if value not in known and not isinstance(value, (type, *_CODE))
     ]
 
 

@@ -1,11 +1,24 @@
-"""Tables and sets of objects, looked up by which object it is and not by its value."""
+"""Tables and sets of objects, looked up by which object it is and not by its value.
+
+The functions at the end do so with what ``copy.deepcopy`` calls a memo: a plain dictionary from
+the ids of objects to what stands in their place in a copy. Who makes one keeps the objects alive.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar, overload
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 
-__all__ = ["IdentityMap", "IdentitySet"]
+__all__ = [
+    "IdentityMap",
+    "IdentitySet",
+    "Memo",
+    "drop_from_memo",
+    "from_memo",
+    "in_memo",
+    "memo_of",
+    "to_memo",
+]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -98,3 +111,47 @@ class IdentitySet(Generic[K]):
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._members.values())
+
+
+Memo: TypeAlias = dict[int, Any]
+
+
+def memo_of(pairs: Iterable[tuple[object, Any]]) -> Memo:
+    """A memo from objects to what stands in their place.
+
+    >>> import copy
+    >>> old, new = [1], [2]
+    >>> copy.deepcopy({"held": old}, memo_of([(old, new)]))
+    {'held': [2]}
+    """
+    return {id(own): made for own, made in pairs}
+
+
+def in_memo(memo: Memo, own: object) -> bool:
+    """Whether something stands in the place of an object."""
+    return id(own) in memo
+
+
+_RAISES = object()
+
+
+def from_memo(memo: Memo, own: object, default: Any = _RAISES) -> Any:
+    """What stands in the place of an object.
+
+    Raises
+    ------
+    KeyError
+        If nothing does, and there is no default.
+    """
+    return memo[id(own)] if default is _RAISES else memo.get(id(own), default)
+
+
+def drop_from_memo(memo: Memo, own: object) -> None:
+    """Leave nothing in the place of an object."""
+    memo.pop(id(own), None)
+
+
+def to_memo(memo: Memo, own: object, made: V) -> V:
+    """Put something in the place of an object, and return it."""
+    memo[id(own)] = made
+    return made

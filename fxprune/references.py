@@ -14,6 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.contents import slots_of
+from fxprune.identity import (
+    IdentitySet,
+    Memo,
+    drop_from_memo,
+    from_memo,
+    in_memo,
+    memo_of,
+    to_memo,
+)
 
 __all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of", "is_filled"]
 
@@ -24,14 +33,14 @@ _CONTAINERS = frozenset(
 )
 
 
-def copied(value: Any, memo: dict[int, Any]) -> Any:
+def copied(value: Any, memo: Memo) -> Any:
     """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default
     arguments.
 
     Parameters
     ----------
     memo:
-        ``id`` of an object -> what stands in its place. The caller keeps these objects alive.
+        What stands in the place of objects (see :mod:`fxprune.identity`).
 
     Functions and methods are the same object again where they refer to none of these, so what a
     closure collects is still collected there.
@@ -41,11 +50,11 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     >>> one, other = [1], [2]
     >>> def reader(held):
     ...     return lambda: held[0]
-    >>> copied({"read": reader(one)}, {id(one): other})["read"](), copied(len, {}) is len
+    >>> copied({"read": reader(one)}, memo_of([(one, other)]))["read"](), copied(len, {}) is len
     (2, True)
     """
-    if id(value) in memo:
-        return memo[id(value)]
+    if in_memo(memo, value):
+        return from_memo(memo, value)
     kind = type(value)
     if kind is types.FunctionType:
         return _function(value, memo) if _refers(value, memo) else value
@@ -60,26 +69,30 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         )
     if kind is weakref.ref:
         held = value()
-        return value if held is None or id(held) not in memo else weakref.ref(memo[id(held)])
+        return (
+            value
+            if held is None or not in_memo(memo, held)
+            else weakref.ref(from_memo(memo, held))
+        )
     if kind is list:
         new: list[Any] = []
-        memo[id(value)] = new
+        to_memo(memo, value, new)
         new.extend(copied(item, memo) for item in value)
         return new
     if kind in _MAPPINGS:
         made: dict[Any, Any] = kind()
-        memo[id(value)] = made
+        to_memo(memo, value, made)
         made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
         return made
     if kind in _COPIED_SEQUENCES:
         return kind(copied(item, memo) for item in value)
     # what a hook has kept of a step of training, say
     if isinstance(value, Tensor) and value.grad_fn is not None:
-        return memo.setdefault(id(value), value.detach().clone())
+        return to_memo(memo, value, value.detach().clone())
     return _deepcopied(value, memo)
 
 
-def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
+def _deepcopied(value: Any, memo: Memo) -> Any:
     """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a
     module object, a stream) is shared.
 
@@ -90,18 +103,19 @@ def _deepcopied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         made = copy.deepcopy(value, trial)
     except Exception as error:
-        trial = memo | {id(held): held for held in _reached(value) if _is_shared(held)}
+        trial = memo | memo_of((held, held) for held in _reached(value) if _is_shared(held))
         try:
             made = copy.deepcopy(value, trial)
         except Exception:
             return _rebuilt(value, memo, error)
-    kept = trial.pop(id(trial), [])  # where deepcopy keeps alive what it has met
+    kept = from_memo(trial, trial, [])  # where deepcopy keeps alive what it has met
+    drop_from_memo(trial, trial)
     memo.update(trial)
-    memo.setdefault(id(memo), []).extend(kept)
+    to_memo(memo, memo, from_memo(memo, memo, [])).extend(kept)
     return made
 
 
-def _rebuilt(value: Any, memo: dict[int, Any], error: Exception) -> Any:
+def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
     """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a
     shared one would change for all.
 
@@ -123,11 +137,13 @@ def _rebuilt(value: Any, memo: dict[int, Any], error: Exception) -> Any:
     if hasattr(kind, "__del__"):
         raise error
     if layout in (tuple, frozenset):
-        made = memo[id(value)] = layout.__new__(
-            kind, [copied(item, memo) for item in layout.__iter__(value)]
+        made = to_memo(
+            memo,
+            value,
+            layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)]),
         )
     else:
-        made = memo[id(value)] = layout.__new__(kind)
+        made = to_memo(memo, value, layout.__new__(kind))
     if layout in _MAPPINGS:
         layout.update(
             made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)}
@@ -192,14 +208,14 @@ HOOKS_CALLED = (
 """Names of the attributes that say how, by the same numbers."""
 
 
-def hooks_apart(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
+def hooks_apart(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
     """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves
     nothing to the user.
     """
     return type(hooks)((key, _hook_apart(hook, memo)) for key, hook in hooks.items())
 
 
-def _hook_apart(hook: Any, memo: dict[int, Any]) -> Any:
+def _hook_apart(hook: Any, memo: Memo) -> Any:
     for container in _collections(hook):
         _copied_apart(container, memo)
     if type(hook) is types.MethodType:
@@ -207,14 +223,14 @@ def _hook_apart(hook: Any, memo: dict[int, Any]) -> Any:
     return copied(hook, memo) if type(hook) is types.FunctionType else _copied_apart(hook, memo)
 
 
-def _copied_apart(value: Any, memo: dict[int, Any]) -> Any:
+def _copied_apart(value: Any, memo: Memo) -> Any:
     """A copy of a container, or of an object and the containers that it has; what is collected in
     them stays the same.
     """
-    if id(value) in memo:
-        return memo[id(value)]
+    if in_memo(memo, value):
+        return from_memo(memo, value)
     if type(value) in _CONTAINERS:
-        made = memo[id(value)] = copy.copy(value)
+        made = to_memo(memo, value, copy.copy(value))
         if isinstance(value, dict):
             made.update((key, _copied_apart(item, memo)) for key, item in value.items())
         elif isinstance(value, list):
@@ -223,24 +239,24 @@ def _copied_apart(value: Any, memo: dict[int, Any]) -> Any:
     if hasattr(value, "__dict__") and not isinstance(
         value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)
     ):
-        made = memo[id(value)] = copy.copy(value)
+        made = to_memo(memo, value, copy.copy(value))
         for name, item in vars(value).items():
             vars(made)[name] = (
                 _copied_apart(item, memo)
                 if type(item) in _CONTAINERS
-                else memo.get(id(item), item)
+                else from_memo(memo, item, item)
             )
         return made
     return value
 
 
-def hooks_of(hooks: dict[int, Any], memo: dict[int, Any]) -> dict[int, Any]:
+def hooks_of(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
     """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given
     ones collect into.
     """
-    memo |= {
-        id(container): container for hook in hooks.values() for container in _collections(hook)
-    }
+    memo |= memo_of(
+        (container, container) for hook in hooks.values() for container in _collections(hook)
+    )
     return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
 
 
@@ -253,12 +269,12 @@ def _collections(function: Any) -> list[Any]:
     )
 
 
-def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+def _rebound(value: Any, memo: Memo) -> Any:
     """The same object where it refers to none of those in ``memo``, else a copy."""
     return copied(value, memo) if _refers(value, memo) else value
 
 
-def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
     cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
     closure = tuple(new for _, new, _ in cells) or None
     named = {
@@ -268,7 +284,7 @@ def _function(function: types.FunctionType, memo: dict[int, Any]) -> types.Funct
     made = types.FunctionType(
         function.__code__, space, function.__name__, function.__defaults__, closure
     )
-    memo[id(function)] = made  # before its cells are filled, which may hold it
+    to_memo(memo, function, made)  # before its cells are filled, which may hold it
     space |= {name: copied(value, memo) for name, value in named.items()}
     made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
@@ -312,7 +328,7 @@ def _file(space: dict[str, Any]) -> dict[str, Any]:
     return space
 
 
-def _globals(function: types.FunctionType, memo: dict[int, Any]) -> dict[str, Any]:
+def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
     """Those of the globals that a function names which may lead to what is replaced; of functions,
     those of the same file.
     """
@@ -321,7 +337,7 @@ def _globals(function: types.FunctionType, memo: dict[int, Any]) -> dict[str, An
         codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
         for name in code.co_names:
             value = space.get(name)
-            replaced = isinstance(value, (nn.Module, Tensor)) and id(value) in memo
+            replaced = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
             if replaced or (
                 isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)
             ):
@@ -329,14 +345,14 @@ def _globals(function: types.FunctionType, memo: dict[int, Any]) -> dict[str, An
     return found
 
 
-def _cell(cell: types.CellType, memo: dict[int, Any]) -> tuple[types.CellType, bool]:
+def _cell(cell: types.CellType, memo: Memo) -> tuple[types.CellType, bool]:
     """The cell in the place of one, which several functions can share, and whether it is a new
     one.
     """
-    fresh = id(cell) not in memo
+    fresh = not in_memo(memo, cell)
     if fresh:
-        memo[id(cell)] = types.CellType()
-    return memo[id(cell)], fresh
+        to_memo(memo, cell, types.CellType())
+    return from_memo(memo, cell), fresh
 
 
 def is_filled(cell: types.CellType) -> bool:
@@ -347,22 +363,22 @@ def is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def _refers(value: Any, memo: dict[int, Any]) -> bool:
+def _refers(value: Any, memo: Memo) -> bool:
     """Whether one of the objects to be replaced is reached from here."""
-    return any(id(own) in memo for own in _reached(value, memo))
+    return any(in_memo(memo, own) for own in _reached(value, memo))
 
 
-def _reached(value: Any, memo: dict[int, Any] | None = None) -> Iterator[Any]:
+def _reached(value: Any, memo: Memo | None = None) -> Iterator[Any]:
     """What is reached from here, each once; what is to be replaced leads no further."""
-    seen: dict[int, Any] = {}
+    seen: IdentitySet[Any] = IdentitySet()
     waiting = [value]
     while waiting:
         own = waiting.pop()
-        if id(own) not in seen:
-            seen[id(own)] = own  # kept alive: a bound method is another object each time
+        if own not in seen:
+            seen.add(own)  # kept alive: a bound method is another object each time
             yield own
-            waiting += _objects_held(own) if memo is None or id(own) not in memo else []
-            if memo is not None and isinstance(own, types.FunctionType) and id(own) not in memo:
+            waiting += _objects_held(own) if memo is None or not in_memo(memo, own) else []
+            if memo is not None and isinstance(own, types.FunctionType) and not in_memo(memo, own):
                 waiting += _globals(own, memo).values()
 
 

@@ -33,6 +33,7 @@ from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchan
 from fxprune.criteria.views import Views, in_single_at_least
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError
+from fxprune.identity import IdentityMap
 from fxprune.memory import Undone
 
 __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
@@ -229,10 +230,10 @@ class Activation(_Reader):
         check_coupling(coupling, model)
         meter = Meter(coupling)
         # Buffers are copied, should a module write to its own.
-        real = {
-            key: t if isinstance(t, nn.Parameter) else t.clone()
+        real = IdentityMap(
+            (key, t if isinstance(t, nn.Parameter) else t.clone())
             for key, t in coupling.meta_copy.real.items()
-        }
+        )
         undone = Undone(dict(model.named_parameters()))
         with (
             undone.afterwards(),

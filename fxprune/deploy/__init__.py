@@ -9,7 +9,6 @@ into its weights, ``layout`` brings these into channels-last order.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +20,7 @@ from fxprune.deploy.layout import LAYOUTS, lay_out, take_any_layout
 from fxprune.doors import door
 from fxprune.errors import ModelError
 from fxprune.hooks import in_mode
+from fxprune.identity import memo_of
 from fxprune.memory import Memory, writes
 from fxprune.rewrite import PrunedModule
 from fxprune.trace import copy_of
@@ -108,9 +108,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor)
     ]
-    memo: dict[int, Any] = {
-        id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf
-    }
+    memo = memo_of((tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_leaf)
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
     return copy_of(model, memo)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxprune.contents import slots_of, tensors_of
+from fxprune.identity import IdentitySet, memo_of
 from fxprune.references import is_filled
 
 __all__ = [
@@ -69,9 +70,9 @@ def take_out_of(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[An
     Returns what was taken out of a dict or an object, by its name there.
     """
     if isinstance(holder, (list, collections.deque)):
-        known = {id(value) for value in before}
+        known = IdentitySet(value for value in before)
         for place in reversed(range(len(holder))):  # others may append meanwhile
-            if id(holder[place]) not in known and holds(holder[place]):
+            if holder[place] not in known and holds(holder[place]):
                 del holder[place]
     elif isinstance(holder, set):
         for value in [
@@ -149,7 +150,7 @@ def content_of(holder: Any) -> Any:
     if isinstance(holder, dict):
         return [*dict.keys(holder), *dict.values(holder)]
     if isinstance(holder, set):
-        return {id(item): item for item in set.__iter__(holder)}
+        return memo_of((item, item) for item in set.__iter__(holder))
     if isinstance(holder, list):
         return [*list.__iter__(holder)]
     if isinstance(holder, collections.deque):

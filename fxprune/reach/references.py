@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxprune.identity import IdentitySet
+
 __all__ = [
     "CALCULATING",
     "NOT_OF_THE_USER",
@@ -69,11 +71,11 @@ nothing.
 """
 
 
-def note_nested(values: Iterable[Any], found: set[int]) -> None:
+def note_nested(values: Iterable[Any], found: IdentitySet[Any]) -> None:
     """Add the ids of the containers among values, and in these."""
     for value in values:
-        if type(value) in (list, tuple, dict, set) and id(value) not in found:
-            found.add(id(value))
+        if type(value) in (list, tuple, dict, set) and value not in found:
+            found.add(value)
             note_nested(value.values() if type(value) is dict else value, found)
 
 

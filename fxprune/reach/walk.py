@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.contents import every_leaf, slots_of
+from fxprune.identity import IdentitySet
 from fxprune.reach.holders import (
     HOLDERS,
     MISSING,
@@ -74,14 +75,14 @@ class Reach:
     def __init__(self, model: nn.Module, ran: Collection[CodeType] | None = None) -> None:
         self._model, self._ran = model, ran
         self._noted: set[CodeType] = set()  # code that ran while this watched
-        self._seen: dict[int, Any] = {}  # by id; all are kept alive
+        self._seen: IdentitySet[Any] = IdentitySet()
         self._names: set[str] = set()
         self._methods: dict[str, list[FunctionType]] = {}  # those that no name has led to yet
         self._waiting: list[Any] = []
         self._holders: list[Any] = []
         self._generators: list[Any] = []
         # containers that are attributes of modules, which :mod:`fxprune.state` compares
-        self._attributes: set[int] = set()
+        self._attributes: IdentitySet[Any] = IdentitySet()
         self._memos: list[Any] = []  # functions that remember their results
         self._outside: list[Any] = []  # functions that a profile sees
         self._unseen = False  # functions, and iterators, that it does not
@@ -173,7 +174,7 @@ class Reach:
         for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
             listed = isinstance(own, (list, set, collections.deque))
             if (
-                id(own) not in self._attributes
+                own not in self._attributes
                 and (from_lists or not listed)
                 and not same(before, content_of(own))
             ):
@@ -193,7 +194,7 @@ class Reach:
 
     def _entries(self) -> Iterator[Entry]:
         for place, (own, before) in enumerate(zip(self._holders, self._before, strict=True)):
-            if id(own) in self._attributes or isinstance(
+            if own in self._attributes or isinstance(
                 own, (list, set, collections.deque, np.ndarray)
             ):
                 continue
@@ -264,9 +265,9 @@ class Reach:
         note_nested(own, self._attributes)
 
     def _add_methods(self, kind: type, called: tuple[str, ...] = ()) -> None:
-        if id(kind) in self._seen and not called:
+        if kind in self._seen and not called:
             return
-        self._seen[id(kind)] = kind
+        self._seen.add(kind)
         for base in kind.__mro__:
             if not self._calculates(base):
                 for name, value in vars(base).items():
@@ -291,9 +292,9 @@ class Reach:
         self._names |= names
 
     def _take(self, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, (*PLAIN_TYPES, Tensor, ModuleType)):
+        if value in self._seen or isinstance(value, (*PLAIN_TYPES, Tensor, ModuleType)):
             return
-        self._seen[id(value)] = value
+        self._seen.add(value)
         if isinstance(value, FunctionType):
             if not self._calculates(value):
                 self._take_function(value)

@@ -57,7 +57,7 @@ class Checked:
         survivors: Survivors,
         trace: Trace,
         root: nn.Module,
-        original: dict[int, Tensor],
+        original: IdentityMap[Tensor, Tensor],
         context: Context,
         thorough: bool,
     ) -> None:
@@ -129,7 +129,7 @@ class Checked:
 
     def _label(self, smaller: Any) -> None:
         """Give what is left of a parameter the units of its elements, when it is first needed."""
-        tensor = self.original.get(id(smaller))
+        tensor = self.original.get(smaller)
         if tensor is None or not tensor.is_meta or self.context.record(smaller) is not None:
             return
         fields = []

@@ -25,6 +25,7 @@ from fxprune.coupling import Coupling
 from fxprune.dispatch import map_tensors
 from fxprune.errors import RewriteError
 from fxprune.hooks import has_own_forward
+from fxprune.identity import IdentityMap
 from fxprune.labels import Array
 from fxprune.memory import first_of, name_of, shares
 from fxprune.module_sizes import sizes_of
@@ -69,11 +70,13 @@ def emit(
         name.
     """
     meta_copy, parts = coupling.meta_copy, coupling.parts
-    smaller = {id(own): smaller_tensor(own, survivors) for own in coupling.parameters.values()}
-    made: dict[int, nn.Module] = {}
+    smaller = IdentityMap(
+        (own, smaller_tensor(own, survivors)) for own in coupling.parameters.values()
+    )
+    made: IdentityMap[nn.Module, nn.Module] = IdentityMap()
     root = skeleton(meta_copy.model, smaller, made, keep_classes=bool(parts))
     context = units_of_original(coupling)
-    original = {id(smaller[id(tensor)]): tensor for tensor in coupling.parameters.values()}
+    original = IdentityMap((smaller[tensor], tensor) for tensor in coupling.parameters.values())
     emitted: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
     for path in parts or ("",):
         below, own = (
@@ -96,19 +99,19 @@ def emit(
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
             set_tensor(emitted[trace.path][0], target, tensor)
-    standing: dict[int, nn.Module] = {}
+    standing: IdentityMap[nn.Module, nn.Module] = IdentityMap()
     for path, (below, graphs) in emitted.items():
         _place_positions(below, coupling.meta_copy.device)
         module = PrunedModule(
             below, graphs[0], type(below).__name__ if path else name, *graphs[1:]
         )
-        standing[id(below)] = (
+        standing[below] = (
             module.behaving_like(below)
             if path
             else module.holding_modes(own_modes(meta_copy.model))
         )
-        root = with_module(root, below, standing[id(below)])
-    final = {key: standing.get(id(below), below) for key, below in made.items()}
+        root = with_module(root, below, standing[below])
+    final = IdentityMap((key, standing.get(below, below)) for key, below in made.items())
     if parts or any(map(has_own_forward, made.values())):
         refer_to(made, final, filled)
     if parts:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.identity import Memo, from_memo, memo_of, to_memo
 from fxprune.references import copied
 from fxprune.regions import blocks
 from fxprune.rewrite.containers import containers_named
@@ -165,18 +166,18 @@ class PrunedModule(fx.GraphModule):
         new._rebuild(stores, rest, self._graphs(), kind)
         return new
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+    def __deepcopy__(self, memo: Memo) -> PrunedModule:
         stores, rest, kind = self._parts()
         # the code that it was compiled to is shared as well
-        if memo.get(id(self.graph)) is self.graph:
-            new = memo[id(self)] = object.__new__(type(self))
+        if from_memo(memo, self.graph, None) is self.graph:
+            new = to_memo(memo, self, object.__new__(type(self)))
             del rest[_NAME]
             new.__dict__.update({key: copied(value, memo) for key, value in rest.items()})
             new.__dict__.update(
                 copy.deepcopy(stores, memo), _graph=self.graph, training_graph=self.training_graph
             )
             return new
-        new = memo[id(self)] = _empty()
+        new = to_memo(memo, self, _empty())
         # hooks refer to the modules around them
         rest = {key: copied(value, memo) for key, value in rest.items()}
         new._rebuild(copy.deepcopy(stores, memo), rest, self._graphs(), kind)
@@ -196,7 +197,7 @@ class PrunedModule(fx.GraphModule):
         self._rebuild(state["stores"], dict(state["rest"]), graphs, state["kind"])
 
 
-def sharing_graphs(model: nn.Module) -> dict[int, Any]:
+def sharing_graphs(model: nn.Module) -> Memo:
     """What ``copy.deepcopy`` is to know so that copies share the model's graphs, which makes them
     quick. None may change one.
     """
@@ -206,7 +207,7 @@ def sharing_graphs(model: nn.Module) -> dict[int, Any]:
         if isinstance(m, PrunedModule)
         for own in (m.graph, m.training_graph)
     ]
-    return {id(own): own for own in graphs if own is not None}
+    return memo_of((own, own) for own in graphs if own is not None)
 
 
 def _empty() -> PrunedModule:

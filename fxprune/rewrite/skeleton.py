@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.coupling import Coupling
 from fxprune.dispatch import META
 from fxprune.hooks import has_own_forward, in_mode
+from fxprune.identity import IdentityMap, memo_of
 from fxprune.ops import Context
 from fxprune.references import HOOKS, hooks_of
 from fxprune.rewrite.survivors import Survivors
@@ -61,7 +62,9 @@ def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def refer_to(
-    made: dict[int, nn.Module], final: dict[int, nn.Module], tensors: dict[int, Tensor]
+    made: IdentityMap[nn.Module, nn.Module],
+    final: IdentityMap[nn.Module, nn.Module],
+    tensors: IdentityMap[Tensor, Tensor],
 ) -> None:
     """What Python holds of the meta copy's modules and tensors (in lists, methods, closures) are
     the emitted ones from now on.
@@ -69,7 +72,7 @@ def refer_to(
     ``made`` leads from the id of a meta copy's module to its skeleton, ``final`` to the module
     that was emitted.
     """
-    memo: dict[int, Any] = {**final, **tensors}
+    memo = memo_of([*final.items(), *tensors.items()])
     for key, below in made.items():
         own = vars(final[key])
         for name, value in vars(below).items():
@@ -77,11 +80,13 @@ def refer_to(
                 own[name] = attribute(name, value, memo)
 
 
-def hook_all(users: dict[int, nn.Module], final: dict[int, nn.Module]) -> None:
+def hook_all(
+    users: IdentityMap[nn.Module, nn.Module], final: IdentityMap[nn.Module, nn.Module]
+) -> None:
     """The emitted modules have the hooks of the user's: those of the meta copy collected what was
     run for the analysis.
     """
-    memo: dict[int, Any] = {id(user): final[key] for key, user in users.items() if key in final}
+    memo = memo_of((user, final[key]) for key, user in users.items() if key in final)
     for key, user in users.items():
         for store in HOOKS if key in final else ():
             vars(final[key])[store] = hooks_of(vars(user)[store], memo)
@@ -98,8 +103,8 @@ _SKELETON_STORES = (
 
 def skeleton(
     module: nn.Module,
-    replaced: dict[int, Tensor],
-    done: dict[int, nn.Module],
+    replaced: IdentityMap[Tensor, Tensor],
+    done: IdentityMap[nn.Module, nn.Module],
     whole: bool = False,
     keep_classes: bool = False,
 ) -> nn.Module:
@@ -109,8 +114,8 @@ def skeleton(
     that calls their methods, or their forward was replaced: what a user has put on a module stays
     on it.
     """
-    if id(module) in done:
-        return done[id(module)]
+    if module in done:
+        return done[module]
     kind: Any = type(module)
     leaf = whole or is_leaf(module)
     keep_classes = keep_classes or has_own_forward(module)
@@ -124,12 +129,12 @@ def skeleton(
     for store in _SKELETON_STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
-    done[id(module)] = new
+    done[module] = new
     tensors: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
     for own in tensors:
         for name, tensor in own.items():
-            if tensor is not None and id(tensor) in replaced:
-                own[name] = replaced[id(tensor)]
+            if tensor is not None and tensor in replaced:
+                own[name] = replaced[tensor]
     for name, child in module._modules.items():
         if child is not None:
             new._modules[name] = skeleton(child, replaced, done, leaf, keep_classes)
@@ -156,20 +161,20 @@ def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
     return found
 
 
-def survivors_of(coupling: Coupling, survivors: Survivors) -> dict[int, Tensor]:
-    """The surviving elements of the user's tensors, by the id of the meta copy's tensor."""
+def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
+    """The surviving elements of the user's tensors, by the meta copy's tensors."""
     real = coupling.meta_copy.real
-    out: dict[int, Tensor] = {}
+    out: IdentityMap[Tensor, Tensor] = IdentityMap()
     for tensor in coupling.parameters.values():
-        source = real[id(tensor)]
+        source = real[tensor]
         if source.layout is not torch.strided:
-            out[id(tensor)] = source.detach().clone()
+            out[tensor] = source.detach().clone()
             continue
         taken = survivors.take(tensor, source.detach()) if tensor.is_meta else source.detach()
         if taken.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             taken = taken.clone()
         taken = _in_format_of(source, taken)
-        out[id(tensor)] = (
+        out[tensor] = (
             nn.Parameter(taken, source.requires_grad)
             if isinstance(source, nn.Parameter)
             else taken
@@ -190,9 +195,11 @@ def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
     return torch.empty_like(taken, memory_format=last).copy_(taken)
 
 
-def fill_tensors(root: nn.Module, real: dict[int, Tensor], meta: dict[int, Tensor]) -> None:
+def fill_tensors(
+    root: nn.Module, real: IdentityMap[Tensor, Tensor], meta: IdentityMap[Tensor, Tensor]
+) -> None:
     """Put real tensors in the place of the meta tensors that the graph was checked with."""
-    put_tensors(root, {id(stand_in): real[key] for key, stand_in in meta.items()})
+    put_tensors(root, IdentityMap((stand_in, real[key]) for key, stand_in in meta.items()))
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:

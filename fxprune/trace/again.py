@@ -118,7 +118,7 @@ def followed_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset
             DRAWS.format(type(meta_copy.model).__name__, "Python's or NumPy's generator")
         )
     constants = {
-        name: meta_copy.real[id(t)] if id(t) in meta_copy.real else t.clone()
+        name: meta_copy.real[t] if t in meta_copy.real else t.clone()
         for t, name in tracer.constants.values()
         if name in tracer.constant_targets
     }

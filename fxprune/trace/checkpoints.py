@@ -48,7 +48,7 @@ def _trainable(meta_copy: MetaCopy) -> Iterator[None]:
     asked = [
         own
         for own in meta_copy.tensors.values()
-        if isinstance(own, nn.Parameter) and meta_copy.real[id(own)].requires_grad
+        if isinstance(own, nn.Parameter) and meta_copy.real[own].requires_grad
     ]
     try:
         for own in asked:

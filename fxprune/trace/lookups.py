@@ -52,7 +52,7 @@ class Lookup:
 
 def at(frame: FrameType) -> CallPlace:
     """The instruction that a function is at."""
-    return frame.f_code, frame.f_lasti, id(frame)
+    return frame.f_code, frame.f_lasti, object.__hash__(frame)
 
 
 def unanswered(lookups: Sequence[Lookup], made: int) -> Iterator[Lookup]:

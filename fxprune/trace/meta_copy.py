@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections
 import copy
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from fxprune.contents import named_tensors
 from fxprune.dispatch import META
 from fxprune.errors import ModelError, TraceError
 from fxprune.hooks import in_mode
+from fxprune.identity import IdentityMap, Memo, from_memo, in_memo, to_memo
 from fxprune.lowering import lower
 from fxprune.reach import Reached
 from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
@@ -31,24 +32,20 @@ __all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "s
 class MetaCopy:
     """A structural copy of a model with parameters on the meta device.
 
-    ``real`` leads from the id of a meta copy's tensor to the tensor of the user's model that it
-    stands for, ``modules`` from the id of a meta copy's module to the user's; ``tensors`` are the
-    meta copy's parameters and buffers by name. ``kept`` keeps all tensors alive whose ids lead on,
-    also where forward has replaced one. ``reached`` is what the code of the whole model can reach.
+    ``real`` leads from a tensor of the meta copy to the tensor of the user's model that it stands
+    for, ``modules`` from a module of the meta copy to the user's; ``tensors`` are the meta copy's
+    parameters and buffers by name. ``reached`` is what the code of the whole model can reach.
     """
 
     model: nn.Module
-    real: dict[int, Tensor]
+    real: IdentityMap[Tensor, Tensor]
     tensors: dict[str, Tensor]
     reached: Reached
-    modules: dict[int, nn.Module] = field(default_factory=dict)
-    kept: tuple[Tensor, ...] = ()
+    modules: IdentityMap[nn.Module, nn.Module] = field(default_factory=IdentityMap)
 
     @contextmanager
-    def holding(self, values: Mapping[int, Tensor]) -> Iterator[nn.Module]:
-        """The meta copy's model with other tensors, given by the ids of the meta copy's, for a
-        while.
-        """
+    def holding(self, values: IdentityMap[Tensor, Tensor]) -> Iterator[nn.Module]:
+        """The meta copy's model with other tensors, given by its own, for a while."""
         changed = put_tensors(self.model, values)
         try:
             yield self.model
@@ -56,24 +53,23 @@ class MetaCopy:
             for store, name, tensor in changed:
                 store[name] = tensor
 
-    def instance(self, values: Mapping[int, Tensor] | None = None) -> nn.Module:
-        """A copy of the meta copy's model to run: with these tensors, by the ids of the meta
-        copy's, or the user's (buffers copied).
+    def instance(self, values: IdentityMap[Tensor, Tensor] | None = None) -> nn.Module:
+        """A copy of the meta copy's model to run: with these tensors, by its own, or with the
+        user's (buffers copied).
         """
-        memo: dict[int, Any] = {}
+        memo: Memo = {}
         for tensor in self.tensors.values():
-            own = self.real[id(tensor)].detach() if values is None else values[id(tensor)]
-            memo[id(tensor)] = (
-                nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone()
+            own = self.real[tensor].detach() if values is None else values[tensor]
+            to_memo(
+                memo,
+                tensor,
+                nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone(),
             )
         if values is not None:  # where these lie, the model's constants have to be
             place = next((value.device for value in values.values()), self.device)
-            constants = {
-                key: own
-                for key, own in self.real.items()
-                if key not in memo and own.grad_fn is None
-            }
-            memo |= {key: own.detach().to(place, copy=True) for key, own in constants.items()}
+            for key, own in self.real.items():
+                if not in_memo(memo, key) and own.grad_fn is None:
+                    to_memo(memo, key, own.detach().to(place, copy=True))
         return copy_of(self.model, memo)
 
     @property
@@ -97,11 +93,11 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
     TraceError
         If an attribute of the model cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    real: dict[int, Tensor] = {}
+    memo: Memo = {}
+    real: IdentityMap[Tensor, Tensor] = IdentityMap()
 
     def stand_in(tensor: Tensor) -> None:
-        if id(tensor) in memo:
+        if in_memo(memo, tensor):
             return
         if isinstance(tensor, nn.Parameter):
             new: Tensor = nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
@@ -109,8 +105,8 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
             new = torch.empty_like(tensor, device=META)
         else:
             new = tensor.detach().to("cpu", copy=True)
-        memo[id(tensor)] = new
-        real[id(new)] = tensor
+        to_memo(memo, tensor, new)
+        real[new] = tensor
 
     modules = list(model.modules())
     for module in modules:
@@ -119,7 +115,7 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
                 stand_in(tensor)
     for module in modules:
         for value in vars(module).values():
-            if isinstance(value, Tensor) and id(value) not in memo:
+            if isinstance(value, Tensor) and not in_memo(memo, value):
                 # Not a parameter, not a buffer: a constant whose value may matter, or one that a
                 # hook computes at each call.
                 held = (
@@ -127,7 +123,8 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
                     if value.grad_fn is None
                     else torch.empty_like(value, device=META)
                 )
-                memo[id(value)], real[id(held)] = held, value
+                real[held] = value
+                to_memo(memo, value, held)
     try:
         new_model = copy_of(model, memo)
     except TraceError:
@@ -136,14 +133,12 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
     meta_copy = lower(new_model)
     tensors = named_tensors(meta_copy)
-    kept = tuple(own for own in memo.values() if isinstance(own, Tensor) and id(own) in real)
     return MetaCopy(
         meta_copy,
         real,
         tensors,
         Reached(meta_copy),
-        {id(memo[id(module)]): module for module in modules},
-        kept,
+        IdentityMap((from_memo(memo, module), module) for module in modules),
     )
 
 
@@ -166,9 +161,9 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 
 def put_tensors(
-    model: nn.Module, new: Mapping[int, Tensor]
+    model: nn.Module, new: IdentityMap[Tensor, Tensor]
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Put tensors into the places of registered ones, by the ids of these; returns (place, name,
+    """Put tensors into the places of registered ones, by which they are; returns (place, name,
     what was there).
     """
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -176,10 +171,10 @@ def put_tensors(
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
-                if tensor is not None and id(tensor) in new:
+                if tensor is not None and tensor in new:
                     changed.append((store, name, tensor))
     for store, name, tensor in changed:
-        value = new[id(tensor)]
+        value = new[tensor]
         wrap = isinstance(tensor, nn.Parameter) and not isinstance(value, nn.Parameter)
         store[name] = nn.Parameter(value, False) if wrap else value
     return changed
@@ -191,7 +186,7 @@ _UNCOPIED = frozenset(
 _STORE_KINDS = frozenset({dict, collections.OrderedDict, set})
 
 
-def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
     """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which
     need no copy.
 
@@ -201,7 +196,7 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     whole: list[nn.Module] = []
     _make_shells(module, memo, shells, whole)
     for own in shells:
-        new = memo[id(own)]
+        new = from_memo(memo, own)
         for name, value in vars(own).items():
             try:
                 new.__dict__[name] = attribute(name, value, memo)
@@ -211,7 +206,7 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
                     _uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)
                 ) from error
     for own in whole:  # their own copies know nothing of what their hooks refer to
-        for old, new in zip(own.modules(), memo[id(own)].modules(), strict=True):
+        for old, new in zip(own.modules(), from_memo(memo, own).modules(), strict=True):
             vars(new).update(
                 {name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]}
             )
@@ -226,7 +221,7 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
                     if name not in vars(new)
                 }
             )
-    copied_module: nn.Module = memo[id(module)]
+    copied_module: nn.Module = from_memo(memo, module)
     return copied_module
 
 
@@ -241,30 +236,30 @@ def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
 
 
 def _make_shells(
-    module: nn.Module, memo: dict[int, Any], shells: list[nn.Module], whole: list[nn.Module]
+    module: nn.Module, memo: Memo, shells: list[nn.Module], whole: list[nn.Module]
 ) -> None:
-    if id(module) in memo:
+    if in_memo(memo, module):
         return
     if hasattr(type(module), "__deepcopy__"):
         for child in module.children():
             copy_of(child, memo)
-        memo[id(module)] = copy.deepcopy(module, memo)
+        to_memo(memo, module, copy.deepcopy(module, memo))
         whole.append(module)
         return
     if is_compiled(module):
         inner: Any = module._modules["_orig_mod"]
         _make_shells(inner, memo, shells, whole)
-        memo[id(module)] = Uncompiled(memo[id(inner)])
+        to_memo(memo, module, Uncompiled(from_memo(memo, inner)))
         return
     kind: Any = type(module)
-    memo[id(module)] = kind.__new__(kind)
+    to_memo(memo, module, kind.__new__(kind))
     shells.append(module)
     for child in module._modules.values():
         if child is not None:
             _make_shells(child, memo, shells, whole)
 
 
-def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
+def attribute(name: str, value: Any, memo: Memo) -> Any:
     """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands
     in its place.
     """
@@ -276,5 +271,7 @@ def attribute(name: str, value: Any, memo: dict[int, Any]) -> Any:
     if kind in _STORE_KINDS and not value:
         return value.copy()
     if kind is dict and name in ("_parameters", "_buffers", "_modules"):
-        return {key: None if item is None else memo[id(item)] for key, item in value.items()}
+        return {
+            key: None if item is None else from_memo(memo, item) for key, item in value.items()
+        }
     return hooks_apart(value, memo) if name in HOOKS else copied(value, memo)

@@ -18,6 +18,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_map_only
 from fxprune.contents import leaves, tensors_of
 from fxprune.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
+from fxprune.identity import IdentityMap, IdentitySet
 from fxprune.memory import Snapshot, written
 from fxprune.trace.asks import asks_device
 from fxprune.trace.constants import (
@@ -83,22 +84,22 @@ class Recorder:
         self.left_out: list[fx.Node] = []
         # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held
         # here.
-        self.constants: dict[int, tuple[Tensor, str]] = {}
+        self.constants: IdentityMap[Tensor, tuple[Tensor, str]] = IdentityMap()
         self.constant_targets: set[str] = set()
         # the ids of those that modules have from the beginning
-        self._given: frozenset[int] = frozenset()
+        self._given: IdentitySet[Any] = IdentitySet()
         self.made_names: list[str] = []
         # tensors that forward makes without any input, and the graph holds as constants
         self.made = Snapshot()
-        self._names = {id(tensor): name for name, tensor in meta_copy.tensors.items()}
+        self._names = IdentityMap((tensor, name) for name, tensor in meta_copy.tensors.items())
         self._tensors = list(meta_copy.tensors.values())  # keeps the ids above
-        self._paths = {
-            id(module): name
+        self._paths = IdentityMap(
+            (module, name)
             for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))
-        }
+        )
         self._read: dict[str, Any] = {}  # parameters and buffers that have a node: their stand-ins
         # by the id of the tensor that a node gave, which its meta keeps
-        self._values: dict[int, fx.Node] = {}
+        self._values: IdentityMap[Tensor, fx.Node] = IdentityMap()
         self._inside_leaf_function = 0
         # while a node runs on meta tensors, modules behave as outside of tracing
         self.executing = False
@@ -132,12 +133,12 @@ class Recorder:
         """
         if not isinstance(value, Tensor) or isinstance(value, Traced):
             return value
-        name = self._names.get(id(value))
+        name = self._names.get(value)
         if name is not None:
             if name not in self._read:
                 self._read[name] = self.record("get_attr", name, (), {})
             return self._read[name]
-        node = self._values.get(id(value)) if value.is_meta else None
+        node = self._values.get(value) if value.is_meta else None
         return value if node is None else self.stand_in(node)
 
     def refuse_other_threads(self) -> None:
@@ -193,7 +194,7 @@ class Recorder:
         refuse_to_tell_devices(node)
         value = node.meta["val"] = self._execute(node)
         if isinstance(value, Tensor):
-            self._values.setdefault(id(value), node)
+            self._values.setdefault(value, node)
         return self.stand_in(node)
 
     @unseen
@@ -293,7 +294,7 @@ class Recorder:
                 "a tensor inside of a transform of torch.func is handled outside of it (at "
                 f"{user_line()})."
             )
-        _, name = self.constants.get(id(a), (None, None))
+        _, name = self.constants.get(a, (None, None))
         if name is None:
             if isinstance(a, nn.Parameter):
                 raise TraceError(
@@ -310,7 +311,7 @@ class Recorder:
                 for n in map("_constant{}".format, itertools.count())
                 if not hasattr(self.root, n)
             )
-            self.constants[id(a)] = a, name
+            self.constants[a] = a, name
             self.made.take(a, user_line())
             self.made_names.append(name)
             setattr(self.root, name, a)
@@ -414,7 +415,7 @@ class Recorder:
 
     @unseen
     def read_mode(self, module: nn.Module) -> Any:
-        path = self._paths[id(module)]
+        path = self._paths[module]
         node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
         # a module whose train() is its own may not follow the model
         node.meta["val"] = module.__dict__["training"]

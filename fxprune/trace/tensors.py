@@ -13,6 +13,7 @@ from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 from fxprune.dispatch import META
 from fxprune.errors import TraceError
+from fxprune.identity import to_memo
 from fxprune.memory import AUGMENTED
 from fxprune.trace.decisions import formula
 from fxprune.trace.lines import user_line
@@ -185,8 +186,7 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
         return self.tracer.record("call_method", "detach", (self,), {})
 
     def __deepcopy__(self, memo: Any) -> Any:
-        copied = memo[id(self)] = self.tracer.record("call_method", "clone", (self,), {})
-        return copied
+        return to_memo(memo, self, self.tracer.record("call_method", "clone", (self,), {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,7 +211,7 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
         return self.tracer.record("call_method", "flip", (self, 0), {}) if self.rank else self
 
     def __hash__(self) -> int:
-        return id(self)
+        return object.__hash__(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         with torch._C.DisableTorchFunction():

@@ -25,6 +25,7 @@ from fxprune.contents import leaves
 from fxprune.dispatch import META, holds_tensors
 from fxprune.errors import TraceError
 from fxprune.hooks import has_own_forward, is_hooked
+from fxprune.identity import IdentitySet
 from fxprune.memory import is_again
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.asks import ASKS, OF_PARAMETERS, asks
@@ -94,10 +95,8 @@ class Tracer(BelowPython):
         for path, module in self.root.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):
-                    self.constants.setdefault(
-                        id(value), (value, f"{path}.{name}".removeprefix("."))
-                    )
-        self._given = frozenset(self.constants)
+                    self.constants.setdefault(value, (value, f"{path}.{name}".removeprefix(".")))
+        self._given = IdentitySet(self.constants)
         args, kwargs = self._arguments()
         with _Recording(self), torch._C._AutoDispatchBelowAutograd():
             self._modes = (
@@ -329,7 +328,7 @@ class Tracer(BelowPython):
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a module that stays whole."""
-        return self.record("call_module", self._paths[id(module)], args, kwargs)
+        return self.record("call_module", self._paths[module], args, kwargs)
 
     def is_as_given(self, module: nn.Module) -> bool:
         """Whether a leaf computes with tensors that the model had from the beginning, and nothing
@@ -338,9 +337,9 @@ class Tracer(BelowPython):
         own = (*module._parameters.values(), *module._buffers.values())
         return (
             not self.is_overridden()
-            and all(tensor is None or id(tensor) in self._names for tensor in own)
+            and all(tensor is None or tensor in self._names for tensor in own)
             and all(
-                id(value) in self._given
+                value in self._given
                 for value in vars(module).values()
                 if isinstance(value, Tensor)
             )

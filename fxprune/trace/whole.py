@@ -84,7 +84,7 @@ def trace(
         reach,
         (args, kwargs),
         follow,
-        lambda tensor: meta_copy.real.get(id(tensor), tensor),
+        lambda tensor: meta_copy.real.get(tensor, tensor),
     ):
         tracer = Tracer(meta_copy, args, kwargs, training, watch or on_shapes)
         try:

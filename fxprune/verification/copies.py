@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
+from fxprune.identity import Memo, from_memo, in_memo, to_memo
 from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
 
@@ -44,12 +45,12 @@ def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype)
     """A copy of the user's model, its code, its hooks and all that it holds, with these values;
     parameters share their memory.
     """
-    memo: dict[int, Any] = {}
+    memo: Memo = {}
     for name, tensor in named_tensors(model).items():
         value = values[name]
         parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = (
-            nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
+        to_memo(
+            memo, tensor, nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
         )
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
         return copy_of(model, memo)
@@ -60,8 +61,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         own = tensor.detach().clone()
-        memo[id(tensor)] = (
-            nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+        to_memo(
+            memo,
+            tensor,
+            nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own,
         )
     with _Tensors(lambda tensor: tensor.detach().clone()):
         return copy_of(model, memo)
@@ -74,10 +77,12 @@ def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype)
     memo = sharing_graphs(pruned)
     for name, old in named_tensors(pruned).items():
         value = values[name] if name in values else _in_dtype(old, dtype)
-        memo[id(old)] = (
+        to_memo(
+            memo,
+            old,
             nn.Parameter(value, old.requires_grad)
             if isinstance(old, nn.Parameter)
-            else value.clone()
+            else value.clone(),
         )
     with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
         return copy_of(pruned, memo)
@@ -99,7 +104,7 @@ class _Tensors(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = self.copied(tensor)
-            return memo[id(tensor)]
+            if not in_memo(memo, tensor):
+                to_memo(memo, tensor, self.copied(tensor))
+            return from_memo(memo, tensor)
         return func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
 from fxprune.hooks import in_mode
+from fxprune.identity import IdentityMap
 from fxprune.ops import Event
 from fxprune.rewrite import Survivors
 from fxprune.trace import Trace, execute
@@ -44,9 +45,9 @@ class GraphRun:
             training,
             constant,
         )
-        self.values = {
-            id(tensor): values[name].clone() for name, tensor in coupling.parameters.items()
-        }
+        self.values = IdentityMap(
+            (tensor, values[name].clone()) for name, tensor in coupling.parameters.items()
+        )
         self.dtype = next(
             (value.dtype for value in values.values() if value.is_floating_point()),
             torch.get_default_dtype(),
