@@ -1,4 +1,4 @@
-"""From a coupling and the units that stay to a smaller model, and from a plan to both."""
+"""From a coupling and a budget to a smaller model, and from a plan to it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,25 @@ from torch import nn
 
 from fxprune.analysis import Clock, label_and_couple
 from fxprune.budget import Budget
-from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
-from fxprune.criteria import Ranking, rank
+from fxprune.criteria import rank
+from fxprune.emission import emitted, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Arguments, read
 from fxprune.latency import Setting
-from fxprune.latency.search import search
 from fxprune.plan import (
-    GroupPlan,
     Plan,
     fingerprint,
     history,
     holds_objects,
-    pack_inputs,
-    remember,
     unpack_inputs,
 )
 from fxprune.pruned import Pruned
-from fxprune.report import GroupRow, LatencyRow, PinnedRow, Report
-from fxprune.rewrite import Survivors, emit
 from fxprune.selection import select
 from fxprune.verification import Verification, check
+from fxprune.within_time import within_time
 
-__all__ = [
-    "apply_stage",
-    "emitted",
-    "proofs",
-    "prove",
-    "replay",
-    "smaller_model",
-    "stages_of",
-    "terms_of",
-]
+__all__ = ["apply_stage", "proofs", "prove", "replay", "smaller_model", "stages_of"]
 
 
 _ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
@@ -82,9 +68,12 @@ def smaller_model(
             ranking = rank(criterion, coupling, model)
         try:
             if setting is not None:
-                pruned, survivors = _within_time(
-                    model, coupling, ranking, budget, terms, clock, example_inputs, setting
-                )
+                with clock("latency"):
+                    pruned, survivors = within_time(
+                        model, coupling, ranking, budget, terms, example_inputs, setting
+                    )
+                report = replace(pruned.report, seconds=dict(clock.seconds))
+                pruned = replace(pruned, report=report)
             else:
                 with clock("select"):
                     survivors = select(coupling, ranking, budget)
@@ -130,108 +119,6 @@ def prove(
         f"{blamed}; modules in keep= are left as they are, and verify=False returns the model all "
         "the same."
     )
-
-
-def _within_time(
-    model: nn.Module,
-    coupling: Coupling,
-    ranking: Ranking,
-    budget: Budget,
-    terms: Terms,
-    clock: Clock,
-    example_inputs: Any,
-    setting: Setting,
-) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
-    """What a latency budget leaves, with its time in the report."""
-    assert budget.latency is not None
-    with clock("latency"):
-        found = search(
-            budget.latency,
-            coupling,
-            example_inputs,
-            setting,
-            some=lambda share: select(coupling, ranking, Budget(channels=share)),
-            choose=lambda aim, timed: select(
-                coupling, ranking, replace(budget, latency=aim), timed
-            ),
-            emit=lambda kept: emitted(model, coupling, dict(kept), terms, Clock()),
-            model_of=lambda pruned: pruned.model,
-        )
-    time = LatencyRow(found.dense_ms, found.ms, found.forecast_ms, str(setting))
-    report = replace(found.result.report, latency=time, seconds=dict(clock.seconds))
-    return replace(found.result, report=report), dict(found.kept)
-
-
-def terms_of(plan: Plan) -> Terms:
-    return Terms(plan.keep, plan.pinned_nodes, plan.heads)
-
-
-def emitted(
-    model: nn.Module,
-    coupling: Coupling,
-    survivors: dict[str, tuple[int, ...]],
-    terms: Terms,
-    clock: Clock,
-) -> Pruned:
-    with clock("rewrite"):
-        left = Survivors(coupling, survivors)
-        smaller = emit(coupling, left, type(model).__name__)
-        _restore_modes(model, smaller)
-    with clock("report"):
-        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
-        plan = Plan(
-            groups,
-            pack_inputs(*coupling.example),
-            terms.keep,
-            terms.pinned_nodes,
-            fingerprint(model),
-            history(model),
-            terms.heads,
-        )
-        remember(smaller, plan)
-        report = Report(
-            params_before=count_parameters(model),
-            params_after=count_parameters(smaller),
-            macs_before=coupling.macs(),
-            macs_after=coupling.macs(left.shape),
-            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
-            pinned=tuple(
-                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
-            ),
-            untouched=coupling.untouched,
-            decisions=coupling.decisions,
-            statistics=tuple(
-                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
-            ),
-            params_pinned=_pinned_parameters(coupling),
-            macs_pinned=_pinned_macs(coupling),
-            parts=coupling.parts,
-            not_one_graph=coupling.not_one_graph,
-            not_set=coupling.not_set,
-        )
-    return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
-
-
-def _pinned_parameters(coupling: Coupling) -> int:
-    """Elements of the parameters that keep their shape whatever goes."""
-    tensors = coupling.parameters.values()
-    return sum(
-        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
-    )
-
-
-def _pinned_macs(coupling: Coupling) -> int:
-    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
-    return coupling.macs(
-        of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
-    )
-
-
-def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
-    """train() or eval() as in the original, module by module."""
-    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    for name, module in smaller.named_modules(remove_duplicate=False):
-        module.training = modes.get(name, model.training)
 
 
 def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:

@@ -66,6 +66,8 @@ LAYERS = [
     "advice",
     "saving",
     "pruned",
+    "emission",
+    "within_time",
     "pipeline",
     "api",
     "steps",

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import within_time as searching
 from fxprune.budget import Budget
 from fxprune.cost import cost_of
 from fxprune.coupling import Coupling
 from fxprune.criteria import rank
 from fxprune.errors import ArgumentError, BudgetError
 from fxprune.latency import Setting, Timing
-from fxprune.latency import search as searching
 from fxprune.latency.forecast import Forecast
 from fxprune.latency.layers import Layer, record
 from fxprune.latency.surface import Surface, grid

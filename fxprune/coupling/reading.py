@@ -123,20 +123,7 @@ def _groups_of(
     context: Context, parameters: dict[str, Tensor], balance: Balance
 ) -> tuple[tuple[Group, ...], nx.Graph]:
     signature, axes = _signed_axes(context, parameters, balance)
-    graph: nx.Graph = nx.Graph()
-    by_signature: dict[int, list[tuple[Axis, int]]] = {}
-    layers: dict[int, int] = {}
-    for name, dim, number, rows in axes:
-        layer = layers[number] = layers.get(number, -1) + 1
-        own = signature[rows]
-        cuts = (np.flatnonzero((own[:, 1:] != own[:, :-1]).any(axis=0)) + 1).tolist()
-        for start, stop in itertools.pairwise([0, *cuts, own.shape[1]]):
-            # several where blocks of an axis bear units of different kinds
-            for key in sorted(set(own[:, start].tolist())):
-                if key:
-                    segment = Axis(name, dim, start, stop, own.shape[1], layer)
-                    graph.add_node(segment)
-                    by_signature.setdefault(key, []).append((segment, number))
+    graph, by_signature = _segments(signature, axes)
     for alike in by_signature.values():
         _connect(graph, alike, context)
     units = np.flatnonzero(signature)
@@ -185,6 +172,29 @@ def _groups_of(
         )
     groups.sort(key=lambda g: order[g.axes[0]])
     return tuple(groups), graph
+
+
+def _segments(
+    signature: npt.NDArray[np.uint64], axes: list[tuple[str, int, int, Array]]
+) -> tuple[nx.Graph, dict[int, list[tuple[Axis, int]]]]:
+    """The nodes of the coupling graph: axes, cut where the units on them lie on other axes; and by
+    the signature of their units the segments, each with the number of its axis.
+    """
+    graph: nx.Graph = nx.Graph()
+    by_signature: dict[int, list[tuple[Axis, int]]] = {}
+    layers: dict[int, int] = {}
+    for name, dim, number, rows in axes:
+        layer = layers[number] = layers.get(number, -1) + 1
+        own = signature[rows]
+        cuts = (np.flatnonzero((own[:, 1:] != own[:, :-1]).any(axis=0)) + 1).tolist()
+        for start, stop in itertools.pairwise([0, *cuts, own.shape[1]]):
+            # several where blocks of an axis bear units of different kinds
+            for key in sorted(set(own[:, start].tolist())):
+                if key:
+                    segment = Axis(name, dim, start, stop, own.shape[1], layer)
+                    graph.add_node(segment)
+                    by_signature.setdefault(key, []).append((segment, number))
+    return graph, by_signature
 
 
 def _signed_axes(

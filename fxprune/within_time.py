@@ -1,25 +1,32 @@
-"""Choose by a forecast, measure what was chosen, and choose again where the two differ."""
+"""A latency budget: choose by a forecast, measure what was chosen, and choose again where the two
+differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fxprune.coupling import Coupling
+from fxprune.analysis import Clock
+from fxprune.arrays import Counts
+from fxprune.budget import Budget
+from fxprune.coupling import Coupling, Terms
+from fxprune.criteria import Ranking
 from fxprune.deploy import deploy
-from fxprune.descent import Timed
+from fxprune.emission import emitted
 from fxprune.errors import BudgetError
 from fxprune.latency.forecast import Forecast
 from fxprune.latency.measuring import Setting, time_models
-from fxprune.latency.table import Table
+from fxprune.pruned import Pruned
+from fxprune.report import LatencyRow
+from fxprune.selection import select
 
-__all__ = ["Attempt", "search"]
+__all__ = ["within_time"]
 
-Emitted = TypeVar("Emitted")
 Kept = Mapping[str, tuple[int, ...]]
 
 _MOST_ATTEMPTS = 6
@@ -34,13 +41,13 @@ _REFUSED = 0.05  # above the budget
 
 
 @dataclass(frozen=True)
-class Attempt(Generic[Emitted]):
+class Attempt:
     """A choice, what was emitted for it, and its time.
 
     Attributes
     ----------
     kept, result:
-        The survivors, and what ``emit`` made of them.
+        The survivors, and what was made of them.
     dense_ms, ms:
         Milliseconds of the deployed dense model and of this one, measured in turns: the lower
         quartiles.
@@ -49,7 +56,7 @@ class Attempt(Generic[Emitted]):
     """
 
     kept: Kept
-    result: Emitted
+    result: Pruned
     dense_ms: float
     ms: float
     forecast_ms: float
@@ -60,98 +67,112 @@ class Attempt(Generic[Emitted]):
         return self.ms / self.dense_ms
 
 
-def search(
-    share: float,
+def within_time(
+    model: nn.Module,
     coupling: Coupling,
+    ranking: Ranking,
+    budget: Budget,
+    terms: Terms,
     example_inputs: Any,
     setting: Setting,
-    *,
-    some: Callable[[float], Kept],
-    choose: Callable[[float, Timed], Kept],
-    emit: Callable[[Kept], Emitted],
-    model_of: Callable[[Emitted], nn.Module],
-    table: Table | None = None,
-) -> Attempt[Emitted]:
-    """Find survivors that take a share of the dense model's time, all deployed.
+) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
+    """Find survivors that take the budget's share of the dense model's time, all deployed.
 
     The forecast is fitted to the dense model and to ones with half and a quarter of its channels.
     What is chosen by it is measured next to the dense model; where the time is not the budget's,
     the aim is corrected by the difference, up to five times.
 
-    Parameters
-    ----------
-    share:
-        Of the dense model's time, in (0, 1].
-    some:
-        The survivors where every group keeps such a share of its units.
-    choose:
-        The survivors for an aim, a share of the dense model's time as forecast.
-    emit, model_of:
-        What makes a result of survivors, and the model in it.
-    table:
-        What layers take; None: what the setting has on disk.
-
     Returns
     -------
-    Of the attempts within the budget (2 % above it are taken for noise) the slowest; where all are
-    above, the fastest.
+    Of the attempts within the budget (2 % above it are taken for noise) the slowest, with its time
+    in the report; where all are above, the fastest. And its survivors.
 
     Raises
     ------
     BudgetError
         If the aim cannot be reached, or if what is measured stays 5 % above the budget or more.
     """
+    assert budget.latency is not None
+    search = _Search(model, coupling, ranking, budget, terms, example_inputs, setting)
+    best = _best(search.attempts(budget.latency), budget.latency)
+    time = LatencyRow(best.dense_ms, best.ms, best.forecast_ms, str(setting))
+    report = replace(best.result.report, latency=time)
+    return replace(best.result, report=report), dict(best.kept)
 
-    def deployed(kept: Kept) -> nn.Module:
-        return deploy(model_of(emit(kept)))
 
-    whole = deployed(some(1.0))
-    forecast = Forecast(coupling, whole, example_inputs, setting, table)
+@dataclass
+class _Search:
+    """What attempts are made of, and with."""
 
-    def counts(kept: Kept) -> np.ndarray[Any, np.dtype[np.int64]]:
-        labels = [group.units[list(kept[group.name])] for group in coupling.groups]
+    model: nn.Module
+    coupling: Coupling
+    ranking: Ranking
+    budget: Budget
+    terms: Terms
+    example_inputs: Any
+    setting: Setting
+
+    def attempts(self, share: float) -> list[Attempt]:
+        """Choose and measure until the time is the budget's, or often enough."""
+        dense = self._deployed(self._emitted(self._with_channels(1.0)))
+        forecast = self._forecast(dense)
+        # what was forecast and what was measured, as shares of the dense model
+        tried: list[tuple[float, float]] = []
+        attempts: list[Attempt] = []
+        for _ in range(_MOST_ATTEMPTS):
+            aim = replace(self.budget, latency=min(1.0, _aim(share, tried)))
+            try:
+                kept = select(self.coupling, self.ranking, aim, forecast)
+            except BudgetError:
+                if attempts:
+                    break
+                raise
+            result = self._emitted(kept)
+            both = {"dense": dense, "pruned": self._deployed(result)}
+            ms = _milliseconds(both, self.example_inputs, self.setting, share)
+            told = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
+            expected = _corrected_share(told, share, tried) * ms["dense"]
+            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected))
+            reached = attempts[-1].share
+            met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
+            if met or (reached <= share and told >= 1):
+                break
+            tried.append((told, reached))
+        return attempts
+
+    def _forecast(self, dense: nn.Module) -> Forecast:
+        """A forecast that agrees with the dense model and with narrower ones."""
+        forecast = Forecast(self.coupling, dense, self.example_inputs, self.setting)
+        fewer = {str(share): self._with_channels(share) for share in _FITTED}
+        models = {name: self._deployed(self._emitted(kept)) for name, kept in fewer.items()}
+        found = time_models(
+            {"dense": dense} | models,
+            self.example_inputs,
+            self.setting,
+            rounds=_ROUNDS,
+            seconds=_SECONDS,
+        )
+        measured = [
+            (self._counts(kept, forecast), found[name].low) for name, kept in fewer.items()
+        ]
+        forecast.fit([(forecast.full, found["dense"].low), *measured])
+        return forecast
+
+    def _with_channels(self, share: float) -> Kept:
+        """The survivors where every group keeps such a share of its units."""
+        return select(self.coupling, self.ranking, Budget(channels=share))
+
+    def _emitted(self, kept: Kept) -> Pruned:
+        return emitted(self.model, self.coupling, dict(kept), self.terms, Clock())
+
+    def _deployed(self, pruned: Pruned) -> nn.Module:
+        return deploy(pruned.model)
+
+    def _counts(self, kept: Kept, forecast: Forecast) -> Counts:
+        """How many units of each kind survive."""
+        labels = [group.units[list(kept[group.name])] for group in self.coupling.groups]
         kinds = forecast.kinds.of_unit[np.concatenate([np.zeros(0, dtype=np.int64), *labels])]
         return np.bincount(kinds[kinds >= 0], minlength=len(forecast.full))
-
-    fewer = {str(kept): some(kept) for kept in _FITTED}
-    models = {"dense": whole} | {name: deployed(kept) for name, kept in fewer.items()}
-    found = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
-    forecast.fit(
-        [
-            (forecast.full, found["dense"].low),
-            *((counts(kept), found[name].low) for name, kept in fewer.items()),
-        ]
-    )
-    # what was forecast and what was measured, as shares of the dense model
-    tried: list[tuple[float, float]] = []
-    attempts: list[Attempt[Emitted]] = []
-    for _ in range(_MOST_ATTEMPTS):
-        try:
-            kept = choose(min(1.0, _aim(share, tried)), forecast)
-        except BudgetError:
-            if attempts:
-                break
-            raise
-        result = emit(kept)
-        both = {"dense": whole, "pruned": deploy(model_of(result))}
-        ms = _milliseconds(both, example_inputs, setting, share)
-        told = forecast.at(counts(kept)) / forecast.at(forecast.full)
-        attempts.append(
-            Attempt(
-                kept,
-                result,
-                ms["dense"],
-                ms["pruned"],
-                _corrected_share(told, share, tried) * ms["dense"],
-            )
-        )
-        reached = attempts[-1].share
-        if share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE) or (
-            reached <= share and told >= 1
-        ):
-            break
-        tried.append((told, reached))
-    return _best(attempts, share)
 
 
 def _milliseconds(
@@ -167,7 +188,7 @@ def _milliseconds(
     return ms
 
 
-def _best(attempts: Sequence[Attempt[Emitted]], share: float) -> Attempt[Emitted]:
+def _best(attempts: Sequence[Attempt], share: float) -> Attempt:
     """Of the attempts within the budget the slowest; where all are above, the fastest.
 
     Raises

@@ -1,0 +1,96 @@
+"""What is left of a model, with its plan and its report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from fxprune.analysis import Clock
+from fxprune.cost import count_parameters
+from fxprune.coupling import Coupling, Terms
+from fxprune.plan import (
+    GroupPlan,
+    Plan,
+    fingerprint,
+    history,
+    pack_inputs,
+    remember,
+)
+from fxprune.pruned import Pruned
+from fxprune.report import GroupRow, PinnedRow, Report
+from fxprune.rewrite import Survivors, emit
+
+__all__ = ["emitted", "terms_of"]
+
+
+def terms_of(plan: Plan) -> Terms:
+    return Terms(plan.keep, plan.pinned_nodes, plan.heads)
+
+
+def emitted(
+    model: nn.Module,
+    coupling: Coupling,
+    survivors: dict[str, tuple[int, ...]],
+    terms: Terms,
+    clock: Clock,
+) -> Pruned:
+    with clock("rewrite"):
+        left = Survivors(coupling, survivors)
+        smaller = emit(coupling, left, type(model).__name__)
+        _restore_modes(model, smaller)
+    with clock("report"):
+        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
+        plan = Plan(
+            groups,
+            pack_inputs(*coupling.example),
+            terms.keep,
+            terms.pinned_nodes,
+            fingerprint(model),
+            history(model),
+            terms.heads,
+        )
+        remember(smaller, plan)
+        report = Report(
+            params_before=count_parameters(model),
+            params_after=count_parameters(smaller),
+            macs_before=coupling.macs(),
+            macs_after=coupling.macs(left.shape),
+            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
+            pinned=tuple(
+                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
+            ),
+            untouched=coupling.untouched,
+            decisions=coupling.decisions,
+            statistics=tuple(
+                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
+            ),
+            params_pinned=_pinned_parameters(coupling),
+            macs_pinned=_pinned_macs(coupling),
+            parts=coupling.parts,
+            not_one_graph=coupling.not_one_graph,
+            not_set=coupling.not_set,
+        )
+    return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def _pinned_parameters(coupling: Coupling) -> int:
+    """Elements of the parameters that keep their shape whatever goes."""
+    tensors = coupling.parameters.values()
+    return sum(
+        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
+    )
+
+
+def _pinned_macs(coupling: Coupling) -> int:
+    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
+    return coupling.macs(
+        of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
+    )
+
+
+def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
+    """train() or eval() as in the original, module by module."""
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in smaller.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, model.training)
