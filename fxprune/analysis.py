@@ -19,7 +19,7 @@ from fxprune.contents import tensors_of
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.eager import Explored, decisions_of, explore, runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.inputs import Arguments, placed, shapes_of, widened
+from fxprune.inputs import Call, placed, shapes_of, widened
 from fxprune.reach import Reached, undrawn_by
 from fxprune.trace import MetaCopy, meta_copy_of, set_mode, slow_path, trace
 from fxprune.trace.lines import ElsewhereError
@@ -43,7 +43,7 @@ class Clock:
 
 
 def label_and_couple(
-    model: nn.Module, example: Arguments, terms: Terms, clock: Clock | None = None
+    model: nn.Module, example: Call, terms: Terms, clock: Clock | None = None
 ) -> Coupling:
     """The coupling of a model that is called as in the example, whose tensors may be meta tensors.
 
@@ -84,7 +84,7 @@ class _Found:
     """
 
     labelling: Labelling
-    example: Arguments
+    example: Call
     refused: str = ""
     untrained: str = ""
 
@@ -94,7 +94,7 @@ _ExploredByPath = dict[str, Explored]
 
 
 def _label(
-    model: nn.Module, example: Arguments, terms: Terms, *, known: _ExploredByPath, **options: Any
+    model: nn.Module, example: Call, terms: Terms, *, known: _ExploredByPath, **options: Any
 ) -> _Found:
     """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one
     graph, or in parts, or neither.
@@ -120,18 +120,18 @@ class _UntrainedError(TraceError):
 
 
 def _label_whole(
-    model: nn.Module, example: Arguments, terms: Terms, *, untrained: str = "", **options: Any
+    model: nn.Module, example: Call, terms: Terms, *, untrained: str = "", **options: Any
 ) -> _Found:
     """Labels on one graph for each mode; ``untrained`` says why there is none for training, where
     evaluation's has to do.
     """
 
-    def evaluated(call: Arguments) -> Labelling:
+    def evaluated(call: Call) -> Labelling:
         labelling = Labelling(meta_copy_of(model), terms, **options)
         labelling.trace(*call)
         return labelling
 
-    def decided(call: Arguments) -> _Decided:
+    def decided(call: Call) -> _Decided:
         return {("", False): trace(meta_copy_of(model), *call).decisions}
 
     wide = widened(example)
@@ -167,11 +167,11 @@ _Decided = dict[tuple[str, bool], list[str]]
 
 
 def _deciding_alike(
-    label: Callable[[Arguments], Labelling],
-    decided: Callable[[Arguments], _Decided],
-    wide: Arguments,
-    example: Arguments,
-) -> tuple[Labelling, Arguments]:
+    label: Callable[[Call], Labelling],
+    decided: Callable[[Call], _Decided],
+    wide: Call,
+    example: Call,
+) -> tuple[Labelling, Call]:
     """The labels for a call of a larger batch than the example's, unless the model decides
     otherwise for the example itself.
     """
@@ -189,7 +189,7 @@ def _deciding_alike(
 
 def _label_parts(
     model: nn.Module,
-    example: Arguments,
+    example: Call,
     terms: Terms,
     refused: Exception,
     known: _ExploredByPath,
@@ -198,27 +198,27 @@ def _label_parts(
     """The labels of a model that cannot be traced whole, for the reason given."""
 
     @contextmanager
-    def running(call: Arguments) -> Iterator[tuple[MetaCopy, Arguments]]:
+    def running(call: Call) -> Iterator[tuple[MetaCopy, Call]]:
         meta_copy = meta_copy_of(model)
         set_mode(meta_copy.model, training=False)
         with slow_path(), seeded(0), undrawn_by(Reached(meta_copy.model)):
             yield meta_copy, placed(call, meta_copy.device)
 
-    def explored(call: Arguments) -> Explored:
+    def explored(call: Call) -> Explored:
         shapes = str(_all_sizes(call))
         if shapes not in known:
             with running(call) as (meta_copy, placed_call):
                 known[shapes] = explore(meta_copy, *placed_call)
         return known[shapes]
 
-    def run(call: Arguments) -> Labelling:
+    def run(call: Call) -> Labelling:
         found = explored(call)
         with running(call) as (meta_copy, placed_call):
             labelling = Labelling(meta_copy, terms, **options)
             labelling.run(*placed_call, found)
         return labelling
 
-    def decided(call: Arguments) -> _Decided:
+    def decided(call: Call) -> _Decided:
         with running(call) as (meta_copy, placed_call):
             return decisions_of(meta_copy, explored(wide), *placed_call)
 
@@ -244,7 +244,7 @@ def _label_parts(
     return _Found(labelling, call, why)
 
 
-def _batch_share(example: Arguments, ran: Any) -> Fraction:
+def _batch_share(example: Call, ran: Any) -> Fraction:
     """The example's batch over the labelled one, which may be 2 where the example has 1."""
     asked, given = (
         sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim())
@@ -253,5 +253,5 @@ def _batch_share(example: Arguments, ran: Any) -> Fraction:
     return Fraction(asked, given) if given else Fraction(1)
 
 
-def _all_sizes(call: Arguments) -> list[torch.Size]:
+def _all_sizes(call: Call) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors_of(call)]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.contents import tensors_of
 from fxprune.doors import calling, drawn_from
 from fxprune.errors import ArgumentError
+from fxprune.inputs import Call, as_call
 
 __all__ = [
     "Loader",
@@ -42,8 +43,10 @@ class LoaderBatch:
     size: int
 
 
-def batches_of(loader: Loader, model: nn.Module) -> Iterator[LoaderBatch]:
-    """A loader's batches, taken apart and copied to the model's device."""
+def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[LoaderBatch]:
+    """A loader's batches, taken apart and copied to the model's device; ``example`` is the call
+    that the model was analysed with.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def there(tensor: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def batches_of(loader: Loader, model: nn.Module) -> Iterator[LoaderBatch]:
         return tensor.detach().to(device, copy=True)
 
     for batch in drawn_from(loader):
-        args, kwargs, targets = loader_call(batch)
+        (args, kwargs), targets = loader_call(batch, example)
         leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
         if leaf is None:
             raise ArgumentError(
@@ -132,9 +135,13 @@ def check_finite(values: Iterable[Any], what: str) -> None:
             )
 
 
-def loader_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-    """A loader's batch ``(inputs, *targets)`` as the model's positional and keyword arguments, and
-    the targets.
+def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[Any, ...]]:
+    """A loader's batch ``(inputs, *targets)`` as a call of the model, and the targets.
+
+    Inputs are read as example inputs are (:func:`fxprune.inputs.as_call`), but for a list: a
+    ``DataLoader`` makes lists of the tuples that a data set gives, so that it holds positional
+    arguments. Where the example is one list of tensors (a detector's images), so are tensors in a
+    list or a tuple.
 
     Raises
     ------
@@ -143,8 +150,10 @@ def loader_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any,
 
     Examples
     --------
-    >>> loader_call(({"ids": 1, "mask": 2}, 3)), loader_call([[4, 5], 6])
-    (((), {'ids': 1, 'mask': 2}, (3,)), ((4, 5), {}, (6,)))
+    >>> loader_call(({"ids": 1}, 3))
+    (Call(args=(), kwargs={'ids': 1}), (3,))
+    >>> loader_call([[4, 5], 6])
+    (Call(args=(4, 5), kwargs={}), (6,))
     """
     if not isinstance(batch, (tuple, list)) or not batch:
         what = (
@@ -155,9 +164,11 @@ def loader_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any,
             "gives them."
         )
     inputs, *targets = batch
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs), tuple(targets)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}, tuple(targets)
+    if isinstance(inputs, (tuple, list)):
+        images = example is not None and [*map(type, example.args)] == [list]
+        one = images and bool(inputs) and all(isinstance(item, Tensor) for item in inputs)
+        inputs = ([*inputs],) if one else tuple(inputs)
+    return as_call(inputs), tuple(targets)
 
 
 def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:

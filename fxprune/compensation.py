@@ -30,6 +30,7 @@ from fxprune.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import ArgumentError
+from fxprune.inputs import Call
 from fxprune.memory import Undone
 from fxprune.rewrite import Survivors
 
@@ -73,7 +74,7 @@ def fold_constants(
     """
     consumers = _consumers(coupling, survivors)
     _check_fits(coupling, survivors, pruned, consumers)
-    means = _mean_inputs(model, consumers, loader)
+    means = _mean_inputs(model, consumers, loader, coupling.example)
     changed, left = [], []
     for name, node in consumers.items():
         follower = _follower(name, node, coupling)
@@ -135,7 +136,7 @@ def reconstruct(
             "layers than to the original's, which "
             'least squares would compare. Take method="constants".'
         )
-    batches = list(batches_of(loader, model))
+    batches = list(batches_of(loader, model, coupling.example))
     check_read(len(batches))
     with _as_before(pruned):
         return _refit(coupling, survivors, model, pruned, batches, ridge)
@@ -254,7 +255,7 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mean_inputs(
-    model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any]
+    model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any], example: Call
 ) -> dict[str, Tensor]:
     """Mean input per channel of each module, over samples and positions."""
     sums: dict[str, Tensor] = {}
@@ -274,7 +275,7 @@ def _mean_inputs(
     with _untouched(model), torch.no_grad(), ExitStack() as stack:
         for name in consumers:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
-        for batch in batches_of(loader, model):
+        for batch in batches_of(loader, model, example):
             read += 1
             called(model, batch)
     if consumers:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fxprune.doors import calling, shown
 from fxprune.errors import InputError
 
 __all__ = [
-    "Arguments",
+    "Call",
     "as_call",
     "batch_size",
     "compressed",
@@ -42,24 +42,36 @@ __all__ = [
     "within",
 ]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Call(NamedTuple):
+    """The arguments that a model is called with: read at the door, and handed on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All arguments, those by position first."""
+        return (*self.args, *self.kwargs.values())
 
 
-def as_call(example_inputs: Any) -> Arguments:
+def as_call(example_inputs: Any) -> Call:
     """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything
     else, a list too, is one argument.
 
-    >>> as_call(1), as_call((1, 2)), as_call([1, 2]), as_call({"x": 1})
-    (((1,), {}), ((1, 2), {}), (([1, 2],), {}), ((), {'x': 1}))
+    >>> as_call((1, 2)).args, as_call([1, 2]).args, as_call({"x": 1}).kwargs
+    ((1, 2), ([1, 2],), {'x': 1})
     """
+    if isinstance(example_inputs, Call):
+        return example_inputs
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return Call((), dict(example_inputs))
     if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    return (example_inputs,), {}
+        return Call(example_inputs, {})
+    return Call((example_inputs,), {})
 
 
-def read(example_inputs: Any) -> Arguments:
+def read(example_inputs: Any) -> Call:
     """The call that example inputs stand for, checked: at least one tensor is in it; what else is
     in it is a constant of the call.
 
@@ -70,8 +82,8 @@ def read(example_inputs: Any) -> Arguments:
 
     Examples
     --------
-    >>> read({"x": torch.zeros(1), "mask": None, "scale": 2})
-    ((), {'x': tensor([0.]), 'mask': None, 'scale': 2})
+    >>> read({"x": torch.zeros(1), "mask": None, "scale": 2}).kwargs
+    {'x': tensor([0.]), 'mask': None, 'scale': 2}
     """
     with calling("example_inputs, read as the arguments of a call,"):
         call = as_call(example_inputs)
@@ -109,12 +121,12 @@ def read(example_inputs: Any) -> Arguments:
     return call
 
 
-def shapes_of(call: Arguments) -> Arguments:
+def shapes_of(call: Call) -> Call:
     """The same call with meta tensors."""
     return _map_tensors(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
 
 
-def widened(call: Arguments, batch: int = 2) -> Arguments:
+def widened(call: Call, batch: int = 2) -> Call:
     """A call of a larger batch, its rows repeated, where every tensor has one row; else the call
     as it is.
 
@@ -132,7 +144,7 @@ def widened(call: Arguments, batch: int = 2) -> Arguments:
     return _map_tensors(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
 
 
-def placed(call: Arguments, device: torch.device) -> Arguments:
+def placed(call: Call, device: torch.device) -> Call:
     """A copy of a call for one run: tensors on a device, without gradients; other objects as well,
     which forward may change.
     """
@@ -147,11 +159,10 @@ def placed(call: Arguments, device: torch.device) -> Arguments:
         except Exception:  # whatever it is made of
             return leaf
 
-    args, kwargs = tree_map(own, call)
-    return args, kwargs
+    return Call(*tree_map(own, call))
 
 
-def filled(call: Arguments) -> Arguments:
+def filled(call: Call) -> Call:
     """Data for meta tensors: zeros, and floating-point values between 0 and 1, the same ones each
     time.
     """
@@ -159,7 +170,7 @@ def filled(call: Arguments) -> Arguments:
     return _map_tensors(lambda t: _random(t, generator) if t.is_meta else t, call)
 
 
-def random(call: Arguments) -> Arguments:
+def random(call: Call) -> Call:
     """Floating-point values between 0 and 1 in the place of the example's, the same ones each
     time.
     """
@@ -173,9 +184,8 @@ def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], call: Arguments) -> Arguments:
-    args, kwargs = tree_map_only(Tensor, function, call)
-    return args, kwargs
+def _map_tensors(function: Callable[[Tensor], Tensor], call: Call) -> Call:
+    return Call(*tree_map_only(Tensor, function, call))
 
 
 # ---- values that a plan holds -------------------------------------------------------------------
@@ -183,7 +193,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], call: Arguments) -> Argum
 _MOST_VALUES = 1 << 16  # characters of a tensor's data in a plan
 
 
-def kept(call: Arguments) -> Arguments:
+def kept(call: Call) -> Call:
     """What of a call's values a plan holds: small tensors as they are, of large ones a draw within
     their range.
 
@@ -281,7 +291,7 @@ def batch_size(example_inputs: Any) -> int:
     >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2))), batch_size((images,)), batch_size(None)
     (4, 2, 1)
     """
-    for value in _input_values(example_inputs):
+    for value in as_call(example_inputs).values:
         if _is_list(value):
             return len(value)
         for leaf in tree_leaves(value):
@@ -322,11 +332,6 @@ def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> An
     if isinstance(example_inputs, tuple):
         return tuple(value(given) for given in example_inputs)
     return value(example_inputs)
-
-
-def _input_values(example_inputs: Any) -> Iterable[Any]:
-    args, kwargs = as_call(example_inputs)
-    return (*args, *kwargs.values())
 
 
 def _is_list(value: Any) -> bool:

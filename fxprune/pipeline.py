@@ -14,7 +14,7 @@ from fxprune.coupling import Coupling, Terms
 from fxprune.criteria import rank
 from fxprune.emission import emitted, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
-from fxprune.inputs import Arguments, read
+from fxprune.inputs import Call, read
 from fxprune.latency import Setting
 from fxprune.plan import (
     Plan,
@@ -36,7 +36,7 @@ _ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune g
 
 def smaller_model(
     model: nn.Module,
-    example: Arguments,
+    example: Call,
     example_inputs: Any,
     terms: Terms,
     criterion: Any,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxprune.dispatch import META
 from fxprune.doors import door, shown
 from fxprune.errors import PlanError
-from fxprune.inputs import Arguments, compressed, is_plain, restored, value_range, within
+from fxprune.inputs import Call, compressed, is_plain, restored, value_range, within
 
 __all__ = [
     "GroupPlan",
@@ -346,7 +346,7 @@ def holds_objects(text: str) -> bool:
     return '"object": ' in text
 
 
-def unpack_inputs(text: str) -> Arguments:
+def unpack_inputs(text: str) -> Call:
     """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta
     tensors.
 
@@ -357,7 +357,7 @@ def unpack_inputs(text: str) -> Arguments:
     """
     try:
         data = json.loads(text)
-        return _unpacked(data["args"]), _unpacked(data["kwargs"])
+        return Call(_unpacked(data["args"]), _unpacked(data["kwargs"]))
     except PlanError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -10,17 +10,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxprune.contents import tensors_of
-from fxprune.inputs import Arguments, batch_size
+from fxprune.inputs import Call, batch_size
 
 __all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]
 
 
-def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
+def other_batch(call: Call, rows: int | None = None) -> Call | None:
     """The example with so many rows, default: 1 if it has more; None where its tensors have
     none.
     """
-    args, kwargs = call
-    before = batch_size((*args, *kwargs.values()))
+    before = batch_size(call)
     wanted = rows or (2 if before == 1 else 1)
     found = False
 
@@ -40,14 +39,12 @@ def other_batch(call: Arguments, rows: int | None = None) -> Arguments | None:
             return type(given)(value(item) for item in given)  # type: ignore[call-arg, attr-defined]
         return {key: value(item) for key, item in given.items()} if type(given) is dict else given
 
-    changed = (
-        tuple(value(given) for given in args),
-        {name: value(given) for name, given in kwargs.items()},
-    )
+    kwargs = {name: value(given) for name, given in call.kwargs.items()}
+    changed = Call(tuple(value(given) for given in call.args), kwargs)
     return changed if found else None
 
 
-def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
+def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
     """The example at other resolutions and lengths, with what changed: sizes that are equal change
     together.
     """
@@ -67,7 +64,7 @@ def other_sizes(call: Arguments) -> Iterator[tuple[str, Arguments]]:
             yield text, with_sizes(call, new)
 
 
-def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
+def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
     """The example with one axis longer by one, where another axis has the same size: they need not
     be equal.
     """
@@ -84,19 +81,17 @@ def sizes_alone(call: Arguments) -> Iterator[tuple[str, Arguments]]:
         }
         if len(own) == 1 and sizes.count(size := own.pop()) > 1:
             longer = functools.partial(_longer, dim=dim, size=size)
-            args, kwargs = tree_map_only(Tensor, longer, call)
-            yield f"{size + 1} for {size} along axis {dim}", (args, kwargs)
+            changed = Call(*tree_map_only(Tensor, longer, call))
+            yield f"{size + 1} for {size} along axis {dim}", changed
 
 
-def with_sizes(call: Arguments, new: dict[int, int]) -> Arguments:
+def with_sizes(call: Call, new: dict[int, int]) -> Call:
     """The example with other numbers for its sizes, but for those of its batch."""
-    args, kwargs = tree_map_only(
-        Tensor, functools.partial(_with_sizes, new=new, first=_first_size_axis(call)), call
-    )
-    return args, kwargs
+    resized = functools.partial(_with_sizes, new=new, first=_first_size_axis(call))
+    return Call(*tree_map_only(Tensor, resized, call))
 
 
-def lengths(call: Arguments) -> list[int]:
+def lengths(call: Call) -> list[int]:
     """The sizes of the example's tensors but for those of its batch, the largest first."""
     first = _first_size_axis(call)
     return sorted(
@@ -104,10 +99,9 @@ def lengths(call: Arguments) -> list[int]:
     )
 
 
-def _first_size_axis(call: Arguments) -> int:
+def _first_size_axis(call: Call) -> int:
     """The first axis that is none of the batch: images in a list have no such axis."""
-    args, kwargs = call
-    return 0 if any(type(value) is list for value in (*args, *kwargs.values())) else 1
+    return 0 if any(type(value) is list for value in call.values) else 1
 
 
 def _half(size: int) -> int:

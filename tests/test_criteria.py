@@ -971,6 +971,32 @@ def test_a_data_loader_and_every_kind_of_inputs() -> None:
         np.testing.assert_array_equal(again.scores(coupling, model), again.scores(coupling, model))
 
 
+class OfImages(nn.Module):
+    """Takes a list of images, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.body(torch.stack(images))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_images_is_one_argument_where_the_example_has_one(kind: type) -> None:
+    model, images = OfImages(), [torch.randn(3, 6, 6) for _ in range(4)]
+    coupling = fxprune.analyze(model, (images[:1],))
+    plain = fxprune.analyze(model.body, torch.zeros(1, 3, 6, 6))
+    loader = [(kind(images[:2]), 0), (kind(images[2:]), 0)]
+    of_tensors = [(torch.stack(images[:2]), 0), (torch.stack(images[2:]), 0)]
+    for make in (lambda loader: Taylor(loader, energy), Activation):
+        scores = make(loader).scores(coupling, model)
+        expected = make(of_tensors).scores(plain, model.body)
+        np.testing.assert_allclose(
+            of_group(scores, coupling.groups[0]), of_group(expected, plain.groups[0]), rtol=1e-5
+        )
+
+
 def test_inputs_go_by_name() -> None:
     """However the example and the loader pass them, and in whatever order."""
     case = BY_NAME["two_inputs_by_keyword"]

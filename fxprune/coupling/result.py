@@ -19,7 +19,7 @@ from fxprune.coupling.balance import Balance, shrinking_dim
 from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.identity import IdentityMap
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.labels import Array
 from fxprune.ops import Context, Contraction
 from fxprune.ops.convolution import is_convolution
@@ -140,7 +140,7 @@ class Coupling:
     balance: Balance
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]  # in evaluation mode
-    example: Arguments = ((), {})
+    example: Call = field(default_factory=lambda: Call((), {}))
     not_one_graph: str = ""
     untrained: str = ""
     _labels: IdentityMap[Tensor, list[Array]] = field(

@@ -34,6 +34,7 @@ from fxprune.criteria.views import Views, in_single_at_least
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError
 from fxprune.identity import IdentityMap
+from fxprune.inputs import Call
 from fxprune.memory import Undone
 
 __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
@@ -138,7 +139,7 @@ class Taylor(_LossReader):
             summed.add(gradients, size)
             samples += size
 
-        _each_gradient(model, self.loader, self.loss, visit)
+        _each_gradient(model, self.loader, coupling.example, self.loss, visit)
         return np.abs(_mean(_products(coupling, model, summed.tensors), samples))
 
 
@@ -185,7 +186,7 @@ class Fisher(_LossReader):
             total += (size * _products(coupling, model, gradients)) ** 2
             samples += size
 
-        _each_gradient(model, self.loader, self.loss, visit)
+        _each_gradient(model, self.loader, coupling.example, self.loss, visit)
         return _mean(total, samples)
 
 
@@ -241,7 +242,7 @@ class Activation(_Reader):
             coupling.meta_copy.holding(real) as meta_copy,
             evaluated(meta_copy),
         ):
-            for batch in batches_of(self.loader, model):
+            for batch in batches_of(self.loader, model, coupling.example):
                 if coupling.parts:
                     watch_parts(meter, coupling, meta_copy, batch)
                 else:
@@ -265,7 +266,11 @@ def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tens
 
 
 def _each_gradient(
-    model: nn.Module, loader: Loader, loss: Loss, visit: Callable[[dict[str, Tensor], int], None]
+    model: nn.Module,
+    loader: Loader,
+    example: Call,
+    loss: Loss,
+    visit: Callable[[dict[str, Tensor], int], None],
 ) -> None:
     """Call ``visit(gradients by parameter's name, number of samples)`` batch by batch; gradients
     are in float32 at least.
@@ -277,7 +282,7 @@ def _each_gradient(
             if p.is_floating_point()
         }
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        for batch in batches_of(loader, model):
+        for batch in batches_of(loader, model, example):
             output = called(
                 functools.partial(torch.func.functional_call, model, {**held, **buffers}),
                 batch,

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread
-from fxprune.inputs import placed
+from fxprune.inputs import Call, placed
 from fxprune.memory import Undone
 from fxprune.ops import Trait, has
 from fxprune.trace import following, user_line
@@ -173,7 +173,7 @@ def followed(
     What it writes into its parameters, which are the user's, is undone.
     """
     given = tensors_of((args, kwargs))
-    args, kwargs = placed((args, kwargs), given[0].device if given else torch.device("cpu"))
+    args, kwargs = placed(Call(args, kwargs), given[0].device if given else torch.device("cpu"))
     weights = [*model.parameters(), *model.buffers()]
     inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)

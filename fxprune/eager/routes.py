@@ -20,7 +20,7 @@ from fxprune.eager.calls import intercepted
 from fxprune.eager.decisions import Answers, Decisions, followed, ways_of
 from fxprune.eager.questions import CodePlace, Questions
 from fxprune.hooks import in_mode
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.ops import Trait, has, name_of_op
 from fxprune.reach import AGAIN, Reach, drawing, same
 from fxprune.state import AttributeChange, Attributes
@@ -54,7 +54,7 @@ class Route:
     training: bool = False
     finds: bool = False
     sizes: str = ""
-    call: Arguments | None = field(default=None, compare=False, repr=False)
+    call: Call | None = field(default=None, compare=False, repr=False)
     turned: tuple[tuple[CodePlace, bool], ...] = ()
 
     @property

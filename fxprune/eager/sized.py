@@ -18,7 +18,7 @@ from fxprune.eager.calls import intercepted, without_function_modes
 from fxprune.eager.decisions import is_raised
 from fxprune.eager.questions import PART, CodePlace, Questions
 from fxprune.eager.routes import Route, run_route
-from fxprune.inputs import Arguments, batch_size, random
+from fxprune.inputs import Call, batch_size, random
 from fxprune.resized import lengths, other_batch, other_sizes, sizes_alone, with_sizes
 from fxprune.trace import MetaCopy
 
@@ -88,13 +88,13 @@ class Sized:
         before = len(self.routes)
         every = (
             call
-            for call in _resized_calls((self.args, self.kwargs))
+            for call in _resized_calls(Call(self.args, self.kwargs))
             if self._takes(base, call, asked)
         )
         taken = [*itertools.islice(every, _CALLS)]
         new = [route.sizes.startswith(_BATCH) for route in self.routes[before:]]
         self._go_on(
-            base, asked, _near((self.args, self.kwargs), rows=True in new, sizes=False in new)
+            base, asked, _near(Call(self.args, self.kwargs), rows=True in new, sizes=False in new)
         )
         tried: set[tuple[CodePlace, bool]] = set()
         while taken and not self.decided:
@@ -111,9 +111,7 @@ class Sized:
             if len(self.routes) > _MOST_SIZES or not self._turns(*turn, asked):
                 self.decided = asked[turn[0]].line
 
-    def _takes(
-        self, base: Route, sized: tuple[str, Arguments], asked: dict[CodePlace, _Asked]
-    ) -> bool:
+    def _takes(self, base: Route, sized: tuple[str, Call], asked: dict[CodePlace, _Asked]) -> bool:
         name, call = sized
         try:
             self._visit(replace(base, sizes=name, call=call), asked)
@@ -125,7 +123,7 @@ class Sized:
         self,
         base: Route,
         asked: dict[CodePlace, _Asked],
-        others: Iterable[Iterator[tuple[str, Arguments]]],
+        others: Iterable[Iterator[tuple[str, Call]]],
     ) -> None:
         """Try more sizes, until several in a row lead to nothing new: a loop over layers, say,
         calls one more for each.
@@ -159,7 +157,7 @@ class Sized:
         if known or found.empties:
             return True
         plain = replace(found.routes[0], turned=())
-        self._takes(plain, (_VALUES, random((self.args, self.kwargs))), asked)
+        self._takes(plain, (_VALUES, random(Call(self.args, self.kwargs))), asked)
         if found.is_of_data or answer in found.answers:
             return True
         return any(
@@ -167,9 +165,9 @@ class Sized:
             for call in self._answering(found)
         )
 
-    def _answering(self, found: _Asked) -> Iterator[tuple[str, Arguments]]:
+    def _answering(self, found: _Asked) -> Iterator[tuple[str, Call]]:
         """Sizes for which a question about one of them may have the other answer."""
-        call = self.args, self.kwargs
+        call = Call(self.args, self.kwargs)
         margins = {int(margin) for own in found.margins.values() for margin in own}
         away = {
             sign * abs(margin) + more
@@ -214,10 +212,9 @@ class Sized:
         self._places |= set(questions.asked)
 
 
-def _resized_calls(call: Arguments) -> Iterator[tuple[str, Arguments]]:
+def _resized_calls(call: Call) -> Iterator[tuple[str, Call]]:
     """The example with other sizes, and in words with which."""
-    args, kwargs = call
-    rows = batch_size((*args, *kwargs.values()))
+    rows = batch_size(call)
     for wanted in (1, rows + 1):
         batch = other_batch(call, wanted) if wanted != rows else None
         if batch is not None:
@@ -226,13 +223,12 @@ def _resized_calls(call: Arguments) -> Iterator[tuple[str, Arguments]]:
     yield from sizes_alone(call)
 
 
-def _near(call: Arguments, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Arguments]]]:
+def _near(call: Call, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Call]]]:
     """For the rows of the example, and for each of its sizes, calls with others, the nearest
     first.
     """
-    args, kwargs = call
     if rows and other_batch(call) is not None:
-        around = _sizes_near(batch_size((*args, *kwargs.values())))
+        around = _sizes_near(batch_size(call))
         yield ((f"{_BATCH} {new}", other_batch(call, new) or call) for new in around)
     for size in lengths(call) if sizes else ():
         yield ((f"{new} for {size}", with_sizes(call, {size: new})) for new in _sizes_near(size))

@@ -13,7 +13,7 @@ from torch import nn
 from fxprune.contents import tensors_of
 from fxprune.eager.calls import in_one_thread, intercepted
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
-from fxprune.inputs import Arguments, filled, kept, placed, random
+from fxprune.inputs import Call, filled, kept, placed, random
 from fxprune.memory import Undone
 from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
 from fxprune.trace.lines import UNKNOWN, ElsewhereError, takes_functions
@@ -21,7 +21,7 @@ from fxprune.trace.lines import UNKNOWN, ElsewhereError, takes_functions
 __all__ = ["runnable"]
 
 
-def runnable(meta_copy: MetaCopy, example: Arguments, refused: Exception) -> Arguments:
+def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
     """The example with values on which the model runs, and calls as many of its modules as can be
     reached.
 
@@ -61,7 +61,7 @@ def runnable(meta_copy: MetaCopy, example: Arguments, refused: Exception) -> Arg
     return best
 
 
-def _example_values(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
+def _example_values(example: Call) -> Iterator[tuple[Call, bool]]:
     """Values to try, and whether they are the example's own."""
     data = filled(example)
     real = not any(tensor.is_meta for tensor in tensors_of(example))
@@ -73,7 +73,7 @@ def _example_values(example: Arguments) -> Iterator[tuple[Arguments, bool]]:
     yield random(data), False
 
 
-def _modules_called(meta_copy: MetaCopy, call: Arguments, paths: set[str]) -> set[str]:
+def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str]:
     """Which of these modules a call reaches."""
     model, found = meta_copy.instance(), set[str]()
     set_mode(model, training=False)

@@ -29,7 +29,7 @@ from fxprune.contents import tensors_of
 from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.hooks import in_mode
-from fxprune.inputs import Arguments, as_call, batch_size, drawn
+from fxprune.inputs import Call, as_call, batch_size, drawn
 from fxprune.values import path_of, switch
 
 __all__ = ["export", "packages_of"]
@@ -163,7 +163,7 @@ def _write(
     shapes, written = None, io.BytesIO()
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
-        rows = batch_size((args, kwargs))
+        rows = batch_size(Call(args, kwargs))
         shapes = tree_map_only(
             Tensor, lambda t: {0: batch} if t.dim() and t.shape[0] == rows else {}, (args, kwargs)
         )
@@ -239,14 +239,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check(model: nn.Module, calls: list[Arguments], file: Path, packages: list[str]) -> float:
+def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
     """Run the file on all calls in one process of its own; returns the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
         packed = io.BytesIO()
-        torch.save(tree_map_only(Tensor, Tensor.cpu, calls), packed)
+        plain = [(args, kwargs) for args, kwargs in calls]  # without a class of fxprune's
+        torch.save(tree_map_only(Tensor, Tensor.cpu, plain), packed)
         given.write_bytes(packed.getbuffer())
         ran = subprocess.run(
             [sys.executable, _RUNNER, file, given, got, *packages],

@@ -17,14 +17,14 @@ from torch import Tensor, fx
 
 from fxprune.ops.table import bind, name_of_op
 
-__all__ = ["Call", "NewCall", "call_of"]
+__all__ = ["NewCall", "OpCall", "call_of"]
 
 NewCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """Target, positional and keyword arguments of a node."""
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One ATen op.
 
     Attributes
@@ -78,7 +78,7 @@ def call_of(
     node: fx.Node,
     ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
     old: Callable[[Any], Any],
-) -> Call | None:
+) -> OpCall | None:
     """The op that a node is; None if it is more than one, or if its arguments are not those of the
     op.
 
@@ -125,7 +125,7 @@ def call_of(
     ):
         return None  # the node works it out itself, as fftshift does with the shifts of a roll
     name = name_of_op(func).removesuffix("_copy")
-    return Call(node, name, values, given, places)
+    return OpCall(node, name, values, given, places)
 
 
 def _is_given(given: Any, ran: Any) -> bool:

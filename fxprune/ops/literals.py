@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import RewriteError
-from fxprune.ops.calls import Call, NewCall
+from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import split_dim
 from fxprune.ops.smaller import NewNumbers, WhatIsLeft
 from fxprune.reshape import reshape_blocks
@@ -48,7 +48,7 @@ Change: TypeAlias = dict[str, Any] | NewCall
 """Arguments by name that are to be others, or another call altogether."""
 
 
-def _new_sizes(numbers: NewNumbers, call: Call, value: Any, given: Any, first: int = 0) -> Any:
+def _new_sizes(numbers: NewNumbers, call: OpCall, value: Any, given: Any, first: int = 0) -> Any:
     """The sizes of a result's axes, from the axis ``first`` on."""
     wanted = numbers.survivors.shape(value)
     # a list that forward computed
@@ -79,7 +79,7 @@ def _scaled(numbers: NewNumbers, entry: Any, wanted: int) -> Any:
     return numbers.sized(entry, numbers.old(entry), wanted)
 
 
-def sizes_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def sizes_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     name = "size" if "size" in call.given else "shape"
     if name not in call.given:  # x.view(dtype)
         return {}
@@ -90,7 +90,7 @@ def sizes_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
 
 
 def _hold_layout(
-    numbers: NewNumbers, call: Call, value: Tensor, given: Sequence[Any], start: int = 0
+    numbers: NewNumbers, call: OpCall, value: Tensor, given: Sequence[Any], start: int = 0
 ) -> None:
     """Hold what literal sizes take from axes of other sizes: with another one, what is open would
     mix channels with the rest.
@@ -127,14 +127,14 @@ def _hold_layout(
             numbers.hold_positions(x, d)
 
 
-def unflatten_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def unflatten_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     start, given = call.ran["dim"] % call.ran["self"].dim(), call.given["sizes"]
     if isinstance(given, (tuple, list)):
         _hold_layout(numbers, call, value, given, start)
     return {"sizes": _new_sizes(numbers, call, value, given, start)}
 
 
-def repeat_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def repeat_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     name = "repeats" if "repeats" in call.given else "dims"
     given = call.given[name]
     times = list(given) if isinstance(given, (tuple, list)) else [given]
@@ -148,7 +148,7 @@ def repeat_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     }
 
 
-def repeat_interleave_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def repeat_interleave_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     if (
         call.ran.get("dim") is None
         or not isinstance(call.ran["repeats"], int)
@@ -160,7 +160,7 @@ def repeat_interleave_literals(numbers: NewNumbers, call: Call, value: Any) -> C
     return {"repeats": _scaled(numbers, call.given["repeats"], after // before)}
 
 
-def split_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def split_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     tensor = call.ran["self"]
     axis = split_dim(call.name, call.ran)
     if numbers.survivors.rows(tensor, axis) is None:
@@ -179,7 +179,7 @@ def split_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     return torch.split, (call.given["self"], sizes, counted), {}
 
 
-def narrow_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def narrow_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     tensor = call.ran["self"]
     axis, first = call.ran["dim"] % tensor.dim(), call.ran["start"]
     if isinstance(first, Tensor) or numbers.survivors.rows(tensor, axis) is None:
@@ -190,7 +190,7 @@ def narrow_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     return {"start": _survivors_between(numbers, tensor, axis, 0, first), "length": count}
 
 
-def slices_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def slices_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
     new = index_literal(
         numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
@@ -202,7 +202,7 @@ def slices_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     }
 
 
-def select_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def select_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     axis = call.ran["dim"] % call.ran["self"].dim()
     return {"index": _new_position(numbers, call.given["self"], axis, call.given["index"])}
 
@@ -240,7 +240,7 @@ def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any
     return _survivors_between(numbers, tensor, axis, 0, numbers.old(index) % tensor.shape[axis])
 
 
-def roll_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def roll_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     tensor, given = call.ran["self"], call.given["shifts"]
     shifts = list(given) if isinstance(given, (tuple, list)) else [given]
     if len(call.ran["dims"]) != len(shifts):
@@ -258,7 +258,7 @@ def roll_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     return {"shifts": shifts}
 
 
-def pad_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def pad_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     given, before = call.given["pad"], call.ran["pad"]
     after = padding(numbers.survivors, value, before)
     if after == list(before):
@@ -296,14 +296,14 @@ def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> li
     return new
 
 
-def last_norm_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def last_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     first = value.dim() - len(call.ran["normalized_shape"])
     return {
         "normalized_shape": _new_sizes(numbers, call, value, call.given["normalized_shape"], first)
     }
 
 
-def group_norm_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def group_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     x = call.ran["input"]
     if call.ran["num_groups"] != x.shape[1]:
         return {}
@@ -312,7 +312,7 @@ def group_norm_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     }
 
 
-def convolution_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def convolution_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     x, w, groups = call.ran["input"], call.ran["weight"], call.ran["groups"]
     if groups == 1:
         return {}
@@ -324,7 +324,7 @@ def convolution_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
     return {"groups": _scaled(numbers, call.given["groups"], new)}
 
 
-def channel_shuffle_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def channel_shuffle_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
 
 
@@ -340,7 +340,7 @@ def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
     return int(split.any(axis=1).sum()) if whole.all() else groups
 
 
-def attention_literals(numbers: NewNumbers, call: Call, value: Any) -> Change:
+def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     query, tensor = call.given["query"], call.ran["query"]
     if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
         return {}

@@ -20,7 +20,7 @@ from fxprune.labels import Array, Field, compact, varied
 from fxprune.memory import Memory
 from fxprune.moments import counts_removed
 from fxprune.ops import Context
-from fxprune.ops.calls import Call, call_of
+from fxprune.ops.calls import OpCall, call_of
 from fxprune.propagation import run_node
 from fxprune.rewrite.extents import Extents
 from fxprune.rewrite.numbers import Numbers
@@ -108,7 +108,7 @@ class Checked:
             self.context.put(stand_in, self._left(old))
         return self.standing[old]
 
-    def call(self, node: fx.Node) -> Call | None:
+    def call(self, node: fx.Node) -> OpCall | None:
         """The ATen op that a node of the original is, if it is one."""
         return call_of(node, self.ran(node), self.numbers.old)
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxprune.memory import name_of
 from fxprune.moments import counts_removed
-from fxprune.ops.calls import Call, NewCall
+from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import correction_of, reduced_dims
 from fxprune.ops.literals import index_literal
 from fxprune.ops.table import known
@@ -24,7 +24,7 @@ __all__ = ["correct"]
 
 
 def correct(
-    numbers: Numbers, node: fx.Node, call: Call | None, left: tuple[int, int] | None
+    numbers: Numbers, node: fx.Node, call: OpCall | None, left: tuple[int, int] | None
 ) -> NewCall:
     """The arguments of a node, right for the smaller model; nodes of the original's graph stay
     where nothing is to be corrected.
@@ -75,7 +75,7 @@ def _item(numbers: Numbers, node: fx.Node) -> NewCall:
     return node.target, (x, packed, *node.args[2:]), node.kwargs
 
 
-def _counting(function: Callable[..., Any], call: Call, left: tuple[int, int]) -> NewCall:
+def _counting(function: Callable[..., Any], call: OpCall, left: tuple[int, int]) -> NewCall:
     """A variance that counts the zeros that were removed."""
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
     return (

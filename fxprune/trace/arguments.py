@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxprune.errors import InputError
-from fxprune.inputs import Arguments, read, shapes_of
+from fxprune.inputs import Call, read, shapes_of
 
 __all__ = ["check_keywords", "example_of", "left_out", "parameter_names"]
 
 
-def example_of(example_inputs: Any) -> Arguments:
+def example_of(example_inputs: Any) -> Call:
     """The call that example inputs stand for, with meta tensors."""
     return shapes_of(read(example_inputs))
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.dispatch import META, holds_tensors, map_tensors
 from fxprune.errors import FxpruneError
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.reach import Entry, Reach
 from fxprune.state import AttributeChange, Attributes, carried, values_read
 from fxprune.trace.execution import execute
@@ -37,8 +37,8 @@ __all__ = ["forgotten_caches"]
 def forgotten_caches(
     model: nn.Module,
     outside: Reach,
-    arguments: Arguments,
-    follow: Callable[[Arguments], tuple[fx.Graph, Mapping[str, Tensor]]],
+    arguments: Call,
+    follow: Callable[[Call], tuple[fx.Graph, Mapping[str, Tensor]]],
     real: Callable[[Tensor], Tensor | None],
 ) -> Iterator[None]:
     """What forward computes anew from sizes, and computes as it was, is not there.
@@ -112,7 +112,7 @@ class _Forgetting:
         self,
         model: nn.Module,
         outside: Reach,
-        arguments: Arguments,
+        arguments: Call,
         follow: Any,
         real: Any,
         kept: Mapping[Any, _ModuleAttribute | Entry],
@@ -169,7 +169,7 @@ class _Forgetting:
             for other in held
         )
 
-    def _followed(self, arguments: Arguments) -> _FollowedCall | None:
+    def _followed(self, arguments: Call) -> _FollowedCall | None:
         attributes = Attributes(self.model)
         try:
             graph, constants = self.follow(arguments)
@@ -338,7 +338,7 @@ def _stand_in_like(computed: Any, node: fx.Node) -> Any:
     )
 
 
-def _shorter(arguments: Arguments) -> Iterator[Arguments]:
+def _shorter(arguments: Call) -> Iterator[Call]:
     """The example with one of its dimensions, wherever it occurs, one shorter, and half as
     long.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxprune.hooks import refuse_hooks
 from fxprune.identity import IdentitySet
+from fxprune.inputs import Call
 from fxprune.state import (
     Attributes,
     assigned,
@@ -82,7 +83,7 @@ def trace(
     with forgotten_caches(
         meta_copy.model,
         reach,
-        (args, kwargs),
+        Call(args, kwargs),
         follow,
         lambda tensor: meta_copy.real.get(tensor, tensor),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import VerificationError
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.reach import AGAIN, drawing
 from fxprune.verification.comparing import difference
 from fxprune.verification.modes import (
@@ -57,7 +57,7 @@ class Bench(Runs):
         )
         return other
 
-    def compare(self, call: Arguments, *, training: bool = False, times: int = 1) -> Outcome:
+    def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
         """Run both and compare all that comes out; ``times``: so often, each time on what the time
         before has left.
 
@@ -80,7 +80,7 @@ class Bench(Runs):
                 f"the random numbers of both models cannot be compared: {error}."
             ) from error
 
-    def _compare(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Outcome:
+    def _compare(self, calls: Sequence[Call], training: bool, constant: bool) -> Outcome:
         reference, notes = self._reference(calls, training, constant)
         result, deciding = self._smaller(calls, training, constant, reference.draws)
         if not notes and _undefined(reference, result):
@@ -147,7 +147,7 @@ class Bench(Runs):
                 error = max(error, difference([buffer], [wanted])[0])
         return Outcome(error, count, notes)
 
-    def _draw_in_python(self, call: Arguments, training: bool) -> bool:
+    def _draw_in_python(self, call: Call, training: bool) -> bool:
         """Whether Python code of one of the models draws random numbers: it may have been that of
         another thread.
         """
@@ -165,7 +165,7 @@ class Bench(Runs):
                 found |= drawn()
         return found
 
-    def vary(self, call: Arguments, *, training: bool) -> bool:
+    def vary(self, call: Call, *, training: bool) -> bool:
         """Whether both models do something else when they run again on the same values, by a
         clock, say.
         """
@@ -173,7 +173,7 @@ class Bench(Runs):
             lambda: self.smaller(training), call
         )
 
-    def _varies(self, copied: Callable[[], nn.Module], call: Arguments) -> bool:
+    def _varies(self, copied: Callable[[], nn.Module], call: Call) -> bool:
         first: list[Any] | None = None
         for _ in range(AGAIN + 1):
             (args, kwargs), model = clone(call), copied()
@@ -193,7 +193,7 @@ class Bench(Runs):
         return False
 
     def _reference(
-        self, calls: Sequence[Arguments], training: bool, constant: bool
+        self, calls: Sequence[Call], training: bool, constant: bool
     ) -> tuple[Run, tuple[str, ...]]:
         try:
             return self._followed(calls, training, constant), ()

@@ -16,7 +16,7 @@ from fxprune.coupling import Coupling
 from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
-from fxprune.inputs import Arguments, as_call
+from fxprune.inputs import Call, as_call
 from fxprune.plan import Plan, unpack_inputs
 from fxprune.reach import Reached, undrawn_by
 from fxprune.resized import other_batch, other_sizes
@@ -125,7 +125,7 @@ class _Proof:
         pruned: nn.Module,
         coupling: Coupling,
         survivors: Survivors,
-        call: Arguments,
+        call: Call,
         randomize: bool,
         seed: int,
     ) -> None:
@@ -167,7 +167,7 @@ class _Proof:
 
     # -- values on which the original runs
 
-    def _first(self, dtype: torch.dtype) -> tuple[Bench, Arguments, Outcome]:
+    def _first(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
         """The first values, and the first dtype, for which both models can be run."""
         failed: Exception | None = None
         for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
@@ -205,7 +205,7 @@ class _Proof:
             f"the pruned model fails where the original runs: {failed}."
         ) from failed
 
-    def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Arguments]]:
+    def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Call]]:
         for choice in choices(self.randomize, self.call):
             values = weights_of(self.model, dtype, choice, self.seed)
             inputs = inputs_of(self.model, self.call, dtype, choice, self.seed)
@@ -225,7 +225,7 @@ class _Proof:
 
     # -- situations
 
-    def _situations(self, bench: Bench, inputs: Arguments) -> Iterator[float]:
+    def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
         """The errors in every other situation; of a model that takes long, on small inputs or in
         float32 where that is enough.
         """
@@ -312,8 +312,8 @@ class _Proof:
             self.compared.append(name)
 
     def _resolutions(
-        self, bench: Bench, inputs: Arguments, enough: int
-    ) -> Iterator[tuple[float, Arguments]]:
+        self, bench: Bench, inputs: Call, enough: int
+    ) -> Iterator[tuple[float, Call]]:
         """Other sizes of inputs, until the original has taken enough of them."""
         taken, left = 0, len(self.left_out)
         for text, call in itertools.islice(other_sizes(inputs), _SIZES_TRIED):
@@ -424,5 +424,5 @@ _LONG = 3e8
 """Multiply-accumulates of a model that takes long."""
 
 
-def _elements(call: Arguments) -> int:
+def _elements(call: Call) -> int:
     return sum(leaf.numel() for leaf in tensors_of(call))

@@ -11,7 +11,7 @@ from fxprune.chance import torch_states
 from fxprune.contents import leaves
 from fxprune.eager.memory import place_of
 from fxprune.errors import VerificationError
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.verification.bench import Bench
 from fxprune.verification.modes import InDtype, clone
 from fxprune.verification.outcomes import RefusedError, refuse_rounding, said
@@ -19,7 +19,7 @@ from fxprune.verification.outcomes import RefusedError, refuse_rounding, said
 __all__ = ["check_gradients"]
 
 
-def check_gradients(bench: Bench, call: Arguments, *, training: bool) -> int:
+def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
     """Run both models forward and backward; the number of parameters that get a gradient.
 
     The gradients themselves are compared as well, unless statistics go over the survivors or
@@ -91,7 +91,7 @@ class _GapError(VerificationError):
 
 
 def _gradients(
-    model: nn.Module, bench: Bench, call: Arguments
+    model: nn.Module, bench: Bench, call: Call
 ) -> tuple[dict[str, Tensor], list[Tensor], bool]:
     """Gradients by the names of parameters, the outputs that they are of, and whether torch drew
     random numbers.

@@ -16,7 +16,7 @@ from fxprune.coupling import Coupling
 from fxprune.eager import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.hooks import in_mode
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 from fxprune.memory import Undone
 from fxprune.reach import Reached, undrawn_by
 from fxprune.rewrite import Survivors
@@ -183,7 +183,7 @@ class Runs:
         }
         return model
 
-    def _followed(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Run:
+    def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
         """The user's own code."""
         model = self.original(training)
         mode, held = (
@@ -214,7 +214,7 @@ class Runs:
             run.buffers = _buffers(model, held) if training else {}
         return run
 
-    def _graph(self, calls: Sequence[Arguments], training: bool, constant: bool) -> Run:
+    def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
         """The traced graph; where there are parts, in the user's code around them."""
         graph = GraphRun(
             self.coupling, self.survivors, self.masked, training=training, constant=constant
@@ -295,7 +295,7 @@ class Runs:
         )
 
     def _smaller(
-        self, calls: Sequence[Arguments], training: bool, constant: bool, draws: list[Draw]
+        self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
     ) -> tuple[Run, list[tuple[Tensor, Tensor]]]:
         model = self.smaller(training)
         mode = Replayed(draws, self.survivors, constant)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.contents import tensors_of
 from fxprune.identity import IdentityMap, IdentitySet
-from fxprune.inputs import Arguments
+from fxprune.inputs import Call
 
 __all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
 
@@ -36,7 +36,7 @@ class Choice:
     whole: int | None = None
 
 
-def choices(randomize: bool, call: Arguments) -> Iterator[Choice]:
+def choices(randomize: bool, call: Call) -> Iterator[Choice]:
     """The values to try, until the original can be run on some and gives numbers.
 
     Values drawn at random show the most: no zero in a fresh model hides an error. A model may
@@ -88,9 +88,7 @@ def weights_of(
     return values
 
 
-def inputs_of(
-    model: nn.Module, call: Arguments, dtype: torch.dtype, choice: Choice, seed: int
-) -> Arguments:
+def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
     """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as
     they are.
     """
