@@ -31,7 +31,7 @@ rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``,
 ``cpmc:by=mean:roles=own+scale`` (``by=mean`` and ``by=max`` divide a value by its group's, and by
-nothing else; ``standing=0`` leaves out what the group weighs in the network; ``of=roots`` and
+nothing else; ``weigh_groups=0`` leaves out what the group weighs in the network; ``of=roots`` and
 ``of=magnitudes`` take the roots of the sums of squares, or the sums of magnitudes). ``/constants``
 or ``/least_squares`` behind it compensates the pruned network on the images that criteria read.
 
@@ -117,7 +117,7 @@ def _ablation() -> dict[str, str]:
         "value, own filter only": f"cpmc:{alpha}:{no_cost}:{no_parameters}:roles=own+scale",
         "all three, own filter only": "cpmc:roles=own+scale",
         "all three, costs as much as the value": "cpmc:beta=1:gamma=1",
-        "all three, whatever the group weighs": "cpmc:standing=0",
+        "all three, whatever the group weighs": "cpmc:weigh_groups=0",
         "all three, by the group's mean": "cpmc:by=mean",
         "all three, by the group's largest": "cpmc:by=max",
         "all three, roots of the sums of squares": "cpmc:of=roots",
@@ -138,12 +138,12 @@ class Variant(CPMC):
         value = view.sum(torch.abs if self.of == "magnitudes" else torch.square, self.roles)
         value = value.sqrt() if self.of == "roots" else value
         if self.by == "seats":
-            return value / value.mean() * self._standing(view) / share_left(value, view.blocks)
+            return value / value.mean() * self._group_weight(view) / share_left(value, view.blocks)
         return value / {"max": value.max, "mean": value.mean}[self.by]().clamp_min(
             torch.finfo(value.dtype).tiny
         )
 
-    def _standing(self, view: UnitView) -> float:
+    def _group_weight(self, view: UnitView) -> float:
         """The group's mean over the network's."""
         totals = view.views.totals(
             torch.abs if self.of == "magnitudes" else torch.square, self.roles
@@ -151,7 +151,9 @@ class Variant(CPMC):
         totals = np.sqrt(totals) if self.of == "roots" else totals
         units = view.views.coupling.units
         return (
-            float(totals[view.group.units].mean() / totals[units].mean()) if self.standing else 1.0
+            float(totals[view.group.units].mean() / totals[units].mean())
+            if self.weigh_groups
+            else 1.0
         )
 
 
@@ -182,7 +184,7 @@ def variant(text: str) -> Variant:
         "roles": lambda value: tuple(value.split("+")),
         "by": str,
         "of": str,
-        "standing": lambda value: value != "0",
+        "weigh_groups": lambda value: value != "0",
     }
     plain = CPMC()
     settings: dict[str, Any] = {"alpha": plain.alpha, "beta": plain.beta, "gamma": plain.gamma}

@@ -2,9 +2,7 @@
 
 from fxprune import criteria
 from fxprune.api import analyze, apply, compensate, load, prune, verify
-from fxprune.compensation import Compensation
 from fxprune.coupling import Axis, Coupling, Group, Pinned
-from fxprune.deploy import deploy
 from fxprune.errors import (
     ArgumentError,
     BudgetError,
@@ -23,13 +21,15 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
-from fxprune.export import export
+from fxprune.inference import deploy
 from fxprune.ops import register_rule
-from fxprune.plan import GroupPlan, Plan
-from fxprune.pruned import Pruned
-from fxprune.report import Report
-from fxprune.sparsity import GroupSparsity
+from fxprune.result.plan import GroupPlan, Plan
+from fxprune.result.pruned import Pruned
+from fxprune.result.report import Report
+from fxprune.runtimes import export
 from fxprune.steps import Steps
+from fxprune.training.compensation import Compensation
+from fxprune.training.sparsity import GroupSparsity
 from fxprune.verification import Verification
 from fxprune.version import __version__
 

@@ -1,4 +1,4 @@
-"""The front doors: :func:`prune`, :func:`analyze`, :func:`apply`, :func:`verify`, :func:`load`."""
+"""What users call: :func:`prune`, :func:`analyze`, :func:`apply`, :func:`verify`, :func:`load`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.advice import warn_of_evaluation, warn_of_little
-from fxprune.analysis import Clock, label_and_couple
-from fxprune.arguments import (
+from fxprune.calibration import check_loader
+from fxprune.common.compiled import plain
+from fxprune.common.models import check_model
+from fxprune.common.numbers import number, switch, whole
+from fxprune.common.public import public, shown
+from fxprune.coupling import Coupling, Terms
+from fxprune.coupling.analysis import Clock, label_and_couple
+from fxprune.errors import ArgumentError
+from fxprune.inputs import read
+from fxprune.latency import Setting
+from fxprune.options import (
     budget_of,
     check_plan,
     check_pruned,
@@ -21,14 +29,6 @@ from fxprune.arguments import (
     of_whole_heads,
     setting_of,
 )
-from fxprune.calibration import check_loader
-from fxprune.compensation import Compensation, fold_constants, reconstruct
-from fxprune.compiled import plain
-from fxprune.coupling import Coupling, Terms
-from fxprune.doors import door, shown
-from fxprune.errors import ArgumentError
-from fxprune.inputs import read
-from fxprune.latency import Setting
 from fxprune.pipeline import (
     apply_stage,
     proofs,
@@ -37,20 +37,20 @@ from fxprune.pipeline import (
     smaller_model,
     stages_of,
 )
-from fxprune.plan import (
+from fxprune.result.plan import (
     Plan,
 )
-from fxprune.prunable import check_model
-from fxprune.pruned import Pruned
+from fxprune.result.pruned import Pruned
+from fxprune.result.serialization import load_tensors, read_pruned
+from fxprune.result.warnings import warn_of_evaluation, warn_of_little
 from fxprune.rewrite import Survivors
-from fxprune.saving import load_tensors, read_pruned
-from fxprune.values import number, switch, whole
+from fxprune.training.compensation import Compensation, fold_constants, reconstruct
 from fxprune.verification import Verification
 
 __all__ = ["analyze", "apply", "compensate", "load", "prune", "verify"]
 
 
-@door
+@public
 def analyze(
     model: nn.Module,
     example_inputs: Any,
@@ -89,7 +89,7 @@ def analyze(
     return label_and_couple(model, read(example_inputs), terms)
 
 
-@door
+@public
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -208,7 +208,7 @@ def prune(
     return pruned
 
 
-@door
+@public
 def apply(plan: Plan, model: nn.Module) -> Pruned:
     """Replay a plan on a model of the architecture it was made for.
 
@@ -241,7 +241,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     return pruned
 
 
-@door
+@public
 def load(
     folder: str | os.PathLike[str],
     model_factory: Callable[[], nn.Module] | nn.Module,
@@ -301,7 +301,7 @@ def load(
     return replace(pruned, report=report)
 
 
-@door
+@public
 def verify(
     model: nn.Module,
     pruned: Pruned,
@@ -380,7 +380,7 @@ def verify(
     return max(found, key=lambda verification: verification.error)
 
 
-@door
+@public
 def compensate(
     model: nn.Module,
     pruned: Pruned,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.contents import tensors_of
-from fxprune.doors import calling, drawn_from
+from fxprune.common.contents import tensors_of
+from fxprune.common.public import calling, drawn_from
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call, as_call
 

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.compiled import plain
-from fxprune.dispatch import DispatchMode, tensors_in
-from fxprune.doors import calling, door
-from fxprune.identity import IdentityMap
+from fxprune.common.compiled import plain
+from fxprune.common.dispatch import DispatchMode, tensors_in
+from fxprune.common.identity import IdentityMap
+from fxprune.common.models import check_structure
+from fxprune.common.public import calling, public
 from fxprune.inputs import read
 from fxprune.ops.macs import has_formula, op_macs
 from fxprune.ops.running import has_shape, run
-from fxprune.prunable import check_structure
 
 __all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Cost:
     """What one forward pass costs.
@@ -53,7 +53,7 @@ class Cost:
         return f"{self.macs:,} MACs, {self.params:,} parameters"
 
 
-@door
+@public
 def count_parameters(module: nn.Module) -> int:
     """Number of elements in all parameters of ``module``, a tied parameter counted once.
 
@@ -66,7 +66,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@door
+@public
 def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
     """MACs and parameters of ``module`` on ``example_inputs``, without allocating activations.
 

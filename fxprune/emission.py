@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from fxprune.analysis import Clock
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
-from fxprune.plan import (
+from fxprune.coupling.analysis import Clock
+from fxprune.result.plan import (
     GroupPlan,
     Plan,
     fingerprint,
@@ -17,8 +17,8 @@ from fxprune.plan import (
     pack_inputs,
     remember,
 )
-from fxprune.pruned import Pruned
-from fxprune.report import GroupRow, PinnedRow, Report
+from fxprune.result.pruned import Pruned
+from fxprune.result.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 
 __all__ = ["emitted", "terms_of"]

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from fxprune.contents import tensors_of
-from fxprune.doors import calling, shown
+from fxprune.common.contents import tensors_of
+from fxprune.common.public import calling, shown
 from fxprune.errors import InputError
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Call(NamedTuple):
-    """The arguments that a model is called with: read at the door, and handed on."""
+    """The arguments that a model is called with: read once (:func:`as_call`), and handed on."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

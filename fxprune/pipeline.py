@@ -8,25 +8,25 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.analysis import Clock, label_and_couple
-from fxprune.budget import Budget
 from fxprune.coupling import Coupling, Terms
+from fxprune.coupling.analysis import Clock, label_and_couple
 from fxprune.criteria import rank
 from fxprune.emission import emitted, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Call, read
 from fxprune.latency import Setting
-from fxprune.plan import (
+from fxprune.latency_budget import within_time
+from fxprune.result.plan import (
     Plan,
     fingerprint,
     history,
     holds_objects,
     unpack_inputs,
 )
-from fxprune.pruned import Pruned
-from fxprune.selection import select
+from fxprune.result.pruned import Pruned
+from fxprune.select.budget import Budget
+from fxprune.select.selection import select
 from fxprune.verification import Verification, check
-from fxprune.within_time import within_time
 
 __all__ = ["apply_stage", "proofs", "prove", "replay", "smaller_model", "stages_of"]
 

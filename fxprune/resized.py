@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fxprune.contents import tensors_of
+from fxprune.common.contents import tensors_of
 from fxprune.inputs import Call, batch_size
 
 __all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.api import load, prune
-from fxprune.arguments import kept_modules
-from fxprune.compiled import plain
-from fxprune.contents import named_tensors
+from fxprune.common.compiled import plain
+from fxprune.common.contents import named_tensors
+from fxprune.common.models import check_model
+from fxprune.common.numbers import number, path_of, share, whole
+from fxprune.common.public import guarded, public
 from fxprune.cost import cost_of
-from fxprune.doors import door, guarded
 from fxprune.errors import ArgumentError, PlanError, SignatureError
-from fxprune.prunable import check_model
-from fxprune.pruned import Pruned
-from fxprune.saving import read_files, write_files
-from fxprune.values import number, path_of, share, whole
+from fxprune.options import kept_modules
+from fxprune.result.pruned import Pruned
+from fxprune.result.serialization import read_files, write_files
 
 __all__ = ["Steps"]
 
@@ -34,7 +34,7 @@ _SETTINGS = "steps.json"
 _OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_inputs"}
 
 
-@door
+@public
 class Steps:
     """Iterate over ever smaller models; train each in the body of the loop, in place.
 
@@ -141,14 +141,14 @@ class Steps:
             current = step.model
 
     @property
-    @door
+    @public
     def done(self) -> int:
         """How many steps the folder holds, trained."""
         if self.folder is None:
             return 0
         return max((k for k in range(1, self.count + 1) if self._path(k).is_dir()), default=0)
 
-    @door
+    @public
     def last(self) -> Pruned:
         """The last finished step, from the folder.
 

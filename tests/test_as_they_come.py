@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.compiled import plain
+from fxprune.common.compiled import plain
 from fxprune.cost import cost_of
 from tests.support.checking import masked, randomise, relative_error
 

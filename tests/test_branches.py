@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.eager.questions import Questions
+from fxprune.coupling.parts.questions import Questions
 from fxprune.errors import FxpruneWarning
 from fxprune.resized import other_batch, other_sizes, sizes_alone
 from tests.support.checking import masked, randomise, relative_error

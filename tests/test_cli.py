@@ -557,7 +557,7 @@ def test_a_latency_budget(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
     # Calls of a tenth of a millisecond take as long as whatever else the machine does.
     monkeypatch.setattr(
-        "fxprune.within_time.time_models",
+        "fxprune.latency_budget.time_models",
         lambda models, *_, **__: dict.fromkeys(models, Timing(1, 1, 1, 1)),
     )
     result = run("prune", *TINY_ARGS, "--latency", 1.0, "--device", "cpu", "--batch", 2, "--json")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.contents import leaves
+from fxprune.common.contents import leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxprune.errors.FxpruneWarning")
 

@@ -178,7 +178,7 @@ def test_every_criterion_against_loops(case: Case) -> None:
         )
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own", "scale"))]
         mean = math.fsum(w * w for unit in own for w in unit) / len(own)
-        alone = CPMC(roles=("own", "scale"), standing=False)(view)
+        alone = CPMC(roles=("own", "scale"), weigh_groups=False)(view)
         np.testing.assert_allclose(alone, naive_cpmc(own, blocks, mean or 1.0), rtol=1e-12)
         own = [flat(unit) for unit in elements(coupling, group, tensors, ("own",))]
         np.testing.assert_allclose(
@@ -450,7 +450,7 @@ def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
     scale.
     """
     model, _, coupling = analysed(case)
-    alone = CPMC(standing=False)
+    alone = CPMC(weigh_groups=False)
 
     def scored(view: UnitView) -> tuple[Tensor, Tensor, Tensor]:
         return alone(view), l1(view), CPMC()(view) * view.network_mean(torch.square)
@@ -969,6 +969,12 @@ def test_a_data_loader_and_every_kind_of_inputs() -> None:
             np.testing.assert_array_equal(other, first)
         again = make(loaders[0])
         np.testing.assert_array_equal(again.scores(coupling, model), again.scores(coupling, model))
+
+
+def test_the_old_name_of_weigh_groups() -> None:
+    with pytest.warns(DeprecationWarning, match="standing is called weigh_groups") as seen:
+        assert CPMC(standing=False) == CPMC(weigh_groups=False)
+    assert seen[0].filename == __file__
 
 
 class OfImages(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import ArgumentError, ExportError, VerificationError
-from fxprune.export import packages_of, runner
+from fxprune.runtimes import packages_of, runner
 from tests.support.checking import assert_unharmed, randomise, snapshot
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_gives_something_else_is_no_result(
         .replace("leaf.detach().cpu()", "leaf.detach().cpu() * 1.001")
     )
     (tmp_path / "wrong.py").write_text(program)
-    monkeypatch.setattr(sys.modules["fxprune.export"], "_RUNNER", tmp_path / "wrong.py")
+    monkeypatch.setattr(sys.modules["fxprune.runtimes"], "_RUNNER", tmp_path / "wrong.py")
     with pytest.raises(VerificationError, match=r"net\.pt2 differs from the model by 1\.0e-03"):
         fxprune.export(pruned_small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.pt2")
     assert not (tmp_path / "net.pt2").exists()
@@ -115,7 +115,7 @@ def test_a_file_that_needs_fxprune_is_no_result(
         .replace("import sys\n", "import sys\nimport fxprune\n", 1)
     )
     (tmp_path / "bringing.py").write_text(program)
-    monkeypatch.setattr(sys.modules["fxprune.export"], "_RUNNER", tmp_path / "bringing.py")
+    monkeypatch.setattr(sys.modules["fxprune.runtimes"], "_RUNNER", tmp_path / "bringing.py")
     monkeypatch.setenv("PYTHONPATH", str(Path(fxprune.__file__).parent.parent))
     with pytest.raises(
         VerificationError,

@@ -68,7 +68,7 @@ fxprune.deploy(pruned.model)
 fxprune.latency.measure({"model": model}, x, rounds=1, seconds=0.001)
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-"""Operations whose meta kernels import the compiler at their first call, and the other doors."""
+"""Operations whose meta kernels import the compiler at their first call, and other functions."""
 
 
 @pytest.fixture(scope="module", params=[FIRST, OTHERS], ids=["small", "others"])

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from fxprune.identity import IdentityMap
+from fxprune.common.identity import IdentityMap
 
 
 def test_equal_tensors_are_two_keys() -> None:

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxprune.knapsack import best_options
+from fxprune.select.knapsack import best_options
 
 classes = st.lists(
     st.lists(st.tuples(st.integers(0, 50), st.integers(-20, 60)), min_size=1, max_size=4),

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxprune.common.reshape import reshape_blocks
 from fxprune.labels import Field, Units, alive_mask, compact, varied
-from fxprune.reshape import reshape_blocks
 
 COUNT = 12
 some = st.lists(st.integers(0, COUNT), min_size=1, max_size=5)

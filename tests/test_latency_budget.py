@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import within_time as searching
-from fxprune.budget import Budget
+from fxprune import latency_budget as searching
 from fxprune.cost import cost_of
 from fxprune.coupling import Coupling
 from fxprune.criteria import rank
@@ -25,10 +24,11 @@ from fxprune.latency.forecast import Forecast
 from fxprune.latency.layers import Layer, record
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table, cache_folder, device_name
-from fxprune.polynomials import Sizes, macs_of, params_of
-from fxprune.report import LatencyRow, Report
-from fxprune.selection import select
-from fxprune.widths import kinds_of, pools_of
+from fxprune.result.report import LatencyRow, Report
+from fxprune.select.budget import Budget
+from fxprune.select.kinds import kinds_of, pools_of
+from fxprune.select.polynomials import Sizes, macs_of, params_of
+from fxprune.select.selection import select
 from tests.support.checking import assert_unharmed, randomise, snapshot
 from tests.support.counting import CheckedCounter
 from tests.support.families import FAMILIES, Family

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.lowering import PlainAttention, lower
+from fxprune.trace.decompose import PlainAttention, lower
 from tests.support.checking import randomise, relative_error
 
 WIDTH, HEADS, BATCH, TOKENS, SOURCE = 8, 2, 3, 5, 4

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune import memory
-from fxprune.memory import AUGMENTED, Memory, Snapshot, shares, writes, written
+from fxprune.trace import aliasing as memory
+from fxprune.trace.aliasing import AUGMENTED, Memory, Snapshot, shares, writes, written
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:

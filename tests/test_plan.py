@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import fxprune
 from fxprune.errors import PlanError
 from fxprune.inputs import kept
-from fxprune.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
+from fxprune.result.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
 
 words = st.text(max_size=8)
 

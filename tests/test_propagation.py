@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.coupling.propagation import LabelMode, run_node
 from fxprune.errors import RewriteError
 from fxprune.ops import Context
-from fxprune.propagation import LabelMode, run_node
 
 
 def labelled(*shape: int) -> tuple[Context, Tensor]:

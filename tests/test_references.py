@@ -15,7 +15,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import TraceError
-from fxprune.references import copied, hooks_apart, hooks_of
+from fxprune.trace.copying import copied, hooks_apart, hooks_of
 
 
 class Old:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import TraceError
-from fxprune.regions import enter, leave
 from fxprune.trace import example_of, meta_copy_of, trace
+from fxprune.trace.context_managers import enter, leave
 from tests.support.checking import relative_error
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PlanError
-from fxprune.report import GroupRow, PinnedRow, Report
+from fxprune.result.report import GroupRow, PinnedRow, Report
 from tests.support.families import FAMILIES
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
-from fxprune import saving
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError
+from fxprune.result import serialization as saving
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
@@ -618,7 +618,7 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
         import itertools, sys
-        from fxprune import saving
+        from fxprune.result import serialization as saving
         for number in itertools.count():
             write = lambda path: path.write_text(str(number) * 100_000)
             saving.write_files(sys.argv[1], {"a.txt": write, "b.txt": write})

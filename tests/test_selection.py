@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.budget import Budget, keep_count
 from fxprune.cost import count_parameters
 from fxprune.criteria import Ranking
 from fxprune.rewrite import Survivors
-from fxprune.selection import select
+from fxprune.select.budget import Budget, keep_count
+from fxprune.select.selection import select
 from tests.specs import Concat, Conv, Network, TransposedConv, build, example, networks
 from tests.support.checking import call
 from tests.support.counting import CheckedCounter

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from fxprune.dispatch import tensors_in
+from fxprune.common.dispatch import tensors_in
 from fxprune.ops.running import ShapeMode, run
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)

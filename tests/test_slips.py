@@ -1,4 +1,4 @@
-"""Arguments that nobody could have meant, at every argument of every public door: an error of
+"""Arguments that nobody could have meant, at every argument of every public function: an error of
 fxprune's own, or a result.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 
 import fxprune
 from fxprune import cost, criteria, latency
-from fxprune.doors import calling, door, drawn_from
+from fxprune.common.public import calling, drawn_from, public
 from fxprune.errors import (
     ArgumentError,
     CallbackError,
@@ -30,7 +30,7 @@ from fxprune.errors import (
     ResourceError,
     SignatureError,
 )
-from fxprune.report import Report
+from fxprune.result.report import Report
 
 
 def network() -> nn.Sequential:
@@ -86,7 +86,7 @@ WRONG: dict[str, Any] = {
 
 @functools.cache
 def made() -> dict[str, Any]:
-    """What the doors are called with; nothing here is changed by a call."""
+    """What the functions are called with; nothing here is changed by a call."""
     model, x = network(), torch.randn(4, 3)
     pruned = fxprune.prune(model, x, channels=0.5)
     folder = tempfile.mkdtemp()
@@ -271,7 +271,7 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "CPMC": (
         criteria.CPMC,
-        lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "standing": True},
+        lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "weigh_groups": True},
     ),
     "Random": (
         scored(criteria.Random),
@@ -466,11 +466,11 @@ def test_what_is_no_number(value: Any) -> None:
         fxprune.prune(made()["model"], made()["x"], channels=value)
 
 
-# ---- the doors themselves
+# ---- the guard itself
 
 
 def test_an_unforeseen_error_is_told_as_a_bug() -> None:
-    @door
+    @public
     def fails() -> None:
         {}["missing"]
 
@@ -485,7 +485,7 @@ def test_an_unforeseen_error_is_told_as_a_bug() -> None:
     "error", [KeyboardInterrupt, SystemExit, DeprecationWarning, FxpruneError, ArgumentError]
 )
 def test_what_passes_as_it_is(error: type[BaseException]) -> None:
-    @door
+    @public
     def fails() -> None:
         with calling("the callback"):
             raise error("as it is")
@@ -496,7 +496,7 @@ def test_what_passes_as_it_is(error: type[BaseException]) -> None:
 
 
 def test_memory_that_ran_out_is_no_bug() -> None:
-    @door
+    @public
     def fails() -> None:
         raise torch.OutOfMemoryError("20 GiB were asked for")
 

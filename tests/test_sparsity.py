@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.sparsity import GroupSparsity
+from fxprune.training.sparsity import GroupSparsity
 from tests.support.checking import as_dtype
 from tests.zoo import CASES
 from tests.zoo.case import Case

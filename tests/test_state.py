@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import TraceError
-from fxprune.state import Attributes, same_graph
 from fxprune.trace import example_of, meta_copy_of, trace
+from fxprune.trace.module_state import Attributes, same_graph
 from tests.support.checking import relative_error
 
 

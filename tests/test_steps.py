@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.cost import cost_of
 from fxprune.errors import ArgumentError, PlanError
-from fxprune.saving import write_files
+from fxprune.result.serialization import write_files
 
 IMAGE = (1, 3, 8, 8)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 import fxprune
-from fxprune.eager.decisions import Decisions, followed, ways_of
+from fxprune.coupling.parts.decisions import Decisions, followed, ways_of
 from fxprune.errors import FxpruneWarning
 from tests.support.checking import masked, randomise, relative_error
 

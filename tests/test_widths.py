@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.cost import count_parameters
-from fxprune.polynomials import Polynomial, macs_of, params_of
 from fxprune.rewrite import Survivors
-from fxprune.widths import Kinds, Pool, kinds_of, pools_of
+from fxprune.select.kinds import Kinds, Pool, kinds_of, pools_of
+from fxprune.select.polynomials import Polynomial, macs_of, params_of
 from tests.specs import build, example, networks
 from tests.zoo import CASES
 from tests.zoo.case import Case
@@ -29,7 +29,7 @@ few = settings(
 
 
 class Costs:
-    """The analysis of a model with all that `fxprune.widths` reads off it."""
+    """The analysis of a model with all that `fxprune.select.kinds` reads off it."""
 
     def __init__(self, coupling: fxprune.Coupling) -> None:
         self.coupling = coupling

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.coupling import Labelling
 from fxprune.errors import VerificationError
-from fxprune.memory import Undone
+from fxprune.trace.aliasing import Undone
 from tests.support.checking import call, relative_error
 
 

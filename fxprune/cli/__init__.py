@@ -58,12 +58,12 @@ from fxprune.cli.printing import (
     print_latencies,
 )
 from fxprune.cli.terminal import dumps, errors_to_stderr, read_text, stage, write_text
-from fxprune.deploy import deploy
 from fxprune.errors import ArgumentError
-from fxprune.export import export as write_exported
+from fxprune.inference import deploy
 from fxprune.latency import MODES, PRECISIONS, measure
-from fxprune.plan import Plan
-from fxprune.pruned import Pruned
+from fxprune.result.plan import Plan
+from fxprune.result.pruned import Pruned
+from fxprune.runtimes import export as write_exported
 from fxprune.version import __version__
 
 __all__ = ["app"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fxprune import api
 from fxprune.cli.terminal import stage, stderr
-from fxprune.doors import calling
+from fxprune.common.hooks import in_mode
+from fxprune.common.public import calling
 from fxprune.errors import ArgumentError, CallbackError, InputError
-from fxprune.hooks import in_mode
 
 __all__ = [
     "attribute_named",

@@ -1,4 +1,4 @@
-"""The options that commands share, and what they say as arguments of the front doors."""
+"""The options that commands share, and what they say as arguments of :mod:`fxprune.api`."""
 
 from __future__ import annotations
 

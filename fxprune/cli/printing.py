@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fxprune.coupling import Coupling
 from fxprune.latency import Latency, Setting
-from fxprune.pruned import Pruned
+from fxprune.result.pruned import Pruned
 
 __all__ = [
     "comparison_to_dict",

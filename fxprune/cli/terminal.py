@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fxprune.doors import guarded
+from fxprune.common.public import guarded
 from fxprune.errors import ArgumentError, FxpruneError, FxpruneWarning, InternalError
 
 __all__ = [

@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from fxprune.contents import leaves, refuse_lazy, tensors_of
+from fxprune.common.contents import leaves, refuse_lazy, tensors_of
+from fxprune.common.hooks import refuse_hooks
+from fxprune.coupling.parts import Explored, Parts
+from fxprune.coupling.propagation import LabelMode
 from fxprune.coupling.result import KEPT, OUTPUT
-from fxprune.eager import Explored, Parts
-from fxprune.hooks import refuse_hooks
 from fxprune.labels import Array
 from fxprune.ops import Context
 from fxprune.ops.running import ShapeMode
-from fxprune.propagation import LabelMode
 from fxprune.trace import MetaCopy, Trace, trace
 
 __all__ = ["Labelling", "Terms"]
@@ -111,7 +111,7 @@ class Labelling:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
         """Run a meta copy that cannot be traced whole, and trace its parts (see
-        :class:`fxprune.eager.Parts`).
+        :class:`fxprune.coupling.parts.Parts`).
         """
         parts = Parts(self.meta_copy, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]

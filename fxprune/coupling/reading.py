@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxprune.common.dispatch import META, map_tensors
 from fxprune.coupling.balance import Balance, resolve, shrinking_dim
 from fxprune.coupling.labelling import Labelling
+from fxprune.coupling.parts import PYTHON
 from fxprune.coupling.result import Axis, Coupling, Group, Pinned
-from fxprune.dispatch import META, map_tensors
-from fxprune.eager import PYTHON
 from fxprune.labels import Array
 from fxprune.ops import Context, Contraction, Record
 from fxprune.trace import Trace

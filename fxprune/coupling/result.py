@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.common.identity import IdentityMap
+from fxprune.common.public import public, shown
 from fxprune.coupling.balance import Balance, shrinking_dim
-from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError, ModelError
-from fxprune.identity import IdentityMap
 from fxprune.inputs import Call
 from fxprune.labels import Array
 from fxprune.ops import Context, Contraction
@@ -36,7 +36,7 @@ OUTPUT = "is an output of the model"
 """The reason of a pin of what the model gives."""
 
 
-@door
+@public
 @dataclass(frozen=True, order=True)
 class Axis:
     """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of
@@ -67,7 +67,7 @@ class Axis:
         )
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Group:
     """Units that compete with each other: they lie on the same axes.
@@ -92,7 +92,7 @@ class Group:
         return f"{self.size} units{balanced}: {shown}"
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Pinned:
     """Axes that keep their size, the reason, and the fx node that gave it."""
@@ -108,7 +108,7 @@ class Pinned:
         return f"{shown}: {self.reason}" + (f" (at {self.node})" if self.node else "")
 
 
-@door
+@public
 @dataclass(eq=False)
 class Coupling:
     """The result of the analysis; ``print`` it, or draw :meth:`to_networkx`.
@@ -173,7 +173,7 @@ class Coupling:
             np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)])
         )
 
-    @door
+    @public
     def to_networkx(self) -> nx.Graph:
         """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that
         tied the two ends.
@@ -213,7 +213,7 @@ class Coupling:
             self._dims[labels] = shrinking_dim(labels, self.balance.block)
         return self._dims[labels]
 
-    @door
+    @public
     def macs(
         self,
         shape: Callable[[Tensor], Sequence[int]] | None = None,
@@ -232,7 +232,7 @@ class Coupling:
             sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of))
         )
 
-    @door
+    @public
     def pinned_macs(self) -> dict[str, float]:
         """For each reason of a pin the share of the multiply-accumulates that it holds, the
         largest first.
@@ -293,7 +293,7 @@ class Coupling:
             )
         return group
 
-    @door
+    @public
     def role(self, name: str, dim: int) -> str:
         """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"``
         (of a normalisation), or ``"dependent"`` (what the next layers read them with).
@@ -309,12 +309,12 @@ class Coupling:
             return "scale"
         return "dependent" if number in self.context.found.summed_axes else "own"
 
-    @door
+    @public
     def parameter_labels(self, name: str) -> list[Array]:
         """The live labels of a parameter of the meta copy."""
         return self.labels(self._parameter(name))
 
-    @door
+    @public
     def elements(self, group: Group) -> dict[str, list[Tensor]]:
         """For each parameter of a group: the unit's index in the group at each element, -1 where
         none of its units lies.
@@ -331,7 +331,7 @@ class Coupling:
             out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
         return out
 
-    @door
+    @public
     def blocks(self, group: Group) -> Tensor:
         """The block of each unit of a group: units may only be exchanged within one. All zero
         without balance.

@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.arrays import Floats
+from fxprune.common.arrays import Floats
+from fxprune.common.numbers import whole
+from fxprune.common.public import calling, public, shown
 from fxprune.coupling import Coupling, Group, check_coupling
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
-from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError, FxpruneError, ModelError
-from fxprune.values import whole
 
 __all__ = [
     "CPMC",
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Random:
     """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal
@@ -78,7 +78,7 @@ class Random:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", whole("seed", self.seed, 0))
 
-    @door
+    @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)
@@ -101,7 +101,7 @@ _PER_GROUP = (l1, l2, fpgm)
 _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 
 
-@door
+@public
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """What the selection ranks by: ``value`` (by label, the larger the more important) and, in
@@ -116,7 +116,7 @@ class Ranking:
     gamma: float = 0.0
 
 
-@door
+@public
 def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     """Score all units of a model.
 

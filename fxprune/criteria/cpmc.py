@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
 
+from fxprune.common.numbers import number, switch
+from fxprune.common.public import public, shown
 from fxprune.criteria.views import ROLES, UnitView, check_roles, check_view
-from fxprune.doors import door, shown
 from fxprune.errors import ArgumentError
-from fxprune.values import number, switch
 
 __all__ = ["CPMC", "share_left"]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class CPMC:
     r"""Multi-criteria importance based on weight dependency.
@@ -40,8 +41,8 @@ class CPMC:
     whose units are a little smaller than another's would lose them all first. With it groups
     shrink together, none is emptied. :math:`\bar V_g / \bar V`, the mean over all units of the
     network, is what makes groups compare globally: each keeps a share of its units in proportion
-    to what they weigh, which is how seats are shared out among parties (D'Hondt's highest
-    averages), and training makes the units of residual streams and of early layers heavy.
+    to what they weigh (D'Hondt's highest averages), and training makes the units of residual
+    streams and of early layers heavy.
     ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
 
     Calling it gives :math:`V' \bar V_g / \bar V`, shape (units,), float64, none negative; the
@@ -54,10 +55,17 @@ class CPMC:
     roles:
         Which elements count for the value; ``("own", "scale")`` leaves out the dependent weights
         of the next layers.
-    standing:
+    weigh_groups:
         Whether groups count by their mean magnitude. False: :math:`V'` alone, which does not
         change when all of a group's weights are scaled; for networks whose layers were scaled by
         hand.
+    standing:
+        The old name of ``weigh_groups``.
+
+    Warns
+    -----
+    DeprecationWarning
+        If ``standing`` is given.
 
     Raises
     ------
@@ -83,9 +91,15 @@ class CPMC:
     beta: float = 0.2
     gamma: float = 0.2
     roles: tuple[str, ...] = ROLES
-    standing: bool = True
+    weigh_groups: bool = True
+    standing: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, standing: bool | None) -> None:
+        if standing is not None:
+            warnings.warn(
+                "CPMC: standing is called weigh_groups now.", DeprecationWarning, stacklevel=4
+            )
+        chosen = self.weigh_groups if standing is None else standing
         weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
         if not all(
             w is not None and math.isfinite(w) and w >= 0 for w in weights.values()
@@ -98,18 +112,20 @@ class CPMC:
         checked = {
             **weights,
             "roles": check_roles(self.roles),
-            "standing": switch("standing", self.standing),
+            "weigh_groups": switch("weigh_groups", chosen),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    @door
+    @public
     def __call__(self, view: UnitView) -> Tensor:
         """Shape (units,)."""
         check_view(view)
         value = view.sum(torch.square, self.roles)
         whole = (
-            view.network_mean(torch.square, self.roles) if self.standing else float(value.mean())
+            view.network_mean(torch.square, self.roles)
+            if self.weigh_groups
+            else float(value.mean())
         )
         return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.arrays import Floats
 from fxprune.calibration import (
     Loader,
     batches_of,
@@ -28,14 +27,15 @@ from fxprune.calibration import (
     check_read,
     evaluated,
 )
+from fxprune.common.arrays import Floats
+from fxprune.common.identity import IdentityMap
+from fxprune.common.public import calling, public
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
 from fxprune.criteria.views import Views, in_single_at_least
-from fxprune.doors import calling, door
 from fxprune.errors import ArgumentError
-from fxprune.identity import IdentityMap
 from fxprune.inputs import Call
-from fxprune.memory import Undone
+from fxprune.trace.aliasing import Undone
 
 __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
 
@@ -88,7 +88,7 @@ class _LossReader(_Reader):
             )
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Taylor(_LossReader):
     r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the
@@ -128,7 +128,7 @@ class Taylor(_LossReader):
     [6.0, 36.0]
     """
 
-    @door
+    @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)
@@ -143,7 +143,7 @@ class Taylor(_LossReader):
         return np.abs(_mean(_products(coupling, model, summed.tensors), samples))
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Fisher(_LossReader):
     r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the
@@ -175,7 +175,7 @@ class Fisher(_LossReader):
     [10.0, 360.0]
     """
 
-    @door
+    @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)
@@ -190,7 +190,7 @@ class Fisher(_LossReader):
         return _mean(total, samples)
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Activation(_Reader):
     r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and
@@ -225,7 +225,7 @@ class Activation(_Reader):
     [1.0, 1.3333]
     """
 
-    @door
+    @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
         """Shape (labels,)."""
         check_coupling(coupling, model)

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration import LoaderBatch, called, check_dimensions
-from fxprune.contents import tensors_of
+from fxprune.common.contents import tensors_of
+from fxprune.common.dispatch import holds_tensors
 from fxprune.coupling import Coupling
+from fxprune.coupling.parts import intercepted
 from fxprune.criteria.views import in_single_at_least
-from fxprune.dispatch import holds_tensors
-from fxprune.eager import intercepted
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute

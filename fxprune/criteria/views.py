@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.arrays import Floats
+from fxprune.common.arrays import Floats
+from fxprune.common.public import calling, drawn_from, public, shown
 from fxprune.coupling import Coupling, Group
-from fxprune.doors import calling, door, drawn_from, shown
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
 
@@ -72,7 +72,7 @@ def check_view(view: Any) -> None:
         )
 
 
-@door
+@public
 class Views:
     """All groups of a coupling with the tensors to score them by.
 
@@ -122,7 +122,7 @@ class Views:
     def __iter__(self) -> Iterator[UnitView]:
         return (UnitView(self, group) for group in self.coupling.groups)
 
-    @door
+    @public
     def totals(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Floats:
         """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0
         where no unit is.
@@ -191,7 +191,7 @@ class Views:
                     yield name, fields
 
 
-@door
+@public
 @dataclass(frozen=True, eq=False)
 class UnitView:
     """One group, unit by unit."""
@@ -199,7 +199,7 @@ class UnitView:
     views: Views
     group: Group
 
-    @door
+    @public
     def sum(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Tensor:
         """The sum of ``function(weights)`` over each unit's elements; shape (units,), float64.
 
@@ -208,7 +208,7 @@ class UnitView:
         """
         return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
-    @door
+    @public
     def network_mean(self, function: Elementwise, roles: Iterable[str] = ROLES) -> float:
         """The mean of :meth:`sum` over the units of all groups."""
         units = self.views.coupling.units
@@ -223,7 +223,7 @@ class UnitView:
         """
         return self.views.coupling.blocks(self.group)
 
-    @door
+    @public
     def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
         """The elements themselves; shape (units, elements), a unit with fewer than another is
         filled up with zeros.

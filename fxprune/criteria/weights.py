@@ -7,14 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxprune.common.public import public
 from fxprune.criteria.views import UnitView, check_view
-from fxprune.doors import door
 from fxprune.errors import ArgumentError
 
 __all__ = ["bn_scale", "fpgm", "l1", "l2", "lamp", "share_of_the_rest"]
 
 
-@door
+@public
 def l1(view: UnitView) -> Tensor:
     r""":math:`\sum |w|` over all elements that vanish with a unit: own filter, bias, scales and
     dependent slices.
@@ -34,7 +34,7 @@ def l1(view: UnitView) -> Tensor:
     return view.sum(torch.abs)
 
 
-@door
+@public
 def l2(view: UnitView) -> Tensor:
     r""":math:`\sqrt{\sum w^2}` over all elements that vanish with a unit.
 
@@ -53,7 +53,7 @@ def l2(view: UnitView) -> Tensor:
     return view.sum(torch.square).sqrt()
 
 
-@door
+@public
 def bn_scale(view: UnitView) -> Tensor:
     r"""Mean :math:`|\gamma|` over the scales of the normalisations that a unit passes.
 
@@ -87,7 +87,7 @@ def bn_scale(view: UnitView) -> Tensor:
     return view.sum(torch.abs, roles=("scale",)) / passed
 
 
-@door
+@public
 def lamp(view: UnitView) -> Tensor:
     r""":math:`s_u / \sum_{v : s_v \ge s_u} s_v` with :math:`s_u = \sum w^2`: a unit's share of all
     that are no smaller.
@@ -121,7 +121,7 @@ def share_of_the_rest(scores: Tensor) -> Tensor:
     return scores / no_smaller.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-@door
+@public
 def fpgm(view: UnitView) -> Tensor:
     r""":math:`\sum_v \lVert w_u - w_v \rVert_2` over the other units' own filters: a filter near
     the geometric median is redundant.

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fxprune.doors import calling, door, shown
+from fxprune.common.numbers import device_of, number, whole
+from fxprune.common.public import calling, public, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency.cuda import current
-from fxprune.values import device_of, number, whole
 
 __all__ = ["Timing", "time_in_turns"]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one call: the median, the quartiles, and of how many measurements.
@@ -47,7 +47,7 @@ class Timing:
         )
 
 
-@functools.partial(door, inference=True)
+@functools.partial(public, inference=True)
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
     device: torch.device | str = "cpu",

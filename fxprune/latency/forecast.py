@@ -14,16 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fxprune.arrays import Counts, Floats
-from fxprune.contents import tensors_of
+from fxprune.common.arrays import Counts, Floats
+from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
 from fxprune.latency.measuring import Setting, batch_of, prepared, running
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
 from fxprune.ops import Contraction
-from fxprune.polynomials import Polynomial, Sizes, Sum, products_of
-from fxprune.widths import Kinds, Pool, kinds_of, pools_of
+from fxprune.select.kinds import Kinds, Pool, kinds_of, pools_of
+from fxprune.select.polynomials import Polynomial, Sizes, Sum, products_of
 
 __all__ = ["Forecast"]
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.contents import tensors_of
+from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
 from fxprune.inputs import as_call
-from fxprune.polynomials import Sizes
+from fxprune.select.polynomials import Sizes
 from fxprune.trace import Trace, execute
 
 __all__ = ["Layer", "LayerTensor", "Prepare", "record"]
@@ -43,7 +43,7 @@ class LayerTensor:
     """
 
     shape: tuple[int, ...]
-    # dimension -> the number of its size (see :class:`~fxprune.widths.Sizes`)
+    # dimension -> the number of its size (see :class:`~fxprune.select.kinds.Sizes`)
     dims: Mapping[int, int]
     # dimensions, from the one of the longest stride to that of the shortest
     order: tuple[int, ...]

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.contents import tensors_of
+from fxprune.common.contents import tensors_of
+from fxprune.common.hooks import in_mode
+from fxprune.common.identity import IdentitySet
+from fxprune.common.numbers import switch, whole
+from fxprune.common.process_lock import TURN
+from fxprune.common.public import calling, public, shown
 from fxprune.cost import MacCounter, cost_of
-from fxprune.deploy import LAYOUTS, lay_out
-from fxprune.doors import calling, door, shown
 from fxprune.errors import ArgumentError
-from fxprune.hooks import in_mode
-from fxprune.identity import IdentitySet
+from fxprune.inference import LAYOUTS, lay_out
 from fxprune.inputs import as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
 from fxprune.latency.roofline import roofline
-from fxprune.turn import TURN
-from fxprune.values import switch, whole
 
 __all__ = [
     "MODES",
@@ -56,7 +56,7 @@ MODES = ("eager", "compiled", "cudagraph")
 _MOST_BATCHES = 4096  # of inputs so small that reading them counts for nothing
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Setting:
     """How a model runs.
@@ -149,7 +149,7 @@ def _is_device(name: Any) -> bool:
     return True
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Latency:
     """What one model took.
@@ -188,7 +188,7 @@ class Latency:
         )
 
 
-@door
+@public
 def measure(
     models: Mapping[str, nn.Module],
     example_inputs: Any,

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fxprune.doors import door, shown
+from fxprune.common.numbers import device_of, switch
+from fxprune.common.public import public, shown
 from fxprune.errors import ArgumentError
 from fxprune.latency.clock import time_in_turns
-from fxprune.values import device_of, switch
 
 __all__ = ["Roofline", "roofline"]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Roofline:
     """Multiply-accumulates per second of large matrix products and convolutions, and bytes per
@@ -45,7 +45,7 @@ class Roofline:
         return 1e3 * max(macs / self.macs_per_second, nbytes / self.bytes_per_second)
 
 
-@door
+@public
 def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Roofline:
     """Measure a device: the best of large products in ``dtype``, and a copy that no cache holds.
 

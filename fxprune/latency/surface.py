@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 __all__ = ["Surface", "grid"]
-from fxprune.arrays import Floats
+from fxprune.common.arrays import Floats
 
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
 """By the number of sizes that an operation depends on: the eighths of each at which it is

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxprune.identity import IdentityMap
+from fxprune.common.identity import IdentityMap
 from fxprune.labels import Array, Field, Units, compact
 from fxprune.ops.records import (
     INPUT,

@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from fxprune.common.reshape import reshape_blocks
 from fxprune.errors import RewriteError
 from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import split_dim
 from fxprune.ops.smaller import NewNumbers, WhatIsLeft
-from fxprune.reshape import reshape_blocks
 
 __all__ = [
     "attention_literals",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import tensors_in
+from fxprune.common.dispatch import tensors_in
 from fxprune.labels import Field
 from fxprune.ops.context import Context
 from fxprune.ops.records import Met

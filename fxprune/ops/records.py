@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import META, map_tensors
+from fxprune.common.dispatch import META, map_tensors
 from fxprune.labels import Array, Field, Units, compact
 from fxprune.ops.macs import op_macs
 

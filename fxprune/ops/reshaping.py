@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxprune.common.reshape import reshape_blocks
 from fxprune.labels import Field, compact
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.shapes import movement as shapes
 from fxprune.ops.table import Axes, Trait, moves, row
-from fxprune.reshape import reshape_blocks
 
 
 @moves(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fxprune.dispatch import META, DispatchMode, aten, is_composite, tensors_in
+from fxprune.common.dispatch import META, DispatchMode, aten, is_composite, tensors_in
 from fxprune.ops.shapes.common import empty_like
 from fxprune.ops.shapes.elementwise import first_argument_shape, pointwise_shape
 from fxprune.ops.table import Shape, own_row

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from fxprune.doors import door
+from fxprune.common.public import public
 from fxprune.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _first_paragraph(rule: Rule) -> str:
     return " ".join((rule.__doc__ or "").strip().partition("\n\n")[0].split())
 
 
-@door
+@public
 def register_rule(
     name: str, *, like: str | None = None, macs: Formula | None = None
 ) -> Callable[[Rule], Rule]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.dispatch import META
-from fxprune.memory import name_of, squeezes_all
+from fxprune.common.dispatch import META
+from fxprune.common.reshape import reshape_blocks
 from fxprune.ops import Axes, known
-from fxprune.reshape import reshape_blocks
 from fxprune.trace import execute
+from fxprune.trace.aliasing import name_of, squeezes_all
 
 if TYPE_CHECKING:
     from fxprune.rewrite.extents import Extents

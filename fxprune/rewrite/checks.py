@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.common.dispatch import META
+from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
-from fxprune.dispatch import META
+from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
-from fxprune.identity import IdentityMap
 from fxprune.labels import Array, Field, compact, varied
-from fxprune.memory import Memory
 from fxprune.moments import counts_removed
 from fxprune.ops import Context
 from fxprune.ops.calls import OpCall, call_of
-from fxprune.propagation import run_node
 from fxprune.rewrite.extents import Extents
 from fxprune.rewrite.numbers import Numbers
 from fxprune.rewrite.survivors import Survivors
 from fxprune.trace import Trace
+from fxprune.trace.aliasing import Memory
 
 __all__ = ["Checked", "storage_of", "value_of"]
 
@@ -78,7 +78,7 @@ class Checked:
         # the original's result, for new nodes that need not run
         self.unrun: dict[fx.Node, Tensor] = {}
         # for a tensor of the original what stands for it in the smaller model
-        self.standing: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self.stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
         self.checked = context.units.version
@@ -101,12 +101,12 @@ class Checked:
 
     def _stand_in(self, old: Tensor) -> Tensor:
         """A tensor with the labels of what is left of one of the original."""
-        if old not in self.standing:
-            stand_in = self.standing[old] = torch.empty(
+        if old not in self.stand_ins:
+            stand_in = self.stand_ins[old] = torch.empty(
                 self.survivors.shape(old), dtype=old.dtype, device=META
             )
             self.context.put(stand_in, self._left(old))
-        return self.standing[old]
+        return self.stand_ins[old]
 
     def call(self, node: fx.Node) -> OpCall | None:
         """The ATen op that a node of the original is, if it is one."""

@@ -20,16 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.contents import leaves_of
+from fxprune.common.contents import leaves_of
+from fxprune.common.dispatch import map_tensors
+from fxprune.common.hooks import has_own_forward
+from fxprune.common.identity import IdentityMap
+from fxprune.common.module_sizes import sizes_of
 from fxprune.coupling import Coupling
-from fxprune.dispatch import map_tensors
+from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
-from fxprune.hooks import has_own_forward
-from fxprune.identity import IdentityMap
 from fxprune.labels import Array
-from fxprune.memory import first_of, name_of, shares
-from fxprune.module_sizes import sizes_of
-from fxprune.propagation import run_node
 from fxprune.rewrite.checks import Checked, storage_of, value_of
 from fxprune.rewrite.extents import Extent
 from fxprune.rewrite.leaves import resize
@@ -49,6 +48,7 @@ from fxprune.rewrite.skeleton import (
 )
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.trace import plain_attention
+from fxprune.trace.aliasing import first_of, name_of, shares
 
 __all__ = ["emit"]
 
@@ -99,19 +99,19 @@ def emit(
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
             set_tensor(emitted[trace.path][0], target, tensor)
-    standing: IdentityMap[nn.Module, nn.Module] = IdentityMap()
+    written: IdentityMap[nn.Module, nn.Module] = IdentityMap()
     for path, (below, graphs) in emitted.items():
         _place_positions(below, coupling.meta_copy.device)
         module = PrunedModule(
             below, graphs[0], type(below).__name__ if path else name, *graphs[1:]
         )
-        standing[below] = (
+        written[below] = (
             module.behaving_like(below)
             if path
             else module.holding_modes(own_modes(meta_copy.model))
         )
-        root = with_module(root, below, standing[below])
-    final = IdentityMap((key, standing.get(below, below)) for key, below in made.items())
+        root = with_module(root, below, written[below])
+    final = IdentityMap((key, written.get(below, below)) for key, below in made.items())
     if parts or any(map(has_own_forward, made.values())):
         refer_to(made, final, filled)
     if parts:
@@ -270,7 +270,7 @@ class _Emission(Checked):
             new = self._rescale(new, node)
         self._check(node, value, self.env[new])
         if isinstance(value, Tensor) and value.is_meta:
-            self.standing[value] = self.env[new]
+            self.stand_ins[value] = self.env[new]
         if self.prefix + node.name in self.coupling.context.found.moved:
             self._check_order(node, new, value)
         return new

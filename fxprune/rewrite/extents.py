@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.dispatch import holds_tensors
+from fxprune.common.dispatch import holds_tensors
 from fxprune.labels import Array
-from fxprune.memory import name_of, squeezes_all
 from fxprune.ops import Axes, Kind, Op, Trait, bind, find, has, known, name_of_op, own_row
 from fxprune.ops.dims import split_dim
 from fxprune.ops.shapes.common import spatial_rank
 from fxprune.rewrite.axes import RULES, Extent, argument, first_operand, of_operands
 from fxprune.rewrite.survivors import Survivors
+from fxprune.trace.aliasing import name_of, squeezes_all
 
 __all__ = ["Extent", "Extents", "axes_read"]
 

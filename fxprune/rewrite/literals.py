@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxprune.memory import name_of
 from fxprune.moments import counts_removed
 from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import correction_of, reduced_dims
 from fxprune.ops.literals import index_literal
 from fxprune.ops.table import known
 from fxprune.rewrite.numbers import Numbers
+from fxprune.trace.aliasing import name_of
 
 __all__ = ["correct"]
 

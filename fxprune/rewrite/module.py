@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from fxprune.identity import Memo, from_memo, memo_of, to_memo
-from fxprune.references import copied
-from fxprune.regions import blocks
+from fxprune.common.identity import Memo, from_memo, memo_of, to_memo
 from fxprune.rewrite.containers import containers_named
 from fxprune.rewrite.pickled import pack, unpack
+from fxprune.trace.context_managers import blocks
+from fxprune.trace.copying import copied
 
 __all__ = ["PrunedModule"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.dispatch import holds_tensors
+from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import RewriteError
-from fxprune.memory import name_of, squeezes_all
 from fxprune.rewrite.extents import Extent, Extents, axes_read
 from fxprune.trace import execute, formula
+from fxprune.trace.aliasing import name_of, squeezes_all
 
 __all__ = ["Numbers"]
 

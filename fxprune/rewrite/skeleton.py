@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.common.dispatch import META
+from fxprune.common.hooks import has_own_forward, in_mode
+from fxprune.common.identity import IdentityMap, memo_of
 from fxprune.coupling import Coupling
-from fxprune.dispatch import META
-from fxprune.hooks import has_own_forward, in_mode
-from fxprune.identity import IdentityMap, memo_of
 from fxprune.ops import Context
-from fxprune.references import HOOKS, hooks_of
 from fxprune.rewrite.survivors import Survivors
 from fxprune.trace import attribute, is_leaf, put_tensors
+from fxprune.trace.copying import HOOKS, hooks_of
 
 __all__ = [
     "fill_tensors",

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.errors import RewriteError
-from fxprune.identity import IdentityMap
 from fxprune.labels import Array, alive_mask, varied
 
 __all__ = ["Mask", "Survivors"]

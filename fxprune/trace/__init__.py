@@ -23,7 +23,6 @@ from __future__ import annotations
 from fxprune.trace.arguments import example_of
 from fxprune.trace.decisions import formula
 from fxprune.trace.execution import execute
-from fxprune.trace.lines import following, user_line
 from fxprune.trace.meta_copy import (
     MetaCopy,
     attribute,
@@ -32,10 +31,11 @@ from fxprune.trace.meta_copy import (
     put_tensors,
     set_mode,
 )
+from fxprune.trace.patches import plain_attention, slow_path
 from fxprune.trace.sequences import SizeTuple
-from fxprune.trace.takeover import plain_attention, slow_path
 from fxprune.trace.traced import Trace
 from fxprune.trace.tracer import is_leaf
+from fxprune.trace.user_code import following, user_line
 from fxprune.trace.whole import trace
 
 __all__ = [

@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.chance import RUNS, undrawn
-from fxprune.dispatch import holds_tensors
+from fxprune.common.dispatch import holds_tensors
+from fxprune.common.random_state import RUNS, undrawn
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.memory import node_of, writes
 from fxprune.ops.running import ShapeMode
-from fxprune.reach import Reach, drawing
-from fxprune.regions import BOUNDS
-from fxprune.state import (
-    Attributes,
-    first_difference,
-    follows_inputs,
-)
+from fxprune.trace.aliasing import node_of, writes
 from fxprune.trace.constants import MADE_FROM_INPUT
+from fxprune.trace.context_managers import BOUNDS
 from fxprune.trace.decisions import number_decides
-from fxprune.trace.lines import following, takes_functions, user_line
 from fxprune.trace.lookups import Lookup, unanswered
 from fxprune.trace.meta_copy import (
     MetaCopy,
 )
-from fxprune.trace.takeover import taken_over
+from fxprune.trace.module_state import (
+    Attributes,
+    first_difference,
+    follows_inputs,
+)
+from fxprune.trace.patches import taken_over
+from fxprune.trace.reach import Reach, drawing
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
+from fxprune.trace.user_code import following, takes_functions, user_line
 
 __all__ = [
     "does_the_same",

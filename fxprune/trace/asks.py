@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fxprune.trace.lines import asker, user_line
+from fxprune.trace.user_code import asker, user_line
 
 if TYPE_CHECKING:
     pass

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fxprune.dispatch import aten
+from fxprune.common.dispatch import aten
 from fxprune.ops import Trait, has, name_of_op
 from fxprune.trace.execution import (
     unseen,
 )
 from fxprune.trace.guards import Guarded
-from fxprune.trace.lines import user_line
 from fxprune.trace.sequences import TracedPieces
 from fxprune.trace.sizes import EVERY, asked_sizes, own_sizes, reads_size, with_traced_sizes
 from fxprune.trace.tensors import Traced, TracedTensor, find_traced, map_leaves
+from fxprune.trace.user_code import user_line
 
 __all__ = ["BelowPython"]
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.dispatch import META, holds_tensors, map_tensors
+from fxprune.common.dispatch import META, holds_tensors, map_tensors
 from fxprune.errors import FxpruneError
 from fxprune.inputs import Call
-from fxprune.reach import Entry, Reach
-from fxprune.state import AttributeChange, Attributes, carried, values_read
 from fxprune.trace.execution import execute
+from fxprune.trace.module_state import AttributeChange, Attributes, carried, values_read
+from fxprune.trace.reach import Entry, Reach
 
 __all__ = ["forgotten_caches"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.contents import tensors_of
-from fxprune.memory import writes
+from fxprune.common.contents import tensors_of
 from fxprune.ops.running import ShapeMode
-from fxprune.regions import enter, leave
+from fxprune.trace.aliasing import writes
+from fxprune.trace.context_managers import enter, leave
 from fxprune.trace.execution import execute
 from fxprune.trace.meta_copy import MetaCopy
 

@@ -13,8 +13,8 @@ from torch import fx
 from fxprune.errors import TraceError
 from fxprune.trace.asks import asks_device
 from fxprune.trace.decisions import formula
-from fxprune.trace.lines import UNKNOWN, user_line
 from fxprune.trace.sequences import SizeTuple, TracedPieces
+from fxprune.trace.user_code import UNKNOWN, user_line
 
 __all__ = [
     "CONSTANTS",

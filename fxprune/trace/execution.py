@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.dispatch import DispatchMode
-from fxprune.regions import BOUNDS
+from fxprune.common.dispatch import DispatchMode
+from fxprune.trace.context_managers import BOUNDS
 
 __all__ = [
     "DrawsError",

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.dispatch import holds_tensors
+from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, TraceError
-from fxprune.memory import written
-from fxprune.regions import enter, leave
+from fxprune.trace.aliasing import written
+from fxprune.trace.context_managers import enter, leave
 from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
 from fxprune.trace.execution import (
     ModeReadError,
     sources,
     unseen,
 )
-from fxprune.trace.lines import is_ours, user_line
 from fxprune.trace.lookups import Lookup, at
 from fxprune.trace.numbers import Number
 from fxprune.trace.recorder import Recorder
 from fxprune.trace.sequences import SizeTuple
+from fxprune.trace.user_code import is_ours, user_line
 
 __all__ = ["Guarded"]
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.compiled import Uncompiled, is_compiled
-from fxprune.contents import named_tensors
-from fxprune.dispatch import META
+from fxprune.common.compiled import Uncompiled, is_compiled
+from fxprune.common.contents import named_tensors
+from fxprune.common.dispatch import META
+from fxprune.common.hooks import in_mode
+from fxprune.common.identity import IdentityMap, Memo, from_memo, in_memo, to_memo
 from fxprune.errors import ModelError, TraceError
-from fxprune.hooks import in_mode
-from fxprune.identity import IdentityMap, Memo, from_memo, in_memo, to_memo
-from fxprune.lowering import lower
-from fxprune.reach import Reached
-from fxprune.references import HOOKS, HOOKS_CALLED, copied, hooks_apart
+from fxprune.trace.copying import HOOKS, HOOKS_CALLED, copied, hooks_apart
+from fxprune.trace.decompose import lower
+from fxprune.trace.reach import Reached
 
 __all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "set_mode"]
 

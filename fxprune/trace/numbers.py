@@ -11,7 +11,7 @@ from torch import fx
 
 from fxprune.errors import TraceError
 from fxprune.trace.decisions import formula
-from fxprune.trace.lines import asker, user_line
+from fxprune.trace.user_code import asker, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_map_only
 
-from fxprune.contents import leaves, tensors_of
-from fxprune.dispatch import holds_tensors
+from fxprune.common.contents import leaves, tensors_of
+from fxprune.common.dispatch import holds_tensors
+from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
-from fxprune.identity import IdentityMap, IdentitySet
-from fxprune.memory import Snapshot, written
+from fxprune.trace.aliasing import Snapshot, written
 from fxprune.trace.asks import asks_device
 from fxprune.trace.constants import (
     CONSTANTS,
@@ -38,12 +38,12 @@ from fxprune.trace.execution import (
     unseen,
     zeros_like_meta,
 )
-from fxprune.trace.lines import ElsewhereError, user_line
 from fxprune.trace.lookups import Lookup
 from fxprune.trace.meta_copy import MetaCopy
 from fxprune.trace.numbers import Number
 from fxprune.trace.sizes import EVERY
 from fxprune.trace.tensors import Traced, TracedTensor, map_leaves
+from fxprune.trace.user_code import ElsewhereError, user_line
 from fxprune.trace.values import stand_in
 from fxprune.trace.views import lays_out_anew, view_instead
 

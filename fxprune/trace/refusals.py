@@ -6,21 +6,21 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 
-from fxprune.dispatch import holds_tensors
+from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.reach import AGAIN, Reach
-from fxprune.state import (
+from fxprune.trace.again import does_the_same, each_draws, followed_call, on_shapes
+from fxprune.trace.checkpoints import overwrites_what_is_kept
+from fxprune.trace.meta_copy import (
+    MetaCopy,
+)
+from fxprune.trace.module_state import (
     AttributeChange,
     Attributes,
     carried,
     follows_inputs,
     same_graph,
 )
-from fxprune.trace.again import does_the_same, each_draws, followed_call, on_shapes
-from fxprune.trace.checkpoints import overwrites_what_is_kept
-from fxprune.trace.meta_copy import (
-    MetaCopy,
-)
+from fxprune.trace.reach import AGAIN, Reach
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from fxprune.memory import squeezes_all
+from fxprune.trace.aliasing import squeezes_all
 from fxprune.trace.tracer import Tracer
 
 __all__ = ["hold_inputs", "hold_ranks"]

@@ -12,9 +12,9 @@ import torch
 from torch.utils import checkpoint
 
 from fxprune.errors import TraceError
-from fxprune.trace.lines import user_line
 from fxprune.trace.tensors import find_traced
 from fxprune.trace.tracer import Tracer
+from fxprune.trace.user_code import user_line
 
 __all__ = ["applications_followed", "scripts_followed"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import register_pytree_node
 
-from fxprune.memory import name_of
+from fxprune.trace.aliasing import name_of
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer

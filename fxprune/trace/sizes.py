@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from fxprune.common.reshape import reshape_blocks
 from fxprune.ops import Axes, Trait, has, known, name_of_op, takes_sizes
-from fxprune.reshape import reshape_blocks
 from fxprune.trace.tensors import TracedTensor
 
 __all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 
-from fxprune.dispatch import META
+from fxprune.common.dispatch import META
+from fxprune.common.identity import to_memo
 from fxprune.errors import TraceError
-from fxprune.identity import to_memo
-from fxprune.memory import AUGMENTED
+from fxprune.trace.aliasing import AUGMENTED
 from fxprune.trace.decisions import formula
-from fxprune.trace.lines import user_line
+from fxprune.trace.user_code import user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer

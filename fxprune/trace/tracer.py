@@ -21,12 +21,12 @@ from torch.overrides import (
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 
-from fxprune.contents import leaves
-from fxprune.dispatch import META, holds_tensors
+from fxprune.common.contents import leaves
+from fxprune.common.dispatch import META, holds_tensors
+from fxprune.common.hooks import has_own_forward, is_hooked
+from fxprune.common.identity import IdentitySet
 from fxprune.errors import TraceError
-from fxprune.hooks import has_own_forward, is_hooked
-from fxprune.identity import IdentitySet
-from fxprune.memory import is_again
+from fxprune.trace.aliasing import is_again
 from fxprune.trace.arguments import check_keywords, left_out, parameter_names
 from fxprune.trace.asks import ASKS, OF_PARAMETERS, asks
 from fxprune.trace.below import BelowPython
@@ -36,8 +36,8 @@ from fxprune.trace.execution import (
     NoDraws,
     unseen,
 )
-from fxprune.trace.lines import user_line
 from fxprune.trace.tensors import TracedTensor, find_traced, map_leaves
+from fxprune.trace.user_code import user_line
 from fxprune.trace.values import stand_in
 
 __all__ = ["Tracer", "is_leaf"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import TraceError
-from fxprune.trace.lines import user_line
+from fxprune.trace.user_code import user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer

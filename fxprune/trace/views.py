@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxprune.dispatch import aten
+from fxprune.common.dispatch import aten
 
 __all__ = ["lays_out_anew", "view_instead"]
 

@@ -8,15 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxprune.hooks import refuse_hooks
-from fxprune.identity import IdentitySet
+from fxprune.common.hooks import refuse_hooks
+from fxprune.common.identity import IdentitySet
 from fxprune.inputs import Call
-from fxprune.state import (
-    Attributes,
-    assigned,
-    carried,
-    keep,
-)
 from fxprune.trace.again import (
     drop_unused_sizes,
     first_other_node,
@@ -29,6 +23,12 @@ from fxprune.trace.caches import forgotten_caches
 from fxprune.trace.meta_copy import (
     MetaCopy,
     set_mode,
+)
+from fxprune.trace.module_state import (
+    Attributes,
+    assigned,
+    carried,
+    keep,
 )
 from fxprune.trace.refusals import (
     refuse_chance,
@@ -66,7 +66,7 @@ def trace(
     ------
     TraceError
         If hooks run around a module, if the model branches on values, if a call leaves behind what
-        makes the next one another (:mod:`fxprune.state`), or if its code cannot be followed; the
+        makes the next one another (``module_state``), or if its code cannot be followed; the
         message names the line, or the attribute.
     InputError
         If an operation refuses the shapes of the example.

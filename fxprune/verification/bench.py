@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
-from fxprune.reach import AGAIN, drawing
+from fxprune.trace.reach import AGAIN, drawing
 from fxprune.verification.comparing import difference
 from fxprune.verification.modes import (
     InDtype,

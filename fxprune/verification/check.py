@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.chance import seeded
-from fxprune.contents import named_tensors, tensors_of
+from fxprune.common.contents import named_tensors, tensors_of
+from fxprune.common.hooks import in_mode
+from fxprune.common.public import public
+from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling
-from fxprune.doors import door
 from fxprune.errors import FxpruneError, VerificationError
-from fxprune.hooks import in_mode
 from fxprune.inputs import Call, as_call
-from fxprune.plan import Plan, unpack_inputs
-from fxprune.reach import Reached, undrawn_by
 from fxprune.resized import other_batch, other_sizes
+from fxprune.result.plan import Plan, unpack_inputs
 from fxprune.rewrite import Survivors
+from fxprune.trace.reach import Reached, undrawn_by
 from fxprune.verification.bench import Bench
 from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain_copy
@@ -42,7 +42,7 @@ from fxprune.verification.weights import changed
 __all__ = ["Verification", "check"]
 
 
-@door
+@public
 @dataclass(frozen=True)
 class Verification:
     """What was measured.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from fxprune.contents import has_tensors_as_keys, leaves
+from fxprune.common.contents import has_tensors_as_keys, leaves
 from fxprune.errors import VerificationError
 
 __all__ = ["NotFiniteError", "dense", "difference", "form", "kinds", "leaves", "relative_error"]

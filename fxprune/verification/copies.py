@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.contents import named_tensors
+from fxprune.common.contents import named_tensors
+from fxprune.common.identity import Memo, from_memo, in_memo, to_memo
 from fxprune.coupling import Coupling
-from fxprune.identity import Memo, from_memo, in_memo, to_memo
 from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
 

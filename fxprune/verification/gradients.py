@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fxprune.chance import torch_states
-from fxprune.contents import leaves
-from fxprune.eager.memory import place_of
+from fxprune.common.contents import leaves
+from fxprune.common.random_state import torch_states
+from fxprune.coupling.parts.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
 from fxprune.verification.bench import Bench

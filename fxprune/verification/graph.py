@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from fxprune.common.hooks import in_mode
+from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
-from fxprune.hooks import in_mode
-from fxprune.identity import IdentityMap
 from fxprune.ops import Event
 from fxprune.rewrite import Survivors
 from fxprune.trace import Trace, execute

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from fxprune.common.dispatch import DispatchMode, tensors_in
 from fxprune.coupling import Coupling
-from fxprune.dispatch import DispatchMode, tensors_in
+from fxprune.coupling.propagation import seen_whole, takes_statistics
 from fxprune.ops import Event, Trait, bind, has, known, name_of_op
-from fxprune.propagation import seen_whole, takes_statistics
 from fxprune.rewrite import Survivors
 
 __all__ = [

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.chance import seeded
-from fxprune.contents import leaves, named_tensors
+from fxprune.common.contents import leaves, named_tensors
+from fxprune.common.hooks import in_mode
+from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling
-from fxprune.eager import intercepted
+from fxprune.coupling.parts import intercepted
 from fxprune.errors import FxpruneError, VerificationError
-from fxprune.hooks import in_mode
 from fxprune.inputs import Call
-from fxprune.memory import Undone
-from fxprune.reach import Reached, undrawn_by
 from fxprune.rewrite import Survivors
+from fxprune.trace.aliasing import Undone
+from fxprune.trace.reach import Reached, undrawn_by
 from fxprune.verification.comparing import dense, form
 from fxprune.verification.copies import cut, mask, original, smaller
 from fxprune.verification.graph import GraphRun
@@ -210,7 +210,7 @@ class Runs:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
             # One that forward exchanges for another is a cache: the graph computes it (see
-            # fxprune.state).
+            # fxprune.trace.module_state).
             run.buffers = _buffers(model, held) if training else {}
         return run
 
@@ -253,7 +253,7 @@ class Runs:
     def _parts(
         self, model: nn.Module, instead: Callable[..., Any]
     ) -> AbstractContextManager[None]:
-        """While calls of the parts go to a function; see :func:`fxprune.eager.intercepted`."""
+        """While calls of the parts go to a function; see :func:`intercepted`."""
         return (
             intercepted(model, self.coupling.parts, instead)
             if self.coupling.parts

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.contents import tensors_of
-from fxprune.identity import IdentityMap, IdentitySet
+from fxprune.common.contents import tensors_of
+from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.inputs import Call
 
 __all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.contents import named_tensors
+from fxprune.common.contents import named_tensors
 from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors
 from fxprune.verification.comparing import dense, relative_error

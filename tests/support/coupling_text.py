@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune import ops
+from fxprune.coupling.propagation import LabelMode
 from fxprune.labels import Array, Units
 from fxprune.ops import Context
-from fxprune.propagation import LabelMode
 
 __all__ = ["Operand", "Seen", "constant", "couple_one", "labelled", "weight"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import fxprune.common.models
 import fxprune.inputs
-import fxprune.prunable
 
 NAME = "elsewhere"
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -128,4 +128,4 @@ def register() -> None:
     _setup_privateuseone_for_python_backend(NAME)
     _library.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")
     # Its tensors are of a subclass, which a model that was quantised would have too.
-    fxprune.prunable.type = fxprune.inputs.type = _kind  # type: ignore[attr-defined]
+    fxprune.common.models.type = fxprune.inputs.type = _kind  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import META
+from fxprune.common.dispatch import META
 
 __all__ = [
     "as_many",

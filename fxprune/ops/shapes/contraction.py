@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxprune.dispatch import META, aten
+from fxprune.common.dispatch import META, aten
 from fxprune.ops.shapes.common import as_many, broadcast, empty
 
 

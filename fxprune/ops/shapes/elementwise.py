@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import META, tensors_in
+from fxprune.common.dispatch import META, tensors_in
 from fxprune.ops.shapes.common import broadcast, empty, empty_like, given_arguments
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import META, aten
+from fxprune.common.dispatch import META, aten
 from fxprune.ops.shapes.common import (
     broadcast,
     empty,

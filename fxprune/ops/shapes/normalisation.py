@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.dispatch import META, aten, tensors_in
+from fxprune.common.dispatch import META, aten, tensors_in
 from fxprune.ops.shapes.common import empty, empty_like, given_arguments, laid_anew_shape
 
 

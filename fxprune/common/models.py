@@ -1,0 +1,188 @@
+"""Whether a module can be pruned at all, or run on shapes, whatever the example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.common.contents import named_tensors
+from fxprune.errors import ModelError
+
+__all__ = ["check_model", "check_structure"]
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be pruned, whatever the example.
+
+    Raises
+    ------
+    ModelError
+        It names the module or the tensor, and the way out.
+    """
+    check_structure(model)
+    if "forward" in vars(model):
+        raise ModelError(
+            f"forward was replaced on this {type(model).__name__} object: the class's own "
+            "forward would be traced. Put the new forward into a subclass or a wrapper module."
+        )
+    _check_quantised(model)
+    parameters = list(model.named_parameters())
+    tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
+    for name, tensor in tensors:
+        _check_kind(name, tensor)
+    devices = {t.device: name for name, t in reversed(tensors)}
+    if len(devices) > 1:
+        where = ", ".join(sorted(f"{name} on {device}" for device, name in devices.items()))
+        raise ModelError(
+            f"the model lies on {len(devices)} devices ({where}): move it to one with "
+            "model.to(device) first."
+        )
+    readable = {
+        name: tensor.detach()
+        for name, tensor in parameters
+        if tensor.is_floating_point() and not tensor.is_meta
+    }
+    norms = [torch.linalg.vector_norm(tensor).double() for tensor in readable.values()]
+    if norms and bool(torch.stack(norms).isnan().any()):
+        name = next(name for name, norm in zip(readable, norms, strict=True) if bool(norm.isnan()))
+        raise ModelError(
+            f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the "
+            "weights first."
+        )
+
+
+def check_structure(model: Any) -> None:
+    """Refuse what cannot be run on shapes: no whole module, one without Python code, one that
+    contains itself, one without shapes.
+
+    Raises
+    ------
+    ModelError
+    """
+    if not isinstance(model, nn.Module):
+        kind = (
+            f"the class {model.__name__}"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
+        )
+        inner = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise ModelError(f"expected a torch.nn.Module as model, got {kind}.{inner}")
+    _check_tree(model)
+    if type(model).forward is nn.Module.forward:
+        raise ModelError(
+            f"a {type(model).__name__} has no forward, so it cannot be called: give the module "
+            "that calls it."
+        )
+    lazy = next(
+        (name for name, t in named_tensors(model).items() if nn.parameter.is_lazy(t)), None
+    )
+    if lazy is not None:
+        raise ModelError(
+            f"{lazy!r} is uninitialised (a lazy module): run the model once on an input first."
+        )
+
+
+def _check_quantised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = type(module)
+        quantised = "quantized" in kind.__module__ and any(
+            p in kind.__module__ for p in ("nn.quantized", "nn.intrinsic.quantized")
+        )
+        if quantised and "Functional" not in kind.__name__.removeprefix("Q"):
+            raise _quantised(name or "the model", kind.__name__)
+
+
+_STORE_TYPES: Mapping[str, tuple[type, ...]] = {
+    "_parameters": (Tensor,),
+    "_buffers": (Tensor,),
+    "_modules": (nn.Module,),
+}
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse a module without Python code, one that ``nn.Module.__init__`` did not make, and one
+    whose registers hold anything.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{repr(name) if name else 'the model'} is a TorchScript module, which has no Python "
+            "code to trace: take the nn.Module that it was made from."
+        )
+    what = repr(name) if name else f"this {type(module).__name__}"
+    for store, kinds in _STORE_TYPES.items():
+        held = vars(module).get(store)
+        if not isinstance(held, Mapping) or not hasattr(module, "training"):
+            lacking = "training" if isinstance(held, Mapping) else store
+            raise ModelError(
+                f"{what} has no {lacking}, as every torch.nn.Module has: call super().__init__() "
+                "first in its __init__."
+            )
+        wrong = next(
+            (
+                key
+                for key, value in held.items()
+                if value is not None and not isinstance(value, kinds)
+            ),
+            None,
+        )
+        if wrong is not None:
+            raise ModelError(
+                f"{store}[{wrong!r}] of {what} is a {type(held[wrong]).__name__}, no "
+                f"{kinds[0].__name__}: take it out there."
+            )
+
+
+def _check_tree(model: nn.Module) -> None:
+    """Look at each module; refuse one that is below itself: nothing that goes through its modules
+    would come to an end.
+    """
+    done: set[nn.Module] = set()
+
+    def visit(module: nn.Module, above: Mapping[nn.Module, str], prefix: str) -> None:
+        _check_module(prefix.removesuffix("."), module)
+        for name, child in module._modules.items():
+            if child is not None and child in above:
+                raise ModelError(
+                    f"{prefix}{name} is {above[child]}, so this {type(model).__name__} contains "
+                    "itself. Hold the module above where torch does not register it: in a list, "
+                    "or with object.__setattr__."
+                )
+            if child is not None and child not in done:
+                done.add(child)
+                visit(child, {**above, child: repr(f"{prefix}{name}")}, f"{prefix}{name}.")
+
+    visit(model, {model: "the model itself"}, "")
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Refuse tensors whose elements cannot be taken out or computed with as they are."""
+    if tensor.is_quantized:
+        raise _quantised(name, str(tensor.dtype))
+    if type(tensor.data) not in (Tensor, nn.Parameter):
+        raise ModelError(
+            f"{name!r} is a {type(tensor.data).__name__}, a tensor of a kind of its own, as "
+            "quantised and distributed weights are: prune the model with plain tensors first, "
+            "then quantise or distribute the result."
+        )
+    if isinstance(tensor, nn.Parameter) and tensor.layout is not torch.strided:
+        raise ModelError(f"{name!r} is sparse ({tensor.layout}): give it as tensor.to_dense().")
+    if any(getattr(tensor, "names", ())):  # newer versions of torch know none
+        raise ModelError(
+            f"{name!r} has named dimensions, which few operations take: take them off with "
+            "rename(None)."
+        )
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        raise ModelError(
+            f"{name!r} is stored as {tensor.dtype}, in which nothing can be added: prune the "
+            "model in bfloat16 or float32, and bring the result to 8 bits."
+        )
+
+
+def _quantised(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the "
+        "result."
+    )

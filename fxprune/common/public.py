@@ -1,0 +1,227 @@
+"""What users call raises nothing but :class:`~fxprune.errors.FxpruneError`.
+
+:func:`public` guards functions and classes that users call. :func:`calling` and :func:`drawn_from`
+run what users hand in, so that an error of their code is told apart from one of fxprune.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from fxprune.errors import (
+    CallbackError,
+    FxpruneError,
+    InternalError,
+    ResourceError,
+    SignatureError,
+)
+
+__all__ = ["calling", "drawn_from", "guarded", "public", "shown"]
+
+T = TypeVar("T")
+
+
+def public(entry: T, *, inference: bool = False) -> T:
+    """Guard a public function, or the constructor of a public class: unforeseen errors become one
+    of fxprune's own.
+
+    Where the caller is under ``torch.inference_mode()``, the function is not, as what it makes
+    shall be trained. With ``inference`` it is, too: it only calls what the caller hands in.
+
+    Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and
+    what is no ``Exception`` (``KeyboardInterrupt``).
+
+    Examples
+    --------
+    >>> @public
+    ... def half(number):
+    ...     return number / 2
+    >>> half(3)
+    1.5
+    >>> half(nubmer=3)
+    Traceback (most recent call last):
+    fxprune.errors.SignatureError: half() got an unexpected keyword argument 'nubmer'. Did ...
+    """
+    if isinstance(entry, type):
+        entry.__init__ = _guarded(entry.__init__, entry.__name__)  # type: ignore[misc]
+        return entry
+    return _guarded(entry, entry.__qualname__, inference)  # type: ignore[attr-defined]
+
+
+def _guarded(function: Any, name: str, inference: bool = False) -> Any:
+    @functools.wraps(function)
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if inference or not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            # what is made there can be trained nevertheless
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+        except (FxpruneError, Warning):
+            raise
+        except Exception as error:
+            slip = _slip(function, args, kwargs) if isinstance(error, TypeError) else None
+            raise slip or _own(error, name) from error
+
+    return entered
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """As :func:`public`, for a block of code; ``name`` is what an error says failed."""
+    try:
+        yield
+    except (FxpruneError, Warning):
+        raise
+    except Exception as error:
+        raise _own(error, name) from error
+
+
+def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
+    """What is said of a call that does not fit the function, the same in every Python; None if it
+    fits: the error came later.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as slip:
+        kinds = {own.kind for own in signature.parameters.values()}
+        unknown = [
+            name
+            for name in kwargs
+            if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds
+        ]
+        what = f"got an unexpected keyword argument {unknown[0]!r}" if unknown else str(slip)
+        return SignatureError(f"{function.__qualname__}() {what}.{_meant(function, kwargs)}")
+    return None
+
+
+def _own(error: Exception, name: str) -> FxpruneError:
+    """What an error that nobody foresaw is told as."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ResourceError(
+            f"{name}: memory ran out ({_error_text(error)}). Give smaller example inputs, or "
+            "another device."
+        )
+    return InternalError(
+        f"{name} failed where it should not: {type(error).__name__}: {_error_text(error)} (at "
+        f"{_place_of_error(error.__traceback__)}). This is a bug in fxprune: please report it, "
+        "with this traceback. Until it is mended, modules in keep= are left as they are."
+    )
+
+
+def _meant(function: Any, kwargs: dict[str, Any]) -> str:
+    """A hint at the argument that an unknown one is like."""
+    known = list(inspect.signature(function).parameters)
+    near = [difflib.get_close_matches(name, known, n=1) for name in kwargs if name not in known]
+    return f" Did you mean {near[0][0]}=?" if near and near[0] else ""
+
+
+@contextmanager
+def calling(what: str) -> Iterator[None]:
+    """Run code that the caller handed in; what it raises becomes a :class:`CallbackError` that
+    says so.
+
+    >>> with calling("the loss"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    fxprune.errors.CallbackError: the loss raised ZeroDivisionError: division by zero (at ...). ...
+    """
+    try:
+        yield
+    except (FxpruneError, Warning):
+        raise
+    except Exception as error:
+        text = (
+            f"{what} raised {type(error).__name__}: "
+            f"{_error_text(error)}{_line_of_caller(error.__traceback__)}."
+        )
+        raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
+
+
+def drawn_from(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
+    """What an iterable of the caller's gives, one by one.
+
+    Raises
+    ------
+    CallbackError
+        If it raises something, as what is no iterable does.
+    """
+    with calling(what):
+        items = iter(loader)
+    end = object()
+    while True:
+        with calling(what):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as text for a message, cut short; of one that cannot be shown, its type.
+
+    >>> shown("a" * 100, 10), shown(0.5)
+    ("'aaaaaaaaa", '0.5')
+    """
+    try:
+        return repr(value)[:most]
+    except Exception:  # a __repr__ of the caller's
+        return f"a {type(value).__name__}"
+
+
+def _error_text(error: BaseException) -> str:
+    """An error's text as one line, without a full stop."""
+    try:
+        text = str(error)
+    except Exception:  # a __str__ of the caller's
+        text = ""
+    return " ".join(text.split())[:300].rstrip(".") or "no message"
+
+
+_PACKAGE = f"{Path(__file__).parents[1]}/"
+_LIBRARIES = tuple(
+    f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+def _place_of_error(trace: TracebackType | None) -> str:
+    """The innermost line of fxprune, and the caller's line below it if there is one."""
+    frames = traceback.extract_tb(trace)
+    own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
+    if not own:
+        return "an unknown line"
+    last = frames[own[-1]]
+    theirs = [_frame_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
+    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (
+        f", reached from {theirs[-1]}" if theirs else ""
+    )
+
+
+def _line_of_caller(trace: TracebackType | None) -> str:
+    """The innermost line that belongs to no library, in brackets; nothing where there is none."""
+    theirs = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
+    return f" (at {_frame_line(theirs[-1])})" if theirs else ""
+
+
+def _frame_line(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _is_own(filename: str) -> bool:
+    return filename.startswith(_PACKAGE)
+
+
+def _is_library(filename: str) -> bool:
+    return _is_own(filename) or filename.startswith((*_LIBRARIES, "<frozen"))

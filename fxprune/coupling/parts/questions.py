@@ -1,0 +1,289 @@
+"""Which questions about sizes a model's Python asks, and what it does after each answer.
+
+Sizes of tensors are numbers that are known for what they are (:class:`Size`), and so is what is
+computed of them. Where Python branches by one (``if x.shape[1] > 5``), that is a question: it is
+noted, and answered otherwise where that is wanted.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxprune.common.contents import leaves_of, tensors_of
+from fxprune.common.identity import IdentityMap
+from fxprune.ops import Trait, has
+from fxprune.trace.tensors import map_leaves
+from fxprune.trace.user_code import is_ours, user_frames, user_line
+
+__all__ = ["PART", "CodePlace", "Questions", "plain_sizes"]
+
+PART = "part:"
+"""What the names of steps begin with that are calls of parts."""
+
+CodePlace = tuple[CodeType, int]
+"""Where a question is asked: code, and the place of its instruction."""
+
+
+@dataclass
+class Asked:
+    """What was asked at one place.
+
+    Attributes
+    ----------
+    margins:
+        By how much the numbers differ from what they are held against.
+    empties:
+        Whether one of the answers means that there is nothing, whatever the number.
+    """
+
+    line: str
+    empties: bool = True
+    margins: set[float] = field(default_factory=set)
+    answers: set[bool] = field(default_factory=set)
+
+
+class Questions(TorchFunctionMode):
+    """Hands out sizes that are known for what they are, and sees what Python does by them.
+
+    Parameters
+    ----------
+    own:
+        Parameters and buffers of the model, whose sizes no input changes.
+    turned:
+        The answers that are given at some places, whatever is true.
+
+    Attributes
+    ----------
+    asked:
+        The questions, by their places.
+    trail:
+        Each step and one that it takes something from. A step is a call of a part, or of one of
+        torch's functions on what follows from parameters, at some lines of the model's code.
+    """
+
+    def __init__(
+        self, own: Iterable[Tensor], turned: Mapping[CodePlace, bool] | None = None
+    ) -> None:
+        super().__init__()
+        self.own: IdentityMap[Tensor, int] = IdentityMap(
+            (tensor, i) for i, tensor in enumerate(own)
+        )
+        self.turned = dict(turned or {})
+        self.asked: dict[CodePlace, Asked] = {}
+        self.trail: set[tuple[Any, Any]] = set()
+        # what follows from parameters -> the step that gave it
+        self._made: Any = WeakTensorKeyDictionary()
+        # to which questions an answer was given that is not true
+        self._said: dict[tuple[str, float, float], bool] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
+            return out if args[0] in self.own else self._known(out)
+        if name not in _ATTRIBUTES and not has(name, Trait.ASKS | Trait.ASKS_SIZES):
+            # None: of what is written into
+            self.step(name, (args, kwargs), out if out is not None else args[:1])
+        return out
+
+    def step(self, what: str, given: Any, made: Any) -> None:
+        """Note that something is made of what is given."""
+        tensors = tensors_of(given)
+        own = tuple(self.own[tensor] for tensor in tensors if tensor in self.own)
+        before = {self._made[tensor] for tensor in tensors if tensor in self._made}
+        if before or own or what.startswith(PART):
+            now = what, own, user_frames()
+            self.trail |= {(step, now) for step in before or {None}}
+            for leaf in leaves_of(made):
+                if isinstance(leaf, Tensor):
+                    self._made[leaf] = now
+
+    def finish(self, out: Any) -> None:
+        """Note what the model returns."""
+        self.step("output", out, ())
+
+    def _known(self, sizes: Any) -> Any:
+        return (
+            torch.Size(map(self._known, sizes)) if isinstance(sizes, tuple) else Size(sizes, self)
+        )
+
+    def answer(
+        self, answer: bool, number: float, sign: str, other: float, frame: FrameType
+    ) -> bool:
+        """What is answered to a question whose true answer is known; the same question has one
+        answer wherever it is asked.
+        """
+        if not self.is_active():
+            return answer
+        place = frame.f_code, frame.f_lasti
+        asked = self.asked.setdefault(place, Asked(user_line()))
+        asked.margins.add(number - other if math.isfinite(other) else 0)
+        same, negated = _in_one_form(sign, number, other)
+        asked.empties &= same in (("lt", 0, number), ("lt", number, 1), ("eq", number, 0))
+        if self.turned.get(place, answer) is not answer:
+            self._said[same] = self.turned[place] is not negated
+        answer = self._said[same] is not negated if same in self._said else answer
+        asked.answers.add(answer)
+        return answer
+
+    def is_active(self) -> bool:
+        return any(mode is self for mode in _get_current_function_mode_stack())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """In this thread ``len`` of a tensor is a size: C hands on nothing but a plain number."""
+        count, thread = builtins.len, threading.get_ident()
+
+        def seen(value: Any, /) -> int:
+            known = (
+                isinstance(value, Tensor)
+                and threading.get_ident() == thread
+                and self.is_active()
+                and value not in self.own
+            )
+            return Size(count(value), self) if known else count(value)
+
+        builtins.len = seen
+        try:
+            yield
+        finally:
+            builtins.len = count
+
+
+_ATTRIBUTES = frozenset({"__get__", "__len__", "ndimension"})
+"""What only asks about tensors, and leads to no others, beside operations that do."""
+
+_BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
+
+
+def _in_one_form(sign: str, number: float, other: float) -> tuple[tuple[str, float, float], bool]:
+    """A comparison as one by ``lt`` or ``eq``, and whether that one has the other answer."""
+    if sign in ("gt", "le"):
+        sign, number, other = {"gt": "lt", "le": "ge"}[sign], other, number
+    return ({"ge": "lt", "ne": "eq"}.get(sign, sign), number, other), sign in ("ge", "ne")
+
+
+class _FromSizes:
+    """What numbers have that follow from sizes.
+
+    A comparison by C code (``min(n, 3)``, a key of a dict) is no question: it chooses a number.
+    """
+
+    questions: Questions
+
+    def __new__(cls, number: float, questions: Questions) -> Any:
+        made = super().__new__(cls, number)  # type: ignore[call-arg]  # of int or of float
+        made.questions = questions
+        return made
+
+    def __bool__(self) -> bool:
+        number: Any = _plain_number(self)
+        frame = sys._getframe(1)
+        return (
+            bool(number)
+            if is_ours(frame.f_code.co_filename)
+            else self.questions.answer(bool(number), number, "ne", 0, frame)
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _plain_number(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        number: Any = _plain_number(self)
+        return type(number), (number,)
+
+
+class Size(_FromSizes, int):
+    """A size of a tensor, or a whole number that follows from some."""
+
+    __hash__ = int.__hash__
+
+
+class Fraction(_FromSizes, float):
+    """A number with a fraction that follows from sizes."""
+
+    __hash__ = float.__hash__
+
+
+def _plain_number(leaf: Any) -> Any:
+    """A number as it is: what other code is handed is no size."""
+    return int(leaf) if type(leaf) is Size else float(leaf) if type(leaf) is Fraction else leaf
+
+
+def plain_sizes(value: Any) -> Any:
+    """Nested arguments with plain numbers."""
+    return map_leaves(_plain_number, value)
+
+
+def _known(number: Any, questions: Questions) -> Any:
+    if type(number) is tuple:
+        return tuple(_known(each, questions) for each in number)
+    return (
+        Size(number, questions)
+        if type(number) is int
+        else Fraction(number, questions)
+        if type(number) is float
+        else number
+    )
+
+
+def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
+    plain = getattr(kind, name)
+
+    def method(self: Any, *others: Any) -> Any:
+        number, given = _plain_number(self), [*map(_plain_number, others)]
+        result = plain(number, *given)
+        if result is NotImplemented and any(isinstance(other, float) for other in given):
+            result = getattr(float(number), name)(*given)
+        return _known(result, self.questions)
+
+    return method
+
+
+def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
+    name = f"__{sign}__"
+    plain = getattr(kind, name)
+
+    def method(self: Any, other: Any) -> Any:
+        number, given = _plain_number(self), _plain_number(other)
+        answer, frame = plain(number, given), sys._getframe(1)
+        if answer is NotImplemented and isinstance(given, float):
+            answer = getattr(float(number), name)(given)
+        if answer is NotImplemented or is_ours(frame.f_code.co_filename):
+            return answer
+        if dis.opname[frame.f_code.co_code[frame.f_lasti]] not in _BRANCHES:
+            return answer
+        return self.questions.answer(answer, number, sign, given, frame)
+
+    return method
+
+
+def _operators(kind: type) -> list[str]:
+    """The methods behind the operators of a kind of number: those that have a reflected form, in
+    both forms, and those of one operand.
+    """
+    names = dir(kind)
+    both = [name for name in names if name.startswith("__r") and f"__{name[3:]}" in names]
+    return [*both, *(f"__{name[3:]}" for name in both), "__neg__", "__abs__", "__pos__"]
+
+
+for _kind, _plain_kind in ((Size, int), (Fraction, float)):
+    for _name in _operators(_plain_kind):
+        setattr(_kind, _name, _number_operator(_plain_kind, _name))
+    for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
+        setattr(_kind, _name, _number_operator(_plain_kind, _name))
+    for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(_kind, f"__{_name}__", _comparing(_plain_kind, _name))

@@ -1,0 +1,128 @@
+"""Which values a model's Python runs on where it is not one graph."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.common.contents import tensors_of
+from fxprune.coupling.parts.calls import in_one_thread, intercepted
+from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
+from fxprune.inputs import Call, filled, kept, placed, random
+from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
+from fxprune.trace.aliasing import Undone
+from fxprune.trace.user_code import UNKNOWN, ElsewhereError, takes_functions
+
+__all__ = ["runnable"]
+
+
+def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
+    """The example with values on which the model runs, and calls as many of its modules as can be
+    reached.
+
+    These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own;
+    else random ones. Later ones are tried only where those before them leave a module out.
+
+    Raises
+    ------
+    InputError
+        If the model fails on the example's own values.
+    Exception
+        ``refused``, why the model is no graph, if it lies on the meta device and cannot be run.
+    """
+    if meta_copy.device.type == "meta":
+        raise refused
+    every = {
+        path
+        for path, module in meta_copy.model.named_modules()
+        if path and any(True for _ in module.parameters())
+    }
+    best, most = None, -1
+    for call, own in _example_values(example):
+        try:
+            called = len(_modules_called(meta_copy, call, every))
+        except ElsewhereError:
+            raise
+        except Exception as error:  # whatever the model raises
+            if own:
+                raise _fails(meta_copy, error, refused) from error
+            continue
+        if called > most:
+            best, most = call, called
+        if called == len(every):
+            break
+    if best is None:
+        raise refused
+    return best
+
+
+def _example_values(example: Call) -> Iterator[tuple[Call, bool]]:
+    """Values to try, and whether they are the example's own."""
+    data = filled(example)
+    real = not any(tensor.is_meta for tensor in tensors_of(example))
+    stored = kept(data)
+    same = all(a is b for a, b in zip(tensors_of(stored), tensors_of(data), strict=True))
+    yield stored, same and real
+    if not same:
+        yield data, real
+    yield random(data), False
+
+
+def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str]:
+    """Which of these modules a call reaches."""
+    model, found = meta_copy.instance(), set[str]()
+    set_mode(model, training=False)
+
+    def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        found.add(path)
+        return NotImplemented
+
+    args, kwargs = placed(call, meta_copy.device)
+    undone = Undone(dict(model.named_parameters()))
+    with (
+        undone.afterwards(),
+        in_one_thread(),
+        torch.no_grad(),
+        slow_path(),
+        intercepted(model, paths, note),
+    ):
+        model(*args, **kwargs)
+    return found
+
+
+def _fails(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
+    if isinstance(error, FxpruneError):
+        return error
+    if takes_functions(error):
+        return TraceError(takes_functions(error))
+    where = user_line(traceback.extract_tb(error.__traceback__))
+    if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
+        # it says more: the arguments that forward takes, or shapes and the layer's weights
+        return refused
+    if _is_of_model(error):
+        return ModelError(
+            f"forward of this {type(meta_copy.model).__name__} fails on other grounds than its "
+            f"inputs: {type(error).__name__}: {error} (at {where}). Mend that line; a model that "
+            "runs can be pruned."
+        )
+    return InputError(
+        f"{type(meta_copy.model).__name__} fails on the example inputs: {type(error).__name__}: "
+        f"{error} (at {where}). Check that they are what the model is called with: shapes, "
+        "dtypes, values and the order of arguments."
+    )
+
+
+def _is_of_model(error: Exception) -> bool:
+    """Whether an exception has nothing to do with inputs: a name, or an attribute of a module,
+    that is not there.
+
+    A local variable without a value may have one for other inputs.
+    """
+    if isinstance(error, AttributeError):
+        return isinstance(error.obj, (nn.Module, ModuleType))
+    return isinstance(error, (NameError, ImportError)) and not isinstance(error, UnboundLocalError)

@@ -1,0 +1,185 @@
+"""Runs a traced graph on labels: node by node, so that every fx node is seen as the ATen ops it
+executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune import ops
+from fxprune.common import dispatch
+from fxprune.common.contents import tensors_of
+from fxprune.errors import RewriteError
+from fxprune.ops import Context, Contraction, Event, Kind
+from fxprune.ops.macs import op_macs
+from fxprune.ops.running import run
+from fxprune.trace import execute
+
+__all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole", "takes_statistics"]
+
+
+class LabelMode(dispatch.DispatchMode):
+    """Sees every ATen op on meta tensors and lets its rule carry the labels on.
+
+    Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            self.context.found.writes.add(self.context.node)
+        if seen_whole(func):
+            self.context.found.noted = ()
+            out = self._execute(func, args, kwargs)
+            self.context.carry_causes(
+                dispatch.tensors_in(args, kwargs), dispatch.tensors_in((out,), {})
+            )
+            if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
+                self.context.found.events.append(
+                    Event(self.context.node, func, out, self.context.found.noted, self)
+                )
+            if self.context.weights is not None:
+                _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
+            # whose sizes are no numbers
+            nested = any(tensor.is_nested for tensor in dispatch.tensors_in(args, kwargs))
+            if not nested and op_macs(func, args, kwargs, out):
+                self.context.found.contractions.append(
+                    Contraction(self.context.node, func, args, kwargs, out)
+                )
+            return out
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        ctx = self.context
+        ctx.found.ran.setdefault(ctx.node, []).append((func, args, kwargs))
+        own = ops.find(func)
+        tensors = dispatch.tensors_in(args, kwargs)
+        labelled = any(t in ctx.records for t in tensors)
+        if not labelled and (
+            own is None or not (own.kind is Kind.CREATES or _makes_axes(func, tensors))
+        ):
+            return run(func, args, kwargs)
+        if not tensors:
+            out = (
+                run(func, args, {**kwargs, "device": dispatch.META})
+                if _makes_floats(kwargs)
+                else func(*args, **kwargs)
+            )
+        else:
+            out = run(func, args, kwargs)
+        if own is None:
+            ctx.found.positional.add(ctx.node)
+            for tensor in tensors:
+                ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
+        elif labelled or out.is_floating_point():
+            bound = ops.bind(func, args, kwargs)
+            self._follow(own, func, bound, out)
+            if not keeps_order(ctx, own, bound):
+                ctx.found.positional.add(ctx.node)
+            if own.kind is Kind.MOVES and ctx.node in ctx.found.positional:
+                ctx.found.moved.add(ctx.node)
+        return out
+
+    def _follow(self, own: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
+        """Let an op's rule say what its result carries."""
+        ctx = self.context
+        if own.of_user:
+            ctx.found.trusted.add(func._schema.name)
+        try:
+            own.follow(ctx, func, bound, out)
+        except Exception as error:
+            # A node that is named is tried again without pruning what enters it; who wrote a rule
+            # wants to see that it fails.
+            node = "" if own.of_user else ctx.node
+            raise RewriteError(
+                f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", node
+            ) from error
+
+
+def _follow_weights(
+    ctx: Context, weights: Context, func: Any, args: Any, kwargs: Any, out: Any
+) -> None:
+    """Carry the labels of parameters on to what is computed from parameters alone: a product with
+    it reads their axes.
+    """
+    tensors = dispatch.tensors_in(args, kwargs)
+    if not tensors or not all(map(ctx.of_weights, tensors)):
+        return
+    for tensor in tensors:
+        if tensor not in weights.records:
+            known = ctx.records[tensor]
+            weights.parameter(tensor, known.name, known.axes)
+    own = ops.find(func)
+    if own is not None:
+        own.follow(weights, func, ops.bind(func, args, kwargs), out)
+    for leaf in dispatch.tensors_in((out,), {}):
+        weights.records.setdefault(leaf, ops.Record(leaf, []))
+
+
+def keeps_order(ctx: Context, own: ops.Op, bound: Mapping[str, Any]) -> bool:
+    """Whether an op commutes with removal (see :attr:`fxprune.ops.Op.in_order`)."""
+    return own.in_order if isinstance(own.in_order, bool) else own.in_order(ctx, bound)
+
+
+def seen_whole(func: Any) -> bool:
+    """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
+    return ops.find(func) is not None or not dispatch.is_composite(func)
+
+
+def takes_statistics(func: Any) -> bool:
+    """Whether an op takes statistics over the surviving elements only
+    (:meth:`fxprune.ops.Context.statistic`).
+    """
+    own = ops.own_row(func)
+    return own is not None and own.survivors is not None
+
+
+def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
+    """Whether an op makes large dimensions of small ones, which shrink with what they meet as
+    those of ``zeros`` do.
+    """
+    return ops.has(ops.name_of_op(func), ops.Trait.GROWS) and all(
+        t.is_meta and t.is_floating_point() for t in tensors
+    )
+
+
+def _makes_floats(kwargs: Mapping[str, Any]) -> bool:
+    dtype = kwargs.get("dtype")
+    return dtype is None or dtype.is_floating_point
+
+
+def run_node(
+    context: Context,
+    root: nn.Module,
+    node: fx.Node,
+    value_of: Callable[[fx.Node], Any],
+    prefix: str = "",
+) -> Any:
+    """Execute one node under labels and return its value.
+
+    Raises
+    ------
+    RewriteError
+        If the node cannot be executed; it carries the node's name.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    context.node, context.target = prefix + node.name, node.target
+    try:
+        with LabelMode(context):
+            return execute(root, node, args, kwargs)
+    except RewriteError:
+        raise
+    except Exception as error:
+        sizes = [tuple(leaf.shape) for leaf in tensors_of((args, kwargs))]
+        raise RewriteError(
+            f"node {node.name!r} ({node.target}) fails on shapes {sizes}: {error}", node.name
+        ) from error

@@ -1,0 +1,134 @@
+"""The form of a pruned model that only predicts: as fast as a network written by hand at its
+widths.
+
+``constants`` computes once what depends on parameters alone, ``identities`` takes out what does
+nothing outside training, ``folding`` puts what scales and shifts the channels of a contraction
+into its weights, ``layout`` brings these into channels-last order.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.common.hooks import in_mode
+from fxprune.common.identity import memo_of
+from fxprune.common.numbers import switch
+from fxprune.common.public import public
+from fxprune.errors import ModelError
+from fxprune.inference.constants import compute_constants
+from fxprune.inference.folding import fold
+from fxprune.inference.identities import drop_identities
+from fxprune.inference.layout import LAYOUTS, lay_out, take_any_layout
+from fxprune.rewrite import PrunedModule
+from fxprune.trace import copy_of
+from fxprune.trace.aliasing import Memory, writes
+
+__all__ = ["LAYOUTS", "deploy", "lay_out"]
+
+
+@public
+def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
+    """A copy of a pruned model for inference: batch normalisations folded, constants computed,
+    training code gone.
+
+    Whatever multiplies and shifts the channels of a convolution or a linear layer goes into its
+    weights: batch normalisation, frozen or not, written as a module, a function or as arithmetic,
+    and layer scales.
+
+    Parameters
+    ----------
+    model:
+        What :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load` gave, on any
+        device; it is left as it is. A dense model becomes one with ``fxprune.prune(model, example,
+        channels=1.0).model``.
+    channels_last:
+        Lay out weights of convolutions over images and volumes channels-last, which is what GPUs
+        compute in: give inputs as ``x.to(memory_format=torch.channels_last)``, so that nothing has
+        to be laid out anew. False: as they are. So they stay where Python code is left beside the
+        graphs, as in detectors: ``view`` and what it writes in place depend on the layout.
+
+    Returns
+    -------
+    A module in ``eval`` mode whose parameters need no gradient; outputs differ by rounding only.
+    Its state dict has other names than the model's: keep the model, or what
+    :meth:`~fxprune.Pruned.save` wrote, to train or prune further.
+
+    Raises
+    ------
+    ModelError
+        If there is no graph in the model; if it writes through a view that it would not get
+        channels-last.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+    ...     nn.Conv2d(8, 4, 3))
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> pruned = fxprune.prune(net, x, channels=0.5).model.eval()
+    >>> fast = deploy(pruned)
+    >>> [name for name, _ in fast.named_children()], bool((fast(x) - pruned(x)).abs().max() < 1e-5)
+    (['0', '2', '4'], True)
+    """
+    if not isinstance(model, nn.Module) or not any(
+        isinstance(module, fx.GraphModule) for module in model.modules()
+    ):
+        raise ModelError(
+            f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no "
+            "graph. Of a dense model make one with prune(model, example_inputs, "
+            "channels=1.0).model."
+        )
+    channels_last = switch("channels_last", channels_last)
+    root = in_mode(_copy_of(model), False)
+    # Python beside graphs would see the layout
+    channels_last = channels_last and isinstance(root, fx.GraphModule)
+    for name, module in list(root.named_modules()):
+        if isinstance(module, fx.GraphModule):
+            with torch.no_grad():
+                _deploy_graph(module, channels_last)
+            if not name:
+                # takes over what the graph calls, and no more
+                called = fx.GraphModule(module, module.graph)
+                root = PrunedModule(called, called.graph, type(model).__name__)
+    if channels_last:
+        lay_out(root)
+    return in_mode(root, False).requires_grad_(False)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch
+    refuses to copy (``weight_norm``).
+    """
+    tensors = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    ]
+    memo = memo_of((tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_leaf)
+    for tensor in (*model.parameters(), *model.buffers()):
+        copy.deepcopy(tensor, memo)
+    return copy_of(model, memo)
+
+
+def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
+    """One graph and what it calls, changed in place."""
+    graph = root.graph
+    if isinstance(root, PrunedModule):
+        root.__dict__["training_graph"] = None
+
+    def has_effect(node: fx.Node) -> bool:
+        return node.is_impure() or writes(node, root)
+
+    memory = Memory(root.graph, root)
+    take_any_layout(root, memory, channels_last)
+    constants = compute_constants(root, memory.changing())
+    drop_identities(root)
+    graph.eliminate_dead_code(has_effect)
+    while fold(root, constants):
+        graph.eliminate_dead_code(has_effect)
+    graph.lint()
+    root.recompile()

@@ -1,0 +1,95 @@
+"""What depends on parameters, buffers and the mode alone is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.common.dispatch import DispatchMode
+from fxprune.trace import execute
+
+__all__ = ["compute_constants", "new_buffer"]
+
+_NUMBERS = (bool, int, float)
+
+
+def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> dict[fx.Node, Any]:
+    """Evaluate every node that needs no input; of them, what others read becomes a buffer, or a
+    number in their arguments.
+
+    Returns the constant nodes and their values, the new buffers included. Random numbers stay
+    calls, and so does what something in the graph writes to: the nodes in ``changing``
+    (:meth:`fxprune.trace.aliasing.Memory.changing`).
+    """
+    constants: dict[fx.Node, Any] = {}
+    for node in root.graph.nodes:
+        if node.op == "get_attr":
+            value = execute(root, node, (), {})
+            if node not in changing and isinstance(value, (Tensor, *_NUMBERS)):
+                constants[node] = value
+        elif node not in changing and _computable(node, constants):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
+            with _DeterminismWatch() as watch:
+                value = execute(root, node, args, kwargs)
+            if watch.pure:
+                constants[node] = value
+    for node, value in list(constants.items()):
+        if isinstance(value, _NUMBERS):
+            for user in list(node.users):
+                user.args, user.kwargs = _with_literal(node, value, user)
+        elif (
+            isinstance(value, Tensor)
+            and node.op != "get_attr"
+            and any(user not in constants for user in node.users)
+        ):
+            node.replace_all_uses_with(new_buffer(root, constants, node.name, value))
+    return constants
+
+
+def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
+    operands = node.all_input_nodes
+    return (
+        node.op in ("call_function", "call_method")
+        and bool(operands)
+        and all(operand in constants for operand in operands)
+    )
+
+
+def new_buffer(
+    root: fx.GraphModule, constants: dict[fx.Node, Any], name: str, value: Tensor
+) -> fx.Node:
+    """A node that reads a new buffer of the module, at the top of the graph."""
+    free = next(
+        n for n in chain([name], (f"{name}_{i}" for i in count(1))) if not hasattr(root, n)
+    )
+    root.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
+    with root.graph.inserting_before(next(n for n in root.graph.nodes if n.op != "placeholder")):
+        node = root.graph.get_attr(free)
+    node.meta = {"rank": value.dim()}
+    constants[node] = value
+    return node
+
+
+def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
+    """The arguments of a node with a number in the place of another node."""
+    return fx.node.map_arg(
+        (user.args, user.kwargs), lambda operand: value if operand is node else operand
+    )
+
+
+class _DeterminismWatch(DispatchMode):
+    """Says whether all that ran gives the same each time and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pure = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.pure &= (
+            torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
+        )
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,268 @@
+"""Arguments of public functions, checked before anything is done with them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.common.contents import named_tensors, tensors_of
+from fxprune.common.identity import IdentitySet
+from fxprune.common.numbers import share, whole
+from fxprune.common.public import calling, drawn_from, shown
+from fxprune.errors import ArgumentError
+from fxprune.latency import Setting
+from fxprune.result.plan import Plan, check_groups
+from fxprune.select.budget import Budget
+
+__all__ = [
+    "budget_of",
+    "check_plan",
+    "check_pruned",
+    "kept_modules",
+    "kept_parameters",
+    "model_of",
+    "of_whole_heads",
+    "setting_of",
+]
+
+
+def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
+    """Names of all parameters and buffers below the modules that ``keep`` names."""
+    return _tensors_below(model, kept_modules(model, keep))
+
+
+def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
+    """Names of the modules that ``keep`` names, in the order in which it does.
+
+    Raises
+    ------
+    ArgumentError
+        If one of its entries names none.
+    """
+    if isinstance(keep, (str, nn.Module)):
+        entries = [keep]
+    elif isinstance(keep, Iterable) and not isinstance(keep, (Tensor, Mapping, type, bytes)):
+        entries = list(drawn_from(keep, "keep"))
+    else:
+        raise ArgumentError(
+            f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list "
+            "of these; () keeps none."
+        )
+    return tuple(
+        dict.fromkeys(name for entry in entries for name in _matches(model, entry, "keep"))
+    )
+
+
+def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
+    """Names of all parameters and buffers whose heads are units."""
+    if not isinstance(units, (str, Mapping)):
+        raise ArgumentError(
+            f'units is {_kind_of(units)}: give "dims" or "heads", or a dict from globs of module '
+            "names to either."
+        )
+    chosen = units if isinstance(units, Mapping) else {"*": units}
+    heads: set[str] = set()
+    for glob, unit in chosen.items():
+        if not isinstance(unit, str) or unit not in ("dims", "heads"):
+            raise ArgumentError(
+                f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor '
+                '"heads" (whole ones).'
+            )
+        found = set(_matches(model, glob, "units"))
+        below = {
+            name
+            for name, _ in model.named_modules(remove_duplicate=False)
+            if any(_is_below(name, top) for top in found)
+        }
+        heads = heads | below if unit == "heads" else heads - below
+    return _tensors_below(model, heads, recurse=False)
+
+
+def _is_below(name: str, top: str) -> bool:
+    return not top or name == top or name.startswith(f"{top}.")
+
+
+def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
+    """Names of the modules that an entry of an option names: by a name, a glob, or as an
+    object.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(entry, nn.Module):
+        found = [name for name, module in modules.items() if module is entry]
+    elif isinstance(entry, str):
+        found = [name for name in modules if fnmatch.fnmatchcase(name, entry)] if entry else []
+    else:
+        raise ArgumentError(
+            f"{option} holds {_kind_of(entry)}: give module names, globs or module objects."
+        )
+    if not found:
+        what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
+        raise ArgumentError(
+            f"{option}: {what} matches no module of this {type(model).__name__}. "
+            f"{_named_like(entry, list(modules))}"
+        )
+    return found
+
+
+def _named_like(entry: Any, names: Sequence[str]) -> str:
+    """A hint at the names that an entry which names nothing may have meant."""
+    names = [name for name in names if name]
+    near = difflib.get_close_matches(entry, names, n=3) if isinstance(entry, str) else []
+    if near:
+        return f"Did you mean {' or '.join(map(repr, near))}?"
+    return (
+        f"Its modules are: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+        if names
+        else "It has no modules below it."
+    )
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is, for a message: its type, and that it is a class, if it is one."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _tensors_below(
+    model: nn.Module, modules: Collection[str], *, recurse: bool = True
+) -> tuple[str, ...]:
+    """Names of the floating-point parameters and buffers of these modules, and of the modules
+    below them.
+    """
+    if not modules:
+        return ()
+    own = [model.get_submodule(name) for name in modules]
+    tensors = IdentitySet(
+        t for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))
+    )
+    every = named_tensors(model).items()
+    return tuple(
+        name for name, tensor in every if tensor in tensors and tensor.is_floating_point()
+    )
+
+
+def budget_of(
+    channels: float | None,
+    macs: float | None,
+    params: float | None,
+    latency: float | None,
+    scope: str,
+    layers: Mapping[str, float] | None,
+    round_to: int,
+    min_channels: int,
+) -> Budget:
+    """The budget that the arguments of :func:`fxprune.prune` describe.
+
+    Raises
+    ------
+    ArgumentError
+        If one of them is outside what it may be.
+    """
+    if layers is not None and not isinstance(layers, Mapping):
+        raise ArgumentError(
+            f"layers is {_kind_of(layers)}: give a dict from globs of module names to shares, as "
+            f'{{"layer4.*": 0.3}}.'
+        )
+    layers = dict(layers or {})
+    asked = {"channels": channels, "macs": macs, "params": params, "latency": latency}
+    if all(value is None for value in asked.values()) and not layers:
+        raise ArgumentError(
+            "nothing says how much to prune: give channels=, macs=, params=, latency= or "
+            "layers=, e.g. macs=0.5."
+        )
+    shares: dict[str, Any] = {
+        name: None
+        if value is None
+        else share(name, value, f"the share of {_SHARED[name]} to keep")
+        for name, value in asked.items()
+    }
+    for glob, value in layers.items():
+        if not isinstance(glob, str):
+            raise ArgumentError(
+                f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, as "
+                f"{{'layer4.*': 0.3}}."
+            )
+        layers[glob] = share(
+            f"layers[{glob!r}]", value, "the share of channels that these layers keep"
+        )
+    if not isinstance(scope, str) or scope not in ("group", "global"):
+        raise ArgumentError(
+            f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" '
+            "(all groups together)."
+        )
+    least = {
+        name: whole(name, value)
+        for name, value in (("round_to", round_to), ("min_channels", min_channels))
+    }
+    return Budget(**shares, scope=scope, layers=layers, **least)
+
+
+_SHARED = {"channels": "channels", "macs": "MACs", "params": "parameters", "latency": "the time"}
+
+
+def setting_of(
+    device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any
+) -> Setting | None:
+    """Where a latency budget counts; None if there is none."""
+    if budget.latency is None:
+        if device is not None:
+            raise ArgumentError(
+                "device= says where latency counts: give latency= too. The model is pruned on "
+                "the device it is on."
+            )
+        return None
+    if any(leaf.is_meta for leaf in tensors_of(example_inputs)):
+        raise ArgumentError(
+            "latency= is measured, on example inputs with data: these are meta tensors."
+        )
+    return (
+        device if isinstance(device, Setting) else Setting(None if device is None else str(device))
+    )
+
+
+def check_pruned(pruned: Any, function: str) -> None:
+    """Refuse what is no result of :func:`fxprune.prune`, for a function that takes one."""
+    if not isinstance(getattr(pruned, "plan", None), Plan) or not isinstance(
+        getattr(pruned, "model", None), nn.Module
+    ):
+        raise ArgumentError(
+            f"{function}(model, pruned, ...) takes what fxprune.prune, apply or load gave as "
+            f"pruned, and got {_kind_of(pruned)}."
+        )
+
+
+def check_plan(plan: Any, function: str) -> None:
+    """Refuse what is no plan, for a function that takes one; a plan that someone put together is
+    checked.
+
+    Raises
+    ------
+    ArgumentError, PlanError
+    """
+    if not isinstance(plan, Plan):
+        ways = {
+            str: "Plan.from_json(text) reads one",
+            Path: "fxprune.load(folder, factory) reads a folder",
+        }
+        way = next(
+            (way for kind, way in ways.items() if isinstance(plan, kind)), "prune(...).plan is one"
+        )
+        raise ArgumentError(
+            f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}."
+        )
+    check_groups(plan)
+
+
+def model_of(model_factory: Any) -> Any:
+    """What a factory builds; what is none is taken for the model itself."""
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        return model_factory
+    with calling("the model_factory"):
+        return model_factory()

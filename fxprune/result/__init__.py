@@ -1,0 +1,1 @@
+"""What a pruning gives: plans, reports, and how they are saved."""

@@ -1,0 +1,393 @@
+"""What survives, as data: a plan is frozen, printable, and replays on any model of the same
+architecture.
+
+A model that was pruned twice has a plan that knows the plan before it: the chain leads back to the
+original architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.common.dispatch import META
+from fxprune.common.public import public, shown
+from fxprune.errors import PlanError
+from fxprune.inputs import Call, compressed, is_plain, restored, value_range, within
+
+__all__ = [
+    "GroupPlan",
+    "Plan",
+    "check_groups",
+    "fingerprint",
+    "history",
+    "holds_objects",
+    "pack_inputs",
+    "remember",
+    "unpack_inputs",
+]
+
+SCHEMA = 4
+_READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
+
+
+@public
+@dataclass(frozen=True)
+class GroupPlan:
+    """The survivors of one group: ``kept`` are indices into its ``size`` units, ascending."""
+
+    name: str
+    size: int
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        with _told("a group of a plan"):
+            _checked_text(self.name)
+            _checked_whole(self.size)
+            for unit in _tuple(self.kept):
+                _checked_whole(unit)
+
+
+@public
+@dataclass(frozen=True)
+class Plan:
+    """What survives, group by group, and for which model.
+
+    Attributes
+    ----------
+    groups:
+        One entry per group of the analysis.
+    inputs:
+        The example (see :func:`pack_inputs`), so that a plan can be replayed without one: its
+        shapes, dtypes and constants, and the values that Python reads in a model which is not one
+        graph.
+    keep, pinned_nodes:
+        What the analysis was told to leave alone.
+    heads:
+        Parameters whose attention heads went as a whole or not at all.
+    fingerprint:
+        Of the architecture: names and shapes of its tensors, which no upgrade of torch or
+        torchvision changes.
+    previous:
+        The plan that made the model that this one is for, None where that model is the original.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    inputs: str
+    keep: tuple[str, ...]
+    pinned_nodes: tuple[str, ...]
+    fingerprint: str
+    previous: Plan | None = None
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        with _told("a plan"):
+            for group in _tuple(self.groups):
+                _of_type(group, GroupPlan)
+            for text in (
+                self.inputs,
+                self.fingerprint,
+                *_tuple(self.keep),
+                *_tuple(self.pinned_nodes),
+                *_tuple(self.heads),
+            ):
+                _checked_text(text)
+            if self.previous is not None:
+                _of_type(self.previous, Plan)
+
+    @property
+    def chain(self) -> tuple[Plan, ...]:
+        """This plan and all before it, the oldest first."""
+        plans = [self]
+        while plans[-1].previous is not None:
+            plans.append(plans[-1].previous)
+        return tuple(reversed(plans))
+
+    @public
+    def to_json(self) -> str:
+        """The plan as JSON text; :meth:`from_json` is its inverse.
+
+        >>> plan = Plan((GroupPlan("conv.weight:0", 4, (0, 3)),), "{}", (), (), "")
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
+        """
+        *earlier, last = (_pack(plan) for plan in self.chain)
+        return json.dumps({"schema": SCHEMA, **last, "previous": earlier}, indent=1)
+
+    @classmethod
+    @public
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan, also one that an earlier version wrote.
+
+        Raises
+        ------
+        PlanError
+            If the text is damaged, or was written by a later version.
+        """
+        plan: Plan | None = None
+        try:
+            data = json.loads(text)
+            schema = data.pop("schema")
+            if type(schema) is int and schema in _READABLE:
+                for stage in [*([] if schema == 1 else _as_list(data.pop("previous"))), data]:
+                    plan = _unpack(stage if schema > 2 else {**stage, "heads": []}, plan)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(
+                f"this is not a plan: {type(error).__name__}: {error}. Write plans with "
+                "Plan.to_json()."
+            ) from error
+        if type(schema) is not int or schema not in _READABLE:
+            raise PlanError(
+                f"the plan has schema {schema}, this version of fxprune reads {_READABLE[0]} to "
+                f"{SCHEMA}: upgrade fxprune, or prune anew."
+            )
+        assert plan is not None  # the last stage is the file itself
+        check_groups(plan)
+        return plan
+
+    def __str__(self) -> str:
+        before = len(self.chain) - 1
+        after = [f"after {before} earlier plan{'s' if before > 1 else ''}"] if before else []
+        return "\n".join([*after, *(f"{g.name}: {len(g.kept)} of {g.size}" for g in self.groups)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # frozen, and it may name many thousand units
+
+
+def _pack(plan: Plan) -> dict[str, Any]:
+    """One plan of a chain, without those before it."""
+    return {
+        "groups": [{"name": g.name, "size": g.size, "kept": list(g.kept)} for g in plan.groups],
+        "inputs": plan.inputs,
+        "keep": list(plan.keep),
+        "pinned_nodes": list(plan.pinned_nodes),
+        "heads": list(plan.heads),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
+    """The inverse of :func:`_pack`; whatever is damaged raises one of Python's own errors."""
+    return Plan(
+        groups=tuple(
+            GroupPlan(
+                _checked_text(g["name"]),
+                _checked_whole(g["size"]),
+                tuple(map(_checked_whole, _as_list(g["kept"]))),
+            )
+            for g in data["groups"]
+        ),
+        inputs=_checked_text(data["inputs"]),
+        keep=tuple(map(_checked_text, _as_list(data["keep"]))),
+        pinned_nodes=tuple(map(_checked_text, _as_list(data["pinned_nodes"]))),
+        fingerprint=_checked_text(data["fingerprint"]),
+        previous=previous,
+        heads=tuple(map(_checked_text, _as_list(data["heads"]))),
+    )
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        raise PlanError(
+            f"{what} cannot be made of this: {error}. prune(...).plan and Plan.from_json(text) "
+            "give plans."
+        ) from error
+
+
+def _checked_text(value: Any) -> str:
+    return _of_type(value, str)
+
+
+def _checked_whole(value: Any) -> int:
+    return _of_type(value, int)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return _of_type(value, tuple)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return _of_type(value, list)
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    if type(value) is not kind:  # True is an int, and text has elements: neither is meant
+        raise TypeError(f"{shown(value, 40)} is no {kind.__name__}")
+    return value
+
+
+def check_groups(plan: Plan) -> None:
+    """Refuse a plan, or one before it, of which a group keeps units that cannot be.
+
+    Raises
+    ------
+    PlanError
+    """
+    for stage in plan.chain:
+        if len({group.name for group in stage.groups}) < len(stage.groups):
+            raise PlanError(
+                "the plan has two groups of one name. Write plans with Plan.to_json()."
+            )
+        for group in stage.groups:
+            _check_group(group)
+        for name in stage.pinned_nodes:
+            if "@" in name and not name.rpartition("@")[2].isdecimal():
+                raise PlanError(
+                    f"the plan pins an axis of a node as {name!r}, where a number is missing. "
+                    "Prune anew."
+                )
+
+
+def _check_group(group: GroupPlan) -> None:
+    if (
+        not group.kept
+        or list(group.kept) != sorted(set(group.kept))
+        or group.kept[0] < 0
+        or group.kept[-1] >= group.size
+    ):
+        raise PlanError(
+            f"group {group.name!r} of the plan keeps units outside 0..{group.size - 1}, none, or "
+            "one twice."
+        )
+
+
+# ---- the architecture that a plan is for --------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the architecture: names and shapes of all parameters and buffers, not their
+    values.
+    """
+    lines = sorted(
+        f"{prefix}{'.' if prefix else ''}{name} {tuple(tensor.shape)}"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+# a plain attribute of a pruned model: its plan, and the fingerprint that the plan left it with
+_MARK = "_fxprune_plan"
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Let a model that was just pruned know its plan, so that the plan of its next pruning can
+    name it.
+    """
+    vars(model)[_MARK] = (plan, fingerprint(model))
+
+
+def history(model: nn.Module) -> Plan | None:
+    """The plan that made a model.
+
+    None for one that was not pruned, or in which tensors were since exchanged for others: the plan
+    would not lead to it.
+    """
+    plan, left = vars(model).get(_MARK, (None, ""))
+    return plan if plan is not None and fingerprint(model) == left else None
+
+
+def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Example inputs as JSON text: shapes and dtypes of meta tensors, values of others.
+
+    Of a large tensor only the range of its values is stored, where they are those that
+    :func:`fxprune.inputs.within` draws from it.
+
+    >>> pack_inputs((torch.ones(2, 3, device="meta"),), {"scale": 2})
+    '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {"scale":
+    {"value": 2}}}}'
+    """
+    return json.dumps({"args": _packed(tuple(args)), "kwargs": _packed(dict(kwargs))})
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            **_stored_values(value),
+        }
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _packed(item) for key, item in value.items()}}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_packed(item) for item in value]}
+    if type(value) in (type(None), bool, int, float, str):
+        return {"value": value}
+    if isinstance(value, torch.dtype):
+        return {"torch": str(value).removeprefix("torch.")}
+    return {"object": type(value).__name__}
+
+
+def _stored_values(tensor: Tensor) -> dict[str, Any]:
+    if not is_plain(tensor):
+        return {}
+    data = compressed(tensor)
+    if not data:
+        low, high = value_range(tensor)
+        if torch.equal(within(tuple(tensor.shape), tensor.dtype, low, high), tensor.cpu()):
+            return {"range": [low, high]}
+    return {"data": data or compressed(tensor, math.inf)}
+
+
+def holds_objects(text: str) -> bool:
+    """Whether the example held an object that no plan can hold."""
+    return '"object": ' in text
+
+
+def unpack_inputs(text: str) -> Call:
+    """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta
+    tensors.
+
+    Raises
+    ------
+    PlanError
+        If the text is damaged, or the example held an object that no plan can hold.
+    """
+    try:
+        data = json.loads(text)
+        return Call(_unpacked(data["args"]), _unpacked(data["kwargs"]))
+    except PlanError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # RecursionError is a RuntimeError
+        raise PlanError(
+            f"the plan's inputs are damaged: {error}. Write plans with Plan.to_json()."
+        ) from error
+
+
+def _unpacked(value: Any) -> Any:
+    if "shape" in value:
+        shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
+        if "data" in value:
+            return restored(value["data"], shape, dtype)
+        return (
+            within(shape, dtype, *value["range"])
+            if "range" in value
+            else torch.empty(shape, dtype=dtype, device=META)
+        )
+    if "dict" in value:
+        return {key: _unpacked(item) for key, item in value["dict"].items()}
+    if "value" in value:
+        return value["value"]
+    if "torch" in value:
+        return getattr(torch, value["torch"])
+    if "object" in value:
+        kind = value["object"]
+        raise PlanError(
+            f"the model was pruned on an example with {kind} in it, which no plan can hold: "
+            "prune anew."
+        )
+    kind = "tuple" if "tuple" in value else "list"
+    return (tuple if kind == "tuple" else list)(_unpacked(item) for item in value[kind])

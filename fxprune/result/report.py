@@ -1,0 +1,296 @@
+"""What a pruning changed, for people and for machines."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fxprune.common.public import drawn_from, public
+from fxprune.errors import ArgumentError, PlanError
+
+__all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
+
+
+class GroupRow(NamedTuple):
+    """One group: its name, how many units survive, how many there were."""
+
+    name: str
+    kept: int
+    total: int
+
+
+class PinnedRow(NamedTuple):
+    """Parameter axes that are never pruned: which, why, and the graph node that says so."""
+
+    axes: tuple[str, ...]
+    reason: str
+    node: str
+
+
+class LatencyRow(NamedTuple):
+    """Milliseconds of one call of the dense and of the pruned model, both deployed and measured in
+    turns; and the forecast.
+    """
+
+    before: float
+    after: float
+    forecast: float
+    setting: str
+
+
+_TEXTS = ("untouched", "decisions", "statistics", "parts", "not_set")
+
+
+@public
+@dataclass(frozen=True)
+class Report:
+    """What changed between a model and its pruned copy.
+
+    ``str(report)`` is a text to read, :meth:`to_dict` holds everything as plain data.
+
+    Attributes:
+        params_before, params_after: elements of all parameters, tied parameters counted once.
+        macs_before, macs_after: multiply-accumulates on the example inputs, None where they could
+            not be counted.
+        params_pinned, macs_pinned: the part of both that no budget reaches: of parameters, and of
+            contractions (matrix products, convolutions, attention), none of whose dimensions can
+            shrink. None where it was not counted.
+        groups: one row per group, in the plan's order.
+        pinned: what was never up for pruning, with reasons.
+        untouched: names of parameters that no executed operation used; they stay as they are.
+        decisions: control flow that the trace fixed, as text.
+        parts: paths of the modules that were emitted as graphs inside the model's own class; empty
+            if the model is one graph.
+        not_one_graph: what keeps the model from being one graph, with the line; empty if it is
+            one.
+        not_set: attributes that forward sets to what it computes of the inputs, for others to look
+            at (``self.features = h``): a graph does not set them.
+        statistics: normalisations whose statistics go over the surviving channels only, as text.
+            This is the one place where a pruned model may differ from the original with its
+            removed channels zeroed.
+        seconds: wall-clock seconds per stage, in the order in which the stages ran.
+        error: relative error of the verification, None if none was asked for.
+        latency: what a latency budget came to, None if there was none.
+
+    Example:
+        >>> report = Report(params_before=1000, params_after=250, macs_before=4000,
+        ...     macs_after=1000,
+        ...                 groups=(GroupRow("conv1", 4, 8),), error=1e-15)
+        >>> print(report)
+        parameters  1,000 -> 250 (25.0 % left)
+        MACs        4,000 -> 1,000 (25.0 % left)
+        verified    equals the masked original, relative error 1.0e-15
+        <BLANKLINE>
+        1 group, 4 of 8 units kept
+          conv1  4 of 8
+        >>> report.to_dict()["groups"]
+        [{'name': 'conv1', 'kept': 4, 'total': 8}]
+    """
+
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    groups: tuple[GroupRow, ...] = ()
+    pinned: tuple[PinnedRow, ...] = ()
+    untouched: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    params_pinned: int | None = None
+    macs_pinned: int | None = None
+    parts: tuple[str, ...] = ()
+    not_one_graph: str = ""
+    latency: LatencyRow | None = None
+    not_set: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Rows may arrive as plain tuples; the pinned axes as one text or as several.
+        try:
+            object.__setattr__(
+                self, "groups", tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
+            )
+            pinned = (
+                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
+                for axes, *rest in drawn_from(self.pinned, "pinned")
+            )
+            object.__setattr__(self, "pinned", tuple(pinned))
+            for name in _TEXTS:
+                object.__setattr__(self, name, tuple(drawn_from(getattr(self, name), name)))
+            self._check()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(f"a report cannot be made of this: {error}.") from error
+
+    def _check(self) -> None:
+        """Refuse what a report cannot show."""
+        for name in ("params_before", "params_after"):
+            _of_kind(name, getattr(self, name), numbers.Real)
+        for name in ("macs_before", "macs_after", "params_pinned", "macs_pinned", "error"):
+            _of_kind(name, getattr(self, name), (numbers.Real, type(None)))
+        for name in _TEXTS:
+            for text in getattr(self, name):
+                _of_kind(name, text, str)
+        _of_kind("not_one_graph", self.not_one_graph, str)
+        _of_kind("seconds", self.seconds, Mapping)
+        for stage, seconds in self.seconds.items():
+            _of_kind(f"seconds[{stage!r}]", seconds, numbers.Real)
+        for group in self.groups:
+            for value, kind in zip(group, (str, numbers.Real, numbers.Real), strict=True):
+                _of_kind("groups", value, kind)
+        for axes, *texts in self.pinned:
+            for text in (*axes, *texts):
+                _of_kind("pinned", text, str)
+        if self.latency is not None:
+            _of_kind("latency", self.latency, tuple)
+            for value, kind in zip(self.latency, (*[numbers.Real] * 3, str), strict=True):
+                _of_kind("latency", value, kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists, text, numbers and None, ready for ``json.dumps``."""
+        return {
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "groups": [row._asdict() for row in self.groups],
+            "pinned": [
+                {"axes": list(row.axes), "reason": row.reason, "node": row.node}
+                for row in self.pinned
+            ],
+            "untouched": list(self.untouched),
+            "decisions": list(self.decisions),
+            "statistics": list(self.statistics),
+            "seconds": dict(self.seconds),
+            "error": self.error,
+            "params_pinned": self.params_pinned,
+            "macs_pinned": self.macs_pinned,
+            "parts": list(self.parts),
+            "not_one_graph": self.not_one_graph,
+            "not_set": list(self.not_set),
+            "latency": None if self.latency is None else self.latency._asdict(),
+        }
+
+    @classmethod
+    @public
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            PlanError: if the data is something else.
+
+        Example:
+            >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),),
+            ...     seconds={"trace": 0.5})
+            >>> Report.from_dict(report.to_dict()) == report
+            True
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError(
+                f"this is not a report, but a {type(data).__name__}. Write reports with "
+                "Report.to_dict()."
+            )
+        try:
+            groups = tuple(GroupRow(**row) for row in data["groups"])
+            pinned = tuple(PinnedRow(**row) for row in data["pinned"])
+            latency = LatencyRow(**data["latency"]) if data.get("latency") else None
+            return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(
+                f"this is not a report: {type(error).__name__}: {error}. Write reports with "
+                "Report.to_dict()."
+            ) from error
+
+    def __str__(self) -> str:
+        lines = [*self._summary(), *self._groups(), *self._pinned()]
+        lines += _section("not used by any operation, left as they are", self.untouched)
+        lines += _section("set by forward, not by its graph", self.not_set)
+        lines += _section("control flow fixed by the example inputs", self.decisions)
+        lines += _section("normalised over the surviving channels", self.statistics)
+        return "\n".join(lines)
+
+    def _summary(self) -> Iterable[str]:
+        yield f"parameters  {_change(self.params_before, self.params_after)}"
+        if self.macs_before is None or self.macs_after is None:
+            yield "MACs        not counted"
+        else:
+            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        if self.latency is not None:
+            before, after, forecast, setting = self.latency
+            left = f" ({100 * after / before:.1f} % left)" if before else ""
+            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
+            yield f"latency     {measured}; deployed {setting}"
+        shares = (
+            (self.params_pinned, self.params_before, "parameters"),
+            (self.macs_pinned, self.macs_before, "MACs"),
+        )
+        fixed = [
+            f"{_percent(part, whole)} of the {name}"
+            for part, whole, name in shares
+            if part is not None and whole
+        ]
+        if fixed:
+            yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
+        if self.parts:
+            yield (
+                "emitted     in the model's own class, whose Python stays, graphs at "
+                f"{', '.join(self.parts)}"
+            )
+        if self.not_one_graph:
+            yield f"because     {self.not_one_graph}"
+        if self.error is not None:
+            yield f"verified    equals the masked original, relative error {self.error:.1e}"
+        if self.seconds:
+            stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
+            yield f"seconds     {sum(self.seconds.values()):.2f} ({stages})"
+
+    def _groups(self) -> Iterable[str]:
+        kept, total = sum(row.kept for row in self.groups), sum(row.total for row in self.groups)
+        title = f"{_counted(len(self.groups), 'group')}, {kept:,} of {total:,} units kept"
+        width = max((len(row.name) for row in self.groups[:_SHOWN]), default=0)
+        rows = [f"{row.name:{width}}  {row.kept} of {row.total}" for row in self.groups]
+        return _section(title, rows) or ["", "no group: nothing in this model can be pruned"]
+
+    def _pinned(self) -> Iterable[str]:
+        # One reason often pins many axes (every logit of every head): say it once.
+        by_reason: dict[tuple[str, str], list[str]] = {}
+        for row in self.pinned:
+            by_reason.setdefault((row.reason, row.node), []).extend(row.axes)
+        rows = []
+        for (reason, node), axes in by_reason.items():
+            more = f" and {len(axes) - 3} more" if len(axes) > 3 else ""
+            rows.append(
+                f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else "")
+            )
+        return _section("pinned, never pruned", rows)
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} holds a {type(value).__name__}")
+
+
+_SHOWN = 40  # lines of a section before the rest is only counted
+
+
+def _section(title: str, rows: Iterable[str]) -> list[str]:
+    rows = list(rows)
+    if not rows:
+        return []
+    more = [f"  ... and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
+    return ["", title, *(f"  {row}" for row in rows[:_SHOWN]), *more]
+
+
+def _change(before: int, after: int) -> str:
+    left = f" ({100 * after / before:.1f} % left)" if before else ""
+    return f"{before:,} -> {after:,}{left}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

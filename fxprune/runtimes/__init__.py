@@ -1,0 +1,293 @@
+"""Pruned models for other runtimes: ONNX files and exported programs, checked where they will run.
+
+``runner`` is a program of its own: it runs a file in a process that knows neither fxprune nor the
+model's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
+
+from fxprune.common.contents import tensors_of
+from fxprune.common.hooks import in_mode
+from fxprune.common.numbers import path_of, switch
+from fxprune.common.public import calling, public
+from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
+from fxprune.inputs import Call, as_call, batch_size, drawn
+
+__all__ = ["export", "packages_of"]
+
+
+_TOLERANCE = 1e-4  # of float32 computed by another library, relative to the whole output
+_RUNNER = Path(__file__).with_name("runner.py")
+# bytes of weights that an ONNX file holds itself: protocol buffers end at 2 GiB
+_ONE_FILE = 3 * 2**29
+_FORMATS = {".onnx": "ONNX", ".pt2": "an exported program"}
+
+
+@public
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = True,
+    check: bool = True,
+) -> float | None:
+    """Write a model as ONNX (``.onnx``) or as a program of ``torch.export`` (``.pt2``), and run
+    what was written.
+
+    Parameters
+    ----------
+    model:
+        Any module; it is exported in ``eval`` mode and left as it is. Export the form that
+        :func:`fxprune.deploy` gives.
+    example_inputs:
+        A tensor, a tuple of positional arguments or a dict of keyword arguments.
+    path:
+        Where it goes; the suffix says as what. An earlier file is replaced when all is written and
+        checked.
+    dynamic_batch:
+        Take any batch size: the first dimension of every tensor that has as many rows as the first
+        one.
+    check:
+        Run the file in a fresh process that imports neither fxprune nor the model's code, an ONNX
+        file in onnxruntime, on random inputs, of two batch sizes if that is dynamic, and compare.
+
+    Returns
+    -------
+    The largest relative error, ``||out - reference|| / ||reference||`` over all outputs; None
+    without a check.
+
+    Raises
+    ------
+    ArgumentError
+        If the suffix is another one, or a package is missing that ONNX needs.
+    ExportError
+        If torch cannot export the model.
+    VerificationError
+        If the file does not run, or gives something else.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export(net, torch.zeros(1, 3, 8, 8), f"{folder}/net.pt2", check=False)
+    ...     torch.export.load(f"{folder}/net.pt2").module()(torch.zeros(5, 3, 8, 8)).shape
+    torch.Size([5, 4, 4, 4])
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "export(model, example_inputs, path) takes a torch.nn.Module as model, and got a "
+            f"{type(model).__name__}."
+        )
+    target = path_of("path", path)
+    dynamic_batch, check = switch("dynamic_batch", dynamic_batch), switch("check", check)
+    if target.suffix not in _FORMATS:
+        raise ArgumentError(
+            f"{target.name} ends with neither .onnx nor .pt2: the suffix says what to write."
+        )
+    needed = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
+    if target.suffix == ".onnx" and needed:
+        raise ArgumentError(f"ONNX needs {', '.join(needed)}: pip install {' '.join(needed)}.")
+    model = in_mode(copy.deepcopy(model), False)
+    args, kwargs = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _written(model, example_inputs, args, kwargs, target, dynamic_batch, check)
+    except OSError as error:
+        raise ArgumentError(
+            f"{target} cannot be written: {error.strerror or error}. Name one that can be "
+            "written to."
+        ) from error
+
+
+def _written(
+    model: nn.Module,
+    example_inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: Path,
+    dynamic_batch: bool,
+    check: bool,
+) -> float | None:
+    """Write the file beside its place, check it, and put it there; returns the error that was
+    measured.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        packages = _write(model, args, kwargs, file, dynamic_batch)
+        sizes = (2, 5) if dynamic_batch else (None,)
+        batches = [drawn(example_inputs, batch=rows, seed=seed) for seed, rows in enumerate(sizes)]
+        error = (
+            _check(model, [as_call(inputs) for inputs in batches], file, packages)
+            if check
+            else None
+        )
+        for written in Path(folder).iterdir():  # ONNX puts large weights into a second file
+            if written.name.startswith(file.name):
+                os.replace(written, path.parent / written.name)
+    return error
+
+
+def _write(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    file: Path,
+    dynamic_batch: bool,
+) -> list[str]:
+    """Write the file; returns the packages that have to be imported before it is read."""
+    shapes, written = None, io.BytesIO()
+    if dynamic_batch:
+        batch = torch.export.Dim("batch", min=1)
+        rows = batch_size(Call(args, kwargs))
+        shapes = tree_map_only(
+            Tensor, lambda t: {0: batch} if t.dim() and t.shape[0] == rows else {}, (args, kwargs)
+        )
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            if file.suffix == ".pt2":
+                program = torch.export.export(
+                    model,
+                    args,
+                    kwargs,
+                    dynamic_shapes=None if shapes is None else _by_name(model, shapes),
+                )
+                # not to the disk: where that is full, torch's writer ends the process
+                torch.export.save(program, written)
+                file.write_bytes(written.getbuffer())
+                return packages_of(program)
+            own = None if shapes is None else _by_name(model, shapes)
+            apart = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
+            options: dict[str, Any] = {
+                "dynamic_shapes": own,
+                "dynamo": True,
+                "verbose": False,
+                "external_data": apart,
+            }
+            torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
+            return []  # onnxruntime has operations of its own
+    except OSError:
+        raise
+    except Exception as error:  # torch raises dozens of kinds
+        hint = " Leave the batch as it is with dynamic_batch=False." if dynamic_batch else ""
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(
+            f"this {type(model).__name__} cannot be exported as {_FORMATS[file.suffix]}: "
+            f"{first}.{hint}"
+        ) from error
+
+
+def packages_of(program: torch.export.ExportedProgram) -> list[str]:
+    """The packages that define operations of the program: they are loaded here, under the names of
+    their operations.
+    """
+    graphs = [
+        module.graph
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+    ]
+    called = [node.target for graph in graphs for node in graph.nodes]
+    return sorted(
+        {
+            target.namespace
+            for target in called
+            if isinstance(target, OpOverload) and target.namespace in sys.modules
+        }
+    )
+
+
+def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The dynamic shapes as torch.export wants them: by position where there are no keywords, else
+    by name.
+    """
+    args, kwargs = shapes
+    if not kwargs:
+        return args
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print progress."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
+    """Run the file on all calls in one process of its own; returns the largest relative error."""
+    with torch.no_grad(), calling(f"the {type(model).__name__}"):
+        expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
+    with tempfile.TemporaryDirectory() as folder:
+        given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
+        packed = io.BytesIO()
+        plain = [(args, kwargs) for args, kwargs in calls]  # without a class of fxprune's
+        torch.save(tree_map_only(Tensor, Tensor.cpu, plain), packed)
+        given.write_bytes(packed.getbuffer())
+        ran = subprocess.run(
+            [sys.executable, _RUNNER, file, given, got, *packages],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            last = next(iter(ran.stderr.strip().splitlines()[::-1]), f"exit code {ran.returncode}")
+            raise VerificationError(
+                f"{file.name} was written, but does not run in a process of its own: {last}"
+            )
+        outputs = torch.load(got, weights_only=True)
+    worst = 0.0
+    for found, wanted in zip(outputs, expected, strict=True):
+        if [out.shape for out in found] != [reference.shape for reference in wanted]:
+            shapes = (
+                f"{[tuple(out.shape) for out in found]}, the model "
+                f"{[tuple(reference.shape) for reference in wanted]}"
+            )
+            raise VerificationError(f"{file.name} gives tensors of the shapes {shapes}.")
+        worst = max(
+            [
+                worst,
+                *(
+                    _distance(out, reference.cpu())
+                    for out, reference in zip(found, wanted, strict=True)
+                ),
+            ]
+        )
+    if not worst <= _TOLERANCE:
+        raise VerificationError(
+            f"{file.name} differs from the model by {worst:.1e}, relative, where "
+            f"{_TOLERANCE:.0e} is rounding."
+        )
+    return worst
+
+
+def _distance(output: Tensor, reference: Tensor) -> float:
+    """Relative, in float64."""
+    output, reference = output.double(), reference.double()
+    norm = float(reference.norm())
+    return float((output - reference).norm()) / norm if norm else float(output.norm())

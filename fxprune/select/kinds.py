@@ -1,0 +1,181 @@
+"""How the cost of a model follows from the widths of its groups.
+
+Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every
+dimension that can shrink is a polynomial in how many units survive of each kind. So the cost of a
+whole model is a polynomial: it is read off the analysis once, and then answers what a model of
+other widths costs, and what one more unit costs at any of them, without a model of these widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fxprune.common.identity import IdentitySet
+from fxprune.coupling import Coupling
+from fxprune.labels import Array
+
+__all__ = ["Kinds", "Pool", "kinds_of", "lines", "pools_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Units of one group that compete with each other: they lie in blocks of which every one keeps
+    equally many.
+
+    Attributes
+    ----------
+    group:
+        The group's position in ``coupling.groups``.
+    units:
+        Indices into the group's units, shape (blocks, width): one row per block; one row in all
+        where the group is not split.
+    labels:
+        The labels of these units, shape (blocks, width).
+    """
+
+    group: int
+    units: npt.NDArray[np.int64]
+    labels: Array
+
+    @property
+    def blocks(self) -> int:
+        return self.units.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Units per block: what can be removed, one from each block at a time, down to one."""
+        return self.units.shape[1]
+
+
+def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
+    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly
+    one.
+    """
+    out = []
+    for index, group in enumerate(coupling.groups):
+        cells = coupling.balance.cell[group.units]
+        kinds = np.where(
+            cells >= 0, coupling.balance.kind[cells] if len(coupling.balance.kind) else -1, -1
+        )
+        for kind in np.unique(kinds):
+            members = np.flatnonzero(kinds == kind)
+            if kind < 0:
+                out.append(Pool(index, members[np.newaxis], group.units[members][np.newaxis]))
+                continue
+            # Blocks of a split have as many cells of each size, so cells of one size can keep
+            # equally many by themselves.
+            rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
+            for size in sorted({len(row) for row in rows}):
+                units = np.stack([row for row in rows if len(row) == size])
+                out.append(Pool(index, units, group.units[units]))
+    return tuple(out)
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Units of one pool that cost the same: they lie on as many positions of every tensor.
+
+    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:,
+    :2]])``).
+
+    Attributes
+    ----------
+    of_unit:
+        The kind of each unit (by its label), shape (labels,); -1 where no group has the unit.
+    pool:
+        The pool of each kind, ascending, shape (kinds,).
+    size:
+        How many units there are of each kind, over all blocks, shape (kinds,).
+    """
+
+    of_unit: npt.NDArray[np.int64]
+    pool: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+
+
+def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
+    """Tell the units of each pool apart by what they cost."""
+    count = coupling.context.units.count
+    pool_of = np.full(count, -1, dtype=np.int64)
+    for number, pool in enumerate(pools):
+        pool_of[pool.labels] = number
+    rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
+    profile = np.zeros(count, dtype=np.uint64)
+    seen: IdentitySet[Array] = IdentitySet()
+    overlaps = []
+    for tensor in _counted_tensors(coupling):
+        fields = coupling.labels(tensor)
+        for labels in fields:
+            if labels not in seen:
+                seen.add(labels)
+                positions = np.bincount(labels.ravel()).astype(np.uint64)
+                profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
+        if len(fields) > 1:
+            overlaps += [rows for _, rows in lines(coupling, fields) if len(rows) > 1]
+    while True:
+        live = np.flatnonzero(pool_of >= 0)
+        key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
+        unique, inverse = np.unique(key, axis=0, return_inverse=True)
+        of_unit = np.full(count, -1, dtype=np.int64)
+        of_unit[live] = inverse.reshape(-1)
+        kinds = Kinds(
+            of_unit,
+            unique[:, 0].astype(np.int64),
+            np.bincount(of_unit[live], minlength=len(unique)),
+        )
+        irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
+        if not irregular:
+            return kinds
+        # which pairs meet depends on the units themselves: count each by itself
+        for rows in irregular:
+            apart = np.unique(rows[rows > 0])
+            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
+        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+
+
+def _counted_tensors(coupling: Coupling) -> list[Tensor]:
+    """Everything whose shape counts: the parameters, and what contractions read and give."""
+    found = list(coupling.parameters.values())
+    for ran in coupling.contractions:
+        found += ran.tensors
+    return list(IdentitySet(found))
+
+
+def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
+    """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
+    found: dict[int, list[Array]] = {}
+    for labels in fields:
+        found.setdefault(coupling.shrinking_dim(labels), []).append(labels)
+    out = []
+    for dim, alike in found.items():
+        spread = np.broadcast_arrays(*alike)
+        out.append(
+            (dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]))
+        )
+    return out
+
+
+def _regular(rows: Array, kinds: Kinds) -> bool:
+    """Whether wherever units of some kinds meet on a position every combination of such units
+    does, equally often.
+    """
+    columns = rows.reshape(len(rows), -1)
+    columns = columns[:, (columns > 0).sum(axis=0) > 1]
+    if not columns.size:
+        return True
+    tuples, times = np.unique(columns, axis=1, return_counts=True)
+    met, which = np.unique(
+        np.where(tuples > 0, kinds.of_unit[tuples], -1), axis=1, return_inverse=True
+    )
+    which = which.reshape(-1)
+    for number, column in enumerate(met.T):
+        own = times[which == number]
+        if len(own) != prod(int(kinds.size[k]) for k in column if k >= 0) or (own != own[0]).any():
+            return False
+    return True

@@ -1,0 +1,286 @@
+"""Parameters and multiply-accumulates as polynomials of how many units of each kind survive."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import factorial, prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fxprune.common.arrays import Floats
+from fxprune.common.identity import IdentityMap
+from fxprune.coupling import Coupling
+from fxprune.labels import Array
+from fxprune.ops import Contraction
+from fxprune.select.kinds import Kinds, lines
+
+__all__ = ["Factors", "Polynomial", "Sizes", "Sum", "macs_of", "params_of", "products_of"]
+
+
+Factors = tuple[int, ...]
+
+
+Sum = tuple[tuple[float, Factors], ...]
+"""A sum of products: (coefficient, numbers of the affine factors)."""
+
+
+class Polynomial:
+    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with :math:`s_f(n) = b_f + \sum_k a_{fk} n_k`, if
+    :math:`n_k` of kind k survive.
+
+    Parameters
+    ----------
+    kinds:
+        What the variables count.
+    sizes:
+        Rows (b, a_1, ..., a_K), one for each affine factor that occurs.
+    terms:
+        (coefficient, indices of the factors that are multiplied).
+    """
+
+    def __init__(
+        self, kinds: Kinds, sizes: Floats, terms: Sequence[tuple[float, Factors]]
+    ) -> None:
+        one = np.zeros((1, len(kinds.pool) + 1))
+        one[0, 0] = 1.0
+        # factor 0 is the constant 1, for terms of fewer factors than the longest
+        table = np.concatenate([one, sizes])
+        order = max((len(factors) for _, factors in terms), default=0)
+        self._constant, self._slope = table[:, 0], table[:, 1:]
+        self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
+        self._factors = np.array(
+            [[f + 1 for f in factors] + [0] * (order - len(factors)) for _, factors in terms],
+            dtype=np.int64,
+        )
+        self._factors = self._factors.reshape(len(terms), order)
+        self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
+        self._pools = len(self._starts)
+        # Which terms a pool has a part in.
+        moved = self._by_pool(np.abs(self._slope)) > 0
+        touched = (
+            moved[self._factors].any(axis=1) if terms else np.zeros((0, self._pools), dtype=bool)
+        )
+        self._term, self._pool = np.nonzero(touched)
+
+    def _by_pool(self, columns: Floats) -> Floats:
+        """Sums over the kinds of each pool."""
+        return np.add.reduceat(columns, self._starts, axis=1) if self._pools else columns
+
+    def at(self, counts: npt.NDArray[np.int64]) -> int:
+        """The value where so many units of each kind survive; shape (kinds,)."""
+        sizes = self._constant + self._slope @ counts
+        return round(float(self._coefficient @ sizes[self._factors].prod(axis=1)))
+
+    def saved(
+        self, counts: npt.NDArray[np.int64], lost: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """By how much the value falls from ``counts`` when a pool alone loses what ``lost`` says
+        of its kinds; shape (pools,).
+        """
+        sizes = self._constant + self._slope @ counts
+        now = sizes[self._factors[self._term]]
+        step = self._by_pool(self._slope * lost)[
+            self._factors[self._term], self._pool[:, np.newaxis]
+        ]
+        change = self._coefficient[self._term] * (now.prod(axis=1) - (now - step).prod(axis=1))
+        return np.rint(np.bincount(self._pool, weights=change, minlength=self._pools)).astype(
+            np.int64
+        )
+
+
+class Sizes:
+    """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine
+    factors.
+    """
+
+    def __init__(self, coupling: Coupling, kinds: Kinds) -> None:
+        self.coupling, self.kinds = coupling, kinds
+        self.sizes: list[Sum] = []
+        self._rows: list[Floats] = []
+        self._row_numbers: dict[bytes, int] = {}
+        self._size_numbers: dict[Sum, int] = {}
+        self._of_labels: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, int]] = {}
+
+    def dims(self, tensor: Tensor) -> dict[int, int]:
+        """Dimensions of a tensor that can shrink -> the number of their size."""
+        fields = self.coupling.labels(tensor)
+        key = (tuple(map(id, fields)), tuple(tensor.shape))
+        if key not in self._of_labels:
+            sizes = {
+                dim: self._size(rows, tensor.shape[dim])
+                for dim, rows in lines(self.coupling, fields)
+            }
+            self._of_labels[key] = {
+                dim: number for dim, number in sizes.items() if number is not None
+            }
+        return self._of_labels[key]
+
+    def _size(self, rows: Array, full: int) -> int | None:
+        """All rows along the dimension keep equally many positions, so each keeps as many as they
+        do on average.
+        """
+        kinds, lines = np.where(rows > 0, self.kinds.of_unit[rows], -1), rows.shape[1]
+        row = np.zeros(len(self.kinds.pool) + 1)
+        row[0] = full
+        products: Counter[Factors] = Counter()
+        if len(kinds) == 1:
+            row[1:] = np.bincount(kinds[kinds >= 0], minlength=len(self.kinds.pool))
+            row[0] -= row[1:].sum() / lines
+        else:
+            met, times = np.unique(kinds.reshape(len(kinds), -1), axis=1, return_counts=True)
+            for column, positions in zip(met.T, times.tolist(), strict=True):
+                live = tuple(int(k) for k in column if k >= 0)
+                row[0] -= positions / lines if live else 0
+                if len(live) == 1:
+                    row[1 + live[0]] += positions
+                elif live:
+                    products[tuple(sorted(live))] += positions
+        row[1:] /= lines * self.kinds.size
+        size: list[tuple[float, Factors]] = []
+        for live, positions in products.items():
+            share = positions / lines / prod(int(self.kinds.size[k]) for k in live)
+            size.append((share, tuple(self._factor(self._unit_row(k)) for k in live)))
+        if not row[1:].any() and not size:
+            return None
+        if row[1:].any():
+            size.append((1.0, (self._factor(row),)))
+        elif row[0]:
+            size.append((float(row[0]), ()))
+        number = self._size_numbers.setdefault(tuple(size), len(self.sizes))
+        if number == len(self.sizes):
+            self.sizes.append(tuple(size))
+        return number
+
+    def _unit_row(self, kind: int) -> Floats:
+        row = np.zeros(len(self.kinds.pool) + 1)
+        row[1 + kind] = 1.0
+        return row
+
+    def _factor(self, row: Floats) -> int:
+        key = np.round(row, 9).tobytes()
+        if key not in self._row_numbers:
+            self._row_numbers[key] = len(self._rows)
+            self._rows.append(row)
+        return self._row_numbers[key]
+
+    def values(self) -> Callable[[Floats], Floats]:
+        """What gives all sizes, shape (n, sizes), at n rows of how many units of each kind
+        survive, shape (n, kinds).
+        """
+        rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
+        terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
+        order = max((len(factors) for *_, factors in terms), default=0)
+        starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
+        coefficient = np.array([c for _, c, _ in terms])
+        factors = np.array(
+            [[f + 1 for f in own] + [0] * (order - len(own)) for *_, own in terms], dtype=np.int64
+        )
+
+        def at(counts: Floats) -> Floats:
+            if not terms:
+                return np.zeros((len(counts), 0))
+            affine = np.concatenate(
+                [np.ones((len(counts), 1)), rows[:, 0] + counts @ rows[:, 1:].T], axis=1
+            )
+            return np.add.reduceat(coefficient * affine[:, factors].prod(axis=2), starts, axis=1)
+
+        return at
+
+    def falling(self, size: int, degree: int) -> list[Sum]:
+        """The factors s, s - 1, ..., s - degree + 1 of a falling factorial."""
+        (coefficient, factors), *others = self.sizes[size]
+        if degree > 1 and not others and coefficient == 1.0 and len(factors) == 1:
+            lowered = [self._rows[factors[0]].copy() for _ in range(degree)]
+            for less, row in enumerate(lowered):
+                row[0] -= less
+            return [((1.0, (self._factor(row),)),) for row in lowered]
+        return [
+            self.sizes[size] + (((-float(less), ()),) if less else ()) for less in range(degree)
+        ]
+
+    def polynomial(self, products: Sequence[tuple[float, list[Sum]]]) -> Polynomial:
+        """The sum of products of sizes, multiplied out."""
+        terms: Counter[Factors] = Counter()
+        for coefficient, sums in products:
+            for chosen in itertools.product(*sums):
+                factors = tuple(sorted(f for _, own in chosen for f in own))
+                terms[factors] += coefficient * prod(c for c, _ in chosen)  # type: ignore[assignment]
+        rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
+        return Polynomial(self.kinds, rows, [(float(c), factors) for factors, c in terms.items()])
+
+
+def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
+    """Number of learnable parameters."""
+    sizes, products = Sizes(coupling, kinds), []
+    for tensor in coupling.parameters.values():
+        if isinstance(tensor, torch.nn.Parameter):
+            dims = sizes.dims(tensor)
+            rest = prod(n for d, n in enumerate(tensor.shape) if d not in dims)
+            products.append((float(rest), [sizes.sizes[number] for number in dims.values()]))
+    return sizes.polynomial(products)
+
+
+def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
+    """Multiply-accumulates of the example's batch."""
+    sizes = Sizes(coupling, kinds)
+    return sizes.polynomial(
+        [product for ran in coupling.contractions for product in products_of(ran, sizes)]
+    )
+
+
+def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]:
+    """The multiply-accumulates of one op, as products of sizes."""
+    found = []
+    for coefficient, degrees in _interpolated(ran, sizes):
+        factors = [
+            factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)
+        ]
+        found.append((float(coefficient * ran.share), factors))
+    return found
+
+
+def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, int]]]:
+    r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it
+    reads.
+
+    A formula is a polynomial, of a degree in a size that is at most the number of dimensions which
+    have that size: they are the same units (a convolution from a residual stream to itself has
+    two), so they are resized together. Its values at 0, 1, ... up to the degree tell the
+    coefficients, by Newton's forward differences, which are exact in integers.
+    """
+    tensors = ran.tensors
+    read = IdentityMap((tensor, sizes.dims(tensor)) for tensor in tensors)
+    degrees = Counter(size for tensor in tensors for size in read[tensor].values())
+    free = sorted(degrees)
+
+    def cost(at: dict[int, int]) -> int:
+        def shape(tensor: Tensor) -> list[int]:
+            dims = read[tensor]
+            return [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
+
+        return ran.macs(shape)
+
+    grid = np.zeros([degrees[size] + 1 for size in free], dtype=np.int64)
+    for point in np.ndindex(grid.shape):
+        grid[point] = cost(dict(zip(free, point, strict=True)))
+    for axis, size in enumerate(free):
+        along = np.moveaxis(grid, axis, 0)  # a view
+        for order in range(1, degrees[size] + 1):
+            along[order:] = along[order:] - along[order - 1 : -1]
+    found = []
+    for point, difference in np.ndenumerate(grid):
+        if difference:
+            coefficient, rest = divmod(int(difference), prod(map(factorial, point)))
+            assert rest == 0, "the formula is no polynomial with integer coefficients"
+            found.append(
+                (
+                    coefficient,
+                    {size: degree for size, degree in zip(free, point, strict=True) if degree},
+                )
+            )
+    return found

@@ -1,0 +1,180 @@
+"""Scores and a budget -> which units survive."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fxprune.common.arrays import Floats
+from fxprune.common.contents import tensors_of
+from fxprune.coupling import Coupling, Group
+from fxprune.criteria import Ranking
+from fxprune.errors import ArgumentError
+from fxprune.select.budget import Budget, keep_count
+from fxprune.select.greedy import Descent, Timed, step_of
+from fxprune.select.kinds import Pool, lines, pools_of
+
+__all__ = ["select"]
+
+
+def select(
+    coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Choose the survivors.
+
+    ``timed`` is what a latency budget counts.
+
+    Returns
+    -------
+    For each group's name the indices of its surviving units, ascending. In a balanced group every
+    block keeps equally many.
+
+    Raises
+    ------
+    BudgetError
+        If even the smallest model that the analysis allows is above a budget; it says what the
+        least reachable is.
+    ArgumentError
+        If a glob of ``layers`` matches no group.
+    """
+    pools = pools_of(coupling)
+    order, least = _spared(coupling, pools, [_ascending(pool, ranking.value) for pool in pools])
+    least = [
+        max(math.ceil(budget.min_channels / pool.blocks), spared, pair)
+        for pool, spared, pair in zip(pools, least, _pairs(coupling, pools), strict=True)
+    ]
+    widths, fixed = _starting_widths(coupling, pools, budget, least)
+    whole = (
+        budget.macs,
+        budget.params,
+        budget.latency,
+        budget.channels if budget.scope == "global" else None,
+    )
+    if any(share is not None for share in whole):
+        descent = Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
+        widths = descent.run()
+        if budget.latency is not None:
+            widths = descent.exchanged()
+    kept: dict[str, list[int]] = {group.name: [] for group in coupling.groups}
+    for pool, ascending, width in zip(pools, order, widths, strict=True):
+        survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
+        kept[coupling.groups[pool.group].name] += survivors.ravel().tolist()
+    return {name: tuple(sorted(units)) for name, units in kept.items()}
+
+
+def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
+    """For each block the positions of its units, the least important first; of equals, the last
+    first.
+    """
+    return pool.width - 1 - np.argsort(value[pool.labels][:, ::-1], axis=1, kind="stable")
+
+
+def _spared(
+    coupling: Coupling, pools: Sequence[Pool], order: Sequence[npt.NDArray[np.int64]]
+) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
+    """Let no tensor lose everything: put off units until each row of each tensor has a position
+    whose units are the last to go.
+
+    Units of one block may lie on different tensors (the two halves of a split, layers that share
+    balanced blocks): all of one tensor's could be the least important. Returns the order, and how
+    many units every block has to keep at least.
+    """
+    spared = np.zeros(coupling.context.units.count, dtype=bool)
+    spared[0] = True  # no unit: what stays in any case
+    # how many of its block a unit has behind it in the order
+    height = np.zeros(len(spared), dtype=np.int64)
+    labels = []
+    for pool, ascending in zip(pools, order, strict=True):
+        labels.append(np.take_along_axis(pool.labels, ascending, axis=1))
+        height[labels[-1]] = np.arange(pool.width)[::-1]
+        spared[labels[-1][:, -1]] = True
+    known: set[tuple[int, ...]] = set()
+    for tensor in _all_tensors(coupling):
+        fields = coupling.labels(tensor)
+        key = tuple(map(id, fields))
+        if not fields or key in known:
+            continue
+        known.add(key)
+        whole = {
+            own.shape.index(own.size)
+            for own in fields
+            if own.size in own.shape and spared[own].any()
+        }
+        if len(whole) == len(fields):
+            continue  # most of them: one row along each axis
+        for _, rows in lines(coupling, fields):
+            for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
+                units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
+                spared[units], height[units] = True, 0
+    put_off = [np.argsort(spared[own], axis=1, kind="stable") for own in labels]
+    late = [
+        np.take_along_axis(ascending, moved, axis=1)
+        for ascending, moved in zip(order, put_off, strict=True)
+    ]
+    return late, [int(spared[own].sum(axis=1).max()) for own in labels]
+
+
+def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
+    """How many units every block has to keep so that no statistic is taken of one value: two,
+    where it has two, or one.
+    """
+    context = coupling.context
+    needed = np.zeros(context.units.count, dtype=bool)
+    for labels in context.found.pairs:
+        needed[context.units.live(labels)] = True
+    return [min(2, pool.width) if needed[pool.labels].any() else 1 for pool in pools]
+
+
+def _all_tensors(coupling: Coupling) -> list[Tensor]:
+    """The parameters, then what the nodes give."""
+    nodes = [node.meta.get("val") for trace in coupling.traces for node in trace.graph.nodes]
+    return [*coupling.parameters.values(), *tensors_of(nodes)]
+
+
+def _starting_widths(
+    coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """The widths to start from, and which of them are settled by a layer's own share."""
+    shares = _layer_shares(coupling, budget.layers)
+    widths, fixed = [], []
+    for pool, at_least in zip(pools, least, strict=True):
+        share = shares.get(pool.group)
+        fixed.append(share is not None)
+        if share is None:
+            share = (
+                budget.channels if budget.channels is not None and budget.scope == "group" else 1.0
+            )
+        widths.append(keep_count(pool.width, share, step_of(pool, budget), at_least))
+    return widths, fixed
+
+
+def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
+    shares: dict[int, float] = {}
+    owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
+    for glob, share in layers.items():
+        found = [
+            i
+            for i, names in enumerate(owners)
+            if any(fnmatch.fnmatchcase(name, glob) for name in names)
+        ]
+        if not found:
+            some = ", ".join(dict.fromkeys(name for names in owners[:4] for name in names))
+            raise ArgumentError(
+                f"layers: {glob!r} matches no layer whose channels can be pruned. There are: "
+                f"{some}, ..."
+            )
+        shares.update(dict.fromkeys(found, share))
+    return shares
+
+
+def _owners(coupling: Coupling, group: Group) -> list[str]:
+    """Names of the parameters and modules whose own filters are units of a group."""
+    own = [
+        axis.parameter for axis in group.axes if coupling.role(axis.parameter, axis.dim) == "own"
+    ]
+    return [*own, *(name.rpartition(".")[0] for name in own)]

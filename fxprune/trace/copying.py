@@ -1,0 +1,402 @@
+"""Copies of what Python holds, with other objects in the places of those that it refers to."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxprune.common.contents import slots_of
+from fxprune.common.identity import (
+    IdentitySet,
+    Memo,
+    drop_from_memo,
+    from_memo,
+    in_memo,
+    memo_of,
+    to_memo,
+)
+
+__all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of", "is_filled"]
+
+_COPIED_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_MAPPINGS = (dict, collections.OrderedDict)
+_CONTAINERS = frozenset(
+    {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
+)
+
+
+def copied(value: Any, memo: Memo) -> Any:
+    """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default
+    arguments.
+
+    Parameters
+    ----------
+    memo:
+        What stands in the place of objects (see :mod:`fxprune.common.identity`).
+
+    Functions and methods are the same object again where they refer to none of these, so what a
+    closure collects is still collected there.
+
+    Examples
+    --------
+    >>> one, other = [1], [2]
+    >>> def reader(held):
+    ...     return lambda: held[0]
+    >>> copied({"read": reader(one)}, memo_of([(one, other)]))["read"](), copied(len, {}) is len
+    (2, True)
+    """
+    if in_memo(memo, value):
+        return from_memo(memo, value)
+    kind = type(value)
+    if kind is types.FunctionType:
+        return _function(value, memo) if _refers(value, memo) else value
+    if kind is types.MethodType:
+        if not _refers(value, memo):
+            return value
+        return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
+    if kind is functools.partial:
+        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
+        return functools.partial(
+            copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords
+        )
+    if kind is weakref.ref:
+        held = value()
+        return (
+            value
+            if held is None or not in_memo(memo, held)
+            else weakref.ref(from_memo(memo, held))
+        )
+    if kind is list:
+        new: list[Any] = []
+        to_memo(memo, value, new)
+        new.extend(copied(item, memo) for item in value)
+        return new
+    if kind in _MAPPINGS:
+        made: dict[Any, Any] = kind()
+        to_memo(memo, value, made)
+        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        return made
+    if kind in _COPIED_SEQUENCES:
+        return kind(copied(item, memo) for item in value)
+    # what a hook has kept of a step of training, say
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return to_memo(memo, value, value.detach().clone())
+    return _deepcopied(value, memo)
+
+
+def _deepcopied(value: Any, memo: Memo) -> Any:
+    """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a
+    module object, a stream) is shared.
+
+    An iterator is not: who reads it changes it for all. Nor is what refers to one of those that
+    are replaced.
+    """
+    trial = dict(memo)  # what a copy that fails has made is left behind
+    try:
+        made = copy.deepcopy(value, trial)
+    except Exception as error:
+        trial = memo | memo_of((held, held) for held in _reached(value) if _is_shared(held))
+        try:
+            made = copy.deepcopy(value, trial)
+        except Exception:
+            return _rebuilt(value, memo, error)
+    kept = from_memo(trial, trial, [])  # where deepcopy keeps alive what it has met
+    drop_from_memo(trial, trial)
+    memo.update(trial)
+    to_memo(memo, memo, from_memo(memo, memo, [])).extend(kept)
+    return made
+
+
+def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
+    """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a
+    shared one would change for all.
+
+    What it holds outside of Python (a handle, a connection) is shared.
+
+    Raises
+    ------
+    Exception
+        The error of ``copy.deepcopy``, where a copy would release with the object what is shared,
+        or refers to what is replaced.
+    """
+    kind, layout = type(value), _layout(value)
+    if layout is None:
+        if _refers(value, memo) or any(
+            isinstance(held, (Iterator, Tensor)) for held in _reached(value)
+        ):
+            raise error
+        return value
+    if hasattr(kind, "__del__"):
+        raise error
+    if layout in (tuple, frozenset):
+        made = to_memo(
+            memo,
+            value,
+            layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)]),
+        )
+    else:
+        made = to_memo(memo, value, layout.__new__(kind))
+    if layout in _MAPPINGS:
+        layout.update(
+            made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)}
+        )
+    elif layout in _CONTAINERS:
+        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+    for name, item in slots_of(value).items():
+        object.__setattr__(made, name, copied(item, memo))
+    for name, item in getattr(value, "__dict__", {}).items():
+        vars(made)[name] = copied(item, memo)
+    return made
+
+
+def _layout(value: Any) -> Any:
+    """The class of Python's own whose state an object has beside its attributes; None: it has
+    more, which Python does not see.
+    """
+    kind = type(value)
+    layout = next(own for own in kind.__mro__ if own in _LAYOUTS)
+    above = kind.__mro__[: kind.__mro__.index(layout)]
+    return layout if layout is not object or all(map(_is_of_python, above)) else None
+
+
+def _is_of_python(kind: type) -> bool:
+    """Whether a class statement made a class, rather than C."""
+    own = vars(kind)
+    functions = any(isinstance(member, types.FunctionType) for member in own.values())
+    return (
+        functions
+        or not own.keys().isdisjoint(("__weakref__", "__slots__"))
+        or any(map(_is_of_python, kind.__bases__))
+    )
+
+
+_LAYOUTS: frozenset[Any] = frozenset(
+    {object, types.SimpleNamespace, threading.local, *_COPIED_SEQUENCES, *_MAPPINGS}
+)
+"""Classes whose objects hold nothing but what Python sees."""
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether an object that holds no other cannot be copied, and nobody can tell who has used
+    it.
+    """
+    if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _objects_held(value):
+        return False
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever it says
+        return True
+    return False
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Names of the attributes of a module that hold its hooks, by a number each."""
+
+HOOKS_CALLED = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Names of the attributes that say how, by the same numbers."""
+
+
+def hooks_apart(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
+    """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves
+    nothing to the user.
+    """
+    return type(hooks)((key, _hook_apart(hook, memo)) for key, hook in hooks.items())
+
+
+def _hook_apart(hook: Any, memo: Memo) -> Any:
+    for container in _collections(hook):
+        _copied_apart(container, memo)
+    if type(hook) is types.MethodType:
+        return types.MethodType(hook.__func__, _copied_apart(hook.__self__, memo))
+    return copied(hook, memo) if type(hook) is types.FunctionType else _copied_apart(hook, memo)
+
+
+def _copied_apart(value: Any, memo: Memo) -> Any:
+    """A copy of a container, or of an object and the containers that it has; what is collected in
+    them stays the same.
+    """
+    if in_memo(memo, value):
+        return from_memo(memo, value)
+    if type(value) in _CONTAINERS:
+        made = to_memo(memo, value, copy.copy(value))
+        if isinstance(value, dict):
+            made.update((key, _copied_apart(item, memo)) for key, item in value.items())
+        elif isinstance(value, list):
+            made[:] = [_copied_apart(item, memo) for item in value]
+        return made
+    if hasattr(value, "__dict__") and not isinstance(
+        value, (Tensor, nn.Module, type, types.ModuleType, types.FunctionType)
+    ):
+        made = to_memo(memo, value, copy.copy(value))
+        for name, item in vars(value).items():
+            vars(made)[name] = (
+                _copied_apart(item, memo)
+                if type(item) in _CONTAINERS
+                else from_memo(memo, item, item)
+            )
+        return made
+    return value
+
+
+def hooks_of(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
+    """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given
+    ones collect into.
+    """
+    memo |= memo_of(
+        (container, container) for hook in hooks.values() for container in _collections(hook)
+    )
+    return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
+
+
+def _collections(function: Any) -> list[Any]:
+    """The lists, dicts and sets that a function holds."""
+    return (
+        [held for held in _objects_held(function) if type(held) in _CONTAINERS]
+        if type(function) is types.FunctionType
+        else []
+    )
+
+
+def _rebound(value: Any, memo: Memo) -> Any:
+    """The same object where it refers to none of those in ``memo``, else a copy."""
+    return copied(value, memo) if _refers(value, memo) else value
+
+
+def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+    cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
+    closure = tuple(new for _, new, _ in cells) or None
+    named = {
+        name: value for name, value in _globals(function, memo).items() if _refers(value, memo)
+    }
+    space = _Names(function.__globals__) if named else function.__globals__
+    made = types.FunctionType(
+        function.__code__, space, function.__name__, function.__defaults__, closure
+    )
+    to_memo(memo, function, made)  # before its cells are filled, which may hold it
+    space |= {name: copied(value, memo) for name, value in named.items()}
+    made.__module__ = function.__module__
+    made.__dict__.update(function.__dict__)
+    made.__qualname__, made.__kwdefaults__ = (
+        function.__qualname__,
+        _rebound(function.__kwdefaults__, memo),
+    )
+    made.__defaults__ = _rebound(function.__defaults__, memo)
+    for cell, new, fresh in cells:
+        if fresh and is_filled(cell):
+            new.cell_contents = _rebound(cell.cell_contents, memo)
+    return made
+
+
+class _Names(dict[str, Any]):
+    """The globals of a function, but for those that are others for a copy of it."""
+
+    def __init__(self, real: dict[str, Any]) -> None:
+        super().__init__()
+        self.real = real
+
+    def __missing__(self, name: str) -> Any:
+        return self.real[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.real
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def keys(self) -> Any:
+        return {**self.real, **self}.keys()
+
+
+def _file(space: dict[str, Any]) -> dict[str, Any]:
+    while isinstance(space, _Names):
+        space = space.real
+    return space
+
+
+def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
+    """Those of the globals that a function names which may lead to what is replaced; of functions,
+    those of the same file.
+    """
+    space, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
+    for code in codes:
+        codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
+        for name in code.co_names:
+            value = space.get(name)
+            replaced = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
+            if replaced or (
+                isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)
+            ):
+                found[name] = value
+    return found
+
+
+def _cell(cell: types.CellType, memo: Memo) -> tuple[types.CellType, bool]:
+    """The cell in the place of one, which several functions can share, and whether it is a new
+    one.
+    """
+    fresh = not in_memo(memo, cell)
+    if fresh:
+        to_memo(memo, cell, types.CellType())
+    return from_memo(memo, cell), fresh
+
+
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a variable of a closure has a value yet."""
+    try:
+        return cell.cell_contents is cell.cell_contents
+    except ValueError:  # a name that the function around has not bound yet
+        return False
+
+
+def _refers(value: Any, memo: Memo) -> bool:
+    """Whether one of the objects to be replaced is reached from here."""
+    return any(in_memo(memo, own) for own in _reached(value, memo))
+
+
+def _reached(value: Any, memo: Memo | None = None) -> Iterator[Any]:
+    """What is reached from here, each once; what is to be replaced leads no further."""
+    seen: IdentitySet[Any] = IdentitySet()
+    waiting = [value]
+    while waiting:
+        own = waiting.pop()
+        if own not in seen:
+            seen.add(own)  # kept alive: a bound method is another object each time
+            yield own
+            waiting += _objects_held(own) if memo is None or not in_memo(memo, own) else []
+            if memo is not None and isinstance(own, types.FunctionType) and not in_memo(memo, own):
+                waiting += _globals(own, memo).values()
+
+
+def _objects_held(value: Any) -> list[Any]:
+    kind = type(value)
+    if kind is types.FunctionType:
+        cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if kind is types.MethodType:
+        return [value.__func__, value.__self__]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind in _MAPPINGS:
+        return [*value.keys(), *value.values()]
+    if kind in _COPIED_SEQUENCES:
+        return [*value]
+    if kind is weakref.ref:
+        return [] if value() is None else [value()]
+    if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+        return []
+    return [*getattr(value, "__dict__", {}).values(), *slots_of(value).values()]

@@ -1,0 +1,163 @@
+"""Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused
+call.
+
+``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that
+neither the widths of its heads nor the weights that depend on them can be seen from outside. It is
+replaced, in the copy that is traced, by the same computation written in plain operations. Names of
+parameters stay, hence the keys of the state dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxprune.common.identity import IdentityMap
+
+__all__ = ["PlainAttention", "lower"]
+
+
+def lower(root: nn.Module) -> nn.Module:
+    """Replace, in place, every composite leaf below ``root``; return the root (another object when
+    the root itself was one).
+
+    >>> lower(nn.Sequential(nn.MultiheadAttention(8, 2)))[0].__class__.__name__
+    'PlainAttention'
+    """
+    # a module that is used under two names stays one module
+    done: IdentityMap[nn.Module, nn.Module] = IdentityMap()
+
+    def visit(module: nn.Module) -> nn.Module:
+        if module not in done:
+            done[module] = module
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = visit(child)
+            if type(module) is nn.MultiheadAttention:
+                done[module] = PlainAttention(module)
+        return done[module]
+
+    return visit(root)
+
+
+class PlainAttention(nn.Module):
+    """``nn.MultiheadAttention`` in plain operations: same parameters, same results, every width
+    visible in the graph.
+
+    Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its
+    dropout draws the same numbers.
+    """
+
+    num_heads: int
+    head_dim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
+    _qkv_same_embed_dim: bool
+    in_proj_weight: Tensor  # None where the three below are there
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor  # None where bias_k is
+    out_proj: nn.Linear
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
+        super().__init__()
+        # The parameters, buffers and children are shared with the source, as are its plain
+        # settings (num_heads, dropout, ...).
+        self.__dict__.update(source.__dict__)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)
+        if not batched:
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], dim=1)
+        batch, length, source = q.shape[0], q.shape[1], k.shape[1]
+        # (batch, tokens, embed) -> (batch, heads, tokens, head_dim)
+        q = q.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+        k = k.view(batch, source, self.num_heads, self.head_dim).transpose(1, 2)
+        v = v.view(batch, source, self.num_heads, self.head_dim).transpose(1, 2)
+        added = 1 if self.bias_k is not None else 0
+        if self.add_zero_attn:
+            k, v, added = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added + 1
+        mask = self._mask(attn_mask, key_padding_mask, q, added, batch)
+        weights = None
+        if need_weights:
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, p=self.dropout, training=self.training)
+            out = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            dropout = self.dropout if self.dropout > 0 and self.training else 0.0
+            causal = is_causal and mask is None
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the
+        # layout is part of the result.
+        out = self.out_proj(
+            out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        )
+        if not batched:
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = self.in_proj_bias
+        if self._qkv_same_embed_dim:
+            if query is key and key is value:
+                q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+                return q, k, v
+            w_q, w_k, w_v = self.in_proj_weight.chunk(3)
+        else:
+            w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+        return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+    def _mask(
+        self, attn: Tensor | None, padding: Tensor | None, q: Tensor, added: int, batch: Any
+    ) -> Tensor | None:
+        """Both masks as one float tensor, broadcastable to (batch, heads, tokens, source)."""
+        masks = []
+        if attn is not None:
+            attn = _as_float(attn, q)
+            attn = F.pad(attn, (0, added)) if added else attn
+            if attn.dim() == 3:
+                attn = attn.view(batch, self.num_heads, attn.shape[1], attn.shape[2])
+            masks.append(attn)
+        if padding is not None:
+            padding = _as_float(padding, q)
+            padding = F.pad(padding, (0, added)) if added else padding
+            masks.append(padding.unsqueeze(1).unsqueeze(2))
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+def _as_float(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+    return mask

@@ -1,0 +1,1 @@
+"""What helps before and after: compensation of what was removed, sparsity."""

@@ -1,0 +1,390 @@
+"""What a removed channel leaves behind, put into the weights that stay.
+
+Masking a channel takes away what it added to the next layers: a constant part, which a bias can
+give back, and a part that follows from the channels which stay, which their weights can take over.
+Both are measured on calibration data, layer by layer, before any fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxprune.calibration import (
+    LoaderBatch,
+    batches_of,
+    called,
+    check_dimensions,
+    check_finite,
+    check_read,
+    evaluated,
+)
+from fxprune.common.contents import named_tensors
+from fxprune.common.public import public
+from fxprune.coupling import Coupling
+from fxprune.errors import ArgumentError
+from fxprune.inputs import Call
+from fxprune.rewrite import Survivors
+from fxprune.trace.aliasing import Undone
+
+__all__ = ["Compensation", "fold_constants", "reconstruct"]
+
+
+@public
+@dataclass(frozen=True)
+class Compensation:
+    """Names of the modules whose weights took something over, and of those that read removed
+    channels but could not.
+    """
+
+    changed: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def fold_constants(
+    coupling: Coupling,
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    loader: Iterable[Any],
+) -> Compensation:
+    r"""Add to each consumer's bias what its removed inputs gave on average: :math:`b' = b + \sum_u
+    W_{:,u} \, \mathrm{E}[x_u]`.
+
+    The mean goes over samples and positions; a convolution's border, where zeros of the padding
+    stand in for some of the kernel, is treated as its inside. A consumer without a bias passes the
+    constant on to the batch normalisation that alone reads it (:math:`\mu' = \mu - \Delta`); one
+    with neither is left as it is.
+
+    Parameters
+    ----------
+    model:
+        The original, on which the means are taken. It is left as it is.
+    pruned:
+        The emitted model, changed in place.
+    loader:
+        Batches ``(inputs, ...)``; targets are not read.
+    """
+    consumers = _consumers(coupling, survivors)
+    _check_fits(coupling, survivors, pruned, consumers)
+    means = _mean_inputs(model, consumers, loader, coupling.example)
+    changed, left = [], []
+    for name, node in consumers.items():
+        follower = _follower(name, node, coupling)
+        bias = coupling.parameters.get(f"{name}.bias")
+        if name not in means or (bias is None and follower is None):
+            left.append(name)
+            continue
+        module = model.get_submodule(name)
+        x = node.args[0].meta["val"]
+        rows = survivors.rows(x, _channel(module, x))
+        assert rows is not None
+        weight = module.get_parameter("weight").detach().double()
+        flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+        constant = means[name] * torch.from_numpy(~rows.all(axis=0)).to(means[name].device)
+        groups = getattr(module, "groups", 1)
+        shift = torch.einsum(
+            "goi,gi->go", flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)
+        ).reshape(-1)
+        with torch.no_grad():
+            if bias is not None:
+                own: Tensor = pruned.get_submodule(name).bias
+                own += survivors.take(bias, shift).to(own.dtype)
+            else:
+                running: Tensor = pruned.get_submodule(str(follower)).running_mean
+                running -= survivors.take(
+                    coupling.parameters[f"{follower}.running_mean"], shift
+                ).to(running.dtype)
+        changed.append(name)
+    return Compensation(tuple(changed), tuple(left))
+
+
+def reconstruct(
+    coupling: Coupling,
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    loader: Iterable[Any],
+    *,
+    ridge: float = 1e-4,
+) -> Compensation:
+    r"""Refit each consumer on its remaining inputs: :math:`\min_W \sum \lVert y - W x' \rVert^2 +
+    \lambda \lVert W - W_0 \rVert^2`.
+
+    ``y`` is the original's output, ``x'`` the pruned model's input at the same layer; layers are
+    refitted in the order in which they run, each on inputs that the refitted ones before it give.
+    :math:`W_0` are the weights at hand, bias included, :math:`\lambda` is ``ridge`` times the mean
+    square of an input, so that directions the data does not show stay as they are. He et al.,
+    "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with the
+    selection given. Convolutions in one or three dimensions or in groups are left as they are.
+
+    Parameters
+    ----------
+    model, pruned, loader:
+        As for :func:`fold_constants`. All batches are held in memory.
+    """
+    if coupling.parts:
+        raise ArgumentError(
+            "this model was not traced whole: its Python may hand other things to the pruned "
+            "layers than to the original's, which "
+            'least squares would compare. Take method="constants".'
+        )
+    batches = list(batches_of(loader, model, coupling.example))
+    check_read(len(batches))
+    with _as_before(pruned):
+        return _refit(coupling, survivors, model, pruned, batches, ridge)
+
+
+@contextmanager
+def _as_before(pruned: nn.Module) -> Iterator[None]:
+    """After an error the parameters are what they were."""
+    before = [(parameter, parameter.detach().clone()) for parameter in pruned.parameters()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+
+
+def _refit(
+    coupling: Coupling,
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    batches: Sequence[LoaderBatch],
+    ridge: float,
+) -> Compensation:
+    """Refit the next layers one after the other."""
+    changed, left = [], []
+    consumers = _consumers(coupling, survivors)
+    _check_fits(coupling, survivors, pruned, consumers)
+    for name, node in consumers.items():
+        smaller = pruned.get_submodule(name)
+        fits = isinstance(smaller, nn.Linear) or (
+            isinstance(smaller, nn.Conv2d) and smaller.groups == 1
+        )
+        sums = _second_moments(survivors, model, pruned, name, node, batches) if fits else None
+        if sums is None:
+            left.append(name)
+            continue
+        weight: Tensor = smaller.weight
+        bias: Tensor | None = smaller.bias
+        start = weight.detach().double().flatten(1)
+        start = (
+            start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
+        )
+        moment, product = (
+            (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
+        )
+        damping = (
+            ridge
+            * moment.diagonal().mean()
+            * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        )
+        try:
+            solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+        except torch.linalg.LinAlgError as error:
+            raise ArgumentError(
+                f"ridge={ridge}: the data does not determine the weights of {name!r}. Give "
+                "ridge=1e-4."
+            ) from error
+        with torch.no_grad():
+            weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
+            if bias is not None:
+                bias.copy_(solved[:, -1])
+        changed.append(name)
+    return Compensation(tuple(changed), tuple(left))
+
+
+def _second_moments(
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    name: str,
+    node: fx.Node,
+    batches: Sequence[LoaderBatch],
+) -> tuple[Tensor, Tensor] | None:
+    """Sums of x x' and x y' over all samples and positions, with a last input of 1; None if the
+    model does not call the module.
+    """
+    moment: Tensor | None = None
+    product: Tensor | None = None
+    module, smaller = model.get_submodule(name), pruned.get_submodule(name)
+    for batch in batches:
+        seen, own = _call_of(model, module, batch), _call_of(pruned, smaller, batch)
+        if seen is None or own is None:
+            return None
+        check_dimensions(f"what {name!r} gives", seen[1], node.meta["val"])
+        x, y = _columns(smaller, own[0]), survivors.take(node.meta["val"], seen[1]).double()
+        y = y.movedim(_channel(smaller, y), -1)
+        y = y.reshape(-1, y.shape[-1])
+        moment = x.T @ x if moment is None else moment + x.T @ x
+        product = x.T @ y if product is None else product + x.T @ y
+    check_finite((moment, product), f"what {name!r} reads or gives")
+    return None if moment is None or product is None else (moment, product)
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output position is a linear function of: shape (samples x positions, inputs x
+    kernel + 1), the last column 1.
+    """
+    x = x.double()
+    if isinstance(module, nn.Conv2d):
+        amounts = module.padding if not isinstance(module.padding, str) else None
+        if amounts is None or module.padding_mode != "zeros":
+            x = F.pad(
+                x,
+                module._reversed_padding_repeated_twice,
+                mode=module.padding_mode.replace("zeros", "constant"),
+            )
+            amounts = (0, 0)
+        unfolded = F.unfold(x, module.kernel_size, module.dilation, amounts, module.stride)
+        rows = unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def _mean_inputs(
+    model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any], example: Call
+) -> dict[str, Tensor]:
+    """Mean input per channel of each module, over samples and positions."""
+    sums: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
+    read = 0
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            dim = _channel(module, x)
+            total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
+            sums[name] = sums[name] + total if name in sums else total
+            count[name] = count.get(name, 0) + x.numel() // x.shape[dim]
+
+        return hook
+
+    with _untouched(model), torch.no_grad(), ExitStack() as stack:
+        for name in consumers:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+        for batch in batches_of(loader, model, example):
+            read += 1
+            called(model, batch)
+    if consumers:
+        check_read(read)
+    check_finite(sums.values(), "the mean of what a layer reads")
+    return {name: total / count[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Runs in evaluation mode, after which every module is in the mode it had, and every tensor
+    what it was.
+    """
+    with Undone(named_tensors(model)).afterwards(), evaluated(model):
+        yield
+
+
+class _SeenEnough(BaseException):
+    """Ends a forward pass that has shown what was wanted; no error, so that the model does not
+    take it for one.
+    """
+
+
+def _call_of(
+    model: nn.Module, module: nn.Module, batch: LoaderBatch
+) -> tuple[Tensor, Tensor] | None:
+    """The first input and the output of one module when the model runs on a batch."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        found.append((inputs[0], output))
+        raise _SeenEnough
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with _untouched(model), torch.no_grad():
+            called(model, batch)
+    except _SeenEnough:
+        pass
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
+    """The linear layers and convolutions, called once, that read a tensor which loses channels; in
+    the order in which they run.
+    """
+    out = {}
+    for trace in coupling.traces:
+        calls: dict[str, list[fx.Node]] = {}
+        for node in trace.graph.nodes if not trace.training else ():
+            if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+                calls.setdefault(str(node.target), []).append(node)
+        for name, nodes in calls.items():
+            module, x = trace.meta_copy.model.get_submodule(name), nodes[0].args[0].meta["val"]
+            kind = type(module)
+            weight: Any = getattr(module, "weight", None)
+            fits = kind is nn.Linear or (
+                kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim()
+            )
+            if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
+                out[f"{trace.path}.{name}" if trace.path else name] = nodes[0]
+    return out
+
+
+def _check_fits(
+    coupling: Coupling, survivors: Survivors, pruned: nn.Module, consumers: Iterable[str]
+) -> None:
+    """Refuse a pruned model that is not the one of the plan.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    own = dict(pruned.named_parameters())
+    for weight in (f"{name}.weight" for name in consumers):
+        analysed = coupling.parameters.get(weight)
+        if analysed is not None and (
+            weight not in own or list(own[weight].shape) != list(survivors.shape(analysed))
+        ):
+            raise ArgumentError(
+                f"pruned.model has no {weight!r} as its plan left it: give what prune gave, with "
+                "its own model."
+            )
+
+
+def _channel(module: nn.Module, x: Tensor) -> int:
+    return x.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
+def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
+    """The batch normalisation that alone reads what a consumer gives, if it keeps statistics and
+    is called once.
+    """
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    calls = sum(
+        1
+        for other in node.graph.nodes
+        if other.op == "call_module" and other.target == users[0].target
+    )
+    name = consumer.removesuffix(str(node.target)) + str(users[0].target)
+    module = coupling.meta_copy.model.get_submodule(name)
+    return (
+        name
+        if isinstance(module, _BatchNorm)
+        and f"{name}.running_mean" in coupling.parameters
+        and calls == 1
+        else None
+    )
