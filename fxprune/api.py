@@ -17,10 +17,12 @@ from fxprune.common.numbers import number, switch, whole
 from fxprune.common.public import public, shown
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
+from fxprune.criteria import Criterion
 from fxprune.errors import ArgumentError
-from fxprune.inputs import read
+from fxprune.inputs import ExampleInputs, read
 from fxprune.latency import Setting
 from fxprune.options import (
+    Kept,
     budget_of,
     check_plan,
     check_pruned,
@@ -53,9 +55,9 @@ __all__ = ["analyze", "apply", "compensate", "load", "prune", "verify"]
 @public
 def analyze(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
-    keep: Any = (),
+    keep: Kept = (),
     units: str | Mapping[str, str] = "dims",
 ) -> Coupling:
     """Find which channels are coupled, without changing or even reading a weight.
@@ -92,7 +94,7 @@ def analyze(
 @public
 def prune(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     channels: float | None = None,
     macs: float | None = None,
@@ -101,8 +103,8 @@ def prune(
     device: torch.device | str | Setting | None = None,
     scope: str = "group",
     layers: Mapping[str, float] | None = None,
-    criterion: Any = "cpmc",
-    keep: Any = (),
+    criterion: Criterion = "cpmc",
+    keep: Kept = (),
     units: str | Mapping[str, str] = "dims",
     round_to: int = 1,
     min_channels: int = 1,
@@ -305,7 +307,7 @@ def load(
 def verify(
     model: nn.Module,
     pruned: Pruned,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     dtype: torch.dtype = torch.float64,
     randomize: bool = True,
@@ -384,7 +386,7 @@ def verify(
 def compensate(
     model: nn.Module,
     pruned: Pruned,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     method: str = "constants",
     ridge: float = 1e-4,

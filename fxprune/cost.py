@@ -24,7 +24,7 @@ from fxprune.common.dispatch import DispatchMode, tensors_in
 from fxprune.common.identity import IdentityMap
 from fxprune.common.models import check_structure
 from fxprune.common.public import calling, public
-from fxprune.inputs import read
+from fxprune.inputs import ExampleInputs, read
 from fxprune.ops.macs import has_formula, op_macs
 from fxprune.ops.running import has_shape, run
 
@@ -67,7 +67,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 @public
-def cost_of(module: nn.Module, example_inputs: Any) -> Cost:
+def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
     """MACs and parameters of ``module`` on ``example_inputs``, without allocating activations.
 
     Args:

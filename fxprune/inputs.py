@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import copy
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from fxprune.errors import InputError
 
 __all__ = [
     "Call",
+    "ExampleInputs",
     "as_call",
     "batch_size",
     "compressed",
@@ -41,6 +42,12 @@ __all__ = [
     "widened",
     "within",
 ]
+
+
+ExampleInputs: TypeAlias = Tensor | Sequence[object] | Mapping[str, object]
+"""What a user says how a model is called: a tensor, positional arguments in a tuple, keyword
+arguments in a mapping, or a list, which is one argument.
+"""
 
 
 class Call(NamedTuple):

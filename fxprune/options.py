@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from fxprune.result.plan import Plan, check_groups
 from fxprune.select.budget import Budget
 
 __all__ = [
+    "Kept",
     "budget_of",
     "check_plan",
     "check_pruned",
@@ -30,6 +31,9 @@ __all__ = [
     "of_whole_heads",
     "setting_of",
 ]
+
+Kept: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
+"""What must not be pruned: names or globs of modules, or modules."""
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:

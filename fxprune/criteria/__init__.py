@@ -24,7 +24,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -44,9 +44,11 @@ __all__ = [
     "CPMC",
     "CRITERIA",
     "Activation",
+    "Criterion",
     "Fisher",
     "Random",
     "Ranking",
+    "Scorer",
     "Taylor",
     "UnitView",
     "Views",
@@ -85,7 +87,18 @@ class Random:
         return np.random.default_rng(self.seed).random(coupling.context.units.count)
 
 
-CRITERIA: Mapping[str, Any] = {
+class Scorer(Protocol):
+    """A criterion that looks at the whole model, and may read data."""
+
+    def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
+        """Shape (labels,)."""
+        ...
+
+
+Criterion: TypeAlias = str | Callable[[UnitView], Tensor] | Scorer
+"""A name, a function of a group's units, or an object with ``scores``."""
+
+CRITERIA: Mapping[str, Criterion] = {
     "cpmc": CPMC(),
     "l1": l1,
     "l2": l2,
@@ -117,7 +130,7 @@ class Ranking:
 
 
 @public
-def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
+def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     """Score all units of a model.
 
     Parameters
@@ -141,23 +154,21 @@ def rank(criterion: Any, coupling: Coupling, model: nn.Module) -> Ranking:
     [0.0, 1.0, 2.0, 3.0]
     """
     check_coupling(coupling, model)
-    criterion = _criterion_found(criterion)
+    found: Any = _criterion_found(criterion)
     value = (
-        _of_labels(criterion, coupling, model)
-        if hasattr(criterion, "scores")
-        else _of_views(criterion, coupling, model)
+        _of_labels(found, coupling, model)
+        if hasattr(found, "scores")
+        else _of_views(found, coupling, model)
     )
-    per_group = any(criterion is one for one in _PER_GROUP) or isinstance(
-        criterion, _PER_GROUP_KINDS
-    )
+    per_group = any(found is one for one in _PER_GROUP) or isinstance(found, _PER_GROUP_KINDS)
     for group in coupling.groups:
         own = value[group.units]
         if not np.isfinite(own).all():
             raise _not_finite(group, model)
         if per_group:
             value[group.units] = own / max(own.mean(), np.finfo(np.float64).tiny)
-    if isinstance(criterion, CPMC):
-        return Ranking(value, criterion.alpha, criterion.beta, criterion.gamma)
+    if isinstance(found, CPMC):
+        return Ranking(value, found.alpha, found.beta, found.gamma)
     return Ranking(value)
 
 

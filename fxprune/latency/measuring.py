@@ -25,7 +25,7 @@ from fxprune.common.public import calling, public, shown
 from fxprune.cost import MacCounter, cost_of
 from fxprune.errors import ArgumentError
 from fxprune.inference import LAYOUTS, lay_out
-from fxprune.inputs import as_call, batch_size, drawn
+from fxprune.inputs import ExampleInputs, as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
 from fxprune.latency.roofline import roofline
@@ -191,7 +191,7 @@ class Latency:
 @public
 def measure(
     models: Mapping[str, nn.Module],
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     setting: Setting | None = None,
     *,
     rounds: int = 9,
@@ -268,7 +268,7 @@ def measure(
 
 def time_models(
     models: Mapping[str, nn.Module],
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     setting: Setting,
     *,
     rounds: int = 9,

@@ -30,7 +30,7 @@ from fxprune.common.hooks import in_mode
 from fxprune.common.numbers import path_of, switch
 from fxprune.common.public import calling, public
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
-from fxprune.inputs import Call, as_call, batch_size, drawn
+from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
 
 __all__ = ["export", "packages_of"]
 
@@ -45,7 +45,7 @@ _FORMATS = {".onnx": "ONNX", ".pt2": "an exported program"}
 @public
 def export(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
@@ -126,7 +126,7 @@ def export(
 
 def _written(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     path: Path,
