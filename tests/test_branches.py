@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.coupling.parts.questions import Questions
 from fxprune.errors import FxpruneWarning
+from fxprune.inputs import Call
 from fxprune.resized import other_batch, other_sizes, sizes_alone
 from tests.support.checking import masked, randomise, relative_error
 
@@ -232,7 +233,7 @@ def test_the_same_question_has_one_answer() -> None:
 
 
 def test_other_sizes() -> None:
-    call = ((torch.zeros(3, 4, 4),), {"mask": torch.zeros(3, 4)})
+    call = Call((torch.zeros(3, 4, 4),), {"mask": torch.zeros(3, 4)})
 
     def shapes(found: Any) -> list[tuple[int, ...]]:
         return [tuple(tensor.shape) for tensor in (*found[0], *found[1].values())]

@@ -991,7 +991,7 @@ class OfImages(nn.Module):
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_list_of_images_is_one_argument_where_the_example_has_one(kind: type) -> None:
     model, images = OfImages(), [torch.randn(3, 6, 6) for _ in range(4)]
-    coupling = fxprune.analyze(model, (images[:1],))
+    coupling = fxprune.analyze(model, (images[:2],))
     plain = fxprune.analyze(model.body, torch.zeros(1, 3, 6, 6))
     loader = [(kind(images[:2]), 0), (kind(images[2:]), 0)]
     of_tensors = [(torch.stack(images[:2]), 0), (torch.stack(images[2:]), 0)]

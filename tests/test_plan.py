@@ -177,7 +177,7 @@ def described(value: Any) -> Any:
 )
 def test_inputs_and_back(args: Any, kwargs: Any) -> None:
     found = unpack_inputs(pack_inputs(args, kwargs))
-    assert described(found) == described((args, kwargs))
+    assert described(tuple(found)) == described((args, kwargs))
     assert all(leaf.is_meta for leaf in tree_leaves(found))
 
 
