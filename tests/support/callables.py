@@ -139,7 +139,10 @@ def outcome(call: Callable[[Tensor], Any]) -> str:
     except fxprune.InternalError as error:
         return f"internal error: {error}"
     except fxprune.FxpruneError as error:
-        return f"refused: {error}"
+        with suppress(Exception), torch.no_grad():
+            model(x)
+            return f"refused: {error}"
+        return f"original fails: {error}"
     try:
         measured = fxprune.verify(model, pruned, x)
     except fxprune.VerificationError as error:
