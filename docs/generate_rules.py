@@ -1,6 +1,7 @@
 """Write rules.md from the table of operations: ``python docs/generate_rules.py``."""
 
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 
 from fxprune.ops import FAMILIES, OPS, Op, Trait
@@ -38,9 +39,8 @@ def page() -> str:
         families[_family(own)].append(own)
     rules = len({own.rule for own in OPS.values() if own.rule is not None})
     lines = [HEAD, f"{len(OPS)} ops, {rules} rules."]
-    for module in FAMILIES:
-        family = module.__name__.rsplit(".", 1)[-1]
-        said = (module.__doc__ or "").strip().partition("\n\n")[0]
+    for family in FAMILIES:
+        said = (import_module(f"fxprune.ops.{family}").__doc__ or "").strip().partition("\n\n")[0]
         lines += ["", f"## {family}", "", " ".join(said.split()), "", *_table(families[family])]
     without = families[""]
     lines += [

@@ -1,21 +1,8 @@
 """All knowledge of ATen ops: one row per op. Importing the package fills the table."""
 
+from importlib import import_module
+
 from fxprune.labels import Field
-from fxprune.ops import (
-    contraction,
-    convolution,
-    creation,
-    cutting,
-    indexing,
-    joining,
-    movement,
-    normalisation,
-    pointwise,
-    recurrent,
-    reduction,
-    resampling,
-    reshaping,
-)
 from fxprune.ops.context import Context
 from fxprune.ops.records import READS_INPUT, Contraction, Event, Record, Sighting
 from fxprune.ops.table import (
@@ -35,21 +22,24 @@ from fxprune.ops.table import (
 )
 
 FAMILIES = (
-    contraction,
-    convolution,
-    creation,
-    cutting,
-    indexing,
-    joining,
-    movement,
-    normalisation,
-    pointwise,
-    recurrent,
-    reduction,
-    resampling,
-    reshaping,
+    "contraction",
+    "convolution",
+    "creation",
+    "cutting",
+    "indexing",
+    "joining",
+    "movement",
+    "normalisation",
+    "pointwise",
+    "recurrent",
+    "reduction",
+    "resampling",
+    "reshaping",
 )
 """The modules in which the rows stand."""
+
+for _family in FAMILIES:
+    import_module(f"{__name__}.{_family}")
 
 __all__ = [
     "FAMILIES",

@@ -18,6 +18,13 @@ from fxprune.ops.shapes import normalisation as shapes
 from fxprune.ops.table import Axes, Kind, Trait, op
 
 _norm = functools.partial(op, kind=Kind.COMPUTES, axes=Axes.SAME)
+_last_norm = functools.partial(
+    _norm,
+    in_order=False,
+    traits=Trait.FROM_THE_END,
+    shape=shapes.last_norm_shape,
+    corrects=literals.last_norm_literals,
+)
 
 
 def _scale_and_shift(
@@ -112,22 +119,8 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, _scale_and_shift(ctx, x, fields, [a["weight"], a["bias"]], 1))
 
 
-@_norm(
-    "layer_norm",
-    in_order=False,
-    traits=Trait.FROM_THE_END,
-    shape=shapes.last_norm_shape,
-    corrects=literals.last_norm_literals,
-    survivors=survivors.layer_norm_over_survivors,
-)
-@_norm(
-    "rms_norm",
-    in_order=False,
-    traits=Trait.FROM_THE_END,
-    shape=shapes.last_norm_shape,
-    corrects=literals.last_norm_literals,
-    survivors=survivors.rms_norm_over_survivors,
-)
+@_last_norm("layer_norm", survivors=survivors.layer_norm_over_survivors)
+@_last_norm("rms_norm", survivors=survivors.rms_norm_over_survivors)
 def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Statistics over the survivors of the last dimensions, which meet scale and shift."""
     x, rank = a["input"], a["input"].dim()
