@@ -25,6 +25,7 @@ __all__ = ["emitted", "terms_of"]
 
 
 def terms_of(plan: Plan) -> Terms:
+    """What the analysis of a plan was told."""
     return Terms(plan.keep, plan.pinned_nodes, plan.heads)
 
 
@@ -35,6 +36,7 @@ def emitted(
     terms: Terms,
     clock: Clock,
 ) -> Pruned:
+    """The smaller model where these units stay, with its plan and its report."""
     with clock("rewrite"):
         left = Survivors(coupling, survivors)
         smaller = emit(coupling, left, type(model).__name__)

@@ -134,6 +134,7 @@ def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
 
 
 def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
+    """What one plan of a chain makes of the model that it is of."""
     coupling, survivors, clock = replay(stage, model)
     return emitted(model, coupling, survivors, terms_of(stage), clock)
 
@@ -141,6 +142,18 @@ def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
 def replay(
     plan: Plan, model: nn.Module, example: Any = None
 ) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
+    """Analyse a model as for its plan: the coupling, the units that stay by group, and the times.
+
+    Parameters
+    ----------
+    example:
+        Read in the place of the plan's inputs where these held an object.
+
+    Raises
+    ------
+    PlanError
+        If the plan is of another architecture.
+    """
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names "

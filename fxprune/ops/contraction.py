@@ -12,9 +12,7 @@ from fxprune.ops import literals, macs
 from fxprune.ops.context import Context
 from fxprune.ops.records import Operand
 from fxprune.ops.shapes import contraction as shapes
-from fxprune.ops.table import Axes, Kind, op, row
-
-COMPUTES = Kind.COMPUTES
+from fxprune.ops.table import Axes, computes, name_of_op, row
 
 
 def _finish(
@@ -38,7 +36,7 @@ def _finish(
         ctx.put(out, [Field(m.labels, m.zero.get(0, False) and m.zero.get(1, False)) for m in met])
 
 
-@op("linear", kind=COMPUTES, axes=Axes.LAYER, macs=macs.per_output_macs, shape=shapes.linear_shape)
+@computes("linear", axes=Axes.LAYER, macs=macs.per_output_macs, shape=shapes.linear_shape)
 def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """x (..., i), w (o, i) -> (..., o): i is summed."""
     x, w, rank = a["input"], a["weight"], a["input"].dim()
@@ -62,18 +60,15 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _finish(ctx, out, fields, [*range(rank - 1), rank], bias)
 
 
-@op("mv", "dot", kind=COMPUTES, macs=macs.element_macs(0), shape=shapes.vector_product_shape)
-@op(
+@computes("mv", "dot", macs=macs.element_macs(0), shape=shapes.vector_product_shape)
+@computes(
     "mm",
     "bmm",
-    kind=COMPUTES,
     axes=Axes.MULTIPLIED,
     macs=macs.matrices_macs(0),
     shape=shapes.product_shape,
 )
-@op(
-    "matmul", kind=COMPUTES, axes=Axes.MULTIPLIED, macs=macs.matmul_macs, shape=shapes.matmul_shape
-)
+@computes("matmul", axes=Axes.MULTIPLIED, macs=macs.matmul_macs, shape=shapes.matmul_shape)
 def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """(..., n, k) @ (..., k, m) -> (..., n, m): k is summed, leading dimensions broadcast."""
     x, y = a["self"], next(a[name] for name in ("other", "mat2", "vec", "tensor") if name in a)
@@ -88,18 +83,17 @@ def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _finish(ctx, out, fields, out_dims)
 
 
-@op(
+@computes(
     "addmm",
     "baddbmm",
-    kind=COMPUTES,
     macs=macs.matrices_macs(1),
     shape=shapes.sum_of_product_shape,
 )
-@op("addbmm", kind=COMPUTES, macs=macs.matrices_macs(1))  # summed over the batch as well
-@op("addmv", kind=COMPUTES, macs=macs.element_macs(1))
+@computes("addbmm", macs=macs.matrices_macs(1))  # summed over the batch as well
+@computes("addmv", macs=macs.element_macs(1))
 def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A matrix product plus a tensor that broadcasts to it."""
-    name = func._schema.name.removeprefix("aten::")
+    name = name_of_op(func)
     if name == "addmv":
         operands = [ctx.operand(a["mat"], [0, 1], 2), ctx.operand(a["vec"], [1], 2)]
         return _finish(ctx, out, ctx.contract(operands, 2, {1}), [0], a["self"])
@@ -115,7 +109,7 @@ def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _finish(ctx, out, ctx.contract(operands, batch + 3, summed), out_dims, a["self"])
 
 
-@op("einsum", kind=COMPUTES, macs=macs.einsum_macs)
+@computes("einsum", macs=macs.einsum_macs)
 def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Every letter is a virtual dimension; letters that are not in the result are summed."""
     equation, tensors = a["equation"].replace(" ", ""), list(a["tensors"])
@@ -155,9 +149,8 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _finish(ctx, out, ctx.contract(operands, rank, set(range(rank)) - set(out_dims)), out_dims)
 
 
-@op(
+@computes(
     "scaled_dot_product_attention",
-    kind=COMPUTES,
     axes=Axes.ATTENDED,
     macs=macs.attention_macs,
     shape=shapes.attention_shape,

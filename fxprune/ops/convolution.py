@@ -16,7 +16,7 @@ from fxprune.ops import literals, macs
 from fxprune.ops.context import Context
 from fxprune.ops.records import Operand, Record
 from fxprune.ops.shapes import contraction as shapes
-from fxprune.ops.table import Axes, Kind, op, own_row, row
+from fxprune.ops.table import Axes, computes, own_row, row
 
 # Virtual dimensions: the group, the input channel and the output channel within it.
 GROUP, INPUT, OUTPUT = 0, 1, 2
@@ -39,8 +39,7 @@ def _groups_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
 
 
 _sliding = functools.partial(
-    op,
-    kind=Kind.COMPUTES,
+    computes,
     axes=Axes.CONVOLVED,
     in_order=_groups_in_order,
     corrects=literals.convolution_literals,

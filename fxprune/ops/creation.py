@@ -11,7 +11,7 @@ from fxprune.labels import Field
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.shapes.elementwise import blank_shape
-from fxprune.ops.table import Axes, Kind, Trait, op
+from fxprune.ops.table import Axes, Kind, Trait, name_of_op, op
 
 _creation = functools.partial(op, kind=Kind.CREATES)
 
@@ -29,7 +29,7 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Constant fill of a given size: each dimension gets labels of its own, owned by no
     parameter.
     """
-    name = func._schema.name.removeprefix("aten::").removeprefix("new_")
+    name = name_of_op(func).removeprefix("new_")
     value = {"zeros": 0, "full": a.get("fill_value", 1)}.get(name, 1)
     ctx.put(
         out,
@@ -51,7 +51,5 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 def like(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Sized like its argument, hence labelled like it."""
-    value = {"zeros_like": 0, "full_like": a.get("fill_value", 1)}.get(
-        func._schema.name.removeprefix("aten::"), 1
-    )
+    value = {"zeros_like": 0, "full_like": a.get("fill_value", 1)}.get(name_of_op(func), 1)
     ctx.put(out, [Field(f.labels, value == 0) for f in ctx.fields(a["self"])])

@@ -169,13 +169,7 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     value = a.get("value") or 0
     if a.get("mode", "constant") != "constant":
         padded = padded_dims(x, amounts)
-        passing = []
-        for f in ctx.fields(x):
-            if f.dims & padded:
-                ctx.pin(f.labels, "is padded from its own content")
-            else:
-                passing.append(f)
-        ctx.put(out, passing)
+        ctx.put(out, ctx.spared(x, padded, "is padded from its own content"))
         return
     fields = []
     for f in ctx.fields(x):
@@ -210,10 +204,5 @@ def unfold(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Sliding windows over one dimension, which is pinned; the window is a new last dimension."""
     x = a["self"]
     dim = a["dimension"] % x.dim()
-    passing = []
-    for f in ctx.fields(x):
-        if dim in f.dims:
-            ctx.pin(f.labels, "is an axis of positions that a window slides over")
-        else:
-            passing.append(Field(f.labels[..., np.newaxis], f.zero))
-    ctx.put(out, passing)
+    passing = ctx.spared(x, {dim}, "is an axis of positions that a window slides over")
+    ctx.put(out, [Field(f.labels[..., np.newaxis], f.zero) for f in passing])

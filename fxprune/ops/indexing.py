@@ -24,13 +24,9 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     record = ctx.record(table)
     if record is not None and 0 in record.unlabelled:
         ctx.fix_axis(record, 0, "is the vocabulary of an embedding")
-    passing = []
-    for f in ctx.fields(table):
-        if 0 in f.dims:
-            ctx.pin(f.labels, "is the vocabulary of an embedding")
-        else:
-            passing.append(Field(f.labels.reshape([1] * (out.dim() - 1) + [-1]), f.zero))
-    ctx.put(out, passing)
+    passing = ctx.spared(table, {0}, "is the vocabulary of an embedding")
+    form = [1] * (out.dim() - 1) + [-1]
+    ctx.put(out, [Field(f.labels.reshape(form), f.zero) for f in passing])
 
 
 @op("index", traits=Trait.FINDS_BY_INDEX, shape=shapes.index_shape)
@@ -107,13 +103,7 @@ def index_select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """One dimension is read by indices and pinned; the others pass."""
     x = a["self"]
     dim = a["dim"] % x.dim()
-    passing = []
-    for f in ctx.fields(x):
-        if dim in f.dims:
-            ctx.pin(f.labels, "is read by indices")
-        else:
-            passing.append(f)
-    ctx.put(out, passing)
+    ctx.put(out, ctx.spared(x, {dim}, "is read by indices"))
 
 
 @op("gather", shape=shapes.gather_shape)

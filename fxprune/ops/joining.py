@@ -11,11 +11,11 @@ from torch import Tensor
 from fxprune.labels import Field, compact
 from fxprune.ops.context import Context
 from fxprune.ops.shapes import movement as shapes
-from fxprune.ops.table import Axes, Kind, op
+from fxprune.ops.table import Axes, moves
 
 
-@op("cat", kind=Kind.MOVES, axes=Axes.JOINED, in_order=True, shape=shapes.cat_shape)
-@op("concat", "concatenate", kind=Kind.MOVES, axes=Axes.JOINED, in_order=True)
+@moves("cat", axes=Axes.JOINED, in_order=True, shape=shapes.cat_shape)
+@moves("concat", "concatenate", axes=Axes.JOINED, in_order=True)
 def cat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Labels lie one after the other along the dimension; along the others they meet."""
     tensors, dim = [t for t in a["tensors"] if not (t.dim() == 1 and t.shape[0] == 0)], a["dim"]
@@ -58,7 +58,7 @@ def _join(
     ctx.put(out, result)
 
 
-@op("stack", kind=Kind.MOVES, axes=Axes.STACKED, in_order=True, shape=shapes.stack_shape)
+@moves("stack", axes=Axes.STACKED, in_order=True, shape=shapes.stack_shape)
 def stack(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A new dimension; along all others the operands meet."""
     tensors = a["tensors"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -316,6 +316,16 @@ class Labelled:
     def pin_all(self, fields: Iterable[Field], why: str) -> None:
         for f in fields:
             self.pin(f.labels, why)
+
+    def spared(self, tensor: Any, dims: Collection[int], why: str) -> list[Field]:
+        """The fields of a tensor that do not vary along some dimensions; the others are pinned."""
+        left = []
+        for f in self.fields(tensor):
+            if f.dims.isdisjoint(dims):
+                left.append(f)
+            else:
+                self.pin(f.labels, why)
+        return left
 
     def sight(
         self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()

@@ -137,12 +137,9 @@ def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     x = a["self"]
     both = {a["dim1"] % x.dim(), a["dim2"] % x.dim()}
     passing = []
-    for f in ctx.fields(x):
-        if f.dims & both:
-            ctx.pin(f.labels, "is read along a diagonal")
-        else:
-            sizes = [size for d, size in enumerate(f.labels.shape) if d not in both]
-            passing.append(Field(f.labels.reshape([*sizes, 1]), f.zero))
+    for f in ctx.spared(x, both, "is read along a diagonal"):
+        sizes = [size for d, size in enumerate(f.labels.shape) if d not in both]
+        passing.append(Field(f.labels.reshape([*sizes, 1]), f.zero))
     ctx.put(out, passing, base=x)
 
 

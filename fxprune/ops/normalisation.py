@@ -15,9 +15,9 @@ from fxprune.ops.context import Context
 from fxprune.ops.convolution import channel_fields
 from fxprune.ops.records import place
 from fxprune.ops.shapes import normalisation as shapes
-from fxprune.ops.table import Axes, Kind, Trait, op
+from fxprune.ops.table import Axes, Trait, computes
 
-_norm = functools.partial(op, kind=Kind.COMPUTES, axes=Axes.SAME)
+_norm = functools.partial(computes, axes=Axes.SAME)
 _last_norm = functools.partial(
     _norm,
     in_order=False,
@@ -147,8 +147,8 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, done)
 
 
-@op("_weight_norm", kind=Kind.COMPUTES)
-@op("_weight_norm_interface", kind=Kind.COMPUTES, shape=shapes.weight_norm_shape)
+@computes("_weight_norm")
+@computes("_weight_norm_interface", shape=shapes.weight_norm_shape)
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not
     count.

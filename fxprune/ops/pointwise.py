@@ -14,12 +14,10 @@ from fxprune.ops.context import Context
 from fxprune.ops.records import Met
 from fxprune.ops.shapes import elementwise as shapes
 from fxprune.ops.shapes.common import like_first_shape
-from fxprune.ops.table import Axes, Kind, Trait, name_of_op, op, row
-
-_pointwise = functools.partial(op, kind=Kind.COMPUTES)
+from fxprune.ops.table import Axes, Trait, computes, name_of_op, row
 
 
-@_pointwise("pointwise")
+@computes("pointwise")
 def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Operands meet element by element (broadcast); applies to every op that PyTorch tags as
     pointwise.
@@ -118,8 +116,8 @@ def _zero_at_zero(
     return isinstance(out, Tensor) and bool((out == 0).all())
 
 
-@_pointwise("hardswish", "hardsigmoid", "relu6", axes=Axes.SAME, shape=like_first_shape)
-@_pointwise(
+@computes("hardswish", "hardsigmoid", "relu6", axes=Axes.SAME, shape=like_first_shape)
+@computes(
     "hardswish_",
     "hardsigmoid_",
     "relu6_",
@@ -153,7 +151,7 @@ def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     elementwise(ctx, func, a, operands, first)
 
 
-@_pointwise("bernoulli")
+@computes("bernoulli")
 def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Draws with the probabilities that its argument holds, or with one that is given."""
     untagged(ctx, func, a, out)
@@ -161,14 +159,14 @@ def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.put(out, [Field(f.labels, False) for f in ctx.fields(out)])
 
 
-@_pointwise("dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK, shape=like_first_shape)
-@_pointwise("native_dropout", "rrelu")
+@computes("dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK, shape=like_first_shape)
+@computes("native_dropout", "rrelu")
 def dropped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Random factors: what is zero stays so."""
     _randomised(ctx, a, out, keeps_zeros=True)
 
 
-@_pointwise("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
+@computes("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
 def shifted(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Random factors and shifts: what is zero does not stay so."""
     _randomised(ctx, a, out, keeps_zeros=False)
@@ -182,20 +180,20 @@ def _randomised(ctx: Context, a: dict[str, Any], out: Any, keeps_zeros: bool) ->
     )
 
 
-@_pointwise("zero_")
+@computes("zero_")
 def emptied(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Writes zeros."""
     _overwritten(ctx, a, out, zero=True)
 
 
-@_pointwise("fill", "fill_")
+@computes("fill", "fill_")
 def fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Writes a value."""
     value = a.get("value")
     _overwritten(ctx, a, out, zero=not isinstance(value, Tensor) and value == 0)
 
 
-@_pointwise("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_")
+@computes("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_")
 def redrawn(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Writes random numbers."""
     _overwritten(ctx, a, out, zero=False)
@@ -209,16 +207,16 @@ def _overwritten(ctx: Context, a: dict[str, Any], out: Tensor, zero: bool) -> No
         ctx.put(out, fields)
 
 
-@_pointwise("to", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.BY_LAYOUT)
-@_pointwise("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_GIVE_BACK)
-@_pointwise("_to_copy", axes=Axes.SAME)
+@computes("to", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.BY_LAYOUT)
+@computes("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_GIVE_BACK)
+@computes("_to_copy", axes=Axes.SAME)
 def cast(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The same values in another dtype, or on another device."""
     if out is not a["self"]:
         ctx.put(out, ctx.fields(a["self"]))
 
 
-@_pointwise("copy_")
+@computes("copy_")
 def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The source meets the destination element by element: what is written must fit what was
     there.
@@ -226,7 +224,7 @@ def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     elementwise(ctx, func, a, {"self": a["self"], "src": a["src"]}, out)
 
 
-@_pointwise("prelu", axes=Axes.SAME)
+@computes("prelu", axes=Axes.SAME)
 def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A slope per channel (dimension 1), or one for all."""
     x, weight = a["self"], a["weight"]
@@ -238,7 +236,7 @@ def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
 
 
-@_pointwise("glu", in_order=False, shape=shapes.glu_shape)
+@computes("glu", in_order=False, shape=shapes.glu_shape)
 def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The two halves of a dimension meet: a * sigmoid(b)."""
     x, dim = a["self"], a["dim"] % a["self"].dim()

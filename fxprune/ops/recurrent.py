@@ -15,7 +15,7 @@ from fxprune.ops import macs
 from fxprune.ops.context import Context
 from fxprune.ops.convolution import channel_fields
 from fxprune.ops.records import Operand, place
-from fxprune.ops.table import Kind, op, row
+from fxprune.ops.table import computes, row
 
 _STEPS_REASON = "is an axis of positions that a recurrent layer steps over"
 _NOT_ZERO_REASON = (
@@ -23,12 +23,11 @@ _NOT_ZERO_REASON = (
 )
 
 
-@op(
+@computes(
     "lstm",
     "gru",
     "rnn_tanh",
     "rnn_relu",
-    kind=Kind.COMPUTES,
     in_order=False,
     macs=macs.recurrent_macs,
 )
@@ -55,7 +54,7 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         _put_last(ctx, result, labels, zero)
 
 
-@op("_pack_padded_sequence", "_pad_packed_sequence", kind=Kind.COMPUTES, in_order=False)
+@computes("_pack_padded_sequence", "_pad_packed_sequence", in_order=False)
 def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Steps of several sequences, one after the other or padded to one length: features stay on
     the last axis.
@@ -69,12 +68,11 @@ def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     )
 
 
-@op(
+@computes(
     "lstm_cell",
     "gru_cell",
     "rnn_tanh_cell",
     "rnn_relu_cell",
-    kind=Kind.COMPUTES,
     in_order=False,
     macs=macs.recurrent_cell_macs,
 )

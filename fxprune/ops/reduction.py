@@ -18,10 +18,9 @@ from fxprune.ops.dims import correction_of, reduced_dims
 from fxprune.ops.pointwise import elementwise
 from fxprune.ops.shapes import normalisation as shapes_of_norms
 from fxprune.ops.shapes import reduction as shapes
-from fxprune.ops.table import Axes, Kind, Trait, has, name_of_op, op, row
+from fxprune.ops.table import Axes, Trait, computes, has, name_of_op, row
 
-_reduction = functools.partial(op, kind=Kind.COMPUTES)
-_statistic = functools.partial(_reduction, traits=Trait.STATISTIC)
+_statistic = functools.partial(computes, traits=Trait.STATISTIC)
 
 
 def _put_reduced(
@@ -87,14 +86,14 @@ def _is_one_statistic(target: Any) -> bool:
     what was removed.
     """
     if isinstance(target, torch._ops.OpOverload):
-        target = target._schema.name.removeprefix("aten::")
+        target = name_of_op(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return has(name, Trait.STATISTIC)
 
 
-@_reduction("sum", "norm", axes=Axes.REDUCED, shape=shapes.reduction_shape)
-@_reduction("linalg_vector_norm", shape=shapes.reduction_shape)
-@_reduction("frobenius_norm", "nansum", "count_nonzero")
+@computes("sum", "norm", axes=Axes.REDUCED, shape=shapes.reduction_shape)
+@computes("linalg_vector_norm", shape=shapes.reduction_shape)
+@computes("frobenius_norm", "nansum", "count_nonzero")
 def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Sums and norms: exact where the removed elements are zero, pinned where they are not."""
     order = a.get("ord", a.get("p", 2))
@@ -103,7 +102,7 @@ def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _sum_like(ctx, func, a, out)
 
 
-@_reduction("mean", axes=Axes.REDUCED, traits=Trait.STATISTIC, shape=shapes.reduction_shape)
+@computes("mean", axes=Axes.REDUCED, traits=Trait.STATISTIC, shape=shapes.reduction_shape)
 def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """As a sum; the divisor stays the original's."""
     _sum_like(ctx, func, a, out, verb="is averaged", counts=True)
@@ -120,14 +119,14 @@ def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
 
 
-@_reduction("amax", "amin", axes=Axes.REDUCED, shape=shapes.reduction_shape)
-@_reduction("prod", shape=shapes.reduction_shape)
-@_reduction("aminmax", shape=shapes.two_reductions_shape)
-@_reduction("any", "all", shape=shapes.truth_shape)
-@_reduction("max", "min")
-@_reduction("argmax", "argmin", traits=Trait.COUNTS_ALL, shape=shapes.position_shape)
-@_reduction("logsumexp", axes=Axes.REDUCED, traits=Trait.COUNTS_ALL, shape=shapes.logsumexp_shape)
-@_reduction("median", "mode", "kthvalue", traits=Trait.COUNTS_ALL)
+@computes("amax", "amin", axes=Axes.REDUCED, shape=shapes.reduction_shape)
+@computes("prod", shape=shapes.reduction_shape)
+@computes("aminmax", shape=shapes.two_reductions_shape)
+@computes("any", "all", shape=shapes.truth_shape)
+@computes("max", "min")
+@computes("argmax", "argmin", traits=Trait.COUNTS_ALL, shape=shapes.position_shape)
+@computes("logsumexp", axes=Axes.REDUCED, traits=Trait.COUNTS_ALL, shape=shapes.logsumexp_shape)
+@computes("median", "mode", "kthvalue", traits=Trait.COUNTS_ALL)
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """A removed element would count: positions of a reduced dimension go together, or are pinned;
     others pass.
@@ -148,12 +147,12 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
-@_reduction("softmax", "log_softmax", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
-@_reduction("_softmax", "_log_softmax", "logcumsumexp", "argsort", "cummax", "cummin")
-@_reduction("cumsum", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
-@_reduction("cumprod", shape=shapes_of_norms.softmax_shape)
-@_reduction("sort", shape=shapes.sort_shape)
-@_reduction("topk", shape=shapes.topk_shape)
+@computes("softmax", "log_softmax", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
+@computes("_softmax", "_log_softmax", "logcumsumexp", "argsort", "cummax", "cummin")
+@computes("cumsum", axes=Axes.SAME, shape=shapes_of_norms.softmax_shape)
+@computes("cumprod", shape=shapes_of_norms.softmax_shape)
+@computes("sort", shape=shapes.sort_shape)
+@computes("topk", shape=shapes.topk_shape)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Mixes all positions of one dimension, which go together (none can, where the channels are
     that dimension); others pass.

@@ -14,14 +14,14 @@ from fxprune.labels import Field
 from fxprune.ops.context import Context
 from fxprune.ops.shapes import movement as shapes_of_movements
 from fxprune.ops.shapes import resampling as shapes
-from fxprune.ops.table import Axes, Kind, op
+from fxprune.ops.table import Axes, moves
 
 _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 
-_pooling = functools.partial(op, kind=Kind.MOVES, axes=Axes.POOLED)
+_pooling = functools.partial(moves, axes=Axes.POOLED)
 _pooling_in_order = functools.partial(_pooling, in_order=True)
-_upsampling = functools.partial(op, kind=Kind.MOVES, axes=Axes.RESAMPLED)
+_upsampling = functools.partial(moves, axes=Axes.RESAMPLED)
 
 
 @_pooling_in_order("avg_pool1d", "adaptive_max_pool1d")
@@ -64,13 +64,8 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """The last one to three dimensions are positions and are pinned; the rest pass."""
     x = a["self"] if "self" in a else a["input"]
     count = next(n for tag, n in _SPATIAL.items() if tag in func._schema.name)
-    first = x.dim() - count
-    passing = []
-    for f in ctx.fields(x):
-        if any(d >= first for d in f.dims):
-            ctx.pin(f.labels, "is an axis of positions that is resampled")
-        else:
-            passing.append(f)
+    where = range(x.dim() - count, x.dim())
+    passing = ctx.spared(x, where, "is an axis of positions that is resampled")
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(result, Tensor):  # an index is not zero where its maximum is
             ctx.put(
@@ -81,8 +76,8 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             )
 
 
-@op("grid_sampler_2d", "grid_sampler_3d", kind=Kind.MOVES, shape=shapes.grid_sampler_shape)
-@op("grid_sampler", "torchvision::roi_align", "torchvision::roi_pool", kind=Kind.MOVES)
+@moves("grid_sampler_2d", "grid_sampler_3d", shape=shapes.grid_sampler_shape)
+@moves("grid_sampler", "torchvision::roi_align", "torchvision::roi_pool")
 def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
@@ -104,7 +99,7 @@ def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 @_upsampling("pixel_unshuffle", shape=shapes_of_movements.pixel_shuffle_shape)
-@op("im2col", kind=Kind.MOVES, shape=shapes.im2col_shape)
+@moves("im2col", shape=shapes.im2col_shape)
 def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Each channel becomes a block of consecutive ones, which go together."""
     x = a["self"]
@@ -120,7 +115,7 @@ def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> Non
     ctx.put(out, passing)
 
 
-@op("col2im", kind=Kind.MOVES, shape=shapes.col2im_shape)
+@moves("col2im", shape=shapes.col2im_shape)
 def col2im(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Blocks of kernel positions are added into one channel: a block goes together."""
     kernel = a["kernel_size"]

@@ -29,6 +29,7 @@ __all__ = [
     "Op",
     "Trait",
     "bind",
+    "computes",
     "find",
     "has",
     "known",
@@ -228,6 +229,9 @@ def row(*names: str, **facts: Any) -> None:
             raise ValueError(f"{name} has two rows")
         OPS[name] = Op(name=name, **facts)
 
+
+computes = functools.partial(op, kind=Kind.COMPUTES)
+"""Write the rows of ops that compute values from values."""
 
 moves = functools.partial(op, kind=Kind.MOVES)
 """Write the rows of ops that lay positions out anew."""

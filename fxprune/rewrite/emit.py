@@ -30,7 +30,6 @@ from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
 from fxprune.labels import Array
 from fxprune.rewrite.checks import Checked, storage_of, value_of
-from fxprune.rewrite.extents import Extent
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
@@ -329,7 +328,7 @@ class _Emission(Checked):
         if self.survivors.rows(value_of(cut[0]), cut[1]) is not None:
             self.numbers.hold_positions(*cut)  # fewer parts may be left
             return True
-        return self.numbers.extents.of(*cut) is Extent.FIXED
+        return self.numbers.extents.fixed(*cut)
 
     def _is_idle(self, node: fx.Node) -> bool:
         """Whether a number is read by assertions alone that count the parts of a width."""

@@ -100,7 +100,7 @@ class Extents:
             return not isinstance(number, (tuple, list)) or all(map(self.constant, number))
         read = axes_read(number)
         if read is not None:
-            return all(self.of(read[0], axis) is Extent.FIXED for axis in read[1])
+            return all(self.fixed(read[0], axis) for axis in read[1])
         inputs = number.all_input_nodes
         return bool(inputs) and all(
             not holds_tensors(n.meta["val"]) and self.constant(n) for n in inputs
@@ -201,9 +201,7 @@ class Extents:
         return found if not along or found is Extent.FIXED else Extent.UNKNOWN
 
     def nothing_hidden(self, node: fx.Node, value: Tensor) -> bool:
-        return all(
-            size > 1 or self.of(node, d) is Extent.FIXED for d, size in enumerate(value.shape)
-        )
+        return all(size > 1 or self.fixed(node, d) for d, size in enumerate(value.shape))
 
     def even(self, tensor: Tensor, axis: int) -> bool:
         """Whether every position of an axis may go, and each unit lies on as many: what is left is

@@ -179,10 +179,10 @@ class Numbers:
         lost = [axis for axis in axes if left[axis] != value.shape[axis]]
         if len(axes) == 1:
             return self.size(tensor, axes[0])
-        if all(self.extents.of(tensor, axis) is Extent.FIXED for axis in axes):
+        if all(self.extents.fixed(tensor, axis) for axis in axes):
             return node.meta["val"]
         for axis in lost:
-            if self.extents.of(tensor, axis) is Extent.UNKNOWN:
+            if not self.extents.known(tensor, axis):
                 self.size(tensor, axis)  # held
         now = self.now(node)
         return self.times(
@@ -243,20 +243,14 @@ class Numbers:
             An axis that is the same for every input is cut to a length that the input decides, as
             a table of positions is.
         """
-        if (
-            self.extents.of(tensor, axis) is not Extent.FIXED
-            and (tensor, axis) not in self._steady
-        ):
+        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._steady:
             self._steady.add((tensor, axis))
             now = self._size_now(tensor, axis)
             what, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
             self.hold(now, self.values[now], what, old)
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
-                if (
-                    isinstance(self.original(number), fx.Node)
-                    and self.extents.of(tensor, axis) is Extent.FIXED
-                ):
+                if isinstance(self.original(number), fx.Node) and self.extents.fixed(tensor, axis):
                     raise RewriteError(
                         f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which "
                         "inputs decide",
@@ -285,7 +279,7 @@ class Numbers:
         old = tensor.meta["val"]
         dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
-            if self.extents.of(tensor, axis) is not Extent.FIXED:
+            if not self.extents.fixed(tensor, axis):
                 number, value = self.size(tensor, axis), size
                 what = f"{tensor.name}.size({axis})"
                 if dense and isinstance(number, fx.Node):
@@ -301,7 +295,7 @@ class Numbers:
             return True
         read = axes_read(value)
         if read is not None:
-            return all(self.extents.of(read[0], axis) is not Extent.UNKNOWN for axis in read[1])
+            return all(self.extents.known(read[0], axis) for axis in read[1])
         return value.target is operator.mul and all(map(self._is_product, value.args))
 
     # -- nodes

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import DispatchMode
-from fxprune.ops import Trait, has
+from fxprune.ops import Trait, has, name_of_op
 
 __all__ = [
     "AUGMENTED",
@@ -191,7 +191,7 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
             else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
         )
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.removeprefix("aten::")
+        return name_of_op(node.target)
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
