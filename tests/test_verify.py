@@ -20,6 +20,9 @@ from fxprune.errors import RewriteError, VerificationError
 from fxprune.ops import OPS, Context
 from fxprune.verification import check
 from fxprune.verification import runs as verification_runs
+from fxprune.verification.comparing import difference
+from fxprune.verification.rounding import measure_rounding
+from fxprune.verification.runs import Run
 from fxprune.verification.structure import is_guard
 from tests.support.callables import apart
 from tests.test_rewrite import WritesIntoACopy
@@ -841,6 +844,18 @@ def test_what_cancels_is_no_error() -> None:
     model, x = Centred().eval(), torch.randn(4, 6)
     pruned = fxprune.prune(model, x, channels=1.0, verify=True)
     assert fxprune.verify(model, pruned, x).error < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-13, 1e-20])
+def test_small_outputs_are_compared(scale: float) -> None:
+    """An output as small as rounding is elsewhere is held to the same relative error."""
+    model, x = Of(lambda m, x: two(m, x) * scale), torch.randn(2, 6, 4)
+    assert fxprune.prune(model, x, channels=0.5, verify=True).report.error < 1e-12
+    wanted = torch.rand(5, dtype=torch.float64) * scale
+    wrong, shaken = wanted * 1.01, wanted * (1 + 1e-15)
+    rounding = measure_rounding(Run([wanted]), [Run([shaken])], torch.float64)
+    assert difference([wrong], [wanted], rounding.outputs)[0] == pytest.approx(0.01)
+    assert difference([shaken], [wanted], rounding.outputs)[0] == 0.0
 
 
 class Amplified(nn.Module):

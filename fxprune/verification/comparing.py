@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,21 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from fxprune.common.contents import has_tensors_as_keys, leaves
 from fxprune.errors import VerificationError
 
-__all__ = ["NotFiniteError", "dense", "difference", "form", "kinds", "leaves", "relative_error"]
+__all__ = [
+    "NotFiniteError",
+    "count_tensors",
+    "dense",
+    "difference",
+    "form",
+    "gaps",
+    "kinds",
+    "leaves",
+    "relative_error",
+]
 
 
 class NotFiniteError(VerificationError):
     """The values that both models were run on give nothing that can be compared."""
-
-
-_ROUNDING_ERROR = 1e-12
 
 
 def kinds(value: Any) -> list[str]:
@@ -45,8 +53,15 @@ def form(value: Any) -> tuple[TreeSpec, list[str]]:
     ]
 
 
-def difference(got: Any, wanted: Any) -> tuple[float, int]:
-    """The largest relative error over the tensors of two outputs, and how many there are.
+def difference(
+    got: Any, wanted: Any, rounding: float | Sequence[float] = 0.0
+) -> tuple[float, int]:
+    """Return the largest relative error over the tensors of two outputs, and their number.
+
+    Parameters
+    ----------
+    rounding:
+        The absolute gap that counts as none, for every tensor or for each (:func:`gaps`).
 
     Raises
     ------
@@ -55,10 +70,8 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
         nothing to compare.
     """
     one, other = list(leaves(got)), list(leaves(wanted))
-    tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
-    if len([leaf for leaf in one if isinstance(leaf, Tensor)]) != len(tensors) or len(one) != len(
-        other
-    ):
+    tensors = _tensors(wanted)
+    if count_tensors(got) != len(tensors) or len(one) != len(other):
         raise VerificationError(
             f"the pruned model gives {_listed(one)}; the masked original gives {_listed(other)}."
         )
@@ -72,7 +85,8 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
                 f"{_listed(other)}."
             )
         if isinstance(yours, Tensor):
-            error = max(error, _compared(mine, yours, number))
+            gap = rounding if isinstance(rounding, float) else rounding[number]
+            error = max(error, _compared(mine, yours, number, gap))
             number += 1
         elif not _equal(mine, yours):
             raise VerificationError(
@@ -86,7 +100,30 @@ def difference(got: Any, wanted: Any) -> tuple[float, int]:
     return error, len(tensors)
 
 
-def _compared(got: Tensor, wanted: Tensor, number: int) -> float:
+def gaps(got: Any, wanted: Any) -> list[float]:
+    """Return the largest absolute difference of each tensor of two outputs of one form.
+
+    >>> gaps([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
+    [0.5]
+    """
+    return [
+        float((_double(one) - _double(other)).abs().nan_to_num(nan=0.0).max())
+        if one.numel() and one.shape == other.shape
+        else 0.0
+        for one, other in zip(_tensors(got), _tensors(wanted), strict=True)
+    ]
+
+
+def count_tensors(value: Any) -> int:
+    """Return the number of tensors of an output."""
+    return len(_tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _compared(got: Tensor, wanted: Tensor, number: int, rounding: float) -> float:
     if got.shape != wanted.shape:
         raise VerificationError(
             f"output {number} has shape {tuple(got.shape)}, the masked original gives "
@@ -96,18 +133,18 @@ def _compared(got: Tensor, wanted: Tensor, number: int) -> float:
         raise VerificationError(
             f"output {number} has dtype {got.dtype}, the masked original gives {wanted.dtype}."
         )
-    return relative_error(got, wanted)
+    return relative_error(got, wanted, rounding)
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """``||got - wanted|| / ||wanted||``. Infinities, and values that are no number, are equal
-    where both have them.
+def relative_error(got: Tensor, wanted: Tensor, rounding: float = 0.0) -> float:
+    """Return ``||got - wanted|| / ||wanted||``.
 
-    Gaps of at most 1e-12 are none: terms near one that cancel leave as much of rounding.
+    Infinities and NaNs that stand at the same places of both are equal. An element whose absolute
+    gap is at most ``rounding`` is equal, too.
     """
     got, wanted = (_double(tensor) for tensor in (got, wanted))
     gap = (got - wanted).abs()
-    same = (got == wanted) | (got.isnan() & wanted.isnan()) | (gap <= _ROUNDING_ERROR)
+    same = (got == wanted) | (got.isnan() & wanted.isnan()) | (gap <= rounding)
     gap = torch.where(same, 0.0, gap)
     if not bool(gap.isfinite().all()):
         return math.inf

@@ -1,0 +1,88 @@
+"""Rounding of outputs that cancel.
+
+The sum of centred channels is zero but for rounding, so its relative error says nothing. How far
+rounding moves an output is measured: the original runs again with its weights rounded otherwise.
+A gap of that size between the models is none. No fixed threshold could say so: outputs may be as
+small as rounding is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fxprune.verification.comparing import count_tensors, gaps
+from fxprune.verification.runs import Run
+
+__all__ = ["EXACT", "Rounding", "bound_rounding", "largest_rounding", "measure_rounding"]
+
+_STEPS = 4096
+_MARGIN = 10.0  # the pruned model adds up in another order
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Absolute gaps that rounding alone explains.
+
+    Attributes
+    ----------
+    outputs:
+        One for each output that is a tensor, or one for all.
+    buffers:
+        By name, of what the run leaves in buffers.
+    deciding:
+        Of the tensors that Python code decides by.
+    """
+
+    outputs: Sequence[float] | float = 0.0
+    buffers: Mapping[str, float] = field(default_factory=dict)
+    deciding: float = 0.0
+
+
+EXACT = Rounding()
+
+
+def largest_rounding(dtype: torch.dtype) -> float:
+    """Return the absolute gap that terms near one may leave when they cancel.
+
+    >>> largest_rounding(torch.float64) < 1e-12
+    True
+    """
+    return _STEPS * torch.finfo(dtype).eps
+
+
+def bound_rounding(moved: Sequence[float], dtype: torch.dtype) -> float:
+    """Return the absolute gap that rounding explains, of a value that rounding moved so far.
+
+    >>> bound_rounding([0.0], torch.float64), bound_rounding([1e-20], torch.float64)
+    (0.0, 1e-19)
+    """
+    return min(largest_rounding(dtype), _MARGIN * max(moved, default=0.0))
+
+
+def measure_rounding(reference: Run, shaken: Sequence[Run], dtype: torch.dtype) -> Rounding:
+    """Return how far rounding moves what a run gives.
+
+    Parameters
+    ----------
+    reference:
+        A run of the original.
+    shaken:
+        Runs of the original on the same values, its weights rounded otherwise.
+    """
+
+    def bound(moved: Sequence[float]) -> float:
+        return bound_rounding(moved, dtype)
+
+    number = count_tensors(reference.outputs)
+    alike = [run for run in shaken if count_tensors(run.outputs) == number]
+    outputs = zip(*(gaps(run.outputs, reference.outputs) for run in alike), strict=True)
+    buffers = {
+        name: bound([gap for run in alike for gap in gaps(run.buffers.get(name, old), old)])
+        for name, old in reference.buffers.items()
+    }
+    return Rounding(
+        [bound(moved) for moved in outputs] if alike else 0.0, buffers, largest_rounding(dtype)
+    )
