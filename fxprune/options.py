@@ -1,4 +1,4 @@
-"""Arguments of public functions, checked before anything is done with them."""
+"""Checks of the arguments of public functions, made before anything else happens."""
 
 from __future__ import annotations
 
@@ -33,21 +33,24 @@ __all__ = [
 ]
 
 Kept: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
-"""What must not be pruned: names or globs of modules, or modules."""
+"""What ``keep`` accepts: a module name, a glob, a module object, or several of these."""
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
-    """Names of all parameters and buffers below the modules that ``keep`` names."""
+    """Return the names of the floating-point tensors in and below the modules that ``keep`` names.
+
+    These are parameters and buffers.
+    """
     return _tensors_below(model, kept_modules(model, keep))
 
 
 def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
-    """Names of the modules that ``keep`` names, in the order in which it does.
+    """Return the names of the modules that ``keep`` names, in the same order.
 
     Raises
     ------
     ArgumentError
-        If one of its entries names none.
+        If an entry matches no module.
     """
     if isinstance(keep, (str, nn.Module)):
         entries = [keep]
@@ -64,7 +67,14 @@ def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
 
 
 def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
-    """Names of all parameters and buffers whose heads are units."""
+    """Return the names of the parameters and buffers whose attention heads are pruned as a whole.
+
+    Parameters
+    ----------
+    units:
+        ``"dims"`` or ``"heads"``, or a mapping from globs of module names to either. A glob also
+        covers the modules below; the last one that matches counts.
+    """
     if not isinstance(units, (str, Mapping)):
         raise ArgumentError(
             f'units is {_kind_of(units)}: give "dims" or "heads", or a dict from globs of module '
@@ -89,12 +99,15 @@ def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[st
 
 
 def _is_below(name: str, top: str) -> bool:
+    """Tell whether a module name is ``top`` or lies below it; everything lies below ""."""
     return not top or name == top or name.startswith(f"{top}.")
 
 
 def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
-    """Names of the modules that an entry of an option names: by a name, a glob, or as an
-    object.
+    """Return the names of the modules that one entry of an option matches.
+
+    The entry is a module name, a glob or a module object. ``option`` is the option's name, for
+    error messages.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(entry, nn.Module):
@@ -115,7 +128,7 @@ def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
 
 
 def _named_like(entry: Any, names: Sequence[str]) -> str:
-    """A hint at the names that an entry which names nothing may have meant."""
+    """Return a hint for an entry that matches no module: similar names, or the names there are."""
     names = [name for name in names if name]
     near = difflib.get_close_matches(entry, names, n=3) if isinstance(entry, str) else []
     if near:
@@ -128,7 +141,7 @@ def _named_like(entry: Any, names: Sequence[str]) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, for a message: its type, and that it is a class, if it is one."""
+    """Describe a value's type for a message, for example "a list" or "the class Linear"."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"
@@ -137,8 +150,9 @@ def _kind_of(value: Any) -> str:
 def _tensors_below(
     model: nn.Module, modules: Collection[str], *, recurse: bool = True
 ) -> tuple[str, ...]:
-    """Names of the floating-point parameters and buffers of these modules, and of the modules
-    below them.
+    """Return the names of the floating-point parameters and buffers of these modules.
+
+    With ``recurse`` those of the modules below are included.
     """
     if not modules:
         return ()
@@ -162,12 +176,12 @@ def budget_of(
     round_to: int,
     min_channels: int,
 ) -> Budget:
-    """The budget that the arguments of :func:`fxprune.prune` describe.
+    """Return the budget that the arguments of :func:`fxprune.prune` describe.
 
     Raises
     ------
     ArgumentError
-        If one of them is outside what it may be.
+        If nothing says how much to prune, or an argument has a value that is not allowed.
     """
     if layers is not None and not isinstance(layers, Mapping):
         raise ArgumentError(
@@ -214,7 +228,13 @@ _SHARED = {"channels": "channels", "macs": "MACs", "params": "parameters", "late
 def setting_of(
     device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any
 ) -> Setting | None:
-    """Where a latency budget counts; None if there is none."""
+    """Return where a latency budget is measured, or None if there is no such budget.
+
+    Raises
+    ------
+    ArgumentError
+        If ``device`` is given without a latency budget, or the example inputs have no data.
+    """
     if budget.latency is None:
         if device is not None:
             raise ArgumentError(
@@ -232,7 +252,10 @@ def setting_of(
 
 
 def check_pruned(pruned: Any, function: str) -> None:
-    """Refuse what is no result of :func:`fxprune.prune`, for a function that takes one."""
+    """Raise an ArgumentError if ``pruned`` is not a result of :func:`fxprune.prune`.
+
+    ``function`` is the name of the public function, for the message.
+    """
     if not isinstance(getattr(pruned, "plan", None), Plan) or not isinstance(
         getattr(pruned, "model", None), nn.Module
     ):
@@ -243,12 +266,14 @@ def check_pruned(pruned: Any, function: str) -> None:
 
 
 def check_plan(plan: Any, function: str) -> None:
-    """Refuse what is no plan, for a function that takes one; a plan that someone put together is
-    checked.
+    """Check the argument ``plan`` of a public function, and the groups of a plan.
 
     Raises
     ------
-    ArgumentError, PlanError
+    ArgumentError
+        If it is not a plan.
+    PlanError
+        If one of its groups keeps units that do not exist.
     """
     if not isinstance(plan, Plan):
         ways = {
@@ -265,7 +290,7 @@ def check_plan(plan: Any, function: str) -> None:
 
 
 def model_of(model_factory: Any) -> Any:
-    """What a factory builds; what is none is taken for the model itself."""
+    """Return the model that a factory builds, or the argument itself if it is not a factory."""
     if isinstance(model_factory, nn.Module) or not callable(model_factory):
         return model_factory
     with calling("the model_factory"):

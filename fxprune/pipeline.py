@@ -1,4 +1,4 @@
-"""From a coupling and a budget to a smaller model, and from a plan to it."""
+"""The steps from a coupling and a budget, or from a plan, to a smaller model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fxprune.verification import Verification, check
 __all__ = ["apply_stage", "proofs", "prove", "replay", "smaller_model", "stages_of"]
 
 
-_ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
+_ATTEMPTS = 16  # prune gives up after this many attempts, each of which pins one more node
 
 
 def smaller_model(
@@ -44,23 +44,28 @@ def smaller_model(
     setting: Setting | None,
     clock: Clock,
 ) -> tuple[Pruned, Coupling, dict[str, tuple[int, ...]]]:
-    """Analyse a model, score and select its units and write what is left, within a budget.
+    """Analyse a model, choose the units that stay within a budget, and emit the smaller model.
 
     Parameters
     ----------
     example, example_inputs:
-        The call of the model, in shapes, and as the caller gave it.
+        The arguments of the model: as read, and as the caller gave them.
     setting:
-        Where a latency budget is measured; None without one.
+        Where a latency budget is measured; None if there is no such budget.
 
     Returns
     -------
-    The result, the analysis that it is of, and by groups the indices of the units that stay.
+    pruned:
+        The smaller model with its plan and report.
+    coupling:
+        The analysis that it is based on.
+    survivors:
+        For each group name the indices of the units that stay.
 
     Raises
     ------
     RewriteError
-        If too many nodes cannot be emitted smaller.
+        If a node cannot be emitted and pinning its operands does not help.
     """
     for _ in range(_ATTEMPTS):
         coupling = label_and_couple(model, example, terms, clock)
@@ -80,7 +85,7 @@ def smaller_model(
                 pruned = emitted(model, coupling, survivors, terms, clock)
             return pruned, coupling, survivors
         except RewriteError as error:
-            # Never guess: a node that cannot be made smaller keeps its operands whole.
+            # a node that cannot be emitted smaller is not guessed at: its operands stay whole
             if not error.node or error.node in terms.pinned_nodes:
                 raise
             terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
@@ -99,7 +104,15 @@ def prove(
     example_inputs: Any,
     trusted: list[str],
 ) -> float:
-    """The error of a result that was just made; VerificationError where it is too large."""
+    """Return the error of a result that was just made.
+
+    ``trusted`` holds the names of the operations whose rules the caller registered.
+
+    Raises
+    ------
+    VerificationError
+        If the error is more than rounding.
+    """
     proof = check(
         model,
         pruned.model,
@@ -122,8 +135,9 @@ def prove(
 
 
 def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
-    """The plans of a chain that lead from this model to the end: all, or those after the stage
-    that it is the model of.
+    """Return the plans that lead from this model to the final one.
+
+    These are all plans of the chain, or only those after the stage that produced this model.
     """
     chain = plan.chain
     done = history(model)
@@ -134,7 +148,7 @@ def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
 
 
 def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
-    """What one plan of a chain makes of the model that it is of."""
+    """Return the result of one plan of a chain on the model that the plan was made for."""
     coupling, survivors, clock = replay(stage, model)
     return emitted(model, coupling, survivors, terms_of(stage), clock)
 
@@ -142,17 +156,27 @@ def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
 def replay(
     plan: Plan, model: nn.Module, example: Any = None
 ) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
-    """Analyse a model as for its plan: the coupling, the units that stay by group, and the times.
+    """Analyse a model in the same way as when its plan was made.
 
     Parameters
     ----------
     example:
-        Read in the place of the plan's inputs where these held an object.
+        Example inputs. They are used instead of the plan's inputs if the plan could not store an
+        object that was among them.
+
+    Returns
+    -------
+    coupling:
+        The analysis.
+    survivors:
+        For each group name the indices of the units that stay.
+    clock:
+        The seconds that each step took.
 
     Raises
     ------
     PlanError
-        If the plan is of another architecture.
+        If the plan was made for another architecture.
     """
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
@@ -190,7 +214,10 @@ def replay(
 def proofs(
     plan: Plan, model: nn.Module, smaller: nn.Module, example_inputs: Any, **options: Any
 ) -> Iterator[Verification]:
-    """Prove a pruned model, stage by stage (see :func:`fxprune.verification.check`)."""
+    """Prove a pruned model stage by stage and yield one result per stage.
+
+    ``options`` are passed to :func:`fxprune.verification.check`.
+    """
     stages = stages_of(plan, model)
     for stage in stages:
         coupling, survivors, clock = replay(stage, model, example_inputs)
