@@ -166,8 +166,8 @@ def snapshot(model: nn.Module) -> Snapshot:
             )
             for name, module in modules.items()
         },
-        # `_is_hf_initialized`-like leftovers count too: what a trace pokes onto a module, the user
-        # finds there.
+        # Attributes such as `_is_hf_initialized` count too: a user would find on the module what a
+        # trace leaves there.
         attributes={name: tuple(sorted(vars(module))) for name, module in modules.items()},
     )
 
