@@ -28,27 +28,21 @@ from fxprune.inputs import ExampleInputs, read
 from fxprune.latency import Setting
 from fxprune.options import (
     Kept,
-    budget_of,
+    build_model,
     check_plan,
     check_pruned,
     kept_parameters,
-    model_of,
-    of_whole_heads,
-    setting_of,
+    latency_setting,
+    read_budget,
+    whole_head_tensors,
 )
-from fxprune.pipeline import (
-    apply_stage,
-    proofs,
-    prove,
-    replay,
-    smaller_model,
-    stages_of,
-)
+from fxprune.pipeline import Task, apply_stage, carry_out, proofs, replay, stages_of
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import load_tensors, read_pruned
 from fxprune.result.warnings import warn_of_evaluation, warn_of_little
 from fxprune.rewrite import Survivors
+from fxprune.select.budget import Budget
 from fxprune.training.compensation import Compensation, fold_constants, reconstruct
 from fxprune.verification import Verification
 
@@ -107,7 +101,7 @@ def analyze(
     """
     model = plain(model)
     check_model(model)
-    terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
+    terms = _terms(model, keep, units)
     return label_and_couple(model, read(example_inputs), terms)
 
 
@@ -232,27 +226,38 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    budget = budget_of(channels, macs, params, latency, scope, layers, round_to, min_channels)
-    setting = setting_of(device, budget, example_inputs)
+    budget = read_budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
+    setting = latency_setting(device, budget, example_inputs)
     verify = None if verify is None else switch("verify", verify)
+    task = _task(model, example_inputs, keep, units, criterion, budget, setting)
+    pruned, coupling = carry_out(task, verify)
+    warn_of_evaluation(coupling, stacklevel=3)
+    warn_of_little(pruned.report, coupling, budget, stacklevel=3)
+    return pruned
+
+
+def _task(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Kept,
+    units: str | Mapping[str, str],
+    criterion: Criterion,
+    budget: Budget,
+    setting: Setting | None,
+) -> Task:
+    """Check the model and its arguments, and return everything that pruning needs."""
     clock = Clock()
     with clock("check"):
         model = plain(model)
         check_model(model)
         example = read(example_inputs)
-        terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
-    pruned, coupling, survivors = smaller_model(
-        model, example, example_inputs, terms, criterion, budget, setting, clock
-    )
-    trusted = sorted(coupling.context.found.trusted)
-    if verify or (verify is None and trusted):
-        with clock("verify"):
-            found = prove(model, pruned, coupling, survivors, example_inputs, trusted)
-        report = replace(pruned.report, error=found, seconds=dict(clock.seconds))
-        pruned = replace(pruned, report=report)
-    warn_of_evaluation(coupling, stacklevel=3)
-    warn_of_little(pruned.report, coupling, budget, stacklevel=3)
-    return pruned
+        terms = _terms(model, keep, units)
+    return Task(model, example, example_inputs, terms, criterion, budget, setting, clock)
+
+
+def _terms(model: nn.Module, keep: Kept, units: str | Mapping[str, str]) -> Terms:
+    """Return what the analysis of a model must leave alone."""
+    return Terms(keep=kept_parameters(model, keep), heads=whole_head_tensors(model, units))
 
 
 @public
@@ -354,7 +359,7 @@ def load(
     True
     """
     plan, weights, report = read_pruned(folder)
-    pruned = apply(plan, model_of(model_factory))
+    pruned = apply(plan, build_model(model_factory))
     load_tensors(pruned.model, weights)
     if device is not None:
         try:
@@ -432,12 +437,8 @@ def verify(
     >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
     True
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ArgumentError(
-            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
-        )
     options: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": _checked_dtype(dtype),
         "randomize": switch("randomize", randomize),
         "seed": whole("seed", seed, 0) % 2**63,
         "numeric": switch("numeric", numeric),
@@ -449,6 +450,15 @@ def verify(
         read(example_inputs)  # raises InputError if they are not valid
     found = proofs(pruned.plan, model, pruned.model, example_inputs, **options)
     return max(found, key=lambda verification: verification.error)
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype:
+    """Return ``dtype``, or raise an ArgumentError if it is not a floating-point type."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(
+            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
+        )
+    return dtype
 
 
 @public
@@ -503,23 +513,40 @@ def compensate(
     """
     if not isinstance(method, str) or method not in ("constants", "least_squares"):
         raise ArgumentError(f"method={shown(method)} is neither 'constants' nor 'least_squares'.")
+    damping = _checked_ridge(ridge)
+    check_pruned(pruned, "compensate")
+    model = plain(model)
+    check_model(model)
+    check_loader(loader)
+    coupling, kept, _ = replay(_last_stage(pruned.plan, model), model)
+    survivors = Survivors(coupling, kept)
+    if method == "constants":
+        return fold_constants(coupling, survivors, model, pruned.model, loader)
+    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
+
+
+def _checked_ridge(ridge: Any) -> float:
+    """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
     damping = number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
         raise ArgumentError(
             f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
         )
-    check_pruned(pruned, "compensate")
-    model = plain(model)
-    check_model(model)
-    check_loader(loader)
-    stages = stages_of(pruned.plan, model)
+    return damping
+
+
+def _last_stage(plan: Plan, model: nn.Module) -> Plan:
+    """Return the only stage that leads from this model to the end of the plan.
+
+    Raises
+    ------
+    ArgumentError
+        If there are several, because the model was pruned more than once since.
+    """
+    stages = stages_of(plan, model)
     if len(stages) > 1:
         raise ArgumentError(
             "compensate takes the model that was pruned last: call it after each prune, with the "
             "model before it."
         )
-    coupling, kept, _ = replay(stages[0], model)
-    survivors = Survivors(coupling, kept)
-    if method == "constants":
-        return fold_constants(coupling, survivors, model, pruned.model, loader)
-    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
+    return stages[0]

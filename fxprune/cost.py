@@ -114,16 +114,11 @@ def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
     module = plain(module)
     check_structure(module)
     args, kwargs = read(example_inputs)
-    # Each distinct tensor gets one meta tensor, so that tied weights stay tied. functional_call
-    # puts the module's own tensors back after the call, even if forward raises an error.
-    metas: IdentityMap[Tensor, Tensor] = IdentityMap()
-    state = {
-        name: metas.setdefault(tensor, _to_meta(tensor)) for name, tensor in _module_state(module)
-    }
-    args, kwargs = _meta_tree(args), _meta_tree(kwargs)
+    args, kwargs, state = _meta_tree(args), _meta_tree(kwargs), _meta_state(module)
     counter = _ShapeCounter()
     running = calling(f"the {type(module).__name__}, run on tensors without data,")
-    with running, _remembering_nothing(module), torch.inference_mode(), counter:
+    # functional_call puts the module's own tensors back, even if forward raises an error
+    with running, _attributes_restored(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
     return Cost(
         macs=counter.macs,
@@ -133,13 +128,13 @@ def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
 
 
 @contextlib.contextmanager
-def _remembering_nothing(module: nn.Module) -> Iterator[None]:
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Restore the attributes and buffers of all modules afterwards.
 
     Forward may store tensors on its modules (a detector stores its anchors). Here they have no
     data, and the next real call must not find them.
     """
-    stores = [store for own in module.modules() for store in (vars(own), own._buffers)]
+    stores = [store for below in module.modules() for store in (vars(below), below._buffers)]
     before = [dict(store) for store in stores]
     try:
         yield
@@ -223,12 +218,21 @@ def _makes_tensors(func: Any) -> bool:
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
-def _module_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _meta_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module as meta tensors, by name.
+
+    Each distinct tensor gets one meta tensor, so that tied weights stay tied.
+    """
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    return [(name, tensor) for name, tensor in named if tensor is not None]
+    metas: IdentityMap[Tensor, Tensor] = IdentityMap()
+    state: dict[str, Tensor] = {}
+    for name, tensor in named:
+        if tensor is not None:
+            state[name] = metas.setdefault(tensor, _to_meta(tensor))
+    return state
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

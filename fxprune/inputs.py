@@ -12,6 +12,7 @@ import base64
 import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -100,6 +101,22 @@ def read(example_inputs: Any) -> Call:
     """
     with calling("example_inputs, read as the arguments of a call,"):
         call = as_call(example_inputs)
+    _check_leaves(_leaves_of(call))
+    if any(tensor.is_nested for tensor in tensors_of(call)):
+        raise InputError(
+            "example_inputs holds a nested tensor, which has no shape that could be traced: pad "
+            "it to a plain one."
+        )
+    if any(tensor.is_quantized for tensor in tensors_of(call)):
+        raise InputError(
+            "example_inputs holds a quantised tensor: give what the float model is called with, "
+            "tensor.dequantize()."
+        )
+    return call
+
+
+def _leaves_of(call: Call) -> list[Any]:
+    """Return the tensors and constants of a call; raise an InputError if there are none."""
     try:
         leaves = tree_leaves(call)
     except RecursionError as error:
@@ -112,6 +129,11 @@ def read(example_inputs: Any) -> Call:
             "example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the "
             "model is called with."
         )
+    return leaves
+
+
+def _check_leaves(leaves: Sequence[Any]) -> None:
+    """Raise an InputError if the leaves hold a NumPy array, or no tensor."""
     wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
     if wrong is None and not any(isinstance(leaf, Tensor) for leaf in leaves):
         wrong = leaves[0]
@@ -121,17 +143,6 @@ def read(example_inputs: Any) -> Call:
             "a tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, "
             "flags, text and None may stand beside the tensors."
         )
-    if any(tensor.is_nested for tensor in tensors_of(call)):
-        raise InputError(
-            "example_inputs holds a nested tensor, which has no shape that could be traced: pad "
-            "it to a plain one."
-        )
-    if any(tensor.is_quantized for tensor in tensors_of(call)):
-        raise InputError(
-            "example_inputs holds a quantised tensor: give what the float model is called with, "
-            "tensor.dequantize()."
-        )
-    return call
 
 
 def shapes_of(call: Call) -> Call:
@@ -148,13 +159,14 @@ def widened(call: Call, batch: int = 2) -> Call:
     ranked = [tensor for tensor in tensors_of(call) if tensor.dim()]
     if not ranked or any(tensor.shape[0] != 1 for tensor in ranked):
         return call
+    return _map_tensors(lambda t: _repeated(t, batch) if t.dim() else t, call)
 
-    def repeated(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:  # no data to copy
-            return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-        return tensor.expand(batch, *tensor.shape[1:]).clone()
 
-    return _map_tensors(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
+def _repeated(row: Tensor, batch: int) -> Tensor:
+    """Return a tensor with one row as a tensor with ``batch`` equal rows."""
+    if row.is_meta:  # no data to copy
+        return torch.empty((batch, *row.shape[1:]), dtype=row.dtype, device="meta")
+    return row.expand(batch, *row.shape[1:]).clone()
 
 
 def placed(call: Call, device: torch.device) -> Call:
@@ -163,18 +175,19 @@ def placed(call: Call, device: torch.device) -> Call:
     Other objects are copied too, because forward may change them. An object that cannot be copied
     is passed as it is.
     """
+    return Call(*tree_map(lambda leaf: _copied(leaf, device), call))
 
-    def own(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().to(device, copy=True)
-        if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
-            return leaf
-        try:
-            return copy.deepcopy(leaf)
-        except Exception:  # a copy can fail in any way
-            return leaf
 
-    return Call(*tree_map(own, call))
+def _copied(leaf: Any, device: torch.device) -> Any:
+    """Return a copy of a tensor or an object; if it cannot be copied, the object itself."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().to(device, copy=True)
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # a copy can fail in any way
+        return leaf
 
 
 def filled(call: Call) -> Call:
@@ -221,13 +234,14 @@ def kept(call: Call) -> Call:
     >>> ids, image.shape, bool(image.max() < 1)
     (tensor([5, 3]), torch.Size([3, 400, 400]), True)
     """
+    return _map_tensors(_storable, call)
 
-    def one(tensor: Tensor) -> Tensor:
-        if not is_plain(tensor) or compressed(tensor):
-            return tensor
-        return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
-    return _map_tensors(one, call)
+def _storable(tensor: Tensor) -> Tensor:
+    """Return a small tensor as it is, and random values within the range of a large one."""
+    if not is_plain(tensor) or compressed(tensor):
+        return tensor
+    return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -345,27 +359,43 @@ def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> An
     >>> x.shape, index
     (torch.Size([3, 3]), tensor([5, 7, 5]))
     """
-    rows, generator = batch_size(example_inputs), torch.Generator().manual_seed(seed)
-    wanted = rows if batch is None else batch
+    rows = batch_size(example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+    redraw = _Redraw(rows, rows if batch is None else batch, generator)
+    if isinstance(example_inputs, Mapping):
+        return {name: redraw.argument(value) for name, value in example_inputs.items()}
+    if isinstance(example_inputs, tuple):
+        return tuple(redraw.argument(value) for value in example_inputs)
+    return redraw.argument(example_inputs)
 
-    def one(tensor: Tensor, of_list: bool = False) -> Tensor:
+
+@dataclass(frozen=True)
+class _Redraw:
+    """New inputs for ``batch`` examples, made from inputs for ``rows`` examples."""
+
+    rows: int
+    batch: int
+    generator: torch.Generator
+
+    def argument(self, value: Any) -> Any:
+        """Return one argument with new values; a list of ``rows`` tensors gets a new length."""
+        if _is_list(value) and len(value) == self.rows:
+            return [self.values(value[i % self.rows]) for i in range(self.batch)]
+        return tree_map_only(Tensor, self.tensor, value)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with new values and, if it has one row per example, new rows."""
+        if tensor.dim() and tensor.shape[0] == self.rows and self.batch != self.rows:
+            tensor = tensor[torch.arange(self.batch, device=tensor.device) % self.rows]
+        return self.values(tensor)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with new floating-point values; other values are kept."""
         tensor = tensor.detach()
-        if not of_list and tensor.dim() and tensor.shape[0] == rows and wanted != rows:
-            tensor = tensor[torch.arange(wanted, device=tensor.device) % rows]
         if not tensor.is_floating_point():
             return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-
-    def value(given: Any) -> Any:
-        if _is_list(given) and len(given) == rows:
-            return [one(given[i % rows], of_list=True) for i in range(wanted)]
-        return tree_map_only(Tensor, one, given)
-
-    if isinstance(example_inputs, Mapping):
-        return {name: value(given) for name, given in example_inputs.items()}
-    if isinstance(example_inputs, tuple):
-        return tuple(value(given) for given in example_inputs)
-    return value(example_inputs)
+        new = torch.randn(tensor.shape, generator=self.generator)
+        return new.to(tensor.device, tensor.dtype)
 
 
 def _is_list(value: Any) -> bool:

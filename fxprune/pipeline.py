@@ -3,87 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
-from fxprune.criteria import rank
+from fxprune.criteria import Ranking, rank
 from fxprune.emission import emitted, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Call, read
 from fxprune.latency import Setting
 from fxprune.latency_budget import within_time
-from fxprune.result.plan import (
-    Plan,
-    fingerprint,
-    history,
-    holds_objects,
-    unpack_inputs,
-)
+from fxprune.result.plan import Plan, fingerprint, history, holds_objects, unpack_inputs
 from fxprune.result.pruned import Pruned
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 from fxprune.verification import Verification, check
 
-__all__ = ["apply_stage", "proofs", "prove", "replay", "smaller_model", "stages_of"]
+__all__ = ["Task", "apply_stage", "carry_out", "proofs", "replay", "stages_of"]
 
 
 _ATTEMPTS = 16  # prune gives up after this many attempts, each of which pins one more node
 
 
-def smaller_model(
-    model: nn.Module,
-    example: Call,
-    example_inputs: Any,
-    terms: Terms,
-    criterion: Any,
-    budget: Budget,
-    setting: Setting | None,
-    clock: Clock,
-) -> tuple[Pruned, Coupling, dict[str, tuple[int, ...]]]:
-    """Analyse a model, choose the units that stay within a budget, and emit the smaller model.
+@dataclass(frozen=True)
+class Task:
+    """One call of :func:`fxprune.prune`, with its arguments checked.
 
-    Parameters
+    Attributes
     ----------
     example, example_inputs:
         The arguments of the model: as read, and as the caller gave them.
+    terms:
+        What the analysis must leave alone.
     setting:
         Where a latency budget is measured; None if there is no such budget.
+    clock:
+        The seconds that each step takes.
+    """
 
-    Returns
-    -------
+    model: nn.Module
+    example: Call
+    example_inputs: Any
+    terms: Terms
+    criterion: Any
+    budget: Budget
+    setting: Setting | None
+    clock: Clock
+
+
+class Result(NamedTuple):
+    """A pruned model and what it is based on.
+
+    Attributes
+    ----------
     pruned:
         The smaller model with its plan and report.
     coupling:
-        The analysis that it is based on.
+        The analysis.
     survivors:
         For each group name the indices of the units that stay.
+    """
+
+    pruned: Pruned
+    coupling: Coupling
+    survivors: dict[str, tuple[int, ...]]
+
+
+def carry_out(task: Task, verify: bool | None) -> tuple[Pruned, Coupling]:
+    """Prune a model and prove the result.
+
+    Parameters
+    ----------
+    verify:
+        Whether to prove the result; if None, only a result that depends on rules of the caller is
+        proved.
+
+    Returns
+    -------
+    The result, and the analysis that it is based on.
+    """
+    result = smaller_model(task)
+    pruned, coupling, _ = result
+    trusted = sorted(coupling.context.found.trusted)
+    if verify or (verify is None and trusted):
+        with task.clock("verify"):
+            error = prove(task, result, trusted)
+        report = replace(pruned.report, error=error, seconds=dict(task.clock.seconds))
+        pruned = replace(pruned, report=report)
+    return pruned, coupling
+
+
+def smaller_model(task: Task) -> Result:
+    """Analyse a model, choose the units that stay within a budget, and emit the smaller model.
 
     Raises
     ------
     RewriteError
         If a node cannot be emitted and pinning its operands does not help.
     """
+    terms = task.terms
     for _ in range(_ATTEMPTS):
-        coupling = label_and_couple(model, example, terms, clock)
-        with clock("score"):
-            ranking = rank(criterion, coupling, model)
+        coupling = label_and_couple(task.model, task.example, terms, task.clock)
+        with task.clock("score"):
+            ranking = rank(task.criterion, coupling, task.model)
         try:
-            if setting is not None:
-                with clock("latency"):
-                    pruned, survivors = within_time(
-                        model, coupling, ranking, budget, terms, example_inputs, setting
-                    )
-                report = replace(pruned.report, seconds=dict(clock.seconds))
-                pruned = replace(pruned, report=report)
-            else:
-                with clock("select"):
-                    survivors = select(coupling, ranking, budget)
-                pruned = emitted(model, coupling, survivors, terms, clock)
-            return pruned, coupling, survivors
+            pruned, survivors = _within_budget(task, coupling, ranking, terms)
+            return Result(pruned, coupling, survivors)
         except RewriteError as error:
             # a node that cannot be emitted smaller is not guessed at: its operands stay whole
             if not error.node or error.node in terms.pinned_nodes:
@@ -96,14 +124,24 @@ def smaller_model(
     )
 
 
-def prove(
-    model: nn.Module,
-    pruned: Pruned,
-    coupling: Coupling,
-    survivors: dict[str, tuple[int, ...]],
-    example_inputs: Any,
-    trusted: list[str],
-) -> float:
+def _within_budget(
+    task: Task, coupling: Coupling, ranking: Ranking, terms: Terms
+) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
+    """Choose the units that stay, and emit the smaller model; return it and the units."""
+    model, budget, clock = task.model, task.budget, task.clock
+    if task.setting is None:
+        with clock("select"):
+            survivors = select(coupling, ranking, budget)
+        return emitted(model, coupling, survivors, terms, clock), survivors
+    with clock("latency"):
+        pruned, survivors = within_time(
+            model, coupling, ranking, budget, terms, task.example_inputs, task.setting
+        )
+    report = replace(pruned.report, seconds=dict(clock.seconds))
+    return replace(pruned, report=report), survivors
+
+
+def prove(task: Task, result: Result, trusted: list[str]) -> float:
     """Return the error of a result that was just made.
 
     ``trusted`` holds the names of the operations whose rules the caller registered.
@@ -113,13 +151,14 @@ def prove(
     VerificationError
         If the error is more than rounding.
     """
+    pruned, coupling, survivors = result
     proof = check(
-        model,
+        task.model,
         pruned.model,
         pruned.plan,
         coupling,
         survivors,
-        example_inputs=example_inputs,
+        example_inputs=task.example_inputs,
         fresh=True,
     )
     if proof.error <= proof.limit:
@@ -143,8 +182,11 @@ def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
     done = history(model)
     if done in chain[:-1]:
         return chain[chain.index(done) + 1 :]
-    found = fingerprint(model)
-    return next((chain[i:] for i, stage in enumerate(chain) if stage.fingerprint == found), chain)
+    architecture = fingerprint(model)
+    for number, stage in enumerate(chain):
+        if stage.fingerprint == architecture:
+            return chain[number:]
+    return chain
 
 
 def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
@@ -178,6 +220,17 @@ def replay(
     PlanError
         If the plan was made for another architecture.
     """
+    _check_architecture(plan, model)
+    clock = Clock()
+    stored = example is None or not holds_objects(plan.inputs)
+    call = unpack_inputs(plan.inputs) if stored else read(example)
+    coupling = label_and_couple(model, call, terms_of(plan), clock)
+    _check_same_groups(plan, coupling, model)
+    return coupling, {group.name: group.kept for group in plan.groups}, clock
+
+
+def _check_architecture(plan: Plan, model: nn.Module) -> None:
+    """Raise a PlanError if the model's parameters are not those that the plan was made for."""
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names "
@@ -191,24 +244,18 @@ def replay(
             f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. "
             "Prune anew."
         )
-    clock = Clock()
-    call = (
-        read(example)
-        if example is not None and holds_objects(plan.inputs)
-        else unpack_inputs(plan.inputs)
-    )
-    coupling = label_and_couple(model, call, terms_of(plan), clock)
-    found, planned = (
-        {g.name: g.size for g in coupling.groups},
-        {g.name: g.size for g in plan.groups},
-    )
+
+
+def _check_same_groups(plan: Plan, coupling: Coupling, model: nn.Module) -> None:
+    """Raise a PlanError if the analysis finds other groups than the plan has."""
+    found = {group.name: group.size for group in coupling.groups}
+    planned = {group.name: group.size for group in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
         raise PlanError(
             f"the plan's groups are not those of this {type(model).__name__} (first difference: "
             f"{names[0]}). Prune anew."
         )
-    return coupling, {g.name: g.kept for g in plan.groups}, clock
 
 
 def proofs(
