@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Digests of the plans of a fixed list of models, to see whether a change leaves them alone.
+"""Write digests of the plans of a fixed list of models, to see whether a change affects them.
 
-PYTHONPATH=. python .ci/plans.py before.json    # in a checkout of the one commit
-PYTHONPATH=. python .ci/plans.py after.json     # and of the other
+PYTHONPATH=. python .ci/plans.py before.json    # in a checkout of one commit
+PYTHONPATH=. python .ci/plans.py after.json     # in a checkout of the other
 diff before.json after.json
 """
 
@@ -39,7 +39,7 @@ TORCHVISION = (
 
 
 def digest(model: nn.Module, inputs: Any, **budget: Any) -> str:
-    """Of the plan, or the name of the error."""
+    """Return the digest of the plan for this model, or the name of the error."""
     try:
         text = fxprune.prune(model, inputs, **budget).plan.to_json()
     except fxprune.FxpruneError as error:
@@ -48,6 +48,7 @@ def digest(model: nn.Module, inputs: Any, **budget: Any) -> str:
 
 
 def digests() -> Iterator[tuple[str, str]]:
+    """Yield a name and a digest for each model and budget."""
     for case in zoo.CASES:
         for budget in ({"channels": 0.5}, {"macs": 0.6}):
             torch.manual_seed(0)
@@ -60,6 +61,7 @@ def digests() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    """Write the digests to the file on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="where the digests go, as JSON")
     arguments = parser.parse_args()

@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""Measure how the package is built: lengths, imports, names, and how often it says what an
-operation does outside of its table.
+"""Measure how the package is built: lengths, imports, names, and tables of operations.
 
 python .ci/structure.py          the figures
 python .ci/structure.py --list   with what exceeds them
@@ -24,9 +23,7 @@ Found = list[str]
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Name and lines of every function, without its docstring and without blank lines at its
-    end.
-    """
+    """Yield the name and the number of lines of every function, without its docstring."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0]
@@ -39,12 +36,16 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def module_of(path: Path) -> str:
+    """Return the dotted name of the module in a file."""
     parts = ("fxprune", *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
-    """Module, name and line of what is imported of the package when the module is."""
+    """Yield module, name and line of each import from the package.
+
+    Imports for type checkers only are left out.
+    """
     for node in _run(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fxprune":
             for alias in node.names:
@@ -52,7 +53,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:
-    """What is below a node, but for what only type checkers read."""
+    """Yield the nodes below a node, except those that only type checkers read."""
     for below in ast.iter_child_nodes(node):
         if not (
             isinstance(below, ast.If)
@@ -64,6 +65,7 @@ def _run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def defined(tree: ast.Module) -> Iterator[str]:
+    """Yield the names of the functions, classes and variables that a module defines."""
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -79,7 +81,7 @@ def defined(tree: ast.Module) -> Iterator[str]:
 
 
 def words_of(node: ast.AST) -> list[str]:
-    """The words of a set, a tuple or a dictionary, or of a text that is split."""
+    """Return the words in all string constants below a node."""
     found = [
         own.value
         for own in ast.walk(node)
@@ -89,7 +91,7 @@ def words_of(node: ast.AST) -> list[str]:
 
 
 def tables_of_operations(tree: ast.Module) -> Iterator[tuple[int, int]]:
-    """Line and size of the tables of a module that consist of names of ATen operations."""
+    """Yield line and size of each table in a module that consists of names of ATen operations."""
     for node in tree.body:
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
         exported = isinstance(node, ast.Assign) and "__all__" in targets(node)
@@ -110,29 +112,31 @@ def tables_of_operations(tree: ast.Module) -> Iterator[tuple[int, int]]:
 
 
 def is_aten(node: ast.AST) -> bool:
+    """Tell whether a node is ``aten`` or ends in ``.aten``."""
     return (isinstance(node, ast.Name) and node.id == "aten") or (
         isinstance(node, ast.Attribute) and node.attr == "aten"
     )
 
 
 def says_any(annotation: ast.expr | None) -> bool:
+    """Tell whether an annotation contains ``Any``."""
     return annotation is not None and any(
         isinstance(own, ast.Name) and own.id == "Any" for own in ast.walk(annotation)
     )
 
 
 PUBLIC_FILES = ("__init__.py", "criteria/__init__.py", "latency/__init__.py", "cost.py")
-"""The files whose ``__all__`` is what users import."""
+"""The files whose ``__all__`` users import from."""
 
 
 def listed(tree: ast.Module) -> list[str]:
-    """What ``__all__`` names."""
+    """Return the names in ``__all__``."""
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     return next((words_of(node.value) for node in assigned if targets(node) == ["__all__"]), [])
 
 
 def with_any(tree: ast.Module, names: set[str], path: Path) -> Iterator[str]:
-    """Functions of these names with a parameter or a result that is annotated with ``Any``."""
+    """Yield the functions of these names with ``Any`` among their parameter or result types."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name in names & set(listed(tree)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -143,11 +147,12 @@ def with_any(tree: ast.Module, names: set[str], path: Path) -> Iterator[str]:
 
 
 def targets(node: ast.Assign) -> list[str]:
+    """Return the names that an assignment sets."""
     return [own.id for own in node.targets if isinstance(own, ast.Name)]
 
 
 def measured() -> dict[str, tuple[str, Found]]:
-    """Each figure, and what it consists of."""
+    """Return each figure together with what it consists of."""
     files = sorted(ROOT.rglob("*.py"))
     trees = {path: ast.parse(path.read_text()) for path in files}
     lines = {path: path.read_text().splitlines() for path in files}
@@ -225,6 +230,7 @@ def _counted(found: Found) -> tuple[str, Found]:
 
 
 def main() -> None:
+    """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="what each figure consists of")
     arguments = parser.parse_args()

@@ -1,6 +1,4 @@
-"""What the benchmarks share: the models, the rival, one fresh process per model, and writing down
-results.
-"""
+"""Common code of the benchmarks: models, torch-pruning, one process per model, and results."""
 
 from __future__ import annotations
 
@@ -39,21 +37,19 @@ Record = dict[str, Any]
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the main output of a model: the tensor itself, or the first one of a dict, list or
-    tuple.
-    """
+    """Return the main output of a model: the tensor itself, or the first one in a container."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Count the elements of the model's parameters, a shared one once."""
+    """Return the number of elements of the parameters, shared parameters counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Sum the bytes of all parameters and buffers, a shared one once."""
+    """Return the bytes of all parameters and buffers, shared ones counted once."""
     return sum(
         t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     )
@@ -61,8 +57,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, inputs: Tensor) -> int:
-    """Count multiply-accumulates of one forward, the same way for every kind of model (by the ATen
-    ops that run).
+    """Return the multiply-accumulates of one forward pass.
+
+    They are counted from the ATen operations that run, in the same way for every kind of model.
     """
     with MacCounter() as counter:
         model(inputs)
@@ -73,12 +70,10 @@ def count_macs(model: nn.Module, inputs: Tensor) -> int:
 
 
 def output_layers(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
-    """Return the layers that torch-pruning must be told to leave alone: those as wide as the
-    number of classes.
+    """Return the layers with as many outputs as the model has classes.
 
-    torch-pruning prunes the logits too unless the user lists the last layer. Every ``Linear`` or
-    convolution with as many outputs as the model has classes is listed here, which is what a user
-    of its plain interface does by hand.
+    torch-pruning also prunes the logits unless the user lists the last layer. This function lists
+    every ``Linear`` and convolution of that width, as a user of its plain interface does by hand.
     """
     with torch.no_grad():
         classes = first_tensor(model(inputs)).shape[1]
@@ -105,10 +100,10 @@ def torch_pruning_prune(
     round_to: int | None = None,
     num_heads: Mapping[nn.Module, int] | None = None,
 ) -> nn.Module:
-    """Prune ``model`` **in place** with torch-pruning's plain interface: L2 magnitude, ``ratio``
-    removed per layer.
+    """Prune ``model`` **in place** with torch-pruning's plain interface.
 
-    ``num_heads`` tells it the heads of attention layers, which it does not find out.
+    The importance is the L2 magnitude, and ``ratio`` is removed from each layer. ``num_heads``
+    gives the number of heads of attention layers, which torch-pruning does not find out.
     """
     import torch_pruning
 
@@ -119,7 +114,7 @@ def torch_pruning_prune(
         pruning_ratio=ratio,
         ignored_layers=list(ignored),
         round_to=round_to,
-        # its defaults are shared between calls and would remember earlier models
+        # its defaults are shared between calls and remember earlier models
         in_channel_groups={},
         out_channel_groups={},
         num_heads=dict(num_heads or {}),
@@ -129,8 +124,9 @@ def torch_pruning_prune(
 
 
 def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) -> str | None:
-    """Say in a line what is wrong with torch-pruning's result: nothing removed, or outputs of
-    another shape.
+    """Return in one line what is wrong with torch-pruning's result, or None if nothing is.
+
+    A result is wrong if nothing was removed, or if the outputs have another shape.
     """
     left, total = parameter_count(after), parameter_count(before)
     if left >= total:
@@ -146,8 +142,9 @@ def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) ->
 
 
 def one_line(error: BaseException) -> str:
-    """Return ``Type: first line of the message``, without absolute paths and at most 160
-    characters.
+    """Return an error as ``Type: first line of the message``, without absolute paths.
+
+    The text has at most 160 characters.
     """
     text = next(iter(str(error).strip().splitlines()), "")
     return re.sub(r"(?<!\w)/\S*/", "", f"{type(error).__name__}: {text}")[:160]
@@ -155,8 +152,9 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``TimeoutError`` within the context after ``seconds``, where the system has the signal
-    for it.
+    """Raise ``TimeoutError`` in the block after ``seconds``.
+
+    On systems without ``SIGALRM`` there is no limit.
     """
 
     def ring(*_: object) -> None:
@@ -189,11 +187,14 @@ def _child(
 
 
 def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 900.0) -> Record:
-    """Run ``target(*arguments)`` in a process of its own, in which the libraries are already
-    imported.
+    """Run ``target(*arguments)`` in a new process that has the libraries imported.
 
-    Returns its record, or ``{"error": ...}`` if it raised, died or took longer than ``timeout``
-    seconds. ``target`` must be a module-level function.
+    ``target`` must be a module-level function.
+
+    Returns
+    -------
+    The record that ``target`` returns. If it raises an error, dies or takes longer than
+    ``timeout`` seconds, the record is ``{"error": ...}``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch_pruning"])
@@ -226,7 +227,7 @@ def in_child(target: Callable[..., Record], *arguments: Any, timeout: float = 90
 
 
 def machine() -> Record:
-    """Describe what the figures depend on: processor, accelerator, threads, versions."""
+    """Describe what the figures depend on: processor, accelerator, threads and versions."""
     processor = platform.processor() or platform.machine()
     try:
         match = re.search(
@@ -249,9 +250,7 @@ def machine() -> Record:
 
 
 def warn_if_busy(about: Record) -> None:
-    """Say so on stderr when other processes keep the machine busy: the figures would be theirs
-    too.
-    """
+    """Print a warning if other processes use the machine, because they distort the times."""
     if about["load"] is not None and about["load"] > 0.5 * (about["cores"] or 1):
         print(
             f"warning: load average {about['load']}: other processes are running, do not trust "
@@ -288,7 +287,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def write(stem: str, record: Record, markdown: str) -> None:
-    """Write ``benchmarks/results/<stem>.json`` and ``.md``, and say so."""
+    """Write ``benchmarks/results/<stem>.json`` and ``.md``, and print their names."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / f"{stem}.md").write_text(markdown.rstrip() + "\n")
@@ -296,7 +295,7 @@ def write(stem: str, record: Record, markdown: str) -> None:
 
 
 def read(stem: str) -> Record:
-    """What was written to ``benchmarks/results/<stem>.json`` last, or nothing."""
+    """Return the content of ``benchmarks/results/<stem>.json``, or an empty record."""
     path = RESULTS / f"{stem}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -310,15 +309,15 @@ def median(values: Sequence[float]) -> float:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names with commas between them."""
+    """Return the names in a comma-separated text."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
+    """Return the whole numbers in a comma-separated text."""
     return tuple(int(part) for part in names(text))
 
 
 def shares(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+    """Return the numbers in a comma-separated text."""
     return tuple(float(part) for part in names(text))

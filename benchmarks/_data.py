@@ -1,5 +1,6 @@
-"""The data of the accuracy benchmark: CIFAR from a folder, the digits that scikit-learn ships, or
-generated textured shapes.
+"""The data of the accuracy benchmark.
+
+CIFAR is read from a folder, the digits come with scikit-learn, and the textures are generated.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ __all__ = ["DATA", "SIZES", "Data", "Part", "augmented", "load"]
 
 DATA = ("digits", "textures", "cifar10", "cifar100")
 SIZES = {"digits": 16, "textures": 16, "cifar10": 32, "cifar100": 32}
-"""Height and width of an image where nothing else is asked for."""
+"""The default height and width of an image."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images (n, channels, size, size), of mean 0 and variance 1 over the training part, and
-    labels (n,).
+    """Images of shape (n, channels, size, size) and labels of shape (n,).
+
+    :func:`load` scales the images to mean 0 and variance 1 over the training part.
     """
 
     images: Tensor
@@ -31,11 +33,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Three disjoint parts. Weights are fitted on ``train`` alone; ``validation`` is for choices,
-    ``test`` for the report.
+    """Three disjoint parts of a data set, and its augmentation.
 
-    ``shift`` and ``flip`` are the augmentation: pixels by which images are moved at most, and
-    whether they are mirrored.
+    Attributes
+    ----------
+    train, validation, test:
+        Weights are fitted on ``train`` alone. ``validation`` is for choices, ``test`` for reports.
+    shift:
+        The largest number of pixels by which images are moved.
+    flip:
+        Whether images are mirrored.
     """
 
     name: str
@@ -48,7 +55,7 @@ class Data:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """The number of channels of an image."""
         return self.train.images.shape[1]
 
     @property
@@ -60,8 +67,9 @@ class Data:
 def load(
     name: str, size: int | None = None, folder: Path | None = None, device: str = "cpu"
 ) -> Data:
-    """Read or make the data called ``name``; ``folder`` is torchvision's root for CIFAR, which is
-    not downloaded.
+    """Read or generate the data called ``name``.
+
+    ``folder`` is torchvision's root folder for CIFAR, which is not downloaded.
     """
     size = size or SIZES[name]
     if name == "digits":
@@ -83,7 +91,7 @@ def load(
 
 
 def augmented(images: Tensor, data: Data, generator: torch.Generator) -> Tensor:
-    """Each image moved, and mirrored or not, on its own."""
+    """Return the images moved and mirrored at random, each by itself."""
     count, channels, height, width = images.shape
     padded = F.pad(images, (data.shift,) * 4)
     down, right = torch.randint(0, 2 * data.shift + 1, (2, count, 1), generator=generator)
@@ -109,8 +117,10 @@ def _cut(images: Tensor, labels: Tensor, *ends: int) -> tuple[Part, ...]:
 
 
 def _digits(size: int) -> Data:
-    """1,797 digits; writers come one after another, so the parts have different writers (but those
-    at the two cuts).
+    """Return the 1,797 digits.
+
+    The writers come one after another, so the parts have different writers, apart from those at
+    the two cuts.
     """
     from sklearn.datasets import load_digits
 
@@ -122,7 +132,10 @@ def _digits(size: int) -> Data:
 
 
 def _cifar(name: str, size: int, folder: Path | None) -> Data:
-    """CIFAR as torchvision reads it; the last 5,000 training images validate."""
+    """Return CIFAR as torchvision reads it.
+
+    The last 5,000 training images are the validation part.
+    """
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -151,15 +164,16 @@ def _cifar(name: str, size: int, folder: Path | None) -> Data:
 
 _SHAPES = ("disc", "square", "triangle", "ring", "cross")
 _TEXTURES = ("stripes down", "stripes up", "checks", "dots")
-_FINER = 3  # drawn so much larger, then averaged
+_FINER = 3  # images are drawn larger by this factor, then averaged
 
 
 def _textures(size: int) -> Data:
-    """A shape filled with a texture, before another texture, anywhere, at any scale, turned a
-    little, in any colours, with noise.
+    """Draw shapes filled with a texture in front of another texture.
 
-    The class is the pair of shape and texture, 20 in all: neither the outline nor the filling
-    tells it alone. Equal on every machine up to rounding: one seeded generator draws everything.
+    Position, scale, angle and colours are random, and noise is added. The class is the pair of
+    shape and texture, 20 in all, so that neither the outline nor the filling alone determines it.
+    The images are the same on every machine up to rounding, because one seeded generator draws
+    everything.
     """
     counts = (2400, 3000, 3000)
     generator = torch.Generator().manual_seed(20)
@@ -216,7 +230,7 @@ def _textures(size: int) -> Data:
 
 
 def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Which pixels lie inside the shape, whose frame is (u, v) in [-1, 1]."""
+    """Return which pixels lie inside the shape, whose coordinates (u, v) range from -1 to 1."""
     radius = (u.square() + v.square()).sqrt()
     largest = torch.maximum(u.abs(), v.abs())
     drawn = (
@@ -232,7 +246,7 @@ def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def _filled(
     texture: Tensor, x: Tensor, y: Tensor, frequency: Tensor, phase: Tensor, other: Tensor
 ) -> Tensor:
-    """The texture's brightness in [0, 1]."""
+    """Return the brightness of the texture, between 0 and 1."""
     across, along = math.pi * frequency * x + phase, math.pi * frequency * y + other
     drawn = (
         (across + along).sin(),

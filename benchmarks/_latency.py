@@ -1,6 +1,4 @@
-"""What the latency benchmarks share: their models, their options, one file of results per
-device.
-"""
+"""Common code of the latency benchmarks: models, options, and one results file per device."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ QUICK_MODELS = ("resnet18", "mobilenet_v2")
 
 
 def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.ArgumentParser:
-    """The options of all latency benchmarks."""
+    """Return a parser with the options that all latency benchmarks have."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +73,7 @@ def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.
 def options(
     made: argparse.ArgumentParser, models: Sequence[str] = MODELS, known: Mapping[str, Any] = KNOWN
 ) -> argparse.Namespace:
-    """Read the command line, fill in what depends on the device, and say where it runs."""
+    """Read the command line, fill in defaults that depend on the device, and print the device."""
     found = made.parse_args()
     on_gpu = torch.device(found.device).type == "cuda"
     quick = tuple(name for name in QUICK_MODELS if name in models) or models[:1]
@@ -97,13 +95,13 @@ def options(
 
 
 def settings(found: argparse.Namespace) -> Iterator[Setting]:
-    """Every pairing of precision, mode and batch size."""
+    """Yield every combination of precision, mode and batch size."""
     for precision, mode, batch in itertools.product(found.precisions, found.modes, found.batches):
         yield Setting(found.device, precision, mode, batch=batch)
 
 
 def built(name: str, size: str) -> tuple[nn.Module, Any]:
-    """A model in eval mode, and an example of one image."""
+    """Return a model in eval mode and an example of one image."""
     case = KNOWN[name]
     return case.build(size=size).eval(), case.inputs(size=size, batch=1)
 
@@ -111,7 +109,7 @@ def built(name: str, size: str) -> tuple[nn.Module, Any]:
 def time_all(
     models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace
 ) -> list[common.Record]:
-    """One row per setting: the milliseconds of every model, or the error that stopped it."""
+    """Return one row per setting: the milliseconds of every model, or the error."""
     rows = []
     for setting in settings(found):
         row: common.Record = {
@@ -135,8 +133,9 @@ def time_all(
 def fitting(
     models: Mapping[str, nn.Module], inputs: Any, setting: Setting, found: argparse.Namespace
 ) -> common.Record:
-    """What the models took, and at which batch: half of it, and half again, until a GPU's memory
-    holds it.
+    """Measure the models, and return the times and the batch size.
+
+    The batch is halved until it fits into the GPU's memory.
     """
     batch = setting.batch
     assert batch is not None
@@ -157,13 +156,13 @@ def fitting(
                 "batch": batch,
                 "latency": {name: as_record(latency) for name, latency in measured.items()},
             }
-        batch //= 2  # behind the error, which holds what was allocated
+        batch //= 2  # after the except block, because the error keeps the tensors alive
         print(f"  out of memory: the batch is {batch} now", flush=True)
         torch.cuda.empty_cache()
 
 
 def as_record(latency: Latency) -> common.Record:
-    """One measurement, as JSON."""
+    """Return one measurement as JSON data."""
     timing = latency.timing
     return {
         "ms": timing.ms,
@@ -176,13 +175,13 @@ def as_record(latency: Latency) -> common.Record:
 
 
 def keep_memory() -> bool:
-    """Let the C library keep what a call frees for the next one, as the allocators of production
-    servers do; whether it could.
+    """Let the C library keep freed memory for the next call; return whether that worked.
 
-    glibc gives large blocks back to the system, whose pages then fault anew: at batch 8 up to
-    45,000 times in a call of torchvision's own ResNet-50, up to three times as often in one
-    spelling of a network as in another, by nothing but the order in which blocks are freed. Where
-    all of them stay, what is left is the network.
+    The allocators of production servers do the same. By default glibc gives large blocks back to
+    the system, and their pages fault again. At batch 8 this happens up to 45,000 times in one call
+    of torchvision's ResNet-50, and up to three times as often in one spelling of a network as in
+    another, only because blocks are freed in another order. If all blocks stay, the times depend
+    on the network alone.
     """
     # M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3)
     trim_threshold, largest_number_of_mappings = -1, -4
@@ -205,10 +204,10 @@ def run(
     alike: Sequence[str],
     plot: Callable[[common.Record], None] | None = None,
 ) -> None:
-    """Measure each model and write the results after each; models in the device's file that were
-    not asked for now stay.
+    """Measure each model and write the results after each one.
 
-    ``alike`` names the options that have to be what they were, or the file starts anew.
+    Earlier results for this device are kept for models that are not measured now. ``alike`` names
+    the options that must be the same for that; otherwise the file is started anew.
     """
     about = common.machine()
     if not found.device.startswith("cuda"):
@@ -260,8 +259,9 @@ def run(
 
 
 def lines(results: common.Record) -> Iterator[tuple[list[Any], common.Record | None]]:
-    """For each row of each model the beginning of its line in a table, and the row; errors have
-    the whole line, and no row.
+    """Yield the beginning of a table line and the measured row, for each row of each model.
+
+    A line with an error is complete, and its row is None.
     """
     for name, record in results["models"].items():
         if "error" in record:
@@ -276,9 +276,7 @@ def _setting(row: common.Record) -> tuple[str, str, int]:
 
 
 def page(results: common.Record, title: str, text: Sequence[str], *blocks: str) -> str:
-    """A Markdown page: title and device, the command, what the figures are, the machine,
-    tables.
-    """
+    """Return a Markdown page: title, command, explanation, machine and tables."""
     accelerator = results["machine"]["accelerator"]
     where = f"on the GPU ({accelerator})" if accelerator else "on the CPU (no GPU was there)"
     memory = (

@@ -1,6 +1,4 @@
-"""The networks of the accuracy benchmark, in the forms that are usual for small images: VGG,
-ResNet and DenseNet.
-"""
+"""The networks of the accuracy benchmark: VGG, ResNet and DenseNet for small images."""
 
 from __future__ import annotations
 
@@ -16,11 +14,11 @@ __all__ = ["NETWORKS", "DenseNet", "ResNet", "vgg"]
 
 
 def vgg(widths: Sequence[Sequence[int]], channels: int, classes: int) -> nn.Sequential:
-    """Stages of 3 x 3 convolutions with batch normalisation, halved in between, and one linear
-    layer: images to logits.
+    """Return a VGG that maps images to logits.
 
-    Liu et al. (Network Slimming, 2017) train VGG-16 for CIFAR in this form, without the two wide
-    linear layers.
+    It has stages of 3 x 3 convolutions with batch normalisation, pooling by 2 between stages, and
+    one linear layer. Liu et al. (Network Slimming, 2017) train VGG-16 for CIFAR in this form,
+    without the two wide linear layers.
     """
     layers: list[nn.Module] = []
     for number, stage in enumerate(widths):
@@ -39,8 +37,9 @@ def vgg(widths: Sequence[Sequence[int]], channels: int, classes: int) -> nn.Sequ
 
 
 class ResNet(nn.Module):
-    """He et al. (CVPR 2016), section 4.2: ``depth`` = 6 n + 2 layers, three stages of n blocks,
-    16, 32 and 64 channels.
+    """The ResNet of He et al. (CVPR 2016), section 4.2.
+
+    ``depth`` = 6 n + 2 layers in three stages of n blocks, with 16, 32 and 64 channels.
     """
 
     def __init__(self, depth: int, channels: int, classes: int, width: int = 16) -> None:
@@ -73,8 +72,9 @@ class _Dense(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Huang et al. (CVPR 2017), the basic form for CIFAR: ``depth`` = 3 n + 4 layers, three blocks
-    of n, no compression.
+    """The basic DenseNet of Huang et al. (CVPR 2017) for CIFAR, without compression.
+
+    ``depth`` = 3 n + 4 layers in three blocks of n layers.
     """
 
     def __init__(self, depth: int, channels: int, classes: int, growth: int = 12) -> None:
@@ -115,6 +115,7 @@ NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "resnet56": lambda channels, classes: ResNet(56, channels, classes),
     "densenet40": lambda channels, classes: DenseNet(40, channels, classes, growth=12),
 }
-"""Name -> function of (channels of an image, classes). The first three are the default's, the
-others the paper's sizes.
+"""For each name a function of the number of channels of an image and the number of classes.
+
+The first three are the default, the others have the sizes of the papers.
 """

@@ -1,5 +1,4 @@
-"""Accuracy of pruned networks against the multiply-accumulates left, criterion by criterion,
-before and after fine-tuning.
+"""Measure the accuracy of pruned networks, before and after fine-tuning, for each criterion.
 
     # scikit-learn's digits: about an hour on two cores
     python benchmarks/accuracy.py
@@ -7,37 +6,37 @@ before and after fine-tuning.
     python benchmarks/accuracy.py --quick
     # generated images, harder than the digits
     python benchmarks/accuracy.py --data textures
-    # CIFAR-10, the paper's networks and recipe: wants a GPU
+    # CIFAR-10 with the papers' networks and recipe: needs a GPU
     python benchmarks/accuracy.py --full --data-dir /data/cifar
-    # what each part of CPMC is worth
+    # the effect of each part of CPMC
     python benchmarks/accuracy.py --ablation
-    # what fxprune.compensate brings back before fine-tuning
+    # the effect of fxprune.compensate before fine-tuning
     python benchmarks/accuracy.py --compensation
 
-Each network is trained once per seed. Then every criterion prunes these same weights, at once,
-until the given share of the multiply-accumulates is gone; the accuracy is measured, the network
-fine-tuned, and the accuracy measured again. torch-pruning's magnitude and Taylor importances prune
-the same weights, globally, its ``pruning_ratio`` being searched until as few are left. Means and
-standard deviations are over the seeds.
+Each network is trained once per seed. Then every criterion prunes these same weights, in one step,
+until the given share of the multiply-accumulates is gone. The accuracy is measured, the network is
+fine-tuned, and the accuracy is measured again. torch-pruning's magnitude and Taylor importances
+prune the same weights globally; its ``pruning_ratio`` is searched until as few MACs are left.
+Means and standard deviations are over the seeds.
 
-Weights are fitted on the training part, and criteria that read data read it too. Whatever was
-chosen for CPMC was chosen on the validation part, which the ablation shows; the test part is only
-reported.
+Weights are fitted on the training part, and criteria that read data read it too. The settings of
+CPMC were chosen on the validation part, which the ablation shows. The test part is only reported.
 
 The recipe is the usual one for CIFAR: SGD with Nesterov momentum 0.9, weight decay 5e-4 for VGG
-and 1e-4 for the others, a rate that falls tenfold after 50 % and after 75 % of the epochs, images
-moved (and mirrored where that keeps their class). Fine-tuning is the same from a tenth of the
-rate.
+and 1e-4 for the others, a learning rate that falls tenfold after 50 % and after 75 % of the
+epochs, and images that are moved (and mirrored if that keeps their class). Fine-tuning does the
+same, starting at a tenth of the rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``,
-``cpmc:by=mean:roles=own+scale`` (``by=mean`` and ``by=max`` divide a value by its group's, and by
-nothing else; ``weigh_groups=0`` leaves out what the group weighs in the network; ``of=roots`` and
-``of=magnitudes`` take the roots of the sums of squares, or the sums of magnitudes). ``/constants``
-or ``/least_squares`` behind it compensates the pruned network on the images that criteria read.
+``cpmc:by=mean:roles=own+scale``. ``by=mean`` and ``by=max`` divide a value by that of its group
+and by nothing else. ``weigh_groups=0`` ignores how much the group weighs in the network.
+``of=roots`` and ``of=magnitudes`` use the roots of the sums of squares, or the sums of magnitudes.
+With ``/constants`` or ``/least_squares`` at the end of the name, the pruned network is compensated
+on the images that the criteria read.
 
 Results go to ``benchmarks/results/accuracy_<data>.json``, ``.md`` and one plot per network. Rows
-that are there already, measured under the same settings, are not measured again; ``--again``
-forgets those of the criteria that it names.
+that exist already, measured under the same settings, are not measured again. ``--again`` discards
+those of the named criteria.
 """
 
 from __future__ import annotations
@@ -101,8 +100,9 @@ PARTS = ("validation", "test")
 
 
 def _ablation() -> dict[str, str]:
-    """What is shown -> the criterion. Within a layer the order is always that of the value: equal
-    costs leave it so.
+    """Return the variants of CPMC: what the table shows for each, and the criterion.
+
+    Within a layer the order is always that of the value, because the costs of its units are equal.
     """
     alpha, beta, gamma = (f"{name}={getattr(CPMC(), name)}" for name in ("alpha", "beta", "gamma"))
     no_value, no_cost, no_parameters = "alpha=0", "beta=0", "gamma=0"
@@ -127,8 +127,9 @@ def _ablation() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Variant(CPMC):
-    """CPMC with another magnitude or another normaliser within the group: what the choice of the
-    defaults was compared with.
+    """CPMC with another magnitude or another normaliser within the group.
+
+    The defaults were compared with these variants.
     """
 
     by: str = "seats"
@@ -144,7 +145,7 @@ class Variant(CPMC):
         )
 
     def _group_weight(self, view: UnitView) -> float:
-        """The group's mean over the network's."""
+        """Return the mean value of the group divided by that of the network."""
         totals = view.views.totals(
             torch.abs if self.of == "magnitudes" else torch.square, self.roles
         )
@@ -158,7 +159,7 @@ class Variant(CPMC):
 
 
 def _compensation() -> dict[str, str]:
-    """What is shown -> the criterion, without and with what ``fxprune.compensate`` brings back."""
+    """Return the criteria with and without compensation, by what the table shows for each."""
     methods = {"": "", ", constants": "/constants", ", least squares": "/least_squares"}
     return {
         name + shown: name + method
@@ -168,8 +169,9 @@ def _compensation() -> dict[str, str]:
 
 
 def cpmc(text: str) -> CPMC:
-    """Read ``cpmc``, or ``cpmc:name=value:...``; CPMC itself where only its own settings are
-    named.
+    """Read ``cpmc`` or ``cpmc:name=value:...``.
+
+    The result is a plain CPMC if only its own settings are named.
     """
     found = variant(text)
     own = {entry.name: getattr(found, entry.name) for entry in fields(CPMC)}
@@ -177,8 +179,9 @@ def cpmc(text: str) -> CPMC:
 
 
 def variant(text: str) -> Variant:
-    """The same with all that it does in its ``repr``: a row measured by an earlier CPMC is not
-    taken for one of today's.
+    """Return the criterion with all its settings in its ``repr``.
+
+    So a row that was measured with other defaults of CPMC is not confused with a new one.
     """
     read = {
         "roles": lambda value: tuple(value.split("+")),
@@ -195,8 +198,9 @@ def variant(text: str) -> Variant:
 
 
 def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
-    """What ``fxprune.prune`` takes as its criterion; those that read data get the first images of
-    the training part.
+    """Return the criterion for ``fxprune.prune``.
+
+    Criteria that read data get the first images of the training part.
     """
     if name.startswith("cpmc"):
         return cpmc(name)
@@ -222,7 +226,7 @@ def _calibration(data: _data.Data, batch: int) -> list[tuple[Tensor, Tensor]]:
 def fit(
     model: nn.Module, data: _data.Data, *, epochs: int, rate: float, decay: float, seed: int
 ) -> None:
-    """Train in place; the last epoch's weights are taken, nothing is selected."""
+    """Train in place and keep the weights of the last epoch; none is selected."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True
@@ -249,7 +253,7 @@ def fit(
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, part: _data.Part) -> float:
-    """Share of right answers, in percent."""
+    """Return the share of correct answers in percent."""
     model.eval()
     right = sum(
         int((model(images).argmax(1) == labels).sum())
@@ -259,13 +263,13 @@ def accuracy(model: nn.Module, part: _data.Part) -> float:
 
 
 def accuracies(model: nn.Module, data: _data.Data) -> dict[str, float]:
-    """By part: validation and test."""
+    """Return the accuracies on the validation and the test part."""
     return {part: accuracy(model, getattr(data, part)) for part in PARTS}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the figures of a row depend on, beside the versions of the software."""
+    """What the figures of a row depend on, apart from the versions of the software."""
 
     data: str
     size: int
@@ -277,7 +281,7 @@ class Setting:
 
     @property
     def decay(self) -> float:
-        """Weight decay."""
+        """The weight decay."""
         return 5e-4 if self.network.startswith("vgg") else 1e-4
 
 
@@ -297,7 +301,7 @@ def _loaded(name: str, size: int, where: Where) -> _data.Data:
 
 @lru_cache(maxsize=1)
 def trained(setting: Setting, where: Where) -> nn.Module:
-    """The dense network: from the cache, or trained and put there."""
+    """Return the dense network from the cache, or train it and store it there."""
     data = _loaded(setting.data, setting.size, where)
     torch.manual_seed(setting.seed)
     model = NETWORKS[setting.network](data.channels, data.classes).to(
@@ -324,7 +328,7 @@ def trained(setting: Setting, where: Where) -> nn.Module:
 
 
 class _replacing:  # noqa: N801 - used like a function
-    """A path to write to; it takes the place of the real one only when all is written."""
+    """A path to write to, which replaces the real one only after everything is written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.new = path, path.with_name(f"{path.name}.{os.getpid()}")
@@ -345,7 +349,7 @@ class _replacing:  # noqa: N801 - used like a function
 def with_fxprune(
     dense: nn.Module, data: _data.Data, name: str, kept: float, seed: int
 ) -> nn.Module:
-    """At most ``kept`` of the multiply-accumulates; compensated if the name says so."""
+    """Prune to at most ``kept`` of the MACs, and compensate if the name says so."""
     name, _, method = name.partition("/")
     pruned = fxprune.prune(
         dense, data.example, macs=kept, criterion=criterion_of(name, data, seed)
@@ -358,9 +362,7 @@ def with_fxprune(
 def with_torch_pruning(
     dense: nn.Module, data: _data.Data, name: str, kept: float, attempts: int = 12
 ) -> nn.Module:
-    """At most ``kept`` of the multiply-accumulates, and as near to it as bisection of the global
-    ``pruning_ratio`` comes.
-    """
+    """Prune to at most ``kept`` of the MACs, as near as bisection of ``pruning_ratio`` comes."""
     limit = kept * common.count_macs(dense, data.example)
     low, high, best = 0.0, 1.0, None
     for _ in range(attempts):
@@ -368,7 +370,7 @@ def with_torch_pruning(
         try:
             model = _torch_pruned(dense, data, name, ratio)
             macs = common.count_macs(model, data.example)
-        except Exception:  # it removed a whole layer, which then cannot run
+        except Exception:  # it removed a whole layer, so the model cannot run
             high = ratio
             continue
         if macs > limit:
@@ -399,7 +401,7 @@ def _torch_pruned(dense: nn.Module, data: _data.Data, name: str, ratio: float) -
         global_pruning=True,
         pruning_ratio=ratio,
         ignored_layers=common.output_layers(model, data.example),
-        # its defaults are shared between calls and would remember earlier models
+        # its defaults are shared between calls and remember earlier models
         in_channel_groups={},
         out_channel_groups={},
     ).step()
@@ -408,7 +410,7 @@ def _torch_pruned(dense: nn.Module, data: _data.Data, name: str, ratio: float) -
 
 
 def dense_row(setting: Setting, where: Where) -> common.Record:
-    """Train, or read what was trained, and measure."""
+    """Train a network, or read a trained one, and measure it."""
     data, start = _loaded(setting.data, setting.size, where), time.perf_counter()
     model = trained(setting, where)
     return {
@@ -420,7 +422,7 @@ def dense_row(setting: Setting, where: Where) -> common.Record:
 
 
 def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> common.Record:
-    """Prune, measure, fine-tune, measure."""
+    """Prune, measure, fine-tune and measure again."""
     data, dense, start = (
         _loaded(setting.data, setting.size, where),
         trained(setting, where),
@@ -454,8 +456,9 @@ def pruned_row(setting: Setting, name: str, removed: float, where: Where) -> com
 
 
 def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
-    """Under what a row is kept: all that its figures depend on. The dense network's row has no
-    criterion.
+    """Return the key of a row: everything that its figures depend on.
+
+    The row of a dense network has no criterion.
     """
     plain, slash, method = name.partition("/")
     described = (repr(variant(plain)) if plain.startswith("cpmc") else plain) + slash + method
@@ -482,8 +485,9 @@ Job = tuple[str, str, Callable[..., common.Record], tuple[Any, ...]]
 def run_all(
     jobs: Sequence[Job], rows: common.Record, save: Callable[[], None], workers: int, threads: int
 ) -> None:
-    """Run (key, what it is, function, arguments), all that are not in ``rows`` yet, and put them
-    there, one by one.
+    """Run the jobs that are not in ``rows`` yet, and store each result there.
+
+    A job consists of a key, a description, a function and its arguments.
     """
     missing = [job for job in jobs if job[0] not in rows or "error" in rows[job[0]]]
     if not missing:
@@ -502,14 +506,15 @@ def run_all(
                 rows[key] = done.result()
                 save()
                 print(f"{number}/{len(missing)} {what}: {_line(rows[key])}", flush=True)
-        except BaseException:  # Ctrl-C too: what is done is saved, what has not begun is given up
+        except BaseException:  # Ctrl-C too: finished jobs are saved, waiting ones are dropped
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _line(row: common.Record) -> str:
-    """Progress shows the validation part: whoever tries out settings does not see the test part on
-    the way.
+    """Return a line about a finished row, with the accuracy on the validation part.
+
+    The test part is not shown, so that nobody chooses settings by it.
     """
     if "error" in row:
         return row["error"]
@@ -536,7 +541,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _with_error(values: Sequence[float]) -> str:
-    """The mean, and its standard error."""
+    """Return the mean and its standard error."""
     if len(values) < 2:
         return "-"
     return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
@@ -549,23 +554,23 @@ class Table:
         self.rows, self.options = rows, options
 
     def settings(self, network: str) -> list[Setting]:
-        """One per seed."""
+        """Return the settings of a network, one per seed."""
         return [setting_of(self.options, network, seed) for seed in self.options.seeds]
 
     def values(self, network: str, name: str, removed: float, when: str, part: str) -> list[float]:
-        """The accuracies of all seeds that have been measured."""
+        """Return the accuracies of all seeds measured so far."""
         found = [
             self.rows.get(key_of(setting, name, removed), {}) for setting in self.settings(network)
         ]
         return [row[when][part] for row in found if when in row]
 
     def dense(self, network: str, part: str) -> list[float]:
-        """The accuracies before pruning."""
+        """Return the accuracies before pruning."""
         found = [self.rows.get(key_of(setting), {}) for setting in self.settings(network)]
         return [row["accuracy"][part] for row in found if "accuracy" in row]
 
     def errors(self) -> Iterable[str]:
-        """What could not be measured, and why."""
+        """Return what could not be measured, with the reasons."""
         for network in self.options.networks:
             for label, name in self.options.shown.items():
                 for removed in self.options.removed:
@@ -578,8 +583,9 @@ class Table:
                             )
 
     def markdown(self, network: str, when: str, part: str) -> str:
-        """One line per criterion, one column per share removed; the best mean of a column is
-        bold.
+        """Return a table with one line per criterion and one column per share removed.
+
+        The best mean of a column is bold.
         """
         means: dict[float, float] = {}
         for removed in self.options.removed:
@@ -607,7 +613,7 @@ class Table:
         return self._by_share(lines)
 
     def ahead(self, network: str, when: str, part: str) -> str:
-        """By how much the first criterion is ahead of each other one on the same weights."""
+        """Return by how much the first criterion is ahead of each other one, on equal weights."""
         (_, first), *others = self.options.shown.items()
 
         def gap(name: str, removed: float, setting: Setting) -> float | None:
@@ -639,8 +645,9 @@ class Table:
         return common.markdown_table(header, lines)
 
     def whole(self, network: str) -> list[float]:
-        """Shares of the MACs left minus what was asked for, for all rows: how near the budgets
-        were met.
+        """Return, for all rows, the share of the MACs left minus the share asked for.
+
+        It shows how closely the budgets were met.
         """
         out = []
         for name in self.options.shown.values():
@@ -656,7 +663,7 @@ _WHEN = {"before": "right after pruning", "after": "after fine-tuning"}
 
 
 def report(record: common.Record, table: Table) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     options = table.options
     part = options.judge
     moments = ["before"] + (["after"] if options.finetune else [])
@@ -704,7 +711,7 @@ def _plot_name(options: argparse.Namespace, network: str) -> str:
 
 
 def plot(table: Table, network: str) -> None:
-    """Accuracy against the MACs left, one line per criterion, before and after fine-tuning."""
+    """Plot accuracy against the MACs left before and after fine-tuning, one line per criterion."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -760,14 +767,14 @@ def plot(table: Table, network: str) -> None:
 
 
 def setting_of(options: argparse.Namespace, network: str, seed: int) -> Setting:
-    """The setting of one dense network."""
+    """Return the setting of one dense network."""
     return Setting(
         options.data, options.size, network, seed, options.epochs, options.finetune, options.rate
     )
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command line, without the folders of the machine that it ran on."""
+    """Return the command line without the folders of this machine."""
     shown = re.sub(r"--(cache|workers|threads|device)[= ]\S+ ?", "", shlex.join(arguments))
     shown = re.sub(r"--data-dir[= ]\S+", "--data-dir ...", shown)
     return f"python benchmarks/accuracy.py {shown}".rstrip()
@@ -868,7 +875,7 @@ def _options() -> argparse.Namespace:
 
 
 def _fill(options: argparse.Namespace) -> None:
-    """Settle what the command line leaves open."""
+    """Set the options that the command line leaves open."""
     quick, full = options.quick, options.full
     options.data = options.data or (
         "cifar10" if options.data_dir else "digits" if _has_digits() else "textures"
@@ -913,9 +920,9 @@ def _has_digits() -> bool:
 
 
 def main() -> None:
-    """Read the command line, measure what is missing, write the results after each row."""
+    """Read the command line, measure what is missing, and write the results after each row."""
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the workers end too, then
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end too
     common.RESULTS.mkdir(parents=True, exist_ok=True)
     path = common.RESULTS / f"{options.stem}.json"
     rows = common.read(options.stem).get("rows", {})

@@ -1,11 +1,11 @@
-"""Prune time and memory of this checkout against another one's, in turns, as ratios of one run.
+"""Compare prune time and memory of this checkout with another checkout, as ratios.
 
     git worktree add ../before COMMIT
     python benchmarks/commits.py ../before
 
-Each turn is a process of its own for each checkout: CPU seconds of one thread for a prune of each
-model, the fastest of several, and the memory that the process came to. The table has the least of
-all turns.
+The two checkouts take turns, each turn in a new process. A turn measures the CPU seconds that one
+thread needs to prune each model (the fastest of several runs) and the peak memory of the process.
+The table shows the smallest figures of all turns.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure() -> None:
 
 
 def run(checkout: Path) -> dict[str, float]:
-    """The figures of a checkout, from a process of its own."""
+    """Measure a checkout in a new process and return its figures."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--measure"]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -55,6 +55,7 @@ def run(checkout: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Read the command line, let the two checkouts take turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", nargs="?", type=Path, help="the other checkout")
     parser.add_argument("--turns", type=int, default=4)

@@ -1,16 +1,17 @@
-"""Latency and throughput of models, dense against pruned.
+"""Measure latency and throughput of dense and pruned models.
 
-    # everything: the GPU where there is one, otherwise the CPU
+    # everything, on the GPU if there is one, otherwise on the CPU
     python benchmarks/latency.py
-    # two models, small images: a minute
+    # two models with small images, about a minute
     python benchmarks/latency.py --quick
-    # adds to what the file of the device holds
+    # add to the results file of the device
     python benchmarks/latency.py --models resnet50 --batches 1,256
 
-Each model is pruned to the shares of its multiply-accumulates that ``--removed`` leaves, by CPMC,
-widths as multiples of ``--round-to``. The dense model and the pruned ones, all in their inference
-form (``fxprune.deploy``), take turns under every pairing of precision, mode and batch size. Next
-to each latency stands the floor that the device's measured rates set.
+CPMC prunes each model until the shares ``--removed`` of its multiply-accumulates are gone, with
+widths that are multiples of ``--round-to``. The dense model and the pruned ones, all in their
+inference form (``fxprune.deploy``), take turns in every combination of precision, mode and batch
+size. Beside each latency the table shows the lower bound that the measured rates of the device
+allow.
 
 The figures go to ``benchmarks/results/latency_<device>.json`` and ``.md``, one pair per device.
 """
@@ -29,7 +30,7 @@ DENSE = "dense"
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
-    """Prune one model to every budget and time all of them side by side."""
+    """Prune one model to every budget and time all results side by side."""
     dense, inputs = shared.built(name, found.size)
     models: dict[str, nn.Module] = {
         DENSE: fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)
@@ -50,7 +51,7 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 
 
 def report(results: common.Record) -> str:
-    """The page of one device."""
+    """Return the Markdown page of one device."""
     labels = [f"{removed:.0%} removed" for removed in results["settings"]["removed"]]
     rows, left = [], []
     for name, record in results["models"].items():
@@ -96,7 +97,7 @@ def report(results: common.Record) -> str:
 
 
 def main() -> None:
-    """Read the command line, measure each model, write the results after each."""
+    """Read the command line, measure each model, and write the results after each one."""
     made = shared.parser(__doc__)
     made.add_argument(
         "--removed",

@@ -1,14 +1,15 @@
-"""A latency budget against a budget of multiply-accumulates, at equal measured latency: which of
-them keeps more?
+"""Compare a latency budget with a budget of multiply-accumulates at equal measured latency.
 
-    python benchmarks/latency_budget.py            # the GPU where there is one, otherwise the CPU
-    python benchmarks/latency_budget.py --quick    # one model, small images
+    # on the GPU if there is one, otherwise on the CPU
+    python benchmarks/latency_budget.py
+    # one model with small images
+    python benchmarks/latency_budget.py --quick
 
-Each model is pruned by ``fxprune.prune(latency=share)``, untrained weights, by CPMC. Then
-``macs=`` is searched until the model that it leaves is as fast as that one, both deployed and
-measured in turns with the dense model. Set side by side: what was forecast and what was measured,
-and the shares of multiply-accumulates, parameters and importance (the sum of CPMC's normalised
-values) that each of the two keeps.
+The question is which budget keeps more of the model. Each model is pruned by
+``fxprune.prune(latency=share)``, with untrained weights, by CPMC. Then ``macs=`` is searched until
+its result is as fast, both deployed and measured in turns with the dense model. The table shows
+the forecast and the measured time, and the shares of multiply-accumulates, parameters and
+importance (the sum of CPMC's normalised values) that each budget keeps.
 
 The figures go to ``benchmarks/results/latency_budget_<device>.json`` and ``.md``.
 """
@@ -31,12 +32,12 @@ from fxprune.latency import Setting
 from fxprune.latency.measuring import time_models
 
 MODELS = ("resnet50", "mobilenet_v2", "densenet121")
-NEAR = 0.02  # how far apart two latencies may be and count as equal
+NEAR = 0.02  # two latencies count as equal if they differ by at most this share
 ATTEMPTS = 7
 
 
 def kept(dense: nn.Module, inputs: Any, pruned: fxprune.Pruned) -> common.Record:
-    """Shares of the dense model that are left."""
+    """Return the shares of MACs, parameters and importance of the dense model that are left."""
     coupling = fxprune.analyze(dense, inputs)
     value = rank("cpmc", coupling, dense).value
     names = {group.name: group for group in coupling.groups}
@@ -56,8 +57,9 @@ def kept(dense: nn.Module, inputs: Any, pruned: fxprune.Pruned) -> common.Record
 def as_fast(
     dense: nn.Module, inputs: Any, share: float, setting: Setting, found: argparse.Namespace
 ) -> tuple[fxprune.Pruned, float]:
-    """Search the budget of multiply-accumulates that leaves this share of the latency; also the
-    share that it does leave.
+    """Search the budget of multiply-accumulates that leaves ``share`` of the latency.
+
+    Return the pruned model, and the share of the latency that it really leaves.
     """
     whole = fxprune.deploy(fxprune.prune(dense, inputs, channels=1.0).model)
     low, high, macs = 0.0, 1.0, share
@@ -65,7 +67,7 @@ def as_fast(
     for _ in range(ATTEMPTS):
         try:
             pruned = fxprune.prune(dense, inputs, macs=macs)
-        except FxpruneError:  # below what can be reached
+        except FxpruneError:  # the budget is too small to be reached
             low, macs = macs, (macs + high) / 2
             continue
         models = {"dense": whole, "pruned": fxprune.deploy(pruned.model)}
@@ -84,7 +86,7 @@ def as_fast(
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
-    """Prune by both budgets in each setting, and time what they leave."""
+    """Prune by both budgets in each setting and time the results."""
     torch.manual_seed(0)
     dense, inputs = shared.built(name, found.size)
     rows = []
@@ -130,7 +132,7 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 
 
 def report(results: common.Record) -> str:
-    """The page of one device."""
+    """Return the Markdown page of one device."""
     rows = []
     for line, row in shared.lines(results):
         if row is not None:
@@ -172,7 +174,7 @@ def report(results: common.Record) -> str:
 
 
 def main() -> None:
-    """Read the command line, measure each model, write the results after each."""
+    """Read the command line, measure each model, and write the results after each one."""
     made = shared.parser(__doc__, MODELS)
     made.add_argument(
         "--shares",

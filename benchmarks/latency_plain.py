@@ -1,21 +1,23 @@
-"""Are pruned graphs as fast as networks written by hand at their widths?
+"""Compare the latency of pruned graphs with networks of the same widths written by hand.
 
-    python benchmarks/latency_plain.py            # the GPU where there is one, otherwise the CPU
-    python benchmarks/latency_plain.py --quick    # small images, two models
+    # on the GPU if there is one, otherwise on the CPU
+    python benchmarks/latency_plain.py
+    # two models with small images
+    python benchmarks/latency_plain.py --quick
 
 Each model is pruned to half of its multiply-accumulates. Then four forms of the same network, with
 the same weights, take turns:
 
-* ``plain``: torchvision's own class, its layers put at the pruned widths, normalisations folded by
-  ``torch.nn.utils.fusion``: what somebody would write by hand;
+* ``plain``: torchvision's own class at the pruned widths, normalisations folded by
+  ``torch.nn.utils.fusion``, which is what one would write by hand;
 * ``deployed``: ``fxprune.deploy`` of the pruned graph;
-* ``class``: torchvision's own class at the pruned widths, as it trains;
-* ``graph``: the pruned graph as ``fxprune.prune`` gives it.
+* ``class``: torchvision's own class at the pruned widths, in its form for training;
+* ``graph``: the pruned graph that ``fxprune.prune`` returns.
 
-The project's aim is that ``deployed`` takes at most 1.02 of ``plain``, and ``graph`` at most 1.02
-of ``class``. Two copies of one and the same network differ by more than that, by where in memory
-they happen to lie: so all four are copied and measured again, in another order, ``--repeats``
-times, and the medians of the ratios are what counts.
+The project's aim is that ``deployed`` takes at most 1.02 of the time of ``plain``, and ``graph``
+at most 1.02 of ``class``. Two copies of the same network differ by more than that, because of
+where in memory they lie. Therefore all four are copied and measured again ``--repeats`` times, in
+another order each time, and the medians of the ratios count.
 
 The figures go to ``benchmarks/results/latency_plain_<device>.json`` and ``.md``.
 """
@@ -44,7 +46,7 @@ AIM = 1.02
 
 
 def at_widths_of(dense: nn.Module, pruned: nn.Module) -> nn.Module:
-    """The dense model's class with the pruned model's layers: leaf for leaf, by name."""
+    """Return a copy of the dense model with the layers of the pruned model, matched by name."""
     plain = copy.deepcopy(dense)
     for name, module in list(plain.named_modules()):
         if (
@@ -58,8 +60,10 @@ def at_widths_of(dense: nn.Module, pruned: nn.Module) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Convolutions with the normalisation that is registered right behind them, fused; that one
-    then does nothing.
+    """Return a copy in which batch normalisations are fused into the convolutions before them.
+
+    Two modules are fused if they are registered one after the other. An identity takes the place
+    of the normalisation.
     """
     model = copy.deepcopy(model)
     for parent in model.modules():
@@ -76,7 +80,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
-    """Build the four forms, see that they compute the same, and time them."""
+    """Build the four forms, check that they compute the same, and time them."""
     dense, inputs = shared.built(name, found.size)
     pruned = fxprune.prune(dense, inputs, macs=0.5, round_to=8).model
     by_hand = at_widths_of(dense, pruned)
@@ -101,10 +105,10 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 def repeated(
     models: Mapping[str, nn.Module], inputs: Any, found: argparse.Namespace
 ) -> list[common.Record]:
-    """One row per setting, with what each repetition took; or the first error."""
+    """Return one row per setting with the times of all repetitions, or with the first error."""
     runs = []
     for seed in range(found.repeats):
-        # copies are made in this order
+        # the order in which the copies are made
         order = random.Random(seed).sample(list(models), len(models))
         runs.append(shared.time_all({form: models[form] for form in order}, inputs, found))
     rows = []
@@ -119,17 +123,17 @@ def repeated(
 
 
 def milliseconds(row: common.Record, form: str) -> list[float]:
-    """What a form took, one figure per repetition."""
+    """Return the times of one form, one per repetition."""
     return [latency["ms"] for latency in row["latency"][form]]
 
 
 def ratio(row: common.Record, form: str, to: str) -> float:
-    """The median over the repetitions of what a form took of another's time."""
+    """Return the median over the repetitions of the time of ``form`` divided by that of ``to``."""
     return statistics.median(map(operator.truediv, milliseconds(row, form), milliseconds(row, to)))
 
 
 def report(results: common.Record) -> str:
-    """The page of one device."""
+    """Return the Markdown page of one device."""
     rows = []
     for line, row in shared.lines(results):
         if row is not None:
@@ -167,7 +171,7 @@ def report(results: common.Record) -> str:
 
 
 def main() -> None:
-    """Read the command line, measure each model, write the results after each."""
+    """Read the command line, measure each model, and write the results after each one."""
     made = shared.parser(__doc__, MODELS)
     made.add_argument(
         "--repeats", type=int, default=5, help="how often new copies are measured; default: 5"

@@ -1,20 +1,22 @@
-"""Latency of models pruned by fxprune and by torch-pruning to equal multiply-accumulates, same
-weights, same run.
+"""Compare the latency of models that fxprune and torch-pruning prune to equal MACs.
 
-    python benchmarks/latency_rivals.py             # the GPU where there is one, otherwise the CPU
-    python benchmarks/latency_rivals.py --quick     # two models, small images: a minute
+    # on the GPU if there is one, otherwise on the CPU
+    python benchmarks/latency_rivals.py
+    # two models with small images, about a minute
+    python benchmarks/latency_rivals.py --quick
     python benchmarks/latency_rivals.py --round-to 8
 
-For each model, the ``channels`` of ``fxprune.prune`` and the ``pruning_ratio`` of torch-pruning
-are searched until both leave ``--macs`` of the dense model's multiply-accumulates, counted by one
-counter; both counts are in the table. Then the dense model and the two pruned ones take turns, as
-the tools give them, channels-last.
+Both tools start from the same weights in the same run. For each model, ``channels`` of
+``fxprune.prune`` and ``pruning_ratio`` of torch-pruning are searched until both leave ``--macs``
+of the dense model's multiply-accumulates. One counter counts both, and both counts are in the
+table. Then the dense model and the two pruned ones take turns, in the form that the tools return,
+channels-last.
 
-torch-pruning gets the help by hand that it needs: it is told the classifier and the number of
-heads of each attention layer, and a ViT's ``hidden_dim`` is corrected after pruning.
+torch-pruning gets the manual help that it needs: the classifier and the number of heads of each
+attention layer are given, and a ViT's ``hidden_dim`` is corrected after pruning.
 
 The figures go to ``benchmarks/results/latency_rivals_<device>.json`` and ``.md``; with
-``--round-to`` its number is in the name.
+``--round-to`` its number is part of the name.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ def match_macs(
     tolerance: float,
     attempts: int = 9,
 ) -> tuple[nn.Module, common.Record]:
-    """Search the kept share of channels at which ``make(share)`` has ``target * dense`` MACs.
+    """Search the share of channels at which ``make(share)`` has ``target * dense`` MACs.
 
-    MACs go about with the square of the kept share, so each guess corrects the last one by the
-    square root of what is missing, within the bracket known so far. Returns the closest model and
-    what it costs. A share at which ``make`` fails is stepped over; if all fail, the last error is
-    raised.
+    MACs grow roughly with the square of the kept share, so each guess corrects the last one by the
+    square root of the remaining factor, within the known bracket. A share at which ``make`` fails
+    is skipped; if all fail, the last error is raised.
+
+    Returns
+    -------
+    The closest model, and its cost.
     """
     low, high, share = 0.0, 1.0, target**0.5
     best: tuple[float, nn.Module, common.Record] | None = None
@@ -80,13 +85,14 @@ def match_macs(
 
 
 def with_fxprune(dense: nn.Module, inputs: Tensor, kept: float, round_to: int) -> nn.Module:
-    """Prune with fxprune: nothing but the share to keep is said."""
+    """Prune with fxprune, which needs only the share to keep."""
     return fxprune.prune(dense, inputs, channels=kept, round_to=round_to).model
 
 
 def with_torch_pruning(dense: nn.Module, inputs: Tensor, kept: float, round_to: int) -> nn.Module:
-    """Prune a copy with torch-pruning, with the help that it needs: classifier, heads, and a ViT's
-    ``hidden_dim``.
+    """Prune a copy with torch-pruning, and give the help that it needs.
+
+    This is the classifier, the number of heads, and a ViT's ``hidden_dim``.
     """
     model = copy.deepcopy(dense)
     heads = {}
@@ -111,7 +117,7 @@ def with_torch_pruning(dense: nn.Module, inputs: Tensor, kept: float, round_to: 
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
-    """Prune one model with both tools to equal MACs and time all three."""
+    """Prune one model with both tools to equal MACs and time all three models."""
     dense, inputs = shared.built(name, found.size)
     macs = common.count_macs(dense, inputs)
     models: dict[str, nn.Module] = {"dense": dense}
@@ -138,7 +144,7 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 
 
 def report(results: common.Record) -> str:
-    """The page of one device."""
+    """Return the Markdown page of one device."""
     settings = results["settings"]
     costs, rows = [], []
     for name, record in results["models"].items():
@@ -191,7 +197,7 @@ def report(results: common.Record) -> str:
 
 
 def main() -> None:
-    """Read the command line, measure each model, write the results after each."""
+    """Read the command line, measure each model, and write the results after each one."""
     made = shared.parser(__doc__, MODELS)
     made.add_argument(
         "--macs",

@@ -1,13 +1,13 @@
-"""Latency of single layers against their width: the steps that hardware has.
+"""Measure the latency of single layers against their width, to show the steps of the hardware.
 
-    # the GPU where there is one, otherwise the CPU
+    # on the GPU if there is one, otherwise on the CPU
     python benchmarks/latency_staircase.py
     python benchmarks/latency_staircase.py --quick
-    # adds to what the file of the device holds
+    # add to the results file of the device
     python benchmarks/latency_staircase.py --models linear --batches 1
 
-A 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT, their outputs narrowed step
-by step.
+The layers are a 3x3 and a 1x1 convolution of ResNet-50 and a linear layer of a ViT. Their outputs
+are narrowed step by step.
 
 The figures go to ``benchmarks/results/latency_staircase_<device>.json``, ``.md`` and ``.png``.
 """
@@ -33,11 +33,13 @@ LAYERS = {
     "conv1x1": ("1024 -> w, 14 x 14", lambda w: nn.Conv2d(1024, w, 1), 256, (1024, 14, 14)),
     "linear": ("768 -> w, 197 tokens", lambda w: nn.Linear(768, w), 768, (197, 768)),
 }
-"""Name -> what it is, what makes it at a width, the largest width, the shape of one input."""
+"""For each name: a description, a function from a width to the layer, the largest width, and the
+shape of one input.
+"""
 
 
 def measure(name: str, found: argparse.Namespace) -> common.Record:
-    """One layer at every width."""
+    """Time one layer at every width."""
     _, make, widest, shape = LAYERS[name]
     widths = range(
         widest // 8 if found.quick else found.step,
@@ -68,7 +70,7 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
 
 
 def report(results: common.Record) -> str:
-    """The page of one device: of each layer, by how much single steps rise."""
+    """Return the Markdown page of one device, with the largest step of each layer."""
     rows = []
     for name, record in results["models"].items():
         for row in record.get("rows", ()):
@@ -109,7 +111,7 @@ def report(results: common.Record) -> str:
 
 
 def plot(results: common.Record) -> None:
-    """One panel per layer, one line per setting."""
+    """Draw one panel per layer with one line per setting."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,7 +144,7 @@ def plot(results: common.Record) -> None:
 
 
 def main() -> None:
-    """Read the command line, measure each layer, write the results after each."""
+    """Read the command line, measure each layer, and write the results after each one."""
     made = shared.parser(__doc__, tuple(LAYERS))
     made.add_argument("--step", type=int, default=4, help="how far apart widths are")
     found = shared.options(made, tuple(LAYERS), LAYERS)

@@ -1,24 +1,24 @@
-"""How long pruning takes: ``fxprune.prune`` against torch-pruning, side by side in one run.
+"""Compare how long ``fxprune.prune`` and torch-pruning take, side by side in one run.
 
     # every torchvision model that both can prune
     python benchmarks/prune_time.py
     # some of them; the rows of the others are kept
     python benchmarks/prune_time.py --only 'resnet*,vgg*'
-    # no help from slow forward passes
+    # small images, so that slow forward passes do not help
     python benchmarks/prune_time.py --inputs small
     # cost against the number of nodes, on a synthetic DenseNet
     python benchmarks/prune_time.py --scaling
     # peak memory over the bytes of the weights
     python benchmarks/prune_time.py --memory
-    # the first call of a fresh process beside the second
+    # the first call of a new process beside the second
     python benchmarks/prune_time.py --first
 
-Each model has one process to itself. Both tools prune once unmeasured; then they take turns,
-``--repeats`` times, and medians are compared. torch-pruning prunes in place: its copy of the model
-is made outside the measured time, while fxprune's own copying is inside. Which models
-torch-pruning can prune is found by trying: it must finish, remove something, and leave a model
-that runs and keeps its output shape. It is told which layer is the classifier, which fxprune finds
-by itself.
+Each model has its own process. Both tools prune once without being timed. Then they take turns,
+``--repeats`` times, and medians are compared. torch-pruning prunes in place: the copy of the model
+that it needs is made outside the measured time, while fxprune's own copying is inside. Which
+models torch-pruning can prune is found by trying: it must finish, remove something, and leave a
+model that runs and keeps its output shape. torch-pruning is given the classifier layer, which
+fxprune finds by itself.
 
 The figures go to ``benchmarks/results/prune_time.json`` and ``.md`` (``prune_scaling``,
 ``prune_memory``, ``prune_first``).
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import fxprune
 from tests.torchvision_models import CASES
 
-#: What the project sets out to reach.
+#: The aims of the project.
 REACH_TOTAL = 0.4
 REACH_WORST = 1.25
 REACH_DEEPEST = ("densenet201", 10.0)
@@ -61,8 +61,9 @@ REACH_FIRST = 2.0
 
 
 def race(name: str, size: str, repeats: int, seconds: float, limit: float) -> common.Record:
-    """Time both tools on one model, alternating; stop early after about ``seconds``, but never
-    before one repeat.
+    """Time both tools on one model in turns.
+
+    Stop after about ``seconds``, but not before one repeat.
     """
     case = CASES[name]
     model, inputs = case.build(size=size), case.inputs(size=size)
@@ -129,7 +130,7 @@ def race(name: str, size: str, repeats: int, seconds: float, limit: float) -> co
 def report_race(
     records: dict[str, common.Record], about: common.Record
 ) -> tuple[common.Record, str, bool]:
-    """Sum up a race: totals, stages' share, Markdown, and whether the aims are reached."""
+    """Return the totals, the shares of the stages, the Markdown page, and whether aims are met."""
     both = {name: r for name, r in records.items() if "ratio" in r}
     if not both:
         return (
@@ -241,7 +242,7 @@ def _total_ratio(records: dict[str, common.Record]) -> float:
 
 
 def run_race(options: argparse.Namespace) -> bool:
-    """Race on every chosen model, print each ratio as it comes, write the results."""
+    """Race on every chosen model, print each ratio at once, and write the results."""
     about = common.machine() | {"inputs": options.inputs, "repeats": options.repeats}
     names = [
         name
@@ -287,11 +288,11 @@ def run_race(options: argparse.Namespace) -> bool:
 
 
 class SyntheticDenseNet(nn.Module):
-    """A DenseNet of any depth at one resolution: blocks of densely connected layers with a 1x1
-    transition between them.
+    """A DenseNet of any depth at one resolution: dense blocks with a 1x1 transition between them.
 
-    The work of a layer within a block grows with the layers before it, so the number of nodes is a
-    fair measure of size only while the blocks keep their length: more blocks, not longer ones.
+    The work of a layer grows with the number of layers before it in its block. The number of nodes
+    is therefore a fair measure of size only if blocks keep their length: use more blocks, not
+    longer ones.
     """
 
     def __init__(self, blocks: int, layers: int = 6, growth: int = 8) -> None:
@@ -355,8 +356,9 @@ def scale(blocks: int, layers: int, repeats: int) -> common.Record:
 
 
 def slope(sizes: list[float], seconds: list[float]) -> float:
-    """Return the exponent of ``seconds = a * sizes ** exponent``, by least squares on
-    logarithms.
+    """Return the exponent of ``seconds = a * sizes ** exponent``.
+
+    It is fitted by least squares on logarithms.
     """
     x, y = [math.log(n) for n in sizes], [math.log(s) for s in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -366,7 +368,7 @@ def slope(sizes: list[float], seconds: list[float]) -> float:
 
 
 def run_scaling(options: argparse.Namespace) -> bool:
-    """Print cost against nodes: ever more dense blocks, and (for the record) ever longer ones."""
+    """Print cost against nodes, for more and more dense blocks and for longer and longer ones."""
     about = common.machine()
     families = {
         "more blocks of 6 layers": [(blocks, 6) for blocks in (4, 8, 16, 32, 64)[: options.sizes]],
@@ -436,28 +438,29 @@ def resident_bytes(field: str) -> int:
             return int(found.group(1)) * 1024
     except OSError:
         pass
-    # elsewhere: only the highest, in bytes or in KiB
+    # other systems only tell the peak, in bytes or in KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory(name: str, size: str) -> common.Record:
-    """Measure how far resident memory rises while one model is pruned, over the bytes of its
-    weights.
+    """Measure how far resident memory rises while one model is pruned.
+
+    The record also has the rise divided by the bytes of the weights.
     """
     case = CASES[name]
     small = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
     ).eval()
-    # loads what is loaded on first use
+    # load everything that is loaded on first use
     fxprune.prune(small, torch.randn(1, 3, 16, 16), channels=0.5)
     model, inputs = case.build(size=size), case.inputs(size=size)
     weights = common.weight_bytes(model)
     gc.collect()
     try:
-        # memory freed while building must not hide what pruning takes
+        # memory that was freed while building must not hide the memory that pruning needs
         ctypes.CDLL(None).malloc_trim(0)
-        # sets the highest resident size back to the present one
+        # reset the peak resident size to the present size
         Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError):
         pass
@@ -477,7 +480,7 @@ def peak_memory(name: str, size: str) -> common.Record:
 def run_memory(options: argparse.Namespace) -> bool:
     """Print the peak memory of pruning for models of all kinds."""
     about = common.machine() | {"inputs": options.inputs}
-    # freed tensors go back to the system at once
+    # return freed tensors to the system at once
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     chosen = (
         options.only
@@ -567,7 +570,7 @@ FIRST_MODELS = {
         "x = torch.randn(1, 16, 64)"
     ),
 }
-"""Torchvision imports torch's compiler itself; the other two are torch alone."""
+"""torchvision imports torch's compiler itself; the other two models use torch alone."""
 
 _FIRST = """
 import json, sys, time
@@ -589,8 +592,9 @@ print(json.dumps(found))
 
 
 def run_first(options: argparse.Namespace) -> bool:
-    """Print how long the first and the second call of a fresh process take, the median of
-    ``--repeats`` processes.
+    """Print how long the first and the second call of a new process take.
+
+    The figures are medians over ``--repeats`` processes.
     """
     about = common.machine()
     chosen = [

@@ -1,15 +1,14 @@
-"""Generate ``docs/torchvision.md``: every torchvision model, pruned at ``channels=0.5``, its
-error, and what is pinned.
+"""Generate ``docs/torchvision.md``: every torchvision model, pruned at ``channels=0.5``.
 
-    # measure every model, write the table
+    # measure every model and write the table
     python benchmarks/torchvision_table.py
-    # measure some again, keep the others' rows
+    # measure some models again and keep the other rows
     python benchmarks/torchvision_table.py --only 'swin*'
     # write the page again from the stored figures
     python benchmarks/torchvision_table.py --render
 
-Each model runs in a process of its own. The figures are kept in
-``benchmarks/results/torchvision.json``.
+The table shows the error of each model and what is pinned. Each model runs in a new process. The
+figures are stored in ``benchmarks/results/torchvision.json``.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ MODELS = {**CASES, **COMPOSITE}
 
 
 def measure(name: str, size: str, channels: float) -> common.Record:
-    """Prune one model twice (the second is timed, the first warms up), then verify it in
-    float64.
+    """Prune one model twice and verify the second result in float64.
+
+    The first run warms up, the second is timed. A slow model is pruned only once.
     """
     case = MODELS[name]
-    batch = 2 if "detection" in case.module else 1  # a list of images is the batch
+    batch = 2 if "detection" in case.module else 1  # the list of images is the batch
     model, inputs = case.build(size=size), case.inputs(size=size, batch=batch)
     before = common.parameter_count(model)
     if not case.slow:
@@ -142,8 +142,9 @@ def render(store: common.Record) -> str:
 
 
 def _reasons(models: common.Record) -> list[list[str]]:
-    """For each reason the mean share of the MACs over all models, the largest, and the model that
-    has it.
+    """Return one row per reason of a pin.
+
+    It holds the mean share of the MACs over all models, the largest share, and the model with it.
     """
     held: dict[str, dict[str, float]] = {}
     measured = [(name, row) for name, row in models.items() if "pinned" in row]
@@ -165,6 +166,7 @@ def _reasons(models: common.Record) -> list[list[str]]:
 
 
 def main() -> None:
+    """Read the command line, measure the chosen models, and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

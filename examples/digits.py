@@ -1,10 +1,9 @@
-"""Train, prune and fine-tune a small ResNet on handwritten digits, and measure what it cost and
-saved.
+"""Train, prune and fine-tune a small ResNet on handwritten digits, and measure the result.
 
-Run from a checkout with ``./run demo``. It takes about two minutes on two CPU cores. The data are
-the 1,797 handwritten digits (8 x 8 pixels) that scikit-learn ships. A quarter of them is set aside
-before anything else and used only for the accuracies in the table: neither the training, nor the
-choice of what to prune, nor the fine-tuning sees them.
+Run it from a checkout with ``./run demo``. It takes about two minutes on two CPU cores. The data
+are the 1,797 handwritten digits (8 x 8 pixels) that scikit-learn ships. A quarter of them is set
+aside first and used only for the accuracies in the table. Training, the choice of what to prune,
+and fine-tuning never see it.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from fxprune.cost import cost_of
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: (n, inputs, h, w) -> (n, outputs, h / stride, w /
-    stride).
+    """Two 3 x 3 convolutions and a shortcut.
+
+    It maps (n, inputs, h, w) to (n, outputs, h / stride, w / stride).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -71,8 +71,9 @@ class DigitNet(nn.Module):
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, test images, training labels, test labels; images are (n, 1, 8, 8) in [0,
-    1].
+    """Return training images, test images, training labels and test labels.
+
+    Images have shape (n, 1, 8, 8) and values in [0, 1].
     """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -85,7 +86,7 @@ def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Each image moved by up to one pixel: the only augmentation."""
+    """Return each image moved by up to one pixel, the only augmentation."""
     down, right = torch.randint(0, 3, (2,)).tolist()
     return F.pad(images, (1, 1, 1, 1))[:, :, down : down + 8, right : right + 8]
 
@@ -93,8 +94,9 @@ def shifted(images: Tensor) -> Tensor:
 def train(
     model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, seed: int
 ) -> None:
-    """AdamW with a one-cycle schedule, batches of 64; the last epoch's weights are taken, nothing
-    is selected.
+    """Train with AdamW, a one-cycle schedule and batches of 64.
+
+    The weights of the last epoch are used; none is selected.
     """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
@@ -115,26 +117,28 @@ def train(
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right answers, in percent."""
+    """Return the share of correct answers in percent."""
     return 100 * (model(images).argmax(1) == labels).float().mean().item()
 
 
 @torch.inference_mode()
 def latencies(models: list[nn.Module], images: Tensor, repeats: int) -> list[float]:
-    """Median milliseconds of a forward pass for each model, measured in turns so that a busy
-    moment hits all alike.
+    """Return the median milliseconds of a forward pass of each model.
+
+    The models are measured in turns, so that a busy moment of the machine affects all alike.
     """
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 3):
         for model, seconds in zip(models, times, strict=True):
             start = time.perf_counter()
             model(images)
-            if repeat >= 3:  # the first rounds warm up
+            if repeat >= 3:  # the first three rounds only warm up
                 seconds.append(time.perf_counter() - start)
     return [1000 * statistics.median(seconds) for seconds in times]
 
 
 def main() -> None:
+    """Train, prune and fine-tune the network, and print the table."""
     parser = argparse.ArgumentParser(
         description="Train, prune and fine-tune a small ResNet on scikit-learn's digits."
     )
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
 
-    # on tensors this small threads mostly wait for each other, the more so on a busy machine
+    # with tensors this small, threads mostly wait for each other, even more on a busy machine
     torch.set_num_threads(1)
     log = Console(stderr=True, highlight=False)
     torch.manual_seed(0)

@@ -1,39 +1,38 @@
-"""Fine-tune a pruned torchvision classifier on a folder of images: ImageNet, or any other with one
-folder per class.
+r"""Fine-tune a pruned torchvision classifier on ImageNet, or another folder of images.
 
-    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \\
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \
         --out runs/half
-    torchrun --nproc-per-node 8 examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 \\
+    torchrun --nproc-per-node 8 examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 \
         --data-dir imagenet --out runs/half --distill 0.5 --ema 0.9999 --amp bf16
-    torchrun --nproc-per-node 8 examples/finetune.py vit_b_16 --weights DEFAULT --params 0.6 \\
-        --data-dir imagenet --out runs/vit --parallel fsdp --clip 1 --accumulate 4 \\
+    torchrun --nproc-per-node 8 examples/finetune.py vit_b_16 --weights DEFAULT --params 0.6 \
+        --data-dir imagenet --out runs/vit --parallel fsdp --clip 1 --accumulate 4 \
         --augment trivial
-    # what fxprune prune -o wrote
+    # a folder that fxprune prune -o wrote
     python examples/finetune.py resnet50 --saved pruned/ --data-dir imagenet --out runs/own
-    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \\
+    python examples/finetune.py resnet50 --weights DEFAULT --macs 0.5 --data-dir imagenet \
         --out runs/half --resume
 
-DATA_DIR/train and DATA_DIR/val hold one folder per class. Where the weights are for another number
-of classes, the classifier is made anew. Such a dense model has to be fine-tuned before it can be a
-teacher: ``--channels 1.0`` leaves it whole, and what it writes to OUT/pruned/model.safetensors is
+DATA_DIR/train and DATA_DIR/val hold one folder per class. If the weights are for another number of
+classes, the classifier is created anew. Such a dense model must be fine-tuned before it can be a
+teacher: ``--channels 1.0`` keeps all channels, and the result in OUT/pruned/model.safetensors is
 the ``--checkpoint`` of the next run.
 
-The recipe: SGD with Nesterov momentum, a linear warm-up and then half a cosine, step by step;
+The recipe: SGD with Nesterov momentum; a linear warm-up followed by half a cosine, step by step;
 cross-entropy with smoothed labels; no weight decay on vectors, which are biases and the scales and
 shifts of normalisations. With ``--distill ALPHA`` the loss is (1 - ALPHA) times that plus ALPHA
 times T^2 KL(dense || pruned) of the outputs softened by ``--temperature`` T (Hinton et al., 2015).
-With ``--ema DECAY`` a moving average of weights and buffers is what is validated and saved.
+With ``--ema DECAY`` a moving average of weights and buffers is validated and saved.
 
-Under torchrun the first process prunes and the others replay its plan; that all of them hold the
-same weights is checked before the first step. ``--parallel ddp`` copies the model to each process.
-``fsdp`` shards parameters, gradients and the optimizer's state between steps (the model as a
-whole, so that a step sees all of its parameters at once). Running statistics are those of each
-process's own images and are averaged over the processes after each epoch. Every image of the
-validation part counts once, whatever the number of processes, in single precision.
+Under torchrun the first process prunes and the others replay its plan. Before the first step, a
+check makes sure that all of them hold the same weights. ``--parallel ddp`` copies the model to
+each process. ``fsdp`` shards parameters, gradients and the state of the optimizer between steps
+(for the model as a whole, so that a step sees all of its parameters at once). Each process keeps
+running statistics of its own images; they are averaged over the processes after each epoch. Every
+image of the validation part counts once, whatever the number of processes, in single precision.
 
 OUT receives ``last.pt`` after every epoch, whole or not at all, ``metrics.json``, and at the end
-``pruned/``, for fxprune.load. ``--resume`` goes on after the last complete epoch as if nothing had
-happened: on CPUs, to the same bits.
+``pruned/``, for fxprune.load. ``--resume`` continues after the last complete epoch as if the run
+had not been interrupted; on CPUs the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -81,9 +80,9 @@ AUGMENTATIONS: dict[str, Callable[[], nn.Module] | None] = {
     "trivial": v2.TrivialAugmentWide,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# of ImageNet, which torchvision's weights expect
+# mean and deviation of ImageNet, which torchvision's weights expect
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AUXILIARY = 0.3  # weight of the losses of auxiliary classifiers, as GoogLeNet's authors chose it
+AUXILIARY = 0.3  # weight of the losses of auxiliary classifiers, as in the GoogLeNet paper
 FREE = {
     "data_dir",
     "out",
@@ -94,14 +93,14 @@ FREE = {
     "checkpoint",
     "saved",
 }
-"""Options that may differ when a run is resumed: where things lie, and what changes no figure."""
+"""Options that may differ when a run is resumed: paths, and what does not change any figure."""
 
 Figures = dict[str, float]
 Record = dict[str, Any]
 
 
-class Refusal(Exception):  # noqa: N818 - it is said as an error of the command line
-    """What was asked for cannot be done; the text names the way out."""
+class Refusal(Exception):  # noqa: N818 - it is shown as an error of the command line
+    """A request that cannot be met; the text says how to fix it."""
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -109,7 +108,7 @@ class Refusal(Exception):  # noqa: N818 - it is said as an error of the command 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run; alone where torchrun did not start it."""
+    """This process among the processes of the run; the only one if torchrun did not start it."""
 
     rank: int
     size: int
@@ -122,8 +121,9 @@ class World:
         return self.rank == 0
 
     def sums(self, *values: Tensor | float) -> list[float]:
-        """Add up numbers over the processes, in double precision: counts stay exact, and every
-        process gets the same.
+        """Return the sums of numbers over the processes.
+
+        They are added in double precision, so counts stay exact, and every process gets the same.
         """
         total = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
@@ -140,14 +140,14 @@ class World:
                 tensor /= self.size
 
     def gathered(self, value: Any) -> list[Any]:
-        """The value of each process, in their order."""
+        """Return the values of all processes, in their order."""
         found = [value] * self.size
         if self.launched:
             distributed.all_gather_object(found, value)
         return found
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value."""
+        """Return the value of the first process."""
         box = [value]
         if self.launched:
             distributed.broadcast_object_list(box)
@@ -156,7 +156,7 @@ class World:
 
 @contextlib.contextmanager
 def joined(options: argparse.Namespace) -> Iterator[World]:
-    """Meet the other processes that torchrun started, if it did, and part from them at the end."""
+    """Join the process group if torchrun started this process, and leave it at the end."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     device = torch.device(options.device)
     if not launched:
@@ -179,7 +179,7 @@ def joined(options: argparse.Namespace) -> Iterator[World]:
 
 
 def digest(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of a module's state."""
+    """Return the SHA-256 of the names and bytes of a module's state."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -188,8 +188,9 @@ def digest(model: nn.Module) -> str:
 
 
 def check_alike(world: World, pruned: fxprune.Pruned) -> None:
-    """Prove that every process holds the same plan and the same weights: from here on each trains
-    its own copy.
+    """Check that every process holds the same plan and the same weights.
+
+    From here on each process trains its own copy.
     """
     found = world.gathered(
         hashlib.sha256(f"{pruned.plan.to_json()} {digest(pruned.model)}".encode()).hexdigest()
@@ -206,8 +207,9 @@ def check_alike(world: World, pruned: fxprune.Pruned) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """What this process reads. Of ``validation`` the first ``own`` images are its share, the rest
-    fill up the last batch.
+    """The data that this process reads.
+
+    The first ``own`` images of ``validation`` are its share; the rest fill up the last batch.
     """
 
     classes: int
@@ -217,14 +219,14 @@ class Data:
 
 
 def training_transform(size: int, augment: str) -> v2.Compose:
-    """Crop, mirror, augment, normalise."""
+    """Return a transform that crops, mirrors, augments and normalises."""
     more = AUGMENTATIONS[augment]
     steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *([more()] if more else [])]
     return v2.Compose([*steps, *_normalised()])
 
 
 def validation_transform(size: int, resize: int) -> v2.Compose:
-    """Resize the shorter side, crop the centre, normalise."""
+    """Return a transform that resizes the shorter side, crops the centre and normalises."""
     return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), *_normalised()])
 
 
@@ -237,7 +239,7 @@ def _normalised() -> list[nn.Module]:
 
 
 def load_data(options: argparse.Namespace, world: World) -> Data:
-    """Read both folders; each process gets its share of them."""
+    """Read both folders and give each process its share of them."""
     train = _folder(
         options.data_dir, "train", training_transform(options.image_size, options.augment)
     )
@@ -267,8 +269,8 @@ def load_data(options: argparse.Namespace, world: World) -> Data:
             "images: choose less"
         )
     ordered: DistributedSampler = DistributedSampler(validation, shuffle=False, **shares)
-    # The sampler gives each process equally many: those with one image less get another's as their
-    # last.
+    # The sampler gives each process the same number: a process that would have one image less gets
+    # an image of another process as its last one.
     own = len(range(world.rank, len(validation), world.size))
     return Data(
         len(train.classes),
@@ -291,8 +293,10 @@ def _folder(data_dir: Path, part: str, transform: v2.Compose) -> ImageFolder:
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
-    """A torchvision model, without its note that the random weights of two of them will be drawn
-    in another way.
+    """Return a torchvision model.
+
+    For two models torchvision warns that their default random weights will change; that warning is
+    suppressed.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -302,10 +306,11 @@ def build(name: str, **arguments: Any) -> nn.Module:
 
 
 def dense_model(options: argparse.Namespace, classes: int) -> tuple[nn.Module, bool]:
-    """The model that is pruned, in eval mode, and whether it knows these classes: was trained, and
-    kept its classifier.
+    """Return the model to prune, in eval mode, and whether it is trained for these classes.
+
+    It is not if it has random weights or if its classifier had to be replaced.
     """
-    torch.manual_seed(options.seed)  # in every process the same
+    torch.manual_seed(options.seed)  # the same in every process
     fresh = build(options.model, num_classes=classes)
     if options.weights:
         trained = _with_weights(options.model, options.weights)
@@ -343,8 +348,9 @@ def _shapes(module: nn.Module) -> list[torch.Size]:
 
 
 def _class_count(name: str, fresh: nn.Module, classes: int, state: Mapping[str, Tensor]) -> int:
-    """How many classes a state dict is for: tensors whose size is that number show themselves when
-    it changes by one.
+    """Return the number of classes of a state dict.
+
+    The tensors whose size is the number of classes are found by changing that number by one.
     """
     sizes = {key: tensor.shape for key, tensor in fresh.state_dict().items()}
     differing = [key for key in sizes if key in state and state[key].shape != sizes[key]]
@@ -378,8 +384,9 @@ def _load_checkpoint(model: nn.Module, state: Mapping[str, Tensor], path: Path) 
 
 
 def prune_alike(options: argparse.Namespace, dense: nn.Module, world: World) -> fxprune.Pruned:
-    """Read what was saved, or prune in the first process and replay its plan in the others; the
-    same result in each.
+    """Return the same pruned model in every process.
+
+    It is read from a folder, or the first process prunes and the others replay its plan.
     """
     if options.saved:
         try:
@@ -398,7 +405,7 @@ def prune_alike(options: argparse.Namespace, dense: nn.Module, world: World) -> 
         except fxprune.FxpruneError as error:
             sent = "", str(error)
     text, refused = world.from_first(sent)
-    if refused:  # every process ends here, none waits for the first
+    if refused:  # every process stops here, so none waits for the first
         raise Refusal(refused)
     return pruned or fxprune.apply(fxprune.Plan.from_json(text), dense)
 
@@ -416,8 +423,9 @@ def _prune(options: argparse.Namespace, dense: nn.Module) -> fxprune.Pruned:
 
 @dataclass
 class Run:
-    """All that a step needs. ``model`` is what is called: ``plain`` itself, or what distributes
-    it.
+    """Everything that a step needs.
+
+    ``model`` is the one that is called: ``plain`` itself, or a wrapper that distributes it.
     """
 
     options: argparse.Namespace
@@ -437,13 +445,14 @@ class Run:
 
     @property
     def epochs(self) -> list[Record]:
-        """What the epochs that are done have brought."""
+        """The figures of the epochs that are done."""
         return self.metrics["epochs"]
 
     @property
     def judged(self) -> nn.Module:
-        """The model that is validated and saved. Not DDP's wrapper, which would wait for the
-        others at every batch.
+        """The model that is validated and saved.
+
+        It is not DDP's wrapper, which would wait for the other processes at every batch.
         """
         return self.ema.module if self.ema else self.plain
 
@@ -451,9 +460,9 @@ class Run:
 def prepare(
     options: argparse.Namespace, world: World, data: Data, dense: nn.Module, pruned: fxprune.Pruned
 ) -> Run:
-    """Distribute the model, and make what trains it."""
-    # FSDP2 takes contiguous parameters only; a convolution follows the layout of its images all
-    # the same.
+    """Distribute the model, and create everything that trains it."""
+    # FSDP2 only takes contiguous parameters. A convolution follows the layout of its images
+    # anyway.
     layout = torch.contiguous_format if options.parallel == "fsdp" else options.layout
     plain = pruned.model.to(world.device, memory_format=layout)
     ema = (
@@ -494,16 +503,16 @@ def prepare(
 def distribute(
     plain: nn.Module, options: argparse.Namespace, world: World, unused: bool
 ) -> nn.Module:
-    """The model as it is called in training; FSDP2 changes it in place."""
+    """Return the model in the form in which training calls it; FSDP2 changes it in place."""
     if not world.launched:
         return plain
     if options.parallel == "fsdp":
         mesh = distributed.init_device_mesh(world.device.type, (world.size,))
         return fully_shard(plain, mesh=mesh)
-    # Statistics are averaged after each epoch; sending the first process's before every step would
-    # throw the others' away.
+    # Statistics are averaged after each epoch. If those of the first process were sent before
+    # every step, those of the others would be lost.
     known = inspect.signature(DistributedDataParallel).parameters
-    # older versions of PyTorch
+    # the second name is that of older versions of PyTorch
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         plain, gradient_as_bucket_view=True, find_unused_parameters=unused, **{sync: False}
@@ -511,8 +520,9 @@ def distribute(
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[Record]:
-    """Weights decay. Vectors do not: they are biases, and the scales and shifts of
-    normalisations.
+    """Return parameter groups in which weights decay and vectors do not.
+
+    Vectors are biases, and the scales and shifts of normalisations.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -523,8 +533,10 @@ def parameter_groups(model: nn.Module, decay: float) -> list[Record]:
 
 
 def share_of_rate(step: int, warm: int, total: int) -> float:
-    """A linear rise over ``warm`` steps, to 1 at the first step after them, then half a cosine
-    down to almost nothing.
+    """Return the factor of the learning rate at a step.
+
+    It rises linearly over ``warm`` steps, is 1 at the next step, and then falls along half a
+    cosine to nearly 0.
     """
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -532,8 +544,9 @@ def share_of_rate(step: int, warm: int, total: int) -> float:
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL of the softened outputs, times T^2: its gradient then stays as large as that of the
-    labels, whatever T is.
+    """Return the KL divergence of the softened outputs, times T^2.
+
+    With this factor its gradient has the size of the labels' gradient for any T.
     """
     student = F.log_softmax(logits / temperature, dim=1)
     target = F.log_softmax(teacher / temperature, dim=1)
@@ -541,20 +554,19 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _at_least_single(outputs: Tensor) -> Tensor:
-    """In single precision, or in the double precision that the model has."""
+    """Return outputs in single precision, or in double precision if the model has it."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors in what a network gives: the logits first, then those of auxiliary
-    classifiers.
-    """
+    """Return the tensors of a network's output: logits first, then those of auxiliary heads."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-    """What a step lowers. The networks run in mixed precision, the losses in single precision at
-    least.
+    """Return the loss that a step lowers.
+
+    The networks run in mixed precision, the losses in at least single precision.
     """
     options = run.options
     with torch.autocast(
@@ -577,13 +589,13 @@ def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def train_epoch(run: Run, epoch: int) -> float:
-    """One pass over the training part; returns the mean loss over all processes."""
+    """Train on the whole training part once; return the mean loss over all processes."""
     loader, accumulate = run.data.train, run.options.accumulate
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # a DistributedSampler has it
     run.model.train()
     total = torch.zeros((), dtype=torch.float64, device=run.world.device)
     for number, (images, labels) in enumerate(loader):
-        # the last one may be smaller
+        # the last group may be smaller
         group = min(accumulate, len(loader) - number // accumulate * accumulate)
         last = number % accumulate == group - 1
         with sending_gradients(run, last):
@@ -607,7 +619,7 @@ def train_epoch(run: Run, epoch: int) -> float:
 
 
 def to_device(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch, laid out as the networks are to compute."""
+    """Move a batch to the device, in the memory layout of the networks."""
     device = run.world.device
     return images.to(device, non_blocking=True, memory_format=run.options.layout), labels.to(
         device, non_blocking=True
@@ -616,7 +628,7 @@ def to_device(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def sending_gradients(run: Run, now: bool) -> Iterator[None]:
-    """Leave gradients in their process until the last batch of a step."""
+    """Keep gradients in their process until the last batch of a step."""
     if run.world.launched and run.options.parallel == "fsdp":
         run.model.set_requires_gradient_sync(now)  # type: ignore[operator]  # a method of FSDP2's modules
     with (
@@ -628,7 +640,7 @@ def sending_gradients(run: Run, now: bool) -> Iterator[None]:
 
 
 def step(run: Run) -> None:
-    """Move the weights, the rate and the moving average by one step."""
+    """Update the weights, the learning rate and the moving average once."""
     if run.options.clip:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.plain.parameters(), run.options.clip)
@@ -642,18 +654,19 @@ def step(run: Run) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, model: nn.Module) -> Figures:
-    """Top-1 and top-5 in percent over the whole validation part, each image counted once."""
+    """Return top-1 and top-5 in percent over the validation part, each image counted once."""
     model.eval()
     left, several = run.data.own, min(5, run.data.classes)
     first, among, seen = 0, 0, 0
     for images, labels in run.data.validation:
         images, labels = to_device(run, images, labels)
-        # what fills up the last batch is another process's
+        # the images that fill up the last batch belong to another process
         logits = tensors(model(images))[0][:left]
         ranked = logits.topk(several, dim=1).indices == labels[:left, None]
         first, among, seen = first + ranked[:, 0].sum(), among + ranked.sum(), seen + len(logits)
         left -= len(logits)
-    # FSDP2 would keep the whole parameters, and miss that a resumed run exchanges them
+    # without this, FSDP2 would keep the whole parameters, and not notice that a resumed run
+    # replaces them
     if hasattr(model, "reshard"):
         model.reshard()
     right, near, images = run.world.sums(first, among, seen)
@@ -664,8 +677,9 @@ def evaluate(run: Run, model: nn.Module) -> Figures:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, have the disk hold it, then put it in its place: a reader finds the
-    old one or the new one.
+    """Write a new file beside the old one, sync it to disk, and then replace the old one.
+
+    A reader finds either the old or the new file.
     """
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -678,8 +692,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def model_state(run: Run) -> dict[str, Tensor]:
-    """The whole state of the model that is trained; with FSDP2 all processes gather it and the
-    first gets it.
+    """Return the whole state of the model that is trained.
+
+    With FSDP2 all processes take part, and only the first one gets it.
     """
     if run.options.parallel == "fsdp" and run.world.launched:
         return sharded.get_model_state_dict(run.plain, options=_gathering())
@@ -687,7 +702,7 @@ def model_state(run: Run) -> dict[str, Tensor]:
 
 
 def optimizer_state(run: Run) -> dict[str, Any]:
-    """Likewise, of the optimizer."""
+    """Return the whole state of the optimizer, as :func:`model_state` does for the model."""
     if run.options.parallel == "fsdp" and run.world.launched:
         return sharded.get_optimizer_state_dict(run.plain, run.optimizer, options=_gathering())
     return run.optimizer.state_dict()
@@ -698,16 +713,18 @@ def _gathering() -> sharded.StateDictOptions:
 
 
 def random_state(world: World) -> Record:
-    """Of the generators that images, dropout and the order of the data draw from, in this
-    process.
+    """Return the states of this process's random generators.
+
+    Images, dropout and the order of the data draw from them.
     """
     cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def save_last(run: Run) -> None:
-    """Write ``last.pt``: all that the next epoch depends on, as tensors and plain data, so that
-    reading it runs no code.
+    """Write ``last.pt``: everything that the next epoch depends on.
+
+    It holds tensors and plain data only, so that reading it runs no code.
     """
     state = {
         "options": fixed_options(run.options),
@@ -729,7 +746,7 @@ def save_last(run: Run) -> None:
 
 
 def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed run must share."""
+    """Return the options that a resumed run must share."""
     plain = (bool, int, float, str, type(None))
     return {
         name: value
@@ -739,7 +756,7 @@ def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_last(options: argparse.Namespace, world: World) -> Record:
-    """Read ``last.pt``; refuse it if another command wrote it."""
+    """Read ``last.pt``, and refuse it if another command wrote it."""
     path = options.out / "last.pt"
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
@@ -763,8 +780,9 @@ def read_last(options: argparse.Namespace, world: World) -> Record:
 
 
 def pruned_before(last: Record, dense: nn.Module) -> fxprune.Pruned:
-    """The pruned model of the run that is resumed, without its weights; the dense one, too, must
-    be what it was.
+    """Return the pruned model of the run to resume, without its weights.
+
+    The dense model must also be the same as in that run.
     """
     if last["dense"] not in ("", digest(dense)):
         raise Refusal(
@@ -776,7 +794,7 @@ def pruned_before(last: Record, dense: nn.Module) -> fxprune.Pruned:
 
 
 def restore(run: Run, last: Record) -> None:
-    """Put everything where it was after the last complete epoch."""
+    """Restore the state after the last complete epoch."""
     if run.options.parallel == "fsdp" and run.world.launched:
         whole = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_model_state_dict(run.plain, last["model"], options=whole)
@@ -799,9 +817,7 @@ def restore(run: Run, last: Record) -> None:
 
 
 def save_pruned(run: Run) -> None:
-    """Write the final weights, those of the moving average if there is one, for
-    ``fxprune.load``.
-    """
+    """Write the final weights, or their moving average if there is one, for ``fxprune.load``."""
     state = run.judged.state_dict() if run.ema else model_state(run)
     if run.world.first:
         result = fxprune.apply(run.pruned.plan, run.dense)
@@ -822,7 +838,7 @@ def save_metrics(run: Run) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All options."""
+    """Return the parser with all options."""
     made = argparse.ArgumentParser(
         prog="finetune.py",
         # torchrun shows it once per process
@@ -1039,7 +1055,7 @@ def _at_least_0(text: str) -> float:
 
 
 def _cores() -> int:
-    """Readers for each process: its part of the cores, at most 8."""
+    """Return the number of data readers per process: its share of the cores, at most 8."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -1047,8 +1063,9 @@ def _cores() -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be meant, and fill in what follows from other options; nothing is read
-    yet but names.
+    """Refuse impossible options, and set those that follow from others.
+
+    Nothing is read yet except names.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if options.model not in known:
@@ -1089,7 +1106,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _check_sources(options: argparse.Namespace) -> None:
-    """What is pruned, and with which weights."""
+    """Check the options that say what is pruned and with which weights."""
     budgets = [f"--{name}" for name in ("macs", "params", "channels") if getattr(options, name)]
     if not options.saved and not budgets:
         raise Refusal(
@@ -1124,7 +1141,7 @@ def _check_out(options: argparse.Namespace) -> None:
 
 
 def command_line(arguments: Sequence[str], world: World) -> str:
-    """The command that was given."""
+    """Return the command that was given."""
     launcher = f"torchrun --nproc-per-node {world.size}" if world.launched else "python"
     return f"{launcher} examples/finetune.py {shlex.join(arguments)}"
 
@@ -1133,8 +1150,9 @@ def command_line(arguments: Sequence[str], world: World) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> Record:
-    """Read the command line, prune, train, write; returns what ``metrics.json`` holds, in every
-    process.
+    """Read the command line, prune, train and write the results.
+
+    Return the content of ``metrics.json``, in every process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     made = parser()
@@ -1150,7 +1168,7 @@ def main(arguments: Sequence[str] | None = None) -> Record:
 
 
 def started(options: argparse.Namespace, world: World, arguments: Sequence[str]) -> Run:
-    """All that comes before the first step, or before the step at which an earlier run ended."""
+    """Return the run, ready for its first step or for the step at which it resumes."""
     if world.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     data = load_data(options, world)
@@ -1180,7 +1198,7 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
     run.metrics["dense"] = evaluate(run, run.dense) if knowing else None
     run.metrics["pruned"] = evaluate(run, run.plain)
     if not run.teacher:
-        run.dense.cpu()  # needed again only when the result is saved
+        run.dense.cpu()  # not needed again until the result is saved
     if world.first:
         print(
             f"dense: {_said(run.metrics['dense'])}; pruned, before training: "
@@ -1191,7 +1209,7 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
 
 
 def machine(world: World) -> Record:
-    """What the figures of a run may depend on, beside its options."""
+    """Return what the figures of a run may depend on, apart from its options."""
     device = (
         torch.cuda.get_device_name()
         if world.device.type == "cuda"
@@ -1204,7 +1222,7 @@ def machine(world: World) -> Record:
 
 
 def described(run: Run, arguments: Sequence[str]) -> Record:
-    """What is known before the first epoch."""
+    """Return what is known before the first epoch."""
     report = run.pruned.report
     return {
         "command": command_line(arguments, run.world),
@@ -1221,11 +1239,11 @@ def described(run: Run, arguments: Sequence[str]) -> Record:
 
 
 def train(run: Run) -> None:
-    """The epochs that are left, each with its checkpoint; the result after the last one."""
+    """Run the remaining epochs, each with a checkpoint; write the result after the last one."""
     options, world = run.options, run.world
     if world.first:
         options.out.mkdir(parents=True, exist_ok=True)
-    if options.amp == "fp16":  # a step that overflows is left out, the schedule goes on
+    if options.amp == "fp16":  # a step that overflows is skipped, but the schedule continues
         warnings.filterwarnings(
             "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before"
         )
@@ -1245,7 +1263,7 @@ def train(run: Run) -> None:
 
 
 def one_epoch(run: Run, epoch: int) -> Record:
-    """Train, then validate what would be saved."""
+    """Train, then validate the model that would be saved."""
     start, rate = time.perf_counter(), run.schedule.get_last_lr()[0]
     loss = train_epoch(run, epoch)
     if not math.isfinite(loss):

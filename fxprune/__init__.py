@@ -1,4 +1,9 @@
-"""fxprune: a compiled-graph structured pruner for PyTorch."""
+"""Structured pruning of PyTorch models that torch.fx can trace.
+
+:func:`prune` removes the least important channels of a model and returns a smaller model.
+:func:`analyze` shows which channels are coupled, :func:`verify` proves a result, :func:`apply`
+replays a plan, and :func:`load` reads a saved result.
+"""
 
 from fxprune import criteria
 from fxprune.api import analyze, apply, compensate, load, prune, verify

@@ -1,6 +1,4 @@
-"""The ``fxprune`` command, and ``python -m fxprune``: the command line, or what to install where
-its packages are missing.
-"""
+"""The entry point of the ``fxprune`` command and of ``python -m fxprune``."""
 
 from __future__ import annotations
 
@@ -10,14 +8,16 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; without the packages of the extra ``cli``, say so and end with status
-    2.
+    """Run the command line.
+
+    Where a package of the extra ``cli`` is not installed, print how to install it and exit with
+    status 2.
     """
     try:
         from fxprune.cli import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing == "fxprune":  # a module of the package itself: no extra brings it
+        if missing == "fxprune":  # a module of fxprune itself, which no extra installs
             raise
         print(
             f'error: the command line needs {missing}: pip install "fxprune[cli]".',

@@ -1,4 +1,9 @@
-"""What users call: :func:`prune`, :func:`analyze`, :func:`apply`, :func:`verify`, :func:`load`."""
+"""The main functions of fxprune.
+
+:func:`analyze` shows which channels are coupled. :func:`prune` removes channels,
+:func:`compensate` corrects the weights that stay, and :func:`verify` proves the result.
+:func:`apply` replays a plan, and :func:`load` reads a saved result.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +28,21 @@ from fxprune.inputs import ExampleInputs, read
 from fxprune.latency import Setting
 from fxprune.options import (
     Kept,
-    budget_of,
+    build_model,
     check_plan,
     check_pruned,
     kept_parameters,
-    model_of,
-    of_whole_heads,
-    setting_of,
+    latency_setting,
+    read_budget,
+    whole_head_tensors,
 )
-from fxprune.pipeline import (
-    apply_stage,
-    proofs,
-    prove,
-    replay,
-    smaller_model,
-    stages_of,
-)
-from fxprune.result.plan import (
-    Plan,
-)
+from fxprune.pipeline import Task, apply_stage, carry_out, proofs, replay, stages_of
+from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import load_tensors, read_pruned
 from fxprune.result.warnings import warn_of_evaluation, warn_of_little
 from fxprune.rewrite import Survivors
+from fxprune.select.budget import Budget
 from fxprune.training.compensation import Compensation, fold_constants, reconstruct
 from fxprune.verification import Verification
 
@@ -60,24 +57,41 @@ def analyze(
     keep: Kept = (),
     units: str | Mapping[str, str] = "dims",
 ) -> Coupling:
-    """Find which channels are coupled, without changing or even reading a weight.
+    """Find which channels of a model are coupled.
+
+    The model is not changed. If it cannot be traced as one graph, its Python code runs on a copy.
 
     Parameters
     ----------
     model:
-        Any module; it is not run and not changed.
+        The model to analyse.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, flags,
-        text and None may stand beside the tensors, and are constants of the call. Of tensors only
-        shapes and dtypes matter, unless the model's Python reads values.
+        The arguments with which the model is called: a tensor, a tuple of positional arguments or
+        a dict of keyword arguments. It may also hold numbers, flags, text and None; they are
+        treated as constants. Only shapes and dtypes of the tensors matter, unless the model's
+        Python code reads their values.
     keep:
-        What must not be pruned: a module name, a glob, a module object, or several of these.
+        The modules that must not be pruned: a module name, a glob, a module object, or a list of
+        these.
     units:
-        What a unit of an attention is, see :func:`prune`.
+        ``"dims"`` or ``"heads"``: what a unit of an attention layer is (see :func:`prune`).
+
+    Returns
+    -------
+    Coupling
+        The groups of units that can be pruned (``groups``), and the axes that cannot, with the
+        reasons (``pinned``). ``print`` shows both.
 
     Raises
     ------
-    ModelError, InputError, ArgumentError, TraceError
+    ArgumentError
+        If ``keep`` or ``units`` is not valid, or names a module that does not exist.
+    InputError
+        If the example inputs do not fit the model.
+    ModelError
+        If this model can never be pruned.
+    TraceError
+        If the model's Python code cannot be followed.
 
     Examples
     --------
@@ -87,7 +101,7 @@ def analyze(
     """
     model = plain(model)
     check_model(model)
-    terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
+    terms = _terms(model, keep, units)
     return label_and_couple(model, read(example_inputs), terms)
 
 
@@ -110,75 +124,100 @@ def prune(
     min_channels: int = 1,
     verify: bool | None = None,
 ) -> Pruned:
-    """Remove the least important channels of every group and return the smaller model.
+    """Remove the least important channels of a model and return the smaller model.
+
+    At least one of ``channels``, ``macs``, ``params``, ``latency`` and ``layers`` must be given.
+    If several are given, the result meets all of them.
 
     Parameters
     ----------
     model:
-        Any module that can be traced; it is left exactly as it is. A model that was pruned before
-        can be pruned again: shares are then of what it has now, and the plan leads from the
-        original architecture to the new one, through the plans before it.
+        The model to prune. It is not changed. A pruned model can be pruned again: shares then
+        refer to its current size, and the new plan contains the earlier plans, so that it replays
+        on the original model.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments of the model's
-        ``forward``; numbers, flags, text and None may stand beside the tensors, and are constants
-        of the call. Of tensors only shapes and dtypes matter, unless the model's Python reads
-        values.
+        The arguments with which the model is called: a tensor, a tuple of positional arguments or
+        a dict of keyword arguments. It may also hold numbers, flags, text and None; they are
+        treated as constants. Only shapes and dtypes of the tensors matter, unless the model's
+        Python code reads their values.
     channels:
-        The share of units to keep, in (0, 1]: by each group, or with ``scope="global"`` by all
-        groups together, the least important of the whole network going first. 1.0 returns an equal
-        model.
+        The share of units to keep, in (0, 1]. With ``scope="group"`` every group keeps this share.
+        With ``scope="global"`` the share counts all units of the network together, and the least
+        important ones go first. 1.0 returns a model of the same size.
     macs, params:
         The share of multiply-accumulates, or of parameters, to keep, in (0, 1]. The least
-        important units of the whole network go, one by one, until it holds; giving the last one
-        back would break it (``round_to`` aside). Of several budgets all hold.
+        important units of the whole network are removed one by one until the budget holds. No more
+        are removed than needed, apart from ``round_to``.
     latency:
-        The share of the time of one call to keep, in (0, 1], of the whole model in its inference
-        form (:func:`deploy`), for the example's batch. What the model's layers take is measured at
-        several widths (and kept on disk), CPMC counts nanoseconds in the place of
-        multiply-accumulates, and widths land where the device has its steps. The result is
-        measured next to the dense model; the report shows the forecast and the measured time.
+        The share of the time of one call to keep, in (0, 1]. It counts the whole model in its
+        inference form (:func:`deploy`), with the batch of the example. fxprune measures the layers
+        of the model at several widths and keeps the times on disk. CPMC then counts nanoseconds
+        instead of multiply-accumulates, and prefers widths at which the device is fast. At the end
+        the result is measured beside the dense model; the report shows both times and the
+        forecast.
     device:
-        Where the latency is that counts: ``"cuda"``, ``"cpu"``, or a
-        :class:`~fxprune.latency.Setting`, which also says precision, mode, layout and batch;
-        default: the GPU where there is one.
+        The device on which ``latency`` is measured: ``"cuda"``, ``"cpu"``, or a
+        :class:`~fxprune.latency.Setting`, which also sets precision, mode, layout and batch. The
+        default is the GPU, if there is one.
     scope:
-        What ``channels`` counts: ``"group"`` or ``"global"``.
+        ``"group"`` or ``"global"``: which units ``channels`` counts.
     layers:
-        Glob of module names -> share of units that these layers keep, whatever the budgets ask
-        for: ``{"layer4.*": 0.3}``. Layers that are coupled keep the same; the last glob that
-        matches counts.
+        The share of units that single layers keep, whatever the budgets ask for, as a dict from
+        globs of module names to shares: ``{"layer4.*": 0.3}``. Coupled layers keep the same share.
+        If several globs match a layer, the last one counts.
     criterion:
         How important a unit is: a name (``"cpmc"``, ``"l1"``, ``"l2"``, ``"bn_scale"``,
-        ``"lamp"``, ``"fpgm"``, ``"random"``), an object of :mod:`fxprune.criteria`
-        (:class:`~fxprune.criteria.Taylor` and others read data), or a function from a
-        :class:`~fxprune.criteria.UnitView` to one score per unit.
+        ``"lamp"``, ``"fpgm"``, ``"random"``), an object of :mod:`fxprune.criteria` (some of them,
+        such as :class:`~fxprune.criteria.Taylor`, read data), or a function that takes a
+        :class:`~fxprune.criteria.UnitView` and returns one score per unit.
     keep:
-        What must not be pruned: a module name, a glob, a module object, or several of these. Their
-        parameters keep their shapes.
+        The modules that must not be pruned: a module name, a glob, a module object, or a list of
+        these. Their parameters keep their shapes.
     units:
-        What a unit of an attention is: ``"dims"``, one of the dimensions of its heads, every head
-        losing equally many; ``"heads"``, a whole head (with the key's and value's, all query heads
-        that share them). Or glob of module names -> either of the two; the last that matches
-        counts.
+        What a unit of an attention layer is. ``"dims"``: one dimension of a head; every head loses
+        the same number. ``"heads"``: a whole head; if several query heads share a key and a value,
+        they are removed together with these. A dict from globs of module names to either value
+        sets this per module; the last glob that matches counts.
     round_to:
-        Groups keep a multiple of this many units, where they have as many.
+        Every group keeps a multiple of this many units, if it has at least as many.
     min_channels:
-        Groups keep at least this many units, where they have as many.
+        Every group keeps at least this many units, if it has as many.
     verify:
-        Prove the result against the masked original at once (see :func:`verify`); the report then
-        shows the error, and one above 1e-6 is raised. By default that is done where a rule of your
-        own took part (:func:`register_rule`).
+        Whether to prove the result against the masked original (see :func:`verify`). The report
+        then shows the error, and an error above 1e-6 raises a :class:`VerificationError`. By
+        default, the result is proved if it depends on one of your own rules
+        (:func:`register_rule`).
+
+    Returns
+    -------
+    Pruned
+        The smaller model (``model``), what survives (``plan``) and what changed (``report``).
 
     Warns
     -----
     FxpruneWarning
-        If channels were to go and none, or nearly none, could; or if the pruned model computes in
-        training what it computes in evaluation, because training cannot be followed.
+        If channels should be removed but none, or nearly none, could be. Also if the model's
+        training mode cannot be followed: the pruned model then computes the same in training as in
+        evaluation.
 
     Raises
     ------
-    ArgumentError, BudgetError, InputError, ModelError, TraceError, RewriteError, VerificationError
-        All of them are :class:`FxpruneError`.
+    ArgumentError
+        If an argument is not valid.
+    BudgetError
+        If even the smallest possible model is above the budget.
+    InputError
+        If the example inputs do not fit the model.
+    ModelError
+        If this model can never be pruned.
+    TraceError
+        If the model's Python code cannot be followed.
+    RewriteError
+        If the smaller model cannot be emitted.
+    CallbackError
+        If a criterion of your own, or its data loader, raises an error.
+    VerificationError
+        If the result was to be proved and is wrong.
 
     Examples
     --------
@@ -187,40 +226,63 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    budget = budget_of(channels, macs, params, latency, scope, layers, round_to, min_channels)
-    setting = setting_of(device, budget, example_inputs)
+    budget = read_budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
+    setting = latency_setting(device, budget, example_inputs)
     verify = None if verify is None else switch("verify", verify)
-    clock = Clock()
-    with clock("check"):
-        model = plain(model)
-        check_model(model)
-        example = read(example_inputs)
-        terms = Terms(kept_parameters(model, keep), (), of_whole_heads(model, units))
-    pruned, coupling, survivors = smaller_model(
-        model, example, example_inputs, terms, criterion, budget, setting, clock
-    )
-    trusted = sorted(coupling.context.found.trusted)
-    if verify or (verify is None and trusted):
-        with clock("verify"):
-            found = prove(model, pruned, coupling, survivors, example_inputs, trusted)
-        report = replace(pruned.report, error=found, seconds=dict(clock.seconds))
-        pruned = replace(pruned, report=report)
+    task = _task(model, example_inputs, keep, units, criterion, budget, setting)
+    pruned, coupling = carry_out(task, verify)
     warn_of_evaluation(coupling, stacklevel=3)
     warn_of_little(pruned.report, coupling, budget, stacklevel=3)
     return pruned
 
 
+def _task(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    keep: Kept,
+    units: str | Mapping[str, str],
+    criterion: Criterion,
+    budget: Budget,
+    setting: Setting | None,
+) -> Task:
+    """Check the model and its arguments, and return everything that pruning needs."""
+    clock = Clock()
+    with clock("check"):
+        model = plain(model)
+        check_model(model)
+        example = read(example_inputs)
+        terms = _terms(model, keep, units)
+    return Task(model, example, example_inputs, terms, criterion, budget, setting, clock)
+
+
+def _terms(model: nn.Module, keep: Kept, units: str | Mapping[str, str]) -> Terms:
+    """Return what the analysis of a model must leave alone."""
+    return Terms(keep=kept_parameters(model, keep), heads=whole_head_tensors(model, units))
+
+
 @public
 def apply(plan: Plan, model: nn.Module) -> Pruned:
-    """Replay a plan on a model of the architecture it was made for.
+    """Replay a plan on a model of the architecture that it was made for.
 
-    A plan of a model that was pruned several times takes the original architecture, or that of any
-    of its stages; the report then goes from there to the last stage.
+    Parameters
+    ----------
+    plan:
+        The plan of an earlier :func:`prune`.
+    model:
+        A model of the same architecture; its weights may differ. It is not changed. If the plan
+        comes from a model that was pruned several times, this is the original architecture, or the
+        result of any earlier stage.
+
+    Returns
+    -------
+    Pruned
+        The smaller model, its plan and its report. The report compares ``model`` with the last
+        stage.
 
     Raises
     ------
     PlanError
-        If the model's architecture is another one.
+        If the plan is damaged, or the model has another architecture.
 
     Examples
     --------
@@ -250,34 +312,39 @@ def load(
     *,
     device: torch.device | str | None = None,
 ) -> Pruned:
-    """Rebuild what :meth:`Pruned.save` wrote: build the original architecture, replay the plan,
-    read the weights.
+    """Read a pruned model from a folder that :meth:`Pruned.save` wrote.
 
-    Nothing is unpickled, and no code comes from the folder.
+    The original architecture is built, the plan is replayed on it, and the saved weights are read
+    into the result. Nothing is unpickled, and no code comes from the folder.
 
     Parameters
     ----------
     folder:
-        What :meth:`Pruned.save`, or ``fxprune prune -o``, wrote.
+        The folder that :meth:`Pruned.save` or ``fxprune prune -o`` wrote.
     model_factory:
-        A function without arguments that builds the architecture which was pruned first, or such a
-        model; it is not changed. ``train()`` or ``eval()`` is as in what it builds.
+        A function without arguments that builds the original model, from before the first pruning;
+        or such a model, which is not changed. The result is in training or evaluation mode as this
+        model is.
     device:
-        Where the model goes; default: where the factory builds it.
+        The device for the loaded model. By default it stays where the factory builds it.
 
     Returns
     -------
-    Model, plan and report as they were saved. Dtypes are those of the saved tensors.
+    Pruned
+        The model, the plan and the report as they were saved. Tensors have the dtypes in which
+        they were saved.
 
     Raises
     ------
     PlanError
-        If the folder is damaged (a file is missing, was cut short or changed), or of another
+        If the folder is damaged (a file is missing, cut short or changed), or was made for another
         architecture.
     ArgumentError
-        If there is no such folder, or no such device.
+        If the folder or the device does not exist.
     ModelError
         If the factory does not build a module.
+    CallbackError
+        If the factory raises an error.
 
     Examples
     --------
@@ -292,13 +359,13 @@ def load(
     True
     """
     plan, weights, report = read_pruned(folder)
-    pruned = apply(plan, model_of(model_factory))
+    pruned = apply(plan, build_model(model_factory))
     load_tensors(pruned.model, weights)
     if device is not None:
         try:
             pruned.model.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:
-            # torch raises any of them where there is no such device
+            # torch raises any of these if there is no such device
             raise ArgumentError(f"device={device!r} cannot be used: {error}") from error
     return replace(pruned, report=report)
 
@@ -314,47 +381,54 @@ def verify(
     seed: int = 0,
     numeric: bool = True,
 ) -> Verification:
-    """Prove that a pruned model computes what the original computes with the removed channels set
-    to zero.
+    """Prove that a pruned model computes what the original computes with removed channels at zero.
 
-    A model that was pruned several times can be held against the original, or against the model of
-    any of its stages.
+    There are two checks. First, the graph is emitted again with labels: every surviving element
+    must carry its old label, and two labels that were separate must not meet. Second, both models
+    run in ``dtype`` and their outputs are compared. The original runs as its own code, hooks
+    included. Both runs draw the same random numbers.
 
-    Two checks: the emitted graph is labelled again, each surviving element with its old label, and
-    no two labels that were apart may meet; and both models run, in ``dtype``, and their outputs
-    are compared. The original runs as its own code, hooks included. Compared are the outputs for
-    the example; in training mode, with dropout off; for another batch and other sizes, where the
-    original takes them; which parameters get a gradient; and shapes and dtypes on the example as
-    it is. Both runs draw the same random numbers. A model with an operation that has no float64 is
-    proved in float32.
+    The second check compares the outputs for the example, for another batch, for other sizes that
+    the original accepts, and in training mode without dropout. It also compares which parameters
+    get a gradient, and the shapes and dtypes of the outputs for the unchanged example. A model
+    with an operation that does not support float64 is compared in float32.
 
     Parameters
     ----------
+    model:
+        The original model. If the pruned model was pruned several times, this may also be the
+        result of any earlier stage.
+    pruned:
+        The result of :func:`prune`, :func:`apply` or :func:`load`.
     example_inputs:
-        As in :func:`prune`; whole numbers stay as they are, others unless ``randomize``. Without
-        them, the shapes of the plan.
+        The arguments of the model, as for :func:`prune`. With ``randomize`` only their integer and
+        boolean tensors are used as they are. By default the inputs that the plan holds are used.
+    dtype:
+        The floating-point type in which both models run.
     randomize:
-        Draw all parameters, buffers and inputs at random (variances positive), so that no zero in
-        a fresh model hides an error, and a model that was trained since can be proved, too:
-        ``left_out`` says then that its own weights are others. False: the models' own, of which
-        also those count that no output shows.
+        If True, draw all parameters, buffers and floating-point inputs at random (variances are
+        positive). Zeros in a fresh model then cannot hide an error, and a model that was trained
+        after pruning can be proved too; ``left_out`` says that its own weights differ. If False,
+        use the models' own values, and also compare the weights that no output depends on.
     seed:
-        For these draws.
+        The seed for the random values.
     numeric:
-        False: the first check only.
+        If False, only the first check is made.
 
     Returns
     -------
-    ``error`` is ``||out - reference|| / ||reference||`` over all outputs, the largest one;
-    ``compared`` and ``left_out`` say what was compared, and what could not be and why.
+    Verification
+        ``error`` is the relative error ``||out - reference|| / ||reference||``, the largest over
+        all outputs and situations. ``compared`` lists the situations that were compared,
+        ``left_out`` those that could not be, with the reasons.
 
     Raises
     ------
     VerificationError
-        If the structures differ; if nothing can be compared (there is no tensor, or none that is
-        finite, or the original fails); if the pruned model fails where the original runs; or if
-        anything but the values for the example's sizes differs: how far these differ is the error
-        that is returned.
+        If the structures differ; if nothing can be compared, because no output is a finite tensor
+        or the original itself fails; if the pruned model fails where the original runs; or if the
+        models differ in any situation other than the example's sizes. For the example's sizes the
+        error is returned, not raised.
 
     Examples
     --------
@@ -363,12 +437,8 @@ def verify(
     >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
     True
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ArgumentError(
-            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
-        )
     options: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": _checked_dtype(dtype),
         "randomize": switch("randomize", randomize),
         "seed": whole("seed", seed, 0) % 2**63,
         "numeric": switch("numeric", numeric),
@@ -377,9 +447,18 @@ def verify(
     model = plain(model)
     check_model(model)
     if example_inputs is not None:
-        read(example_inputs)  # refuses what is no example
+        read(example_inputs)  # raises InputError if they are not valid
     found = proofs(pruned.plan, model, pruned.model, example_inputs, **options)
     return max(found, key=lambda verification: verification.error)
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype:
+    """Return ``dtype``, or raise an ArgumentError if it is not a floating-point type."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(
+            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
+        )
+    return dtype
 
 
 @public
@@ -391,33 +470,39 @@ def compensate(
     method: str = "constants",
     ridge: float = 1e-4,
 ) -> Compensation:
-    """Put what the removed channels gave to the next layers into the weights that stay, before any
-    fine-tuning.
+    """Correct the weights that stay for the removed channels, before any fine-tuning.
+
+    Removed channels no longer contribute to the next layers. This function measures that
+    contribution on data and adds it to the biases or weights of those layers.
 
     Parameters
     ----------
     model:
-        The model that was pruned, with its weights; it is left as it is.
+        The model that was pruned, with its weights. It is not changed.
     pruned:
-        What :func:`prune` gave; its model is changed in place.
+        The result of :func:`prune`. Its model is changed in place.
     loader:
-        Calibration data: batches ``(inputs, ...)``. No targets are read.
+        Calibration data: an iterable of batches ``(inputs, ...)``. Targets are not read.
     method:
-        ``"constants"`` adds the mean of what is gone to the next layers' biases (or subtracts it
-        from the running mean of the batch normalisation behind them); ``"least_squares"`` refits
-        each next layer on the channels that it still reads.
+        ``"constants"`` adds the mean of the missing contribution to the bias of the next layer. If
+        that layer has no bias, it is subtracted from the running mean of the batch normalisation
+        that follows. ``"least_squares"`` refits each next layer on the channels that it still
+        reads.
     ridge:
-        For least squares: how strongly weights are held where the data says nothing, as a share of
-        the inputs' mean square.
+        The strength of the regularisation for least squares, as a share of the mean square of the
+        inputs. It keeps weights where they are in directions that the data does not show.
 
     Returns
     -------
-    Which modules took something over, and which could not.
+    Compensation
+        The names of the modules that were corrected (``changed``), and of those that read removed
+        channels but could not be corrected (``left``).
 
     Raises
     ------
     ArgumentError
-        If there is no such method, or no data, or the model is not the one that was pruned last.
+        If the method or ``ridge`` is not valid, if there is no data, or if ``model`` is not the
+        model before the last pruning.
 
     Examples
     --------
@@ -428,23 +513,40 @@ def compensate(
     """
     if not isinstance(method, str) or method not in ("constants", "least_squares"):
         raise ArgumentError(f"method={shown(method)} is neither 'constants' nor 'least_squares'.")
+    damping = _checked_ridge(ridge)
+    check_pruned(pruned, "compensate")
+    model = plain(model)
+    check_model(model)
+    check_loader(loader)
+    coupling, kept, _ = replay(_last_stage(pruned.plan, model), model)
+    survivors = Survivors(coupling, kept)
+    if method == "constants":
+        return fold_constants(coupling, survivors, model, pruned.model, loader)
+    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
+
+
+def _checked_ridge(ridge: Any) -> float:
+    """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
     damping = number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
         raise ArgumentError(
             f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
         )
-    check_pruned(pruned, "compensate")
-    model = plain(model)
-    check_model(model)
-    check_loader(loader)
-    stages = stages_of(pruned.plan, model)
+    return damping
+
+
+def _last_stage(plan: Plan, model: nn.Module) -> Plan:
+    """Return the only stage that leads from this model to the end of the plan.
+
+    Raises
+    ------
+    ArgumentError
+        If there are several, because the model was pruned more than once since.
+    """
+    stages = stages_of(plan, model)
     if len(stages) > 1:
         raise ArgumentError(
             "compensate takes the model that was pruned last: call it after each prune, with the "
             "model before it."
         )
-    coupling, kept, _ = replay(stages[0], model)
-    survivors = Survivors(coupling, kept)
-    if method == "constants":
-        return fold_constants(coupling, survivors, model, pruned.model, loader)
-    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
+    return stages[0]

@@ -1,10 +1,10 @@
-"""What a module costs: multiply-accumulates and parameters, read off shapes alone.
+"""The cost of a module: multiply-accumulates and parameters, computed from shapes alone.
 
-The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory, so that the
-cost of any model at any resolution is had without allocating an activation and without touching a
-weight. What one operation costs is a pure function of its arguments' shapes
-(:mod:`fxprune.ops.macs`). What ran without a formula is reported by name in
-:attr:`Cost.uncounted`, so that nothing is missed silently.
+The forward pass runs on *meta* tensors, which have a shape and a dtype but no memory. So the cost
+of any model at any resolution is found without allocating activations or reading weights. The cost
+of one operation depends only on the shapes of its arguments (:mod:`fxprune.ops.macs`). An
+operation without a formula is listed in :attr:`Cost.uncounted`, so that nothing is missed
+silently.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ __all__ = ["Cost", "MacCounter", "cost_of", "count_parameters"]
 @public
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass costs.
+    """The cost of one forward pass.
 
-    Attributes:
-        macs: multiply-accumulates of the whole batch that was passed in (divide by the batch size
-            for one sample's).
-        params: elements of all parameters, a tied parameter counted once. Buffers are not
-            parameters.
-        uncounted: operations without a MAC formula and how often they ran, elementwise and view
-            operations left out.
+    Attributes
+    ----------
+    macs:
+        Multiply-accumulates of the whole batch; divide by the batch size for those of one sample.
+    params:
+        The number of elements of all parameters, tied parameters counted once. Buffers are not
+        parameters.
+    uncounted:
+        Operations without a MAC formula and how often they ran. Elementwise and view operations,
+        and those that only make tensors, are left out.
     """
 
     macs: int
@@ -55,12 +58,13 @@ class Cost:
 
 @public
 def count_parameters(module: nn.Module) -> int:
-    """Number of elements in all parameters of ``module``, a tied parameter counted once.
+    """Return the number of elements of all parameters, tied parameters counted once.
 
-    Example:
-        >>> from torch import nn
-        >>> count_parameters(nn.Linear(4, 8))
-        40
+    Examples
+    --------
+    >>> from torch import nn
+    >>> count_parameters(nn.Linear(4, 8))
+    40
     """
     check_structure(module)
     return sum(parameter.numel() for parameter in module.parameters())
@@ -68,49 +72,53 @@ def count_parameters(module: nn.Module) -> int:
 
 @public
 def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
-    """MACs and parameters of ``module`` on ``example_inputs``, without allocating activations.
+    """Return the MACs and parameters of a module without allocating activations.
 
-    Args:
-        module: any module that runs on tensors whose values are not known. It runs in the mode
-        that it is in
-            (``train`` or ``eval``), with its forward hooks; its parameters and buffers are read
-            for their shapes and never written.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
-        tensors may be
-            nested inside.
+    Parameters
+    ----------
+    module:
+        A module that can run on tensors without values. It runs in its current mode (``train`` or
+        ``eval``), with its forward hooks. Only the shapes of its parameters and buffers are read,
+        and nothing is changed.
+    example_inputs:
+        A tensor, a tuple of positional arguments, or a dict of keyword arguments. Tensors may be
+        nested inside.
 
-    Returns:
+    Returns
+    -------
+    Cost
         The cost of one forward pass over the whole batch.
 
-    Raises:
-        ModelError, InputError: if it is no module, or there is no example.
-        CallbackError: if the module raises something, as it does where the control flow depends on
-            values (a detector's non-maximum suppression).
+    Raises
+    ------
+    ModelError
+        If it is not a module that can be called.
+    InputError
+        If the example inputs hold no tensor.
+    CallbackError
+        If the module raises an error, for example because its control flow depends on values (as
+        the non-maximum suppression of a detector does).
 
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(),
-        ...     nn.Linear(8 * 16 * 16, 10))
-        >>> found = cost_of(model, torch.randn(1, 3, 16, 16))
-        >>> found.macs == 8 * 3 * 3 * 3 * 16 * 16 + 8 * 16 * 16 * 10
-        True
-        >>> print(found)
-        75,776 MACs, 20,706 parameters
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(),
+    ...     nn.Linear(8 * 16 * 16, 10))
+    >>> found = cost_of(model, torch.randn(1, 3, 16, 16))
+    >>> found.macs == 8 * 3 * 3 * 3 * 16 * 16 + 8 * 16 * 16 * 10
+    True
+    >>> print(found)
+    75,776 MACs, 20,706 parameters
     """
     module = plain(module)
     check_structure(module)
     args, kwargs = read(example_inputs)
-    # One meta tensor per distinct tensor, so that tied weights stay tied. functional_call swaps
-    # the module's own tensors out for the call and back, also when the forward pass raises.
-    metas: IdentityMap[Tensor, Tensor] = IdentityMap()
-    state = {
-        name: metas.setdefault(tensor, _to_meta(tensor)) for name, tensor in _module_state(module)
-    }
-    args, kwargs = _meta_tree(args), _meta_tree(kwargs)
+    args, kwargs, state = _meta_tree(args), _meta_tree(kwargs), _meta_state(module)
     counter = _ShapeCounter()
     running = calling(f"the {type(module).__name__}, run on tensors without data,")
-    with running, _remembering_nothing(module), torch.inference_mode(), counter:
+    # functional_call puts the module's own tensors back, even if forward raises an error
+    with running, _attributes_restored(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
     return Cost(
         macs=counter.macs,
@@ -120,11 +128,13 @@ def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
 
 
 @contextlib.contextmanager
-def _remembering_nothing(module: nn.Module) -> Iterator[None]:
-    """What forward remembers on its modules (a detector its anchors) has no data here: it must not
-    meet the next real call.
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes and buffers of all modules afterwards.
+
+    Forward may store tensors on its modules (a detector stores its anchors). Here they have no
+    data, and the next real call must not find them.
     """
-    stores = [store for own in module.modules() for store in (vars(own), own._buffers)]
+    stores = [store for below in module.modules() for store in (vars(below), below._buffers)]
     before = [dict(store) for store in stores]
     try:
         yield
@@ -135,19 +145,20 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
 
 
 class MacCounter(DispatchMode):
-    """Adds up the multiply-accumulates of everything that runs while it is entered.
+    """A mode that counts the multiply-accumulates of everything that runs inside it.
 
-    Under ``torch.inference_mode()`` it sees the operations that the code calls; without, the
-    kernels that torch chose for them. Both are counted, and what has no formula is in
-    ``uncounted``.
+    Under ``torch.inference_mode()`` it sees the operations that the code calls. Otherwise it sees
+    the kernels that torch chose for them. Both are counted. Operations without a formula are
+    listed in ``uncounted``.
 
-    Example:
-        >>> import torch
-        >>> q = torch.randn(2, 4, 6, 8)  # 4 heads, 6 tokens
-        >>> with MacCounter() as counter:
-        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        >>> counter.macs == 2 * 4 * 6 * 6 * (8 + 8)
-        True
+    Examples
+    --------
+    >>> import torch
+    >>> q = torch.randn(2, 4, 6, 8)  # 4 heads, 6 tokens
+    >>> with MacCounter() as counter:
+    ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    >>> counter.macs == 2 * 4 * 6 * 6 * (8 + 8)
+    True
     """
 
     def __init__(self) -> None:
@@ -158,7 +169,7 @@ class MacCounter(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not has_formula(func) and not self.runs_whole(func):
-            with self:  # einsum, lstm, ... are made of operations that have a formula
+            with self:  # einsum, lstm and others consist of operations that have a formula
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -171,43 +182,57 @@ class MacCounter(DispatchMode):
         return out
 
     def runs_whole(self, func: Any) -> bool:
-        """Whether an operation without a formula is run as it is, not taken apart."""
+        """Tell whether an operation without a formula runs as a whole, not decomposed."""
         return False
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation and return its result."""
         return func(*args, **kwargs)
 
     def macs_of(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> int | None:
-        # no shape, so no formula
+        # a nested tensor has no plain shape, which formulas need
+        """Return the multiply-accumulates of one operation, or None if they are not known."""
         ragged = any(tensor.is_nested for tensor in tensors_in(args, kwargs))
         return None if ragged else op_macs(func, args, kwargs, out)
 
 
 class _ShapeCounter(MacCounter):
-    """Runs every operation on shapes alone."""
+    """A counter that runs every operation on shapes alone."""
 
     def runs_whole(self, func: Any) -> bool:
+        """Tell whether the shape of the operation's result is known without decomposing it."""
         return has_shape(func)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation on meta tensors."""
         return run(func, args, kwargs)
 
 
 def _makes_tensors(func: Any) -> bool:
-    """Whether an operation takes no tensor (arange, empty, ...): making one computes
-    nothing.
+    """Tell whether an operation takes no tensor, as ``arange`` and ``empty`` do.
+
+    Such an operation only makes tensors, which is not a computation.
     """
     return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
-def _module_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _meta_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module as meta tensors, by name.
+
+    Each distinct tensor gets one meta tensor, so that tied weights stay tied.
+    """
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    return [(name, tensor) for name, tensor in named if tensor is not None]
+    metas: IdentityMap[Tensor, Tensor] = IdentityMap()
+    state: dict[str, Tensor] = {}
+    for name, tensor in named:
+        if tensor is not None:
+            state[name] = metas.setdefault(tensor, _to_meta(tensor))
+    return state
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

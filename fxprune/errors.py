@@ -1,4 +1,4 @@
-"""The exception tree: every error names what failed, where, and the way out.
+"""The exceptions of fxprune. Each message says what failed, where, and how to fix it.
 
 >>> issubclass(TraceError, FxpruneError)
 True
@@ -27,36 +27,36 @@ __all__ = [
 
 
 class FxpruneError(Exception):
-    """Everything that fxprune raises; catch this to catch them all."""
+    """The base class of all exceptions that fxprune raises."""
 
 
 class FxpruneWarning(UserWarning):
-    """A call did what it was asked for, and the result is hardly what was meant."""
+    """A call did what it was asked to do, but the result is probably not what was wanted."""
 
 
 class ArgumentError(FxpruneError, ValueError):
-    """An option is outside what it may be (``channels``, ``keep``, ``round_to``,
-    ``min_channels``).
-    """
+    """An argument has a value that is not allowed, ``channels=1.5`` for example."""
 
 
 class SignatureError(ArgumentError, TypeError):
-    """A public function was called with an argument that it has not, or without one that it
-    needs.
-    """
+    """A public function was called with an unknown argument, or without a required one."""
 
 
 class BudgetError(FxpruneError, ValueError):
-    """A budget is below what the smallest model has that the analysis and the other arguments
-    allow.
+    """A budget is smaller than what the smallest possible model needs.
+
+    The analysis and the other arguments (``keep``, ``min_channels`` ...) decide how small that
+    model can be.
     """
 
 
 class InputError(FxpruneError, ValueError):
     """The example inputs do not fit the model: no tensor, or a shape that the model refuses.
 
-    ``line`` is the line of the model's code at which they do not; empty where the call itself does
-    not fit.
+    Attributes
+    ----------
+    line:
+        The line of the model's code that failed; empty if the call itself does not fit.
     """
 
     def __init__(self, message: str, line: str = "") -> None:
@@ -65,7 +65,7 @@ class InputError(FxpruneError, ValueError):
 
 
 class ModelError(FxpruneError, ValueError):
-    """The model itself cannot be pruned: on two devices, with NaN weights, already quantised."""
+    """The model itself cannot be pruned: it lies on two devices, or holds NaN, for example."""
 
 
 class TraceError(FxpruneError):
@@ -73,8 +73,9 @@ class TraceError(FxpruneError):
 
 
 class ChanceError(TraceError):
-    """The model's Python code goes by random numbers: another way at each call, where a graph has
-    one.
+    """The model's Python code depends on random numbers, a clock or an earlier call.
+
+    Such code can take another path at each call, but a graph has only one.
     """
 
 
@@ -85,9 +86,14 @@ class PlanError(FxpruneError, ValueError):
 class RewriteError(FxpruneError):
     """The smaller graph could not be emitted; the message names the node.
 
-    ``node`` is the name of the fx node at which it failed: the analysis can be repeated with that
-    node's channels pinned, or, where the name ends with ``@`` and a number, with that axis of its
-    first operand pinned.
+    Attributes
+    ----------
+    node:
+        The name of the fx node that failed. The analysis can be repeated with the channels of that
+        node pinned. If the name ends with ``@`` and a number, only that axis of the node's first
+        operand has to be pinned.
+    axis:
+        The axis on which it failed, if that is known.
     """
 
     def __init__(self, message: str, node: str = "", *, axis: int | None = None) -> None:
@@ -97,15 +103,14 @@ class RewriteError(FxpruneError):
 
 
 class CallbackError(FxpruneError):
-    """Code that the caller handed in (a factory, a loader, a loss, a criterion) raised something;
-    the message says where.
+    """Code of the caller (a factory, a loader, a loss, a criterion) raised an error.
+
+    The message says where.
     """
 
 
 class InternalError(FxpruneError):
-    """Something failed that nobody foresaw: a bug in fxprune. The error it came from is its
-    cause.
-    """
+    """An unexpected error: a bug in fxprune. The original error is its ``__cause__``."""
 
 
 class ResourceError(FxpruneError):

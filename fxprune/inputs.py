@@ -1,8 +1,9 @@
-"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
-tensors and constants nested inside.
+"""Example inputs: the arguments with which a model is called.
 
-Shapes are all that a graph is traced with. Where a model's Python runs for real it reads values as
-well: :func:`kept` says which values a plan can hold, so that a replay reads the same ones.
+They are a tensor, a tuple of positional arguments, or a dict of keyword arguments. Tensors and
+constants may be nested inside. A graph is traced from the shapes alone. Where Python code of a
+model runs for real, it also reads values; :func:`kept` chooses values that a plan can store, so
+that a replay reads the same ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -45,26 +47,30 @@ __all__ = [
 
 
 ExampleInputs: TypeAlias = Tensor | Sequence[object] | Mapping[str, object]
-"""What a user says how a model is called: a tensor, positional arguments in a tuple, keyword
-arguments in a mapping, or a list, which is one argument.
+"""The ways to say how a model is called.
+
+A tensor or a list is one argument, a tuple holds positional arguments, and a mapping holds keyword
+arguments.
 """
 
 
 class Call(NamedTuple):
-    """The arguments that a model is called with: read once (:func:`as_call`), and handed on."""
+    """The positional and keyword arguments of a model, as :func:`as_call` reads them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """All arguments, those by position first."""
+        """All arguments, positional ones first."""
         return (*self.args, *self.kwargs.values())
 
 
 def as_call(example_inputs: Any) -> Call:
-    """Positional and keyword arguments: a tuple holds the former, a mapping the latter; anything
-    else, a list too, is one argument.
+    """Return example inputs as positional and keyword arguments.
+
+    A tuple holds positional arguments and a mapping keyword arguments. Anything else, even a list,
+    is one argument.
 
     >>> as_call((1, 2)).args, as_call([1, 2]).args, as_call({"x": 1}).kwargs
     ((1, 2), ([1, 2],), {'x': 1})
@@ -79,13 +85,14 @@ def as_call(example_inputs: Any) -> Call:
 
 
 def read(example_inputs: Any) -> Call:
-    """The call that example inputs stand for, checked: at least one tensor is in it; what else is
-    in it is a constant of the call.
+    """Check example inputs and return them as a call.
+
+    At least one of them must be a tensor. Everything else is a constant of the call.
 
     Raises
     ------
     InputError
-        If there is no tensor, or an array of NumPy, or a tensor without a plain shape and type.
+        If they hold no tensor, a NumPy array, or a nested or quantised tensor.
 
     Examples
     --------
@@ -94,27 +101,7 @@ def read(example_inputs: Any) -> Call:
     """
     with calling("example_inputs, read as the arguments of a call,"):
         call = as_call(example_inputs)
-    try:
-        leaves = tree_leaves(call)
-    except RecursionError as error:
-        raise InputError(
-            "example_inputs holds itself, or is nested too deep: give the arguments that forward "
-            "takes."
-        ) from error
-    if not leaves:
-        raise InputError(
-            "example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the "
-            "model is called with."
-        )
-    wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
-    if wrong is None and not any(isinstance(leaf, Tensor) for leaf in leaves):
-        wrong = leaves[0]
-    if wrong is not None:
-        raise InputError(
-            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass "
-            "a tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, "
-            "flags, text and None may stand beside the tensors."
-        )
+    _check_leaves(_leaves_of(call))
     if any(tensor.is_nested for tensor in tensors_of(call)):
         raise InputError(
             "example_inputs holds a nested tensor, which has no shape that could be traced: pad "
@@ -128,58 +115,94 @@ def read(example_inputs: Any) -> Call:
     return call
 
 
+def _leaves_of(call: Call) -> list[Any]:
+    """Return the tensors and constants of a call; raise an InputError if there are none."""
+    try:
+        leaves = tree_leaves(call)
+    except RecursionError as error:
+        raise InputError(
+            "example_inputs holds itself, or is nested too deep: give the arguments that forward "
+            "takes."
+        ) from error
+    if not leaves:
+        raise InputError(
+            "example_inputs is empty: pass the tensor (or tuple, or dict of tensors) that the "
+            "model is called with."
+        )
+    return leaves
+
+
+def _check_leaves(leaves: Sequence[Any]) -> None:
+    """Raise an InputError if the leaves hold a NumPy array, or no tensor."""
+    wrong = next((leaf for leaf in leaves if isinstance(leaf, np.ndarray)), None)
+    if wrong is None and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        wrong = leaves[0]
+    if wrong is not None:
+        raise InputError(
+            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass "
+            "a tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, "
+            "flags, text and None may stand beside the tensors."
+        )
+
+
 def shapes_of(call: Call) -> Call:
-    """The same call with meta tensors."""
+    """Return the call with every tensor replaced by a meta tensor of its shape and dtype."""
     return _map_tensors(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
 
 
 def widened(call: Call, batch: int = 2) -> Call:
-    """A call of a larger batch, its rows repeated, where every tensor has one row; else the call
-    as it is.
+    """Return the call with a larger batch, if every tensor has exactly one row.
 
-    A batch of 1 is ambiguous: an axis of size 1 broadcasts.
+    Rows are repeated. Any other call is returned as it is. A batch of 1 is ambiguous, because an
+    axis of size 1 broadcasts.
     """
     ranked = [tensor for tensor in tensors_of(call) if tensor.dim()]
     if not ranked or any(tensor.shape[0] != 1 for tensor in ranked):
         return call
+    return _map_tensors(lambda t: _repeated(t, batch) if t.dim() else t, call)
 
-    def repeated(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:  # no data to copy
-            return torch.empty((batch, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-        return tensor.expand(batch, *tensor.shape[1:]).clone()
 
-    return _map_tensors(lambda tensor: repeated(tensor) if tensor.dim() else tensor, call)
+def _repeated(row: Tensor, batch: int) -> Tensor:
+    """Return a tensor with one row as a tensor with ``batch`` equal rows."""
+    if row.is_meta:  # no data to copy
+        return torch.empty((batch, *row.shape[1:]), dtype=row.dtype, device="meta")
+    return row.expand(batch, *row.shape[1:]).clone()
 
 
 def placed(call: Call, device: torch.device) -> Call:
-    """A copy of a call for one run: tensors on a device, without gradients; other objects as well,
-    which forward may change.
+    """Return a copy of a call for one run, with its tensors detached and on ``device``.
+
+    Other objects are copied too, because forward may change them. An object that cannot be copied
+    is passed as it is.
     """
+    return Call(*tree_map(lambda leaf: _copied(leaf, device), call))
 
-    def own(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().to(device, copy=True)
-        if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
-            return leaf
-        try:
-            return copy.deepcopy(leaf)
-        except Exception:  # whatever it is made of
-            return leaf
 
-    return Call(*tree_map(own, call))
+def _copied(leaf: Any, device: torch.device) -> Any:
+    """Return a copy of a tensor or an object; if it cannot be copied, the object itself."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().to(device, copy=True)
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # a copy can fail in any way
+        return leaf
 
 
 def filled(call: Call) -> Call:
-    """Data for meta tensors: zeros, and floating-point values between 0 and 1, the same ones each
-    time.
+    """Return the call with values for its meta tensors, the same ones each time.
+
+    Floating-point values lie between 0 and 1, all others are zero.
     """
     generator = torch.Generator().manual_seed(0)
     return _map_tensors(lambda t: _random(t, generator) if t.is_meta else t, call)
 
 
 def random(call: Call) -> Call:
-    """Floating-point values between 0 and 1 in the place of the example's, the same ones each
-    time.
+    """Return the call with its floating-point values drawn anew between 0 and 1.
+
+    They are the same ones each time.
     """
     generator = torch.Generator().manual_seed(0)
     return _map_tensors(lambda t: _random(t, generator) if t.is_floating_point() else t, call)
@@ -195,34 +218,36 @@ def _map_tensors(function: Callable[[Tensor], Tensor], call: Call) -> Call:
     return Call(*tree_map_only(Tensor, function, call))
 
 
-# ---- values that a plan holds -------------------------------------------------------------------
+# ---- values that a plan stores ------------------------------------------------------------------
 
-_MOST_VALUES = 1 << 16  # characters of a tensor's data in a plan
+_MOST_VALUES = 1 << 16  # upper limit on the characters of one tensor's data in a plan
 
 
 def kept(call: Call) -> Call:
-    """What of a call's values a plan holds: small tensors as they are, of large ones a draw within
-    their range.
+    """Return the call with the values that a plan can store.
 
-    What is kept is kept again as it is: a replay reads the values that the first analysis has
-    read.
+    Small tensors stay as they are. Large ones are replaced by random values within their range.
+    The result does not change when this function is applied again, so a replay reads the values
+    that the first analysis read.
 
     >>> (ids, image), _ = kept(((torch.tensor([5, 3]), torch.rand(3, 400, 400)), {}))
     >>> ids, image.shape, bool(image.max() < 1)
     (tensor([5, 3]), torch.Size([3, 400, 400]), True)
     """
+    return _map_tensors(_storable, call)
 
-    def one(tensor: Tensor) -> Tensor:
-        if not is_plain(tensor) or compressed(tensor):
-            return tensor
-        return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
-    return _map_tensors(one, call)
+def _storable(tensor: Tensor) -> Tensor:
+    """Return a small tensor as it is, and random values within the range of a large one."""
+    if not is_plain(tensor) or compressed(tensor):
+        return tensor
+    return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds its elements one by one in memory of its own kind: no meta tensor, no
-    sparse one, no subclass.
+    """Tell whether a tensor stores its elements one by one in ordinary memory.
+
+    Meta, sparse and quantised tensors do not, and neither do tensor subclasses.
     """
     return (
         type(tensor) in (Tensor, Parameter)
@@ -233,19 +258,19 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def compressed(tensor: Tensor, most: float = _MOST_VALUES) -> str:
-    """A tensor's data as text; empty if that has more than so many characters."""
+    """Return a tensor's data as compressed text, or "" if that is longer than ``most``."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     text = base64.b64encode(zlib.compress(raw)).decode()
     return text if len(text) <= most else ""
 
 
 def restored(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`compressed`.
+    """Return the tensor whose data :func:`compressed` wrote as ``text``.
 
     Raises
     ------
     ValueError
-        If the text is no such data, or of another size.
+        If the text is damaged, or its data has another size.
     """
     size = torch.empty(shape, dtype=dtype, device="meta").nbytes
     try:
@@ -262,15 +287,20 @@ def restored(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def value_range(tensor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest finite value of a tensor, as numbers of its kind."""
+    """Return the smallest and the largest finite value of a tensor as Python numbers.
+
+    Real and imaginary parts of complex values count one by one. Without a finite value both are 0.
+    """
     values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten()
     values = values[values.isfinite()]
     return (values.min().item(), values.max().item()) if values.numel() else (0.0, 0.0)
 
 
 def within(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) -> Tensor:
-    """A tensor drawn evenly within a range, which its first and its last element mark; the same
-    one each time.
+    """Return a tensor with uniform random values in a range, the same ones each time.
+
+    The first and the last element are set to ``low`` and ``high``, so that :func:`value_range`
+    finds the range again.
     """
     if dtype.is_complex:
         return torch.view_as_complex(within((*shape, 2), dtype.to_real(), low, high))
@@ -291,8 +321,10 @@ def within(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) 
 
 
 def batch_size(example_inputs: Any) -> int:
-    """How many examples: the length of the first list of tensors (a detector's images), or the
-    rows of the first tensor; else 1.
+    """Return the number of examples in a batch.
+
+    This is the length of the first list of tensors (the images of a detector) or the number of
+    rows of the first tensor, whichever comes first; 1 if there is neither.
 
     >>> images = [torch.zeros(3, 8, 8)] * 2
     >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2))), batch_size((images,)), batch_size(None)
@@ -308,37 +340,62 @@ def batch_size(example_inputs: Any) -> int:
 
 
 def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> Any:
-    """Inputs like the example's: floating-point values drawn from a normal distribution, others as
-    they are, repeated.
+    """Return inputs like the example's, with new floating-point values from a normal distribution.
 
-    ``batch`` gives every tensor that has as many rows as there are examples, and every list of so
-    many tensors, so many instead.
+    Other values are kept.
 
+    Parameters
+    ----------
+    batch:
+        The number of examples in the result; by default as many as in the example. It changes
+        every tensor that has one row per example and every list of that many tensors. Rows are
+        repeated.
+    seed:
+        The seed for the random values.
+
+    Examples
+    --------
     >>> x, index = drawn((torch.zeros(2, 3), torch.tensor([5, 7])), batch=3)
     >>> x.shape, index
     (torch.Size([3, 3]), tensor([5, 7, 5]))
     """
-    rows, generator = batch_size(example_inputs), torch.Generator().manual_seed(seed)
-    wanted = rows if batch is None else batch
+    rows = batch_size(example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+    redraw = _Redraw(rows, rows if batch is None else batch, generator)
+    if isinstance(example_inputs, Mapping):
+        return {name: redraw.argument(value) for name, value in example_inputs.items()}
+    if isinstance(example_inputs, tuple):
+        return tuple(redraw.argument(value) for value in example_inputs)
+    return redraw.argument(example_inputs)
 
-    def one(tensor: Tensor, of_list: bool = False) -> Tensor:
+
+@dataclass(frozen=True)
+class _Redraw:
+    """New inputs for ``batch`` examples, made from inputs for ``rows`` examples."""
+
+    rows: int
+    batch: int
+    generator: torch.Generator
+
+    def argument(self, value: Any) -> Any:
+        """Return one argument with new values; a list of ``rows`` tensors gets a new length."""
+        if _is_list(value) and len(value) == self.rows:
+            return [self.values(value[i % self.rows]) for i in range(self.batch)]
+        return tree_map_only(Tensor, self.tensor, value)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with new values and, if it has one row per example, new rows."""
+        if tensor.dim() and tensor.shape[0] == self.rows and self.batch != self.rows:
+            tensor = tensor[torch.arange(self.batch, device=tensor.device) % self.rows]
+        return self.values(tensor)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with new floating-point values; other values are kept."""
         tensor = tensor.detach()
-        if not of_list and tensor.dim() and tensor.shape[0] == rows and wanted != rows:
-            tensor = tensor[torch.arange(wanted, device=tensor.device) % rows]
         if not tensor.is_floating_point():
             return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-
-    def value(given: Any) -> Any:
-        if _is_list(given) and len(given) == rows:
-            return [one(given[i % rows], of_list=True) for i in range(wanted)]
-        return tree_map_only(Tensor, one, given)
-
-    if isinstance(example_inputs, Mapping):
-        return {name: value(given) for name, given in example_inputs.items()}
-    if isinstance(example_inputs, tuple):
-        return tuple(value(given) for given in example_inputs)
-    return value(example_inputs)
+        new = torch.randn(tensor.shape, generator=self.generator)
+        return new.to(tensor.device, tensor.dtype)
 
 
 def _is_list(value: Any) -> bool:

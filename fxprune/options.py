@@ -1,4 +1,4 @@
-"""Arguments of public functions, checked before anything is done with them."""
+"""Checks of the arguments of public functions, made before anything else happens."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ from fxprune.select.budget import Budget
 
 __all__ = [
     "Kept",
-    "budget_of",
+    "build_model",
     "check_plan",
     "check_pruned",
     "kept_modules",
     "kept_parameters",
-    "model_of",
-    "of_whole_heads",
-    "setting_of",
+    "latency_setting",
+    "read_budget",
+    "whole_head_tensors",
 ]
 
 Kept: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
-"""What must not be pruned: names or globs of modules, or modules."""
+"""What ``keep`` accepts: a module name, a glob, a module object, or several of these."""
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
-    """Names of all parameters and buffers below the modules that ``keep`` names."""
+    """Return the names of the floating-point tensors in and below the modules that ``keep`` names.
+
+    These are parameters and buffers.
+    """
     return _tensors_below(model, kept_modules(model, keep))
 
 
 def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
-    """Names of the modules that ``keep`` names, in the order in which it does.
+    """Return the names of the modules that ``keep`` names, in the same order.
 
     Raises
     ------
     ArgumentError
-        If one of its entries names none.
+        If an entry matches no module.
     """
     if isinstance(keep, (str, nn.Module)):
         entries = [keep]
@@ -58,13 +61,19 @@ def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
             f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list "
             "of these; () keeps none."
         )
-    return tuple(
-        dict.fromkeys(name for entry in entries for name in _matches(model, entry, "keep"))
-    )
+    names = [name for entry in entries for name in _matching_modules(model, entry, "keep")]
+    return tuple(dict.fromkeys(names))
 
 
-def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
-    """Names of all parameters and buffers whose heads are units."""
+def whole_head_tensors(model: nn.Module, units: str | Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the parameters and buffers whose attention heads are pruned as a whole.
+
+    Parameters
+    ----------
+    units:
+        ``"dims"`` or ``"heads"``, or a mapping from globs of module names to either. A glob also
+        covers the modules below; the last one that matches counts.
+    """
     if not isinstance(units, (str, Mapping)):
         raise ArgumentError(
             f'units is {_kind_of(units)}: give "dims" or "heads", or a dict from globs of module '
@@ -78,23 +87,27 @@ def of_whole_heads(model: nn.Module, units: str | Mapping[str, str]) -> tuple[st
                 f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor '
                 '"heads" (whole ones).'
             )
-        found = set(_matches(model, glob, "units"))
-        below = {
-            name
-            for name, _ in model.named_modules(remove_duplicate=False)
-            if any(_is_below(name, top) for top in found)
-        }
-        heads = heads | below if unit == "heads" else heads - below
+        covered = _modules_below(model, _matching_modules(model, glob, "units"))
+        heads = heads | covered if unit == "heads" else heads - covered
     return _tensors_below(model, heads, recurse=False)
 
 
+def _modules_below(model: nn.Module, tops: Collection[str]) -> set[str]:
+    """Return the names of these modules and of all modules below them."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return {name for name in names if any(_is_below(name, top) for top in tops)}
+
+
 def _is_below(name: str, top: str) -> bool:
+    """Tell whether a module name is ``top`` or lies below it; everything lies below ""."""
     return not top or name == top or name.startswith(f"{top}.")
 
 
-def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
-    """Names of the modules that an entry of an option names: by a name, a glob, or as an
-    object.
+def _matching_modules(model: nn.Module, entry: Any, option: str) -> list[str]:
+    """Return the names of the modules that one entry of an option matches.
+
+    The entry is a module name, a glob or a module object. ``option`` is the option's name, for
+    error messages.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(entry, nn.Module):
@@ -106,16 +119,16 @@ def _matches(model: nn.Module, entry: Any, option: str) -> list[str]:
             f"{option} holds {_kind_of(entry)}: give module names, globs or module objects."
         )
     if not found:
-        what = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
+        given = repr(entry) if isinstance(entry, str) else f"the given {type(entry).__name__}"
         raise ArgumentError(
-            f"{option}: {what} matches no module of this {type(model).__name__}. "
-            f"{_named_like(entry, list(modules))}"
+            f"{option}: {given} matches no module of this {type(model).__name__}. "
+            f"{_suggest_names(entry, list(modules))}"
         )
     return found
 
 
-def _named_like(entry: Any, names: Sequence[str]) -> str:
-    """A hint at the names that an entry which names nothing may have meant."""
+def _suggest_names(entry: Any, names: Sequence[str]) -> str:
+    """Return a hint for an entry that matches no module: similar names, or the names there are."""
     names = [name for name in names if name]
     near = difflib.get_close_matches(entry, names, n=3) if isinstance(entry, str) else []
     if near:
@@ -128,7 +141,7 @@ def _named_like(entry: Any, names: Sequence[str]) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, for a message: its type, and that it is a class, if it is one."""
+    """Describe a value's type for a message, for example "a list" or "the class Linear"."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"
@@ -137,22 +150,23 @@ def _kind_of(value: Any) -> str:
 def _tensors_below(
     model: nn.Module, modules: Collection[str], *, recurse: bool = True
 ) -> tuple[str, ...]:
-    """Names of the floating-point parameters and buffers of these modules, and of the modules
-    below them.
+    """Return the names of the floating-point parameters and buffers of these modules.
+
+    With ``recurse`` those of the modules below are included.
     """
     if not modules:
         return ()
-    own = [model.get_submodule(name) for name in modules]
-    tensors = IdentitySet(
-        t for module in own for t in (*module.parameters(recurse), *module.buffers(recurse))
-    )
-    every = named_tensors(model).items()
-    return tuple(
-        name for name, tensor in every if tensor in tensors and tensor.is_floating_point()
-    )
+    tensors: IdentitySet[Tensor] = IdentitySet()
+    for path in modules:
+        module = model.get_submodule(path)
+        for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+            tensors.add(tensor)
+    named = named_tensors(model).items()
+    floats = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    return tuple(name for name, tensor in floats if tensor in tensors)
 
 
-def budget_of(
+def read_budget(
     channels: float | None,
     macs: float | None,
     params: float | None,
@@ -162,59 +176,84 @@ def budget_of(
     round_to: int,
     min_channels: int,
 ) -> Budget:
-    """The budget that the arguments of :func:`fxprune.prune` describe.
+    """Return the budget that the arguments of :func:`fxprune.prune` describe.
 
     Raises
     ------
     ArgumentError
-        If one of them is outside what it may be.
+        If nothing says how much to prune, or an argument has a value that is not allowed.
     """
-    if layers is not None and not isinstance(layers, Mapping):
-        raise ArgumentError(
-            f"layers is {_kind_of(layers)}: give a dict from globs of module names to shares, as "
-            f'{{"layer4.*": 0.3}}.'
-        )
-    layers = dict(layers or {})
-    asked = {"channels": channels, "macs": macs, "params": params, "latency": latency}
-    if all(value is None for value in asked.values()) and not layers:
+    layers = _read_layers(layers)
+    shares = {"channels": channels, "macs": macs, "params": params, "latency": latency}
+    if all(value is None for value in shares.values()) and not layers:
         raise ArgumentError(
             "nothing says how much to prune: give channels=, macs=, params=, latency= or "
             "layers=, e.g. macs=0.5."
         )
-    shares: dict[str, Any] = {
-        name: None
-        if value is None
-        else share(name, value, f"the share of {_SHARED[name]} to keep")
-        for name, value in asked.items()
-    }
+    checked: dict[str, Any] = {name: _read_share(name, value) for name, value in shares.items()}
+    return Budget(
+        **checked,
+        layers=_read_layer_shares(layers),
+        scope=_read_scope(scope),
+        round_to=whole("round_to", round_to),
+        min_channels=whole("min_channels", min_channels),
+    )
+
+
+def _read_layers(layers: Any) -> dict[Any, Any]:
+    """Return a copy of the argument ``layers``, a dict from globs to shares."""
+    if layers is not None and not isinstance(layers, Mapping):
+        raise ArgumentError(
+            f"layers is {_kind_of(layers)}: give a dict from globs of module names to "
+            f'shares, as {{"layer4.*": 0.3}}.'
+        )
+    return dict(layers or {})
+
+
+def _read_share(name: str, value: Any) -> float | None:
+    """Return the share that an argument of this name gives, or None if it is None."""
+    if value is None:
+        return None
+    return share(name, value, f"the share of {_COUNTED[name]} to keep")
+
+
+def _read_layer_shares(layers: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the argument ``layers`` with its globs and shares checked."""
+    shares: dict[str, float] = {}
     for glob, value in layers.items():
         if not isinstance(glob, str):
             raise ArgumentError(
-                f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, as "
-                f"{{'layer4.*': 0.3}}."
+                f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, "
+                f"as {{'layer4.*': 0.3}}."
             )
-        layers[glob] = share(
-            f"layers[{glob!r}]", value, "the share of channels that these layers keep"
-        )
+        meaning = "the share of channels that these layers keep"
+        shares[glob] = share(f"layers[{glob!r}]", value, meaning)
+    return shares
+
+
+def _read_scope(scope: Any) -> str:
+    """Return the argument ``scope``, "group" or "global"."""
     if not isinstance(scope, str) or scope not in ("group", "global"):
         raise ArgumentError(
             f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" '
             "(all groups together)."
         )
-    least = {
-        name: whole(name, value)
-        for name, value in (("round_to", round_to), ("min_channels", min_channels))
-    }
-    return Budget(**shares, scope=scope, layers=layers, **least)
+    return scope
 
 
-_SHARED = {"channels": "channels", "macs": "MACs", "params": "parameters", "latency": "the time"}
+_COUNTED = {"channels": "channels", "macs": "MACs", "params": "parameters", "latency": "the time"}
 
 
-def setting_of(
+def latency_setting(
     device: torch.device | str | Setting | None, budget: Budget, example_inputs: Any
 ) -> Setting | None:
-    """Where a latency budget counts; None if there is none."""
+    """Return where a latency budget is measured, or None if there is no such budget.
+
+    Raises
+    ------
+    ArgumentError
+        If ``device`` is given without a latency budget, or the example inputs have no data.
+    """
     if budget.latency is None:
         if device is not None:
             raise ArgumentError(
@@ -232,7 +271,10 @@ def setting_of(
 
 
 def check_pruned(pruned: Any, function: str) -> None:
-    """Refuse what is no result of :func:`fxprune.prune`, for a function that takes one."""
+    """Raise an ArgumentError if ``pruned`` is not a result of :func:`fxprune.prune`.
+
+    ``function`` is the name of the public function, for the message.
+    """
     if not isinstance(getattr(pruned, "plan", None), Plan) or not isinstance(
         getattr(pruned, "model", None), nn.Module
     ):
@@ -243,12 +285,14 @@ def check_pruned(pruned: Any, function: str) -> None:
 
 
 def check_plan(plan: Any, function: str) -> None:
-    """Refuse what is no plan, for a function that takes one; a plan that someone put together is
-    checked.
+    """Check the argument ``plan`` of a public function, and the groups of a plan.
 
     Raises
     ------
-    ArgumentError, PlanError
+    ArgumentError
+        If it is not a plan.
+    PlanError
+        If one of its groups keeps units that do not exist.
     """
     if not isinstance(plan, Plan):
         ways = {
@@ -264,8 +308,8 @@ def check_plan(plan: Any, function: str) -> None:
     check_groups(plan)
 
 
-def model_of(model_factory: Any) -> Any:
-    """What a factory builds; what is none is taken for the model itself."""
+def build_model(model_factory: Any) -> Any:
+    """Return the model that a factory builds, or the argument itself if it is not a factory."""
     if isinstance(model_factory, nn.Module) or not callable(model_factory):
         return model_factory
     with calling("the model_factory"):

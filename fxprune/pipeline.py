@@ -1,86 +1,119 @@
-"""From a coupling and a budget to a smaller model, and from a plan to it."""
+"""The steps from a coupling and a budget, or from a plan, to a smaller model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
-from fxprune.criteria import rank
+from fxprune.criteria import Ranking, rank
 from fxprune.emission import emitted, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Call, read
 from fxprune.latency import Setting
 from fxprune.latency_budget import within_time
-from fxprune.result.plan import (
-    Plan,
-    fingerprint,
-    history,
-    holds_objects,
-    unpack_inputs,
-)
+from fxprune.result.plan import Plan, fingerprint, history, holds_objects, unpack_inputs
 from fxprune.result.pruned import Pruned
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 from fxprune.verification import Verification, check
 
-__all__ = ["apply_stage", "proofs", "prove", "replay", "smaller_model", "stages_of"]
+__all__ = ["Task", "apply_stage", "carry_out", "proofs", "replay", "stages_of"]
 
 
-_ATTEMPTS = 16  # how many nodes may turn out not to be emittable before prune gives up
+_ATTEMPTS = 16  # prune gives up after this many attempts, each of which pins one more node
 
 
-def smaller_model(
-    model: nn.Module,
-    example: Call,
-    example_inputs: Any,
-    terms: Terms,
-    criterion: Any,
-    budget: Budget,
-    setting: Setting | None,
-    clock: Clock,
-) -> tuple[Pruned, Coupling, dict[str, tuple[int, ...]]]:
-    """Analyse a model, score and select its units and write what is left, within a budget.
+@dataclass(frozen=True)
+class Task:
+    """One call of :func:`fxprune.prune`, with its arguments checked.
+
+    Attributes
+    ----------
+    example, example_inputs:
+        The arguments of the model: as read, and as the caller gave them.
+    terms:
+        What the analysis must leave alone.
+    setting:
+        Where a latency budget is measured; None if there is no such budget.
+    clock:
+        The seconds that each step takes.
+    """
+
+    model: nn.Module
+    example: Call
+    example_inputs: Any
+    terms: Terms
+    criterion: Any
+    budget: Budget
+    setting: Setting | None
+    clock: Clock
+
+
+class Result(NamedTuple):
+    """A pruned model and what it is based on.
+
+    Attributes
+    ----------
+    pruned:
+        The smaller model with its plan and report.
+    coupling:
+        The analysis.
+    survivors:
+        For each group name the indices of the units that stay.
+    """
+
+    pruned: Pruned
+    coupling: Coupling
+    survivors: dict[str, tuple[int, ...]]
+
+
+def carry_out(task: Task, verify: bool | None) -> tuple[Pruned, Coupling]:
+    """Prune a model and prove the result.
 
     Parameters
     ----------
-    example, example_inputs:
-        The call of the model, in shapes, and as the caller gave it.
-    setting:
-        Where a latency budget is measured; None without one.
+    verify:
+        Whether to prove the result; if None, only a result that depends on rules of the caller is
+        proved.
 
     Returns
     -------
-    The result, the analysis that it is of, and by groups the indices of the units that stay.
+    The result, and the analysis that it is based on.
+    """
+    result = smaller_model(task)
+    pruned, coupling, _ = result
+    trusted = sorted(coupling.context.found.trusted)
+    if verify or (verify is None and trusted):
+        with task.clock("verify"):
+            error = prove(task, result, trusted)
+        report = replace(pruned.report, error=error, seconds=dict(task.clock.seconds))
+        pruned = replace(pruned, report=report)
+    return pruned, coupling
+
+
+def smaller_model(task: Task) -> Result:
+    """Analyse a model, choose the units that stay within a budget, and emit the smaller model.
 
     Raises
     ------
     RewriteError
-        If too many nodes cannot be emitted smaller.
+        If a node cannot be emitted and pinning its operands does not help.
     """
+    terms = task.terms
     for _ in range(_ATTEMPTS):
-        coupling = label_and_couple(model, example, terms, clock)
-        with clock("score"):
-            ranking = rank(criterion, coupling, model)
+        coupling = label_and_couple(task.model, task.example, terms, task.clock)
+        with task.clock("score"):
+            ranking = rank(task.criterion, coupling, task.model)
         try:
-            if setting is not None:
-                with clock("latency"):
-                    pruned, survivors = within_time(
-                        model, coupling, ranking, budget, terms, example_inputs, setting
-                    )
-                report = replace(pruned.report, seconds=dict(clock.seconds))
-                pruned = replace(pruned, report=report)
-            else:
-                with clock("select"):
-                    survivors = select(coupling, ranking, budget)
-                pruned = emitted(model, coupling, survivors, terms, clock)
-            return pruned, coupling, survivors
+            pruned, survivors = _within_budget(task, coupling, ranking, terms)
+            return Result(pruned, coupling, survivors)
         except RewriteError as error:
-            # Never guess: a node that cannot be made smaller keeps its operands whole.
+            # a node that cannot be emitted smaller is not guessed at: its operands stay whole
             if not error.node or error.node in terms.pinned_nodes:
                 raise
             terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
@@ -91,22 +124,41 @@ def smaller_model(
     )
 
 
-def prove(
-    model: nn.Module,
-    pruned: Pruned,
-    coupling: Coupling,
-    survivors: dict[str, tuple[int, ...]],
-    example_inputs: Any,
-    trusted: list[str],
-) -> float:
-    """The error of a result that was just made; VerificationError where it is too large."""
+def _within_budget(
+    task: Task, coupling: Coupling, ranking: Ranking, terms: Terms
+) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
+    """Choose the units that stay, and emit the smaller model; return it and the units."""
+    model, budget, clock = task.model, task.budget, task.clock
+    if task.setting is None:
+        with clock("select"):
+            survivors = select(coupling, ranking, budget)
+        return emitted(model, coupling, survivors, terms, clock), survivors
+    with clock("latency"):
+        pruned, survivors = within_time(
+            model, coupling, ranking, budget, terms, task.example_inputs, task.setting
+        )
+    report = replace(pruned.report, seconds=dict(clock.seconds))
+    return replace(pruned, report=report), survivors
+
+
+def prove(task: Task, result: Result, trusted: list[str]) -> float:
+    """Return the error of a result that was just made.
+
+    ``trusted`` holds the names of the operations whose rules the caller registered.
+
+    Raises
+    ------
+    VerificationError
+        If the error is more than rounding.
+    """
+    pruned, coupling, survivors = result
     proof = check(
-        model,
+        task.model,
         pruned.model,
         pruned.plan,
         coupling,
         survivors,
-        example_inputs=example_inputs,
+        example_inputs=task.example_inputs,
         fresh=True,
     )
     if proof.error <= proof.limit:
@@ -122,19 +174,23 @@ def prove(
 
 
 def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
-    """The plans of a chain that lead from this model to the end: all, or those after the stage
-    that it is the model of.
+    """Return the plans that lead from this model to the final one.
+
+    These are all plans of the chain, or only those after the stage that produced this model.
     """
     chain = plan.chain
     done = history(model)
     if done in chain[:-1]:
         return chain[chain.index(done) + 1 :]
-    found = fingerprint(model)
-    return next((chain[i:] for i, stage in enumerate(chain) if stage.fingerprint == found), chain)
+    architecture = fingerprint(model)
+    for number, stage in enumerate(chain):
+        if stage.fingerprint == architecture:
+            return chain[number:]
+    return chain
 
 
 def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
-    """What one plan of a chain makes of the model that it is of."""
+    """Return the result of one plan of a chain on the model that the plan was made for."""
     coupling, survivors, clock = replay(stage, model)
     return emitted(model, coupling, survivors, terms_of(stage), clock)
 
@@ -142,18 +198,39 @@ def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
 def replay(
     plan: Plan, model: nn.Module, example: Any = None
 ) -> tuple[Coupling, dict[str, tuple[int, ...]], Clock]:
-    """Analyse a model as for its plan: the coupling, the units that stay by group, and the times.
+    """Analyse a model in the same way as when its plan was made.
 
     Parameters
     ----------
     example:
-        Read in the place of the plan's inputs where these held an object.
+        Example inputs. They are used instead of the plan's inputs if the plan could not store an
+        object that was among them.
+
+    Returns
+    -------
+    coupling:
+        The analysis.
+    survivors:
+        For each group name the indices of the units that stay.
+    clock:
+        The seconds that each step took.
 
     Raises
     ------
     PlanError
-        If the plan is of another architecture.
+        If the plan was made for another architecture.
     """
+    _check_architecture(plan, model)
+    clock = Clock()
+    stored = example is None or not holds_objects(plan.inputs)
+    call = unpack_inputs(plan.inputs) if stored else read(example)
+    coupling = label_and_couple(model, call, terms_of(plan), clock)
+    _check_same_groups(plan, coupling, model)
+    return coupling, {group.name: group.kept for group in plan.groups}, clock
+
+
+def _check_architecture(plan: Plan, model: nn.Module) -> None:
+    """Raise a PlanError if the model's parameters are not those that the plan was made for."""
     if fingerprint(model) != plan.fingerprint:
         raise PlanError(
             f"the plan was made for another architecture than this {type(model).__name__}: names "
@@ -167,30 +244,27 @@ def replay(
             f"the plan names {unknown[0]!r}, which this {type(model).__name__} does not have. "
             "Prune anew."
         )
-    clock = Clock()
-    call = (
-        read(example)
-        if example is not None and holds_objects(plan.inputs)
-        else unpack_inputs(plan.inputs)
-    )
-    coupling = label_and_couple(model, call, terms_of(plan), clock)
-    found, planned = (
-        {g.name: g.size for g in coupling.groups},
-        {g.name: g.size for g in plan.groups},
-    )
+
+
+def _check_same_groups(plan: Plan, coupling: Coupling, model: nn.Module) -> None:
+    """Raise a PlanError if the analysis finds other groups than the plan has."""
+    found = {group.name: group.size for group in coupling.groups}
+    planned = {group.name: group.size for group in plan.groups}
     if found != planned:
         names = sorted(set(found.items()) ^ set(planned.items()))
         raise PlanError(
             f"the plan's groups are not those of this {type(model).__name__} (first difference: "
             f"{names[0]}). Prune anew."
         )
-    return coupling, {g.name: g.kept for g in plan.groups}, clock
 
 
 def proofs(
     plan: Plan, model: nn.Module, smaller: nn.Module, example_inputs: Any, **options: Any
 ) -> Iterator[Verification]:
-    """Prove a pruned model, stage by stage (see :func:`fxprune.verification.check`)."""
+    """Prove a pruned model stage by stage and yield one result per stage.
+
+    ``options`` are passed to :func:`fxprune.verification.check`.
+    """
     stages = stages_of(plan, model)
     for stage in stages:
         coupling, survivors, clock = replay(stage, model, example_inputs)

@@ -1,4 +1,4 @@
-"""The version that is installed, which the build takes from the git tag."""
+"""The installed version of fxprune, which the build takes from the git tag."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["__version__"]
 
 try:
     __version__ = importlib.metadata.version("fxprune")
-except importlib.metadata.PackageNotFoundError:  # a checkout on the path that nobody installed
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path that is not installed
     __version__ = "0+unknown"

@@ -1,6 +1,6 @@
-"""A second judge: networks drawn as source text, with the habits that people have, each held
-against its masked original.
+"""A second judge: random networks as source text, each compared with its masked original.
 
-``python -m tests.judge --count 200`` draws and judges; what fails is printed as a spec, and
-``python -m tests.judge --spec '...'`` shows its source and judges it again.
+The networks are written with the habits that people have. ``python -m tests.judge --count 200``
+draws and judges networks and prints the spec of each one that fails.
+``python -m tests.judge --spec '...'`` shows the source for a spec and judges it again.
 """

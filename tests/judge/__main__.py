@@ -1,6 +1,4 @@
-"""The command: draw networks, judge each in a process that may die, print a summary, keep what
-failed.
-"""
+"""Draw networks, judge them in separate processes, and print a summary and what failed."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from .spec import Spec
 
 
 def main() -> int:
-    """Run the command; the exit status is 0 where nothing failed."""
+    """Run the command; the exit status is 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.judge", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="how many networks")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Many networks, judged in processes that may die, and what came of them."""
+"""Judge many networks in separate processes, and count the outcomes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ class Summary:
 
     @property
     def count(self) -> int:
+        """The number of networks."""
         return self.outcomes.total()
 
     @property
     def judged(self) -> int:
-        """Those that run before they are pruned."""
+        """The number of networks that run before they are pruned."""
         return self.count - self.outcomes["invalid"]
 
     def add(self, verdict: Verdict) -> None:
+        """Count one verdict."""
         self.outcomes[verdict.outcome] += 1
         self.parts += verdict.parts
         self.guarded += verdict.guarded > 0
@@ -50,6 +52,7 @@ class Summary:
             self.refusals[verdict.what.split(":")[0]] += 1
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the summary as plain data."""
         return {
             "command": self.command,
             "drawn": self.count,
@@ -66,6 +69,7 @@ class Summary:
         }
 
     def to_json(self) -> str:
+        """Return the summary as JSON text."""
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
     def __str__(self) -> str:
@@ -75,8 +79,9 @@ class Summary:
 
 
 def campaign(seeds: Sequence[int], processes: int = 1, seconds: float = 120) -> Iterator[Verdict]:
-    """Judge the networks of these seeds; one that ends its process, or takes longer than
-    ``seconds``, is wrong.
+    """Judge the networks of these seeds and yield the verdicts.
+
+    A network is wrong if its process dies or takes longer than ``seconds``.
     """
     todo = collections.deque(seeds)
     context = multiprocessing.get_context("spawn")
@@ -98,7 +103,7 @@ def campaign(seeds: Sequence[int], processes: int = 1, seconds: float = 120) -> 
 
 
 class _Worker:
-    """A process that judges one seed after the other."""
+    """A process that judges one seed after another."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
@@ -113,8 +118,9 @@ class _Worker:
         self.served = 0
 
     def give(self, todo: collections.deque[int]) -> None:
-        """The next seed, or none; a process is renewed now and then, so that what one keeps does
-        not pile up.
+        """Send the next seed to the process, if one is left.
+
+        The process is replaced after 500 networks, so that memory does not pile up.
         """
         self.seed = todo.popleft() if todo else None
         if self.seed is None:
@@ -160,6 +166,6 @@ def _serve(pipe: Connection) -> None:
         except Exception as error:
             verdict = Verdict(str(spec), "wrong", f"judge: {type(error).__name__}: {error}")
         pipe.send(verdict)
-        # what was imported stays: no use to look through it at each collection
+        # imported objects stay, so the garbage collector need not look at them
         if not gc.get_freeze_count():
             gc.freeze()

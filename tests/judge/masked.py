@@ -1,8 +1,8 @@
-"""The masked original: what the pruned model must equal, found without asking the pruner.
+"""The masked original that a pruned model must equal, found without asking the pruner.
 
-Every element of the original gets a value that occurs once. What is found again in the pruned
-model survived; all else is set to zero in the original, built once more. Fused norms take their
-statistics over the channels whose weight survived.
+Every element of the original gets a unique value. An element whose value occurs in the pruned
+model survived. All others are set to zero in the original, which is built a second time for that.
+Fused norms compute their statistics over the channels whose weight survived.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Floating-point parameters and saved buffers with axes, each once, by their first name."""
+    """Return floating-point parameters and saved buffers with at least one axis, by name.
+
+    A tensor with several names is listed once, under the first.
+    """
     computed = {
         f"{path}.{name}".lstrip(".")
         for path, m in model.named_modules()
@@ -32,8 +35,9 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Give every element its own value, in float64, of a size that keeps activations near one;
-    variances are positive.
+    """Give every element its own value, in float64.
+
+    Their size keeps activations near one, and variances are positive.
     """
     model.to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
@@ -54,9 +58,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def survivors(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
-    """For each stored tensor of the original, which elements are found again in the pruned
-    model.
-    """
+    """Return, for each stored tensor of the original, which elements occur in the pruned model."""
     held = [
         t.detach().double().flatten()
         for t in (*pruned.parameters(), *pruned.buffers())
@@ -69,8 +71,8 @@ def survivors(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
 def mask(model: nn.Module, alive: dict[str, Tensor]) -> None:
     """Set every element that did not survive to zero.
 
-    Directions of weight_norm of which nothing survived stay: their magnitude is zero, and 0 / 0 is
-    no number.
+    In weight_norm, directions without any survivor stay: their magnitude is zero, and 0 / 0 is not
+    a number.
     """
     with torch.no_grad():
         for name, t in stored(model).items():
@@ -81,7 +83,10 @@ def mask(model: nn.Module, alive: dict[str, Tensor]) -> None:
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Dropout does nothing, and random slopes are their mean, so that training can be compared."""
+    """A mode that turns dropout off and gives random slopes their mean value.
+
+    Training can be compared this way.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return WITHOUT_DROPOUT.get(func, func)(*args, **(kwargs or {}))
@@ -89,8 +94,9 @@ class WithoutDropout(TorchFunctionMode):
 
 @contextmanager
 def in_backward(*instead: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """What checkpoints run once more, in the backward pass, goes the same way: modes are not asked
-    there.
+    """Replace functions of torch during the backward pass.
+
+    Checkpoints run their code again there, and modes do not see those calls.
     """
     with ExitStack() as stack:
         for func, other in (pair for pairs in instead for pair in pairs.items()):
@@ -112,11 +118,13 @@ def _mean_slope(
     inplace: bool = False,
 ) -> Tensor:
     out = F.leaky_relu(input, (lower + upper) / 2, inplace)
-    return out.contiguous() if training and not inplace else out  # as the random ones lie
+    return (
+        out.contiguous() if training and not inplace else out
+    )  # the layout of the random slopes' result
 
 
 class OverSurvivors(TorchFunctionMode):
-    """Fused norms take their statistics over the channels whose weight is not zero."""
+    """A mode in which fused norms use only the channels whose weight is not zero."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return OVER_SURVIVORS.get(func, func)(*args, **(kwargs or {}))
@@ -184,8 +192,9 @@ def _group_norm(
 
 
 def _where_it_lies(func: Any, norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The norm, with a result that lies in memory as the function's own does: which views of it
-    are copies goes by that.
+    """Return ``norm`` with a result that has the memory layout of ``func``'s result.
+
+    Whether a view of the result is a copy depends on that layout.
     """
 
     def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A smaller network that fails as a given one does."""
+"""Find a smaller network that fails in the same way as a given one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from .verdict import Verdict, judge
 
 
 def shrunk(spec: Spec, judge: Callable[[Spec], Verdict] = judge) -> Spec:
-    """Drop blocks one by one while the network fails in the same setting; return the smallest
-    found.
+    """Drop blocks one by one while the network fails in the same setting.
+
+    Return the smallest network found.
     """
     fault = _fault(judge(spec))
     smaller: Spec | None = spec
@@ -21,5 +22,5 @@ def shrunk(spec: Spec, judge: Callable[[Spec], Verdict] = judge) -> Spec:
 
 
 def _fault(verdict: Verdict) -> tuple[str, str]:
-    """The outcome, and the setting or the kind of error."""
+    """Return the outcome, and the setting or the kind of error."""
     return verdict.outcome, verdict.what.split(":")[0]

@@ -1,6 +1,4 @@
-"""Python source of a drawn network: the text of a module class as a person writes it, and the
-module that it makes.
-"""
+"""Write a random network as Python source, as a person would, and build the module from it."""
 
 from __future__ import annotations
 
@@ -29,10 +27,10 @@ from torch import Tensor
 """
 
 
-# What reads a size as a number of Python: a loop over the parts of a tensor, len, a function of
-# math. What drops each axis of size 1, a batch of one as well. And what counts positions of
-# channels and places laid out as one: for another number of places these are others than without
-# the channels that are gone.
+# Code after which another size of the inputs may be refused. It reads a size as a Python number (a
+# loop over the parts of a tensor, len, a function of math); or drops every axis of size 1, even a
+# batch of one; or counts positions of channels and places laid out as one axis, which are not the
+# same without the removed channels if the number of places differs.
 _COUNTS = re.compile(
     r"unbind\(|\blen\((?!self)|for (t|step) in|split\(1, 1\)|range\(x|list\(range|math\.|"
     r"kernel_size=x|"
@@ -42,10 +40,9 @@ _COUNTS = re.compile(
 
 @dataclass(frozen=True)
 class Signal:
-    """What a variable of forward holds: an image (B, C, H, W), tokens (B, T, C) or a vector (B,
-    C).
+    """A variable of forward: an image (B, C, H, W), tokens (B, T, C) or a vector (B, C).
 
-    ``width`` is C, ``size`` the other sizes at the example: (H, W), (T,) or ().
+    ``width`` is C. ``size`` holds the other sizes in the example: (H, W), (T,) or ().
     """
 
     name: str
@@ -58,6 +55,7 @@ class Signal:
 
     @property
     def rank(self) -> int:
+        """The number of axes."""
         return len(self.size) + 2
 
     @property
@@ -68,9 +66,7 @@ class Signal:
 
 @dataclass
 class File:
-    """The source file that is being written: its classes and functions, and the draws of the block
-    at hand.
-    """
+    """The source file that is being written, and the random choices of the current block."""
 
     rng: Random = field(default_factory=Random)
     parts: list[str] = field(default_factory=list)
@@ -78,6 +74,7 @@ class File:
     branches: bool = False  # forward asks for sizes: another size may be refused
 
     def number(self) -> int:
+        """Return a number that was not used before in this file."""
         self.count += 1
         return self.count
 
@@ -90,39 +87,47 @@ class Writer:
         self.setup: list[str] = []
         self.body: list[str] = []
         self.indent = ""
-        self.pool: list[Signal] = []  # values that later lines may read
-        self.extra: list[Signal] = []  # values that are returned beside the last
+        self.pool: list[Signal] = []  # variables that later lines may read
+        self.extra: list[Signal] = []  # variables that are returned beside the last one
 
     # --- draws
 
     def pick(self, *options: Any) -> Any:
+        """Return one of the options at random."""
         return self.file.rng.choice(options)
 
     def chance(self, share: float) -> bool:
+        """Return True with probability ``share``."""
         return self.file.rng.random() < share
 
     def between(self, low: int, high: int) -> int:
+        """Return a random whole number from ``low`` to ``high``."""
         return self.file.rng.randint(low, high)
 
     def some_width(self) -> int:
+        """Return a random number of channels."""
         return self.pick(4, 6, 8, 8, 10, 12, 12, 16)
 
     # --- lines
 
     def fresh(self, stem: str = "x") -> str:
+        """Return a new name."""
         return f"{stem}{self.file.number()}"
 
     def module(self, code: str, stem: str = "layer") -> str:
+        """Add a submodule and return its expression."""
         name = self.fresh(stem)
         self.setup.append(f"self.{name} = {code}")
         return f"self.{name}"
 
     def parameter(self, *shape: int) -> str:
+        """Add a parameter and return its expression."""
         name = self.fresh("weight")
         self.setup.append(f"self.{name} = nn.Parameter(torch.randn({', '.join(map(str, shape))}))")
         return f"self.{name}"
 
     def buffer(self, code: str, *, saved: bool = True) -> str:
+        """Add a buffer and return its expression."""
         name = self.fresh("table")
         self.setup.append(
             f'self.register_buffer("{name}", {code}{"" if saved else ", persistent=False"})'
@@ -130,22 +135,25 @@ class Writer:
         return f"self.{name}"
 
     def line(self, text: str) -> None:
+        """Add a line to forward."""
         self.file.branches |= _COUNTS.search(text) is not None
         self.body.append(self.indent + text)
 
     def assign(self, code: str, stem: str = "x") -> str:
+        """Add an assignment to a new variable and return its name."""
         name = self.fresh(stem)
         self.line(f"{name} = {code}")
         return name
 
     def value(self, x: Signal, code: str, **changes: Any) -> Signal:
-        """A new variable that holds ``code``, in which ``{x}`` is ``x``."""
+        """Assign ``code`` to a new variable, with the name of ``x`` in place of ``{x}``."""
         return replace(x, name=self.assign(code.replace("{x}", x.name)), **changes)
 
     @contextmanager
     def under(self, text: str) -> Iterator[None]:
-        """What is written inside stands under ``text``, one step further to the right; its
-        variables stay there.
+        """Indent the lines of the block below ``text``.
+
+        Later lines do not read the variables of the block.
         """
         self.line(text)
         kept, self.indent = list(self.pool), self.indent + "    "
@@ -155,31 +163,32 @@ class Writer:
     # --- sizes
 
     def dim(self, x: Signal, axis: int | None = None) -> int:
-        """The axis of the channels, or another one, counted from the front or from the back."""
+        """Return an axis, by default that of the channels, counted from the front or the back."""
         axis = x.axis if axis is None else axis
         return self.pick(axis, axis - x.rank)
 
     def space(self, x: Signal) -> tuple[int, ...]:
-        """All axes but batch and channels."""
+        """Return all axes except those of batch and channels."""
         return tuple(self.dim(x, axis) for axis in range(1, x.rank) if axis != x.axis)
 
     def width(self, x: Signal) -> str:
-        """The number of channels: a literal, or read from the tensor."""
+        """Return the number of channels as code: a literal, or read from the tensor."""
         axis = self.dim(x)
         return self.pick(str(x.width), str(x.width), f"{x}.shape[{axis}]", f"{x}.size({axis})")
 
     def batch(self, x: Signal) -> str:
+        """Return code that reads the batch size."""
         return self.pick(f"{x}.shape[0]", f"{x}.size(0)", f"len({x})", f"{x}.size(dim=0)")
 
     def side(self, x: Signal, which: int) -> str:
-        """One of the other sizes: nearly always read from the tensor."""
+        """Return one of the other sizes as code, which nearly always reads it from the tensor."""
         axis = [a for a in range(1, x.rank) if a != x.axis][which]
         if self.chance(0.1):
             return str(x.size[which])
         return self.pick(f"{x}.shape[{axis}]", f"{x}.size({axis})", f"{x}.shape[{axis - x.rank}]")
 
     def along(self, x: Signal, vector: str) -> str:
-        """A vector of as many elements as ``x`` has channels, written so that it meets them."""
+        """Return code that shapes a vector with one element per channel to broadcast to ``x``."""
         if x.axis == x.rank - 1:
             return vector
         after = x.rank - 1 - x.axis
@@ -198,7 +207,7 @@ class Writer:
     # --- classes
 
     def child(self) -> Writer:
-        """A class of its own in the same file; :meth:`finish` closes it."""
+        """Start another class in the same file; :meth:`finish` ends it."""
         return Writer(self.file, f"Part{self.file.number()}")
 
     def finish(self, result: str, arguments: str = "x", base: str = "nn.Module") -> str:
@@ -212,7 +221,7 @@ class Writer:
         return self.name
 
     def function(self, text: str) -> None:
-        """A function or class at the top of the file."""
+        """Add a function or class at the top of the file."""
         self.file.parts.append(text)
 
 
@@ -221,8 +230,10 @@ Inside = Callable[[Writer, Signal], Signal]
 
 @dataclass(frozen=True)
 class Example:
-    """What a network reads: ``make(batch, more)`` gives its inputs, with ``more`` positions than
-    the example along each axis.
+    """The inputs of a network.
+
+    ``make(batch, more)`` returns them, with ``more`` positions than the example has along each
+    axis.
     """
 
     arguments: str
@@ -231,7 +242,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A network as source text, with its inputs and the options of prune."""
+    """A network as source text, with its inputs and the options for prune."""
 
     spec: Spec
     text: str
@@ -241,11 +252,11 @@ class Drawn:
 
     @property
     def python(self) -> str:
-        """The name of the module of Python that the text becomes."""
+        """The name of the Python module for this source."""
         return f"drawn_{zlib.crc32(self.text.encode()):08x}"
 
     def build(self) -> nn.Module:
-        """The module, freshly made."""
+        """Return a new instance of the network."""
         name = self.python
         if name not in sys.modules:
             module = types.ModuleType(name)
@@ -261,14 +272,14 @@ class Drawn:
         return sys.modules[name].Network()
 
     def forget(self) -> None:
-        """Drop the module of Python that the source became."""
+        """Remove the Python module that was made from the source."""
         module = sys.modules.pop(self.python, None)
         if module is not None:
             linecache.cache.pop(str(module.__file__), None)
 
 
 def write(spec: Spec) -> Drawn:
-    """The source of a network."""
+    """Return the source of a network."""
     from .blocks import OPTIONS, RESULTS, SOURCES
 
     file = File()
@@ -287,9 +298,7 @@ def write(spec: Spec) -> Drawn:
 
 
 def emit(w: Writer, items: tuple[Item, ...], x: Signal) -> Signal:
-    """Write blocks one after the other; one that cannot take what the one before it gives is left
-    out.
-    """
+    """Write blocks one after another, and leave out those that cannot take their input."""
     from .blocks import BLOCKS
 
     for item in items:
@@ -308,5 +317,6 @@ def emit(w: Writer, items: tuple[Item, ...], x: Signal) -> Signal:
 
 
 def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    """Return normally distributed float64 values, the same ones each time."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""A drawn network as a line of text: what it reads, its blocks, what it returns, how it is pruned.
+"""A random network as a line of text: input, blocks, result, and how it is pruned.
 
-``image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2`` names blocks; the number
-after each is the seed from which the block draws its own choices, so that a network from which a
-block was dropped keeps the others as they were.
+``image:3 layer:17 residual:4(norm:8 activation:1) classify:9 channels:2`` names blocks. The number
+after each is the seed for the block's own choices, so that the other blocks stay the same when one
+is dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Item:
-    """One block: its kind, the seed of its own choices, and the blocks inside of it."""
+    """A block: its kind, the seed of its choices, and the blocks inside it."""
 
     kind: str
     seed: int
@@ -28,7 +28,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a network reads, its blocks in order, what it returns, and how it is pruned.
+    """The input of a network, its blocks in order, its result, and how it is pruned.
 
     Examples
     --------
@@ -49,7 +49,13 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """The spec that prints as this text. Raises ValueError for anything else."""
+        """Return the spec that prints as ``text``.
+
+        Raises
+        ------
+        ValueError
+            If the text is not a spec.
+        """
         words = re.findall(r"[a-z_]+:\d+|[()]|\S+", text)
         items = _items(words)
         if (
@@ -64,8 +70,10 @@ class Spec:
         return spec
 
     def without_one(self) -> Iterator[Spec]:
-        """All specs that have one block less, the larger cuts first: a block goes with its
-        children, or only they go.
+        """Yield all specs with one block less.
+
+        The larger cuts come first: a block is dropped with its children before it is replaced by
+        them.
         """
         for blocks in _without_one(self.blocks):
             yield Spec(self.source, blocks, self.result, self.options)
@@ -97,7 +105,7 @@ def _without_one(items: tuple[Item, ...]) -> Iterator[tuple[Item, ...]]:
 
 
 def draw(seed: int) -> Spec:
-    """The network of this seed."""
+    """Return the network of this seed."""
     from .blocks import BLOCKS, OPTIONS, RESULTS, SOURCES
 
     rng = Random(seed)
@@ -123,7 +131,7 @@ def draw(seed: int) -> Spec:
     source = rng.choices(list(SOURCES), [SOURCES[name].weight for name in SOURCES])[0]
     kind = SOURCES[source].gives
     blocks, kind = run(kind, rng.randint(1, 6), 2, False)
-    # something to prune, whatever the blocks after it hold in place
+    # something to prune, whatever the later blocks pin
     first = (item("layer"), item("layer"))
     return Spec(
         item(source),

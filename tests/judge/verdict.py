@@ -1,4 +1,4 @@
-"""One network judged: pruned, and held against its masked original in every setting."""
+"""Judge one network: prune it, and compare it with its masked original in every setting."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIMIT = 1e-7  # the largest relative error, in float64
 
 
 class ShortError(Exception):
-    """What fell short: in which setting, and how."""
+    """A comparison failed; it says in which setting, and how."""
 
     def __init__(self, setting: str, what: str) -> None:
         super().__init__(f"{setting}: {what}")
@@ -43,11 +43,21 @@ class ShortError(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one network.
+    """The result for one network.
 
-    ``outcome`` is ``"right"``, ``"whole"`` (right, and nothing was pruned), ``"refused"`` (an
-    FxpruneError from prune), ``"wrong"``, or ``"invalid"`` (the drawn network itself does not
-    run); ``what`` says more, ``left`` is the share of parameters that is left.
+    Attributes
+    ----------
+    outcome:
+        ``"right"``, ``"whole"`` (right, but nothing was pruned), ``"refused"`` (prune raised an
+        FxpruneError), ``"wrong"``, or ``"invalid"`` (the network itself does not run).
+    what:
+        Details of the outcome.
+    left:
+        The share of parameters that is left.
+    parts:
+        Whether the pruned model is not a single graph.
+    guarded:
+        The number of inputs of another size that a network which asks for sizes refused.
     """
 
     spec: str
@@ -55,15 +65,15 @@ class Verdict:
     what: str = ""
     left: float = 1.0
     parts: bool = False
-    guarded: int = 0  # inputs of another size that were refused, in networks that ask for sizes
+    guarded: int = 0  # inputs of another size that were refused
 
 
 def judge(spec: Spec) -> Verdict:
-    """Draw the network's source, prune it, and compare."""
+    """Write the network's source, prune it, and compare."""
     drawn = write(spec)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # networks use what torch calls deprecated; that is none of the pruner's faults
+            # networks use deprecated functions of torch, which is not the pruner's fault
             warnings.simplefilter("ignore")
             return _judge(drawn)
     except ShortError as error:
@@ -112,7 +122,7 @@ def _judge(drawn: Drawn) -> Verdict:
 
 
 def _prune(model: nn.Module, inputs: Any, options: dict[str, Any]) -> fxprune.Pruned:
-    """Within the budget that was drawn, or where that cannot be reached, half of every group."""
+    """Prune to the budget of the spec, or to half of every group if that cannot be reached."""
     try:
         return fxprune.prune(model, copy.deepcopy(inputs), **options)
     except fxprune.BudgetError:
@@ -120,7 +130,10 @@ def _prune(model: nn.Module, inputs: Any, options: dict[str, Any]) -> fxprune.Pr
 
 
 def _filled(drawn: Drawn) -> nn.Module:
-    """The original once more, built anew: a copy would share what its hooks hold on to."""
+    """Build the original once more.
+
+    A copy would share the objects that its hooks hold.
+    """
     torch.manual_seed(0)
     model = drawn.build().eval()
     fill(model)
@@ -128,8 +141,12 @@ def _filled(drawn: Drawn) -> nn.Module:
 
 
 def _original(drawn: Drawn) -> tuple[nn.Module, Any]:
-    """The module with values that occur once, and its example; ShortError where the drawn network
-    itself does not run.
+    """Return the module with unique values, and its example.
+
+    Raises
+    ------
+    ShortError
+        If the network itself does not run.
     """
     inputs = drawn.example.make(3, 0)
     try:
@@ -148,8 +165,10 @@ def _original(drawn: Drawn) -> tuple[nn.Module, Any]:
 
 
 def _others(drawn: Drawn, reference: nn.Module, emitted: nn.Module) -> int:
-    """Another batch, another resolution, both; an input that the original does not take is
-    none.
+    """Compare for another batch, another resolution, and both.
+
+    Inputs that the original does not take are skipped. Return the number of inputs that the pruned
+    model refused.
     """
     guarded = 0
     for setting, batch, more in (
@@ -162,7 +181,7 @@ def _others(drawn: Drawn, reference: nn.Module, emitted: nn.Module) -> int:
         try:
             run(reference, inputs)
         except Exception:
-            continue  # the original does not take it
+            continue  # the original does not accept it
         try:
             _compare(setting, reference, emitted, inputs)
         except (AssertionError, fxprune.FxpruneError) as error:
@@ -174,7 +193,7 @@ def _others(drawn: Drawn, reference: nn.Module, emitted: nn.Module) -> int:
 def _training(
     reference: nn.Module, emitted: nn.Module, inputs: Any, alive: dict[str, Tensor]
 ) -> None:
-    """In training mode: outputs, gradients of what survived, and what the norms remember."""
+    """Compare in training mode: outputs, gradients of what survived, and statistics of norms."""
     reference, emitted = reference.train(), emitted.train()
     state = {name: t.clone() for name, t in reference.state_dict().items()}
     try:
@@ -182,11 +201,11 @@ def _training(
             _sum(leaves(run(reference, inputs, grad=True)))
         differentiable = True
     except RuntimeError:
-        differentiable = False  # writing in place into a view that autograd guards, say
+        differentiable = False  # it writes into a view that autograd guards, for example
     reference.load_state_dict(state)
     with WithoutDropout():
         got, want = _compare("training", reference, emitted, inputs, grad=differentiable)
-    # before the backward pass: checkpoints run once more there
+    # this comes before the backward pass, because checkpoints run again there
     ours, theirs = dict(emitted.named_buffers()), stored(reference)
     for name, old in dict(reference.named_buffers()).items():
         if name in ours and name in theirs:
@@ -241,8 +260,9 @@ def _training(
 def _is_rounding(
     reference: nn.Module, state: dict[str, Tensor], inputs: Any, name: str, on: Tensor, gap: Tensor
 ) -> bool:
-    """Whether a gradient moves as far in the original when its weights are rounded otherwise: what
-    is nearly zero is divided by.
+    """Tell whether rounding of the weights moves a gradient of the original as far as ``gap``.
+
+    This happens where the network divides by nearly zero.
     """
     parameter, grads = (
         dict(reference.named_parameters())[name],
@@ -285,7 +305,7 @@ def _sum(outputs: list[Tensor]) -> Tensor:
 
 
 def _saved(drawn: Drawn, pruned: fxprune.Pruned, emitted: nn.Module, inputs: Any) -> None:
-    """After save and load the same model, to the bit."""
+    """Check that saving and loading returns the same model, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             pruned.save(folder)
@@ -302,8 +322,9 @@ def _saved(drawn: Drawn, pruned: fxprune.Pruned, emitted: nn.Module, inputs: Any
 
 
 def _deployed(drawn: Drawn, emitted: nn.Module, inputs: Any) -> None:
-    """In the inference form the same outputs, at another batch too; views that are written to
-    forbid channels-last.
+    """Compare the outputs of the inference form, also for another batch.
+
+    Models that write into views cannot be deployed channels-last.
     """
     try:
         try:
@@ -327,8 +348,9 @@ def _deployed(drawn: Drawn, emitted: nn.Module, inputs: Any) -> None:
 
 
 def _rounds_to_others(model: nn.Module, inputs: Any) -> bool:
-    """Whether outputs are others where weights are rounded otherwise: what is chosen among equals,
-    say.
+    """Tell whether rounding of the weights changes the outputs.
+
+    This happens where the network chooses among equal values, for example.
     """
     state, want = (
         {name: t.clone() for name, t in model.state_dict().items()},
@@ -353,7 +375,7 @@ def _rounds_to_others(model: nn.Module, inputs: Any) -> bool:
 
 
 def _proved(model: nn.Module, pruned: fxprune.Pruned, inputs: Any) -> None:
-    """What is right is not called wrong."""
+    """Check that ``verify`` accepts a model that is right."""
     try:
         measured = fxprune.verify(model, pruned, inputs).error
     except Exception as error:
@@ -365,6 +387,7 @@ def _proved(model: nn.Module, pruned: fxprune.Pruned, inputs: Any) -> None:
 
 
 def run(model: nn.Module, inputs: Any, grad: bool = False) -> Any:
+    """Call a model, with the same random numbers each time."""
     torch.manual_seed(7)
     inputs = copy.deepcopy(inputs)
     with torch.set_grad_enabled(grad):
@@ -374,7 +397,7 @@ def run(model: nn.Module, inputs: Any, grad: bool = False) -> Any:
 
 
 def leaves(value: Any) -> list[Tensor]:
-    """All tensors and numbers of an output, whatever holds them, in order."""
+    """Return all tensors and numbers of an output in order, whatever containers hold them."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (bool, int, float)):
@@ -417,8 +440,9 @@ def _compare(
 def _near(
     setting: str, got: list[Tensor], want: list[Tensor], whom: str, floor: float = 1e-6
 ) -> None:
-    """Raise where something differs, relative to the largest element; one below ``floor`` may be
-    what cancelled.
+    """Raise if something differs, relative to the largest element.
+
+    ``floor`` is added to that element, because smaller values may be the rest of a cancellation.
     """
     shapes = [[tuple(t.shape) for t in values] for values in (got, want)]
     _expect(setting, shapes[0] == shapes[1], f"shapes {shapes[0]}, {whom} has {shapes[1]}")
@@ -447,7 +471,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _text(error: BaseException) -> str:
-    """The error in one line, with the place that raised it."""
+    """Return the error in one line, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = next(
         (

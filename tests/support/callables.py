@@ -1,13 +1,12 @@
-"""Calls of torch's functions inside of a small model, each in a process of its own: ``python -m
-tests.support.callables``.
+"""Call torch's functions inside a small model: ``python -m tests.support.callables``.
 
 Every public callable of torch, torch.special, torch.linalg, torch.fft, torch.func and
 torch.nn.functional is called on activations, in each of a few ways that work on plain tensors, one
-of them under vmap. The model around it is pruned. Whatever becomes of it (pruned exactly, in
-parts, or refused), the process lives, and only errors of fxprune's own come out.
+of them under vmap. The model around it is pruned. It may be pruned exactly, pruned in parts, or
+refused; but the process must survive, and only fxprune's own errors may be raised.
 
-All processes are forked from one that has loaded everything already: each takes a fraction of a
-second.
+Each call runs in its own process. All processes are forked from one that has already loaded
+everything, so that each takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
     "f(relu)(h)": lambda f, h: f(torch.relu)(h),
 }
 
-# What acts on the process (its threads, files, devices, defaults) and not on a tensor.
+# Prefixes of functions that act on the process (threads, files, devices, defaults) only.
 _GLOBAL = (
     "set_",
     "seed",
@@ -73,8 +72,9 @@ _GLOBAL = (
 
 
 class Around(nn.Module):
-    """Two layers with a call in between, of whose result the floating-point part is added to what
-    goes on.
+    """Two layers with a call in between.
+
+    The floating-point part of the call's result is added to the activations.
     """
 
     def __init__(self, call: Callable[[Tensor], Any]) -> None:
@@ -90,7 +90,7 @@ class Around(nn.Module):
 
 
 def names() -> list[str]:
-    """All callables, by the name under which a user would call them."""
+    """Return the names of all callables as a user writes them."""
     found = []
     for place, space in SPACES.items():
         for name in sorted(dir(space)):
@@ -101,7 +101,7 @@ def names() -> list[str]:
 
 
 def ways(name: str) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
-    """The calls of a function that work on plain tensors."""
+    """Yield the calls of a function that work on plain tensors."""
     place, _, own = name.rpartition(".")
     function, h = getattr(SPACES[place], own), torch.rand(2, 16)
     for text, way in WAYS.items():
@@ -111,8 +111,9 @@ def ways(name: str) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
 
 
 def outcomes(name: str) -> dict[str, str]:
-    """What becomes of each call of a function, each in a process of its own, and so is the choice
-    of the calls.
+    """Return the outcome of each call of a function.
+
+    Each call runs in its own process, and so does the search for the calls.
     """
     loaded()
     texts = apart(lambda: json.dumps([text for text, _ in ways(name)]))
@@ -127,11 +128,13 @@ def outcomes(name: str) -> dict[str, str]:
 
 
 def outcome(call: Callable[[Tensor], Any]) -> str:
-    """What becomes of a model with this call, in a word, and after a colon more of it: one of
-    :data:`ALLOWED`, or what is wrong.
+    """Prune a model with this call and return the outcome.
+
+    It is a word, followed by a colon and details. The word is one of :data:`ALLOWED`, or else says
+    what is wrong.
     """
     torch.manual_seed(0)
-    # memory that nobody has written holds no numbers
+    # fills uninitialised memory with NaN, so that its values do not differ between runs
     torch.use_deterministic_algorithms(True, warn_only=True)
     model, x = Around(call).eval(), torch.randn(2, 4)
     try:
@@ -156,22 +159,22 @@ def outcome(call: Callable[[Tensor], Any]) -> str:
 UNPROVED = {
     "random": "random",
     "not finite": "finite",
-    # on the values that verify draws: probabilities, matrices that can be inverted
+    # verify draws values that are no probabilities, or matrices that cannot be inverted
     "original fails": "the original itself fails",
 }
-"""Where there is nothing to compare, and which words of verify's say so."""
+"""Outcomes where nothing can be compared, and the words in ``verify``'s message that show it."""
 
 ALLOWED = {"pruned", "in parts", "refused", *UNPROVED}
-"""What may become of a call."""
+"""The outcomes that are not errors."""
 
 
 def kind(said: str) -> str:
-    """The word of an outcome."""
+    """Return the word of an outcome."""
     return said.partition(":")[0]
 
 
 def apart(call: Callable[[], str], seconds: float = 120.0) -> str:
-    """What a function returns in a process of its own, or how that ended."""
+    """Return what a function returns in a new process, or how that process ended."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(False)
 
@@ -199,8 +202,9 @@ def apart(call: Callable[[], str], seconds: float = 120.0) -> str:
 
 @functools.cache
 def loaded() -> None:
-    """Load what pruning and verifying load, once for all processes that are forked from this one;
-    none of it has run here.
+    """Load all modules that pruning and verifying load, once for all forked processes.
+
+    Only imports happen here: this process never prunes.
     """
 
     def modules() -> str:
@@ -212,10 +216,11 @@ def loaded() -> None:
     for name in json.loads(apart(modules)):
         with suppress(ImportError):
             importlib.import_module(name)
-    gc.freeze()  # pages that are shared with the children stay so
+    gc.freeze()  # keeps memory pages shared with the children
 
 
 def main() -> None:
+    """Print the outcomes of the chosen callables, one line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="take one name of so many")
     parser.add_argument("--start", type=int, default=0, help="the first name that is taken")

@@ -1,10 +1,9 @@
-"""One check for every module: prune it, and see that the result is exact, small, alive and took
-nothing from the user.
+"""One check for every module: the pruned model is exact and small, and the original is unchanged.
 
-Two references are used. `fxprune.verify` is the project's own; `masked` is independent of it:
+Two references are used. `fxprune.verify` is the project's own. `masked` is independent of it:
 parameters are drawn at random, so every number is unique, and an element of the original was
-removed exactly if its value no longer occurs in the emitted model. Neither the plan nor the
-coupling is consulted.
+removed exactly if its value no longer occurs in the emitted model. It uses neither the plan nor
+the coupling.
 """
 
 import copy
@@ -25,8 +24,9 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` the way `fxprune.prune` reads `inputs`: a tensor, positional arguments or
-    keyword arguments.
+    """Run `model` on `inputs`, which are read as `fxprune.prune` reads them.
+
+    They are a tensor, positional arguments or keyword arguments.
     """
     if isinstance(inputs, Tensor):
         return model(inputs)
@@ -34,8 +34,9 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def nesting(structure: Any) -> Any:
-    """How an output is nested. An OrderedDict counts as a dict: a graph has no other word for
-    it.
+    """Return how an output is nested.
+
+    An OrderedDict counts as a dict, because a graph cannot make one.
     """
 
     def plain(value: Any) -> Any:
@@ -47,29 +48,28 @@ def nesting(structure: Any) -> Any:
 
 
 def tensors(structure: Any) -> list[Tensor]:
-    """The tensors of a nested output, in order."""
+    """Return the tensors of a nested output, in order."""
     return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
 
 
 def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """`inputs` with floating tensors cast; indices stay what they are."""
+    """Return `inputs` with floating-point tensors cast; indices stay as they are."""
     return pytree.tree_map(
         lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs
     )
 
 
 def count(model: nn.Module) -> int:
-    """Number of parameter elements, a tied parameter counted once."""
+    """Return the number of parameter elements, tied parameters counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def randomise(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Draw every parameter and every statistic of `model` anew, in place, and return it in
-    `dtype`.
+    """Draw every parameter and statistic of `model` anew, in place, and return it in `dtype`.
 
     Weights get the scale of a usual initialisation. Scales and biases are moved away from 1 and 0,
-    because a wrong slice of a constant cannot be seen. Masks and tables (buffers not named like a
-    statistic) stay.
+    because a wrong slice of a constant cannot be seen. Masks and tables (buffers that are not
+    named like a statistic) stay.
     """
     model.to(dtype)
     with torch.no_grad():
@@ -87,9 +87,7 @@ def randomise(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module
 
 
 def relative_error(output: Any, reference: Any) -> float:
-    """`||output - reference|| / ||reference||`, the largest over the tensors of a nested
-    output.
-    """
+    """Return `||output - reference|| / ||reference||`, the largest over an output's tensors."""
     assert nesting(output) == nesting(reference), "the outputs are nested differently"
     worst = 0.0
     for out, ref in zip(tensors(output), tensors(reference), strict=True):
@@ -102,14 +100,15 @@ def relative_error(output: Any, reference: Any) -> float:
             assert torch.equal(out, ref)
             continue
         difference = float((out.detach() - ref.detach()).norm())
-        if difference:  # a network that ends in a ReLU may be all zeros, rightly
+        if difference:  # if a network ends in a ReLU, all zeros may be right
             worst = max(worst, difference / float(ref.detach().norm().clamp_min(1e-300)))
     return worst
 
 
 def masked(model: nn.Module, pruned: nn.Module) -> nn.Module:
-    """A copy of `model` with every parameter element zeroed that does not occur in `pruned`. See
-    the file's head.
+    """Return a copy of `model` in which every parameter element that `pruned` lacks is zero.
+
+    An element is missing if its value does not occur in `pruned` (see the module docstring).
     """
     reference = copy.deepcopy(model)
     kept = dict(pruned.named_parameters()) | dict(pruned.named_buffers())
@@ -122,7 +121,7 @@ def masked(model: nn.Module, pruned: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a user could notice about a model, copied."""
+    """A copy of everything that a user could notice about a model."""
 
     state: Mapping[str, Tensor]
     identities: Mapping[str, int]
@@ -135,7 +134,7 @@ class Snapshot:
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """What `assert_unharmed` compares with later."""
+    """Return what `assert_unharmed` compares with later."""
     everything = dict(model.named_parameters(remove_duplicate=False))
     everything |= dict(model.named_buffers(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -167,15 +166,16 @@ def snapshot(model: nn.Module) -> Snapshot:
             )
             for name, module in modules.items()
         },
-        # `_is_hf_initialized`-like leftovers count too: what a trace pokes onto a module, the user
-        # finds there.
+        # Attributes such as `_is_hf_initialized` count too: a user would find on the module what a
+        # trace leaves there.
         attributes={name: tuple(sorted(vars(module))) for name, module in modules.items()},
     )
 
 
 def assert_unharmed(model: nn.Module, before: Snapshot) -> None:
-    """Raise unless `model` is bit for bit what it was at `before`: values, objects, storage, mode,
-    classes, hooks.
+    """Raise unless `model` is bit for bit what it was at `before`.
+
+    Values, objects, storage, modes, classes and hooks are compared.
     """
     after = snapshot(model)
     for name, value in before.state.items():
@@ -186,7 +186,7 @@ def assert_unharmed(model: nn.Module, before: Snapshot) -> None:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """`value` as integers, so that NaN equals NaN and 0.0 differs from -0.0."""
+    """Return `value` as integers, so that NaN equals NaN and 0.0 differs from -0.0."""
     sizes: dict[int, torch.dtype] = {
         1: torch.uint8,
         2: torch.int16,
@@ -210,23 +210,32 @@ def check_exact(
     batches: Callable[[int], Inputs] | None = None,
     **options: Any,
 ) -> Any:
-    """Prune a randomised float64 `model` and assert all that is promised about the result.
+    """Prune a randomised float64 `model` and assert everything that fxprune promises.
 
-    Args:
-        model: changed in place: randomised, cast to float64, set to eval.
-        inputs: example inputs, as `fxprune.prune` takes them.
-        channels: the share of units that every group keeps.
-        at_most: the share of parameters that may be left. Without it, pinning everything would
-            pass.
-        zeroable: whether the original with zeros is a reference at all. It is not where statistics
-            go over the surviving channels (LayerNorm, GroupNorm, RMSNorm, weight standardisation),
-            nor where a zeroed filter is divided by its own norm (weight_norm). Those rest on
-            `fxprune.verify` alone.
-        batches: gives inputs of a batch size; tried at 1, 2 and 5.
-        options: passed on to `fxprune.prune`.
+    Parameters
+    ----------
+    model:
+        The model. It is changed in place: randomised, cast to float64 and set to eval mode.
+    inputs:
+        Example inputs, as `fxprune.prune` takes them.
+    channels:
+        The share of units that every group keeps.
+    at_most:
+        The largest share of parameters that may be left. Without it, pinning everything would
+        pass.
+    zeroable:
+        Whether the original with zeros is a valid reference. It is not if statistics are taken
+        over the surviving channels (LayerNorm, GroupNorm, RMSNorm, weight standardisation), or if
+        a zeroed filter is divided by its own norm (weight_norm). Such models are checked by
+        `fxprune.verify` alone.
+    batches:
+        A function from a batch size to inputs. Sizes 1, 2 and 5 are tried.
+    options:
+        Passed to `fxprune.prune`.
 
-    Returns:
-        The `Pruned` for further asserts.
+    Returns
+    -------
+    The `Pruned`, for further asserts.
     """
     randomise(model).eval()
     inputs = as_dtype(inputs, torch.float64)
@@ -261,5 +270,5 @@ def check_exact(
 
 
 def _why(model: nn.Module, inputs: Inputs) -> str:
-    """The pinned axes, for the message of a bound that was missed."""
+    """Return the pinned axes, for the message if a bound is missed."""
     return "\n".join(str(pinned) for pinned in fxprune.analyze(model, inputs).pinned)

@@ -1,5 +1,6 @@
-"""A second count of multiply-accumulates: kernel by kernel, each against torch's own formula where
-this torch has one.
+"""A second count of multiply-accumulates, kernel by kernel.
+
+Each figure is compared with torch's own formula, where this version of torch has one.
 """
 
 from typing import Any
@@ -10,9 +11,7 @@ from fxprune.cost import MacCounter
 
 
 class CheckedCounter(MacCounter):
-    """Counts what runs below it. A formula of torch's that says another number fails on the
-    spot.
-    """
+    """A counter that fails at once if torch's formula gives another number."""
 
     def macs_of(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

@@ -44,8 +44,10 @@ PINNED = -1
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that an op is tried on. ``kind``: labelled (every axis), weight (labelled when it
-    is met), constant (no labels).
+    """A tensor on which an op is tried.
+
+    ``kind`` is ``labelled`` (every axis has labels), ``weight`` (labelled when an op meets it) or
+    ``constant`` (no labels).
     """
 
     shape: tuple[int, ...]
@@ -71,9 +73,7 @@ def constant(*shape: int, dtype: torch.dtype = torch.float32) -> Operand:
 
 @dataclass(frozen=True)
 class Seen:
-    """The coupling's text, and the ATen ops that were executed: their names, and the registry
-    entries that served them.
-    """
+    """The coupling as text, and the ATen ops that ran: their names, and their registry entries."""
 
     text: str
     executed: frozenset[str]
@@ -81,8 +81,9 @@ class Seen:
 
 
 def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: Any = None) -> Seen:
-    """Run a function on labels. ``operands`` may nest :class:`Operand` in lists; anything else is
-    passed as it is.
+    """Run a function on labels and return the coupling as text.
+
+    ``operands`` may hold :class:`Operand` in nested lists. Anything else is passed as it is.
     """
     context = Context()
     context.units = units = _RecordedUnits()
@@ -112,7 +113,7 @@ def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: An
         with mode:
             out = function(*arguments)
     results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-    for _ in range(2):  # reading a result may pin what has become a single label
+    for _ in range(2):  # reading a result may pin what became a single label
         for result in results:
             context.fields(result)
     text = _Text(context, units)
@@ -124,7 +125,7 @@ def couple_one(function: Callable[..., Any], operands: Sequence[Any], target: An
 
 
 class _RecordedUnits(Units):
-    """Remembers which labels were made together."""
+    """Units that record which labels were made together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,8 +160,9 @@ class _RecordedMode(LabelMode):
 
 @dataclass(frozen=True)
 class _Factor:
-    """What one field says of one dimension: ``outer`` copies of ``text``, over ``core`` positions,
-    each ``inner`` times.
+    """What one field says about one dimension.
+
+    It has ``outer`` copies of ``text`` over ``core`` positions, each repeated ``inner`` times.
     """
 
     outer: int
@@ -274,7 +276,7 @@ class _Text:
         return [f"{{{rows}}}", *["{..}"] * (core.ndim - 1)]
 
     def _grid(self, core: Array) -> list[str] | None:
-        """Units of one axis laid out row by row, or a part of every dimension of such a layout."""
+        """Describe units of one axis that are laid out row by row, or a part of such a layout."""
         run = self._run(int(core.flat[0])) if (core > 0).all() else None
         ranks, count = (None, 0) if run is None else self._ranks(run, core)
         if run is None or ranks is None:
@@ -298,8 +300,9 @@ class _Text:
         return texts
 
     def _ranks(self, run: int, roots: Array) -> tuple[Array | None, int]:
-        """The numbers of these units among those that began on one axis, and how many those
-        are.
+        """Return the positions of these units on their axis, and the number of its units.
+
+        The positions are None if some of them belong to another axis.
         """
         start, stop, _ = self.units.runs[run]
         if (roots < start).any() or (roots >= stop).any():
@@ -309,7 +312,7 @@ class _Text:
         return np.searchsorted(members, roots), len(members)
 
     def _line(self, labels: Array) -> str:
-        """A row of labels: stretches of units, one after the other."""
+        """Describe a row of labels: stretches of units, one after the other."""
         whole = self._stretch(labels)
         if whole is not None:
             return whole
@@ -347,7 +350,7 @@ class _Text:
         return labels.size >= times and labels[0] > 0 and bool((labels[:times] == labels[0]).all())
 
     def _stretch(self, roots: Array) -> str | None:
-        """Units of one axis that follow each other, or positions without any."""
+        """Describe consecutive units of one axis, or positions without units."""
         if (roots == 0).all():
             return str(len(roots))
         if (roots == PINNED).all():
@@ -385,8 +388,10 @@ class _Text:
 
 
 def _strip(labels: Array, d: int) -> tuple[Array, int, int]:
-    """Take repeats off one dimension: the rest, how many copies of it lie behind each other, how
-    often each position stands.
+    """Remove repeats from one dimension.
+
+    Return the rest, the number of copies that lie one after the other, and how often each position
+    is repeated.
     """
     n = labels.shape[d]
     rows = np.moveaxis(labels, d, 0)
@@ -412,7 +417,7 @@ def _strip(labels: Array, d: int) -> tuple[Array, int, int]:
 
 
 def _axis(n: int, factors: list[_Factor]) -> str:
-    """A dimension of size n under all its fields: a product, row by row, if they nest."""
+    """Describe a dimension of size n: a product of its fields, row by row, if they nest."""
     if not factors:
         return str(n)
     if all(f.text == "!" for f in factors):

@@ -1,8 +1,9 @@
-"""A second device, in Python: it computes on the CPU, and its tensors meet no others.
+"""A second device, written in Python.
 
-Where there is no GPU it shows what would go wrong on one: tensors made on the CPU and used with
-those of the model, data read without being fetched. It is for a process of its own, because torch
-has one place for such a device and never gives it back.
+It computes on the CPU, but its tensors cannot be combined with tensors of other devices. Where
+there is no GPU it shows what would go wrong on one: tensors made on the CPU and used with those of
+the model, or data read without being copied to the CPU. Use it in a process of its own, because
+torch can register one such device and never removes it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import fxprune.inputs
 
 NAME = "elsewhere"
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-"""Operations that take indices from the CPU as well, on every device of torch."""
+"""Operations that also take indices from the CPU, on every device of torch."""
 
 
 class Elsewhere(Tensor):
-    """A tensor of this device; ``inner`` has its data."""
+    """A tensor on this device; ``inner`` has its data."""
 
     inner: Tensor
 
@@ -81,7 +82,7 @@ class Elsewhere(Tensor):
 
 
 def compute(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation of ATen on the CPU, after seeing that its tensors lie on one device."""
+    """Run an ATen operation on the CPU, after checking that its tensors lie on one device."""
     name = func._schema.name
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     own = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
@@ -124,8 +125,8 @@ _library = torch.library.Library("_", "IMPL")
 
 
 def register() -> None:
-    """Make ``torch.device("elsewhere")`` one that torch knows."""
+    """Register ``torch.device("elsewhere")`` with torch."""
     _setup_privateuseone_for_python_backend(NAME)
     _library.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")
-    # Its tensors are of a subclass, which a model that was quantised would have too.
+    # Its tensors are of a subclass, which the checks would take for quantised tensors.
     fxprune.common.models.type = fxprune.inputs.type = _kind  # type: ignore[attr-defined]

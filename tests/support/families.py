@@ -1,7 +1,7 @@
 """One small member of each family of torchvision models, built by the family's own classes.
 
-Depth and width are cut so that a test takes about a second; every kind of layer of the family is
-still there.
+Depth and width are reduced so that a test takes about a second. Every kind of layer of the family
+is still there.
 """
 
 from collections.abc import Callable
@@ -36,15 +36,21 @@ from torchvision.models.video import resnet as video_resnet
 class Family:
     """A small model.
 
-    Attributes:
-        name: the test's id.
-        build: gives the model with fresh weights.
-        shape: the example input without the batch axis.
-        other: another shape that the model takes too, None where the architecture fixes the
-            resolution. Swin's is on the same side of its own test, whether a map is as small as a
-            window.
-        composite: whether a composite leaf (nn.MultiheadAttention) is taken apart, so that sums
-            may be reordered.
+    Attributes
+    ----------
+    name:
+        The id of the test.
+    build:
+        A function that returns the model with fresh weights.
+    shape:
+        The shape of the example input without the batch axis.
+    other:
+        Another shape that the model accepts; None if the architecture fixes the resolution. Swin
+        branches on whether a feature map is as small as a window; its other shape takes the same
+        branch.
+    composite:
+        Whether a composite leaf (nn.MultiheadAttention) is decomposed, so that sums may be
+        reordered.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Family:
 
 
 def _small_classifier(model: nn.Module, width: int, dropout: float = 0.5) -> nn.Module:
-    """`model` without the hundred megabytes of its two hidden layers of 4096."""
+    """Replace the classifier, whose two hidden layers of 4096 take a hundred megabytes."""
     model.classifier = nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(width, 64),
@@ -78,13 +84,14 @@ def _vgg() -> nn.Module:
 
 def _s3d() -> nn.Module:
     model = S3D(10)
-    model.avgpool = nn.AdaptiveAvgPool3d(1)  # the original's window of 7x7 asks for 224 pixels
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # the original's window of 7x7 needs 224 pixels
     return model
 
 
 def _backbone() -> nn.Module:
-    """A ResNet that gives the features of its last two stages, as the segmentation models take
-    them.
+    """Return a ResNet that gives the features of its last two stages.
+
+    Segmentation models take their backbone in this form.
     """
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], width_per_group=64)
     layers = {"layer3": "aux", "layer4": "out"}

@@ -1,5 +1,6 @@
-"""What a process of a process group does in the tests of distributed scores. Spawned processes
-import it by name.
+"""What one process of a process group does in the tests of distributed scores.
+
+Spawned processes import this module by name.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ KINDS = ("taylor", "fisher", "activation")
 
 
 def network() -> nn.Module:
-    """The same in every process."""
+    """Return a network that is the same in every process."""
     torch.manual_seed(3)
     layers = [
         nn.Conv2d(3, 6, 3),
@@ -36,7 +37,7 @@ def network() -> nn.Module:
 
 
 def batches() -> list[Batch]:
-    """Unevenly large ones, an odd number of them."""
+    """Return an odd number of batches of different sizes."""
     generator = torch.Generator().manual_seed(4)
     sizes = (1, 4, 2, 3, 5)
     return [
@@ -49,7 +50,7 @@ def batches() -> list[Batch]:
 
 
 def scores(own: list[Batch]) -> dict[str, np.ndarray]:
-    """What this process gets from its batches, by every criterion that reads data."""
+    """Return this process's scores from its batches, for each criterion that reads data."""
     model = network()
     coupling = fxprune.analyze(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
     criteria = Taylor(own, F.cross_entropy), Fisher(own, F.cross_entropy), Activation(own)
@@ -61,6 +62,7 @@ def scores(own: list[Batch]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def process_group(rank: int, size: int, meeting: str) -> Iterator[None]:
+    """Join a process group for the duration of the block."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size
     )
@@ -71,12 +73,12 @@ def process_group(rank: int, size: int, meeting: str) -> Iterator[None]:
 
 
 def threads() -> list[str]:
-    """Of this process, by the names that the system knows; empty where it does not tell."""
+    """Return the names of this process's threads; empty if the system does not tell."""
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def visit(rank: int, size: int, folder: str) -> None:
-    """Prune, and note the threads there are in the process group and after it."""
+    """Prune, and record the threads that run in the process group and after it."""
     with process_group(rank, size, f"{folder}/meeting"):
         fxprune.prune(network(), torch.zeros(2, 3, 6, 6, dtype=torch.float64), channels=0.5)
         during = threads()
@@ -84,9 +86,7 @@ def visit(rank: int, size: int, folder: str) -> None:
 
 
 def work(rank: int, size: int, folder: str) -> None:
-    """Score every ``size``-th batch; then with all of them in the first process; then with none at
-    all.
-    """
+    """Score with a part of the batches, then with all of them in one process, then with none."""
     torch.set_num_threads(1)
     with process_group(rank, size, f"{folder}/meeting"):
         found = scores(batches()[rank::size])

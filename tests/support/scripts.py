@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @contextlib.contextmanager
 def imported(name: str) -> Iterator[ModuleType]:
-    """A script of the benchmarks; its own imports are those of a script, from its folder."""
+    """Import a benchmark script, with its folder on the path as when it runs as a script."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield importlib.import_module(name)

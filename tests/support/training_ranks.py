@@ -1,5 +1,6 @@
-"""What a process of a process group does in the tests of distributed training. Spawned processes
-import it by name.
+"""What one process of a process group does in the tests of distributed training.
+
+Spawned processes import this module by name.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ STEPS = 3
 
 
 def fsdp_is_there() -> bool:
-    """Whether this PyTorch has FSDP2, and gloo to run it on CPUs."""
+    """Tell whether this PyTorch has FSDP2, and gloo to run it on CPUs."""
     if not distributed.is_available() or not distributed.is_gloo_available():
         return False
     from torch.distributed import fsdp
@@ -30,8 +31,9 @@ def fsdp_is_there() -> bool:
 
 
 def pruned_network(name: str) -> nn.Module:
-    """The same in every process, half of its units gone; in eval mode, so that no statistics
-    depend on who has which images.
+    """Return a network with half of its units pruned, the same in every process.
+
+    It is in eval mode, so that no statistics depend on which process has which images.
     """
     torch.manual_seed(3)
     dense = (
@@ -44,7 +46,7 @@ def pruned_network(name: str) -> nn.Module:
 
 
 def batches() -> Iterator[Batch]:
-    """One for each step."""
+    """Yield one batch for each step."""
     generator = torch.Generator().manual_seed(4)
     for _ in range(STEPS):
         images = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -67,14 +69,14 @@ def arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def alone(name: str, own: slice = slice(None)) -> dict[str, np.ndarray]:
-    """The weights after training in one process."""
+    """Return the weights after training in one process."""
     model = pruned_network(name)
     fit(model, own)
     return arrays(model.state_dict())
 
 
 def together(name: str, kind: str, own: slice) -> dict[str, np.ndarray]:
-    """The weights after training with the other processes, whole in each of them."""
+    """Return the whole weights after training with the other processes."""
     model = pruned_network(name)
     if kind == "ddp":
         fit(nn.parallel.DistributedDataParallel(model), own)
