@@ -1,4 +1,4 @@
-"""What is left of a model, with its plan and its report."""
+"""Emit a smaller model, with its plan and its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["emitted", "terms_of"]
 
 
 def terms_of(plan: Plan) -> Terms:
-    """What the analysis of a plan was told."""
+    """Return the options of the analysis that made a plan."""
     return Terms(plan.keep, plan.pinned_nodes, plan.heads)
 
 
@@ -36,7 +36,26 @@ def emitted(
     terms: Terms,
     clock: Clock,
 ) -> Pruned:
-    """The smaller model where these units stay, with its plan and its report."""
+    """Return the smaller model, with its plan and its report.
+
+    Parameters
+    ----------
+    model:
+        The user's model.
+    coupling:
+        Its analysis.
+    survivors:
+        Name of a group -> indices of its surviving units.
+    terms:
+        The options of the analysis.
+    clock:
+        Measures the time of each stage; the report includes all stages so far.
+
+    Raises
+    ------
+    RewriteError
+        If the smaller model cannot be written.
+    """
     with clock("rewrite"):
         left = Survivors(coupling, survivors)
         smaller = emit(coupling, left, type(model).__name__)
@@ -77,7 +96,7 @@ def emitted(
 
 
 def _pinned_parameters(coupling: Coupling) -> int:
-    """Elements of the parameters that keep their shape whatever goes."""
+    """Return the number of elements of parameters that no pruning can shrink."""
     tensors = coupling.parameters.values()
     return sum(
         t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
@@ -85,14 +104,14 @@ def _pinned_parameters(coupling: Coupling) -> int:
 
 
 def _pinned_macs(coupling: Coupling) -> int:
-    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
+    """Return the multiply-accumulates of contractions that no pruning can shrink."""
     return coupling.macs(
         of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
     )
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
-    """train() or eval() as in the original, module by module."""
+    """Set each module of the smaller model to the mode that it has in the original."""
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for name, module in smaller.named_modules(remove_duplicate=False):
         module.training = modes.get(name, model.training)

@@ -1,4 +1,4 @@
-"""The example at other sizes: with more rows or fewer, at other resolutions and lengths."""
+"""Versions of the example with other sizes: batch sizes, resolutions and lengths."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ __all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]
 
 
 def other_batch(call: Call, rows: int | None = None) -> Call | None:
-    """The example with so many rows, default: 1 if it has more; None where its tensors have
-    none.
+    """Return the example with another batch size.
+
+    Parameters
+    ----------
+    call:
+        The example.
+    rows:
+        The new batch size. Default: 1, or 2 if the example's is 1.
+
+    Returns
+    -------
+    The example with its rows cut or repeated; None if none of its tensors has a batch axis.
     """
     before = batch_size(call)
     wanted = rows or (2 if before == 1 else 1)
@@ -45,8 +55,9 @@ def other_batch(call: Call, rows: int | None = None) -> Call | None:
 
 
 def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
-    """The example at other resolutions and lengths, with what changed: sizes that are equal change
-    together.
+    """Yield the example at other resolutions and lengths, each with a text of what changed.
+
+    Axes of equal size change together.
     """
     first = _first_size_axis(call)
     tensors = tensors_of(call)
@@ -65,8 +76,9 @@ def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
 
 
 def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
-    """The example with one axis longer by one, where another axis has the same size: they need not
-    be equal.
+    """Yield the example with one axis longer by one, each with a text of what changed.
+
+    Only axes of the same size as another axis are taken: the two need not be equal.
     """
     first, tensors = _first_size_axis(call), tensors_of(call)
     for dim in range(first, max((tensor.dim() for tensor in tensors), default=0)):
@@ -86,13 +98,16 @@ def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
 
 
 def with_sizes(call: Call, new: dict[int, int]) -> Call:
-    """The example with other numbers for its sizes, but for those of its batch."""
+    """Return the example with sizes replaced; batch axes keep theirs.
+
+    ``new`` leads from an old size to the new one.
+    """
     resized = functools.partial(_with_sizes, new=new, first=_first_size_axis(call))
     return Call(*tree_map_only(Tensor, resized, call))
 
 
 def lengths(call: Call) -> list[int]:
-    """The sizes of the example's tensors but for those of its batch, the largest first."""
+    """Return the distinct sizes of all axes but batch axes, the largest first."""
     first = _first_size_axis(call)
     return sorted(
         {size for tensor in tensors_of(call) for size in tensor.shape[first:]}, reverse=True
@@ -100,27 +115,30 @@ def lengths(call: Call) -> list[int]:
 
 
 def _first_size_axis(call: Call) -> int:
-    """The first axis that is none of the batch: images in a list have no such axis."""
+    """Return the first axis after the batch axis; images in a list have no batch axis."""
     return 0 if any(type(value) is list for value in call.values) else 1
 
 
 def _half(size: int) -> int:
+    """Return half of an even size; an odd one less 1."""
     return size // 2 if size % 2 == 0 else size - 1
 
 
 def _odd(size: int) -> int:
-    """One more: a multiple of nothing that the example's size is a multiple of."""
+    """Return the size plus 1, which has no divisor but 1 in common with the size."""
     return size + 1
 
 
 def _next(size: int) -> int:
-    """Another multiple of 32, if it is one; small ones get larger, large ones smaller, which takes
-    less time.
+    """Return another size that is a multiple of 32 if the old one is.
+
+    Small sizes are doubled. Large ones get smaller, because that takes less time.
     """
     return size - 32 if size > 64 else 2 * size
 
 
 def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Return the tensor longer by one along a dimension, if its size there is ``size``."""
     return (
         _resized_tensor(tensor, dim, size + 1)
         if tensor.dim() > dim and tensor.shape[dim] == size
@@ -129,6 +147,7 @@ def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
+    """Return the tensor with sizes replaced, from the dimension ``first`` on."""
     for dim, size in enumerate(tensor.shape[first:], start=first):
         if size in new:
             tensor = _resized_tensor(tensor, dim, new[size])
@@ -136,5 +155,5 @@ def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
 
 
 def _resized_tensor(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor with another size along one dimension: cut, or repeated from its beginning."""
+    """Return the tensor with another size along a dimension: cut, or repeated from its start."""
     return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])

@@ -1,4 +1,4 @@
-"""What a caller should hear of a result that is hardly what was meant."""
+"""Warnings about results that differ from what the caller probably wanted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from fxprune.select.budget import Budget
 
 __all__ = ["warn_of_evaluation", "warn_of_little"]
 
-# of the share that was asked to go: where less of the parameters goes, the channels that go are
-# the small ones
+# A pruning that removes less than this fraction of the requested share of the parameters removes
+# only channels that hold few parameters.
 _LITTLE = 0.2
 
 
 def warn_of_evaluation(coupling: Coupling, *, stacklevel: int) -> None:
-    """Warn where the graph computes in training what evaluation computes: training cannot be
-    followed, nor any part of it.
+    """Warn if the pruned model computes in training mode what it computes in evaluation mode.
+
+    This is so if neither the training mode of the model nor of any part of it can be traced.
     """
     if coupling.untrained:
         text = (
@@ -32,11 +33,11 @@ def warn_of_evaluation(coupling: Coupling, *, stacklevel: int) -> None:
 
 
 def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stacklevel: int) -> None:
-    """Warn where channels were to go and (nearly) none did, though the caller kept none: something
-    in the model holds them.
+    """Warn if channels should have been removed, but (almost) none were, because most are pinned.
 
-    Budgets of multiply-accumulates, parameters or time hold, or there would be no result: only
-    ``channels`` and ``layers`` count.
+    There is no warning if the caller's ``keep=`` pins most. Budgets of multiply-accumulates,
+    parameters or latency need no warning, because pruning fails if it cannot meet them: only
+    ``channels`` and ``layers`` are looked at.
     """
     shares = [share for share in (budget.channels, *budget.layers.values()) if share is not None]
     wanted = min(shares, default=1.0)
@@ -76,15 +77,17 @@ def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stackl
 
 
 def _most(held: Mapping[str, float]) -> str | None:
-    """The reason that holds most. That the first layers read an input is true of every model:
-    others count first.
+    """Return the reason that pins most multiply-accumulates.
+
+    Every model has layers that read an input and layers that give an output. Other reasons come
+    first.
     """
     others = [reason for reason in held if reason != READS_INPUT]
     return next(iter(others if set(others) - {OUTPUT} else held), None)
 
 
 def _most_pinned(coupling: Coupling, held: Mapping[str, float], most: str | None) -> str:
-    """The pin that holds most, as a sentence."""
+    """Return a sentence about the reason that pins most, with an axis that it pins."""
     if not coupling.pinned:
         return ""
     reason = most or coupling.pinned[0].reason

@@ -1,4 +1,8 @@
-"""Whether what was emitted does what the original did: the labels are those of the survivors."""
+"""Check each emitted node: its labels must be those of the original's survivors.
+
+The emitted node runs on meta tensors that carry the labels of the original's surviving units. If
+it brings two units together, or puts them in another order than the original does, it is wrong.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +35,42 @@ __all__ = ["Checked", "storage_of", "value_of"]
 
 
 def value_of(node: fx.Node) -> Any:
-    """What a node of the original's graph gave for the example."""
+    """Return the value that a node of the original's graph has for the example."""
     return node.meta["val"]
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which memory a tensor looks at, also where it has no data."""
+    """Return a number that identifies a tensor's memory; a meta tensor has one too."""
     return tensor.untyped_storage()._cdata
 
 
 def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
-    """Whether a field over several dimensions has one position left along the shrinking one.
+    """Tell whether a field over several axes keeps one position along the axis that shrinks.
 
-    What is left varies along the blocks only, where it would be taken for labels of whole blocks.
+    The surviving labels then vary along the other axes only. They would be mistaken for labels of
+    whole blocks, so such a field is dropped.
     """
     return len(varied(before)) > 1 and after.shape[coupling.shrinking_dim(before)] == 1
 
 
 class Checked:
-    """A graph that is emitted node by node, each held against the original."""
+    """A graph that is emitted node by node, with a check of each node against the original.
+
+    Parameters
+    ----------
+    coupling, survivors:
+        The analysis, and what survives of each tensor.
+    trace:
+        The graph of the original that is rewritten.
+    root:
+        The skeleton of the smaller model, or of the part that the graph belongs to.
+    original:
+        For each parameter and buffer of the smaller model, the meta copy's tensor.
+    context:
+        Labels of the smaller model's tensors; its units are those of the original.
+    thorough:
+        Whether to run and check nodes, too, that commute with removal.
+    """
 
     def __init__(
         self,
@@ -68,16 +89,17 @@ class Checked:
             root,
             context,
         )
-        self.original = original  # by the id of a parameter of the smaller model: the meta copy's
+        self.original = original
         self.thorough = thorough
         self.prefix = trace.prefix
         self.graph = fx.Graph()
+        # node of the original's graph -> node of the new graph
         self.made: dict[fx.Node, fx.Node] = {}
-        # the values of the new nodes, but for those that nobody has needed yet
+        # node of the new graph -> its value; filled lazily for nodes in `unrun`
         self.env: dict[fx.Node, Any] = {}
-        # the original's result, for new nodes that need not run
+        # node of the new graph that was not run -> the original's result
         self.unrun: dict[fx.Node, Tensor] = {}
-        # for a tensor of the original what stands for it in the smaller model
+        # tensor of the original -> its smaller counterpart, on the meta device
         self.stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.units = coupling.units[survivors.alive[coupling.units]]
@@ -88,19 +110,21 @@ class Checked:
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Who shares memory with whom in the original's graph."""
+        """The memory that nodes of the original's graph share."""
         return Memory(self.trace.graph, self.trace.meta_copy.model)
 
     def value(self, new: fx.Node) -> Any:
-        """The value of a node of the new graph; of one that was not run, a tensor with the labels
-        of the original's survivors.
+        """Return the value of a node of the new graph.
+
+        For a node that was not run, the value is a tensor that carries the labels of the
+        original's survivors.
         """
         if new not in self.env:
             self.env[new] = self._stand_in(self.unrun[new])
         return self.env[new]
 
     def _stand_in(self, old: Tensor) -> Tensor:
-        """A tensor with the labels of what is left of one of the original."""
+        """Return a meta tensor with the shape and the labels of what survives of a tensor."""
         if old not in self.stand_ins:
             stand_in = self.stand_ins[old] = torch.empty(
                 self.survivors.shape(old), dtype=old.dtype, device=META
@@ -109,16 +133,20 @@ class Checked:
         return self.stand_ins[old]
 
     def call(self, node: fx.Node) -> OpCall | None:
-        """The ATen op that a node of the original is, if it is one."""
+        """Return the ATen op that a node of the original's graph calls; None if it is not one."""
         return call_of(node, self.ran(node), self.numbers.old)
 
     def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-        """The ops that a node of the original ran, with their arguments."""
+        """Return the ops that a node of the original's graph ran, with their arguments."""
         return self.coupling.context.found.ran.get(self.prefix + node.name, [])
 
     def left_of(self, node: fx.Node) -> tuple[int, int] | None:
-        """Of how many elements that a statistic reduces to one how many are left; None if all are,
-        or if it is none.
+        """Return which share of the elements that a node averages survives.
+
+        Returns
+        -------
+        The number of survivors and the number of all elements, with common factors removed. None
+        if all elements survive, or if the node is neither a mean nor a variance.
         """
         mask = self.survivors.mask(
             self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
@@ -128,7 +156,7 @@ class Checked:
         return None if kept == total else (kept // common, total // common)
 
     def _label(self, smaller: Any) -> None:
-        """Give what is left of a parameter the units of its elements, when it is first needed."""
+        """Label the elements of a smaller parameter with their units, when it is first used."""
         tensor = self.original.get(smaller)
         if tensor is None or not tensor.is_meta or self.context.record(smaller) is not None:
             return
@@ -142,8 +170,9 @@ class Checked:
         self.context.parameter(smaller, "", tuple(-1 for _ in smaller.shape), fields)
 
     def _commutes(self, node: fx.Node) -> bool:
-        """Whether a node, its arguments as they are, gives the survivors of what it gave
-        before.
+        """Tell whether a node with unchanged arguments gives the survivors of its old result.
+
+        It does if its ops treat all positions alike, and if it depends on no number that changes.
         """
         name, seen, value = self.prefix + node.name, self.coupling.context.found, value_of(node)
         if node.op == "get_attr" or name in seen.positional or name in seen.rescaled:
@@ -160,11 +189,16 @@ class Checked:
         return True
 
     def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
-        """Labels of units cannot tell two positions of one unit apart: where positions are laid
-        out anew, tell them one by one.
+        """Check that a node which rearranges positions keeps the order of the survivors.
 
-        Every position of every operand gets a number of its own. The emitted node must bring the
-        survivors' numbers to where the original's node brings them.
+        Labels of units cannot tell two positions of one unit apart. Therefore every position of
+        every operand gets a number of its own. The emitted node must move the survivors' numbers
+        to the places where the original's node moves them.
+
+        Raises
+        ------
+        RewriteError
+            If it does not.
         """
         if node.op == "call_module" and any(
             True for _ in self.modules[str(node.target)].parameters()
@@ -212,16 +246,25 @@ class Checked:
                 ).numpy()
                 wanted = compact(before.units.find(left))
                 wanted = np.where(wanted < count, wanted, 0)
-                # labels that were made here, by a dimension that is repeated, say nothing
+                # labels that this run made, for an axis that is repeated, say nothing
                 if wanted.size == 1 or not wanted.any():
                     continue
                 if not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
                     raise self._mixed(node)
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
+        """Scale a mean so that it keeps the original's divisor.
+
+        The removed elements are zeros in the masked original, and still count there. Variances
+        whose function counts removed elements itself are returned as they are.
+
+        Raises
+        ------
+        RewriteError
+            If the mean is taken inside a larger op.
+        """
         left = self.left_of(node)
-        # they count what is gone by themselves
+        # these functions count the removed elements themselves
         if left is None or counts_removed(new.target):
             return new
         call = self.call(node)
@@ -234,6 +277,13 @@ class Checked:
         return scaled
 
     def _check(self, node: fx.Node, old: Any, new: Any) -> None:
+        """Check shapes and labels of the value of an emitted node.
+
+        Raises
+        ------
+        RewriteError
+            If a shape is not the one that the labels say, or if units meet that were separate.
+        """
         pairs = (
             [(old, new)]
             if isinstance(old, Tensor)
@@ -260,19 +310,18 @@ class Checked:
                     self._compare(node, before, after)
 
     def _compare(self, node: fx.Node, old: Tensor, new: Tensor) -> None:
-        """The labels that the emitted node gives must be those of the original's survivors, in the
-        same order.
+        """Check that the labels of a tensor are those of the original's survivors, in order.
 
-        The next node then starts from these: a channel axis that shrank to size 1 has no labels of
-        its own any more.
+        Then replace them by the original's. The next node starts from these, because the run loses
+        the labels of a channel axis that shrank to size 1.
         """
         found = self.context.fields(new)
         if not self.coupling.labels(old) and not found:
             return
         left = self._taken(old)
         for g in found:
-            # Labels made in this run (padding, expanded dimensions) stand for those that the
-            # original's run made here.
+            # This run makes new labels for padding and expanded axes, as the original's run did
+            # at the same places: they are accepted.
             right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
             for _, labels in left:
                 right = right | (g.labels == labels)
@@ -281,7 +330,7 @@ class Checked:
         self.context.put(new, self._left(old, left))
 
     def _taken(self, old: Tensor) -> list[tuple[Field, Array]]:
-        """Each field of a tensor of the original, and its labels at the survivors."""
+        """Return each field of a tensor of the original with its labels at the survivors."""
         fields = self.coupling.context.fields(old)
         return [
             (
@@ -296,7 +345,10 @@ class Checked:
         ]
 
     def _left(self, old: Tensor, taken: list[tuple[Field, Array]] | None = None) -> list[Field]:
-        """The fields of what is left of a tensor of the original."""
+        """Return the fields of what survives of a tensor of the original.
+
+        ``taken`` is the result of :meth:`_taken`, if the caller has it.
+        """
         return [
             Field(labels, f.zero)
             for f, labels in (self._taken(old) if taken is None else taken)
@@ -304,6 +356,7 @@ class Checked:
         ]
 
     def _mixed(self, node: fx.Node) -> RewriteError:
+        """Return the error for a node that brings channels together that were separate."""
         return RewriteError(
             f"node {node.name!r} ({node.target}) brings channels together that were apart in the "
             "original. Pass the module's name in keep= to leave it whole.",

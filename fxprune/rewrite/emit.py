@@ -1,12 +1,12 @@
-"""Write the smaller graph, node by node, and check it while writing.
+"""Write the smaller graph node by node, and check each node.
 
-A new node runs at once, on meta tensors that carry the *old* labels of their survivors: two old
-units that meet anywhere prove the emission wrong. That is the first of the two checks of an
-emitted model.
+A new node runs at once, on meta tensors that carry the labels of the original's survivors. If two
+units meet that are separate in the original, the emission is wrong. This is the first of the two
+checks of an emitted model.
 
-A node whose ops treat all positions of an axis alike, and whose arguments need no correction,
-commutes with removal: it gives the survivors of what it gave before. Such a node is run by the
-thorough check only.
+Some nodes commute with removal: they give the survivors of their old result. These are nodes whose
+ops treat all positions of an axis alike and whose arguments need no correction. They run only if
+the check is thorough.
 """
 
 from __future__ import annotations
@@ -55,18 +55,29 @@ __all__ = ["emit"]
 def emit(
     coupling: Coupling, survivors: Survivors, name: str = "Pruned", *, thorough: bool = False
 ) -> nn.Module:
-    """The smaller model, with the surviving elements of the user's parameters.
+    """Return the smaller model, with the surviving elements of the user's parameters.
 
     Parameters
     ----------
+    coupling:
+        The analysis of the model.
+    survivors:
+        What survives of each of its tensors.
+    name:
+        The name of the new class, if the model becomes one graph.
     thorough:
-        Run and check every node, those as well that cannot go wrong unless a rule is wrong.
+        Whether to run and check every node, including those that go wrong only if a rule is wrong.
+
+    Returns
+    -------
+    A :class:`~fxprune.rewrite.PrunedModule` if the model was traced whole. Otherwise a module of
+    the model's own class, in which each part is one.
 
     Raises
     ------
     RewriteError
-        If a node cannot be made smaller, or units that were separate meet; it carries the node's
-        name.
+        If a node cannot be made smaller, or if units meet that were separate. It carries the name
+        of the node.
     """
     meta_copy, parts = coupling.meta_copy, coupling.parts
     smaller = IdentityMap(
@@ -91,7 +102,7 @@ def emit(
             for trace in own
         ]
         if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
-            del graphs[1]  # the model asks for its mode, but does the same in both
+            del graphs[1]  # the model reads its mode, but does the same in both
         emitted[path] = below, graphs
     filled = survivors_of(coupling, survivors)
     fill_tensors(root, filled, smaller)
@@ -121,18 +132,28 @@ def emit(
 
 
 _POSITIONS = "_positions"
-"""How the names of buffers begin that say which positions Python sees."""
+"""Prefix of the names of buffers with positions: see :meth:`_Emission._positions`."""
 
 
 def _place_positions(module: nn.Module, device: torch.device) -> None:
-    """Put the buffers of positions on the device of the model."""
+    """Move the buffers with positions to the device of the model."""
     for name in module._non_persistent_buffers_set:
         if name.startswith(_POSITIONS):
             module.register_buffer(name, module.get_buffer(name).to(device), persistent=False)
 
 
 class _Emission(Checked):
+    """Writes the smaller graph of one trace."""
+
     def run(self) -> fx.Graph:
+        """Emit all nodes and return the smaller graph.
+
+        Raises
+        ------
+        RewriteError
+            If a node cannot be emitted. The error's ``node`` is the node's name with the prefix of
+            its part, and ``@axis`` if only one axis of its operands is the reason.
+        """
         inputs = iter(self.trace.placeholders)
         with torch.inference_mode(), plain_attention():
             if self.root.training is not self.trace.training:
@@ -150,6 +171,10 @@ class _Emission(Checked):
         return self.graph
 
     def _emit(self, node: fx.Node, inputs: Any) -> None:
+        """Add a node of the original's graph to the new one, unless it is not needed there.
+
+        ``inputs`` yields the values of the placeholders, in order.
+        """
         if node.op == "placeholder":
             new = self._taken_in(self.graph.node_copy(node), next(inputs))
         elif node.op == "output":
@@ -166,16 +191,18 @@ class _Emission(Checked):
         self.made[node] = new
 
     def _taken_in(self, new: fx.Node, value: Any) -> fx.Node:
-        """An input as it comes from Python code: smaller too, or as wide as it was, and what is
-        still read is taken from it.
+        """Return the node that reads an input which Python code passes to the graph.
+
+        Python code passes a smaller tensor, or one that is as wide as in the original. From a wide
+        tensor the node selects the survivors.
         """
         self.env[new] = map_tensors(
             lambda old: self._stand_in(old) if self.coupling.labels(old) else old, value
         )
         for dim, alive in self._padded(value):
             kept = np.flatnonzero(alive)
-            # Counted from the end: Python may drop a batch of one, which layers take for a single
-            # input.
+            # Count the axis from the end: Python code may drop a batch axis of size 1, and layers
+            # accept such an unbatched input.
             new = self.graph.call_function(
                 torch.index_select, (new, dim - value.dim(), self._positions(kept))
             )
@@ -183,15 +210,17 @@ class _Emission(Checked):
         return new
 
     def _handed_out(self, node: fx.Node) -> Any:
-        """A result as Python code gets it: smaller, or as wide as it was, with zeros where
-        something is gone.
+        """Return the node for a result that the graph returns to Python code.
+
+        Python code receives a smaller tensor, or one that is as wide as in the original, with
+        zeros at removed positions.
         """
         new, value = self.numbers.original(node), value_of(node)
         if isinstance(value, Tensor):
             return self._widened(new, value)
         if not any(True for leaf in leaves_of(value) for _ in self._padded(leaf)):
             return new
-        # a named tuple, or another object that holds tensors: made of what is handed out
+        # a named tuple, or another object that holds tensors: build it from widened tensors
         if isinstance(node.target, type):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._handed_out)
             return self.graph.call_function(node.target, args, kwargs)
@@ -206,6 +235,7 @@ class _Emission(Checked):
         )
 
     def _widened(self, new: fx.Node, old: Any) -> fx.Node:
+        """Return a node that widens a tensor to what Python code sees, with zeros inserted."""
         for dim, alive in self._padded(old):
             padding = [0, 0] * (old.dim() - 1 - dim) + [0, 1]
             new = self.graph.call_function(torch.nn.functional.pad, (new, padding))
@@ -216,8 +246,9 @@ class _Emission(Checked):
         return new
 
     def _padded(self, tensor: Any) -> Iterator[tuple[int, Mask]]:
-        """The dimensions of an input or output that Python sees as wide as they were, and which of
-        their positions are left.
+        """Yield each axis of a tensor that stays wide for Python code, with its survivors.
+
+        Only inputs and outputs of parts have such axes. The survivors are a mask over the axis.
         """
         for dim in self.coupling.wide_dims(tensor) if self.trace.path else ():
             rows = self.survivors.rows(tensor, dim)
@@ -225,7 +256,7 @@ class _Emission(Checked):
                 yield dim, rows[0]
 
     def _positions(self, index: Array) -> fx.Node:
-        """A node that reads these positions, which are a buffer outside the state dict."""
+        """Return a node that reads these positions from a new buffer outside the state dict."""
         name = next(
             n
             for n in map(f"{_POSITIONS}{{}}".format, itertools.count())
@@ -236,6 +267,12 @@ class _Emission(Checked):
         return self.graph.get_attr(name)
 
     def _call(self, node: fx.Node) -> fx.Node | None:
+        """Emit a call or the read of a parameter, with corrected arguments, and check the result.
+
+        Returns None, and emits nothing, for a number that depends on a size which shrinks
+        (:class:`~fxprune.rewrite.numbers.Numbers` writes it where it is needed), and for an
+        assertion that always holds.
+        """
         value = value_of(node)
         if (
             self.numbers.shrunk(node)
@@ -275,10 +312,11 @@ class _Emission(Checked):
         return new
 
     def _may_become_a_view(self, node: fx.Node) -> bool:
-        """Whether a tensor laid out anew is memory of its own, and what is left of it may not be,
-        where that shows.
+        """Tell whether a call copies in the original, may give a view here, and that matters.
 
-        An axis of which one position is left lies in memory as one likes.
+        ``reshape`` and its kind copy where no view is possible. If one position of an axis
+        survives, a view becomes possible, because the stride of that axis no longer counts. It
+        matters if one of the two tensors is written to later and the other one is read.
         """
         source, value = shares(node, self.trace.meta_copy.model), value_of(node)
         old = None if source is None else value_of(source)
@@ -301,8 +339,9 @@ class _Emission(Checked):
         ) and self.memory.changed_behind(node)
 
     def _copied(self, node: fx.Node, new: fx.Node) -> fx.Node:
-        """A copy of what a node gives, as the original's is one, for inputs of sizes that do not
-        change that.
+        """Return a node that copies a node's result, as the original's node does.
+
+        The graph is held to inputs whose layout makes the original copy.
         """
         self.numbers.hold_layout(cast(fx.Node, first_of(node)))
         copied = self.graph.call_method("clone", (new,))
@@ -313,14 +352,16 @@ class _Emission(Checked):
         return copied
 
     def _open(self, held: Any) -> bool:
-        """Whether what an assertion holds can be otherwise for other inputs: it does not follow
-        from widths alone.
+        """Tell whether a condition that is asserted can fail for other inputs.
+
+        It cannot if it depends on nothing but the widths of the model.
         """
         return not self._counts_widths(held) and isinstance(self.numbers.original(held), fx.Node)
 
     def _counts_widths(self, held: Any) -> bool:
-        """Whether an assertion says into how many parts a width is cut, which is the same for
-        every input.
+        """Tell whether a condition compares the number of parts of an axis of fixed size.
+
+        If the axis shrinks, fewer parts may survive: the axis is then held to the example's size.
         """
         cut = self.numbers.extents.counted(held)
         if cut is None:
@@ -331,7 +372,7 @@ class _Emission(Checked):
         return self.numbers.extents.fixed(*cut)
 
     def _is_idle(self, node: fx.Node) -> bool:
-        """Whether a number is read by assertions alone that count the parts of a width."""
+        """Tell whether a number is read only by assertions that count the parts of a width."""
         if node.target is len:
             return bool(node.users) and all(map(self._is_idle, node.users))
         return (

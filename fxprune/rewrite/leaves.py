@@ -1,5 +1,6 @@
-"""What modules of torch.nn remember about their sizes: it follows from the new shapes of their
-parameters and inputs.
+"""Correct the sizes that modules of ``torch.nn`` store as attributes.
+
+They follow from the new shapes of a module's parameters, input and result.
 """
 
 from __future__ import annotations
@@ -18,8 +19,18 @@ __all__ = ["resize"]
 
 
 def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -> None:
-    """Correct, in place, the size attributes of the leaf module that a node calls; ``value`` is
-    its result in the original.
+    """Correct, in place, the size attributes of the leaf module that a node calls.
+
+    Parameters
+    ----------
+    survivors:
+        What survives of the original's tensors.
+    module:
+        The smaller model's module. Its parameters are smaller already, its attributes are not.
+    node:
+        The original's node that calls it.
+    value:
+        The result of the call in the original.
     """
     first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     old_input = first.meta["val"] if isinstance(first, fx.Node) else None
@@ -27,7 +38,7 @@ def resize(survivors: Survivors, module: nn.Module, node: fx.Node, value: Any) -
         return
     new_input = survivors.shape(old_input)
     new_output = survivors.shape(value) if isinstance(value, Tensor) else None
-    # Numbers, past Module.__setattr__, which is slow.
+    # These are plain numbers, so bypass Module.__setattr__, which is slow.
     vars(module).update(_module_sizes(survivors, module, old_input, new_input, new_output))
     if isinstance(module, _ConstantPadNd):
         module.padding = tuple(padding(survivors, value, module.padding))
@@ -40,12 +51,13 @@ def _module_sizes(
     new_input: list[int],
     new_output: list[int] | None,
 ) -> dict[str, Any]:
+    """Return the size attributes of a module by name; none for a module that stores no size."""
     if isinstance(module, _ConvNd):
-        # of the channels; 0 for an unbatched image
+        # the channel axis; 0 for an unbatched image
         dim = len(new_input) - len(module.kernel_size) - 1
         return {
-            # Groups of one input channel go with it; groups of several keep their number and get
-            # narrower.
+            # A group with one input channel goes with it. With several channels in each group,
+            # all groups stay and get narrower.
             "groups": new_input[dim] if module.groups == module.in_channels else module.groups,
             "in_channels": new_input[dim],
             "out_channels": module.out_channels if new_output is None else new_output[dim],
@@ -83,8 +95,10 @@ def _module_sizes(
 
 
 def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase, features: int) -> dict[str, Any]:
-    """From the weights, which are the smaller ones already: (gates * hidden, what is seen) and
-    (projection, hidden).
+    """Return the size attributes of a recurrent module.
+
+    They follow from its weights, which are smaller already: the recurrent weight has shape
+    (gates * hidden, size of the output), the projection has shape (projection, hidden).
     """
     own: dict[str, Any] = module._parameters
     seen = own["weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"].shape[1]

@@ -1,7 +1,8 @@
-"""Graphs as plain data that ``pickle`` takes: what ``torch.save`` keeps of an emitted model.
+"""Graphs as plain data that can be pickled: the form in which ``torch.save`` stores a model.
 
-``torch.fx`` keeps the generated code and traces it anew, which loses the second mode's graph,
-regions without gradients, and what a traced call would decide. Here every node is kept as it is.
+``torch.fx`` pickles the generated code and traces it again. That would lose the graph of the
+second mode and regions without gradients, and calls would be traced instead of kept as they are.
+Here every node is stored as it is.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = ["pack", "unpack"]
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for the node at a place of the graph."""
+    """A reference to a node by its position in the graph."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A function that has no name of its own, by what makes it."""
+    """A function without a name, stored as the call that makes it."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -35,13 +36,16 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Op:
-    """An operation of ``torch.ops``, which no pickle takes, by its name: ``aten.relu.default``."""
+    """An operation of ``torch.ops``, stored by its name, such as ``aten.relu.default``.
+
+    The operation itself cannot be pickled.
+    """
 
     path: str
 
 
 def pack(graph: fx.Graph) -> list[dict[str, Any]]:
-    """The nodes of a graph in order, each as a dict; :func:`unpack` is the inverse.
+    """Return the nodes of a graph in order, each as a dict; :func:`unpack` is the inverse.
 
     >>> graph = fx.Graph()
     >>> x = graph.placeholder("x")
@@ -77,7 +81,7 @@ def pack(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def unpack(packed: list[dict[str, Any]]) -> fx.Graph:
-    """The graph of what :func:`pack` gave."""
+    """Return the graph that :func:`pack` stored."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 

@@ -1,4 +1,4 @@
-"""The modules of the smaller model: copies of the original's, with smaller tensors."""
+"""The modules of the smaller model: copies of the meta copy's modules, with smaller tensors."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ __all__ = [
 
 
 def smaller_tensor(tensor: Tensor, survivors: Survivors) -> Tensor:
-    """A tensor of the size that is left of a parameter or buffer, without data where that has
-    none.
+    """Return a parameter or buffer of the size that survives of one of the meta copy.
+
+    A meta tensor becomes a meta tensor. A tensor with data keeps its data and its size.
     """
     made = (
         torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META)
@@ -44,7 +45,7 @@ def smaller_tensor(tensor: Tensor, survivors: Survivors) -> Tensor:
 
 
 def units_of_original(coupling: Coupling) -> Context:
-    """A context in which labels are the units of the original, and nothing carries any yet."""
+    """Return a context with the units of the original, in which no tensor has labels yet."""
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
@@ -53,7 +54,7 @@ def units_of_original(coupling: Coupling) -> Context:
 
 
 def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The tree with one module in the place of another, wherever that stands."""
+    """Replace a module wherever the tree of ``root`` holds it, and return the new root."""
     for module in root.modules():
         for name, child in module._modules.items():
             if child is old:
@@ -66,11 +67,19 @@ def refer_to(
     final: IdentityMap[nn.Module, nn.Module],
     tensors: IdentityMap[Tensor, Tensor],
 ) -> None:
-    """What Python holds of the meta copy's modules and tensors (in lists, methods, closures) are
-    the emitted ones from now on.
+    """Make attributes of the emitted modules refer to emitted modules and tensors.
 
-    ``made`` leads from the id of a meta copy's module to its skeleton, ``final`` to the module
-    that was emitted.
+    Lists, methods and closures that a user's module holds may refer to modules and tensors of the
+    meta copy. They are replaced by copies that refer to the emitted ones.
+
+    Parameters
+    ----------
+    made:
+        Module of the meta copy -> its skeleton.
+    final:
+        Module of the meta copy -> the emitted module.
+    tensors:
+        Tensor of the meta copy -> tensor of the smaller model.
     """
     memo = memo_of([*final.items(), *tensors.items()])
     for key, below in made.items():
@@ -83,8 +92,16 @@ def refer_to(
 def hook_all(
     users: IdentityMap[nn.Module, nn.Module], final: IdentityMap[nn.Module, nn.Module]
 ) -> None:
-    """The emitted modules have the hooks of the user's: those of the meta copy collected what was
-    run for the analysis.
+    """Give the emitted modules the hooks of the user's modules.
+
+    The hooks of the meta copy are not suitable: they collected what the analysis ran.
+
+    Parameters
+    ----------
+    users:
+        Module of the meta copy -> the user's module.
+    final:
+        Module of the meta copy -> the emitted module.
     """
     memo = memo_of((user, final[key]) for key, user in users.items() if key in final)
     for key, user in users.items():
@@ -108,11 +125,24 @@ def skeleton(
     whole: bool = False,
     keep_classes: bool = False,
 ) -> nn.Module:
-    """The module tree of the emitted model. Sharing is kept.
+    """Return the module tree of the emitted model. Modules that are shared stay shared.
 
-    Leaves are copied with all below them, the rest are plain containers, unless there is Python
-    that calls their methods, or their forward was replaced: what a user has put on a module stays
-    on it.
+    Leaves are copied with all modules below them. Other modules become plain containers, unless
+    Python code calls their methods, or a user replaced their forward. Such modules, and those
+    below them, keep their class and their attributes.
+
+    Parameters
+    ----------
+    module:
+        The root of a tree of the meta copy.
+    replaced:
+        Tensor of the meta copy -> smaller tensor.
+    done:
+        Module of the meta copy -> its copy; this function adds to it.
+    whole:
+        Whether the module belongs to a leaf.
+    keep_classes:
+        Whether Python code calls methods of the module.
     """
     if module in done:
         return done[module]
@@ -124,7 +154,7 @@ def skeleton(
     if own_class:
         new.__dict__.update(module.__dict__)
     if isinstance(module, fx.GraphModule) and own_class:
-        # each has a class of its own, which gets its forward with the graph
+        # each GraphModule has a class of its own, which gets its forward when a graph is set
         new.graph = copy.deepcopy(module.graph)
     for store in _SKELETON_STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
@@ -142,8 +172,13 @@ def skeleton(
 
 
 def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
-    """For both modes of the model the modules that have another mode then, as a ``train()`` or an
-    ``eval()`` of the user's says.
+    """Return the modules whose mode differs from the model's after ``train()`` or ``eval()``.
+
+    A user's ``train()`` may, for example, leave some normalisations in evaluation mode.
+
+    Returns
+    -------
+    Mode of the model -> name of a module -> mode of that module.
     """
     before = {module: module.training for module in model.modules()}
     found = {}
@@ -162,7 +197,7 @@ def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
 
 
 def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
-    """The surviving elements of the user's tensors, by the meta copy's tensors."""
+    """Return the surviving elements of the user's tensors, by tensor of the meta copy."""
     real = coupling.meta_copy.real
     out: IdentityMap[Tensor, Tensor] = IdentityMap()
     for tensor in coupling.parameters.values():
@@ -183,8 +218,10 @@ def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor
 
 
 def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
-    """Contiguous, in the memory format of the source. Strides tell it, also where sizes of 1 make
-    both formats contiguous.
+    """Return a tensor contiguous in the memory format of ``source``.
+
+    The strides tell which format that is. They do so, too, if sizes of 1 make a tensor contiguous
+    in both formats.
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
     if (
@@ -198,14 +235,25 @@ def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
 def fill_tensors(
     root: nn.Module, real: IdentityMap[Tensor, Tensor], meta: IdentityMap[Tensor, Tensor]
 ) -> None:
-    """Put real tensors in the place of the meta tensors that the graph was checked with."""
+    """Replace the meta tensors, with which the graph was checked, by real tensors.
+
+    Parameters
+    ----------
+    root:
+        The emitted model.
+    real:
+        Tensor of the meta copy -> real tensor.
+    meta:
+        Tensor of the meta copy -> meta tensor in the emitted model.
+    """
     put_tensors(root, IdentityMap((stand_in, real[key]) for key, stand_in in meta.items()))
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:
-                delattr(module, name)  # a hook computes it at each call
+                delattr(module, name)  # a hook computes this tensor at each call
 
 
 def set_tensor(root: nn.Module, target: str, value: Tensor) -> None:
+    """Set the attribute at the dotted path ``target`` below ``root``."""
     path, _, name = target.rpartition(".")
     setattr(root.get_submodule(path), name, value)

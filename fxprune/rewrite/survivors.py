@@ -1,4 +1,4 @@
-"""Which elements of a tensor survive, and the tensor without the others."""
+"""Which elements of a tensor survive, and how to select them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Survivors:
-    """Answers questions about the tensors of a labelled run once it is known which units live.
+    """The surviving elements of the tensors of a labelled run, for a choice of surviving units.
 
     Parameters
     ----------
     coupling:
         The analysis.
     kept:
-        For each group's name the indices of the surviving units.
+        Name of a group -> indices of its surviving units.
     """
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: nothing is lost
-        # by the ids of labels: dimension -> what is left of it
+        self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: all survive
+        # ids of a tensor's label arrays -> {dimension: its smaller size}
         self._left: dict[tuple[int, ...], dict[int, int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         self.alive[coupling.units] = False
@@ -42,8 +42,10 @@ class Survivors:
             self.alive[group.units[list(kept[group.name])]] = True
 
     def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
-        """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run
-        that loses something.
+        """Return the fields of a tensor of the labelled run that lose elements.
+
+        Each is given as its labels, the dimension that shrinks, and the mask of survivors (of the
+        labels' shape).
         """
         out = []
         for labels in self.coupling.labels(tensor):
@@ -56,14 +58,19 @@ class Survivors:
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:
-        """Which elements survive all of these labellings of one tensor, compact (broadcastable to
-        it).
+        """Return the mask of elements that survive in all of these label arrays of one tensor.
+
+        The mask broadcasts to the shape of the tensor.
         """
         return alive_mask((self.coupling.context.units.live(a) for a in arrays), self.alive)
 
     def rows(self, tensor: Any, dim: int) -> Mask | None:
-        """The survivors along one dimension, a row for each place along the others; None if
-        nothing is lost there.
+        """Return the mask of survivors along one dimension.
+
+        Returns
+        -------
+        Shape (blocks, size): one row for each combination of positions on the other dimensions
+        along which the mask varies. None if the dimension loses nothing.
         """
         masks = [mask for _, shrink, mask in self.fields(tensor) if shrink == dim]
         if not masks:
@@ -79,13 +86,14 @@ class Survivors:
         )
 
     def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
-        """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses
-        nothing.
+        """Return how many positions in ``start:stop`` of a dimension survive.
+
+        None if the dimension loses nothing.
 
         Raises
         ------
         RewriteError
-            If rows disagree.
+            If blocks of the dimension keep different numbers of positions.
         """
         rows = self.rows(tensor, dim)
         if rows is None:
@@ -100,7 +108,13 @@ class Survivors:
         return int(counts[0])
 
     def shape(self, tensor: Tensor) -> list[int]:
-        """The tensor's size in the smaller model."""
+        """Return the shape of a tensor in the smaller model.
+
+        Raises
+        ------
+        RewriteError
+            If a dimension loses all of its positions, or blocks of it different numbers.
+        """
         size, labels = list(tensor.shape), self.coupling.labels(tensor)
         if not labels:
             return size
@@ -118,11 +132,22 @@ class Survivors:
         return size
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
-        """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the
-        removed elements.
+        """Return ``values`` without the removed elements.
 
-        ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask
-        is a product.
+        This is ``values[mask].reshape(new_shape)``, computed one dimension after the other where
+        the mask is a product.
+
+        Parameters
+        ----------
+        tensor:
+            A tensor of the labelled run, whose labels say what is removed.
+        values:
+            Values for its elements; must broadcast to its shape.
+
+        Raises
+        ------
+        RewriteError
+            If two fields cut the same dimension, or blocks keep different numbers of positions.
         """
         fields = self.fields(tensor)
         done: dict[int, Mask] = {}
@@ -145,8 +170,10 @@ class Survivors:
 
 
 def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) -> Tensor:
-    """Drop the masked positions along one dimension, where each place along some others drops its
-    own.
+    """Drop positions along one dimension, different ones for each block.
+
+    ``mask`` holds the survivors. It varies along the dimension ``shrink`` and along others, whose
+    positions are the blocks. ``shape`` is the tensor's, to which ``values`` broadcasts.
     """
     dims = (
         [*(d for d in varied(mask) if d != shrink), shrink]
