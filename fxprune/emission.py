@@ -57,13 +57,12 @@ def emitted(
         If the smaller model cannot be written.
     """
     with clock("rewrite"):
-        left = Survivors(coupling, survivors)
-        smaller = emit(coupling, left, type(model).__name__)
+        remaining = Survivors(coupling, survivors)
+        smaller = emit(coupling, remaining, type(model).__name__)
         _restore_modes(model, smaller)
     with clock("report"):
-        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
         plan = Plan(
-            groups,
+            tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups),
             pack_inputs(*coupling.example),
             terms.keep,
             terms.pinned_nodes,
@@ -72,35 +71,38 @@ def emitted(
             terms.heads,
         )
         remember(smaller, plan)
-        report = Report(
-            params_before=count_parameters(model),
-            params_after=count_parameters(smaller),
-            macs_before=coupling.macs(),
-            macs_after=coupling.macs(left.shape),
-            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
-            pinned=tuple(
-                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
-            ),
-            untouched=coupling.untouched,
-            decisions=coupling.decisions,
-            statistics=tuple(
-                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
-            ),
-            params_pinned=_pinned_parameters(coupling),
-            macs_pinned=_pinned_macs(coupling),
-            parts=coupling.parts,
-            not_one_graph=coupling.not_one_graph,
-            not_set=coupling.not_set,
-        )
+        report = _report(model, smaller, coupling, remaining, plan)
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def _report(
+    model: nn.Module, smaller: nn.Module, coupling: Coupling, survivors: Survivors, plan: Plan
+) -> Report:
+    """Return the report of a pruning, without the time of its stages."""
+    pinned = (PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned)
+    statistics = (node for group in coupling.groups for node in group.normalised)
+    return Report(
+        params_before=count_parameters(model),
+        params_after=count_parameters(smaller),
+        macs_before=coupling.macs(),
+        macs_after=coupling.macs(survivors.shape),
+        groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in plan.groups),
+        pinned=tuple(pinned),
+        untouched=coupling.untouched,
+        decisions=coupling.decisions,
+        statistics=tuple(dict.fromkeys(statistics)),
+        params_pinned=_pinned_parameters(coupling),
+        macs_pinned=_pinned_macs(coupling),
+        parts=coupling.parts,
+        not_one_graph=coupling.not_one_graph,
+        not_set=coupling.not_set,
+    )
 
 
 def _pinned_parameters(coupling: Coupling) -> int:
     """Return the number of elements of parameters that no pruning can shrink."""
-    tensors = coupling.parameters.values()
-    return sum(
-        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
-    )
+    parameters = [t for t in coupling.parameters.values() if isinstance(t, nn.Parameter)]
+    return sum(tensor.numel() for tensor in parameters if not coupling.labels(tensor))
 
 
 def _pinned_macs(coupling: Coupling) -> int:

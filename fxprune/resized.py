@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,28 +32,37 @@ def other_batch(call: Call, rows: int | None = None) -> Call | None:
     The example with its rows cut or repeated; None if none of its tensors has a batch axis.
     """
     before = batch_size(call)
-    wanted = rows or (2 if before == 1 else 1)
-    found = False
+    resizing = _BatchResizing(before, rows or (2 if before == 1 else 1))
+    kwargs = {name: resizing.resize(value) for name, value in call.kwargs.items()}
+    changed = Call(tuple(resizing.resize(value) for value in call.args), kwargs)
+    return changed if resizing.has_found_batch else None
 
-    def value(given: object) -> object:
-        nonlocal found
-        if (
-            type(given) is list
-            and len(given) == before
-            and all(isinstance(item, Tensor) for item in given)
-        ):
-            found = True
-            return [given[i % before] for i in range(wanted)]
-        if isinstance(given, Tensor) and given.dim() and given.shape[0] == before:
-            found = True
-            return _resized_tensor(given, 0, wanted)
-        if type(given) in (tuple, list):
-            return type(given)(value(item) for item in given)  # type: ignore[call-arg, attr-defined]
-        return {key: value(item) for key, item in given.items()} if type(given) is dict else given
 
-    kwargs = {name: value(given) for name, given in call.kwargs.items()}
-    changed = Call(tuple(value(given) for given in call.args), kwargs)
-    return changed if found else None
+@dataclass
+class _BatchResizing:
+    """Resizes the batch axes of nested arguments from one size to another."""
+
+    before: int
+    after: int
+    has_found_batch: bool = False
+
+    def resize(self, value: Any) -> Any:
+        """Return the value with its batch axes resized."""
+        if _is_list_of_tensors(value) and len(value) == self.before:
+            self.has_found_batch = True
+            return [value[i % self.before] for i in range(self.after)]
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.before:
+            self.has_found_batch = True
+            return _resized_tensor(value, 0, self.after)
+        if type(value) in (tuple, list):
+            return type(value)(self.resize(item) for item in value)
+        if type(value) is dict:
+            return {key: self.resize(item) for key, item in value.items()}
+        return value
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return type(value) is list and all(isinstance(item, Tensor) for item in value)
 
 
 def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
@@ -60,14 +71,9 @@ def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
     Axes of equal size change together.
     """
     first = _first_size_axis(call)
-    tensors = tensors_of(call)
-    images = {
-        size
-        for tensor in tensors
-        for size in tensor.shape[-2:]
-        if tensor.dim() - first > 2 and size > 2
-    }
-    together = [tuple(sorted(images))] if len(images) > 1 else []
+    images = [tensor for tensor in tensors_of(call) if tensor.dim() - first > 2]
+    resolution = {size for image in images for size in image.shape[-2:] if size > 2}
+    together = [tuple(sorted(resolution))] if len(resolution) > 1 else []
     for sizes in [*together, *((size,) for size in lengths(call) if size > 2)]:
         for other in (_half, _odd, _next):
             new = {size: other(size) for size in sizes}
@@ -81,17 +87,10 @@ def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
     Only axes of the same size as another axis are taken: the two need not be equal.
     """
     first, tensors = _first_size_axis(call), tensors_of(call)
+    sizes = [size for tensor in tensors for size in tensor.shape[first:] if size > 1]
     for dim in range(first, max((tensor.dim() for tensor in tensors), default=0)):
-        sizes = [
-            size
-            for tensor in tensors
-            for d, size in enumerate(tensor.shape)
-            if d >= first and size > 1
-        ]
-        own = {
-            tensor.shape[dim] for tensor in tensors if tensor.dim() > dim and tensor.shape[dim] > 1
-        }
-        if len(own) == 1 and sizes.count(size := own.pop()) > 1:
+        along = {tensor.shape[dim] for tensor in tensors if tensor.dim() > dim} - {0, 1}
+        if len(along) == 1 and sizes.count(size := along.pop()) > 1:
             longer = functools.partial(_longer, dim=dim, size=size)
             changed = Call(*tree_map_only(Tensor, longer, call))
             yield f"{size + 1} for {size} along axis {dim}", changed

@@ -70,7 +70,7 @@ class GroupPlan:
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        with _told("a group of a plan"):
+        with _type_errors("a group of a plan"):
             _checked_text(self.name)
             _checked_whole(self.size)
             for unit in _tuple(self.kept):
@@ -132,7 +132,7 @@ class Plan:
     heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        with _told("a plan"):
+        with _type_errors("a plan"):
             for group in _tuple(self.groups):
                 _of_type(group, GroupPlan)
             for text in (
@@ -223,14 +223,7 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     Damaged data raises one of Python's own errors.
     """
     return Plan(
-        groups=tuple(
-            GroupPlan(
-                _checked_text(g["name"]),
-                _checked_whole(g["size"]),
-                tuple(map(_checked_whole, _as_list(g["kept"]))),
-            )
-            for g in data["groups"]
-        ),
+        groups=tuple(map(_unpack_group, data["groups"])),
         inputs=_checked_text(data["inputs"]),
         keep=tuple(map(_checked_text, _as_list(data["keep"]))),
         pinned_nodes=tuple(map(_checked_text, _as_list(data["pinned_nodes"]))),
@@ -240,8 +233,14 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     )
 
 
+def _unpack_group(data: dict[str, Any]) -> GroupPlan:
+    """Return one group of a plan that :func:`_pack` packed."""
+    name, size = _checked_text(data["name"]), _checked_whole(data["size"])
+    return GroupPlan(name, size, tuple(map(_checked_whole, _as_list(data["kept"]))))
+
+
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _type_errors(what: str) -> Iterator[None]:
     """Turn a ``TypeError`` into a :class:`PlanError` that says what cannot be made."""
     try:
         yield
@@ -322,13 +321,13 @@ def fingerprint(model: nn.Module) -> str:
 
     Their values do not count.
     """
-    lines = sorted(
-        f"{prefix}{'.' if prefix else ''}{name} {tuple(tensor.shape)}"
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    lines = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = "." if prefix else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                lines.append(f"{prefix}{dot}{name} {tuple(tensor.shape)}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 # attribute of a pruned model that holds its plan, and its fingerprint right after pruning
@@ -349,8 +348,8 @@ def history(model: nn.Module) -> Plan | None:
     None if the model was not pruned, or if the shape or name of a tensor has changed since: the
     plan would not lead to this model.
     """
-    plan, left = vars(model).get(_MARK, (None, ""))
-    return plan if plan is not None and fingerprint(model) == left else None
+    plan, recorded = vars(model).get(_MARK, (None, ""))
+    return plan if plan is not None and fingerprint(model) == recorded else None
 
 
 def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

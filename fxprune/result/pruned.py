@@ -9,9 +9,7 @@ from torch import nn
 
 from fxprune.common.public import public
 from fxprune.errors import ArgumentError
-from fxprune.result.plan import (
-    Plan,
-)
+from fxprune.result.plan import Plan
 from fxprune.result.report import Report
 from fxprune.result.serialization import save_pruned
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -136,14 +136,10 @@ class Report:
     def __post_init__(self) -> None:
         # Rows may be given as plain tuples, and pinned axes as one string or several.
         try:
-            object.__setattr__(
-                self, "groups", tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
-            )
-            pinned = (
-                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
-                for axes, *rest in drawn_from(self.pinned, "pinned")
-            )
-            object.__setattr__(self, "pinned", tuple(pinned))
+            groups = tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
+            object.__setattr__(self, "groups", groups)
+            pinned = tuple(_pinned_rows(drawn_from(self.pinned, "pinned")))
+            object.__setattr__(self, "pinned", pinned)
             for name in _TEXTS:
                 object.__setattr__(self, name, tuple(drawn_from(getattr(self, name), name)))
             self._check()
@@ -182,10 +178,7 @@ class Report:
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "groups": [row._asdict() for row in self.groups],
-            "pinned": [
-                {"axes": list(row.axes), "reason": row.reason, "node": row.node}
-                for row in self.pinned
-            ],
+            "pinned": [{**row._asdict(), "axes": list(row.axes)} for row in self.pinned],
             "untouched": list(self.untouched),
             "decisions": list(self.decisions),
             "statistics": list(self.statistics),
@@ -241,28 +234,8 @@ class Report:
         return "\n".join(lines)
 
     def _summary(self) -> Iterable[str]:
-        """Yield the lines above the sections: costs, parts, error and time."""
-        yield f"parameters  {_change(self.params_before, self.params_after)}"
-        if self.macs_before is None or self.macs_after is None:
-            yield "MACs        not counted"
-        else:
-            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
-        if self.latency is not None:
-            before, after, forecast, setting = self.latency
-            left = f" ({100 * after / before:.1f} % left)" if before else ""
-            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
-            yield f"latency     {measured}; deployed {setting}"
-        shares = (
-            (self.params_pinned, self.params_before, "parameters"),
-            (self.macs_pinned, self.macs_before, "MACs"),
-        )
-        fixed = [
-            f"{_percent(part, whole)} of the {name}"
-            for part, whole, name in shares
-            if part is not None and whole
-        ]
-        if fixed:
-            yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
+        """Yield the lines above the sections."""
+        yield from self._costs()
         if self.parts:
             yield (
                 "emitted     in the model's own class, whose Python stays, graphs at "
@@ -275,6 +248,25 @@ class Report:
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
             yield f"seconds     {sum(self.seconds.values()):.2f} ({stages})"
+
+    def _costs(self) -> Iterable[str]:
+        """Yield the lines on parameters, MACs and latency."""
+        yield f"parameters  {_change(self.params_before, self.params_after)}"
+        if self.macs_before is None or self.macs_after is None:
+            yield "MACs        not counted"
+        else:
+            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        if self.latency is not None:
+            before, after, forecast, setting = self.latency
+            left = f" ({100 * after / before:.1f} % left)" if before else ""
+            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
+            yield f"latency     {measured}; deployed {setting}"
+        pinned = [
+            *_share(self.params_pinned, self.params_before, "parameters"),
+            *_share(self.macs_pinned, self.macs_before, "MACs"),
+        ]
+        if pinned:
+            yield f"pinned      {', '.join(pinned)} before: what no budget reaches"
 
     def _groups(self) -> Iterable[str]:
         """Return the lines of the section on groups."""
@@ -297,6 +289,12 @@ class Report:
                 f"{', '.join(axes[:3])}{more}: {reason}" + (f" (at {node})" if node else "")
             )
         return _section("pinned, never pruned", rows)
+
+
+def _pinned_rows(rows: Iterable[Any]) -> Iterator[PinnedRow]:
+    """Yield rows with their axes in a tuple; they may be given as one string or as several."""
+    for axes, *rest in rows:
+        yield PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> None:
@@ -323,8 +321,9 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,}{left}"
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
+def _share(part: int | None, whole: int | None, name: str) -> list[str]:
+    """Return a share as text, if it is known: ``["25.0 % of the MACs"]``."""
+    return [] if part is None or not whole else [f"{100 * part / whole:.1f} % of the {name}"]
 
 
 def _counted(number: int, noun: str) -> str:

@@ -143,6 +143,24 @@ def save_tensors(model: nn.Module, path: Path) -> None:
     """
     # keep_vars=True gives the parameters themselves: their identity tells which are tied
     state = model.state_dict(keep_vars=True)
+    _check_state(state)
+    aliases = _aliases(state)
+    stored = {name: value.detach() for name, value in state.items() if name not in aliases}
+    storages = Counter(value.untyped_storage().data_ptr() for value in stored.values())
+    try:
+        save_file(_separated(stored, storages), path, metadata={"format": "pt", **aliases})
+    except SafetensorError as error:
+        # The library's core raises it while it writes; the tensors have been checked before.
+        raise ArgumentError(
+            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk "
+            "with room."
+        ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise a :class:`ModelError` for an entry of a state dict that cannot be stored."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
@@ -155,29 +173,18 @@ def save_tensors(model: nn.Module, path: Path) -> None:
                 f"{name!r} is on the meta device and has no values to save: load the weights "
                 "first."
             )
-    aliases = _aliases(state)
-    stored = {name: value.detach() for name, value in state.items() if name not in aliases}
-    storages = Counter(value.untyped_storage().data_ptr() for value in stored.values())
-    try:
-        save_file(
-            # Different views of one storage are stored separately.
-            {
-                n: (v.clone() if storages[v.untyped_storage().data_ptr()] > 1 else v)
-                .cpu()
-                .contiguous()
-                for n, v in stored.items()
-            },
-            path,
-            metadata={"format": "pt", **aliases},
-        )
-    except SafetensorError as error:
-        # The library's core raises it while it writes; the tensors have been checked before.
-        raise ArgumentError(
-            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk "
-            "with room."
-        ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
+
+
+def _separated(tensors: Mapping[str, Tensor], storages: Counter[int]) -> dict[str, Tensor]:
+    """Return tensors contiguous on the CPU, and views of one storage as tensors of their own.
+
+    ``storages`` counts the tensors on each storage.
+    """
+    separated = {}
+    for name, value in tensors.items():
+        is_shared = storages[value.untyped_storage().data_ptr()] > 1
+        separated[name] = (value.clone() if is_shared else value).cpu().contiguous()
+    return separated
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
@@ -191,36 +198,42 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         If the file is damaged, or belongs to another model.
     """
     stored, aliases = _read_tensors(path)
-    own, named = model.state_dict(keep_vars=True), {*stored, *aliases}
-    problems = [f"{name!r} is not in the model" for name in sorted(named) if name not in own]
-    problems += [f"{name!r} is not in the file" for name in own if name not in named]
-    problems += [
-        f"{name!r} has shape {tuple(stored[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in stored
-        if name in own and stored[name].shape != own[name].shape
-    ]
-    problems += [
-        f"{name!r} is {value.dtype}, the model's {own[name].dtype}"
-        for name, value in stored.items()
-        if name in own and _kind(value) != _kind(own[name])
-    ]
-    if not problems and _aliases(own) != aliases:
-        differ = sorted(
-            {n for pair in set(_aliases(own).items()) ^ set(aliases.items()) for n in pair}
-        )
-        problems = [f"{', '.join(differ)} are tied on one side only"]
+    state = model.state_dict(keep_vars=True)
+    problems = _mismatches(state, stored, aliases)
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PlanError(
             f"{path} does not hold the weights of this model: {'; '.join(problems[:3])}{more}."
         )
-    _cast(model, own, stored)
+    _cast(model, state, stored)
     with torch.no_grad():
         for name, value in stored.items():
-            target = own[name]
+            target = state[name]
             if target.dtype != value.dtype:
                 target.data = target.data.to(value.dtype)
             target.copy_(value)
+
+
+def _mismatches(
+    state: Mapping[str, Tensor], stored: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> list[str]:
+    """Return a text for each difference between a model's state dict and a file."""
+    in_file, common = {*stored, *aliases}, [name for name in stored if name in state]
+    problems = [f"{name!r} is not in the model" for name in sorted(in_file) if name not in state]
+    problems += [f"{name!r} is not in the file" for name in state if name not in in_file]
+    for name in common:
+        found, wanted = tuple(stored[name].shape), tuple(state[name].shape)
+        if found != wanted:
+            problems.append(f"{name!r} has shape {found}, the model's {wanted}")
+    for name in common:
+        if _kind(stored[name]) != _kind(state[name]):
+            dtypes = stored[name].dtype, state[name].dtype
+            problems.append(f"{name!r} is {dtypes[0]}, the model's {dtypes[1]}")
+    if not problems and _aliases(state) != aliases:
+        pairs = set(_aliases(state).items()) ^ set(aliases.items())
+        differ = sorted({name for pair in pairs for name in pair})
+        problems = [f"{', '.join(differ)} are tied on one side only"]
+    return problems
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:
@@ -241,9 +254,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            aliases = {
-                name: kept for name, kept in (file.metadata() or {}).items() if name != "format"
-            }
+            aliases = dict(file.metadata() or {})
+            aliases.pop("format", None)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise PlanError(
             f"{path} is not a complete safetensors file: {error}. Save the model again."
@@ -253,17 +265,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, aliases
 
 
-def _cast(model: nn.Module, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+def _cast(model: nn.Module, state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Cast the model if the saved one was cast as a whole, such as by ``half()``.
 
     This also casts the buffers that are not saved.
     """
-    theirs = {value.dtype for value in stored.values() if value.is_floating_point()}
-    if (
-        len(theirs) == 1
-        and {value.dtype for value in own.values() if value.is_floating_point()} != theirs
-    ):
-        model.to(theirs.pop())
+    saved = {value.dtype for value in stored.values() if value.is_floating_point()}
+    present = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(saved) == 1 and present != saved:
+        model.to(saved.pop())
 
 
 # ---- folders ------------------------------------------------------------------------------------
@@ -363,9 +373,9 @@ def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], objec
 
 def _discard(parent: Path, prefix: str) -> None:
     """Remove the folders of incomplete saves."""
-    for left in parent.iterdir():
-        if left.name.startswith(prefix):
-            shutil.rmtree(left, ignore_errors=True)
+    for path in parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _settle(folder: Path) -> None:
@@ -407,16 +417,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             "again."
         )
     text = _read_text(path)
-    try:
-        data = json.loads(text)
-        schema, listed = (
-            data["schema"],
-            {str(name): dict(entry) for name, entry in data["files"].items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PlanError(
-            f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
-        ) from error
+    schema, listed = _parsed_manifest(path, text)
     if schema != FOLDER_SCHEMA:
         raise PlanError(
             f"{path} has schema {schema}, this version of fxprune reads {FOLDER_SCHEMA}: upgrade "
@@ -429,6 +430,18 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             f"{path} is damaged: it was changed after it was written. Save the model again."
         )
     return listed
+
+
+def _parsed_manifest(path: Path, text: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Return the schema and the entries in a manifest's text."""
+    try:
+        data = json.loads(text)
+        schema = data["schema"]
+        return schema, {str(name): dict(entry) for name, entry in data["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PlanError(
+            f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
+        ) from error
 
 
 def _check_file(path: Path, listed: Mapping[str, Any]) -> None:
