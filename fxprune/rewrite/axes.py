@@ -59,9 +59,9 @@ def of_operands(extents: Extents, node: fx.Node, axis: int) -> Extent:
     # The last operand comes first: it is often a short branch that is added to a long stream.
     for operand in reversed(node.all_input_nodes):
         value = operand.meta["val"]
-        own = axis - rank + value.dim() if isinstance(value, Tensor) else -1
-        if own >= 0 and value.shape[own] > 1:
-            best = max(best, extents.of(operand, own))
+        operand_axis = axis - rank + value.dim() if isinstance(value, Tensor) else -1
+        if operand_axis >= 0 and value.shape[operand_axis] > 1:
+            best = max(best, extents.of(operand, operand_axis))
             if best is Extent.FIXED:
                 break
     return best
@@ -111,24 +111,24 @@ def _joined(extents: Extents, node: fx.Node, axis: int) -> Extent:
     if not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
         return Extent.UNKNOWN
     value = node.meta["val"]
-    whole = [p for p in parts if isinstance(p, fx.Node) and p.meta["val"].dim() == value.dim()]
+    nodes = [p for p in parts if isinstance(p, fx.Node) and p.meta["val"].dim() == value.dim()]
     if axis != dim % value.dim():
-        return max((extents.of(p, axis) for p in whole), default=Extent.UNKNOWN)
-    if len(whole) != len(parts):
+        return max((extents.of(node, axis) for node in nodes), default=Extent.UNKNOWN)
+    if len(nodes) != len(parts):
         return Extent.UNKNOWN
-    found = min(extents.of(p, axis) for p in whole)
-    if found is Extent.SHARE:  # the sum is a fixed share only if all parts have the same share
-        sizes = {
-            (p.meta["val"].shape[axis], extents.survivors.shape(p.meta["val"])[axis])
-            for p in whole
-        }
-        first, *rest = sizes
-        return (
-            found
-            if all(first[0] * left == size * first[1] for size, left in rest)
-            else Extent.UNKNOWN
-        )
+    found = min(extents.of(node, axis) for node in nodes)
+    # the sum is a fixed share only if all parts have the same share
+    if found is Extent.SHARE and not _have_equal_shares(extents, nodes, axis):
+        return Extent.UNKNOWN
     return found
+
+
+def _have_equal_shares(extents: Extents, nodes: Sequence[fx.Node], axis: int) -> bool:
+    """Tell whether the same share of an axis survives in all of these tensors, for the example."""
+    tensors = [node.meta["val"] for node in nodes]
+    sizes = {(old.shape[axis], extents.survivors.shape(old)[axis]) for old in tensors}
+    (first_size, first_left), *rest = sizes
+    return all(first_size * left == size * first_left for size, left in rest)
 
 
 def _narrowed(extents: Extents, node: fx.Node, axis: int) -> Extent:
@@ -161,9 +161,9 @@ def _expanded(extents: Extents, node: fx.Node, axis: int) -> Extent:
     if first is None:
         return Extent.UNKNOWN
     old = first.meta["val"]
-    own = axis - value.dim() + old.dim()
-    if own >= 0 and old.shape[own] == value.shape[axis] > 1:
-        return extents.of(first, own)
+    old_axis = axis - value.dim() + old.dim()
+    if old_axis >= 0 and old.shape[old_axis] == value.shape[axis] > 1:
+        return extents.of(first, old_axis)
     given = _sizes_given(node)
     return (
         Extent.FIXED
@@ -180,8 +180,8 @@ def _repeated(extents: Extents, node: fx.Node, axis: int) -> Extent:
     given = [1] * (value.dim() - len(given)) + given
     if first is None or not extents.constant(given[axis]):
         return Extent.UNKNOWN
-    own = axis - value.dim() + first.meta["val"].dim()
-    return extents.of(first, own) if own >= 0 else Extent.FIXED
+    old_axis = axis - value.dim() + first.meta["val"].dim()
+    return extents.of(first, old_axis) if old_axis >= 0 else Extent.FIXED
 
 
 def _resampled(extents: Extents, node: fx.Node, axis: int) -> Extent:
@@ -200,10 +200,10 @@ def _padded(extents: Extents, node: fx.Node, axis: int) -> Extent:
     if first is None or not isinstance(amounts, (tuple, list)):
         return Extent.UNKNOWN
     place = 2 * (node.meta["val"].dim() - 1 - axis)
-    own, found = list(amounts[place : place + 2]), extents.of(first, axis)
-    if not any(isinstance(amount, fx.Node) or amount for amount in own):
+    added, found = list(amounts[place : place + 2]), extents.of(first, axis)
+    if not any(isinstance(amount, fx.Node) or amount for amount in added):
         return found
-    return found if found is Extent.FIXED and extents.constant(own) else Extent.UNKNOWN
+    return found if found is Extent.FIXED and extents.constant(added) else Extent.UNKNOWN
 
 
 def _selected(extents: Extents, node: fx.Node, axis: int) -> Extent:
@@ -225,9 +225,9 @@ def _reduced(extents: Extents, node: fx.Node, axis: int) -> Extent:
     dims = [dim] if isinstance(dim, int) else dim
     if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
         return Extent.UNKNOWN
-    gone = {d % rank for d in dims}
-    left = [d for d in range(rank) if d not in gone]
-    return extents.of(first, left[axis]) if len(left) == node.meta["val"].dim() else Extent.UNKNOWN
+    reduced = {d % rank for d in dims}
+    kept = [d for d in range(rank) if d not in reduced]
+    return extents.of(first, kept[axis]) if len(kept) == node.meta["val"].dim() else Extent.UNKNOWN
 
 
 def _multiplied(extents: Extents, node: fx.Node, axis: int) -> Extent:
@@ -242,8 +242,8 @@ def _multiplied(extents: Extents, node: fx.Node, axis: int) -> Extent:
     if min(first.meta["val"].dim(), second.meta["val"].dim()) < 2:
         return Extent.UNKNOWN
     if axis >= rank - 2:
-        source, own = (first, -2) if axis == rank - 2 else (second, -1)
-        return extents.of(source, own + source.meta["val"].dim())
+        source, place = (first, -2) if axis == rank - 2 else (second, -1)
+        return extents.of(source, place + source.meta["val"].dim())
     return of_operands(extents, node, axis)
 
 
@@ -261,10 +261,8 @@ def _sizes_given(node: fx.Node) -> Sequence[Any]:
     """
     if known(name_of(node)).axes not in (Axes.RESHAPED, Axes.EXPANDED, Axes.REPEATED):
         return ()
-    named = (
-        node.kwargs[key] for key in ("size", "shape", "repeats", "dims") if key in node.kwargs
-    )
-    given = next(named, node.args[1:])
+    names = [name for name in ("size", "shape", "repeats", "dims") if name in node.kwargs]
+    given = node.kwargs[names[0]] if names else node.args[1:]
     return given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 

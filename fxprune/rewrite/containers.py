@@ -42,36 +42,36 @@ def _named_lines(graph: fx.Graph, body: list[str]) -> list[str]:
     """
     taken = {name for node in graph.nodes for name in (node.name, str(node.target))}
     names = {"": "self"}  # path of a container -> its variable
-    asking = [node for node in graph.nodes if node.op in ("call_module", "get_attr")][::-1]
+    pending = [node for node in graph.nodes if node.op in ("call_module", "get_attr")][::-1]
     out = []
     for line in body:
-        if asking and line.startswith(asking[-1].name):
-            path, calls = str(asking[-1].target), asking[-1].op == "call_module"
-            start, found, rest = line.partition(f" = {_member('self', path)}" + "(" * calls)
-            if found and (calls or not rest):
-                asking.pop()
-                container, _, own = path.rpartition(".")
-                out += _found(container, names, taken)
-                line = f"{start} = {_member(names[container], own)}" + "(" * calls + rest
+        if pending and line.startswith(pending[-1].name):
+            path, is_call = str(pending[-1].target), pending[-1].op == "call_module"
+            start, found, rest = line.partition(f" = {_member('self', path)}" + "(" * is_call)
+            if found and (is_call or not rest):
+                pending.pop()
+                container, _, member = path.rpartition(".")
+                out += _storing_lines(container, names, taken)
+                line = f"{start} = {_member(names[container], member)}" + "(" * is_call + rest
         out.append(line)
     return out
 
 
-def _found(container: str, names: dict[str, str], taken: set[str]) -> list[str]:
+def _storing_lines(container: str, names: dict[str, str], taken: set[str]) -> list[str]:
     """Return the lines that store a container, and those around it, if not stored yet.
 
     Adds to ``names``, the variable of each stored container, and to ``taken``, the names in use.
     """
     if container in names:
         return []
-    outer, _, own = container.rpartition(".")
-    lines = _found(outer, names, taken)
+    outer, _, member = container.rpartition(".")
+    lines = _storing_lines(outer, names, taken)
     name = "in_" + re.sub(r"\W", "_", container)
     while name in taken:
         name += "_"
     taken.add(name)
     names[container] = name
-    return [*lines, f"{name} = {_member(names[outer], own)}\n"]
+    return [*lines, f"{name} = {_member(names[outer], member)}\n"]
 
 
 def _member(base: str, path: str) -> str:

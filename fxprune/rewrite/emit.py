@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -46,7 +47,7 @@ from fxprune.rewrite.skeleton import (
     with_module,
 )
 from fxprune.rewrite.survivors import Mask, Survivors
-from fxprune.trace import plain_attention
+from fxprune.trace import Trace, plain_attention
 from fxprune.trace.aliasing import first_of, name_of, shares
 
 __all__ = ["emit"]
@@ -79,56 +80,95 @@ def emit(
         If a node cannot be made smaller, or if units meet that were separate. It carries the name
         of the node.
     """
-    meta_copy, parts = coupling.meta_copy, coupling.parts
-    smaller = IdentityMap(
-        (own, smaller_tensor(own, survivors)) for own in coupling.parameters.values()
-    )
-    made: IdentityMap[nn.Module, nn.Module] = IdentityMap()
-    root = skeleton(meta_copy.model, smaller, made, keep_classes=bool(parts))
-    context = units_of_original(coupling)
-    original = IdentityMap((smaller[tensor], tensor) for tensor in coupling.parameters.values())
-    emitted: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
-    for path in parts or ("",):
-        below, own = (
-            root.get_submodule(path),
-            [trace for trace in coupling.traces if trace.path == path],
-        )
-        for trace in own:
-            for target in trace.constants:
-                constant = operator.attrgetter(target)(trace.meta_copy.model)
-                set_tensor(below, target, constant if constant.is_meta else constant.cpu())
-        graphs = [
-            _Emission(coupling, survivors, trace, below, original, context, thorough).run()
-            for trace in own
-        ]
-        if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
-            del graphs[1]  # the model reads its mode, but does the same in both
-        emitted[path] = below, graphs
+    tensors = coupling.parameters.values()
+    smaller = IdentityMap((tensor, smaller_tensor(tensor, survivors)) for tensor in tensors)
+    copies: IdentityMap[nn.Module, nn.Module] = IdentityMap()
+    root = skeleton(coupling.meta_copy.model, smaller, copies, keep_classes=bool(coupling.parts))
+    written = _write_graphs(coupling, survivors, root, smaller, thorough)
     filled = survivors_of(coupling, survivors)
     fill_tensors(root, filled, smaller)
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
-            set_tensor(emitted[trace.path][0], target, tensor)
-    written: IdentityMap[nn.Module, nn.Module] = IdentityMap()
-    for path, (below, graphs) in emitted.items():
-        _place_positions(below, coupling.meta_copy.device)
-        module = PrunedModule(
-            below, graphs[0], type(below).__name__ if path else name, *graphs[1:]
-        )
-        written[below] = (
-            module.behaving_like(below)
-            if path
-            else module.holding_modes(own_modes(meta_copy.model))
-        )
-        root = with_module(root, below, written[below])
-    final = IdentityMap((key, written.get(below, below)) for key, below in made.items())
-    if parts or any(map(has_own_forward, made.values())):
-        refer_to(made, final, filled)
-    if parts:
-        hook_all(meta_copy.modules, final)
+            set_tensor(written[trace.path].module, target, tensor)
+    root, modules = _put_graph_modules(coupling, root, written, name)
+    final = IdentityMap((key, modules.get(copied, copied)) for key, copied in copies.items())
+    if coupling.parts or any(map(has_own_forward, copies.values())):
+        refer_to(copies, final, filled)
+    if coupling.parts:
+        hook_all(coupling.meta_copy.modules, final)
         for module in final.values():
             vars(module).update(sizes_of(module))
     return root
+
+
+@dataclass
+class _Written:
+    """The graphs of a part or of the whole model, and the module of the skeleton they belong to.
+
+    The second graph, if there is one, is that of training mode.
+    """
+
+    module: nn.Module
+    graphs: list[fx.Graph]
+
+
+def _write_graphs(
+    coupling: Coupling,
+    survivors: Survivors,
+    root: nn.Module,
+    smaller: IdentityMap[Tensor, Tensor],
+    thorough: bool,
+) -> dict[str, _Written]:
+    """Write the smaller graphs of each part, or of the whole model, which has the path ``""``.
+
+    ``smaller`` leads from a tensor of the meta copy to the smaller model's.
+    """
+    context = units_of_original(coupling)
+    original = IdentityMap((smaller[tensor], tensor) for tensor in coupling.parameters.values())
+    written = {}
+    for path in coupling.parts or ("",):
+        module = root.get_submodule(path)
+        graphs: list[fx.Graph] = []
+        traces = [trace for trace in coupling.traces if trace.path == path]
+        for trace in traces:
+            _set_constants(module, trace)
+        for trace in traces:
+            emission = _Emission(coupling, survivors, trace, module, original, context, thorough)
+            graphs.append(emission.run())
+        if len(graphs) > 1 and str(graphs[0]) == str(graphs[1]):
+            del graphs[1]  # the model reads its mode, but does the same in both
+        written[path] = _Written(module, graphs)
+    return written
+
+
+def _set_constants(module: nn.Module, trace: Trace) -> None:
+    """Give a module of the skeleton the constants of a trace, as the meta copy has them."""
+    for target in trace.constants:
+        constant = operator.attrgetter(target)(trace.meta_copy.model)
+        set_tensor(module, target, constant if constant.is_meta else constant.cpu())
+
+
+def _put_graph_modules(
+    coupling: Coupling, root: nn.Module, written: Mapping[str, _Written], name: str
+) -> tuple[nn.Module, IdentityMap[nn.Module, nn.Module]]:
+    """Replace the modules that have graphs by modules that run these graphs.
+
+    Returns
+    -------
+    The new root, and a map from replaced modules to new ones.
+    """
+    modules: IdentityMap[nn.Module, nn.Module] = IdentityMap()
+    for path, part in written.items():
+        old, graphs = part.module, part.graphs
+        _place_positions(old, coupling.meta_copy.device)
+        module = PrunedModule(old, graphs[0], type(old).__name__ if path else name, *graphs[1:])
+        if path:
+            module.behaving_like(old)
+        else:
+            module.holding_modes(own_modes(coupling.meta_copy.model))
+        modules[old] = module
+        root = with_module(root, old, module)
+    return root, modules
 
 
 _POSITIONS = "_positions"
@@ -176,28 +216,27 @@ class _Emission(Checked):
         ``inputs`` yields the values of the placeholders, in order.
         """
         if node.op == "placeholder":
-            new = self._taken_in(self.graph.node_copy(node), next(inputs))
+            new = self._input(self.graph.node_copy(node), next(inputs))
         elif node.op == "output":
-            handed = fx.node.map_arg(node.args, self._handed_out)
-            new = self.graph.create_node("output", "output", handed, name=node.name)
+            results = fx.node.map_arg(node.args, self._output)
+            new = self.graph.create_node("output", "output", results, name=node.name)
         else:
             emitted = self._call(node)
             if emitted is None:
                 return
-            new = self._copied(node, emitted) if self._may_become_a_view(node) else emitted
-        new.meta = (
-            {"rank": value.dim()} if isinstance(value := node.meta.get("val"), Tensor) else {}
-        )
-        self.made[node] = new
+            new = self._cloned(node, emitted) if self._may_become_a_view(node) else emitted
+        value = node.meta.get("val")
+        new.meta = {"rank": value.dim()} if isinstance(value, Tensor) else {}
+        self.new_nodes[node] = new
 
-    def _taken_in(self, new: fx.Node, value: Any) -> fx.Node:
+    def _input(self, new: fx.Node, value: Any) -> fx.Node:
         """Return the node that reads an input which Python code passes to the graph.
 
         Python code passes a smaller tensor, or one that is as wide as in the original. From a wide
         tensor the node selects the survivors.
         """
-        self.env[new] = map_tensors(
-            lambda old: self._stand_in(old) if self.coupling.labels(old) else old, value
+        self.values[new] = map_tensors(
+            lambda old: self._counterpart(old) if self.coupling.labels(old) else old, value
         )
         for dim, alive in self._padded(value):
             kept = np.flatnonzero(alive)
@@ -206,10 +245,10 @@ class _Emission(Checked):
             new = self.graph.call_function(
                 torch.index_select, (new, dim - value.dim(), self._positions(kept))
             )
-            self.env[new] = self._stand_in(value)
+            self.values[new] = self._counterpart(value)
         return new
 
-    def _handed_out(self, node: fx.Node) -> Any:
+    def _output(self, node: fx.Node) -> Any:
         """Return the node for a result that the graph returns to Python code.
 
         Python code receives a smaller tensor, or one that is as wide as in the original, with
@@ -222,12 +261,12 @@ class _Emission(Checked):
             return new
         # a named tuple, or another object that holds tensors: build it from widened tensors
         if isinstance(node.target, type):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._handed_out)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._output)
             return self.graph.call_function(node.target, args, kwargs)
-        items = [
-            self._widened(self.graph.call_function(operator.getitem, (new, i)), item)
-            for i, item in enumerate(value)
-        ]
+        items = []
+        for i, item in enumerate(value):
+            new_item = self.graph.call_function(operator.getitem, (new, i))
+            items.append(self._widened(new_item, item))
         return (
             type(value)(items)
             if type(value) in (tuple, list)
@@ -257,11 +296,8 @@ class _Emission(Checked):
 
     def _positions(self, index: Array) -> fx.Node:
         """Return a node that reads these positions from a new buffer outside the state dict."""
-        name = next(
-            n
-            for n in map(f"{_POSITIONS}{{}}".format, itertools.count())
-            if not hasattr(self.root, n)
-        )
+        names = (f"{_POSITIONS}{number}" for number in itertools.count())
+        name = next(name for name in names if not hasattr(self.root, name))
         with torch.inference_mode(False):
             self.root.register_buffer(name, torch.tensor(index), persistent=False)
         return self.graph.get_attr(name)
@@ -274,13 +310,11 @@ class _Emission(Checked):
         assertion that always holds.
         """
         value = value_of(node)
-        if (
-            self.numbers.shrunk(node)
-            or self._is_idle(node)
-            or (node.target is torch._assert and not self._open(node.args[0]))
-        ):
+        if self._is_left_out(node):
             return None
-        target, args, kwargs = correct(self.numbers, node, self.call(node), self.left_of(node))
+        target, args, kwargs = correct(
+            self.numbers, node, self.call(node), self.surviving_share(node)
+        )
         op = "call_function" if callable(target) and node.op == "call_method" else node.op
         commutes = (
             not self.thorough
@@ -296,18 +330,24 @@ class _Emission(Checked):
         if commutes:
             self.unrun[new] = value
             return new
-        if module is not None:
+        return self._run_and_check(node, new)
+
+    def _run_and_check(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        """Run a new node, check its value, and return it; a mean is scaled by a further node."""
+        name, value, found = self.prefix + node.name, value_of(node), self.coupling.context.found
+        if new.op == "call_module":
+            module = self.modules[str(new.target)]
             for tensor in (*module.parameters(), *module.buffers()):
                 self._label(tensor)
-        self.env[new] = run_node(self.context, self.root, new, self.value)
-        if op == "get_attr":
-            self._label(self.env[new])
-        if self.prefix + node.name in self.coupling.context.found.rescaled:
+        self.values[new] = run_node(self.context, self.root, new, self.value)
+        if new.op == "get_attr":
+            self._label(self.values[new])
+        if name in found.rescaled:
             new = self._rescale(new, node)
-        self._check(node, value, self.env[new])
+        self._check(node, value, self.values[new])
         if isinstance(value, Tensor) and value.is_meta:
-            self.stand_ins[value] = self.env[new]
-        if self.prefix + node.name in self.coupling.context.found.moved:
+            self.counterparts[value] = self.values[new]
+        if name in found.moved:
             self._check_order(node, new, value)
         return new
 
@@ -326,19 +366,16 @@ class _Emission(Checked):
             or not hasattr(torch.ops.aten, name_of(node))
         ):
             return False
-        alone = any(
-            left == 1 != size
-            for size, left in zip(old.shape, self.survivors.shape(old), strict=True)
-        )
-        both = {storage_of(old), storage_of(value)}
-        if not alone or len(both) == 1:
+        sizes = zip(old.shape, self.survivors.shape(old), strict=True)
+        shrinks_to_one = any(smaller == 1 != size for size, smaller in sizes)
+        storages = {storage_of(old), storage_of(value)}
+        if not shrinks_to_one or len(storages) == 1:
             return False
         written = (value_of(to) for to in self.memory.written_after(node))
-        return any(
-            isinstance(to, Tensor) and storage_of(to) in both for to in written
-        ) and self.memory.changed_behind(node)
+        is_written = any(isinstance(to, Tensor) and storage_of(to) in storages for to in written)
+        return is_written and self.memory.changed_behind(node)
 
-    def _copied(self, node: fx.Node, new: fx.Node) -> fx.Node:
+    def _cloned(self, node: fx.Node, new: fx.Node) -> fx.Node:
         """Return a node that copies a node's result, as the original's node does.
 
         The graph is held to inputs whose layout makes the original copy.
@@ -348,22 +385,34 @@ class _Emission(Checked):
         if new in self.unrun:
             self.unrun[copied] = self.unrun[new]
         else:
-            self.env[copied] = run_node(self.context, self.root, copied, self.value)
+            self.values[copied] = run_node(self.context, self.root, copied, self.value)
         return copied
 
-    def _open(self, held: Any) -> bool:
+    def _is_left_out(self, node: fx.Node) -> bool:
+        """Tell whether a call has no place of its own in the new graph.
+
+        This holds for numbers that depend on a size which shrinks, for assertions that cannot
+        fail, and for numbers that only such assertions read.
+        """
+        if self.numbers.shrunk(node) or self._is_only_asserted(node):
+            return True
+        return node.target is torch._assert and not self._can_fail(node.args[0])
+
+    def _can_fail(self, condition: Any) -> bool:
         """Tell whether a condition that is asserted can fail for other inputs.
 
         It cannot if it depends on nothing but the widths of the model.
         """
-        return not self._counts_widths(held) and isinstance(self.numbers.original(held), fx.Node)
+        if self._counts_widths(condition):
+            return False
+        return isinstance(self.numbers.original(condition), fx.Node)
 
-    def _counts_widths(self, held: Any) -> bool:
+    def _counts_widths(self, condition: Any) -> bool:
         """Tell whether a condition compares the number of parts of an axis of fixed size.
 
         If the axis shrinks, fewer parts may survive: the axis is then held to the example's size.
         """
-        cut = self.numbers.extents.counted(held)
+        cut = self.numbers.extents.counted(condition)
         if cut is None:
             return False
         if self.survivors.rows(value_of(cut[0]), cut[1]) is not None:
@@ -371,12 +420,10 @@ class _Emission(Checked):
             return True
         return self.numbers.extents.fixed(*cut)
 
-    def _is_idle(self, node: fx.Node) -> bool:
+    def _is_only_asserted(self, node: fx.Node) -> bool:
         """Tell whether a number is read only by assertions that count the parts of a width."""
         if node.target is len:
-            return bool(node.users) and all(map(self._is_idle, node.users))
-        return (
-            node.target is operator.eq
-            and self._counts_widths(node)
-            and all(n.target is torch._assert for n in node.users)
-        )
+            return bool(node.users) and all(map(self._is_only_asserted, node.users))
+        if node.target is not operator.eq or not self._counts_widths(node):
+            return False
+        return all(user.target is torch._assert for user in node.users)

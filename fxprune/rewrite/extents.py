@@ -109,9 +109,9 @@ class Extents:
         if read is not None:
             return all(self.fixed(read[0], axis) for axis in read[1])
         inputs = number.all_input_nodes
-        return bool(inputs) and all(
-            not holds_tensors(n.meta["val"]) and self.constant(n) for n in inputs
-        )
+        if not inputs or any(holds_tensors(n.meta["val"]) for n in inputs):
+            return False
+        return all(map(self.constant, inputs))
 
     def _find(self, node: fx.Node, axis: int) -> Extent:
         """Derive the extent of an axis from the op that the node calls."""
@@ -181,12 +181,12 @@ class Extents:
         if not all(self.nothing_hidden(operand, operand.meta["val"]) for operand in operands):
             return Extent.UNKNOWN
         if node.op == "call_module":
-            own = self.root.get_submodule(str(node.target)).parameters()
-            if any(self._is_row(row, tensor, d) for tensor in own for d in range(tensor.dim())):
+            weights = self.root.get_submodule(str(node.target)).parameters()
+            if any(self._is_row(row, w, d) for w in weights for d in range(w.dim())):
                 return Extent.FIXED
         axes = ((operand, d) for operand in operands for d in range(operand.meta["val"].dim()))
-        found = (self.of(own, d) for own, d in axes if self._is_row(row, own.meta["val"], d))
-        return max(found, default=Extent.UNKNOWN)
+        same = (self.of(n, d) for n, d in axes if self._is_row(row, n.meta["val"], d))
+        return max(same, default=Extent.UNKNOWN)
 
     def _is_row(self, row: Array, tensor: Tensor, axis: int) -> bool:
         """Tell whether an axis of a tensor holds these units, one at each position, in order."""
@@ -194,12 +194,12 @@ class Extents:
 
     def _units(self, tensor: Any, axis: int) -> Array | None:
         """Return the units along an axis, shape (size,), if each position is a unit of its own."""
-        rows = (
-            own.reshape(-1)
-            for own, dim, _ in self.survivors.fields(tensor)
-            if dim == axis and own.size == own.shape[axis]
-        )
-        return next((row for row in rows if row.all() and len(np.unique(row)) == len(row)), None)
+        for labels, dim, _ in self.survivors.fields(tensor):
+            if dim == axis and labels.size == labels.shape[axis]:
+                row = labels.reshape(-1)
+                if row.all() and len(np.unique(row)) == len(row):
+                    return row
+        return None
 
     def _of_part(self, source: fx.Node, value: Tensor, axis: int) -> Extent:
         """Return the extent of an axis of one piece that ``split`` or a similar op gives.
@@ -225,9 +225,10 @@ class Extents:
 
         They are if each position belongs to a unit, and all units lie on equally many positions.
         """
-        labels = [own for own, dim, _ in self.survivors.fields(tensor) if dim == axis]
-        for own in labels:
-            rows = own.swapaxes(axis, -1).reshape(-1, own.shape[axis])
+        for labels, dim, _ in self.survivors.fields(tensor):
+            if dim != axis:
+                continue
+            rows = labels.swapaxes(axis, -1).reshape(-1, labels.shape[axis])
             if (rows == 0).any():
                 return False
             for row in rows:
@@ -245,45 +246,45 @@ class Extents:
         if not isinstance(first, fx.Node) or not isinstance(first.meta["val"], Tensor):
             return Extent.UNKNOWN
         parts = list(index) if isinstance(index, (tuple, list)) else [index]
-        known = all(
-            p is None
-            or p is Ellipsis
-            or type(p) is int
-            or (isinstance(p, slice) and self._constant_slice(p))
-            for p in parts
-        )
-        if not known:
+        if not all(map(self._is_constant_index, parts)):
             return Extent.UNKNOWN
-        rank = first.meta["val"].dim()
-        used = sum(1 for p in parts if p is not None and p is not Ellipsis)
-        if Ellipsis not in parts:
-            parts.append(Ellipsis)
-        # for each axis of the result, the axis of the tensor that it is, or a slice of; None: new
-        dims: list[int | None] = []
-        parted = set()
-        own = 0
-        for part in parts:
-            if part is None:
-                dims.append(None)
-            elif part is Ellipsis:
-                dims += range(own, own + rank - used)
-                own += rank - used
-            else:
-                if isinstance(part, slice):
-                    parted |= {own} - ({own} if part == slice(None) else set())
-                    dims.append(own)
-                own += 1
-        source = dims[axis]
+        source, is_cut = _indexed_axes(parts, first.meta["val"].dim())[axis]
         if source is None:
             return Extent.UNKNOWN
         found = self.of(first, source)
-        return found if source not in parted or found is Extent.FIXED else Extent.UNKNOWN
+        return found if not is_cut or found is Extent.FIXED else Extent.UNKNOWN
 
-    def _constant_slice(self, part: slice) -> bool:
-        """Tell whether the bounds of a slice are the same for every input."""
-        return all(
-            bound is None or self.constant(bound) for bound in (part.start, part.stop, part.step)
-        )
+    def _is_constant_index(self, part: Any) -> bool:
+        """Tell whether an entry of an index is the same for every input, and no tensor."""
+        if isinstance(part, slice):
+            bounds = (part.start, part.stop, part.step)
+            return all(bound is None or self.constant(bound) for bound in bounds)
+        return part is None or part is Ellipsis or type(part) is int
+
+
+def _indexed_axes(parts: Sequence[Any], rank: int) -> list[tuple[int | None, bool]]:
+    """Return the axis of a tensor that each axis of ``x[parts]`` is, and whether a slice cuts it.
+
+    The axis is None for a new one.
+
+    >>> _indexed_axes([0, None, slice(3)], rank=3)
+    [(None, False), (1, True), (2, False)]
+    """
+    used = sum(1 for part in parts if part is not None and part is not Ellipsis)
+    whole = parts if Ellipsis in parts else [*parts, Ellipsis]
+    axes: list[tuple[int | None, bool]] = []
+    axis = 0
+    for part in whole:
+        if part is None:
+            axes.append((None, False))
+        elif part is Ellipsis:
+            axes += [(d, False) for d in range(axis, axis + rank - used)]
+            axis += rank - used
+        else:
+            if isinstance(part, slice):
+                axes.append((axis, part != slice(None)))
+            axis += 1
+    return axes
 
 
 _OF_FUNCTIONS = frozenset({Axes.SAME, Axes.PERMUTED, Axes.POOLED, Axes.RESAMPLED})

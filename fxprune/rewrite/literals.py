@@ -24,7 +24,7 @@ __all__ = ["correct"]
 
 
 def correct(
-    numbers: Numbers, node: fx.Node, call: OpCall | None, left: tuple[int, int] | None
+    numbers: Numbers, node: fx.Node, call: OpCall | None, share: tuple[int, int] | None
 ) -> NewCall:
     """Return the call that a node makes in the smaller model.
 
@@ -36,7 +36,7 @@ def correct(
         A node of the original's graph.
     call:
         The ATen op that the node calls, if it is one.
-    left:
+    share:
         How many of how many elements survive for a statistic, with common factors removed. None if
         all survive, or if the node is no statistic.
 
@@ -47,16 +47,16 @@ def correct(
     """
     if name_of(node) in ("getitem", "setitem"):
         return _item(numbers, node)
-    if left is not None and counts_removed(node.target):
-        return _fewer_left(node, left)
+    if share is not None and counts_removed(node.target):
+        return _counting_again(node, share)
     if call is None:
         return node.target, node.args, node.kwargs
-    own = known(call.name)
-    if left is not None and own.counting is not None:
-        return _counting(own.counting, call, left)
-    if own.corrects is None:
+    op = known(call.name)
+    if share is not None and op.counting is not None:
+        return _counting(op.counting, call, share)
+    if op.corrects is None:
         return node.target, node.args, node.kwargs
-    change = own.corrects(numbers, call, node.meta["val"])
+    change = op.corrects(numbers, call, node.meta["val"])
     return change if isinstance(change, tuple) else call.with_(change)
 
 
@@ -84,7 +84,7 @@ def _item(numbers: Numbers, node: fx.Node) -> NewCall:
     return node.target, (x, packed, *node.args[2:]), node.kwargs
 
 
-def _counting(function: Callable[..., Any], call: OpCall, left: tuple[int, int]) -> NewCall:
+def _counting(function: Callable[..., Any], call: OpCall, share: tuple[int, int]) -> NewCall:
     """Replace a variance or standard deviation by one that counts the removed zeros.
 
     ``function`` is the one of :mod:`fxprune.moments`.
@@ -92,13 +92,13 @@ def _counting(function: Callable[..., Any], call: OpCall, left: tuple[int, int])
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
     return (
         function,
-        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *left),
+        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *share),
         {},
     )
 
 
-def _fewer_left(node: fx.Node, left: tuple[int, int]) -> NewCall:
+def _counting_again(node: fx.Node, share: tuple[int, int]) -> NewCall:
     """Correct a statistic of :mod:`fxprune.moments` again, for a model that was pruned before."""
     values: tuple[Any, ...] = node.args
     *rest, kept, total = values
-    return node.target, (*rest, kept * left[0], total * left[1]), node.kwargs
+    return node.target, (*rest, kept * share[0], total * share[1]), node.kwargs

@@ -76,7 +76,7 @@ class PrunedModule(fx.GraphModule):
         Python code that is not traced calls methods of that module.
         """
         self.__dict__.update(
-            {name: value for name, value in vars(original).items() if self._takes(name)}
+            {name: value for name, value in vars(original).items() if self._is_copied(name)}
         )
         self._inherit(getattr(type(original), "_original_class", type(original)))
         return self
@@ -105,7 +105,7 @@ class PrunedModule(fx.GraphModule):
             module.training = own.get(path, module.training)
         return self
 
-    def _takes(self, name: str) -> bool:
+    def _is_copied(self, name: str) -> bool:
         """Tell whether to copy an attribute of another module: hooks, and what is not set here."""
         return name not in self.__dict__ or "_hooks" in name
 
@@ -131,16 +131,7 @@ class PrunedModule(fx.GraphModule):
             evaluation = kind.forward
             with containers_named(training_graph), blocks(training_graph):
                 training = type(fx.GraphModule(self, training_graph)).forward
-
-            @functools.wraps(evaluation)
-            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return (
-                    training(self, *args, **kwargs)
-                    if self.training
-                    else evaluation(self, *args, **kwargs)
-                )
-
-            kind.forward = forward
+            kind.forward = _forward_by_mode(evaluation, training)
         return code
 
     def _rebuild(
@@ -161,9 +152,8 @@ class PrunedModule(fx.GraphModule):
         """
         name = rest.pop(_NAME)
         root = nn.Module()
-        root.__dict__.update(
-            {**stores, **{key: value for key, value in rest.items() if isinstance(value, Tensor)}}
-        )
+        constants = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
+        root.__dict__.update({**stores, **constants})
         root.training = rest["training"]
         PrunedModule.__init__(self, root, graphs[0], name, graphs[1])
         self.__dict__.update(rest)
@@ -177,16 +167,10 @@ class PrunedModule(fx.GraphModule):
         of the class; and the class that this object also inherits from, or None.
         """
         stores = {name: self.__dict__[name] for name in _MODULE_STORES}
-        rest = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in {*stores, "_graph", "training_graph"}
-        }
-        return (
-            stores,
-            {**rest, _NAME: self._get_name()},
-            getattr(type(self), "_original_class", None),
-        )
+        rest = {**self.__dict__, _NAME: self._get_name()}
+        for name in (*stores, "_graph", "training_graph"):
+            rest.pop(name, None)
+        return stores, rest, getattr(type(self), "_original_class", None)
 
     def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
         """Return copies of the graph and of the training graph."""
@@ -234,13 +218,23 @@ def sharing_graphs(model: nn.Module) -> Memo:
 
     This makes copying fast. Neither the model nor a copy may change its graph afterwards.
     """
-    graphs = [
-        own
-        for m in model.modules()
-        if isinstance(m, PrunedModule)
-        for own in (m.graph, m.training_graph)
-    ]
-    return memo_of((own, own) for own in graphs if own is not None)
+    graphs: list[fx.Graph | None] = []
+    for module in model.modules():
+        if isinstance(module, PrunedModule):
+            graphs += [module.graph, module.training_graph]
+    return memo_of((graph, graph) for graph in graphs if graph is not None)
+
+
+def _forward_by_mode(evaluation: Any, training: Any) -> Any:
+    """Return a forward that calls one of two functions, by the mode of the module."""
+
+    @functools.wraps(evaluation)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the module's mode."""
+        forward_of_mode = training if self.training else evaluation
+        return forward_of_mode(self, *args, **kwargs)
+
+    return forward
 
 
 def _empty() -> PrunedModule:

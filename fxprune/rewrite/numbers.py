@@ -40,7 +40,7 @@ class Numbers:
     graph:
         The smaller graph. This class adds nodes for numbers that depend on a size which shrinks,
         when they are requested.
-    made:
+    new_nodes:
         Node of the original's graph -> node of the smaller graph. Grows with the graph.
     values:
         Node of the smaller graph -> its value for the example. Grows with the graph.
@@ -50,18 +50,18 @@ class Numbers:
         self,
         extents: Extents,
         graph: fx.Graph,
-        made: dict[fx.Node, fx.Node],
+        new_nodes: dict[fx.Node, fx.Node],
         values: dict[fx.Node, Any],
     ) -> None:
         self.extents, self.survivors, self.root = extents, extents.survivors, extents.root
-        self.graph, self.made, self.values = graph, made, values
+        self.graph, self.new_nodes, self.values = graph, new_nodes, values
         self._shrunk: dict[fx.Node, bool] = {}
         self._originals: dict[fx.Node, Any] = {}
         self._news: dict[fx.Node, Any] = {}
         self._sizes: dict[tuple[fx.Node, int], Any] = {}
         self._held: set[fx.Node] = set()
-        self._ranked: set[fx.Node] = set()  # tensors held to the example's number of axes
-        self._steady: set[tuple[fx.Node, int]] = set()  # axes held to the example's size
+        self._held_ranks: set[fx.Node] = set()  # tensors held to the example's number of axes
+        self._held_axes: set[tuple[fx.Node, int]] = set()  # axes held to the example's size
 
     def old(self, value: Any) -> Any:
         """Return an argument with nodes replaced by their values in the original."""
@@ -72,10 +72,10 @@ class Numbers:
     def shrunk(self, node: fx.Node) -> bool:
         """Tell whether a node is a number that depends on a size which shrinks."""
         if node not in self._shrunk:
-            self._shrunk[node] = self._depends(node)
+            self._shrunk[node] = self._is_shrunk(node)
         return self._shrunk[node]
 
-    def _depends(self, node: fx.Node) -> bool:
+    def _is_shrunk(self, node: fx.Node) -> bool:
         """Compute :meth:`shrunk`."""
         if (
             node.op in ("placeholder", "get_attr", "output")
@@ -88,8 +88,8 @@ class Numbers:
         read = axes_read(node)
         if read is not None:
             old = read[0].meta["val"]
-            left = self.survivors.shape(old)
-            return any(left[axis] != old.shape[axis] for axis in read[1])
+            smaller = self.survivors.shape(old)
+            return any(smaller[axis] != old.shape[axis] for axis in read[1])
         return (
             _asks(node)
             and type(node.meta["val"]) is not bool
@@ -114,9 +114,9 @@ class Numbers:
     def _computed(self, node: fx.Node) -> Any:
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            return (
-                value if not value.is_meta else _laid_out_like(value, self.survivors.shape(value))
-            )
+            if not value.is_meta:
+                return value
+            return _laid_out_like(value, self.survivors.shape(value))
         if node.op in ("placeholder", "get_attr") or holds_tensors(value):
             return value
         try:
@@ -138,12 +138,12 @@ class Numbers:
         if node.graph is self.graph:
             return node
         if not self.shrunk(node):
-            return self.made[node]
+            return self.new_nodes[node]
         if node not in self._originals:
-            self._originals[node] = self._as_it_was(node)
+            self._originals[node] = self._original_value(node)
         return self._originals[node]
 
-    def _as_it_was(self, node: fx.Node) -> Any:
+    def _original_value(self, node: fx.Node) -> Any:
         """Return the original's value of a number that depends on a shrunk size."""
         value = node.meta["val"]
         read = axes_read(node)
@@ -151,7 +151,7 @@ class Numbers:
             return self._scaled_back(node, *read)
         if _asks(node):
             sizes = self._all_sizes(node)
-            return self._held_at(node) if sizes is None else sizes
+            return self._hold_to_example(node) if sizes is None else sizes
         args, kwargs = self.original((node.args, node.kwargs))
         if not _nodes_in(args, kwargs):
             return tuple(value) if isinstance(value, tuple) else value
@@ -159,8 +159,8 @@ class Numbers:
 
     def _all_sizes(self, node: fx.Node) -> Any:
         """Return the original's ``x.shape`` or ``x.size()``; None if the node is neither."""
-        whole = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
-        if not whole and not (node.target is getattr and node.args[1] == "shape"):
+        calls_size = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
+        if not calls_size and not (node.target is getattr and node.args[1] == "shape"):
             return None
         sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
         return (
@@ -192,21 +192,19 @@ class Numbers:
 
         An axis is held to the example's size if the share to which it shrank is not known.
         """
-        value, left = tensor.meta["val"], self.survivors.shape(tensor.meta["val"])
-        lost = [axis for axis in axes if left[axis] != value.shape[axis]]
+        old, smaller = tensor.meta["val"].shape, self.survivors.shape(tensor.meta["val"])
+        shrunk = [axis for axis in axes if smaller[axis] != old[axis]]
         if len(axes) == 1:
             return self.size(tensor, axes[0])
         if all(self.extents.fixed(tensor, axis) for axis in axes):
             return node.meta["val"]
-        for axis in lost:
+        for axis in shrunk:
             if not self.extents.known(tensor, axis):
-                self.size(tensor, axis)  # held
-        now = self.now(node)
-        return self.times(
-            now, math.prod(value.shape[a] for a in lost), math.prod(left[a] for a in lost)
-        )
+                self.size(tensor, axis)  # holds the axis to the example's size
+        before, after = math.prod(old[a] for a in shrunk), math.prod(smaller[a] for a in shrunk)
+        return self.times(self.now(node), before, after)
 
-    def _held_at(self, node: fx.Node) -> Any:
+    def _hold_to_example(self, node: fx.Node) -> Any:
         """Hold another property of a tensor, such as a stride, to its value for the example.
 
         Returns that value in the original.
@@ -223,10 +221,10 @@ class Numbers:
         """
         if node.graph is self.graph:
             return node
-        if node not in self.made:
+        if node not in self.new_nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.now)
-            self.made[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
-        return self.made[node]
+            self.new_nodes[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
+        return self.new_nodes[node]
 
     def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
         """Return a size for the smaller model, right for inputs of any size.
@@ -279,11 +277,11 @@ class Numbers:
             If an axis with the same size for every input is cut to a length that depends on the
             input, as a table of positional embeddings is.
         """
-        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._steady:
-            self._steady.add((tensor, axis))
+        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._held_axes:
+            self._held_axes.add((tensor, axis))
             now = self._size_now(tensor, axis)
-            what, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
-            self.hold(now, self.values[now], what, old)
+            name, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
+            self.hold(now, self.values[now], name, old)
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
                 if isinstance(self.original(number), fx.Node) and self.extents.fixed(tensor, axis):
@@ -292,9 +290,8 @@ class Numbers:
                         "inputs decide",
                         axis=axis,
                     )
-                self.hold(
-                    self.original(number), number.meta["val"], formula(number), number.meta["val"]
-                )
+                value = number.meta["val"]
+                self.hold(self.original(number), value, formula(number), value)
 
     def _size_now(self, tensor: fx.Node, axis: int) -> fx.Node:
         """Return a node with the size of an axis in the smaller model.
@@ -302,13 +299,13 @@ class Numbers:
         If the graph has a ``squeeze()``, which drops as many axes as have size 1, the axis keeps
         its index only while the tensor has as many axes as for the example: the graph asserts it.
         """
-        if any(map(squeezes_all, tensor.graph.nodes)) and tensor not in self._ranked:
-            self._ranked.add(tensor)
+        if any(map(squeezes_all, tensor.graph.nodes)) and tensor not in self._held_ranks:
+            self._held_ranks.add(tensor)
             rank = tensor.meta["val"].dim()
-            now = self.create("call_method", "dim", (self.made[tensor],), {}, rank)
+            now = self.create("call_method", "dim", (self.new_nodes[tensor],), {}, rank)
             self.hold(now, rank, f"{tensor.name}.dim()", rank)
-        left = self.survivors.shape(tensor.meta["val"])[axis]
-        return self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+        smaller = self.survivors.shape(tensor.meta["val"])[axis]
+        return self.create("call_method", "size", (self.new_nodes[tensor], axis), {}, smaller)
 
     def hold_layout(self, tensor: fx.Node) -> None:
         """Hold a tensor to sizes with which its memory layout is that of the example.
@@ -317,15 +314,15 @@ class Numbers:
         held to all sizes.
         """
         old = tensor.meta["val"]
-        dense = old.permute(_in_memory(old)).is_contiguous()
+        is_dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
             if not self.extents.fixed(tensor, axis):
                 number, value = self.size(tensor, axis), size
-                what = f"{tensor.name}.size({axis})"
-                if dense and isinstance(number, fx.Node):
-                    value, what = size == 1, f"({what} == 1)"
+                name = f"{tensor.name}.size({axis})"
+                if is_dense and isinstance(number, fx.Node):
+                    value, name = size == 1, f"({name} == 1)"
                     number = self.create("call_function", operator.eq, (number, 1), {}, value)
-                self.hold(number, value, what, value)
+                self.hold(number, value, name, value)
 
     def _is_product(self, value: Any) -> bool:
         """Tell whether a number is a product of sizes, each a known share of the original's.
@@ -353,16 +350,11 @@ class Numbers:
         numerator, denominator = numerator // shared, denominator // shared
         for function, factor in ((operator.mul, numerator), (operator.floordiv, denominator)):
             if factor != 1:
-                number = self.create(
-                    "call_function",
-                    function,
-                    (number, factor),
-                    {},
-                    function(self.values[number], factor),
-                )
+                value = function(self.values[number], factor)
+                number = self.create("call_function", function, (number, factor), {}, value)
         return number
 
-    def hold(self, number: Any, value: Any, what: str, old: Any) -> None:
+    def hold(self, number: Any, value: Any, name: str, old: Any) -> None:
         """Add an assertion that a number has the same value as for the example.
 
         Parameters
@@ -371,7 +363,7 @@ class Numbers:
             A node of the smaller graph. Nothing is added for anything else.
         value:
             Its value for the example.
-        what, old:
+        name, old:
             The name and the value of the number in the original, for the error message.
         """
         if not isinstance(number, fx.Node) or number in self._held:
@@ -379,7 +371,7 @@ class Numbers:
         self._held.add(number)
         same = self.create("call_function", operator.eq, (number, value), {}, True)
         message = (
-            f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for "
+            f"this graph was pruned for inputs with {name} == {old!r}: what follows from it for "
             "others is not known"
         )
         self.create("call_function", torch._assert, (same, message), {}, None)

@@ -7,8 +7,9 @@ Here every node is stored as it is.
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 __all__ = ["pack", "unpack"]
+
+_PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -54,52 +57,55 @@ def pack(graph: fx.Graph) -> list[dict[str, Any]]:
     True
     """
     places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    return [_pack_node(node, places) for node in graph.nodes]
 
-    def data(value: Any) -> Any:
-        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return _Op(str(value))
-        if isinstance(value, types.FunctionType) and hasattr(value, "made_by"):
-            return _Made(*value.made_by)
-        return places[value] if isinstance(value, fx.Node) else value
 
-    return [
-        {
-            "name": node.name,
-            "op": node.op,
-            "target": data(node.target),
-            "args": map_aggregate(node.args, data),
-            "kwargs": map_aggregate(node.kwargs, data),
-            "type_expr": node.type,
-            "meta": {
-                key: value
-                for key, value in node.meta.items()
-                if isinstance(value, (bool, int, float, str))
-            },
-        }
-        for node in graph.nodes
-    ]
+def _pack_node(node: fx.Node, places: Mapping[fx.Node, _Place]) -> dict[str, Any]:
+    """Return a node as a dict."""
+    as_data = functools.partial(_as_data, places=places)
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": as_data(node.target),
+        "args": map_aggregate(node.args, as_data),
+        "kwargs": map_aggregate(node.kwargs, as_data),
+        "type_expr": node.type,
+        "meta": {key: value for key, value in node.meta.items() if isinstance(value, _PLAIN)},
+    }
+
+
+def _as_data(value: Any, places: Mapping[fx.Node, _Place]) -> Any:
+    """Return a target or an argument in a form that can be pickled."""
+    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _Op(str(value))
+    if isinstance(value, types.FunctionType) and hasattr(value, "made_by"):
+        return _Made(*value.made_by)
+    return places[value] if isinstance(value, fx.Node) else value
 
 
 def unpack(packed: list[dict[str, Any]]) -> fx.Graph:
     """Return the graph that :func:`pack` stored."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-
-    def live(value: Any) -> Any:
-        if isinstance(value, _Made):
-            return value.function(*value.args)
-        if isinstance(value, _Op):
-            found: Any = torch.ops
-            for name in value.path.split("."):
-                found = getattr(found, name)
-            return found
-        return nodes[value.index] if isinstance(value, _Place) else value
-
+    restored = functools.partial(_restored, nodes=nodes)
     for entry in packed:
-        args, kwargs = (map_aggregate(entry[key], live) for key in ("args", "kwargs"))
+        args, kwargs = (map_aggregate(entry[key], restored) for key in ("args", "kwargs"))
+        target = restored(entry["target"])
         node = graph.create_node(
-            entry["op"], live(entry["target"]), args, kwargs, entry["name"], entry["type_expr"]
+            entry["op"], target, args, kwargs, entry["name"], entry["type_expr"]
         )
         node.meta = dict(entry["meta"])
         nodes.append(node)
     return graph
+
+
+def _restored(value: Any, nodes: Sequence[fx.Node]) -> Any:
+    """Return the target or argument that :func:`_as_data` stored, given the nodes before it."""
+    if isinstance(value, _Made):
+        return value.function(*value.args)
+    if isinstance(value, _Op):
+        found: Any = torch.ops
+        for name in value.path.split("."):
+            found = getattr(found, name)
+        return found
+    return nodes[value.index] if isinstance(value, _Place) else value

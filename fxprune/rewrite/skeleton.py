@@ -36,12 +36,12 @@ def smaller_tensor(tensor: Tensor, survivors: Survivors) -> Tensor:
 
     A meta tensor becomes a meta tensor. A tensor with data keeps its data and its size.
     """
-    made = (
+    smaller = (
         torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META)
         if tensor.is_meta
         else tensor.clone()
     )
-    return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    return nn.Parameter(smaller, False) if isinstance(tensor, nn.Parameter) else smaller
 
 
 def units_of_original(coupling: Coupling) -> Context:
@@ -63,7 +63,7 @@ def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def refer_to(
-    made: IdentityMap[nn.Module, nn.Module],
+    copies: IdentityMap[nn.Module, nn.Module],
     final: IdentityMap[nn.Module, nn.Module],
     tensors: IdentityMap[Tensor, Tensor],
 ) -> None:
@@ -74,19 +74,19 @@ def refer_to(
 
     Parameters
     ----------
-    made:
-        Module of the meta copy -> its skeleton.
+    copies:
+        Module of the meta copy -> its copy in the skeleton.
     final:
         Module of the meta copy -> the emitted module.
     tensors:
         Tensor of the meta copy -> tensor of the smaller model.
     """
     memo = memo_of([*final.items(), *tensors.items()])
-    for key, below in made.items():
-        own = vars(final[key])
-        for name, value in vars(below).items():
-            if name not in (*_SKELETON_STORES, *HOOKS) and own.get(name) is value:
-                own[name] = attribute(name, value, memo)
+    for key, copied in copies.items():
+        attributes = vars(final[key])
+        for name, value in vars(copied).items():
+            if name not in (*_SKELETON_STORES, *HOOKS) and attributes.get(name) is value:
+                attributes[name] = attribute(name, value, memo)
 
 
 def hook_all(
@@ -146,28 +146,35 @@ def skeleton(
     """
     if module in done:
         return done[module]
-    kind: Any = type(module)
-    leaf = whole or is_leaf(module)
+    whole = whole or is_leaf(module)
     keep_classes = keep_classes or has_own_forward(module)
-    own_class = leaf or keep_classes
-    new = kind.__new__(kind) if own_class else nn.Module()
-    if own_class:
+    new = done[module] = _copy_alone(module, keep_class=whole or keep_classes)
+    stores: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
+    for store in stores:
+        for name, tensor in store.items():
+            if tensor is not None and tensor in replaced:
+                store[name] = replaced[tensor]
+    for name, child in module._modules.items():
+        if child is not None:
+            new._modules[name] = skeleton(child, replaced, done, whole, keep_classes)
+    return new
+
+
+def _copy_alone(module: nn.Module, keep_class: bool) -> nn.Module:
+    """Return a copy of a module that shares its tensors and the modules below it.
+
+    If the class is not kept, the copy is a plain container.
+    """
+    kind: Any = type(module)
+    new: nn.Module = kind.__new__(kind) if keep_class else nn.Module()
+    if keep_class:
         new.__dict__.update(module.__dict__)
-    if isinstance(module, fx.GraphModule) and own_class:
+    if isinstance(module, fx.GraphModule) and keep_class:
         # each GraphModule has a class of its own, which gets its forward when a graph is set
         new.graph = copy.deepcopy(module.graph)
     for store in _SKELETON_STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
-    done[module] = new
-    tensors: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
-    for own in tensors:
-        for name, tensor in own.items():
-            if tensor is not None and tensor in replaced:
-                own[name] = replaced[tensor]
-    for name, child in module._modules.items():
-        if child is not None:
-            new._modules[name] = skeleton(child, replaced, done, leaf, keep_classes)
     return new
 
 
@@ -185,15 +192,17 @@ def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
     try:
         for mode in (True, False):
             in_mode(model, mode)
-            found[mode] = {
-                name: module.training
-                for name, module in model.named_modules()
-                if module.training is not mode
-            }
+            found[mode] = _modes_other_than(mode, model)
     finally:
         for module, mode in before.items():
             module.training = mode
     return found
+
+
+def _modes_other_than(mode: bool, model: nn.Module) -> dict[str, bool]:
+    """Return the modules below that are not in a mode, by name, with the mode they are in."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    return {name: own for name, own in modes.items() if own is not mode}
 
 
 def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
@@ -246,7 +255,7 @@ def fill_tensors(
     meta:
         Tensor of the meta copy -> meta tensor in the emitted model.
     """
-    put_tensors(root, IdentityMap((stand_in, real[key]) for key, stand_in in meta.items()))
+    put_tensors(root, IdentityMap((smaller, real[key]) for key, smaller in meta.items()))
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:

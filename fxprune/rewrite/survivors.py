@@ -35,7 +35,7 @@ class Survivors:
         self.coupling = coupling
         self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: all survive
         # ids of a tensor's label arrays -> {dimension: its smaller size}
-        self._left: dict[tuple[int, ...], dict[int, int]] = {}
+        self._sizes: dict[tuple[int, ...], dict[int, int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         self.alive[coupling.units] = False
         for group in coupling.groups:
@@ -52,9 +52,9 @@ class Survivors:
             if labels not in self._masks:
                 mask = self.alive[labels]
                 self._masks[labels] = None if mask.all() else mask
-            known = self._masks[labels]
-            if known is not None:
-                out.append((labels, self.coupling.shrinking_dim(labels), known))
+            known_mask = self._masks[labels]
+            if known_mask is not None:
+                out.append((labels, self.coupling.shrinking_dim(labels), known_mask))
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:
@@ -119,16 +119,16 @@ class Survivors:
         if not labels:
             return size
         key = tuple(map(id, labels))
-        if key not in self._left:
+        if key not in self._sizes:
             dims = {shrink for _, shrink, _ in self.fields(tensor)}
-            self._left[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
-        for dim, left in self._left[key].items():
-            if not left:
+            self._sizes[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
+        for dim, count in self._sizes[key].items():
+            if not count:
                 raise RewriteError(
                     f"nothing would be left of dimension {dim} of a tensor of shape "
                     f"{tuple(tensor.shape)}"
                 )
-            size[dim] = left
+            size[dim] = count
         return size
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
@@ -150,23 +150,29 @@ class Survivors:
             If two fields cut the same dimension, or blocks keep different numbers of positions.
         """
         fields = self.fields(tensor)
-        done: dict[int, Mask] = {}
+        whole: dict[int, Mask] = {}  # dimension -> mask of the fields that vary along it alone
         for labels, shrink, mask in fields:
             if labels.size > labels.shape[shrink]:
                 values = _take_rows(values, mask, shrink, tensor.shape)
         for labels, shrink, mask in fields:
             if labels.size == labels.shape[shrink]:
-                done[shrink] = (
-                    done[shrink] & mask.reshape(-1) if shrink in done else mask.reshape(-1)
-                )
-        for dim, mask in done.items():
+                row = mask.reshape(-1)
+                whole[shrink] = whole[shrink] & row if shrink in whole else row
+        for dim, mask in whole.items():
             if values.shape[dim] == len(mask):
-                values = values.index_select(
-                    dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device)
-                )
+                kept = torch.from_numpy(np.flatnonzero(mask)).to(values.device)
+                values = values.index_select(dim, kept)
             elif values.shape[dim] != 1:
                 raise RewriteError("a dimension is cut by two fields at once")
         return values
+
+    def take_array(self, tensor: Any, values: Array) -> Array:
+        """Return an array of values, such as labels, without the removed elements.
+
+        This is :meth:`take` for an array.
+        """
+        taken: Array = self.take(tensor, torch.from_numpy(np.ascontiguousarray(values))).numpy()
+        return taken
 
 
 def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) -> Tensor:
@@ -186,18 +192,21 @@ def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) ->
     for d in dims:
         form[d] = shape[d]
     rest = [d for d in range(values.dim()) if d not in dims]
-    moved = values.expand(form).permute(*rest, *dims)
-    flat = torch.from_numpy(
-        np.ascontiguousarray(
-            mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims)).transpose(
-                np.argsort(np.argsort(dims))
-            )
-        )
-    )
-    left = int(flat.reshape(-1, flat.shape[-1]).sum(dim=1)[0])
-    if int(flat.sum()) != left * (flat.numel() // flat.shape[-1]):
-        raise RewriteError("blocks of a parameter keep different numbers of positions")
-    taken = moved[(..., flat.to(values.device))] if rest else moved[flat.to(values.device)]
-    taken = taken.reshape([*(form[d] for d in rest), *(form[d] for d in dims[:-1]), left])
     order = [*rest, *dims]
+    moved = values.expand(form).permute(order)
+    moved_mask = _moved_mask(mask, dims)
+    rows = moved_mask.reshape(-1, moved_mask.shape[-1])
+    kept = int(rows[0].sum())
+    if int(rows.sum()) != kept * len(rows):
+        raise RewriteError("blocks of a parameter keep different numbers of positions")
+    index = moved_mask.to(values.device)
+    taken = moved[(..., index)] if rest else moved[index]
+    taken = taken.reshape([*(form[d] for d in order[:-1]), kept])
     return taken.permute([order.index(d) for d in range(values.dim())])
+
+
+def _moved_mask(mask: Mask, dims: Sequence[int]) -> Tensor:
+    """Return a mask with these dimensions alone, in this order."""
+    others = tuple(d for d in range(mask.ndim) if d not in dims)
+    order = np.argsort(np.argsort(dims))
+    return torch.from_numpy(np.ascontiguousarray(mask.squeeze(others).transpose(order)))
