@@ -76,7 +76,7 @@ def _reshaped(extents: Extents, node: fx.Node, axis: int) -> Extent:
     if squeezes_all(node):
         return Extent.UNKNOWN  # which axes remain depends on the batch size
     given = _sizes_given(node)
-    if len(given) == value.dim() and given[axis] != -1 and extents.constant(given[axis]):
+    if len(given) == value.dim() and given[axis] != -1 and extents.is_constant(given[axis]):
         return Extent.FIXED
     if first is None or not isinstance(first.meta["val"], Tensor):
         return Extent.UNKNOWN
@@ -89,7 +89,7 @@ def _reshaped(extents: Extents, node: fx.Node, axis: int) -> Extent:
             if len(after) == 1:
                 # An axis of size 1 may be larger for another input. It is then merged with the
                 # axes beside it, so the result is fixed only if there is no such axis.
-                fixed = all(s is Extent.FIXED for s in sources) and extents.nothing_hidden(
+                fixed = all(s is Extent.FIXED for s in sources) and extents.has_no_hidden_axis(
                     first, old
                 )
                 return Extent.FIXED if fixed else Extent.SHARE
@@ -138,7 +138,7 @@ def _narrowed(extents: Extents, node: fx.Node, axis: int) -> Extent:
         return Extent.UNKNOWN
     found = extents.of(first, axis)
     bounds = [argument(node, 2, "start", None), argument(node, 3, "length", None)]
-    fixed = found is Extent.FIXED and extents.constant(bounds)
+    fixed = found is Extent.FIXED and extents.is_constant(bounds)
     return found if axis != dim % node.meta["val"].dim() or fixed else Extent.UNKNOWN
 
 
@@ -167,7 +167,7 @@ def _expanded(extents: Extents, node: fx.Node, axis: int) -> Extent:
     given = _sizes_given(node)
     return (
         Extent.FIXED
-        if len(given) == value.dim() and given[axis] != -1 and extents.constant(given[axis])
+        if len(given) == value.dim() and given[axis] != -1 and extents.is_constant(given[axis])
         else Extent.UNKNOWN
     )
 
@@ -178,7 +178,7 @@ def _repeated(extents: Extents, node: fx.Node, axis: int) -> Extent:
     given = [*_sizes_given(node)]
     # tile accepts fewer numbers than axes: they count for the last axes
     given = [1] * (value.dim() - len(given)) + given
-    if first is None or not extents.constant(given[axis]):
+    if first is None or not extents.is_constant(given[axis]):
         return Extent.UNKNOWN
     old_axis = axis - value.dim() + first.meta["val"].dim()
     return extents.of(first, old_axis) if old_axis >= 0 else Extent.FIXED
@@ -203,7 +203,7 @@ def _padded(extents: Extents, node: fx.Node, axis: int) -> Extent:
     added, found = list(amounts[place : place + 2]), extents.of(first, axis)
     if not any(isinstance(amount, fx.Node) or amount for amount in added):
         return found
-    return found if found is Extent.FIXED and extents.constant(added) else Extent.UNKNOWN
+    return found if found is Extent.FIXED and extents.is_constant(added) else Extent.UNKNOWN
 
 
 def _selected(extents: Extents, node: fx.Node, axis: int) -> Extent:

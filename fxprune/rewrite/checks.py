@@ -33,7 +33,7 @@ from fxprune.rewrite.survivors import Survivors
 from fxprune.trace import Trace
 from fxprune.trace.aliasing import Memory
 
-__all__ = ["Checked", "storage_of", "value_of"]
+__all__ = ["CheckedGraph", "storage_of", "value_of"]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -60,7 +60,7 @@ def _is_among(labels: Array, arrays: Sequence[Array]) -> bool:
 
 
 @dataclass(eq=False)
-class Checked:
+class CheckedGraph:
     """A graph that is emitted node by node, with a check of each node against the original.
 
     Parameters
@@ -177,7 +177,7 @@ class Checked:
             if isinstance(given, Tensor):
                 if not given.is_meta:
                     return False
-            elif isinstance(given, (tuple, list, dict)) or self.numbers.shrunk(operand):
+            elif isinstance(given, (tuple, list, dict)) or self.numbers.is_shrunk(operand):
                 return False
         return True
 

@@ -30,21 +30,21 @@ from fxprune.coupling import Coupling
 from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
 from fxprune.labels import Array
-from fxprune.rewrite.checks import Checked, storage_of, value_of
+from fxprune.rewrite.checks import CheckedGraph, storage_of, value_of
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule
 from fxprune.rewrite.skeleton import (
+    copy_hooks,
+    copy_modules,
     fill_tensors,
-    hook_all,
-    own_modes,
-    refer_to,
+    modes_after_train,
+    redirect_attributes,
+    replace_module,
     set_tensor,
-    skeleton,
     smaller_tensor,
-    survivors_of,
+    surviving_tensors,
     units_of_original,
-    with_module,
 )
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.trace import Trace, plain_attention
@@ -80,22 +80,22 @@ def emit(
         If a node cannot be made smaller, or if units meet that were separate. It carries the name
         of the node.
     """
-    tensors = coupling.parameters.values()
+    tensors, parts = coupling.parameters.values(), coupling.parts
     smaller = IdentityMap((tensor, smaller_tensor(tensor, survivors)) for tensor in tensors)
     copies: IdentityMap[nn.Module, nn.Module] = IdentityMap()
-    root = skeleton(coupling.meta_copy.model, smaller, copies, keep_classes=bool(coupling.parts))
+    root = copy_modules(coupling.meta_copy.model, smaller, copies, keep_classes=bool(parts))
     written = _write_graphs(coupling, survivors, root, smaller, thorough)
-    filled = survivors_of(coupling, survivors)
+    filled = surviving_tensors(coupling, survivors)
     fill_tensors(root, filled, smaller)
     for trace in coupling.traces:
         for target, tensor in trace.constants.items():
             set_tensor(written[trace.path].module, target, tensor)
     root, modules = _put_graph_modules(coupling, root, written, name)
     final = IdentityMap((key, modules.get(copied, copied)) for key, copied in copies.items())
-    if coupling.parts or any(map(has_own_forward, copies.values())):
-        refer_to(copies, final, filled)
-    if coupling.parts:
-        hook_all(coupling.meta_copy.modules, final)
+    if parts or any(map(has_own_forward, copies.values())):
+        redirect_attributes(copies, final, filled)
+    if parts:
+        copy_hooks(coupling.meta_copy.modules, final)
         for module in final.values():
             vars(module).update(sizes_of(module))
     return root
@@ -163,11 +163,11 @@ def _put_graph_modules(
         _place_positions(old, coupling.meta_copy.device)
         module = PrunedModule(old, graphs[0], type(old).__name__ if path else name, *graphs[1:])
         if path:
-            module.behaving_like(old)
+            module.copy_behaviour_of(old)
         else:
-            module.holding_modes(own_modes(coupling.meta_copy.model))
+            module.hold_modes(modes_after_train(coupling.meta_copy.model))
         modules[old] = module
-        root = with_module(root, old, module)
+        root = replace_module(root, old, module)
     return root, modules
 
 
@@ -182,7 +182,7 @@ def _place_positions(module: nn.Module, device: torch.device) -> None:
             module.register_buffer(name, module.get_buffer(name).to(device), persistent=False)
 
 
-class _Emission(Checked):
+class _Emission(CheckedGraph):
     """Writes the smaller graph of one trace."""
 
     def run(self) -> fx.Graph:
@@ -394,7 +394,7 @@ class _Emission(Checked):
         This holds for numbers that depend on a size which shrinks, for assertions that cannot
         fail, and for numbers that only such assertions read.
         """
-        if self.numbers.shrunk(node) or self._is_only_asserted(node):
+        if self.numbers.is_shrunk(node) or self._is_only_asserted(node):
             return True
         return node.target is torch._assert and not self._can_fail(node.args[0])
 
@@ -412,7 +412,7 @@ class _Emission(Checked):
 
         If the axis shrinks, fewer parts may survive: the axis is then held to the example's size.
         """
-        cut = self.numbers.extents.counted(condition)
+        cut = self.numbers.extents.cut_axis(condition)
         if cut is None:
             return False
         if self.survivors.rows(value_of(cut[0]), cut[1]) is not None:

@@ -70,12 +70,12 @@ class Extents:
         """Tell whether an axis has the same size for every input."""
         return self.of(node, axis) is Extent.FIXED
 
-    def counted(self, held: Any) -> tuple[fx.Node, int] | None:
+    def cut_axis(self, condition: Any) -> tuple[fx.Node, int] | None:
         """Return the tensor and the axis that are cut, if a condition compares the part count.
 
         Parameters
         ----------
-        held:
+        condition:
             The condition of an assertion, such as ``len(x.chunk(3)) == 3``.
 
         Returns
@@ -83,12 +83,12 @@ class Extents:
         ``(x, 0)`` for this example; None for any other condition.
         """
         if (
-            not isinstance(held, fx.Node)
-            or held.target is not operator.eq
-            or not isinstance(held.args[0], fx.Node)
+            not isinstance(condition, fx.Node)
+            or condition.target is not operator.eq
+            or not isinstance(condition.args[0], fx.Node)
         ):
             return None
-        count = held.args[0]
+        count = condition.args[0]
         source = count.args[0] if count.target is len else None
         first = (
             first_operand(source)
@@ -101,17 +101,17 @@ class Extents:
         dim = argument(cast(fx.Node, source), 1 if name == "unbind" else 2, "dim", 0)
         return (first, _cut_dim(name, first, dim)) if isinstance(dim, int) else None
 
-    def constant(self, number: Any) -> bool:
+    def is_constant(self, number: Any) -> bool:
         """Tell whether a number, or each number of a list, is the same for every input."""
         if not isinstance(number, fx.Node):
-            return not isinstance(number, (tuple, list)) or all(map(self.constant, number))
+            return not isinstance(number, (tuple, list)) or all(map(self.is_constant, number))
         read = axes_read(number)
         if read is not None:
             return all(self.fixed(read[0], axis) for axis in read[1])
         inputs = number.all_input_nodes
         if not inputs or any(holds_tensors(n.meta["val"]) for n in inputs):
             return False
-        return all(map(self.constant, inputs))
+        return all(map(self.is_constant, inputs))
 
     def _find(self, node: fx.Node, axis: int) -> Extent:
         """Derive the extent of an axis from the op that the node calls."""
@@ -178,7 +178,7 @@ class Extents:
             or not all(isinstance(operand.meta["val"], Tensor) for operand in operands)
         ):
             return Extent.UNKNOWN
-        if not all(self.nothing_hidden(operand, operand.meta["val"]) for operand in operands):
+        if not all(self.has_no_hidden_axis(operand, operand.meta["val"]) for operand in operands):
             return Extent.UNKNOWN
         if node.op == "call_module":
             weights = self.root.get_submodule(str(node.target)).parameters()
@@ -216,7 +216,7 @@ class Extents:
         along = axis == _cut_dim(name, first, dim)
         return found if not along or found is Extent.FIXED else Extent.UNKNOWN
 
-    def nothing_hidden(self, node: fx.Node, value: Tensor) -> bool:
+    def has_no_hidden_axis(self, node: fx.Node, value: Tensor) -> bool:
         """Tell whether no axis of size 1 can have another size for another input."""
         return all(size > 1 or self.fixed(node, d) for d, size in enumerate(value.shape))
 
@@ -258,7 +258,7 @@ class Extents:
         """Tell whether an entry of an index is the same for every input, and no tensor."""
         if isinstance(part, slice):
             bounds = (part.start, part.stop, part.step)
-            return all(bound is None or self.constant(bound) for bound in bounds)
+            return all(bound is None or self.is_constant(bound) for bound in bounds)
         return part is None or part is Ellipsis or type(part) is int
 
 
@@ -299,11 +299,11 @@ def _row_of(ran: Ran) -> Op | None:
 
 def _keeps_axes(ran: Ran) -> bool:
     """Tell whether an op leaves axes as they are: elementwise ops, broadcasts, statistics."""
-    own = _row_of(ran)
-    if own is None or own.macs is not None:
+    op = _row_of(ran)
+    if op is None or op.macs is not None:
         return False
     grows = has(name_of_op(ran[0]), Trait.GROWS)
-    return own.kind in (Kind.COMPUTES, Kind.CREATES) or own.axes is Axes.SAME or grows
+    return op.kind in (Kind.COMPUTES, Kind.CREATES) or op.axes is Axes.SAME or grows
 
 
 def _cut_dim(name: str, tensor: fx.Node, dim: int) -> int:

@@ -70,8 +70,8 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = training_graph
         self.graph = graph  # compiles it
 
-    def behaving_like(self, original: nn.Module) -> PrunedModule:
-        """Copy the class and the attributes of the module that this one replaces; return self.
+    def copy_behaviour_of(self, original: nn.Module) -> None:
+        """Copy the class and the attributes of the module that this one replaces.
 
         Python code that is not traced calls methods of that module.
         """
@@ -79,10 +79,9 @@ class PrunedModule(fx.GraphModule):
             {name: value for name, value in vars(original).items() if self._is_copied(name)}
         )
         self._inherit(getattr(type(original), "_original_class", type(original)))
-        return self
 
-    def holding_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> PrunedModule:
-        """Make :meth:`train` leave some modules below in a mode of their own; return self.
+    def hold_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> None:
+        """Make :meth:`train` leave some modules below in a mode of their own.
 
         Parameters
         ----------
@@ -91,7 +90,6 @@ class PrunedModule(fx.GraphModule):
         """
         if any(modes.values()):
             self.__dict__[_MODES] = modes
-        return self
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Set the mode of this module and of those below.
@@ -100,9 +98,9 @@ class PrunedModule(fx.GraphModule):
         too.
         """
         super().train(mode)
-        own = self.__dict__.get(_MODES, {}).get(mode)
-        for path, module in self.named_modules() if own else ():
-            module.training = own.get(path, module.training)
+        modes = self.__dict__.get(_MODES, {}).get(mode)
+        for path, module in self.named_modules() if modes else ():
+            module.training = modes.get(path, module.training)
         return self
 
     def _is_copied(self, name: str) -> bool:
@@ -117,9 +115,9 @@ class PrunedModule(fx.GraphModule):
         """
         # Copy _wrapped_call: recompile() would make a second one around the first, and the two
         # would call each other without end.
-        own = type(self)
-        members = {"_original_class": kind, "_wrapped_call": vars(own)["_wrapped_call"]}
-        self.__class__ = type(own.__name__, (own, kind), members)
+        graph_class = type(self)
+        members = {"_original_class": kind, "_wrapped_call": vars(graph_class)["_wrapped_call"]}
+        self.__class__ = type(graph_class.__name__, (graph_class, kind), members)
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""

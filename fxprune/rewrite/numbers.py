@@ -69,21 +69,21 @@ class Numbers:
 
     # -- numbers that change
 
-    def shrunk(self, node: fx.Node) -> bool:
+    def is_shrunk(self, node: fx.Node) -> bool:
         """Tell whether a node is a number that depends on a size which shrinks."""
         if node not in self._shrunk:
-            self._shrunk[node] = self._is_shrunk(node)
+            self._shrunk[node] = self._depends_on_shrunk(node)
         return self._shrunk[node]
 
-    def _is_shrunk(self, node: fx.Node) -> bool:
-        """Compute :meth:`shrunk`."""
+    def _depends_on_shrunk(self, node: fx.Node) -> bool:
+        """Compute :meth:`is_shrunk`."""
         if (
             node.op in ("placeholder", "get_attr", "output")
             or holds_tensors(node.meta["val"])
             or not _is_number(node.meta["val"])
         ):
             return False
-        if any(self.shrunk(n) for n in node.all_input_nodes):
+        if any(self.is_shrunk(n) for n in node.all_input_nodes):
             return True
         read = axes_read(node)
         if read is not None:
@@ -137,7 +137,7 @@ class Numbers:
     def _original(self, node: fx.Node) -> Any:
         if node.graph is self.graph:
             return node
-        if not self.shrunk(node):
+        if not self.is_shrunk(node):
             return self.new_nodes[node]
         if node not in self._originals:
             self._originals[node] = self._original_value(node)
@@ -249,8 +249,8 @@ class Numbers:
             return wanted
         if wanted == old:
             return self._original(value)
-        if self.shrunk(value) and self._new(value) == wanted and self._is_product(value):
-            return wanted if self.extents.constant(value) else self.now(value)
+        if self.is_shrunk(value) and self._new(value) == wanted and self._is_product(value):
+            return wanted if self.extents.is_constant(value) else self.now(value)
         original = self._original(value)
         if not isinstance(original, fx.Node):
             return wanted
@@ -329,7 +329,7 @@ class Numbers:
 
         The product is then such a share, too.
         """
-        if not isinstance(value, fx.Node) or not self.shrunk(value):
+        if not isinstance(value, fx.Node) or not self.is_shrunk(value):
             return True
         read = axes_read(value)
         if read is not None:

@@ -1,4 +1,4 @@
-"""The modules of the smaller model: copies of the meta copy's modules, with smaller tensors."""
+"""The skeleton of the smaller model: copies of the meta copy's modules, with smaller tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fxprune.trace import attribute, is_leaf, put_tensors
 from fxprune.trace.copying import HOOKS, hooks_of
 
 __all__ = [
+    "copy_hooks",
+    "copy_modules",
     "fill_tensors",
-    "hook_all",
-    "own_modes",
-    "refer_to",
+    "modes_after_train",
+    "redirect_attributes",
+    "replace_module",
     "set_tensor",
-    "skeleton",
     "smaller_tensor",
-    "survivors_of",
+    "surviving_tensors",
     "units_of_original",
-    "with_module",
 ]
 
 
@@ -53,7 +53,7 @@ def units_of_original(coupling: Coupling) -> Context:
     return context
 
 
-def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Replace a module wherever the tree of ``root`` holds it, and return the new root."""
     for module in root.modules():
         for name, child in module._modules.items():
@@ -62,7 +62,7 @@ def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if root is old else root
 
 
-def refer_to(
+def redirect_attributes(
     copies: IdentityMap[nn.Module, nn.Module],
     final: IdentityMap[nn.Module, nn.Module],
     tensors: IdentityMap[Tensor, Tensor],
@@ -89,7 +89,7 @@ def refer_to(
                 attributes[name] = attribute(name, value, memo)
 
 
-def hook_all(
+def copy_hooks(
     users: IdentityMap[nn.Module, nn.Module], final: IdentityMap[nn.Module, nn.Module]
 ) -> None:
     """Give the emitted modules the hooks of the user's modules.
@@ -118,7 +118,7 @@ _SKELETON_STORES = (
 )
 
 
-def skeleton(
+def copy_modules(
     module: nn.Module,
     replaced: IdentityMap[Tensor, Tensor],
     done: IdentityMap[nn.Module, nn.Module],
@@ -156,7 +156,7 @@ def skeleton(
                 store[name] = replaced[tensor]
     for name, child in module._modules.items():
         if child is not None:
-            new._modules[name] = skeleton(child, replaced, done, whole, keep_classes)
+            new._modules[name] = copy_modules(child, replaced, done, whole, keep_classes)
     return new
 
 
@@ -178,7 +178,7 @@ def _copy_alone(module: nn.Module, keep_class: bool) -> nn.Module:
     return new
 
 
-def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
+def modes_after_train(model: nn.Module) -> dict[bool, dict[str, bool]]:
     """Return the modules whose mode differs from the model's after ``train()`` or ``eval()``.
 
     A user's ``train()`` may, for example, leave some normalisations in evaluation mode.
@@ -205,7 +205,7 @@ def _modes_other_than(mode: bool, model: nn.Module) -> dict[str, bool]:
     return {name: own for name, own in modes.items() if own is not mode}
 
 
-def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
+def surviving_tensors(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
     """Return the surviving elements of the user's tensors, by tensor of the meta copy."""
     real = coupling.meta_copy.real
     out: IdentityMap[Tensor, Tensor] = IdentityMap()
