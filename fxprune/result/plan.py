@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 SCHEMA = 4
-_READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
+_READABLE = (1, 2, 3, 4)  # 1 has no earlier plans, 2 no heads, 3 no values of inputs
 
 
 @public
