@@ -1,4 +1,4 @@
-"""What is left of a model, with its plan and its report."""
+"""Emit a smaller model, with its plan and its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["emitted", "terms_of"]
 
 
 def terms_of(plan: Plan) -> Terms:
-    """What the analysis of a plan was told."""
+    """Return the options of the analysis that made a plan."""
     return Terms(plan.keep, plan.pinned_nodes, plan.heads)
 
 
@@ -36,15 +36,33 @@ def emitted(
     terms: Terms,
     clock: Clock,
 ) -> Pruned:
-    """The smaller model where these units stay, with its plan and its report."""
+    """Return the smaller model, with its plan and its report.
+
+    Parameters
+    ----------
+    model:
+        The user's model.
+    coupling:
+        Its analysis.
+    survivors:
+        Name of a group -> indices of its surviving units.
+    terms:
+        The options of the analysis.
+    clock:
+        Measures the time of each stage; the report includes all stages so far.
+
+    Raises
+    ------
+    RewriteError
+        If the smaller model cannot be written.
+    """
     with clock("rewrite"):
-        left = Survivors(coupling, survivors)
-        smaller = emit(coupling, left, type(model).__name__)
+        remaining = Survivors(coupling, survivors)
+        smaller = emit(coupling, remaining, type(model).__name__)
         _restore_modes(model, smaller)
     with clock("report"):
-        groups = tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups)
         plan = Plan(
-            groups,
+            tuple(GroupPlan(g.name, g.size, survivors[g.name]) for g in coupling.groups),
             pack_inputs(*coupling.example),
             terms.keep,
             terms.pinned_nodes,
@@ -53,46 +71,49 @@ def emitted(
             terms.heads,
         )
         remember(smaller, plan)
-        report = Report(
-            params_before=count_parameters(model),
-            params_after=count_parameters(smaller),
-            macs_before=coupling.macs(),
-            macs_after=coupling.macs(left.shape),
-            groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in groups),
-            pinned=tuple(
-                PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned
-            ),
-            untouched=coupling.untouched,
-            decisions=coupling.decisions,
-            statistics=tuple(
-                dict.fromkeys(node for g in coupling.groups for node in g.normalised)
-            ),
-            params_pinned=_pinned_parameters(coupling),
-            macs_pinned=_pinned_macs(coupling),
-            parts=coupling.parts,
-            not_one_graph=coupling.not_one_graph,
-            not_set=coupling.not_set,
-        )
+        report = _report(model, smaller, coupling, remaining, plan)
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 
 
-def _pinned_parameters(coupling: Coupling) -> int:
-    """Elements of the parameters that keep their shape whatever goes."""
-    tensors = coupling.parameters.values()
-    return sum(
-        t.numel() for t in tensors if isinstance(t, nn.Parameter) and not coupling.labels(t)
+def _report(
+    model: nn.Module, smaller: nn.Module, coupling: Coupling, survivors: Survivors, plan: Plan
+) -> Report:
+    """Return the report of a pruning, without the time of its stages."""
+    pinned = (PinnedRow(tuple(map(str, p.axes)), p.reason, p.node) for p in coupling.pinned)
+    statistics = (node for group in coupling.groups for node in group.normalised)
+    return Report(
+        params_before=count_parameters(model),
+        params_after=count_parameters(smaller),
+        macs_before=coupling.macs(),
+        macs_after=coupling.macs(survivors.shape),
+        groups=tuple(GroupRow(g.name, len(g.kept), g.size) for g in plan.groups),
+        pinned=tuple(pinned),
+        untouched=coupling.untouched,
+        decisions=coupling.decisions,
+        statistics=tuple(dict.fromkeys(statistics)),
+        params_pinned=_pinned_parameters(coupling),
+        macs_pinned=_pinned_macs(coupling),
+        parts=coupling.parts,
+        not_one_graph=coupling.not_one_graph,
+        not_set=coupling.not_set,
     )
 
 
+def _pinned_parameters(coupling: Coupling) -> int:
+    """Return the number of elements of parameters that no pruning can shrink."""
+    parameters = [t for t in coupling.parameters.values() if isinstance(t, nn.Parameter)]
+    return sum(tensor.numel() for tensor in parameters if not coupling.labels(tensor))
+
+
 def _pinned_macs(coupling: Coupling) -> int:
-    """Multiply-accumulates of the contractions that keep all their sizes whatever goes."""
+    """Return the multiply-accumulates of contractions that no pruning can shrink."""
     return coupling.macs(
         of=[ran for ran in coupling.contractions if not any(map(coupling.labels, ran.tensors))]
     )
 
 
 def _restore_modes(model: nn.Module, smaller: nn.Module) -> None:
-    """train() or eval() as in the original, module by module."""
+    """Set each module of the smaller model to the mode that it has in the original."""
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for name, module in smaller.named_modules(remove_duplicate=False):
         module.training = modes.get(name, model.training)

@@ -1,1 +1,1 @@
-"""What a pruning gives: plans, reports, and how they are saved."""
+"""The result of pruning: the smaller model, its plan and its report, and how they are saved."""

@@ -1,8 +1,8 @@
-"""What survives, as data: a plan is frozen, printable, and replays on any model of the same
-architecture.
+"""Plans: the surviving units of a pruning, as data.
 
-A model that was pruned twice has a plan that knows the plan before it: the chain leads back to the
-original architecture.
+A plan can be printed, stored, and applied to any model of the same architecture. The plan of a
+model that was pruned several times holds the plan before it. This chain leads back to the original
+architecture.
 """
 
 from __future__ import annotations
@@ -36,20 +36,41 @@ __all__ = [
 ]
 
 SCHEMA = 4
-_READABLE = (1, 2, 3, 4)  # 1 had no chain, 2 no heads, 3 no values of inputs
+_READABLE = (1, 2, 3, 4)  # 1 has no earlier plans, 2 no heads, 3 no values of inputs
 
 
 @public
 @dataclass(frozen=True)
 class GroupPlan:
-    """The survivors of one group: ``kept`` are indices into its ``size`` units, ascending."""
+    """The surviving units of one group.
+
+    Attributes
+    ----------
+    name:
+        The name of the group, as in the analysis.
+    size:
+        How many units the group has.
+    kept:
+        Indices of the surviving units, ascending, from 0 to ``size - 1``.
+
+    Raises
+    ------
+    PlanError
+        If an attribute has another type.
+
+    Examples
+    --------
+    >>> group = GroupPlan("conv1.weight:0", 4, (0, 3))
+    >>> len(group.kept) / group.size
+    0.5
+    """
 
     name: str
     size: int
     kept: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        with _told("a group of a plan"):
+        with _type_errors("a group of a plan"):
             _checked_text(self.name)
             _checked_whole(self.size)
             for unit in _tuple(self.kept):
@@ -59,25 +80,47 @@ class GroupPlan:
 @public
 @dataclass(frozen=True)
 class Plan:
-    """What survives, group by group, and for which model.
+    """The surviving units of each group, and the architecture that they belong to.
+
+    :func:`prune` makes a plan, :func:`apply` prunes another model of the same architecture by it.
+    A plan is frozen and compares by value. ``print`` it to see how many units each group keeps.
 
     Attributes
     ----------
     groups:
-        One entry per group of the analysis.
+        One entry for each group of the analysis.
     inputs:
-        The example (see :func:`pack_inputs`), so that a plan can be replayed without one: its
-        shapes, dtypes and constants, and the values that Python reads in a model which is not one
-        graph.
-    keep, pinned_nodes:
-        What the analysis was told to leave alone.
-    heads:
-        Parameters whose attention heads went as a whole or not at all.
+        The example as JSON text (see :func:`pack_inputs`), so that the plan can be applied without
+        one: shapes, dtypes and constants, and, for a model that is not one graph, the values that
+        its Python code reads.
+    keep:
+        Names of parameters that were kept whole.
+    pinned_nodes:
+        Names of graph nodes whose operands were kept whole, because the nodes could not be
+        rewritten; ``name@axis`` if only one axis of the first operand was kept.
     fingerprint:
-        Of the architecture: names and shapes of its tensors, which no upgrade of torch or
-        torchvision changes.
+        A digest of the names and shapes of the model's parameters and buffers. It identifies the
+        architecture, and does not depend on the version of torch or torchvision.
     previous:
-        The plan that made the model that this one is for, None where that model is the original.
+        The plan that made the model that this plan is for; None if that model was not pruned.
+    heads:
+        Names of parameters whose attention heads were removed as a whole or not at all.
+
+    Raises
+    ------
+    PlanError
+        If an attribute has another type.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> def net():
+    ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> plan = fxprune.prune(net(), torch.zeros(1, 3, 8, 8), channels=0.5).plan
+    >>> print(plan)
+    0.weight:0: 4 of 8
+    >>> fxprune.apply(plan, net()).model.get_parameter("0.weight").shape
+    torch.Size([4, 3, 3, 3])
     """
 
     groups: tuple[GroupPlan, ...]
@@ -89,7 +132,7 @@ class Plan:
     heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        with _told("a plan"):
+        with _type_errors("a plan"):
             for group in _tuple(self.groups):
                 _of_type(group, GroupPlan)
             for text in (
@@ -105,7 +148,7 @@ class Plan:
 
     @property
     def chain(self) -> tuple[Plan, ...]:
-        """This plan and all before it, the oldest first."""
+        """This plan and all earlier ones, the oldest first."""
         plans = [self]
         while plans[-1].previous is not None:
             plans.append(plans[-1].previous)
@@ -113,7 +156,7 @@ class Plan:
 
     @public
     def to_json(self) -> str:
-        """The plan as JSON text; :meth:`from_json` is its inverse.
+        """Return the plan as JSON text; :meth:`from_json` is the inverse.
 
         >>> plan = Plan((GroupPlan("conv.weight:0", 4, (0, 3)),), "{}", (), (), "")
         >>> Plan.from_json(plan.to_json()) == plan
@@ -125,7 +168,7 @@ class Plan:
     @classmethod
     @public
     def from_json(cls, text: str) -> Plan:
-        """Read a plan, also one that an earlier version wrote.
+        """Return the plan that :meth:`to_json` of this or an earlier version of fxprune wrote.
 
         Raises
         ------
@@ -159,11 +202,11 @@ class Plan:
         return "\n".join([*after, *(f"{g.name}: {len(g.kept)} of {g.size}" for g in self.groups)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self  # frozen, and it may name many thousand units
+        return self  # immutable, and copying thousands of units would take time
 
 
 def _pack(plan: Plan) -> dict[str, Any]:
-    """One plan of a chain, without those before it."""
+    """Return one plan of a chain as a dict, without the plans before it."""
     return {
         "groups": [{"name": g.name, "size": g.size, "kept": list(g.kept)} for g in plan.groups],
         "inputs": plan.inputs,
@@ -175,16 +218,12 @@ def _pack(plan: Plan) -> dict[str, Any]:
 
 
 def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
-    """The inverse of :func:`_pack`; whatever is damaged raises one of Python's own errors."""
+    """Return the plan that :func:`_pack` packed.
+
+    Damaged data raises one of Python's own errors.
+    """
     return Plan(
-        groups=tuple(
-            GroupPlan(
-                _checked_text(g["name"]),
-                _checked_whole(g["size"]),
-                tuple(map(_checked_whole, _as_list(g["kept"]))),
-            )
-            for g in data["groups"]
-        ),
+        groups=tuple(map(_unpack_group, data["groups"])),
         inputs=_checked_text(data["inputs"]),
         keep=tuple(map(_checked_text, _as_list(data["keep"]))),
         pinned_nodes=tuple(map(_checked_text, _as_list(data["pinned_nodes"]))),
@@ -194,8 +233,15 @@ def _unpack(data: dict[str, Any], previous: Plan | None) -> Plan:
     )
 
 
+def _unpack_group(data: dict[str, Any]) -> GroupPlan:
+    """Return one group of a plan that :func:`_pack` packed."""
+    name, size = _checked_text(data["name"]), _checked_whole(data["size"])
+    return GroupPlan(name, size, tuple(map(_checked_whole, _as_list(data["kept"]))))
+
+
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _type_errors(what: str) -> Iterator[None]:
+    """Turn a ``TypeError`` into a :class:`PlanError` that says what cannot be made."""
     try:
         yield
     except TypeError as error:
@@ -222,17 +268,21 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _of_type(value: Any, kind: type) -> Any:
-    if type(value) is not kind:  # True is an int, and text has elements: neither is meant
+    """Return a value of exactly this type, or raise a ``TypeError``."""
+    # not isinstance: True is an int
+    if type(value) is not kind:
         raise TypeError(f"{shown(value, 40)} is no {kind.__name__}")
     return value
 
 
 def check_groups(plan: Plan) -> None:
-    """Refuse a plan, or one before it, of which a group keeps units that cannot be.
+    """Check the groups and pinned nodes of a plan and of all plans before it.
 
     Raises
     ------
     PlanError
+        If two groups have the same name, if a group keeps no unit, a unit that it does not have or
+        one twice, or if a pinned axis is not a number.
     """
     for stage in plan.chain:
         if len({group.name for group in stage.groups}) < len(stage.groups):
@@ -250,6 +300,7 @@ def check_groups(plan: Plan) -> None:
 
 
 def _check_group(group: GroupPlan) -> None:
+    """Check that the units of a group exist, are in order, and are at least one."""
     if (
         not group.kept
         or list(group.kept) != sorted(set(group.kept))
@@ -266,44 +317,51 @@ def _check_group(group: GroupPlan) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the architecture: names and shapes of all parameters and buffers, not their
-    values.
+    """Return a digest of the architecture: names and shapes of all parameters and buffers.
+
+    Their values do not count.
     """
-    lines = sorted(
-        f"{prefix}{'.' if prefix else ''}{name} {tuple(tensor.shape)}"
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    lines = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = "." if prefix else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                lines.append(f"{prefix}{dot}{name} {tuple(tensor.shape)}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
-# a plain attribute of a pruned model: its plan, and the fingerprint that the plan left it with
+# attribute of a pruned model that holds its plan, and its fingerprint right after pruning
 _MARK = "_fxprune_plan"
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Let a model that was just pruned know its plan, so that the plan of its next pruning can
-    name it.
+    """Store the plan of a model that was just pruned on the model.
+
+    The plan of its next pruning then refers to it.
     """
     vars(model)[_MARK] = (plan, fingerprint(model))
 
 
 def history(model: nn.Module) -> Plan | None:
-    """The plan that made a model.
+    """Return the plan that made a model.
 
-    None for one that was not pruned, or in which tensors were since exchanged for others: the plan
-    would not lead to it.
+    None if the model was not pruned, or if the shape or name of a tensor has changed since: the
+    plan would not lead to this model.
     """
-    plan, left = vars(model).get(_MARK, (None, ""))
-    return plan if plan is not None and fingerprint(model) == left else None
+    plan, recorded = vars(model).get(_MARK, (None, ""))
+    return plan if plan is not None and fingerprint(model) == recorded else None
 
 
 def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Example inputs as JSON text: shapes and dtypes of meta tensors, values of others.
+    """Return example inputs as JSON text.
 
-    Of a large tensor only the range of its values is stored, where they are those that
-    :func:`fxprune.inputs.within` draws from it.
+    Meta tensors are stored as shapes and dtypes, others with their values. If the values are those
+    that :func:`fxprune.inputs.within` draws from a range, a large tensor is stored as that range.
+
+    Parameters
+    ----------
+    args, kwargs:
+        Positional and keyword arguments of the model's forward.
 
     >>> pack_inputs((torch.ones(2, 3, device="meta"),), {"scale": 2})
     '{"args": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]}, "kwargs": {"dict": {"scale":
@@ -313,6 +371,7 @@ def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 
 def _packed(value: Any) -> Any:
+    """Return a value as data for JSON; an object of an unknown type as its type's name."""
     if isinstance(value, Tensor):
         return {
             "shape": list(value.shape),
@@ -331,6 +390,7 @@ def _packed(value: Any) -> Any:
 
 
 def _stored_values(tensor: Tensor) -> dict[str, Any]:
+    """Return the entry that stores a tensor's values: ``data``, ``range``, or none."""
     if not is_plain(tensor):
         return {}
     data = compressed(tensor)
@@ -342,18 +402,19 @@ def _stored_values(tensor: Tensor) -> dict[str, Any]:
 
 
 def holds_objects(text: str) -> bool:
-    """Whether the example held an object that no plan can hold."""
+    """Tell whether the example of :func:`pack_inputs` had an object that no plan can store."""
     return '"object": ' in text
 
 
 def unpack_inputs(text: str) -> Call:
-    """The inverse of :func:`pack_inputs`; tensors of which only the shape is stored are meta
-    tensors.
+    """Return the example inputs that :func:`pack_inputs` packed.
+
+    Tensors without stored values become meta tensors.
 
     Raises
     ------
     PlanError
-        If the text is damaged, or the example held an object that no plan can hold.
+        If the text is damaged, or the example had an object that no plan can store.
     """
     try:
         data = json.loads(text)
@@ -368,6 +429,7 @@ def unpack_inputs(text: str) -> Call:
 
 
 def _unpacked(value: Any) -> Any:
+    """Return the value that :func:`_packed` packed."""
     if "shape" in value:
         shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
         if "data" in value:

@@ -1,9 +1,9 @@
-"""What a pruning changed, for people and for machines."""
+"""Reports: the changes that pruning made to a model, as text and as data."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ __all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
 
 
 class GroupRow(NamedTuple):
-    """One group: its name, how many units survive, how many there were."""
+    """The name of a group, how many of its units survive, and how many it had."""
 
     name: str
     kept: int
@@ -22,7 +22,7 @@ class GroupRow(NamedTuple):
 
 
 class PinnedRow(NamedTuple):
-    """Parameter axes that are never pruned: which, why, and the graph node that says so."""
+    """Parameter axes that are never pruned, the reason, and the graph node that is the cause."""
 
     axes: tuple[str, ...]
     reason: str
@@ -30,8 +30,16 @@ class PinnedRow(NamedTuple):
 
 
 class LatencyRow(NamedTuple):
-    """Milliseconds of one call of the dense and of the pruned model, both deployed and measured in
-    turns; and the forecast.
+    """The latency of the model before and after pruning, in milliseconds per call.
+
+    Attributes
+    ----------
+    before, after:
+        Measured in turns, with both models deployed.
+    forecast:
+        The latency that was predicted for the pruned model.
+    setting:
+        How the models were deployed.
     """
 
     before: float
@@ -46,47 +54,65 @@ _TEXTS = ("untouched", "decisions", "statistics", "parts", "not_set")
 @public
 @dataclass(frozen=True)
 class Report:
-    """What changed between a model and its pruned copy.
+    """The changes that pruning made to a model.
 
-    ``str(report)`` is a text to read, :meth:`to_dict` holds everything as plain data.
+    ``print(report)`` shows them as text; :meth:`to_dict` returns them as plain data.
 
-    Attributes:
-        params_before, params_after: elements of all parameters, tied parameters counted once.
-        macs_before, macs_after: multiply-accumulates on the example inputs, None where they could
-            not be counted.
-        params_pinned, macs_pinned: the part of both that no budget reaches: of parameters, and of
-            contractions (matrix products, convolutions, attention), none of whose dimensions can
-            shrink. None where it was not counted.
-        groups: one row per group, in the plan's order.
-        pinned: what was never up for pruning, with reasons.
-        untouched: names of parameters that no executed operation used; they stay as they are.
-        decisions: control flow that the trace fixed, as text.
-        parts: paths of the modules that were emitted as graphs inside the model's own class; empty
-            if the model is one graph.
-        not_one_graph: what keeps the model from being one graph, with the line; empty if it is
-            one.
-        not_set: attributes that forward sets to what it computes of the inputs, for others to look
-            at (``self.features = h``): a graph does not set them.
-        statistics: normalisations whose statistics go over the surviving channels only, as text.
-            This is the one place where a pruned model may differ from the original with its
-            removed channels zeroed.
-        seconds: wall-clock seconds per stage, in the order in which the stages ran.
-        error: relative error of the verification, None if none was asked for.
-        latency: what a latency budget came to, None if there was none.
+    Attributes
+    ----------
+    params_before, params_after:
+        Number of elements of all parameters; tied parameters count once.
+    macs_before, macs_after:
+        Multiply-accumulates on the example inputs; None if they could not be counted.
+    groups:
+        One row for each group, in the order of the plan.
+    pinned:
+        Axes that are never pruned, with the reasons.
+    untouched:
+        Names of parameters that no executed operation used; they stay as they are.
+    decisions:
+        Control flow that the trace fixed, as text.
+    statistics:
+        Normalisations that take statistics over the surviving channels only, as text. Only there
+        may a pruned model differ from the masked original.
+    seconds:
+        Wall-clock seconds for each stage, in the order in which the stages ran.
+    error:
+        Relative error of the verification; None if there was none.
+    params_pinned, macs_pinned:
+        The share of ``params_before`` and ``macs_before`` that no budget can remove: elements of
+        parameters that cannot shrink, and multiply-accumulates of contractions (matrix products,
+        convolutions, attention) that cannot shrink. None if they were not counted.
+    parts:
+        Paths of the modules that were emitted as graphs inside the model's own class; empty if the
+        model is one graph.
+    not_one_graph:
+        What prevents the model from being one graph, with the line; empty if it is one.
+    latency:
+        The latency before and after pruning; None if the budget was not a latency.
+    not_set:
+        Attributes that forward sets to values that it computes from the inputs
+        (``self.features = h``). A graph does not set them.
 
-    Example:
-        >>> report = Report(params_before=1000, params_after=250, macs_before=4000,
-        ...     macs_after=1000,
-        ...                 groups=(GroupRow("conv1", 4, 8),), error=1e-15)
-        >>> print(report)
-        parameters  1,000 -> 250 (25.0 % left)
-        MACs        4,000 -> 1,000 (25.0 % left)
-        verified    equals the masked original, relative error 1.0e-15
-        <BLANKLINE>
-        1 group, 4 of 8 units kept
-          conv1  4 of 8
-        >>> report.to_dict()["groups"]
-        [{'name': 'conv1', 'kept': 4, 'total': 8}]
+    Raises
+    ------
+    ArgumentError
+        If an attribute has another type.
+
+    Examples
+    --------
+    >>> report = Report(params_before=1000, params_after=250, macs_before=4000,
+    ...     macs_after=1000,
+    ...                 groups=(GroupRow("conv1", 4, 8),), error=1e-15)
+    >>> print(report)
+    parameters  1,000 -> 250 (25.0 % left)
+    MACs        4,000 -> 1,000 (25.0 % left)
+    verified    equals the masked original, relative error 1.0e-15
+    <BLANKLINE>
+    1 group, 4 of 8 units kept
+      conv1  4 of 8
+    >>> report.to_dict()["groups"]
+    [{'name': 'conv1', 'kept': 4, 'total': 8}]
     """
 
     params_before: int
@@ -108,16 +134,12 @@ class Report:
     not_set: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # Rows may arrive as plain tuples; the pinned axes as one text or as several.
+        # Rows may be given as plain tuples, and pinned axes as one string or several.
         try:
-            object.__setattr__(
-                self, "groups", tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
-            )
-            pinned = (
-                PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
-                for axes, *rest in drawn_from(self.pinned, "pinned")
-            )
-            object.__setattr__(self, "pinned", tuple(pinned))
+            groups = tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
+            object.__setattr__(self, "groups", groups)
+            pinned = tuple(_pinned_rows(drawn_from(self.pinned, "pinned")))
+            object.__setattr__(self, "pinned", pinned)
             for name in _TEXTS:
                 object.__setattr__(self, name, tuple(drawn_from(getattr(self, name), name)))
             self._check()
@@ -125,7 +147,7 @@ class Report:
             raise ArgumentError(f"a report cannot be made of this: {error}.") from error
 
     def _check(self) -> None:
-        """Refuse what a report cannot show."""
+        """Check the types of all attributes, which ``str(report)`` relies on."""
         for name in ("params_before", "params_after"):
             _of_kind(name, getattr(self, name), numbers.Real)
         for name in ("macs_before", "macs_after", "params_pinned", "macs_pinned", "error"):
@@ -149,17 +171,14 @@ class Report:
                 _of_kind("latency", value, kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dicts, lists, text, numbers and None, ready for ``json.dumps``."""
+        """Return all attributes as dicts, lists, strings, numbers and None, for ``json.dumps``."""
         return {
             "params_before": self.params_before,
             "params_after": self.params_after,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "groups": [row._asdict() for row in self.groups],
-            "pinned": [
-                {"axes": list(row.axes), "reason": row.reason, "node": row.node}
-                for row in self.pinned
-            ],
+            "pinned": [{**row._asdict(), "axes": list(row.axes)} for row in self.pinned],
             "untouched": list(self.untouched),
             "decisions": list(self.decisions),
             "statistics": list(self.statistics),
@@ -176,16 +195,19 @@ class Report:
     @classmethod
     @public
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of :meth:`to_dict`.
+        """Return the report that :meth:`to_dict` returned as data.
 
-        Raises:
-            PlanError: if the data is something else.
+        Raises
+        ------
+        PlanError
+            If the data is not a report.
 
-        Example:
-            >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),),
-            ...     seconds={"trace": 0.5})
-            >>> Report.from_dict(report.to_dict()) == report
-            True
+        Examples
+        --------
+        >>> report = Report(1000, 250, 4000, 1000, groups=(GroupRow("conv1", 4, 8),),
+        ...     seconds={"trace": 0.5})
+        >>> Report.from_dict(report.to_dict()) == report
+        True
         """
         if not isinstance(data, Mapping):
             raise PlanError(
@@ -212,27 +234,8 @@ class Report:
         return "\n".join(lines)
 
     def _summary(self) -> Iterable[str]:
-        yield f"parameters  {_change(self.params_before, self.params_after)}"
-        if self.macs_before is None or self.macs_after is None:
-            yield "MACs        not counted"
-        else:
-            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
-        if self.latency is not None:
-            before, after, forecast, setting = self.latency
-            left = f" ({100 * after / before:.1f} % left)" if before else ""
-            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
-            yield f"latency     {measured}; deployed {setting}"
-        shares = (
-            (self.params_pinned, self.params_before, "parameters"),
-            (self.macs_pinned, self.macs_before, "MACs"),
-        )
-        fixed = [
-            f"{_percent(part, whole)} of the {name}"
-            for part, whole, name in shares
-            if part is not None and whole
-        ]
-        if fixed:
-            yield f"pinned      {', '.join(fixed)} before: what no budget reaches"
+        """Yield the lines above the sections."""
+        yield from self._costs()
         if self.parts:
             yield (
                 "emitted     in the model's own class, whose Python stays, graphs at "
@@ -246,7 +249,27 @@ class Report:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
             yield f"seconds     {sum(self.seconds.values()):.2f} ({stages})"
 
+    def _costs(self) -> Iterable[str]:
+        """Yield the lines on parameters, MACs and latency."""
+        yield f"parameters  {_change(self.params_before, self.params_after)}"
+        if self.macs_before is None or self.macs_after is None:
+            yield "MACs        not counted"
+        else:
+            yield f"MACs        {_change(self.macs_before, self.macs_after)}"
+        if self.latency is not None:
+            before, after, forecast, setting = self.latency
+            left = f" ({100 * after / before:.1f} % left)" if before else ""
+            measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
+            yield f"latency     {measured}; deployed {setting}"
+        pinned = [
+            *_share(self.params_pinned, self.params_before, "parameters"),
+            *_share(self.macs_pinned, self.macs_before, "MACs"),
+        ]
+        if pinned:
+            yield f"pinned      {', '.join(pinned)} before: what no budget reaches"
+
     def _groups(self) -> Iterable[str]:
+        """Return the lines of the section on groups."""
         kept, total = sum(row.kept for row in self.groups), sum(row.total for row in self.groups)
         title = f"{_counted(len(self.groups), 'group')}, {kept:,} of {total:,} units kept"
         width = max((len(row.name) for row in self.groups[:_SHOWN]), default=0)
@@ -254,7 +277,8 @@ class Report:
         return _section(title, rows) or ["", "no group: nothing in this model can be pruned"]
 
     def _pinned(self) -> Iterable[str]:
-        # One reason often pins many axes (every logit of every head): say it once.
+        """Return the lines of the section on pinned axes."""
+        # One reason often pins many axes (every logit of every head), so name it once.
         by_reason: dict[tuple[str, str], list[str]] = {}
         for row in self.pinned:
             by_reason.setdefault((row.reason, row.node), []).extend(row.axes)
@@ -267,15 +291,23 @@ class Report:
         return _section("pinned, never pruned", rows)
 
 
+def _pinned_rows(rows: Iterable[Any]) -> Iterator[PinnedRow]:
+    """Yield rows with their axes in a tuple; they may be given as one string or as several."""
+    for axes, *rest in rows:
+        yield PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
+
+
 def _of_kind(name: str, value: Any, kind: Any) -> None:
+    """Check the type of a value; a bool is not a number here."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name} holds a {type(value).__name__}")
 
 
-_SHOWN = 40  # lines of a section before the rest is only counted
+_SHOWN = 40  # upper limit on the lines of a section; the rest is only counted
 
 
 def _section(title: str, rows: Iterable[str]) -> list[str]:
+    """Return the lines of a section; none if it has no rows."""
     rows = list(rows)
     if not rows:
         return []
@@ -284,13 +316,16 @@ def _section(title: str, rows: Iterable[str]) -> list[str]:
 
 
 def _change(before: int, after: int) -> str:
+    """Return a change as text: ``1,000 -> 250 (25.0 % left)``."""
     left = f" ({100 * after / before:.1f} % left)" if before else ""
     return f"{before:,} -> {after:,}{left}"
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
+def _share(part: int | None, whole: int | None, name: str) -> list[str]:
+    """Return a share as text, if it is known: ``["25.0 % of the MACs"]``."""
+    return [] if part is None or not whole else [f"{100 * part / whole:.1f} % of the {name}"]
 
 
 def _counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

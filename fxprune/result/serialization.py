@@ -1,15 +1,19 @@
-"""Pruned models on disk: a folder with the plan, the weights and the report, written whole or not
-at all.
+"""Pruned models on disk: a folder with the plan, the weights and the report.
 
-Nothing is pickled and nothing unpickled: the plan and the report are JSON, the weights are
-safetensors. ``manifest.json`` names the SHA-256 of each file, so that a folder which is not what
-was written is refused. That finds accidents; it is not a signature.
+Nothing is pickled or unpickled: the plan and the report are JSON, the weights are safetensors.
+``manifest.json`` holds the SHA-256 of each file, so a folder that differs from what was written is
+refused. This detects accidents; it is not a signature.
 
-How a save cannot tear: all files are written into a folder of their own and flushed to the disk.
-Where the target is new, one rename puts that folder in its place. Where it exists, one rename to
-``.committed`` inside it makes the new state count, and then the files move to their places;
-readers look into ``.committed`` first. So a save which is killed before the rename leaves the old
-state, and one killed after it the new one. Other files in the folder are left alone.
+A save is complete or has no effect:
+
+1. All files are written to a temporary folder and flushed to the disk.
+2. If the target folder is new, one rename moves the temporary folder there. If it exists, one
+   rename moves the temporary folder to ``.committed`` inside it. From then on, the new state
+   counts: readers look into ``.committed`` first.
+3. The files in ``.committed`` move to their places in the target folder.
+
+A save that is killed before the rename leaves the old state, one that is killed later the new
+state. Other files in the folder stay as they are.
 """
 
 from __future__ import annotations
@@ -49,8 +53,8 @@ PLAN, WEIGHTS, REPORT, TEXT = "plan.json", "model.safetensors", "report.json", "
 MANIFEST = "manifest.json"
 FOLDER_SCHEMA = 1
 
-_COMMITTED = ".committed"  # a complete save whose files are not all in their places yet
-_WRITING_SUFFIX = ".writing-"  # an incomplete one
+_COMMITTED = ".committed"  # folder with a complete save whose files have not all been moved yet
+_WRITING_SUFFIX = ".writing-"  # part of the name of a folder with an incomplete save
 
 Folder = str | os.PathLike[str]
 
@@ -59,8 +63,18 @@ Folder = str | os.PathLike[str]
 
 
 def save_pruned(folder: Folder, model: nn.Module, plan: Plan, report: Report) -> None:
-    """Write ``plan.json``, ``model.safetensors``, ``report.json``, ``report.txt`` and the
-    manifest; see :func:`write_files`.
+    """Write a pruned model to a folder; :func:`read_pruned` reads it.
+
+    The files are ``plan.json``, ``model.safetensors``, ``report.json``, ``report.txt`` and the
+    manifest.
+
+    Raises
+    ------
+    ArgumentError
+        If the folder cannot be written to.
+    ModelError
+        If the state dict holds something that is not a tensor with values, or is of a dtype that
+        safetensors does not support.
     """
     write_files(
         folder,
@@ -74,11 +88,16 @@ def save_pruned(folder: Folder, model: nn.Module, plan: Plan, report: Report) ->
 
 
 def read_pruned(folder: Folder) -> tuple[Plan, Path, Report]:
-    """The plan, the path of the weights (for :func:`load_tensors`) and the report of a folder that
-    :func:`save_pruned` wrote.
+    """Read a folder that :func:`save_pruned` wrote.
+
+    Returns
+    -------
+    The plan, the path of the weights (for :func:`load_tensors`), and the report.
 
     Raises
     ------
+    ArgumentError
+        If there is no such folder.
     PlanError
         If the folder is not what was written.
     """
@@ -86,16 +105,18 @@ def read_pruned(folder: Folder) -> tuple[Plan, Path, Report]:
     plan = Plan.from_json(_read_text(files[PLAN]))
     try:
         report = Report.from_dict(json.loads(_read_text(files[REPORT])))
-    except (ValueError, RecursionError) as error:  # of JSON, or a PlanError
+    except (ValueError, RecursionError) as error:  # raised by json, or a PlanError
         raise PlanError(f"{files[REPORT]} is not a report: {error}") from error
     return plan, files[WEIGHTS], report
 
 
 def _text_writer(text: str) -> Callable[[Path], object]:
+    """Return a function that writes a text to a path, the same bytes on every system."""
     return lambda path: path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def _read_text(path: Path) -> str:
+    """Return the text of a file, or raise a :class:`PlanError` if it is not text."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -108,17 +129,38 @@ def _read_text(path: Path) -> str:
 def save_tensors(model: nn.Module, path: Path) -> None:
     """Write a module's state dict as safetensors, each tied tensor once.
 
-    The file's metadata names, for each tied name that is left out, the one it is stored under, as
-    ``safetensors.torch.save_model`` does, whose ``load_model`` reads the file too.
+    A tied tensor is stored under one name. The file's metadata leads from its other names to this
+    one, as ``safetensors.torch.save_model`` writes it. Therefore
+    ``safetensors.torch.load_model`` can read the file, too.
 
     Raises
     ------
+    ArgumentError
+        If the file cannot be written.
     ModelError
-        If the state holds something that is no tensor, or of a dtype that safetensors does not
-        know.
+        If the state dict holds something that is not a tensor with values, or is of a dtype that
+        safetensors does not support.
     """
-    # the parameters themselves, so that their identity tells which are tied
+    # keep_vars=True gives the parameters themselves: their identity tells which are tied
     state = model.state_dict(keep_vars=True)
+    _check_state(state)
+    aliases = _aliases(state)
+    stored = {name: value.detach() for name, value in state.items() if name not in aliases}
+    storages = Counter(value.untyped_storage().data_ptr() for value in stored.values())
+    try:
+        save_file(_separated(stored, storages), path, metadata={"format": "pt", **aliases})
+    except SafetensorError as error:
+        # The library's core raises it while it writes; the tensors have been checked before.
+        raise ArgumentError(
+            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk "
+            "with room."
+        ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise a :class:`ModelError` for an entry of a state dict that cannot be stored."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
@@ -131,80 +173,76 @@ def save_tensors(model: nn.Module, path: Path) -> None:
                 f"{name!r} is on the meta device and has no values to save: load the weights "
                 "first."
             )
-    aliases = _aliases(state)
-    stored = {name: value.detach() for name, value in state.items() if name not in aliases}
-    storages = Counter(value.untyped_storage().data_ptr() for value in stored.values())
-    try:
-        save_file(
-            # Different views of one storage are stored apart, each whole.
-            {
-                n: (v.clone() if storages[v.untyped_storage().data_ptr()] > 1 else v)
-                .cpu()
-                .contiguous()
-                for n, v in stored.items()
-            },
-            path,
-            metadata={"format": "pt", **aliases},
-        )
-    except SafetensorError as error:
-        # of the library's core, which writes; what may be written has been checked before
-        raise ArgumentError(
-            f"{path} cannot be written: {error}. Name a folder that can be written to, on a disk "
-            "with room."
-        ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the weights cannot be stored as safetensors: {error}") from error
+
+
+def _separated(tensors: Mapping[str, Tensor], storages: Counter[int]) -> dict[str, Tensor]:
+    """Return tensors contiguous on the CPU, and views of one storage as tensors of their own.
+
+    ``storages`` counts the tensors on each storage.
+    """
+    separated = {}
+    for name, value in tensors.items():
+        is_shared = storages[value.untyped_storage().data_ptr()] > 1
+        separated[name] = (value.clone() if is_shared else value).cpu().contiguous()
+    return separated
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Read what :func:`save_tensors` wrote into a module: the same names, shapes and ties; dtypes
-    become those of the file.
+    """Load a file that :func:`save_tensors` wrote into a module.
+
+    Names, shapes and ties must be those of the file. Dtypes become those of the file.
 
     Raises
     ------
     PlanError
-        If the file is damaged, or of another model.
+        If the file is damaged, or belongs to another model.
     """
     stored, aliases = _read_tensors(path)
-    own, named = model.state_dict(keep_vars=True), {*stored, *aliases}
-    problems = [f"{name!r} is not in the model" for name in sorted(named) if name not in own]
-    problems += [f"{name!r} is not in the file" for name in own if name not in named]
-    problems += [
-        f"{name!r} has shape {tuple(stored[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in stored
-        if name in own and stored[name].shape != own[name].shape
-    ]
-    problems += [
-        f"{name!r} is {value.dtype}, the model's {own[name].dtype}"
-        for name, value in stored.items()
-        if name in own and _kind(value) != _kind(own[name])
-    ]
-    if not problems and _aliases(own) != aliases:
-        differ = sorted(
-            {n for pair in set(_aliases(own).items()) ^ set(aliases.items()) for n in pair}
-        )
-        problems = [f"{', '.join(differ)} are tied on one side only"]
+    state = model.state_dict(keep_vars=True)
+    problems = _mismatches(state, stored, aliases)
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PlanError(
             f"{path} does not hold the weights of this model: {'; '.join(problems[:3])}{more}."
         )
-    _cast(model, own, stored)
+    _cast(model, state, stored)
     with torch.no_grad():
         for name, value in stored.items():
-            target = own[name]
+            target = state[name]
             if target.dtype != value.dtype:
                 target.data = target.data.to(value.dtype)
             target.copy_(value)
 
 
+def _mismatches(
+    state: Mapping[str, Tensor], stored: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> list[str]:
+    """Return a text for each difference between a model's state dict and a file."""
+    in_file, common = {*stored, *aliases}, [name for name in stored if name in state]
+    problems = [f"{name!r} is not in the model" for name in sorted(in_file) if name not in state]
+    problems += [f"{name!r} is not in the file" for name in state if name not in in_file]
+    for name in common:
+        found, wanted = tuple(stored[name].shape), tuple(state[name].shape)
+        if found != wanted:
+            problems.append(f"{name!r} has shape {found}, the model's {wanted}")
+    for name in common:
+        if _kind(stored[name]) != _kind(state[name]):
+            dtypes = stored[name].dtype, state[name].dtype
+            problems.append(f"{name!r} is {dtypes[0]}, the model's {dtypes[1]}")
+    if not problems and _aliases(state) != aliases:
+        pairs = set(_aliases(state).items()) ^ set(aliases.items())
+        differ = sorted({name for pair in pairs for name in pair})
+        problems = [f"{', '.join(differ)} are tied on one side only"]
+    return problems
+
+
 def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    """What no change of the dtype may change."""
+    """Return what a change of dtype must not change: whether values are real floats or complex."""
     return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are another's -> that one's name, the first in alphabetical order."""
+    """Return the names of tied tensors: each further name -> the first one alphabetically."""
     first: IdentityMap[Tensor, str] = IdentityMap()
     for name in sorted(state):
         first.setdefault(state[name], name)
@@ -212,12 +250,12 @@ def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file by name, and the further names of tied ones."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            aliases = {
-                name: kept for name, kept in (file.metadata() or {}).items() if name != "format"
-            }
+            aliases = dict(file.metadata() or {})
+            aliases.pop("format", None)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise PlanError(
             f"{path} is not a complete safetensors file: {error}. Save the model again."
@@ -227,31 +265,32 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, aliases
 
 
-def _cast(model: nn.Module, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """A model that was cast as a whole, as by ``half()``, has buffers that are not saved: they are
-    cast with it.
+def _cast(model: nn.Module, state: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Cast the model if the saved one was cast as a whole, such as by ``half()``.
+
+    This also casts the buffers that are not saved.
     """
-    theirs = {value.dtype for value in stored.values() if value.is_floating_point()}
-    if (
-        len(theirs) == 1
-        and {value.dtype for value in own.values() if value.is_floating_point()} != theirs
-    ):
-        model.to(theirs.pop())
+    saved = {value.dtype for value in stored.values() if value.is_floating_point()}
+    present = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(saved) == 1 and present != saved:
+        model.to(saved.pop())
 
 
 # ---- folders ------------------------------------------------------------------------------------
 
 
 def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write all of some files, or none, and their manifest; the state before stays until the new
-    one is complete on the disk.
+    """Write files and their manifest to a folder, all of them or none.
+
+    The previous state stays until the new one is complete on the disk.
 
     Parameters
     ----------
     folder:
-        Made if missing. Other files in it are left alone. One process writes to it at a time.
+        Created if missing. Other files in it stay as they are. Only one process may write to it at
+        a time.
     files:
-        File name -> a function that writes it to the path that it is given.
+        File name -> function that writes the file to a given path.
 
     Raises
     ------
@@ -263,14 +302,14 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
         if folder.exists() and not folder.is_dir():
             raise ArgumentError(f"{folder} is a file, not a folder: name another.")
         if folder.exists():
-            _settle(folder)  # an earlier save that was killed on its way
+            _settle(folder)  # completes an earlier save that was killed after its rename
             parent, prefix, target = folder, _WRITING_SUFFIX, folder / _COMMITTED
         else:
             parent, prefix, target = folder.parent, f".{folder.name}{_WRITING_SUFFIX}", folder
             parent.mkdir(parents=True, exist_ok=True)
         _discard(parent, prefix)
         try:
-            os.replace(_stage(parent, prefix, files), target)  # from here on the new state counts
+            os.replace(_stage(parent, prefix, files), target)  # from now on, the new state counts
         except BaseException:
             _discard(parent, prefix)
             raise
@@ -279,15 +318,25 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
 
 
 def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
-    """The paths of the files that :func:`write_files` wrote, each checked against the manifest.
+    """Return the paths of the files that :func:`write_files` wrote, checked by the manifest.
+
+    Parameters
+    ----------
+    folder:
+        The folder that was written.
+    needed:
+        Names of files that must be in the manifest.
+
+    Returns
+    -------
+    File name -> path, for all files in the manifest.
 
     Raises
     ------
     ArgumentError
         If there is no such folder.
     PlanError
-        If a file is missing, was cut short or changed, or the manifest lacks one that is
-        ``needed``.
+        If a file is missing, or was truncated or changed, or if the manifest lacks a needed file.
     """
     folder = path_of("the folder", folder)
     with _disk_errors(folder):
@@ -310,7 +359,7 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], object]]) -> Path:
-    """A complete save in a folder of its own, on the disk."""
+    """Write the files and their manifest to a new folder, flush it to the disk, and return it."""
     staging = parent / f"{prefix}{uuid.uuid4().hex}"
     staging.mkdir()
     for name, write in files.items():
@@ -323,14 +372,14 @@ def _stage(parent: Path, prefix: str, files: Mapping[str, Callable[[Path], objec
 
 
 def _discard(parent: Path, prefix: str) -> None:
-    """Remove what saves left that did not come to their end."""
-    for left in parent.iterdir():
-        if left.name.startswith(prefix):
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove the folders of incomplete saves."""
+    for path in parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _settle(folder: Path) -> None:
-    """Move the files of a committed save to their places."""
+    """Move the files of a committed save to their places, if there is one."""
     committed = folder / _COMMITTED
     if not committed.is_dir():
         return
@@ -341,11 +390,13 @@ def _settle(folder: Path) -> None:
 
 
 def _path_in(folder: Path, name: str) -> Path:
+    """Return the path of a saved file, which may still be in the committed save."""
     committed = folder / _COMMITTED / name
     return committed if committed.exists() else folder / name
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry for a file: its SHA-256 and its size."""
     with path.open("rb") as file:
         return {
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
@@ -358,6 +409,7 @@ def _manifest_text(listed: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of a folder's manifest by file name, or raise a :class:`PlanError`."""
     path = _path_in(folder, MANIFEST)
     if not path.exists():
         raise PlanError(
@@ -365,23 +417,14 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             "again."
         )
     text = _read_text(path)
-    try:
-        data = json.loads(text)
-        schema, listed = (
-            data["schema"],
-            {str(name): dict(entry) for name, entry in data["files"].items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PlanError(
-            f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
-        ) from error
+    schema, listed = _parsed_manifest(path, text)
     if schema != FOLDER_SCHEMA:
         raise PlanError(
             f"{path} has schema {schema}, this version of fxprune reads {FOLDER_SCHEMA}: upgrade "
             "fxprune, or save anew."
         )
-    # The manifest has no digest of its own: it must be exactly the text that would be written for
-    # what it says.
+    # No digest covers the manifest itself. Instead, its text must be exactly what would be written
+    # for its entries.
     if text != _manifest_text(listed) or any(Path(name).name != name for name in listed):
         raise PlanError(
             f"{path} is damaged: it was changed after it was written. Save the model again."
@@ -389,7 +432,20 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return listed
 
 
+def _parsed_manifest(path: Path, text: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Return the schema and the entries in a manifest's text."""
+    try:
+        data = json.loads(text)
+        schema = data["schema"]
+        return schema, {str(name): dict(entry) for name, entry in data["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PlanError(
+            f"{path} is damaged: {type(error).__name__}: {error}. Save the model again."
+        ) from error
+
+
 def _check_file(path: Path, listed: Mapping[str, Any]) -> None:
+    """Raise a :class:`PlanError` if a file is not the one that its manifest entry describes."""
     if not path.is_file():
         raise PlanError(f"{path} is missing. Copy the folder whole, or save the model again.")
     found = _describe(path)
@@ -407,9 +463,9 @@ def _check_file(path: Path, listed: Mapping[str, Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
-        return  # Windows has no such call for folders
+        return  # Windows cannot flush a folder
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -419,6 +475,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn an ``OSError`` into an :class:`ArgumentError` that names the file or folder."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,12 @@
-"""GraphModule + plan -> smaller GraphModule.
+"""Write the smaller model: a traced graph and the surviving units become a smaller GraphModule.
 
-``survivors`` slices arrays by what is alive, ``leaves`` corrects what a module of torch.nn
-remembers about its size, ``literals`` corrects numbers that stand in the graph, ``emit`` writes
-the new graph and checks it label by label while doing so, ``containers`` sees to it that modules
-in it are found as fast as in the classes that it was traced from.
+``emit`` is the entry point. It writes the new graph node by node, and ``checks`` compares the
+labels of each new node with those of the original. ``survivors`` selects the surviving elements of
+a tensor. ``skeleton`` copies the modules, and ``leaves`` corrects the sizes that modules of
+``torch.nn`` store. ``literals`` corrects constants in the graph, ``numbers`` the numbers that the
+graph computes from sizes; ``extents`` and ``axes`` tell how a size in the smaller model follows
+from the original's. ``module`` holds the emitted GraphModule, ``containers`` speeds up how its
+code looks up modules, and ``pickled`` turns its graphs into data that can be pickled.
 """
 
 from fxprune.rewrite.emit import emit

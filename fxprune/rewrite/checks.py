@@ -1,10 +1,16 @@
-"""Whether what was emitted does what the original did: the labels are those of the survivors."""
+"""Check each emitted node: its labels must be those of the original's survivors.
+
+The emitted node runs on meta tensors that carry the labels of the original's surviving units. If
+it brings two units together, or puts them in another order than the original does, it is wrong.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,98 +33,115 @@ from fxprune.rewrite.survivors import Survivors
 from fxprune.trace import Trace
 from fxprune.trace.aliasing import Memory
 
-__all__ = ["Checked", "storage_of", "value_of"]
+__all__ = ["CheckedGraph", "storage_of", "value_of"]
 
 
 def value_of(node: fx.Node) -> Any:
-    """What a node of the original's graph gave for the example."""
+    """Return the value that a node of the original's graph has for the example."""
     return node.meta["val"]
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which memory a tensor looks at, also where it has no data."""
+    """Return a number that identifies a tensor's memory; a meta tensor has one too."""
     return tensor.untyped_storage()._cdata
 
 
 def _shrank_away(before: Array, after: Array, coupling: Coupling) -> bool:
-    """Whether a field over several dimensions has one position left along the shrinking one.
+    """Tell whether a field over several axes keeps one position along the axis that shrinks.
 
-    What is left varies along the blocks only, where it would be taken for labels of whole blocks.
+    The surviving labels then vary along the other axes only. They would be mistaken for labels of
+    whole blocks, so such a field is dropped.
     """
     return len(varied(before)) > 1 and after.shape[coupling.shrinking_dim(before)] == 1
 
 
-class Checked:
-    """A graph that is emitted node by node, each held against the original."""
+def _is_among(labels: Array, arrays: Sequence[Array]) -> bool:
+    return any(np.array_equal(labels, array) for array in arrays)
 
-    def __init__(
-        self,
-        coupling: Coupling,
-        survivors: Survivors,
-        trace: Trace,
-        root: nn.Module,
-        original: IdentityMap[Tensor, Tensor],
-        context: Context,
-        thorough: bool,
-    ) -> None:
-        self.coupling, self.survivors, self.trace, self.root, self.context = (
-            coupling,
-            survivors,
-            trace,
-            root,
-            context,
-        )
-        self.original = original  # by the id of a parameter of the smaller model: the meta copy's
-        self.thorough = thorough
-        self.prefix = trace.prefix
+
+@dataclass(eq=False)
+class CheckedGraph:
+    """A graph that is emitted node by node, with a check of each node against the original.
+
+    Parameters
+    ----------
+    coupling, survivors:
+        The analysis, and what survives of each tensor.
+    trace:
+        The graph of the original that is rewritten.
+    root:
+        The skeleton of the smaller model, or of the part that the graph belongs to.
+    original:
+        For each parameter and buffer of the smaller model, the meta copy's tensor.
+    context:
+        Labels of the smaller model's tensors; its units are those of the original.
+    thorough:
+        Whether to run and check nodes, too, that commute with removal.
+    """
+
+    coupling: Coupling
+    survivors: Survivors
+    trace: Trace
+    root: nn.Module
+    original: IdentityMap[Tensor, Tensor]
+    context: Context
+    thorough: bool
+
+    def __post_init__(self) -> None:
+        self.prefix = self.trace.prefix
         self.graph = fx.Graph()
-        self.made: dict[fx.Node, fx.Node] = {}
-        # the values of the new nodes, but for those that nobody has needed yet
-        self.env: dict[fx.Node, Any] = {}
-        # the original's result, for new nodes that need not run
+        # node of the original's graph -> node of the new graph
+        self.new_nodes: dict[fx.Node, fx.Node] = {}
+        # node of the new graph -> its value; filled lazily for nodes in `unrun`
+        self.values: dict[fx.Node, Any] = {}
+        # node of the new graph that was not run -> the original's result
         self.unrun: dict[fx.Node, Tensor] = {}
-        # for a tensor of the original what stands for it in the smaller model
-        self.stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        self.units = coupling.units[survivors.alive[coupling.units]]
-        self.checked = context.units.version
-        self.numbers = Numbers(
-            Extents(survivors, trace.meta_copy.model, self.ran), self.graph, self.made, self.env
-        )
+        # tensor of the original -> its smaller counterpart, on the meta device
+        self.counterparts: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self.modules = dict(self.root.named_modules(remove_duplicate=False))
+        self.units = self.coupling.units[self.survivors.alive[self.coupling.units]]
+        self.checked_version = self.context.units.version  # no units had met up to this version
+        extents = Extents(self.survivors, self.trace.meta_copy.model, self.ran)
+        self.numbers = Numbers(extents, self.graph, self.new_nodes, self.values)
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Who shares memory with whom in the original's graph."""
+        """The memory that nodes of the original's graph share."""
         return Memory(self.trace.graph, self.trace.meta_copy.model)
 
     def value(self, new: fx.Node) -> Any:
-        """The value of a node of the new graph; of one that was not run, a tensor with the labels
-        of the original's survivors.
-        """
-        if new not in self.env:
-            self.env[new] = self._stand_in(self.unrun[new])
-        return self.env[new]
+        """Return the value of a node of the new graph.
 
-    def _stand_in(self, old: Tensor) -> Tensor:
-        """A tensor with the labels of what is left of one of the original."""
-        if old not in self.stand_ins:
-            stand_in = self.stand_ins[old] = torch.empty(
-                self.survivors.shape(old), dtype=old.dtype, device=META
-            )
-            self.context.put(stand_in, self._left(old))
-        return self.stand_ins[old]
+        For a node that was not run, the value is a tensor that carries the labels of the
+        original's survivors.
+        """
+        if new not in self.values:
+            self.values[new] = self._counterpart(self.unrun[new])
+        return self.values[new]
+
+    def _counterpart(self, old: Tensor) -> Tensor:
+        """Return a meta tensor with the shape and the labels of what survives of a tensor."""
+        if old not in self.counterparts:
+            shape = self.survivors.shape(old)
+            smaller = self.counterparts[old] = torch.empty(shape, dtype=old.dtype, device=META)
+            self.context.put(smaller, self._surviving_fields(self._with_survivors(old)))
+        return self.counterparts[old]
 
     def call(self, node: fx.Node) -> OpCall | None:
-        """The ATen op that a node of the original is, if it is one."""
+        """Return the ATen op that a node of the original's graph calls; None if it is not one."""
         return call_of(node, self.ran(node), self.numbers.old)
 
     def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-        """The ops that a node of the original ran, with their arguments."""
+        """Return the ops that a node of the original's graph ran, with their arguments."""
         return self.coupling.context.found.ran.get(self.prefix + node.name, [])
 
-    def left_of(self, node: fx.Node) -> tuple[int, int] | None:
-        """Of how many elements that a statistic reduces to one how many are left; None if all are,
-        or if it is none.
+    def surviving_share(self, node: fx.Node) -> tuple[int, int] | None:
+        """Return which share of the elements that a node averages survives.
+
+        Returns
+        -------
+        The number of survivors and the number of all elements, with common factors removed. None
+        if all elements survive, or if the node is neither a mean nor a variance.
         """
         mask = self.survivors.mask(
             self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
@@ -128,55 +151,87 @@ class Checked:
         return None if kept == total else (kept // common, total // common)
 
     def _label(self, smaller: Any) -> None:
-        """Give what is left of a parameter the units of its elements, when it is first needed."""
+        """Label the elements of a smaller parameter with their units, when it is first used."""
         tensor = self.original.get(smaller)
         if tensor is None or not tensor.is_meta or self.context.record(smaller) is not None:
             return
         fields = []
         for labels in self.coupling.labels(tensor):
-            left = np.ascontiguousarray(
-                self.survivors.take(tensor, torch.from_numpy(np.ascontiguousarray(labels))).numpy()
-            )
-            if not _shrank_away(labels, left, self.coupling):
-                fields.append(Field(left, True))
+            kept = np.ascontiguousarray(self.survivors.take_array(tensor, labels))
+            if not _shrank_away(labels, kept, self.coupling):
+                fields.append(Field(kept, True))
         self.context.parameter(smaller, "", tuple(-1 for _ in smaller.shape), fields)
 
     def _commutes(self, node: fx.Node) -> bool:
-        """Whether a node, its arguments as they are, gives the survivors of what it gave
-        before.
+        """Tell whether a node with unchanged arguments gives the survivors of its old result.
+
+        It does if its ops treat all positions alike, and if it depends on no number that changes.
         """
-        name, seen, value = self.prefix + node.name, self.coupling.context.found, value_of(node)
-        if node.op == "get_attr" or name in seen.positional or name in seen.rescaled:
+        name, found, value = self.prefix + node.name, self.coupling.context.found, value_of(node)
+        if node.op == "get_attr" or name in found.positional or name in found.rescaled:
             return False
         if not isinstance(value, Tensor) or not value.is_meta:
             return False
         for operand in node.all_input_nodes:
-            own = value_of(operand)
-            if isinstance(own, Tensor):
-                if not own.is_meta:
+            given = value_of(operand)
+            if isinstance(given, Tensor):
+                if not given.is_meta:
                     return False
-            elif isinstance(own, (tuple, list, dict)) or self.numbers.shrunk(operand):
+            elif isinstance(given, (tuple, list, dict)) or self.numbers.is_shrunk(operand):
                 return False
         return True
 
     def _check_order(self, node: fx.Node, new: fx.Node, value: Any) -> None:
-        """Labels of units cannot tell two positions of one unit apart: where positions are laid
-        out anew, tell them one by one.
+        """Check that a node which rearranges positions keeps the order of the survivors.
 
-        Every position of every operand gets a number of its own. The emitted node must bring the
-        survivors' numbers to where the original's node brings them.
+        Labels of units cannot tell two positions of one unit apart. Therefore every position of
+        every operand gets a number of its own. The emitted node must move the survivors' numbers
+        to the places where the original's node moves them.
+
+        Raises
+        ------
+        RewriteError
+            If it does not.
         """
-        if node.op == "call_module" and any(
-            True for _ in self.modules[str(node.target)].parameters()
-        ):
-            return
-        operands = [
-            n
-            for n in node.all_input_nodes
-            if isinstance(value_of(n), Tensor) and self.survivors.fields(value_of(n))
-        ]
+        operands = self._rearranged_operands(node)
         if not operands:
             return
+        before, after = self._number_positions(operands)
+        count = before.units.count
+        result = run_node(before, self.trace.meta_copy.model, node, value_of)
+        emitted = run_node(after, self.root, new, self.value)
+        for numbered, old, smaller in zip(
+            tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True
+        ):
+            if not isinstance(old, Tensor):
+                continue
+            found = []
+            for field in after.fields(smaller):
+                labels = np.where(field.labels < count, field.labels, 0)
+                found.append(before.units.find(labels))
+            for field in before.fields(numbered):
+                kept = self.survivors.take_array(old, field.labels)
+                wanted = compact(before.units.find(kept))
+                wanted = np.where(wanted < count, wanted, 0)
+                # labels that this run made, for an axis that is repeated, say nothing
+                if wanted.size > 1 and wanted.any() and not _is_among(wanted, found):
+                    raise self._mixed(node)
+
+    def _rearranged_operands(self, node: fx.Node) -> list[fx.Node]:
+        """Return the operands that lose elements; none for a module with parameters."""
+        if node.op == "call_module" and [*self.modules[str(node.target)].parameters()]:
+            return []
+        tensors = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
+        return [n for n in tensors if self.survivors.fields(value_of(n))]
+
+    def _number_positions(self, operands: Sequence[fx.Node]) -> tuple[Context, Context]:
+        """Give every position of every operand a number of its own.
+
+        Returns
+        -------
+        A context in which the original's operands are labelled with the numbers, and one in which
+        the smaller model's operands are labelled with the numbers of the survivors.
+        """
         before, after = Context(), Context()
         before.units.pinning = after.units.pinning = False
         numbered: dict[fx.Node, list[Array]] = {}
@@ -187,53 +242,43 @@ class Checked:
         after.units.fresh(before.units.count - 1, -1)
         for operand, arrays in numbered.items():
             old = value_of(operand)
-            taken = [
-                compact(self.survivors.take(old, torch.from_numpy(a)).numpy()) for a in arrays
-            ]
-            after.put(
-                self.value(self.made[operand]),
-                [Field(np.ascontiguousarray(a), True) for a in taken if a.size > 1],
-            )
-        count = before.units.count
-        result = run_node(before, self.trace.meta_copy.model, node, value_of)
-        emitted = run_node(after, self.root, new, self.value)
-        for own, old, now in zip(
-            tree_leaves(result), tree_leaves(value), tree_leaves(emitted), strict=True
-        ):
-            if not isinstance(old, Tensor):
-                continue
-            found = [
-                before.units.find(np.where(f.labels < count, f.labels, 0))
-                for f in after.fields(now)
-            ]
-            for f in before.fields(own):
-                left = self.survivors.take(
-                    old, torch.from_numpy(np.ascontiguousarray(f.labels))
-                ).numpy()
-                wanted = compact(before.units.find(left))
-                wanted = np.where(wanted < count, wanted, 0)
-                # labels that were made here, by a dimension that is repeated, say nothing
-                if wanted.size == 1 or not wanted.any():
-                    continue
-                if not any(g.shape == wanted.shape and np.array_equal(g, wanted) for g in found):
-                    raise self._mixed(node)
+            kept = [compact(self.survivors.take_array(old, array)) for array in arrays]
+            fields = [Field(np.ascontiguousarray(a), True) for a in kept if a.size > 1]
+            after.put(self.value(self.new_nodes[operand]), fields)
+        return before, after
 
     def _rescale(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        """A mean over fewer elements keeps the original's divisor: the removed ones were zeros."""
-        left = self.left_of(node)
-        # they count what is gone by themselves
-        if left is None or counts_removed(new.target):
+        """Scale a mean so that it keeps the original's divisor.
+
+        The removed elements are zeros in the masked original, and still count there. Variances
+        whose function counts removed elements itself are returned as they are.
+
+        Raises
+        ------
+        RewriteError
+            If the mean is taken inside a larger op.
+        """
+        share = self.surviving_share(node)
+        # these functions count the removed elements themselves
+        if share is None or counts_removed(new.target):
             return new
         call = self.call(node)
         if call is None or call.name != "mean":
             raise RewriteError(
                 f"node {node.name!r} ({node.target}) averages inside a larger operation", node.name
             )
-        scaled = self.graph.call_function(operator.mul, (new, left[0] / left[1]))
-        self.env[scaled] = run_node(self.context, self.root, scaled, self.value)
+        scaled = self.graph.call_function(operator.mul, (new, share[0] / share[1]))
+        self.values[scaled] = run_node(self.context, self.root, scaled, self.value)
         return scaled
 
     def _check(self, node: fx.Node, old: Any, new: Any) -> None:
+        """Check shapes and labels of the value of an emitted node.
+
+        Raises
+        ------
+        RewriteError
+            If a shape is not the one that the labels say, or if units meet that were separate.
+        """
         pairs = (
             [(old, new)]
             if isinstance(old, Tensor)
@@ -250,8 +295,8 @@ class Checked:
                         "whole.",
                         node.name,
                     )
-        if self.context.units.version != self.checked:
-            self.checked = self.context.units.version
+        if self.context.units.version != self.checked_version:
+            self.checked_version = self.context.units.version
             if not np.array_equal(self.context.units.find(self.units), self.units):
                 raise self._mixed(node)
         if node.op != "get_attr":
@@ -260,50 +305,41 @@ class Checked:
                     self._compare(node, before, after)
 
     def _compare(self, node: fx.Node, old: Tensor, new: Tensor) -> None:
-        """The labels that the emitted node gives must be those of the original's survivors, in the
-        same order.
+        """Check that the labels of a tensor are those of the original's survivors, in order.
 
-        The next node then starts from these: a channel axis that shrank to size 1 has no labels of
-        its own any more.
+        Then replace them by the original's. The next node starts from these, because the run loses
+        the labels of a channel axis that shrank to size 1.
         """
         found = self.context.fields(new)
         if not self.coupling.labels(old) and not found:
             return
-        left = self._taken(old)
-        for g in found:
-            # Labels made in this run (padding, expanded dimensions) stand for those that the
-            # original's run made here.
-            right = (g.labels == 0) | (g.labels >= self.coupling.context.units.count)
-            for _, labels in left:
-                right = right | (g.labels == labels)
-            if left and not right.all():
+        wanted = self._with_survivors(old)
+        for field in found:
+            # This run makes new labels for padding and expanded axes, as the original's run did
+            # at the same places: they are accepted.
+            is_new = field.labels >= self.coupling.context.units.count
+            is_right = (field.labels == 0) | is_new
+            for _, labels in wanted:
+                is_right = is_right | (field.labels == labels)
+            if wanted and not is_right.all():
                 raise self._mixed(node)
-        self.context.put(new, self._left(old, left))
+        self.context.put(new, self._surviving_fields(wanted))
 
-    def _taken(self, old: Tensor) -> list[tuple[Field, Array]]:
-        """Each field of a tensor of the original, and its labels at the survivors."""
+    def _with_survivors(self, old: Tensor) -> list[tuple[Field, Array]]:
+        """Return each field of a tensor of the original with its labels at the survivors."""
         fields = self.coupling.context.fields(old)
-        return [
-            (
-                f,
-                compact(
-                    self.survivors.take(
-                        old, torch.from_numpy(np.ascontiguousarray(f.labels))
-                    ).numpy()
-                ),
-            )
-            for f in fields
-        ]
+        return [(f, compact(self.survivors.take_array(old, f.labels))) for f in fields]
 
-    def _left(self, old: Tensor, taken: list[tuple[Field, Array]] | None = None) -> list[Field]:
-        """The fields of what is left of a tensor of the original."""
-        return [
-            Field(labels, f.zero)
-            for f, labels in (self._taken(old) if taken is None else taken)
-            if labels.size > 1 and not _shrank_away(f.labels, labels, self.coupling)
-        ]
+    def _surviving_fields(self, fields: list[tuple[Field, Array]]) -> list[Field]:
+        """Return the fields of a smaller tensor, from those of :meth:`_with_survivors`."""
+        surviving = []
+        for field, labels in fields:
+            if labels.size > 1 and not _shrank_away(field.labels, labels, self.coupling):
+                surviving.append(Field(labels, field.zero))
+        return surviving
 
     def _mixed(self, node: fx.Node) -> RewriteError:
+        """Return the error for a node that brings channels together that were separate."""
         return RewriteError(
             f"node {node.name!r} ({node.target}) brings channels together that were apart in the "
             "original. Pass the module's name in keep= to leave it whole.",

@@ -1,9 +1,10 @@
-"""Each container of modules is looked up once per call.
+"""Code of a graph that looks up each container of modules once per call.
 
-``self.features.denseblock1.denselayer1.norm1`` asks four modules for a member, in Python, each
-time about as long as a small activation takes; nested classes ask one. So that an emitted graph is
-no slower than what it was traced from, its code names a container where it is first needed:
-``in_features = self.features``, then ``in_features.norm0(x)``.
+``self.features.denseblock1.denselayer1.norm1`` looks up four attributes of modules. Each look-up
+runs Python code, which takes about as long as a small activation. The classes that a graph was
+traced from need one look-up per call of a module. To be as fast as they are, the code of a graph
+stores a container in a variable before its first use: ``in_features = self.features``, then
+``in_features.norm0(x)``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["containers_named"]
 
 
 def containers_named(graph: fx.Graph) -> AbstractContextManager[None]:
-    """While this context lasts, the code that the graph generates asks for each container once.
+    """Make the graph generate code that looks up each container once, within this context.
 
     Examples
     --------
@@ -34,42 +35,47 @@ def containers_named(graph: fx.Graph) -> AbstractContextManager[None]:
 
 
 def _named_lines(graph: fx.Graph, body: list[str]) -> list[str]:
-    """Lines of code, one at least for each node in order; a line that does not look as torch
-    writes it stays as it is.
+    """Return the lines of a graph's code with containers stored in variables.
+
+    Each node has at least one line, in the order of the graph. A line that does not have the form
+    in which torch writes it stays as it is.
     """
     taken = {name for node in graph.nodes for name in (node.name, str(node.target))}
-    names = {"": "self"}  # container -> what the code calls it
-    asking = [node for node in graph.nodes if node.op in ("call_module", "get_attr")][::-1]
+    names = {"": "self"}  # path of a container -> its variable
+    pending = [node for node in graph.nodes if node.op in ("call_module", "get_attr")][::-1]
     out = []
     for line in body:
-        if asking and line.startswith(asking[-1].name):
-            path, calls = str(asking[-1].target), asking[-1].op == "call_module"
-            start, found, rest = line.partition(f" = {_member('self', path)}" + "(" * calls)
-            if found and (calls or not rest):
-                asking.pop()
-                container, _, own = path.rpartition(".")
-                out += _found(container, names, taken)
-                line = f"{start} = {_member(names[container], own)}" + "(" * calls + rest
+        if pending and line.startswith(pending[-1].name):
+            path, is_call = str(pending[-1].target), pending[-1].op == "call_module"
+            start, found, rest = line.partition(f" = {_member('self', path)}" + "(" * is_call)
+            if found and (is_call or not rest):
+                pending.pop()
+                container, _, member = path.rpartition(".")
+                out += _storing_lines(container, names, taken)
+                line = f"{start} = {_member(names[container], member)}" + "(" * is_call + rest
         out.append(line)
     return out
 
 
-def _found(container: str, names: dict[str, str], taken: set[str]) -> list[str]:
-    """What gives a container a name, and those that hold it, where they have none yet."""
+def _storing_lines(container: str, names: dict[str, str], taken: set[str]) -> list[str]:
+    """Return the lines that store a container, and those around it, if not stored yet.
+
+    Adds to ``names``, the variable of each stored container, and to ``taken``, the names in use.
+    """
     if container in names:
         return []
-    outer, _, own = container.rpartition(".")
-    lines = _found(outer, names, taken)
+    outer, _, member = container.rpartition(".")
+    lines = _storing_lines(outer, names, taken)
     name = "in_" + re.sub(r"\W", "_", container)
     while name in taken:
         name += "_"
     taken.add(name)
     names[container] = name
-    return [*lines, f"{name} = {_member(names[outer], own)}\n"]
+    return [*lines, f"{name} = {_member(names[outer], member)}\n"]
 
 
 def _member(base: str, path: str) -> str:
-    """The expression for a member, as torch.fx writes it."""
+    """Return the expression for a member of ``base``, as torch.fx writes it."""
     for part in path.split("."):
         base = f"{base}.{part}" if part.isidentifier() else f'getattr({base}, "{part}")'
     return base

@@ -1,10 +1,9 @@
-"""How the size of an axis in the smaller model follows from its size in the original, for inputs
-of any size.
+"""How the size of an axis in the smaller model follows from the original's, for any input size.
 
-The labelled run knows both sizes for the example. For other inputs they follow only where the
-structure says so: a layer's width is a constant, a width laid out with a resolution is always the
-same share of the original's. What is not known here is ``UNKNOWN``, and whoever asks has to hold
-the graph to the example's size.
+The labelled run knows both sizes for the example only. For other inputs they follow from the
+structure of the graph: the width of a layer is a constant, and a width that is flattened with a
+resolution is always the same share of the original's. Where nothing follows, the extent is
+``UNKNOWN``, and the caller has to hold the graph to the example's size.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ Ran: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class Extents:
-    """Answers for the nodes of a traced graph.
+    """What is known of the axes of a traced graph's tensors.
 
     Parameters
     ----------
     survivors:
-        What is left of each tensor for the example.
+        What survives of each tensor, for the example.
     root:
         The module of the traced graph.
     ran:
-        Gives the ops that a node ran.
+        Returns the ops that a node ran, with their arguments.
     """
 
     def __init__(
@@ -52,36 +51,44 @@ class Extents:
         self._known: dict[tuple[fx.Node, int], Extent] = {}
 
     def of(self, node: fx.Node, axis: int) -> Extent:
-        """What is known of one axis of a tensor; ``axis`` is not negative."""
+        """Return what is known of one axis of a node's tensor; ``axis`` is not negative."""
         key = node, axis
         if key not in self._known:
-            self._known[key] = Extent.UNKNOWN  # while it is looked for
+            self._known[key] = Extent.UNKNOWN  # ends a recursion that comes back to this axis
             found = self._find(node, axis) or self._carried(node, axis)
             value = node.meta["val"]
             if found is Extent.UNKNOWN and self.survivors.shape(value)[axis] == value.shape[axis]:
-                found = Extent.SHARE  # all of it
+                found = Extent.SHARE  # the share is 1
             self._known[key] = found
         return self._known[key]
 
     def known(self, node: fx.Node, axis: int) -> bool:
-        """Whether anything is known of an axis."""
+        """Tell whether anything is known of an axis."""
         return self.of(node, axis) is not Extent.UNKNOWN
 
     def fixed(self, node: fx.Node, axis: int) -> bool:
-        """Whether an axis is the same for every input."""
+        """Tell whether an axis has the same size for every input."""
         return self.of(node, axis) is Extent.FIXED
 
-    def counted(self, held: Any) -> tuple[fx.Node, int] | None:
-        """The tensor and the axis that are cut, where ``held`` says how many parts that gives;
-        None for anything else.
+    def cut_axis(self, condition: Any) -> tuple[fx.Node, int] | None:
+        """Return the tensor and the axis that are cut, if a condition compares the part count.
+
+        Parameters
+        ----------
+        condition:
+            The condition of an assertion, such as ``len(x.chunk(3)) == 3``.
+
+        Returns
+        -------
+        ``(x, 0)`` for this example; None for any other condition.
         """
         if (
-            not isinstance(held, fx.Node)
-            or held.target is not operator.eq
-            or not isinstance(held.args[0], fx.Node)
+            not isinstance(condition, fx.Node)
+            or condition.target is not operator.eq
+            or not isinstance(condition.args[0], fx.Node)
         ):
             return None
-        count = held.args[0]
+        count = condition.args[0]
         source = count.args[0] if count.target is len else None
         first = (
             first_operand(source)
@@ -94,19 +101,20 @@ class Extents:
         dim = argument(cast(fx.Node, source), 1 if name == "unbind" else 2, "dim", 0)
         return (first, _cut_dim(name, first, dim)) if isinstance(dim, int) else None
 
-    def constant(self, number: Any) -> bool:
-        """Whether a number is the same for every input."""
+    def is_constant(self, number: Any) -> bool:
+        """Tell whether a number, or each number of a list, is the same for every input."""
         if not isinstance(number, fx.Node):
-            return not isinstance(number, (tuple, list)) or all(map(self.constant, number))
+            return not isinstance(number, (tuple, list)) or all(map(self.is_constant, number))
         read = axes_read(number)
         if read is not None:
             return all(self.fixed(read[0], axis) for axis in read[1])
         inputs = number.all_input_nodes
-        return bool(inputs) and all(
-            not holds_tensors(n.meta["val"]) and self.constant(n) for n in inputs
-        )
+        if not inputs or any(holds_tensors(n.meta["val"]) for n in inputs):
+            return False
+        return all(map(self.is_constant, inputs))
 
     def _find(self, node: fx.Node, axis: int) -> Extent:
+        """Derive the extent of an axis from the op that the node calls."""
         if node.op == "get_attr":
             return Extent.FIXED
         value = node.meta["val"]
@@ -127,8 +135,10 @@ class Extents:
         return of_operands(self, node, axis) if pointwise else Extent.UNKNOWN
 
     def _axes(self, node: fx.Node) -> Axes | None:
-        """How the axes of a call's result follow from those of its operands: as the op of its name
-        says, or the one that it runs, if no argument matters.
+        """Return how the axes of a call's result follow from those of its operands.
+
+        The op of the call's name decides. If there is none, the op that ran decides, provided that
+        the answer does not depend on the names of the call's arguments. None if unknown.
         """
         if node.op != "call_module" and (named := known(name_of(node)).axes) in RULES:
             return named
@@ -142,22 +152,24 @@ class Extents:
         return Axes.SAME if all(map(_keeps_axes, ran)) else None
 
     def channel_of(self, node: fx.Node) -> int:
-        """The axis of the channels that a convolution gives."""
+        """Return the channel axis of a convolution's result."""
         func, args, kwargs = self.ran(node)[-1]
         positions: int = bind(func, args, kwargs)["weight"].dim() - 2
         return int(node.meta["val"].dim()) - positions - 1
 
     def positions_of(self, node: fx.Node) -> int:
-        """How many axes of positions a pooling goes over."""
+        """Return the number of spatial axes of a pooling."""
         return spatial_rank(self.ran(node)[-1][0])
 
     def _carried(self, node: fx.Node, axis: int) -> Extent:
-        """An axis that holds, one by one, the units of an operand's axis, or of a parameter's: it
+        """Derive the extent of an axis from its labels, whatever op the node calls.
+
+        An axis that holds the same units in the same order as an axis of an operand or parameter
         is that axis.
 
-        Where numbers of the graph are among the arguments, it may be the part of it that is all
-        for the example. Where an axis of size 1 may be larger for another input, the two may be
-        laid out as one.
+        There are two exceptions, for which nothing is known. If the arguments contain numbers that
+        the graph computes, the axis may be a slice that is the whole axis for the example only. If
+        an axis has size 1 but may be larger for another input, it may be flattened with this one.
         """
         row, operands = self._units(node.meta["val"], axis), node.all_input_nodes
         if (
@@ -166,30 +178,34 @@ class Extents:
             or not all(isinstance(operand.meta["val"], Tensor) for operand in operands)
         ):
             return Extent.UNKNOWN
-        if not all(self.nothing_hidden(operand, operand.meta["val"]) for operand in operands):
+        if not all(self.has_no_hidden_axis(operand, operand.meta["val"]) for operand in operands):
             return Extent.UNKNOWN
         if node.op == "call_module":
-            own = self.root.get_submodule(str(node.target)).parameters()
-            if any(self._is_row(row, tensor, d) for tensor in own for d in range(tensor.dim())):
+            weights = self.root.get_submodule(str(node.target)).parameters()
+            if any(self._is_row(row, w, d) for w in weights for d in range(w.dim())):
                 return Extent.FIXED
         axes = ((operand, d) for operand in operands for d in range(operand.meta["val"].dim()))
-        found = (self.of(own, d) for own, d in axes if self._is_row(row, own.meta["val"], d))
-        return max(found, default=Extent.UNKNOWN)
+        same = (self.of(n, d) for n, d in axes if self._is_row(row, n.meta["val"], d))
+        return max(same, default=Extent.UNKNOWN)
 
     def _is_row(self, row: Array, tensor: Tensor, axis: int) -> bool:
+        """Tell whether an axis of a tensor holds these units, one at each position, in order."""
         return tensor.shape[axis] == len(row) and np.array_equal(self._units(tensor, axis), row)
 
     def _units(self, tensor: Any, axis: int) -> Array | None:
-        """The units along an axis, where each position is one of its own."""
-        rows = (
-            own.reshape(-1)
-            for own, dim, _ in self.survivors.fields(tensor)
-            if dim == axis and own.size == own.shape[axis]
-        )
-        return next((row for row in rows if row.all() and len(np.unique(row)) == len(row)), None)
+        """Return the units along an axis, shape (size,), if each position is a unit of its own."""
+        for labels, dim, _ in self.survivors.fields(tensor):
+            if dim == axis and labels.size == labels.shape[axis]:
+                row = labels.reshape(-1)
+                if row.all() and len(np.unique(row)) == len(row):
+                    return row
+        return None
 
     def _of_part(self, source: fx.Node, value: Tensor, axis: int) -> Extent:
-        """An axis of one of several results: of ``split`` and its kind."""
+        """Return the extent of an axis of one piece that ``split`` or a similar op gives.
+
+        ``source`` is the node of the op, ``value`` the piece.
+        """
         name, first = name_of(source), first_operand(source)
         if known(name).axes is not Axes.CUT or first is None:
             return Extent.UNKNOWN
@@ -200,16 +216,19 @@ class Extents:
         along = axis == _cut_dim(name, first, dim)
         return found if not along or found is Extent.FIXED else Extent.UNKNOWN
 
-    def nothing_hidden(self, node: fx.Node, value: Tensor) -> bool:
+    def has_no_hidden_axis(self, node: fx.Node, value: Tensor) -> bool:
+        """Tell whether no axis of size 1 can have another size for another input."""
         return all(size > 1 or self.fixed(node, d) for d, size in enumerate(value.shape))
 
     def even(self, tensor: Tensor, axis: int) -> bool:
-        """Whether every position of an axis may go, and each unit lies on as many: what is left is
-        one share of all.
+        """Tell whether the survivors of an axis are always the same share of its positions.
+
+        They are if each position belongs to a unit, and all units lie on equally many positions.
         """
-        labels = [own for own, dim, _ in self.survivors.fields(tensor) if dim == axis]
-        for own in labels:
-            rows = own.swapaxes(axis, -1).reshape(-1, own.shape[axis])
+        for labels, dim, _ in self.survivors.fields(tensor):
+            if dim != axis:
+                continue
+            rows = labels.swapaxes(axis, -1).reshape(-1, labels.shape[axis])
             if (rows == 0).any():
                 return False
             for row in rows:
@@ -219,75 +238,89 @@ class Extents:
         return True
 
     def _indexed(self, node: fx.Node, axis: int) -> Extent:
-        """``x[0]``, ``x[:, None]``: the axes that are taken whole."""
+        """Return the extent of an axis of an indexed tensor, such as ``x[0]`` or ``x[:, None]``.
+
+        An axis that is taken whole keeps its extent. A constant slice keeps a fixed one.
+        """
         first, index = node.args[0], node.args[1]
         if not isinstance(first, fx.Node) or not isinstance(first.meta["val"], Tensor):
             return Extent.UNKNOWN
         parts = list(index) if isinstance(index, (tuple, list)) else [index]
-        known = all(
-            p is None
-            or p is Ellipsis
-            or type(p) is int
-            or (isinstance(p, slice) and self._constant_slice(p))
-            for p in parts
-        )
-        if not known:
+        if not all(map(self._is_constant_index, parts)):
             return Extent.UNKNOWN
-        rank = first.meta["val"].dim()
-        used = sum(1 for p in parts if p is not None and p is not Ellipsis)
-        if Ellipsis not in parts:
-            parts.append(Ellipsis)
-        dims: list[int | None] = []  # for each axis of the result the one that it is, or a part of
-        parted = set()
-        own = 0
-        for part in parts:
-            if part is None:
-                dims.append(None)
-            elif part is Ellipsis:
-                dims += range(own, own + rank - used)
-                own += rank - used
-            else:
-                if isinstance(part, slice):
-                    parted |= {own} - ({own} if part == slice(None) else set())
-                    dims.append(own)
-                own += 1
-        source = dims[axis]
+        source, is_cut = _indexed_axes(parts, first.meta["val"].dim())[axis]
         if source is None:
             return Extent.UNKNOWN
         found = self.of(first, source)
-        return found if source not in parted or found is Extent.FIXED else Extent.UNKNOWN
+        return found if not is_cut or found is Extent.FIXED else Extent.UNKNOWN
 
-    def _constant_slice(self, part: slice) -> bool:
-        return all(
-            bound is None or self.constant(bound) for bound in (part.start, part.stop, part.step)
-        )
+    def _is_constant_index(self, part: Any) -> bool:
+        """Tell whether an entry of an index is the same for every input, and no tensor."""
+        if isinstance(part, slice):
+            bounds = (part.start, part.stop, part.step)
+            return all(bound is None or self.is_constant(bound) for bound in bounds)
+        return part is None or part is Ellipsis or type(part) is int
+
+
+def _indexed_axes(parts: Sequence[Any], rank: int) -> list[tuple[int | None, bool]]:
+    """Return the axis of a tensor that each axis of ``x[parts]`` is, and whether a slice cuts it.
+
+    The axis is None for a new one.
+
+    >>> _indexed_axes([0, None, slice(3)], rank=3)
+    [(None, False), (1, True), (2, False)]
+    """
+    used = sum(1 for part in parts if part is not None and part is not Ellipsis)
+    whole = parts if Ellipsis in parts else [*parts, Ellipsis]
+    axes: list[tuple[int | None, bool]] = []
+    axis = 0
+    for part in whole:
+        if part is None:
+            axes.append((None, False))
+        elif part is Ellipsis:
+            axes += [(d, False) for d in range(axis, axis + rank - used)]
+            axis += rank - used
+        else:
+            if isinstance(part, slice):
+                axes.append((axis, part != slice(None)))
+            axis += 1
+    return axes
 
 
 _OF_FUNCTIONS = frozenset({Axes.SAME, Axes.PERMUTED, Axes.POOLED, Axes.RESAMPLED})
-"""What follows whatever the arguments of a function are called."""
+"""Rules that need no argument of a function by its name."""
 _OF_MODULES = _OF_FUNCTIONS | {Axes.LAYER, Axes.CONVOLVED, Axes.RESHAPED}
 
 
 def _row_of(ran: Ran) -> Op | None:
+    """Return the row of the table of ops for an op that ran."""
     return own_row(ran[0]) or find(ran[0])
 
 
 def _keeps_axes(ran: Ran) -> bool:
-    """Whether an op computes element by element, broadcast included, or takes statistics."""
-    own = _row_of(ran)
-    if own is None or own.macs is not None:
+    """Tell whether an op leaves axes as they are: elementwise ops, broadcasts, statistics."""
+    op = _row_of(ran)
+    if op is None or op.macs is not None:
         return False
     grows = has(name_of_op(ran[0]), Trait.GROWS)
-    return own.kind in (Kind.COMPUTES, Kind.CREATES) or own.axes is Axes.SAME or grows
+    return op.kind in (Kind.COMPUTES, Kind.CREATES) or op.axes is Axes.SAME or grows
 
 
 def _cut_dim(name: str, tensor: fx.Node, dim: int) -> int:
+    """Return the axis along which ``split`` or a similar op cuts a tensor."""
     return split_dim(name, {"self": tensor.meta["val"], "dim": dim})
 
 
 def axes_read(number: fx.Node) -> tuple[fx.Node, Sequence[int]] | None:
-    """The tensor of which a number is a size, or a product of sizes, and the axes; None for any
-    other number.
+    """Return the tensor and the axes whose sizes a number is: one size, or a product of sizes.
+
+    None for any other number.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> x.meta["val"] = torch.zeros(2, 3)
+    >>> axes_read(graph.call_method("size", (x, -1)))
+    (x, [1])
     """
     if number.op not in ("call_function", "call_method") or not number.args:
         return None

@@ -1,8 +1,8 @@
-"""Numbers in the graph that were true for the original's sizes, corrected from the labels of the
-node that they feed.
+"""Correct the arguments of calls that are right for the original's sizes only.
 
-Each corrector belongs to an ATen op, however it is spelled (:mod:`fxprune.ops.calls`), not to
-a model: it stands in the op's row (:mod:`fxprune.ops.literals`).
+The new arguments follow from the labels of the call's operands and result. There is one corrector
+for each ATen op that needs one, however a model calls it (:mod:`fxprune.ops.calls`). The op's row
+in the table holds it (:mod:`fxprune.ops.literals`).
 """
 
 from __future__ import annotations
@@ -24,35 +24,44 @@ __all__ = ["correct"]
 
 
 def correct(
-    numbers: Numbers, node: fx.Node, call: OpCall | None, left: tuple[int, int] | None
+    numbers: Numbers, node: fx.Node, call: OpCall | None, share: tuple[int, int] | None
 ) -> NewCall:
-    """The arguments of a node, right for the smaller model; nodes of the original's graph stay
-    where nothing is to be corrected.
+    """Return the call that a node makes in the smaller model.
 
     Parameters
     ----------
+    numbers:
+        The numbers of the graph that is written.
+    node:
+        A node of the original's graph.
     call:
-        The ATen op that the node is, if it is one.
-    left:
-        Of how many elements that a statistic reduces to one how many are left; None if all are, or
-        if it is none.
+        The ATen op that the node calls, if it is one.
+    share:
+        How many of how many elements survive for a statistic, with common factors removed. None if
+        all survive, or if the node is no statistic.
+
+    Returns
+    -------
+    Target, positional and keyword arguments. Arguments that need no correction stay nodes of the
+    original's graph.
     """
     if name_of(node) in ("getitem", "setitem"):
         return _item(numbers, node)
-    if left is not None and counts_removed(node.target):
-        return _fewer_left(node, left)
+    if share is not None and counts_removed(node.target):
+        return _counting_again(node, share)
     if call is None:
         return node.target, node.args, node.kwargs
-    own = known(call.name)
-    if left is not None and own.counting is not None:
-        return _counting(own.counting, call, left)
-    if own.corrects is None:
+    op = known(call.name)
+    if share is not None and op.counting is not None:
+        return _counting(op.counting, call, share)
+    if op.corrects is None:
         return node.target, node.args, node.kwargs
-    change = own.corrects(numbers, call, node.meta["val"])
+    change = op.corrects(numbers, call, node.meta["val"])
     return change if isinstance(change, tuple) else call.with_(change)
 
 
 def _item(numbers: Numbers, node: fx.Node) -> NewCall:
+    """Correct the index of ``x[index]`` or ``x[index] = value``."""
     x: Any = node.args[0]
     given, tensor = node.args[1], numbers.old(x)
     if not isinstance(tensor, Tensor):
@@ -75,18 +84,21 @@ def _item(numbers: Numbers, node: fx.Node) -> NewCall:
     return node.target, (x, packed, *node.args[2:]), node.kwargs
 
 
-def _counting(function: Callable[..., Any], call: OpCall, left: tuple[int, int]) -> NewCall:
-    """A variance that counts the zeros that were removed."""
+def _counting(function: Callable[..., Any], call: OpCall, share: tuple[int, int]) -> NewCall:
+    """Replace a variance or standard deviation by one that counts the removed zeros.
+
+    ``function`` is the one of :mod:`fxprune.moments`.
+    """
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
     return (
         function,
-        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *left),
+        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *share),
         {},
     )
 
 
-def _fewer_left(node: fx.Node, left: tuple[int, int]) -> NewCall:
-    """A statistic that was corrected before: of what was left then, less is left now."""
+def _counting_again(node: fx.Node, share: tuple[int, int]) -> NewCall:
+    """Correct a statistic of :mod:`fxprune.moments` again, for a model that was pruned before."""
     values: tuple[Any, ...] = node.args
     *rest, kept, total = values
-    return node.target, (*rest, kept * left[0], total * left[1]), node.kwargs
+    return node.target, (*rest, kept * share[0], total * share[1]), node.kwargs

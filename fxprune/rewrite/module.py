@@ -1,6 +1,4 @@
-"""The emitted model: an ordinary GraphModule that also keeps what its graph does not call, and
-both modes of control flow.
-"""
+"""The emitted model: a GraphModule with all modules of the original and a graph for each mode."""
 
 from __future__ import annotations
 
@@ -19,23 +17,37 @@ from fxprune.trace.copying import copied
 
 __all__ = ["PrunedModule"]
 
-_NAME = "class name"  # no attribute can be called so
+_NAME = "class name"  # key that cannot be the name of an attribute, because of its space
 _MODES = "_own_modes"
 _MODULE_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors that are plain attributes: torch.fx would make buffers of them."""
+    """Return the tensors that are plain attributes of a module.
+
+    torch.fx would turn them into buffers.
+    """
     return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 class PrunedModule(fx.GraphModule):
     """A GraphModule with the whole module tree of the original.
 
-    ``torch.fx.GraphModule`` takes over only what its graph calls, so parameters that no operation
-    uses would be missing from the state dict. And a graph has one path: a model that branches on
-    ``self.training`` (an auxiliary head) has a second one, the ``training_graph``, which runs in
-    training mode.
+    It differs from ``torch.fx.GraphModule`` in two ways. That class keeps only the modules that
+    its graph calls, so the state dict would lack parameters that no operation uses. And a graph
+    has no branches: a model that branches on ``self.training`` (for an auxiliary head) gets a
+    second graph, the ``training_graph``, which runs in training mode.
+
+    Parameters
+    ----------
+    root:
+        The module whose parameters, buffers, children and mode the new one shares.
+    graph:
+        The graph to run; in evaluation mode only, if there is a ``training_graph``.
+    class_name:
+        The name of the new class.
+    training_graph:
+        The graph to run in training mode, if it is another one.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations, and does not know this one
@@ -49,7 +61,7 @@ class PrunedModule(fx.GraphModule):
         training_graph: fx.Graph | None = None,
     ) -> None:
         self.__dict__["training_graph"] = None
-        # it would copy what the graph calls, one by one
+        # with an empty root and graph, because it would copy each module that the graph calls
         super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
         for store in _MODULE_STORES:
             self.__dict__[store] = root.__dict__[store]
@@ -58,47 +70,54 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = training_graph
         self.graph = graph  # compiles it
 
-    def behaving_like(self, original: nn.Module) -> PrunedModule:
-        """Take over class and attributes of the module in the place of which this one stands:
-        Python code calls its methods.
+    def copy_behaviour_of(self, original: nn.Module) -> None:
+        """Copy the class and the attributes of the module that this one replaces.
+
+        Python code that is not traced calls methods of that module.
         """
         self.__dict__.update(
-            {name: value for name, value in vars(original).items() if self._takes(name)}
+            {name: value for name, value in vars(original).items() if self._is_copied(name)}
         )
         self._inherit(getattr(type(original), "_original_class", type(original)))
-        return self
 
-    def holding_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> PrunedModule:
-        """Give the modules below these modes, by their names, whenever :meth:`train` puts this one
-        into the mode of the key.
+    def hold_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> None:
+        """Make :meth:`train` leave some modules below in a mode of their own.
+
+        Parameters
+        ----------
+        modes:
+            Mode of this module -> name of a module below -> mode of that module.
         """
         if any(modes.values()):
             self.__dict__[_MODES] = modes
-        return self
 
     def train(self, mode: bool = True) -> PrunedModule:
-        """As in every module; those that the original's ``train()`` leaves in a mode of their own
-        have it here as well.
+        """Set the mode of this module and of those below.
+
+        Modules that the original's ``train()`` leaves in a mode of their own get that mode here,
+        too.
         """
         super().train(mode)
-        own = self.__dict__.get(_MODES, {}).get(mode)
-        for path, module in self.named_modules() if own else ():
-            module.training = own.get(path, module.training)
+        modes = self.__dict__.get(_MODES, {}).get(mode)
+        for path, module in self.named_modules() if modes else ():
+            module.training = modes.get(path, module.training)
         return self
 
-    def _takes(self, name: str) -> bool:
-        """Whether an attribute of another module can be this one's: hooks, and what a GraphModule
-        has no attribute for.
-        """
+    def _is_copied(self, name: str) -> bool:
+        """Tell whether to copy an attribute of another module: hooks, and what is not set here."""
         return name not in self.__dict__ or "_hooks" in name
 
     def _inherit(self, kind: type) -> None:
-        # After construction: GraphModule's __init__ would call that of the other class. Its own
-        # way of calling comes along, or recompile() would make a second one, around the first,
-        # which calls the second.
-        own = type(self)
-        members = {"_original_class": kind, "_wrapped_call": vars(own)["_wrapped_call"]}
-        self.__class__ = type(own.__name__, (own, kind), members)
+        """Make ``kind`` a base class of this object's class.
+
+        This happens after construction, because GraphModule's ``__init__`` would call that of
+        ``kind``.
+        """
+        # Copy _wrapped_call: recompile() would make a second one around the first, and the two
+        # would call each other without end.
+        graph_class = type(self)
+        members = {"_original_class": kind, "_wrapped_call": vars(graph_class)["_wrapped_call"]}
+        self.__class__ = type(graph_class.__name__, (graph_class, kind), members)
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
@@ -110,16 +129,7 @@ class PrunedModule(fx.GraphModule):
             evaluation = kind.forward
             with containers_named(training_graph), blocks(training_graph):
                 training = type(fx.GraphModule(self, training_graph)).forward
-
-            @functools.wraps(evaluation)
-            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return (
-                    training(self, *args, **kwargs)
-                    if self.training
-                    else evaluation(self, *args, **kwargs)
-                )
-
-            kind.forward = forward
+            kind.forward = _forward_by_mode(evaluation, training)
         return code
 
     def _rebuild(
@@ -129,12 +139,19 @@ class PrunedModule(fx.GraphModule):
         graphs: tuple[fx.Graph, fx.Graph | None],
         kind: Any,
     ) -> None:
-        """Make this object, which has nothing yet, a module of these parts."""
+        """Set up this object, which is still empty, from the parts of another one.
+
+        Parameters
+        ----------
+        stores, rest, kind:
+            The result of :meth:`_parts`. ``rest`` loses an entry.
+        graphs:
+            The graph, and the training graph or None.
+        """
         name = rest.pop(_NAME)
         root = nn.Module()
-        root.__dict__.update(
-            {**stores, **{key: value for key, value in rest.items() if isinstance(value, Tensor)}}
-        )
+        constants = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
+        root.__dict__.update({**stores, **constants})
         root.training = rest["training"]
         PrunedModule.__init__(self, root, graphs[0], name, graphs[1])
         self.__dict__.update(rest)
@@ -142,22 +159,19 @@ class PrunedModule(fx.GraphModule):
             self._inherit(kind)
 
     def _parts(self) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """What :meth:`_rebuild` takes beside the graphs: the stores, all other attributes, and the
-        class it behaves like.
+        """Return what :meth:`_rebuild` needs besides the graphs.
+
+        These are the stores of parameters, buffers and modules; all other attributes and the name
+        of the class; and the class that this object also inherits from, or None.
         """
         stores = {name: self.__dict__[name] for name in _MODULE_STORES}
-        rest = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in {*stores, "_graph", "training_graph"}
-        }
-        return (
-            stores,
-            {**rest, _NAME: self._get_name()},
-            getattr(type(self), "_original_class", None),
-        )
+        rest = {**self.__dict__, _NAME: self._get_name()}
+        for name in (*stores, "_graph", "training_graph"):
+            rest.pop(name, None)
+        return stores, rest, getattr(type(self), "_original_class", None)
 
     def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
+        """Return copies of the graph and of the training graph."""
         return copy.deepcopy(self.graph), copy.deepcopy(self.training_graph)
 
     def __copy__(self) -> PrunedModule:
@@ -168,7 +182,7 @@ class PrunedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: Memo) -> PrunedModule:
         stores, rest, kind = self._parts()
-        # the code that it was compiled to is shared as well
+        # the memo shares the graph (see sharing_graphs): share its compiled code as well
         if from_memo(memo, self.graph, None) is self.graph:
             new = to_memo(memo, self, object.__new__(type(self)))
             del rest[_NAME]
@@ -178,7 +192,7 @@ class PrunedModule(fx.GraphModule):
             )
             return new
         new = to_memo(memo, self, _empty())
-        # hooks refer to the modules around them
+        # copied with the memo, because hooks may refer to modules around this one
         rest = {key: copied(value, memo) for key, value in rest.items()}
         new._rebuild(copy.deepcopy(stores, memo), rest, self._graphs(), kind)
         return new
@@ -198,20 +212,32 @@ class PrunedModule(fx.GraphModule):
 
 
 def sharing_graphs(model: nn.Module) -> Memo:
-    """What ``copy.deepcopy`` is to know so that copies share the model's graphs, which makes them
-    quick. None may change one.
+    """Return a memo for ``copy.deepcopy`` with which the copies share the model's graphs.
+
+    This makes copying fast. Neither the model nor a copy may change its graph afterwards.
     """
-    graphs = [
-        own
-        for m in model.modules()
-        if isinstance(m, PrunedModule)
-        for own in (m.graph, m.training_graph)
-    ]
-    return memo_of((own, own) for own in graphs if own is not None)
+    graphs: list[fx.Graph | None] = []
+    for module in model.modules():
+        if isinstance(module, PrunedModule):
+            graphs += [module.graph, module.training_graph]
+    return memo_of((graph, graph) for graph in graphs if graph is not None)
+
+
+def _forward_by_mode(evaluation: Any, training: Any) -> Any:
+    """Return a forward that calls one of two functions, by the mode of the module."""
+
+    @functools.wraps(evaluation)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the module's mode."""
+        forward_of_mode = training if self.training else evaluation
+        return forward_of_mode(self, *args, **kwargs)
+
+    return forward
 
 
 def _empty() -> PrunedModule:
-    """An object that :meth:`PrunedModule._rebuild` makes a module of: what refers to it can be
-    copied or read before it is one.
+    """Return an empty object for :meth:`PrunedModule._rebuild` to set up.
+
+    Objects that refer to the module can then be copied or read before the module is complete.
     """
     return PrunedModule.__new__(PrunedModule)

@@ -1,11 +1,14 @@
-"""Numbers in the smaller graph that were computed from sizes: each use gets the one that is right
-there, for inputs of any size.
+"""Numbers that the smaller graph computes from sizes, for inputs of any size.
 
-A number that depends on a size which has shrunk is two numbers in the smaller graph. Where it is
-used as a number (a scale, a divisor, something to decide by) it is the original's:
-:meth:`Numbers.original` computes it from sizes that are scaled back. Where it is used as a size it
-is the smaller model's: :meth:`Numbers.sized`. Where it does not follow for inputs of other sizes,
-the graph asserts the example's.
+A number that depends on a size which shrinks becomes two numbers in the smaller graph. Each use
+gets the right one:
+
+- Used as a number (a scale, a divisor, a condition), it keeps its value in the original.
+  :meth:`Numbers.original` computes it from sizes that are scaled back.
+- Used as a size, it gets its value in the smaller model: :meth:`Numbers.sized`.
+
+If a number does not follow for inputs of other sizes, the graph asserts that it has the example's
+value.
 """
 
 from __future__ import annotations
@@ -33,58 +36,60 @@ class Numbers:
     Parameters
     ----------
     extents:
-        What is known of the sizes of the original's graph.
-    graph, made, values:
-        The smaller graph, its nodes by those of the original's, and what they give for the
-        example. All three grow while it is written; numbers that depend on what has shrunk are
-        made here, when asked for.
+        What is known of the sizes in the original's graph.
+    graph:
+        The smaller graph. This class adds nodes for numbers that depend on a size which shrinks,
+        when they are requested.
+    new_nodes:
+        Node of the original's graph -> node of the smaller graph. Grows with the graph.
+    values:
+        Node of the smaller graph -> its value for the example. Grows with the graph.
     """
 
     def __init__(
         self,
         extents: Extents,
         graph: fx.Graph,
-        made: dict[fx.Node, fx.Node],
+        new_nodes: dict[fx.Node, fx.Node],
         values: dict[fx.Node, Any],
     ) -> None:
         self.extents, self.survivors, self.root = extents, extents.survivors, extents.root
-        self.graph, self.made, self.values = graph, made, values
+        self.graph, self.new_nodes, self.values = graph, new_nodes, values
         self._shrunk: dict[fx.Node, bool] = {}
         self._originals: dict[fx.Node, Any] = {}
         self._news: dict[fx.Node, Any] = {}
         self._sizes: dict[tuple[fx.Node, int], Any] = {}
         self._held: set[fx.Node] = set()
-        self._ranked: set[fx.Node] = set()  # tensors that are held to the example's number of axes
-        self._steady: set[tuple[fx.Node, int]] = set()  # axes that are held to the example's size
+        self._held_ranks: set[fx.Node] = set()  # tensors held to the example's number of axes
+        self._held_axes: set[tuple[fx.Node, int]] = set()  # axes held to the example's size
 
     def old(self, value: Any) -> Any:
-        """What an argument is in the original, for the example."""
+        """Return an argument with nodes replaced by their values in the original."""
         return fx.node.map_arg(value, lambda node: node.meta["val"])
 
-    # -- which numbers
+    # -- numbers that change
 
-    def shrunk(self, node: fx.Node) -> bool:
-        """Whether a node of the original's graph gives a number that depends on a size which has
-        shrunk.
-        """
+    def is_shrunk(self, node: fx.Node) -> bool:
+        """Tell whether a node is a number that depends on a size which shrinks."""
         if node not in self._shrunk:
-            self._shrunk[node] = self._depends(node)
+            self._shrunk[node] = self._depends_on_shrunk(node)
         return self._shrunk[node]
 
-    def _depends(self, node: fx.Node) -> bool:
+    def _depends_on_shrunk(self, node: fx.Node) -> bool:
+        """Compute :meth:`is_shrunk`."""
         if (
             node.op in ("placeholder", "get_attr", "output")
             or holds_tensors(node.meta["val"])
             or not _is_number(node.meta["val"])
         ):
             return False
-        if any(self.shrunk(n) for n in node.all_input_nodes):
+        if any(self.is_shrunk(n) for n in node.all_input_nodes):
             return True
         read = axes_read(node)
         if read is not None:
             old = read[0].meta["val"]
-            left = self.survivors.shape(old)
-            return any(left[axis] != old.shape[axis] for axis in read[1])
+            smaller = self.survivors.shape(old)
+            return any(smaller[axis] != old.shape[axis] for axis in read[1])
         return (
             _asks(node)
             and type(node.meta["val"]) is not bool
@@ -92,10 +97,10 @@ class Numbers:
         )
 
     def new(self, value: Any) -> Any:
-        """What an argument is in the smaller model, as the original's code computes it there, for
-        the example.
+        """Return an argument with nodes replaced by their values in the smaller model.
 
-        ``nan`` where it cannot be computed.
+        These are the values that the original's code computes there, for the example; ``nan``
+        where it fails.
         """
         return fx.node.map_arg(value, self._new)
 
@@ -109,9 +114,9 @@ class Numbers:
     def _computed(self, node: fx.Node) -> Any:
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            return (
-                value if not value.is_meta else _laid_out_like(value, self.survivors.shape(value))
-            )
+            if not value.is_meta:
+                return value
+            return _laid_out_like(value, self.survivors.shape(value))
         if node.op in ("placeholder", "get_attr") or holds_tensors(value):
             return value
         try:
@@ -119,38 +124,43 @@ class Numbers:
         except Exception:
             return math.nan
 
-    # -- as a number
+    # -- numbers used as numbers
 
     def original(self, value: Any) -> Any:
-        """An argument with the original's numbers, for inputs of any size."""
+        """Return an argument with nodes replaced by nodes that have the original's values.
+
+        They have these for inputs of any size. A number that is the same for every input may
+        replace a node.
+        """
         return fx.node.map_arg(value, self._original)
 
     def _original(self, node: fx.Node) -> Any:
         if node.graph is self.graph:
             return node
-        if not self.shrunk(node):
-            return self.made[node]
+        if not self.is_shrunk(node):
+            return self.new_nodes[node]
         if node not in self._originals:
-            self._originals[node] = self._as_it_was(node)
+            self._originals[node] = self._original_value(node)
         return self._originals[node]
 
-    def _as_it_was(self, node: fx.Node) -> Any:
+    def _original_value(self, node: fx.Node) -> Any:
+        """Return the original's value of a number that depends on a shrunk size."""
         value = node.meta["val"]
         read = axes_read(node)
         if read is not None:
             return self._scaled_back(node, *read)
         if _asks(node):
             sizes = self._all_sizes(node)
-            return self._held_at(node) if sizes is None else sizes
+            return self._hold_to_example(node) if sizes is None else sizes
         args, kwargs = self.original((node.args, node.kwargs))
         if not _nodes_in(args, kwargs):
             return tuple(value) if isinstance(value, tuple) else value
         return self.create(node.op, node.target, args, kwargs, value)
 
     def _all_sizes(self, node: fx.Node) -> Any:
-        """``x.shape`` as one."""
-        whole = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
-        if not whole and not (node.target is getattr and node.args[1] == "shape"):
+        """Return the original's ``x.shape`` or ``x.size()``; None if the node is neither."""
+        calls_size = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
+        if not calls_size and not (node.target is getattr and node.args[1] == "shape"):
             return None
         sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
         return (
@@ -160,7 +170,11 @@ class Numbers:
         )
 
     def size(self, tensor: fx.Node, axis: int) -> Any:
-        """The size of an axis of a tensor in the original."""
+        """Return the original's size of an axis, as a number or as a node of the new graph.
+
+        If the size does not follow from the smaller model's, the axis is held to the example's
+        size.
+        """
         old = tensor.meta["val"].shape[axis]
         extent = self.extents.of(tensor, axis)
         if extent is Extent.FIXED:
@@ -174,57 +188,69 @@ class Numbers:
         return self._sizes[tensor, axis]
 
     def _scaled_back(self, node: fx.Node, tensor: fx.Node, axes: Sequence[int]) -> Any:
-        """A product of sizes, of which all that have shrunk did so by a share that is known."""
-        value, left = tensor.meta["val"], self.survivors.shape(tensor.meta["val"])
-        lost = [axis for axis in axes if left[axis] != value.shape[axis]]
+        """Return the original's value of a size, or of a product of sizes, of a tensor.
+
+        An axis is held to the example's size if the share to which it shrank is not known.
+        """
+        old, smaller = tensor.meta["val"].shape, self.survivors.shape(tensor.meta["val"])
+        shrunk = [axis for axis in axes if smaller[axis] != old[axis]]
         if len(axes) == 1:
             return self.size(tensor, axes[0])
         if all(self.extents.fixed(tensor, axis) for axis in axes):
             return node.meta["val"]
-        for axis in lost:
+        for axis in shrunk:
             if not self.extents.known(tensor, axis):
-                self.size(tensor, axis)  # held
-        now = self.now(node)
-        return self.times(
-            now, math.prod(value.shape[a] for a in lost), math.prod(left[a] for a in lost)
-        )
+                self.size(tensor, axis)  # holds the axis to the example's size
+        before, after = math.prod(old[a] for a in shrunk), math.prod(smaller[a] for a in shrunk)
+        return self.times(self.now(node), before, after)
 
-    def _held_at(self, node: fx.Node) -> Any:
-        """Something else that a tensor is asked for: right as long as it is what it is for the
-        example.
+    def _hold_to_example(self, node: fx.Node) -> Any:
+        """Hold another property of a tensor, such as a stride, to its value for the example.
+
+        Returns that value in the original.
         """
         self.hold(self.now(node), self._new(node), formula(node), node.meta["val"])
         return node.meta["val"]
 
-    # -- as a size
+    # -- numbers used as sizes
 
     def now(self, node: fx.Node) -> fx.Node:
-        """A number computed as the original's code does, from the smaller model's sizes."""
+        """Return the node that computes a number from the smaller model's sizes.
+
+        It computes the number as the original's code does.
+        """
         if node.graph is self.graph:
             return node
-        if node not in self.made:
+        if node not in self.new_nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.now)
-            self.made[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
-        return self.made[node]
+            self.new_nodes[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
+        return self.new_nodes[node]
 
     def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
-        """A number that is ``old`` in the original, and ``wanted`` in the smaller model for the
-        example, for inputs of any size.
+        """Return a size for the smaller model, right for inputs of any size.
 
         Parameters
         ----------
         value:
-            A literal, or a node of the original's graph.
+            The size in the original: a literal, or a node of its graph.
+        old:
+            Its value in the original, for the example.
+        wanted:
+            Its value in the smaller model, for the example.
         even:
-            Whether what is wanted is the same share of the original's for inputs of any size.
-            Otherwise these are held to the example's size.
+            Whether the wanted size is the same share of the original's for inputs of any size. If
+            not, the number is held to the example's value.
+
+        Returns
+        -------
+        A number, or a node of the smaller graph.
         """
         if not isinstance(value, fx.Node):
             return wanted
         if wanted == old:
             return self._original(value)
-        if self.shrunk(value) and self._new(value) == wanted and self._is_product(value):
-            return wanted if self.extents.constant(value) else self.now(value)
+        if self.is_shrunk(value) and self._new(value) == wanted and self._is_product(value):
+            return wanted if self.extents.is_constant(value) else self.now(value)
         original = self._original(value)
         if not isinstance(original, fx.Node):
             return wanted
@@ -234,20 +260,28 @@ class Numbers:
         return self.times(original, wanted, old)
 
     def hold_positions(self, tensor: fx.Node, axis: int, *bounds: Any) -> None:
-        """Hold an axis that shrinks, and numbers that tell its positions, to the example's:
-        literals take their place.
+        """Hold an axis that shrinks, and numbers for positions on it, to the example's values.
+
+        Literals can then replace these numbers.
+
+        Parameters
+        ----------
+        tensor, axis:
+            A node of the original's graph, and the axis of its tensor.
+        bounds:
+            Arguments that give positions on the axis.
 
         Raises
         ------
         RewriteError
-            An axis that is the same for every input is cut to a length that the input decides, as
-            a table of positions is.
+            If an axis with the same size for every input is cut to a length that depends on the
+            input, as a table of positional embeddings is.
         """
-        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._steady:
-            self._steady.add((tensor, axis))
+        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._held_axes:
+            self._held_axes.add((tensor, axis))
             now = self._size_now(tensor, axis)
-            what, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
-            self.hold(now, self.values[now], what, old)
+            name, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
+            self.hold(now, self.values[now], name, old)
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
                 if isinstance(self.original(number), fx.Node) and self.extents.fixed(tensor, axis):
@@ -256,88 +290,95 @@ class Numbers:
                         "inputs decide",
                         axis=axis,
                     )
-                self.hold(
-                    self.original(number), number.meta["val"], formula(number), number.meta["val"]
-                )
+                value = number.meta["val"]
+                self.hold(self.original(number), value, formula(number), value)
 
     def _size_now(self, tensor: fx.Node, axis: int) -> fx.Node:
-        """The size of an axis in the smaller model; the axis has its number as long as no more
-        axes of size 1 are dropped than for the example.
+        """Return a node with the size of an axis in the smaller model.
+
+        If the graph has a ``squeeze()``, which drops as many axes as have size 1, the axis keeps
+        its index only while the tensor has as many axes as for the example: the graph asserts it.
         """
-        if any(map(squeezes_all, tensor.graph.nodes)) and tensor not in self._ranked:
-            self._ranked.add(tensor)
+        if any(map(squeezes_all, tensor.graph.nodes)) and tensor not in self._held_ranks:
+            self._held_ranks.add(tensor)
             rank = tensor.meta["val"].dim()
-            now = self.create("call_method", "dim", (self.made[tensor],), {}, rank)
+            now = self.create("call_method", "dim", (self.new_nodes[tensor],), {}, rank)
             self.hold(now, rank, f"{tensor.name}.dim()", rank)
-        left = self.survivors.shape(tensor.meta["val"])[axis]
-        return self.create("call_method", "size", (self.made[tensor], axis), {}, left)
+        smaller = self.survivors.shape(tensor.meta["val"])[axis]
+        return self.create("call_method", "size", (self.new_nodes[tensor], axis), {}, smaller)
 
     def hold_layout(self, tensor: fx.Node) -> None:
-        """Hold a tensor to sizes with which it lies in memory as for the example: where it is
-        dense, to axes of size 1.
+        """Hold a tensor to sizes with which its memory layout is that of the example.
+
+        For a dense tensor, it suffices that the same axes have size 1. Otherwise, the graph is
+        held to all sizes.
         """
         old = tensor.meta["val"]
-        dense = old.permute(_in_memory(old)).is_contiguous()
+        is_dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
             if not self.extents.fixed(tensor, axis):
                 number, value = self.size(tensor, axis), size
-                what = f"{tensor.name}.size({axis})"
-                if dense and isinstance(number, fx.Node):
-                    value, what = size == 1, f"({what} == 1)"
+                name = f"{tensor.name}.size({axis})"
+                if is_dense and isinstance(number, fx.Node):
+                    value, name = size == 1, f"({name} == 1)"
                     number = self.create("call_function", operator.eq, (number, 1), {}, value)
-                self.hold(number, value, what, value)
+                self.hold(number, value, name, value)
 
     def _is_product(self, value: Any) -> bool:
-        """Whether a number is a product of sizes, each a known share of the original's: so is it
-        itself.
+        """Tell whether a number is a product of sizes, each a known share of the original's.
+
+        The product is then such a share, too.
         """
-        if not isinstance(value, fx.Node) or not self.shrunk(value):
+        if not isinstance(value, fx.Node) or not self.is_shrunk(value):
             return True
         read = axes_read(value)
         if read is not None:
             return all(self.extents.known(read[0], axis) for axis in read[1])
         return value.target is operator.mul and all(map(self._is_product, value.args))
 
-    # -- nodes
+    # -- new nodes
 
     def create(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        """A node of the smaller graph that gives a number; ``value`` is the example's."""
+        """Add a node to the smaller graph, record its ``value`` for the example, and return it."""
         node = self.graph.create_node(op, target, tuple(args), kwargs)
         self.values[node] = value
         return node
 
     def times(self, number: fx.Node, numerator: int, denominator: int) -> fx.Node:
-        """A number, multiplied by a fraction that is known to give a whole one."""
+        """Return a number multiplied by a fraction; the result is known to be an integer."""
         shared = math.gcd(numerator, denominator)
         numerator, denominator = numerator // shared, denominator // shared
         for function, factor in ((operator.mul, numerator), (operator.floordiv, denominator)):
             if factor != 1:
-                number = self.create(
-                    "call_function",
-                    function,
-                    (number, factor),
-                    {},
-                    function(self.values[number], factor),
-                )
+                value = function(self.values[number], factor)
+                number = self.create("call_function", function, (number, factor), {}, value)
         return number
 
-    def hold(self, number: Any, value: Any, what: str, old: Any) -> None:
-        """Let the graph say so where a number is another one than for the example; ``what`` it is
-        in the original, and ``old``.
+    def hold(self, number: Any, value: Any, name: str, old: Any) -> None:
+        """Add an assertion that a number has the same value as for the example.
+
+        Parameters
+        ----------
+        number:
+            A node of the smaller graph. Nothing is added for anything else.
+        value:
+            Its value for the example.
+        name, old:
+            The name and the value of the number in the original, for the error message.
         """
         if not isinstance(number, fx.Node) or number in self._held:
             return
         self._held.add(number)
         same = self.create("call_function", operator.eq, (number, value), {}, True)
         message = (
-            f"this graph was pruned for inputs with {what} == {old!r}: what follows from it for "
+            f"this graph was pruned for inputs with {name} == {old!r}: what follows from it for "
             "others is not known"
         )
         self.create("call_function", torch._assert, (same, message), {}, None)
 
 
 def _laid_out_like(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A tensor of other sizes, whose axes lie in memory in the order of another's."""
+    """Return a tensor of other sizes, with its axes in the same order in memory."""
     if list(sizes) == list(tensor.shape):
         return tensor
     return torch.empty_permuted(
@@ -346,24 +387,24 @@ def _laid_out_like(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _in_memory(tensor: Tensor) -> list[int]:
-    """The axes in the order in which they lie in memory."""
+    """Return a tensor's axes in the order in which they lie in memory, largest stride first."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number, or a sequence with a number in it."""
     if isinstance(value, (tuple, list)):
         return any(map(_is_number, value))
     return isinstance(value, (bool, int, float, complex))
 
 
 def _asks(node: fx.Node) -> bool:
-    """Whether a number is not computed from numbers alone, but asked of a tensor or of something
-    else.
-    """
+    """Tell whether a node asks an object for a number, and does not compute with numbers alone."""
     return not all(_is_number(n.meta["val"]) for n in node.all_input_nodes)
 
 
 def _nodes_in(*values: Any) -> list[fx.Node]:
+    """Return the nodes in nested arguments."""
     found: list[fx.Node] = []
     fx.node.map_arg(values, found.append)
     return found

@@ -1,13 +1,15 @@
-"""Graphs as plain data that ``pickle`` takes: what ``torch.save`` keeps of an emitted model.
+"""Graphs as plain data that can be pickled: the form in which ``torch.save`` stores a model.
 
-``torch.fx`` keeps the generated code and traces it anew, which loses the second mode's graph,
-regions without gradients, and what a traced call would decide. Here every node is kept as it is.
+``torch.fx`` pickles the generated code and traces it again. That would lose the graph of the
+second mode and regions without gradients, and calls would be traced instead of kept as they are.
+Here every node is stored as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +19,19 @@ from torch.fx.node import map_aggregate
 
 __all__ = ["pack", "unpack"]
 
+_PLAIN = (bool, int, float, str)
+
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for the node at a place of the graph."""
+    """A reference to a node by its position in the graph."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A function that has no name of its own, by what makes it."""
+    """A function without a name, stored as the call that makes it."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -35,13 +39,16 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Op:
-    """An operation of ``torch.ops``, which no pickle takes, by its name: ``aten.relu.default``."""
+    """An operation of ``torch.ops``, stored by its name, such as ``aten.relu.default``.
+
+    The operation itself cannot be pickled.
+    """
 
     path: str
 
 
 def pack(graph: fx.Graph) -> list[dict[str, Any]]:
-    """The nodes of a graph in order, each as a dict; :func:`unpack` is the inverse.
+    """Return the nodes of a graph in order, each as a dict; :func:`unpack` is the inverse.
 
     >>> graph = fx.Graph()
     >>> x = graph.placeholder("x")
@@ -50,52 +57,55 @@ def pack(graph: fx.Graph) -> list[dict[str, Any]]:
     True
     """
     places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    return [_pack_node(node, places) for node in graph.nodes]
 
-    def data(value: Any) -> Any:
-        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return _Op(str(value))
-        if isinstance(value, types.FunctionType) and hasattr(value, "made_by"):
-            return _Made(*value.made_by)
-        return places[value] if isinstance(value, fx.Node) else value
 
-    return [
-        {
-            "name": node.name,
-            "op": node.op,
-            "target": data(node.target),
-            "args": map_aggregate(node.args, data),
-            "kwargs": map_aggregate(node.kwargs, data),
-            "type_expr": node.type,
-            "meta": {
-                key: value
-                for key, value in node.meta.items()
-                if isinstance(value, (bool, int, float, str))
-            },
-        }
-        for node in graph.nodes
-    ]
+def _pack_node(node: fx.Node, places: Mapping[fx.Node, _Place]) -> dict[str, Any]:
+    """Return a node as a dict."""
+    as_data = functools.partial(_as_data, places=places)
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": as_data(node.target),
+        "args": map_aggregate(node.args, as_data),
+        "kwargs": map_aggregate(node.kwargs, as_data),
+        "type_expr": node.type,
+        "meta": {key: value for key, value in node.meta.items() if isinstance(value, _PLAIN)},
+    }
+
+
+def _as_data(value: Any, places: Mapping[fx.Node, _Place]) -> Any:
+    """Return a target or an argument in a form that can be pickled."""
+    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _Op(str(value))
+    if isinstance(value, types.FunctionType) and hasattr(value, "made_by"):
+        return _Made(*value.made_by)
+    return places[value] if isinstance(value, fx.Node) else value
 
 
 def unpack(packed: list[dict[str, Any]]) -> fx.Graph:
-    """The graph of what :func:`pack` gave."""
+    """Return the graph that :func:`pack` stored."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-
-    def live(value: Any) -> Any:
-        if isinstance(value, _Made):
-            return value.function(*value.args)
-        if isinstance(value, _Op):
-            found: Any = torch.ops
-            for name in value.path.split("."):
-                found = getattr(found, name)
-            return found
-        return nodes[value.index] if isinstance(value, _Place) else value
-
+    restored = functools.partial(_restored, nodes=nodes)
     for entry in packed:
-        args, kwargs = (map_aggregate(entry[key], live) for key in ("args", "kwargs"))
+        args, kwargs = (map_aggregate(entry[key], restored) for key in ("args", "kwargs"))
+        target = restored(entry["target"])
         node = graph.create_node(
-            entry["op"], live(entry["target"]), args, kwargs, entry["name"], entry["type_expr"]
+            entry["op"], target, args, kwargs, entry["name"], entry["type_expr"]
         )
         node.meta = dict(entry["meta"])
         nodes.append(node)
     return graph
+
+
+def _restored(value: Any, nodes: Sequence[fx.Node]) -> Any:
+    """Return the target or argument that :func:`_as_data` stored, given the nodes before it."""
+    if isinstance(value, _Made):
+        return value.function(*value.args)
+    if isinstance(value, _Op):
+        found: Any = torch.ops
+        for name in value.path.split("."):
+            found = getattr(found, name)
+        return found
+    return nodes[value.index] if isinstance(value, _Place) else value

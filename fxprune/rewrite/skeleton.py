@@ -1,4 +1,4 @@
-"""The modules of the smaller model: copies of the original's, with smaller tensors."""
+"""The skeleton of the smaller model: copies of the meta copy's modules, with smaller tensors."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from fxprune.trace import attribute, is_leaf, put_tensors
 from fxprune.trace.copying import HOOKS, hooks_of
 
 __all__ = [
+    "copy_hooks",
+    "copy_modules",
     "fill_tensors",
-    "hook_all",
-    "own_modes",
-    "refer_to",
+    "modes_after_train",
+    "redirect_attributes",
+    "replace_module",
     "set_tensor",
-    "skeleton",
     "smaller_tensor",
-    "survivors_of",
+    "surviving_tensors",
     "units_of_original",
-    "with_module",
 ]
 
 
 def smaller_tensor(tensor: Tensor, survivors: Survivors) -> Tensor:
-    """A tensor of the size that is left of a parameter or buffer, without data where that has
-    none.
+    """Return a parameter or buffer of the size that survives of one of the meta copy.
+
+    A meta tensor becomes a meta tensor. A tensor with data keeps its data and its size.
     """
-    made = (
+    smaller = (
         torch.empty(survivors.shape(tensor), dtype=tensor.dtype, device=META)
         if tensor.is_meta
         else tensor.clone()
     )
-    return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+    return nn.Parameter(smaller, False) if isinstance(tensor, nn.Parameter) else smaller
 
 
 def units_of_original(coupling: Coupling) -> Context:
-    """A context in which labels are the units of the original, and nothing carries any yet."""
+    """Return a context with the units of the original, in which no tensor has labels yet."""
     context = Context()
     context.units.pinning = False
     context.units.fresh(coupling.context.units.count - 1, -1)
@@ -52,8 +53,8 @@ def units_of_original(coupling: Coupling) -> Context:
     return context
 
 
-def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The tree with one module in the place of another, wherever that stands."""
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Replace a module wherever the tree of ``root`` holds it, and return the new root."""
     for module in root.modules():
         for name, child in module._modules.items():
             if child is old:
@@ -61,30 +62,46 @@ def with_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if root is old else root
 
 
-def refer_to(
-    made: IdentityMap[nn.Module, nn.Module],
+def redirect_attributes(
+    copies: IdentityMap[nn.Module, nn.Module],
     final: IdentityMap[nn.Module, nn.Module],
     tensors: IdentityMap[Tensor, Tensor],
 ) -> None:
-    """What Python holds of the meta copy's modules and tensors (in lists, methods, closures) are
-    the emitted ones from now on.
+    """Make attributes of the emitted modules refer to emitted modules and tensors.
 
-    ``made`` leads from the id of a meta copy's module to its skeleton, ``final`` to the module
-    that was emitted.
+    Lists, methods and closures that a user's module holds may refer to modules and tensors of the
+    meta copy. They are replaced by copies that refer to the emitted ones.
+
+    Parameters
+    ----------
+    copies:
+        Module of the meta copy -> its copy in the skeleton.
+    final:
+        Module of the meta copy -> the emitted module.
+    tensors:
+        Tensor of the meta copy -> tensor of the smaller model.
     """
     memo = memo_of([*final.items(), *tensors.items()])
-    for key, below in made.items():
-        own = vars(final[key])
-        for name, value in vars(below).items():
-            if name not in (*_SKELETON_STORES, *HOOKS) and own.get(name) is value:
-                own[name] = attribute(name, value, memo)
+    for key, copied in copies.items():
+        attributes = vars(final[key])
+        for name, value in vars(copied).items():
+            if name not in (*_SKELETON_STORES, *HOOKS) and attributes.get(name) is value:
+                attributes[name] = attribute(name, value, memo)
 
 
-def hook_all(
+def copy_hooks(
     users: IdentityMap[nn.Module, nn.Module], final: IdentityMap[nn.Module, nn.Module]
 ) -> None:
-    """The emitted modules have the hooks of the user's: those of the meta copy collected what was
-    run for the analysis.
+    """Give the emitted modules the hooks of the user's modules.
+
+    The hooks of the meta copy are not suitable: they collected what the analysis ran.
+
+    Parameters
+    ----------
+    users:
+        Module of the meta copy -> the user's module.
+    final:
+        Module of the meta copy -> the emitted module.
     """
     memo = memo_of((user, final[key]) for key, user in users.items() if key in final)
     for key, user in users.items():
@@ -101,68 +118,95 @@ _SKELETON_STORES = (
 )
 
 
-def skeleton(
+def copy_modules(
     module: nn.Module,
     replaced: IdentityMap[Tensor, Tensor],
     done: IdentityMap[nn.Module, nn.Module],
     whole: bool = False,
     keep_classes: bool = False,
 ) -> nn.Module:
-    """The module tree of the emitted model. Sharing is kept.
+    """Return the module tree of the emitted model. Modules that are shared stay shared.
 
-    Leaves are copied with all below them, the rest are plain containers, unless there is Python
-    that calls their methods, or their forward was replaced: what a user has put on a module stays
-    on it.
+    Leaves are copied with all modules below them. Other modules become plain containers, unless
+    Python code calls their methods, or a user replaced their forward. Such modules, and those
+    below them, keep their class and their attributes.
+
+    Parameters
+    ----------
+    module:
+        The root of a tree of the meta copy.
+    replaced:
+        Tensor of the meta copy -> smaller tensor.
+    done:
+        Module of the meta copy -> its copy; this function adds to it.
+    whole:
+        Whether the module belongs to a leaf.
+    keep_classes:
+        Whether Python code calls methods of the module.
     """
     if module in done:
         return done[module]
-    kind: Any = type(module)
-    leaf = whole or is_leaf(module)
+    whole = whole or is_leaf(module)
     keep_classes = keep_classes or has_own_forward(module)
-    own_class = leaf or keep_classes
-    new = kind.__new__(kind) if own_class else nn.Module()
-    if own_class:
+    new = done[module] = _copy_alone(module, keep_class=whole or keep_classes)
+    stores: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
+    for store in stores:
+        for name, tensor in store.items():
+            if tensor is not None and tensor in replaced:
+                store[name] = replaced[tensor]
+    for name, child in module._modules.items():
+        if child is not None:
+            new._modules[name] = copy_modules(child, replaced, done, whole, keep_classes)
+    return new
+
+
+def _copy_alone(module: nn.Module, keep_class: bool) -> nn.Module:
+    """Return a copy of a module that shares its tensors and the modules below it.
+
+    If the class is not kept, the copy is a plain container.
+    """
+    kind: Any = type(module)
+    new: nn.Module = kind.__new__(kind) if keep_class else nn.Module()
+    if keep_class:
         new.__dict__.update(module.__dict__)
-    if isinstance(module, fx.GraphModule) and own_class:
-        # each has a class of its own, which gets its forward with the graph
+    if isinstance(module, fx.GraphModule) and keep_class:
+        # each GraphModule has a class of its own, which gets its forward when a graph is set
         new.graph = copy.deepcopy(module.graph)
     for store in _SKELETON_STORES[:-1]:
         new.__dict__[store] = module.__dict__[store].copy()
     new.training = module.training
-    done[module] = new
-    tensors: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
-    for own in tensors:
-        for name, tensor in own.items():
-            if tensor is not None and tensor in replaced:
-                own[name] = replaced[tensor]
-    for name, child in module._modules.items():
-        if child is not None:
-            new._modules[name] = skeleton(child, replaced, done, leaf, keep_classes)
     return new
 
 
-def own_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
-    """For both modes of the model the modules that have another mode then, as a ``train()`` or an
-    ``eval()`` of the user's says.
+def modes_after_train(model: nn.Module) -> dict[bool, dict[str, bool]]:
+    """Return the modules whose mode differs from the model's after ``train()`` or ``eval()``.
+
+    A user's ``train()`` may, for example, leave some normalisations in evaluation mode.
+
+    Returns
+    -------
+    Mode of the model -> name of a module -> mode of that module.
     """
     before = {module: module.training for module in model.modules()}
     found = {}
     try:
         for mode in (True, False):
             in_mode(model, mode)
-            found[mode] = {
-                name: module.training
-                for name, module in model.named_modules()
-                if module.training is not mode
-            }
+            found[mode] = _modes_other_than(mode, model)
     finally:
         for module, mode in before.items():
             module.training = mode
     return found
 
 
-def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
-    """The surviving elements of the user's tensors, by the meta copy's tensors."""
+def _modes_other_than(mode: bool, model: nn.Module) -> dict[str, bool]:
+    """Return the modules below that are not in a mode, by name, with the mode they are in."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    return {name: own for name, own in modes.items() if own is not mode}
+
+
+def surviving_tensors(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor, Tensor]:
+    """Return the surviving elements of the user's tensors, by tensor of the meta copy."""
     real = coupling.meta_copy.real
     out: IdentityMap[Tensor, Tensor] = IdentityMap()
     for tensor in coupling.parameters.values():
@@ -183,8 +227,10 @@ def survivors_of(coupling: Coupling, survivors: Survivors) -> IdentityMap[Tensor
 
 
 def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
-    """Contiguous, in the memory format of the source. Strides tell it, also where sizes of 1 make
-    both formats contiguous.
+    """Return a tensor contiguous in the memory format of ``source``.
+
+    The strides tell which format that is. They do so, too, if sizes of 1 make a tensor contiguous
+    in both formats.
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
     if (
@@ -198,14 +244,25 @@ def _in_format_of(source: Tensor, taken: Tensor) -> Tensor:
 def fill_tensors(
     root: nn.Module, real: IdentityMap[Tensor, Tensor], meta: IdentityMap[Tensor, Tensor]
 ) -> None:
-    """Put real tensors in the place of the meta tensors that the graph was checked with."""
-    put_tensors(root, IdentityMap((stand_in, real[key]) for key, stand_in in meta.items()))
+    """Replace the meta tensors, with which the graph was checked, by real tensors.
+
+    Parameters
+    ----------
+    root:
+        The emitted model.
+    real:
+        Tensor of the meta copy -> real tensor.
+    meta:
+        Tensor of the meta copy -> meta tensor in the emitted model.
+    """
+    put_tensors(root, IdentityMap((smaller, real[key]) for key, smaller in meta.items()))
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:
-                delattr(module, name)  # a hook computes it at each call
+                delattr(module, name)  # a hook computes this tensor at each call
 
 
 def set_tensor(root: nn.Module, target: str, value: Tensor) -> None:
+    """Set the attribute at the dotted path ``target`` below ``root``."""
     path, _, name = target.rpartition(".")
     setattr(root.get_submodule(path), name, value)

@@ -1,4 +1,4 @@
-"""Which elements of a tensor survive, and the tensor without the others."""
+"""Which elements of a tensor survive, and how to select them."""
 
 from __future__ import annotations
 
@@ -21,49 +21,56 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Survivors:
-    """Answers questions about the tensors of a labelled run once it is known which units live.
+    """The surviving elements of the tensors of a labelled run, for a choice of surviving units.
 
     Parameters
     ----------
     coupling:
         The analysis.
     kept:
-        For each group's name the indices of the surviving units.
+        Name of a group -> indices of its surviving units.
     """
 
     def __init__(self, coupling: Coupling, kept: dict[str, tuple[int, ...]]) -> None:
         self.coupling = coupling
-        self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: nothing is lost
-        # by the ids of labels: dimension -> what is left of it
-        self._left: dict[tuple[int, ...], dict[int, int]] = {}
+        self._masks: IdentityMap[Array, Mask | None] = IdentityMap()  # None: all survive
+        # ids of a tensor's label arrays -> {dimension: its smaller size}
+        self._sizes: dict[tuple[int, ...], dict[int, int]] = {}
         self.alive = np.ones(coupling.context.units.count, dtype=bool)
         self.alive[coupling.units] = False
         for group in coupling.groups:
             self.alive[group.units[list(kept[group.name])]] = True
 
     def fields(self, tensor: Any) -> list[tuple[Array, int, Mask]]:
-        """(labels, shrinking dimension, survivors) of every field of a tensor of the labelled run
-        that loses something.
+        """Return the fields of a tensor of the labelled run that lose elements.
+
+        Each is given as its labels, the dimension that shrinks, and the mask of survivors (of the
+        labels' shape).
         """
         out = []
         for labels in self.coupling.labels(tensor):
             if labels not in self._masks:
                 mask = self.alive[labels]
                 self._masks[labels] = None if mask.all() else mask
-            known = self._masks[labels]
-            if known is not None:
-                out.append((labels, self.coupling.shrinking_dim(labels), known))
+            known_mask = self._masks[labels]
+            if known_mask is not None:
+                out.append((labels, self.coupling.shrinking_dim(labels), known_mask))
         return out
 
     def mask(self, arrays: Sequence[Array]) -> Mask:
-        """Which elements survive all of these labellings of one tensor, compact (broadcastable to
-        it).
+        """Return the mask of elements that survive in all of these label arrays of one tensor.
+
+        The mask broadcasts to the shape of the tensor.
         """
         return alive_mask((self.coupling.context.units.live(a) for a in arrays), self.alive)
 
     def rows(self, tensor: Any, dim: int) -> Mask | None:
-        """The survivors along one dimension, a row for each place along the others; None if
-        nothing is lost there.
+        """Return the mask of survivors along one dimension.
+
+        Returns
+        -------
+        Shape (blocks, size): one row for each combination of positions on the other dimensions
+        along which the mask varies. None if the dimension loses nothing.
         """
         masks = [mask for _, shrink, mask in self.fields(tensor) if shrink == dim]
         if not masks:
@@ -79,13 +86,14 @@ class Survivors:
         )
 
     def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
-        """How many positions in ``start:stop`` of a dimension survive; None if the dimension loses
-        nothing.
+        """Return how many positions in ``start:stop`` of a dimension survive.
+
+        None if the dimension loses nothing.
 
         Raises
         ------
         RewriteError
-            If rows disagree.
+            If blocks of the dimension keep different numbers of positions.
         """
         rows = self.rows(tensor, dim)
         if rows is None:
@@ -100,53 +108,78 @@ class Survivors:
         return int(counts[0])
 
     def shape(self, tensor: Tensor) -> list[int]:
-        """The tensor's size in the smaller model."""
+        """Return the shape of a tensor in the smaller model.
+
+        Raises
+        ------
+        RewriteError
+            If a dimension loses all of its positions, or blocks of it different numbers.
+        """
         size, labels = list(tensor.shape), self.coupling.labels(tensor)
         if not labels:
             return size
         key = tuple(map(id, labels))
-        if key not in self._left:
+        if key not in self._sizes:
             dims = {shrink for _, shrink, _ in self.fields(tensor)}
-            self._left[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
-        for dim, left in self._left[key].items():
-            if not left:
+            self._sizes[key] = {dim: self.count(tensor, dim, 0, size[dim]) or 0 for dim in dims}
+        for dim, count in self._sizes[key].items():
+            if not count:
                 raise RewriteError(
                     f"nothing would be left of dimension {dim} of a tensor of shape "
                     f"{tuple(tensor.shape)}"
                 )
-            size[dim] = left
+            size[dim] = count
         return size
 
     def take(self, tensor: Any, values: Tensor) -> Tensor:
-        """``values`` (broadcastable to ``tensor``, a tensor of the labelled run) without the
-        removed elements.
+        """Return ``values`` without the removed elements.
 
-        ``new = old[mask].reshape(new_shape)``, done one dimension after the other where the mask
-        is a product.
+        This is ``values[mask].reshape(new_shape)``, computed one dimension after the other where
+        the mask is a product.
+
+        Parameters
+        ----------
+        tensor:
+            A tensor of the labelled run, whose labels say what is removed.
+        values:
+            Values for its elements; must broadcast to its shape.
+
+        Raises
+        ------
+        RewriteError
+            If two fields cut the same dimension, or blocks keep different numbers of positions.
         """
         fields = self.fields(tensor)
-        done: dict[int, Mask] = {}
+        whole: dict[int, Mask] = {}  # dimension -> mask of the fields that vary along it alone
         for labels, shrink, mask in fields:
             if labels.size > labels.shape[shrink]:
                 values = _take_rows(values, mask, shrink, tensor.shape)
         for labels, shrink, mask in fields:
             if labels.size == labels.shape[shrink]:
-                done[shrink] = (
-                    done[shrink] & mask.reshape(-1) if shrink in done else mask.reshape(-1)
-                )
-        for dim, mask in done.items():
+                row = mask.reshape(-1)
+                whole[shrink] = whole[shrink] & row if shrink in whole else row
+        for dim, mask in whole.items():
             if values.shape[dim] == len(mask):
-                values = values.index_select(
-                    dim, torch.from_numpy(np.flatnonzero(mask)).to(values.device)
-                )
+                kept = torch.from_numpy(np.flatnonzero(mask)).to(values.device)
+                values = values.index_select(dim, kept)
             elif values.shape[dim] != 1:
                 raise RewriteError("a dimension is cut by two fields at once")
         return values
 
+    def take_array(self, tensor: Any, values: Array) -> Array:
+        """Return an array of values, such as labels, without the removed elements.
+
+        This is :meth:`take` for an array.
+        """
+        taken: Array = self.take(tensor, torch.from_numpy(np.ascontiguousarray(values))).numpy()
+        return taken
+
 
 def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) -> Tensor:
-    """Drop the masked positions along one dimension, where each place along some others drops its
-    own.
+    """Drop positions along one dimension, different ones for each block.
+
+    ``mask`` holds the survivors. It varies along the dimension ``shrink`` and along others, whose
+    positions are the blocks. ``shape`` is the tensor's, to which ``values`` broadcasts.
     """
     dims = (
         [*(d for d in varied(mask) if d != shrink), shrink]
@@ -159,18 +192,21 @@ def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) ->
     for d in dims:
         form[d] = shape[d]
     rest = [d for d in range(values.dim()) if d not in dims]
-    moved = values.expand(form).permute(*rest, *dims)
-    flat = torch.from_numpy(
-        np.ascontiguousarray(
-            mask.squeeze(tuple(d for d in range(mask.ndim) if d not in dims)).transpose(
-                np.argsort(np.argsort(dims))
-            )
-        )
-    )
-    left = int(flat.reshape(-1, flat.shape[-1]).sum(dim=1)[0])
-    if int(flat.sum()) != left * (flat.numel() // flat.shape[-1]):
-        raise RewriteError("blocks of a parameter keep different numbers of positions")
-    taken = moved[(..., flat.to(values.device))] if rest else moved[flat.to(values.device)]
-    taken = taken.reshape([*(form[d] for d in rest), *(form[d] for d in dims[:-1]), left])
     order = [*rest, *dims]
+    moved = values.expand(form).permute(order)
+    moved_mask = _moved_mask(mask, dims)
+    rows = moved_mask.reshape(-1, moved_mask.shape[-1])
+    kept = int(rows[0].sum())
+    if int(rows.sum()) != kept * len(rows):
+        raise RewriteError("blocks of a parameter keep different numbers of positions")
+    index = moved_mask.to(values.device)
+    taken = moved[(..., index)] if rest else moved[index]
+    taken = taken.reshape([*(form[d] for d in order[:-1]), kept])
     return taken.permute([order.index(d) for d in range(values.dim())])
+
+
+def _moved_mask(mask: Mask, dims: Sequence[int]) -> Tensor:
+    """Return a mask with these dimensions alone, in this order."""
+    others = tuple(d for d in range(mask.ndim) if d not in dims)
+    order = np.argsort(np.argsort(dims))
+    return torch.from_numpy(np.ascontiguousarray(mask.squeeze(others).transpose(order)))
