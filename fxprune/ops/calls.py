@@ -1,8 +1,7 @@
-"""A node as the ATen op that it is, with its arguments by that op's own names, however the call is
-spelled.
+"""Calls in a graph as ATen ops with named arguments, whatever their spelling.
 
 ``x.narrow(1, 0, 4)``, ``torch.narrow(x, dim=1, start=0, length=4)`` and
-``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are one op with the arguments ``self``, ``dim``,
+``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are the same op with the arguments ``self``, ``dim``,
 ``start`` and ``length``.
 """
 
@@ -20,37 +19,38 @@ from fxprune.ops.table import bind, name_of_op
 __all__ = ["NewCall", "OpCall", "call_of"]
 
 NewCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""Target, positional and keyword arguments of a node."""
+"""The target, positional arguments and keyword arguments of a node."""
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """One ATen op.
+    """A node that calls one ATen op.
 
     Attributes
     ----------
     node:
         The node that calls it.
     name:
-        The op's name; that of ``view`` for ``view_copy``.
+        The op's name, without ``_copy``: ``view`` for ``view_copy``.
     ran:
-        What the op ran with in the original, by name, defaults filled in.
+        The op's arguments in the original by name, with defaults filled in.
     given:
-        What the node gives, by name; nodes stand in it where the graph computes an argument.
+        The arguments that the node passes, by name. Arguments that the graph computes are nodes.
     """
 
     node: fx.Node
     name: str
     ran: Mapping[str, Any]
     given: Mapping[str, Any]
-    _places: Mapping[str, int | str]  # by name: which positional argument, which keyword
+    _places: Mapping[str, int | str]  # name -> index of the positional argument, or keyword
 
     @property
     def unchanged(self) -> NewCall:
+        """The call as it is."""
         return self.node.target, self.node.args, self.node.kwargs
 
     def with_(self, changed: Mapping[str, Any]) -> NewCall:
-        """The same call, in its own spelling, with other values for some arguments."""
+        """Return the call in its own spelling with new values for some arguments."""
         args, kwargs = list(self.node.args), dict(self.node.kwargs)
         for name, value in changed.items():
             place = self._places.get(name, name)
@@ -64,9 +64,7 @@ class OpCall:
 
 
 def _in_form_of(value: Any, before: Any) -> Any:
-    """A value in the form in which it was given: a list, a tuple, or the one number that stands
-    for either.
-    """
+    """Return a list in the form of the earlier value: a list, a tuple or a single number."""
     if not isinstance(value, list):
         return value
     if isinstance(before, tuple):
@@ -79,17 +77,23 @@ def call_of(
     ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
     old: Callable[[Any], Any],
 ) -> OpCall | None:
-    """The op that a node is; None if it is more than one, or if its arguments are not those of the
-    op.
+    """Return the op that a node calls.
 
     Parameters
     ----------
+    node:
+        The node.
     ran:
-        What ran for the node in the original: each op with its arguments.
+        The ops that the node ran in the original, each with its arguments.
     old:
-        Gives the value that an argument of the node had then.
+        Function that returns the original's value of an argument of the node.
+
+    Returns
+    -------
+    OpCall or None
+        None if the node ran several ops, or if its arguments are not the op's arguments.
     """
-    if len(ran) > 1:  # what torch.ones makes is detached
+    if len(ran) > 1:  # torch.ones detaches its result
         ran = [own for own in ran if own[0] is not torch.ops.aten.detach.default]
     if len(ran) != 1 or node.op not in ("call_function", "call_method"):
         return None
@@ -123,13 +127,13 @@ def call_of(
         not argument.has_default_value() and argument.name not in given
         for argument in func._schema.arguments
     ):
-        return None  # the node works it out itself, as fftshift does with the shifts of a roll
+        return None  # the node computes it, as fftshift computes the shifts of a roll
     name = name_of_op(func).removesuffix("_copy")
     return OpCall(node, name, values, given, places)
 
 
 def _is_given(given: Any, ran: Any) -> bool:
-    """Whether an op ran with the value that was given; one number may stand for a list of such."""
+    """Tell whether a given value is the one an op ran with; one number may stand for a list."""
     if isinstance(given, Tensor) or isinstance(ran, Tensor):
         return given is ran
     if isinstance(ran, (list, tuple)):

@@ -1,9 +1,8 @@
-"""What a rule can see and do: read and write fields, unite labels, pin them, and note what must
-stay rectangular.
+"""The context in which a rule runs: it reads and writes fields, unites labels and pins them.
 
-The verbs here know no op. A rule describes an op in their terms: which operands meet element by
-element (:meth:`Context.merge`), what is summed (:meth:`Context.contract`), what cannot be followed
-(:meth:`Context.pin`).
+The methods know no op. A rule describes an op with them: which operands meet element by element
+(:meth:`Context.merge`), which dimensions are summed (:meth:`Context.contract`), which labels must
+stay (:meth:`Context.pin`).
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Context(Labelled):
     Attributes
     ----------
     found:
-        What ran, and what else is known of it.
+        The ops that ran, and constraints on them.
     weights:
-        Parameters, and what is computed from them alone, under labels of their own; None where
-        that is not followed.
+        A second context, with its own labels, for parameters and tensors computed from parameters
+        alone. None: such tensors are not followed.
     """
 
     def __init__(self) -> None:
@@ -47,24 +46,33 @@ class Context(Labelled):
         self.weights: Context | None = None
 
     def statistic(self, labels: list[Array], *, taken: bool = True) -> None:
-        """An op takes statistics over the survivors of these labels (none: over fixed dimensions
-        only).
+        """Note that the op takes a statistic over the survivors of these labels.
 
-        ``taken=False``: in another mode than this it would.
+        Parameters
+        ----------
+        labels:
+            Labels of the elements; empty if the statistic runs over fixed dimensions only.
+        taken:
+            Whether the op takes the statistic in this mode (training or evaluation).
         """
         self.found.note_statistic(self.node, labels, taken)
 
     def fix_axis_by(self, record: Record, axis: int, met: Iterable[Any]) -> None:
-        """A parameter's axis met tensors that have no labels there."""
+        """Fix a parameter's axis that meets tensors without labels there."""
         self.fix_axis(
             record, axis, self.why_fixed(met, read=record.axes[axis] in self.found.summed_axes)
         )
 
     def reads(self, operands: Sequence[tuple[Tensor | None, Iterable[int]]]) -> None:
-        """A contraction sums over these dimensions of its operands: note the parameter axes that
-        are read so.
+        """Note the parameter axes that a contraction sums over.
 
-        A product of weights alone makes a weight and reads none but its own operands.
+        A product of weights alone gives another weight, so only axes of its own operands count;
+        otherwise axes behind computed weights count too.
+
+        Parameters
+        ----------
+        operands:
+            Pairs of an operand and its summed dimensions.
         """
         weights = self.weights
         consumes = weights is not None and not all(
@@ -80,16 +88,14 @@ class Context(Labelled):
                 self.found.summed_axes.update(weights._axes_behind(tensor, set(dims)))
 
     def of_weights(self, tensor: Any) -> bool:
-        """Whether a tensor is a parameter or buffer, or computed from such alone."""
+        """Tell whether a tensor is a parameter or buffer, or computed from these alone."""
         record = self.records.get(tensor)
         return bool(record and record.axes) or (
             self.weights is not None and tensor in self.weights.records
         )
 
     def _axes_behind(self, tensor: Tensor, dims: set[int]) -> Iterator[int]:
-        """The numbers of the parameter axes whose labels a tensor carries along some of its
-        dimensions.
-        """
+        """Yield the numbers of the parameter axes whose labels a tensor has along ``dims``."""
         carried = [self.units.find(f.labels) for f in self.fields(tensor) if f.dims & dims]
         for record in self.records.values():
             for f in record.own_fields:
@@ -97,7 +103,7 @@ class Context(Labelled):
                     yield from (record.axes[d] for d in f.dims)
 
     def is_scale(self, tensor: Any) -> None:
-        """Note the scale of a normalisation."""
+        """Note that a tensor is the scale of a normalisation."""
         record = self.records.get(tensor)
         if record is not None:
             self.found.scale_axes.update(record.axes)
@@ -105,7 +111,20 @@ class Context(Labelled):
     def operand(
         self, tensor: Tensor, dims: Sequence[int], rank: int, *, as_labelled: bool = False
     ) -> Operand:
-        """Lay a tensor's fields into ``rank`` virtual dimensions."""
+        """Lay a tensor's fields into virtual dimensions.
+
+        Parameters
+        ----------
+        tensor:
+            The operand.
+        dims:
+            The virtual dimension of each dimension of the tensor.
+        rank:
+            The number of virtual dimensions.
+        as_labelled:
+            Whether axes of a parameter without labels get new labels here, rather than the labels
+            that they meet.
+        """
         record = self.records.get(tensor)
         unlabelled: dict[int, int] = {}
         if record is not None and record.unlabelled and not as_labelled:
@@ -120,13 +139,27 @@ class Context(Labelled):
     def merge(
         self, operands: Sequence[Operand], rank: int, summed: Collection[int] = ()
     ) -> list[Met]:
-        """Operands meet element by element on a virtual broadcast: pair their fields and unite the
-        labels that meet.
+        """Unite the labels of operands that meet element by element, with broadcasting.
 
-        Fields pair by the dimensions along which they vary. A field whose partner has the full
-        size of its dimensions but no labels there is pinned. Where the partner is sized on some of
-        the dimensions only, the survivors must be equally many for each position there. ``summed``
-        are dimensions that a contraction sums over then.
+        Fields are paired by the dimensions along which they vary. A field is pinned if another
+        operand has the full size of its dimensions but no labels there. If the other operand has
+        the full size on some of the dimensions only, each position on these must keep the same
+        number of survivors.
+
+        Parameters
+        ----------
+        operands:
+            The operands, laid out by :meth:`operand`.
+        rank:
+            The number of virtual dimensions.
+        summed:
+            Virtual dimensions over which a contraction sums afterwards; they matter for the reason
+            of a pin only.
+
+        Returns
+        -------
+        list of Met
+            The fields of the result, each with the operands in which it is zero.
         """
         order = sorted(range(len(operands)), key=lambda i: len(operands[i].unlabelled) > 0)
         acc: list[Met] = []
@@ -199,12 +232,13 @@ class Context(Labelled):
     def _take_over(
         self, met: Met, dims: set[int], common: set[int], b: Operand, index: int
     ) -> Iterator[Met]:
-        """An axis of a parameter that no op has met takes over the labels that it meets, those
-        along the last of their dimensions.
+        """Give an unlabelled axis of a parameter the labels that it meets.
+
+        The labels are tied so that they vary along the last of their dimensions only.
         """
         last = max(dims)
         assert b.record is not None
-        for v in common - {last}:  # one value for many: those go together
+        for v in common - {last}:  # one value serves many positions, so they go together
             if v in b.unlabelled:
                 self.fix_axis(b.record, b.unlabelled[v], "meets a channel axis that is split")
         labels = self.tie(met.labels, dims - {last})
@@ -216,7 +250,7 @@ class Context(Labelled):
     def _unmet(
         self, free: list[Field], sized: set[int], before: list[Any], index: int, read: set[int]
     ) -> Iterator[Met]:
-        """The fields of an operand that have met no other's."""
+        """Yield the fields that met no field of another operand; pin those that met a size."""
         for f in free:
             common = set(f.dims) & sized
             if not common:
@@ -228,16 +262,19 @@ class Context(Labelled):
                 yield Met(f.labels, {index: f.zero})
 
     def _either(self, a: Array, b: Array) -> Array:
-        """One for two arrays of labels that were united: the smaller. If they were not, the one
-        that says more.
+        """Return one of two paired arrays of labels.
+
+        It is the smaller one if they were united. If this context does not unite labels, it is the
+        larger one, because the smaller one would lose labels.
         """
         return a if (a.size <= b.size) == self.units.uniting else b
 
     def _label_rest(
         self, b: Operand, met_sizes: set[int], met: Iterable[Any], rank: int
     ) -> list[Field]:
-        """Axes of a parameter that met no labels: pinned where they met a size, labelled where
-        they met nothing.
+        """Fix or label the axes of a parameter that met no labels, and return the new fields.
+
+        An axis that met a tensor's size is fixed; an axis that met nothing gets new labels.
         """
         fresh: list[Field] = []
         if b.record is None:
@@ -257,8 +294,19 @@ class Context(Labelled):
     def contract(
         self, operands: Sequence[Operand], rank: int, summed: Iterable[int]
     ) -> list[Field]:
-        """A sum of products: meet element by element, then drop the summed dimensions (they stay,
-        with size 1).
+        """Merge the operands of a sum of products and return the fields of the result.
+
+        A removed element must add nothing: a field along a summed dimension is pinned unless it is
+        zero in some operand.
+
+        Parameters
+        ----------
+        operands:
+            The operands, laid out by :meth:`operand`.
+        rank:
+            The number of virtual dimensions.
+        summed:
+            The virtual dimensions that are summed. They have size 1 in the result's fields.
         """
         summed = set(summed)
         self.reads(
