@@ -1,4 +1,7 @@
-"""Sums of products: pointwise on the virtual broadcast, then the summed dimension goes."""
+"""Sums of products: matrix products, linear layers, einsum and attention.
+
+Their operands meet element by element in virtual dimensions, some of which are then summed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def _finish(
     dims: Sequence[int],
     extra: Tensor | None = None,
 ) -> None:
-    """Read the result's dimensions off the virtual ones; add a bias that broadcasts to it."""
+    """Set the fields of a result, to which ``extra`` is added, if given.
+
+    ``dims`` has the virtual dimension of each dimension of the result.
+    """
     ctx.give(out, fields, dims)
     if extra is not None:
         rank = out.dim()
@@ -38,7 +44,7 @@ def _finish(
 
 @computes("linear", axes=Axes.LAYER, macs=macs.per_output_macs, shape=shapes.linear_shape)
 def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """x (..., i), w (o, i) -> (..., o): i is summed."""
+    """Sum over i: x (..., i), w (o, i) -> (..., o)."""
     x, w, rank = a["input"], a["weight"], a["input"].dim()
     if w.dim() == 1:
         fields = ctx.contract(
@@ -70,7 +76,7 @@ def linear(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 @computes("matmul", axes=Axes.MULTIPLIED, macs=macs.matmul_macs, shape=shapes.matmul_shape)
 def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """(..., n, k) @ (..., k, m) -> (..., n, m): k is summed, leading dimensions broadcast."""
+    """Sum over k: (..., n, k) @ (..., k, m) -> (..., n, m). Leading dimensions broadcast."""
     x, y = a["self"], next(a[name] for name in ("other", "mat2", "vec", "tensor") if name in a)
     batch = max(x.dim() - 2, y.dim() - 2, 0)
     n, k, m = batch, batch + 1, batch + 2
@@ -89,10 +95,10 @@ def matmul(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     macs=macs.matrices_macs(1),
     shape=shapes.sum_of_product_shape,
 )
-@computes("addbmm", macs=macs.matrices_macs(1))  # summed over the batch as well
+@computes("addbmm", macs=macs.matrices_macs(1))  # it sums over the batch too
 @computes("addmv", macs=macs.element_macs(1))
 def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A matrix product plus a tensor that broadcasts to it."""
+    """Add a matrix product to a tensor that broadcasts to it."""
     name = name_of_op(func)
     if name == "addmv":
         operands = [ctx.operand(a["mat"], [0, 1], 2), ctx.operand(a["vec"], [1], 2)]
@@ -111,7 +117,7 @@ def addmm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @computes("einsum", macs=macs.einsum_macs)
 def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Every letter is a virtual dimension; letters that are not in the result are summed."""
+    """Sum over the letters that are not in the result. Each letter is a virtual dimension."""
     equation, tensors = a["equation"].replace(" ", ""), list(a["tensors"])
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -134,6 +140,7 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     names: dict[str, int] = {f"...{i}": i for i in range(ellipsis)}
 
     def dims_of(term: str, rank: int) -> list[int]:
+        """Return the virtual dimensions of a term for a tensor of this rank."""
         head, dots, tail = term.partition("...")
         middle = (
             [f"...{i}" for i in range(ellipsis - (rank - len(head) - len(tail)), ellipsis)]
@@ -157,8 +164,9 @@ def einsum(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     corrects=literals.attention_literals,
 )
 def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """q (..., L, E) meets k (..., S, E), E is summed; the weights (..., L, S) meet v (..., S, F),
-    S is summed.
+    """Sum q (..., L, E) * k (..., S, E) over E, then weights (..., L, S) * v (..., S, F) over S.
+
+    The token axes L and S are pinned.
     """
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     if not q.dim() == k.dim() == v.dim() or (mask is not None and not 0 < mask.dim() <= q.dim()):
@@ -170,7 +178,7 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     lead, rank = [*range(batch)], batch + 3
 
     def of_source(t: Tensor) -> Operand:
-        """The key or value; several query heads in turn may read one of its heads."""
+        """Lay out the key or value; with grouped queries its heads are repeated."""
         operand = ctx.operand(t, [*lead, source, width], rank)
         if a.get("enable_gqa") and t.shape[-3] > 1:
             times, heads = q.shape[-3] // t.shape[-3], batch - 1
@@ -186,12 +194,13 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     for f in scores:
         if f.dims & {length, source}:
             ctx.pin(f.labels, "is a token axis of attention")
-    # The weights come from a softmax over the source: sized on all their dimensions, zero nowhere.
+    # The weights come from a softmax over the source: they have the full size on all their
+    # dimensions and are zero nowhere.
     weights = ctx.operand(q, [*lead, length, width], rank)
     weights.fields = [Field(f.labels, False) for f in scores if not f.dims & {length, source}]
     weights.sized = (weights.sized - {width}) | {length, source}
     weights.unlabelled, weights.record = {}, None
-    if mask is not None:  # a bias per head meets the heads
+    if mask is not None:  # a mask may have a dimension of heads
         mask_dims = [*lead, length, source][-mask.dim() :]
         for f in ctx.fields(mask):
             if {mask_dims[d] for d in f.dims} & {length, source}:
@@ -202,8 +211,7 @@ def attention(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     _finish(ctx, out, fields, [*lead, length, width])
 
 
-# Kernels that one or another version of torch runs for these, and products that labels do not pass
-# through.
+# Kernels that versions of torch run for these ops, and products without a rule.
 row("_scaled_mm", "_scaled_mm_v2", "_int_mm", macs=macs.matrices_macs(0))
 row("_addmm_activation", macs=macs.matrices_macs(1))
 row("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", macs=macs.grouped_matrices_macs)

@@ -1,5 +1,6 @@
-"""Convolutions: a contraction over input channels, group by group; positions of the kernel and the
-image are never removed.
+"""Convolutions: sums of products over input channels, group by group.
+
+Positions of the kernel and of the image are never removed.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from fxprune.ops.records import Operand, Record
 from fxprune.ops.shapes import contraction as shapes
 from fxprune.ops.table import Axes, computes, own_row, row
 
-# Virtual dimensions: the group, the input channel and the output channel within it.
+# Virtual dimensions: the group, and the input and output channels of a group.
 GROUP, INPUT, OUTPUT = 0, 1, 2
 
 KERNEL = "is a kernel axis"
-"""Why a kernel's height and width stay, whatever else happens."""
+"""The reason why a kernel's height and width stay."""
 
 
 def is_convolution(func: Any) -> bool:
-    """Whether an ATen overload is a convolution: its weight's first two axes are channels, the
-    others the kernel's.
+    """Tell whether an ATen overload is a convolution.
+
+    The first two axes of a convolution's weight are channels, the others belong to the kernel.
     """
     own = own_row(func)
     return own is not None and own.rule is convolution
 
 
 def _groups_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
-    """Groups are told apart by their positions, but for those of a depthwise convolution."""
+    """Tell whether a convolution commutes with removal: it has one group or is depthwise.
+
+    Otherwise the position of a channel decides its group.
+    """
     return bool(a["groups"] == 1 or a["groups"] == a["weight"].shape[0] == a["input"].shape[1])
 
 
@@ -50,8 +55,9 @@ _sliding = functools.partial(
 @_sliding("conv1d", "conv2d", "conv3d", macs=macs.per_output_macs, shape=shapes.convolution_shape)
 @_sliding("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", macs=macs.per_input_macs)
 def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """x (n, g*i, ...) meets w (g*o, i, ...) -> (n, g*o, ...), i summed; transposed: w (g*i, o,
-    ...).
+    """Sum over i in each group: x (n, g*i, ...), w (g*o, i, ...) -> (n, g*o, ...).
+
+    A transposed convolution has w (g*i, o, ...).
     """
     x, w, bias, groups = a["input"], a["weight"], a["bias"], a["groups"]
     transposed = a.get("transposed", "transpose" in func._schema.name)
@@ -59,13 +65,13 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     incoming = channel_fields(
         ctx, x, channel, "is an axis of positions that a convolution slides over"
     )
-    each = w.shape[0] // groups if transposed else w.shape[1]  # input channels of a group
+    each = w.shape[0] // groups if transposed else w.shape[1]  # input channels per group
     if groups > 1:
         if each > 1:
             ctx.found.summed_groups.add(ctx.node)
         elif ctx.node in ctx.found.summed_groups:
-            # in a smaller model, where one input channel of each group is left: a sum, not a
-            # depthwise convolution
+            # A smaller model whose groups keep one input channel each: still a sum over inputs,
+            # not a depthwise convolution.
             incoming = []
     record = ctx.record(w)
     if each > 1:
@@ -90,8 +96,21 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Field]:
-    """The fields along the channel dimension as 1-D fields; those that vary elsewhere as well are
-    tied to one label per channel.
+    """Return the fields along the channel dimension as 1-D fields.
+
+    Labels that vary elsewhere as well are tied to one label per channel. Fields that vary only
+    elsewhere are pinned.
+
+    Parameters
+    ----------
+    ctx:
+        The context.
+    x:
+        The tensor.
+    channel:
+        Its channel dimension.
+    why:
+        The reason to pin other fields.
     """
     out = []
     for f in ctx.fields(x):
@@ -109,6 +128,7 @@ def channel_fields(ctx: Context, x: Tensor, channel: int, why: str) -> list[Fiel
 def add_channel_bias(
     ctx: Context, out: Tensor, fields: list[Field], bias: Tensor, channel: int
 ) -> list[Field]:
+    """Merge a result's fields with a bias along the channel dimension; return the new fields."""
     if (
         len(fields) == 1
         and fields[0].dims == {channel}
@@ -126,11 +146,14 @@ def add_channel_bias(
 def _first_use(
     ctx: Context, record: Record, x: Tensor, incoming: list[Field], groups: int, w: Tensor
 ) -> list[tuple[Array, bool]]:
-    """A weight that no op has met: its input axis takes over the labels that come in, its output
-    axis gets new ones.
+    """Label a weight that no op has met, and return the labels of the output channels.
 
-    Within groups the input axis takes the labels block by block, so each group may keep other
-    inputs than its neighbour.
+    Its input axis gets the labels of the incoming channels, its output axis gets new labels. With
+    groups, the input axis gets the labels of each group's block, so groups may keep different
+    input channels.
+
+    Each item of the result is a pair of 1-D labels and whether the output is zero where they are
+    removed.
     """
     outputs, inputs = w.shape[0] // groups, w.shape[1]
     tail = [1] * (w.dim() - 2)
@@ -154,7 +177,7 @@ def _first_use(
     record.version = -1
     if 0 not in record.unlabelled:
         return []
-    if inputs == 1 and groups > 1:  # depthwise: each input channel carries its outputs along
+    if inputs == 1 and groups > 1:  # depthwise: each input channel goes with its outputs
         for f in incoming:
             ctx.label_axis(record, 0, np.repeat(f.labels, outputs).reshape(-1, 1, *tail))
         if not incoming:
@@ -175,7 +198,11 @@ def _general(
     transposed: bool,
     channels: int,
 ) -> list[tuple[Array, bool]]:
-    """A contraction of (group, input) with (group, output, input)."""
+    """Contract input (group, input) with weight (group, output, input).
+
+    Each item of the result is a pair of 1-D labels of the output channels and whether the output
+    is zero where they are removed.
+    """
     laid = []
     for f in ctx.fields(w):
         if f.dims - {0, 1}:
@@ -197,7 +224,8 @@ def _general(
         carrier=x,
     )
     right = Operand(laid, {d for d in sizes if sizes[d] > 1}, {}, carrier=w)
-    # A field that pairs along channels of a group is seen as it lies in the virtual dimensions.
+    # contract() notes the fields that vary over groups and inputs; those over groups and outputs
+    # are noted here.
     result = []
     for f in ctx.contract([left, right], 3, {INPUT}):
         rows = np.broadcast_to(f.labels, (groups, 1, outputs)).reshape(groups, outputs)
@@ -207,7 +235,7 @@ def _general(
     return result
 
 
-# Kernels that one or another version of torch runs for these.
+# Kernels that versions of torch run for these ops.
 row(
     "_convolution_mode",
     "thnn_conv2d",

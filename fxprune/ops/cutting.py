@@ -1,5 +1,6 @@
-"""Parts of a tensor, positions that are moved or added: a literal decides which positions are
-read, so a rule adds what must hold for the smaller tensor.
+"""Parts of a tensor, and positions that are moved or added.
+
+A literal decides which positions are read, so the rules constrain what may be removed.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from fxprune.ops.table import Axes, Trait, moves, name_of_op
 
 @moves("select", axes=Axes.SELECTED, corrects=literals.select_literals)
 def selected(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """One position of a dimension: it has to stay where the dimension itself can shrink."""
+    """Read one position of a dimension; the position is pinned where the dimension can shrink."""
     x = a["self"]
     dim = a["dim"] % x.dim()
     ctx.put(out, _select_position(ctx, ctx.fields(x), dim, a["index"] % x.shape[dim]), base=x)
 
 
 def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
+    """Return the fields at one position of a dimension, which is dropped."""
     out = []
     for f in fields:
         picked = cast(Array, f.labels.take(index if dim in f.dims else 0, axis=dim))
@@ -43,7 +45,7 @@ def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int
 
 @moves("unbind", axes=Axes.CUT, in_order=True)
 def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Every position of a dimension, each a tensor of its own."""
+    """Read each position of a dimension as ``select`` does."""
     x = a["self"]
     dim = a["dim"] % x.dim()
     fields = ctx.fields(x)
@@ -54,6 +56,7 @@ def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _slices(
     ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]], outs: Sequence[Tensor]
 ) -> None:
+    """Set the fields of ranges of positions of a dimension."""
     fields = ctx.fields(x)
     for (start, stop), out in zip(bounds, outs, strict=True):
         own = []
@@ -62,7 +65,7 @@ def _slices(
                 own.append(f)
                 continue
             pick = (slice(None),) * dim
-            # every row must lose equally many before, inside and behind the slice
+            # every row must lose the same number before, inside and behind the range
             if len(f.dims) > 1:
                 for part in (
                     f.labels[(*pick, slice(0, start))],
@@ -84,7 +87,7 @@ def _slices(
 @moves("slice", corrects=literals.slices_literals)
 @moves("narrow", axes=Axes.NARROWED, corrects=literals.narrow_literals)
 def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A range of positions; with a step, the positions of one stride go together."""
+    """Read a range of positions; with a step, the positions within one step go together."""
     x, dim = a["self"], a["dim"] % a["self"].dim()
     size, step = x.shape[dim], a.get("step") or 1
     if "length" in a:
@@ -124,7 +127,7 @@ _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literal
 @_split("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 @_split("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_GIVE_BACK)
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Consecutive ranges of positions."""
+    """Read consecutive ranges of positions."""
     x = a["self"]
     dim = split_dim(name_of_op(func), a)
     ends = np.cumsum([part.shape[dim] for part in out]).tolist()
@@ -133,7 +136,7 @@ def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @moves("roll", axes=Axes.SAME, shape=shapes.reordered_shape, corrects=literals.roll_literals)
 def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A rotation; the literal shift is corrected to the survivors that wrap around."""
+    """Rotate positions; the shift is corrected to the number of survivors that wrap around."""
     x, shifts, dims = a["self"], a["shifts"], a["dims"]
     if not dims:
         ctx.pin_all(ctx.fields(x), "is rolled over all its dimensions at once")
@@ -152,6 +155,7 @@ def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _pads_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
+    """Tell whether a padding commutes with removal: no padded dimension has labels."""
     own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
     return not own & padded_dims(a["self"], a["pad"])
 
@@ -162,9 +166,7 @@ _padding = functools.partial(moves, in_order=_pads_in_order, corrects=literals.p
 @_padding("constant_pad_nd", shape=shapes.constant_pad_shape)
 @_padding("pad", axes=Axes.PADDED)
 def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """New positions of a labelled dimension get labels of their own; elsewhere the channel's label
-    covers its padding.
-    """
+    """Give new positions of a labelled dimension new labels; other padding changes no labels."""
     x, amounts = a["self"], a["pad"]
     value = a.get("value") or 0
     if a.get("mode", "constant") != "constant":
@@ -201,7 +203,7 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @moves("unfold")
 def unfold(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Sliding windows over one dimension, which is pinned; the window is a new last dimension."""
+    """Pin the dimension over which windows slide; the window is a new last dimension."""
     x = a["self"]
     dim = a["dimension"] % x.dim()
     passing = ctx.spared(x, {dim}, "is an axis of positions that a window slides over")

@@ -1,4 +1,4 @@
-"""Tensors that become one: one after the other, or along a new dimension."""
+"""Concatenation and stacking of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxprune.ops.table import Axes, moves
 @moves("cat", axes=Axes.JOINED, in_order=True, shape=shapes.cat_shape)
 @moves("concat", "concatenate", axes=Axes.JOINED, in_order=True)
 def cat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Labels lie one after the other along the dimension; along the others they meet."""
+    """Concatenate labels along the dimension; labels on the other dimensions meet."""
     tensors, dim = [t for t in a["tensors"] if not (t.dim() == 1 and t.shape[0] == 0)], a["dim"]
     dim %= out.dim()
     _join(ctx, tensors, [ctx.fields(t) for t in tensors], dim, out)
@@ -26,8 +26,9 @@ def cat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _join(
     ctx: Context, tensors: Sequence[Tensor], fields: list[list[Field]], dim: int, out: Tensor
 ) -> None:
+    """Set the fields of a concatenation of tensors with these fields."""
     rank = out.dim()
-    # Along the other dimensions: as operands that meet.
+    # along the other dimensions, the tensors meet as operands
     across = [[f for f in own if dim not in f.dims] for own in fields]
     if any(across):
         operands = []
@@ -41,7 +42,7 @@ def _join(
         ]
     else:
         result = []
-    # Along the dimension: the k-th field of each, one after the other.
+    # along the dimension, the k-th fields of all tensors are concatenated
     along = [[f for f in own if dim in f.dims] for own in fields]
     for k in range(max(len(own) for own in along)):
         parts = [
@@ -60,7 +61,7 @@ def _join(
 
 @moves("stack", axes=Axes.STACKED, in_order=True, shape=shapes.stack_shape)
 def stack(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A new dimension; along all others the operands meet."""
+    """Merge the operands on all dimensions but the new one."""
     tensors = a["tensors"]
     dim = a["dim"] % out.dim()
     dims = [d for d in range(out.dim()) if d != dim]

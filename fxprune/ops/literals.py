@@ -1,9 +1,9 @@
-"""NewNumbers among an op's arguments that were true for the original's sizes, corrected from the
-labels of what they describe: a column of the table.
+"""Correctors: functions that correct literal arguments for the smaller model.
 
-A corrector takes the numbers of the graph that is emitted, the call and its result in the
-original. It returns the arguments that are to be others, by name, or another call altogether.
-Other numbers are the original's (:mod:`fxprune.rewrite.numbers`).
+Some numbers among an op's arguments, such as sizes and positions, are right only for the
+original's sizes. A corrector is a column of the table. It takes the numbers of the new graph, the
+call, and the call's result in the original. It returns the arguments that change, by name, or
+another call. All other numbers stay (:mod:`fxprune.rewrite.numbers`).
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ __all__ = [
 ]
 
 Change: TypeAlias = dict[str, Any] | NewCall
-"""Arguments by name that are to be others, or another call altogether."""
+"""The arguments that change, by name, or another call."""
 
 
 def _new_sizes(numbers: NewNumbers, call: OpCall, value: Any, given: Any, first: int = 0) -> Any:
-    """The sizes of a result's axes, from the axis ``first`` on."""
+    """Return the sizes of a result's axes in the smaller model, from axis ``first`` on.
+
+    ``value`` is the result in the original, and ``given`` the sizes that the node passes.
+    """
     wanted = numbers.survivors.shape(value)
-    # a list that forward computed
+    # a list of sizes that the model computed
     if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):
         if list(numbers.new(given)) != wanted[first : first + len(given.meta["val"])]:
             raise RewriteError(
@@ -75,11 +78,12 @@ def _new_sizes(numbers: NewNumbers, call: OpCall, value: Any, given: Any, first:
 
 
 def _scaled(numbers: NewNumbers, entry: Any, wanted: int) -> Any:
-    """A number that goes with sizes and is none itself: of groups, of repetitions."""
+    """Return a new number of groups or repetitions, which follows from sizes."""
     return numbers.sized(entry, numbers.old(entry), wanted)
 
 
 def sizes_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the sizes of ``view``, ``expand``, ``zeros`` and similar ops."""
     name = "size" if "size" in call.given else "shape"
     if name not in call.given:  # x.view(dtype)
         return {}
@@ -92,12 +96,14 @@ def sizes_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 def _hold_layout(
     numbers: NewNumbers, call: OpCall, value: Tensor, given: Sequence[Any], start: int = 0
 ) -> None:
-    """Hold what literal sizes take from axes of other sizes: with another one, what is open would
-    mix channels with the rest.
+    """Make the graph check axes whose size decides how literal sizes divide the channels.
 
-    ``given`` are the sizes of the result's axes from ``start`` on. An open one is -1 or follows
-    from the input. Literals before it take from the front, those behind it from the back: whole
-    channels, or the same part of each, as long as no axis that they take from is of another size.
+    A size of the result is open if it is -1 or follows from the input. Literals before an open
+    size take positions from the front, literals behind it from the back. They take whole channels,
+    or the same part of each channel, only while the axes that they take from keep the example's
+    sizes. With other sizes the open axis would mix channels with other positions.
+
+    ``given`` are the sizes of the result's axes from ``start`` on.
     """
     x, old = call.given["self"], call.ran["self"]
     left = numbers.survivors.shape(old)
@@ -128,6 +134,7 @@ def _hold_layout(
 
 
 def unflatten_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the sizes of ``unflatten``."""
     start, given = call.ran["dim"] % call.ran["self"].dim(), call.given["sizes"]
     if isinstance(given, (tuple, list)):
         _hold_layout(numbers, call, value, given, start)
@@ -135,6 +142,7 @@ def unflatten_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def repeat_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the numbers of repetitions of ``repeat`` and ``tile``."""
     name = "repeats" if "repeats" in call.given else "dims"
     given = call.given[name]
     times = list(given) if isinstance(given, (tuple, list)) else [given]
@@ -149,6 +157,7 @@ def repeat_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def repeat_interleave_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the number of repetitions of ``repeat_interleave``."""
     if (
         call.ran.get("dim") is None
         or not isinstance(call.ran["repeats"], int)
@@ -161,6 +170,7 @@ def repeat_interleave_literals(numbers: NewNumbers, call: OpCall, value: Any) ->
 
 
 def split_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Replace an op like ``split`` by a ``torch.split`` with the surviving size of each part."""
     tensor = call.ran["self"]
     axis = split_dim(call.name, call.ran)
     if numbers.survivors.rows(tensor, axis) is None:
@@ -174,12 +184,15 @@ def split_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
     sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
-    said = call.given.get("dim", axis)  # from the end stays so: axes before it may be dropped
+    said = call.given.get(
+        "dim", axis
+    )  # a negative dim stays negative, because axes before it may be dropped
     counted = axis - tensor.dim() if isinstance(said, int) and said < 0 else axis
     return torch.split, (call.given["self"], sizes, counted), {}
 
 
 def narrow_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct start and length of ``narrow``."""
     tensor = call.ran["self"]
     axis, first = call.ran["dim"] % tensor.dim(), call.ran["start"]
     if isinstance(first, Tensor) or numbers.survivors.rows(tensor, axis) is None:
@@ -191,6 +204,7 @@ def narrow_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def slices_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct start and end of ``slice``."""
     part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
     new = index_literal(
         numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
@@ -203,11 +217,25 @@ def slices_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def select_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the index of ``select``."""
     axis = call.ran["dim"] % call.ran["self"].dim()
     return {"index": _new_position(numbers, call.given["self"], axis, call.given["index"])}
 
 
 def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
+    """Return the index of one axis in the smaller model.
+
+    Parameters
+    ----------
+    numbers:
+        The numbers of the new graph.
+    x:
+        The indexed tensor.
+    axis:
+        The axis.
+    part:
+        Its index in the original: a slice, an integer, or anything else, which stays.
+    """
     tensor = numbers.old(x)
     if isinstance(part, slice):
         if numbers.survivors.rows(tensor, axis) is None:
@@ -233,6 +261,7 @@ def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
 
 
 def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any:
+    """Return the index of a position among the survivors of an axis."""
     tensor = numbers.old(x)
     if numbers.survivors.rows(tensor, axis) is None:
         return index
@@ -241,6 +270,7 @@ def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any
 
 
 def roll_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the shifts of ``roll`` to the number of survivors that wrap around."""
     tensor, given = call.ran["self"], call.given["shifts"]
     shifts = list(given) if isinstance(given, (tuple, list)) else [given]
     if len(call.ran["dims"]) != len(shifts):
@@ -259,6 +289,7 @@ def roll_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def pad_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the amounts of ``pad`` on axes that shrink."""
     given, before = call.given["pad"], call.ran["pad"]
     after = padding(numbers.survivors, value, before)
     if after == list(before):
@@ -281,8 +312,16 @@ def pad_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> list[int]:
-    """How much of a padding (as ``F.pad`` has it, the last dimension first) is left; ``padded`` is
-    its result in the original.
+    """Return the surviving amounts of a padding.
+
+    Parameters
+    ----------
+    survivors:
+        The surviving elements of the original's tensors.
+    padded:
+        The result of the padding in the original.
+    amounts:
+        The original's amounts in pairs, for the last dimension first, as ``F.pad`` takes them.
     """
     new = list(amounts)
     for i in range(len(amounts) // 2):
@@ -297,6 +336,7 @@ def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> li
 
 
 def last_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the normalized shape of ``layer_norm`` and ``rms_norm``."""
     first = value.dim() - len(call.ran["normalized_shape"])
     return {
         "normalized_shape": _new_sizes(numbers, call, value, call.given["normalized_shape"], first)
@@ -304,6 +344,7 @@ def last_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 
 
 def group_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the number of groups of a ``group_norm`` with one group per channel."""
     x = call.ran["input"]
     if call.ran["num_groups"] != x.shape[1]:
         return {}
@@ -313,6 +354,7 @@ def group_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change
 
 
 def convolution_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the number of groups of a convolution."""
     x, w, groups = call.ran["input"], call.ran["weight"], call.ran["groups"]
     if groups == 1:
         return {}
@@ -325,12 +367,24 @@ def convolution_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Chang
 
 
 def channel_shuffle_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Correct the number of groups of ``channel_shuffle``."""
     return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
 
 
 def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
-    """In how many groups the survivors of a channel axis are to be shuffled: whole groups may have
-    gone, or a part of each.
+    """Return the number of groups in which the survivors of the channel axis are shuffled.
+
+    Either whole groups are removed, which leaves fewer groups, or a part of each group, which
+    leaves their number.
+
+    Parameters
+    ----------
+    survivors:
+        The surviving elements of the original's tensors.
+    tensor:
+        The shuffled tensor in the original, with channels on axis 1.
+    groups:
+        The original's number of groups.
     """
     rows = survivors.rows(tensor, 1)
     if rows is None:
@@ -341,6 +395,7 @@ def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
 
 
 def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
+    """Set the scale of attention to the original's, which follows from the original's width."""
     query, tensor = call.given["query"], call.ran["query"]
     if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
         return {}
@@ -356,5 +411,6 @@ def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 def _survivors_between(
     numbers: NewNumbers, tensor: Tensor, axis: int, start: int, stop: int
 ) -> int:
+    """Return how many positions in ``start:stop`` of an axis survive."""
     count = numbers.survivors.count(tensor, axis, start, stop)
     return stop - start if count is None else count

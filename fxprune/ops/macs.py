@@ -86,8 +86,8 @@ def has_formula(func: Any) -> bool:
 def _registered() -> Mapping[Any, Callable[..., int]]:
     """Return the formulas registered with torch's counter.
 
-    The counter is not imported here, because importing it loads Triton. If a formula is registered,
-    the counter has been imported already.
+    The counter is not imported here, because importing it loads Triton. Whoever registered a
+    formula has imported it already.
     """
     counter = sys.modules.get("torch.utils.flop_counter")
     return {} if counter is None else counter.flop_registry
@@ -257,7 +257,7 @@ def recurrent_macs(args: tuple[Any, ...], out: Any) -> int:
     Every step multiplies by every weight matrix of every layer and direction once; ``args[0]`` is
     (..., features).
     """
-    # packed sequences come with their batch sizes as an extra argument
+    # packed sequences have their batch sizes as the second argument
     weights = args[2] if isinstance(args[3], bool) else args[3]
     return prod(_sizes_of(args[0])[:-1]) * sum(
         prod(_sizes_of(weight)) for weight in weights if weight.dim() == 2
@@ -290,5 +290,5 @@ def matmul_macs(args: tuple[Any, ...], out: Any) -> int:
 
 
 def trilinear_macs(args: tuple[Any, ...], out: Any) -> int:
-    """Count ``nn.Bilinear``: in1 x in2 MACs per output element; the weight is (1, out, in1, in2)."""
+    """Count ``nn.Bilinear``: in1 x in2 MACs per output element; weight (1, out, in1, in2)."""
     return prod(_sizes_of(out)) * prod(_sizes_of(args[1])[-2:])

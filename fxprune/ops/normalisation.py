@@ -1,6 +1,4 @@
-"""Normalisations: per-channel scale and shift, and statistics that are taken over the surviving
-channels.
-"""
+"""Normalisations: per-channel scale and shift, and statistics over the surviving channels."""
 
 from __future__ import annotations
 
@@ -30,8 +28,10 @@ _last_norm = functools.partial(
 def _scale_and_shift(
     ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int
 ) -> list[Field]:
-    """The 1-D fields of the channel axis meet every per-channel parameter; the first two
-    parameters are scale and shift.
+    """Merge the 1-D fields of the channel axis with every per-channel parameter.
+
+    The first two parameters are scale and shift. Return the fields of the result, whose shape is
+    that of ``x``.
     """
     ctx.is_scale(parameters[0])
     rank = x.dim()
@@ -65,13 +65,13 @@ def _scale_and_shift(
     "batch_norm", shape=shapes.channel_norm_shape, survivors=survivors.batch_norm_over_survivors
 )
 def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Channels (dimension 1) meet scale, shift and running statistics."""
+    """Merge the channels (dimension 1) with scale, shift and running statistics."""
     x = a["input"]
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
-    # Statistics over the other dimensions: survivors only, if any of them is removable (a weight
-    # standardised by batch_norm).
+    # Statistics run over the other dimensions. If these have labels, only survivors count, as in a
+    # weight that batch_norm standardises.
     ctx.statistic([f.labels for f in others], taken=a["training"])
-    rest = [Field(f.labels, False) for f in others]  # the shift reaches their removed elements
+    rest = [Field(f.labels, False) for f in others]  # the shift makes removed elements non-zero
     channels = [f for f in ctx.fields(x) if 1 in f.dims]
     tied = [
         Field(labels.reshape(-1), f.zero)
@@ -86,7 +86,7 @@ def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @_norm("instance_norm", shape=shapes.channel_norm_shape)
 def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each channel (dimension 1) has statistics of its own over the positions."""
+    """Merge the channels (dimension 1) with scale and shift; statistics run over positions."""
     x = a["input"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     parameters = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
@@ -101,15 +101,16 @@ def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     survivors=survivors.group_norm_over_survivors,
 )
 def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over each group's surviving channels; every group loses equally many, and keeps
-    two where it has no positions.
+    """Take statistics over each group's surviving channels; each group loses the same number.
+
+    Each group keeps two channels if there are no positions.
     """
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     shared = groups < x.shape[1]
     ctx.statistic([place(f.labels, (1,), x.dim()) for f in fields] if shared else [])
     if shared:
-        # F.group_norm refuses a batch of one then, if a group is one value
+        # F.group_norm rejects a batch of one if a group has a single value
         if x.shape[2:].numel() == 1:
             ctx.found.pairs += [f.labels for f in fields]
         for f in fields:
@@ -122,7 +123,7 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_last_norm("layer_norm", survivors=survivors.layer_norm_over_survivors)
 @_last_norm("rms_norm", survivors=survivors.rms_norm_over_survivors)
 def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over the survivors of the last dimensions, which meet scale and shift."""
+    """Take statistics over the survivors of the last dimensions, which meet scale and shift."""
     x, rank = a["input"], a["input"].dim()
     inside = set(range(rank - len(a["normalized_shape"]), rank))
     fields = ctx.fields(x)
@@ -150,8 +151,9 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("_weight_norm")
 @computes("_weight_norm_interface", shape=shapes.weight_norm_shape)
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not
-    count.
+    """Merge v and g: v * (g / norm of v over all dimensions but one).
+
+    Removed elements of v are zero, so they do not count in the norm.
     """
     v, g = a["v"], a["g"]
     rank, dim = v.dim(), a["dim"]  # -1: the norm is over all dimensions

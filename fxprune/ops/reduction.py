@@ -1,6 +1,4 @@
-"""Reductions: over removed zeros a sum, a mean or a variance is exact; anything else pins what it
-reduces.
-"""
+"""Reductions: sums, means and variances over removed zeros are exact; others pin their labels."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ _statistic = functools.partial(computes, traits=Trait.STATISTIC)
 def _put_reduced(
     ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool
 ) -> None:
+    """Set the fields of each result of a reduction, without the reduced dimensions."""
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if not isinstance(result, Tensor):
             continue
@@ -40,9 +39,7 @@ def _put_reduced(
 
 
 def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
-    """Tie a field along the reduced dimensions, so that what is left of it varies along the others
-    only.
-    """
+    """Tie a field along the reduced dimensions; return None if it then has a single label."""
     labels = ctx.tie(f.labels, f.dims & reduced)
     return Field(labels, f.zero) if labels.size > 1 else None
 
@@ -56,7 +53,11 @@ def _sum_like(
     verb: str = "is summed",
     counts: bool = False,
 ) -> None:
-    """Reduce removed zeros; ``counts`` says that their number counts, as a divisor."""
+    """Apply the rule of a sum.
+
+    ``counts`` says that the number of elements counts as a divisor; ``verb`` names the reduction
+    in the reason of a pin.
+    """
     x = a["self"] if "self" in a else a["x"]
     reduced, keepdim = reduced_dims(a, x)
     passing = []
@@ -64,8 +65,8 @@ def _sum_like(
         if not f.dims & reduced:
             passing.append(f)
         elif max(f.dims) not in reduced:
-            # The split's inner dimension stays: positions of the outer one go together, as in
-            # x.view(n, groups, c).sum(1).
+            # The inner dimension of the split is not reduced, so positions of the outer one go
+            # together, as in x.view(n, groups, c).sum(1).
             tied = _whole_rows(ctx, f, reduced)
             if tied is not None:
                 passing.append(tied)
@@ -82,8 +83,9 @@ def _sum_like(
 
 
 def _is_one_statistic(target: Any) -> bool:
-    """Whether a graph's target is one of these ops by itself: the emitted graph can then count
-    what was removed.
+    """Tell whether a graph's target is a statistic by itself, not a larger operation.
+
+    Only then can the emitted graph count the removed elements.
     """
     if isinstance(target, torch._ops.OpOverload):
         target = name_of_op(target)
@@ -95,7 +97,7 @@ def _is_one_statistic(target: Any) -> bool:
 @computes("linalg_vector_norm", shape=shapes.reduction_shape)
 @computes("frobenius_norm", "nansum", "count_nonzero")
 def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Sums and norms: exact where the removed elements are zero, pinned where they are not."""
+    """Sum: exact where removed elements are zero, pinned where they are not."""
     order = a.get("ord", a.get("p", 2))
     if isinstance(order, (int, float)) and order <= 0:
         return anything_else(ctx, func, a, out)
@@ -104,7 +106,7 @@ def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @computes("mean", axes=Axes.REDUCED, traits=Trait.STATISTIC, shape=shapes.reduction_shape)
 def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """As a sum; the divisor stays the original's."""
+    """Sum and divide by the original's number of elements."""
     _sum_like(ctx, func, a, out, verb="is averaged", counts=True)
 
 
@@ -113,7 +115,7 @@ def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_statistic("var_mean", shape=shapes.two_reductions_shape, counting=moments.var_mean)
 @_statistic("std_mean", shape=shapes.two_reductions_shape, counting=moments.std_mean)
 def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """As a mean: removed elements count as the zeros that they are."""
+    """Take a variance in which removed elements count as zeros, as in a mean."""
     if a["self"].is_complex() or correction_of(a) > 1:
         return anything_else(ctx, func, a, out)
     return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
@@ -128,8 +130,9 @@ def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("logsumexp", axes=Axes.REDUCED, traits=Trait.COUNTS_ALL, shape=shapes.logsumexp_shape)
 @computes("median", "mode", "kthvalue", traits=Trait.COUNTS_ALL)
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A removed element would count: positions of a reduced dimension go together, or are pinned;
-    others pass.
+    """Pin the labels of a reduced dimension, or tie them if they vary elsewhere too.
+
+    A removed element would count in such a reduction.
     """
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
@@ -142,7 +145,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
             continue
         own = _whole_rows(ctx, f, reduced)
-        if own is not None:  # log(n) is not zero, nor is the position of a maximum
+        if own is not None:  # neither log(n) nor the position of a maximum is zero
             passing.append(Field(own.labels, own.zero and not counts_all))
     return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
@@ -154,9 +157,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("sort", shape=shapes.sort_shape)
 @computes("topk", shape=shapes.topk_shape)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Mixes all positions of one dimension, which go together (none can, where the channels are
-    that dimension); others pass.
-    """
+    """Pin the labels of the mixed dimension, or tie them if they vary elsewhere too."""
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
     passing = []

@@ -1,6 +1,4 @@
-"""Poolings, resamplings and spatial paddings: they act on positions; channels pass through, one by
-one.
-"""
+"""Poolings, resamplings and spatial paddings: they act on positions and keep the channels."""
 
 from __future__ import annotations
 
@@ -61,13 +59,15 @@ _upsampling = functools.partial(moves, axes=Axes.RESAMPLED)
     "_upsample_bicubic2d_aa",
 )
 def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The last one to three dimensions are positions and are pinned; the rest pass."""
+    """Pin the last one to three dimensions, which are positions; others keep their labels."""
     x = a["self"] if "self" in a else a["input"]
     count = next(n for tag, n in _SPATIAL.items() if tag in func._schema.name)
     where = range(x.dim() - count, x.dim())
     passing = ctx.spared(x, where, "is an axis of positions that is resampled")
     for result in out if isinstance(out, (tuple, list)) else (out,):
-        if isinstance(result, Tensor):  # an index is not zero where its maximum is
+        if isinstance(
+            result, Tensor
+        ):  # the index of a maximum need not be zero where the maximum is
             ctx.put(
                 result,
                 passing
@@ -79,7 +79,7 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @moves("grid_sampler_2d", "grid_sampler_3d", shape=shapes.grid_sampler_shape)
 @moves("grid_sampler", "torchvision::roi_align", "torchvision::roi_pool")
 def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
+    """Pin all but the channels (dimension 1): positions are sampled at a grid or in boxes."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
     passing = []
     for f in ctx.fields(a["input"]):
@@ -93,7 +93,7 @@ def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @_upsampling("pixel_shuffle", shape=shapes_of_movements.pixel_shuffle_shape)
 def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """(c*r*r, h, w) -> (c, h*r, w*r): the r*r channels that make one go together."""
+    """Tie the r*r channels that become one: (c*r*r, h, w) -> (c, h*r, w*r)."""
     block = a["upscale_factor"] ** 2
     _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 3, block)
 
@@ -101,7 +101,7 @@ def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_upsampling("pixel_unshuffle", shape=shapes_of_movements.pixel_shuffle_shape)
 @moves("im2col", shape=shapes.im2col_shape)
 def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each channel becomes a block of consecutive ones, which go together."""
+    """Repeat the label of each channel, which becomes a block of consecutive channels."""
     x = a["self"]
     channel = x.dim() - 3
     times = out.shape[channel] // x.shape[channel]
@@ -117,12 +117,13 @@ def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> Non
 
 @moves("col2im", shape=shapes.col2im_shape)
 def col2im(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Blocks of kernel positions are added into one channel: a block goes together."""
+    """Tie each block of kernel positions, which are summed into one channel."""
     kernel = a["kernel_size"]
     _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 2, int(np.prod(kernel)))
 
 
 def _channels_in_blocks(ctx: Context, x: Tensor, out: Tensor, channel: int, block: int) -> None:
+    """Set the fields of a result in which each block of channels becomes one channel."""
     passing = []
     for f in ctx.fields(x):
         if any(d > channel for d in f.dims):

@@ -1,5 +1,6 @@
-"""Dimensions that are split, merged, or made of size 1: how positions are laid out one after the
-other decides what must hold for the smaller tensor.
+"""Reshapes, expansions and repetitions.
+
+The order of positions in split and merged dimensions constrains what may be removed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fxprune.ops.table import Axes, Trait, moves, row
 @moves("_reshape_alias")
 @moves("view_as", "reshape_as", traits=Trait.BY_LAYOUT)
 def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Split and merge dimensions; only blocks of dimensions on which labels vary are touched."""
+    """Split and merge dimensions; labels change only in blocks of dimensions where they vary."""
     x = a["self"]
     if func._overloadname == "dtype":
         ctx.pin_all(ctx.fields(x), "is reinterpreted as another dtype")
@@ -41,7 +42,7 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
-    """The result holds ``x`` at the sizes of another tensor, so their labels meet."""
+    """Merge the labels of a result with those of the tensor whose sizes it takes."""
     rank = out.dim()
     met = ctx.merge(
         [ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)],
@@ -53,8 +54,16 @@ def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tenso
 def reshape(
     ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]
 ) -> list[Field]:
-    """The labels of a reshaped tensor; notes which dimensions were laid out one after the
-    other.
+    """Return the fields of a reshaped tensor, and note which dimensions were split or merged.
+
+    Parameters
+    ----------
+    ctx:
+        The context.
+    fields:
+        The fields of the original tensor.
+    old, new:
+        The shapes of the original and of the reshaped tensor.
     """
     if not fields:
         return []
@@ -93,7 +102,7 @@ _growing = functools.partial(moves, axes=Axes.EXPANDED, traits=Trait.GROWS)
 @_growing("expand_copy", axes=None)
 @moves("expand_as", axes=Axes.SAME)
 def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Dimensions made from size 1 shrink with what they meet."""
+    """Give dimensions expanded from size 1 new labels, so they shrink with what they meet."""
     x = a["self"]
     if isinstance(a.get("other"), Tensor):
         return _sized_like(ctx, out, x, a["other"], x)
@@ -112,9 +121,7 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 @_growing("tile", axes=Axes.REPEATED, corrects=literals.repeat_literals)
 def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Copies one after the other carry the same labels; copies of a dimension of size 1 are as in
-    expand.
-    """
+    """Repeat the labels for concatenated copies; a dimension of size 1 expands as in ``expand``."""
     x = a["self"]
     lead = out.dim() - x.dim()
     times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
@@ -135,9 +142,7 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @_growing("repeat_interleave", axes=None, corrects=literals.repeat_interleave_literals)
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each position several times: the copies carry the same label; those of a dimension of size 1
-    are as in expand.
-    """
+    """Repeat each label for adjacent copies; a dimension of size 1 expands as in ``expand``."""
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
     if isinstance(x, Tensor) and x.dim() == 1:
         dim = 0
