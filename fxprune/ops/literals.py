@@ -184,9 +184,8 @@ def split_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
     sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
-    said = call.given.get(
-        "dim", axis
-    )  # a negative dim stays negative, because axes before it may be dropped
+    # a negative dim stays negative, because axes before it may be dropped
+    said = call.given.get("dim", axis)
     counted = axis - tensor.dim() if isinstance(said, int) and said < 0 else axis
     return torch.split, (call.given["self"], sizes, counted), {}
 

@@ -65,9 +65,7 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     where = range(x.dim() - count, x.dim())
     passing = ctx.spared(x, where, "is an axis of positions that is resampled")
     for result in out if isinstance(out, (tuple, list)) else (out,):
-        if isinstance(
-            result, Tensor
-        ):  # the index of a maximum need not be zero where the maximum is
+        if isinstance(result, Tensor):  # an index may be non-zero where the maximum is 0
             ctx.put(
                 result,
                 passing

@@ -121,7 +121,7 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 @_growing("tile", axes=Axes.REPEATED, corrects=literals.repeat_literals)
 def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Repeat the labels for concatenated copies; a dimension of size 1 expands as in ``expand``."""
+    """Repeat the labels of a dimension for each copy; size 1 expands as in ``expand``."""
     x = a["self"]
     lead = out.dim() - x.dim()
     times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
@@ -142,7 +142,7 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @_growing("repeat_interleave", axes=None, corrects=literals.repeat_interleave_literals)
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Repeat each label for adjacent copies; a dimension of size 1 expands as in ``expand``."""
+    """Repeat each label for adjacent copies; size 1 expands as in ``expand``."""
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
     if isinstance(x, Tensor) and x.dim() == 1:
         dim = 0

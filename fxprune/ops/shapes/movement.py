@@ -1,4 +1,4 @@
-"""Joins, repetitions and other movements of data, and look-ups by index."""
+"""Shapes of joins, repetitions, other movements of data, and look-ups by index."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fxprune.ops.shapes.common import (
 
 
 def cat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``cat``."""
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = tensors[0]
     if any(t.dtype != first.dtype or t.dim() != first.dim() or not t.is_meta for t in tensors):
@@ -35,6 +36,7 @@ def cat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 
 
 def stack_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``stack``."""
     given = given_arguments(func, args, kwargs)
     tensors, dim = given["tensors"], given.get("dim", 0)
     first = tensors[0]
@@ -49,6 +51,7 @@ def stack_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def repeat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``repeat``."""
     x, times = args
     if len(times) < x.dim() or any(count < 0 for count in times):
         return None
@@ -61,7 +64,7 @@ def repeat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 
 
 def reordered_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """roll, flip: over dimensions that are there, each once."""
+    """Return the shape of ``roll`` or ``flip`` over valid, distinct dimensions."""
     x, given = args[0], given_arguments(func, args, kwargs)
     dims = given.get("dims") or ()
     fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len(
@@ -75,7 +78,7 @@ def reordered_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def pixel_shuffle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """pixel_shuffle: channels become pixels; pixel_unshuffle: the other way."""
+    """Return the shape of ``pixel_shuffle`` or ``pixel_unshuffle``."""
     x, factor = args
     if x.dim() < 3 or factor < 1:
         return None
@@ -96,6 +99,7 @@ def pixel_shuffle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def channel_shuffle_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
+    """Return the shape of ``channel_shuffle``."""
     x, groups = args
     fits = (
         x.is_meta
@@ -109,7 +113,7 @@ def channel_shuffle_shape(
 
 
 def padded_shape(x: Tensor, pads: Sequence[int]) -> Tensor | None:
-    """Pads come in pairs, from the last dimension on."""
+    """Return a padded tensor; the pads come in pairs, for the last dimension first."""
     sizes = list(x.shape)
     for n, pad in enumerate(pads):
         sizes[-1 - n // 2] += pad
@@ -117,6 +121,7 @@ def padded_shape(x: Tensor, pads: Sequence[int]) -> Tensor | None:
 
 
 def constant_pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``constant_pad_nd``."""
     x, pads = args[:2]
     plain = x.is_meta and len(pads) % 2 == 0 and len(pads) <= 2 * x.dim()
     within = plain and all(-pad <= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
@@ -124,7 +129,10 @@ def constant_pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def index_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Whole numbers as indices. What stands apart from each other comes first in the result."""
+    """Return the shape of ``index`` with integer indices.
+
+    If the indexed dimensions are not adjacent, the dimensions of the indices come first.
+    """
     x, indices = args
     given = [index for index in indices if index is not None]
     if (
@@ -147,6 +155,7 @@ def index_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 def index_put_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``index_put``."""
     x, indices, values = args[:3]
     place = index_shape(func, (x, indices), {})
     fits = (
@@ -158,6 +167,7 @@ def index_put_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def gather_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``gather``."""
     x, dim, index = args
     if (
         not -x.dim() <= dim < x.dim()
@@ -174,6 +184,7 @@ def gather_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 
 
 def embedding_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``embedding``."""
     weight, indices = args[:2]
     whole = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
     return weight.new_empty([*indices.shape, weight.shape[1]]) if whole else None

@@ -1,4 +1,4 @@
-"""Normalisations and softmax."""
+"""Shapes of normalisations and softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxprune.ops.shapes.common import empty, empty_like, given_arguments, laid_a
 
 
 def channel_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """batch_norm, instance_norm: up to four vectors over the channels."""
+    """Return the shape of ``batch_norm`` or ``instance_norm``; all parameters are per channel."""
     x = args[0]
     vectors = [t for t in tensors_in(args, kwargs) if t is not x]
     fits = x.dim() > 1 and all(t.shape == x.shape[1:2] for t in vectors)
@@ -20,6 +20,7 @@ def channel_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def group_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``group_norm``."""
     return (
         channel_norm_shape(func, args, kwargs)
         if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0
@@ -28,7 +29,7 @@ def group_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def last_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """layer_norm, rms_norm: statistics and weights over the last dimensions."""
+    """Return the shape of ``layer_norm`` or ``rms_norm``."""
     x, shape = args[0], tuple(args[1])
     fits = all(t.shape == shape for t in tensors_in(args[2:], kwargs))
     if not fits or not shape or x.shape[-len(shape) :] != shape:
@@ -37,6 +38,7 @@ def last_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def softmax_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of a softmax or a cumulative op that keeps its argument's dtype."""
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     if not -args[0].dim() <= dim < args[0].dim():
         return None
@@ -49,7 +51,7 @@ def softmax_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 def weight_norm_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """A weight of a given norm along one dimension, and the norm that it had."""
+    """Return the results of weight normalisation: a weight, and its norm along one dimension."""
     given = given_arguments(func, args, kwargs)
     v, g, dim = given["v"], given["g"], given.get("dim", 0)
     norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]

@@ -1,4 +1,4 @@
-"""Poolings, resamplings, spatial paddings, windows."""
+"""Shapes of poolings, resamplings, spatial paddings and windows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxprune.ops.shapes.movement import padded_shape
 
 
 def pool_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """max_pool, avg_pool: windows that lie inside of what is padded."""
+    """Return the shape of a max or average pooling whose windows lie inside the padded input."""
     given = given_arguments(func, args, kwargs)
     x, count = given["self"], spatial_rank(func)
     kernel = as_many(given["kernel_size"], count)
@@ -30,7 +30,7 @@ def pool_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
         return None
     sizes = list(zip(x.shape[-count:], kernel, stride, padding, dilation, strict=True))
     if any(2 * p > k or s < 1 or n < k for n, k, s, p, _ in sizes):
-        return None  # PyTorch says what is wrong, if anything
+        return None  # PyTorch reports an error, if it is one
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
     return x.new_empty([*x.shape[:-count], *spatial]) if min(spatial) > 0 and x.numel() else None
 
@@ -38,10 +38,12 @@ def pool_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 def pool_with_indices_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
+    """Return the shapes of a max pooling with indices."""
     return with_positions(pool_shape(func, args, kwargs))
 
 
 def adaptive_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of an adaptive pooling."""
     x, size = args[0], args[1] if len(args) > 1 else kwargs["output_size"]
     size = [int(s) for s in size]
     if any(s < 0 for s in size) or x.dim() < len(size) + 1:
@@ -52,6 +54,7 @@ def adaptive_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def adaptive_with_indices_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
+    """Return the shapes of an adaptive max pooling with indices."""
     x, count = args[0], len(args[1])
     whole = (
         x.is_meta
@@ -64,6 +67,7 @@ def adaptive_with_indices_shape(
 
 
 def upsample_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of an upsampling to given sizes or by given factors."""
     if func._overloadname != "vec":
         return None
     given = given_arguments(func, args, kwargs)
@@ -76,7 +80,7 @@ def upsample_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def grid_sampler_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Values at the places that a grid names, one coordinate for each spatial dimension."""
+    """Return the shape of ``grid_sampler``, whose grid has a coordinate per spatial dimension."""
     x, grid = args[:2]
     rank = spatial_rank(func)
     fits = (
@@ -93,7 +97,7 @@ def grid_sampler_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """reflection_pad, replication_pad: outwards."""
+    """Return the shape of a reflection or replication padding with non-negative amounts."""
     x, pads = args
     count = spatial_rank(func)
     if (
@@ -108,14 +112,14 @@ def pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     if len(pads) != 2 * count or (
         reflects and any(pad >= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
     ):
-        return None  # PyTorch says what is wrong
+        return None  # PyTorch reports the error
     return padded_shape(x, pads)
 
 
 def _windows(
     sizes: Sequence[int], kernel: Any, dilation: Any, padding: Any, stride: Any
 ) -> list[int] | None:
-    """How many windows there are along each of two dimensions."""
+    """Return the number of windows along each of two dimensions, or None if it is invalid."""
     lists = [list(value) for value in (sizes, kernel, dilation, padding, stride)]
     if (
         any(len(own) != 2 for own in lists)
@@ -128,6 +132,7 @@ def _windows(
 
 
 def im2col_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``im2col``: a column of channels per window."""
     x, kernel = args[:2]
     counts = (
         _windows(x.shape[-2:], *args[1:])
@@ -142,6 +147,7 @@ def im2col_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 
 
 def col2im_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``col2im``, the reverse of ``im2col``."""
     x, size, kernel = args[:3]
     counts = _windows(size, *args[2:]) if x.is_meta and x.dim() in (2, 3) and x.numel() else None
     if counts is None or x.shape[-1] != math.prod(counts) or x.shape[-2] % math.prod(kernel):
