@@ -127,7 +127,7 @@ _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literal
 @_split("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 @_split("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_GIVE_BACK)
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Read consecutive ranges of positions."""
+    """Divide the labels into consecutive ranges."""
     x = a["self"]
     dim = split_dim(name_of_op(func), a)
     ends = np.cumsum([part.shape[dim] for part in out]).tolist()

@@ -207,20 +207,20 @@ def _randomised(ctx: Context, a: dict[str, Any], out: Any, keeps_zeros: bool) ->
 
 @computes("zero_")
 def emptied(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Write zeros."""
+    """Keep the labels; the written values are zero."""
     _overwritten(ctx, a, out, zero=True)
 
 
 @computes("fill", "fill_")
 def fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Write one value everywhere."""
+    """Keep the labels; one value is written everywhere."""
     value = a.get("value")
     _overwritten(ctx, a, out, zero=not isinstance(value, Tensor) and value == 0)
 
 
 @computes("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_")
 def redrawn(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Write random numbers."""
+    """Keep the labels; random numbers are written."""
     _overwritten(ctx, a, out, zero=False)
 
 

@@ -34,7 +34,7 @@ _NOT_ZERO_REASON = (
     macs=macs.recurrent_macs,
 )
 def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Remove the same hidden units in all layers and directions, which share one initial state.
+    """Unite the hidden units of all layers and directions, which share one initial state.
 
     A removed unit starts at zero and stays there: its gates get no input, so all that is ever
     added to it is tanh(0).

@@ -157,7 +157,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("sort", shape=shapes.sort_shape)
 @computes("topk", shape=shapes.topk_shape)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Pin the labels of the mixed dimension, or tie them if they vary elsewhere too."""
+    """Pin the labels of the dimension that is mixed, or tie them if they vary elsewhere too."""
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
     passing = []
