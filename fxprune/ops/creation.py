@@ -31,7 +31,7 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     value = {"zeros": 0, "full": a.get("fill_value", 1)}.get(name, 1)
     ctx.put(
         out,
-        ctx.virtual(
+        ctx.new_fields(
             out.shape, range(out.dim()), zero=not isinstance(value, Tensor) and value == 0
         ),
     )

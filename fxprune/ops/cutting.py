@@ -59,29 +59,29 @@ def _slices(
     """Set the fields of ranges of positions of a dimension."""
     fields = ctx.fields(x)
     for (start, stop), out in zip(bounds, outs, strict=True):
-        own = []
+        cut = []
         for f in fields:
-            if dim not in f.dims:
-                own.append(f)
-                continue
-            pick = (slice(None),) * dim
-            # every row must lose the same number before, inside and behind the range
-            if len(f.dims) > 1:
-                for part in (
-                    f.labels[(*pick, slice(0, start))],
-                    f.labels[(*pick, slice(stop, None))],
-                ):
-                    if part.size and len(varied(part)) > 1:
-                        ctx.sight(part)
-            labels = f.labels[(*pick, slice(start, stop))]
-            if labels.size == 0:
-                continue
-            labels = compact(labels)
-            if labels.size == 1:
-                ctx.pin(labels, "its removal would empty a tensor")
-            else:
-                own.append(Field(labels, f.zero))
-        ctx.put(out, own, base=x)
+            cut += _cut(ctx, f, dim, start, stop) if dim in f.dims else [f]
+        ctx.put(out, cut, base=x)
+
+
+def _cut(ctx: Context, f: Field, dim: int, start: int, stop: int) -> list[Field]:
+    """Return the field of a range of positions, if anything of it is left."""
+    before, labels, behind = np.split(f.labels, [start, stop], axis=dim)
+    if len(f.dims) > 1:
+        # every row must lose the same number before, inside and behind the range
+        for part in (before, behind):
+            if part.size and len(varied(part)) > 1:
+                ctx.sight(part)
+    return _unless_single(ctx, compact(labels), f.zero) if labels.size else []
+
+
+def _unless_single(ctx: Context, labels: Array, zero: bool) -> list[Field]:
+    """Return a field with these labels, or pin them if they are a single label."""
+    if labels.size == 1:
+        ctx.pin(labels, "its removal would empty a tensor")
+        return []
+    return [Field(labels, zero)]
 
 
 @moves("slice", corrects=literals.slices_literals)
@@ -97,28 +97,25 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         start, stop, _ = slice(a["start"], a["end"], None).indices(size)
     if step == 1:
         return _slices(ctx, x, dim, [(start, max(start, stop))], [out])
-    own = []
+    read = []
     for f in ctx.fields(x):
         if dim not in f.dims:
-            own.append(f)
-            continue
-        labels = np.moveaxis(f.labels, dim, -1)
-        if size % step or stop != size or start >= step:
-            ctx.pin(labels, "is read with a step that does not divide it")
-            continue
-        tied = ctx.tie(labels.reshape(*labels.shape[:-1], size // step, step), [labels.ndim])
-        full = (
-            np.broadcast_to(tied, (*labels.shape[:-1], size // step, 1))[..., 0]
-            if tied.size > 1
-            else tied[..., 0]
-        )
-        picked = compact(np.moveaxis(full, -1, dim))
-        if picked.size == 1:
-            ctx.pin(picked, "its removal would empty a tensor")
+            read.append(f)
+        elif size % step or stop != size or start >= step:
+            ctx.pin(f.labels, "is read with a step that does not divide it")
         else:
-            own.append(Field(picked, f.zero))
-    ctx.put(out, own, base=x)
+            read += _unless_single(ctx, _every(ctx, f.labels, dim, step), f.zero)
+    ctx.put(out, read, base=x)
     return None
+
+
+def _every(ctx: Context, labels: Array, dim: int, step: int) -> Array:
+    """Return every ``step``-th label along a dimension; labels within a step are united."""
+    moved = np.moveaxis(labels, dim, -1)
+    rows = (*moved.shape[:-1], moved.shape[-1] // step)
+    tied = ctx.tie(moved.reshape(*rows, step), [moved.ndim])
+    picked = np.broadcast_to(tied, (*rows, 1)) if tied.size > 1 else tied
+    return compact(np.moveaxis(picked[..., 0], -1, dim))
 
 
 _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literals)
@@ -175,30 +172,32 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         return
     fields = []
     for f in ctx.fields(x):
-        labels = f.labels
-        for i in range(len(amounts) // 2):
-            d, before, after = x.dim() - 1 - i, amounts[2 * i], amounts[2 * i + 1]
-            if d not in f.dims or not (before or after):
-                continue
-            if before < 0 or after < 0 or len(f.dims) > 1:
-                ctx.pin(
-                    labels,
-                    "is cropped by a padding, or padded while split over several dimensions",
-                )
-                labels = np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
-                break
-            form = [1] * labels.ndim
-            parts = [labels]
-            if before:
-                form[d] = before
-                parts.insert(0, ctx.units.fresh(before, -1).reshape(form))
-            if after:
-                form[d] = after
-                parts.append(ctx.units.fresh(after, -1).reshape(form))
-            labels = np.concatenate(parts, axis=d)
+        labels = _padded_labels(ctx, f, amounts)
         if labels.any():
             fields.append(Field(labels, f.zero and value == 0))
     ctx.put(out, fields)
+
+
+def _padded_labels(ctx: Context, f: Field, amounts: Sequence[int]) -> Array:
+    """Return a field's labels with new ones at padded positions; all 0 if they had to be pinned."""
+    labels = f.labels
+    for i in range(len(amounts) // 2):
+        d, before, after = labels.ndim - 1 - i, amounts[2 * i], amounts[2 * i + 1]
+        if d not in f.dims or not (before or after):
+            continue
+        if before < 0 or after < 0 or len(f.dims) > 1:
+            why = "is cropped by a padding, or padded while split over several dimensions"
+            ctx.pin(labels, why)
+            return np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
+        form = [1] * labels.ndim
+        form[d] = -1
+        parts = [labels]
+        if before:
+            parts.insert(0, ctx.units.fresh(before, -1).reshape(form))
+        if after:
+            parts.append(ctx.units.fresh(after, -1).reshape(form))
+        labels = np.concatenate(parts, axis=d)
+    return labels
 
 
 @moves("unfold")

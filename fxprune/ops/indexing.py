@@ -40,9 +40,8 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     passing = []
     for f in ctx.fields(x):
         if f.dims <= set(layout):
-            passing.append(
-                Field(take(f.labels.reshape(*f.labels.shape, *[1] * len(layout)), layout), f.zero)
-            )
+            labels = f.labels.reshape(*f.labels.shape, *[1] * len(layout))
+            passing.append(Field(take(labels, layout), f.zero))
         else:
             ctx.pin(f.labels, "is read by indices")
     ctx.put(out, passing)
@@ -57,22 +56,14 @@ def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if layout is None:
         ctx.pin_all([*ctx.fields(x), *ctx.fields(values)], "is written by a mask")
         return
-    rank = x.dim() + len(layout)
-    met = ctx.merge(
-        [
-            ctx.operand(x, range(x.dim()), rank),
-            ctx.operand(values, layout[len(layout) - values.dim() :], rank),
-        ],
-        rank,
-    )
+    rank, own_dims = x.dim() + len(layout), range(x.dim())
+    value_dims = layout[len(layout) - values.dim() :]
+    operands = [ctx.operand(x, own_dims, rank), ctx.operand(values, value_dims, rank)]
     fields = []
-    for m in met:
-        if set(varied(m.labels)) <= set(layout) & set(range(x.dim())):
-            fields.append(
-                Field(
-                    take(m.labels, range(x.dim())), m.zero.get(0, False) and m.zero.get(1, False)
-                )
-            )
+    for m in ctx.merge(operands, rank):
+        if set(varied(m.labels)) <= set(layout) & set(own_dims):
+            zero = m.zero.get(0, False) and m.zero.get(1, False)
+            fields.append(Field(take(m.labels, own_dims), zero))
         else:
             ctx.pin(m.labels, "is written by indices")
     if out is x:

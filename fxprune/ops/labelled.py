@@ -64,9 +64,9 @@ class Labelled:
             ("is an input of the model", ""),
         ]
         self.causes: Any = WeakTensorKeyDictionary()
-        self._pinned_now = 0  # number of the first reason that the current op gave
+        self._first_reason = 0  # number of the first reason that the current op gave
         # reason why the output channels of the current layer stay; None: no layer runs
-        self._given: int | None = None
+        self._layer_reason: int | None = None
         self._reason_numbers: dict[tuple[str, str], int] = {}
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
         self.fixed_axes: dict[int, int] = {}
@@ -263,53 +263,48 @@ class Labelled:
         """Note that a tensor is an input of the model."""
         self.causes[tensor] = {None: INPUT}
 
-    def gives(self, weight: Tensor | None, dims: Iterable[int]) -> None:
+    def note_kept_axes(self, weight: Tensor | None, dims: Iterable[int]) -> None:
         """Note which dimensions of its weight a layer's output keeps.
 
         If these dimensions stay, the output has no labels for the same reason.
         """
-        self._given = first_reason(
-            number for number in (self._given or 0, self.cause(weight, dims))
-        )
+        self._layer_reason = first_reason((self._layer_reason or 0, self.cause(weight, dims)))
 
     def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Note, after an op, why its results may lack labels.
 
-        For a layer it is the reason of its weight (:meth:`gives`). For any other op it is the
-        reason of its first pin, or else that of its operands; a result of the same shape as an
+        For a layer it is the reason of its weight (:meth:`note_kept_axes`). For any other op it is
+        the reason of its first pin, or else that of its operands; a result of the same shape as an
         operand then has the operand's reasons, dimension by dimension.
         """
-        given, pinned = self._given, self._pinned_now
-        self._given, self._pinned_now = None, 0
-        whole = (
-            given
-            if given is not None
-            else pinned or first_reason(self.cause(tensor) for tensor in tensors)
-        )
+        of_layer, pinned = self._layer_reason, self._first_reason
+        self._layer_reason, self._first_reason = None, 0
+        if of_layer is not None:
+            reason = of_layer
+        else:
+            reason = pinned or first_reason(self.cause(tensor) for tensor in tensors)
         for result in results:
-            own: dict[int | None, int] = {None: whole} if whole else {}
-            for tensor in tensors if given is None and whole else ():
+            causes: dict[int | None, int] = {None: reason} if reason else {}
+            for tensor in tensors if of_layer is None and reason else ():
                 if tensor.shape == result.shape:
-                    own |= self._causes_along(tensor)
-            if own:
-                self.causes[result] = own
+                    causes |= self._causes_along(tensor)
+            if causes:
+                self.causes[result] = causes
 
     def _causes_along(self, tensor: Any) -> dict[int | None, int]:
         """Return dimension -> number of the reason why a tensor has no labels there.
 
         The key None stands for all other dimensions.
         """
-        own: dict[int | None, int] = dict(self.causes.get(tensor, {}))
+        causes: dict[int | None, int] = dict(self.causes.get(tensor, {}))
         record = self.records.get(tensor)
         if record is not None:
             self._renew(record)
-            own.update(
-                (d, self.fixed_axes[number])
-                for d, number in enumerate(record.axes)
-                if number in self.fixed_axes
-            )
-            own.update(record.lost.items())
-        return own
+            for d, number in enumerate(record.axes):
+                if number in self.fixed_axes:
+                    causes[d] = self.fixed_axes[number]
+            causes.update(record.lost.items())
+        return causes
 
     def cause(self, tensor: Any, dims: Iterable[int] | None = None) -> int:
         """Return the number of the reason why a tensor has no labels; 0 if it never had any.
@@ -342,7 +337,7 @@ class Labelled:
             return (READS_INPUT if read else "meets an input of the model"), self.node
         return self.reasons[found] if found else ("meets a tensor of fixed size", self.node)
 
-    def virtual(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
+    def new_fields(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
         """Return fields for dimensions made by a literal size, as in ``expand`` or ``zeros``.
 
         No parameter owns their labels, so the dimensions shrink with what they meet.
@@ -390,7 +385,7 @@ class Labelled:
         current node).
         """
         number = self._reason(why)
-        self._pinned_now = self._pinned_now or number
+        self._first_reason = self._first_reason or number
         self.units.pin(labels, number)
 
     def pin_all(self, fields: Iterable[Field], why: str) -> None:
@@ -400,13 +395,13 @@ class Labelled:
 
     def spared(self, tensor: Any, dims: Collection[int], why: str) -> list[Field]:
         """Return the fields of a tensor that do not vary along ``dims``; pin the others."""
-        left = []
+        kept = []
         for f in self.fields(tensor):
             if f.dims.isdisjoint(dims):
-                left.append(f)
+                kept.append(f)
             else:
                 self.pin(f.labels, why)
-        return left
+        return kept
 
     def sight(
         self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()

@@ -106,31 +106,49 @@ def _hold_layout(
     ``given`` are the sizes of the result's axes from ``start`` on.
     """
     x, old = call.given["self"], call.ran["self"]
-    left = numbers.survivors.shape(old)
-    if left == list(old.shape):
+    new_shape = numbers.survivors.shape(old)
+    if new_shape == list(old.shape):
         return
     for ins, outs in reshape_blocks(old.shape, value.shape):
-        lost = [d for d in ins if left[d] != old.shape[d]]
+        lost = [d for d in ins if new_shape[d] != old.shape[d]]
         sizes = [given[d - start] if start <= d < start + len(given) else None for d in outs]
-        literal = [isinstance(size, int) and size != -1 for size in sizes]
-        if all(literal):
+        is_literal = [isinstance(size, int) and size != -1 for size in sizes]
+        held: list[int] = []
+        if all(is_literal):
             held = ins if -1 in given else []
-        elif not lost or not any(literal):
-            continue
-        else:
-            first, last = literal.index(False), len(literal) - 1 - literal[::-1].index(False)
-            within = any(literal[first:last])
-            held = [d for d in ins if d < lost[-1]] if first or within else []
-            fixed = 1
-            for d in reversed(ins):
-                if not numbers.extents.fixed(x, d):
-                    break
-                fixed *= old.shape[d]
-            behind = math.prod(value.shape[d] for d in outs[last + 1 :])
-            if within or fixed % behind:
-                held += [d for d in ins if d >= lost[0]]
+        elif lost and any(is_literal):
+            held = _divided_axes(numbers, call, value, (ins, outs), lost, is_literal)
         for d in dict.fromkeys(held):
             numbers.hold_positions(x, d)
+
+
+def _divided_axes(
+    numbers: NewNumbers,
+    call: OpCall,
+    value: Tensor,
+    block: tuple[list[int], list[int]],
+    lost: list[int],
+    is_literal: list[bool],
+) -> list[int]:
+    """Return the axes of a reshape's operand whose sizes decide what its literal sizes take.
+
+    ``block`` has the axes of the operand and of the result, ``lost`` the operand's axes that
+    shrink, and ``is_literal`` tells which sizes of the result are literals.
+    """
+    ins, outs = block
+    first = is_literal.index(False)
+    last = len(is_literal) - 1 - is_literal[::-1].index(False)
+    has_literal_between = any(is_literal[first:last])
+    held = [d for d in ins if d < lost[-1]] if first or has_literal_between else []
+    fixed = 1
+    for d in reversed(ins):
+        if not numbers.extents.fixed(call.given["self"], d):
+            break
+        fixed *= call.ran["self"].shape[d]
+    behind = math.prod(value.shape[d] for d in outs[last + 1 :])
+    if has_literal_between or fixed % behind:
+        held += [d for d in ins if d >= lost[0]]
+    return held
 
 
 def unflatten_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
@@ -175,19 +193,16 @@ def split_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     axis = split_dim(call.name, call.ran)
     if numbers.survivors.rows(tensor, axis) is None:
         return {}
-    numbers.hold_positions(
-        call.given["self"],
-        axis,
-        *(a for name, a in call.given.items() if name not in ("self", "dim")),
-    )
+    bounds = [a for name, a in call.given.items() if name not in ("self", "dim")]
+    numbers.hold_positions(call.given["self"], axis, *bounds)
     ends = [0]
     for part in value:
         ends.append(ends[-1] + part.shape[axis])
     sizes = [_survivors_between(numbers, tensor, axis, a, b) for a, b in itertools.pairwise(ends)]
     # a negative dim stays negative, because axes before it may be dropped
-    said = call.given.get("dim", axis)
-    counted = axis - tensor.dim() if isinstance(said, int) and said < 0 else axis
-    return torch.split, (call.given["self"], sizes, counted), {}
+    dim = call.given.get("dim", axis)
+    new_dim = axis - tensor.dim() if isinstance(dim, int) and dim < 0 else axis
+    return torch.split, (call.given["self"], sizes, new_dim), {}
 
 
 def narrow_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
@@ -208,11 +223,8 @@ def slices_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     new = index_literal(
         numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
     )
-    return {
-        name: bound
-        for name, bound in (("start", new.start), ("end", new.stop))
-        if name in call.given
-    }
+    bounds = {"start": new.start, "end": new.stop}
+    return {name: bound for name, bound in bounds.items() if name in call.given}
 
 
 def select_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
@@ -235,28 +247,31 @@ def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
     part:
         Its index in the original: a slice, an integer, or anything else, which stays.
     """
-    tensor = numbers.old(x)
     if isinstance(part, slice):
-        if numbers.survivors.rows(tensor, axis) is None:
-            return part
-        size = tensor.shape[axis]
-        start, stop, step = slice(
-            *(numbers.old(p) for p in (part.start, part.stop, part.step))
-        ).indices(size)
-        if step != 1 or part.start is not None or part.stop is not None:
-            numbers.hold_positions(x, axis, part.start, part.stop)
-        if step != 1:
-            return part
-        left = None if part.start is None else _survivors_between(numbers, tensor, axis, 0, start)
-        right = (
-            None
-            if part.stop is None
-            else _survivors_between(numbers, tensor, axis, 0, max(start, stop))
-        )
-        return slice(left, right, part.step)
-    if isinstance(numbers.old(part), int) and not isinstance(numbers.old(part), bool):
+        return _new_slice(numbers, x, axis, part)
+    old = numbers.old(part)
+    if isinstance(old, int) and not isinstance(old, bool):
         return _new_position(numbers, x, axis, part)
     return part
+
+
+def _new_slice(numbers: NewNumbers, x: fx.Node, axis: int, part: slice) -> slice:
+    """Return the slice of an axis that takes the survivors of the original's slice."""
+    tensor = numbers.old(x)
+    if numbers.survivors.rows(tensor, axis) is None:
+        return part
+    bounds = (numbers.old(bound) for bound in (part.start, part.stop, part.step))
+    start, stop, step = slice(*bounds).indices(tensor.shape[axis])
+    if step != 1 or part.start is not None or part.stop is not None:
+        numbers.hold_positions(x, axis, part.start, part.stop)
+    if step != 1:
+        return part
+    new_start = new_stop = None
+    if part.start is not None:
+        new_start = _survivors_between(numbers, tensor, axis, 0, start)
+    if part.stop is not None:
+        new_stop = _survivors_between(numbers, tensor, axis, 0, max(start, stop))
+    return slice(new_start, new_stop, part.step)
 
 
 def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any:
@@ -327,10 +342,8 @@ def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> li
         axis, (before, after) = padded.dim() - 1 - i, amounts[2 * i : 2 * i + 2]
         size = padded.shape[axis]
         if (before or after) and survivors.rows(padded, axis) is not None:
-            new[2 * i : 2 * i + 2] = [
-                survivors.count(padded, axis, *span) or 0
-                for span in ((0, before), (size - after, size))
-            ]
+            spans = ((0, before), (size - after, size))
+            new[2 * i : 2 * i + 2] = [survivors.count(padded, axis, *span) or 0 for span in spans]
     return new
 
 
@@ -399,12 +412,9 @@ def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
         return {}
     width, scale = numbers.size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
-    given = isinstance(width, fx.Node)
-    return {
-        "scale": numbers.create("call_function", operator.pow, (width, -0.5), {}, scale)
-        if given
-        else scale
-    }
+    if isinstance(width, fx.Node):
+        scale = numbers.create("call_function", operator.pow, (width, -0.5), {}, scale)
+    return {"scale": scale}
 
 
 def _survivors_between(

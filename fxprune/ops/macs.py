@@ -14,7 +14,7 @@ tests compare the two where both know an operation.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -212,13 +212,13 @@ def einsum_macs(args: tuple[Any, ...], out: Any) -> int:
         for axis, size in zip(own, tensor.shape, strict=True):
             if sizes.get(axis, 1) == 1:  # a size of 1 broadcasts
                 sizes[axis] = size
-    total, held = 0, set(names[0])
+    total, axes = 0, set(names[0])  # axes of the product so far
     for i, own in enumerate(names[1:], start=2):
         needed = {*result, *(axis for later in names[i:] for axis in later)}
-        summed = (held & set(own)) - needed
-        held = (held | set(own)) & (needed | summed)
-        total += prod(sizes[axis] for axis in held) if summed else 0
-        held -= summed
+        summed = (axes & set(own)) - needed
+        axes = (axes | set(own)) & (needed | summed)
+        total += prod(sizes[axis] for axis in axes) if summed else 0
+        axes -= summed
     return total
 
 
@@ -231,24 +231,19 @@ def _einsum_axes(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list
     ([['b', -2, -1, 'i'], ['i', 'j']], ['b', -2, -1, 'j'])
     """
 
-    def axes(term: str, more: int) -> list[Any]:
-        """Return the axes of a term whose ellipsis has ``more`` axes."""
+    def axes(term: str, count: int) -> list[Any]:
+        """Return the axes of a term whose ellipsis stands for ``count`` axes."""
         before, dots, after = term.partition("...")
-        return [*before, *(range(-more, 0) if dots else ()), *after]
+        return [*before, *(range(-count, 0) if dots else ()), *after]
 
     terms, arrow, result = equation.partition("->")
-    more = [
-        rank - len(term.replace("...", ""))
-        for term, rank in zip(terms.split(","), ranks, strict=True)
-    ]
+    operands = terms.split(",")
+    hidden = [rank - len(t.replace("...", "")) for t, rank in zip(operands, ranks, strict=True)]
     if not arrow:  # the result has every axis that occurs once
         letters = terms.replace("...", "").replace(",", "")
-        result = ("..." if "..." in terms else "") + "".join(
-            sorted(c for c in set(letters) if letters.count(c) == 1)
-        )
-    return [axes(term, own) for term, own in zip(terms.split(","), more, strict=True)], axes(
-        result, max(more)
-    )
+        once = sorted(c for c in set(letters) if letters.count(c) == 1)
+        result = ("..." if "..." in terms else "") + "".join(once)
+    return [axes(t, n) for t, n in zip(operands, hidden, strict=True)], axes(result, max(hidden))
 
 
 def recurrent_macs(args: tuple[Any, ...], out: Any) -> int:
@@ -259,16 +254,18 @@ def recurrent_macs(args: tuple[Any, ...], out: Any) -> int:
     """
     # packed sequences have their batch sizes as the second argument
     weights = args[2] if isinstance(args[3], bool) else args[3]
-    return prod(_sizes_of(args[0])[:-1]) * sum(
-        prod(_sizes_of(weight)) for weight in weights if weight.dim() == 2
-    )
+    return _recurrent_macs(args[0], weights)
+
+
+def _recurrent_macs(steps: Tensor, weights: Sequence[Tensor]) -> int:
+    """Count a product of every step, (..., features), with every weight matrix."""
+    matrices = [weight for weight in weights if weight.dim() == 2]
+    return prod(_sizes_of(steps)[:-1]) * sum(prod(_sizes_of(matrix)) for matrix in matrices)
 
 
 def recurrent_of_library_macs(args: tuple[Any, ...], out: Any) -> int:
     """Count recurrent layers of cuDNN and MIOpen. Arguments: (input, weights, ...)."""
-    return prod(_sizes_of(args[0])[:-1]) * sum(
-        prod(_sizes_of(weight)) for weight in args[1] if weight.dim() == 2
-    )
+    return _recurrent_macs(args[0], args[1])
 
 
 def recurrent_direction_macs(args: tuple[Any, ...], out: Any) -> int:

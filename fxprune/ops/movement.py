@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxprune.labels import Field
+from fxprune.labels import Array, Field
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.records import as_torch, from_torch
@@ -79,23 +79,31 @@ def _in_place(ctx: Context, name: str, a: dict[str, Any], x: Tensor) -> None:
         return
     moved = []
     for f in record.fields:
-        labels = f.labels
-        if name == "unsqueeze_":
-            labels = np.expand_dims(labels, a["dim"] % x.dim())
-        elif name == "squeeze_" and labels.ndim != x.dim():
-            dims = [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
-            gone = {d % labels.ndim for d in dims}
-            kept = [d for d in range(labels.ndim) if d not in gone]
-            if len(kept) != x.dim():
-                ctx.pin(labels, "is squeezed in place over dimensions that are not all of size 1")
-                continue
-            labels = labels.reshape([labels.shape[d] for d in kept])
-        elif name == "t_":
-            labels = labels.T
-        elif name == "transpose_":
-            labels = labels.swapaxes(a["dim0"], a["dim1"])
-        moved.append(Field(labels, f.zero))
+        labels = _moved_in_place(ctx, name, a, f.labels, x.dim())
+        if labels is not None:
+            moved.append(Field(labels, f.zero))
     record.fields = moved
+
+
+def _moved_in_place(
+    ctx: Context, name: str, a: dict[str, Any], labels: Array, rank: int
+) -> Array | None:
+    """Return the labels of a tensor after an in-place op, or pin them and return None."""
+    if name == "unsqueeze_":
+        return np.expand_dims(labels, a["dim"] % rank)
+    if name == "squeeze_" and labels.ndim != rank:
+        dims = [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
+        squeezed = {d % labels.ndim for d in dims}
+        kept = [d for d in range(labels.ndim) if d not in squeezed]
+        if len(kept) != rank:
+            ctx.pin(labels, "is squeezed in place over dimensions that are not all of size 1")
+            return None
+        return labels.reshape([labels.shape[d] for d in kept])
+    if name == "t_":
+        return labels.T
+    if name == "transpose_":
+        return labels.swapaxes(a["dim0"], a["dim1"])
+    return labels
 
 
 def _is_alias(func: Any) -> bool:

@@ -33,7 +33,7 @@ def _scale_and_shift(
     The first two parameters are scale and shift. Return the fields of the result, whose shape is
     that of ``x``.
     """
-    ctx.is_scale(parameters[0])
+    ctx.note_scale(parameters[0])
     rank = x.dim()
     if len(fields) == 1 and all(
         ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None
@@ -132,7 +132,7 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     for f in fields:
         if f.dims & inside and f.dims - inside:
             ctx.sight(f.labels, fixed=f.dims - inside)
-    ctx.is_scale(a["weight"])
+    ctx.note_scale(a["weight"])
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
     dims = range(rank - len(a["normalized_shape"]), rank)
     met = ctx.merge(

@@ -206,11 +206,9 @@ class Contraction:
 
         def resized(tensor: Tensor) -> Tensor:
             """Return the tensor itself, or an empty one of its new shape."""
-            return (
-                tensor
-                if shape is None
-                else torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
-            )
+            if shape is None:
+                return tensor
+            return torch.empty(tuple(shape(tensor)), dtype=tensor.dtype, device=META)
 
         return op_macs(self.func, *map_tensors(resized, (self.args, self.kwargs, self.out))) or 0
 
@@ -242,9 +240,10 @@ class Event:
 
 def same_fields(fields: Sequence[Field], others: Sequence[Field]) -> bool:
     """Tell whether two lists of fields have the same labels, one by one."""
-    return len(fields) == len(others) and all(
-        np.array_equal(f.labels, g.labels) for f, g in zip(fields, others, strict=True)
-    )
+    if len(fields) != len(others):
+        return False
+    pairs = zip(fields, others, strict=True)
+    return all(np.array_equal(f.labels, g.labels) for f, g in pairs)
 
 
 def first_reason(numbers: Iterable[int]) -> int:
@@ -310,16 +309,12 @@ def partner_of(
 
 def _same_pattern(a: Array, b: Array) -> bool:
     """Tell whether equal labels in one array are equal in the other, and the reverse."""
-    return bool(
-        np.array_equal(
-            np.unique(a, return_inverse=True)[1].ravel(),
-            np.unique(b, return_inverse=True)[1].ravel(),
-        )
-    ) or (
-        len(np.unique(a))
-        == len(np.unique(b))
-        == len({(x, y) for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)})
-    )
+    unique_a, inverse_a = np.unique(a, return_inverse=True)
+    unique_b, inverse_b = np.unique(b, return_inverse=True)
+    if np.array_equal(inverse_a.ravel(), inverse_b.ravel()):
+        return True
+    pairs = set(zip(a.ravel().tolist(), b.ravel().tolist(), strict=True))
+    return len(unique_a) == len(unique_b) == len(pairs)
 
 
 def refuse_rank(f: Field, tensor: Tensor) -> Field:

@@ -113,7 +113,7 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     made = [
         d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)
     ]
-    return ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
+    return ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)], base=x)
 
 
 @_growing(
@@ -137,7 +137,7 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             )
         )
     made = [d for d in range(out.dim()) if times[d] > 1 and (d < lead or x.shape[d - lead] == 1)]
-    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)])
+    ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)])
 
 
 @_growing("repeat_interleave", axes=None, corrects=literals.repeat_interleave_literals)
@@ -156,7 +156,7 @@ def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> N
         for f in ctx.fields(x)
     ]
     ctx.put(
-        out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
+        out, [*fields, *ctx.new_fields(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
     )
 
 

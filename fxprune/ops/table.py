@@ -311,16 +311,38 @@ def register_rule(
     >>> fxprune.prune(net, torch.zeros(1, 3), channels=0.5).model.get_submodule("1").weight.shape
     torch.Size([2, 4])
     """
-    library, _, own = name.partition("::") if isinstance(name, str) else ("", "", "")
-    if not library or not own or library in ("aten", "prims", "prim"):
+    _check_registration(name, like, macs)
+
+    def register(rule: Rule) -> Rule:
+        """Add the user's row and return the rule."""
+        if not callable(rule):
+            raise ArgumentError(
+                f"register_rule: a rule of {name} is a function rule(context, op, arguments by "
+                f"name, result), not a {type(rule).__name__}."
+            )
+        doc = _first_paragraph(rule)
+        _add_row_of_user(Op(name=name, rule=rule, doc=doc, macs=macs, of_user=True))
+        return rule
+
+    if like is None:
+        return register
+    # correctors and shape functions know the names of PyTorch's own ops only
+    shared = replace(OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
+    _add_row_of_user(replace(shared, macs=macs or shared.macs, of_user=True))
+    return register
+
+
+def _check_registration(name: Any, like: Any, macs: Any) -> None:
+    """Raise an error if :func:`register_rule` cannot accept these arguments."""
+    library, _, op_name = name.partition("::") if isinstance(name, str) else ("", "", "")
+    if not library or not op_name or library in ("aten", "prims", "prim"):
         raise ArgumentError(
             f'register_rule: {name!r} is no op of your own: give its name as "library::op".'
         )
     if name in OPS:
         raise ArgumentError(f"register_rule: {name} has a rule already.")
-    if like is not None and (
-        not isinstance(like, str) or like not in OPS or OPS[like].rule is None
-    ):
+    has_rule = isinstance(like, str) and like in OPS and OPS[like].rule is not None
+    if like is not None and not has_rule:
         raise ArgumentError(
             f"register_rule: {like!r} has no rule that {name} could share; docs/rules.md lists "
             "those that have."
@@ -331,28 +353,10 @@ def register_rule(
             f"a {type(macs).__name__}."
         )
 
-    def register(rule: Rule) -> Rule:
-        """Add the user's row and return the rule."""
-        if not callable(rule):
-            raise ArgumentError(
-                f"register_rule: a rule of {name} is a function rule(context, op, arguments by "
-                f"name, result), not a {type(rule).__name__}."
-            )
-        _write_for_user(
-            Op(name=name, rule=rule, doc=_first_paragraph(rule), macs=macs, of_user=True)
-        )
-        return rule
 
-    if like is None:
-        return register
-    # correctors and shape functions know the names of PyTorch's own ops only
-    shared = replace(OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
-    _write_for_user(replace(shared, macs=macs or shared.macs, of_user=True))
-    return register
-
-
-def _write_for_user(own: Op) -> None:
-    OPS[own.name] = own
+def _add_row_of_user(row: Op) -> None:
+    """Add a row that a user registered; earlier look-ups may have missed it."""
+    OPS[row.name] = row
     for cached in (find, own_row):
         cached.cache_clear()
 
@@ -403,24 +407,26 @@ def find(func: Any) -> Op | None:
 
 @functools.cache
 def _schema_arguments(func: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (a.name, a.default_value if a.has_default_value() else None)
-        for a in func._schema.arguments
-    )
+    """Return the name and the default of each argument; None where there is no default."""
+    arguments = []
+    for argument in func._schema.arguments:
+        default = argument.default_value if argument.has_default_value() else None
+        arguments.append((argument.name, default))
+    return tuple(arguments)
 
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, with defaults filled in."""
-    named = _schema_arguments(func)
-    bound = {
-        name: args[i] if i < len(args) else default for i, (name, default) in enumerate(named)
-    }
+    bound = {}
+    for i, (name, default) in enumerate(_schema_arguments(func)):
+        bound[name] = args[i] if i < len(args) else default
     bound.update(kwargs)
     return bound
 
 
-_SIZES = frozenset({"size", "shape", "sizes", "repeats"})
-_BESIDE = frozenset({"dim", "dtype", "fill_value", "layout"})  # schemas type these as numbers too
+_SIZES = frozenset((name, "List[int]") for name in ("size", "shape", "sizes", "repeats"))
+# schemas type these as numbers too
+_NOT_NUMBERS = frozenset({"dim", "dtype", "fill_value", "layout"})
 
 
 @functools.cache
@@ -436,15 +442,14 @@ def takes_sizes(name: str) -> bool:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    told = [numbers for own in schemas if not own.is_mutable and (numbers := _numbers(own))]
-    return bool(told) and all(len(own) == 1 and own <= _LISTS for own in told)
-
-
-_LISTS = frozenset((name, "List[int]") for name in _SIZES)
+    numbers = [_numbers(schema) for schema in schemas if not schema.is_mutable]
+    taken = [names for names in numbers if names]
+    return bool(taken) and all(len(names) == 1 and names <= _SIZES for names in taken)
 
 
 def _numbers(schema: Any) -> frozenset[tuple[str, str]]:
     """Return the arguments of a schema that hold numbers, as pairs of name and type."""
-    named = ((argument.name, str(argument.type)) for argument in schema.arguments)
-    numbers = ("List[int]", "int", "float", "number")
-    return frozenset(own for own in named if own[1] in numbers and own[0] not in _BESIDE)
+    arguments = ((argument.name, str(argument.type)) for argument in schema.arguments)
+    types = ("List[int]", "int", "float", "number")
+    numbers = [(name, kind) for name, kind in arguments if kind in types]
+    return frozenset((name, kind) for name, kind in numbers if name not in _NOT_NUMBERS)
