@@ -29,12 +29,8 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Give each dimension new labels that no parameter owns, so it shrinks with what it meets."""
     name = name_of_op(func).removeprefix("new_")
     value = {"zeros": 0, "full": a.get("fill_value", 1)}.get(name, 1)
-    ctx.put(
-        out,
-        ctx.new_fields(
-            out.shape, range(out.dim()), zero=not isinstance(value, Tensor) and value == 0
-        ),
-    )
+    zero = not isinstance(value, Tensor) and value == 0
+    ctx.put(out, ctx.new_fields(out.shape, range(out.dim()), zero))
 
 
 @_creation("rand_like", "randn_like", axes=Axes.SAME, shape=blank_shape)

@@ -179,7 +179,7 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _padded_labels(ctx: Context, f: Field, amounts: Sequence[int]) -> Array:
-    """Return a field's labels with new ones at padded positions; all 0 if they had to be pinned."""
+    """Return a field's labels with new ones at padded positions; 0 if they must be pinned."""
     labels = f.labels
     for i in range(len(amounts) // 2):
         d, before, after = labels.ndim - 1 - i, amounts[2 * i], amounts[2 * i + 1]

@@ -59,7 +59,10 @@ def _zero_in_all(met: Sequence[Met], count: int) -> list[Field]:
 def _concatenated(
     parts: Sequence[Field | None], sizes: Sequence[int], dim: int, rank: int
 ) -> Field:
-    """Concatenate fields of tensors with these sizes along ``dim``; None is a tensor without one."""
+    """Concatenate one field of each tensor along ``dim``; ``None`` if a tensor has none.
+
+    ``sizes`` are the sizes of the tensors along ``dim``.
+    """
     known = [f for f in parts if f is not None]
     form = [max(f.labels.shape[d] for f in known) for d in range(rank)]
     laid = []

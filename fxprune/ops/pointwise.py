@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,15 +124,15 @@ def _zero_at_zero(
     func: Any, operands: frozenset[str], scalars: tuple[tuple[str, Any], ...]
 ) -> bool:
     """Execute an op on zeros and tell whether its result is zero."""
-    names = [argument.name for argument in func._schema.arguments]
-    rest = dict(scalars)
-    values = {n: torch.zeros(1) if n in operands else rest.get(n) for n in names}
-    positional = [values[arg.name] for arg in func._schema.arguments if not arg.kwarg_only]
-    keyword = {
-        arg.name: values[arg.name]
-        for arg in func._schema.arguments
-        if arg.kwarg_only and values[arg.name] is not None
-    }
+    values = dict(scalars)
+    positional, keyword = [], {}
+    for argument in func._schema.arguments:
+        name = argument.name
+        value = torch.zeros(1) if name in operands else values.get(name)
+        if not argument.kwarg_only:
+            positional.append(value)
+        elif value is not None:
+            keyword[name] = value
     try:
         out = func(*positional, **keyword)
     except Exception:
@@ -169,9 +170,8 @@ def _zero_at_zero(
 def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Merge the operands as pointwise ops do; PyTorch does not tag every overload of these."""
     first = out[0] if isinstance(out, tuple) else out
-    operands = {
-        n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")
-    }
+    tensors = {name: value for name, value in a.items() if isinstance(value, Tensor)}
+    operands = {n: t for n, t in tensors.items() if n not in ("out", "p", "generator")}
     elementwise(ctx, func, a, operands, first)
 
 
@@ -199,10 +199,8 @@ def shifted(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _randomised(ctx: Context, a: dict[str, Any], out: Any, keeps_zeros: bool) -> None:
     """Copy the labels of the argument to the result."""
     fields = ctx.fields(a["input" if "input" in a else "self"])
-    ctx.put(
-        out[0] if isinstance(out, tuple) else out,
-        [Field(f.labels, f.zero and keeps_zeros) for f in fields],
-    )
+    first = out[0] if isinstance(out, tuple) else out
+    ctx.put(first, [Field(f.labels, f.zero and keeps_zeros) for f in fields])
 
 
 @computes("zero_")
@@ -253,10 +251,9 @@ def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Merge the channels (dimension 1) with their slopes, or with one slope for all."""
     x, weight = a["self"], a["weight"]
     rank = x.dim()
-    met = ctx.merge(
-        [ctx.operand(x, range(rank), rank), ctx.operand(weight, (1,) if rank > 1 else (0,), rank)],
-        rank,
-    )
+    channel = 1 if rank > 1 else 0
+    operands = [ctx.operand(x, range(rank), rank), ctx.operand(weight, (channel,), rank)]
+    met = ctx.merge(operands, rank)
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
 
 
@@ -270,14 +267,11 @@ def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         if f.labels.shape[dim] == 1:
             fields.append(f)
             continue
-        first, second = (
-            (slice(None),) * dim + (slice(0, half),),
-            (slice(None),) * dim + (slice(half, None),),
-        )
-        ctx.unite(f.labels[first], f.labels[second])
+        first, second = np.split(f.labels, [half], axis=dim)
+        ctx.unite(first, second)
         if len(f.dims) > 1:
-            ctx.sight(f.labels[first])
-        fields.append(Field(f.labels[first], f.zero))
+            ctx.sight(first)
+        fields.append(Field(first, f.zero))
     ctx.put(out, fields)
 
 

@@ -32,10 +32,11 @@ def _put_reduced(
         if len(kept) != result.dim():
             ctx.pin_all(fields, "is reduced to an unexpected rank")
             continue
-        ctx.put(
-            result,
-            [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields],
-        )
+        reshaped = []
+        for f in fields:
+            labels = f.labels.reshape([f.labels.shape[d] for d in kept])
+            reshaped.append(Field(labels, f.zero))
+        ctx.put(result, reshaped)
 
 
 def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
@@ -68,18 +69,23 @@ def _sum_like(
             # The inner dimension of the split is not reduced, so positions of the outer one go
             # together, as in x.view(n, groups, c).sum(1).
             tied = _whole_rows(ctx, f, reduced)
-            if tied is not None:
-                passing.append(tied)
-        elif not f.zero:
-            ctx.pin(f.labels, f"{verb} although removed elements are not zero")
-        elif counts and not _is_one_statistic(ctx.target):
-            ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
+            passing += [] if tied is None else [tied]
         else:
-            if f.dims - reduced:
-                ctx.sight(f.labels, fixed=f.dims - reduced)
-            if counts:
-                ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
+            _reduce(ctx, f, reduced, verb, counts)
     _put_reduced(ctx, out, x, passing, reduced, keepdim)
+
+
+def _reduce(ctx: Context, f: Field, reduced: set[int], verb: str, counts: bool) -> None:
+    """Reduce a field whose last dimension is reduced; pin it if its zeros do not allow that."""
+    if not f.zero:
+        ctx.pin(f.labels, f"{verb} although removed elements are not zero")
+    elif counts and not _is_one_statistic(ctx.target):
+        ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
+    else:
+        if f.dims - reduced:
+            ctx.sight(f.labels, fixed=f.dims - reduced)
+        if counts:
+            ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
 
 
 def _is_one_statistic(target: Any) -> bool:
@@ -144,9 +150,9 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         if f.dims <= reduced:
             ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
             continue
-        own = _whole_rows(ctx, f, reduced)
-        if own is not None:  # neither log(n) nor the position of a maximum is zero
-            passing.append(Field(own.labels, own.zero and not counts_all))
+        tied = _whole_rows(ctx, f, reduced)
+        if tied is not None:  # neither log(n) nor the position of a maximum is zero
+            passing.append(Field(tied.labels, tied.zero and not counts_all))
     return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
@@ -160,18 +166,15 @@ def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Pin the labels of the dimension that is mixed, or tie them if they vary elsewhere too."""
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
+    keeps_zeros = func._schema.name in ("aten::cumsum", "aten::cumprod")
     passing = []
     for f in ctx.fields(x):
         if f.dims == {dim}:
             ctx.pin(f.labels, f"is mixed by {func._schema.name.removeprefix('aten::')}")
             continue
-        own = _whole_rows(ctx, f, {dim})
-        if own is not None:
-            passing.append(
-                Field(
-                    own.labels, own.zero and func._schema.name in ("aten::cumsum", "aten::cumprod")
-                )
-            )
+        tied = _whole_rows(ctx, f, {dim})
+        if tied is not None:
+            passing.append(Field(tied.labels, tied.zero and keeps_zeros))
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)
 

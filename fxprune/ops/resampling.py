@@ -66,12 +66,8 @@ def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     passing = ctx.spared(x, where, "is an axis of positions that is resampled")
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if isinstance(result, Tensor):  # an index may be non-zero where the maximum is 0
-            ctx.put(
-                result,
-                passing
-                if result.is_floating_point()
-                else [Field(f.labels, False) for f in passing],
-            )
+            keeps_zeros = result.is_floating_point()
+            ctx.put(result, [Field(f.labels, f.zero and keeps_zeros) for f in passing])
 
 
 @moves("grid_sampler_2d", "grid_sampler_3d", shape=shapes.grid_sampler_shape)
@@ -126,22 +122,11 @@ def _channels_in_blocks(ctx: Context, x: Tensor, out: Tensor, channel: int, bloc
     for f in ctx.fields(x):
         if any(d > channel for d in f.dims):
             ctx.pin(f.labels, "is an axis of positions that is resampled")
-        elif channel not in f.dims:
-            passing.append(
-                Field(
-                    f.labels.reshape(
-                        [*f.labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]
-                    ),
-                    f.zero,
-                )
-            )
-        else:
-            split = f.labels.reshape(*f.labels.shape[:channel], -1, block)
+            continue
+        labels = f.labels
+        if channel in f.dims:
+            split = labels.reshape(*labels.shape[:channel], -1, block)
             labels = ctx.tie(split, [split.ndim - 1])
-            shape = [
-                *labels.shape[:channel],
-                labels.shape[channel],
-                *[1] * (out.dim() - channel - 1),
-            ]
-            passing.append(Field(labels.reshape(shape), f.zero))
+        shape = [*labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]
+        passing.append(Field(labels.reshape(shape), f.zero))
     ctx.put(out, passing)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.common.reshape import reshape_blocks
-from fxprune.labels import Field, compact
+from fxprune.labels import Array, Field, compact
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.shapes import movement as shapes
@@ -68,30 +68,42 @@ def reshape(
     if not fields:
         return []
     blocks = reshape_blocks(tuple(old), tuple(new))
-    out = []
-    for f in fields:
-        dims = f.dims
-        form_old, form_new = [1] * len(old), [1] * len(new)
-        splits = []
-        for ins, outs in blocks:
-            touched = [d for d in ins if d in dims]
-            if not touched:
-                continue
-            for d in ins:
-                form_old[d] = old[d]
-            for d in outs:
-                form_new[d] = new[d]
-            if len(touched) > 1:
-                ctx.sight(f.labels, merged=tuple(touched))
-            if len(outs) > 1:
-                splits.append(tuple(outs))
-        labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
-        for parts in splits:
-            inner = tuple(d for d in parts if labels.shape[d] > 1)
-            if len(inner) > 1:
-                ctx.sight(labels, merged=inner)
-        out.append(Field(labels, f.zero))
-    return out
+    return [_reshape_field(ctx, f, blocks, old, new) for f in fields]
+
+
+def _reshape_field(
+    ctx: Context,
+    f: Field,
+    blocks: Sequence[tuple[list[int], list[int]]],
+    old: Sequence[int],
+    new: Sequence[int],
+) -> Field:
+    """Reshape one field; ``blocks`` are the dimensions that a reshape splits or merges."""
+    form_old, form_new = [1] * len(old), [1] * len(new)
+    splits = []
+    for ins, outs in blocks:
+        touched = tuple(d for d in ins if d in f.dims)
+        if not touched:
+            continue
+        for d in ins:
+            form_old[d] = old[d]
+        for d in outs:
+            form_new[d] = new[d]
+        if len(touched) > 1:
+            ctx.sight(f.labels, merged=touched)
+        if len(outs) > 1:
+            splits.append(outs)
+    labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
+    for parts in splits:
+        inner = tuple(d for d in parts if labels.shape[d] > 1)
+        if len(inner) > 1:
+            ctx.sight(labels, merged=inner)
+    return Field(labels, f.zero)
+
+
+def _with_leading(labels: Array, count: int) -> Array:
+    """Return labels with leading dimensions of size 1."""
+    return labels.reshape([1] * count + list(labels.shape))
 
 
 _growing = functools.partial(moves, axes=Axes.EXPANDED, traits=Trait.GROWS)
@@ -107,12 +119,9 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if isinstance(a.get("other"), Tensor):
         return _sized_like(ctx, out, x, a["other"], x)
     lead = out.dim() - x.dim()
-    fields = [
-        Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)
-    ]
-    made = [
-        d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)
-    ]
+    fields = [Field(_with_leading(f.labels, lead), f.zero) for f in ctx.fields(x)]
+    old = [1] * lead + list(x.shape)
+    made = [d for d, size in enumerate(old) if d < lead or (size == 1 and out.shape[d] > 1)]
     return ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)], base=x)
 
 
@@ -124,19 +133,14 @@ def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Repeat the labels of a dimension for each copy; size 1 expands as in ``expand``."""
     x = a["self"]
     lead = out.dim() - x.dim()
-    times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
+    old = [1] * lead + list(x.shape)
+    times = [size // before for size, before in zip(out.shape, old, strict=True)]
     fields = []
     for f in ctx.fields(x):
-        labels = f.labels.reshape([1] * lead + list(f.labels.shape))
-        fields.append(
-            Field(
-                np.tile(
-                    labels, [t if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]
-                ),
-                f.zero,
-            )
-        )
-    made = [d for d in range(out.dim()) if times[d] > 1 and (d < lead or x.shape[d - lead] == 1)]
+        labels = _with_leading(f.labels, lead)
+        copies = [t if size > 1 else 1 for t, size in zip(times, labels.shape, strict=True)]
+        fields.append(Field(np.tile(labels, copies), f.zero))
+    made = [d for d, size in enumerate(old) if times[d] > 1 and size == 1]
     ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)])
 
 
@@ -151,13 +155,12 @@ def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> N
             ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")
         return
     dim %= x.dim()
-    fields = [
-        Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero)
-        for f in ctx.fields(x)
-    ]
-    ctx.put(
-        out, [*fields, *ctx.new_fields(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
-    )
+    fields = []
+    for f in ctx.fields(x):
+        labels = np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels
+        fields.append(Field(labels, f.zero))
+    made = [dim] if x.shape[dim] == 1 else []
+    ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)])
 
 
 row("ravel", traits=Trait.BY_LAYOUT)
