@@ -80,25 +80,24 @@ def _reshape_field(
 ) -> Field:
     """Reshape one field; ``blocks`` are the dimensions that a reshape splits or merges."""
     form_old, form_new = [1] * len(old), [1] * len(new)
-    splits = []
-    for ins, outs in blocks:
-        touched = tuple(d for d in ins if d in f.dims)
-        if not touched:
-            continue
+    touched = [(ins, outs) for ins, outs in blocks if not f.dims.isdisjoint(ins)]
+    for ins, outs in touched:
+        _note_merged(ctx, f.labels, ins)
         for d in ins:
             form_old[d] = old[d]
         for d in outs:
             form_new[d] = new[d]
-        if len(touched) > 1:
-            ctx.sight(f.labels, merged=touched)
-        if len(outs) > 1:
-            splits.append(outs)
     labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
-    for parts in splits:
-        inner = tuple(d for d in parts if labels.shape[d] > 1)
-        if len(inner) > 1:
-            ctx.sight(labels, merged=inner)
+    for _, outs in touched:
+        _note_merged(ctx, labels, outs)
     return Field(labels, f.zero)
+
+
+def _note_merged(ctx: Context, labels: Array, dims: Sequence[int]) -> None:
+    """Note dimensions that a reshape merges or splits, if labels vary on several of them."""
+    varying = tuple(d for d in dims if labels.shape[d] > 1)
+    if len(varying) > 1:
+        ctx.sight(labels, merged=varying)
 
 
 def _with_leading(labels: Array, count: int) -> Array:

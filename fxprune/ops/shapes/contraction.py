@@ -89,36 +89,24 @@ def convolution_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Return the shape of ``conv1d``, ``conv2d`` or ``conv3d`` with numeric padding."""
     if func._overloadname == "padding" or kwargs:
         return None
-    x, weight = args[0], args[1]
+    defaults = (None, 1, 0, 1, 1)
+    x, weight, bias, stride, padding, dilation, groups = (*args, *defaults[len(args) - 2 :])
     count = weight.dim() - 2
-    stride, padding, dilation = (
-        as_many(args[i] if len(args) > i else default, count)
-        for i, default in ((3, 1), (4, 0), (5, 1))
-    )
-    groups = args[6] if len(args) > 6 else 1
-    if (
-        x.dim() != count + 2
-        or x.shape[1] != weight.shape[1] * groups
-        or weight.shape[0] % groups
-        or x.dtype != weight.dtype
-    ):
+    fits = x.dim() == count + 2 and x.shape[1] == weight.shape[1] * groups
+    if not fits or weight.shape[0] % groups or x.dtype != weight.dtype:
         return None  # PyTorch reports the error
     # PyTorch's meta kernel accepts such a bias
-    if len(args) > 2 and args[2] is not None and args[2].shape != weight.shape[:1]:
+    if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(
-            f"a bias of shape {tuple(args[2].shape)} for {weight.shape[0]} output channels"
+            f"a bias of shape {tuple(bias.shape)} for {weight.shape[0]} output channels"
         )
-    spatial = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    return (
-        empty([x.shape[0], weight.shape[0], *spatial], dtype=x.dtype, device=META)
-        if min(spatial) > 0
-        else None
-    )
+    stride, padding, dilation = (as_many(value, count) for value in (stride, padding, dilation))
+    spatial = []
+    for size, kernel, s, p, d in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+    ):
+        spatial.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    return _image(x, weight.shape[0], spatial)
 
 
 def convolution_either_way_shape(
@@ -126,34 +114,30 @@ def convolution_either_way_shape(
 ) -> Tensor | None:
     """Return the shape of ``aten.convolution``, transposed or not."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
-    count = weight.dim() - 2
     if not transposed:
-        return convolution_shape(
-            func, (x, weight, bias, stride, padding, dilation, groups), kwargs
-        )
-    stride, padding, dilation, more = (
-        as_many(value, count) for value in (stride, padding, dilation, output_padding)
-    )
-    if (
-        x.dim() != count + 2
-        or x.shape[1] != weight.shape[0]
-        or x.shape[1] % groups
-        or x.dtype != weight.dtype
-    ):
+        plain = (x, weight, bias, stride, padding, dilation, groups)
+        return convolution_shape(func, plain, kwargs)
+    count = weight.dim() - 2
+    fits = x.dim() == count + 2 and x.shape[1] == weight.shape[0]
+    if not fits or x.shape[1] % groups or x.dtype != weight.dtype:
         return None
+    settings = (stride, padding, dilation, output_padding)
+    stride, padding, dilation, more = (as_many(value, count) for value in settings)
     outputs = weight.shape[1] * groups
     if any(m >= max(s, d) for m, s, d in zip(more, stride, dilation, strict=True)):
         return None
     if bias is not None and tuple(bias.shape) != (outputs,):
         return None
-    spatial = [
-        (n - 1) * s - 2 * p + d * (k - 1) + m + 1
-        for n, k, s, p, d, m in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True
-        )
-    ]
-    return (
-        empty([x.shape[0], outputs, *spatial], dtype=x.dtype, device=META)
-        if min(spatial) > 0
-        else None
-    )
+    spatial = []
+    for size, kernel, s, p, d, m in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, more, strict=True
+    ):
+        spatial.append((size - 1) * s - 2 * p + d * (kernel - 1) + m + 1)
+    return _image(x, outputs, spatial)
+
+
+def _image(x: Tensor, channels: int, spatial: list[int]) -> Tensor | None:
+    """Return a batch of images of these sizes with the dtype of ``x``; None if one is empty."""
+    if min(spatial) <= 0:
+        return None
+    return empty([x.shape[0], channels, *spatial], dtype=x.dtype, device=META)

@@ -16,9 +16,7 @@ def pointwise_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Return the result of a pointwise op: the broadcast shape and the promoted dtype."""
     if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
-    tensors = [a for a in args if isinstance(a, Tensor)] + [
-        a for a in kwargs.values() if isinstance(a, Tensor)
-    ]
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     shape = broadcast({t.shape for t in tensors})
     if shape is None:
         return None
@@ -78,21 +76,18 @@ def _pointwise_dtype(
     PyTorch is asked once, with one-element tensors.
     """
 
-    def sample(kind: Any) -> Any:
-        """Return a small argument of this kind."""
-        if isinstance(kind, tuple):
-            return torch.ones((1,) if kind[1] else (), dtype=kind[0])
-        if isinstance(kind, type):
-            return kind(1) if kind in (int, float, complex) else None
-        return kind
-
-    if any(
-        isinstance(k, type) and k not in (int, float, complex)
-        for k in key + tuple(v for _, v in kwkey)
-    ):
+    kinds = (*key, *(kind for _, kind in kwkey))
+    if any(isinstance(kind, type) and kind not in (int, float, complex) for kind in kinds):
         return None
-    out = func(*(sample(k) for k in key), **{k: sample(v) for k, v in kwkey})
+    out = func(*map(_sample, key), **{name: _sample(kind) for name, kind in kwkey})
     return out.dtype if isinstance(out, Tensor) else None
+
+
+def _sample(kind: Any) -> Any:
+    """Return a small argument of this kind."""
+    if isinstance(kind, tuple):
+        return torch.ones((1,) if kind[1] else (), dtype=kind[0])
+    return kind(1) if isinstance(kind, type) else kind
 
 
 def glu_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -108,10 +103,8 @@ def blank_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     """Return the result of ``empty_like``, ``zeros_like`` and similar ops."""
     given = given_arguments(func, args, kwargs)
     x, dtype = given["self"], given.get("dtype")
-    plain = (
-        x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
-    )
-    return empty_like(x, dtype) if plain else None
+    is_plain = given.get("device") in (None, META) and given.get("memory_format") is None
+    return empty_like(x, dtype) if x.is_meta and is_plain else None
 
 
 def triangle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

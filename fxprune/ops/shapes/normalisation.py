@@ -21,11 +21,9 @@ def channel_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def group_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the shape of ``group_norm``."""
-    return (
-        channel_norm_shape(func, args, kwargs)
-        if args[0].dim() > 1 and args[0].shape[1] % args[1] == 0
-        else None
-    )
+    x, groups = args[:2]
+    fits = x.dim() > 1 and x.shape[1] % groups == 0
+    return channel_norm_shape(func, args, kwargs) if fits else None
 
 
 def last_norm_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -42,10 +40,8 @@ def softmax_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     if not -args[0].dim() <= dim < args[0].dim():
         return None
-    dtype = kwargs.get(
-        "dtype", args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None
-    )
-    return None if dtype is not None else laid_anew_shape(args[0])
+    third = args[2] if len(args) > 2 and isinstance(args[2], torch.dtype) else None
+    return laid_anew_shape(args[0]) if kwargs.get("dtype", third) is None else None
 
 
 def weight_norm_shape(
@@ -55,15 +51,8 @@ def weight_norm_shape(
     given = given_arguments(func, args, kwargs)
     v, g, dim = given["v"], given["g"], given.get("dim", 0)
     norm = [size if at == dim else 1 for at, size in enumerate(v.shape)]
-    fits = (
-        v.is_meta
-        and v.is_floating_point()
-        and v.dtype == g.dtype
-        and list(g.shape) == norm
-        and 0 <= dim < v.dim()
-    )
-    return (
-        (empty_like(v), empty(norm, dtype=v.dtype, device=META))
-        if fits and v.dtype is not torch.bfloat16
-        else None
-    )
+    if not v.is_meta or not v.is_floating_point() or v.dtype is torch.bfloat16:
+        return None
+    if v.dtype != g.dtype or list(g.shape) != norm or not 0 <= dim < v.dim():
+        return None
+    return empty_like(v), empty(norm, dtype=v.dtype, device=META)

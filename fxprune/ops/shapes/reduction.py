@@ -22,12 +22,11 @@ def _without_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     if not (x.is_meta and x.dim() and x.numel()) or given.get("dtype") is not None:
         return None
     dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
-    gone = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
-    if len(gone) != len(dims):
+    reduced = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
+    if len(reduced) != len(dims):
         return None
-    return x.new_empty(
-        [1 if dim in gone else size for dim, size in enumerate(x.shape) if keep or dim not in gone]
-    )
+    kept = [dim for dim in range(x.dim()) if keep or dim not in reduced]
+    return x.new_empty([1 if dim in reduced else x.shape[dim] for dim in kept])
 
 
 def two_reductions_shape(
@@ -53,11 +52,8 @@ def truth_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 def _some_reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the shape of an op for which an empty list of dimensions does not mean all."""
-    return (
-        None
-        if given_arguments(func, args, kwargs).get("dim") == []
-        else _without_dims(func, args, kwargs)
-    )
+    is_empty = given_arguments(func, args, kwargs).get("dim") == []
+    return None if is_empty else _without_dims(func, args, kwargs)
 
 
 def logsumexp_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
