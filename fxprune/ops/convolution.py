@@ -31,8 +31,8 @@ def is_convolution(func: Any) -> bool:
 
     The first two axes of a convolution's weight are channels, the others belong to the kernel.
     """
-    own = own_row(func)
-    return own is not None and own.rule is convolution
+    found = own_row(func)
+    return found is not None and found.rule is convolution
 
 
 def _groups_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
@@ -63,14 +63,14 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     transposed = a.get("transposed", "transpose" in func._schema.name)
     channel = x.dim() - w.dim() + 1  # 0 for an unbatched image
     incoming = _incoming_fields(ctx, x, channel)
-    each = w.shape[0] // groups if transposed else w.shape[1]  # input channels per group
-    if groups > 1 and each > 1:
+    inputs = w.shape[0] // groups if transposed else w.shape[1]  # input channels per group
+    if groups > 1 and inputs > 1:
         ctx.found.summed_groups.add(ctx.node)
     elif groups > 1 and ctx.node in ctx.found.summed_groups:
         # A smaller model whose groups keep one input channel each: still a sum over inputs,
         # not a depthwise convolution.
         incoming = []
-    if each > 1:
+    if inputs > 1:
         ctx.note_read_axes([(x, ()), (w, [0 if transposed else 1])])
     record = ctx.record(w)
     if record is not None and not transposed and _is_untouched(record):
@@ -79,7 +79,7 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         labels = _general(ctx, x, w, incoming, groups, transposed)
     if ctx.of_weights(w):
         ctx.note_kept_axes(w, [1 if transposed else 0])
-    fields = [Field(place(own, (channel,), out.dim()), zero) for own, zero in labels]
+    fields = [Field(place(array, (channel,), out.dim()), zero) for array, zero in labels]
     if a["bias"] is not None:
         fields = add_channel_bias(ctx, out, fields, a["bias"], channel)
     ctx.put(out, fields)
@@ -203,9 +203,9 @@ def _label_depthwise(
     if not incoming:
         ctx.fix_axis_met_by(record, 0, [x])
     labels = [np.repeat(f.labels, w.shape[0] // f.labels.size) for f in incoming]
-    for own in labels:
-        ctx.label_axis(record, 0, own.reshape(-1, *[1] * (w.dim() - 1)))
-    return [(own, True) for own in labels]
+    for array in labels:
+        ctx.label_axis(record, 0, array.reshape(-1, *[1] * (w.dim() - 1)))
+    return [(array, True) for array in labels]
 
 
 def _general(

@@ -153,8 +153,8 @@ def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 def _pads_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
     """Tell whether a padding commutes with removal: no padded dimension has labels."""
-    own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
-    return not own & padded_dims(a["self"], a["pad"])
+    labelled = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
+    return not labelled & padded_dims(a["self"], a["pad"])
 
 
 _padding = functools.partial(moves, in_order=_pads_in_order, corrects=literals.pad_literals)

@@ -28,12 +28,12 @@ def _join(
     ctx: Context, tensors: Sequence[Tensor], fields: list[list[Field]], dim: int, out: Tensor
 ) -> None:
     """Set the fields of a concatenation of tensors with these fields."""
-    across = [[f for f in own if dim not in f.dims] for own in fields]
-    along = [[f for f in own if dim in f.dims] for own in fields]
+    across = [[f for f in of_tensor if dim not in f.dims] for of_tensor in fields]
+    along = [[f for f in of_tensor if dim in f.dims] for of_tensor in fields]
     result = _merged_across(ctx, tensors, across, dim) if any(across) else []
     sizes = [t.shape[dim] for t in tensors]
-    for k in range(max(len(own) for own in along)):
-        parts = [own[k] if k < len(own) else None for own in along]
+    for k in range(max(map(len, along))):
+        parts = [of_tensor[k] if k < len(of_tensor) else None for of_tensor in along]
         result.append(_concatenated(parts, sizes, dim, out.dim()))
     ctx.put(out, result)
 
@@ -44,9 +44,9 @@ def _merged_across(
     """Merge the fields of tensors that are joined along ``dim``, on which no field varies."""
     rank = tensors[0].dim()
     operands = []
-    for t, own in zip(tensors, fields, strict=True):
+    for t, of_tensor in zip(tensors, fields, strict=True):
         operand = ctx.operand(t, range(rank), rank, as_labelled=True)
-        operand.fields, operand.sized = own, operand.sized - {dim}
+        operand.fields, operand.sized = of_tensor, operand.sized - {dim}
         operands.append(operand)
     return _zero_in_all(ctx.merge(operands, rank), len(tensors))
 

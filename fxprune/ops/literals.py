@@ -21,7 +21,7 @@ from fxprune.common.reshape import reshape_blocks
 from fxprune.errors import RewriteError
 from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import split_dim
-from fxprune.ops.smaller import NewNumbers, WhatIsLeft
+from fxprune.ops.smaller import NewNumbers, SurvivorCounts
 
 __all__ = [
     "attention_literals",
@@ -325,7 +325,7 @@ def pad_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     return {"pad": new}
 
 
-def padding(survivors: WhatIsLeft, padded: Tensor, amounts: Sequence[int]) -> list[int]:
+def padding(survivors: SurvivorCounts, padded: Tensor, amounts: Sequence[int]) -> list[int]:
     """Return the surviving amounts of a padding.
 
     Parameters
@@ -383,7 +383,7 @@ def channel_shuffle_literals(numbers: NewNumbers, call: OpCall, value: Any) -> C
     return {"groups": shuffled_groups(numbers.survivors, call.ran["self"], call.ran["groups"])}
 
 
-def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
+def shuffled_groups(survivors: SurvivorCounts, tensor: Tensor, groups: int) -> int:
     """Return the number of groups in which the survivors of the channel axis are shuffled.
 
     Either whole groups are removed, which leaves fewer groups, or a part of each group, which
@@ -402,8 +402,8 @@ def shuffled_groups(survivors: WhatIsLeft, tensor: Tensor, groups: int) -> int:
     if rows is None:
         return groups
     split = rows.all(axis=0).reshape(groups, -1)
-    whole = split.all(axis=1) | ~split.any(axis=1)
-    return int(split.any(axis=1).sum()) if whole.all() else groups
+    is_whole = split.all(axis=1) | ~split.any(axis=1)  # kept or removed as a whole
+    return int(split.any(axis=1).sum()) if is_whole.all() else groups
 
 
 def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:

@@ -69,17 +69,17 @@ def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: An
     >>> op_macs(torch.ops.aten.relu.default, (a,), {}, a) is None
     True
     """
-    own = own_row(func)
-    if own is not None and own.macs is not None:
-        return own.macs(args, out)
+    row = own_row(func)
+    if row is not None and row.macs is not None:
+        return row.macs(args, out)
     registered = _registered().get(getattr(func, "overloadpacket", func))
     return None if registered is None else int(registered(*args, **kwargs, out_val=out)) // 2
 
 
 def has_formula(func: Any) -> bool:
     """Tell whether :func:`op_macs` counts an operation."""
-    own = own_row(func)
-    formula = None if own is None else own.macs
+    row = own_row(func)
+    formula = None if row is None else row.macs
     return formula is not None or getattr(func, "overloadpacket", func) in _registered()
 
 
@@ -208,15 +208,15 @@ def einsum_macs(args: tuple[Any, ...], out: Any) -> int:
     tensors = list(args[1])
     names, result = _einsum_axes(args[0].replace(" ", ""), [tensor.dim() for tensor in tensors])
     sizes: dict[Any, int] = {}
-    for own, tensor in zip(names, tensors, strict=True):
-        for axis, size in zip(own, tensor.shape, strict=True):
+    for letters, tensor in zip(names, tensors, strict=True):
+        for axis, size in zip(letters, tensor.shape, strict=True):
             if sizes.get(axis, 1) == 1:  # a size of 1 broadcasts
                 sizes[axis] = size
     total, axes = 0, set(names[0])  # axes of the product so far
-    for i, own in enumerate(names[1:], start=2):
+    for i, letters in enumerate(names[1:], start=2):
         needed = {*result, *(axis for later in names[i:] for axis in later)}
-        summed = (axes & set(own)) - needed
-        axes = (axes | set(own)) & (needed | summed)
+        summed = (axes & set(letters)) - needed
+        axes = (axes | set(letters)) & (needed | summed)
         total += prod(sizes[axis] for axis in axes) if summed else 0
         axes -= summed
     return total

@@ -26,10 +26,10 @@ def _squeezes_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
     A channel axis with one survivor would be squeezed away.
     """
     rank, dims = a["self"].dim(), a.get("dim")
-    own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
+    labelled = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
     if dims is None:
-        return not own
-    return not own & {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+        return not labelled
+    return not labelled & {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 @_permuting(

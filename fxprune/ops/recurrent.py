@@ -41,17 +41,17 @@ def recurrent(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """
     x, weights = a["data"] if "data" in a else a["input"], list(a["params"])
     directions = 2 if a["bidirectional"] else 1
-    seen, units, zero = _units(ctx, a["hx"])
+    output, units, zero = _units(ctx, a["hx"])
     incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
-    each = len(weights) // (a["num_layers"] * directions)
-    for start in range(0, len(weights), each):
-        if start >= each * directions:
-            incoming = [Field(np.tile(seen, directions), zero)]
-        own = weights[start : start + each]
-        _step(ctx, incoming, seen, units, zero, own[:2], own[2:4] if a["has_biases"] else ())
-        if seen is not units:
-            _meet(ctx, seen, _product_fields(ctx, [Field(units, zero)], own[-1]))
-    for result, labels in zip(out, (np.tile(seen, directions), seen, units), strict=False):
+    count = len(weights) // (a["num_layers"] * directions)  # weights of a layer and direction
+    for start in range(0, len(weights), count):
+        if start >= count * directions:
+            incoming = [Field(np.tile(output, directions), zero)]
+        layer = weights[start : start + count]
+        _step(ctx, incoming, output, units, zero, layer[:2], layer[2:4] if a["has_biases"] else ())
+        if output is not units:
+            _meet(ctx, output, _product_fields(ctx, [Field(units, zero)], layer[-1]))
+    for result, labels in zip(out, (np.tile(output, directions), output, units), strict=False):
         _put_last(ctx, result, labels, zero)
 
 
@@ -81,10 +81,10 @@ def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def recurrent_cell(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Merge the labels of one step of a recurrent layer."""
     x = a["input"]
-    seen, units, zero = _units(ctx, a["hx"])
+    output, units, zero = _units(ctx, a["hx"])
     incoming = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
     biases = [b for b in (a["b_ih"], a["b_hh"]) if b is not None]
-    _step(ctx, incoming, seen, units, zero, [a["w_ih"], a["w_hh"]], biases)
+    _step(ctx, incoming, output, units, zero, [a["w_ih"], a["w_hh"]], biases)
     for state in [out] if isinstance(out, Tensor) else out:
         _put_last(ctx, state, units, zero)
 
@@ -98,24 +98,24 @@ def _units(ctx: Context, hx: Tensor | Sequence[Tensor]) -> tuple[Array, Array, b
     states = [hx] if isinstance(hx, Tensor) else list(hx)
     sizes = [state.shape[-1] for state in (states[0], states[-1])]
     units = ctx.units.fresh(sizes[1], -1)
-    seen = units if sizes[0] == sizes[1] else ctx.units.fresh(sizes[0], -1)
+    output = units if sizes[0] == sizes[1] else ctx.units.fresh(sizes[0], -1)
     zero = True
-    for state, labels in zip(states, (seen, units), strict=False):
+    for state, labels in zip(states, (output, units), strict=False):
         fields = channel_fields(ctx, state, state.dim() - 1, "is an axis of layers or of a batch")
         _meet(ctx, labels, fields)
         zero = zero and all(f.zero for f in fields)
-    for labels in (seen, units):
+    for labels in (output, units):
         if not zero:
             ctx.pin(labels, _NOT_ZERO_REASON)
         elif labels.size == 1:
             ctx.pin(labels, "its removal would empty a tensor")
-    return seen, units, zero
+    return output, units, zero
 
 
 def _step(
     ctx: Context,
     incoming: list[Field],
-    seen: Array,
+    output: Array,
     units: Array,
     zero: bool,
     weights: Sequence[Tensor],
@@ -123,7 +123,7 @@ def _step(
 ) -> None:
     """Merge the gates of one step: products with the input and the last output, and biases."""
     gates = np.tile(units, weights[0].shape[0] // len(units))
-    for fields, weight in zip((incoming, [Field(seen, zero)]), weights, strict=True):
+    for fields, weight in zip((incoming, [Field(output, zero)]), weights, strict=True):
         product = _product_fields(ctx, fields, weight)
         _meet(ctx, gates, product)
         ctx.pin_all([f for f in product if not f.zero], _NOT_ZERO_REASON)

@@ -48,9 +48,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.overloadpacket is aten.arange and kwargs.get("device") == META:
             return empty_like(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
-    quick = _shape_of(func)
-    if quick is not None:
-        out = quick(func, args, kwargs)
+    shape_function = _shape_of(func)
+    if shape_function is not None:
+        out = shape_function(func, args, kwargs)
         if out is not None:
             return out
     if "device" in kwargs or not all(t.is_meta for t in tensors):

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, fx
 
-__all__ = ["KnownExtents", "NewNumbers", "WhatIsLeft"]
+__all__ = ["KnownExtents", "NewNumbers", "SurvivorCounts"]
 
 
-class WhatIsLeft(Protocol):
+class SurvivorCounts(Protocol):
     """The surviving elements of the original's tensors."""
 
     def shape(self, tensor: Tensor) -> list[int]:
@@ -47,7 +47,7 @@ class NewNumbers(Protocol):
     """The numbers in the new graph."""
 
     @property
-    def survivors(self) -> WhatIsLeft:
+    def survivors(self) -> SurvivorCounts:
         """The surviving elements of the original's tensors."""
         ...
 

@@ -60,10 +60,10 @@ def group_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
     x, groups = a["input"], a["num_groups"]
     split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
     y = x.reshape(split)
-    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(
+    split_mask = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(
         [1, *split[1:3], *[1] * (x.dim() - 2)]
     )
-    mean, variance, _ = _moments(y, own, list(range(2, y.dim())))
+    mean, variance, _ = _moments(y, split_mask, list(range(2, y.dim())))
     y = ((y - mean) * (variance + a["eps"]).rsqrt()).reshape(x.shape)
     return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
 

@@ -89,7 +89,7 @@ def convolution_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Return the shape of ``conv1d``, ``conv2d`` or ``conv3d`` with numeric padding."""
     if func._overloadname == "padding" or kwargs:
         return None
-    defaults = (None, 1, 0, 1, 1)
+    defaults: tuple[Any, ...] = (None, 1, 0, 1, 1)
     x, weight, bias, stride, padding, dilation, groups = (*args, *defaults[len(args) - 2 :])
     count = weight.dim() - 2
     fits = x.dim() == count + 2 and x.shape[1] == weight.shape[1] * groups

@@ -158,5 +158,5 @@ def gather_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 def embedding_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the shape of ``embedding``."""
     weight, indices = args[:2]
-    whole = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
-    return weight.new_empty([*indices.shape, weight.shape[1]]) if whole else None
+    fits = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
+    return weight.new_empty([*indices.shape, weight.shape[1]]) if fits else None
