@@ -1,4 +1,7 @@
-"""All knowledge of ATen ops: one row per op. Importing the package fills the table."""
+"""The table of ATen operations, with one row per op.
+
+Importing the package fills the table.
+"""
 
 from importlib import import_module
 
@@ -36,7 +39,7 @@ FAMILIES = (
     "resampling",
     "reshaping",
 )
-"""The modules in which the rows stand."""
+"""The modules that write the rows of the table."""
 
 for _family in FAMILIES:
     import_module(f"{__name__}.{_family}")

@@ -1,14 +1,13 @@
-"""A node as the ATen op that it is, with its arguments by that op's own names, however the call is
-spelled.
+"""Calls in a graph as ATen ops with named arguments, whatever their spelling.
 
 ``x.narrow(1, 0, 4)``, ``torch.narrow(x, dim=1, start=0, length=4)`` and
-``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are one op with the arguments ``self``, ``dim``,
+``torch.ops.aten.narrow.default(x, 1, 0, 4)`` are the same op with the arguments ``self``, ``dim``,
 ``start`` and ``length``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,37 +19,38 @@ from fxprune.ops.table import bind, name_of_op
 __all__ = ["NewCall", "OpCall", "call_of"]
 
 NewCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""Target, positional and keyword arguments of a node."""
+"""The target, positional arguments and keyword arguments of a node."""
 
 
 @dataclass(frozen=True)
 class OpCall:
-    """One ATen op.
+    """A node that calls one ATen op.
 
     Attributes
     ----------
     node:
         The node that calls it.
     name:
-        The op's name; that of ``view`` for ``view_copy``.
+        The op's name, without ``_copy``: ``view`` for ``view_copy``.
     ran:
-        What the op ran with in the original, by name, defaults filled in.
+        The op's arguments in the original by name, with defaults filled in.
     given:
-        What the node gives, by name; nodes stand in it where the graph computes an argument.
+        The arguments that the node passes, by name. Arguments that the graph computes are nodes.
     """
 
     node: fx.Node
     name: str
     ran: Mapping[str, Any]
     given: Mapping[str, Any]
-    _places: Mapping[str, int | str]  # by name: which positional argument, which keyword
+    _places: Mapping[str, int | str]  # name -> index of the positional argument, or keyword
 
     @property
     def unchanged(self) -> NewCall:
+        """The call as it is."""
         return self.node.target, self.node.args, self.node.kwargs
 
     def with_(self, changed: Mapping[str, Any]) -> NewCall:
-        """The same call, in its own spelling, with other values for some arguments."""
+        """Return the call in its own spelling with new values for some arguments."""
         args, kwargs = list(self.node.args), dict(self.node.kwargs)
         for name, value in changed.items():
             place = self._places.get(name, name)
@@ -64,9 +64,7 @@ class OpCall:
 
 
 def _in_form_of(value: Any, before: Any) -> Any:
-    """A value in the form in which it was given: a list, a tuple, or the one number that stands
-    for either.
-    """
+    """Return a list in the form of the earlier value: a list, a tuple or a single number."""
     if not isinstance(value, list):
         return value
     if isinstance(before, tuple):
@@ -79,57 +77,97 @@ def call_of(
     ran: list[tuple[Any, tuple[Any, ...], dict[str, Any]]],
     old: Callable[[Any], Any],
 ) -> OpCall | None:
-    """The op that a node is; None if it is more than one, or if its arguments are not those of the
-    op.
+    """Return the op that a node calls.
 
     Parameters
     ----------
+    node:
+        The node.
     ran:
-        What ran for the node in the original: each op with its arguments.
+        The ops that the node ran in the original, each with its arguments.
     old:
-        Gives the value that an argument of the node had then.
+        Function that returns the original's value of an argument of the node.
+
+    Returns
+    -------
+    OpCall or None
+        None if the node ran several ops, or if its arguments are not the op's arguments.
     """
-    if len(ran) > 1:  # what torch.ones makes is detached
-        ran = [own for own in ran if own[0] is not torch.ops.aten.detach.default]
+    if len(ran) > 1:  # torch.ones detaches its result
+        ran = [call for call in ran if call[0] is not torch.ops.aten.detach.default]
     if len(ran) != 1 or node.op not in ("call_function", "call_method"):
         return None
     func, args, kwargs = ran[0]
     values = bind(func, args, kwargs)
-    places: dict[str, int | str] = {}
-    given: dict[str, Any] = {}
-    names = [argument.name for argument in func._schema.arguments]
-    last = sum(not argument.kwarg_only for argument in func._schema.arguments) - 1
-    for position, argument in enumerate(node.args):
-        if position > last:
-            return None
-        name, rest = names[position], list(node.args[position:])
-        if position == last and len(rest) > 1:  # sizes given one by one: x.view(2, 3)
-            if not _is_given(list(map(old, rest)), values[name]):
-                return None
-            places[name], given[name] = position - len(node.args), rest
-            break
-        if not _is_given(old(argument), values[name]):
-            return None
-        places[name], given[name] = position, argument
-    for key, argument in node.kwargs.items():
-        free = [
-            name for name in names if name not in places and _is_given(old(argument), values[name])
-        ]
-        if not free:
-            return None
-        name = key if key in free else free[0]
-        places[name], given[name] = key, argument
-    if any(
-        not argument.has_default_value() and argument.name not in given
-        for argument in func._schema.arguments
-    ):
-        return None  # the node works it out itself, as fftshift does with the shifts of a roll
+    matched = _MatchedArguments(func, values, old)
+    fits = matched.add_positional(node.args) and matched.add_keywords(node.kwargs)
+    if not fits or not matched.has_all_required():
+        return None
     name = name_of_op(func).removesuffix("_copy")
-    return OpCall(node, name, values, given, places)
+    return OpCall(node, name, values, matched.given, matched.places)
+
+
+class _MatchedArguments:
+    """The arguments of a node, matched with those of the op that it ran.
+
+    Attributes
+    ----------
+    places:
+        Name -> index of the positional argument, or keyword.
+    given:
+        Name -> argument of the node.
+    """
+
+    def __init__(self, func: Any, values: Mapping[str, Any], old: Callable[[Any], Any]) -> None:
+        self.places: dict[str, int | str] = {}
+        self.given: dict[str, Any] = {}
+        self._schema = func._schema.arguments
+        self._values, self._old = values, old
+
+    def add_positional(self, args: Sequence[Any]) -> bool:
+        """Match positional arguments in order; return False if one is not the op's."""
+        last = sum(not argument.kwarg_only for argument in self._schema) - 1
+        for position, argument in enumerate(args):
+            if position > last:
+                return False
+            name, rest = self._schema[position].name, list(args[position:])
+            if position == last and len(rest) > 1:  # sizes given one by one: x.view(2, 3)
+                return self._add(name, position - len(args), rest)
+            if not self._add(name, position, argument):
+                return False
+        return True
+
+    def add_keywords(self, kwargs: Mapping[str, Any]) -> bool:
+        """Match keyword arguments by name, else by value; return False if one is not the op's."""
+        for key, argument in kwargs.items():
+            old = self._old(argument)
+            names = [a.name for a in self._schema if a.name not in self.places]
+            free = [name for name in names if _is_given(old, self._values[name])]
+            if not free:
+                return False
+            name = key if key in free else free[0]
+            self.places[name], self.given[name] = key, argument
+        return True
+
+    def has_all_required(self) -> bool:
+        """Tell whether the node passes every argument without a default.
+
+        Otherwise the node computes one, as ``fftshift`` computes the shifts of a roll.
+        """
+        required = (a.name for a in self._schema if not a.has_default_value())
+        return all(name in self.given for name in required)
+
+    def _add(self, name: str, place: int, argument: Any) -> bool:
+        """Match one argument, or a list of them, if the op ran with its value."""
+        old = list(map(self._old, argument)) if place < 0 else self._old(argument)
+        if not _is_given(old, self._values[name]):
+            return False
+        self.places[name], self.given[name] = place, argument
+        return True
 
 
 def _is_given(given: Any, ran: Any) -> bool:
-    """Whether an op ran with the value that was given; one number may stand for a list of such."""
+    """Tell whether a given value is the one an op ran with; one number may stand for a list."""
     if isinstance(given, Tensor) or isinstance(ran, Tensor):
         return given is ran
     if isinstance(ran, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Tensors made from sizes: their dimensions shrink with whatever they meet."""
+"""Tensors created from sizes: their dimensions shrink with what they meet."""
 
 from __future__ import annotations
 
@@ -26,17 +26,11 @@ _creation = functools.partial(op, kind=Kind.CREATES)
     corrects=literals.sizes_literals,
 )
 def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Constant fill of a given size: each dimension gets labels of its own, owned by no
-    parameter.
-    """
+    """Give each dimension new labels that no parameter owns, so it shrinks with what it meets."""
     name = name_of_op(func).removeprefix("new_")
     value = {"zeros": 0, "full": a.get("fill_value", 1)}.get(name, 1)
-    ctx.put(
-        out,
-        ctx.virtual(
-            out.shape, range(out.dim()), zero=not isinstance(value, Tensor) and value == 0
-        ),
-    )
+    zero = not isinstance(value, Tensor) and value == 0
+    ctx.put(out, ctx.new_fields(out.shape, range(out.dim()), zero))
 
 
 @_creation("rand_like", "randn_like", axes=Axes.SAME, shape=blank_shape)
@@ -50,6 +44,6 @@ def constant_fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     shape=blank_shape,
 )
 def like(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Sized like its argument, hence labelled like it."""
+    """Copy the labels of the argument, whose sizes the result has."""
     value = {"zeros_like": 0, "full_like": a.get("fill_value", 1)}.get(name_of_op(func), 1)
     ctx.put(out, [Field(f.labels, value == 0) for f in ctx.fields(a["self"])])

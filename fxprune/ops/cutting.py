@@ -1,5 +1,6 @@
-"""Parts of a tensor, positions that are moved or added: a literal decides which positions are
-read, so a rule adds what must hold for the smaller tensor.
+"""Parts of a tensor, and positions that are moved or added.
+
+A literal decides which positions are read, so the rules constrain what may be removed.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from fxprune.ops.table import Axes, Trait, moves, name_of_op
 
 @moves("select", axes=Axes.SELECTED, corrects=literals.select_literals)
 def selected(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """One position of a dimension: it has to stay where the dimension itself can shrink."""
+    """Read one position of a dimension; the position is pinned where the dimension can shrink."""
     x = a["self"]
     dim = a["dim"] % x.dim()
     ctx.put(out, _select_position(ctx, ctx.fields(x), dim, a["index"] % x.shape[dim]), base=x)
 
 
 def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int) -> list[Field]:
+    """Return the fields at one position of a dimension, which is dropped."""
     out = []
     for f in fields:
         picked = cast(Array, f.labels.take(index if dim in f.dims else 0, axis=dim))
@@ -43,7 +45,7 @@ def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int
 
 @moves("unbind", axes=Axes.CUT, in_order=True)
 def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Every position of a dimension, each a tensor of its own."""
+    """Read each position of a dimension as ``select`` does."""
     x = a["self"]
     dim = a["dim"] % x.dim()
     fields = ctx.fields(x)
@@ -54,37 +56,38 @@ def unbind(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _slices(
     ctx: Context, x: Tensor, dim: int, bounds: Sequence[tuple[int, int]], outs: Sequence[Tensor]
 ) -> None:
+    """Set the fields of ranges of positions of a dimension."""
     fields = ctx.fields(x)
     for (start, stop), out in zip(bounds, outs, strict=True):
-        own = []
+        cut = []
         for f in fields:
-            if dim not in f.dims:
-                own.append(f)
-                continue
-            pick = (slice(None),) * dim
-            # every row must lose equally many before, inside and behind the slice
-            if len(f.dims) > 1:
-                for part in (
-                    f.labels[(*pick, slice(0, start))],
-                    f.labels[(*pick, slice(stop, None))],
-                ):
-                    if part.size and len(varied(part)) > 1:
-                        ctx.sight(part)
-            labels = f.labels[(*pick, slice(start, stop))]
-            if labels.size == 0:
-                continue
-            labels = compact(labels)
-            if labels.size == 1:
-                ctx.pin(labels, "its removal would empty a tensor")
-            else:
-                own.append(Field(labels, f.zero))
-        ctx.put(out, own, base=x)
+            cut += _cut(ctx, f, dim, start, stop) if dim in f.dims else [f]
+        ctx.put(out, cut, base=x)
+
+
+def _cut(ctx: Context, f: Field, dim: int, start: int, stop: int) -> list[Field]:
+    """Return the field of a range of positions, if anything of it is left."""
+    before, labels, behind = np.split(f.labels, [start, stop], axis=dim)
+    if len(f.dims) > 1:
+        # every row must lose the same number before, inside and behind the range
+        for part in (before, behind):
+            if part.size and len(varied(part)) > 1:
+                ctx.sight(part)
+    return _unless_single(ctx, compact(labels), f.zero) if labels.size else []
+
+
+def _unless_single(ctx: Context, labels: Array, zero: bool) -> list[Field]:
+    """Return a field with these labels, or pin them if they are a single label."""
+    if labels.size == 1:
+        ctx.pin(labels, "its removal would empty a tensor")
+        return []
+    return [Field(labels, zero)]
 
 
 @moves("slice", corrects=literals.slices_literals)
 @moves("narrow", axes=Axes.NARROWED, corrects=literals.narrow_literals)
 def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A range of positions; with a step, the positions of one stride go together."""
+    """Read a range of positions; with a step, the positions within one step go together."""
     x, dim = a["self"], a["dim"] % a["self"].dim()
     size, step = x.shape[dim], a.get("step") or 1
     if "length" in a:
@@ -94,28 +97,25 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         start, stop, _ = slice(a["start"], a["end"], None).indices(size)
     if step == 1:
         return _slices(ctx, x, dim, [(start, max(start, stop))], [out])
-    own = []
+    read = []
     for f in ctx.fields(x):
         if dim not in f.dims:
-            own.append(f)
-            continue
-        labels = np.moveaxis(f.labels, dim, -1)
-        if size % step or stop != size or start >= step:
-            ctx.pin(labels, "is read with a step that does not divide it")
-            continue
-        tied = ctx.tie(labels.reshape(*labels.shape[:-1], size // step, step), [labels.ndim])
-        full = (
-            np.broadcast_to(tied, (*labels.shape[:-1], size // step, 1))[..., 0]
-            if tied.size > 1
-            else tied[..., 0]
-        )
-        picked = compact(np.moveaxis(full, -1, dim))
-        if picked.size == 1:
-            ctx.pin(picked, "its removal would empty a tensor")
+            read.append(f)
+        elif size % step or stop != size or start >= step:
+            ctx.pin(f.labels, "is read with a step that does not divide it")
         else:
-            own.append(Field(picked, f.zero))
-    ctx.put(out, own, base=x)
+            read += _unless_single(ctx, _every(ctx, f.labels, dim, step), f.zero)
+    ctx.put(out, read, base=x)
     return None
+
+
+def _every(ctx: Context, labels: Array, dim: int, step: int) -> Array:
+    """Return every ``step``-th label along a dimension; labels within a step are united."""
+    moved = np.moveaxis(labels, dim, -1)
+    rows = (*moved.shape[:-1], moved.shape[-1] // step)
+    tied = ctx.tie(moved.reshape(*rows, step), [moved.ndim])
+    picked = np.broadcast_to(tied, (*rows, 1)) if tied.size > 1 else tied
+    return compact(np.moveaxis(picked[..., 0], -1, dim))
 
 
 _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literals)
@@ -124,7 +124,7 @@ _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literal
 @_split("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 @_split("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_GIVE_BACK)
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Consecutive ranges of positions."""
+    """Divide the labels into consecutive ranges."""
     x = a["self"]
     dim = split_dim(name_of_op(func), a)
     ends = np.cumsum([part.shape[dim] for part in out]).tolist()
@@ -133,7 +133,7 @@ def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @moves("roll", axes=Axes.SAME, shape=shapes.reordered_shape, corrects=literals.roll_literals)
 def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A rotation; the literal shift is corrected to the survivors that wrap around."""
+    """Rotate positions; the shift is corrected to the number of survivors that wrap around."""
     x, shifts, dims = a["self"], a["shifts"], a["dims"]
     if not dims:
         ctx.pin_all(ctx.fields(x), "is rolled over all its dimensions at once")
@@ -152,8 +152,9 @@ def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _pads_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
-    own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
-    return not own & padded_dims(a["self"], a["pad"])
+    """Tell whether a padding commutes with removal: no padded dimension has labels."""
+    labelled = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
+    return not labelled & padded_dims(a["self"], a["pad"])
 
 
 _padding = functools.partial(moves, in_order=_pads_in_order, corrects=literals.pad_literals)
@@ -162,9 +163,7 @@ _padding = functools.partial(moves, in_order=_pads_in_order, corrects=literals.p
 @_padding("constant_pad_nd", shape=shapes.constant_pad_shape)
 @_padding("pad", axes=Axes.PADDED)
 def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """New positions of a labelled dimension get labels of their own; elsewhere the channel's label
-    covers its padding.
-    """
+    """Give new positions of a labelled dimension new labels; other padding changes no labels."""
     x, amounts = a["self"], a["pad"]
     value = a.get("value") or 0
     if a.get("mode", "constant") != "constant":
@@ -173,35 +172,37 @@ def pad(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         return
     fields = []
     for f in ctx.fields(x):
-        labels = f.labels
-        for i in range(len(amounts) // 2):
-            d, before, after = x.dim() - 1 - i, amounts[2 * i], amounts[2 * i + 1]
-            if d not in f.dims or not (before or after):
-                continue
-            if before < 0 or after < 0 or len(f.dims) > 1:
-                ctx.pin(
-                    labels,
-                    "is cropped by a padding, or padded while split over several dimensions",
-                )
-                labels = np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
-                break
-            form = [1] * labels.ndim
-            parts = [labels]
-            if before:
-                form[d] = before
-                parts.insert(0, ctx.units.fresh(before, -1).reshape(form))
-            if after:
-                form[d] = after
-                parts.append(ctx.units.fresh(after, -1).reshape(form))
-            labels = np.concatenate(parts, axis=d)
+        labels = _padded_labels(ctx, f, amounts)
         if labels.any():
             fields.append(Field(labels, f.zero and value == 0))
     ctx.put(out, fields)
 
 
+def _padded_labels(ctx: Context, f: Field, amounts: Sequence[int]) -> Array:
+    """Return a field's labels with new ones at padded positions; 0 if they must be pinned."""
+    labels = f.labels
+    for i in range(len(amounts) // 2):
+        d, before, after = labels.ndim - 1 - i, amounts[2 * i], amounts[2 * i + 1]
+        if d not in f.dims or not (before or after):
+            continue
+        if before < 0 or after < 0 or len(f.dims) > 1:
+            why = "is cropped by a padding, or padded while split over several dimensions"
+            ctx.pin(labels, why)
+            return np.zeros_like(labels[(slice(0, 1),) * labels.ndim])
+        form = [1] * labels.ndim
+        form[d] = -1
+        parts = [labels]
+        if before:
+            parts.insert(0, ctx.units.fresh(before, -1).reshape(form))
+        if after:
+            parts.append(ctx.units.fresh(after, -1).reshape(form))
+        labels = np.concatenate(parts, axis=d)
+    return labels
+
+
 @moves("unfold")
 def unfold(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Sliding windows over one dimension, which is pinned; the window is a new last dimension."""
+    """Pin the dimension over which windows slide; the window is a new last dimension."""
     x = a["self"]
     dim = a["dimension"] % x.dim()
     passing = ctx.spared(x, {dim}, "is an axis of positions that a window slides over")

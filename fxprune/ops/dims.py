@@ -1,4 +1,4 @@
-"""Which dimensions the arguments of an op name."""
+"""Dimensions that the arguments of an op name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,19 @@ __all__ = ["correction_of", "padded_dims", "reduced_dims", "split_dim"]
 
 
 def reduced_dims(a: Mapping[str, Any], x: Tensor) -> tuple[set[int], bool]:
-    """The dimensions of ``x`` that a reduction with these arguments removes, and whether they stay
-    with size 1.
+    """Return the dimensions that a reduction removes.
+
+    Parameters
+    ----------
+    a:
+        The arguments of the reduction, by name.
+    x:
+        The reduced tensor.
+
+    Returns
+    -------
+    tuple of set and bool
+        The dimensions, and whether they stay with size 1.
     """
     dims = a.get("dim")
     if dims is None or dims == []:
@@ -22,13 +33,13 @@ def reduced_dims(a: Mapping[str, Any], x: Tensor) -> tuple[set[int], bool]:
 
 
 def correction_of(a: Mapping[str, Any]) -> float:
-    """What a variance with these arguments subtracts from the number of elements."""
+    """Return the number that a variance subtracts from the number of elements."""
     correction = a.get("correction", bool(a.get("unbiased", True)))
     return 1 if correction is None else correction + 0
 
 
 def split_dim(name: str, a: Mapping[str, Any]) -> int:
-    """The dimension that an op of the family of ``split`` cuts."""
+    """Return the dimension that ``split`` or a similar op cuts."""
     rank = a["self"].dim()
     dim: int = {"hsplit": 1 if rank > 1 else 0, "vsplit": 0, "dsplit": 2}.get(
         name, a.get("dim", 0)
@@ -37,5 +48,5 @@ def split_dim(name: str, a: Mapping[str, Any]) -> int:
 
 
 def padded_dims(x: Tensor, amounts: Sequence[int]) -> set[int]:
-    """The dimensions that are padded; amounts come in pairs, from the last dimension on."""
+    """Return the padded dimensions; amounts come in pairs, for the last dimension first."""
     return {x.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount}

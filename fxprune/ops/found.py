@@ -1,4 +1,4 @@
-"""What a labelled run has found, beside the labels themselves."""
+"""What a labelled run finds out besides the labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Found"]
 
 @dataclass
 class Found:
-    """What ran, and what has to hold for it in the smaller model.
+    """The ops that ran, and constraints on them in the smaller model.
 
     Nodes are named as in the graph, with the prefix of their part.
 
@@ -22,35 +22,37 @@ class Found:
     ran:
         Node -> the ops that it ran, with their arguments.
     events:
-        Ops that a run with data has to know again, in the order of execution.
+        Ops that a run with data must recognise, in the order of execution.
     contractions:
-        Everything that costs multiply-accumulates.
+        All ops that cost multiply-accumulates.
     statistics:
-        (Node, how many-th in it) -> labels whose elements leave the statistics that it takes.
+        (Node, index of the statistic in it) -> labels whose removed elements leave the statistic.
     noted:
-        Of the op that runs: labels of its input that its statistics go over.
+        For the op that runs now: labels of its input over which it takes statistics.
     rescaled:
-        Nodes that are a mean or a variance -> labels of the averaged elements.
+        Node that is a mean or a variance -> labels of the averaged elements.
     moved:
-        Nodes in which labelled positions were laid out anew.
+        Nodes that move labelled positions and do not commute with removal.
     positional:
-        Nodes with an op that tells positions apart: these, slices, groups, look-ups.
+        Nodes with an op that does not commute with removal, such as a slice, a grouped
+        convolution or a look-up.
     writes:
         Nodes with an op that writes into a tensor or draws random numbers.
     summed_axes:
-        Numbers of the parameter axes that a contraction sums over: what a consumer reads.
+        Numbers of the parameter axes that a contraction sums over.
     summed_groups:
         Nodes with a convolution whose groups sum over several input channels.
     scale_axes:
-        Numbers of the axes of normalisations' scales.
+        Numbers of the axes of the scales of normalisations.
     heads:
-        Fields that a product of activations sums over, head by head, along what.
+        Labels of activations whose product is summed over some of their dimensions only, with
+        those dimensions: the channels of attention heads.
     pairs:
-        Labels of which every block keeps two, because of one value alone no statistic is taken.
+        Labels of which every block keeps two, because one value alone has no statistic.
     wide:
-        Labels of axes that Python code, which is not traced, has to see as wide as they were.
+        Labels of axes that untraced Python code must see at full width.
     trusted:
-        Ops whose rules the user gave: what they say is to be proved.
+        Ops whose rules the user registered. Models with such ops are proved.
     """
 
     ran: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
@@ -72,7 +74,10 @@ class Found:
     _statistics_in_node: dict[str, int] = field(default_factory=dict)
 
     def note_statistic(self, node: str, labels: list[Array], taken: bool) -> None:
-        """A node's op goes over these labels; ``taken=False``: in another mode than this."""
+        """Note that a node's op takes a statistic over elements with these labels.
+
+        ``taken=False`` means that the op takes it in the other mode only (training or evaluation).
+        """
         self.noted = tuple(labels)
         index = self._statistics_in_node.get(node, 0)
         self._statistics_in_node[node] = index + 1

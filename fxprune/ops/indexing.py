@@ -1,4 +1,4 @@
-"""Look-ups: the indexed dimension is pinned, because indices name positions; the others pass."""
+"""Look-ups: indexed dimensions are pinned, because indices name positions; others keep labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxprune.ops.table import Axes, Trait, op, row
 
 @op("embedding", axes=Axes.LAYER, shape=shapes.embedding_shape)
 def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """table (v, e), indices (...) -> (..., e): v is pinned."""
+    """Pin the vocabulary v: table (v, e), indices (...) -> (..., e)."""
     table = a["weight"]
     ctx.pin_all(ctx.fields(a["indices"]), "is a tensor of indices")
     record = ctx.record(table)
@@ -31,7 +31,7 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @op("index", traits=Trait.FINDS_BY_INDEX, shape=shapes.index_shape)
 def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """x[i, :, j]: indexed dimensions are pinned; the result lies as in NumPy."""
+    """Pin the indexed dimensions of ``x[i, :, j]``; the other dimensions keep their labels."""
     x = a["self"]
     layout = _dims_of_index(ctx, x, a["indices"])
     if layout is None:
@@ -40,9 +40,8 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     passing = []
     for f in ctx.fields(x):
         if f.dims <= set(layout):
-            passing.append(
-                Field(take(f.labels.reshape(*f.labels.shape, *[1] * len(layout)), layout), f.zero)
-            )
+            labels = f.labels.reshape(*f.labels.shape, *[1] * len(layout))
+            passing.append(Field(take(labels, layout), f.zero))
         else:
             ctx.pin(f.labels, "is read by indices")
     ctx.put(out, passing)
@@ -51,28 +50,20 @@ def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @op("index_put", shape=shapes.index_put_shape)
 @op("index_put_")
 def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """x[i, :, j] = v: indexed dimensions are pinned, on the others x and v meet."""
+    """Pin the indexed dimensions of ``x[i, :, j] = v``; x and v meet on the others."""
     x, values = a["self"], a["values"]
     layout = _dims_of_index(ctx, x, a["indices"])
     if layout is None:
         ctx.pin_all([*ctx.fields(x), *ctx.fields(values)], "is written by a mask")
         return
-    rank = x.dim() + len(layout)
-    met = ctx.merge(
-        [
-            ctx.operand(x, range(x.dim()), rank),
-            ctx.operand(values, layout[len(layout) - values.dim() :], rank),
-        ],
-        rank,
-    )
+    rank, own_dims = x.dim() + len(layout), range(x.dim())
+    value_dims = layout[len(layout) - values.dim() :]
+    operands = [ctx.operand(x, own_dims, rank), ctx.operand(values, value_dims, rank)]
     fields = []
-    for m in met:
-        if set(varied(m.labels)) <= set(layout) & set(range(x.dim())):
-            fields.append(
-                Field(
-                    take(m.labels, range(x.dim())), m.zero.get(0, False) and m.zero.get(1, False)
-                )
-            )
+    for m in ctx.merge(operands, rank):
+        if set(varied(m.labels)) <= set(layout) & set(own_dims):
+            zero = m.zero.get(0, False) and m.zero.get(1, False)
+            fields.append(Field(take(m.labels, own_dims), zero))
         else:
             ctx.pin(m.labels, "is written by indices")
     if out is x:
@@ -82,8 +73,10 @@ def index_put(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _dims_of_index(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> list[int] | None:
-    """Which dimension of ``x`` each one of ``x[given]`` is; those of the indices are numbered on
-    behind. None: there is a mask.
+    """Return the dimension of ``x`` for each dimension of ``x[given]``, in NumPy's order.
+
+    The dimensions of the indices have numbers from ``x.dim()`` on. Return None if an index is a
+    mask.
     """
     indices = [*given, *[None] * (x.dim() - len(given))]
     for i in indices:
@@ -100,7 +93,7 @@ def _dims_of_index(ctx: Context, x: Tensor, given: Sequence[Tensor | None]) -> l
 
 @op("index_select")
 def index_select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """One dimension is read by indices and pinned; the others pass."""
+    """Pin the indexed dimension; the other dimensions keep their labels."""
     x = a["self"]
     dim = a["dim"] % x.dim()
     ctx.put(out, ctx.spared(x, {dim}, "is read by indices"))
@@ -109,7 +102,7 @@ def index_select(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @op("gather", shape=shapes.gather_shape)
 @op("take_along_dim")
 def gather(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Reads by an index tensor as large as the result: everything that meets it is pinned."""
+    """Pin everything that meets the index tensor, which is as large as the result."""
     for value in (a["self"], a.get("index", a.get("indices"))):
         if isinstance(value, Tensor):
             ctx.pin_all(ctx.fields(value), "is read by indices")

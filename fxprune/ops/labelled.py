@@ -1,4 +1,4 @@
-"""Labels of tensors, and what is constrained: which are one, which stay, and why."""
+"""Labels of tensors and their constraints: united labels, pinned labels, and the reasons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,30 @@ __all__ = ["Labelled"]
 
 
 class Labelled:
-    """The labels of one run, and what holds for them."""
+    """The labels of one run and their constraints.
+
+    Attributes
+    ----------
+    units:
+        The labels, united into units.
+    records:
+        What is known about each tensor.
+    node, target:
+        Name and target of the fx node that runs now.
+    sightings:
+        Fields that vary along several dimensions.
+    reasons:
+        Reasons of pins, each with the name of its node. A reason's number is its index.
+    causes:
+        Tensor -> dimension -> number of the reason why the tensor has no labels there. The key
+        None stands for all other dimensions.
+    edges:
+        Pair of axis numbers -> names of the nodes that coupled the two axes.
+    fixed_axes:
+        Axis number -> number of the reason, for axes that met a fixed size before they got labels.
+    ties:
+        Axis number -> for each position the first position that it must go with.
+    """
 
     def __init__(self) -> None:
         self.units = Units()
@@ -40,16 +63,13 @@ class Labelled:
             ("meets a part that stays", ""),
             ("is an input of the model", ""),
         ]
-        # tensor -> dimension, or None: others -> the reason's number
         self.causes: Any = WeakTensorKeyDictionary()
-        self._pinned_now = 0  # the first reason that the op which runs has given
-        # why the channels stay that the layer gives; None: no layer runs
-        self._given: int | None = None
+        self._first_reason = 0  # number of the first reason that the current op gave
+        # reason why the output channels of the current layer stay; None: no layer runs
+        self._layer_reason: int | None = None
         self._reason_numbers: dict[tuple[str, str], int] = {}
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
-        # axis number -> reason, for axes that met a fixed size before they got labels
         self.fixed_axes: dict[int, int] = {}
-        # axis number -> for each position the first that it goes with, whatever it meets
         self.ties: dict[int, Array] = {}
 
     def parameter(
@@ -60,8 +80,18 @@ class Labelled:
         fields: list[Field] | None = None,
         overwritten: bool = False,
     ) -> None:
-        """Begin with a parameter or buffer; ``overwritten``: an earlier call may have left
-        non-zeros at removed elements.
+        """Add a parameter or buffer.
+
+        Parameters
+        ----------
+        tensor, name:
+            The parameter and its name.
+        axes:
+            The number of each axis.
+        fields:
+            Its fields, if it has any. Without them its axes get labels when an op meets them.
+        overwritten:
+            Whether an earlier call may have left non-zeros at removed elements.
         """
         unlabelled = (
             {a for a, size in enumerate(tensor.shape) if size > 1} if fields is None else set()
@@ -78,11 +108,14 @@ class Labelled:
         )
 
     def record(self, tensor: Tensor) -> Record | None:
+        """Return what is known about a tensor."""
         return self.records.get(tensor)
 
     def fields(self, tensor: Any) -> list[Field]:
-        """The live fields of a tensor. Pinned labels are gone; a field that is one single label is
-        pinned on sight.
+        """Return the fields of a tensor, without pinned labels.
+
+        Axes of a parameter that have no labels yet get new ones. A field that consists of a single
+        label is pinned.
         """
         record = self.records.get(tensor)
         if record is None:
@@ -96,6 +129,7 @@ class Labelled:
         return record.fields
 
     def _refresh(self, fields: Iterable[Field]) -> list[Field]:
+        """Return fields with current labels; drop pinned ones and pin single labels."""
         out = []
         for f in fields:
             labels = self.units.live(f.labels)
@@ -115,15 +149,17 @@ class Labelled:
             record.version = self.units.version
 
     def _note_lost(self, record: Record, before: Iterable[Field]) -> None:
+        """Note why a tensor lost the fields whose labels were all pinned."""
         for f in before:
             if not self.units.live(f.labels).any():
                 record.lost.update(dict.fromkeys(f.dims, int(self.units.reasons(f.labels).max())))
 
     def settle(self) -> None:
-        """Refresh the fields of every tensor there is, those of a parameter that no op has met
-        left alone.
+        """Bring the fields of all tensors up to date.
+
+        Axes of parameters that no op has met stay unlabelled.
         """
-        done: IdentityMap[Array, list[Field]] = IdentityMap()  # by the labels as they were
+        done: IdentityMap[Array, list[Field]] = IdentityMap()  # by the old labels
         for record in self.records.values():
             fields: list[Field] = []
             for f in record.fields:
@@ -135,13 +171,23 @@ class Labelled:
             record.fields, record.version = fields, self.units.version
 
     def put(self, tensor: Any, fields: Iterable[Field], base: Any = None) -> None:
-        """Say what an op's result carries. ``base``: the tensor that the result is a view of."""
+        """Set the fields of an op's result.
+
+        Parameters
+        ----------
+        tensor:
+            The result. Anything but a tensor is ignored.
+        fields:
+            Its fields, with as many dimensions as the tensor.
+        base:
+            The tensor that the result is a view of.
+        """
         if not isinstance(tensor, Tensor):
             return
         kept = [f if f.labels.ndim == tensor.dim() else refuse_rank(f, tensor) for f in fields]
         root = self.records.get(base) if base is not None else None
         if root is not None and tensor is base and same_fields(root.fields, kept):
-            return  # nothing to do, as in a flatten() of what is flat
+            return  # nothing changed, as in flatten() of a flat tensor
         if root is not None and root.base is not None:
             root = root.base
         if not kept and root is None:
@@ -153,14 +199,23 @@ class Labelled:
         self.records[tensor] = Record(tensor, kept, base=root)
 
     def give(self, out: Tensor, fields: Iterable[Field], dims: Sequence[int]) -> None:
-        """Say what a result carries, from fields over virtual dimensions: its i-th dimension is
-        the virtual one ``dims[i]``.
+        """Set the fields of a result from fields over virtual dimensions.
+
+        Parameters
+        ----------
+        out:
+            The result.
+        fields:
+            Its fields over the virtual dimensions.
+        dims:
+            The virtual dimension of each dimension of the result.
         """
         self.put(out, [Field(take(f.labels, dims), f.zero) for f in fields])
 
     def overwrite(self, tensor: Tensor, fields: list[Field]) -> None:
-        """An in-place op wrote into a tensor (maybe a view); its labels were united with what was
-        written.
+        """Set the fields of a tensor that an in-place op wrote into; it may be a view.
+
+        The rule has already united the tensor's labels with those of the written values.
         """
         record = self.records.get(tensor)
         if record is None:
@@ -174,7 +229,7 @@ class Labelled:
             root.fields = [Field(f.labels, False) for f in root.fields]
 
     def label_anew(self, record: Record, axis: int) -> Field:
-        """Give an axis of a parameter its labels, one per position."""
+        """Give an axis of a parameter new labels, one per position."""
         record.unlabelled.discard(axis)
         n = record.tensor.shape[axis]
         shape = [1] * record.tensor.dim()
@@ -188,9 +243,7 @@ class Labelled:
         return fresh
 
     def label_axis(self, record: Record, axis: int, labels: Array) -> None:
-        """A parameter's axis takes over the labels (laid out for that parameter) of what it met
-        first.
-        """
+        """Give a parameter's axis the labels that it met first, laid out for the parameter."""
         record.unlabelled.discard(axis)
         record.fields.append(Field(labels, not record.overwritten))
         record.own_fields.append(record.fields[-1])
@@ -198,64 +251,65 @@ class Labelled:
             self._edge(owner, record.axes[axis])
 
     def fix_axis(self, record: Record, axis: int, why: str | tuple[str, str]) -> None:
-        """A parameter's axis met a size that cannot shrink; ``why``: the reason, with the node
-        that gave it if not this one.
+        """Fix a parameter's axis that met a size that cannot shrink.
+
+        ``why`` is the reason, or a pair of the reason and the node that gave it (default: the
+        current node).
         """
         record.unlabelled.discard(axis)
         self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
 
     def is_input(self, tensor: Tensor) -> None:
-        """Note that the model is called with this tensor."""
+        """Note that a tensor is an input of the model."""
         self.causes[tensor] = {None: INPUT}
 
-    def gives(self, weight: Tensor | None, dims: Iterable[int]) -> None:
-        """Note which dimensions of its weight a layer hands on: why they stay is why what it gives
-        has no labels.
+    def note_kept_axes(self, weight: Tensor | None, dims: Iterable[int]) -> None:
+        """Note which dimensions of its weight a layer's output keeps.
+
+        If these dimensions stay, the output has no labels for the same reason.
         """
-        self._given = first_reason(
-            number for number in (self._given or 0, self.cause(weight, dims))
-        )
+        self._layer_reason = first_reason((self._layer_reason or 0, self.cause(weight, dims)))
 
     def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Note, after an op, why its results may lack labels: what it has pinned, or what its
-        operands lack them for.
+        """Note, after an op, why its results may lack labels.
 
-        A dimension that an operand has as well lacks them for the same reason.
+        For a layer it is the reason of its weight (:meth:`note_kept_axes`). For any other op it is
+        the reason of its first pin, or else that of its operands; a result of the same shape as an
+        operand then has the operand's reasons, dimension by dimension.
         """
-        given, pinned = self._given, self._pinned_now
-        self._given, self._pinned_now = None, 0
-        whole = (
-            given
-            if given is not None
-            else pinned or first_reason(self.cause(tensor) for tensor in tensors)
-        )
+        of_layer, pinned = self._layer_reason, self._first_reason
+        self._layer_reason, self._first_reason = None, 0
+        if of_layer is not None:
+            reason = of_layer
+        else:
+            reason = pinned or first_reason(self.cause(tensor) for tensor in tensors)
         for result in results:
-            own: dict[int | None, int] = {None: whole} if whole else {}
-            for tensor in tensors if given is None and whole else ():
+            causes: dict[int | None, int] = {None: reason} if reason else {}
+            for tensor in tensors if of_layer is None and reason else ():
                 if tensor.shape == result.shape:
-                    own |= self._causes_along(tensor)
-            if own:
-                self.causes[result] = own
+                    causes |= self._causes_along(tensor)
+            if causes:
+                self.causes[result] = causes
 
     def _causes_along(self, tensor: Any) -> dict[int | None, int]:
-        """The numbers of the reasons why a tensor has no labels along its dimensions; None: along
-        any other.
+        """Return dimension -> number of the reason why a tensor has no labels there.
+
+        The key None stands for all other dimensions.
         """
-        own: dict[int | None, int] = dict(self.causes.get(tensor, {}))
+        causes: dict[int | None, int] = dict(self.causes.get(tensor, {}))
         record = self.records.get(tensor)
         if record is not None:
             self._renew(record)
-            own.update(
-                (d, self.fixed_axes[number])
-                for d, number in enumerate(record.axes)
-                if number in self.fixed_axes
-            )
-            own.update(record.lost.items())
-        return own
+            for d, number in enumerate(record.axes):
+                if number in self.fixed_axes:
+                    causes[d] = self.fixed_axes[number]
+            causes.update(record.lost.items())
+        return causes
 
     def cause(self, tensor: Any, dims: Iterable[int] | None = None) -> int:
-        """The number of the reason why a tensor has no labels, along some of its dimensions; 0: it
-        never had any.
+        """Return the number of the reason why a tensor has no labels; 0 if it never had any.
+
+        With ``dims``, only labels along these dimensions count.
         """
         if not isinstance(tensor, Tensor):
             return 0
@@ -267,17 +321,35 @@ class Labelled:
     def why_fixed(
         self, tensors: Iterable[Any], dims: Iterable[int] | None = None, *, read: bool = False
     ) -> tuple[str, str]:
-        """The reason, and its node, of what meets tensors that have no labels; ``read``: of an
-        axis that is summed.
+        """Return the reason, with its node, why labels that meet these tensors must stay.
+
+        Parameters
+        ----------
+        tensors:
+            Tensors without labels.
+        dims:
+            The dimensions in question; default: all.
+        read:
+            Whether the op sums over the labels.
         """
         found = first_reason(self.cause(tensor, dims) for tensor in tensors)
         if found == INPUT:
             return (READS_INPUT if read else "meets an input of the model"), self.node
         return self.reasons[found] if found else ("meets a tensor of fixed size", self.node)
 
-    def virtual(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
-        """Labels for dimensions that a literal size made (``expand``, ``zeros``): they shrink with
-        what they meet.
+    def new_fields(self, shape: Sequence[int], dims: Iterable[int], zero: bool) -> list[Field]:
+        """Return fields for dimensions made by a literal size, as in ``expand`` or ``zeros``.
+
+        No parameter owns their labels, so the dimensions shrink with what they meet.
+
+        Parameters
+        ----------
+        shape:
+            Shape of the tensor.
+        dims:
+            The dimensions in question; those of size 1 get no field.
+        zero:
+            Whether the tensor is zero.
         """
         out = []
         for d in dims:
@@ -288,6 +360,7 @@ class Labelled:
         return out
 
     def unite(self, a: Array, b: Array) -> None:
+        """Unite labels position by position (broadcast), and connect the axes that own them."""
         if a is b:
             return
         self.units.unite(a, b)
@@ -298,7 +371,7 @@ class Labelled:
                 self._edge(x, y)
 
     def tie(self, labels: Array, along: Iterable[int]) -> Array:
-        """Make labels constant along dimensions, by uniting; return them compact."""
+        """Unite labels along dimensions; return the current labels, compact."""
         for d in along:
             first = labels[(slice(None),) * d + (slice(0, 1),)]
             self.unite(labels, first)
@@ -306,32 +379,39 @@ class Labelled:
         return compact(self.units.live(labels))
 
     def pin(self, labels: Array, why: str | tuple[str, str]) -> None:
-        """Forbid the removal of labels; ``why``: the reason, with the node that gave it if not
-        this one.
+        """Forbid the removal of labels.
+
+        ``why`` is the reason, or a pair of the reason and the node that gave it (default: the
+        current node).
         """
         number = self._reason(why)
-        self._pinned_now = self._pinned_now or number
+        self._first_reason = self._first_reason or number
         self.units.pin(labels, number)
 
     def pin_all(self, fields: Iterable[Field], why: str) -> None:
+        """Forbid the removal of all labels of some fields."""
         for f in fields:
             self.pin(f.labels, why)
 
     def spared(self, tensor: Any, dims: Collection[int], why: str) -> list[Field]:
-        """The fields of a tensor that do not vary along some dimensions; the others are pinned."""
-        left = []
+        """Return the fields of a tensor that do not vary along ``dims``; pin the others."""
+        kept = []
         for f in self.fields(tensor):
             if f.dims.isdisjoint(dims):
-                left.append(f)
+                kept.append(f)
             else:
                 self.pin(f.labels, why)
-        return left
+        return kept
 
     def sight(
         self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()
     ) -> None:
+        """Note that labels vary along several dimensions, so survivors must form a rectangle.
+
+        ``fixed`` and ``merged`` are those of :class:`~fxprune.ops.records.Sighting`.
+        """
         if not self.units.pinning:
-            return  # a check of an emitted model: the rectangles are there
+            return  # a check of an emitted model: its survivors form rectangles already
         fixed = frozenset(fixed)
         labels = np.ascontiguousarray(labels)
         key = (labels.shape, hash(labels.tobytes()), fixed, merged)
@@ -340,6 +420,7 @@ class Labelled:
             self.sightings.append(Sighting(labels, fixed, merged, self.node))
 
     def _reason(self, why: str | tuple[str, str]) -> int:
+        """Return the number of a reason, which is new if need be."""
         key = (why, self.node) if isinstance(why, str) else why
         if key not in self._reason_numbers:
             self._reason_numbers[key] = len(self.reasons)
@@ -347,15 +428,15 @@ class Labelled:
         return self._reason_numbers[key]
 
     def _edge(self, a: int, b: int) -> None:
+        """Note that the current node couples two parameter axes; -1 is no axis."""
         if a != b and a >= 0 and b >= 0:
             self.edges.setdefault((min(a, b), max(a, b)), {})[self.node] = None
 
     def meet_vector(self, labels: Array, vector: Tensor) -> bool:
-        """A parameter of one axis meets 1-D labels, position by position: the usual case of a bias
-        or a scale, done at once.
+        """Give a parameter of one axis the 1-D labels that it meets, and tell whether it was done.
 
-        False (and nothing done) where it has labels already that are not these, or may not be zero
-        where it is removed.
+        This is a shortcut for the usual bias or scale. It does nothing if the parameter already
+        has other labels, or if it may not be zero at removed elements.
         """
         record = self.records.get(vector)
         if record is None or vector.dim() != 1 or record.overwritten:

@@ -1,4 +1,4 @@
-"""Pure data movement: the op itself, executed on the labels."""
+"""Pure data movement: the op is executed on the labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxprune.labels import Field
+from fxprune.labels import Array, Field
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.records import as_torch, from_torch
@@ -21,12 +21,15 @@ _permuting = functools.partial(moves, axes=Axes.PERMUTED, in_order=True)
 
 
 def _squeezes_in_order(ctx: Context, a: Mapping[str, Any]) -> bool:
-    """Of a channel axis with one survivor nothing would be left."""
+    """Tell whether a ``squeeze`` commutes with removal: no squeezed dimension has labels.
+
+    A channel axis with one survivor would be squeezed away.
+    """
     rank, dims = a["self"].dim(), a.get("dim")
-    own = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
+    labelled = {dim for f in ctx.fields(a["self"]) for dim in f.dims}
     if dims is None:
-        return not own
-    return not own & {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+        return not labelled
+    return not labelled & {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 @_permuting(
@@ -62,10 +65,11 @@ def move(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _in_place(ctx: Context, name: str, a: dict[str, Any], x: Tensor) -> None:
-    """``x.transpose_(0, 1)``: the tensor has its new shape already, its labels lie in the old
-    one.
+    """Move the labels of a tensor for an in-place op such as ``x.transpose_(0, 1)``.
+
+    The tensor already has its new shape, while its labels have the old one.
     """
-    # numpy_T and such returned their argument
+    # numpy_T and similar ops may return their argument unchanged
     if not name.endswith("_") or (record := ctx.record(x)) is None:
         return
     ranks = {f.labels.ndim for f in ctx.fields(x)}
@@ -75,26 +79,35 @@ def _in_place(ctx: Context, name: str, a: dict[str, Any], x: Tensor) -> None:
         return
     moved = []
     for f in record.fields:
-        labels = f.labels
-        if name == "unsqueeze_":
-            labels = np.expand_dims(labels, a["dim"] % x.dim())
-        elif name == "squeeze_" and labels.ndim != x.dim():
-            dims = [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
-            gone = {d % labels.ndim for d in dims}
-            kept = [d for d in range(labels.ndim) if d not in gone]
-            if len(kept) != x.dim():
-                ctx.pin(labels, "is squeezed in place over dimensions that are not all of size 1")
-                continue
-            labels = labels.reshape([labels.shape[d] for d in kept])
-        elif name == "t_":
-            labels = labels.T
-        elif name == "transpose_":
-            labels = labels.swapaxes(a["dim0"], a["dim1"])
-        moved.append(Field(labels, f.zero))
+        labels = _moved_in_place(ctx, name, a, f.labels, x.dim())
+        if labels is not None:
+            moved.append(Field(labels, f.zero))
     record.fields = moved
 
 
+def _moved_in_place(
+    ctx: Context, name: str, a: dict[str, Any], labels: Array, rank: int
+) -> Array | None:
+    """Return the labels of a tensor after an in-place op, or pin them and return None."""
+    if name == "unsqueeze_":
+        return np.expand_dims(labels, a["dim"] % rank)
+    if name == "squeeze_" and labels.ndim != rank:
+        dims = [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
+        squeezed = {d % labels.ndim for d in dims}
+        kept = [d for d in range(labels.ndim) if d not in squeezed]
+        if len(kept) != rank:
+            ctx.pin(labels, "is squeezed in place over dimensions that are not all of size 1")
+            return None
+        return labels.reshape([labels.shape[d] for d in kept])
+    if name == "t_":
+        return labels.T
+    if name == "transpose_":
+        return labels.swapaxes(a["dim0"], a["dim1"])
+    return labels
+
+
 def _is_alias(func: Any) -> bool:
+    """Tell whether an op's schema says that its result is a view."""
     returns = func._schema.returns
     return bool(returns) and returns[0].alias_info is not None
 
@@ -103,14 +116,14 @@ def _is_alias(func: Any) -> bool:
 @moves("contiguous", axes=Axes.SAME, in_order=True, traits=Trait.BY_LAYOUT)
 @moves("lift_fresh", "_conj", "conj", "resolve_conj", "resolve_neg")
 def unmoved(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The tensor itself, or a copy of it."""
+    """Keep the labels: the result is the tensor itself or a copy."""
     if out is not a["self"]:
         ctx.put(out, ctx.fields(a["self"]), base=a["self"])
 
 
 @moves("clone", axes=Axes.SAME, in_order=True)
 def cloned(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A copy of the tensor."""
+    """Keep the labels: the result is a copy of the tensor."""
     ctx.put(out, ctx.fields(a["self"]))
 
 
@@ -121,7 +134,7 @@ def cloned(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 @moves("native_channel_shuffle", corrects=literals.channel_shuffle_literals)
 def channel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """(groups, c) -> (c, groups): the two dimensions swap their order, as in a reshape."""
+    """Reshape the channels to (groups, c), swap the two dimensions, and merge them again."""
     x = a["self"]
     middle = [x.shape[0], a["groups"], x.shape[1] // a["groups"], *x.shape[2:]]
     fields = reshape(ctx, ctx.fields(x), x.shape, middle)
@@ -131,9 +144,7 @@ def channel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> Non
 
 @moves("diagonal")
 def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Position i of two dimensions at once: both are pinned, others pass and the diagonal lies
-    behind them.
-    """
+    """Pin the two dimensions of the diagonal, which becomes the last dimension of the result."""
     x = a["self"]
     both = {a["dim1"] % x.dim(), a["dim2"] % x.dim()}
     passing = []
@@ -161,7 +172,7 @@ row(
 )
 row("allclose", "equal", "is_nonzero", "item", traits=Trait.READS_VALUES)
 row("adjoint", axes=Axes.PERMUTED)
-# They give back their argument, or a part of it, for some arguments.
+# These return their argument or a part of it in some cases.
 row(
     "atleast_1d",
     "atleast_2d",

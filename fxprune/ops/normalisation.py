@@ -1,6 +1,4 @@
-"""Normalisations: per-channel scale and shift, and statistics that are taken over the surviving
-channels.
-"""
+"""Normalisations: per-channel scale and shift, and statistics over the surviving channels."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxprune.labels import Field
+from fxprune.labels import Field, varied
 from fxprune.ops import literals, survivors
 from fxprune.ops.context import Context
 from fxprune.ops.convolution import channel_fields
@@ -30,34 +28,26 @@ _last_norm = functools.partial(
 def _scale_and_shift(
     ctx: Context, x: Tensor, fields: list[Field], parameters: list[Tensor | None], channel: int
 ) -> list[Field]:
-    """The 1-D fields of the channel axis meet every per-channel parameter; the first two
-    parameters are scale and shift.
+    """Merge the 1-D fields of the channel axis with every per-channel parameter.
+
+    The first two parameters are scale and shift. Return the fields of the result, whose shape is
+    that of ``x``.
     """
-    ctx.is_scale(parameters[0])
-    rank = x.dim()
-    if len(fields) == 1 and all(
-        ctx.meet_vector(fields[0].labels, p) for p in parameters if p is not None
-    ):
-        return [
-            Field(
-                place(fields[0].labels, (channel,), rank),
-                parameters[0] is not None or fields[0].zero,
-            )
-        ]
-    laid = [Field(place(f.labels, (channel,), rank), f.zero) for f in fields]
+    scale, rank = parameters[0], x.dim()
+    ctx.note_scale(scale)
     given = [p for p in parameters if p is not None]
+    laid = [Field(place(f.labels, (channel,), rank), f.zero) for f in fields]
+    if len(fields) == 1 and all(ctx.meet_vector(fields[0].labels, p) for p in given):
+        return [Field(laid[0].labels, scale is not None or fields[0].zero)]
     stand_in = x.new_empty(x.shape)
     ctx.put(stand_in, laid)
-    operands = [ctx.operand(stand_in, range(rank), rank)] + [
-        ctx.operand(p, (channel,), rank) for p in given
-    ]
+    operands = [ctx.operand(stand_in, range(rank), rank)]
+    operands += [ctx.operand(p, (channel,), rank) for p in given]
+    needed = [0]  # the operands that must be zero for a zero result
+    if scale is not None:
+        affine = parameters[:2]
+        needed = [i for i, p in enumerate(given, start=1) if any(p is q for q in affine)]
     met = ctx.merge(operands, rank)
-    affine = parameters[0] is not None
-    needed = (
-        [i for i, p in enumerate(given, start=1) if any(p is q for q in parameters[:2])]
-        if affine
-        else [0]
-    )
     return [Field(m.labels, all(m.zero.get(i, False) for i in needed)) for m in met]
 
 
@@ -65,28 +55,26 @@ def _scale_and_shift(
     "batch_norm", shape=shapes.channel_norm_shape, survivors=survivors.batch_norm_over_survivors
 )
 def batch_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Channels (dimension 1) meet scale, shift and running statistics."""
+    """Merge the channels (dimension 1) with scale, shift and running statistics."""
     x = a["input"]
     others = [f for f in ctx.fields(x) if 1 not in f.dims]
-    # Statistics over the other dimensions: survivors only, if any of them is removable (a weight
-    # standardised by batch_norm).
+    # Statistics run over the other dimensions. If these have labels, only survivors count, as in a
+    # weight that batch_norm standardises.
     ctx.statistic([f.labels for f in others], taken=a["training"])
-    rest = [Field(f.labels, False) for f in others]  # the shift reaches their removed elements
+    rest = [Field(f.labels, False) for f in others]  # the shift makes removed elements non-zero
     channels = [f for f in ctx.fields(x) if 1 in f.dims]
-    tied = [
-        Field(labels.reshape(-1), f.zero)
-        for f in channels
-        if (labels := ctx.tie(f.labels, f.dims - {1})).size > 1
-    ]
-    fields = _scale_and_shift(
-        ctx, x, tied, [a["weight"], a["bias"], a["running_mean"], a["running_var"]], 1
-    )
-    ctx.put(out, [*fields, *rest])
+    tied = []
+    for f in channels:
+        labels = ctx.tie(f.labels, f.dims - {1})
+        if labels.size > 1:
+            tied.append(Field(labels.reshape(-1), f.zero))
+    parameters = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
+    ctx.put(out, [*_scale_and_shift(ctx, x, tied, parameters, 1), *rest])
 
 
 @_norm("instance_norm", shape=shapes.channel_norm_shape)
 def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each channel (dimension 1) has statistics of its own over the positions."""
+    """Merge the channels (dimension 1) with scale and shift; statistics run over positions."""
     x = a["input"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     parameters = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
@@ -101,15 +89,16 @@ def instance_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     survivors=survivors.group_norm_over_survivors,
 )
 def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over each group's surviving channels; every group loses equally many, and keeps
-    two where it has no positions.
+    """Take statistics over each group's surviving channels; each group loses the same number.
+
+    Each group keeps two channels if there are no positions.
     """
     x, groups = a["input"], a["num_groups"]
     fields = channel_fields(ctx, x, 1, "is an axis of positions that a statistic is taken over")
     shared = groups < x.shape[1]
     ctx.statistic([place(f.labels, (1,), x.dim()) for f in fields] if shared else [])
     if shared:
-        # F.group_norm refuses a batch of one then, if a group is one value
+        # F.group_norm rejects a batch of one if a group has a single value
         if x.shape[2:].numel() == 1:
             ctx.found.pairs += [f.labels for f in fields]
         for f in fields:
@@ -122,43 +111,40 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_last_norm("layer_norm", survivors=survivors.layer_norm_over_survivors)
 @_last_norm("rms_norm", survivors=survivors.rms_norm_over_survivors)
 def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Statistics over the survivors of the last dimensions, which meet scale and shift."""
+    """Take statistics over the survivors of the last dimensions, which meet scale and shift."""
     x, rank = a["input"], a["input"].dim()
-    inside = set(range(rank - len(a["normalized_shape"]), rank))
+    dims = range(rank - len(a["normalized_shape"]), rank)
+    inside = set(dims)
     fields = ctx.fields(x)
-    reduced = [f.labels for f in fields if f.dims & inside]
-    ctx.statistic(reduced)
+    ctx.statistic([f.labels for f in fields if f.dims & inside])
     for f in fields:
         if f.dims & inside and f.dims - inside:
             ctx.sight(f.labels, fixed=f.dims - inside)
-    ctx.is_scale(a["weight"])
+    ctx.note_scale(a["weight"])
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
-    dims = range(rank - len(a["normalized_shape"]), rank)
-    met = ctx.merge(
-        [ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)], rank
-    )
-    done = []
-    for m in met:
-        if set(range(rank)) & {d for d, s in enumerate(m.labels.shape) if s > 1} & inside:
+    operands = [ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)]
+    normalised = []
+    for m in ctx.merge(operands, rank):
+        if inside.intersection(varied(m.labels)):
             zero = bool(given) and all(m.zero.get(i, False) for i in range(1, len(given) + 1))
         else:
             zero = m.zero.get(0, False) and a.get("bias") is None
-        done.append(Field(m.labels, zero))
-    ctx.put(out, done)
+        normalised.append(Field(m.labels, zero))
+    ctx.put(out, normalised)
 
 
 @computes("_weight_norm")
 @computes("_weight_norm_interface", shape=shapes.weight_norm_shape)
 def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """v * (g / norm of v over all dimensions but one): removed elements of v are zero and do not
-    count.
+    """Merge v and g: v * (g / norm of v over all dimensions but one).
+
+    Removed elements of v are zero, so they do not count in the norm.
     """
     v, g = a["v"], a["g"]
     rank, dim = v.dim(), a["dim"]  # -1: the norm is over all dimensions
+    operands = [ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)]
     fields = []
-    for m in ctx.merge(
-        [ctx.operand(v, range(rank), rank), ctx.operand(g, range(rank), rank)], rank
-    ):
+    for m in ctx.merge(operands, rank):
         f = Field(m.labels, m.zero.get(0, False))
         if f.dims - {dim} and not f.zero:
             ctx.pin(f.labels, "is summed although removed elements are not zero")

@@ -1,10 +1,11 @@
-"""Pointwise ops: the labels that meet are united, element by element, broadcast included."""
+"""Pointwise ops: labels that meet element by element, with broadcasting, are united."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,19 +20,32 @@ from fxprune.ops.table import Axes, Trait, computes, name_of_op, row
 
 @computes("pointwise")
 def pointwise(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Operands meet element by element (broadcast); applies to every op that PyTorch tags as
-    pointwise.
+    """Merge the operands element by element, with broadcasting.
+
+    This rule holds for every op that PyTorch tags as pointwise.
     """
-    # A mutable op without an out= writes into its first argument: self is an operand like the
-    # others.
+    # a mutable op without out= writes into its first argument, which is an operand like the others
     operands = {name: v for name, v in a.items() if isinstance(v, Tensor) and name != "out"}
-    for given in tensors_in((out,), {}):  # frexp gives two
+    for given in tensors_in((out,), {}):  # frexp returns two
         elementwise(ctx, func, a, operands, given)
 
 
 def elementwise(
     ctx: Context, func: Any, a: dict[str, Any], operands: dict[str, Tensor], out: Tensor
 ) -> None:
+    """Merge operands element by element and set the fields of the result.
+
+    Parameters
+    ----------
+    ctx:
+        The context.
+    func, a:
+        The op and its arguments by name.
+    operands:
+        The tensors that meet, by name.
+    out:
+        The result.
+    """
     rank = out.dim()
     names = list(operands)
     if len(names) == 1 and operands[names[0]].dim() == rank:
@@ -52,12 +66,13 @@ def elementwise(
 
 
 def _zero(func: Any, a: dict[str, Any], names: list[str], met: Met) -> bool:
+    """Tell whether the result is zero at removed elements of a merged field."""
     zeros = frozenset(names[i] for i, zero in met.zero.items() if zero)
     return bool(zeros) and keeps_zero(func, a, zeros, frozenset(names))
 
 
-# For each of these, any one of the listed sets of operands being zero makes the result zero,
-# whatever the others hold.
+# The result of such an op is zero if all operands of one of its sets are zero, whatever the values
+# of the others.
 _ABSORBS: dict[str, tuple[frozenset[str], ...]] = {
     "mul": (frozenset({"self"}), frozenset({"other"})),
     "div": (frozenset({"self"}),),
@@ -74,10 +89,19 @@ _ABSORBS: dict[str, tuple[frozenset[str], ...]] = {
 def keeps_zero(
     func: Any, a: dict[str, Any], zeros: frozenset[str], operands: frozenset[str]
 ) -> bool:
-    """Whether the result is exactly 0 where the operands in ``zeros`` are 0.
+    """Tell whether the result is exactly 0 where some operands are 0.
 
-    If all operands are, the op is executed on zeros. Otherwise only ops that are known to absorb a
-    zero count.
+    If all operands are 0, the op is executed on zeros. Otherwise only ops that are known to absorb
+    a zero count.
+
+    Parameters
+    ----------
+    func, a:
+        The op and its arguments by name.
+    zeros:
+        Names of the operands that are 0.
+    operands:
+        Names of all operands.
     """
     name = name_of_op(func)
     plain = name.removesuffix("_")
@@ -99,19 +123,20 @@ def keeps_zero(
 def _zero_at_zero(
     func: Any, operands: frozenset[str], scalars: tuple[tuple[str, Any], ...]
 ) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
-    rest = dict(scalars)
-    values = {n: torch.zeros(1) if n in operands else rest.get(n) for n in names}
-    positional = [values[arg.name] for arg in func._schema.arguments if not arg.kwarg_only]
-    keyword = {
-        arg.name: values[arg.name]
-        for arg in func._schema.arguments
-        if arg.kwarg_only and values[arg.name] is not None
-    }
+    """Execute an op on zeros and tell whether its result is zero."""
+    values = dict(scalars)
+    positional, keyword = [], {}
+    for argument in func._schema.arguments:
+        name = argument.name
+        value = torch.zeros(1) if name in operands else values.get(name)
+        if not argument.kwarg_only:
+            positional.append(value)
+        elif value is not None:
+            keyword[name] = value
     try:
         out = func(*positional, **keyword)
     except Exception:
-        # the op does not take such operands (an integer op on floats): nothing is known
+        # the op rejects such operands (an integer op on floats), so nothing is known
         return False
     return isinstance(out, Tensor) and bool((out == 0).all())
 
@@ -143,17 +168,16 @@ def _zero_at_zero(
     "masked_fill_",
 )
 def untagged(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Pointwise by their definition, although PyTorch does not tag every overload of them."""
+    """Merge the operands as pointwise ops do; PyTorch does not tag every overload of these."""
     first = out[0] if isinstance(out, tuple) else out
-    operands = {
-        n: v for n, v in a.items() if isinstance(v, Tensor) and n not in ("out", "p", "generator")
-    }
+    tensors = {name: value for name, value in a.items() if isinstance(value, Tensor)}
+    operands = {n: t for n, t in tensors.items() if n not in ("out", "p", "generator")}
     elementwise(ctx, func, a, operands, first)
 
 
 @computes("bernoulli")
 def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Draws with the probabilities that its argument holds, or with one that is given."""
+    """Draw with the probabilities in the argument, or with one given probability for all."""
     untagged(ctx, func, a, out)
     if a.get("p") is not None:
         ctx.put(out, [Field(f.labels, False) for f in ctx.fields(out)])
@@ -162,44 +186,44 @@ def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK, shape=like_first_shape)
 @computes("native_dropout", "rrelu")
 def dropped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Random factors: what is zero stays so."""
+    """Multiply by random factors; zeros stay zero."""
     _randomised(ctx, a, out, keeps_zeros=True)
 
 
 @computes("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
 def shifted(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Random factors and shifts: what is zero does not stay so."""
+    """Multiply by random factors and shift; zeros do not stay zero."""
     _randomised(ctx, a, out, keeps_zeros=False)
 
 
 def _randomised(ctx: Context, a: dict[str, Any], out: Any, keeps_zeros: bool) -> None:
+    """Copy the labels of the argument to the result."""
     fields = ctx.fields(a["input" if "input" in a else "self"])
-    ctx.put(
-        out[0] if isinstance(out, tuple) else out,
-        [Field(f.labels, f.zero and keeps_zeros) for f in fields],
-    )
+    first = out[0] if isinstance(out, tuple) else out
+    ctx.put(first, [Field(f.labels, f.zero and keeps_zeros) for f in fields])
 
 
 @computes("zero_")
 def emptied(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Writes zeros."""
+    """Keep the labels; the written values are zero."""
     _overwritten(ctx, a, out, zero=True)
 
 
 @computes("fill", "fill_")
 def fill(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Writes a value."""
+    """Keep the labels; one value is written everywhere."""
     value = a.get("value")
     _overwritten(ctx, a, out, zero=not isinstance(value, Tensor) and value == 0)
 
 
 @computes("normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_")
 def redrawn(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Writes random numbers."""
+    """Keep the labels; random numbers are written."""
     _overwritten(ctx, a, out, zero=False)
 
 
 def _overwritten(ctx: Context, a: dict[str, Any], out: Tensor, zero: bool) -> None:
+    """Keep the labels of a tensor whose values are replaced; ``zero``: by zeros."""
     fields = [Field(f.labels, zero) for f in ctx.fields(a["self"])]
     if out is a["self"]:
         ctx.overwrite(out, fields)
@@ -211,34 +235,31 @@ def _overwritten(ctx: Context, a: dict[str, Any], out: Tensor, zero: bool) -> No
 @computes("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_GIVE_BACK)
 @computes("_to_copy", axes=Axes.SAME)
 def cast(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The same values in another dtype, or on another device."""
+    """Keep the labels: the values are the same in another dtype or on another device."""
     if out is not a["self"]:
         ctx.put(out, ctx.fields(a["self"]))
 
 
 @computes("copy_")
 def copy(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The source meets the destination element by element: what is written must fit what was
-    there.
-    """
+    """Merge the source with the destination element by element."""
     elementwise(ctx, func, a, {"self": a["self"], "src": a["src"]}, out)
 
 
 @computes("prelu", axes=Axes.SAME)
 def prelu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A slope per channel (dimension 1), or one for all."""
+    """Merge the channels (dimension 1) with their slopes, or with one slope for all."""
     x, weight = a["self"], a["weight"]
     rank = x.dim()
-    met = ctx.merge(
-        [ctx.operand(x, range(rank), rank), ctx.operand(weight, (1,) if rank > 1 else (0,), rank)],
-        rank,
-    )
+    channel = 1 if rank > 1 else 0
+    operands = [ctx.operand(x, range(rank), rank), ctx.operand(weight, (channel,), rank)]
+    met = ctx.merge(operands, rank)
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met])
 
 
 @computes("glu", in_order=False, shape=shapes.glu_shape)
 def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The two halves of a dimension meet: a * sigmoid(b)."""
+    """Unite the two halves a and b of a dimension: a * sigmoid(b)."""
     x, dim = a["self"], a["dim"] % a["self"].dim()
     half = x.shape[dim] // 2
     fields = []
@@ -246,14 +267,11 @@ def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         if f.labels.shape[dim] == 1:
             fields.append(f)
             continue
-        first, second = (
-            (slice(None),) * dim + (slice(0, half),),
-            (slice(None),) * dim + (slice(half, None),),
-        )
-        ctx.unite(f.labels[first], f.labels[second])
+        first, second = np.split(f.labels, [half], axis=dim)
+        ctx.unite(first, second)
         if len(f.dims) > 1:
-            ctx.sight(f.labels[first])
-        fields.append(Field(f.labels[first], f.zero))
+            ctx.sight(first)
+        fields.append(Field(first, f.zero))
     ctx.put(out, fields)
 
 
@@ -261,4 +279,4 @@ row("_prelu_kernel", shape=shapes.pointwise_shape)
 row("tril", "triu", shape=shapes.triangle_shape)
 row("feature_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
 row("feature_alpha_dropout", traits=Trait.MAY_GIVE_BACK)
-row("where", traits=Trait.FINDS)  # of one argument
+row("where", traits=Trait.FINDS)  # with one argument

@@ -1,6 +1,4 @@
-"""Reductions: over removed zeros a sum, a mean or a variance is exact; anything else pins what it
-reduces.
-"""
+"""Reductions: sums, means and variances over removed zeros are exact; others pin their labels."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ _statistic = functools.partial(computes, traits=Trait.STATISTIC)
 def _put_reduced(
     ctx: Context, out: Any, x: Tensor, fields: list[Field], reduced: set[int], keepdim: bool
 ) -> None:
+    """Set the fields of each result of a reduction, without the reduced dimensions."""
     for result in out if isinstance(out, (tuple, list)) else (out,):
         if not isinstance(result, Tensor):
             continue
@@ -33,16 +32,15 @@ def _put_reduced(
         if len(kept) != result.dim():
             ctx.pin_all(fields, "is reduced to an unexpected rank")
             continue
-        ctx.put(
-            result,
-            [Field(f.labels.reshape([f.labels.shape[d] for d in kept]), f.zero) for f in fields],
-        )
+        reshaped = []
+        for f in fields:
+            labels = f.labels.reshape([f.labels.shape[d] for d in kept])
+            reshaped.append(Field(labels, f.zero))
+        ctx.put(result, reshaped)
 
 
 def _whole_rows(ctx: Context, f: Field, reduced: set[int]) -> Field | None:
-    """Tie a field along the reduced dimensions, so that what is left of it varies along the others
-    only.
-    """
+    """Tie a field along the reduced dimensions; return None if it then has a single label."""
     labels = ctx.tie(f.labels, f.dims & reduced)
     return Field(labels, f.zero) if labels.size > 1 else None
 
@@ -56,7 +54,11 @@ def _sum_like(
     verb: str = "is summed",
     counts: bool = False,
 ) -> None:
-    """Reduce removed zeros; ``counts`` says that their number counts, as a divisor."""
+    """Apply the rule of a sum.
+
+    ``counts`` says that the number of elements counts as a divisor; ``verb`` names the reduction
+    in the reason of a pin.
+    """
     x = a["self"] if "self" in a else a["x"]
     reduced, keepdim = reduced_dims(a, x)
     passing = []
@@ -64,26 +66,32 @@ def _sum_like(
         if not f.dims & reduced:
             passing.append(f)
         elif max(f.dims) not in reduced:
-            # The split's inner dimension stays: positions of the outer one go together, as in
-            # x.view(n, groups, c).sum(1).
+            # The inner dimension of the split is not reduced, so positions of the outer one go
+            # together, as in x.view(n, groups, c).sum(1).
             tied = _whole_rows(ctx, f, reduced)
-            if tied is not None:
-                passing.append(tied)
-        elif not f.zero:
-            ctx.pin(f.labels, f"{verb} although removed elements are not zero")
-        elif counts and not _is_one_statistic(ctx.target):
-            ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
+            passing += [] if tied is None else [tied]
         else:
-            if f.dims - reduced:
-                ctx.sight(f.labels, fixed=f.dims - reduced)
-            if counts:
-                ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
+            _reduce(ctx, f, reduced, verb, counts)
     _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
+def _reduce(ctx: Context, f: Field, reduced: set[int], verb: str, counts: bool) -> None:
+    """Reduce a field whose last dimension is reduced; pin it if its zeros do not allow that."""
+    if not f.zero:
+        ctx.pin(f.labels, f"{verb} although removed elements are not zero")
+    elif counts and not _is_one_statistic(ctx.target):
+        ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
+    else:
+        if f.dims - reduced:
+            ctx.sight(f.labels, fixed=f.dims - reduced)
+        if counts:
+            ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
+
+
 def _is_one_statistic(target: Any) -> bool:
-    """Whether a graph's target is one of these ops by itself: the emitted graph can then count
-    what was removed.
+    """Tell whether a graph's target is a statistic by itself, not a larger operation.
+
+    Only then can the emitted graph count the removed elements.
     """
     if isinstance(target, torch._ops.OpOverload):
         target = name_of_op(target)
@@ -95,7 +103,7 @@ def _is_one_statistic(target: Any) -> bool:
 @computes("linalg_vector_norm", shape=shapes.reduction_shape)
 @computes("frobenius_norm", "nansum", "count_nonzero")
 def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Sums and norms: exact where the removed elements are zero, pinned where they are not."""
+    """Sum: exact where removed elements are zero, pinned where they are not."""
     order = a.get("ord", a.get("p", 2))
     if isinstance(order, (int, float)) and order <= 0:
         return anything_else(ctx, func, a, out)
@@ -104,7 +112,7 @@ def total(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @computes("mean", axes=Axes.REDUCED, traits=Trait.STATISTIC, shape=shapes.reduction_shape)
 def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """As a sum; the divisor stays the original's."""
+    """Sum and divide by the original's number of elements."""
     _sum_like(ctx, func, a, out, verb="is averaged", counts=True)
 
 
@@ -113,7 +121,7 @@ def mean(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_statistic("var_mean", shape=shapes.two_reductions_shape, counting=moments.var_mean)
 @_statistic("std_mean", shape=shapes.two_reductions_shape, counting=moments.std_mean)
 def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """As a mean: removed elements count as the zeros that they are."""
+    """Take a variance in which removed elements count as zeros, as in a mean."""
     if a["self"].is_complex() or correction_of(a) > 1:
         return anything_else(ctx, func, a, out)
     return _sum_like(ctx, func, a, out, verb="has its variance taken", counts=True)
@@ -128,8 +136,9 @@ def spread(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("logsumexp", axes=Axes.REDUCED, traits=Trait.COUNTS_ALL, shape=shapes.logsumexp_shape)
 @computes("median", "mode", "kthvalue", traits=Trait.COUNTS_ALL)
 def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A removed element would count: positions of a reduced dimension go together, or are pinned;
-    others pass.
+    """Pin the labels of a reduced dimension, or tie them if they vary elsewhere too.
+
+    A removed element would count in such a reduction.
     """
     x = a["self"]
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
@@ -141,9 +150,9 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         if f.dims <= reduced:
             ctx.pin(f.labels, f"is reduced by {func._schema.name.removeprefix('aten::')}")
             continue
-        own = _whole_rows(ctx, f, reduced)
-        if own is not None:  # log(n) is not zero, nor is the position of a maximum
-            passing.append(Field(own.labels, own.zero and not counts_all))
+        tied = _whole_rows(ctx, f, reduced)
+        if tied is not None:  # neither log(n) nor the position of a maximum is zero
+            passing.append(Field(tied.labels, tied.zero and not counts_all))
     return _put_reduced(ctx, out, x, passing, reduced, keepdim)
 
 
@@ -154,23 +163,18 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @computes("sort", shape=shapes.sort_shape)
 @computes("topk", shape=shapes.topk_shape)
 def along(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Mixes all positions of one dimension, which go together (none can, where the channels are
-    that dimension); others pass.
-    """
+    """Pin the labels of the dimension that is mixed, or tie them if they vary elsewhere too."""
     x = a["self"]
     dim = operator.index(a.get("dim", -1)) % x.dim()
+    keeps_zeros = func._schema.name in ("aten::cumsum", "aten::cumprod")
     passing = []
     for f in ctx.fields(x):
         if f.dims == {dim}:
             ctx.pin(f.labels, f"is mixed by {func._schema.name.removeprefix('aten::')}")
             continue
-        own = _whole_rows(ctx, f, {dim})
-        if own is not None:
-            passing.append(
-                Field(
-                    own.labels, own.zero and func._schema.name in ("aten::cumsum", "aten::cumprod")
-                )
-            )
+        tied = _whole_rows(ctx, f, {dim})
+        if tied is not None:
+            passing.append(Field(tied.labels, tied.zero and keeps_zeros))
     for result in out if isinstance(out, (tuple, list)) else (out,):
         ctx.put(result, passing)
 

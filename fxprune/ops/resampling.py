@@ -1,6 +1,4 @@
-"""Poolings, resamplings and spatial paddings: they act on positions; channels pass through, one by
-one.
-"""
+"""Poolings, resamplings and spatial paddings: they act on positions and keep the channels."""
 
 from __future__ import annotations
 
@@ -61,25 +59,21 @@ _upsampling = functools.partial(moves, axes=Axes.RESAMPLED)
     "_upsample_bicubic2d_aa",
 )
 def positions(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """The last one to three dimensions are positions and are pinned; the rest pass."""
+    """Pin the last one to three dimensions, which are positions; others keep their labels."""
     x = a["self"] if "self" in a else a["input"]
     count = next(n for tag, n in _SPATIAL.items() if tag in func._schema.name)
     where = range(x.dim() - count, x.dim())
     passing = ctx.spared(x, where, "is an axis of positions that is resampled")
     for result in out if isinstance(out, (tuple, list)) else (out,):
-        if isinstance(result, Tensor):  # an index is not zero where its maximum is
-            ctx.put(
-                result,
-                passing
-                if result.is_floating_point()
-                else [Field(f.labels, False) for f in passing],
-            )
+        if isinstance(result, Tensor):  # an index may be non-zero where the maximum is 0
+            keeps_zeros = result.is_floating_point()
+            ctx.put(result, [Field(f.labels, f.zero and keeps_zeros) for f in passing])
 
 
 @moves("grid_sampler_2d", "grid_sampler_3d", shape=shapes.grid_sampler_shape)
 @moves("grid_sampler", "torchvision::roi_align", "torchvision::roi_pool")
 def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Samples positions, at a grid or in boxes; channels (dimension 1) pass."""
+    """Pin all but the channels (dimension 1): positions are sampled at a grid or in boxes."""
     ctx.pin_all(ctx.fields(a["grid"] if "grid" in a else a["rois"]), "says where to sample")
     passing = []
     for f in ctx.fields(a["input"]):
@@ -93,7 +87,7 @@ def sampled(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 @_upsampling("pixel_shuffle", shape=shapes_of_movements.pixel_shuffle_shape)
 def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """(c*r*r, h, w) -> (c, h*r, w*r): the r*r channels that make one go together."""
+    """Tie the r*r channels that become one: (c*r*r, h, w) -> (c, h*r, w*r)."""
     block = a["upscale_factor"] ** 2
     _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 3, block)
 
@@ -101,7 +95,7 @@ def pixel_shuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 @_upsampling("pixel_unshuffle", shape=shapes_of_movements.pixel_shuffle_shape)
 @moves("im2col", shape=shapes.im2col_shape)
 def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each channel becomes a block of consecutive ones, which go together."""
+    """Repeat the label of each channel, which becomes a block of consecutive channels."""
     x = a["self"]
     channel = x.dim() - 3
     times = out.shape[channel] // x.shape[channel]
@@ -117,32 +111,22 @@ def pixel_unshuffle(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> Non
 
 @moves("col2im", shape=shapes.col2im_shape)
 def col2im(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Blocks of kernel positions are added into one channel: a block goes together."""
+    """Tie each block of kernel positions, which are summed into one channel."""
     kernel = a["kernel_size"]
     _channels_in_blocks(ctx, a["self"], out, a["self"].dim() - 2, int(np.prod(kernel)))
 
 
 def _channels_in_blocks(ctx: Context, x: Tensor, out: Tensor, channel: int, block: int) -> None:
+    """Set the fields of a result in which each block of channels becomes one channel."""
     passing = []
     for f in ctx.fields(x):
         if any(d > channel for d in f.dims):
             ctx.pin(f.labels, "is an axis of positions that is resampled")
-        elif channel not in f.dims:
-            passing.append(
-                Field(
-                    f.labels.reshape(
-                        [*f.labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]
-                    ),
-                    f.zero,
-                )
-            )
-        else:
-            split = f.labels.reshape(*f.labels.shape[:channel], -1, block)
+            continue
+        labels = f.labels
+        if channel in f.dims:
+            split = labels.reshape(*labels.shape[:channel], -1, block)
             labels = ctx.tie(split, [split.ndim - 1])
-            shape = [
-                *labels.shape[:channel],
-                labels.shape[channel],
-                *[1] * (out.dim() - channel - 1),
-            ]
-            passing.append(Field(labels.reshape(shape), f.zero))
+        shape = [*labels.shape[: channel + 1], *[1] * (out.dim() - channel - 1)]
+        passing.append(Field(labels.reshape(shape), f.zero))
     ctx.put(out, passing)

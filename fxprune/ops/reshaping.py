@@ -1,5 +1,6 @@
-"""Dimensions that are split, merged, or made of size 1: how positions are laid out one after the
-other decides what must hold for the smaller tensor.
+"""Reshapes, expansions and repetitions.
+
+The order of positions in split and merged dimensions constrains what may be removed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.common.reshape import reshape_blocks
-from fxprune.labels import Field, compact
+from fxprune.labels import Array, Field, compact
 from fxprune.ops import literals
 from fxprune.ops.context import Context
 from fxprune.ops.shapes import movement as shapes
@@ -30,7 +31,7 @@ from fxprune.ops.table import Axes, Trait, moves, row
 @moves("_reshape_alias")
 @moves("view_as", "reshape_as", traits=Trait.BY_LAYOUT)
 def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Split and merge dimensions; only blocks of dimensions on which labels vary are touched."""
+    """Split and merge dimensions; labels change only in blocks of dimensions where they vary."""
     x = a["self"]
     if func._overloadname == "dtype":
         ctx.pin_all(ctx.fields(x), "is reinterpreted as another dtype")
@@ -41,7 +42,7 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 
 
 def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
-    """The result holds ``x`` at the sizes of another tensor, so their labels meet."""
+    """Merge the labels of a result with those of the tensor whose sizes it takes."""
     rank = out.dim()
     met = ctx.merge(
         [ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)],
@@ -53,36 +54,55 @@ def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tenso
 def reshape(
     ctx: Context, fields: Sequence[Field], old: Sequence[int], new: Sequence[int]
 ) -> list[Field]:
-    """The labels of a reshaped tensor; notes which dimensions were laid out one after the
-    other.
+    """Return the fields of a reshaped tensor, and note which dimensions were split or merged.
+
+    Parameters
+    ----------
+    ctx:
+        The context.
+    fields:
+        The fields of the original tensor.
+    old, new:
+        The shapes of the original and of the reshaped tensor.
     """
     if not fields:
         return []
     blocks = reshape_blocks(tuple(old), tuple(new))
-    out = []
-    for f in fields:
-        dims = f.dims
-        form_old, form_new = [1] * len(old), [1] * len(new)
-        splits = []
-        for ins, outs in blocks:
-            touched = [d for d in ins if d in dims]
-            if not touched:
-                continue
-            for d in ins:
-                form_old[d] = old[d]
-            for d in outs:
-                form_new[d] = new[d]
-            if len(touched) > 1:
-                ctx.sight(f.labels, merged=tuple(touched))
-            if len(outs) > 1:
-                splits.append(tuple(outs))
-        labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
-        for parts in splits:
-            inner = tuple(d for d in parts if labels.shape[d] > 1)
-            if len(inner) > 1:
-                ctx.sight(labels, merged=inner)
-        out.append(Field(labels, f.zero))
-    return out
+    return [_reshape_field(ctx, f, blocks, old, new) for f in fields]
+
+
+def _reshape_field(
+    ctx: Context,
+    f: Field,
+    blocks: Sequence[tuple[list[int], list[int]]],
+    old: Sequence[int],
+    new: Sequence[int],
+) -> Field:
+    """Reshape one field; ``blocks`` are the dimensions that a reshape splits or merges."""
+    form_old, form_new = [1] * len(old), [1] * len(new)
+    touched = [(ins, outs) for ins, outs in blocks if not f.dims.isdisjoint(ins)]
+    for ins, outs in touched:
+        _note_merged(ctx, f.labels, ins)
+        for d in ins:
+            form_old[d] = old[d]
+        for d in outs:
+            form_new[d] = new[d]
+    labels = compact(np.broadcast_to(f.labels, form_old).reshape(form_new))
+    for _, outs in touched:
+        _note_merged(ctx, labels, outs)
+    return Field(labels, f.zero)
+
+
+def _note_merged(ctx: Context, labels: Array, dims: Sequence[int]) -> None:
+    """Note dimensions that a reshape merges or splits, if labels vary on several of them."""
+    varying = tuple(d for d in dims if labels.shape[d] > 1)
+    if len(varying) > 1:
+        ctx.sight(labels, merged=varying)
+
+
+def _with_leading(labels: Array, count: int) -> Array:
+    """Return labels with leading dimensions of size 1."""
+    return labels.reshape([1] * count + list(labels.shape))
 
 
 _growing = functools.partial(moves, axes=Axes.EXPANDED, traits=Trait.GROWS)
@@ -93,18 +113,15 @@ _growing = functools.partial(moves, axes=Axes.EXPANDED, traits=Trait.GROWS)
 @_growing("expand_copy", axes=None)
 @moves("expand_as", axes=Axes.SAME)
 def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Dimensions made from size 1 shrink with what they meet."""
+    """Give dimensions expanded from size 1 new labels, so they shrink with what they meet."""
     x = a["self"]
     if isinstance(a.get("other"), Tensor):
         return _sized_like(ctx, out, x, a["other"], x)
     lead = out.dim() - x.dim()
-    fields = [
-        Field(f.labels.reshape([1] * lead + list(f.labels.shape)), f.zero) for f in ctx.fields(x)
-    ]
-    made = [
-        d for d in range(out.dim()) if d < lead or (x.shape[d - lead] == 1 and out.shape[d] > 1)
-    ]
-    return ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)], base=x)
+    fields = [Field(_with_leading(f.labels, lead), f.zero) for f in ctx.fields(x)]
+    old = [1] * lead + list(x.shape)
+    made = [d for d, size in enumerate(old) if d < lead or (size == 1 and out.shape[d] > 1)]
+    return ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)], base=x)
 
 
 @_growing(
@@ -112,32 +129,23 @@ def expand(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 )
 @_growing("tile", axes=Axes.REPEATED, corrects=literals.repeat_literals)
 def repeat(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Copies one after the other carry the same labels; copies of a dimension of size 1 are as in
-    expand.
-    """
+    """Repeat the labels of a dimension for each copy; size 1 expands as in ``expand``."""
     x = a["self"]
     lead = out.dim() - x.dim()
-    times = [out.shape[d] // (x.shape[d - lead] if d >= lead else 1) for d in range(out.dim())]
+    old = [1] * lead + list(x.shape)
+    times = [size // before for size, before in zip(out.shape, old, strict=True)]
     fields = []
     for f in ctx.fields(x):
-        labels = f.labels.reshape([1] * lead + list(f.labels.shape))
-        fields.append(
-            Field(
-                np.tile(
-                    labels, [t if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]
-                ),
-                f.zero,
-            )
-        )
-    made = [d for d in range(out.dim()) if times[d] > 1 and (d < lead or x.shape[d - lead] == 1)]
-    ctx.put(out, [*fields, *ctx.virtual(out.shape, made, zero=False)])
+        labels = _with_leading(f.labels, lead)
+        copies = [t if size > 1 else 1 for t, size in zip(times, labels.shape, strict=True)]
+        fields.append(Field(np.tile(labels, copies), f.zero))
+    made = [d for d, size in enumerate(old) if times[d] > 1 and size == 1]
+    ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)])
 
 
 @_growing("repeat_interleave", axes=None, corrects=literals.repeat_interleave_literals)
 def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """Each position several times: the copies carry the same label; those of a dimension of size 1
-    are as in expand.
-    """
+    """Repeat each label for adjacent copies; size 1 expands as in ``expand``."""
     x, dim, times = a.get("self"), a.get("dim"), a.get("repeats")
     if isinstance(x, Tensor) and x.dim() == 1:
         dim = 0
@@ -146,13 +154,12 @@ def repeat_interleave(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> N
             ctx.pin_all(ctx.fields(v), "is repeated by a tensor of counts")
         return
     dim %= x.dim()
-    fields = [
-        Field(np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels, f.zero)
-        for f in ctx.fields(x)
-    ]
-    ctx.put(
-        out, [*fields, *ctx.virtual(out.shape, [dim] if x.shape[dim] == 1 else [], zero=False)]
-    )
+    fields = []
+    for f in ctx.fields(x):
+        labels = np.repeat(f.labels, times, axis=dim) if dim in f.dims else f.labels
+        fields.append(Field(labels, f.zero))
+    made = [dim] if x.shape[dim] == 1 else []
+    ctx.put(out, [*fields, *ctx.new_fields(out.shape, made, zero=False)])
 
 
 row("ravel", traits=Trait.BY_LAYOUT)

@@ -1,10 +1,10 @@
-"""Runs ATen ops on tensors without data: a shape, a dtype, nothing else.
+"""Execution of ATen ops on tensors without data.
 
 The analysis runs models on ``meta`` tensors, which hold no data, so its cost does not depend on
-the resolution. PyTorch's own meta kernels are exact but some are Python programs of a millisecond
-each; the ops that make up most of a network (pointwise ops, normalisations, poolings) have a shape
-that is plain to see: the table has it. An op that is made of others is run as these. Every other
-op goes to PyTorch, many of whose kernels import sympy and the compiler at their first call.
+the resolution. PyTorch's own meta kernels are exact, but some are Python programs that take a
+millisecond each. Most ops of a network (pointwise ops, normalisations, poolings) have a simple
+shape function in the table. A composite op is run as the ops that define it. Every other op goes
+to PyTorch, where many kernels import sympy and the compiler at their first call.
 """
 
 from __future__ import annotations
@@ -27,20 +27,30 @@ __all__ = ["ShapeMode", "has_shape", "run"]
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Execute an ATen overload on meta tensors.
 
-    Tensors with data (integer tables, masks) may stand among the arguments. If all of them hold
-    data the op is executed for real, which is how constants fold; otherwise they are taken to the
-    meta device first.
+    Arguments may include tensors with data, such as integer tables and masks. If all tensors have
+    data, the op is executed on them, so that constants fold; otherwise tensors with data are moved
+    to the meta device first. An op raises its usual errors on wrong shapes.
 
-    Raises whatever the op raises on a wrong shape.
+    Parameters
+    ----------
+    func:
+        The overload.
+    args, kwargs:
+        Its arguments.
+
+    Returns
+    -------
+    Any
+        The op's result.
     """
     tensors = tensors_in(args, kwargs)
     if not any(t.is_meta for t in tensors):
         if func.overloadpacket is aten.arange and kwargs.get("device") == META:
             return empty_like(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
-    quick = _shape_of(func)
-    if quick is not None:
-        out = quick(func, args, kwargs)
+    shape_function = _shape_of(func)
+    if shape_function is not None:
+        out = shape_function(func, args, kwargs)
         if out is not None:
             return out
     if "device" in kwargs or not all(t.is_meta for t in tensors):
@@ -52,13 +62,14 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def has_shape(func: Any) -> bool:
-    """Whether the shape of an op's result is known here, op by op."""
+    """Tell whether an op's row has a shape function."""
     row = own_row(func)
     return row is not None and row.shape is not None
 
 
 @functools.cache
 def _shape_of(func: Any) -> Shape | None:
+    """Return the function that computes an op's result on meta tensors, or None."""
     row = own_row(func)
     if row is not None and row.shape is not None:
         return row.shape
@@ -68,6 +79,7 @@ def _shape_of(func: Any) -> Shape | None:
 
 
 def _as_meta(value: Any) -> Any:
+    """Move a tensor or a device argument to the meta device; scalar tensors stay."""
     if isinstance(value, Tensor) and not value.is_meta and value.dim() > 0:
         return value.to(META)
     if isinstance(value, torch.device):
@@ -76,8 +88,9 @@ def _as_meta(value: Any) -> Any:
 
 
 class ShapeMode(DispatchMode):
-    """Run Python code on meta tensors through :func:`run`; enter it together with
-    ``torch.inference_mode()``.
+    """A mode that runs every ATen op through :func:`run`.
+
+    Enter it together with ``torch.inference_mode()``.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""What a corrector may ask of the smaller model while it is written."""
+"""Protocols of the questions that a corrector asks while the smaller model is written."""
 
 from __future__ import annotations
 
@@ -8,76 +8,92 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, fx
 
-__all__ = ["KnownExtents", "NewNumbers", "WhatIsLeft"]
+__all__ = ["KnownExtents", "NewNumbers", "SurvivorCounts"]
 
 
-class WhatIsLeft(Protocol):
-    """What is left of the tensors of the original."""
+class SurvivorCounts(Protocol):
+    """The surviving elements of the original's tensors."""
 
     def shape(self, tensor: Tensor) -> list[int]:
-        """The sizes of what is left of a tensor."""
+        """Return the shape of a tensor in the smaller model."""
         ...
 
     def rows(self, tensor: Any, dim: int) -> npt.NDArray[np.bool_] | None:
-        """Which positions of an axis are left, a row for each block of it; None for all."""
+        """Return which positions of an axis survive, a row per block; None if all survive."""
         ...
 
     def count(self, tensor: Any, dim: int, start: int, stop: int) -> int | None:
-        """How many positions are left between two; None for all."""
+        """Return how many positions in ``start:stop`` survive; None if the axis loses nothing."""
         ...
 
 
 class KnownExtents(Protocol):
-    """How sizes of the smaller model follow from those of the original, for any input."""
+    """How sizes in the smaller model follow from the original's sizes, for any input."""
 
     def known(self, node: fx.Node, axis: int) -> bool:
-        """Whether anything is known of an axis."""
+        """Tell whether anything is known about the size of an axis."""
         ...
 
     def fixed(self, node: fx.Node, axis: int) -> bool:
-        """Whether an axis is the same for every input."""
+        """Tell whether the size of an axis is the same for every input."""
         ...
 
     def even(self, tensor: Tensor, axis: int) -> bool:
-        """Whether what is left of an axis is one share of all, whatever its size."""
+        """Tell whether the same share of an axis survives, whatever its size."""
         ...
 
 
 class NewNumbers(Protocol):
-    """The numbers of the graph that is written."""
+    """The numbers in the new graph."""
 
     @property
-    def survivors(self) -> WhatIsLeft: ...
+    def survivors(self) -> SurvivorCounts:
+        """The surviving elements of the original's tensors."""
+        ...
 
     @property
-    def extents(self) -> KnownExtents: ...
+    def extents(self) -> KnownExtents:
+        """How sizes follow from the original's sizes."""
+        ...
 
     def old(self, value: Any) -> Any:
-        """What an argument is in the original, for the example."""
+        """Return the value of an argument in the original, for the example input."""
         ...
 
     def new(self, value: Any) -> Any:
-        """What the original's code computes it to be in the smaller model."""
+        """Return the value that the original's code computes in the smaller model."""
         ...
 
     def now(self, node: fx.Node) -> fx.Node:
-        """The same, as the new graph has it."""
+        """Return the node of the new graph that computes the value of :meth:`new`."""
         ...
 
     def size(self, tensor: fx.Node, axis: int) -> Any:
-        """The original's size of an axis: a number, or a node of the new graph."""
+        """Return the original's size of an axis, as a number or as a node of the new graph."""
         ...
 
     def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
-        """A size that was ``old`` and is ``wanted`` now, for the example."""
+        """Return a size that is ``old`` in the original and ``wanted`` in the smaller model.
+
+        Parameters
+        ----------
+        value:
+            The original's size: a literal, or a node.
+        old, wanted:
+            The sizes for the example input.
+        even:
+            Whether ``wanted`` is the same share of ``old`` for inputs of any size.
+        """
         ...
 
     def hold_positions(self, tensor: fx.Node, axis: int, *bounds: Any) -> None:
-        """Hold an axis to the example's size, if positions on it are told by numbers that are
-        right for that size alone.
+        """Make the graph check that an axis has the example's size.
+
+        It is needed where numbers that name positions on the axis are right for that size only.
+        ``bounds`` are such numbers; they are checked as well.
         """
         ...
 
     def create(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        """A node of the new graph that gives a number; ``value`` is the example's."""
+        """Create a node of the new graph that computes a number, ``value`` for the example."""
         ...

@@ -1,8 +1,8 @@
-"""Fused normalisations with their statistics taken over some elements only: what the pruned model
-computes, at full width.
+"""Fused normalisations with statistics over some elements only.
 
-Each takes the op's arguments by name and a mask that is broadcastable to its input. None: the op
-takes no statistics this time.
+They compute at full width what the pruned model computes. Each function takes the op's arguments
+by name and a mask of the surviving elements that broadcasts to the op's input. It returns None if
+the op takes no statistics with these arguments.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ __all__ = [
 
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over ``dims`` of the elements under the mask, dimensions
-    kept.
+    """Return mean, biased variance and count of the masked elements over ``dims``.
+
+    The dimensions stay with size 1.
     """
     weight = mask.to(x.dtype).expand(x.shape)
     count = weight.sum(dims, keepdim=True)
@@ -32,17 +33,20 @@ def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, 
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: list[int]) -> Tensor:
+    """Apply scale and shift, reshaped to ``form``."""
     x = x if weight is None else x * weight.reshape(form)
     return x if bias is None else x + bias.reshape(form)
 
 
 def layer_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
+    """Apply ``layer_norm`` with statistics over the masked elements."""
     x, shape = a["input"], list(a["normalized_shape"])
     mean, variance, _ = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
     return _affine((x - mean) * (variance + a["eps"]).rsqrt(), a["weight"], a["bias"], shape)
 
 
 def rms_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
+    """Apply ``rms_norm`` with the mean square over the masked elements."""
     x, shape = a["input"], list(a["normalized_shape"])
     dims = list(range(x.dim() - len(shape), x.dim()))
     weight = mask.to(x.dtype).expand(x.shape)
@@ -52,21 +56,27 @@ def rms_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
 
 
 def group_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor:
+    """Apply ``group_norm`` with statistics over the masked channels of each group."""
     x, groups = a["input"], a["num_groups"]
     split = [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]
     y = x.reshape(split)
-    own = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(
+    split_mask = mask.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(
         [1, *split[1:3], *[1] * (x.dim() - 2)]
     )
-    mean, variance, _ = _moments(y, own, list(range(2, y.dim())))
+    mean, variance, _ = _moments(y, split_mask, list(range(2, y.dim())))
     y = ((y - mean) * (variance + a["eps"]).rsqrt()).reshape(x.shape)
     return _affine(y, a["weight"], a["bias"], [1, -1, *[1] * (x.dim() - 2)])
 
 
 def batch_norm_over_survivors(a: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """Apply ``batch_norm`` with statistics over the masked elements.
+
+    Running statistics are updated in place. Return None in evaluation mode, which uses stored
+    statistics.
+    """
     x = a["input"]
     if not a["training"]:
-        return None  # with the statistics that are stored
+        return None
     mean, variance, count = _moments(x, mask, [0, *range(2, x.dim())])
     if a["running_mean"] is not None:
         n = count.reshape(-1)

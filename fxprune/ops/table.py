@@ -1,9 +1,10 @@
 """The table of operations: what fxprune knows of each ATen op, in one row.
 
-A row stands in the file of the op's family, as the decorator of its coupling rule. Whoever wants
-to know something of an op asks the table: no other module has a list of operations.
+A row is written in the module of the op's family, as a decorator of its coupling rule. All facts
+about ops are looked up here: no other module has a list of operations.
 
-What has no row is decomposed into smaller ops, or pointwise by its tag, or pinned.
+An op without a row follows the rule of pointwise ops if PyTorch tags it so; otherwise it is
+decomposed into smaller ops or its operands are pinned.
 """
 
 from __future__ import annotations
@@ -43,145 +44,151 @@ __all__ = [
 ]
 
 Rule: TypeAlias = "Callable[[Context, Any, dict[str, Any], Any], None]"
-"""``rule(context, op, arguments by name, result)``: reads the fields of the arguments, puts those
-of the result.
+"""A function ``rule(context, op, arguments by name, result)``.
+
+It reads the fields of the arguments and writes the fields of the result.
 """
 
 Formula: TypeAlias = Callable[[tuple[Any, ...], Any], "int | None"]
-"""``formula(positional arguments, result)``: multiply-accumulates; it reads shapes alone."""
+"""A function ``formula(positional arguments, result)`` that counts MACs; it reads only shapes."""
 
 Shape: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-"""``shape(op, positional arguments, keyword arguments)``: a result without data, or None where
-PyTorch is to say.
+"""A function ``shape(op, positional arguments, keyword arguments)``.
+
+It returns a result without data, or None to leave the answer to PyTorch.
 """
 
 InOrder: TypeAlias = "Callable[[Context, Mapping[str, Any]], bool]"
-"""``in_order(context, arguments by name)``: see :attr:`Op.in_order`."""
+"""A function ``in_order(context, arguments by name)``; see :attr:`Op.in_order`."""
 
 Corrector: TypeAlias = Callable[[Any, Any, Any], Any]
-"""``corrects(numbers, call, result in the original)``: the arguments that are to be others (see
-:mod:`fxprune.ops.literals`).
+"""A function ``corrects(numbers, call, result in the original)``.
+
+It returns the arguments that must change in the smaller model (see :mod:`fxprune.ops.literals`).
 """
 
 OverSurvivors: TypeAlias = Callable[[dict[str, Any], torch.Tensor], Any]
-"""``survivors(arguments by name, mask)``: see :attr:`Op.survivors`."""
+"""A function ``survivors(arguments by name, mask)``; see :attr:`Op.survivors`."""
 
 
 class Kind(Enum):
-    """What an op does with what it is given, if it does one of these."""
+    """What an op does with its operands."""
 
     COMPUTES = auto()
-    """Values from values: the same call works on fewer channels."""
+    """Computes values from values; the same call works on fewer channels."""
     MOVES = auto()
-    """Lays positions out anew."""
+    """Moves positions to new places."""
     CREATES = auto()
-    """Makes a tensor of given sizes."""
+    """Creates a tensor of given sizes."""
 
 
 class Axes(Enum):
-    """Which axes of its operands those of a result are (see :mod:`fxprune.rewrite.extents`)."""
+    """How the axes of a result follow from the axes of its operands.
+
+    :mod:`fxprune.rewrite.extents` reads it.
+    """
 
     SAME = auto()
-    """Those of the first operand, one by one."""
+    """The axes of the first operand, unchanged."""
     RESHAPED = auto()
-    """Products and factors of those of the first operand."""
+    """Products and factors of the axes of the first operand."""
     PERMUTED = auto()
-    """Those of the first operand in another order."""
+    """The axes of the first operand in another order."""
     REDUCED = auto()
-    """Those of the first operand that ``dim`` does not name."""
+    """The axes of the first operand that ``dim`` does not name."""
     SELECTED = auto()
-    """Those of the first operand without ``dim``."""
+    """The axes of the first operand without ``dim``."""
     NARROWED = auto()
-    """Those of the first operand, a part of ``dim``."""
+    """The axes of the first operand, with a part of ``dim``."""
     PADDED = auto()
-    """Those of the first operand, some of them longer."""
+    """The axes of the first operand, some of them longer."""
     EXPANDED = auto()
-    """Those of the first operand, or of a given size."""
+    """The axes of the first operand, or axes of a given size."""
     REPEATED = auto()
-    """Those of the first operand, so many times."""
+    """The axes of the first operand, each repeated a given number of times."""
     JOINED = auto()
-    """Those of the parts, one after the other along ``dim``."""
+    """The axes of the parts, concatenated along ``dim``."""
     STACKED = auto()
-    """Those of the parts, and a new one."""
+    """The axes of the parts and a new one."""
     MULTIPLIED = auto()
-    """Rows of the first operand by columns of the second."""
+    """The rows of the first operand and the columns of the second."""
     ATTENDED = auto()
-    """Those of the query; the last one is that of the value."""
+    """The axes of the query, with the last axis of the value."""
     LAYER = auto()
-    """Those of the first operand; the last one is as wide as the weight says."""
+    """The axes of the first operand; the weight gives the width of the last one."""
     CONVOLVED = auto()
-    """Channels as the weight says, positions anew."""
+    """A channel axis whose width the weight gives, and new axes of positions."""
     POOLED = auto()
-    """Those of the first operand, positions anew."""
+    """The axes of the first operand, with new axes of positions."""
     RESAMPLED = auto()
-    """The batch and the channels of the first operand, positions anew."""
+    """The batch and the channels of the first operand, and new axes of positions."""
     CUT = auto()
-    """Of several results: those of the first operand, a part of one."""
+    """The axes of the first operand, of which each result has a part of one."""
 
 
 class Trait(Flag):
-    """What else others need to know of an op."""
+    """Further properties of an op that other modules ask for."""
 
     NONE = 0
     GROWS = auto()
-    """Makes large dimensions of small ones, which shrink with what they meet."""
+    """Expands dimensions of size 1; the new ones shrink with what they meet."""
     STATISTIC = auto()
-    """A mean or a variance: the emitted graph can count what was removed."""
+    """A mean or a variance, in which the emitted graph can count the removed elements."""
     MAY_GIVE_BACK = auto()
-    """Gives back its argument, or a part of it, for some arguments; its schema does not say so."""
+    """Returns its argument or a part of it in some cases, although its schema does not say so."""
     BY_LAYOUT = auto()
-    """Gives a view, a copy or an error, as its argument lies in memory."""
+    """Returns a view, a copy or an error, depending on its argument's memory layout."""
     READS_SHAPE = auto()
-    """Takes of its argument the shape, the dtype and the device alone."""
+    """Reads only the shape, the dtype and the device of its argument."""
     READS_DTYPE = auto()
-    """Takes of its other argument the dtype and the device alone."""
+    """Reads only the dtype and the device of its other argument."""
     ASKS = auto()
-    """Asks a tensor what kind it is: its dtype, its device, the number of its dimensions."""
+    """Returns a tensor's dtype, device or number of dimensions."""
     ASKS_SIZES = auto()
-    """Asks for what follows from a tensor's sizes, or from how it lies in memory."""
+    """Returns something that follows from a tensor's sizes or memory layout."""
     READS_VALUES = auto()
-    """Hands values of a tensor to Python, as a truth or a number."""
+    """Passes values of a tensor to Python, as a truth value or a number."""
     FINDS = auto()
-    """Gives what a mask, its first argument, chooses; of nothing it gives nothing."""
+    """Returns what a mask, its first argument, selects; the result may be empty."""
     FINDS_BY_INDEX = auto()
-    """The same; the mask is its second argument, or the first of a list there."""
+    """Like FINDS, with the mask as the second argument or as the first entry of a list there."""
     FROM_THE_END = auto()
-    """Works on the last dimensions, whatever the number of the others."""
+    """Works on the last dimensions, however many come before them."""
     COUNTS_ALL = auto()
-    """Each position of what it reads counts, zero or not: a removed one would as well."""
+    """Counts every position that it reads, zero or not, so a removed one would count too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """A row: what is known of one ATen op.
+    """A row of the table: the facts about one ATen op.
 
     Attributes
     ----------
     name:
-        Of its overload packet: ``"convolution"``, ``"library::op"``.
+        Name of the overload packet: ``"convolution"``, ``"library::op"``.
     rule:
-        How labels pass through it. None: it is taken apart, or nothing can pass.
+        Function that carries labels through the op. None: the op is decomposed or pinned.
     kind, axes, traits:
         See :class:`Kind`, :class:`Axes`, :class:`Trait`.
     macs:
-        How many multiply-accumulates it takes. None: it has no formula.
+        Formula for the number of multiply-accumulates. None: there is none.
     shape:
-        What it returns on tensors without data. None: PyTorch says.
+        Function that returns the result on tensors without data. None: PyTorch computes it.
     corrects:
-        Its literals in the smaller model. None: they are the original's.
+        Function that corrects literal arguments for the smaller model. None: they stay.
     counting:
-        For a statistic the function that takes its place where removed elements count as zeros.
+        For a statistic: the function that replaces it where removed elements count as zeros.
     survivors:
-        For a fused normalisation the same over some elements only: what the pruned model computes,
-        at full width.
+        For a fused normalisation: the same op with statistics over some elements only. It computes
+        at full width what the pruned model computes.
     in_order:
-        Whether it commutes with removal: run on the survivors, with the same arguments, it gives
-        the survivors of what it gave. It does not where it tells the positions of an axis that can
-        shrink apart, by a size or an index.
+        Whether the op commutes with removal: run on the survivors with the same arguments, it
+        returns the survivors of its original result. It does not commute if it tells apart the
+        positions of an axis that can shrink, by a size or an index.
     doc:
-        What its rule says, in a sentence.
+        One sentence that describes the rule.
     of_user:
-        Whether a user registered it: what it says is to be proved.
+        Whether a user registered the row. Models with such an op are proved.
     """
 
     name: str
@@ -199,7 +206,7 @@ class Op:
     of_user: bool = False
 
     def follow(self, context: Context, func: Any, bound: dict[str, Any], out: Any) -> None:
-        """Let the rule say what a result carries."""
+        """Apply the rule: write the fields of the result."""
         if self.rule is not None:
             self.rule(context, func, bound, out)
 
@@ -208,14 +215,20 @@ OPS: dict[str, Op] = {}
 
 
 def op(*names: str, **facts: Any) -> Callable[[Rule], Rule]:
-    """Write the rows of ops that share a rule, as its decorator; ``facts`` are the fields of
-    :class:`Op`.
+    """Return a decorator that adds rows for ops with the decorated rule.
 
-    Ops that only compute are in order unless ``in_order`` says something else.
+    Parameters
+    ----------
+    names:
+        Names of the ops.
+    facts:
+        Fields of :class:`Op`. ``in_order`` defaults to True for ops that compute, otherwise to
+        False.
     """
     facts.setdefault("in_order", facts.get("kind") is Kind.COMPUTES)
 
     def write(rule: Rule) -> Rule:
+        """Add the rows and return the rule."""
         row(*names, rule=rule, doc=_first_paragraph(rule), **facts)
         return rule
 
@@ -223,7 +236,13 @@ def op(*names: str, **facts: Any) -> Callable[[Rule], Rule]:
 
 
 def row(*names: str, **facts: Any) -> None:
-    """Write the rows of ops without a rule of their own."""
+    """Add a row for each named op; ``facts`` are fields of :class:`Op`.
+
+    Raises
+    ------
+    ValueError
+        If an op already has a row.
+    """
     for name in names:
         if name in OPS:
             raise ValueError(f"{name} has two rows")
@@ -231,10 +250,10 @@ def row(*names: str, **facts: Any) -> None:
 
 
 computes = functools.partial(op, kind=Kind.COMPUTES)
-"""Write the rows of ops that compute values from values."""
+"""Return a decorator as :func:`op` does, for ops that compute values from values."""
 
 moves = functools.partial(op, kind=Kind.MOVES)
-"""Write the rows of ops that lay positions out anew."""
+"""Return a decorator as :func:`op` does, for ops that move positions."""
 
 
 def _first_paragraph(rule: Rule) -> str:
@@ -245,32 +264,36 @@ def _first_paragraph(rule: Rule) -> str:
 def register_rule(
     name: str, *, like: str | None = None, macs: Formula | None = None
 ) -> Callable[[Rule], Rule]:
-    """Write the row of an op of your own: how channels pass through it; see ``docs/extending.md``
-    for the verbs of a rule.
+    """Register how channels pass through an op of your own.
 
-    :func:`fxprune.prune` proves every model in which such a rule takes part against the masked
-    original.
+    ``docs/extending.md`` describes how to write a rule. :func:`fxprune.prune` proves every model
+    that uses such a rule against the masked original.
 
     Parameters
     ----------
     name:
-        ``"library::op"``, as the op is registered with ``torch.library``; all its overloads have
-        the rule.
+        ``"library::op"``, as the op is registered with ``torch.library``. The rule holds for all
+        its overloads.
     like:
-        The name of an op whose row serves for this one too, its arguments being called the same:
-        ``"linear"``; ``"pointwise"`` for any op that works element by element, broadcast included.
-        Without it, use the result as a decorator of a function ``rule(context, op, arguments by
+        Name of an op with the same argument names whose row this op shares, such as ``"linear"``.
+        ``"pointwise"`` fits any op that works element by element, with broadcasting. Without
+        ``like``, use the result as a decorator of a function ``rule(context, op, arguments by
         name, result)``.
     macs:
-        How many multiply-accumulates a call takes, as ``macs(positional arguments, result)``.
-        Without it, those that ``torch.utils.flop_counter.register_flop_formula`` was told, or
-        those of the op that it is ``like``.
+        Function ``macs(positional arguments, result)`` that returns the multiply-accumulates of a
+        call. Default: the formula of the op named by ``like``, or the one registered with
+        ``torch.utils.flop_counter.register_flop_formula``.
+
+    Returns
+    -------
+    Callable
+        A decorator that registers the rule and returns it.
 
     Raises
     ------
     ArgumentError
-        If the name has no library, is one of PyTorch's own, or has a rule already; if ``like`` has
-        none.
+        If the name has no library, belongs to PyTorch or already has a rule; if the op named by
+        ``like`` has no rule; if ``macs`` or the rule is not callable.
 
     Examples
     --------
@@ -288,16 +311,38 @@ def register_rule(
     >>> fxprune.prune(net, torch.zeros(1, 3), channels=0.5).model.get_submodule("1").weight.shape
     torch.Size([2, 4])
     """
-    library, _, own = name.partition("::") if isinstance(name, str) else ("", "", "")
-    if not library or not own or library in ("aten", "prims", "prim"):
+    _check_registration(name, like, macs)
+
+    def register(rule: Rule) -> Rule:
+        """Add the user's row and return the rule."""
+        if not callable(rule):
+            raise ArgumentError(
+                f"register_rule: a rule of {name} is a function rule(context, op, arguments by "
+                f"name, result), not a {type(rule).__name__}."
+            )
+        doc = _first_paragraph(rule)
+        _add_row_of_user(Op(name=name, rule=rule, doc=doc, macs=macs, of_user=True))
+        return rule
+
+    if like is None:
+        return register
+    # correctors and shape functions know the names of PyTorch's own ops only
+    shared = replace(OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
+    _add_row_of_user(replace(shared, macs=macs or shared.macs, of_user=True))
+    return register
+
+
+def _check_registration(name: Any, like: Any, macs: Any) -> None:
+    """Raise an error if :func:`register_rule` cannot accept these arguments."""
+    library, _, op_name = name.partition("::") if isinstance(name, str) else ("", "", "")
+    if not library or not op_name or library in ("aten", "prims", "prim"):
         raise ArgumentError(
             f'register_rule: {name!r} is no op of your own: give its name as "library::op".'
         )
     if name in OPS:
         raise ArgumentError(f"register_rule: {name} has a rule already.")
-    if like is not None and (
-        not isinstance(like, str) or like not in OPS or OPS[like].rule is None
-    ):
+    has_rule = isinstance(like, str) and like in OPS and OPS[like].rule is not None
+    if like is not None and not has_rule:
         raise ArgumentError(
             f"register_rule: {like!r} has no rule that {name} could share; docs/rules.md lists "
             "those that have."
@@ -308,33 +353,16 @@ def register_rule(
             f"a {type(macs).__name__}."
         )
 
-    def register(rule: Rule) -> Rule:
-        if not callable(rule):
-            raise ArgumentError(
-                f"register_rule: a rule of {name} is a function rule(context, op, arguments by "
-                f"name, result), not a {type(rule).__name__}."
-            )
-        _write_for_user(
-            Op(name=name, rule=rule, doc=_first_paragraph(rule), macs=macs, of_user=True)
-        )
-        return rule
 
-    if like is None:
-        return register
-    # literals and shapes are found by PyTorch's own names alone
-    shared = replace(OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
-    _write_for_user(replace(shared, macs=macs or shared.macs, of_user=True))
-    return register
-
-
-def _write_for_user(own: Op) -> None:
-    OPS[own.name] = own
+def _add_row_of_user(row: Op) -> None:
+    """Add a row that a user registered; earlier look-ups may have missed it."""
+    OPS[row.name] = row
     for cached in (find, own_row):
         cached.cache_clear()
 
 
 def name_of_op(func: Any) -> str:
-    """The name under which an overload, or a packet of such, has its row."""
+    """Return the name under which an overload or an overload packet has its row."""
     name: str = (
         func._schema.name if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name
     )
@@ -342,32 +370,35 @@ def name_of_op(func: Any) -> str:
 
 
 def known(name: str) -> Op:
-    """The row of this name; one that knows nothing, if there is none."""
+    """Return the row of this name, or an empty row if there is none."""
     return OPS.get(name) or Op(name=name)
 
 
 def has(name: str, trait: Trait) -> bool:
-    """Whether the op of this name has a trait."""
+    """Tell whether the op of this name has a trait."""
     return name in OPS and bool(OPS[name].traits & trait)
 
 
 @functools.cache
 def own_row(func: Any) -> Op | None:
-    """The row of an overload under its very name."""
+    """Return the row under exactly the overload's name, or None."""
     return OPS.get(name_of_op(func))
 
 
 @functools.cache
 def find(func: Any) -> Op | None:
-    """The row whose rule an overload follows: its own, that of its functional form or of the view
-    that it copies, or the one of all pointwise ops, by its tag.
+    """Return the row whose rule an overload follows, or None.
+
+    The first row with a rule counts, in this order: the overload's own row, the row of the op
+    without ``_copy``, the row of its functional form (without the underscore), and the row of all
+    pointwise ops if the overload is tagged as pointwise.
     """
     name = name_of_op(func)
     in_place = name.endswith("_") and not name.endswith("__")
     for candidate in (name, name.removesuffix("_copy"), name[:-1] if in_place else name):
         if candidate in OPS and OPS[candidate].rule is not None:
             return OPS[candidate]
-    # torch.equal is tagged, too
+    # torch.equal is tagged as pointwise too, but returns a bool
     gives_tensors = all(isinstance(given.type, torch.TensorType) for given in func._schema.returns)
     if torch.Tag.pointwise in func.tags and gives_tensors:
         return OPS["pointwise"]
@@ -376,30 +407,33 @@ def find(func: Any) -> Op | None:
 
 @functools.cache
 def _schema_arguments(func: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (a.name, a.default_value if a.has_default_value() else None)
-        for a in func._schema.arguments
-    )
+    """Return the name and the default of each argument; None where there is no default."""
+    arguments = []
+    for argument in func._schema.arguments:
+        default = argument.default_value if argument.has_default_value() else None
+        arguments.append((argument.name, default))
+    return tuple(arguments)
 
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    named = _schema_arguments(func)
-    bound = {
-        name: args[i] if i < len(args) else default for i, (name, default) in enumerate(named)
-    }
+    """Return the arguments of a call by name, with defaults filled in."""
+    bound = {}
+    for i, (name, default) in enumerate(_schema_arguments(func)):
+        bound[name] = args[i] if i < len(args) else default
     bound.update(kwargs)
     return bound
 
 
-_SIZES = frozenset({"size", "shape", "sizes", "repeats"})
-_BESIDE = frozenset({"dim", "dtype", "fill_value", "layout"})  # that schemas call numbers, too
+_SIZES = frozenset((name, "List[int]") for name in ("size", "shape", "sizes", "repeats"))
+# schemas type these as numbers too
+_NOT_NUMBERS = frozenset({"dim", "dtype", "fill_value", "layout"})
 
 
 @functools.cache
 def takes_sizes(name: str) -> bool:
-    """Whether the numbers that an ATen op is told are the sizes of its result, axis by axis, as
-    its schemas say.
+    """Tell whether the numbers that an ATen op takes are the sizes of its result, axis by axis.
+
+    The op's schemas decide.
 
     >>> [takes_sizes(name) for name in ("view", "zeros", "repeat", "split", "as_strided")]
     [True, True, True, False, False]
@@ -408,15 +442,14 @@ def takes_sizes(name: str) -> bool:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    told = [numbers for own in schemas if not own.is_mutable and (numbers := _numbers(own))]
-    return bool(told) and all(len(own) == 1 and own <= _LISTS for own in told)
-
-
-_LISTS = frozenset((name, "List[int]") for name in _SIZES)
+    numbers = [_numbers(schema) for schema in schemas if not schema.is_mutable]
+    taken = [names for names in numbers if names]
+    return bool(taken) and all(len(names) == 1 and names <= _SIZES for names in taken)
 
 
 def _numbers(schema: Any) -> frozenset[tuple[str, str]]:
-    """The arguments that hold numbers: their names and types."""
-    named = ((argument.name, str(argument.type)) for argument in schema.arguments)
-    numbers = ("List[int]", "int", "float", "number")
-    return frozenset(own for own in named if own[1] in numbers and own[0] not in _BESIDE)
+    """Return the arguments of a schema that hold numbers, as pairs of name and type."""
+    arguments = ((argument.name, str(argument.type)) for argument in schema.arguments)
+    types = ("List[int]", "int", "float", "number")
+    numbers = [(name, kind) for name, kind in arguments if kind in types]
+    return frozenset((name, kind) for name, kind in numbers if name not in _NOT_NUMBERS)

@@ -1,6 +1,6 @@
-"""What ops return on tensors without data: the shape column of the table, by families.
+"""Shape functions, a column of the table: the results of ops on tensors without data, by family.
 
-A shape function takes an op, its positional and its keyword arguments. It returns a tensor on the
-meta device of the shape, the dtype and, where they matter, the strides that the op returns, or
-None where PyTorch is to say: it says what is wrong with the arguments, too.
+A shape function takes an op, its positional arguments and its keyword arguments. It returns a
+tensor on the meta device with the shape, the dtype and, where they matter, the strides of the op's
+result. It returns None to leave the call to PyTorch, which also reports wrong arguments.
 """

@@ -1,4 +1,4 @@
-"""What the shape functions share."""
+"""Helpers that shape functions share."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ __all__ = [
     "with_positions",
 ]
 
-# as they are, also while tracing has others in their place
+# bound here, because tracing replaces torch.empty and torch.empty_strided
 empty, _empty_strided = torch.empty, torch.empty_strided
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """torch.empty_like for meta tensors; that one is a Python program."""
+    """Return an empty tensor like a meta tensor.
+
+    ``torch.empty_like`` is not used because it is a slow Python program for meta tensors.
+    """
     if x.is_contiguous() or 0 in x.stride():
         return empty(x.shape, dtype=dtype or x.dtype, device=META)
     return _empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=META)
 
 
 def broadcast(shapes: set[torch.Size]) -> torch.Size | None:
-    """The shape to which all of these broadcast. torch.broadcast_shapes imports sympy."""
+    """Return the shape to which all shapes broadcast, or None.
+
+    ``torch.broadcast_shapes`` is not used because it imports sympy.
+    """
     if len(shapes) == 1:
         return next(iter(shapes))
     out = [1] * max(map(len, shapes), default=0)
@@ -48,28 +54,31 @@ def broadcast(shapes: set[torch.Size]) -> torch.Size | None:
 
 
 def given_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, by name."""
+    """Return the given arguments of a call by name, without defaults."""
     return {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
 
 
 def as_many(value: int | Sequence[int], count: int) -> Sequence[int]:
+    """Return a value per dimension; a single number counts for all ``count`` dimensions."""
     sizes = [value] if isinstance(value, int) else list(value)
     return sizes * count if len(sizes) == 1 else sizes
 
 
 def spatial_rank(func: Any) -> int:
-    """The number of spatial dimensions that an op says in its name."""
+    """Return the number of spatial dimensions, the first digit in an op's name."""
     return int(next(letter for letter in func._schema.name if letter.isdigit()))
 
 
 def like_first_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return a result like the first argument."""
     x = args[0]
     return empty_like(x) if x.is_meta and x.is_floating_point() else None
 
 
 def laid_anew_shape(x: Tensor, keep_format: bool = False) -> Tensor | None:
-    """A result that is laid out anew, whatever the strides of ``x``; ``keep_format``: but for
-    channels-last.
+    """Return a contiguous result of the shape of ``x``.
+
+    With ``keep_format``, the result of a channels-last tensor is channels-last.
     """
     if not x.is_meta or not x.is_floating_point():
         return None
@@ -80,5 +89,5 @@ def laid_anew_shape(x: Tensor, keep_format: bool = False) -> Tensor | None:
 
 
 def with_positions(out: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Values, and where each of them was found."""
+    """Return values together with a tensor for their positions."""
     return None if out is None else (out, empty_like(out, torch.int64))

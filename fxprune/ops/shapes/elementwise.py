@@ -1,4 +1,4 @@
-"""Pointwise ops, and what makes tensors like others."""
+"""Shapes of pointwise ops, and of ops that create tensors like others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from fxprune.ops.shapes.common import broadcast, empty, empty_like, given_argume
 
 
 def pointwise_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the result of a pointwise op: the broadcast shape and the promoted dtype."""
     if func._schema.is_mutable or len(func._schema.returns) != 1 or kwargs.get("out") is not None:
         return None
-    tensors = [a for a in args if isinstance(a, Tensor)] + [
-        a for a in kwargs.values() if isinstance(a, Tensor)
-    ]
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     shape = broadcast({t.shape for t in tensors})
     if shape is None:
         return None
@@ -33,7 +32,7 @@ def pointwise_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def first_argument_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """An op that writes into its first argument gives that argument back, whatever it writes."""
+    """Return the first argument of an op that writes into it."""
     returns = func._schema.returns
     written = (
         len(returns) == 1
@@ -46,8 +45,8 @@ def first_argument_shape(
     if torch.Tag.pointwise in func.tags:
         tensors = tensors_in(args, kwargs)
         if broadcast({t.shape for t in tensors}) != args[0].shape:
-            return None  # PyTorch says what is wrong
-        # raises where the result's dtype does not fit in
+            return None  # PyTorch reports the error
+        # raises an error if the argument cannot hold the result's dtype
         _pointwise_dtype(func, *_kinds(args, kwargs))
     return args[0]
 
@@ -55,10 +54,12 @@ def first_argument_shape(
 def _kinds(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """Return the kinds of the arguments, on which the dtype of a pointwise result depends."""
     return tuple(map(_hashable, args)), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items()))
 
 
 def _hashable(value: Any) -> Any:
+    """Return the kind of an argument: dtype and whether it has dimensions, a value, or a type."""
     if isinstance(value, Tensor):
         return (value.dtype, value.dim() > 0)
     if isinstance(value, bool | str | torch.dtype) or value is None:
@@ -70,27 +71,27 @@ def _hashable(value: Any) -> Any:
 def _pointwise_dtype(
     func: Any, key: tuple[Any, ...], kwkey: tuple[tuple[str, Any], ...]
 ) -> torch.dtype | None:
-    """Ask PyTorch once, on one-element tensors, which dtype the op returns for these kinds of
-    argument.
+    """Return the dtype of an op's result for these kinds of arguments, or None if unknown.
+
+    PyTorch is asked once, with one-element tensors.
     """
 
-    def sample(kind: Any) -> Any:
-        if isinstance(kind, tuple):
-            return torch.ones((1,) if kind[1] else (), dtype=kind[0])
-        if isinstance(kind, type):
-            return kind(1) if kind in (int, float, complex) else None
-        return kind
-
-    if any(
-        isinstance(k, type) and k not in (int, float, complex)
-        for k in key + tuple(v for _, v in kwkey)
-    ):
+    kinds = (*key, *(kind for _, kind in kwkey))
+    if any(isinstance(kind, type) and kind not in (int, float, complex) for kind in kinds):
         return None
-    out = func(*(sample(k) for k in key), **{k: sample(v) for k, v in kwkey})
+    out = func(*map(_sample, key), **{name: _sample(kind) for name, kind in kwkey})
     return out.dtype if isinstance(out, Tensor) else None
 
 
+def _sample(kind: Any) -> Any:
+    """Return a small argument of this kind."""
+    if isinstance(kind, tuple):
+        return torch.ones((1,) if kind[1] else (), dtype=kind[0])
+    return kind(1) if isinstance(kind, type) else kind
+
+
 def glu_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``glu``, which halves a dimension."""
     x, dim = args[0], args[1] if len(args) > 1 else -1
     if not x.is_floating_point() or not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
         return None
@@ -99,15 +100,14 @@ def glu_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
 
 
 def blank_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """empty_like, zeros_like, ...: of the same kind, or of another dtype."""
+    """Return the result of ``empty_like``, ``zeros_like`` and similar ops."""
     given = given_arguments(func, args, kwargs)
     x, dtype = given["self"], given.get("dtype")
-    plain = (
-        x.is_meta and given.get("device") in (None, META) and given.get("memory_format") is None
-    )
-    return empty_like(x, dtype) if plain else None
+    is_plain = given.get("device") in (None, META) and given.get("memory_format") is None
+    return empty_like(x, dtype) if x.is_meta and is_plain else None
 
 
 def triangle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``tril`` or ``triu``."""
     x = args[0]
     return empty_like(x) if x.is_meta and x.dim() >= 2 else None

@@ -1,4 +1,4 @@
-"""Joins, repetitions and other movements of data, and look-ups by index."""
+"""Shapes of joins, repetitions, other movements of data, and look-ups by index."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fxprune.ops.shapes.common import (
 
 
 def cat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``cat``."""
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = tensors[0]
     if any(t.dtype != first.dtype or t.dim() != first.dim() or not t.is_meta for t in tensors):
@@ -29,12 +30,12 @@ def cat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
     if any([*t.shape[:dim], *t.shape[dim + 1 :]] != rest for t in tensors):
         return None
-    return first.new_empty(
-        [*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]]
-    )
+    total = sum(t.shape[dim] for t in tensors)
+    return first.new_empty([*first.shape[:dim], total, *first.shape[dim + 1 :]])
 
 
 def stack_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``stack``."""
     given = given_arguments(func, args, kwargs)
     tensors, dim = given["tensors"], given.get("dim", 0)
     first = tensors[0]
@@ -43,73 +44,59 @@ def stack_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     if not -first.dim() - 1 <= dim <= first.dim():
         return None
     dim %= first.dim() + 1
-    return empty(
-        [*first.shape[:dim], len(tensors), *first.shape[dim:]], dtype=first.dtype, device=META
-    )
+    sizes = [*first.shape[:dim], len(tensors), *first.shape[dim:]]
+    return empty(sizes, dtype=first.dtype, device=META)
 
 
 def repeat_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``repeat``."""
     x, times = args
     if len(times) < x.dim() or any(count < 0 for count in times):
         return None
-    sizes = [1] * (len(times) - x.dim()) + list(x.shape)
-    return empty(
-        [count * size for count, size in zip(times, sizes, strict=True)],
-        dtype=x.dtype,
-        device=META,
-    )
+    old = [1] * (len(times) - x.dim()) + list(x.shape)
+    sizes = [count * size for count, size in zip(times, old, strict=True)]
+    return empty(sizes, dtype=x.dtype, device=META)
 
 
 def reordered_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """roll, flip: over dimensions that are there, each once."""
+    """Return the shape of ``roll`` or ``flip`` over valid, distinct dimensions."""
     x, given = args[0], given_arguments(func, args, kwargs)
     dims = given.get("dims") or ()
-    fits = all(-x.dim() <= dim < x.dim() for dim in dims) and len(
-        {dim % x.dim() for dim in dims}
-    ) == len(dims)
-    return (
-        like_first_shape(func, args, kwargs)
-        if fits and len(given.get("shifts", dims)) == len(dims)
-        else None
-    )
+    if not all(-x.dim() <= dim < x.dim() for dim in dims):
+        return None
+    is_distinct = len({dim % x.dim() for dim in dims}) == len(dims)
+    if not is_distinct or len(given.get("shifts", dims)) != len(dims):
+        return None
+    return like_first_shape(func, args, kwargs)
 
 
 def pixel_shuffle_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """pixel_shuffle: channels become pixels; pixel_unshuffle: the other way."""
+    """Return the shape of ``pixel_shuffle`` or ``pixel_unshuffle``."""
     x, factor = args
     if x.dim() < 3 or factor < 1:
         return None
     *batch, channels, height, width = x.shape
     if func.overloadpacket is aten.pixel_shuffle:
-        fits, sizes = (
-            channels % factor**2 == 0,
-            (channels // factor**2, height * factor, width * factor),
-        )
+        fits = channels % factor**2 == 0
+        sizes = (channels // factor**2, height * factor, width * factor)
     else:
-        fits, sizes = (
-            height % factor == width % factor == 0,
-            (channels * factor**2, height // factor, width // factor),
-        )
+        fits = height % factor == width % factor == 0
+        sizes = (channels * factor**2, height // factor, width // factor)
     return x.new_empty([*batch, *sizes]) if fits else None
 
 
 def channel_shuffle_shape(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
+    """Return the shape of ``channel_shuffle``."""
     x, groups = args
-    fits = (
-        x.is_meta
-        and x.is_floating_point()
-        and x.dim() > 2
-        and x.numel()
-        and groups > 0
-        and x.shape[1] % groups == 0
-    )
-    return empty_like(x) if fits else None
+    if not (x.is_meta and x.is_floating_point() and x.dim() > 2 and x.numel()):
+        return None
+    return empty_like(x) if groups > 0 and x.shape[1] % groups == 0 else None
 
 
 def padded_shape(x: Tensor, pads: Sequence[int]) -> Tensor | None:
-    """Pads come in pairs, from the last dimension on."""
+    """Return a padded tensor; the pads come in pairs, for the last dimension first."""
     sizes = list(x.shape)
     for n, pad in enumerate(pads):
         sizes[-1 - n // 2] += pad
@@ -117,63 +104,59 @@ def padded_shape(x: Tensor, pads: Sequence[int]) -> Tensor | None:
 
 
 def constant_pad_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``constant_pad_nd``."""
     x, pads = args[:2]
-    plain = x.is_meta and len(pads) % 2 == 0 and len(pads) <= 2 * x.dim()
-    within = plain and all(-pad <= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
-    return padded_shape(x, pads) if within and x.numel() else None
+    if not x.is_meta or not x.numel() or len(pads) % 2 or len(pads) > 2 * x.dim():
+        return None
+    is_within = all(-pad <= x.shape[-1 - n // 2] for n, pad in enumerate(pads))
+    return padded_shape(x, pads) if is_within else None
 
 
 def index_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Whole numbers as indices. What stands apart from each other comes first in the result."""
+    """Return the shape of ``index`` with integer indices.
+
+    If the indexed dimensions are not adjacent, the dimensions of the indices come first.
+    """
     x, indices = args
     given = [index for index in indices if index is not None]
-    if (
-        not given
-        or len(indices) > x.dim()
-        or not x.numel()
-        or any(t.dtype not in (torch.int64, torch.int32) for t in given)
-    ):
+    if not given or len(indices) > x.dim() or not x.numel():
+        return None
+    if any(t.dtype not in (torch.int64, torch.int32) for t in given):
         return None
     found = broadcast({index.shape for index in given})
     if found is None:
         return None
-    at = [dim for dim, index in enumerate(indices) if index is not None]
-    together = at[-1] - at[0] + 1 == len(at)
-    before = x.shape[: at[0]] if together else ()
-    rest = [
-        size for dim, size in enumerate(x.shape) if dim not in at and (not together or dim > at[0])
-    ]
-    return empty([*before, *found, *rest], dtype=x.dtype, device=META)
+    indexed = [dim for dim, index in enumerate(indices) if index is not None]
+    is_adjacent = indexed[-1] - indexed[0] + 1 == len(indexed)
+    first = indexed[0] if is_adjacent else 0
+    kept = [dim for dim in range(x.dim()) if dim not in indexed]
+    sizes = [x.shape[dim] for dim in kept]
+    return empty([*sizes[:first], *found, *sizes[first:]], dtype=x.dtype, device=META)
 
 
 def index_put_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``index_put``."""
     x, indices, values = args[:3]
     place = index_shape(func, (x, indices), {})
-    fits = (
-        place is not None
-        and values.dtype == x.dtype
-        and broadcast({values.shape, place.shape}) == place.shape
-    )
-    return empty_like(x) if fits and x.is_meta else None
+    if place is None or not x.is_meta or values.dtype != x.dtype:
+        return None
+    return empty_like(x) if broadcast({values.shape, place.shape}) == place.shape else None
 
 
 def gather_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``gather``."""
     x, dim, index = args
-    if (
-        not -x.dim() <= dim < x.dim()
-        or index.dim() != x.dim()
-        or index.dtype not in (torch.int64, torch.int32)
-    ):
+    if not -x.dim() <= dim < x.dim() or index.dim() != x.dim():
         return None
-    fits = all(
-        own <= size
-        for at, (own, size) in enumerate(zip(index.shape, x.shape, strict=True))
-        if at != dim % x.dim()
-    )
+    if index.dtype not in (torch.int64, torch.int32):
+        return None
+    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    fits = all(index.shape[d] <= x.shape[d] for d in others)
     return empty(index.shape, dtype=x.dtype, device=META) if fits else None
 
 
 def embedding_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the shape of ``embedding``."""
     weight, indices = args[:2]
-    whole = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
-    return weight.new_empty([*indices.shape, weight.shape[1]]) if whole else None
+    fits = weight.is_meta and weight.dim() == 2 and indices.dtype in (torch.int64, torch.int32)
+    return weight.new_empty([*indices.shape, weight.shape[1]]) if fits else None
