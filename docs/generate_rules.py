@@ -35,10 +35,11 @@ rule:
 def page() -> str:
     """The whole page: per family, one row for all ops of which the same is known."""
     families: dict[str, list[Op]] = defaultdict(list)
-    for own in OPS.values():
-        families[_family(own)].append(own)
-    rules = len({own.rule for own in OPS.values() if own.rule is not None})
-    lines = [HEAD, f"{len(OPS)} ops, {rules} rules."]
+    rows = [row for row in OPS.values() if not row.of_user]
+    for row in rows:
+        families[_family(row)].append(row)
+    rules = len({row.rule for row in rows if row.rule is not None})
+    lines = [HEAD, f"{len(rows)} ops, {rules} rules."]
     for family in FAMILIES:
         said = (import_module(f"fxprune.ops.{family}").__doc__ or "").strip().partition("\n\n")[0]
         lines += ["", f"## {family}", "", " ".join(said.split()), "", *_table(families[family])]

@@ -25,6 +25,7 @@ from torchvision.ops import nms, roi_align
 
 import fxprune
 from fxprune.errors import ArgumentError
+from fxprune.rewrite.module import PrunedModule
 from tests.support.checking import masked, randomise
 
 IMAGE = (2, 3, 16, 16)
@@ -728,6 +729,13 @@ def test_a_module_is_called_through_whatever_holds_it(
 class Fusible(Repeated):
     def forward_fused(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)) * 2)
+
+
+def test_a_part_hides_no_method_of_the_users() -> None:
+    """Python between parts calls methods of the user's class: the emitted class comes before it,
+    so it may define no name that GraphModule does not.
+    """
+    assert [name for name in vars(PrunedModule) if not hasattr(fx.GraphModule, name)] == []
 
 
 class Replaced(nn.Module):

@@ -439,6 +439,7 @@ CASES = [
     Case("mv", "(i,j),(j)->(i)", torch.mv, t(2, 4), t(4)),
     Case("nansum", "(i,j)->(i)", lambda x: x.nansum(1), t(2, 3)),
     Case("narrow", "(i,j)->(i,j[1:3])", lambda x: x.narrow(1, 1, 2), t(2, 5)),
+    Case("narrow, from the end", "(i,j)->(i,j[1:3])", lambda x: x.narrow(1, -4, 2), t(2, 5)),
     Case(
         "native_channel_shuffle",
         "(i,j,k,l)->(i,j2*j1,k,l) with (j1*j2) with (j2*j1)",

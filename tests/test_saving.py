@@ -233,6 +233,10 @@ def test_what_no_file_can_hold(tmp_path: Path) -> None:
         saving.save_tensors(Extra(2, 2), tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"weight.*meta device"):
         saving.save_tensors(nn.Linear(2, 2, device="meta"), tmp_path / "a.safetensors")
+    sparse = nn.Linear(2, 2)
+    sparse.register_buffer("table", torch.eye(2).to_sparse())
+    with pytest.raises(ModelError, match=r"table.*sparse_coo tensor.*make it dense"):
+        saving.save_tensors(sparse, tmp_path / "a.safetensors")
 
 
 def test_nothing_is_pickled_or_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

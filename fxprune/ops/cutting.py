@@ -92,6 +92,7 @@ def slices(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     size, step = x.shape[dim], a.get("step") or 1
     if "length" in a:
         start = int(a["start"])
+        start += size if start < 0 else 0  # narrow counts from the end, as slices do
         stop = start + a["length"]
     else:
         start, stop, _ = slice(a["start"], a["end"], None).indices(size)

@@ -168,6 +168,11 @@ def _check_state(state: Mapping[str, Any]) -> None:
                 f"{name!r} of the state dict is a {kind}, which only a pickle could hold: make "
                 "it a buffer."
             )
+        if value.layout is not torch.strided:
+            raise ModelError(
+                f"{name!r} is a {value.layout} tensor, which safetensors cannot hold: make it "
+                "dense, or store the model with torch.save."
+            )
         if value.is_meta:
             raise ModelError(
                 f"{name!r} is on the meta device and has no values to save: load the weights "

@@ -33,7 +33,7 @@ from fxprune.labels import Array
 from fxprune.rewrite.checks import CheckedGraph, storage_of, value_of
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
-from fxprune.rewrite.module import PrunedModule
+from fxprune.rewrite.module import PrunedModule, copy_behaviour, hold_modes
 from fxprune.rewrite.skeleton import (
     copy_hooks,
     copy_modules,
@@ -163,9 +163,9 @@ def _put_graph_modules(
         _place_positions(old, coupling.meta_copy.device)
         module = PrunedModule(old, graphs[0], type(old).__name__ if path else name, *graphs[1:])
         if path:
-            module.copy_behaviour_of(old)
+            copy_behaviour(module, old)
         else:
-            module.hold_modes(modes_after_train(coupling.meta_copy.model))
+            hold_modes(module, modes_after_train(coupling.meta_copy.model))
         modules[old] = module
         root = replace_module(root, old, module)
     return root, modules

@@ -15,7 +15,7 @@ from fxprune.rewrite.pickled import pack, unpack
 from fxprune.trace.context_managers import blocks
 from fxprune.trace.copying import copied
 
-__all__ = ["PrunedModule"]
+__all__ = ["PrunedModule", "copy_behaviour", "hold_modes", "sharing_graphs"]
 
 _NAME = "class name"  # key that cannot be the name of an attribute, because of its space
 _MODES = "_own_modes"
@@ -70,27 +70,6 @@ class PrunedModule(fx.GraphModule):
         self.__dict__["training_graph"] = training_graph
         self.graph = graph  # compiles it
 
-    def copy_behaviour_of(self, original: nn.Module) -> None:
-        """Copy the class and the attributes of the module that this one replaces.
-
-        Python code that is not traced calls methods of that module.
-        """
-        self.__dict__.update(
-            {name: value for name, value in vars(original).items() if self._is_copied(name)}
-        )
-        self._inherit(getattr(type(original), "_original_class", type(original)))
-
-    def hold_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> None:
-        """Make :meth:`train` leave some modules below in a mode of their own.
-
-        Parameters
-        ----------
-        modes:
-            Mode of this module -> name of a module below -> mode of that module.
-        """
-        if any(modes.values()):
-            self.__dict__[_MODES] = modes
-
     def train(self, mode: bool = True) -> PrunedModule:
         """Set the mode of this module and of those below.
 
@@ -102,22 +81,6 @@ class PrunedModule(fx.GraphModule):
         for path, module in self.named_modules() if modes else ():
             module.training = modes.get(path, module.training)
         return self
-
-    def _is_copied(self, name: str) -> bool:
-        """Tell whether to copy an attribute of another module: hooks, and what is not set here."""
-        return name not in self.__dict__ or "_hooks" in name
-
-    def _inherit(self, kind: type) -> None:
-        """Make ``kind`` a base class of this object's class.
-
-        This happens after construction, because GraphModule's ``__init__`` would call that of
-        ``kind``.
-        """
-        # Copy _wrapped_call: recompile() would make a second one around the first, and the two
-        # would call each other without end.
-        graph_class = type(self)
-        members = {"_original_class": kind, "_wrapped_call": vars(graph_class)["_wrapped_call"]}
-        self.__class__ = type(graph_class.__name__, (graph_class, kind), members)
 
     def recompile(self) -> Any:
         """Compile the graph, or the graphs of both modes, into ``forward``."""
@@ -156,7 +119,7 @@ class PrunedModule(fx.GraphModule):
         PrunedModule.__init__(self, root, graphs[0], name, graphs[1])
         self.__dict__.update(rest)
         if kind is not None:
-            self._inherit(kind)
+            _inherit(self, kind)
 
     def _parts(self) -> tuple[dict[str, Any], dict[str, Any], Any]:
         """Return what :meth:`_rebuild` needs besides the graphs.
@@ -209,6 +172,43 @@ class PrunedModule(fx.GraphModule):
         graph, training_graph = state["graphs"]
         graphs = unpack(graph), None if training_graph is None else unpack(training_graph)
         self._rebuild(state["stores"], dict(state["rest"]), graphs, state["kind"])
+
+
+def copy_behaviour(module: PrunedModule, original: nn.Module) -> None:
+    """Give a module the class and the attributes of the one that it replaces.
+
+    Python code that is not traced calls methods of the original. This is a function, because a
+    method would hide a method of the user's that has its name.
+    """
+    for name, value in vars(original).items():
+        if name not in module.__dict__ or "_hooks" in name:
+            module.__dict__[name] = value
+    _inherit(module, getattr(type(original), "_original_class", type(original)))
+
+
+def hold_modes(module: PrunedModule, modes: Mapping[bool, Mapping[str, bool]]) -> None:
+    """Make ``train()`` leave some modules below in a mode of their own.
+
+    Parameters
+    ----------
+    modes:
+        Mode of this module -> name of a module below -> mode of that module.
+    """
+    if any(modes.values()):
+        module.__dict__[_MODES] = modes
+
+
+def _inherit(module: PrunedModule, kind: type) -> None:
+    """Make ``kind`` a base class of the class of a module.
+
+    This happens after construction, because GraphModule's ``__init__`` would call that of
+    ``kind``.
+    """
+    # Copy _wrapped_call: recompile() would make a second one around the first, and the two would
+    # call each other without end.
+    graph_class = type(module)
+    members = {"_original_class": kind, "_wrapped_call": vars(graph_class)["_wrapped_call"]}
+    module.__class__ = type(graph_class.__name__, (graph_class, kind), members)
 
 
 def sharing_graphs(model: nn.Module) -> Memo:
