@@ -1,7 +1,7 @@
-"""Which calls write into a tensor, and which results share memory with what they were made of.
+"""Calls that write into tensors, and results that share memory with their arguments.
 
-A graph is a list of calls in order. As long as none writes, it says all; where one does, whoever
-looks at the same memory under another name sees it too.
+A graph is a list of calls in order. If no call writes, the graph says everything. If one does, the
+change is seen through every tensor that shares the memory.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ AUGMENTED = (
     "itruediv",
     "ixor",
 )
-"""The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a
-tensor.
+"""The functions of :mod:`operator` behind ``x += y`` and the like.
+
+They write into ``x`` if it is a tensor.
 """
 
 _WRITING = frozenset(
@@ -58,13 +59,16 @@ _WRITING = frozenset(
 
 
 def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
-    """Whether a call may change an argument: an operator's name says so, a trailing underscore,
-    ``inplace`` or ``out``.
+    """Tell whether a call may write into an argument.
+
+    The name of the operation, a trailing underscore, ``inplace`` or ``out`` says so.
 
     Parameters
     ----------
+    node:
+        The call.
     root:
-        The module of the graph; without it, calls of modules are not looked at.
+        The module of the graph. Without it, calls of modules count as not writing.
 
     Examples
     --------
@@ -85,15 +89,17 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
         return True
     name = name_of(node)
     if _of_operator(node):
-        return False  # is_ and and_ end like add_, but for another reason
+        return False  # is_ and and_ end with an underscore because they are keywords without it
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2] in AUGMENTED or name == "__setitem__"
     return name.endswith("_")
 
 
 def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
-    """What a call may write into: of an operation that torch documents the first argument and
-    ``out``, else any argument.
+    """Return the arguments that a call may write into.
+
+    For an operation that torch documents, these are the first argument and ``out``; for others,
+    all arguments.
     """
     if not writes(node, root):
         return ()
@@ -115,10 +121,11 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
 
 @functools.cache
 def _places(target: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operation writes into, where its schema is
-    known.
+    """Return position and name of the arguments that an operation writes into.
+
+    Empty if its schema is not known.
     """
-    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op gives
+    target = getattr(target, "_opoverload", target)  # an operation of torch.library.custom_op
     if not isinstance(target, torch._ops.OpOverload):
         return ()
     arguments = enumerate(target._schema.arguments)
@@ -130,8 +137,9 @@ def _places(target: Any) -> tuple[tuple[int, str], ...]:
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The argument of a call of whose memory its result may be, if there is one: what is not known
-    to be new may be shared.
+    """Return the argument with which the result of a call may share memory; None if there is none.
+
+    A result that is not known to be new may share memory with the first argument.
     """
     first = first_of(node)
     if node.op not in ("call_function", "call_method", "call_module") or not isinstance(
@@ -142,8 +150,9 @@ def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
 
 
 def first_of(node: fx.Node) -> Any:
-    """The first argument of a call, by position or by the name that torch gives it; None if it has
-    none.
+    """Return the first argument of a call, given by position or by torch's name for it.
+
+    None if the call has none.
 
     >>> x = fx.Graph().placeholder("x")
     >>> call = x.graph.call_function
@@ -154,8 +163,9 @@ def first_of(node: fx.Node) -> Any:
 
 
 def _makes_new(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether the result of a call is known to be a new tensor."""
     if node.op == "call_module":
-        # it computes with them
+        # a module with parameters computes with them
         return next(root.get_submodule(str(node.target)).parameters(), None) is not None
     if _of_operator(node):
         return node.target is not operator.getitem
@@ -163,14 +173,13 @@ def _makes_new(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _of_operator(node: fx.Node) -> bool:
+    """Tell whether a node calls a function of :mod:`operator`."""
     return node.op == "call_function" and getattr(operator, name_of(node), None) is node.target
 
 
 @functools.cache
 def _op_makes_new(name: str) -> bool:
-    """Whether there is an ATen operation of that name, and its schemas say that what it returns is
-    not its arguments' memory.
-    """
+    """Tell whether an ATen operation of this name exists and returns new memory by its schemas."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or has(name, Trait.MAY_GIVE_BACK):
         return False
@@ -181,8 +190,17 @@ def _op_makes_new(name: str) -> bool:
 
 
 def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
-    """The name of the method or function that a node calls, or of the kind of module: ``flatten``
-    for all three.
+    """Return the name of the method, function or kind of module that a node calls.
+
+    The name of a module's class is in lower case: ``flatten`` for a method, a function and a
+    module.
+
+    Parameters
+    ----------
+    node:
+        A node of a graph.
+    root:
+        The module of the graph. Without it, a call of a module has the name ``""``.
     """
     if node.op == "call_module":
         return (
@@ -196,8 +214,9 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
 
 
 def _torch_class(module: nn.Module) -> type:
-    """The class of ``torch.nn`` that a module is of: a parametrization makes a subclass, with
-    another name.
+    """Return the class of ``torch.nn`` to which a module belongs.
+
+    A parametrization makes a subclass with another name.
     """
     kinds = (
         kind
@@ -208,26 +227,32 @@ def _torch_class(module: nn.Module) -> type:
 
 
 def _reads_values(node: fx.Node) -> bool:
-    """Whether a call reads what a tensor holds, not only what it is."""
+    """Tell whether a call reads the values of a tensor, not only its shape, dtype or device."""
     name = name_of(node)
     return name != "getattr" and not has(name, Trait.ASKS | Trait.ASKS_SIZES)
 
 
 def squeezes_all(node: fx.Node) -> bool:
-    """Whether it is a ``squeeze()`` that drops each axis of size 1, a batch of one as well."""
+    """Tell whether a call is a ``squeeze()`` that drops all axes of size 1, maybe the batch."""
     return name_of(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
 
 
 def node_of(value: Any) -> fx.Node | None:
-    """The node whose value something stands for while a model is traced; None for what is no
-    stand-in.
-    """
+    """Return the node of a traced value; None for other values."""
     return getattr(value, "fx_node", None)
 
 
 def is_again(node: fx.Node | None, *call: Any) -> bool:
-    """Whether a node is what ``(target, *args)`` gives, under the name that it got from ``+=`` or
-    its kind.
+    """Tell whether a node computes a given call.
+
+    A node that comes from ``+=`` or the like of that call's result counts, too.
+
+    Parameters
+    ----------
+    node:
+        The node, or None.
+    *call:
+        The target and the arguments of the call.
     """
     while node is not None and node.target in _WRITING:
         node = cast(fx.Node, node.args[0])
@@ -235,12 +260,19 @@ def is_again(node: fx.Node | None, *call: Any) -> bool:
 
 
 class Memory:
-    """Who shares memory with whom in a graph as it is now.
+    """The nodes of a graph that share memory.
 
     Parameters
     ----------
+    graph:
+        The graph in its present state.
     root:
         The module of the graph.
+
+    Attributes
+    ----------
+    base:
+        For each node, the node that owns the memory it may use.
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
@@ -249,7 +281,6 @@ class Memory:
             (place, to) for place, node in enumerate(nodes) for to in written(node, root)
         ]
         self._source = {node: shares(node, root) for node in nodes}
-        # of each node the one whose memory it may be, and that is nobody else's
         self.base: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
         for node, source in self._source.items():
@@ -265,15 +296,16 @@ class Memory:
         }
 
     def roots(self, node: fx.Node) -> Iterator[fx.Node]:
-        """A node, and the nodes of whose memory it may be, the nearest first."""
+        """Yield a node and the nodes whose memory it may use, the nearest first."""
         above: fx.Node | None = node
         while above is not None:
             yield above
             above = self._source[above]
 
     def changing(self) -> set[fx.Node]:
-        """Nodes of whose memory, under whatever name, something is overwritten; all that read the
-        same parameter or buffer.
+        """Return the nodes whose memory is overwritten somewhere in the graph.
+
+        If one of them reads a parameter or buffer, all nodes that read the same one are included.
         """
         nodes = {node for _, to in self._writing for node in self.roots(to)}
         stored = {node.target for node in nodes if node.op == "get_attr"}
@@ -282,12 +314,13 @@ class Memory:
         }
 
     def written_after(self, node: fx.Node) -> list[fx.Node]:
-        """What may be written into after a node has run."""
+        """Return the nodes that may be written into after a node has run."""
         return [to for place, to in self._writing if place > self._place[node]]
 
     def changed_behind(self, view: fx.Node) -> bool:
-        """Whether a view has to stay one: it or what it looks at is written to, and the other is
-        read afterwards.
+        """Tell whether a view must stay a view.
+
+        It must if the view or the memory it views is written to, and the other is read afterwards.
         """
         base = self.base[view]
         writing = [
@@ -310,27 +343,35 @@ class Memory:
 
 
 class Snapshot:
-    """Values of tensors, to see later whether they still have them."""
+    """Saved values of tensors, to see later whether these have changed."""
 
     def __init__(self) -> None:
         self._taken: list[tuple[Tensor, Tensor, str]] = []
 
     def take(self, tensor: Tensor, what: str) -> None:
-        """``what`` is told of a tensor that has changed."""
+        """Save the values of a tensor.
+
+        Parameters
+        ----------
+        tensor:
+            The tensor; ignored if it is on the meta device.
+        what:
+            What :meth:`changed` returns if the tensor has changed.
+        """
         if not tensor.is_meta:
             self._taken.append((tensor, tensor.detach().clone(), what))
 
     def shares_memory_with(self, tensor: Tensor) -> bool:
-        """Whether a tensor is, or looks at, one of these."""
+        """Tell whether a tensor shares memory with a saved one."""
         own = tensor.untyped_storage().data_ptr()
         return own != 0 and any(
             own == held.untyped_storage().data_ptr() for held, _, _ in self._taken
         )
 
     def changed(self) -> str | None:
-        """What was said of a tensor that is not what it was."""
+        """Return the ``what`` of the first tensor that has changed; None if there is none."""
         for tensor, before, what in self._taken:
-            # a nan is one still
+            # nan counts as equal to nan
             same = (tensor == before) | ((tensor != tensor) & (before != before))
             if not bool(same.all()):
                 return what
@@ -338,13 +379,19 @@ class Snapshot:
 
 
 class Undone:
-    """Takes back what runs write into tensors, a forward that clamps its weights, say; saves those
-    alone that are written.
+    """Undoes what runs write into tensors, such as a forward that clamps its weights.
+
+    A tensor is saved only when it is written.
+
+    Parameters
+    ----------
+    tensors:
+        The tensors to restore, by name.
 
     Attributes
     ----------
     written:
-        The names of tensors that were written so far.
+        The names of the tensors that were written so far.
 
     Examples
     --------
@@ -358,7 +405,7 @@ class Undone:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors: dict[int, list[tuple[str, Tensor]]] = {}  # by the place of their memory
+        self._tensors: dict[int, list[tuple[str, Tensor]]] = {}  # by the address of their memory
         for name, tensor in tensors.items():
             self._tensors.setdefault(_memory_of(tensor), []).append((name, tensor))
         self._tensors.pop(0, None)
@@ -367,7 +414,7 @@ class Undone:
 
     @contextmanager
     def afterwards(self) -> Iterator[None]:
-        """A run inside may write."""
+        """Undo on exit what a run inside this context writes."""
         try:
             with self.watching():
                 yield
@@ -378,13 +425,14 @@ class Undone:
             self._saved = {}
 
     def watching(self) -> DispatchMode:
-        """What has to see operations where those that look on are turned off, inside of
-        :meth:`afterwards`.
+        """Return a mode that sees the operations where other modes are turned off.
+
+        It is for use inside of :meth:`afterwards`.
         """
         return _Writes(self)
 
     def save(self, tensor: Tensor) -> None:
-        """Said of a tensor before it is written."""
+        """Save a tensor, and those that share its memory, before it is written."""
         memory = _memory_of(tensor)
         if memory in self._tensors and memory not in self._saved:
             self._saved[memory] = [own.detach().clone() for _, own in self._tensors[memory]]
@@ -392,6 +440,8 @@ class Undone:
 
 
 class _Writes(DispatchMode):
+    """A dispatch mode that saves tensors before an operation writes into them."""
+
     def __init__(self, undone: Undone) -> None:
         super().__init__()
         self.undone = undone
@@ -405,8 +455,9 @@ class _Writes(DispatchMode):
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """Where a tensor's memory lies; 0: it is none that could be written here, that of a tensor
-    without data, say.
+    """Return the address of a tensor's memory.
+
+    0 if it has no memory that could be written here: a tensor without data, for example.
     """
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return 0

@@ -1,4 +1,4 @@
-"""Whether code draws random numbers of Python or NumPy."""
+"""Detection of random numbers that a model's code draws from Python or NumPy."""
 
 from __future__ import annotations
 
@@ -26,11 +26,18 @@ __all__ = ["drawing", "undrawn_by"]
 
 @contextmanager
 def undrawn_by(reached: Reached) -> Iterator[None]:
-    """Let a run inside draw and fill tables; what a model's code can reach is as it was
-    afterwards.
+    """Undo the draws and the cached tensors of a run inside this context.
 
-    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`. Contexts of one ``reached``
-    follow each other, and are not nested.
+    On exit, the random generators that the model's code can reach are restored (see
+    :meth:`Reach.put_back`), and new tensors are removed from dicts and objects (see
+    :meth:`Reach.take_out_tables`).
+
+    Parameters
+    ----------
+    reached:
+        What the model's code can reach. Contexts of the same ``reached`` may follow each other,
+        but
+        must not be nested.
     """
     reach = reached.now()
     try:
@@ -42,9 +49,23 @@ def undrawn_by(reached: Reached) -> Iterator[None]:
 
 @contextmanager
 def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """As :func:`undrawn`, of this thread alone: whether something was drawn, and
-    what ran here may have done so.
+    """Tell whether code of this thread draws random numbers of Python or NumPy.
 
+    Like :func:`~fxprune.common.random_state.undrawn`, which also counts draws of other threads.
+    This context counts a draw only if code that ran in this thread may have drawn. The generators
+    are restored on exit.
+
+    Parameters
+    ----------
+    model:
+        The model whose code runs inside the context.
+
+    Returns
+    -------
+    A function that tells whether something has been drawn since the context was entered.
+
+    Examples
+    --------
     >>> with drawing(nn.ReLU()) as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
@@ -53,6 +74,7 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
     watch, before = _DrawWatch(), sys.getprofile()
 
     def mine() -> bool:
+        """Tell whether code of this thread may have drawn."""
         alone = threading.active_count() == 1
         return (
             alone
@@ -63,17 +85,18 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
     with undrawn() as drawn:
         sys.setprofile(watch)
         try:
-            yield lambda: mine() and drawn()  # in this order: the latter asks the generators
+            # mine() first: drawn() itself calls functions of the generators
+            yield lambda: mine() and drawn()
         finally:
             sys.setprofile(before)
 
 
 class _DrawWatch:
-    """What :func:`sys.setprofile` tells of the functions of one thread."""
+    """A profile function (see :func:`sys.setprofile`) that watches one thread for draws."""
 
     def __init__(self) -> None:
-        # a generator's method was called, or code ran that may call one: not all compiled methods
-        # are told
+        # Whether a method of a generator was called, or code ran that may call one. The latter
+        # is needed because Python reports calls of some compiled methods only.
         self.draws = False
         self.seen: set[CodeType] = set()
 
@@ -92,12 +115,12 @@ class _DrawWatch:
 
 
 def _is_process_wide(generator: Any) -> bool:
-    """Whether it is the one of :mod:`random`, or NumPy's, which belong to the process."""
+    """Tell whether an object is the global generator of :mod:`random` or of NumPy."""
     return generator is _PYTHONS or generator is _NUMPYS
 
 
 def _leads_to_generator(value: Any) -> bool:
-    """Whether it is a method of such a generator, or what leads to NumPy's."""
+    """Tell whether a value is a global generator, one of its methods, or a NumPy module."""
     return (
         _is_process_wide(getattr(value, "__self__", None))
         or value is np
@@ -120,8 +143,10 @@ _METHODS = frozenset(
 
 
 def _may_draw(frame: FrameType) -> bool:
-    """Whether a function reads what leads to NumPy's generator, or, of something unknown, what has
-    the name of its methods.
+    """Tell whether a function may draw from NumPy's generator.
+
+    It may if it imports NumPy, if a name that it reads leads to NumPy's generator, or if it reads
+    an attribute of an unknown object that is named like a method of that generator.
     """
     known = frame.f_globals
     if str(known.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):

@@ -1,4 +1,4 @@
-"""What the code of a model can reach, looked through once for all calls."""
+"""What the code of a model can reach, found once and reused for many calls."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ __all__ = ["Reached"]
 
 
 class Reached:
-    """What the code of a model and of all modules below can reach: looked through once for all
-    calls that change nothing.
+    """What the code of a model and of all its submodules can reach.
+
+    The code is searched once, and the result serves all calls that change nothing.
+
+    Parameters
+    ----------
+    model:
+        The model, usually a meta copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,20 +30,26 @@ class Reached:
         self._found: Reach | None = None
 
     def now(self) -> Reach:
-        """To be compared with after a call of the model, or of a module below."""
+        """Return what the code can reach, to be compared after a call of the model or a part of
+        it.
+        """
         if self._found is None or not self._found.begin():
             self._found = Reach(self._model)
         return self._found
 
     def trusts(self, module: str) -> bool:
-        """Whether the code of a module computes, and no more: what it remembers is its own
-        business.
+        """Tell whether the code of a module only computes, so that what it caches does not matter.
+
+        Parameters
+        ----------
+        module:
+            The name of a Python module.
         """
         return self._found is not None and self._found._trusts(module)
 
     @property
     def made(self) -> int:
-        """How many results functions that remember theirs have computed."""
+        """The number of results that caching functions (``functools.lru_cache``) have computed."""
         return (
             0
             if self._found is None
@@ -45,8 +57,9 @@ class Reached:
         )
 
     def keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
-        """The dicts and sets that have keys which hold something of this kind, each with one of
-        them.
+        """Return each dict and set that has a key which holds something foreign, with that key.
+
+        A table is returned once for each such key.
         """
         found = self._found._holders if self._found is not None else []
         tables = [own for own in found if isinstance(own, (dict, set))]
@@ -58,11 +71,16 @@ class Reached:
         ]
 
     def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
-        """What a call since then has put into containers and objects, taken out (see
-        :meth:`Reach.take_out`).
+        """Remove foreign values that a call has put into containers and objects.
+
+        See :meth:`Reach.take_out`.
+
+        Returns
+        -------
+        The foreign values that were found.
         """
         return [] if self._found is None else self._found.take_out(is_foreign)
 
     def begin_anew(self) -> None:
-        """Look through the code anew: the attributes of the modules are others."""
+        """Search the code again, because attributes of the modules have changed."""
         self._found = Reach(self._model)

@@ -1,4 +1,4 @@
-"""What an object or a piece of code refers to."""
+"""The names, attributes and imports that a piece of code refers to."""
 
 from __future__ import annotations
 
@@ -66,13 +66,14 @@ CALCULATING |= {
     "_warnings",
     "logging",
 }
-"""Packages whose functions give the same for the same arguments, or say something and give
-nothing.
+"""Packages whose functions return the same for the same arguments, or only report something.
+
+Looking through their code is not needed.
 """
 
 
 def note_nested(values: Iterable[Any], found: IdentitySet[Any]) -> None:
-    """Add the ids of the containers among values, and in these."""
+    """Add to ``found`` the containers among some values, and the containers nested in them."""
     for value in values:
         if type(value) in (list, tuple, dict, set) and value not in found:
             found.add(value)
@@ -80,15 +81,31 @@ def note_nested(values: Iterable[Any], found: IdentitySet[Any]) -> None:
 
 
 NOT_OF_THE_USER = frozenset(vars(nn.Module()))
+"""Names of the attributes that every module has."""
 
 
 def is_function(value: Any) -> bool:
-    """Whether an object is a function that is compiled, of a kind of its own."""
+    """Tell whether an object is callable and has a qualified name, as compiled functions have."""
     return callable(value) and inspect.getattr_static(value, "__qualname__", None) is not None
 
 
 def followed_along(value: Any, attributes: list[str]) -> list[Any]:
-    """What the longest part of a chain of attributes leads to, and the objects on the way."""
+    """Return the objects on a chain of attributes.
+
+    The chain is followed as far as this runs no code of the user.
+
+    Parameters
+    ----------
+    value:
+        The object at which the chain starts.
+    attributes:
+        The names of the chain, in order.
+
+    Returns
+    -------
+    The start and the objects on the way. If the start is a module or a class that has the first
+    attribute, only the last object.
+    """
     found = [value]
     for name in attributes:
         if isinstance(value, ModuleType) and name not in vars(value):
@@ -98,7 +115,7 @@ def followed_along(value: Any, attributes: list[str]) -> list[Any]:
             or hasattr(type(value), "__getattr__")
             or _is_computed(type(value), name)
         ):
-            break  # the user's code would run
+            break  # reading the attribute would run the user's code
         try:
             value = getattr(value, name)
         except Exception:
@@ -108,6 +125,7 @@ def followed_along(value: Any, attributes: list[str]) -> list[Any]:
 
 
 def _is_computed(kind: type, name: str) -> bool:
+    """Tell whether an attribute of a class is a property."""
     own = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
     return isinstance(own, (property, functools.cached_property))
 
@@ -116,14 +134,21 @@ def _is_computed(kind: type, name: str) -> bool:
 def references_of(
     code: CodeType,
 ) -> tuple[list[list[str]], list[str], frozenset[str], bool, dict[str, list[str]], list[str]]:
-    """Names that a function reads outside of it, each with the attributes that are read of it;
-    imports; all names; whether it sets attributes; the names of others' variables that it binds;
-    the attributes that are read of other values.
+    """Return the names and attributes to which the code of a function refers.
+
+    Returns
+    -------
+    A tuple of six items:
+
+    1. chains: each name that the function reads from outside, followed by the attributes read of
+    it, 2. the modules that it imports, 3. all names in its code, 4. whether it sets attributes, 5.
+    the global names (``"STORE_GLOBAL"``) and closure variables (``"STORE_DEREF"``) that it binds,
+    6. the attributes that it reads of other values.
     """
     chains: list[list[str]] = []
     imported: list[str] = []
     others: list[str] = []
-    bound: dict[str, list[str]] = {"STORE_GLOBAL": [], "STORE_DEREF": []}  # by how
+    bound: dict[str, list[str]] = {"STORE_GLOBAL": [], "STORE_DEREF": []}  # by instruction
     sets = follows = False
     for at in dis.get_instructions(code):
         sets |= at.opname == "STORE_ATTR"
@@ -143,6 +168,7 @@ def references_of(
 
 
 def code_within(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code and the code of the functions defined inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

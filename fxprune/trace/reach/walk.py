@@ -1,4 +1,4 @@
-"""Finds what code can reach: closures, globals, modules, containers, attributes."""
+"""A search for what code can reach: closures, globals, modules, containers and attributes."""
 
 from __future__ import annotations
 
@@ -55,40 +55,47 @@ __all__ = ["AGAIN", "Entry", "Reach"]
 
 
 AGAIN = 12
-"""So many further calls have to do the same, where they may differ: of two equally likely ways
-both come, but for 1 in 4000.
+"""The number of further calls that must do the same, where calls may differ.
+
+If two ways are equally likely, 12 calls miss one of them in 1 of 4000 cases.
 """
 
 
 class Reach:
-    """The objects and functions that the code of a model's own classes can reach by its names,
-    with their state.
+    """The objects and functions that the code of a model's own classes can reach.
+
+    The search follows the names in the code. The state of what it finds is saved, so that a later
+    call can be compared with it and undone.
 
     Parameters
     ----------
     model:
-        A copy that is run: its attributes are compared, too.
+        A copy that is run. The attributes of its modules are searched, too.
     ran:
-        Code that was run: the names of other code lead nowhere. Default: of any code.
+        Code that was run: only this code is searched. Default: all code.
+
+    Attributes
+    ----------
+    taken:
+        What :meth:`take_out` removed last, by the position of its holder and its name there.
     """
 
     def __init__(self, model: nn.Module, ran: Collection[CodeType] | None = None) -> None:
         self._model, self._ran = model, ran
-        self._noted: set[CodeType] = set()  # code that ran while this watched
+        self._noted: set[CodeType] = set()  # code that ran inside watching()
         self._seen: IdentitySet[Any] = IdentitySet()
         self._names: set[str] = set()
-        self._methods: dict[str, list[FunctionType]] = {}  # those that no name has led to yet
+        self._methods: dict[str, list[FunctionType]] = {}  # methods that no name refers to yet
         self._waiting: list[Any] = []
         self._holders: list[Any] = []
         self._generators: list[Any] = []
-        # containers that are attributes of modules, which ``module_state`` compares
+        # containers in attributes of modules; ``module_state`` compares these
         self._attributes: IdentitySet[Any] = IdentitySet()
-        self._memos: list[Any] = []  # functions that remember their results
-        self._outside: list[Any] = []  # functions that a profile sees
-        self._unseen = False  # functions, and iterators, that it does not
+        self._memos: list[Any] = []  # functions that cache their results
+        self._outside: list[Any] = []  # compiled functions whose calls a profile function sees
+        self._unseen = False  # whether there are functions or iterators that it does not see
         self._called = False
         self._sets = False
-        # what was taken out last: by the number of its holder, and its name there
         self.taken: dict[tuple[int, str], Any] = {}
         self._own = {type(module).__module__.partition(".")[0] for module in model.modules()}
         for module in model.modules():
@@ -100,6 +107,7 @@ class Reach:
         self._begin()
 
     def _begin(self) -> None:
+        """Save the state of generators and caches, and forget which code ran."""
         self._states = [state_of(own) for own in self._generators]
         self._misses = [memo.cache_info().misses for memo in self._memos]
         self._noted, self._called = set(), False
@@ -107,8 +115,12 @@ class Reach:
     # -- what was done
 
     def begin(self) -> bool:
-        """Compare with now instead, unless something leads elsewhere by now: then the code has to
-        be looked through anew.
+        """Take the present state as the one to compare with, if the containers are unchanged.
+
+        Returns
+        -------
+        False if a container or object has changed: the code may then lead elsewhere, and has to be
+        searched again.
         """
         if self._has_changed:
             return False
@@ -117,8 +129,10 @@ class Reach:
 
     @property
     def may_change(self) -> bool:
-        """Whether there is anything at all that a call may change, on the model's modules or
-        elsewhere, or may ask.
+        """Whether a call may change something at all, on the model's modules or elsewhere.
+
+        Also true if a call may use a function outside of Python, whose result may differ each
+        time.
         """
         return bool(
             self._sets or self._unseen or self._outside or self._generators or self._holders
@@ -126,7 +140,7 @@ class Reach:
 
     @property
     def drawn(self) -> bool:
-        """Whether a generator stands elsewhere than at first."""
+        """Whether the state of a random generator has changed."""
         return any(
             not same(before, state_of(own))
             for own, before in zip(self._generators, self._states, strict=True)
@@ -134,8 +148,10 @@ class Reach:
 
     @property
     def may_differ(self) -> bool:
-        """Whether a call has asked outside of Python, or has left something behind, so that the
-        next one may do something else.
+        """Whether the next call may do something else than the last one.
+
+        It may if the last call used a function outside of Python, or changed a container or an
+        object.
         """
         return (
             self._called
@@ -145,28 +161,40 @@ class Reach:
 
     @property
     def _has_changed(self) -> bool:
+        """Whether the content of a container or an object has changed."""
         return any(
             not same(before, content_of(own))
             for own, before in zip(self._holders, self._before, strict=True)
         )
 
     def put_back(self) -> None:
-        """Let all generators stand where they stood."""
+        """Restore the state of all random generators."""
         for own, before in zip(self._generators, self._states, strict=True):
             if not same(before, state_of(own)):
                 own.__setstate__(before)
 
     def take_out(self, is_foreign: Callable[[Any], bool], *, from_lists: bool = True) -> list[Any]:
-        """Take out of containers and objects what a call has put there that holds something of
-        this kind; returns all such.
+        """Remove foreign values that a call has put into containers and objects.
 
-        Attributes of modules stay as they are. Functions that have remembered a result since then
-        forget all of theirs, which they compute again.
+        Attributes of modules are left as they are. A function that has cached a result since the
+        last comparison loses all its cached results; it can compute them again.
+
+        Parameters
+        ----------
+        is_foreign:
+            Tells whether a value has to be removed.
+        from_lists:
+            Whether lists, sets and deques are searched, too.
+
+        Returns
+        -------
+        The foreign values that were found.
         """
         found: list[Any] = []
         self.taken = {}
 
         def holds(*values: Any) -> bool:
+            """Collect the foreign values among some values, and tell whether there are any."""
             foreign = [leaf for leaf in every_leaf(values) if is_foreign(leaf)]
             found.extend(foreign)
             return bool(foreign)
@@ -187,8 +215,9 @@ class Reach:
 
     @functools.cached_property
     def entries(self) -> list[Entry]:
-        """What is in dicts and objects that hold tensors, under plain names; attributes of modules
-        are left out.
+        """The entries with plain names in dicts and objects that hold tensors.
+
+        Attributes of modules are left out.
         """
         return [*self._entries()]
 
@@ -204,17 +233,18 @@ class Reach:
                     yield Entry(self, place, name, value)
 
     def take_out_tables(self) -> None:
-        """Take out of dicts and objects the tensors that a call has put there, which has run on
-        other values than the user's.
+        """Remove tensors that a call on example inputs has put into dicts and objects.
 
-        Lists and sets stay as they are: another thread may be adding to them.
+        Such a call runs on other values than the user's. Lists and sets are left as they are,
+        because another thread may be adding to them.
         """
         self.take_out(lambda leaf: isinstance(leaf, Tensor), from_lists=False)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note which code runs, and whether functions are called that may ask outside of
-        Python.
+        """Record which code runs, and whether it calls functions outside of Python.
+
+        Such a function may return something else at the next call: the time, for example.
         """
         if not (self._outside or self._unseen) or self._called:
             yield
@@ -222,6 +252,7 @@ class Reach:
         names = {own.__name__ for own in self._outside}
 
         def note(frame: Any, event: str, arg: Any) -> None:
+            """Record one event of :func:`sys.setprofile`."""
             if event == "call":
                 self._noted.add(frame.f_code)
             elif event == "c_call" and arg.__name__ in names and arg in self._outside:
@@ -237,15 +268,15 @@ class Reach:
     # -- the walk
 
     def _calculates(self, own: Any) -> bool:
-        """Whether what a module of Python holds gives the same for the same arguments."""
-        # a method of C's is of its class
+        """Tell whether a function or class belongs to a module that only computes."""
+        # a compiled method has its module at its class
         return self._trusts(getattr(getattr(own, "__objclass__", own), "__module__", None) or "")
 
     def _trusts(self, module: str) -> bool:
-        """Whether the code of a module computes, and no more.
+        """Tell whether the code of a module only computes.
 
-        Of the packages that are neither the model's own nor Python's that is taken for granted:
-        their code is not walked.
+        This is taken for granted of all packages but the model's own and Python's: their code is
+        not searched.
         """
         package = module.partition(".")[0]
         if module.startswith("numpy.random"):
@@ -255,6 +286,7 @@ class Reach:
         )
 
     def _add_module(self, module: nn.Module) -> None:
+        """Search the methods and attributes of a module of the model."""
         self._add_methods(type(module), ("forward",))
         own = [
             value
@@ -265,6 +297,11 @@ class Reach:
         note_nested(own, self._attributes)
 
     def _add_methods(self, kind: type, called: tuple[str, ...] = ()) -> None:
+        """Search the methods of a class that the code may call.
+
+        These are the special methods, those in ``called``, and those whose name occurs in the
+        code. The others wait until their name occurs.
+        """
         if kind in self._seen and not called:
             return
         self._seen.add(kind)
@@ -287,11 +324,13 @@ class Reach:
                             self._methods.setdefault(name, []).append(function)
 
     def _add_names(self, names: frozenset[str]) -> None:
+        """Search the methods that have these names."""
         for name in names - self._names:
             self._waiting += self._methods.pop(name, ())
         self._names |= names
 
     def _take(self, value: Any) -> None:
+        """Search one value, once."""
         if value in self._seen or isinstance(value, (*PLAIN_TYPES, Tensor, ModuleType)):
             return
         self._seen.add(value)
@@ -320,6 +359,7 @@ class Reach:
             self._take_object(value)
 
     def _take_function(self, function: FunctionType) -> None:
+        """Search what the code of a function refers to: defaults, closure, globals and imports."""
         if self._ran is not None and function.__code__ not in self._ran:
             return
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -346,6 +386,7 @@ class Reach:
                 self._holders.append(Globals(function.__globals__, bound["STORE_GLOBAL"]))
 
     def _take_class(self, kind: type) -> None:
+        """Search the methods of a class, whose attributes code can set."""
         if self._calculates(kind) or issubclass(kind, (BaseException, nn.Module)):
             return
         for base in kind.__mro__[:-1]:
@@ -355,6 +396,7 @@ class Reach:
         self._holders.append(kind)
 
     def _take_builtin(self, function: Any) -> None:
+        """Search a compiled function: the object to which it is bound, or the function itself."""
         owner = function.__self__
         if owner is None or isinstance(owner, (ModuleType, type)):
             if not self._calculates(
@@ -365,6 +407,7 @@ class Reach:
             self._waiting.append(owner)
 
     def _take_object(self, value: Any) -> None:
+        """Search an object that is neither a function nor a class."""
         kind = type(value)
         if isinstance(value, nn.Module):
             return  # of the model, or one beside it
@@ -393,13 +436,26 @@ class Reach:
                 self._waiting.append(value.bit_generator)
 
     def _add_holder(self, value: Any) -> None:
+        """Save the attributes of an object, and search them."""
         self._holders.append(value)
         self._waiting += without_plain(content_of(value).values())
 
 
 @dataclass(eq=False)
 class Entry:
-    """Something in a dict or an object outside of the model, which can be put away for a while."""
+    """An entry of a dict or an object outside of the model, which can be removed for a while.
+
+    Attributes
+    ----------
+    reach:
+        The search that found it.
+    place:
+        The position of its holder in that search.
+    name:
+        Its key or attribute name.
+    value:
+        Its value when it was found.
+    """
 
     reach: Reach
     place: int
@@ -408,16 +464,16 @@ class Entry:
 
     @property
     def key(self) -> tuple[int, str]:
-        """As it is named in what :meth:`Reach.take_out` has taken."""
+        """The key of this entry in :attr:`Reach.taken`."""
         return self.place, repr(self.name)
 
     @property
     def instead(self) -> list[Any]:
-        """What may stand there before it is filled: in a dict nothing."""
+        """Values that may be there before the entry is filled: in a dict, it may be missing."""
         return [MISSING] if isinstance(self.reach._holders[self.place], dict) else []
 
     def put(self, value: Any) -> None:
-        """Put something in its place, which counts as what was there before."""
+        """Put a value in the entry's place, and take it as the one to compare with."""
         holder = self.reach._holders[self.place]
         put_back(
             holder, store_of(holder), self.name, {} if value is MISSING else {self.name: value}
@@ -425,6 +481,6 @@ class Entry:
         self.reach._before[self.place] = content_of(holder)
 
     def now(self) -> Any:
-        """What is there."""
+        """Return the present value; :data:`MISSING` if there is none."""
         holder = self.reach._holders[self.place]
         return named_contents(holder, content_of(holder)).get(self.name, MISSING)
