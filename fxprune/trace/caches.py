@@ -1,10 +1,9 @@
-"""What forward keeps so as not to compute it again: a grid for the size of its last call, a table
-of positions.
+"""Results that forward keeps for later calls: a grid for a size, a table of positions.
 
-Where a call before pruning has left one, on a module or in a dict or an object beside the model,
-forward reads it, and a graph followed from there holds for that size only. Where it is forgotten,
-forward computes it from sizes, and so does the graph, for inputs of any size. That is the same
-model if what is computed is what was kept.
+A call before pruning may have left such a result on a module, or in a dict or an object beside the
+model. forward then reads it, and a graph traced from this state holds for that size only. If the
+result is removed, forward computes it from sizes, and so does the graph, for inputs of any size.
+This is the same model if what is computed equals what was kept.
 """
 
 from __future__ import annotations
@@ -41,22 +40,25 @@ def forgotten_caches(
     follow: Callable[[Call], tuple[fx.Graph, Mapping[str, Tensor]]],
     real: Callable[[Tensor], Tensor | None],
 ) -> Iterator[None]:
-    """What forward computes anew from sizes, and computes as it was, is not there.
+    """Remove cached results that forward computes again from sizes, if it computes the same.
 
-    It is taken from the modules for good, which are a copy, and for the time of this context from
-    what is outside of them.
+    They are removed from the modules for good, because these are a copy. What is outside of the
+    modules is restored on exit.
 
     Parameters
     ----------
+    model:
+        The meta copy that is traced.
     outside:
         What the model's code can reach.
     arguments:
-        The example's, on the meta device.
+        The arguments of the example, on the meta device.
     follow:
-        Traces the model as it is: the graph, and its constants by name. What it sets on the model
-        is undone here.
+        Traces the model in its present state, and returns the graph and its constants by name.
+        What
+        it sets on the model is undone here.
     real:
-        The data of a buffer or of another tensor of the model.
+        Returns the data of a buffer or of another tensor of the model.
     """
     kept: dict[Any, _ModuleAttribute | Entry] = {
         **dict(_kept(model)),
@@ -73,26 +75,29 @@ def forgotten_caches(
 
 @dataclass(frozen=True)
 class _ModuleAttribute:
-    """An attribute of a module."""
+    """An attribute of a module that may hold a cached result."""
 
     store: dict[str, Any]
     name: str
 
     @property
     def value(self) -> Any:
+        """The present value."""
         return self.store[self.name]
 
     @property
     def instead(self) -> list[Any]:
+        """Further values that may be there before the attribute is filled."""
         return []
 
     def put(self, value: Any) -> None:
+        """Set the attribute."""
         self.store[self.name] = value
 
 
 @dataclass(frozen=True)
 class _FollowedCall:
-    """A graph, and the attributes that forward has set, by their paths."""
+    """A traced call: its graph and constants, and the attributes that forward has set, by path."""
 
     graph: fx.Graph
     constants: Mapping[str, Tensor]
@@ -100,7 +105,7 @@ class _FollowedCall:
 
     @property
     def gives(self) -> list[Any]:
-        """Shapes and dtypes of the results."""
+        """The shapes and dtypes of the results; numbers as they are."""
         results: list[fx.Node] = []
         fx.node.map_arg(next(iter(reversed(self.graph.nodes))).args, results.append)
         values = [leaf for node in results for leaf in tree_leaves(node.meta["val"])]
@@ -108,6 +113,11 @@ class _FollowedCall:
 
 
 class _Forgetting:
+    """Removes cached results of one model.
+
+    Parameters are those of :func:`forgotten_caches`; ``kept`` holds the candidates by path or key.
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -125,14 +135,14 @@ class _Forgetting:
             real,
         )
         self._kept = kept
-        # what was put away outside of the model, and what stands there instead
+        # removed entries outside of the model, each with the value that is there instead
         self._away: list[tuple[Entry, Any]] = []
 
     def run(self) -> None:
-        """Forget what can be forgotten."""
+        """Remove all cached results that forward computes again."""
         now = self._followed(self.arguments)
         if now is None or not any(node.target is torch._assert for node in now.graph.nodes):
-            return  # it is for inputs of any size as it is
+            return  # the graph already holds for inputs of any size
         done: set[Any] = set()
         for path, place in self._kept.items():
             was = place.value
@@ -150,14 +160,16 @@ class _Forgetting:
                 place.put(was)
 
     def put_back(self) -> None:
-        """Let what is outside be as it was, unless another thread has computed it meanwhile."""
+        """Restore what is outside of the model, unless another thread has computed it again."""
         for entry, absent in self._away:
             if entry.now() is absent:
                 entry.put(entry.value)
 
     def _is_read(self, place: _ModuleAttribute | Entry, now: _FollowedCall) -> bool:
-        """Whether the graph may hold this: of what is outside, tensors are among its constants, or
-        numbers beside them.
+        """Tell whether the graph may contain a cached value.
+
+        An attribute of a module may always be read. A value outside may if it is a number, or if
+        one of its tensors equals a constant of the graph.
         """
         tensors = [leaf for leaf in tree_leaves(place.value) if isinstance(leaf, Tensor)]
         if isinstance(place, _ModuleAttribute) or not tensors:
@@ -170,6 +182,7 @@ class _Forgetting:
         )
 
     def _followed(self, arguments: Call) -> _FollowedCall | None:
+        """Trace a call, and restore the attributes of the model; None if it cannot be traced."""
         attributes = Attributes(self.model)
         try:
             graph, constants = self.follow(arguments)
@@ -183,7 +196,7 @@ class _Forgetting:
             attributes.restore()
 
     def _outside(self) -> dict[Any, AttributeChange]:
-        """What forward has set outside of the modules."""
+        """Return what forward has set outside of the modules."""
         known = {key: place.value for key, place in self._kept.items() if isinstance(place, Entry)}
         return {
             key: AttributeChange({}, "", str(key), known.get(key), None, value)
@@ -191,11 +204,21 @@ class _Forgetting:
         }
 
     def _computed_anew(self, path: Any, was: Any, now: _FollowedCall) -> set[Any]:
-        """What forward sets once it has forgotten the attribute at a path; nothing if that may
-        make another model of it.
+        """Return the paths that forward sets once the value at a path is removed.
 
-        ``now`` is what it does as long as it has not. What it sets there it does not read as it
-        was kept.
+        Empty if the removal may make another model of it. What forward sets is compared with what
+        was kept, for the example and for shorter inputs.
+
+        Parameters
+        ----------
+        path:
+            The path or key of the removed value.
+        was:
+            The removed value.
+        now:
+            The call before the removal. A value that this call sets, it does not read as kept; of
+            such a
+            value only the overlap is compared.
         """
         anew = self._followed(self.arguments)
         if (
@@ -231,15 +254,16 @@ class _Forgetting:
         return set(anew.changes) if compared else set()
 
     def _values(self, followed: _FollowedCall) -> dict[Any, Any]:
-        """What forward has set, computed from sizes and buffers; ``None`` where that is not all it
-        takes.
+        """Return what forward has set, computed from sizes and buffers.
+
+        A value that depends on more is None.
         """
         computed: dict[fx.Node, Any] = {}
         for node in followed.graph.nodes:
             computed[node] = self._value(node, computed, followed.constants)
 
         def value(node: fx.Node) -> Any:
-            """Sizes that nobody reads are in no graph."""
+            """Return the value of a node. A size that nobody reads is in no graph."""
             return (
                 computed[node]
                 if node in computed or holds_tensors(node.meta["val"])
@@ -251,6 +275,7 @@ class _Forgetting:
     def _value(
         self, node: fx.Node, computed: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]
     ) -> Any:
+        """Compute the value of one node from the values of others."""
         value = node.meta.get("val")
         if value == META:
             return _CPU
@@ -262,7 +287,7 @@ class _Forgetting:
         if node.op in ("call_function", "call_method") and (holds_tensors(value) or value is None):
             if any(computed[n] is None for n in values_read(node)):
                 return None
-            try:  # whatever it is that cannot be computed here: the attribute is kept
+            try:  # if it cannot be computed here, for whatever reason, the attribute is kept
                 return execute(
                     self.model,
                     node,
@@ -275,8 +300,9 @@ class _Forgetting:
         return None if holds_tensors(value) else value
 
     def _data(self, tensor: Any) -> Tensor | None:
-        """A tensor of the model with data, on the CPU; None for parameters, which may be
-        trained.
+        """Return a tensor of the model with its data, on the CPU.
+
+        None for a parameter, because training may change it.
         """
         data = (
             None
@@ -286,8 +312,15 @@ class _Forgetting:
         return None if data is None or data.is_meta else data.detach().cpu()
 
     def _same(self, kept: Any, computed: Any, how: str) -> bool:
-        """Whether what was kept is the ``whole`` of what is computed, ``begins`` with it, or is
-        equal where it ``overlaps``.
+        """Compare a kept value with a computed one.
+
+        Parameters
+        ----------
+        kept, computed:
+            Tensors, numbers, or containers of these.
+        how:
+            ``"whole"``: they are equal; ``"begins"``: the kept one begins with the computed one;
+            ``"overlaps"``: they are equal where they overlap.
         """
         if isinstance(computed, dict):
             same = isinstance(kept, dict) and kept.keys() == computed.keys()
@@ -304,6 +337,7 @@ class _Forgetting:
         return self._same_tensor(kept, computed, how)
 
     def _same_tensor(self, kept: Any, computed: Tensor, how: str) -> bool:
+        """Compare a kept tensor with a computed one (see ``_same``)."""
         data = self._data(kept)
         if data is None or data.dim() != computed.dim():
             return False
@@ -327,8 +361,9 @@ _CPU = torch.device("cpu")
 
 
 def _stand_in_like(computed: Any, node: fx.Node) -> Any:
-    """What was computed of an argument; of one whose shape and dtype alone are read anything that
-    has these.
+    """Return the computed value of an argument.
+
+    If only its shape and dtype are read, return any tensor that has these.
     """
     value = node.meta["val"]
     return (
@@ -339,8 +374,9 @@ def _stand_in_like(computed: Any, node: fx.Node) -> Any:
 
 
 def _shorter(arguments: Call) -> Iterator[Call]:
-    """The example with one of its dimensions, wherever it occurs, one shorter, and half as
-    long.
+    """Yield the example with one of its sizes made smaller by one, and halved.
+
+    The size is changed in all tensors that have it at the same dimension.
     """
     tensors: list[Tensor] = []
     map_tensors(tensors.append, arguments)
@@ -351,6 +387,7 @@ def _shorter(arguments: Call) -> Iterator[Call]:
             def shorter(
                 tensor: Tensor, dim: int = dim, size: int = size, less: int = less
             ) -> Tensor:
+                """Cut a tensor to the smaller size."""
                 return (
                     tensor.narrow(dim, 0, less)
                     if tensor.dim() > dim and tensor.shape[dim] == size
@@ -361,7 +398,7 @@ def _shorter(arguments: Call) -> Iterator[Call]:
 
 
 def _absent(value: Any) -> list[Any]:
-    """What may stand for something that is not there yet."""
+    """Return values that may be in place of a cached result before it is computed."""
     if isinstance(value, Tensor):
         return [None, value.new_empty((0,) * value.dim())]
     return (
@@ -374,8 +411,9 @@ def _absent(value: Any) -> list[Any]:
 
 
 def _kept(model: nn.Module) -> Iterator[tuple[str, _ModuleAttribute]]:
-    """Plain attributes that are there and that code which forward calls would set. A buffer may be
-    loaded from a file.
+    """Yield attributes of modules that code which forward calls sets, with their paths.
+
+    Buffers are left out, because they may be loaded from a file.
     """
     for path, module in model.named_modules():
         store, kind = vars(module), type(module)  # type: dict[str, Any], Any
@@ -389,7 +427,10 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, _ModuleAttribute]]:
 
 @functools.cache
 def _assigned_names(kind: type) -> frozenset[str]:
-    """Names of attributes that methods which forward calls, by their names, assign to."""
+    """Return the names of attributes to which methods assign that forward calls.
+
+    Methods are found by the names in the code.
+    """
     methods = {
         name: inspect.unwrap(own)
         for base in reversed(kind.__mro__)
@@ -412,7 +453,7 @@ def _assigned_names(kind: type) -> frozenset[str]:
 
 
 def _codes_of(code: types.CodeType | None) -> Iterator[types.CodeType]:
-    """A function's code and that of functions inside it."""
+    """Yield a function's code and the code of functions inside it."""
     if code is not None:
         yield code
         for constant in code.co_consts:

@@ -1,9 +1,9 @@
-"""Regions of forward that run without gradients, or in another precision: ``with
-torch.no_grad():``, ``with torch.autocast(...):``.
+"""Regions of forward that run without gradients or in another precision.
 
-Python enters and leaves them while a model is traced, and a graph of tensor operations alone would
-lose them. They become two nodes, around what was recorded in between, and a ``with`` block in the
-code of an emitted model.
+Examples are ``with torch.no_grad():`` and ``with torch.autocast(...):``. Python enters and leaves
+them while a model is traced, so a graph of tensor operations alone would lose them. They become
+two nodes, around what was recorded in between, and a ``with`` block in the code of an emitted
+model.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def enter(kind: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
 
 @torch.fx.has_side_effect
 def leave(region: AbstractContextManager[Any]) -> None:
-    """End what :func:`enter` began."""
+    """End a region that :func:`enter` began."""
     region.__exit__(None, None, None)
 
 
 BOUNDS = frozenset({enter, leave})
-"""What the two nodes of a region call. To look at a graph, on tensors without data, they need not
-run.
+"""The functions that the two nodes of a region call.
+
+They need not run to look at a graph on tensors without data.
 """
 
 
@@ -61,21 +62,32 @@ run.
 def recorded(
     begin: Callable[..., Any], end: Callable[[Any], None], mine: Callable[[str], bool]
 ) -> Iterator[None]:
-    """Tell of every region that is entered and left, from a file of which ``mine`` is true.
+    """Report every region that is entered and left inside this context.
 
-    ``begin(kind, *args, **kwargs)`` gets the arguments of :func:`enter`; what it returns is handed
-    to ``end``.
+    Parameters
+    ----------
+    begin:
+        Called as ``begin(kind, *args, **kwargs)`` with the arguments of :func:`enter`, before the
+        region is entered.
+    end:
+        Called with the result of ``begin``, before the region is left.
+    mine:
+        Tells of a file name whether ``with`` statements in this file are reported.
     """
     open_regions: IdentityMap[Any, Any] = IdentityMap()
 
     def watched(entering: Any, leaving: Any) -> tuple[Any, Any]:
+        """Return versions of a region's ``__enter__`` and ``__exit__`` that report their calls."""
+
         def on_enter(region: Any) -> Any:
+            """Report and enter a region."""
             if mine(_caller()):
                 name, args, kwargs = _region_described(region)
                 open_regions[region] = begin(name, *args, **kwargs)
             return entering(region)
 
         def on_exit(region: Any, *error: Any) -> Any:
+            """Report and leave a region."""
             if region in open_regions:
                 opened = open_regions[region]
                 open_regions.discard(region)
@@ -94,8 +106,9 @@ def recorded(
 
 
 def _caller() -> str:
-    """The file of the ``with`` statement, or of what calls the function that a region
-    decorates.
+    """Return the file of the ``with`` statement.
+
+    If a region decorates a function, return the file of that function's caller.
     """
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename in _HELPERS:
@@ -108,6 +121,7 @@ _HELPERS |= {torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__
 
 
 def _region_described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Return the kind, arguments and keyword arguments of a region for :func:`enter`."""
     if isinstance(region, torch.autocast):
         kwargs = {
             "dtype": region.fast_dtype,
@@ -123,10 +137,9 @@ def _region_described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]
 
 
 def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
-    """While this context lasts, the code that the graph generates has ``with`` blocks for its
-    regions.
+    """Generate code with ``with`` blocks for the regions of a graph inside this context.
 
-    They are left as well when something in between raises.
+    A ``with`` block is left even if something inside raises.
 
     Examples
     --------
@@ -147,6 +160,7 @@ def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
 
 
 def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:
+    """Replace calls of :func:`enter` and :func:`leave` in generated code by ``with`` blocks."""
     entries = {node.name for node in graph.nodes if node.target is enter}
     if not entries:
         return body

@@ -30,9 +30,7 @@ class Reached:
         self._found: Reach | None = None
 
     def now(self) -> Reach:
-        """Return what the code can reach, to be compared after a call of the model or a part of
-        it.
-        """
+        """Return what the code can reach, for a comparison after a call of the model."""
         if self._found is None or not self._found.begin():
             self._found = Reach(self._model)
         return self._found
