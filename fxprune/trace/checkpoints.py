@@ -38,9 +38,7 @@ def overwrites_what_is_kept(graph: fx.Graph, meta_copy: MetaCopy) -> bool:
         try:
             results = _results(graph, meta_copy)
         except RuntimeError:
-            return (
-                False  # a write into a parameter, for example: the model has no gradients either
-            )
+            return False  # such as a write into a parameter: the model has no gradients, either
     return any(map(_is_overwritten, _backward_functions(results)))
 
 

@@ -1,10 +1,9 @@
-"""Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused
-call.
+"""Composite leaves written in plain operations.
 
-``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that
-neither the widths of its heads nor the weights that depend on them can be seen from outside. It is
-replaced, in the copy that is traced, by the same computation written in plain operations. Names of
-parameters stay, hence the keys of the state dict.
+``nn.MultiheadAttention`` computes four projections and an attention in one C++ function. The
+widths of its heads and the weights that depend on them cannot be seen from outside. In the copy
+that is traced, it is replaced by the same computation in plain operations. The names of parameters
+stay, and so do the keys of the state dict.
 """
 
 from __future__ import annotations
@@ -21,16 +20,22 @@ __all__ = ["PlainAttention", "lower"]
 
 
 def lower(root: nn.Module) -> nn.Module:
-    """Replace, in place, every composite leaf below ``root``; return the root (another object when
-    the root itself was one).
+    """Replace every composite leaf below ``root`` in place.
 
+    Returns
+    -------
+    The root; another object if the root itself was replaced.
+
+    Examples
+    --------
     >>> lower(nn.Sequential(nn.MultiheadAttention(8, 2)))[0].__class__.__name__
     'PlainAttention'
     """
-    # a module that is used under two names stays one module
+    # a module with two names stays one module
     done: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
     def visit(module: nn.Module) -> nn.Module:
+        """Replace the composite leaves below a module, and the module itself if it is one."""
         if module not in done:
             done[module] = module
             for name, child in module._modules.items():
@@ -44,11 +49,16 @@ def lower(root: nn.Module) -> nn.Module:
 
 
 class PlainAttention(nn.Module):
-    """``nn.MultiheadAttention`` in plain operations: same parameters, same results, every width
-    visible in the graph.
+    """``nn.MultiheadAttention`` in plain operations, so that a graph shows every width.
 
-    Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its
-    dropout draws the same numbers.
+    It has the same parameters and gives the same results. It follows
+    :func:`torch.nn.functional.multi_head_attention_forward`, so that its dropout draws the same
+    numbers under one seed.
+
+    Parameters
+    ----------
+    source:
+        The module to replace. Parameters, buffers, children and settings are shared with it.
     """
 
     num_heads: int
@@ -57,19 +67,18 @@ class PlainAttention(nn.Module):
     batch_first: bool
     add_zero_attn: bool
     _qkv_same_embed_dim: bool
-    in_proj_weight: Tensor  # None where the three below are there
+    in_proj_weight: Tensor  # None if the three below exist
     q_proj_weight: Tensor
     k_proj_weight: Tensor
     v_proj_weight: Tensor
     in_proj_bias: Tensor | None
     bias_k: Tensor | None
-    bias_v: Tensor  # None where bias_k is
+    bias_v: Tensor  # None if bias_k is None
     out_proj: nn.Linear
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        # The parameters, buffers and children are shared with the source, as are its plain
-        # settings (num_heads, dropout, ...).
+        # shares parameters, buffers, children and settings (num_heads, dropout, ...)
         self.__dict__.update(source.__dict__)
 
     def forward(
@@ -83,6 +92,7 @@ class PlainAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute what :meth:`torch.nn.MultiheadAttention.forward` computes."""
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value)
         if not batched:
@@ -116,8 +126,8 @@ class PlainAttention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
             )
-        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the
-        # layout is part of the result.
+        # (tokens, batch, embed) first, as in torch.nn: a dropout that follows draws in memory
+        # order, so the layout is part of the result.
         out = self.out_proj(
             out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
         )
@@ -128,6 +138,7 @@ class PlainAttention(nn.Module):
         return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value after their projections."""
         bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
             if query is key and key is value:
@@ -142,7 +153,10 @@ class PlainAttention(nn.Module):
     def _mask(
         self, attn: Tensor | None, padding: Tensor | None, q: Tensor, added: int, batch: Any
     ) -> Tensor | None:
-        """Both masks as one float tensor, broadcastable to (batch, heads, tokens, source)."""
+        """Return both masks as one float tensor that broadcasts to (batch, heads, tokens, source).
+
+        ``added`` is the number of columns by which the source is longer than the masks.
+        """
         masks = []
         if attn is not None:
             attn = _as_float(attn, q)
@@ -158,6 +172,7 @@ class PlainAttention(nn.Module):
 
 
 def _as_float(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask as a float tensor that is added to the scores."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
     return mask

@@ -1,5 +1,6 @@
-"""A copy of a model without data in its parameters: it is traced, while the user's model is never
-called nor changed.
+"""Copies of a model without data in its parameters.
+
+Such a copy is traced, so that the user's model is neither called nor changed.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ __all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "s
 
 @dataclass(frozen=True)
 class MetaCopy:
-    """A structural copy of a model with parameters on the meta device.
+    """A copy of a model's structure, with parameters on the meta device.
 
-    ``real`` leads from a tensor of the meta copy to the tensor of the user's model that it stands
-    for, ``modules`` from a module of the meta copy to the user's; ``tensors`` are the meta copy's
-    parameters and buffers by name. ``reached`` is what the code of the whole model can reach.
+    Attributes
+    ----------
+    model:
+        The copied model.
+    real:
+        For each tensor of the copy, the tensor of the user's model.
+    tensors:
+        The parameters and buffers of the copy, by name.
+    reached:
+        What the code of the whole model can reach.
+    modules:
+        For each module of the copy, the module of the user's model.
     """
 
     model: nn.Module
@@ -45,7 +55,13 @@ class MetaCopy:
 
     @contextmanager
     def holding(self, values: IdentityMap[Tensor, Tensor]) -> Iterator[nn.Module]:
-        """The meta copy's model with other tensors, given by its own, for a while."""
+        """Replace tensors of the copy inside this context.
+
+        Parameters
+        ----------
+        values:
+            For tensors of the copy, the tensors to use instead.
+        """
         changed = put_tensors(self.model, values)
         try:
             yield self.model
@@ -54,8 +70,14 @@ class MetaCopy:
                 store[name] = tensor
 
     def instance(self, values: IdentityMap[Tensor, Tensor] | None = None) -> nn.Module:
-        """A copy of the meta copy's model to run: with these tensors, by its own, or with the
-        user's (buffers copied).
+        """Return a copy of the meta copy's model that can be run.
+
+        Parameters
+        ----------
+        values:
+            For each tensor of the meta copy, the tensor to use instead. Default: the user's
+            tensors,
+            with buffers copied.
         """
         memo: Memo = {}
         for tensor in self.tensors.values():
@@ -65,7 +87,7 @@ class MetaCopy:
                 tensor,
                 nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone(),
             )
-        if values is not None:  # where these lie, the model's constants have to be
+        if values is not None:  # the model's constants have to be on the same device
             place = next((value.device for value in values.values()), self.device)
             for key, own in self.real.items():
                 if not in_memo(memo, key) and own.grad_fn is None:
@@ -74,19 +96,32 @@ class MetaCopy:
 
     @property
     def device(self) -> torch.device:
-        """Where the user's model lies; without any tensor, on the CPU."""
+        """The device of the user's model; the CPU if the model has no tensors."""
         return next((tensor.device for tensor in self.real.values()), torch.device("cpu"))
 
     def part(self, path: str) -> MetaCopy:
-        """The meta copy of a module below."""
+        """Return the meta copy of a submodule.
+
+        Parameters
+        ----------
+        path:
+            The path of the submodule below the model.
+        """
         model = self.model.get_submodule(path)
         tensors = named_tensors(model)
         return replace(self, model=model, tensors=tensors)
 
 
 def meta_copy_of(model: nn.Module) -> MetaCopy:
-    """Copy a model's structure; parameters and float buffers become meta tensors, other buffers
-    data on the CPU, constants stay.
+    """Copy the structure of a model.
+
+    Parameters and float buffers become meta tensors, other buffers become copies on the CPU, and
+    constants keep their values.
+
+    Parameters
+    ----------
+    model:
+        The user's model; it is left as it is.
 
     Raises
     ------
@@ -97,6 +132,7 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
     real: IdentityMap[Tensor, Tensor] = IdentityMap()
 
     def stand_in(tensor: Tensor) -> None:
+        """Make the meta copy's tensor for a parameter or buffer."""
         if in_memo(memo, tensor):
             return
         if isinstance(tensor, nn.Parameter):
@@ -116,8 +152,8 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
     for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not in_memo(memo, value):
-                # Not a parameter, not a buffer: a constant whose value may matter, or one that a
-                # hook computes at each call.
+                # neither a parameter nor a buffer: a constant whose value may matter, or a tensor
+                # that a hook computes at each call
                 held = (
                     value.detach().clone()
                     if value.grad_fn is None
@@ -129,7 +165,7 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
         new_model = copy_of(model, memo)
     except TraceError:
         raise
-    except Exception as error:  # of a __deepcopy__ of the user's
+    except Exception as error:  # from a __deepcopy__ of the user
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
     meta_copy = lower(new_model)
     tensors = named_tensors(meta_copy)
@@ -143,16 +179,23 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """Call a model's train() or eval().
+    """Call a model's ``train()`` or ``eval()``.
+
+    Parameters
+    ----------
+    model:
+        The model, changed in place.
+    training:
+        Whether to call ``train()``.
 
     Raises
     ------
     ModelError
-        If it fails.
+        If the call fails.
     """
     try:
         in_mode(model, training)
-    except Exception as error:  # of a train() of the model's own
+    except Exception as error:  # from a train() of the model's own
         raise ModelError(
             f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: "
             f"{error} A module that torch.export has made is one graph in one mode: give the "
@@ -163,8 +206,18 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def put_tensors(
     model: nn.Module, new: IdentityMap[Tensor, Tensor]
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Put tensors into the places of registered ones, by which they are; returns (place, name,
-    what was there).
+    """Replace registered parameters and buffers of a model.
+
+    Parameters
+    ----------
+    model:
+        The model, changed in place.
+    new:
+        For tensors of the model, the tensors to use instead.
+
+    Returns
+    -------
+    For each replaced tensor the dictionary that holds it, its name there, and the old tensor.
     """
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
@@ -187,10 +240,23 @@ _STORE_KINDS = frozenset({dict, collections.OrderedDict, set})
 
 
 def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
-    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which
-    need no copy.
+    """Copy a module tree like ``copy.deepcopy``, but several times faster.
 
-    All modules are there before their attributes are copied, which may refer to any of them.
+    Most attributes are numbers, which need no copy. All modules are created before their
+    attributes are copied, because an attribute may refer to any module.
+
+    Parameters
+    ----------
+    module:
+        The root of the tree.
+    memo:
+        Objects to replace, and what replaces them. It must have all parameters and buffers; copies
+        are added to it.
+
+    Raises
+    ------
+    TraceError
+        If an attribute cannot be copied; the message names it.
     """
     shells: list[nn.Module] = []
     whole: list[nn.Module] = []
@@ -200,12 +266,12 @@ def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
         for name, value in vars(own).items():
             try:
                 new.__dict__[name] = attribute(name, value, memo)
-            except Exception as error:  # whatever its type says
+            except Exception as error:  # the attribute's class may raise any error
                 path = next((path for path, below in module.named_modules() if below is own), "")
                 raise TraceError(
                     _uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)
                 ) from error
-    for own in whole:  # their own copies know nothing of what their hooks refer to
+    for own in whole:  # their __deepcopy__ knows nothing of the objects that hooks refer to
         for old, new in zip(own.modules(), from_memo(memo, own).modules(), strict=True):
             vars(new).update(
                 {name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]}
@@ -213,7 +279,7 @@ def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
             vars(new).update(
                 {name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)}
             )
-            # They may leave out what a user has put there, as those of a torch.fx.GraphModule do.
+            # it may leave out attributes of the user, as that of torch.fx.GraphModule does
             vars(new).update(
                 {
                     name: attribute(name, value, memo)
@@ -226,6 +292,7 @@ def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
 
 
 def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
+    """Return the message for a model, or an attribute of it, that cannot be copied."""
     what = f"{model} cannot be copied" + (
         f": its attribute {path!r} is a {type(value).__name__}" if path else ""
     )
@@ -238,6 +305,15 @@ def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
 def _make_shells(
     module: nn.Module, memo: Memo, shells: list[nn.Module], whole: list[nn.Module]
 ) -> None:
+    """Create the modules of a copy, without attributes.
+
+    Parameters
+    ----------
+    shells:
+        The modules whose attributes remain to be copied are added here.
+    whole:
+        The modules that copy themselves (by ``__deepcopy__``) are added here.
+    """
     if in_memo(memo, module):
         return
     if hasattr(type(module), "__deepcopy__"):
@@ -260,10 +336,18 @@ def _make_shells(
 
 
 def attribute(name: str, value: Any, memo: Memo) -> Any:
-    """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands
-    in its place.
+    """Copy an attribute of a module.
+
+    Parameters
+    ----------
+    name:
+        The name of the attribute.
+    value:
+        Its value.
+    memo:
+        Objects to replace, and what replaces them.
     """
-    if name == "_compiled_call_impl":  # it would call the module that is copied
+    if name == "_compiled_call_impl":  # it would call the original module
         return None
     kind = type(value)
     if kind in _UNCOPIED or (kind is tuple and all(type(item) in _UNCOPIED for item in value)):

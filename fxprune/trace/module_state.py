@@ -1,10 +1,10 @@
-"""What forward keeps on its modules for its next call. A graph is one call: it would do the same
-each time.
+"""State that forward keeps on its modules for the next call.
 
-Not all that forward sets is state. What it only stores for somebody to look at changes nothing,
-and a table that follows from sizes is computed in the graph, whatever an earlier call has left. So
-where an attribute holds something else than before that may matter, forward is followed a second
-time, from there: with the same graph again there is no state.
+A graph is one call, which does the same each time, so a model with state cannot be traced. Not
+every attribute that forward sets is state. A value that nobody reads changes nothing, and a table
+that follows from sizes is computed in the graph, whatever an earlier call has left. So if an
+attribute that may matter has changed, forward is traced a second time from there. If the graph is
+the same, there is no state.
 """
 
 from __future__ import annotations
@@ -39,10 +39,22 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class AttributeChange:
-    """An attribute that holds something else after forward than before; ``path`` leads to it from
-    the root.
+    """An attribute whose value after forward differs from the value before.
 
-    ``contents`` is what a list, dict or set held before, which may itself be there still.
+    Attributes
+    ----------
+    store:
+        The dictionary that holds the attribute.
+    name:
+        Its name there.
+    path:
+        Its path from the root.
+    before:
+        Its value before forward.
+    contents:
+        What a list, dict or set held before, because it may itself have been changed.
+    after:
+        Its value after forward.
     """
 
     store: dict[str, Any]
@@ -54,18 +66,28 @@ class AttributeChange:
 
     @property
     def rebound(self) -> bool:
-        """False for a buffer that ``self.count += 1`` has written into: it is there still."""
+        """Whether the attribute is another object.
+
+        False for a buffer that ``self.count += 1`` has written into.
+        """
         return not is_again(node_of(self.after), self.path)
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """The nodes of what was traced of what is there now."""
+        """The nodes of traced values in the new value."""
         return [node for node in map(node_of, _leaves_with_sizes(self.after)) if node is not None]
 
     def computed(self, of: Callable[[fx.Node], Any]) -> Any:
-        """What is there now, with what ``of`` says of a node in the place of what was traced."""
+        """Return the new value with traced values replaced.
+
+        Parameters
+        ----------
+        of:
+            Returns the replacement for a node.
+        """
 
         def value(leaf: Any) -> Any:
+            """Replace a traced value, or the traced sizes in a tuple."""
             node = node_of(leaf)
             if node is not None:
                 return of(node)
@@ -75,8 +97,12 @@ class AttributeChange:
 
 
 class Attributes:
-    """The plain attributes, the parameters and the buffers of all modules as they are now, to be
-    compared and restored.
+    """The attributes, parameters and buffers of all modules, saved for comparison and restoring.
+
+    Parameters
+    ----------
+    root:
+        The model.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -96,7 +122,13 @@ class Attributes:
         ]
 
     def changes(self, ignore: Iterable[str] = ()) -> Iterator[AttributeChange]:
-        """What is different, but for the root's attributes named in ``ignore``."""
+        """Yield the attributes that have changed.
+
+        Parameters
+        ----------
+        ignore:
+            Paths of attributes to leave out.
+        """
         ignored = {*ignore}
         for path, store, before, contents in self._before:
             for name in [*store.keys() | before.keys()]:
@@ -117,7 +149,13 @@ class Attributes:
                     yield AttributeChange(store, name, full, old, contents.get(name), after)
 
     def restore(self, ignore: Iterable[str] = ()) -> None:
-        """Put everything back."""
+        """Restore all attributes that have changed.
+
+        Parameters
+        ----------
+        ignore:
+            Paths of attributes to leave out.
+        """
         for change in [*self.changes(ignore)]:
             if change.before is _MISSING:
                 del change.store[change.name]
@@ -128,8 +166,9 @@ class Attributes:
 
 
 def _leaves_with_sizes(value: Any) -> list[Any]:
-    """The leaves of nested containers, the sizes of a tensor among them, which are a tuple of a
-    class of its own.
+    """Return the leaves of nested containers.
+
+    A tensor's traced sizes are a tuple of a class of their own, and are returned one by one.
     """
     return [
         own
@@ -144,7 +183,7 @@ _LEAVES = (Tensor, nn.Module, *_PLAIN_VALUES)
 
 
 def _copy(value: Any) -> Any:
-    """A copy of a container and of those in it."""
+    """Copy a container and the containers in it."""
     if type(value) is set or all(
         isinstance(item, _LEAVES) for item in (value.values() if type(value) is dict else value)
     ):
@@ -153,6 +192,7 @@ def _copy(value: Any) -> Any:
 
 
 def _same_attribute(copied: Any, now: Any) -> bool:
+    """Tell whether a container still holds what it held when it was copied."""
     if type(now) is set:
         return bool(copied == now)
     before, after = tree_leaves(copied), tree_leaves(now)
@@ -162,29 +202,33 @@ def _same_attribute(copied: Any, now: Any) -> bool:
 
 
 def _refill(container: Any, contents: Any) -> None:
+    """Give a container its former contents."""
     container.clear()
     container.extend(contents) if type(container) is list else container.update(contents)
 
 
 def assigned(changes: Iterable[AttributeChange]) -> set[str]:
-    """Paths of what was set to something that was traced."""
+    """Return the paths of attributes that were set to traced values."""
     return {change.path for change in changes if change.rebound and change.nodes}
 
 
 def carried(changes: Iterable[AttributeChange]) -> list[AttributeChange]:
-    """Those that may make the next call another one: what depends on the values of inputs, and
-    what Python has computed.
+    """Return the changes that may make the next call another one.
+
+    These are values that depend on the values of inputs, and values that Python has computed.
     """
     return [change for change in changes if change.rebound and _carries(change.nodes)]
 
 
 def _carries(nodes: Sequence[fx.Node]) -> bool:
+    """Tell whether a new value with these nodes may change the next call."""
     return not nodes or any(map(follows_inputs, nodes))
 
 
 def values_read(node: fx.Node) -> Sequence[fx.Node]:
-    """The arguments of a call on whose values its result depends: of others it takes the shape,
-    the dtype or the device alone.
+    """Return the arguments of a call on whose values its result depends.
+
+    Of other arguments it reads the shape, the dtype or the device only.
     """
     name = name_of(node)
     return (
@@ -197,7 +241,7 @@ def values_read(node: fx.Node) -> Sequence[fx.Node]:
 
 
 def follows_inputs(node: fx.Node) -> bool:
-    """Whether a value depends on those of the inputs, and not on their sizes alone."""
+    """Tell whether a node depends on the values of inputs, not only on their sizes."""
     seen, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
@@ -211,7 +255,7 @@ def follows_inputs(node: fx.Node) -> bool:
 
 
 def keep(changes: Iterable[AttributeChange]) -> None:
-    """Leave on the modules what the call has left, for another one."""
+    """Set changed attributes on the modules for a further call, with traced values replaced."""
     for change in changes:
         if change.after is _MISSING:
             change.store.pop(change.name, None)
@@ -222,11 +266,16 @@ def keep(changes: Iterable[AttributeChange]) -> None:
 def same_graph(
     one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> bool:
-    """Whether two graphs do the same; ``constants`` and ``others`` are theirs by name, which may
-    be another one.
+    """Tell whether two graphs do the same.
 
-    What they hold their sizes to is no part of it: a second call finds in a table by its size what
-    the first has put there.
+    Checks of sizes are left out: a second call finds in a table what the first has put there.
+
+    Parameters
+    ----------
+    one, other:
+        The graphs.
+    constants, others:
+        Their constants by name. A constant may have another name in the other graph.
     """
     return first_difference(one, other, constants, others) is None
 
@@ -234,8 +283,9 @@ def same_graph(
 def first_difference(
     one: fx.Graph, other: fx.Graph, constants: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> fx.Node | None:
-    """The first node of a graph in whose place another graph does something else (see
-    :func:`same_graph`).
+    """Return the first node of a graph that differs from its counterpart in another graph.
+
+    None if the graphs do the same (see :func:`same_graph` for the parameters).
     """
     ones, theirs = _computing_nodes(one), _computing_nodes(other)
     for left, right, line, another in zip(
@@ -253,7 +303,7 @@ def first_difference(
 
 
 def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of a graph without its guards, and without numbers that nothing else reads."""
+    """Return the nodes of a graph without guards and without numbers that nothing else reads."""
     idle: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         number = node.op in ("call_function", "call_method") and isinstance(
@@ -265,6 +315,7 @@ def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _described(nodes: Sequence[fx.Node]) -> list[str]:
+    """Return a description of each node that does not depend on the names of nodes."""
     number = {node: f"%{place}" for place, node in enumerate(nodes)}
     return [
         repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__)))
