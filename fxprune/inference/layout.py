@@ -1,4 +1,4 @@
-"""Channels-last: weights are laid out so, and what a graph does has to take it."""
+"""Channels-last order: weights are stored in it, and graphs are changed to accept it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,38 @@ from fxprune.trace.aliasing import Memory, name_of
 __all__ = ["LAYOUTS", "lay_out", "take_any_layout"]
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of dimensions of images and videos, and of the weights of convolutions over
-them.
+"""The channels-last format by the number of dimensions of images and videos.
+
+Weights of convolutions over them have the same number of dimensions.
 """
 
 
 def lay_out(model: nn.Module) -> None:
-    """Bring weights of convolutions over images and volumes into channels-last order, in place."""
+    """Store weights of convolutions over images and volumes in channels-last order, in place."""
     for module in model.modules():
-        # none where a hook computes it
+        # None if a hook computes the weight
         weight = module._parameters.get("weight") if isinstance(module, _ConvNd) else None
         if weight is not None and weight.dim() in LAYOUTS:
             weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.dim()])
 
 
 def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -> None:
-    """Let a graph do the same on what was contiguous and is channels-last now, in place.
+    """Change a graph in place so that it computes the same on channels-last tensors.
+
+    Parameters
+    ----------
+    root:
+        The graph and its module.
+    memory:
+        The nodes that share memory in it.
+    channels_last:
+        Whether the model will get channels-last tensors.
 
     Raises
     ------
     ModelError
-        If it looks at memory that is written to later, which would be a copy then.
+        If the graph takes a view of memory that is written to later; the view would be a copy
+        then.
     """
     for node in root.graph.nodes:
         if not has(name_of(node, root), Trait.BY_LAYOUT):
@@ -60,10 +71,10 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
 
 
 def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an operation fails on what lies channels-last, as some that torch makes of others
-    do: it is tried on zeros.
+    """Tell whether an operation fails on channels-last tensors, but not on contiguous ones.
 
-    Tensors without data would not do: torch's rules for these import its compiler at their first
+    Some operations that torch composes of others do. The operation is tried on zeros. Tensors
+    without data would not do, because torch's rules for these import its compiler at their first
     call.
     """
     ranks = [operand.meta.get("rank") for operand in node.all_input_nodes]
@@ -75,7 +86,10 @@ def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
         return False
 
     def runs(channels_last: bool) -> bool:
+        """Tell whether the operation runs in a layout."""
+
         def probe(operand: fx.Node) -> Tensor:
+            """Return zeros for an operand."""
             rank = operand.meta["rank"]
             layout = LAYOUTS.get(rank) if channels_last else None
             return torch.zeros([2] * rank, device="cpu").contiguous(
@@ -86,7 +100,7 @@ def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
         try:
             with seeded(0), torch.inference_mode():
                 execute(root, node, args, kwargs)
-        except Exception:  # whatever it refuses
+        except Exception:  # the operation may raise any error
             return False
         return True
 
@@ -94,6 +108,7 @@ def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _make_contiguous(node: fx.Node) -> None:
+    """Make the operands of a node contiguous."""
     for operand in node.all_input_nodes:
         if operand.meta["rank"] in LAYOUTS:
             with node.graph.inserting_before(node):

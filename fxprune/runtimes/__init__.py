@@ -1,6 +1,6 @@
-"""Pruned models for other runtimes: ONNX files and exported programs, checked where they will run.
+"""Export of pruned models to ONNX files and exported programs, with a check of the file.
 
-``runner`` is a program of its own: it runs a file in a process that knows neither fxprune nor the
+``runner`` is a program of its own. It runs a file in a process that has neither fxprune nor the
 model's code.
 """
 
@@ -35,9 +35,9 @@ from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
 __all__ = ["export", "packages_of"]
 
 
-_TOLERANCE = 1e-4  # of float32 computed by another library, relative to the whole output
+_TOLERANCE = 1e-4  # relative error of float32 in another library, over a whole output
 _RUNNER = Path(__file__).with_name("runner.py")
-# bytes of weights that an ONNX file holds itself: protocol buffers end at 2 GiB
+# bytes of weights that one ONNX file may hold: protocol buffers are limited to 2 GiB
 _ONE_FILE = 3 * 2**29
 _FORMATS = {".onnx": "ONNX", ".pt2": "an exported program"}
 
@@ -51,39 +51,44 @@ def export(
     dynamic_batch: bool = True,
     check: bool = True,
 ) -> float | None:
-    """Write a model as ONNX (``.onnx``) or as a program of ``torch.export`` (``.pt2``), and run
-    what was written.
+    """Write a model as ONNX (``.onnx``) or as a ``torch.export`` program (``.pt2``).
 
     Parameters
     ----------
     model:
-        Any module; it is exported in ``eval`` mode and left as it is. Export the form that
-        :func:`fxprune.deploy` gives.
+        Any module. It is exported in ``eval`` mode and left as it is. Export the result of
+        :func:`fxprune.deploy`.
     example_inputs:
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     path:
-        Where it goes; the suffix says as what. An earlier file is replaced when all is written and
-        checked.
+        Where to write; the suffix selects the format. An existing file is replaced only after the
+        new
+        one is written and checked.
     dynamic_batch:
-        Take any batch size: the first dimension of every tensor that has as many rows as the first
-        one.
+        Accept any batch size. The batch is the first dimension of every tensor that has as many
+        rows
+        as the first tensor.
     check:
-        Run the file in a fresh process that imports neither fxprune nor the model's code, an ONNX
-        file in onnxruntime, on random inputs, of two batch sizes if that is dynamic, and compare.
+        Run the file on random inputs and compare with the model. This is done in a fresh process
+        that
+        imports neither fxprune nor the model's code; an ONNX file runs in onnxruntime. If the
+        batch is
+        dynamic, two batch sizes are tried.
 
-    Returns
-    -------
-    The largest relative error, ``||out - reference|| / ||reference||`` over all outputs; None
-    without a check.
+    Returns ------- The largest relative error of an output, ``||out - reference|| /
+    ||reference||``; None without a check.
 
     Raises
     ------
     ArgumentError
-        If the suffix is another one, or a package is missing that ONNX needs.
+        If the suffix is unknown, a package that ONNX needs is missing, or the path cannot be
+        written.
+    ModelError
+        If ``model`` is not a module.
     ExportError
         If torch cannot export the model.
     VerificationError
-        If the file does not run, or gives something else.
+        If the file does not run, or gives other results.
 
     Examples
     --------
@@ -133,9 +138,7 @@ def _written(
     dynamic_batch: bool,
     check: bool,
 ) -> float | None:
-    """Write the file beside its place, check it, and put it there; returns the error that was
-    measured.
-    """
+    """Write a file next to its place, check it, move it there, and return the measured error."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         file = Path(folder) / path.name
         packages = _write(model, args, kwargs, file, dynamic_batch)
@@ -159,7 +162,7 @@ def _write(
     file: Path,
     dynamic_batch: bool,
 ) -> list[str]:
-    """Write the file; returns the packages that have to be imported before it is read."""
+    """Write the file, and return the packages that must be imported before it is read."""
     shapes, written = None, io.BytesIO()
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
@@ -177,7 +180,7 @@ def _write(
                     kwargs,
                     dynamic_shapes=None if shapes is None else _by_name(model, shapes),
                 )
-                # not to the disk: where that is full, torch's writer ends the process
+                # to memory first: if the disk is full, torch's own writer ends the process
                 torch.export.save(program, written)
                 file.write_bytes(written.getbuffer())
                 return packages_of(program)
@@ -190,10 +193,10 @@ def _write(
                 "external_data": apart,
             }
             torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
-            return []  # onnxruntime has operations of its own
+            return []  # onnxruntime brings its own operations
     except OSError:
         raise
-    except Exception as error:  # torch raises dozens of kinds
+    except Exception as error:  # torch raises many kinds of errors
         hint = " Leave the batch as it is with dynamic_batch=False." if dynamic_batch else ""
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
@@ -203,8 +206,9 @@ def _write(
 
 
 def packages_of(program: torch.export.ExportedProgram) -> list[str]:
-    """The packages that define operations of the program: they are loaded here, under the names of
-    their operations.
+    """Return the names of the packages that define operations of an exported program.
+
+    A package counts if it is imported here under the namespace of its operations.
     """
     graphs = [
         module.graph
@@ -222,8 +226,9 @@ def packages_of(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The dynamic shapes as torch.export wants them: by position where there are no keywords, else
-    by name.
+    """Return dynamic shapes in the form that ``torch.export`` expects.
+
+    By position if there are no keyword arguments, and by parameter name otherwise.
     """
     args, kwargs = shapes
     if not kwargs:
@@ -234,19 +239,19 @@ def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters print progress."""
+    """Suppress the progress that exporters print."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
 def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
-    """Run the file on all calls in one process of its own; returns the largest relative error."""
+    """Run the file on all calls in a process of its own, and return the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
         packed = io.BytesIO()
-        plain = [(args, kwargs) for args, kwargs in calls]  # without a class of fxprune's
+        plain = [(args, kwargs) for args, kwargs in calls]  # plain tuples: no class of fxprune
         torch.save(tree_map_only(Tensor, Tensor.cpu, plain), packed)
         given.write_bytes(packed.getbuffer())
         ran = subprocess.run(
@@ -287,7 +292,7 @@ def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str])
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:
-    """Relative, in float64."""
+    """Return the relative error of an output, computed in float64."""
     output, reference = output.double(), reference.double()
     norm = float(reference.norm())
     return float((output - reference).norm()) / norm if norm else float(output.norm())

@@ -1,8 +1,7 @@
-"""Run an exported file in a process that knows nothing of where it came from: ``runner.py FILE
-INPUTS OUTPUTS [PACKAGE ...]``.
+"""Run an exported file: ``runner.py FILE INPUTS OUTPUTS [PACKAGE ...]``.
 
-The packages are those that define operations of the program: torch reads it only where they are
-imported.
+The process has neither fxprune nor the model's code. The packages define operations of the
+program; torch can read the program only after they are imported.
 """
 
 import importlib
@@ -10,7 +9,24 @@ import sys
 
 
 def run_file(file: str, given: str, got: str, *packages: str) -> None:
-    """Read a list of calls, run the file on each, and write the output tensors of each."""
+    """Run an exported file on a list of calls, and write the output tensors of each call.
+
+    Parameters
+    ----------
+    file:
+        The exported file.
+    given:
+        The file with the calls: a list of ``(args, kwargs)``.
+    got:
+        The file to write: a list of lists of tensors.
+    *packages:
+        The packages to import first.
+
+    Raises
+    ------
+    RuntimeError
+        If loading the file imports fxprune.
+    """
     import torch
     from torch.utils._pytree import tree_leaves, tree_map_only
 
