@@ -343,12 +343,14 @@ class _Names(dict[str, Any]):
         return super().__contains__(name) or name in self.real
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a name, as ``dict.get`` does."""
         try:
             return self[name]
         except KeyError:
             return default
 
     def keys(self) -> Any:
+        """Return all names."""
         return {**self.real, **self}.keys()
 
 
