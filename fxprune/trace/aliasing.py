@@ -79,16 +79,15 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     [False, True, True, False]
     """
     if node.op == "call_module":
-        return root is not None and bool(
-            getattr(root.get_submodule(str(node.target)), "inplace", False)
-        )
+        module = None if root is None else root.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    into = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
-    if into or node.target in _WRITING or _places(node.target):
+    is_asked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+    if is_asked or node.target in _WRITING or _written_arguments(node.target):
         return True
     name = name_of(node)
-    if _of_operator(node):
+    if _is_operator(node):
         return False  # is_ and and_ end with an underscore because they are keywords without it
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2] in AUGMENTED or name == "__setitem__"
@@ -103,24 +102,23 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
     """
     if not writes(node, root):
         return ()
-    places: list[fx.Node] = []
-    for place, name in _places(node.target):
-        fx.node.map_arg(
-            node.args[place] if place < len(node.args) else node.kwargs.get(name), places.append
-        )
-    if places:
-        return places
-    known = (
+    found: list[fx.Node] = []
+    for place, name in _written_arguments(node.target):
+        argument = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        fx.node.map_arg(argument, found.append)
+    if found:
+        return found
+    is_known = (
         node.op == "call_module"
         or node.target in _WRITING
         or hasattr(torch.ops.aten, name_of(node).strip("_"))
     )
-    fx.node.map_arg((first_of(node), node.kwargs.get("out")), places.append)
-    return places if known and places else node.all_input_nodes
+    fx.node.map_arg((first_of(node), node.kwargs.get("out")), found.append)
+    return found if is_known and found else node.all_input_nodes
 
 
 @functools.cache
-def _places(target: Any) -> tuple[tuple[int, str], ...]:
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
     """Return position and name of the arguments that an operation writes into.
 
     Empty if its schema is not known.
@@ -128,12 +126,11 @@ def _places(target: Any) -> tuple[tuple[int, str], ...]:
     target = getattr(target, "_opoverload", target)  # an operation of torch.library.custom_op
     if not isinstance(target, torch._ops.OpOverload):
         return ()
-    arguments = enumerate(target._schema.arguments)
-    return tuple(
-        (i, own.name)
-        for i, own in arguments
-        if own.alias_info is not None and own.alias_info.is_write
-    )
+    found = []
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((place, argument.name))
+    return tuple(found)
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -142,9 +139,8 @@ def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
     A result that is not known to be new may share memory with the first argument.
     """
     first = first_of(node)
-    if node.op not in ("call_function", "call_method", "call_module") or not isinstance(
-        first, fx.Node
-    ):
+    is_call = node.op in ("call_function", "call_method", "call_module")
+    if not is_call or not isinstance(first, fx.Node):
         return None
     return None if not writes(node, root) and _makes_new(node, root) else first
 
@@ -167,12 +163,12 @@ def _makes_new(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         # a module with parameters computes with them
         return next(root.get_submodule(str(node.target)).parameters(), None) is not None
-    if _of_operator(node):
+    if _is_operator(node):
         return node.target is not operator.getitem
     return _op_makes_new(name_of(node))
 
 
-def _of_operator(node: fx.Node) -> bool:
+def _is_operator(node: fx.Node) -> bool:
     """Tell whether a node calls a function of :mod:`operator`."""
     return node.op == "call_function" and getattr(operator, name_of(node), None) is node.target
 
@@ -184,9 +180,8 @@ def _op_makes_new(name: str) -> bool:
     if packet is None or has(name, Trait.MAY_GIVE_BACK):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    return not any(
-        entry.alias_info for schema in schemas if not schema.is_mutable for entry in schema.returns
-    )
+    results = [entry for schema in schemas if not schema.is_mutable for entry in schema.returns]
+    return not any(entry.alias_info for entry in results)
 
 
 def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
@@ -203,11 +198,9 @@ def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
         The module of the graph. Without it, a call of a module has the name ``""``.
     """
     if node.op == "call_module":
-        return (
-            ""
-            if root is None
-            else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
-        )
+        if root is None:
+            return ""
+        return _torch_class(root.get_submodule(str(node.target))).__name__.lower()
     if isinstance(node.target, torch._ops.OpOverload):
         return name_of_op(node.target)
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -218,12 +211,10 @@ def _torch_class(module: nn.Module) -> type:
 
     A parametrization makes a subclass with another name.
     """
-    kinds = (
-        kind
-        for kind in type(module).__mro__
-        if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
-    )
-    return next(kinds, type(module))
+    for kind in type(module).__mro__:
+        if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules."):
+            return kind
+    return type(module)
 
 
 def _reads_values(node: fx.Node) -> bool:
@@ -277,23 +268,19 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         nodes = list(graph.nodes)
-        self._writing = [
-            (place, to) for place, node in enumerate(nodes) for to in written(node, root)
-        ]
+        self._place = {node: place for place, node in enumerate(nodes)}
+        self._writes: list[tuple[int, fx.Node]] = []  # places of calls, and what they write into
+        self._last_read: dict[fx.Node, int] = {}  # places of calls
         self._source = {node: shares(node, root) for node in nodes}
         self.base: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
-        for node, source in self._source.items():
+        for place, node in enumerate(nodes):
+            self._writes += [(place, to) for to in written(node, root)]
+            readers = filter(_reads_values, node.users)
+            self._last_read[node] = max(map(self._place.__getitem__, readers), default=-1)
+            source = self._source[node]
             base = self.base[node] = node if source is None else self.base[source]
             self._families.setdefault(base, []).append(node)
-        self._place = {node: place for place, node in enumerate(nodes)}
-        self._last_read = {
-            node: max(
-                (self._place[user] for user in node.users if _reads_values(user)),
-                default=-1,
-            )
-            for node in nodes
-        }
 
     def roots(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield a node and the nodes whose memory it may use, the nearest first."""
@@ -307,15 +294,14 @@ class Memory:
 
         If one of them reads a parameter or buffer, all nodes that read the same one are included.
         """
-        nodes = {node for _, to in self._writing for node in self.roots(to)}
+        nodes = {node for _, to in self._writes for node in self.roots(to)}
         stored = {node.target for node in nodes if node.op == "get_attr"}
-        return nodes | {
-            node for node in self._source if node.op == "get_attr" and node.target in stored
-        }
+        reads = [node for node in self._source if node.op == "get_attr"]
+        return nodes | {node for node in reads if node.target in stored}
 
     def written_after(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes that may be written into after a node has run."""
-        return [to for place, to in self._writing if place > self._place[node]]
+        return [to for place, to in self._writes if place > self._place[node]]
 
     def changed_behind(self, view: fx.Node) -> bool:
         """Tell whether a view must stay a view.
@@ -323,21 +309,17 @@ class Memory:
         It must if the view or the memory it views is written to, and the other is read afterwards.
         """
         base = self.base[view]
-        writing = [
-            (place, to)
-            for place, to in self._writing
-            if place > self._place[view] and self.base[to] is base
-        ]
-        if not writing:
+        later = [(place, to) for place, to in self._writes if place > self._place[view]]
+        writes_to_base = [(place, to) for place, to in later if self.base[to] is base]
+        if not writes_to_base:
             return False
         through = {node for node in self._families[base] if view in self.roots(node)}
         beside = set(self._families[base]) - through
         outlives = base.op in ("placeholder", "get_attr")
-        for place, to in writing:
+        for place, to in writes_to_base:
             others = beside if to in through else through
-            if (outlives and to in through) or any(
-                self._last_read[other] > place for other in others
-            ):
+            is_read = any(self._last_read[other] > place for other in others)
+            if is_read or (outlives and to in through):
                 return True
         return False
 
@@ -363,10 +345,9 @@ class Snapshot:
 
     def shares_memory_with(self, tensor: Tensor) -> bool:
         """Tell whether a tensor shares memory with a saved one."""
-        own = tensor.untyped_storage().data_ptr()
-        return own != 0 and any(
-            own == held.untyped_storage().data_ptr() for held, _, _ in self._taken
-        )
+        address = tensor.untyped_storage().data_ptr()
+        saved = [taken.untyped_storage().data_ptr() for taken, _, _ in self._taken]
+        return address != 0 and address in saved
 
     def changed(self) -> str | None:
         """Return the ``what`` of the first tensor that has changed; None if there is none."""
@@ -435,7 +416,7 @@ class Undone:
         """Save a tensor, and those that share its memory, before it is written."""
         memory = _memory_of(tensor)
         if memory in self._tensors and memory not in self._saved:
-            self._saved[memory] = [own.detach().clone() for _, own in self._tensors[memory]]
+            self._saved[memory] = [saved.detach().clone() for _, saved in self._tensors[memory]]
             self.written |= {name for name, _ in self._tensors[memory]}
 
 
@@ -448,7 +429,7 @@ class _Writes(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, name in _places(func):
+        for place, name in _written_arguments(func):
             for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
                 self.undone.save(tensor)
         return func(*args, **kwargs)

@@ -86,7 +86,7 @@ class _ModuleAttribute:
         return self.store[self.name]
 
     @property
-    def instead(self) -> list[Any]:
+    def empty_values(self) -> list[Any]:
         """Further values that may be there before the attribute is filled."""
         return []
 
@@ -135,7 +135,7 @@ class _Forgetting:
             real,
         )
         self._kept = kept
-        # removed entries outside of the model, each with the value that is there instead
+        # removed entries outside of the model, each with the value that is there empty_values
         self._away: list[tuple[Entry, Any]] = []
 
     def run(self) -> None:
@@ -149,7 +149,7 @@ class _Forgetting:
             for absent in (
                 ()
                 if path in done or not self._is_read(place, now)
-                else [*place.instead, *_absent(was)]
+                else [*place.empty_values, *_absent(was)]
             ):
                 place.put(absent)
                 anew = self._computed_anew(path, was, now)

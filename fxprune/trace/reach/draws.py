@@ -18,7 +18,7 @@ from torch import nn
 
 from fxprune.common.random_state import undrawn
 from fxprune.trace.reach.reached import Reached
-from fxprune.trace.reach.references import followed_along, references_of
+from fxprune.trace.reach.references import follow_attributes, references_of
 from fxprune.trace.reach.walk import Reach
 
 __all__ = ["drawing", "undrawn_by"]
@@ -73,20 +73,18 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """
     watch, before = _DrawWatch(), sys.getprofile()
 
-    def mine() -> bool:
+    def may_have_drawn() -> bool:
         """Tell whether code of this thread may have drawn."""
-        alone = threading.active_count() == 1
-        return (
-            alone
-            or watch.draws
-            or any(own is _NUMPYS for own in Reach(model, watch.seen)._generators)
-        )
+        if threading.active_count() == 1 or watch.draws:
+            return True
+        generators = Reach(model, watch.seen).generators
+        return any(generator is _NUMPY_GENERATOR for generator in generators)
 
     with undrawn() as drawn:
         sys.setprofile(watch)
         try:
-            # mine() first: drawn() itself calls functions of the generators
-            yield lambda: mine() and drawn()
+            # in this order: drawn() itself calls functions of the generators
+            yield lambda: may_have_drawn() and drawn()
         finally:
             sys.setprofile(before)
 
@@ -104,19 +102,22 @@ class _DrawWatch:
         if event == "c_call":
             self.draws |= _leads_to_generator(called)
         elif event == "call" and not self.draws:
-            code = frame.f_code
-            if code.co_freevars:
-                self.draws |= any(
-                    _leads_to_generator(frame.f_locals.get(name)) for name in code.co_freevars
-                )
-            if code not in self.seen:
-                self.seen.add(code)
-                self.draws |= _may_draw(frame)
+            self._enter(frame)
+
+    def _enter(self, frame: FrameType) -> None:
+        """Note that a function starts to run."""
+        code = frame.f_code
+        if code.co_freevars:
+            closure = [frame.f_locals.get(name) for name in code.co_freevars]
+            self.draws |= any(map(_leads_to_generator, closure))
+        if code not in self.seen:
+            self.seen.add(code)
+            self.draws |= _may_draw(frame)
 
 
 def _is_process_wide(generator: Any) -> bool:
     """Tell whether an object is the global generator of :mod:`random` or of NumPy."""
-    return generator is _PYTHONS or generator is _NUMPYS
+    return generator is _PYTHON_GENERATOR or generator is _NUMPY_GENERATOR
 
 
 def _leads_to_generator(value: Any) -> bool:
@@ -129,17 +130,20 @@ def _leads_to_generator(value: Any) -> bool:
     )
 
 
-_PYTHONS: Any = random.random.__self__  # type: ignore[attr-defined]
+_PYTHON_GENERATOR: Any = random.random.__self__  # type: ignore[attr-defined]
 
 
-_NUMPYS: Any = np.random.random.__self__
+_NUMPY_GENERATOR: Any = np.random.random.__self__
 
 
-_METHODS = frozenset(
-    name
-    for name, value in vars(np.random).items()
-    if _is_process_wide(getattr(value, "__self__", None))
-)
+def _numpy_methods() -> Iterator[str]:
+    """Yield the names of the functions of ``numpy.random`` that draw from its global generator."""
+    for name, value in vars(np.random).items():
+        if _is_process_wide(getattr(value, "__self__", None)):
+            yield name
+
+
+_METHODS = frozenset(_numpy_methods())
 
 
 def _may_draw(frame: FrameType) -> bool:
@@ -148,14 +152,15 @@ def _may_draw(frame: FrameType) -> bool:
     It may if it imports NumPy, if a name that it reads leads to NumPy's generator, or if it reads
     an attribute of an unknown object that is named like a method of that generator.
     """
-    known = frame.f_globals
-    if str(known.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
+    names = frame.f_globals
+    if str(names.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
         return False
-    chains, imported, _, _, _, attributes = references_of(frame.f_code)
-    if not _METHODS.isdisjoint(attributes) or any(name.startswith("numpy") for name in imported):
+    references = references_of(frame.f_code)
+    imports_numpy = any(name.startswith("numpy") for name in references.imported)
+    if imports_numpy or not _METHODS.isdisjoint(references.attributes):
         return True
-    return any(
-        _leads_to_generator(value)
-        for name, *rest in chains
-        for value in followed_along(known.get(name), rest)[-1:]
-    )
+    for name, *rest in references.chains:
+        *_, last = follow_attributes(names.get(name), rest)
+        if _leads_to_generator(last):
+            return True
+    return False

@@ -96,52 +96,56 @@ def take_out_of(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[An
     What was removed from a dict or an object, by its name there; empty for other containers.
     """
     if isinstance(holder, (list, collections.deque)):
-        known = IdentitySet(value for value in before)
-        for place in reversed(range(len(holder))):  # other threads may append at the same time
-            if holder[place] not in known and holds(holder[place]):
-                del holder[place]
+        _take_out_of_list(holder, before, holds)
     elif isinstance(holder, set):
-        for value in [
-            value
-            for key, value in content_of(holder).items()
-            if key not in before and holds(value)
-        ]:
-            holder.discard(value)
+        _take_out_of_set(holder, before, holds)
     elif not isinstance(holder, np.ndarray):
-        was, now, store = (
-            named_contents(holder, before),
-            named_contents(holder, content_of(holder)),
-            store_of(holder),
-        )
-        changed = [name for name, value in now.items() if value is not was.get(name, was)]
-        foreign = [name for name in changed if holds(name, now[name])]
-        if foreign and not isinstance(holder, dict):
-            foreign = changed  # attributes that belong to a cached tensor, such as its size
-        for name in foreign:
-            put_back(holder, store, name, was)
-        return {name: now[name] for name in foreign}
+        return _take_out_of_names(holder, before, holds)
     return {}
+
+
+def _take_out_of_list(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
+    """Remove new entries from a list or deque if ``holds`` accepts them."""
+    known = IdentitySet(value for value in before)
+    for place in reversed(range(len(holder))):  # other threads may append at the same time
+        if holder[place] not in known and holds(holder[place]):
+            del holder[place]
+
+
+def _take_out_of_set(holder: set[Any], before: Any, holds: Callable[..., bool]) -> None:
+    """Remove new members from a set if ``holds`` accepts them."""
+    new = [value for key, value in content_of(holder).items() if key not in before]
+    for value in filter(holds, new):
+        holder.discard(value)
+
+
+def _take_out_of_names(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
+    """Restore names of a dict or an object if ``holds`` accepts what is there; return that."""
+    was = named_contents(holder, before)
+    now = named_contents(holder, content_of(holder))
+    store = store_of(holder)
+    changed = [name for name, value in now.items() if value is not was.get(name, was)]
+    foreign = [name for name in changed if holds(name, now[name])]
+    if foreign and not isinstance(holder, dict):
+        foreign = changed  # attributes that belong to a cached tensor, such as its size
+    for name in foreign:
+        put_back(holder, store, name, was)
+    return {name: now[name] for name in foreign}
 
 
 def named_contents(holder: Any, content: Any) -> dict[Any, Any]:
     """Return the content of a dict or an object (see :func:`content_of`) by name."""
+    if not isinstance(holder, dict):
+        return content
     half = len(content) // 2
-    return (
-        dict(zip(content[:half], content[half:], strict=True))
-        if isinstance(holder, dict)
-        else content
-    )
+    return dict(zip(content[:half], content[half:], strict=True))
 
 
 def store_of(holder: Any) -> dict[Any, Any] | None:
     """Return the dictionary in which a holder's names are stored; None for an object."""
-    return (
-        holder.store
-        if isinstance(holder, Globals)
-        else holder
-        if isinstance(holder, dict)
-        else None
-    )
+    if isinstance(holder, Globals):
+        return holder.store
+    return holder if isinstance(holder, dict) else None
 
 
 def has_tensors(named: dict[Any, Any]) -> bool:
@@ -170,9 +174,10 @@ def put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any
     # of a class cannot be written to.
     if store is None:
         kind: Any = type if isinstance(holder, type) else object
-        kind.__setattr__(holder, name, was[name]) if name in was else kind.__delattr__(
-            holder, name
-        )
+        if name in was:
+            kind.__setattr__(holder, name, was[name])
+        else:
+            kind.__delattr__(holder, name)
     elif name in was:
         store[name] = was[name]
     else:
@@ -210,10 +215,10 @@ def state_of(value: Any) -> Any:
     if not hasattr(type(value), "__setstate__"):
         return None
     try:
-        made = value.__reduce_ex__(2)
+        reduced = value.__reduce_ex__(2)
     except Exception:
         return None
-    return made[2] if isinstance(made, tuple) and len(made) > 2 else None
+    return reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
 
 
 def same(one: Any, other: Any) -> bool:

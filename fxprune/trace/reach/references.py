@@ -10,24 +10,25 @@ from types import (
     CodeType,
     ModuleType,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fxprune.common.identity import IdentitySet
 
 __all__ = [
-    "CALCULATING",
-    "NOT_OF_THE_USER",
+    "COMPUTING_PACKAGES",
+    "MODULE_ATTRIBUTES",
+    "References",
+    "add_nested",
     "code_within",
-    "followed_along",
+    "follow_attributes",
     "is_function",
-    "note_nested",
     "references_of",
 ]
 
 
-CALCULATING = frozenset(
+COMPUTING_PACKAGES = frozenset(
     {
         "builtins",
         "math",
@@ -41,7 +42,7 @@ CALCULATING = frozenset(
         "re",
     }
 )
-CALCULATING |= {
+COMPUTING_PACKAGES |= {
     "collections",
     "_collections",
     "_collections_abc",
@@ -53,7 +54,7 @@ CALCULATING |= {
     "torch",
     "fxprune",
 }
-CALCULATING |= {
+COMPUTING_PACKAGES |= {
     "numpy",
     "_io",
     "io",
@@ -72,15 +73,15 @@ Looking through their code is not needed.
 """
 
 
-def note_nested(values: Iterable[Any], found: IdentitySet[Any]) -> None:
+def add_nested(values: Iterable[Any], found: IdentitySet[Any]) -> None:
     """Add to ``found`` the containers among some values, and the containers nested in them."""
     for value in values:
         if type(value) in (list, tuple, dict, set) and value not in found:
             found.add(value)
-            note_nested(value.values() if type(value) is dict else value, found)
+            add_nested(value.values() if type(value) is dict else value, found)
 
 
-NOT_OF_THE_USER = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Names of the attributes that every module has."""
 
 
@@ -89,7 +90,7 @@ def is_function(value: Any) -> bool:
     return callable(value) and inspect.getattr_static(value, "__qualname__", None) is not None
 
 
-def followed_along(value: Any, attributes: list[str]) -> list[Any]:
+def follow_attributes(value: Any, attributes: list[str]) -> list[Any]:
     """Return the objects on a chain of attributes.
 
     The chain is followed as far as this runs no code of the user.
@@ -126,45 +127,63 @@ def followed_along(value: Any, attributes: list[str]) -> list[Any]:
 
 def _is_computed(kind: type, name: str) -> bool:
     """Tell whether an attribute of a class is a property."""
-    own = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-    return isinstance(own, (property, functools.cached_property))
+    member = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    return isinstance(member, (property, functools.cached_property))
+
+
+class References(NamedTuple):
+    """The names and attributes to which the code of a function refers.
+
+    Attributes
+    ----------
+    chains:
+        Each name that the function reads from outside, followed by the attributes read of it.
+    imported:
+        The modules that it imports.
+    names:
+        All names in its code.
+    sets_attributes:
+        Whether it sets attributes.
+    bound:
+        The global names (``"STORE_GLOBAL"``) and closure variables (``"STORE_DEREF"``) that it
+        binds.
+    attributes:
+        The attributes that it reads of other values.
+    """
+
+    chains: list[list[str]]
+    imported: list[str]
+    names: frozenset[str]
+    sets_attributes: bool
+    bound: dict[str, list[str]]
+    attributes: list[str]
 
 
 @functools.lru_cache(maxsize=4096)
-def references_of(
-    code: CodeType,
-) -> tuple[list[list[str]], list[str], frozenset[str], bool, dict[str, list[str]], list[str]]:
-    """Return the names and attributes to which the code of a function refers.
-
-    Returns
-    -------
-    A tuple of six items:
-
-    1. chains: each name that the function reads from outside, followed by the attributes read of
-    it, 2. the modules that it imports, 3. all names in its code, 4. whether it sets attributes, 5.
-    the global names (``"STORE_GLOBAL"``) and closure variables (``"STORE_DEREF"``) that it binds,
-    6. the attributes that it reads of other values.
-    """
+def references_of(code: CodeType) -> References:
+    """Return the names and attributes to which the code of a function refers."""
     chains: list[list[str]] = []
     imported: list[str] = []
-    others: list[str] = []
+    attributes: list[str] = []
     bound: dict[str, list[str]] = {"STORE_GLOBAL": [], "STORE_DEREF": []}  # by instruction
-    sets = follows = False
-    for at in dis.get_instructions(code):
-        sets |= at.opname == "STORE_ATTR"
-        if at.opname in bound:
-            bound[at.opname].append(at.argval)
-        if at.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
-            chains.append([at.argval])
-            follows = True
-        elif at.opname in ("LOAD_ATTR", "LOAD_METHOD") and follows:
-            chains[-1].append(at.argval)
-        elif at.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            others.append(at.argval)
+    sets_attributes = in_chain = False
+    for step in dis.get_instructions(code):
+        sets_attributes |= step.opname == "STORE_ATTR"
+        if step.opname in bound:
+            bound[step.opname].append(step.argval)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
+            chains.append([step.argval])
+            in_chain = True
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and in_chain:
+            chains[-1].append(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            attributes.append(step.argval)
         else:
-            follows = follows and at.opname == "PUSH_NULL"
-            imported += [at.argval] if at.opname == "IMPORT_NAME" else []
-    return chains, imported, frozenset(code.co_names), sets, bound, others
+            in_chain = in_chain and step.opname == "PUSH_NULL"
+            imported += [step.argval] if step.opname == "IMPORT_NAME" else []
+    return References(
+        chains, imported, frozenset(code.co_names), sets_attributes, bound, attributes
+    )
 
 
 def code_within(code: CodeType) -> Iterator[CodeType]:
