@@ -46,19 +46,19 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         Store weights of convolutions over images and volumes in channels-last order, in which GPUs
         compute. Give inputs as ``x.to(memory_format=torch.channels_last)``, so that no copies are
         needed. False: keep the order. It is also kept if Python code remains beside the graphs, as
-        in
-        detectors, because ``view`` and writes in place there depend on it.
+        in detectors, because ``view`` and writes in place there depend on it.
 
-    Returns ------- A module in ``eval`` mode whose parameters need no gradient. Its outputs differ
-    by rounding only. Its state dict has other names than the model's: to train or prune further,
-    keep the model, or what :meth:`~fxprune.Pruned.save` wrote.
+    Returns
+    -------
+    A module in ``eval`` mode whose parameters need no gradient. Its outputs differ by rounding
+    only. Its state dict has other names than the model's: to train or prune further, keep the
+    model, or what :meth:`~fxprune.Pruned.save` wrote.
 
     Raises
     ------
     ModelError
         If there is no graph in the model, or if the model writes through a view that would be a
-        copy
-        in channels-last order.
+        copy in channels-last order.
 
     Examples
     --------

@@ -28,8 +28,8 @@ def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> di
     root:
         The graph and its module, changed in place.
     changing:
-        Nodes whose memory something in the graph writes to; these stay, too
-        (see :meth:`fxprune.trace.aliasing.Memory.changing`).
+        Nodes whose memory something in the graph writes to; these stay, too (see
+        :meth:`fxprune.trace.aliasing.Memory.changing`).
 
     Returns
     -------

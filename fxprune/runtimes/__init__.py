@@ -62,21 +62,19 @@ def export(
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     path:
         Where to write; the suffix selects the format. An existing file is replaced only after the
-        new
-        one is written and checked.
+        new one is written and checked.
     dynamic_batch:
         Accept any batch size. The batch is the first dimension of every tensor that has as many
-        rows
-        as the first tensor.
+        rows as the first tensor.
     check:
         Run the file on random inputs and compare with the model. This is done in a fresh process
-        that
-        imports neither fxprune nor the model's code; an ONNX file runs in onnxruntime. If the
-        batch is
-        dynamic, two batch sizes are tried.
+        that imports neither fxprune nor the model's code; an ONNX file runs in onnxruntime. If the
+        batch is dynamic, two batch sizes are tried.
 
-    Returns ------- The largest relative error of an output, ``||out - reference|| /
-    ||reference||``; None without a check.
+    Returns
+    -------
+    The largest relative error of an output, ``||out - reference|| / ||reference||``; None without
+    a check.
 
     Raises
     ------

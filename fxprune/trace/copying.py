@@ -134,8 +134,7 @@ def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
     ------
     Exception
         ``error``, if a copy would release a shared resource when it is deleted, or if an object
-        that
-        has to be shared refers to replaced objects, iterators or tensors.
+        that has to be shared refers to replaced objects, iterators or tensors.
     """
     kind, layout = type(value), _layout(value)
     if layout is None:

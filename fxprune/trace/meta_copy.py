@@ -76,8 +76,7 @@ class MetaCopy:
         ----------
         values:
             For each tensor of the meta copy, the tensor to use instead. Default: the user's
-            tensors,
-            with buffers copied.
+            tensors, with buffers copied.
         """
         memo: Memo = {}
         for tensor in self.tensors.values():

@@ -36,8 +36,7 @@ def undrawn_by(reached: Reached) -> Iterator[None]:
     ----------
     reached:
         What the model's code can reach. Contexts of the same ``reached`` may follow each other,
-        but
-        must not be nested.
+        but must not be nested.
     """
     reach = reached.now()
     try:

@@ -88,8 +88,7 @@ def take_out_of(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[An
         What :func:`content_of` returned for the holder before the run.
     holds:
         Tells whether the values given to it (a name and its value, or one entry) hold something
-        that
-        has to be removed.
+        that has to be removed.
 
     Returns
     -------
