@@ -45,18 +45,17 @@ def overwrites_what_is_kept(graph: fx.Graph, meta_copy: MetaCopy) -> bool:
 @contextmanager
 def _trainable(meta_copy: MetaCopy) -> Iterator[None]:
     """Let parameters of the meta copy require gradients where those of the model do."""
-    asked = [
-        own
-        for own in meta_copy.tensors.values()
-        if isinstance(own, nn.Parameter) and meta_copy.real[own].requires_grad
-    ]
+    changed = []
+    for tensor in meta_copy.tensors.values():
+        if isinstance(tensor, nn.Parameter) and meta_copy.real[tensor].requires_grad:
+            changed.append(tensor)
     try:
-        for own in asked:
-            own.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(True)
         yield
     finally:
-        for own in asked:
-            own.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(False)
 
 
 def _results(graph: fx.Graph, meta_copy: MetaCopy) -> list[Tensor]:
@@ -86,11 +85,9 @@ def _as_input(tensor: Tensor) -> Tensor:
     """Return a tensor like the output of an earlier layer: it may need gradients."""
     with torch.no_grad():
         tensor = tensor.clone()
-    return (
-        tensor.requires_grad_().clone()
-        if tensor.is_floating_point() or tensor.is_complex()
-        else tensor
-    )
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.requires_grad_().clone()
+    return tensor
 
 
 def _backward_functions(results: list[Tensor]) -> Iterator[Any]:

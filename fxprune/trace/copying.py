@@ -58,40 +58,49 @@ def copied(value: Any, memo: Memo) -> Any:
     if in_memo(memo, value):
         return from_memo(memo, value)
     kind = type(value)
-    if kind is types.FunctionType:
-        return _function(value, memo) if _refers(value, memo) else value
-    if kind is types.MethodType:
-        if not _refers(value, memo):
-            return value
-        return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
-    if kind is functools.partial:
-        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
-        return functools.partial(
-            copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords
-        )
+    if kind in (types.FunctionType, types.MethodType, functools.partial):
+        return _copied_callable(value, memo)
     if kind is weakref.ref:
-        held = value()
-        return (
-            value
-            if held is None or not in_memo(memo, held)
-            else weakref.ref(from_memo(memo, held))
-        )
-    if kind is list:
-        new: list[Any] = []
-        to_memo(memo, value, new)
-        new.extend(copied(item, memo) for item in value)
-        return new
-    if kind in _MAPPINGS:
-        made: dict[Any, Any] = kind()
-        to_memo(memo, value, made)
-        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
-        return made
-    if kind in _COPIED_SEQUENCES:
-        return kind(copied(item, memo) for item in value)
+        target = value()
+        is_replaced = target is not None and in_memo(memo, target)
+        return weakref.ref(from_memo(memo, target)) if is_replaced else value
+    if kind in _COPIED_SEQUENCES or kind in _MAPPINGS:
+        return _copied_container(value, memo)
     # for example what a hook has kept from a step of training
     if isinstance(value, Tensor) and value.grad_fn is not None:
         return to_memo(memo, value, value.detach().clone())
     return _deepcopied(value, memo)
+
+
+def _copied_callable(value: Any, memo: Memo) -> Any:
+    """Copy a partial, or a function or method that leads to replaced objects."""
+    kind = type(value)
+    if kind is functools.partial:
+        args = [copied(item, memo) for item in (value.func, *value.args)]
+        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
+        return functools.partial(*args, **keywords)
+    if not _refers(value, memo):
+        return value
+    if kind is types.FunctionType:
+        return _copied_function(value, memo)
+    return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
+
+
+def _copied_container(value: Any, memo: Memo) -> Any:
+    """Copy a built-in container and what it holds.
+
+    A list or dict is registered before its entries are copied, because it may hold itself.
+    """
+    kind: Any = type(value)
+    if kind is list:
+        made = to_memo(memo, value, kind())
+        made.extend(copied(item, memo) for item in value)
+        return made
+    if kind in _MAPPINGS:
+        made = to_memo(memo, value, kind())
+        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        return made
+    return kind(copied(item, memo) for item in value)
 
 
 def _deepcopied(value: Any, memo: Memo) -> Any:
@@ -105,7 +114,8 @@ def _deepcopied(value: Any, memo: Memo) -> Any:
     try:
         made = copy.deepcopy(value, trial)
     except Exception as error:
-        trial = memo | memo_of((held, held) for held in _reached(value) if _is_shared(held))
+        shared = filter(_is_shared, _reached(value))
+        trial = memo | memo_of((item, item) for item in shared)
         try:
             made = copy.deepcopy(value, trial)
         except Exception:
@@ -136,33 +146,34 @@ def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
         ``error``, if a copy would release a shared resource when it is deleted, or if an object
         that has to be shared refers to replaced objects, iterators or tensors.
     """
-    kind, layout = type(value), _layout(value)
+    layout = _layout(value)
     if layout is None:
-        if _refers(value, memo) or any(
-            isinstance(held, (Iterator, Tensor)) for held in _reached(value)
-        ):
+        has_state = any(isinstance(item, (Iterator, Tensor)) for item in _reached(value))
+        if has_state or _refers(value, memo):
             raise error
         return value
-    if hasattr(kind, "__del__"):
+    if hasattr(type(value), "__del__"):
         raise error
-    if layout in (tuple, frozenset):
-        made = to_memo(
-            memo,
-            value,
-            layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)]),
-        )
-    else:
-        made = to_memo(memo, value, layout.__new__(kind))
-    if layout in _MAPPINGS:
-        layout.update(
-            made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)}
-        )
-    elif layout in _CONTAINERS:
-        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+    made = _new_of_layout(value, layout, memo)
     for name, item in slots_of(value).items():
         object.__setattr__(made, name, copied(item, memo))
     for name, item in getattr(value, "__dict__", {}).items():
         vars(made)[name] = copied(item, memo)
+    return made
+
+
+def _new_of_layout(value: Any, layout: Any, memo: Memo) -> Any:
+    """Create an object of the same class, with copies of what the built-in class holds in it."""
+    kind = type(value)
+    if layout in (tuple, frozenset):
+        items = [copied(item, memo) for item in layout.__iter__(value)]
+        return to_memo(memo, value, layout.__new__(kind, items))
+    made = to_memo(memo, value, layout.__new__(kind))
+    if layout in _MAPPINGS:
+        items = [(copied(key, memo), copied(item, memo)) for key, item in layout.items(value)]
+        layout.update(made, dict(items))
+    elif layout in _CONTAINERS:
+        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
     return made
 
 
@@ -172,18 +183,17 @@ def _layout(value: Any) -> Any:
     None if the object has more state, which Python does not see.
     """
     kind = type(value)
-    layout = next(own for own in kind.__mro__ if own in _LAYOUTS)
+    layout = next(base for base in kind.__mro__ if base in _LAYOUTS)
     above = kind.__mro__[: kind.__mro__.index(layout)]
     return layout if layout is not object or all(map(_is_of_python, above)) else None
 
 
 def _is_of_python(kind: type) -> bool:
     """Tell whether a class was made by a class statement rather than in C."""
-    own = vars(kind)
-    functions = any(isinstance(member, types.FunctionType) for member in own.values())
+    members = vars(kind)
     return (
-        functions
-        or not own.keys().isdisjoint(("__weakref__", "__slots__"))
+        any(isinstance(member, types.FunctionType) for member in members.values())
+        or not members.keys().isdisjoint(("__weakref__", "__slots__"))
         or any(map(_is_of_python, kind.__bases__))
     )
 
@@ -235,6 +245,7 @@ def hooks_apart(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
 
 
 def _hook_apart(hook: Any, memo: Memo) -> Any:
+    """Copy one hook and the containers into which it collects."""
     for container in _collections(hook):
         _copied_apart(container, memo)
     if type(hook) is types.MethodType:
@@ -261,11 +272,9 @@ def _copied_apart(value: Any, memo: Memo) -> Any:
     ):
         made = to_memo(memo, value, copy.copy(value))
         for name, item in vars(value).items():
-            vars(made)[name] = (
-                _copied_apart(item, memo)
-                if type(item) in _CONTAINERS
-                else from_memo(memo, item, item)
-            )
+            is_container = type(item) in _CONTAINERS
+            new = _copied_apart(item, memo) if is_container else from_memo(memo, item, item)
+            vars(made)[name] = new
         return made
     return value
 
@@ -282,19 +291,16 @@ def hooks_of(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
     memo:
         The modules to replace, and what replaces them. The containers are added to it.
     """
-    memo |= memo_of(
-        (container, container) for hook in hooks.values() for container in _collections(hook)
-    )
+    for hook in hooks.values():
+        memo |= memo_of((container, container) for container in _collections(hook))
     return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
 
 
 def _collections(function: Any) -> list[Any]:
     """Return the lists, dicts and sets that a function holds in its closure and defaults."""
-    return (
-        [held for held in _objects_held(function) if type(held) in _CONTAINERS]
-        if type(function) is types.FunctionType
-        else []
-    )
+    if type(function) is not types.FunctionType:
+        return []
+    return [item for item in _objects_held(function) if type(item) in _CONTAINERS]
 
 
 def _rebound(value: Any, memo: Memo) -> Any:
@@ -302,28 +308,25 @@ def _rebound(value: Any, memo: Memo) -> Any:
     return copied(value, memo) if _refers(value, memo) else value
 
 
-def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+def _copied_function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
     """Copy a function with its closure, default arguments and global names rebound."""
     cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
     closure = tuple(new for _, new, _ in cells) or None
-    named = {
-        name: value for name, value in _globals(function, memo).items() if _refers(value, memo)
-    }
-    space = _Names(function.__globals__) if named else function.__globals__
+    found = _globals(function, memo)
+    replaced = {name: value for name, value in found.items() if _refers(value, memo)}
+    names = _Names(function.__globals__) if replaced else function.__globals__
     made = types.FunctionType(
-        function.__code__, space, function.__name__, function.__defaults__, closure
+        function.__code__, names, function.__name__, function.__defaults__, closure
     )
     to_memo(memo, function, made)  # first, because its cells may refer to it
-    space |= {name: copied(value, memo) for name, value in named.items()}
+    names |= {name: copied(value, memo) for name, value in replaced.items()}
     made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
-    made.__qualname__, made.__kwdefaults__ = (
-        function.__qualname__,
-        _rebound(function.__kwdefaults__, memo),
-    )
+    made.__qualname__ = function.__qualname__
+    made.__kwdefaults__ = _rebound(function.__kwdefaults__, memo)
     made.__defaults__ = _rebound(function.__defaults__, memo)
-    for cell, new, fresh in cells:
-        if fresh and is_filled(cell):
+    for cell, new, is_new in cells:
+        if is_new and is_filled(cell):
             new.cell_contents = _rebound(cell.cell_contents, memo)
     return made
 
@@ -353,11 +356,11 @@ class _Names(dict[str, Any]):
         return {**self.real, **self}.keys()
 
 
-def _file(space: dict[str, Any]) -> dict[str, Any]:
+def _module_globals(names: dict[str, Any]) -> dict[str, Any]:
     """Return the globals of the module in which a function was defined."""
-    while isinstance(space, _Names):
-        space = space.real
-    return space
+    while isinstance(names, _Names):
+        names = names.real
+    return names
 
 
 def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
@@ -365,14 +368,15 @@ def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
 
     These are modules and tensors that are replaced, and functions of the same file.
     """
-    space, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
+    names, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
     for code in codes:
-        codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
+        codes += [item for item in code.co_consts if isinstance(item, types.CodeType)]
         for name in code.co_names:
-            value = space.get(name)
-            replaced = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
-            if replaced or (
-                isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)
+            value = names.get(name)
+            if isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value):
+                found[name] = value
+            elif isinstance(value, types.FunctionType) and (
+                _module_globals(value.__globals__) is _module_globals(names)
             ):
                 found[name] = value
     return found
@@ -383,10 +387,10 @@ def _cell(cell: types.CellType, memo: Memo) -> tuple[types.CellType, bool]:
 
     Functions that share a cell share its copy.
     """
-    fresh = not in_memo(memo, cell)
-    if fresh:
+    is_new = not in_memo(memo, cell)
+    if is_new:
         to_memo(memo, cell, types.CellType())
-    return from_memo(memo, cell), fresh
+    return from_memo(memo, cell), is_new
 
 
 def is_filled(cell: types.CellType) -> bool:
@@ -399,7 +403,7 @@ def is_filled(cell: types.CellType) -> bool:
 
 def _refers(value: Any, memo: Memo) -> bool:
     """Tell whether a value leads to an object that is replaced."""
-    return any(in_memo(memo, own) for own in _reached(value, memo))
+    return any(in_memo(memo, item) for item in _reached(value, memo))
 
 
 def _reached(value: Any, memo: Memo | None = None) -> Iterator[Any]:
@@ -410,13 +414,17 @@ def _reached(value: Any, memo: Memo | None = None) -> Iterator[Any]:
     seen: IdentitySet[Any] = IdentitySet()
     waiting = [value]
     while waiting:
-        own = waiting.pop()
-        if own not in seen:
-            seen.add(own)  # keeps it alive: each access to a bound method makes a new object
-            yield own
-            waiting += _objects_held(own) if memo is None or not in_memo(memo, own) else []
-            if memo is not None and isinstance(own, types.FunctionType) and not in_memo(memo, own):
-                waiting += _globals(own, memo).values()
+        item = waiting.pop()
+        if item in seen:
+            continue
+        seen.add(item)  # keeps it alive: each access to a bound method makes a new object
+        yield item
+        if memo is None:
+            waiting += _objects_held(item)
+        elif not in_memo(memo, item):
+            waiting += _objects_held(item)
+            if isinstance(item, types.FunctionType):
+                waiting += _globals(item, memo).values()
 
 
 def _objects_held(value: Any) -> list[Any]:
