@@ -373,11 +373,11 @@ def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
         codes += [item for item in code.co_consts if isinstance(item, types.CodeType)]
         for name in code.co_names:
             value = names.get(name)
-            if isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value):
-                found[name] = value
-            elif isinstance(value, types.FunctionType) and (
-                _module_globals(value.__globals__) is _module_globals(names)
-            ):
+            if isinstance(value, types.FunctionType):
+                leads_on = _module_globals(value.__globals__) is _module_globals(names)
+            else:
+                leads_on = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
+            if leads_on:
                 found[name] = value
     return found
 

@@ -18,6 +18,9 @@ from fxprune.common.identity import IdentityMap
 
 __all__ = ["PlainAttention", "lower"]
 
+_Masks = tuple[Tensor | None, Tensor | None]
+"""The attention mask and the mask of padded keys."""
+
 
 def lower(root: nn.Module) -> nn.Module:
     """Replace every composite leaf below ``root`` in place.
@@ -94,12 +97,37 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what :meth:`torch.nn.MultiheadAttention.forward` computes."""
         batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._batch_first(*self._project(query, key, value), batched)
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        masks = attn_mask, key_padding_mask
+        out, weights = self._attend(q, k, v, masks, need_weights, is_causal)
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         if not batched:
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
+
+    def _batch_first(
+        self, q: Tensor, k: Tensor, v: Tensor, batched: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value in the shape (batch, tokens, embed)."""
+        if not batched:
+            return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        if not self.batch_first:
+            return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        return q, k, v
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, masks: _Masks, need_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the projected attention as (tokens, batch, embed), and its weights per head.
+
+        Query, key and value are (batch, tokens, embed). The weights are None if not needed.
+        """
         if self.bias_k is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], dim=1)
             v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], dim=1)
@@ -111,31 +139,29 @@ class PlainAttention(nn.Module):
         added = 1 if self.bias_k is not None else 0
         if self.add_zero_attn:
             k, v, added = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added + 1
-        mask = self._mask(attn_mask, key_padding_mask, q, added, batch)
-        weights = None
-        if need_weights:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-            weights = F.dropout(weights, p=self.dropout, training=self.training)
-            out = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
-        else:
-            dropout = self.dropout if self.dropout > 0 and self.training else 0.0
-            causal = is_causal and mask is None
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
+        mask = self._mask(*masks, q, added, batch)
+        weights = self._weights(q, k, mask) if need_weights else None
+        out = self._fused(q, k, v, mask, is_causal) if weights is None else weights @ v
         # (tokens, batch, embed) first, as in torch.nn: a dropout that follows draws in memory
         # order, so the layout is part of the result.
-        out = self.out_proj(
-            out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        out = out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        return self.out_proj(out), weights
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attention weights after dropout."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        return F.dropout(weights, p=self.dropout, training=self.training)
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Return the attention without its weights."""
+        dropout = self.dropout if self.dropout > 0 and self.training else 0.0
+        causal = is_causal and mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
-        if not batched:
-            out = out.squeeze(1)
-        elif self.batch_first:
-            out = out.transpose(0, 1)
-        return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value after their projections."""

@@ -80,17 +80,14 @@ class MetaCopy:
         """
         memo: Memo = {}
         for tensor in self.tensors.values():
-            own = self.real[tensor].detach() if values is None else values[tensor]
-            to_memo(
-                memo,
-                tensor,
-                nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone(),
-            )
+            new = self.real[tensor].detach() if values is None else values[tensor]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            to_memo(memo, tensor, nn.Parameter(new, False) if is_parameter else new.clone())
         if values is not None:  # the model's constants have to be on the same device
-            place = next((value.device for value in values.values()), self.device)
-            for key, own in self.real.items():
-                if not in_memo(memo, key) and own.grad_fn is None:
-                    to_memo(memo, key, own.detach().to(place, copy=True))
+            device = next((value.device for value in values.values()), self.device)
+            for tensor, real in self.real.items():
+                if not in_memo(memo, tensor) and real.grad_fn is None:
+                    to_memo(memo, tensor, real.detach().to(device, copy=True))
         return copy_of(self.model, memo)
 
     @property
@@ -129,52 +126,57 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
     """
     memo: Memo = {}
     real: IdentityMap[Tensor, Tensor] = IdentityMap()
-
-    def stand_in(tensor: Tensor) -> None:
-        """Make the meta copy's tensor for a parameter or buffer."""
-        if in_memo(memo, tensor):
-            return
-        if isinstance(tensor, nn.Parameter):
-            new: Tensor = nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
-        elif tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
-            new = torch.empty_like(tensor, device=META)
-        else:
-            new = tensor.detach().to("cpu", copy=True)
-        to_memo(memo, tensor, new)
-        real[new] = tensor
-
     modules = list(model.modules())
-    for module in modules:
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                stand_in(tensor)
-    for module in modules:
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not in_memo(memo, value):
-                # neither a parameter nor a buffer: a constant whose value may matter, or a tensor
-                # that a hook computes at each call
-                held = (
-                    value.detach().clone()
-                    if value.grad_fn is None
-                    else torch.empty_like(value, device=META)
-                )
-                real[held] = value
-                to_memo(memo, value, held)
+    for tensor in _registered_tensors(modules):
+        if not in_memo(memo, tensor):
+            real[to_memo(memo, tensor, _copied_registered(tensor))] = tensor
+    for tensor in _tensor_attributes(modules):
+        if not in_memo(memo, tensor):
+            real[to_memo(memo, tensor, _copied_attribute(tensor))] = tensor
     try:
         new_model = copy_of(model, memo)
     except TraceError:
         raise
     except Exception as error:  # from a __deepcopy__ of the user
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
-    meta_copy = lower(new_model)
-    tensors = named_tensors(meta_copy)
-    return MetaCopy(
-        meta_copy,
-        real,
-        tensors,
-        Reached(meta_copy),
-        IdentityMap((from_memo(memo, module), module) for module in modules),
-    )
+    lowered = lower(new_model)
+    pairs = ((from_memo(memo, module), module) for module in modules)
+    return MetaCopy(lowered, real, named_tensors(lowered), Reached(lowered), IdentityMap(pairs))
+
+
+def _registered_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules."""
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _copied_registered(tensor: Tensor) -> Tensor:
+    """Return the meta copy of a parameter or buffer."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
+        return torch.empty_like(tensor, device=META)
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _tensor_attributes(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the tensors in plain attributes of modules."""
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _copied_attribute(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor that is neither a parameter nor a buffer.
+
+    It is a constant, whose values may matter, or a hook computes it at each call.
+    """
+    if tensor.grad_fn is None:
+        return tensor.detach().clone()
+    return torch.empty_like(tensor, device=META)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
@@ -260,44 +262,43 @@ def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
     shells: list[nn.Module] = []
     whole: list[nn.Module] = []
     _make_shells(module, memo, shells, whole)
-    for own in shells:
-        new = from_memo(memo, own)
-        for name, value in vars(own).items():
+    for shell in shells:
+        new = from_memo(memo, shell)
+        for name, value in vars(shell).items():
             try:
                 new.__dict__[name] = attribute(name, value, memo)
             except Exception as error:  # the attribute's class may raise any error
-                path = next((path for path, below in module.named_modules() if below is own), "")
-                raise TraceError(
-                    _uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)
-                ) from error
-    for own in whole:  # their __deepcopy__ knows nothing of the objects that hooks refer to
-        for old, new in zip(own.modules(), from_memo(memo, own).modules(), strict=True):
-            vars(new).update(
-                {name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]}
-            )
-            vars(new).update(
-                {name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)}
-            )
-            # it may leave out attributes of the user, as that of torch.fx.GraphModule does
-            vars(new).update(
-                {
-                    name: attribute(name, value, memo)
-                    for name, value in vars(old).items()
-                    if name not in vars(new)
-                }
-            )
+                paths = (path for path, below in module.named_modules() if below is shell)
+                path = f"{next(paths, '')}.{name}".lstrip(".")
+                raise TraceError(_uncopied(type(module).__name__, path, value, error)) from error
+    for root in whole:
+        for old, new in zip(root.modules(), from_memo(memo, root).modules(), strict=True):
+            _complete(new, old, memo)
     copied_module: nn.Module = from_memo(memo, module)
     return copied_module
 
 
+def _complete(new: nn.Module, old: nn.Module, memo: Memo) -> None:
+    """Give a module that a ``__deepcopy__`` has made its hooks and missing attributes.
+
+    A ``__deepcopy__`` knows nothing of the objects that hooks refer to. It may leave out
+    attributes of the user, as that of ``torch.fx.GraphModule`` does.
+    """
+    source, target = vars(old), vars(new)
+    target.update({name: hooks_apart(source[name], memo) for name in HOOKS if source[name]})
+    target.update({name: source[name].copy() for name in HOOKS_CALLED if source.get(name)})
+    for name, value in source.items():
+        if name not in target:
+            target[name] = attribute(name, value, memo)
+
+
 def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
     """Return the message for a model, or an attribute of it, that cannot be copied."""
-    what = f"{model} cannot be copied" + (
-        f": its attribute {path!r} is a {type(value).__name__}" if path else ""
-    )
+    where = f": its attribute {path!r} is a {type(value).__name__}" if path else ""
     return (
-        f"{what} ({type(error).__name__}: {error}). fxprune traces a copy so that your model "
-        "stays untouched: make it copyable with copy.deepcopy, or keep it outside of the model."
+        f"{model} cannot be copied{where} ({type(error).__name__}: {error}). "
+        "fxprune traces a copy so that your model stays untouched: make it copyable with "
+        "copy.deepcopy, or keep it outside of the model."
     )
 
 
@@ -354,7 +355,6 @@ def attribute(name: str, value: Any, memo: Memo) -> Any:
     if kind in _STORE_KINDS and not value:
         return value.copy()
     if kind is dict and name in ("_parameters", "_buffers", "_modules"):
-        return {
-            key: None if item is None else from_memo(memo, item) for key, item in value.items()
-        }
+        entries = value.items()
+        return {key: item if item is None else from_memo(memo, item) for key, item in entries}
     return hooks_apart(value, memo) if name in HOOKS else copied(value, memo)

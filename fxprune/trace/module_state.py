@@ -106,20 +106,15 @@ class Attributes:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._before = [
-            (
-                path,
-                store,
-                dict(store),
-                {
-                    name: _copy(value)
-                    for name, value in store.items()
-                    if type(value) in _COMPARED_CONTAINERS
-                },
+        self._before: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        for path, module in root.named_modules():
+            stores: tuple[dict[str, Any], ...] = (
+                vars(module),
+                module._parameters,
+                module._buffers,
             )
-            for path, module in root.named_modules()
-            for store in (vars(module), module._parameters, module._buffers)
-        ]
+            for store in stores:
+                self._before.append((path, store, dict(store), _contents_of(store)))
 
     def changes(self, ignore: Iterable[str] = ()) -> Iterator[AttributeChange]:
         """Yield the attributes that have changed.
@@ -133,15 +128,10 @@ class Attributes:
         for path, store, before, contents in self._before:
             for name in [*store.keys() | before.keys()]:
                 old, new = before.get(name, _MISSING), store.get(name, _MISSING)
-                if old is new and (
-                    name not in contents
-                    or not (new or contents[name])
-                    or _same_attribute(contents[name], new)
-                ):
+                is_container = name in contents
+                if old is new and not (is_container and _has_changed(contents[name], new)):
                     continue
-                if name in _MODULE_INTERNALS or (
-                    type(old) is type(new) and type(old) in _PLAIN_VALUES and old == new
-                ):
+                if name in _MODULE_INTERNALS or _are_equal_numbers(old, new):
                     continue
                 full = f"{path}.{name}".removeprefix(".")
                 if full not in ignored:
@@ -170,11 +160,10 @@ def _leaves_with_sizes(value: Any) -> list[Any]:
 
     A tensor's traced sizes are a tuple of a class of their own, and are returned one by one.
     """
-    return [
-        own
-        for leaf in tree_leaves(value)
-        for own in (leaf if isinstance(leaf, tuple) else (leaf,))
-    ]
+    found: list[Any] = []
+    for leaf in tree_leaves(value):
+        found += leaf if isinstance(leaf, tuple) else (leaf,)
+    return found
 
 
 _PLAIN_VALUES = frozenset({bool, int, float, str, type(None)})
@@ -182,23 +171,41 @@ _COMPARED_CONTAINERS = frozenset({list, dict, set})
 _LEAVES = (Tensor, nn.Module, *_PLAIN_VALUES)
 
 
+def _contents_of(store: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of the containers among the attributes in a dictionary."""
+    found = {}
+    for name, value in store.items():
+        if type(value) in _COMPARED_CONTAINERS:
+            found[name] = _copy(value)
+    return found
+
+
 def _copy(value: Any) -> Any:
     """Copy a container and the containers in it."""
-    if type(value) is set or all(
-        isinstance(item, _LEAVES) for item in (value.values() if type(value) is dict else value)
-    ):
+    items = value.values() if type(value) is dict else value
+    if type(value) is set or all(isinstance(item, _LEAVES) for item in items):
         return value.copy()
     return tree_map(lambda leaf: leaf, value)
 
 
-def _same_attribute(copied: Any, now: Any) -> bool:
-    """Tell whether a container still holds what it held when it was copied."""
+def _has_changed(contents: Any, now: Any) -> bool:
+    """Tell whether a container holds something else than the copy of its contents."""
+    if not now and not contents:
+        return False
     if type(now) is set:
-        return bool(copied == now)
-    before, after = tree_leaves(copied), tree_leaves(now)
-    return len(before) == len(after) and all(
-        a is b or (type(a) in _PLAIN_VALUES and a == b) for a, b in zip(before, after, strict=True)
-    )
+        return bool(contents != now)
+    before, after = tree_leaves(contents), tree_leaves(now)
+    return len(before) != len(after) or not all(map(_are_same, before, after))
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Tell whether two leaves are one object, or equal numbers."""
+    return one is other or (type(one) in _PLAIN_VALUES and one == other)
+
+
+def _are_equal_numbers(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal numbers or strings of the same type."""
+    return type(one) is type(other) and type(one) in _PLAIN_VALUES and one == other
 
 
 def _refill(container: Any, contents: Any) -> None:
@@ -231,13 +238,9 @@ def values_read(node: fx.Node) -> Sequence[fx.Node]:
     Of other arguments it reads the shape, the dtype or the device only.
     """
     name = name_of(node)
-    return (
-        ()
-        if has(name, Trait.READS_SHAPE)
-        else node.all_input_nodes[:1]
-        if has(name, Trait.READS_DTYPE)
-        else node.all_input_nodes
-    )
+    if has(name, Trait.READS_SHAPE):
+        return ()
+    return node.all_input_nodes[: 1 if has(name, Trait.READS_DTYPE) else None]
 
 
 def follows_inputs(node: fx.Node) -> bool:
@@ -288,36 +291,42 @@ def first_difference(
     None if the graphs do the same (see :func:`same_graph` for the parameters).
     """
     ones, theirs = _computing_nodes(one), _computing_nodes(other)
-    for left, right, line, another in zip(
-        ones, theirs, _described(ones), _described(theirs), strict=False
-    ):
-        a, b = constants.get(str(left.target)), others.get(str(right.target))
-        if left.op == right.op == "get_attr" and a is not None and b is not None:
-            if a is not b and (
-                a.is_meta or b.is_meta or a.dtype != b.dtype or not torch.equal(a, b)
-            ):
-                return left
-        elif line != another:
-            return left
+    pairs = zip(ones, theirs, _described(ones), _described(theirs), strict=False)
+    for node, counterpart, description, other_description in pairs:
+        a, b = constants.get(str(node.target)), others.get(str(counterpart.target))
+        if node.op == counterpart.op == "get_attr" and a is not None and b is not None:
+            if not _are_equal_constants(a, b):
+                return node
+        elif description != other_description:
+            return node
     return None if len(ones) == len(theirs) else ones[min(len(ones) - 1, len(theirs))]
+
+
+def _are_equal_constants(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two constants are one tensor, or have the same values and dtype."""
+    if one is other:
+        return True
+    if one.is_meta or other.is_meta or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other)
 
 
 def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Return the nodes of a graph without guards and without numbers that nothing else reads."""
     idle: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        number = node.op in ("call_function", "call_method") and isinstance(
-            node.meta.get("val"), (bool, int, float)
-        )
-        if node.meta.get("guard") or (number and idle.issuperset(node.users)):
+        is_call = node.op in ("call_function", "call_method")
+        is_number = is_call and isinstance(node.meta.get("val"), (bool, int, float))
+        if node.meta.get("guard") or (is_number and idle.issuperset(node.users)):
             idle.add(node)
     return [node for node in graph.nodes if node not in idle]
 
 
 def _described(nodes: Sequence[fx.Node]) -> list[str]:
     """Return a description of each node that does not depend on the names of nodes."""
-    number = {node: f"%{place}" for place, node in enumerate(nodes)}
-    return [
-        repr((node.op, node.target, fx.node.map_arg((node.args, node.kwargs), number.__getitem__)))
-        for node in nodes
-    ]
+    names = {node: f"%{place}" for place, node in enumerate(nodes)}
+    described = []
+    for node in nodes:
+        arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+        described.append(repr((node.op, node.target, arguments)))
+    return described
