@@ -44,15 +44,15 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
     with TURN, ExitStack() as stack:
         stack.enter_context(plain_attention())
         stack.enter_context(slow_path())
-        stack.enter_context(_leaf_functions(tracer))
+        stack.enter_context(_followed_leaf_functions(tracer))
         stack.enter_context(applications_followed(tracer))
         stack.enter_context(scripts_followed(tracer))
-        stack.enter_context(_modules(root, tracer))
+        stack.enter_context(_answering_modules(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
-        stack.enter_context(_states_refused(tracer))
-        stack.enter_context(_gradients_refused(tracer))
-        stack.enter_context(_broadcast_shapes(tracer))
-        stack.enter_context(_checkpoints(tracer))
+        stack.enter_context(_refuse_states(tracer))
+        stack.enter_context(_refuse_gradients(tracer))
+        stack.enter_context(_recorded_broadcast_shapes(tracer))
+        stack.enter_context(_followed_checkpoints(tracer))
         yield
 
 
@@ -80,7 +80,7 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+def _replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
     """Replace entries of dictionaries inside this context.
 
     Other entries that are set meanwhile stay. ``places`` holds a dictionary, a name and a value
@@ -97,39 +97,38 @@ def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
 
 
 def _if_traced(
-    original: Callable[..., Any], tracer: Tracer, instead: Callable[..., Any]
+    original: Callable[..., Any], tracer: Tracer, replacement: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return a function that calls ``instead`` if an argument holds a traced value.
+    """Return a function that calls ``replacement`` if an argument holds a traced value.
 
     Calls in other threads, and calls without traced values, go to the original.
     """
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        """Call ``instead`` or the original."""
+        """Call the replacement or the original."""
         if tracer.is_mine() and find_traced((args, kwargs)) is not None:
-            return instead(original, args, kwargs)
+            return replacement(original, args, kwargs)
         return original(*args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _leaf_functions(tracer: Tracer) -> Iterator[None]:
+def _followed_leaf_functions(tracer: Tracer) -> Iterator[None]:
     """Let the tracer follow functions that were registered with ``torch.fx.wrap``."""
     registered = fx._symbolic_trace._wrapped_fns_to_patch
-    named = [(space, name) for (_, name), space in registered.items() if callable(space.get(name))]
-    with _put(
-        [
-            (space, name, _if_traced(space[name], tracer, tracer.call_leaf_function))
-            for space, name in named
-        ]
-    ):
+    places = []
+    for (_, name), space in registered.items():
+        if callable(space.get(name)):
+            follow = _if_traced(space[name], tracer, tracer.call_leaf_function)
+            places.append((space, name, follow))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
+def _recorded_broadcast_shapes(tracer: Tracer) -> Iterator[None]:
     """Record ``torch.broadcast_shapes`` as a node.
 
     It is Python on numbers and asks whether a size is 1. A node leaves that open.
@@ -139,13 +138,14 @@ def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
         """Record the call."""
         return tracer.record("call_function", function, args, kwargs)
 
-    places = [(space, "broadcast_shapes") for space in (vars(torch), vars(torch.functional))]
-    with _put([(space, name, _if_traced(space[name], tracer, record)) for space, name in places]):
+    name, spaces = "broadcast_shapes", (vars(torch), vars(torch.functional))
+    places = [(space, name, _if_traced(space[name], tracer, record)) for space in spaces]
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _checkpoints(tracer: Tracer) -> Iterator[None]:
+def _followed_checkpoints(tracer: Tracer) -> Iterator[None]:
     """Note where ``checkpoint`` is called, and answer its question for a device.
 
     It asks for the device of tensors, to keep the state of the generator there. A graph computes
@@ -157,19 +157,16 @@ def _checkpoints(tracer: Tracer) -> Iterator[None]:
         tracer.checkpoints.append(user_line())
         return "cpu"
 
-    names = [name for name in ("_infer_device_type",) if name in vars(checkpoint)]
-    with _put(
-        [
-            (vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, begin))
-            for name in names
-        ]
-    ):
+    space, name, places = vars(checkpoint), "_infer_device_type", []
+    if name in space:
+        places.append((space, name, _if_traced(space[name], tracer, begin)))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _states_refused(tracer: Tracer) -> Iterator[None]:
-    """Refuse that forward asks whether gradients are wanted, or in which precision it runs.
+def _refuse_states(tracer: Tracer) -> Iterator[None]:
+    """Raise an error if forward asks whether gradients are wanted, or in which precision it runs.
 
     The caller of the model decides this, and a graph does not know it.
     """
@@ -178,22 +175,17 @@ def _states_refused(tracer: Tracer) -> Iterator[None]:
         "it has one path for all answers. Do the same for all, or keep that line inside a module "
         "of its own."
     )
-    asks = {
-        name: f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}"
-        for name in names
-    }
-    with _put(
-        [
-            (vars(torch), name, _unless_users(getattr(torch, name), tracer, text))
-            for name, text in asks.items()
-        ]
-    ):
+    places = []
+    for name in names:
+        text = f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}"
+        places.append((vars(torch), name, _refused_to_user(getattr(torch, name), tracer, text)))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _gradients_refused(tracer: Tracer) -> Iterator[None]:
-    """Refuse that forward takes gradients, except by the transforms of ``torch.func``.
+def _refuse_gradients(tracer: Tracer) -> Iterator[None]:
+    """Raise an error if forward takes gradients, except by the transforms of ``torch.func``.
 
     Operations that a graph records have no gradients while it is traced.
     """
@@ -211,16 +203,15 @@ def _gradients_refused(tracer: Tracer) -> Iterator[None]:
             raise TraceError(text.format(user_line()))
         return run(*args, **kwargs)
 
-    with _put(
-        [
-            (space, "_engine_run_backward", backward),
-            (forwards, "make_dual", _unless_users(dual, tracer, text)),
-        ]
-    ):
+    make_dual = _refused_to_user(dual, tracer, text)
+    places = [(space, "_engine_run_backward", backward), (forwards, "make_dual", make_dual)]
+    with _replaced(places):
         yield
 
 
-def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Callable[..., Any]:
+def _refused_to_user(
+    function: Callable[..., Any], tracer: Tracer, text: str
+) -> Callable[..., Any]:
     """Return a function that raises an error if the model's own code calls it.
 
     ``text`` is the message, with a place for the line.
@@ -276,11 +267,9 @@ def _class_while_traced(kind: type) -> type:
             """Return a parameter, buffer or submodule; a tensor as the tracer knows it."""
             value = kind.__getattr__(module, name)  # type: ignore[attr-defined]
             tracer = module.__dict__.get(_TRACER)
-            return (
-                tracer.known(value)
-                if isinstance(value, Tensor) and tracer is not None and not tracer.executing
-                else value
-            )
+            if not isinstance(value, Tensor) or tracer is None or tracer.executing:
+                return value
+            return tracer.known(value)
 
         members = {
             _TRAINING: property(_read_mode, _write_mode),
@@ -291,7 +280,7 @@ def _class_while_traced(kind: type) -> type:
     return _traced_classes[kind]
 
 
-def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call_module(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module of the meta copy: record a leaf as a node, and follow the code of others.
 
     The code of a leaf is followed, too, if a node would not describe it, because forward has given
@@ -322,12 +311,12 @@ def _answering(module: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def _modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+def _answering_modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Let all modules of the meta copy answer through the tracer."""
     below = [module for name, module in root.named_modules() if name]
     try:
         for module in below:
-            module.__dict__[_CALL] = functools.partial(_call, tracer, module)
+            module.__dict__[_CALL] = functools.partial(_call_module, tracer, module)
         with ExitStack() as stack:
             for module in (root, *below):
                 if module is root or not is_leaf(module):

@@ -76,7 +76,7 @@ def _line_of(frame: FrameType | None) -> str:
     """Return the innermost line of a thread outside of Python's libraries, torch and fxprune."""
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not _internal(filename) and not filename.startswith(_THREAD_FILES):
+        if not _is_internal(filename) and not filename.startswith(_THREAD_FILES):
             return f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return UNKNOWN
@@ -95,14 +95,14 @@ def user_line(stack: Any = None) -> str:
     """
     if stack is not None:
         for entry in reversed(stack):
-            if not _internal(entry.filename):
+            if not _is_internal(entry.filename):
                 return f"{entry.filename.rsplit('/', 1)[-1]}:{entry.lineno}"
         return UNKNOWN
     frame, of_torch = sys._getframe(1), ""
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         line = f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if not _internal(filename):
+        if not _is_internal(filename):
             return line
         if not of_torch and filename.startswith(_TORCH) and filename != _CALL_FILE:
             of_torch = line
@@ -123,11 +123,9 @@ def asker() -> str:
     ):
         filename, name = frame.f_code.co_filename, frame.f_code.co_name
         if filename.startswith(_TORCH) and filename != _CALL_FILE and not name.startswith("<"):
-            own = frame.f_locals.get("self")
-            found = (
-                "torch's "
-                f"{type(own).__name__ if isinstance(own, torch.nn.Module) else name.strip('_')}"
-            )
+            module = frame.f_locals.get("self")
+            is_module = isinstance(module, torch.nn.Module)
+            found = f"torch's {type(module).__name__ if is_module else name.strip('_')}"
         elif not is_ours(filename):
             break
         frame = frame.f_back  # type: ignore[assignment]
@@ -142,10 +140,8 @@ def takes_functions(error: BaseException) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1].f_code is not torch._ops.HigherOrderOperator.dispatch.__code__:
         return ""
-    name, line = (
-        frames[-1].f_locals["self"].name(),
-        user_line(traceback.extract_tb(error.__traceback__)),
-    )
+    name = frames[-1].f_locals["self"].name()
+    line = user_line(traceback.extract_tb(error.__traceback__))
     return (
         f"forward calls torch's {name} (at {line}), an operation that takes functions, into "
         "which nothing can look. Use operations on tensors alone, as "
@@ -163,9 +159,8 @@ def user_frames() -> tuple[tuple[str, int], ...]:
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         if not is_ours(filename):
-            found.append(
-                (frame.f_code.co_name if filename.startswith("<") else filename, frame.f_lineno)
-            )
+            name = frame.f_code.co_name if filename.startswith("<") else filename
+            found.append((name, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 
@@ -186,7 +181,7 @@ def is_ours(filename: str) -> bool:
 
 
 @functools.cache
-def _internal(filename: str) -> bool:
+def _is_internal(filename: str) -> bool:
     """Tell whether a file is not the user's: generated, of torch, fxprune or Python's helpers."""
     return (
         filename.startswith("<")
