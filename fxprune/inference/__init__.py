@@ -71,9 +71,8 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     >>> [name for name, _ in fast.named_children()], bool((fast(x) - pruned(x)).abs().max() < 1e-5)
     (['0', '2', '4'], True)
     """
-    if not isinstance(model, nn.Module) or not any(
-        isinstance(module, fx.GraphModule) for module in model.modules()
-    ):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(module, fx.GraphModule) for module in modules):
         raise ModelError(
             f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no "
             "graph. Of a dense model make one with prune(model, example_inputs, "
@@ -101,13 +100,11 @@ def _copy_of(model: nn.Module) -> nn.Module:
 
     Tensors that hooks compute (``weight_norm``) are copied, too; ``copy.deepcopy`` refuses them.
     """
-    tensors = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor)
-    ]
-    memo = memo_of((tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_leaf)
+    computed: list[Tensor] = []
+    for module in model.modules():
+        tensors = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        computed += [tensor for tensor in tensors if not tensor.is_leaf]
+    memo = memo_of((tensor, tensor.detach().clone()) for tensor in computed)
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
     return copy_of(model, memo)

@@ -41,26 +41,24 @@ def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> di
             value = execute(root, node, (), {})
             if node not in changing and isinstance(value, (Tensor, *_NUMBERS)):
                 constants[node] = value
-        elif node not in changing and _computable(node, constants):
+        elif node not in changing and _is_computable(node, constants):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
-            with _DeterminismWatch() as watch:
+            with _PurityWatch() as watch:
                 value = execute(root, node, args, kwargs)
-            if watch.pure:
+            if watch.is_pure:
                 constants[node] = value
     for node, value in list(constants.items()):
         if isinstance(value, _NUMBERS):
             for user in list(node.users):
                 user.args, user.kwargs = _with_literal(node, value, user)
-        elif (
-            isinstance(value, Tensor)
-            and node.op != "get_attr"
-            and any(user not in constants for user in node.users)
-        ):
+            continue
+        is_read = any(user not in constants for user in node.users)
+        if is_read and isinstance(value, Tensor) and node.op != "get_attr":
             node.replace_all_uses_with(new_buffer(root, constants, node.name, value))
     return constants
 
 
-def _computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
+def _is_computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
     """Tell whether all arguments of a call are constants, and there are some."""
     operands = node.all_input_nodes
     return (
@@ -86,9 +84,8 @@ def new_buffer(
     value:
         The values of the buffer; they are copied.
     """
-    free = next(
-        n for n in chain([name], (f"{name}_{i}" for i in count(1))) if not hasattr(root, n)
-    )
+    names = chain([name], (f"{name}_{i}" for i in count(1)))
+    free = next(candidate for candidate in names if not hasattr(root, candidate))
     root.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
     with root.graph.inserting_before(next(n for n in root.graph.nodes if n.op != "placeholder")):
         node = root.graph.get_attr(free)
@@ -104,15 +101,15 @@ def _with_literal(node: fx.Node, value: Any, user: fx.Node) -> Any:
     )
 
 
-class _DeterminismWatch(DispatchMode):
+class _PurityWatch(DispatchMode):
     """A mode that tells whether operations give the same result each time and change nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pure = True
+        self.is_pure = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.pure &= (
+        self.is_pure &= (
             torch.Tag.nondeterministic_seeded not in func.tags and not func._schema.is_mutable
         )
         return func(*args, **(kwargs or {}))

@@ -122,20 +122,11 @@ class _Folder:
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             source = first_of(node)
-            if (
-                not isinstance(module, _BatchNorm)
-                or not _is_plain_module(module)
-                or not isinstance(source, fx.Node)
-            ):
+            is_norm = isinstance(module, _BatchNorm) and _is_plain_module(module)
+            if not is_norm or not isinstance(source, fx.Node):
                 return None
-            return _normalisation(
-                source,
-                module.running_mean,
-                module.running_var,
-                module.weight,
-                module.bias,
-                module.eps,
-            )
+            mean, var = module.running_mean, module.running_var
+            return _normalisation(source, mean, var, module.weight, module.bias, module.eps)
         if node.target is F.batch_norm:
             return self._functional_norm(node)
         return self._arithmetic(node, _arithmetic_of(node))
@@ -145,14 +136,11 @@ class _Folder:
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         given.apply_defaults()
         values = given.arguments
-        tensors = [values[name] for name in ("running_mean", "running_var", "weight", "bias")]
-        if values["training"] is not False or any(
-            tensor is not None and tensor not in self.constants for tensor in tensors
-        ):
+        names = ("running_mean", "running_var", "weight", "bias")
+        tensors = [values[name] for name in names]
+        if values["training"] is not False or not all(map(self._is_constant_or_none, tensors)):
             return None
-        mean, var, weight, bias = (
-            None if tensor is None else self.constants[tensor] for tensor in tensors
-        )
+        mean, var, weight, bias = map(self.constants.get, tensors)
         return _normalisation(values["input"], mean, var, weight, bias, values["eps"])
 
     def _arithmetic(self, node: fx.Node, kind: str) -> _Affine | None:
@@ -209,34 +197,24 @@ class _Folder:
 
     # -- into what
 
+    def _is_constant_or_none(self, value: Any) -> bool:
+        """Tell whether an argument is a constant node or None."""
+        return value is None or value in self.constants
+
     def _contraction(self, node: fx.Node) -> _Contraction | None:
         """Return the contraction that a node computes, or None."""
         if node.op == "call_module":
-            module: Any = self.root.get_submodule(str(node.target))
-            if not _is_plain_module(module) or not isinstance(module, _MODULES):
-                return None
-            linear = isinstance(module, nn.Linear)
-            transposed = isinstance(module, _TRANSPOSED_MODULES)
-            return _Contraction(
-                module.weight,
-                module.bias,
-                transposed,
-                getattr(module, "groups", 1),
-                -1 if linear else 1,
-            )
+            return _module_contraction(self.root.get_submodule(str(node.target)))
         if node.target not in _FUNCTIONS:
             return None
-        linear = node.target is F.linear
+        is_linear = node.target is F.linear
         weight, bias = _argument_of(node, 1, "weight"), _argument_of(node, 2, "bias")
-        groups = 1 if linear else _argument_of(node, 6, "groups", 1)
-        if (
-            weight not in self.constants
-            or (bias is not None and bias not in self.constants)
-            or not isinstance(groups, int)
-        ):
+        groups = 1 if is_linear else _argument_of(node, 6, "groups", 1)
+        are_constant = weight in self.constants and self._is_constant_or_none(bias)
+        if not are_constant or not isinstance(groups, int):
             return None
-        tensors = self.constants[weight], None if bias is None else self.constants[bias]
-        return _Contraction(*tensors, node.target in _TRANSPOSED, groups, -1 if linear else 1)
+        tensors = self.constants[weight], self.constants.get(bias)
+        return _Contraction(*tensors, node.target in _TRANSPOSED, groups, -1 if is_linear else 1)
 
     def fold(self, affine: _Affine, node: fx.Node) -> bool:
         """Fold an affine map into the contraction before it.
@@ -247,28 +225,20 @@ class _Folder:
         """
         source = affine.source
         layer, rank = self._contraction(source), source.meta.get("rank")
-        if (
-            layer is None
-            or rank is None
-            or affine.dim != layer.dim % rank
-            or len(affine.scale) != layer.channels
-        ):
+        if layer is None or rank is None or affine.dim != layer.dim % rank:
+            return False
+        if len(affine.scale) != layer.channels:
             return False
         if layer.dim == 1 and rank != layer.weight.dim():
             return False  # one image without a batch: its channels are another dimension
         weight, bias = layer.scaled(affine)
         if source.op == "call_module":
-            source.target = self._module(
-                source, str(node.target) if node.op == "call_module" else node.name, weight, bias
-            )
+            folded = str(node.target) if node.op == "call_module" else node.name
+            source.target = self._module(source, folded, weight, bias)
             return True
         for position, name, value in ((1, "weight", weight), (2, "bias", bias)):
-            _give(
-                source,
-                position,
-                name,
-                new_buffer(self.root, self.constants, f"{source.name}_{name}", value),
-            )
+            buffer = new_buffer(self.root, self.constants, f"{source.name}_{name}", value)
+            _set_argument(source, position, name, buffer)
         return True
 
     def _module(self, source: fx.Node, folded: str, weight: Tensor, bias: Tensor) -> str:
@@ -289,15 +259,25 @@ class _Folder:
             "bias": nn.Parameter(bias),
         }
         calls = [node for node in self.root.graph.nodes if node.op == "call_module"]
+        called = [self.root.get_submodule(str(node.target)) for node in calls]
         new = name
-        if sum(self.root.get_submodule(str(node.target)) is old for node in calls) > 1:
-            new = next(
-                free for i in itertools.count(1) if not _has(self.root, free := f"{name}_{i}")
-            )
-        parent, _, own = new.rpartition(".")
-        self.root.get_submodule(parent)._modules[own] = module
+        if sum(module is old for module in called) > 1:
+            candidates = (f"{name}_{i}" for i in itertools.count(1))
+            new = next(path for path in candidates if not _has_submodule(self.root, path))
+        parent, _, child = new.rpartition(".")
+        self.root.get_submodule(parent)._modules[child] = module
         self.made[name, folded] = new
         return new
+
+
+def _module_contraction(module: Any) -> _Contraction | None:
+    """Return the contraction that a module computes, or None."""
+    if not _is_plain_module(module) or not isinstance(module, _MODULES):
+        return None
+    is_transposed = isinstance(module, _TRANSPOSED_MODULES)
+    groups = getattr(module, "groups", 1)
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    return _Contraction(module.weight, module.bias, is_transposed, groups, dim)
 
 
 def _normalisation(
@@ -336,7 +316,7 @@ def _argument_of(node: fx.Node, position: int, name: str, default: Any = None) -
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _give(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
+def _set_argument(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
     """Replace an argument of a call, by position or by name as it was given."""
     if len(node.args) > position:
         node.update_arg(position, value)
@@ -344,7 +324,7 @@ def _give(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
         node.update_kwarg(name, value)
 
 
-def _has(root: nn.Module, path: str) -> bool:
+def _has_submodule(root: nn.Module, path: str) -> bool:
     """Tell whether there is a submodule at a path."""
     try:
         root.get_submodule(path)

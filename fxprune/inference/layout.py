@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,13 +62,16 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
                     "it would be a copy. Deploy with channels_last=False, or write that line "
                     "without an operation in place."
                 )
-        elif node.target == "view" and not any(
-            isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())
-        ):
-            node.target = "reshape"
-            node.kwargs = {
-                "shape" if name == "size" else name: size for name, size in node.kwargs.items()
-            }
+        elif node.target == "view":
+            _make_reshape(node)
+
+
+def _make_reshape(node: fx.Node) -> None:
+    """Replace ``view`` by ``reshape``, unless it is a view as another dtype."""
+    if any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
+        return
+    node.target = "reshape"
+    node.kwargs = {"shape" if name == "size" else name: node.kwargs[name] for name in node.kwargs}
 
 
 def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
@@ -78,33 +82,31 @@ def _needs_contiguous(root: fx.GraphModule, node: fx.Node) -> bool:
     call.
     """
     ranks = [operand.meta.get("rank") for operand in node.all_input_nodes]
-    if (
-        node.op not in ("call_function", "call_method")
-        or None in ranks
-        or LAYOUTS.keys().isdisjoint(ranks)
-    ):
+    is_call = node.op in ("call_function", "call_method")
+    if not is_call or None in ranks or LAYOUTS.keys().isdisjoint(ranks):
         return False
+    return not _runs(root, node, LAYOUTS) and _runs(root, node, {})
 
-    def runs(channels_last: bool) -> bool:
-        """Tell whether the operation runs in a layout."""
 
-        def probe(operand: fx.Node) -> Tensor:
-            """Return zeros for an operand."""
-            rank = operand.meta["rank"]
-            layout = LAYOUTS.get(rank) if channels_last else None
-            return torch.zeros([2] * rank, device="cpu").contiguous(
-                memory_format=layout or torch.contiguous_format
-            )
+def _runs(root: fx.GraphModule, node: fx.Node, layouts: Mapping[int, torch.memory_format]) -> bool:
+    """Tell whether an operation runs on zeros in the given layouts, by the number of dimensions.
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), probe)
-        try:
-            with seeded(0), torch.inference_mode():
-                execute(root, node, args, kwargs)
-        except Exception:  # the operation may raise any error
-            return False
-        return True
+    Tensors with another number of dimensions are contiguous.
+    """
 
-    return not runs(channels_last=True) and runs(channels_last=False)
+    def zeros(operand: fx.Node) -> Tensor:
+        """Return zeros for an operand."""
+        rank = operand.meta["rank"]
+        layout = layouts.get(rank, torch.contiguous_format)
+        return torch.zeros([2] * rank, device="cpu").contiguous(memory_format=layout)
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), zeros)
+    try:
+        with seeded(0), torch.inference_mode():
+            execute(root, node, args, kwargs)
+    except Exception:  # the operation may raise any error
+        return False
+    return True
 
 
 def _make_contiguous(node: fx.Node) -> None:
@@ -112,6 +114,6 @@ def _make_contiguous(node: fx.Node) -> None:
     for operand in node.all_input_nodes:
         if operand.meta["rank"] in LAYOUTS:
             with node.graph.inserting_before(node):
-                laid: Any = node.graph.call_method("contiguous", (operand,))
-            laid.meta = dict(operand.meta)
-            node.replace_input_with(operand, laid)
+                contiguous: Any = node.graph.call_method("contiguous", (operand,))
+            contiguous.meta = dict(operand.meta)
+            node.replace_input_with(operand, contiguous)

@@ -223,6 +223,7 @@ class Reach:
         return [*self._entries()]
 
     def _entries(self) -> Iterator[Entry]:
+        """Yield the entries (see :attr:`entries`)."""
         unnamed = (list, set, collections.deque, np.ndarray)
         for place, (holder, before) in enumerate(zip(self.holders, self._before, strict=True)):
             if holder in self._attributes or isinstance(holder, unnamed):
