@@ -37,8 +37,8 @@ def _arithmetic_of(node: fx.Node) -> str:
     It is ``div`` for ``x /= y``, and ``""`` for a call that is none.
     """
     name = name_of(node)
-    own = (getattr(operator, name, None), getattr(torch, name, None))
-    if node.op != "call_method" and node.target not in own:
+    functions = (getattr(operator, name, None), getattr(torch, name, None))
+    if node.op != "call_method" and node.target not in functions:
         return ""
     plain = name[1:] if name in AUGMENTED else name.removesuffix("_")
     return "div" if plain == "truediv" else plain

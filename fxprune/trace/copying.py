@@ -76,9 +76,9 @@ def _copied_callable(value: Any, memo: Memo) -> Any:
     """Copy a partial, or a function or method that leads to replaced objects."""
     kind = type(value)
     if kind is functools.partial:
-        args = [copied(item, memo) for item in (value.func, *value.args)]
+        args = [copied(item, memo) for item in value.args]
         keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
-        return functools.partial(*args, **keywords)
+        return functools.partial(copied(value.func, memo), *args, **keywords)
     if not _refers(value, memo):
         return value
     if kind is types.FunctionType:
@@ -92,6 +92,7 @@ def _copied_container(value: Any, memo: Memo) -> Any:
     A list or dict is registered before its entries are copied, because it may hold itself.
     """
     kind: Any = type(value)
+    made: Any
     if kind is list:
         made = to_memo(memo, value, kind())
         made.extend(copied(item, memo) for item in value)

@@ -419,8 +419,8 @@ class Reach:
             self._waiting += without_plain(value)
         elif isinstance(value, HOLDERS):
             self.holders.append(value)
-            is_dict = isinstance(value, dict)
-            self._waiting += without_plain(dict.values(value) if is_dict else content_of(value))
+            items = dict.values(value) if isinstance(value, dict) else content_of(value)
+            self._waiting += without_plain(items)
         elif isinstance(value, np.ndarray):
             self.holders.append(value)
         elif isinstance(value, SimpleNamespace):
