@@ -252,4 +252,5 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _has_values(tensor: Tensor) -> bool:
+    """Tell whether the values of a tensor can be compared."""
     return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
