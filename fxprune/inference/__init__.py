@@ -1,9 +1,8 @@
-"""The form of a pruned model that only predicts: as fast as a network written by hand at its
-widths.
+"""Pruned models in a form for inference only, as fast as networks written by hand at their widths.
 
-``constants`` computes once what depends on parameters alone, ``identities`` takes out what does
-nothing outside training, ``folding`` puts what scales and shifts the channels of a contraction
-into its weights, ``layout`` brings these into channels-last order.
+``constants`` computes once what depends on parameters alone. ``identities`` removes what does
+nothing outside training. ``folding`` moves scales and shifts of channels into the weights of
+convolutions and linear layers. ``layout`` stores weights in channels-last order.
 """
 
 from __future__ import annotations
@@ -31,36 +30,35 @@ __all__ = ["LAYOUTS", "deploy", "lay_out"]
 
 @public
 def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
-    """A copy of a pruned model for inference: batch normalisations folded, constants computed,
-    training code gone.
+    """Copy a pruned model for inference.
 
-    Whatever multiplies and shifts the channels of a convolution or a linear layer goes into its
-    weights: batch normalisation, frozen or not, written as a module, a function or as arithmetic,
-    and layer scales.
+    Batch normalisations are folded, constants are computed, and training code is removed. Whatever
+    scales and shifts the channels of a convolution or a linear layer goes into its weights: layer
+    scales, and batch normalisation, frozen or not, written as a module, a function or arithmetic.
 
     Parameters
     ----------
     model:
-        What :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load` gave, on any
-        device; it is left as it is. A dense model becomes one with ``fxprune.prune(model, example,
+        The result of :func:`fxprune.prune`, :func:`fxprune.apply` or :func:`fxprune.load`, on any
+        device; it is left as it is. For a dense model, use ``fxprune.prune(model, example,
         channels=1.0).model``.
     channels_last:
-        Lay out weights of convolutions over images and volumes channels-last, which is what GPUs
-        compute in: give inputs as ``x.to(memory_format=torch.channels_last)``, so that nothing has
-        to be laid out anew. False: as they are. So they stay where Python code is left beside the
-        graphs, as in detectors: ``view`` and what it writes in place depend on the layout.
+        Store weights of convolutions over images and volumes in channels-last order, in which GPUs
+        compute. Give inputs as ``x.to(memory_format=torch.channels_last)``, so that no copies are
+        needed. False: keep the order. It is also kept if Python code remains beside the graphs, as
+        in detectors, because ``view`` and writes in place there depend on it.
 
     Returns
     -------
-    A module in ``eval`` mode whose parameters need no gradient; outputs differ by rounding only.
-    Its state dict has other names than the model's: keep the model, or what
-    :meth:`~fxprune.Pruned.save` wrote, to train or prune further.
+    A module in ``eval`` mode whose parameters need no gradient. Its outputs differ by rounding
+    only. Its state dict has other names than the model's: to train or prune further, keep the
+    model, or what :meth:`~fxprune.Pruned.save` wrote.
 
     Raises
     ------
     ModelError
-        If there is no graph in the model; if it writes through a view that it would not get
-        channels-last.
+        If there is no graph in the model, or if the model writes through a view that would be a
+        copy in channels-last order.
 
     Examples
     --------
@@ -73,9 +71,8 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     >>> [name for name, _ in fast.named_children()], bool((fast(x) - pruned(x)).abs().max() < 1e-5)
     (['0', '2', '4'], True)
     """
-    if not isinstance(model, nn.Module) or not any(
-        isinstance(module, fx.GraphModule) for module in model.modules()
-    ):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(module, fx.GraphModule) for module in modules):
         raise ModelError(
             f"deploy() takes the model that prune() gave; this {type(model).__name__} holds no "
             "graph. Of a dense model make one with prune(model, example_inputs, "
@@ -83,14 +80,14 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         )
     channels_last = switch("channels_last", channels_last)
     root = in_mode(_copy_of(model), False)
-    # Python beside graphs would see the layout
+    # Python code beside graphs would see the layout
     channels_last = channels_last and isinstance(root, fx.GraphModule)
     for name, module in list(root.named_modules()):
         if isinstance(module, fx.GraphModule):
             with torch.no_grad():
                 _deploy_graph(module, channels_last)
             if not name:
-                # takes over what the graph calls, and no more
+                # keeps the modules that the graph calls, and no others
                 called = fx.GraphModule(module, module.graph)
                 root = PrunedModule(called, called.graph, type(model).__name__)
     if channels_last:
@@ -99,28 +96,28 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, with hooks of its own, of tensors as well that hooks compute, which torch
-    refuses to copy (``weight_norm``).
+    """Copy a model deeply, with hooks of its own.
+
+    Tensors that hooks compute (``weight_norm``) are copied, too; ``copy.deepcopy`` refuses them.
     """
-    tensors = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor)
-    ]
-    memo = memo_of((tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_leaf)
+    computed: list[Tensor] = []
+    for module in model.modules():
+        tensors = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        computed += [tensor for tensor in tensors if not tensor.is_leaf]
+    memo = memo_of((tensor, tensor.detach().clone()) for tensor in computed)
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
     return copy_of(model, memo)
 
 
 def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:
-    """One graph and what it calls, changed in place."""
+    """Optimise one graph and what it calls, in place."""
     graph = root.graph
     if isinstance(root, PrunedModule):
         root.__dict__["training_graph"] = None
 
     def has_effect(node: fx.Node) -> bool:
+        """Tell whether a node must stay even if nobody reads it."""
         return node.is_impure() or writes(node, root)
 
     memory = Memory(root.graph, root)

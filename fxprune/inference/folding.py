@@ -1,4 +1,4 @@
-r"""What scales and shifts the channels of a contraction goes into its weights.
+"""Folding of scales and shifts of channels into the weights of a contraction.
 
 A contraction (convolution, transposed convolution, linear layer) is linear in its weight and bias,
 so :math:`s (W x + b) + t` is the same contraction with weights :math:`s W` and bias :math:`s b +
@@ -28,23 +28,27 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED, F.linear)
 _TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_MODULES, nn.Linear)
-_OPERANDS = ("input", "other")  # as torch names those of arithmetic
+_OPERANDS = ("input", "other")  # torch's names for the operands of arithmetic
 
 
 def _arithmetic_of(node: fx.Node) -> str:
-    """The name of the operation that an operator, a function or a method of torch is, however it
-    is spelled: ``div`` for ``x /= y``.
+    """Return the name of an arithmetic operation of torch, however it is written.
+
+    It is ``div`` for ``x /= y``, and ``""`` for a call that is none.
     """
     name = name_of(node)
-    own = (getattr(operator, name, None), getattr(torch, name, None))
-    if node.op != "call_method" and node.target not in own:
+    functions = (getattr(operator, name, None), getattr(torch, name, None))
+    if node.op != "call_method" and node.target not in functions:
         return ""
     plain = name[1:] if name in AUGMENTED else name.removesuffix("_")
     return "div" if plain == "truediv" else plain
 
 
 class _Affine(NamedTuple):
-    """``source * scale + shift``, both of shape (channels,), float64, along dimension ``dim``."""
+    """``source * scale + shift`` along dimension ``dim``.
+
+    ``scale`` and ``shift`` have shape (channels,) and are float64.
+    """
 
     source: fx.Node
     scale: Tensor
@@ -53,7 +57,7 @@ class _Affine(NamedTuple):
 
 
 class _Contraction(NamedTuple):
-    """A convolution or linear layer; ``dim`` is that of its channels in what it gives."""
+    """A convolution or linear layer; its output has its channels along dimension ``dim``."""
 
     weight: Tensor
     bias: Tensor | None
@@ -63,13 +67,14 @@ class _Contraction(NamedTuple):
 
     @property
     def channels(self) -> int:
+        """The number of output channels."""
         return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
 
     def scaled(self, affine: _Affine) -> tuple[Tensor, Tensor]:
-        """The weight and bias of what gives the affine map of the result."""
+        """Return the weight and bias of the contraction followed by an affine map."""
         weight, scale = self.weight.detach().double(), affine.scale
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().double()
-        # (in, out / groups, ...): the channels of a group lie along the second dimension
+        # shape (in, out / groups, ...): the channels of a group are along the second dimension
         if self.transposed:
             by_group = scale.reshape(self.groups, 1, -1, *[1] * (weight.dim() - 2))
             weight = (weight.unflatten(0, (self.groups, -1)) * by_group).flatten(0, 1)
@@ -79,7 +84,19 @@ class _Contraction(NamedTuple):
 
 
 def fold(root: fx.GraphModule, constants: dict[fx.Node, Any]) -> bool:
-    """Fold what directly follows each contraction; returns whether there was anything."""
+    """Fold the operation that directly follows each contraction into it.
+
+    Parameters
+    ----------
+    root:
+        The graph and its module, changed in place.
+    constants:
+        The constant nodes and their values; new buffers are added.
+
+    Returns
+    -------
+    Whether something was folded.
+    """
     folder, found = _Folder(root, constants), False
     for node in list(root.graph.nodes):
         affine = folder.affine(node)
@@ -91,50 +108,43 @@ def fold(root: fx.GraphModule, constants: dict[fx.Node, Any]) -> bool:
 
 
 class _Folder:
+    """Recognises affine maps and contractions in one graph, and folds them."""
+
     def __init__(self, root: fx.GraphModule, constants: dict[fx.Node, Any]) -> None:
         self.root, self.constants = root, constants
-        # (contraction, what was folded into it) -> the module that does both
+        # (contraction, folded operation) -> the module that does both
         self.made: dict[tuple[str, str], str] = {}
 
     # -- what a node does to the channels of the node before it
 
     def affine(self, node: fx.Node) -> _Affine | None:
+        """Return the affine map that a node applies to channels of another node, or None."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             source = first_of(node)
-            if (
-                not isinstance(module, _BatchNorm)
-                or not _is_plain_module(module)
-                or not isinstance(source, fx.Node)
-            ):
+            is_norm = isinstance(module, _BatchNorm) and _is_plain_module(module)
+            if not is_norm or not isinstance(source, fx.Node):
                 return None
-            return _normalisation(
-                source,
-                module.running_mean,
-                module.running_var,
-                module.weight,
-                module.bias,
-                module.eps,
-            )
+            mean, var = module.running_mean, module.running_var
+            return _normalisation(source, mean, var, module.weight, module.bias, module.eps)
         if node.target is F.batch_norm:
             return self._functional_norm(node)
         return self._arithmetic(node, _arithmetic_of(node))
 
     def _functional_norm(self, node: fx.Node) -> _Affine | None:
+        """Return the affine map of a call of ``F.batch_norm`` with stored statistics, or None."""
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         given.apply_defaults()
         values = given.arguments
-        tensors = [values[name] for name in ("running_mean", "running_var", "weight", "bias")]
-        if values["training"] is not False or any(
-            tensor is not None and tensor not in self.constants for tensor in tensors
-        ):
+        names = ("running_mean", "running_var", "weight", "bias")
+        tensors = [values[name] for name in names]
+        if values["training"] is not False or not all(map(self._is_constant_or_none, tensors)):
             return None
-        mean, var, weight, bias = (
-            None if tensor is None else self.constants[tensor] for tensor in tensors
-        )
+        mean, var, weight, bias = map(self.constants.get, tensors)
         return _normalisation(values["input"], mean, var, weight, bias, values["eps"])
 
     def _arithmetic(self, node: fx.Node, kind: str) -> _Affine | None:
+        """Return the affine map of arithmetic with a constant after a contraction, or None."""
         given = {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
         if kind not in ("mul", "div", "add", "sub"):
             return None
@@ -162,11 +172,13 @@ class _Folder:
         return _Affine(source, scale, shift, layer.dim % rank)
 
     def _varies(self, value: Any) -> bool:
+        """Tell whether a value is a node that is no constant."""
         return isinstance(value, fx.Node) and value not in self.constants
 
     def _along_channels(self, factor: Any, layer: _Contraction, rank: int) -> Tensor | None:
-        """A constant as one number per channel, if it does not vary along other dimensions nor
-        changes the dtype.
+        """Return a constant as one number per channel.
+
+        None if it varies along other dimensions, or would change the dtype.
         """
         factor = self.constants.get(factor) if isinstance(factor, fx.Node) else factor
         if isinstance(factor, bool) or not isinstance(factor, (int, float, Tensor)):
@@ -185,70 +197,56 @@ class _Folder:
 
     # -- into what
 
+    def _is_constant_or_none(self, value: Any) -> bool:
+        """Tell whether an argument is a constant node or None."""
+        return value is None or value in self.constants
+
     def _contraction(self, node: fx.Node) -> _Contraction | None:
+        """Return the contraction that a node computes, or None."""
         if node.op == "call_module":
-            module: Any = self.root.get_submodule(str(node.target))
-            if not _is_plain_module(module) or not isinstance(module, _MODULES):
-                return None
-            linear = isinstance(module, nn.Linear)
-            transposed = isinstance(module, _TRANSPOSED_MODULES)
-            return _Contraction(
-                module.weight,
-                module.bias,
-                transposed,
-                getattr(module, "groups", 1),
-                -1 if linear else 1,
-            )
+            return _module_contraction(self.root.get_submodule(str(node.target)))
         if node.target not in _FUNCTIONS:
             return None
-        linear = node.target is F.linear
+        is_linear = node.target is F.linear
         weight, bias = _argument_of(node, 1, "weight"), _argument_of(node, 2, "bias")
-        groups = 1 if linear else _argument_of(node, 6, "groups", 1)
-        if (
-            weight not in self.constants
-            or (bias is not None and bias not in self.constants)
-            or not isinstance(groups, int)
-        ):
+        groups = 1 if is_linear else _argument_of(node, 6, "groups", 1)
+        are_constant = weight in self.constants and self._is_constant_or_none(bias)
+        if not are_constant or not isinstance(groups, int):
             return None
-        tensors = self.constants[weight], None if bias is None else self.constants[bias]
-        return _Contraction(*tensors, node.target in _TRANSPOSED, groups, -1 if linear else 1)
+        tensors = self.constants[weight], self.constants.get(bias)
+        return _Contraction(*tensors, node.target in _TRANSPOSED, groups, -1 if is_linear else 1)
 
     def fold(self, affine: _Affine, node: fx.Node) -> bool:
-        """Put an affine map of its result into a contraction; False where it does not lie along
-        its channels.
+        """Fold an affine map into the contraction before it.
+
+        Returns
+        -------
+        False if the map does not act on the channels of the contraction.
         """
         source = affine.source
         layer, rank = self._contraction(source), source.meta.get("rank")
-        if (
-            layer is None
-            or rank is None
-            or affine.dim != layer.dim % rank
-            or len(affine.scale) != layer.channels
-        ):
+        if layer is None or rank is None or affine.dim != layer.dim % rank:
+            return False
+        if len(affine.scale) != layer.channels:
             return False
         if layer.dim == 1 and rank != layer.weight.dim():
-            return False  # one image without a batch: its channels lie elsewhere
+            return False  # one image without a batch: its channels are another dimension
         weight, bias = layer.scaled(affine)
         if source.op == "call_module":
-            source.target = self._module(
-                source, str(node.target) if node.op == "call_module" else node.name, weight, bias
-            )
+            folded = str(node.target) if node.op == "call_module" else node.name
+            source.target = self._module(source, folded, weight, bias)
             return True
         for position, name, value in ((1, "weight", weight), (2, "bias", bias)):
-            _give(
-                source,
-                position,
-                name,
-                new_buffer(self.root, self.constants, f"{source.name}_{name}", value),
-            )
+            buffer = new_buffer(self.root, self.constants, f"{source.name}_{name}", value)
+            _set_argument(source, position, name, buffer)
         return True
 
     def _module(self, source: fx.Node, folded: str, weight: Tensor, bias: Tensor) -> str:
-        """The name of a contraction with these weights: its own, or a new one where others use
-        what it was.
+        """Return the name of a contraction module with new weights.
 
-        Heads that several scales share are called once for each; those that are followed by the
-        same are one module again.
+        It keeps its own name, or gets a new one if other calls use the old weights. A head that
+        several scales share is called once for each; calls that are followed by the same operation
+        share a new module.
         """
         name = str(source.target)
         if (name, folded) in self.made:
@@ -261,15 +259,25 @@ class _Folder:
             "bias": nn.Parameter(bias),
         }
         calls = [node for node in self.root.graph.nodes if node.op == "call_module"]
+        called = [self.root.get_submodule(str(node.target)) for node in calls]
         new = name
-        if sum(self.root.get_submodule(str(node.target)) is old for node in calls) > 1:
-            new = next(
-                free for i in itertools.count(1) if not _has(self.root, free := f"{name}_{i}")
-            )
-        parent, _, own = new.rpartition(".")
-        self.root.get_submodule(parent)._modules[own] = module
+        if sum(module is old for module in called) > 1:
+            candidates = (f"{name}_{i}" for i in itertools.count(1))
+            new = next(path for path in candidates if not _has_submodule(self.root, path))
+        parent, _, child = new.rpartition(".")
+        self.root.get_submodule(parent)._modules[child] = module
         self.made[name, folded] = new
         return new
+
+
+def _module_contraction(module: Any) -> _Contraction | None:
+    """Return the contraction that a module computes, or None."""
+    if not _is_plain_module(module) or not isinstance(module, _MODULES):
+        return None
+    is_transposed = isinstance(module, _TRANSPOSED_MODULES)
+    groups = getattr(module, "groups", 1)
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    return _Contraction(module.weight, module.bias, is_transposed, groups, dim)
 
 
 def _normalisation(
@@ -280,8 +288,9 @@ def _normalisation(
     bias: Tensor | None,
     eps: float,
 ) -> _Affine | None:
-    """What batch normalisation does with stored statistics; None where there are none, and the
-    batch's are taken.
+    """Return the affine map of batch normalisation with stored statistics.
+
+    None if there are no statistics, because those of the batch are used then.
     """
     if mean is None or var is None:
         return None
@@ -292,8 +301,9 @@ def _normalisation(
 
 
 def _is_plain_module(module: nn.Module) -> bool:
-    """Whether a module is torch's own, with weights as they stand: subclasses, hooks,
-    parametrisations may do something else.
+    """Tell whether a module is torch's own and has plain weights.
+
+    Subclasses, hooks and parametrisations may compute something else.
     """
     changed = (
         parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
@@ -302,18 +312,20 @@ def _is_plain_module(module: nn.Module) -> bool:
 
 
 def _argument_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _give(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
-    """Let a call have another argument, spelt as it is."""
+def _set_argument(node: fx.Node, position: int, name: str, value: fx.Node) -> None:
+    """Replace an argument of a call, by position or by name as it was given."""
     if len(node.args) > position:
         node.update_arg(position, value)
     else:
         node.update_kwarg(name, value)
 
 
-def _has(root: nn.Module, path: str) -> bool:
+def _has_submodule(root: nn.Module, path: str) -> bool:
+    """Tell whether there is a submodule at a path."""
     try:
         root.get_submodule(path)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""What gives back its input as it is when nothing is being trained."""
+"""Operations that return their input unchanged outside training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["drop_identities"]
 
 
 def drop_identities(root: fx.GraphModule) -> None:
-    """Take them out of the graph."""
+    """Remove such operations from a graph, in place."""
     for node in list(root.graph.nodes):
         source = _source(root, node)
         if source is not None:
@@ -22,7 +22,10 @@ def drop_identities(root: fx.GraphModule) -> None:
 
 
 def _source(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """What a node hands on: it is called with an empty probe, and gives back that very object."""
+    """Return the argument that a node returns unchanged; None if it does not.
+
+    The function is called with an empty tensor, and must return that very object.
+    """
     if len(node.all_input_nodes) != 1 or "rank" not in node.meta:
         return None
     (first,) = node.all_input_nodes
@@ -39,13 +42,13 @@ def _source(root: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: probe)
     try:
         return first if function(*args, **kwargs) is probe else None
-    except Exception:  # not made for such a probe: it stays
+    except Exception:  # it does not accept such a probe, and stays
         return None
 
 
 def _has_mode(function: Any) -> bool:
-    """Whether a function is told if it is called in training."""
+    """Tell whether a function has a parameter ``training``."""
     try:
         return "training" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a builtin does not say
+    except (TypeError, ValueError):  # a built-in function has no signature
         return False

@@ -1,6 +1,6 @@
-"""Pruned models for other runtimes: ONNX files and exported programs, checked where they will run.
+"""Export of pruned models to ONNX files and exported programs, with a check of the file.
 
-``runner`` is a program of its own: it runs a file in a process that knows neither fxprune nor the
+``runner`` is a program of its own. It runs a file in a process that has neither fxprune nor the
 model's code.
 """
 
@@ -35,9 +35,9 @@ from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
 __all__ = ["export", "packages_of"]
 
 
-_TOLERANCE = 1e-4  # of float32 computed by another library, relative to the whole output
+_TOLERANCE = 1e-4  # relative error of float32 in another library, over a whole output
 _RUNNER = Path(__file__).with_name("runner.py")
-# bytes of weights that an ONNX file holds itself: protocol buffers end at 2 GiB
+# bytes of weights that one ONNX file may hold: protocol buffers are limited to 2 GiB
 _ONE_FILE = 3 * 2**29
 _FORMATS = {".onnx": "ONNX", ".pt2": "an exported program"}
 
@@ -51,39 +51,42 @@ def export(
     dynamic_batch: bool = True,
     check: bool = True,
 ) -> float | None:
-    """Write a model as ONNX (``.onnx``) or as a program of ``torch.export`` (``.pt2``), and run
-    what was written.
+    """Write a model as ONNX (``.onnx``) or as a ``torch.export`` program (``.pt2``).
 
     Parameters
     ----------
     model:
-        Any module; it is exported in ``eval`` mode and left as it is. Export the form that
-        :func:`fxprune.deploy` gives.
+        Any module. It is exported in ``eval`` mode and left as it is. Export the result of
+        :func:`fxprune.deploy`.
     example_inputs:
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     path:
-        Where it goes; the suffix says as what. An earlier file is replaced when all is written and
-        checked.
+        Where to write; the suffix selects the format. An existing file is replaced only after the
+        new one is written and checked.
     dynamic_batch:
-        Take any batch size: the first dimension of every tensor that has as many rows as the first
-        one.
+        Accept any batch size. The batch is the first dimension of every tensor that has as many
+        rows as the first tensor.
     check:
-        Run the file in a fresh process that imports neither fxprune nor the model's code, an ONNX
-        file in onnxruntime, on random inputs, of two batch sizes if that is dynamic, and compare.
+        Run the file on random inputs and compare with the model. This is done in a fresh process
+        that imports neither fxprune nor the model's code; an ONNX file runs in onnxruntime. If the
+        batch is dynamic, two batch sizes are tried.
 
     Returns
     -------
-    The largest relative error, ``||out - reference|| / ||reference||`` over all outputs; None
-    without a check.
+    The largest relative error of an output, ``||out - reference|| / ||reference||``; None without
+    a check.
 
     Raises
     ------
     ArgumentError
-        If the suffix is another one, or a package is missing that ONNX needs.
+        If the suffix is unknown, a package that ONNX needs is missing, or the path cannot be
+        written.
+    ModelError
+        If ``model`` is not a module.
     ExportError
         If torch cannot export the model.
     VerificationError
-        If the file does not run, or gives something else.
+        If the file does not run, or gives other results.
 
     Examples
     --------
@@ -101,22 +104,31 @@ def export(
         )
     target = path_of("path", path)
     dynamic_batch, check = switch("dynamic_batch", dynamic_batch), switch("check", check)
+    _refuse_format(target)
+    model = in_mode(copy.deepcopy(model), False)
+    call = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _written(model, example_inputs, call, target, dynamic_batch, check)
+
+
+def _refuse_format(target: Path) -> None:
+    """Raise an error if the suffix is unknown, or packages for it are missing."""
     if target.suffix not in _FORMATS:
         raise ArgumentError(
             f"{target.name} ends with neither .onnx nor .pt2: the suffix says what to write."
         )
-    needed = [
-        name
-        for name in ("onnx", "onnxscript", "onnxruntime")
-        if importlib.util.find_spec(name) is None
-    ]
-    if target.suffix == ".onnx" and needed:
-        raise ArgumentError(f"ONNX needs {', '.join(needed)}: pip install {' '.join(needed)}.")
-    model = in_mode(copy.deepcopy(model), False)
-    args, kwargs = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
+    packages = "onnx", "onnxscript", "onnxruntime"
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if target.suffix == ".onnx" and missing:
+        raise ArgumentError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}.")
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn an error of the file system into one that names the target."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return _written(model, example_inputs, args, kwargs, target, dynamic_batch, check)
+        yield
     except OSError as error:
         raise ArgumentError(
             f"{target} cannot be written: {error.strerror or error}. Name one that can be "
@@ -127,73 +139,38 @@ def export(
 def _written(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call,
     path: Path,
     dynamic_batch: bool,
     check: bool,
 ) -> float | None:
-    """Write the file beside its place, check it, and put it there; returns the error that was
-    measured.
-    """
+    """Write a file next to its place, check it, move it there, and return the measured error."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         file = Path(folder) / path.name
-        packages = _write(model, args, kwargs, file, dynamic_batch)
+        packages = _write(model, call, file, dynamic_batch)
         sizes = (2, 5) if dynamic_batch else (None,)
         batches = [drawn(example_inputs, batch=rows, seed=seed) for seed, rows in enumerate(sizes)]
-        error = (
-            _check(model, [as_call(inputs) for inputs in batches], file, packages)
-            if check
-            else None
-        )
+        error = _check(model, list(map(as_call, batches)), file, packages) if check else None
         for written in Path(folder).iterdir():  # ONNX puts large weights into a second file
             if written.name.startswith(file.name):
                 os.replace(written, path.parent / written.name)
     return error
 
 
-def _write(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    file: Path,
-    dynamic_batch: bool,
-) -> list[str]:
-    """Write the file; returns the packages that have to be imported before it is read."""
-    shapes, written = None, io.BytesIO()
-    if dynamic_batch:
-        batch = torch.export.Dim("batch", min=1)
-        rows = batch_size(Call(args, kwargs))
-        shapes = tree_map_only(
-            Tensor, lambda t: {0: batch} if t.dim() and t.shape[0] == rows else {}, (args, kwargs)
-        )
+def _write(model: nn.Module, call: Call, file: Path, dynamic_batch: bool) -> list[str]:
+    """Write the file, and return the packages that must be imported before it is read."""
+    shapes = _dynamic_shapes(call) if dynamic_batch else None
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
+            by_name = None if shapes is None else _by_name(model, shapes)
             if file.suffix == ".pt2":
-                program = torch.export.export(
-                    model,
-                    args,
-                    kwargs,
-                    dynamic_shapes=None if shapes is None else _by_name(model, shapes),
-                )
-                # not to the disk: where that is full, torch's writer ends the process
-                torch.export.save(program, written)
-                file.write_bytes(written.getbuffer())
-                return packages_of(program)
-            own = None if shapes is None else _by_name(model, shapes)
-            apart = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
-            options: dict[str, Any] = {
-                "dynamic_shapes": own,
-                "dynamo": True,
-                "verbose": False,
-                "external_data": apart,
-            }
-            torch.onnx.export(model, args, file, kwargs=kwargs or None, **options)
-            return []  # onnxruntime has operations of its own
+                return _write_program(model, call, file, by_name)
+            _write_onnx(model, call, file, by_name)
+            return []  # onnxruntime brings its own operations
     except OSError:
         raise
-    except Exception as error:  # torch raises dozens of kinds
+    except Exception as error:  # torch raises many kinds of errors
         hint = " Leave the batch as it is with dynamic_batch=False." if dynamic_batch else ""
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
@@ -202,28 +179,58 @@ def _write(
         ) from error
 
 
+def _dynamic_shapes(call: Call) -> Any:
+    """Return the arguments of a call with the dynamic dimensions of a tensor in its place."""
+    batch = torch.export.Dim("batch", min=1)
+    rows = batch_size(call)
+
+    def dimensions(tensor: Tensor) -> dict[int, Any]:
+        """Return the batch dimension of a tensor, if it has one."""
+        return {0: batch} if tensor.dim() and tensor.shape[0] == rows else {}
+
+    return tree_map_only(Tensor, dimensions, (call.args, call.kwargs))
+
+
+def _write_program(model: nn.Module, call: Call, file: Path, shapes: Any) -> list[str]:
+    """Write a program of ``torch.export``, and return the packages that it needs."""
+    program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)
+    # to memory first: if the disk is full, torch's own writer ends the process
+    written = io.BytesIO()
+    torch.export.save(program, written)
+    file.write_bytes(written.getbuffer())
+    return packages_of(program)
+
+
+def _write_onnx(model: nn.Module, call: Call, file: Path, shapes: Any) -> None:
+    """Write an ONNX file, with large weights in a second file."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    options: dict[str, Any] = {
+        "dynamic_shapes": shapes,
+        "dynamo": True,
+        "verbose": False,
+        "external_data": size > _ONE_FILE,
+    }
+    torch.onnx.export(model, call.args, file, kwargs=call.kwargs or None, **options)
+
+
 def packages_of(program: torch.export.ExportedProgram) -> list[str]:
-    """The packages that define operations of the program: they are loaded here, under the names of
-    their operations.
+    """Return the names of the packages that define operations of an exported program.
+
+    A package counts if it is imported here under the namespace of its operations.
     """
-    graphs = [
-        module.graph
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-    ]
-    called = [node.target for graph in graphs for node in graph.nodes]
-    return sorted(
-        {
-            target.namespace
-            for target in called
-            if isinstance(target, OpOverload) and target.namespace in sys.modules
-        }
-    )
+    found = set()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            is_op = isinstance(node.target, OpOverload)
+            if is_op and node.target.namespace in sys.modules:
+                found.add(node.target.namespace)
+    return sorted(found)
 
 
 def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The dynamic shapes as torch.export wants them: by position where there are no keywords, else
-    by name.
+    """Return dynamic shapes in the form that ``torch.export`` expects.
+
+    By position if there are no keyword arguments, and by parameter name otherwise.
     """
     args, kwargs = shapes
     if not kwargs:
@@ -234,23 +241,39 @@ def _by_name(model: nn.Module, shapes: tuple[tuple[Any, ...], dict[str, Any]]) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters print progress."""
+    """Suppress the progress that exporters print."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
 def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
-    """Run the file on all calls in one process of its own; returns the largest relative error."""
+    """Run the file on all calls in a process of its own, and return the largest relative error."""
     with torch.no_grad(), calling(f"the {type(model).__name__}"):
         expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
+    worst = 0.0
+    for outputs, references in zip(_run_apart(calls, file, packages), expected, strict=True):
+        if [output.shape for output in outputs] != [reference.shape for reference in references]:
+            shapes = f"{_shapes_of(outputs)}, the model {_shapes_of(references)}"
+            raise VerificationError(f"{file.name} gives tensors of the shapes {shapes}.")
+        worst = max([worst, *map(_distance, outputs, references)])
+    if not worst <= _TOLERANCE:
+        raise VerificationError(
+            f"{file.name} differs from the model by {worst:.1e}, relative, where "
+            f"{_TOLERANCE:.0e} is rounding."
+        )
+    return worst
+
+
+def _run_apart(calls: list[Call], file: Path, packages: list[str]) -> list[list[Tensor]]:
+    """Run the file in a process of its own, and return the output tensors of each call."""
     with tempfile.TemporaryDirectory() as folder:
-        given, got = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
+        inputs, outputs = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
         packed = io.BytesIO()
-        plain = [(args, kwargs) for args, kwargs in calls]  # without a class of fxprune's
+        plain = [(args, kwargs) for args, kwargs in calls]  # plain tuples: no class of fxprune
         torch.save(tree_map_only(Tensor, Tensor.cpu, plain), packed)
-        given.write_bytes(packed.getbuffer())
+        inputs.write_bytes(packed.getbuffer())
         ran = subprocess.run(
-            [sys.executable, _RUNNER, file, given, got, *packages],
+            [sys.executable, _RUNNER, file, inputs, outputs, *packages],
             capture_output=True,
             text=True,
             check=False,
@@ -260,34 +283,17 @@ def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str])
             raise VerificationError(
                 f"{file.name} was written, but does not run in a process of its own: {last}"
             )
-        outputs = torch.load(got, weights_only=True)
-    worst = 0.0
-    for found, wanted in zip(outputs, expected, strict=True):
-        if [out.shape for out in found] != [reference.shape for reference in wanted]:
-            shapes = (
-                f"{[tuple(out.shape) for out in found]}, the model "
-                f"{[tuple(reference.shape) for reference in wanted]}"
-            )
-            raise VerificationError(f"{file.name} gives tensors of the shapes {shapes}.")
-        worst = max(
-            [
-                worst,
-                *(
-                    _distance(out, reference.cpu())
-                    for out, reference in zip(found, wanted, strict=True)
-                ),
-            ]
-        )
-    if not worst <= _TOLERANCE:
-        raise VerificationError(
-            f"{file.name} differs from the model by {worst:.1e}, relative, where "
-            f"{_TOLERANCE:.0e} is rounding."
-        )
-    return worst
+        results: list[list[Tensor]] = torch.load(outputs, weights_only=True)
+    return results
+
+
+def _shapes_of(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    """Return the shapes of tensors, in the form of a message."""
+    return [tuple(tensor.shape) for tensor in tensors]
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:
-    """Relative, in float64."""
-    output, reference = output.double(), reference.double()
+    """Return the relative error of an output on the CPU, computed in float64."""
+    output, reference = output.double(), reference.cpu().double()
     norm = float(reference.norm())
     return float((output - reference).norm()) / norm if norm else float(output.norm())

@@ -1,7 +1,7 @@
-"""Which calls write into a tensor, and which results share memory with what they were made of.
+"""Calls that write into tensors, and results that share memory with their arguments.
 
-A graph is a list of calls in order. As long as none writes, it says all; where one does, whoever
-looks at the same memory under another name sees it too.
+A graph is a list of calls in order. If no call writes, the graph says everything. If one does, the
+change is seen through every tensor that shares the memory.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ AUGMENTED = (
     "itruediv",
     "ixor",
 )
-"""The functions of :mod:`operator` behind ``x += y`` and its kind that write into ``x`` if it is a
-tensor.
+"""The functions of :mod:`operator` behind ``x += y`` and the like.
+
+They write into ``x`` if it is a tensor.
 """
 
 _WRITING = frozenset(
@@ -58,13 +59,16 @@ _WRITING = frozenset(
 
 
 def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
-    """Whether a call may change an argument: an operator's name says so, a trailing underscore,
-    ``inplace`` or ``out``.
+    """Tell whether a call may write into an argument.
+
+    The name of the operation, a trailing underscore, ``inplace`` or ``out`` says so.
 
     Parameters
     ----------
+    node:
+        The call.
     root:
-        The module of the graph; without it, calls of modules are not looked at.
+        The module of the graph. Without it, calls of modules count as not writing.
 
     Examples
     --------
@@ -75,75 +79,76 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     [False, True, True, False]
     """
     if node.op == "call_module":
-        return root is not None and bool(
-            getattr(root.get_submodule(str(node.target)), "inplace", False)
-        )
+        module = None if root is None else root.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    into = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
-    if into or node.target in _WRITING or _places(node.target):
+    is_asked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+    if is_asked or node.target in _WRITING or _written_arguments(node.target):
         return True
     name = name_of(node)
-    if _of_operator(node):
-        return False  # is_ and and_ end like add_, but for another reason
+    if _is_operator(node):
+        return False  # is_ and and_ end with an underscore because they are keywords without it
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2] in AUGMENTED or name == "__setitem__"
     return name.endswith("_")
 
 
 def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
-    """What a call may write into: of an operation that torch documents the first argument and
-    ``out``, else any argument.
+    """Return the arguments that a call may write into.
+
+    For an operation that torch documents, these are the first argument and ``out``; for others,
+    all arguments.
     """
     if not writes(node, root):
         return ()
-    places: list[fx.Node] = []
-    for place, name in _places(node.target):
-        fx.node.map_arg(
-            node.args[place] if place < len(node.args) else node.kwargs.get(name), places.append
-        )
-    if places:
-        return places
-    known = (
+    found: list[fx.Node] = []
+    for place, name in _written_arguments(node.target):
+        argument = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        fx.node.map_arg(argument, found.append)
+    if found:
+        return found
+    is_known = (
         node.op == "call_module"
         or node.target in _WRITING
         or hasattr(torch.ops.aten, name_of(node).strip("_"))
     )
-    fx.node.map_arg((first_of(node), node.kwargs.get("out")), places.append)
-    return places if known and places else node.all_input_nodes
+    fx.node.map_arg((first_of(node), node.kwargs.get("out")), found.append)
+    return found if is_known and found else node.all_input_nodes
 
 
 @functools.cache
-def _places(target: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operation writes into, where its schema is
-    known.
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    """Return position and name of the arguments that an operation writes into.
+
+    Empty if its schema is not known.
     """
-    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op gives
+    target = getattr(target, "_opoverload", target)  # an operation of torch.library.custom_op
     if not isinstance(target, torch._ops.OpOverload):
         return ()
-    arguments = enumerate(target._schema.arguments)
-    return tuple(
-        (i, own.name)
-        for i, own in arguments
-        if own.alias_info is not None and own.alias_info.is_write
-    )
+    found = []
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append((place, argument.name))
+    return tuple(found)
 
 
 def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The argument of a call of whose memory its result may be, if there is one: what is not known
-    to be new may be shared.
+    """Return the argument with which the result of a call may share memory; None if there is none.
+
+    A result that is not known to be new may share memory with the first argument.
     """
     first = first_of(node)
-    if node.op not in ("call_function", "call_method", "call_module") or not isinstance(
-        first, fx.Node
-    ):
+    is_call = node.op in ("call_function", "call_method", "call_module")
+    if not is_call or not isinstance(first, fx.Node):
         return None
     return None if not writes(node, root) and _makes_new(node, root) else first
 
 
 def first_of(node: fx.Node) -> Any:
-    """The first argument of a call, by position or by the name that torch gives it; None if it has
-    none.
+    """Return the first argument of a call, given by position or by torch's name for it.
+
+    None if the call has none.
 
     >>> x = fx.Graph().placeholder("x")
     >>> call = x.graph.call_function
@@ -154,80 +159,91 @@ def first_of(node: fx.Node) -> Any:
 
 
 def _makes_new(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether the result of a call is known to be a new tensor."""
     if node.op == "call_module":
-        # it computes with them
+        # a module with parameters computes with them
         return next(root.get_submodule(str(node.target)).parameters(), None) is not None
-    if _of_operator(node):
+    if _is_operator(node):
         return node.target is not operator.getitem
     return _op_makes_new(name_of(node))
 
 
-def _of_operator(node: fx.Node) -> bool:
+def _is_operator(node: fx.Node) -> bool:
+    """Tell whether a node calls a function of :mod:`operator`."""
     return node.op == "call_function" and getattr(operator, name_of(node), None) is node.target
 
 
 @functools.cache
 def _op_makes_new(name: str) -> bool:
-    """Whether there is an ATen operation of that name, and its schemas say that what it returns is
-    not its arguments' memory.
-    """
+    """Tell whether an ATen operation of this name exists and returns new memory by its schemas."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or has(name, Trait.MAY_GIVE_BACK):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    return not any(
-        entry.alias_info for schema in schemas if not schema.is_mutable for entry in schema.returns
-    )
+    results = [entry for schema in schemas if not schema.is_mutable for entry in schema.returns]
+    return not any(entry.alias_info for entry in results)
 
 
 def name_of(node: fx.Node, root: nn.Module | None = None) -> str:
-    """The name of the method or function that a node calls, or of the kind of module: ``flatten``
-    for all three.
+    """Return the name of the method, function or kind of module that a node calls.
+
+    The name of a module's class is in lower case: ``flatten`` for a method, a function and a
+    module.
+
+    Parameters
+    ----------
+    node:
+        A node of a graph.
+    root:
+        The module of the graph. Without it, a call of a module has the name ``""``.
     """
     if node.op == "call_module":
-        return (
-            ""
-            if root is None
-            else _torch_class(root.get_submodule(str(node.target))).__name__.lower()
-        )
+        if root is None:
+            return ""
+        return _torch_class(root.get_submodule(str(node.target))).__name__.lower()
     if isinstance(node.target, torch._ops.OpOverload):
         return name_of_op(node.target)
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _torch_class(module: nn.Module) -> type:
-    """The class of ``torch.nn`` that a module is of: a parametrization makes a subclass, with
-    another name.
+    """Return the class of ``torch.nn`` to which a module belongs.
+
+    A parametrization makes a subclass with another name.
     """
-    kinds = (
-        kind
-        for kind in type(module).__mro__
-        if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
-    )
-    return next(kinds, type(module))
+    for kind in type(module).__mro__:
+        if kind is not nn.Module and kind.__module__.startswith("torch.nn.modules."):
+            return kind
+    return type(module)
 
 
 def _reads_values(node: fx.Node) -> bool:
-    """Whether a call reads what a tensor holds, not only what it is."""
+    """Tell whether a call reads the values of a tensor, not only its shape, dtype or device."""
     name = name_of(node)
     return name != "getattr" and not has(name, Trait.ASKS | Trait.ASKS_SIZES)
 
 
 def squeezes_all(node: fx.Node) -> bool:
-    """Whether it is a ``squeeze()`` that drops each axis of size 1, a batch of one as well."""
+    """Tell whether a call is a ``squeeze()`` that drops all axes of size 1, maybe the batch."""
     return name_of(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
 
 
 def node_of(value: Any) -> fx.Node | None:
-    """The node whose value something stands for while a model is traced; None for what is no
-    stand-in.
-    """
+    """Return the node of a traced value; None for other values."""
     return getattr(value, "fx_node", None)
 
 
 def is_again(node: fx.Node | None, *call: Any) -> bool:
-    """Whether a node is what ``(target, *args)`` gives, under the name that it got from ``+=`` or
-    its kind.
+    """Tell whether a node computes a given call.
+
+    A node that comes from ``+=`` or the like of that call's result counts, too.
+
+    Parameters
+    ----------
+    node:
+        The node, or None.
+    *call:
+        The target and the arguments of the call.
     """
     while node is not None and node.target in _WRITING:
         node = cast(fx.Node, node.args[0])
@@ -235,102 +251,108 @@ def is_again(node: fx.Node | None, *call: Any) -> bool:
 
 
 class Memory:
-    """Who shares memory with whom in a graph as it is now.
+    """The nodes of a graph that share memory.
 
     Parameters
     ----------
+    graph:
+        The graph in its present state.
     root:
         The module of the graph.
+
+    Attributes
+    ----------
+    base:
+        For each node, the node that owns the memory it may use.
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         nodes = list(graph.nodes)
-        self._writing = [
-            (place, to) for place, node in enumerate(nodes) for to in written(node, root)
-        ]
+        self._place = {node: place for place, node in enumerate(nodes)}
+        self._writes: list[tuple[int, fx.Node]] = []  # places of calls, and what they write into
+        self._last_read: dict[fx.Node, int] = {}  # places of calls
         self._source = {node: shares(node, root) for node in nodes}
-        # of each node the one whose memory it may be, and that is nobody else's
         self.base: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
-        for node, source in self._source.items():
+        for place, node in enumerate(nodes):
+            self._writes += [(place, to) for to in written(node, root)]
+            readers = filter(_reads_values, node.users)
+            self._last_read[node] = max(map(self._place.__getitem__, readers), default=-1)
+            source = self._source[node]
             base = self.base[node] = node if source is None else self.base[source]
             self._families.setdefault(base, []).append(node)
-        self._place = {node: place for place, node in enumerate(nodes)}
-        self._last_read = {
-            node: max(
-                (self._place[user] for user in node.users if _reads_values(user)),
-                default=-1,
-            )
-            for node in nodes
-        }
 
     def roots(self, node: fx.Node) -> Iterator[fx.Node]:
-        """A node, and the nodes of whose memory it may be, the nearest first."""
+        """Yield a node and the nodes whose memory it may use, the nearest first."""
         above: fx.Node | None = node
         while above is not None:
             yield above
             above = self._source[above]
 
     def changing(self) -> set[fx.Node]:
-        """Nodes of whose memory, under whatever name, something is overwritten; all that read the
-        same parameter or buffer.
+        """Return the nodes whose memory is overwritten somewhere in the graph.
+
+        If one of them reads a parameter or buffer, all nodes that read the same one are included.
         """
-        nodes = {node for _, to in self._writing for node in self.roots(to)}
+        nodes = {node for _, to in self._writes for node in self.roots(to)}
         stored = {node.target for node in nodes if node.op == "get_attr"}
-        return nodes | {
-            node for node in self._source if node.op == "get_attr" and node.target in stored
-        }
+        reads = [node for node in self._source if node.op == "get_attr"]
+        return nodes | {node for node in reads if node.target in stored}
 
     def written_after(self, node: fx.Node) -> list[fx.Node]:
-        """What may be written into after a node has run."""
-        return [to for place, to in self._writing if place > self._place[node]]
+        """Return the nodes that may be written into after a node has run."""
+        return [to for place, to in self._writes if place > self._place[node]]
 
     def changed_behind(self, view: fx.Node) -> bool:
-        """Whether a view has to stay one: it or what it looks at is written to, and the other is
-        read afterwards.
+        """Tell whether a view must stay a view.
+
+        It must if the view or the memory it views is written to, and the other is read afterwards.
         """
         base = self.base[view]
-        writing = [
-            (place, to)
-            for place, to in self._writing
-            if place > self._place[view] and self.base[to] is base
-        ]
-        if not writing:
+        later = [(place, to) for place, to in self._writes if place > self._place[view]]
+        writes_to_base = [(place, to) for place, to in later if self.base[to] is base]
+        if not writes_to_base:
             return False
         through = {node for node in self._families[base] if view in self.roots(node)}
         beside = set(self._families[base]) - through
         outlives = base.op in ("placeholder", "get_attr")
-        for place, to in writing:
+        for place, to in writes_to_base:
             others = beside if to in through else through
-            if (outlives and to in through) or any(
-                self._last_read[other] > place for other in others
-            ):
+            is_read = any(self._last_read[other] > place for other in others)
+            if is_read or (outlives and to in through):
                 return True
         return False
 
 
 class Snapshot:
-    """Values of tensors, to see later whether they still have them."""
+    """Saved values of tensors, to see later whether these have changed."""
 
     def __init__(self) -> None:
         self._taken: list[tuple[Tensor, Tensor, str]] = []
 
     def take(self, tensor: Tensor, what: str) -> None:
-        """``what`` is told of a tensor that has changed."""
+        """Save the values of a tensor.
+
+        Parameters
+        ----------
+        tensor:
+            The tensor; ignored if it is on the meta device.
+        what:
+            What :meth:`changed` returns if the tensor has changed.
+        """
         if not tensor.is_meta:
             self._taken.append((tensor, tensor.detach().clone(), what))
 
     def shares_memory_with(self, tensor: Tensor) -> bool:
-        """Whether a tensor is, or looks at, one of these."""
-        own = tensor.untyped_storage().data_ptr()
-        return own != 0 and any(
-            own == held.untyped_storage().data_ptr() for held, _, _ in self._taken
-        )
+        """Tell whether a tensor shares memory with a saved one."""
+        address = tensor.untyped_storage().data_ptr()
+        saved = [taken.untyped_storage().data_ptr() for taken, _, _ in self._taken]
+        return address != 0 and address in saved
 
     def changed(self) -> str | None:
-        """What was said of a tensor that is not what it was."""
+        """Return the ``what`` of the first tensor that has changed; None if there is none."""
         for tensor, before, what in self._taken:
-            # a nan is one still
+            # nan counts as equal to nan
             same = (tensor == before) | ((tensor != tensor) & (before != before))
             if not bool(same.all()):
                 return what
@@ -338,13 +360,19 @@ class Snapshot:
 
 
 class Undone:
-    """Takes back what runs write into tensors, a forward that clamps its weights, say; saves those
-    alone that are written.
+    """Undoes what runs write into tensors, such as a forward that clamps its weights.
+
+    A tensor is saved only when it is written.
+
+    Parameters
+    ----------
+    tensors:
+        The tensors to restore, by name.
 
     Attributes
     ----------
     written:
-        The names of tensors that were written so far.
+        The names of the tensors that were written so far.
 
     Examples
     --------
@@ -358,7 +386,7 @@ class Undone:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors: dict[int, list[tuple[str, Tensor]]] = {}  # by the place of their memory
+        self._tensors: dict[int, list[tuple[str, Tensor]]] = {}  # by the address of their memory
         for name, tensor in tensors.items():
             self._tensors.setdefault(_memory_of(tensor), []).append((name, tensor))
         self._tensors.pop(0, None)
@@ -367,7 +395,7 @@ class Undone:
 
     @contextmanager
     def afterwards(self) -> Iterator[None]:
-        """A run inside may write."""
+        """Undo on exit what a run inside this context writes."""
         try:
             with self.watching():
                 yield
@@ -378,35 +406,39 @@ class Undone:
             self._saved = {}
 
     def watching(self) -> DispatchMode:
-        """What has to see operations where those that look on are turned off, inside of
-        :meth:`afterwards`.
+        """Return a mode that sees the operations where other modes are turned off.
+
+        It is for use inside of :meth:`afterwards`.
         """
         return _Writes(self)
 
     def save(self, tensor: Tensor) -> None:
-        """Said of a tensor before it is written."""
+        """Save a tensor, and those that share its memory, before it is written."""
         memory = _memory_of(tensor)
         if memory in self._tensors and memory not in self._saved:
-            self._saved[memory] = [own.detach().clone() for _, own in self._tensors[memory]]
+            self._saved[memory] = [saved.detach().clone() for _, saved in self._tensors[memory]]
             self.written |= {name for name, _ in self._tensors[memory]}
 
 
 class _Writes(DispatchMode):
+    """A dispatch mode that saves tensors before an operation writes into them."""
+
     def __init__(self, undone: Undone) -> None:
         super().__init__()
         self.undone = undone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, name in _places(func):
+        for place, name in _written_arguments(func):
             for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
                 self.undone.save(tensor)
         return func(*args, **kwargs)
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """Where a tensor's memory lies; 0: it is none that could be written here, that of a tensor
-    without data, say.
+    """Return the address of a tensor's memory.
+
+    0 if it has no memory that could be written here: a tensor without data, for example.
     """
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided:
         return 0

@@ -1,9 +1,9 @@
-"""Checkpoints: what forward computes again in the backward pass. A graph computes it once, and
-keeps what is read then.
+"""Checkpoints: parts of forward that are computed again in the backward pass.
 
-The results are the same, and so are the gradients, as long as nothing overwrites what is kept.
-Inside of a checkpoint an operation in place may: all is computed again before it is read.
-(Reentrant ones are held to it by torch themselves.)
+A graph computes them once, and keeps what the backward pass reads. Results and gradients are the
+same, as long as nothing overwrites what is kept. Inside a checkpoint, an operation in place may do
+so, because everything is computed again before it is read. (For reentrant checkpoints, torch
+itself forbids it.)
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["overwrites_what_is_kept"]
 
 
 def overwrites_what_is_kept(graph: fx.Graph, meta_copy: MetaCopy) -> bool:
-    """Whether an operation of a graph writes into what another one has kept for its backward pass.
+    """Tell whether an operation of a graph overwrites what another has kept for its backward pass.
 
-    The graph runs with gradients on tensors without data, whose versions torch counts as it does
-    those of others.
+    The graph runs with gradients on tensors without data. torch counts the versions of these as it
+    does for others.
     """
     if not any(writes(node, meta_copy.model) for node in graph.nodes):
         return False
@@ -38,29 +38,28 @@ def overwrites_what_is_kept(graph: fx.Graph, meta_copy: MetaCopy) -> bool:
         try:
             results = _results(graph, meta_copy)
         except RuntimeError:
-            return False  # writing into a parameter, say: the model itself has no gradients
+            return False  # such as a write into a parameter: the model has no gradients, either
     return any(map(_is_overwritten, _backward_functions(results)))
 
 
 @contextmanager
 def _trainable(meta_copy: MetaCopy) -> Iterator[None]:
-    """While the parameters of the meta copy want gradients as those of the model do."""
-    asked = [
-        own
-        for own in meta_copy.tensors.values()
-        if isinstance(own, nn.Parameter) and meta_copy.real[own].requires_grad
-    ]
+    """Let parameters of the meta copy require gradients where those of the model do."""
+    changed = []
+    for tensor in meta_copy.tensors.values():
+        if isinstance(tensor, nn.Parameter) and meta_copy.real[tensor].requires_grad:
+            changed.append(tensor)
     try:
-        for own in asked:
-            own.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(True)
         yield
     finally:
-        for own in asked:
-            own.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(False)
 
 
 def _results(graph: fx.Graph, meta_copy: MetaCopy) -> list[Tensor]:
-    """What comes out, when each node is called."""
+    """Run a graph, and return its output tensors."""
     values: dict[fx.Node, Any] = {}
     regions: dict[fx.Node, Any] = {}
     try:
@@ -83,18 +82,16 @@ def _results(graph: fx.Graph, meta_copy: MetaCopy) -> list[Tensor]:
 
 
 def _as_input(tensor: Tensor) -> Tensor:
-    """An input that another layer has computed, maybe."""
+    """Return a tensor like the output of an earlier layer: it may need gradients."""
     with torch.no_grad():
         tensor = tensor.clone()
-    return (
-        tensor.requires_grad_().clone()
-        if tensor.is_floating_point() or tensor.is_complex()
-        else tensor
-    )
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.requires_grad_().clone()
+    return tensor
 
 
 def _backward_functions(results: list[Tensor]) -> Iterator[Any]:
-    """What autograd would call for tensors, each once."""
+    """Yield each autograd function that the backward pass of some tensors calls."""
     seen: set[Any] = set()
     waiting = [tensor.grad_fn for tensor in results]
     while waiting:
@@ -106,8 +103,9 @@ def _backward_functions(results: list[Tensor]) -> Iterator[Any]:
 
 
 def _is_overwritten(function: Any) -> bool:
-    """Whether what a function has kept is not what it was: torch says so where it is asked for
-    it.
+    """Tell whether a tensor that an autograd function has kept was overwritten.
+
+    torch raises an error when such a tensor is read.
     """
     try:
         for name in dir(function):

@@ -1,9 +1,9 @@
-"""Regions of forward that run without gradients, or in another precision: ``with
-torch.no_grad():``, ``with torch.autocast(...):``.
+"""Regions of forward that run without gradients or in another precision.
 
-Python enters and leaves them while a model is traced, and a graph of tensor operations alone would
-lose them. They become two nodes, around what was recorded in between, and a ``with`` block in the
-code of an emitted model.
+Examples are ``with torch.no_grad():`` and ``with torch.autocast(...):``. Python enters and leaves
+them while a model is traced, so a graph of tensor operations alone would lose them. They become
+two nodes, around what was recorded in between, and a ``with`` block in the code of an emitted
+model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -47,57 +48,82 @@ def enter(kind: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
 
 @torch.fx.has_side_effect
 def leave(region: AbstractContextManager[Any]) -> None:
-    """End what :func:`enter` began."""
+    """End a region that :func:`enter` began."""
     region.__exit__(None, None, None)
 
 
 BOUNDS = frozenset({enter, leave})
-"""What the two nodes of a region call. To look at a graph, on tensors without data, they need not
-run.
+"""The functions that the two nodes of a region call.
+
+They need not run to look at a graph on tensors without data.
 """
 
 
 @contextmanager
 def recorded(
-    begin: Callable[..., Any], end: Callable[[Any], None], mine: Callable[[str], bool]
+    begin: Callable[..., Any], end: Callable[[Any], None], is_mine: Callable[[str], bool]
 ) -> Iterator[None]:
-    """Tell of every region that is entered and left, from a file of which ``mine`` is true.
+    """Report every region that is entered and left inside this context.
 
-    ``begin(kind, *args, **kwargs)`` gets the arguments of :func:`enter`; what it returns is handed
-    to ``end``.
+    Parameters
+    ----------
+    begin:
+        Called as ``begin(kind, *args, **kwargs)`` with the arguments of :func:`enter`, before the
+        region is entered.
+    end:
+        Called with the result of ``begin``, before the region is left.
+    is_mine:
+        Tells of a file name whether ``with`` statements in this file are reported.
     """
-    open_regions: IdentityMap[Any, Any] = IdentityMap()
-
-    def watched(entering: Any, leaving: Any) -> tuple[Any, Any]:
-        def on_enter(region: Any) -> Any:
-            if mine(_caller()):
-                name, args, kwargs = _region_described(region)
-                open_regions[region] = begin(name, *args, **kwargs)
-            return entering(region)
-
-        def on_exit(region: Any, *error: Any) -> Any:
-            if region in open_regions:
-                opened = open_regions[region]
-                open_regions.discard(region)
-                end(opened)
-            return leaving(region, *error)
-
-        return on_enter, on_exit
-
+    watch = _RegionWatch(begin, end, is_mine)
+    kinds: tuple[Any, ...] = (*_KINDS.values(), torch.set_grad_enabled)
     with ExitStack() as stack:
-        kinds: tuple[Any, ...] = (*_KINDS.values(), torch.set_grad_enabled)
         for kind in kinds:
-            on_enter, on_exit = watched(kind.__enter__, kind.__exit__)
+            on_enter, on_exit = watch.reporting(kind.__enter__, kind.__exit__)
             stack.enter_context(mock.patch.object(kind, "__enter__", on_enter))
             stack.enter_context(mock.patch.object(kind, "__exit__", on_exit))
         yield
 
 
-def _caller() -> str:
-    """The file of the ``with`` statement, or of what calls the function that a region
-    decorates.
+@dataclass
+class _RegionWatch:
+    """The functions that are told of regions (see :func:`recorded`), and the open regions.
+
+    ``open_regions`` holds the result of ``begin`` for each region.
     """
-    frame = sys._getframe(2)
+
+    begin: Callable[..., Any]
+    end: Callable[[Any], None]
+    is_mine: Callable[[str], bool]
+    open_regions: IdentityMap[Any, Any] = field(default_factory=IdentityMap)
+
+    def reporting(self, entering: Any, leaving: Any) -> tuple[Any, Any]:
+        """Return versions of a region's ``__enter__`` and ``__exit__`` that report their calls."""
+
+        def on_enter(region: Any) -> Any:
+            """Report and enter a region."""
+            if self.is_mine(_caller()):
+                name, args, kwargs = _arguments_of(region)
+                self.open_regions[region] = self.begin(name, *args, **kwargs)
+            return entering(region)
+
+        def on_exit(region: Any, *error: Any) -> Any:
+            """Report and leave a region."""
+            if region in self.open_regions:
+                opened = self.open_regions[region]
+                self.open_regions.discard(region)
+                self.end(opened)
+            return leaving(region, *error)
+
+        return on_enter, on_exit
+
+
+def _caller() -> str:
+    """Return the file of the ``with`` statement.
+
+    If a region decorates a function, return the file of that function's caller.
+    """
+    frame = sys._getframe(2)  # the caller of on_enter
     while frame.f_back is not None and frame.f_code.co_filename in _HELPERS:
         frame = frame.f_back
     return frame.f_code.co_filename
@@ -107,7 +133,8 @@ _HELPERS = {contextlib.__file__, torch.utils._contextlib.__file__}
 _HELPERS |= {torch.amp.autocast_mode.__file__, torch.autograd.grad_mode.__file__}
 
 
-def _region_described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+def _arguments_of(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Return the kind, arguments and keyword arguments of a region for :func:`enter`."""
     if isinstance(region, torch.autocast):
         kwargs = {
             "dtype": region.fast_dtype,
@@ -123,10 +150,9 @@ def _region_described(region: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]
 
 
 def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
-    """While this context lasts, the code that the graph generates has ``with`` blocks for its
-    regions.
+    """Generate code with ``with`` blocks for the regions of a graph inside this context.
 
-    They are left as well when something in between raises.
+    A ``with`` block is left even if something inside raises.
 
     Examples
     --------
@@ -147,6 +173,7 @@ def blocks(graph: fx.Graph) -> AbstractContextManager[None]:
 
 
 def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:
+    """Replace calls of :func:`enter` and :func:`leave` in generated code by ``with`` blocks."""
     entries = {node.name for node in graph.nodes if node.target is enter}
     if not entries:
         return body
@@ -159,8 +186,8 @@ def _with_blocks(graph: fx.Graph, body: list[str]) -> list[str]:
             out.append(f"{_INDENT * len(inside)}with torch.{call[1]}({call[2]}):\n")
             inside.append(name)
         elif name in ends and ends[name] == inside[-1]:
-            said = next(before for before in reversed(out) if not before.lstrip().startswith("#"))
-            if said.lstrip().startswith("with "):
+            last = next(before for before in reversed(out) if not before.lstrip().startswith("#"))
+            if last.lstrip().startswith("with "):
                 out.append(_INDENT * len(inside) + "pass\n")
             inside.pop()
         else:

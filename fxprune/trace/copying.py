@@ -1,4 +1,4 @@
-"""Copies of what Python holds, with other objects in the places of those that it refers to."""
+"""Copies of Python objects in which some objects are replaced by others."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ _CONTAINERS = frozenset(
 
 
 def copied(value: Any, memo: Memo) -> Any:
-    """``copy.deepcopy``, which also rebinds functions: methods, partials, closures and default
-    arguments.
+    """Copy a value like ``copy.deepcopy``, and rebind functions in it, too.
+
+    Functions, methods and partials are copied only if they refer to objects in ``memo``, through
+    their closures or default arguments, for example. Otherwise they stay the same object, so what
+    a closure collects is still collected there.
 
     Parameters
     ----------
+    value:
+        What to copy.
     memo:
-        What stands in the place of objects (see :mod:`fxprune.common.identity`).
-
-    Functions and methods are the same object again where they refer to none of these, so what a
-    closure collects is still collected there.
+        The objects to replace, and what replaces them (see :mod:`fxprune.common.identity`).
 
     Examples
     --------
@@ -56,59 +58,70 @@ def copied(value: Any, memo: Memo) -> Any:
     if in_memo(memo, value):
         return from_memo(memo, value)
     kind = type(value)
-    if kind is types.FunctionType:
-        return _function(value, memo) if _refers(value, memo) else value
-    if kind is types.MethodType:
-        if not _refers(value, memo):
-            return value
-        return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
-    if kind is functools.partial:
-        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
-        return functools.partial(
-            copied(value.func, memo), *(copied(item, memo) for item in value.args), **keywords
-        )
+    if kind in (types.FunctionType, types.MethodType, functools.partial):
+        return _copied_callable(value, memo)
     if kind is weakref.ref:
-        held = value()
-        return (
-            value
-            if held is None or not in_memo(memo, held)
-            else weakref.ref(from_memo(memo, held))
-        )
-    if kind is list:
-        new: list[Any] = []
-        to_memo(memo, value, new)
-        new.extend(copied(item, memo) for item in value)
-        return new
-    if kind in _MAPPINGS:
-        made: dict[Any, Any] = kind()
-        to_memo(memo, value, made)
-        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
-        return made
-    if kind in _COPIED_SEQUENCES:
-        return kind(copied(item, memo) for item in value)
-    # what a hook has kept of a step of training, say
+        target = value()
+        is_replaced = target is not None and in_memo(memo, target)
+        return weakref.ref(from_memo(memo, target)) if is_replaced else value
+    if kind in _COPIED_SEQUENCES or kind in _MAPPINGS:
+        return _copied_container(value, memo)
+    # for example what a hook has kept from a step of training
     if isinstance(value, Tensor) and value.grad_fn is not None:
         return to_memo(memo, value, value.detach().clone())
     return _deepcopied(value, memo)
 
 
-def _deepcopied(value: Any, memo: Memo) -> Any:
-    """``copy.deepcopy``, also of what a class refuses to copy; what cannot be copied (a lock, a
-    module object, a stream) is shared.
+def _copied_callable(value: Any, memo: Memo) -> Any:
+    """Copy a partial, or a function or method that leads to replaced objects."""
+    kind = type(value)
+    if kind is functools.partial:
+        args = [copied(item, memo) for item in value.args]
+        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
+        return functools.partial(copied(value.func, memo), *args, **keywords)
+    if not _refers(value, memo):
+        return value
+    if kind is types.FunctionType:
+        return _copied_function(value, memo)
+    return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
 
-    An iterator is not: who reads it changes it for all. Nor is what refers to one of those that
-    are replaced.
+
+def _copied_container(value: Any, memo: Memo) -> Any:
+    """Copy a built-in container and what it holds.
+
+    A list or dict is registered before its entries are copied, because it may hold itself.
     """
-    trial = dict(memo)  # what a copy that fails has made is left behind
+    kind: Any = type(value)
+    made: Any
+    if kind is list:
+        made = to_memo(memo, value, kind())
+        made.extend(copied(item, memo) for item in value)
+        return made
+    if kind in _MAPPINGS:
+        made = to_memo(memo, value, kind())
+        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        return made
+    return kind(copied(item, memo) for item in value)
+
+
+def _deepcopied(value: Any, memo: Memo) -> Any:
+    """Copy a value with ``copy.deepcopy``, even if a class refuses to be copied.
+
+    What cannot be copied (a lock, a module object, a stream) is shared with the original.
+    Iterators are not, because reading one changes it for all; nor are objects that refer to
+    replaced ones.
+    """
+    trial = dict(memo)  # a failed copy leaves entries here
     try:
         made = copy.deepcopy(value, trial)
     except Exception as error:
-        trial = memo | memo_of((held, held) for held in _reached(value) if _is_shared(held))
+        shared = filter(_is_shared, _reached(value))
+        trial = memo | memo_of((item, item) for item in shared)
         try:
             made = copy.deepcopy(value, trial)
         except Exception:
             return _rebuilt(value, memo, error)
-    kept = from_memo(trial, trial, [])  # where deepcopy keeps alive what it has met
+    kept = from_memo(trial, trial, [])  # the list in which deepcopy keeps the originals alive
     drop_from_memo(trial, trial)
     memo.update(trial)
     to_memo(memo, memo, from_memo(memo, memo, [])).extend(kept)
@@ -116,40 +129,33 @@ def _deepcopied(value: Any, memo: Memo) -> Any:
 
 
 def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
-    """An object with copies of what Python holds in it, whatever its ``__deepcopy__`` says: a
-    shared one would change for all.
+    """Copy an object by copying what Python holds in it, without its ``__deepcopy__``.
 
-    What it holds outside of Python (a handle, a connection) is shared.
+    If the object were shared, changes would be seen by all. What it holds outside of Python (a
+    handle, a connection) is shared.
+
+    Parameters
+    ----------
+    value:
+        An object that ``copy.deepcopy`` cannot copy.
+    error:
+        The error of ``copy.deepcopy``.
 
     Raises
     ------
     Exception
-        The error of ``copy.deepcopy``, where a copy would release with the object what is shared,
-        or refers to what is replaced.
+        ``error``, if a copy would release a shared resource when it is deleted, or if an object
+        that has to be shared refers to replaced objects, iterators or tensors.
     """
-    kind, layout = type(value), _layout(value)
+    layout = _layout(value)
     if layout is None:
-        if _refers(value, memo) or any(
-            isinstance(held, (Iterator, Tensor)) for held in _reached(value)
-        ):
+        has_state = any(isinstance(item, (Iterator, Tensor)) for item in _reached(value))
+        if has_state or _refers(value, memo):
             raise error
         return value
-    if hasattr(kind, "__del__"):
+    if hasattr(type(value), "__del__"):
         raise error
-    if layout in (tuple, frozenset):
-        made = to_memo(
-            memo,
-            value,
-            layout.__new__(kind, [copied(item, memo) for item in layout.__iter__(value)]),
-        )
-    else:
-        made = to_memo(memo, value, layout.__new__(kind))
-    if layout in _MAPPINGS:
-        layout.update(
-            made, {copied(key, memo): copied(item, memo) for key, item in layout.items(value)}
-        )
-    elif layout in _CONTAINERS:
-        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+    made = _new_of_layout(value, layout, memo)
     for name, item in slots_of(value).items():
         object.__setattr__(made, name, copied(item, memo))
     for name, item in getattr(value, "__dict__", {}).items():
@@ -157,23 +163,38 @@ def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
     return made
 
 
+def _new_of_layout(value: Any, layout: Any, memo: Memo) -> Any:
+    """Create an object of the same class, with copies of what the built-in class holds in it."""
+    kind = type(value)
+    if layout in (tuple, frozenset):
+        items = [copied(item, memo) for item in layout.__iter__(value)]
+        return to_memo(memo, value, layout.__new__(kind, items))
+    made = to_memo(memo, value, layout.__new__(kind))
+    if layout in _MAPPINGS:
+        items = [(copied(key, memo), copied(item, memo)) for key, item in layout.items(value)]
+        layout.update(made, dict(items))
+    elif layout in _CONTAINERS:
+        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+    return made
+
+
 def _layout(value: Any) -> Any:
-    """The class of Python's own whose state an object has beside its attributes; None: it has
-    more, which Python does not see.
+    """Return the built-in class that holds an object's state beside its attributes.
+
+    None if the object has more state, which Python does not see.
     """
     kind = type(value)
-    layout = next(own for own in kind.__mro__ if own in _LAYOUTS)
+    layout = next(base for base in kind.__mro__ if base in _LAYOUTS)
     above = kind.__mro__[: kind.__mro__.index(layout)]
     return layout if layout is not object or all(map(_is_of_python, above)) else None
 
 
 def _is_of_python(kind: type) -> bool:
-    """Whether a class statement made a class, rather than C."""
-    own = vars(kind)
-    functions = any(isinstance(member, types.FunctionType) for member in own.values())
+    """Tell whether a class was made by a class statement rather than in C."""
+    members = vars(kind)
     return (
-        functions
-        or not own.keys().isdisjoint(("__weakref__", "__slots__"))
+        any(isinstance(member, types.FunctionType) for member in members.values())
+        or not members.keys().isdisjoint(("__weakref__", "__slots__"))
         or any(map(_is_of_python, kind.__bases__))
     )
 
@@ -185,37 +206,47 @@ _LAYOUTS: frozenset[Any] = frozenset(
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether an object that holds no other cannot be copied, and nobody can tell who has used
-    it.
+    """Tell whether an object cannot be copied, holds no other object, and may be shared.
+
+    An iterator or a tensor may not.
     """
     if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _objects_held(value):
         return False
     try:
         copy.deepcopy(value)
-    except Exception:  # whatever it says
+    except Exception:  # the class may raise any error
         return True
     return False
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Names of the attributes of a module that hold its hooks, by a number each."""
+"""Names of the attributes of a module that hold its hooks, by number."""
 
 HOOKS_CALLED = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-"""Names of the attributes that say how, by the same numbers."""
+"""Names of the attributes that say how hooks are called, by the same numbers."""
 
 
 def hooks_apart(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
-    """Copies of hooks that collect into lists, dicts and objects of their own: a trial run leaves
-    nothing to the user.
+    """Copy hooks so that they collect into lists, dicts and objects of their own.
+
+    A trial run then changes nothing of the user's.
+
+    Parameters
+    ----------
+    hooks:
+        A module's hooks, by number.
+    memo:
+        The objects to replace, and what replaces them. Copies are added to it.
     """
     return type(hooks)((key, _hook_apart(hook, memo)) for key, hook in hooks.items())
 
 
 def _hook_apart(hook: Any, memo: Memo) -> Any:
+    """Copy one hook and the containers into which it collects."""
     for container in _collections(hook):
         _copied_apart(container, memo)
     if type(hook) is types.MethodType:
@@ -224,8 +255,9 @@ def _hook_apart(hook: Any, memo: Memo) -> Any:
 
 
 def _copied_apart(value: Any, memo: Memo) -> Any:
-    """A copy of a container, or of an object and the containers that it has; what is collected in
-    them stays the same.
+    """Copy a container, or an object and the containers in its attributes.
+
+    What the containers hold is not copied, except nested containers.
     """
     if in_memo(memo, value):
         return from_memo(memo, value)
@@ -241,66 +273,67 @@ def _copied_apart(value: Any, memo: Memo) -> Any:
     ):
         made = to_memo(memo, value, copy.copy(value))
         for name, item in vars(value).items():
-            vars(made)[name] = (
-                _copied_apart(item, memo)
-                if type(item) in _CONTAINERS
-                else from_memo(memo, item, item)
-            )
+            is_container = type(item) in _CONTAINERS
+            new = _copied_apart(item, memo) if is_container else from_memo(memo, item, item)
+            vars(made)[name] = new
         return made
     return value
 
 
 def hooks_of(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
-    """Hooks for the modules in ``memo``, which collect into the lists and dicts that the given
-    ones collect into.
+    """Rebind hooks to the modules in ``memo``; what they collect into stays the same.
+
+    The lists, dicts and sets that a hook holds are shared with the original.
+
+    Parameters
+    ----------
+    hooks:
+        A module's hooks, by number.
+    memo:
+        The modules to replace, and what replaces them. The containers are added to it.
     """
-    memo |= memo_of(
-        (container, container) for hook in hooks.values() for container in _collections(hook)
-    )
+    for hook in hooks.values():
+        memo |= memo_of((container, container) for container in _collections(hook))
     return type(hooks)((key, _rebound(hook, memo)) for key, hook in hooks.items())
 
 
 def _collections(function: Any) -> list[Any]:
-    """The lists, dicts and sets that a function holds."""
-    return (
-        [held for held in _objects_held(function) if type(held) in _CONTAINERS]
-        if type(function) is types.FunctionType
-        else []
-    )
+    """Return the lists, dicts and sets that a function holds in its closure and defaults."""
+    if type(function) is not types.FunctionType:
+        return []
+    return [item for item in _objects_held(function) if type(item) in _CONTAINERS]
 
 
 def _rebound(value: Any, memo: Memo) -> Any:
-    """The same object where it refers to none of those in ``memo``, else a copy."""
+    """Copy a value if it refers to replaced objects; return the same object otherwise."""
     return copied(value, memo) if _refers(value, memo) else value
 
 
-def _function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+def _copied_function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
+    """Copy a function with its closure, default arguments and global names rebound."""
     cells = [(cell, *_cell(cell, memo)) for cell in function.__closure__ or ()]
     closure = tuple(new for _, new, _ in cells) or None
-    named = {
-        name: value for name, value in _globals(function, memo).items() if _refers(value, memo)
-    }
-    space = _Names(function.__globals__) if named else function.__globals__
+    found = _globals(function, memo)
+    replaced = {name: value for name, value in found.items() if _refers(value, memo)}
+    names = _Names(function.__globals__) if replaced else function.__globals__
     made = types.FunctionType(
-        function.__code__, space, function.__name__, function.__defaults__, closure
+        function.__code__, names, function.__name__, function.__defaults__, closure
     )
-    to_memo(memo, function, made)  # before its cells are filled, which may hold it
-    space |= {name: copied(value, memo) for name, value in named.items()}
+    to_memo(memo, function, made)  # first, because its cells may refer to it
+    names |= {name: copied(value, memo) for name, value in replaced.items()}
     made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
-    made.__qualname__, made.__kwdefaults__ = (
-        function.__qualname__,
-        _rebound(function.__kwdefaults__, memo),
-    )
+    made.__qualname__ = function.__qualname__
+    made.__kwdefaults__ = _rebound(function.__kwdefaults__, memo)
     made.__defaults__ = _rebound(function.__defaults__, memo)
-    for cell, new, fresh in cells:
-        if fresh and is_filled(cell):
+    for cell, new, is_new in cells:
+        if is_new and is_filled(cell):
             new.cell_contents = _rebound(cell.cell_contents, memo)
     return made
 
 
 class _Names(dict[str, Any]):
-    """The globals of a function, but for those that are others for a copy of it."""
+    """The globals of a copied function: those of the original, except for replaced ones."""
 
     def __init__(self, real: dict[str, Any]) -> None:
         super().__init__()
@@ -313,76 +346,90 @@ class _Names(dict[str, Any]):
         return super().__contains__(name) or name in self.real
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a name, as ``dict.get`` does."""
         try:
             return self[name]
         except KeyError:
             return default
 
     def keys(self) -> Any:
+        """Return all names."""
         return {**self.real, **self}.keys()
 
 
-def _file(space: dict[str, Any]) -> dict[str, Any]:
-    while isinstance(space, _Names):
-        space = space.real
-    return space
+def _module_globals(names: dict[str, Any]) -> dict[str, Any]:
+    """Return the globals of the module in which a function was defined."""
+    while isinstance(names, _Names):
+        names = names.real
+    return names
 
 
 def _globals(function: types.FunctionType, memo: Memo) -> dict[str, Any]:
-    """Those of the globals that a function names which may lead to what is replaced; of functions,
-    those of the same file.
+    """Return the globals of a function that may lead to replaced objects.
+
+    These are modules and tensors that are replaced, and functions of the same file.
     """
-    space, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
+    names, codes, found = function.__globals__, [function.__code__], dict[str, Any]()
     for code in codes:
-        codes += [own for own in code.co_consts if isinstance(own, types.CodeType)]
+        codes += [item for item in code.co_consts if isinstance(item, types.CodeType)]
         for name in code.co_names:
-            value = space.get(name)
-            replaced = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
-            if replaced or (
-                isinstance(value, types.FunctionType) and _file(value.__globals__) is _file(space)
-            ):
+            value = names.get(name)
+            if isinstance(value, types.FunctionType):
+                leads_on = _module_globals(value.__globals__) is _module_globals(names)
+            else:
+                leads_on = isinstance(value, (nn.Module, Tensor)) and in_memo(memo, value)
+            if leads_on:
                 found[name] = value
     return found
 
 
 def _cell(cell: types.CellType, memo: Memo) -> tuple[types.CellType, bool]:
-    """The cell in the place of one, which several functions can share, and whether it is a new
-    one.
+    """Return the copy of a closure cell, and whether it is a new one.
+
+    Functions that share a cell share its copy.
     """
-    fresh = not in_memo(memo, cell)
-    if fresh:
+    is_new = not in_memo(memo, cell)
+    if is_new:
         to_memo(memo, cell, types.CellType())
-    return from_memo(memo, cell), fresh
+    return from_memo(memo, cell), is_new
 
 
 def is_filled(cell: types.CellType) -> bool:
-    """Whether a variable of a closure has a value yet."""
+    """Tell whether a variable of a closure has a value yet."""
     try:
         return cell.cell_contents is cell.cell_contents
-    except ValueError:  # a name that the function around has not bound yet
+    except ValueError:  # the enclosing function has not bound the name yet
         return False
 
 
 def _refers(value: Any, memo: Memo) -> bool:
-    """Whether one of the objects to be replaced is reached from here."""
-    return any(in_memo(memo, own) for own in _reached(value, memo))
+    """Tell whether a value leads to an object that is replaced."""
+    return any(in_memo(memo, item) for item in _reached(value, memo))
 
 
 def _reached(value: Any, memo: Memo | None = None) -> Iterator[Any]:
-    """What is reached from here, each once; what is to be replaced leads no further."""
+    """Yield the objects to which a value leads, each once.
+
+    Objects in ``memo`` are yielded, but not followed.
+    """
     seen: IdentitySet[Any] = IdentitySet()
     waiting = [value]
     while waiting:
-        own = waiting.pop()
-        if own not in seen:
-            seen.add(own)  # kept alive: a bound method is another object each time
-            yield own
-            waiting += _objects_held(own) if memo is None or not in_memo(memo, own) else []
-            if memo is not None and isinstance(own, types.FunctionType) and not in_memo(memo, own):
-                waiting += _globals(own, memo).values()
+        item = waiting.pop()
+        if item in seen:
+            continue
+        seen.add(item)  # keeps it alive: each access to a bound method makes a new object
+        yield item
+        if memo is None:
+            waiting += _objects_held(item)
+        elif not in_memo(memo, item):
+            waiting += _objects_held(item)
+            if isinstance(item, types.FunctionType):
+                waiting += _globals(item, memo).values()
 
 
 def _objects_held(value: Any) -> list[Any]:
+    """Return the objects that an object holds directly."""
     kind = type(value)
     if kind is types.FunctionType:
         cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]

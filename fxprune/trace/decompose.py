@@ -1,10 +1,9 @@
-"""Composite leaves taken apart: modules of torch.nn that hide a whole network behind one fused
-call.
+"""Composite leaves written in plain operations.
 
-``nn.MultiheadAttention`` computes four projections and an attention in one C++ function, so that
-neither the widths of its heads nor the weights that depend on them can be seen from outside. It is
-replaced, in the copy that is traced, by the same computation written in plain operations. Names of
-parameters stay, hence the keys of the state dict.
+``nn.MultiheadAttention`` computes four projections and an attention in one C++ function. The
+widths of its heads and the weights that depend on them cannot be seen from outside. In the copy
+that is traced, it is replaced by the same computation in plain operations. The names of parameters
+stay, and so do the keys of the state dict.
 """
 
 from __future__ import annotations
@@ -19,18 +18,27 @@ from fxprune.common.identity import IdentityMap
 
 __all__ = ["PlainAttention", "lower"]
 
+_Masks = tuple[Tensor | None, Tensor | None]
+"""The attention mask and the mask of padded keys."""
+
 
 def lower(root: nn.Module) -> nn.Module:
-    """Replace, in place, every composite leaf below ``root``; return the root (another object when
-    the root itself was one).
+    """Replace every composite leaf below ``root`` in place.
 
+    Returns
+    -------
+    The root; another object if the root itself was replaced.
+
+    Examples
+    --------
     >>> lower(nn.Sequential(nn.MultiheadAttention(8, 2)))[0].__class__.__name__
     'PlainAttention'
     """
-    # a module that is used under two names stays one module
+    # a module with two names stays one module
     done: IdentityMap[nn.Module, nn.Module] = IdentityMap()
 
     def visit(module: nn.Module) -> nn.Module:
+        """Replace the composite leaves below a module, and the module itself if it is one."""
         if module not in done:
             done[module] = module
             for name, child in module._modules.items():
@@ -44,11 +52,16 @@ def lower(root: nn.Module) -> nn.Module:
 
 
 class PlainAttention(nn.Module):
-    """``nn.MultiheadAttention`` in plain operations: same parameters, same results, every width
-    visible in the graph.
+    """``nn.MultiheadAttention`` in plain operations, so that a graph shows every width.
 
-    Follows :func:`torch.nn.functional.multi_head_attention_forward`, so that under one seed its
-    dropout draws the same numbers.
+    It has the same parameters and gives the same results. It follows
+    :func:`torch.nn.functional.multi_head_attention_forward`, so that its dropout draws the same
+    numbers under one seed.
+
+    Parameters
+    ----------
+    source:
+        The module to replace. Parameters, buffers, children and settings are shared with it.
     """
 
     num_heads: int
@@ -57,19 +70,18 @@ class PlainAttention(nn.Module):
     batch_first: bool
     add_zero_attn: bool
     _qkv_same_embed_dim: bool
-    in_proj_weight: Tensor  # None where the three below are there
+    in_proj_weight: Tensor  # None if the three below exist
     q_proj_weight: Tensor
     k_proj_weight: Tensor
     v_proj_weight: Tensor
     in_proj_bias: Tensor | None
     bias_k: Tensor | None
-    bias_v: Tensor  # None where bias_k is
+    bias_v: Tensor  # None if bias_k is None
     out_proj: nn.Linear
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        # The parameters, buffers and children are shared with the source, as are its plain
-        # settings (num_heads, dropout, ...).
+        # shares parameters, buffers, children and settings (num_heads, dropout, ...)
         self.__dict__.update(source.__dict__)
 
     def forward(
@@ -83,13 +95,39 @@ class PlainAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute what :meth:`torch.nn.MultiheadAttention.forward` computes."""
         batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._batch_first(*self._project(query, key, value), batched)
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        masks = attn_mask, key_padding_mask
+        out, weights = self._attend(q, k, v, masks, need_weights, is_causal)
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         if not batched:
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
+
+    def _batch_first(
+        self, q: Tensor, k: Tensor, v: Tensor, batched: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value in the shape (batch, tokens, embed)."""
+        if not batched:
+            return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        if not self.batch_first:
+            return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        return q, k, v
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, masks: _Masks, need_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the projected attention as (tokens, batch, embed), and its weights per head.
+
+        Query, key and value are (batch, tokens, embed). The weights are None if not needed.
+        """
         if self.bias_k is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], dim=1)
             v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], dim=1)
@@ -101,33 +139,32 @@ class PlainAttention(nn.Module):
         added = 1 if self.bias_k is not None else 0
         if self.add_zero_attn:
             k, v, added = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added + 1
-        mask = self._mask(attn_mask, key_padding_mask, q, added, batch)
-        weights = None
-        if need_weights:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-            weights = F.dropout(weights, p=self.dropout, training=self.training)
-            out = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
-        else:
-            dropout = self.dropout if self.dropout > 0 and self.training else 0.0
-            causal = is_causal and mask is None
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
-        # (tokens, batch, embed) first, as in torch.nn: dropout draws in memory order, so the
-        # layout is part of the result.
-        out = self.out_proj(
-            out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        mask = self._mask(*masks, q, added, batch)
+        weights = self._weights(q, k, mask) if need_weights else None
+        out = self._fused(q, k, v, mask, is_causal) if weights is None else weights @ v
+        # (tokens, batch, embed) first, as in torch.nn: a dropout that follows draws in memory
+        # order, so the layout is part of the result.
+        out = out.permute(2, 0, 1, 3).reshape(length, batch, self.num_heads * self.head_dim)
+        return self.out_proj(out), weights
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attention weights after dropout."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        return F.dropout(weights, p=self.dropout, training=self.training)
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Return the attention without its weights."""
+        dropout = self.dropout if self.dropout > 0 and self.training else 0.0
+        causal = is_causal and mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
-        if not batched:
-            out = out.squeeze(1)
-        elif self.batch_first:
-            out = out.transpose(0, 1)
-        return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value after their projections."""
         bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
             if query is key and key is value:
@@ -142,7 +179,10 @@ class PlainAttention(nn.Module):
     def _mask(
         self, attn: Tensor | None, padding: Tensor | None, q: Tensor, added: int, batch: Any
     ) -> Tensor | None:
-        """Both masks as one float tensor, broadcastable to (batch, heads, tokens, source)."""
+        """Return both masks as one float tensor that broadcasts to (batch, heads, tokens, source).
+
+        ``added`` is the number of columns by which the source is longer than the masks.
+        """
         masks = []
         if attn is not None:
             attn = _as_float(attn, q)
@@ -158,6 +198,7 @@ class PlainAttention(nn.Module):
 
 
 def _as_float(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask as a float tensor that is added to the scores."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
     return mask

@@ -1,5 +1,6 @@
-"""A copy of a model without data in its parameters: it is traced, while the user's model is never
-called nor changed.
+"""Copies of a model without data in its parameters.
+
+Such a copy is traced, so that the user's model is neither called nor changed.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ __all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "s
 
 @dataclass(frozen=True)
 class MetaCopy:
-    """A structural copy of a model with parameters on the meta device.
+    """A copy of a model's structure, with parameters on the meta device.
 
-    ``real`` leads from a tensor of the meta copy to the tensor of the user's model that it stands
-    for, ``modules`` from a module of the meta copy to the user's; ``tensors`` are the meta copy's
-    parameters and buffers by name. ``reached`` is what the code of the whole model can reach.
+    Attributes
+    ----------
+    model:
+        The copied model.
+    real:
+        For each tensor of the copy, the tensor of the user's model.
+    tensors:
+        The parameters and buffers of the copy, by name.
+    reached:
+        What the code of the whole model can reach.
+    modules:
+        For each module of the copy, the module of the user's model.
     """
 
     model: nn.Module
@@ -45,7 +55,13 @@ class MetaCopy:
 
     @contextmanager
     def holding(self, values: IdentityMap[Tensor, Tensor]) -> Iterator[nn.Module]:
-        """The meta copy's model with other tensors, given by its own, for a while."""
+        """Replace tensors of the copy inside this context.
+
+        Parameters
+        ----------
+        values:
+            For tensors of the copy, the tensors to use instead.
+        """
         changed = put_tensors(self.model, values)
         try:
             yield self.model
@@ -54,39 +70,54 @@ class MetaCopy:
                 store[name] = tensor
 
     def instance(self, values: IdentityMap[Tensor, Tensor] | None = None) -> nn.Module:
-        """A copy of the meta copy's model to run: with these tensors, by its own, or with the
-        user's (buffers copied).
+        """Return a copy of the meta copy's model that can be run.
+
+        Parameters
+        ----------
+        values:
+            For each tensor of the meta copy, the tensor to use instead. Default: the user's
+            tensors, with buffers copied.
         """
         memo: Memo = {}
         for tensor in self.tensors.values():
-            own = self.real[tensor].detach() if values is None else values[tensor]
-            to_memo(
-                memo,
-                tensor,
-                nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own.clone(),
-            )
-        if values is not None:  # where these lie, the model's constants have to be
-            place = next((value.device for value in values.values()), self.device)
-            for key, own in self.real.items():
-                if not in_memo(memo, key) and own.grad_fn is None:
-                    to_memo(memo, key, own.detach().to(place, copy=True))
+            new = self.real[tensor].detach() if values is None else values[tensor]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            to_memo(memo, tensor, nn.Parameter(new, False) if is_parameter else new.clone())
+        if values is not None:  # the model's constants have to be on the same device
+            device = next((value.device for value in values.values()), self.device)
+            for tensor, real in self.real.items():
+                if not in_memo(memo, tensor) and real.grad_fn is None:
+                    to_memo(memo, tensor, real.detach().to(device, copy=True))
         return copy_of(self.model, memo)
 
     @property
     def device(self) -> torch.device:
-        """Where the user's model lies; without any tensor, on the CPU."""
+        """The device of the user's model; the CPU if the model has no tensors."""
         return next((tensor.device for tensor in self.real.values()), torch.device("cpu"))
 
     def part(self, path: str) -> MetaCopy:
-        """The meta copy of a module below."""
+        """Return the meta copy of a submodule.
+
+        Parameters
+        ----------
+        path:
+            The path of the submodule below the model.
+        """
         model = self.model.get_submodule(path)
         tensors = named_tensors(model)
         return replace(self, model=model, tensors=tensors)
 
 
 def meta_copy_of(model: nn.Module) -> MetaCopy:
-    """Copy a model's structure; parameters and float buffers become meta tensors, other buffers
-    data on the CPU, constants stay.
+    """Copy the structure of a model.
+
+    Parameters and float buffers become meta tensors, other buffers become copies on the CPU, and
+    constants keep their values.
+
+    Parameters
+    ----------
+    model:
+        The user's model; it is left as it is.
 
     Raises
     ------
@@ -95,64 +126,77 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
     """
     memo: Memo = {}
     real: IdentityMap[Tensor, Tensor] = IdentityMap()
-
-    def stand_in(tensor: Tensor) -> None:
-        if in_memo(memo, tensor):
-            return
-        if isinstance(tensor, nn.Parameter):
-            new: Tensor = nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
-        elif tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
-            new = torch.empty_like(tensor, device=META)
-        else:
-            new = tensor.detach().to("cpu", copy=True)
-        to_memo(memo, tensor, new)
-        real[new] = tensor
-
     modules = list(model.modules())
-    for module in modules:
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                stand_in(tensor)
-    for module in modules:
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not in_memo(memo, value):
-                # Not a parameter, not a buffer: a constant whose value may matter, or one that a
-                # hook computes at each call.
-                held = (
-                    value.detach().clone()
-                    if value.grad_fn is None
-                    else torch.empty_like(value, device=META)
-                )
-                real[held] = value
-                to_memo(memo, value, held)
+    for tensor in _registered_tensors(modules):
+        if not in_memo(memo, tensor):
+            real[to_memo(memo, tensor, _copied_registered(tensor))] = tensor
+    for tensor in _tensor_attributes(modules):
+        if not in_memo(memo, tensor):
+            real[to_memo(memo, tensor, _copied_attribute(tensor))] = tensor
     try:
         new_model = copy_of(model, memo)
     except TraceError:
         raise
-    except Exception as error:  # of a __deepcopy__ of the user's
+    except Exception as error:  # from a __deepcopy__ of the user
         raise TraceError(_uncopied(type(model).__name__, "", model, error)) from error
-    meta_copy = lower(new_model)
-    tensors = named_tensors(meta_copy)
-    return MetaCopy(
-        meta_copy,
-        real,
-        tensors,
-        Reached(meta_copy),
-        IdentityMap((from_memo(memo, module), module) for module in modules),
-    )
+    lowered = lower(new_model)
+    pairs = ((from_memo(memo, module), module) for module in modules)
+    return MetaCopy(lowered, real, named_tensors(lowered), Reached(lowered), IdentityMap(pairs))
+
+
+def _registered_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules."""
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _copied_registered(tensor: Tensor) -> Tensor:
+    """Return the meta copy of a parameter or buffer."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
+        return torch.empty_like(tensor, device=META)
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _tensor_attributes(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the tensors in plain attributes of modules."""
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _copied_attribute(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor that is neither a parameter nor a buffer.
+
+    It is a constant, whose values may matter, or a hook computes it at each call.
+    """
+    if tensor.grad_fn is None:
+        return tensor.detach().clone()
+    return torch.empty_like(tensor, device=META)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """Call a model's train() or eval().
+    """Call a model's ``train()`` or ``eval()``.
+
+    Parameters
+    ----------
+    model:
+        The model, changed in place.
+    training:
+        Whether to call ``train()``.
 
     Raises
     ------
     ModelError
-        If it fails.
+        If the call fails.
     """
     try:
         in_mode(model, training)
-    except Exception as error:  # of a train() of the model's own
+    except Exception as error:  # from a train() of the model's own
         raise ModelError(
             f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: "
             f"{error} A module that torch.export has made is one graph in one mode: give the "
@@ -163,8 +207,18 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def put_tensors(
     model: nn.Module, new: IdentityMap[Tensor, Tensor]
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Put tensors into the places of registered ones, by which they are; returns (place, name,
-    what was there).
+    """Replace registered parameters and buffers of a model.
+
+    Parameters
+    ----------
+    model:
+        The model, changed in place.
+    new:
+        For tensors of the model, the tensors to use instead.
+
+    Returns
+    -------
+    For each replaced tensor the dictionary that holds it, its name there, and the old tensor.
     """
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
@@ -187,57 +241,79 @@ _STORE_KINDS = frozenset({dict, collections.OrderedDict, set})
 
 
 def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
-    """copy.deepcopy for a module tree, several times faster: most attributes are numbers, which
-    need no copy.
+    """Copy a module tree like ``copy.deepcopy``, but several times faster.
 
-    All modules are there before their attributes are copied, which may refer to any of them.
+    Most attributes are numbers, which need no copy. All modules are created before their
+    attributes are copied, because an attribute may refer to any module.
+
+    Parameters
+    ----------
+    module:
+        The root of the tree.
+    memo:
+        Objects to replace, and what replaces them. It must have all parameters and buffers; copies
+        are added to it.
+
+    Raises
+    ------
+    TraceError
+        If an attribute cannot be copied; the message names it.
     """
     shells: list[nn.Module] = []
     whole: list[nn.Module] = []
     _make_shells(module, memo, shells, whole)
-    for own in shells:
-        new = from_memo(memo, own)
-        for name, value in vars(own).items():
+    for shell in shells:
+        new = from_memo(memo, shell)
+        for name, value in vars(shell).items():
             try:
                 new.__dict__[name] = attribute(name, value, memo)
-            except Exception as error:  # whatever its type says
-                path = next((path for path, below in module.named_modules() if below is own), "")
-                raise TraceError(
-                    _uncopied(type(module).__name__, f"{path}.{name}".lstrip("."), value, error)
-                ) from error
-    for own in whole:  # their own copies know nothing of what their hooks refer to
-        for old, new in zip(own.modules(), from_memo(memo, own).modules(), strict=True):
-            vars(new).update(
-                {name: hooks_apart(vars(old)[name], memo) for name in HOOKS if vars(old)[name]}
-            )
-            vars(new).update(
-                {name: vars(old)[name].copy() for name in HOOKS_CALLED if vars(old).get(name)}
-            )
-            # They may leave out what a user has put there, as those of a torch.fx.GraphModule do.
-            vars(new).update(
-                {
-                    name: attribute(name, value, memo)
-                    for name, value in vars(old).items()
-                    if name not in vars(new)
-                }
-            )
+            except Exception as error:  # the attribute's class may raise any error
+                paths = (path for path, below in module.named_modules() if below is shell)
+                path = f"{next(paths, '')}.{name}".lstrip(".")
+                raise TraceError(_uncopied(type(module).__name__, path, value, error)) from error
+    for root in whole:
+        for old, new in zip(root.modules(), from_memo(memo, root).modules(), strict=True):
+            _complete(new, old, memo)
     copied_module: nn.Module = from_memo(memo, module)
     return copied_module
 
 
+def _complete(new: nn.Module, old: nn.Module, memo: Memo) -> None:
+    """Give a module that a ``__deepcopy__`` has made its hooks and missing attributes.
+
+    A ``__deepcopy__`` knows nothing of the objects that hooks refer to. It may leave out
+    attributes of the user, as that of ``torch.fx.GraphModule`` does.
+    """
+    source, target = vars(old), vars(new)
+    target.update({name: hooks_apart(source[name], memo) for name in HOOKS if source[name]})
+    target.update({name: source[name].copy() for name in HOOKS_CALLED if source.get(name)})
+    for name, value in source.items():
+        if name not in target:
+            target[name] = attribute(name, value, memo)
+
+
 def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
-    what = f"{model} cannot be copied" + (
-        f": its attribute {path!r} is a {type(value).__name__}" if path else ""
-    )
+    """Return the message for a model, or an attribute of it, that cannot be copied."""
+    where = f": its attribute {path!r} is a {type(value).__name__}" if path else ""
     return (
-        f"{what} ({type(error).__name__}: {error}). fxprune traces a copy so that your model "
-        "stays untouched: make it copyable with copy.deepcopy, or keep it outside of the model."
+        f"{model} cannot be copied{where} ({type(error).__name__}: {error}). "
+        "fxprune traces a copy so that your model stays untouched: make it copyable with "
+        "copy.deepcopy, or keep it outside of the model."
     )
 
 
 def _make_shells(
     module: nn.Module, memo: Memo, shells: list[nn.Module], whole: list[nn.Module]
 ) -> None:
+    """Create the modules of a copy, without attributes.
+
+    Parameters
+    ----------
+    shells:
+        The modules whose attributes remain to be copied are added here.
+    whole:
+        The modules that copy themselves (by ``__deepcopy__``) are added here.
+    """
     if in_memo(memo, module):
         return
     if hasattr(type(module), "__deepcopy__"):
@@ -260,10 +336,18 @@ def _make_shells(
 
 
 def attribute(name: str, value: Any, memo: Memo) -> Any:
-    """A copy of a module's attribute; ``memo`` leads from the ``id`` of an object to what stands
-    in its place.
+    """Copy an attribute of a module.
+
+    Parameters
+    ----------
+    name:
+        The name of the attribute.
+    value:
+        Its value.
+    memo:
+        Objects to replace, and what replaces them.
     """
-    if name == "_compiled_call_impl":  # it would call the module that is copied
+    if name == "_compiled_call_impl":  # it would call the original module
         return None
     kind = type(value)
     if kind in _UNCOPIED or (kind is tuple and all(type(item) in _UNCOPIED for item in value)):
@@ -271,7 +355,6 @@ def attribute(name: str, value: Any, memo: Memo) -> Any:
     if kind in _STORE_KINDS and not value:
         return value.copy()
     if kind is dict and name in ("_parameters", "_buffers", "_modules"):
-        return {
-            key: None if item is None else from_memo(memo, item) for key, item in value.items()
-        }
+        entries = value.items()
+        return {key: item if item is None else from_memo(memo, item) for key, item in entries}
     return hooks_apart(value, memo) if name in HOOKS else copied(value, memo)

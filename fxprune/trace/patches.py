@@ -1,9 +1,9 @@
-"""While a model is traced, what torch would do without a word to the tracer goes through it.
+"""Replacements that let the tracer see what torch does without telling it.
 
-Modules of the meta copy answer through the tracer: they belong to nobody else. What belongs to
-torch (functions that libraries registered as leaves, functions with gradients of their own,
-regions without gradients) is exchanged for the time of the trace, answers the thread that traces
-alone, and is put back in every case.
+Modules of the meta copy answer through the tracer, because nobody else uses them. What belongs to
+torch is replaced during a trace: functions that libraries registered as leaves, functions with
+gradients of their own, regions without gradients. The replacements act in the tracing thread only,
+and are undone in every case.
 """
 
 from __future__ import annotations
@@ -32,28 +32,37 @@ __all__ = ["plain_attention", "slow_path", "taken_over"]
 
 @contextmanager
 def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
-    """Everything of this file, for one trace of a module."""
+    """Install all replacements of this module for one trace.
+
+    Parameters
+    ----------
+    tracer:
+        The tracer that records.
+    root:
+        The module that is traced.
+    """
     with TURN, ExitStack() as stack:
         stack.enter_context(plain_attention())
         stack.enter_context(slow_path())
-        stack.enter_context(_leaf_functions(tracer))
+        stack.enter_context(_followed_leaf_functions(tracer))
         stack.enter_context(applications_followed(tracer))
         stack.enter_context(scripts_followed(tracer))
-        stack.enter_context(_modules(root, tracer))
+        stack.enter_context(_answering_modules(root, tracer))
         stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
-        stack.enter_context(_states_refused(tracer))
-        stack.enter_context(_gradients_refused(tracer))
-        stack.enter_context(_broadcast_shapes(tracer))
-        stack.enter_context(_checkpoints(tracer))
+        stack.enter_context(_refuse_states(tracer))
+        stack.enter_context(_refuse_gradients(tracer))
+        stack.enter_context(_recorded_broadcast_shapes(tracer))
+        stack.enter_context(_followed_checkpoints(tracer))
         yield
 
 
 @contextmanager
 def slow_path() -> Iterator[None]:
-    """Keep torch.nn's fused inference paths out of the graph: they exist for one mode only and
-    hide the widths.
+    """Keep torch.nn's fused inference paths out of the graph.
+
+    They exist for one mode only and hide widths.
     """
-    # the setting is the process's: two threads that exchange it would leave the wrong one
+    # The setting belongs to the process: two threads that change it would restore the wrong one.
     with TURN:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -65,15 +74,17 @@ def slow_path() -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Let attention arrive as the products that it consists of."""
+    """Let attention be computed by the matrix products that it consists of."""
     with TURN, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
 
 
 @contextmanager
-def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """Something else under these names, and under no other: whatever is set beside them meanwhile
-    stays.
+def _replaced(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Replace entries of dictionaries inside this context.
+
+    Other entries that are set meanwhile stay. ``places`` holds a dictionary, a name and a value
+    for each entry.
     """
     before = [(space, name, space[name]) for space, name, _ in places]
     for space, name, value in places:
@@ -86,96 +97,97 @@ def _put(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
 
 
 def _if_traced(
-    original: Callable[..., Any], tracer: Tracer, instead: Callable[..., Any]
+    original: Callable[..., Any], tracer: Tracer, replacement: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The function, but for calls with a stand-in among their arguments, in the thread that
-    traces.
+    """Return a function that calls ``replacement`` if an argument holds a traced value.
+
+    Calls in other threads, and calls without traced values, go to the original.
     """
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
+        """Call the replacement or the original."""
         if tracer.is_mine() and find_traced((args, kwargs)) is not None:
-            return instead(original, args, kwargs)
+            return replacement(original, args, kwargs)
         return original(*args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _leaf_functions(tracer: Tracer) -> Iterator[None]:
-    """Follow the functions that were registered with ``torch.fx.wrap``."""
+def _followed_leaf_functions(tracer: Tracer) -> Iterator[None]:
+    """Let the tracer follow functions that were registered with ``torch.fx.wrap``."""
     registered = fx._symbolic_trace._wrapped_fns_to_patch
-    named = [(space, name) for (_, name), space in registered.items() if callable(space.get(name))]
-    with _put(
-        [
-            (space, name, _if_traced(space[name], tracer, tracer.call_leaf_function))
-            for space, name in named
-        ]
-    ):
+    places = []
+    for (_, name), space in registered.items():
+        if callable(space.get(name)):
+            follow = _if_traced(space[name], tracer, tracer.call_leaf_function)
+            places.append((space, name, follow))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _broadcast_shapes(tracer: Tracer) -> Iterator[None]:
-    """``torch.broadcast_shapes`` is Python on numbers, which asks whether a size is 1: as a node
-    it leaves that open.
+def _recorded_broadcast_shapes(tracer: Tracer) -> Iterator[None]:
+    """Record ``torch.broadcast_shapes`` as a node.
+
+    It is Python on numbers and asks whether a size is 1. A node leaves that open.
     """
 
     def record(function: Any, args: Any, kwargs: Any) -> Any:
+        """Record the call."""
         return tracer.record("call_function", function, args, kwargs)
 
-    places = [(space, "broadcast_shapes") for space in (vars(torch), vars(torch.functional))]
-    with _put([(space, name, _if_traced(space[name], tracer, record)) for space, name in places]):
+    name, spaces = "broadcast_shapes", (vars(torch), vars(torch.functional))
+    places = [(space, name, _if_traced(space[name], tracer, record)) for space in spaces]
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _checkpoints(tracer: Tracer) -> Iterator[None]:
-    """``checkpoint`` asks on which device tensors lie, to keep the state of its generator: a graph
-    computes once and needs none.
+def _followed_checkpoints(tracer: Tracer) -> Iterator[None]:
+    """Note where ``checkpoint`` is called, and answer its question for a device.
+
+    It asks for the device of tensors, to keep the state of the generator there. A graph computes
+    once and needs no such state.
     """
 
     def begin(*_: Any) -> str:
+        """Note the line, and name a device."""
         tracer.checkpoints.append(user_line())
         return "cpu"
 
-    names = [name for name in ("_infer_device_type",) if name in vars(checkpoint)]
-    with _put(
-        [
-            (vars(checkpoint), name, _if_traced(vars(checkpoint)[name], tracer, begin))
-            for name in names
-        ]
-    ):
+    space, name, places = vars(checkpoint), "_infer_device_type", []
+    if name in space:
+        places.append((space, name, _if_traced(space[name], tracer, begin)))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _states_refused(tracer: Tracer) -> Iterator[None]:
-    """What a caller of the model decides (whether gradients are wanted, in which precision) is not
-    known to a graph.
+def _refuse_states(tracer: Tracer) -> Iterator[None]:
+    """Raise an error if forward asks whether gradients are wanted, or in which precision it runs.
+
+    The caller of the model decides this, and a graph does not know it.
     """
     names = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
     why = (
         "it has one path for all answers. Do the same for all, or keep that line inside a module "
         "of its own."
     )
-    asks = {
-        name: f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}"
-        for name in names
-    }
-    with _put(
-        [
-            (vars(torch), name, _unless_users(getattr(torch, name), tracer, text))
-            for name, text in asks.items()
-        ]
-    ):
+    places = []
+    for name in names:
+        text = f"forward asks torch.{name}() (at {{}}), which a graph cannot: {why}"
+        places.append((vars(torch), name, _refused_to_user(getattr(torch, name), tracer, text)))
+    with _replaced(places):
         yield
 
 
 @contextmanager
-def _gradients_refused(tracer: Tracer) -> Iterator[None]:
-    """Operations that a graph records have no gradients while it is traced; ``torch.func`` takes
-    them in transforms.
+def _refuse_gradients(tracer: Tracer) -> Iterator[None]:
+    """Raise an error if forward takes gradients, except by the transforms of ``torch.func``.
+
+    Operations that a graph records have no gradients while it is traced.
     """
     space, forwards = vars(torch.autograd), vars(torch.autograd.forward_ad)
     text = (
@@ -186,24 +198,28 @@ def _gradients_refused(tracer: Tracer) -> Iterator[None]:
 
     @functools.wraps(run)
     def backward(*args: Any, **kwargs: Any) -> Any:
+        """Run the backward pass, or refuse it while the tracer executes an operation."""
         if tracer.executing and tracer.is_mine():
             raise TraceError(text.format(user_line()))
         return run(*args, **kwargs)
 
-    with _put(
-        [
-            (space, "_engine_run_backward", backward),
-            (forwards, "make_dual", _unless_users(dual, tracer, text)),
-        ]
-    ):
+    make_dual = _refused_to_user(dual, tracer, text)
+    places = [(space, "_engine_run_backward", backward), (forwards, "make_dual", make_dual)]
+    with _replaced(places):
         yield
 
 
-def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Callable[..., Any]:
-    """The function, but for the model's own code, which is told so with its line."""
+def _refused_to_user(
+    function: Callable[..., Any], tracer: Tracer, text: str
+) -> Callable[..., Any]:
+    """Return a function that raises an error if the model's own code calls it.
+
+    ``text`` is the message, with a place for the line.
+    """
 
     @functools.wraps(function)
     def ask(*args: Any, **kwargs: Any) -> Any:
+        """Call the function, or raise the error."""
         if tracer.is_users(sys._getframe(1).f_code.co_filename):
             raise TraceError(text.format(user_line()))
         return function(*args, **kwargs)
@@ -212,13 +228,15 @@ def _unless_users(function: Callable[..., Any], tracer: Tracer, text: str) -> Ca
 
 
 def _read_mode(module: nn.Module) -> Any:
+    """Return a module's ``training``; during a trace, the traced value for it."""
     tracer = module.__dict__.get(_TRACER)
     return module.__dict__[_TRAINING] if tracer is None else tracer.read_mode(module)
 
 
 def _write_mode(module: nn.Module, value: bool) -> None:
-    """A module that forward makes, a slice of a ModuleList say, has a mode of its own; the others
-    keep theirs.
+    """Set a module's ``training``, but refuse it for the modules that are traced.
+
+    A module that forward creates, a slice of a ModuleList for example, may set its mode.
     """
     if _TRACER in module.__dict__:
         raise TraceError(
@@ -234,7 +252,7 @@ _TRAINING = "training"
 _TRACER = "_fxprune_tracer"
 
 
-# where torch.nn looks, on the module itself, for another way to call it
+# the attribute of a module in which torch.nn looks for another way to call it
 _CALL = "_compiled_call_impl"
 
 
@@ -242,19 +260,16 @@ _traced_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictiona
 
 
 def _class_while_traced(kind: type) -> type:
-    """A subclass whose instances read their mode, their parameters and their buffers through the
-    tracer.
-    """
+    """Return a subclass whose instances read mode, parameters and buffers through the tracer."""
     if kind not in _traced_classes:
 
         def read(module: Any, name: str) -> Any:
+            """Return a parameter, buffer or submodule; a tensor as the tracer knows it."""
             value = kind.__getattr__(module, name)  # type: ignore[attr-defined]
             tracer = module.__dict__.get(_TRACER)
-            return (
-                tracer.known(value)
-                if isinstance(value, Tensor) and tracer is not None and not tracer.executing
-                else value
-            )
+            if not isinstance(value, Tensor) or tracer is None or tracer.executing:
+                return value
+            return tracer.known(value)
 
         members = {
             _TRAINING: property(_read_mode, _write_mode),
@@ -265,12 +280,11 @@ def _class_while_traced(kind: type) -> type:
     return _traced_classes[kind]
 
 
-def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a module of the meta copy does when it is called: a leaf becomes a node, of others the
-    code is followed.
+def _call_module(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module of the meta copy: record a leaf as a node, and follow the code of others.
 
-    So is that of a leaf whose node would say something else: where forward has put other
-    parameters into it, say.
+    The code of a leaf is followed, too, if a node would not describe it, because forward has given
+    it other parameters, for example.
     """
     if tracer.executing or not is_leaf(module):
         return module._call_impl(*args, **kwargs)
@@ -282,7 +296,7 @@ def _call(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _answering(module: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """A module reads its mode, its parameters and its buffers through the tracer."""
+    """Let a module read its mode, its parameters and its buffers through the tracer."""
     if _TRACER in module.__dict__:
         yield
         return
@@ -297,12 +311,12 @@ def _answering(module: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def _modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Modules of the meta copy answer through the tracer."""
+def _answering_modules(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Let all modules of the meta copy answer through the tracer."""
     below = [module for name, module in root.named_modules() if name]
     try:
         for module in below:
-            module.__dict__[_CALL] = functools.partial(_call, tracer, module)
+            module.__dict__[_CALL] = functools.partial(_call_module, tracer, module)
         with ExitStack() as stack:
             for module in (root, *below):
                 if module is root or not is_leaf(module):

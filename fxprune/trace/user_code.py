@@ -1,4 +1,4 @@
-"""Where in the user's code something happens."""
+"""The lines of the user's code at which something happens."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ _followed = _Followed()
 
 @contextmanager
 def following() -> Iterator[None]:
-    """A model's code is followed from here: what lies further out (who called ``prune``) is no
-    line of the model.
+    """Follow a model's code inside this context.
+
+    Frames outside of it, such as the caller of ``prune``, are no lines of the model.
     """
     outer = _followed.entry
     _followed.entry = sys._getframe(2)  # past contextlib
@@ -53,11 +54,17 @@ def following() -> Iterator[None]:
 
 
 class ElsewhereError(TraceError):
-    """forward lets another thread compute, which nobody can follow."""
+    """An error because forward lets another thread compute, which nobody can follow."""
 
     @classmethod
     def at(cls, thread: int) -> ElsewhereError:
-        """Said of the thread that runs forward."""
+        """Return the error for a thread that runs forward.
+
+        Parameters
+        ----------
+        thread:
+            The identifier of the thread.
+        """
         return cls(
             "forward lets another thread compute with tensors (at "
             f"{_line_of(sys._current_frames().get(thread))}), which cannot be followed. Compute "
@@ -66,33 +73,36 @@ class ElsewhereError(TraceError):
 
 
 def _line_of(frame: FrameType | None) -> str:
-    """The innermost line of a thread that belongs to no library of Python's, to torch or to
-    fxprune.
-    """
+    """Return the innermost line of a thread outside of Python's libraries, torch and fxprune."""
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not _internal(filename) and not filename.startswith(_THREAD_FILES):
+        if not _is_internal(filename) and not filename.startswith(_THREAD_FILES):
             return f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return UNKNOWN
 
 
 def user_line(stack: Any = None) -> str:
-    """``file:line`` of the innermost frame that belongs neither to torch nor to fxprune.
+    """Return ``file:line`` of the innermost frame outside of torch and fxprune.
 
-    Where a model that is followed consists of torch's own code alone, it is the innermost line of
+    If a model that is followed consists of torch's own code alone, return the innermost line of
     torch.
+
+    Parameters
+    ----------
+    stack:
+        The entries of a traceback (see :func:`traceback.extract_tb`). Default: the present stack.
     """
     if stack is not None:
         for entry in reversed(stack):
-            if not _internal(entry.filename):
+            if not _is_internal(entry.filename):
                 return f"{entry.filename.rsplit('/', 1)[-1]}:{entry.lineno}"
         return UNKNOWN
     frame, of_torch = sys._getframe(1), ""
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         line = f"{filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if not _internal(filename):
+        if not _is_internal(filename):
             return line
         if not of_torch and filename.startswith(_TORCH) and filename != _CALL_FILE:
             of_torch = line
@@ -101,8 +111,9 @@ def user_line(stack: Any = None) -> str:
 
 
 def asker() -> str:
-    """Who does what is done now: ``forward``, or a function or module of torch's that a line of it
-    calls.
+    """Return who runs the present operation.
+
+    Either ``"forward"``, or the function or module of torch that a line of forward calls.
     """
     frame, found = sys._getframe(1), "forward"
     while (
@@ -112,11 +123,9 @@ def asker() -> str:
     ):
         filename, name = frame.f_code.co_filename, frame.f_code.co_name
         if filename.startswith(_TORCH) and filename != _CALL_FILE and not name.startswith("<"):
-            own = frame.f_locals.get("self")
-            found = (
-                "torch's "
-                f"{type(own).__name__ if isinstance(own, torch.nn.Module) else name.strip('_')}"
-            )
+            module = frame.f_locals.get("self")
+            is_module = isinstance(module, torch.nn.Module)
+            found = f"torch's {type(module).__name__ if is_module else name.strip('_')}"
         elif not is_ours(filename):
             break
         frame = frame.f_back  # type: ignore[assignment]
@@ -124,16 +133,15 @@ def asker() -> str:
 
 
 def takes_functions(error: BaseException) -> str:
-    """What to say where torch has an operation that takes functions, and no way to look into it;
-    empty for other errors.
+    """Return the message for an error of a torch operation that takes functions.
+
+    Such an operation cannot be looked into. Empty for other errors.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1].f_code is not torch._ops.HigherOrderOperator.dispatch.__code__:
         return ""
-    name, line = (
-        frames[-1].f_locals["self"].name(),
-        user_line(traceback.extract_tb(error.__traceback__)),
-    )
+    name = frames[-1].f_locals["self"].name()
+    line = user_line(traceback.extract_tb(error.__traceback__))
     return (
         f"forward calls torch's {name} (at {line}), an operation that takes functions, into "
         "which nothing can look. Use operations on tensors alone, as "
@@ -142,19 +150,17 @@ def takes_functions(error: BaseException) -> str:
 
 
 def user_frames() -> tuple[tuple[str, int], ...]:
-    """File and line of each frame of a model that is followed, the innermost first, but for those
-    of torch and of fxprune.
+    """Return file and line of each frame of a followed model, the innermost first.
 
-    Generated code has no file, and another name in each copy of its module: it goes by the name of
-    its function.
+    Frames of torch and fxprune are left out. Generated code has no file, and its name differs in
+    each copy of a module, so it has the name of its function instead.
     """
     frame, found = sys._getframe(1), []
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
         if not is_ours(filename):
-            found.append(
-                (frame.f_code.co_name if filename.startswith("<") else filename, frame.f_lineno)
-            )
+            name = frame.f_code.co_name if filename.startswith("<") else filename
+            found.append((name, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 
@@ -170,12 +176,13 @@ _CALL_FILE = torch.nn.Module.__call__.__code__.co_filename  # each call of a mod
 
 
 def is_ours(filename: str) -> bool:
-    """Whether a file belongs to this package or to torch."""
+    """Tell whether a file belongs to fxprune or to torch."""
     return filename.startswith((_PACKAGE_FOLDER, _TORCH))
 
 
 @functools.cache
-def _internal(filename: str) -> bool:
+def _is_internal(filename: str) -> bool:
+    """Tell whether a file is not the user's: generated, of torch, fxprune or Python's helpers."""
     return (
         filename.startswith("<")
         or is_ours(filename)

@@ -1,4 +1,8 @@
-"""What code can reach beside its arguments, what a run leaves there, whether it draws numbers."""
+"""The objects that a model's code can reach beside its arguments.
+
+A run may change these objects, or draw random numbers from them. This package finds them,
+compares them with an earlier state, and restores them.
+"""
 
 from fxprune.trace.reach.draws import drawing, undrawn_by
 from fxprune.trace.reach.holders import MISSING, same

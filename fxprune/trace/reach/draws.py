@@ -1,4 +1,4 @@
-"""Whether code draws random numbers of Python or NumPy."""
+"""Detection of random numbers that a model's code draws from Python or NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from fxprune.common.random_state import undrawn
 from fxprune.trace.reach.reached import Reached
-from fxprune.trace.reach.references import followed_along, references_of
+from fxprune.trace.reach.references import follow_attributes, references_of
 from fxprune.trace.reach.walk import Reach
 
 __all__ = ["drawing", "undrawn_by"]
@@ -26,11 +26,17 @@ __all__ = ["drawing", "undrawn_by"]
 
 @contextmanager
 def undrawn_by(reached: Reached) -> Iterator[None]:
-    """Let a run inside draw and fill tables; what a model's code can reach is as it was
-    afterwards.
+    """Undo the draws and the cached tensors of a run inside this context.
 
-    See :meth:`Reach.put_back` and :meth:`Reach.take_out_tables`. Contexts of one ``reached``
-    follow each other, and are not nested.
+    On exit, the random generators that the model's code can reach are restored (see
+    :meth:`Reach.put_back`), and new tensors are removed from dicts and objects (see
+    :meth:`Reach.take_out_tables`).
+
+    Parameters
+    ----------
+    reached:
+        What the model's code can reach. Contexts of the same ``reached`` may follow each other,
+        but must not be nested.
     """
     reach = reached.now()
     try:
@@ -42,9 +48,23 @@ def undrawn_by(reached: Reached) -> Iterator[None]:
 
 @contextmanager
 def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """As :func:`undrawn`, of this thread alone: whether something was drawn, and
-    what ran here may have done so.
+    """Tell whether code of this thread draws random numbers of Python or NumPy.
 
+    Like :func:`~fxprune.common.random_state.undrawn`, which also counts draws of other threads.
+    This context counts a draw only if code that ran in this thread may have drawn. The generators
+    are restored on exit.
+
+    Parameters
+    ----------
+    model:
+        The model whose code runs inside the context.
+
+    Returns
+    -------
+    A function that tells whether something has been drawn since the context was entered.
+
+    Examples
+    --------
     >>> with drawing(nn.ReLU()) as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
@@ -52,28 +72,28 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """
     watch, before = _DrawWatch(), sys.getprofile()
 
-    def mine() -> bool:
-        alone = threading.active_count() == 1
-        return (
-            alone
-            or watch.draws
-            or any(own is _NUMPYS for own in Reach(model, watch.seen)._generators)
-        )
+    def may_have_drawn() -> bool:
+        """Tell whether code of this thread may have drawn."""
+        if threading.active_count() == 1 or watch.draws:
+            return True
+        generators = Reach(model, watch.seen).generators
+        return any(generator is _NUMPY_GENERATOR for generator in generators)
 
     with undrawn() as drawn:
         sys.setprofile(watch)
         try:
-            yield lambda: mine() and drawn()  # in this order: the latter asks the generators
+            # in this order: drawn() itself calls functions of the generators
+            yield lambda: may_have_drawn() and drawn()
         finally:
             sys.setprofile(before)
 
 
 class _DrawWatch:
-    """What :func:`sys.setprofile` tells of the functions of one thread."""
+    """A profile function (see :func:`sys.setprofile`) that watches one thread for draws."""
 
     def __init__(self) -> None:
-        # a generator's method was called, or code ran that may call one: not all compiled methods
-        # are told
+        # Whether a method of a generator was called, or code ran that may call one. The latter
+        # is needed because Python reports calls of some compiled methods only.
         self.draws = False
         self.seen: set[CodeType] = set()
 
@@ -81,23 +101,26 @@ class _DrawWatch:
         if event == "c_call":
             self.draws |= _leads_to_generator(called)
         elif event == "call" and not self.draws:
-            code = frame.f_code
-            if code.co_freevars:
-                self.draws |= any(
-                    _leads_to_generator(frame.f_locals.get(name)) for name in code.co_freevars
-                )
-            if code not in self.seen:
-                self.seen.add(code)
-                self.draws |= _may_draw(frame)
+            self._enter(frame)
+
+    def _enter(self, frame: FrameType) -> None:
+        """Note that a function starts to run."""
+        code = frame.f_code
+        if code.co_freevars:
+            closure = [frame.f_locals.get(name) for name in code.co_freevars]
+            self.draws |= any(map(_leads_to_generator, closure))
+        if code not in self.seen:
+            self.seen.add(code)
+            self.draws |= _may_draw(frame)
 
 
 def _is_process_wide(generator: Any) -> bool:
-    """Whether it is the one of :mod:`random`, or NumPy's, which belong to the process."""
-    return generator is _PYTHONS or generator is _NUMPYS
+    """Tell whether an object is the global generator of :mod:`random` or of NumPy."""
+    return generator is _PYTHON_GENERATOR or generator is _NUMPY_GENERATOR
 
 
 def _leads_to_generator(value: Any) -> bool:
-    """Whether it is a method of such a generator, or what leads to NumPy's."""
+    """Tell whether a value is a global generator, one of its methods, or a NumPy module."""
     return (
         _is_process_wide(getattr(value, "__self__", None))
         or value is np
@@ -106,31 +129,37 @@ def _leads_to_generator(value: Any) -> bool:
     )
 
 
-_PYTHONS: Any = random.random.__self__  # type: ignore[attr-defined]
+_PYTHON_GENERATOR: Any = random.random.__self__  # type: ignore[attr-defined]
 
 
-_NUMPYS: Any = np.random.random.__self__
+_NUMPY_GENERATOR: Any = np.random.random.__self__
 
 
-_METHODS = frozenset(
-    name
-    for name, value in vars(np.random).items()
-    if _is_process_wide(getattr(value, "__self__", None))
-)
+def _numpy_methods() -> Iterator[str]:
+    """Yield the names of the functions of ``numpy.random`` that draw from its global generator."""
+    for name, value in vars(np.random).items():
+        if _is_process_wide(getattr(value, "__self__", None)):
+            yield name
+
+
+_METHODS = frozenset(_numpy_methods())
 
 
 def _may_draw(frame: FrameType) -> bool:
-    """Whether a function reads what leads to NumPy's generator, or, of something unknown, what has
-    the name of its methods.
+    """Tell whether a function may draw from NumPy's generator.
+
+    It may if it imports NumPy, if a name that it reads leads to NumPy's generator, or if it reads
+    an attribute of an unknown object that is named like a method of that generator.
     """
-    known = frame.f_globals
-    if str(known.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
+    names = frame.f_globals
+    if str(names.get("__name__")).partition(".")[0] in ("fxprune", "numpy", "torch"):
         return False
-    chains, imported, _, _, _, attributes = references_of(frame.f_code)
-    if not _METHODS.isdisjoint(attributes) or any(name.startswith("numpy") for name in imported):
+    references = references_of(frame.f_code)
+    imports_numpy = any(name.startswith("numpy") for name in references.imported)
+    if imports_numpy or not _METHODS.isdisjoint(references.attributes):
         return True
-    return any(
-        _leads_to_generator(value)
-        for name, *rest in chains
-        for value in followed_along(known.get(name), rest)[-1:]
-    )
+    for name, *rest in references.chains:
+        *_, last = follow_attributes(names.get(name), rest)
+        if _leads_to_generator(last):
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""What objects hold: their contents as they are, and put back as they were."""
+"""The contents of containers and objects: reading, comparing and restoring them."""
 
 from __future__ import annotations
 
@@ -44,96 +44,139 @@ HOLDERS = (list, dict, set, collections.deque)
 
 
 MISSING = object()
-"""Nothing is there."""
+"""Marks the place of a value that is not there."""
 
 
 def keys_of(table: Any) -> list[Any]:
+    """Return the keys of a dict, or the members of a set, without running code of a subclass."""
     return [*(set.__iter__(table) if isinstance(table, set) else dict.keys(table))]
 
 
 def without_plain(values: Iterable[Any]) -> list[Any]:
-    """What may lead on: a table of words, say, has many entries that do not."""
+    """Return the values that may lead to other objects.
+
+    Numbers and strings do not, and a vocabulary, for example, has many of them.
+    """
     return [value for value in values if type(value) not in PLAIN_TYPES]
 
 
 class Globals:
-    """Some of the names of a module's dictionary."""
+    """Some names of a module's dictionary.
+
+    Parameters
+    ----------
+    store:
+        The module's dictionary.
+    names:
+        The names in it that count.
+    """
 
     def __init__(self, store: dict[str, Any], names: list[str]) -> None:
         self.store, self.names = store, names
 
 
 def take_out_of(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
-    """Take entries out that hold something; what a dict or an object held in their places is put
-    back.
+    """Remove entries that a run has added to a container or an object, if ``holds`` accepts them.
 
-    Returns what was taken out of a dict or an object, by its name there.
+    A dict or an object gets back what it held under these names before.
+
+    Parameters
+    ----------
+    holder:
+        A list, deque, set, dict, :class:`Globals` or object. An array is left as it is.
+    before:
+        What :func:`content_of` returned for the holder before the run.
+    holds:
+        Tells whether the values given to it (a name and its value, or one entry) hold something
+        that has to be removed.
+
+    Returns
+    -------
+    What was removed from a dict or an object, by its name there; empty for other containers.
     """
     if isinstance(holder, (list, collections.deque)):
-        known = IdentitySet(value for value in before)
-        for place in reversed(range(len(holder))):  # others may append meanwhile
-            if holder[place] not in known and holds(holder[place]):
-                del holder[place]
+        _take_out_of_list(holder, before, holds)
     elif isinstance(holder, set):
-        for value in [
-            value
-            for key, value in content_of(holder).items()
-            if key not in before and holds(value)
-        ]:
-            holder.discard(value)
+        _take_out_of_set(holder, before, holds)
     elif not isinstance(holder, np.ndarray):
-        was, now, store = (
-            named_contents(holder, before),
-            named_contents(holder, content_of(holder)),
-            store_of(holder),
-        )
-        changed = [name for name, value in now.items() if value is not was.get(name, was)]
-        foreign = [name for name in changed if holds(name, now[name])]
-        if foreign and not isinstance(holder, dict):
-            foreign = changed  # what belongs to a table, its size, say
-        for name in foreign:
-            put_back(holder, store, name, was)
-        return {name: now[name] for name in foreign}
+        return _take_out_of_names(holder, before, holds)
     return {}
 
 
+def _take_out_of_list(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
+    """Remove new entries from a list or deque if ``holds`` accepts them."""
+    known = IdentitySet(value for value in before)
+    for place in reversed(range(len(holder))):  # other threads may append at the same time
+        if holder[place] not in known and holds(holder[place]):
+            del holder[place]
+
+
+def _take_out_of_set(holder: set[Any], before: Any, holds: Callable[..., bool]) -> None:
+    """Remove new members from a set if ``holds`` accepts them."""
+    new = [value for key, value in content_of(holder).items() if key not in before]
+    for value in filter(holds, new):
+        holder.discard(value)
+
+
+def _take_out_of_names(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[Any, Any]:
+    """Restore names of a dict or an object if ``holds`` accepts what is there; return that."""
+    was = named_contents(holder, before)
+    now = named_contents(holder, content_of(holder))
+    store = store_of(holder)
+    changed = [name for name, value in now.items() if value is not was.get(name, was)]
+    foreign = [name for name in changed if holds(name, now[name])]
+    if foreign and not isinstance(holder, dict):
+        foreign = changed  # attributes that belong to a cached tensor, such as its size
+    for name in foreign:
+        put_back(holder, store, name, was)
+    return {name: now[name] for name in foreign}
+
+
 def named_contents(holder: Any, content: Any) -> dict[Any, Any]:
-    """What a dict or an object held, by name."""
+    """Return the content of a dict or an object (see :func:`content_of`) by name."""
+    if not isinstance(holder, dict):
+        return content
     half = len(content) // 2
-    return (
-        dict(zip(content[:half], content[half:], strict=True))
-        if isinstance(holder, dict)
-        else content
-    )
+    return dict(zip(content[:half], content[half:], strict=True))
 
 
 def store_of(holder: Any) -> dict[Any, Any] | None:
-    return (
-        holder.store
-        if isinstance(holder, Globals)
-        else holder
-        if isinstance(holder, dict)
-        else None
-    )
+    """Return the dictionary in which a holder's names are stored; None for an object."""
+    if isinstance(holder, Globals):
+        return holder.store
+    return holder if isinstance(holder, dict) else None
 
 
 def has_tensors(named: dict[Any, Any]) -> bool:
+    """Tell whether there are tensors among the values of a dict."""
     return bool(tensors_of(without_plain(named.values())))
 
 
 def is_plain_name(name: Any) -> bool:
+    """Tell whether a key is a number, a string, a dtype, or a tuple of these."""
     return isinstance(name, (*PLAIN_TYPES, torch.dtype)) or (
         isinstance(name, tuple) and all(map(is_plain_name, name))
     )
 
 
 def put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any, Any]) -> None:
-    # past what a class of the user's makes of it; the dictionary of a class cannot be written into
+    """Restore what a holder had under a name before.
+
+    Parameters
+    ----------
+    store:
+        The dictionary in which the names are stored; None for an object (see :func:`store_of`).
+    was:
+        The earlier content by name. A name that is not in it is deleted.
+    """
+    # Use the methods of type and object, so that no __setattr__ of the user runs. The dictionary
+    # of a class cannot be written to.
     if store is None:
         kind: Any = type if isinstance(holder, type) else object
-        kind.__setattr__(holder, name, was[name]) if name in was else kind.__delattr__(
-            holder, name
-        )
+        if name in was:
+            kind.__setattr__(holder, name, was[name])
+        else:
+            kind.__delattr__(holder, name)
     elif name in was:
         store[name] = was[name]
     else:
@@ -141,12 +184,12 @@ def put_back(holder: Any, store: dict[Any, Any] | None, name: Any, was: dict[Any
 
 
 def content_of(holder: Any) -> Any:
-    """What a container or an object holds now, as it can be compared later."""
+    """Return the content of a container or an object, in a form that can be compared later."""
     if isinstance(holder, Globals):
         return {name: holder.store[name] for name in holder.names if name in holder.store}
     if isinstance(holder, np.ndarray):
         return holder.copy()
-    # as Python keeps it, whatever its class makes of it: the user's code must not run
+    # Use the methods of the built-in classes: code of a user's subclass must not run.
     if isinstance(holder, dict):
         return [*dict.keys(holder), *dict.values(holder)]
     if isinstance(holder, set):
@@ -164,21 +207,24 @@ def content_of(holder: Any) -> Any:
 
 
 def state_of(value: Any) -> Any:
-    """The state of an object that changes by being asked, whose class is compiled; None: it has
-    none that can be set.
+    """Return the state of an object that has one which can be set; None for other objects.
+
+    A random generator has one: its class is compiled, and it changes with each use.
     """
     if not hasattr(type(value), "__setstate__"):
         return None
     try:
-        made = value.__reduce_ex__(2)
+        reduced = value.__reduce_ex__(2)
     except Exception:
         return None
-    return made[2] if isinstance(made, tuple) and len(made) > 2 else None
+    return reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values hold the same: numbers and tensors by what they are, objects that are
-    neither only if they are one.
+    """Tell whether two values are equal.
+
+    Numbers, arrays and tensors are compared by value, containers entry by entry, and other objects
+    by identity.
     """
     if one is other:
         return True
@@ -206,4 +252,5 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _has_values(tensor: Tensor) -> bool:
+    """Tell whether the values of a tensor can be compared."""
     return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized

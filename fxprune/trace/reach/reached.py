@@ -1,4 +1,4 @@
-"""What the code of a model can reach, looked through once for all calls."""
+"""What the code of a model can reach, found once and reused for many calls."""
 
 from __future__ import annotations
 
@@ -15,54 +15,67 @@ __all__ = ["Reached"]
 
 
 class Reached:
-    """What the code of a model and of all modules below can reach: looked through once for all
-    calls that change nothing.
+    """What the code of a model and of all its submodules can reach.
+
+    The code is searched once, and the result serves all calls that change nothing.
+
+    Parameters
+    ----------
+    model:
+        The model, usually a meta copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._found: Reach | None = None
+        self._reach: Reach | None = None
 
     def now(self) -> Reach:
-        """To be compared with after a call of the model, or of a module below."""
-        if self._found is None or not self._found.begin():
-            self._found = Reach(self._model)
-        return self._found
+        """Return what the code can reach, for a comparison after a call of the model."""
+        if self._reach is None or not self._reach.begin():
+            self._reach = Reach(self._model)
+        return self._reach
 
     def trusts(self, module: str) -> bool:
-        """Whether the code of a module computes, and no more: what it remembers is its own
-        business.
+        """Tell whether the code of a module only computes, so that what it caches does not matter.
+
+        Parameters
+        ----------
+        module:
+            The name of a Python module.
         """
-        return self._found is not None and self._found._trusts(module)
+        return self._reach is not None and self._reach.trusts(module)
 
     @property
     def made(self) -> int:
-        """How many results functions that remember theirs have computed."""
-        return (
-            0
-            if self._found is None
-            else sum(memo.cache_info().misses for memo in self._found._memos)
-        )
+        """The number of results that caching functions (``functools.lru_cache``) have computed."""
+        if self._reach is None:
+            return 0
+        return sum(memo.cache_info().misses for memo in self._reach.memos)
 
     def keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
-        """The dicts and sets that have keys which hold something of this kind, each with one of
-        them.
+        """Return each dict and set that has a key which holds something foreign, with that key.
+
+        A table is returned once for each such key.
         """
-        found = self._found._holders if self._found is not None else []
-        tables = [own for own in found if isinstance(own, (dict, set))]
-        return [
-            (own, key)
-            for own in tables
-            for key in keys_of(own)
-            if any(map(is_foreign, every_leaf(key)))
-        ]
+        holders = self._reach.holders if self._reach is not None else []
+        found = []
+        for table in holders:
+            if isinstance(table, (dict, set)):
+                keys = [key for key in keys_of(table) if any(map(is_foreign, every_leaf(key)))]
+                found += [(table, key) for key in keys]
+        return found
 
     def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
-        """What a call since then has put into containers and objects, taken out (see
-        :meth:`Reach.take_out`).
+        """Remove foreign values that a call has put into containers and objects.
+
+        See :meth:`Reach.take_out`.
+
+        Returns
+        -------
+        The foreign values that were found.
         """
-        return [] if self._found is None else self._found.take_out(is_foreign)
+        return [] if self._reach is None else self._reach.take_out(is_foreign)
 
     def begin_anew(self) -> None:
-        """Look through the code anew: the attributes of the modules are others."""
-        self._found = Reach(self._model)
+        """Search the code again, because attributes of the modules have changed."""
+        self._reach = Reach(self._model)
