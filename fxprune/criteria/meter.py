@@ -1,4 +1,4 @@
-"""Watches activations of a traced model while it runs on data."""
+"""Measurement of a traced model's activations while it runs on data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,22 @@ __all__ = ["Meter", "RunningSum", "placeholder_values", "unchanged", "watch_part
 
 
 def watch_parts(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
-    """Run a model that was not traced whole, every part of it under the meter."""
+    """Run a model that was not traced whole, and measure the activations of each part.
+
+    Parameters
+    ----------
+    meter:
+        Adds up what the parts read.
+    coupling:
+        The analysis; ``coupling.parts`` names the parts.
+    model:
+        The model to run, a copy that nobody else calls.
+    batch:
+        The batch to run it on.
+    """
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Run the graph of a part under the meter, then make the intercepted call itself."""
         names = [
             str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"
         ]
@@ -41,12 +54,19 @@ def watch_parts(meter: Meter, coupling: Coupling, model: nn.Module, batch: Loade
 
 
 class RunningSum:
-    """Sums of gradients, by name."""
+    """Weighted sums of gradients.
+
+    Attributes
+    ----------
+    tensors:
+        The sum of each parameter's gradients, by the parameter's name.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``weight`` times each gradient."""
         for name, gradient in gradients.items():
             if name in self.tensors:
                 self.tensors[name].add_(gradient, alpha=weight)
@@ -55,11 +75,31 @@ class RunningSum:
 
 
 def unchanged(tensor: Tensor) -> Tensor:
+    """Return the tensor itself."""
     return tensor
 
 
 class Meter:
-    """Adds up what the layers of traced graphs read, unit by unit."""
+    """Sums, by unit, of the activations that the layers of traced graphs read.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis. Its traces in evaluation mode are the graphs that run.
+
+    Attributes
+    ----------
+    traces:
+        The graphs, by the path of their part.
+    reads:
+        For each path, the operands that each node reads, with their labels.
+    total:
+        For each label, the sum over samples and readers of the mean activation; shape (labels,).
+    times:
+        For each label, how many terms this sum has; shape (labels,).
+    samples:
+        Number of samples seen.
+    """
 
     def __init__(self, coupling: Coupling) -> None:
         self.traces = {trace.path: trace for trace in coupling.traces if not trace.training}
@@ -74,12 +114,24 @@ class Meter:
                     self._last.setdefault(max(node.users), []).append(node)
 
     def watch(self, path: str, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
-        """Run a graph on a batch of ``size`` samples."""
+        """Run a graph on a batch and add up what its nodes read.
+
+        Parameters
+        ----------
+        path:
+            The path of the part whose graph runs.
+        root:
+            The module that holds the graph's parameters and submodules.
+        arguments:
+            The inputs, by the names of the graph's placeholders.
+        size:
+            Number of samples in the batch.
+        """
         values: dict[fx.Node, Any] = {}
         for node in self.traces[path].graph.nodes:
             if node.op == "output":
                 break
-            # Now, not when the operand was made: it may have been changed in place since.
+            # Read the operand now, because it may have changed in place since it was made.
             for operand, labels in self.reads[path].get(node, ()):
                 self._add(values[operand], labels, size)
             values[node] = _node_value(self.traces[path], root, node, arguments, values)
@@ -87,6 +139,7 @@ class Meter:
                 del values[done]
 
     def _add(self, value: Tensor, labels: Array, size: int) -> None:
+        """Add the mean absolute value of each unit that lies on a tensor."""
         alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
         means = (
             in_single_at_least(value).abs().mean(alike, keepdim=True)
@@ -101,7 +154,12 @@ class Meter:
 
 
 def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
-    """For each node that reads units: the operands, with their labels."""
+    """Return, for each node that reads units, the operands it reads, with their labels.
+
+    A node reads a field of an operand if it is a contraction, or if its results have none of the
+    field's units and it tells no positions apart: then it sums them up. Operands that are computed
+    from weights alone are no activations, so they do not count.
+    """
     contracting = {ran.node for ran in coupling.contractions}
     learned: set[fx.Node] = set()
     out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
@@ -111,7 +169,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
             operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)
         ]
         if node.op == "get_attr" or (operands and learned.issuperset(operands)):
-            learned.add(node)  # a weight, or made of weights alone: no activation
+            learned.add(node)  # a weight, or computed from weights alone
         results = tensors_of(node.meta.get("val"))
         if not results:
             continue
@@ -139,6 +197,13 @@ def _node_value(
     arguments: Mapping[str, Any],
     values: Mapping[fx.Node, Any],
 ) -> Any:
+    """Return the value of one node, given the values of the nodes before it.
+
+    Raises
+    ------
+    ArgumentError
+        If the operation fails, because the batch does not fit the example.
+    """
     if node.op == "placeholder":
         return arguments[str(node.target)]
     if node.op == "get_attr" and node.target in trace.constants:
@@ -156,12 +221,30 @@ def _node_value(
 
 
 def placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
-    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes
-    them.
+    """Return a batch's inputs by the names of the graph's placeholders.
 
-    Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
+    The loader may pass inputs by position or by name. Constants of the example (numbers, flags,
+    None) that the loader leaves out keep the example's value.
+
+    Parameters
+    ----------
+    trace:
+        The traced graph, with the example that it was traced with.
+    batch:
+        The batch of the loader.
+
+    Returns
+    -------
+    dict
+        One value for each placeholder.
+
+    Raises
+    ------
+    ArgumentError
+        If the inputs do not fit ``forward``, are not those of the example, or have another number
+        of dimensions.
     """
-    # As the tracer reads it: the signature of the function itself, not of one that it wraps.
+    # As the tracer does, take the signature of the function itself, not of one that it wraps.
     signature = inspect.signature(type(trace.meta_copy.model).forward, follow_wrapped=False)
     names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
     given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}

@@ -1,4 +1,4 @@
-"""Weights seen by unit: what every criterion reads."""
+"""Views of the weights by unit: the input of every criterion."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from fxprune.labels import Array
 __all__ = ["ROLES", "UnitView", "Views", "check_roles", "check_view", "in_single_at_least"]
 
 ROLES = ("own", "scale", "dependent")
-"""A unit's own filters and biases; the scale of a normalisation; the slices of the next layers'
-weights that read it.
+"""The roles of a unit's elements: its own filters and biases (``"own"``), the scale of a
+normalisation (``"scale"``), and the slices of the next layers' weights that read it
+(``"dependent"``).
 """
 
 Elementwise = Callable[[Tensor], Tensor]
 
 
 def in_single_at_least(tensor: Tensor) -> Tensor:
-    """In float64 if it is that, else in float32: sums of half precision overflow.
+    """Return the tensor in float64 if it has that dtype, else in float32.
+
+    Sums in half precision overflow.
 
     >>> half, double = torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.float64)
     >>> [in_single_at_least(half).dtype, in_single_at_least(double).dtype]
@@ -37,12 +40,17 @@ def in_single_at_least(tensor: Tensor) -> Tensor:
 
 
 def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
-    """The roles as a tuple.
+    """Return the roles as a tuple.
+
+    Parameters
+    ----------
+    roles:
+        One role, or several of :data:`ROLES`.
 
     Raises
     ------
     ArgumentError
-        If one is unknown, or there is none: every sum would be 0.
+        If a role is unknown, or there is none: then every sum would be 0.
     """
     found = (
         (roles,)
@@ -59,11 +67,12 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_view(view: Any) -> None:
-    """Refuse what a criterion cannot score.
+    """Refuse a value that a criterion cannot score.
 
     Raises
     ------
     ArgumentError
+        If it is not a :class:`UnitView`.
     """
     if not isinstance(view, UnitView):
         raise ArgumentError(
@@ -74,16 +83,23 @@ def check_view(view: Any) -> None:
 
 @public
 class Views:
-    """All groups of a coupling with the tensors to score them by.
+    """All groups of a coupling, with the tensors to score them by.
+
+    Iterating over it gives one :class:`UnitView` per group.
 
     Parameters
     ----------
     coupling:
         The analysis.
     tensors:
-        One tensor per parameter name, of the parameter's shape, any float dtype or device: the
-        weights, or what stands for them (a product with a gradient). Names that are missing count
-        nothing.
+        One tensor per parameter name, of the parameter's shape and of any float dtype and device:
+        the weights, or other values per element, such as weights times gradients. Parameters
+        without a tensor count nothing.
+
+    Raises
+    ------
+    ArgumentError
+        If the arguments are of other types, or a tensor has another shape than its parameter.
 
     Examples
     --------
@@ -120,15 +136,34 @@ class Views:
         self._totals: dict[tuple[Elementwise, tuple[str, ...]], Floats] = {}
 
     def __iter__(self) -> Iterator[UnitView]:
+        """Iterate over the groups' views."""
         return (UnitView(self, group) for group in self.coupling.groups)
 
     @public
     def totals(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Floats:
-        """For every unit the sum of ``function(tensor)`` over its elements; shape (labels,), 0
-        where no unit is.
+        """Return the sum of ``function(tensor)`` over each unit's elements.
 
-        Each tensor is passed over once per labelling, whatever the number of groups that lie on
-        it.
+        Each tensor is summed once per field, however many groups lie on it, and the result is kept
+        for the next call.
+
+        Parameters
+        ----------
+        function:
+            Works element by element, such as ``torch.abs`` or ``torch.square``.
+        roles:
+            Which elements count, of :data:`ROLES`.
+
+        Returns
+        -------
+        Floats
+            Sums of shape (labels,), 0 for labels of no unit.
+
+        Raises
+        ------
+        ArgumentError
+            If ``function`` gives no number per element, or a role is unknown.
+        ModelError
+            If a tensor is on the meta device and has no values.
         """
         if not callable(function):
             raise ArgumentError(
@@ -157,13 +192,13 @@ class Views:
             for labels in fields:
                 first = next(d for d, size in enumerate(labels.shape) if size > 1)
                 rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]
-                # Leading dimensions first: both sums then run along memory.
+                # Sum leading dimensions first: then both sums read memory in order.
                 summed = values.sum(list(range(first)), keepdim=True) if first else values
                 summed = summed.sum(rest, keepdim=True) if rest else summed
                 units.append(labels.ravel())
                 weights.append(summed.expand(labels.shape).cpu().numpy().ravel())
         count = self.coupling.context.units.count
-        # Of nothing, bincount makes integers.
+        # bincount gives integers if there are no units.
         out: Floats = np.bincount(np.concatenate(units), np.concatenate(weights), count).astype(
             np.float64, copy=False
         )
@@ -172,7 +207,7 @@ class Views:
         return out
 
     def _fields(self, roles: tuple[str, ...]) -> Iterator[tuple[str, list[Array]]]:
-        """The labellings of each tensor that lie on an axis of one of the roles."""
+        """Yield each tensor's name and its labels that lie on an axis of one of the roles."""
         role, dim = self.coupling.role, self.coupling.shrinking_dim
         for name in self.coupling.parameters:
             if name in self.tensors:
@@ -194,42 +229,96 @@ class Views:
 @public
 @dataclass(frozen=True, eq=False)
 class UnitView:
-    """One group, unit by unit."""
+    """One group of units, as a criterion sees it.
+
+    Attributes
+    ----------
+    views:
+        The views that this one belongs to; they hold the tensors.
+    group:
+        The group.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 1))
+    >>> weights = {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 4.]])}
+    >>> (view,) = Views(fxprune.analyze(net, torch.zeros(1, 2)), weights)
+    >>> view.group.size, view.sum(torch.abs).tolist(), view.network_mean(torch.abs)
+    (3, [3.0, 3.0, 8.0], 4.666666666666667)
+    >>> view.rows(("own",)).tolist()
+    [[1.0, -2.0], [0.0, 3.0], [4.0, 4.0]]
+    """
 
     views: Views
     group: Group
 
     @public
     def sum(self, function: Elementwise, roles: Iterable[str] = ROLES) -> Tensor:
-        """The sum of ``function(weights)`` over each unit's elements; shape (units,), float64.
+        """Return the sum of ``function(weights)`` over each unit's elements.
 
-        ``function`` works element by element (``torch.abs``, ``torch.square``). ``roles`` says
-        which elements count.
+        Parameters
+        ----------
+        function:
+            Works element by element, such as ``torch.abs`` or ``torch.square``.
+        roles:
+            Which elements count, of :data:`ROLES`.
+
+        Returns
+        -------
+        Tensor
+            Sums of shape (units,), float64.
+
+        Raises
+        ------
+        ArgumentError, ModelError
+            As for :meth:`Views.totals`.
         """
         return torch.from_numpy(self.views.totals(function, roles)[self.group.units])
 
     @public
     def network_mean(self, function: Elementwise, roles: Iterable[str] = ROLES) -> float:
-        """The mean of :meth:`sum` over the units of all groups."""
+        """Return the mean of :meth:`sum` over the units of all groups.
+
+        Parameters
+        ----------
+        function, roles:
+            As for :meth:`sum`.
+        """
         units = self.views.coupling.units
         return float(self.views.totals(function, roles)[units].mean()) if len(units) else 0.0
 
     @property
     def blocks(self) -> Tensor:
-        """The block of each unit, shape (units,), int64: only units of one block can take each
-        other's place.
+        """The block of each unit, shape (units,), int64.
 
-        All 0 but in groups that are split (grouped convolutions, attention heads).
+        Only units of one block can replace each other. All are 0 except in groups that are split
+        (grouped convolutions, attention heads).
         """
         return self.views.coupling.blocks(self.group)
 
     @public
     def rows(self, roles: Iterable[str] = ROLES) -> Tensor:
-        """The elements themselves; shape (units, elements), a unit with fewer than another is
-        filled up with zeros.
+        """Return the elements of each unit as a row.
 
-        Elements of units of one block (:attr:`blocks`) stand in the same order, so their rows can
-        be compared.
+        Elements of units of one block (:attr:`blocks`) have the same order, so their rows can be
+        compared.
+
+        Parameters
+        ----------
+        roles:
+            Which elements count, of :data:`ROLES`.
+
+        Returns
+        -------
+        Tensor
+            Elements of shape (units, elements), float64. A unit that has fewer elements than
+            others is padded with zeros.
+
+        Raises
+        ------
+        ArgumentError
+            If a role is unknown.
         """
         coupling, roles = self.views.coupling, check_roles(roles)
         index = np.full(coupling.context.units.count, -1, dtype=np.int64)

@@ -1,9 +1,9 @@
-"""How the cost of a model follows from the widths of its groups.
+"""Kinds of units: the variables that the cost of a model depends on.
 
-Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every
-dimension that can shrink is a polynomial in how many units survive of each kind. So the cost of a
-whole model is a polynomial: it is read off the analysis once, and then answers what a model of
-other widths costs, and what one more unit costs at any of them, without a model of these widths.
+Every multiply-accumulate count and every parameter count is a polynomial in dimensions. Every
+dimension that can shrink is a polynomial in the numbers of surviving units of each kind. So the
+cost of a whole model is a polynomial in these numbers. It is derived from the analysis once. Then
+it gives the cost of a model of any widths, and the cost of one more unit, without such a model.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ __all__ = ["Kinds", "Pool", "kinds_of", "lines", "pools_of"]
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Units of one group that compete with each other: they lie in blocks of which every one keeps
-    equally many.
+    """Units of one group that compete with each other.
+
+    They lie in blocks that all keep the same number of units.
 
     Attributes
     ----------
     group:
         The group's position in ``coupling.groups``.
     units:
-        Indices into the group's units, shape (blocks, width): one row per block; one row in all
-        where the group is not split.
+        Indices into the group's units, shape (blocks, width): one row per block, and a single row
+        if the group is not split.
     labels:
         The labels of these units, shape (blocks, width).
     """
@@ -45,17 +46,19 @@ class Pool:
 
     @property
     def blocks(self) -> int:
+        """Number of blocks."""
         return self.units.shape[0]
 
     @property
     def width(self) -> int:
-        """Units per block: what can be removed, one from each block at a time, down to one."""
+        """Units per block. Removal takes one unit from each block at a time; one stays."""
         return self.units.shape[1]
 
 
 def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
-    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly
-    one.
+    """Return the pools of all groups, in the order of the groups.
+
+    Every unit of a group lies in exactly one pool.
     """
     out = []
     for index, group in enumerate(coupling.groups):
@@ -68,8 +71,8 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
             if kind < 0:
                 out.append(Pool(index, members[np.newaxis], group.units[members][np.newaxis]))
                 continue
-            # Blocks of a split have as many cells of each size, so cells of one size can keep
-            # equally many by themselves.
+            # Each block of a split has the same number of cells of each size. So the cells of one
+            # size can keep equally many units by themselves, and form a pool.
             rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
             for size in sorted({len(row) for row in rows}):
                 units = np.stack([row for row in rows if len(row) == size])
@@ -79,19 +82,19 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """Units of one pool that cost the same: they lie on as many positions of every tensor.
+    """Units of one pool that have the same cost: they lie on as many positions of every tensor.
 
-    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:,
-    :2]])``).
+    A pool has one kind, unless an operation repeats or drops only some of its units (``cat([x,
+    x[:, :2]])``).
 
     Attributes
     ----------
     of_unit:
-        The kind of each unit (by its label), shape (labels,); -1 where no group has the unit.
+        The kind of each unit (by its label), shape (labels,); -1 for labels of no group.
     pool:
         The pool of each kind, ascending, shape (kinds,).
     size:
-        How many units there are of each kind, over all blocks, shape (kinds,).
+        How many units of each kind there are, over all blocks, shape (kinds,).
     """
 
     of_unit: npt.NDArray[np.int64]
@@ -100,12 +103,26 @@ class Kinds:
 
 
 def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
-    """Tell the units of each pool apart by what they cost."""
+    """Divide the units of each pool into kinds of equal cost.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    pools:
+        The pools of its groups, as :func:`pools_of` returns them.
+
+    Returns
+    -------
+    Kinds
+        The kind of each unit, and the pool and size of each kind.
+    """
     count = coupling.context.units.count
     pool_of = np.full(count, -1, dtype=np.int64)
     for number, pool in enumerate(pools):
         pool_of[pool.labels] = number
-    rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
+    # random weights turn a vector of counts into one number: equal vectors get equal numbers
+    rng = np.random.default_rng(0)
     profile = np.zeros(count, dtype=np.uint64)
     seen: IdentitySet[Array] = IdentitySet()
     overlaps = []
@@ -132,7 +149,7 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
         irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
         if not irregular:
             return kinds
-        # which pairs meet depends on the units themselves: count each by itself
+        # which units meet depends on the units themselves, so make each of them a kind
         for rows in irregular:
             apart = np.unique(rows[rows > 0])
             profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
@@ -140,7 +157,9 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
 
 
 def _counted_tensors(coupling: Coupling) -> list[Tensor]:
-    """Everything whose shape counts: the parameters, and what contractions read and give."""
+    """Return every tensor whose shape counts: parameters, and operands and results of
+    contractions.
+    """
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:
         found += ran.tensors
@@ -148,7 +167,20 @@ def _counted_tensors(coupling: Coupling) -> list[Tensor]:
 
 
 def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
-    """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
+    """Return the labels along each dimension that can shrink.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    fields:
+        The live labels of one tensor, one array per field.
+
+    Returns
+    -------
+    list of (int, Array)
+        Each dimension with its labels, shape (fields, rows, positions).
+    """
     found: dict[int, list[Array]] = {}
     for labels in fields:
         found.setdefault(coupling.shrinking_dim(labels), []).append(labels)
@@ -162,8 +194,10 @@ def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]
 
 
 def _regular(rows: Array, kinds: Kinds) -> bool:
-    """Whether wherever units of some kinds meet on a position every combination of such units
-    does, equally often.
+    """Tell whether all combinations of units of the kinds that meet on a position meet equally
+    often.
+
+    Only then does the number of positions follow from the numbers of units of each kind.
     """
     columns = rows.reshape(len(rows), -1)
     columns = columns[:, (columns > 0).sum(axis=0) > 1]

@@ -1,5 +1,5 @@
-"""One option from every class, worth the most, within a capacity: the multiple-choice knapsack
-problem.
+"""The multiple-choice knapsack problem: one option of each class, worth the most within a
+capacity.
 """
 
 from __future__ import annotations
@@ -11,22 +11,33 @@ import numpy as np
 
 __all__ = ["best_options"]
 
-_BINS = 4000  # of the capacity; costs are rounded up to them, so that what is chosen fits
+_BINS = 4000  # parts of the spare capacity; costs are rounded up to them, so the choice fits
 
 
 def best_options(
     worth: Sequence[Sequence[float]], cost: Sequence[Sequence[float]], capacity: float
 ) -> list[int] | None:
-    """Choose one option of each class so that the sum of worths is the largest whose sum of costs
-    is within the capacity.
+    """Choose one option of each class: the largest sum of worths with costs within the capacity.
 
-    By dynamic programming over the costs, which are rounded up to 1/4000 of what there is to share
-    out beyond the cheapest options (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004,
-    chapter 11).
+    The solution is by dynamic programming over the costs (Kellerer, Pferschy, Pisinger, "Knapsack
+    Problems", 2004, chapter 11). Costs are rounded up to 1/4000 of the spare capacity, which is
+    what the cheapest options leave. So the choice always fits, and the worth can be slightly below
+    the best.
+
+    Parameters
+    ----------
+    worth:
+        Worth of each option, one sequence per class.
+    cost:
+        Cost of each option, of the same lengths; costs may be negative.
+    capacity:
+        The largest sum of costs.
 
     Returns
     -------
-    The index of the option for each class; None where even the cheapest do not fit.
+    list of int or None
+        The index of the chosen option for each class; None if even the cheapest options do not
+        fit.
 
     Examples
     --------
