@@ -1,12 +1,11 @@
-"""Down to a budget: one greedy pass over the whole network, and exchanges between groups where
-time is the budget.
+"""Greedy descent to a budget, and exchanges between groups under a latency budget.
 
-The pool whose least unit ranks lowest loses it, costs are brought up to date as widths shrink,
-until every budget holds. The order of removals does not depend on the budget, so a smaller budget
-keeps a subset.
+One greedy pass goes over the whole network. In each step, the pool whose least important unit
+ranks lowest loses it. Costs are recomputed as widths shrink, until every budget holds. The order
+of removals does not depend on the budget, so a smaller budget keeps a subset.
 
-Under a latency budget the greedy choice is then improved by exchanges between pools, each of them
-a knapsack problem.
+Under a latency budget, exchanges between pools then improve the greedy choice. Each round of
+exchanges is a knapsack problem.
 """
 
 from __future__ import annotations
@@ -31,31 +30,43 @@ from fxprune.select.polynomials import Polynomial, macs_of, params_of
 __all__ = ["Descent", "Timed", "WidthCost", "step_of"]
 
 
-# how often, at most, costs are brought up to date while a whole network is taken apart
-_REFRESHES = 512
-_ROUNDING = 1e-15  # shares are decimals that floats miss: 0.29 of 100 is 29
-_EXCHANGES = 8  # rounds of exchanges at most
-_STRIDE = 0.05  # of a pool's width: by how much, or twice as much, a round changes it
-_REACH = 0.25  # of the greedy choice's width: how far exchanges may lead away from it
+_REFRESHES = 512  # upper limit on how often costs are recomputed during one descent
+_ROUNDING = 1e-15  # floats do not hold shares such as 0.29 exactly: 0.29 of 100 must be 29
+_EXCHANGES = 8  # upper limit on the rounds of exchanges, and on the attempts in one round
+_STRIDE = 0.05  # share of a pool's width by which one round changes it, once or twice
+_REACH = 0.25  # share of the greedy choice's width that exchanges may change it by in total
 
 
 class WidthCost(Protocol):
-    """What a model costs, in whole numbers, where so many units of each kind survive
-    (:class:`~fxprune.select.kinds.Kinds`).
+    """The cost of a model as a whole number, given how many units of each kind survive.
+
+    The kinds are those of :class:`~fxprune.select.kinds.Kinds`.
     """
 
     def at(self, counts: Counts) -> int:
-        """Shape (kinds,) -> the cost."""
+        """Return the cost for these numbers of surviving units, shape (kinds,)."""
 
     def saved(self, counts: Counts, lost: Counts) -> Counts:
-        """By how much it falls when a pool alone loses what ``lost`` says of its kinds; shape
-        (pools,).
+        """Return for each pool how much the cost falls if only this pool loses units.
+
+        Parameters
+        ----------
+        counts:
+            How many units of each kind survive before, shape (kinds,).
+        lost:
+            How many units of each kind its pool loses, shape (kinds,).
+
+        Returns
+        -------
+        Counts
+            The differences, shape (pools,).
         """
 
 
 class Timed(WidthCost, Protocol):
-    """What it takes, and by how many units at a time pools should shrink, so that widths are such
-    as the hardware likes.
+    """A cost in time that also knows the steps by which pools should shrink.
+
+    The steps lead to widths that the hardware runs well.
     """
 
     @property
@@ -63,14 +74,38 @@ class Timed(WidthCost, Protocol):
 
 
 def step_of(pool: Pool, budget: Budget) -> int:
-    """By how many units each block shrinks at a time, so that all blocks together keep a multiple
-    of ``round_to``.
+    """Return by how many units each block must shrink at a time.
+
+    Then all blocks together keep a multiple of ``round_to``.
     """
     return budget.round_to // math.gcd(budget.round_to, pool.blocks)
 
 
 class Descent:
-    """Removes unit after unit until the budgets hold."""
+    """Removal of one unit after another until the budgets hold.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    pools:
+        The pools of its groups.
+    order:
+        For each pool, the positions of the units of each block, the least important first; shape
+        (blocks, width).
+    ranking:
+        The scores, and the weights of the costs.
+    budget:
+        The budgets to reach.
+    widths:
+        The width of each pool to start from.
+    fixed:
+        For each pool, whether its width stays as it is.
+    least:
+        For each pool, how many units every block has to keep.
+    timed:
+        The cost that a latency budget limits; None if there is no such budget.
+    """
 
     def __init__(
         self,
@@ -102,18 +137,18 @@ class Descent:
         ]
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
-        # what the cost term of CPMC counts
+        # the cost of the computation term of CPMC
         self.computation: WidthCost = self.macs if timed is None else timed
         self.first = np.searchsorted(kinds.pool, np.arange(len(pools) + 1)).tolist()
-        # by pool, shape (width + 1, kinds): how many there are at each width
+        # by pool: how many units of each kind survive at each width, shape (width + 1, kinds)
         self.survivors: list[npt.NDArray[np.int64]] = []
-        # by pool: the value of the k-th unit to go, the mean over the blocks, which lose one each
+        # by pool: the mean value over the blocks of the k-th unit that each of them loses
         self.values: list[list[float]] = []
         for number, (pool, ascending) in enumerate(zip(pools, order, strict=True)):
             labels = np.take_along_axis(pool.labels, ascending, axis=1)
             self.values.append(ranking.value[labels].mean(axis=0).tolist())
             start, stop = self.first[number : number + 2]
-            # the last to go first
+            # start with the last unit to go, because it survives at width 1
             last = (kinds.of_unit[labels[:, ::-1, np.newaxis]] == np.arange(start, stop)).sum(
                 axis=0
             )
@@ -124,8 +159,9 @@ class Descent:
         self.limits = self._limits(kinds)
 
     def _limits(self, kinds: Kinds) -> list[tuple[str, WidthCost, int]]:
-        """What is limited, what it costs, and its limit, in whole numbers, so that nothing is lost
-        to rounding but the share's own.
+        """Return the name, the cost and the limit of each budget.
+
+        Limits are whole numbers, so that only the share itself is subject to rounding.
         """
         budget = self.budget
         counts = np.array([[0.0, *(0.0 if self.fixed[p] else 1.0 for p in kinds.pool)]])
@@ -143,7 +179,19 @@ class Descent:
         ]
 
     def run(self) -> list[int]:
-        # asked first: of what is measured, the smallest model can be the slower one
+        """Remove units until every budget holds.
+
+        Returns
+        -------
+        list of int
+            The width of each pool.
+
+        Raises
+        ------
+        BudgetError
+            If even the smallest model is above a budget.
+        """
+        # Test this first: by a measured time, the smallest model can be slower than this one.
         if self._holds():
             return self.widths
         self._check()
@@ -162,7 +210,7 @@ class Descent:
             before = list(self.widths)
             removed = self._batch(batch)
             if self._holds():
-                # Somewhere in this batch the budgets were met: go through it again, one by one.
+                # The budgets were met somewhere in this batch: repeat it one by one.
                 self.widths = before
                 for pool, width in removed:
                     self.widths[pool] = width
@@ -171,14 +219,19 @@ class Descent:
         return self.widths
 
     def exchanged(self) -> list[int]:
-        """Pools trade units, as long as what survives is worth more within the same budgets.
+        """Exchange units between pools while the survivors get more important within the budgets.
 
-        Each round is a knapsack problem: every pool may get wider or narrower by a little, for the
-        time that this alone costs or saves (Shen et al., "Structural Pruning via Latency-Saliency
-        Knapsack", NeurIPS 2022). What it costs together is looked at afterwards, and where that is
-        too much the round is played again with less to share out. Exchanges stay near the greedy
-        choice: further away a unit that is cheap would always win against one that is dear, until
+        Each round is a knapsack problem (Shen et al., "Structural Pruning via Latency-Saliency
+        Knapsack", NeurIPS 2022). Every pool may get slightly wider or narrower, at the cost that
+        this change alone has. The true cost of all changes together is computed afterwards. If it
+        is above the budget, the round is repeated with less spare time. Exchanges stay near the
+        greedy choice. Further away, cheap units would always win against expensive ones, until
         layers are empty.
+
+        Returns
+        -------
+        list of int
+            The width of each pool.
         """
         bounds = [
             (width, width)
@@ -224,7 +277,7 @@ class Descent:
         return self.widths
 
     def _options(self, pool: int, low: int, high: int) -> list[int]:
-        """The width of a pool, and those near it, in reach and on its steps."""
+        """Return the width of a pool and the nearby widths that are in bounds and on its steps."""
         width, step = self.widths[pool], self.steps[pool]
         stride = max(round(width * _STRIDE / step), 1) * step
         near = {(width + k * stride) // step * step for k in (-2, -1, 1, 2)} | {
@@ -233,11 +286,11 @@ class Descent:
         return sorted({width, *(own for own in near if low <= own <= high)})
 
     def _left(self, widths: Sequence[int]) -> float:
-        """The importance of what is left of all pools."""
+        """Return the importance of the survivors of all pools."""
         return sum(self._worth(pool, width) for pool, width in enumerate(widths))
 
     def _worth(self, pool: int, width: int) -> float:
-        """The importance of what is left of a pool."""
+        """Return the importance of the survivors of one pool."""
         return (
             self.ranking.alpha
             * float(self.blocks[pool])
@@ -245,6 +298,13 @@ class Descent:
         )
 
     def _check(self) -> None:
+        """Check that the smallest model is within every budget.
+
+        Raises
+        ------
+        BudgetError
+            If it is not; the message names the smallest share that can be reached.
+        """
         for name, cost, limit in self.limits:
             least, whole = cost.at(self._counts(self.floor)), cost.at(self.full)
             if least > limit:
@@ -257,23 +317,28 @@ class Descent:
                 )
 
     def _counts(self, widths: Sequence[int]) -> npt.NDArray[np.int64]:
-        """How many units of each kind survive at these widths."""
+        """Return how many units of each kind survive at these widths."""
         rows = [table[width] for table, width in zip(self.survivors, widths, strict=True)]
         return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
 
     def _holds(self) -> bool:
+        """Tell whether every budget holds at the current widths."""
         counts = self._counts(self.widths)
         return all(cost.at(counts) <= limit for _, cost, limit in self.limits)
 
     def _next(self, pool: int) -> int:
-        """The width of a pool after its next loss: the multiple of its step below."""
+        """Return the width of a pool after its next loss: the multiple of its step below."""
         return max(
             (self.widths[pool] - 1) // self.steps[pool] * self.steps[pool], self.floor[pool]
         )
 
     def _batch(self, count: int) -> list[tuple[int, int]]:
-        """Take the ``count`` lowest ranks at the costs of now; returns (pool, its new width) in
-        order.
+        """Remove the ``count`` units of the lowest ranks, at the current costs.
+
+        Returns
+        -------
+        list of (int, int)
+            Each pool that lost units and its new width, in the order of removal.
         """
         offset = self._offsets()
         heap = [
@@ -292,6 +357,9 @@ class Descent:
         return removals
 
     def _rank(self, pool: int, offset: Floats) -> float:
+        """Return the rank of the next loss of a pool: the mean value of its units plus the costs'
+        part.
+        """
         gone = self.pools[pool].width - self.widths[pool]
         after = self.pools[pool].width - self._next(pool)
         return self.ranking.alpha * sum(self.values[pool][gone:after]) / (after - gone) + float(
@@ -299,7 +367,7 @@ class Descent:
         )
 
     def _offsets(self) -> Floats:
-        """What the two costs add to the rank of every unit of a pool, at the widths of now."""
+        """Return what the two costs add to the rank of each pool's units, at the current widths."""
         out = np.zeros(len(self.pools))
         if not (self.ranking.beta or self.ranking.gamma):
             return out
@@ -312,20 +380,22 @@ class Descent:
             (self.ranking.gamma, self.params),
         ):
             if weight:
-                # A measured cost may rise where a width that the hardware likes less is reached:
-                # that saves nothing.
+                # A measured cost may rise at a width that the hardware runs badly. Then nothing
+                # is saved.
                 each = np.log2(1 + np.maximum(cost.saved(counts, lost), 0) / units)
                 out += weight * (1 - each / max(each.max(initial=0.0), np.finfo(np.float64).tiny))
         return out
 
 
 def _aligned(width: int, step: int, floor: int) -> int:
-    """The largest multiple of a step that a width reaches, or the floor where that is higher."""
+    """Return the largest multiple of ``step`` up to ``width``, but at least ``floor``."""
     return max(width // step * step, floor)
 
 
 def _rounded_up(share: float) -> float:
-    """A share of four digits that is no smaller: what an error names must be reachable.
+    """Return the share rounded up to four digits.
+
+    An error message names this share, so it must be reachable.
 
     >>> _rounded_up(0.123401), _rounded_up(0.25), _rounded_up(0.00012)
     (0.1235, 0.25, 0.00012)

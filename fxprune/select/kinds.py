@@ -157,8 +157,9 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
 
 
 def _counted_tensors(coupling: Coupling) -> list[Tensor]:
-    """Return every tensor whose shape counts: parameters, and operands and results of
-    contractions.
+    """Return every tensor whose shape affects the costs.
+
+    These are the parameters, and the operands and results of contractions.
     """
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:
@@ -194,10 +195,10 @@ def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]
 
 
 def _regular(rows: Array, kinds: Kinds) -> bool:
-    """Tell whether all combinations of units of the kinds that meet on a position meet equally
-    often.
+    """Tell whether all combinations of units of the kinds that meet are equally frequent.
 
-    Only then does the number of positions follow from the numbers of units of each kind.
+    Units meet where they lie on the same position. Only if all their combinations do so equally
+    often does the number of positions follow from the numbers of units of each kind.
     """
     columns = rows.reshape(len(rows), -1)
     columns = columns[:, (columns > 0).sum(axis=0) > 1]

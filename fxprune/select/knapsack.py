@@ -1,6 +1,4 @@
-"""The multiple-choice knapsack problem: one option of each class, worth the most within a
-capacity.
-"""
+"""The multiple-choice knapsack problem: choose one option of each class within a capacity."""
 
 from __future__ import annotations
 

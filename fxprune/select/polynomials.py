@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates as polynomials of how many units of each kind survive."""
+"""Parameters and multiply-accumulates as polynomials in the surviving units of each kind."""
 
 from __future__ import annotations
 
@@ -23,24 +23,28 @@ __all__ = ["Factors", "Polynomial", "Sizes", "Sum", "macs_of", "params_of", "pro
 
 
 Factors = tuple[int, ...]
+"""A product of affine factors, by their indices; an index occurs once for each power."""
 
 
 Sum = tuple[tuple[float, Factors], ...]
-"""A sum of products: (coefficient, numbers of the affine factors)."""
+"""A sum of products, each a pair of a coefficient and its factors."""
 
 
 class Polynomial:
-    r""":math:`\sum_t c_t \prod_{f \in t} s_f(n)` with :math:`s_f(n) = b_f + \sum_k a_{fk} n_k`, if
-    :math:`n_k` of kind k survive.
+    r"""A sum of products of affine functions of the numbers of surviving units.
+
+    .. math:: \sum_t c_t \prod_{f \in t} s_f(n), \qquad s_f(n) = b_f + \sum_k a_{fk} n_k
+
+    :math:`n_k` is the number of surviving units of kind k.
 
     Parameters
     ----------
     kinds:
-        What the variables count.
+        The kinds of units; the variables are how many of each survive.
     sizes:
-        Rows (b, a_1, ..., a_K), one for each affine factor that occurs.
+        The affine factors, one row (b, a_1, ..., a_K) for each.
     terms:
-        (coefficient, indices of the factors that are multiplied).
+        Each product as (coefficient, indices of its factors).
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Polynomial:
     ) -> None:
         one = np.zeros((1, len(kinds.pool) + 1))
         one[0, 0] = 1.0
-        # factor 0 is the constant 1, for terms of fewer factors than the longest
+        # Factor 0 is the constant 1. It pads terms that have fewer factors than the longest.
         table = np.concatenate([one, sizes])
         order = max((len(factors) for _, factors in terms), default=0)
         self._constant, self._slope = table[:, 0], table[:, 1:]
@@ -60,7 +64,7 @@ class Polynomial:
         self._factors = self._factors.reshape(len(terms), order)
         self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
         self._pools = len(self._starts)
-        # Which terms a pool has a part in.
+        # The terms that depend on each pool.
         moved = self._by_pool(np.abs(self._slope)) > 0
         touched = (
             moved[self._factors].any(axis=1) if terms else np.zeros((0, self._pools), dtype=bool)
@@ -68,19 +72,30 @@ class Polynomial:
         self._term, self._pool = np.nonzero(touched)
 
     def _by_pool(self, columns: Floats) -> Floats:
-        """Sums over the kinds of each pool."""
+        """Return the sums over the kinds of each pool."""
         return np.add.reduceat(columns, self._starts, axis=1) if self._pools else columns
 
     def at(self, counts: npt.NDArray[np.int64]) -> int:
-        """The value where so many units of each kind survive; shape (kinds,)."""
+        """Return the value for these numbers of surviving units, shape (kinds,)."""
         sizes = self._constant + self._slope @ counts
         return round(float(self._coefficient @ sizes[self._factors].prod(axis=1)))
 
     def saved(
         self, counts: npt.NDArray[np.int64], lost: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """By how much the value falls from ``counts`` when a pool alone loses what ``lost`` says
-        of its kinds; shape (pools,).
+        """Return for each pool how much the value falls if only this pool loses units.
+
+        Parameters
+        ----------
+        counts:
+            How many units of each kind survive before, shape (kinds,).
+        lost:
+            How many units of each kind its pool loses, shape (kinds,).
+
+        Returns
+        -------
+        Counts
+            The differences, rounded to whole numbers, shape (pools,).
         """
         sizes = self._constant + self._slope @ counts
         now = sizes[self._factors[self._term]]
@@ -94,8 +109,21 @@ class Polynomial:
 
 
 class Sizes:
-    """Collects the sizes of dimensions, as polynomials in the survivors, and their distinct affine
-    factors.
+    """The sizes of dimensions as polynomials in the surviving units.
+
+    It collects the sizes and their distinct affine factors, and numbers both.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    kinds:
+        The kinds of its units.
+
+    Attributes
+    ----------
+    sizes:
+        The polynomial of each size, at its number.
     """
 
     def __init__(self, coupling: Coupling, kinds: Kinds) -> None:
@@ -107,7 +135,7 @@ class Sizes:
         self._of_labels: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, int]] = {}
 
     def dims(self, tensor: Tensor) -> dict[int, int]:
-        """Dimensions of a tensor that can shrink -> the number of their size."""
+        """Return the number of the size of each dimension of a tensor that can shrink."""
         fields = self.coupling.labels(tensor)
         key = (tuple(map(id, fields)), tuple(tensor.shape))
         if key not in self._of_labels:
@@ -121,8 +149,17 @@ class Sizes:
         return self._of_labels[key]
 
     def _size(self, rows: Array, full: int) -> int | None:
-        """All rows along the dimension keep equally many positions, so each keeps as many as they
-        do on average.
+        """Return the number of a dimension's size; None if no unit lies on it.
+
+        All rows along the dimension keep the same number of positions, so this number is their
+        mean.
+
+        Parameters
+        ----------
+        rows:
+            The labels along the dimension, shape (fields, rows, positions).
+        full:
+            The size of the dimension when all units survive.
         """
         kinds, lines = np.where(rows > 0, self.kinds.of_unit[rows], -1), rows.shape[1]
         row = np.zeros(len(self.kinds.pool) + 1)
@@ -157,11 +194,13 @@ class Sizes:
         return number
 
     def _unit_row(self, kind: int) -> Floats:
+        """Return the affine factor that is the number of survivors of one kind."""
         row = np.zeros(len(self.kinds.pool) + 1)
         row[1 + kind] = 1.0
         return row
 
     def _factor(self, row: Floats) -> int:
+        """Return the number of an affine factor; equal factors get the same number."""
         key = np.round(row, 9).tobytes()
         if key not in self._row_numbers:
             self._row_numbers[key] = len(self._rows)
@@ -169,8 +208,13 @@ class Sizes:
         return self._row_numbers[key]
 
     def values(self) -> Callable[[Floats], Floats]:
-        """What gives all sizes, shape (n, sizes), at n rows of how many units of each kind
-        survive, shape (n, kinds).
+        """Return a function that evaluates all sizes.
+
+        Returns
+        -------
+        callable
+            Takes how many units of each kind survive, shape (n, kinds), for n models at once;
+            returns their sizes, shape (n, sizes).
         """
         rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
         terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
@@ -182,6 +226,7 @@ class Sizes:
         )
 
         def at(counts: Floats) -> Floats:
+            """Return all sizes, shape (n, sizes), for counts of shape (n, kinds)."""
             if not terms:
                 return np.zeros((len(counts), 0))
             affine = np.concatenate(
@@ -192,7 +237,15 @@ class Sizes:
         return at
 
     def falling(self, size: int, degree: int) -> list[Sum]:
-        """The factors s, s - 1, ..., s - degree + 1 of a falling factorial."""
+        """Return the factors s, s - 1, ..., s - degree + 1 of a falling factorial.
+
+        Parameters
+        ----------
+        size:
+            The number of the size s.
+        degree:
+            How many factors.
+        """
         (coefficient, factors), *others = self.sizes[size]
         if degree > 1 and not others and coefficient == 1.0 and len(factors) == 1:
             lowered = [self._rows[factors[0]].copy() for _ in range(degree)]
@@ -204,7 +257,13 @@ class Sizes:
         ]
 
     def polynomial(self, products: Sequence[tuple[float, list[Sum]]]) -> Polynomial:
-        """The sum of products of sizes, multiplied out."""
+        """Return a sum of products of sizes, expanded.
+
+        Parameters
+        ----------
+        products:
+            Each product as (coefficient, its factors).
+        """
         terms: Counter[Factors] = Counter()
         for coefficient, sums in products:
             for chosen in itertools.product(*sums):
@@ -215,7 +274,7 @@ class Sizes:
 
 
 def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
-    """Number of learnable parameters."""
+    """Return the number of learnable parameters as a polynomial."""
     sizes, products = Sizes(coupling, kinds), []
     for tensor in coupling.parameters.values():
         if isinstance(tensor, torch.nn.Parameter):
@@ -226,7 +285,7 @@ def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 
 
 def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
-    """Multiply-accumulates of the example's batch."""
+    """Return the multiply-accumulates of the example's batch as a polynomial."""
     sizes = Sizes(coupling, kinds)
     return sizes.polynomial(
         [product for ran in coupling.contractions for product in products_of(ran, sizes)]
@@ -234,7 +293,20 @@ def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 
 
 def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]:
-    """The multiply-accumulates of one op, as products of sizes."""
+    """Return the multiply-accumulates of one operation as products of sizes.
+
+    Parameters
+    ----------
+    ran:
+        The operation, as it ran in the labelled run.
+    sizes:
+        The sizes of its tensors' dimensions.
+
+    Returns
+    -------
+    list of (float, list of Sum)
+        Each product as (coefficient, its factors).
+    """
     found = []
     for coefficient, degrees in _interpolated(ran, sizes):
         factors = [
@@ -245,13 +317,15 @@ def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]
 
 
 def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, int]]]:
-    r"""What one op costs, as (coefficient, {size: degree}) of falling factorials of the sizes it
-    reads.
+    """Return the cost of one operation in falling factorials of the sizes that it reads.
 
-    A formula is a polynomial, of a degree in a size that is at most the number of dimensions which
-    have that size: they are the same units (a convolution from a residual stream to itself has
-    two), so they are resized together. Its values at 0, 1, ... up to the degree tell the
-    coefficients, by Newton's forward differences, which are exact in integers.
+    Each term is a pair (coefficient, {number of the size: degree}).
+
+    The cost is a polynomial. Its degree in a size is at most the number of dimensions that have
+    this size. Such dimensions hold the same units (a convolution from a residual stream to itself
+    has two), so they are resized together. The values of the polynomial at 0, 1, ... up to the
+    degree determine its coefficients, by Newton's forward differences, which are exact in
+    integers.
     """
     tensors = ran.tensors
     read = IdentityMap((tensor, sizes.dims(tensor)) for tensor in tensors)
@@ -259,7 +333,10 @@ def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, i
     free = sorted(degrees)
 
     def cost(at: dict[int, int]) -> int:
+        """Return the multiply-accumulates of the operation at these sizes, by their numbers."""
+
         def shape(tensor: Tensor) -> list[int]:
+            """Return the shape of a tensor at these sizes."""
             dims = read[tensor]
             return [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
 

@@ -1,4 +1,4 @@
-"""Scores and a budget -> which units survive."""
+"""Selection of the units that survive, from their scores and a budget."""
 
 from __future__ import annotations
 
@@ -25,20 +25,30 @@ __all__ = ["select"]
 def select(
     coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Choose the survivors.
+    """Choose the units that survive.
 
-    ``timed`` is what a latency budget counts.
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    ranking:
+        The scores, and the weights of the costs.
+    budget:
+        The budgets to reach.
+    timed:
+        The cost that a latency budget limits; needed if the budget has one.
 
     Returns
     -------
-    For each group's name the indices of its surviving units, ascending. In a balanced group every
-    block keeps equally many.
+    dict of str to tuple of int
+        For each group's name the indices of its surviving units, ascending. In a balanced group
+        every block keeps the same number.
 
     Raises
     ------
     BudgetError
-        If even the smallest model that the analysis allows is above a budget; it says what the
-        least reachable is.
+        If even the smallest model that the analysis allows is above a budget; the message names
+        the smallest share that can be reached.
     ArgumentError
         If a glob of ``layers`` matches no group.
     """
@@ -68,8 +78,9 @@ def select(
 
 
 def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
-    """For each block the positions of its units, the least important first; of equals, the last
-    first.
+    """Return for each block the positions of its units, the least important first.
+
+    Of equally important units, the last one comes first.
     """
     return pool.width - 1 - np.argsort(value[pool.labels][:, ::-1], axis=1, kind="stable")
 
@@ -77,16 +88,20 @@ def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
 def _spared(
     coupling: Coupling, pools: Sequence[Pool], order: Sequence[npt.NDArray[np.int64]]
 ) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
-    """Let no tensor lose everything: put off units until each row of each tensor has a position
-    whose units are the last to go.
+    """Change the order of removal so that no tensor loses everything.
 
     Units of one block may lie on different tensors (the two halves of a split, layers that share
-    balanced blocks): all of one tensor's could be the least important. Returns the order, and how
-    many units every block has to keep at least.
+    balanced blocks). All units of one tensor could then be the least important ones. So units are
+    moved to the end of the order until each row of each tensor has a position whose units go last.
+
+    Returns
+    -------
+    tuple
+        The new order of each pool, and for each pool how many units every block has to keep.
     """
     spared = np.zeros(coupling.context.units.count, dtype=bool)
-    spared[0] = True  # no unit: what stays in any case
-    # how many of its block a unit has behind it in the order
+    spared[0] = True  # label 0 is no unit, and always stays
+    # how many units of its block come after a unit in the order
     height = np.zeros(len(spared), dtype=np.int64)
     labels = []
     for pool, ascending in zip(pools, order, strict=True):
@@ -106,7 +121,7 @@ def _spared(
             if own.size in own.shape and spared[own].any()
         }
         if len(whole) == len(fields):
-            continue  # most of them: one row along each axis
+            continue  # the usual case: each field is one row along its axis
         for _, rows in lines(coupling, fields):
             for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
                 units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
@@ -120,8 +135,10 @@ def _spared(
 
 
 def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
-    """How many units every block has to keep so that no statistic is taken of one value: two,
-    where it has two, or one.
+    """Return for each pool how many units every block has to keep for the sake of statistics.
+
+    A statistic over a single value is not defined. So blocks under one keep two units, or one if
+    they have no more.
     """
     context = coupling.context
     needed = np.zeros(context.units.count, dtype=bool)
@@ -131,7 +148,7 @@ def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
 
 
 def _all_tensors(coupling: Coupling) -> list[Tensor]:
-    """The parameters, then what the nodes give."""
+    """Return the parameters, then the results of all nodes."""
     nodes = [node.meta.get("val") for trace in coupling.traces for node in trace.graph.nodes]
     return [*coupling.parameters.values(), *tensors_of(nodes)]
 
@@ -139,7 +156,7 @@ def _all_tensors(coupling: Coupling) -> list[Tensor]:
 def _starting_widths(
     coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """The widths to start from, and which of them are settled by a layer's own share."""
+    """Return the width of each pool to start from, and whether a layer's own share fixes it."""
     shares = _layer_shares(coupling, budget.layers)
     widths, fixed = [], []
     for pool, at_least in zip(pools, least, strict=True):
@@ -154,6 +171,13 @@ def _starting_widths(
 
 
 def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
+    """Return the share of each group that a glob of ``layers`` matches.
+
+    Raises
+    ------
+    ArgumentError
+        If a glob matches no group.
+    """
     shares: dict[int, float] = {}
     owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
     for glob, share in layers.items():
@@ -173,7 +197,7 @@ def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, 
 
 
 def _owners(coupling: Coupling, group: Group) -> list[str]:
-    """Names of the parameters and modules whose own filters are units of a group."""
+    """Return the names of the parameters and modules whose own filters are units of a group."""
     own = [
         axis.parameter for axis in group.axes if coupling.role(axis.parameter, axis.dim) == "own"
     ]
