@@ -35,7 +35,17 @@ Loader = Iterable[Any]
 
 @dataclass(frozen=True)
 class LoaderBatch:
-    """A loader's batch as the model's arguments and the loss's, on the model's device."""
+    """A batch of a loader: the arguments of the model and of the loss, on the model's device.
+
+    Attributes
+    ----------
+    args, kwargs:
+        The arguments of the model.
+    targets:
+        The further arguments of the loss.
+    size:
+        Number of samples: the length of the first tensor.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -44,16 +54,34 @@ class LoaderBatch:
 
 
 def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[LoaderBatch]:
-    """A loader's batches, taken apart and copied to the model's device; ``example`` is the call
-    that the model was analysed with.
+    """Yield a loader's batches as calls, copied to the model's device.
+
+    Parameters
+    ----------
+    loader:
+        Batches ``(inputs, *targets)``.
+    model:
+        The model that they are for.
+    example:
+        The call that the model was analysed with.
+
+    Raises
+    ------
+    ArgumentError
+        If a batch is no such tuple, or has no tensor with samples, or holds no samples, meta
+        tensors or NaN.
+    CallbackError
+        If the loader raises an error.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def there(tensor: Tensor) -> Tensor:
+        """Move a tensor to the model's device."""
         return tensor.to(device)
 
     def copied(tensor: Tensor) -> Tensor:
-        # a model may write into its inputs, and they are the loader's
+        """Copy a tensor to the model's device."""
+        # a model may write into its inputs, which belong to the loader
         return tensor.detach().to(device, copy=True)
 
     for batch in drawn_from(loader):
@@ -84,24 +112,33 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
 
 
 def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False) -> Any:
-    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as
-    two.
+    """Return what the model gives for a batch.
+
+    Parameters
+    ----------
+    model:
+        The model, or a function.
+    batch:
+        The batch.
+    apart:
+        Whether the model takes its positional and keyword arguments as a tuple and a dict.
 
     Raises
     ------
     CallbackError
-        If the batch does not fit the model.
+        If the model raises an error, because the batch does not fit.
     """
     with calling("the model, given a batch of the loader,"):
         return model(batch.args, batch.kwargs) if apart else model(*batch.args, **batch.kwargs)
 
 
 def check_loader(loader: Any) -> None:
-    """Refuse what gives no batches.
+    """Refuse a value that gives no batches.
 
     Raises
     ------
     ArgumentError
+        If it is a class, a tensor, a string or a mapping, or is not iterable.
     """
     listed = isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
     if isinstance(loader, (str, bytes, Mapping, Tensor, type)) or not listed:
@@ -117,11 +154,19 @@ def check_loader(loader: Any) -> None:
 
 
 def check_finite(values: Iterable[Any], what: str) -> None:
-    """Refuse what came to NaN or infinity.
+    """Refuse tensors that hold NaN or infinity.
+
+    Parameters
+    ----------
+    values:
+        The values; those that are not floating-point tensors are skipped.
+    what:
+        What they are, for the message.
 
     Raises
     ------
     ArgumentError
+        If a tensor holds NaN or infinity.
     """
     for value in values:
         if (
@@ -136,17 +181,24 @@ def check_finite(values: Iterable[Any], what: str) -> None:
 
 
 def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[Any, ...]]:
-    """A loader's batch ``(inputs, *targets)`` as a call of the model, and the targets.
+    """Return a batch ``(inputs, *targets)`` of a loader as a call of the model, and the targets.
 
-    Inputs are read as example inputs are (:func:`fxprune.inputs.as_call`), but for a list: a
-    ``DataLoader`` makes lists of the tuples that a data set gives, so that it holds positional
-    arguments. Where the example is one list of tensors (a detector's images), so are tensors in a
-    list or a tuple.
+    Inputs are read like example inputs (:func:`fxprune.inputs.as_call`), except a list. A
+    ``DataLoader`` turns the tuples of a data set into lists, so a list holds positional arguments.
+    If the example is a single list of tensors (images for a detector), then a list or tuple of
+    tensors is one argument too.
+
+    Parameters
+    ----------
+    batch:
+        The batch.
+    example:
+        The call that the model was analysed with.
 
     Raises
     ------
     ArgumentError
-        If the batch is something else.
+        If the batch is not a non-empty tuple or list.
 
     Examples
     --------
@@ -172,12 +224,21 @@ def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[An
 
 
 def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
-    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their
-    sizes.
+    """Refuse a tensor that has another number of dimensions than the example's; sizes may differ.
+
+    Parameters
+    ----------
+    what:
+        What the tensor is, for the message.
+    given:
+        The tensor of a batch.
+    analysed:
+        The tensor of the example; any other value is not checked.
 
     Raises
     ------
     ArgumentError
+        If the numbers of dimensions differ.
     """
     if isinstance(analysed, Tensor) and given.dim() != analysed.dim():
         raise ArgumentError(
@@ -189,7 +250,10 @@ def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it had."""
+    """Set a model to evaluation mode inside the context.
+
+    Afterwards every module has its former mode.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -200,7 +264,18 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def check_read(samples: float) -> None:
-    """Refuse a loader that gave nothing; ``samples`` (or batches) is how many it gave."""
+    """Refuse a loader that gave nothing.
+
+    Parameters
+    ----------
+    samples:
+        How many samples or batches it gave.
+
+    Raises
+    ------
+    ArgumentError
+        If it gave none.
+    """
     if not samples:
         raise ArgumentError(
             "the loader gave no batch, so nothing can be measured. Pass one that is not empty "

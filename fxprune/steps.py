@@ -1,6 +1,4 @@
-"""Prune a little, train, prune again: down to a budget in several steps, around a training loop of
-the user's own.
-"""
+"""Pruning to a budget in several steps, with training by the user after each."""
 
 from __future__ import annotations
 
@@ -36,11 +34,11 @@ _OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_i
 
 @public
 class Steps:
-    """Iterate over ever smaller models; train each in the body of the loop, in place.
+    """Iterate over ever smaller models; train each in place in the body of the loop.
 
-    Step k of n is brought to ``budget ** (k / n)`` of the original model, by pruning what the body
-    left of step k - 1; so every step takes away the same share, and the last one meets the budget
-    itself.
+    Step k of n prunes the model that the body left at step k - 1. It reaches ``budget ** (k / n)``
+    of the original model. So every step removes the same share, and the last step meets the
+    budget.
 
     Parameters
     ----------
@@ -49,20 +47,29 @@ class Steps:
     count:
         Number of steps.
     macs, params:
-        The final budgets, as shares of the original.
+        The final budgets, as shares of the original; at least one of them.
     folder:
-        Where to keep the state after each step. A run that was interrupted goes on behind the last
-        step that it finished; a step that was killed, even while it was written, leaves the state
-        before it. Without a folder nothing is kept.
+        Where to save the model after each step. A run that was interrupted continues after the
+        last step that it finished. If a step is killed, even while it is being saved, the folder
+        keeps the step before it. Without a folder nothing is saved.
     options:
-        Everything else that :func:`fxprune.prune` takes (``criterion``, ``keep``, ``round_to``,
-        ...), for each step.
+        All other keywords of :func:`fxprune.prune` (``criterion``, ``keep``, ``round_to``, ...),
+        used at each step. ``channels``, ``layers`` and ``latency`` are not allowed.
+
+    Yields
+    ------
+    Pruned
+        The model of each step, to be trained.
 
     Raises
     ------
     ArgumentError
-        If the folder belongs to another run (of another model or other weights, with other inputs,
-        budgets or options), or no budget is given.
+        If no budget is given; if an option counts what the current model has; if the folder
+        belongs to another run (another model or weights, other inputs, budgets or options).
+    SignatureError
+        If an option is no keyword of :func:`fxprune.prune`.
+    PlanError
+        If the folder is damaged.
 
     Examples
     --------
@@ -112,7 +119,7 @@ class Steps:
             name: share(name, value, "the share of the original to end with")
             for name, value in asked.items()
         }
-        if "keep" in options:  # by their names, which the smaller models have too
+        if "keep" in options:  # by names, because the smaller models have these too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
         self.folder = None if folder is None else path_of("the folder", folder)
@@ -120,6 +127,7 @@ class Steps:
             self._claim(self.folder)
 
     def __iter__(self) -> Iterator[Pruned]:
+        """Yield the model of each step that is not finished; save it once the body has trained it."""
         with guarded("Steps"):
             done = self.done
             current = self.model if done == 0 else self._load(done).model
@@ -143,21 +151,21 @@ class Steps:
     @property
     @public
     def done(self) -> int:
-        """How many steps the folder holds, trained."""
+        """Number of finished steps, trained and saved in the folder; 0 without a folder."""
         if self.folder is None:
             return 0
         return max((k for k in range(1, self.count + 1) if self._path(k).is_dir()), default=0)
 
     @public
     def last(self) -> Pruned:
-        """The last finished step, from the folder.
+        """Load the last finished step from the folder.
 
         Raises
         ------
         ArgumentError
-            If there is none.
+            If no step has been finished.
         PlanError
-            If it is damaged.
+            If its files are damaged.
         """
         if not self.done:
             raise ArgumentError(
@@ -167,18 +175,29 @@ class Steps:
         return self._load(self.done)
 
     def _load(self, k: int) -> Pruned:
+        """Load a finished step."""
         return load(self._path(k), self.model)
 
     def _path(self, k: int) -> Path:
+        """Return the folder of a step."""
         assert self.folder is not None
         return self.folder / f"step-{k}"
 
     def _cost(self, model: nn.Module) -> dict[str, float]:
+        """Return the multiply-accumulates and the parameters of a model."""
         found = cost_of(model, self.inputs)
         return {"macs": float(found.macs), "params": float(found.params)}
 
     def _claim(self, folder: Path) -> None:
-        """Write what the run is into a new folder; compare it with what an old one holds."""
+        """Write this run's settings into a new folder, or compare them with an old one's.
+
+        Raises
+        ------
+        ArgumentError
+            If the folder belongs to a run with other settings.
+        PlanError
+            If its settings are damaged.
+        """
         settings = {
             "count": self.count,
             "budget": self.budget,
@@ -203,6 +222,13 @@ class Steps:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a run.
+
+    Raises
+    ------
+    PlanError
+        If the file is damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -213,7 +239,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of names, shapes, types and values of all parameters and buffers."""
+    """Return a hash of the names, shapes, types and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -223,9 +249,18 @@ def _digest(model: nn.Module) -> str:
 
 
 def described(value: Any) -> Any:
-    """What tells a setting from another one, as data that is the same in every process: of an
-    object its type and settings.
+    """Return a setting as JSON data that identifies it, the same in every process.
 
+    Tensors are described by type and shape, dataclasses by their type and fields, and other
+    objects by the name of their function or type.
+
+    Parameters
+    ----------
+    value:
+        The setting: a number, a string, a tensor, a container of settings, or an object.
+
+    Examples
+    --------
     >>> described((torch.zeros(2, 3), {"share": 0.5})), described(torch.relu)
     (['float32 (2, 3)', {'share': 0.5}], 'torch.relu')
     """

@@ -357,9 +357,7 @@ class Descent:
         return removals
 
     def _rank(self, pool: int, offset: Floats) -> float:
-        """Return the rank of the next loss of a pool: the mean value of its units plus the costs'
-        part.
-        """
+        """Return the rank of a pool's next loss: the mean value of its units plus the costs' part."""
         gone = self.pools[pool].width - self.widths[pool]
         after = self.pools[pool].width - self._next(pool)
         return self.ranking.alpha * sum(self.values[pool][gone:after]) / (after - gone) + float(
@@ -367,7 +365,7 @@ class Descent:
         )
 
     def _offsets(self) -> Floats:
-        """Return what the two costs add to the rank of each pool's units, at the current widths."""
+        """Return what the costs add to the rank of each pool's units, at the current widths."""
         out = np.zeros(len(self.pools))
         if not (self.ranking.beta or self.ranking.gamma):
             return out

@@ -1,8 +1,8 @@
-"""What a removed channel leaves behind, put into the weights that stay.
+"""Compensation: the effect of removed channels, put into the weights that stay.
 
-Masking a channel takes away what it added to the next layers: a constant part, which a bias can
-give back, and a part that follows from the channels which stay, which their weights can take over.
-Both are measured on calibration data, layer by layer, before any fine-tuning.
+When a channel is masked, the next layers lose what it added to them. One part of this is constant,
+and a bias can replace it. Another part follows from the remaining channels, and their weights can
+replace it. Both parts are measured on calibration data, layer by layer, before any fine-tuning.
 """
 
 from __future__ import annotations
@@ -40,8 +40,14 @@ __all__ = ["Compensation", "fold_constants", "reconstruct"]
 @public
 @dataclass(frozen=True)
 class Compensation:
-    """Names of the modules whose weights took something over, and of those that read removed
-    channels but could not.
+    """The modules that compensate for removed channels, and those that cannot.
+
+    Attributes
+    ----------
+    changed:
+        Names of the modules whose weights, bias or following normalisation were changed.
+    left:
+        Names of the modules that read removed channels but were left as they were.
     """
 
     changed: tuple[str, ...]
@@ -55,22 +61,38 @@ def fold_constants(
     pruned: nn.Module,
     loader: Iterable[Any],
 ) -> Compensation:
-    r"""Add to each consumer's bias what its removed inputs gave on average: :math:`b' = b + \sum_u
-    W_{:,u} \, \mathrm{E}[x_u]`.
+    r"""Add to each consumer's bias the mean contribution of its removed inputs.
 
-    The mean goes over samples and positions; a convolution's border, where zeros of the padding
-    stand in for some of the kernel, is treated as its inside. A consumer without a bias passes the
-    constant on to the batch normalisation that alone reads it (:math:`\mu' = \mu - \Delta`); one
-    with neither is left as it is.
+    .. math:: b' = b + \sum_u W_{:,u} \, \mathrm{E}[x_u]
+
+    The mean goes over samples and positions. The border of a convolution, where the padding's
+    zeros replace some inputs, is treated like its inside. A consumer without a bias changes the
+    running mean of the batch normalisation that is the only reader of its output (:math:`\mu' =
+    \mu - \Delta`). A consumer with neither is left as it is.
 
     Parameters
     ----------
+    coupling:
+        The analysis of ``model``.
+    survivors:
+        The units that survive in ``pruned``.
     model:
-        The original, on which the means are taken. It is left as it is.
+        The original, on which the means are measured. It is left as it is.
     pruned:
         The emitted model, changed in place.
     loader:
         Batches ``(inputs, ...)``; targets are not read.
+
+    Returns
+    -------
+    Compensation
+        The modules that were changed, and those that could not be.
+
+    Raises
+    ------
+    ArgumentError
+        If ``pruned`` is not the model of this plan, or the loader gives no batch or values that
+        are not finite.
     """
     consumers = _consumers(coupling, survivors)
     _check_fits(coupling, survivors, pruned, consumers)
@@ -115,20 +137,41 @@ def reconstruct(
     *,
     ridge: float = 1e-4,
 ) -> Compensation:
-    r"""Refit each consumer on its remaining inputs: :math:`\min_W \sum \lVert y - W x' \rVert^2 +
-    \lambda \lVert W - W_0 \rVert^2`.
+    r"""Refit each consumer on its remaining inputs by least squares.
 
-    ``y`` is the original's output, ``x'`` the pruned model's input at the same layer; layers are
-    refitted in the order in which they run, each on inputs that the refitted ones before it give.
-    :math:`W_0` are the weights at hand, bias included, :math:`\lambda` is ``ridge`` times the mean
-    square of an input, so that directions the data does not show stay as they are. He et al.,
-    "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with the
-    selection given. Convolutions in one or three dimensions or in groups are left as they are.
+    .. math:: \min_W \sum \lVert y - W x' \rVert^2 + \lambda \lVert W - W_0 \rVert^2
+
+    ``y`` is the original's output, and ``x'`` is the pruned model's input at the same layer.
+    Layers are refitted in the order in which they run, so each gets the inputs that the refitted
+    layers before it give. :math:`W_0` are the current weights, bias included. :math:`\lambda` is
+    ``ridge`` times the mean square of an input, so weights stay as they are in directions that the
+    data does not cover. Convolutions with one or three dimensions or with groups are left as they
+    are.
 
     Parameters
     ----------
-    model, pruned, loader:
-        As for :func:`fold_constants`. All batches are held in memory.
+    coupling, survivors, model, pruned, loader:
+        As for :func:`fold_constants`. All batches are held in memory. After an error, the
+        parameters of ``pruned`` are what they were.
+    ridge:
+        Weight of the penalty, as a share of the inputs' mean square; at least 0.
+
+    Returns
+    -------
+    Compensation
+        The modules that were refitted, and those that could not be.
+
+    Raises
+    ------
+    ArgumentError
+        If the model was traced in parts; if ``pruned`` is not the model of this plan; if the
+        loader gives no batch or values that are not finite; if ``ridge`` is too small for the
+        data.
+
+    Notes
+    -----
+    He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with
+    the selection given.
     """
     if coupling.parts:
         raise ArgumentError(
@@ -144,7 +187,7 @@ def reconstruct(
 
 @contextmanager
 def _as_before(pruned: nn.Module) -> Iterator[None]:
-    """After an error the parameters are what they were."""
+    """Restore the parameters of a model if an error occurs inside the context."""
     before = [(parameter, parameter.detach().clone()) for parameter in pruned.parameters()]
     try:
         yield
@@ -163,7 +206,7 @@ def _refit(
     batches: Sequence[LoaderBatch],
     ridge: float,
 ) -> Compensation:
-    """Refit the next layers one after the other."""
+    """Refit the consumers one after the other."""
     changed, left = [], []
     consumers = _consumers(coupling, survivors)
     _check_fits(coupling, survivors, pruned, consumers)
@@ -213,8 +256,9 @@ def _second_moments(
     node: fx.Node,
     batches: Sequence[LoaderBatch],
 ) -> tuple[Tensor, Tensor] | None:
-    """Sums of x x' and x y' over all samples and positions, with a last input of 1; None if the
-    model does not call the module.
+    """Return the sums of x x' and x y' over all samples and positions, where x ends with a 1.
+
+    The result is None if the model does not call the module.
     """
     moment: Tensor | None = None
     product: Tensor | None = None
@@ -234,8 +278,9 @@ def _second_moments(
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """What each output position is a linear function of: shape (samples x positions, inputs x
-    kernel + 1), the last column 1.
+    """Return the inputs of which each output position is a linear function.
+
+    The shape is (samples x positions, inputs x kernel + 1), and the last column is 1.
     """
     x = x.double()
     if isinstance(module, nn.Conv2d):
@@ -257,13 +302,16 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
 def _mean_inputs(
     model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any], example: Call
 ) -> dict[str, Tensor]:
-    """Mean input per channel of each module, over samples and positions."""
+    """Return the mean input per channel of each module, over samples and positions."""
     sums: dict[str, Tensor] = {}
     count: dict[str, int] = {}
     read = 0
 
     def look(name: str) -> Any:
+        """Return a hook that adds the inputs of this module to the sums."""
+
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            """Add the inputs of one call."""
             x = inputs[0]
             dim = _channel(module, x)
             total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
@@ -286,26 +334,32 @@ def _mean_inputs(
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Runs in evaluation mode, after which every module is in the mode it had, and every tensor
-    what it was.
+    """Set a model to evaluation mode inside the context, and restore it afterwards.
+
+    Every module then has its former mode, and every tensor its former values.
     """
     with Undone(named_tensors(model)).afterwards(), evaluated(model):
         yield
 
 
 class _SeenEnough(BaseException):
-    """Ends a forward pass that has shown what was wanted; no error, so that the model does not
-    take it for one.
+    """Signal that ends a forward pass once it has called the module in question.
+
+    It is no ``Exception``, so the model does not handle it as an error.
     """
 
 
 def _call_of(
     model: nn.Module, module: nn.Module, batch: LoaderBatch
 ) -> tuple[Tensor, Tensor] | None:
-    """The first input and the output of one module when the model runs on a batch."""
+    """Return the first input and the output of one module when the model runs on a batch.
+
+    The result is None if the model does not call the module.
+    """
     found: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Record the call, and end the forward pass."""
         found.append((inputs[0], output))
         raise _SeenEnough
 
@@ -321,8 +375,9 @@ def _call_of(
 
 
 def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
-    """The linear layers and convolutions, called once, that read a tensor which loses channels; in
-    the order in which they run.
+    """Return the linear layers and convolutions that read a tensor which loses channels.
+
+    Only modules that are called once count. They are in the order in which they run.
     """
     out = {}
     for trace in coupling.traces:
@@ -350,6 +405,7 @@ def _check_fits(
     Raises
     ------
     ArgumentError
+        If a consumer's weight is missing or has another shape.
     """
     own = dict(pruned.named_parameters())
     for weight in (f"{name}.weight" for name in consumers):
@@ -364,12 +420,14 @@ def _check_fits(
 
 
 def _channel(module: nn.Module, x: Tensor) -> int:
+    """Return the dimension of a module's input that holds the channels."""
     return x.dim() - 1 if isinstance(module, nn.Linear) else 1
 
 
 def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
-    """The batch normalisation that alone reads what a consumer gives, if it keeps statistics and
-    is called once.
+    """Return the name of the batch normalisation that alone reads a consumer's output.
+
+    The result is None if there is none, or if it keeps no statistics or is called several times.
     """
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module":
