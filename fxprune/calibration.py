@@ -20,12 +20,12 @@ __all__ = [
     "Loader",
     "LoaderBatch",
     "batches_of",
-    "called",
+    "call_model",
     "check_dimensions",
     "check_finite",
     "check_loader",
     "check_read",
-    "evaluated",
+    "evaluation_mode",
     "loader_call",
 ]
 
@@ -75,7 +75,7 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def there(tensor: Tensor) -> Tensor:
+    def moved(tensor: Tensor) -> Tensor:
         """Move a tensor to the model's device."""
         return tensor.to(device)
 
@@ -85,33 +85,46 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
         return tensor.detach().to(device, copy=True)
 
     for batch in drawn_from(loader):
-        (args, kwargs), targets = loader_call(batch, example)
-        leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
-        if leaf is None:
-            raise ArgumentError(
-                "the loader gave inputs without a tensor of samples "
-                f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
-            )
-        if not len(leaf):
-            raise ArgumentError(
-                "a batch of the loader holds no sample, of which nothing can be measured. Leave "
-                "such batches out."
-            )
-        if any(leaf.is_meta for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader lies on the meta device and has no values: give batches "
-                "of data."
-            )
-        if any(bool(leaf.isnan().any()) for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
-                "its data is made."
-            )
-        args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
-        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
+        call, targets = loader_call(batch, example)
+        size = _checked_size(call, batch)
+        args, kwargs = tree_map_only(Tensor, copied, (call.args, call.kwargs))
+        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, moved, targets), size)
 
 
-def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False) -> Any:
+def _checked_size(call: Call, batch: Any) -> int:
+    """Return the number of samples in a batch: the length of its first tensor.
+
+    Raises
+    ------
+    ArgumentError
+        If nothing can be measured on the batch.
+    """
+    tensors = tensors_of((call.args, call.kwargs))
+    first = next((tensor for tensor in tensors if tensor.dim()), None)
+    if first is None:
+        raise ArgumentError(
+            "the loader gave inputs without a tensor of samples "
+            f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
+        )
+    if not len(first):
+        raise ArgumentError(
+            "a batch of the loader holds no sample, of which nothing can be measured. Leave "
+            "such batches out."
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ArgumentError(
+            "a batch of the loader lies on the meta device and has no values: give batches "
+            "of data."
+        )
+    if any(bool(tensor.isnan().any()) for tensor in tensors):
+        raise ArgumentError(
+            "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
+            "its data is made."
+        )
+    return len(first)
+
+
+def call_model(model: Callable[..., Any], batch: LoaderBatch, *, packed: bool = False) -> Any:
     """Return what the model gives for a batch.
 
     Parameters
@@ -120,7 +133,7 @@ def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False
         The model, or a function.
     batch:
         The batch.
-    apart:
+    packed:
         Whether the model takes its positional and keyword arguments as a tuple and a dict.
 
     Raises
@@ -129,7 +142,7 @@ def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False
         If the model raises an error, because the batch does not fit.
     """
     with calling("the model, given a batch of the loader,"):
-        return model(batch.args, batch.kwargs) if apart else model(*batch.args, **batch.kwargs)
+        return model(batch.args, batch.kwargs) if packed else model(*batch.args, **batch.kwargs)
 
 
 def check_loader(loader: Any) -> None:
@@ -249,7 +262,7 @@ def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode inside the context.
 
     Afterwards every module has its former mode.

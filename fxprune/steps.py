@@ -92,33 +92,11 @@ class Steps:
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        unknown = [name for name in options if name not in _OPTIONS]
-        if unknown:
-            raise SignatureError(
-                f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those "
-                "of prune."
-            )
-        if any(name in options for name in ("channels", "layers", "latency")):
-            raise ArgumentError(
-                "channels=, layers= and latency= count what the model at hand has: give macs= or "
-                "params= instead."
-            )
+        _check_options(options)
         model = plain(model)
         check_model(model)
         count = whole("count", count)
-        asked = {
-            name: value
-            for name, value in (("macs", macs), ("params", params))
-            if value is not None
-        }
-        if not asked:
-            raise ArgumentError(
-                "nothing says how far to go: give macs= or params=, e.g. macs=0.25."
-            )
-        self.budget = {
-            name: share(name, value, "the share of the original to end with")
-            for name, value in asked.items()
-        }
+        self.budget = _final_budget({"macs": macs, "params": params})
         if "keep" in options:  # by names, because the smaller models have these too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
@@ -127,26 +105,39 @@ class Steps:
             self._claim(self.folder)
 
     def __iter__(self) -> Iterator[Pruned]:
-        """Yield the model of each step that is not finished; save it once the body has trained it."""
+        """Yield the model of each unfinished step; save it once the body has trained it."""
         with guarded("Steps"):
             done = self.done
             current = self.model if done == 0 else self._load(done).model
             start = self._cost(self.model)
         for k in range(done + 1, self.count + 1):
             with guarded("Steps"):
-                now = self._cost(current)
-                goal = {
-                    name: part ** (k / self.count) * start[name]
-                    for name, part in self.budget.items()
-                }
-                shares: dict[str, Any] = {
-                    name: min(1.0, goal[name] / now[name]) if now[name] else 1.0 for name in goal
-                }
-                step = prune(current, self.inputs, **shares, **self.options)
+                step = prune(
+                    current, self.inputs, **self._shares(current, start, k), **self.options
+                )
             yield step
             if self.folder is not None:
                 step.save(self._path(k))
             current = step.model
+
+    def _shares(self, current: nn.Module, start: dict[str, float], k: int) -> dict[str, Any]:
+        """Return the budget of step k as shares of the current model.
+
+        Parameters
+        ----------
+        current:
+            The model that the step prunes.
+        start:
+            The costs of the original.
+        k:
+            The number of the step, from 1.
+        """
+        now = self._cost(current)
+        shares: dict[str, Any] = {}
+        for name, part in self.budget.items():
+            goal = part ** (k / self.count) * start[name]
+            shares[name] = min(1.0, goal / now[name]) if now[name] else 1.0
+        return shares
 
     @property
     @public
@@ -202,8 +193,8 @@ class Steps:
             "count": self.count,
             "budget": self.budget,
             "model": _digest(self.model),
-            "inputs": described(self.inputs),
-            "options": described(self.options),
+            "inputs": describe(self.inputs),
+            "options": describe(self.options),
         }
         settings = json.loads(json.dumps(settings))
         if not (folder / _SETTINGS).exists():
@@ -219,6 +210,44 @@ class Steps:
                 f"{' and another '.join(other)}. It has {was!s:.300}, and now there is "
                 f"{now!s:.300}. Give another folder=, or what the run began with."
             )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse keywords that a step of pruning does not take.
+
+    Raises
+    ------
+    SignatureError
+        If `prune` has no such keyword.
+    ArgumentError
+        If it counts what the current model has, so that it cannot be the budget of a whole run.
+    """
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise SignatureError(
+            f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of "
+            "prune."
+        )
+    if any(name in options for name in ("channels", "layers", "latency")):
+        raise ArgumentError(
+            "channels=, layers= and latency= count what the model at hand has: give macs= or "
+            "params= instead."
+        )
+
+
+def _final_budget(shares: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the shares that are given, checked.
+
+    Raises
+    ------
+    ArgumentError
+        If none is given, or one is outside (0, 1].
+    """
+    given = {name: value for name, value in shares.items() if value is not None}
+    if not given:
+        raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
+    meaning = "the share of the original to end with"
+    return {name: share(name, value, meaning) for name, value in given.items()}
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -248,10 +277,10 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def described(value: Any) -> Any:
+def describe(value: Any) -> Any:
     """Return a setting as JSON data that identifies it, the same in every process.
 
-    Tensors are described by type and shape, dataclasses by their type and fields, and other
+    Tensors are describe by type and shape, dataclasses by their type and fields, and other
     objects by the name of their function or type.
 
     Parameters
@@ -261,7 +290,7 @@ def described(value: Any) -> Any:
 
     Examples
     --------
-    >>> described((torch.zeros(2, 3), {"share": 0.5})), described(torch.relu)
+    >>> describe((torch.zeros(2, 3), {"share": 0.5})), describe(torch.relu)
     (['float32 (2, 3)', {'share': 0.5}], 'torch.relu')
     """
     if isinstance(value, Tensor):
@@ -271,13 +300,11 @@ def described(value: Any) -> Any:
     if isinstance(value, (bool, int, float)) or number(value) is not None:
         return value if isinstance(value, bool) else number(value)
     if isinstance(value, Mapping):
-        return {str(key): described(item) for key, item in value.items()}
+        return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [described(item) for item in value]
+        return [describe(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            "kind": described(type(value)),
-            **{own.name: described(getattr(value, own.name)) for own in fields(value)},
-        }
+        settings = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": describe(type(value)), **settings}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', None) or 'torch'}.{named.__name__}"

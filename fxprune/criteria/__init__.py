@@ -203,25 +203,24 @@ def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     [0.0, 1.0, 2.0, 3.0]
     """
     check_coupling(coupling, model)
-    found: Any = _criterion_found(criterion)
-    value = (
-        _of_labels(found, coupling, model)
-        if hasattr(found, "scores")
-        else _of_views(found, coupling, model)
-    )
-    per_group = any(found is one for one in _PER_GROUP) or isinstance(found, _PER_GROUP_KINDS)
+    chosen: Any = _as_criterion(criterion)
+    if hasattr(chosen, "scores"):
+        value = _scores_of_labels(chosen, coupling, model)
+    else:
+        value = _scores_of_views(chosen, coupling, model)
+    per_group = any(chosen is one for one in _PER_GROUP) or isinstance(chosen, _PER_GROUP_KINDS)
     for group in coupling.groups:
-        own = value[group.units]
-        if not np.isfinite(own).all():
-            raise _not_finite(group, model)
+        scores = value[group.units]
+        if not np.isfinite(scores).all():
+            raise _error_of_scores(group, model)
         if per_group:
-            value[group.units] = own / max(own.mean(), np.finfo(np.float64).tiny)
-    if isinstance(found, CPMC):
-        return Ranking(value, found.alpha, found.beta, found.gamma)
+            value[group.units] = scores / max(scores.mean(), np.finfo(np.float64).tiny)
+    if isinstance(chosen, CPMC):
+        return Ranking(value, chosen.alpha, chosen.beta, chosen.gamma)
     return Ranking(value)
 
 
-def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
+def _error_of_scores(group: Group, model: nn.Module) -> FxpruneError:
     """Return the error for scores that are not finite: it blames the weights or the criterion."""
     parameters = dict(model.named_parameters())
     for name in dict.fromkeys(axis.parameter for axis in group.axes):
@@ -236,7 +235,7 @@ def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
     )
 
 
-def _criterion_found(criterion: Any) -> Any:
+def _as_criterion(criterion: Any) -> Any:
     """Return the criterion of that name, or the criterion itself if it is one.
 
     Raises
@@ -266,7 +265,7 @@ def _criterion_found(criterion: Any) -> Any:
     return criterion
 
 
-def _running_criterion(criterion: Any, what: str) -> AbstractContextManager[None]:
+def _call_of_criterion(criterion: Any, what: str) -> AbstractContextManager[None]:
     """Return a context in which errors of the caller's own criterion become a ``CallbackError``.
 
     Errors of a criterion of fxprune pass unchanged, because they are not the caller's fault.
@@ -276,7 +275,7 @@ def _running_criterion(criterion: Any, what: str) -> AbstractContextManager[None
     return nullcontext() if ours else calling(what)
 
 
-def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
+def _scores_of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
     """Return the scores of a criterion with ``scores(coupling, model)``, shape (labels,).
 
     Raises
@@ -284,11 +283,10 @@ def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
     ArgumentError
         If they are no array of numbers of that shape.
     """
-    with _running_criterion(
-        criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"
-    ):
+    name = type(criterion).__name__
+    with _call_of_criterion(criterion, f"scores(coupling, model) of the criterion {name}"):
         given = criterion.scores(coupling, model)
-    found = _of_tensor(given) if isinstance(given, Tensor) else given
+    found = _array_of(given) if isinstance(given, Tensor) else given
     try:
         value = np.array(found, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -304,7 +302,7 @@ def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
     return value
 
 
-def _of_views(
+def _scores_of_views(
     criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module
 ) -> Floats:
     """Return the scores of a criterion that is called once per group, shape (labels,).
@@ -315,13 +313,10 @@ def _of_views(
         If they are not one tensor of shape (units,) for each group.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    name = getattr(criterion, "__name__", type(criterion).__name__)
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        with _running_criterion(
-            criterion,
-            f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a "
-            "UnitView,",
-        ):
+        with _call_of_criterion(criterion, f"the criterion {name}, given a UnitView,"):
             scores = criterion(view)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -329,11 +324,11 @@ def _of_views(
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one "
                 f"score per unit, a tensor of shape ({view.group.size},)."
             )
-        value[view.group.units] = _of_tensor(scores)
+        value[view.group.units] = _array_of(scores)
     return value
 
 
-def _of_tensor(scores: Tensor) -> Floats:
+def _array_of(scores: Tensor) -> Floats:
     """Return the scores in a tensor of any device, layout or real dtype as a float64 array.
 
     Raises

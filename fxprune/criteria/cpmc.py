@@ -108,9 +108,8 @@ class CPMC:
             )
         chosen = self.weigh_groups if standing is None else standing
         weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
-        if not all(
-            w is not None and math.isfinite(w) and w >= 0 for w in weights.values()
-        ) or not any(weights.values()):
+        valid = [w is not None and math.isfinite(w) and w >= 0 for w in weights.values()]
+        if not all(valid) or not any(weights.values()):
             given = ", ".join(f"{shown(getattr(self, name))}" for name in weights)
             raise ArgumentError(
                 f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all "
@@ -145,12 +144,11 @@ class CPMC:
         """
         check_view(view)
         value = view.sum(torch.square, self.roles)
-        whole = (
-            view.network_mean(torch.square, self.roles)
-            if self.weigh_groups
-            else float(value.mean())
-        )
-        return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
+        if self.weigh_groups:
+            mean = view.network_mean(torch.square, self.roles)
+        else:
+            mean = float(value.mean())
+        return value / max(mean, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
 
 
 def share_left(values: Tensor, blocks: Tensor) -> Tensor:
@@ -177,9 +175,9 @@ def share_left(values: Tensor, blocks: Tensor) -> Tensor:
     >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 1, 1])).tolist()
     [1.0, 0.5, 0.5, 1.0]
     """
-    left = torch.empty_like(values)
+    shares = torch.empty_like(values)
     for block in blocks.unique():
         members = (blocks == block).nonzero().flatten()
         order = members[torch.argsort(values[members], descending=True, stable=True)]
-        left[order] = torch.arange(1, len(order) + 1, dtype=values.dtype) / len(order)
-    return left
+        shares[order] = torch.arange(1, len(order) + 1, dtype=values.dtype) / len(order)
+    return shares

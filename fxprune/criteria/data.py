@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +20,20 @@ from torch import Tensor, nn
 
 from fxprune.calibration import (
     Loader,
+    LoaderBatch,
     batches_of,
-    called,
+    call_model,
     check_finite,
     check_loader,
     check_read,
-    evaluated,
+    evaluation_mode,
 )
 from fxprune.common.arrays import Floats
 from fxprune.common.identity import IdentityMap
 from fxprune.common.public import calling, public
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
-from fxprune.criteria.views import Views, in_single_at_least
+from fxprune.criteria.views import Views, at_least_float32
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
 from fxprune.trace.aliasing import Undone
@@ -289,30 +291,40 @@ class Activation(_Reader):
         """
         check_coupling(coupling, model)
         meter = Meter(coupling)
-        # Copy the buffers, because a module may write to its own.
-        real = IdentityMap(
-            (key, t if isinstance(t, nn.Parameter) else t.clone())
-            for key, t in coupling.meta_copy.real.items()
-        )
+        values = _with_copied_buffers(coupling.meta_copy.real)
         undone = Undone(dict(model.named_parameters()))
         with (
             undone.afterwards(),
             torch.no_grad(),
-            coupling.meta_copy.holding(real) as meta_copy,
-            evaluated(meta_copy),
+            coupling.meta_copy.holding(values) as filled,
+            evaluation_mode(filled),
         ):
             for batch in batches_of(self.loader, model, coupling.example):
-                if coupling.parts:
-                    watch_parts(meter, coupling, meta_copy, batch)
-                else:
-                    meter.watch(
-                        "", meta_copy, placeholder_values(coupling.traces[0], batch), batch.size
-                    )
+                _watch_batch(meter, coupling, filled, batch)
                 meter.samples += batch.size
         units = coupling.context.units.count
-        both = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
-        check_read(both[-1])
-        return both[:units] / np.maximum(both[units:-1], 1)
+        sums = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
+        check_read(sums[-1])
+        return sums[:units] / np.maximum(sums[units:-1], 1)
+
+
+def _with_copied_buffers(tensors: IdentityMap[Tensor, Tensor]) -> IdentityMap[Tensor, Tensor]:
+    """Return the model's tensors with a copy of each buffer.
+
+    A module may write to its own buffers.
+    """
+    copies: IdentityMap[Tensor, Tensor] = IdentityMap()
+    for key, tensor in tensors.items():
+        copies[key] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+    return copies
+
+
+def _watch_batch(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
+    """Run the model on a batch under the meter, in parts if it was traced in parts."""
+    if coupling.parts:
+        watch_parts(meter, coupling, model, batch)
+    else:
+        meter.watch("", model, placeholder_values(coupling.traces[0], batch), batch.size)
 
 
 def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
@@ -337,60 +349,73 @@ def _each_gradient(
     ``gradients`` maps the name of each parameter to its gradient, in float32 or float64;
     ``samples`` is the number of samples in the batch.
     """
-    with evaluated(model), torch.inference_mode(False), torch.enable_grad():
-        held = {
-            name: p.detach().clone().requires_grad_()
-            for name, p in model.named_parameters()
-            if p.is_floating_point()
-        }
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+        weights = {}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                weights[name] = parameter.detach().clone().requires_grad_()
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        run = functools.partial(torch.func.functional_call, model, {**weights, **buffers})
         for batch in batches_of(loader, model, example):
-            output = called(
-                functools.partial(torch.func.functional_call, model, {**held, **buffers}),
-                batch,
-                apart=True,
-            )
+            output = call_model(run, batch, packed=True)
             with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
                 value = loss(output, *batch.targets)
-            if (
-                not isinstance(value, Tensor)
-                or value.numel() != 1
-                or not value.requires_grad
-                or value.is_complex()
-            ):
-                tensor = isinstance(value, Tensor)
-                given = (
-                    f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-                    if tensor
-                    else f"a {type(value).__name__}"
-                )
-                raise ArgumentError(
-                    f"the loss gave {given}: it must give the mean loss over the batch, one "
-                    "number that depends on the output through differentiable operations."
-                )
-            check_finite([value], "the loss of a batch")
-            with calling("the gradient of the loss"):
-                found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
-            if all(gradient is None for gradient in found):
-                raise ArgumentError(
-                    "the loss depends on no parameter of the model: compute it from the output "
-                    "that it is given."
-                )
-            visit(
-                {
-                    name: in_single_at_least(g)
-                    for name, g in zip(held, found, strict=True)
-                    if g is not None
-                },
-                batch.size,
-            )
+            _check_loss(value)
+            visit(_gradients(value, weights), batch.size)
+
+
+def _check_loss(value: Any) -> None:
+    """Refuse a loss that is not one finite number with a gradient.
+
+    Raises
+    ------
+    ArgumentError
+        If it is something else.
+    """
+    if (
+        not isinstance(value, Tensor)
+        or value.numel() != 1
+        or not value.requires_grad
+        or value.is_complex()
+    ):
+        if isinstance(value, Tensor):
+            given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+        else:
+            given = f"a {type(value).__name__}"
+        raise ArgumentError(
+            f"the loss gave {given}: it must give the mean loss over the batch, one number that "
+            "depends on the output through differentiable operations."
+        )
+    check_finite([value], "the loss of a batch")
+
+
+def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient by each weight that the loss depends on, in float32 at least.
+
+    Raises
+    ------
+    ArgumentError
+        If the loss depends on no weight.
+    """
+    with calling("the gradient of the loss"):
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = {}
+    for name, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:
+            found[name] = at_least_float32(gradient)
+    if not found:
+        raise ArgumentError(
+            "the loss depends on no parameter of the model: compute it from the output that it "
+            "is given."
+        )
+    return found
 
 
 def _mean(total: Floats, samples: int) -> Floats:
     """Return the sums over all processes, divided by the number of samples."""
-    both = _summed_over_processes(np.append(total, samples))
-    check_read(both[-1])
-    return both[:-1] / both[-1]
+    sums = _summed_over_processes(np.append(total, samples))
+    check_read(sums[-1])
+    return sums[:-1] / sums[-1]
 
 
 def _summed_over_processes(values: Floats) -> Floats:

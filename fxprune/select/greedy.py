@@ -357,7 +357,7 @@ class Descent:
         return removals
 
     def _rank(self, pool: int, offset: Floats) -> float:
-        """Return the rank of a pool's next loss: the mean value of its units plus the costs' part."""
+        """Return the rank of a pool's next loss: mean value plus the costs' part."""
         gone = self.pools[pool].width - self.widths[pool]
         after = self.pools[pool].width - self._next(pool)
         return self.ranking.alpha * sum(self.values[pool][gone:after]) / (after - gone) + float(

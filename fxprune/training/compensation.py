@@ -7,6 +7,7 @@ replace it. Both parts are measured on calibration data, layer by layer, before 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxprune.calibration import (
     LoaderBatch,
     batches_of,
-    called,
+    call_model,
     check_dimensions,
     check_finite,
     check_read,
-    evaluated,
+    evaluation_mode,
 )
 from fxprune.common.contents import named_tensors
 from fxprune.common.public import public
@@ -99,33 +100,61 @@ def fold_constants(
     means = _mean_inputs(model, consumers, loader, coupling.example)
     changed, left = [], []
     for name, node in consumers.items():
-        follower = _follower(name, node, coupling)
-        bias = coupling.parameters.get(f"{name}.bias")
-        if name not in means or (bias is None and follower is None):
+        target = _constant_target(name, node, coupling)
+        if name not in means or target is None:
             left.append(name)
             continue
-        module = model.get_submodule(name)
-        x = node.args[0].meta["val"]
-        rows = survivors.rows(x, _channel(module, x))
-        assert rows is not None
-        weight = module.get_parameter("weight").detach().double()
-        flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
-        constant = means[name] * torch.from_numpy(~rows.all(axis=0)).to(means[name].device)
-        groups = getattr(module, "groups", 1)
-        shift = torch.einsum(
-            "goi,gi->go", flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)
-        ).reshape(-1)
+        shift = _removed_constant(survivors, model.get_submodule(name), node, means[name])
+        owner, attribute, sign = target
+        values: Tensor = getattr(pruned.get_submodule(owner), attribute)
         with torch.no_grad():
-            if bias is not None:
-                own: Tensor = pruned.get_submodule(name).bias
-                own += survivors.take(bias, shift).to(own.dtype)
-            else:
-                running: Tensor = pruned.get_submodule(str(follower)).running_mean
-                running -= survivors.take(
-                    coupling.parameters[f"{follower}.running_mean"], shift
-                ).to(running.dtype)
+            kept = survivors.take(coupling.parameters[f"{owner}.{attribute}"], shift)
+            values += sign * kept.to(values.dtype)
         changed.append(name)
     return Compensation(tuple(changed), tuple(left))
+
+
+def _constant_target(name: str, node: fx.Node, coupling: Coupling) -> tuple[str, str, int] | None:
+    """Return where a constant goes that a consumer lost: module, attribute and sign.
+
+    The result is None if the consumer has no bias and no batch normalisation reads its output.
+    """
+    if f"{name}.bias" in coupling.parameters:
+        return name, "bias", 1
+    follower = _follower(name, node, coupling)
+    return None if follower is None else (follower, "running_mean", -1)
+
+
+def _removed_constant(
+    survivors: Survivors, module: nn.Module, node: fx.Node, mean: Tensor
+) -> Tensor:
+    """Return what a module's removed inputs add to each of its outputs on average.
+
+    Parameters
+    ----------
+    survivors:
+        The units that survive.
+    module:
+        The linear layer or convolution of the original.
+    node:
+        Its call in the trace.
+    mean:
+        The mean of its input, shape (input channels,).
+
+    Returns
+    -------
+    Tensor
+        The constant of each output channel of the original, shape (output channels,).
+    """
+    x = node.args[0].meta["val"]
+    rows = survivors.rows(x, _channel(module, x))
+    assert rows is not None
+    weight = module.get_parameter("weight").detach().double()
+    flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+    constant = mean * torch.from_numpy(~rows.all(axis=0)).to(mean.device)
+    groups = getattr(module, "groups", 1)
+    weights, inputs = flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)
+    return torch.einsum("goi,gi->go", weights, inputs).reshape(-1)
 
 
 def reconstruct(
@@ -211,41 +240,61 @@ def _refit(
     consumers = _consumers(coupling, survivors)
     _check_fits(coupling, survivors, pruned, consumers)
     for name, node in consumers.items():
-        smaller = pruned.get_submodule(name)
-        fits = isinstance(smaller, nn.Linear) or (
-            isinstance(smaller, nn.Conv2d) and smaller.groups == 1
-        )
-        sums = _second_moments(survivors, model, pruned, name, node, batches) if fits else None
+        layer = pruned.get_submodule(name)
+        sums = None
+        if _can_be_refitted(layer):
+            sums = _second_moments(survivors, model, pruned, name, node, batches)
         if sums is None:
             left.append(name)
             continue
-        weight: Tensor = smaller.weight
-        bias: Tensor | None = smaller.bias
-        start = weight.detach().double().flatten(1)
-        start = (
-            start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
-        )
-        moment, product = (
-            (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
-        )
-        damping = (
-            ridge
-            * moment.diagonal().mean()
-            * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        )
-        try:
-            solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
-        except torch.linalg.LinAlgError as error:
-            raise ArgumentError(
-                f"ridge={ridge}: the data does not determine the weights of {name!r}. Give "
-                "ridge=1e-4."
-            ) from error
-        with torch.no_grad():
-            weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
-            if bias is not None:
-                bias.copy_(solved[:, -1])
+        _solve(name, layer, *sums, ridge)
         changed.append(name)
     return Compensation(tuple(changed), tuple(left))
+
+
+def _can_be_refitted(layer: nn.Module) -> bool:
+    """Tell whether a layer is linear or a two-dimensional convolution without groups."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _solve(name: str, layer: nn.Module, moment: Tensor, product: Tensor, ridge: float) -> None:
+    """Set a layer's weight and bias to the solution of the penalised least squares.
+
+    Parameters
+    ----------
+    name:
+        The layer's name, for the message.
+    layer:
+        The layer to refit, with the weights that the penalty pulls to.
+    moment, product:
+        The sums that :func:`_second_moments` returns.
+    ridge:
+        Weight of the penalty, as a share of the inputs' mean square.
+
+    Raises
+    ------
+    ArgumentError
+        If the equations are singular.
+    """
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    start = weight.detach().double().flatten(1)
+    if bias is None:
+        moment, product = moment[:-1, :-1], product[:-1]
+    else:
+        start = torch.cat([start, bias.detach().double()[:, None]], dim=1)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damping = ridge * moment.diagonal().mean() * identity
+    try:
+        solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+    except torch.linalg.LinAlgError as error:
+        raise ArgumentError(
+            f"ridge={ridge}: the data does not determine the weights of {name!r}. Give ridge=1e-4."
+        ) from error
+    with torch.no_grad():
+        weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
+        if bias is not None:
+            bias.copy_(solved[:, -1])
 
 
 def _second_moments(
@@ -262,14 +311,15 @@ def _second_moments(
     """
     moment: Tensor | None = None
     product: Tensor | None = None
-    module, smaller = model.get_submodule(name), pruned.get_submodule(name)
+    module, layer = model.get_submodule(name), pruned.get_submodule(name)
     for batch in batches:
-        seen, own = _call_of(model, module, batch), _call_of(pruned, smaller, batch)
-        if seen is None or own is None:
+        original, smaller = _call_of(model, module, batch), _call_of(pruned, layer, batch)
+        if original is None or smaller is None:
             return None
-        check_dimensions(f"what {name!r} gives", seen[1], node.meta["val"])
-        x, y = _columns(smaller, own[0]), survivors.take(node.meta["val"], seen[1]).double()
-        y = y.movedim(_channel(smaller, y), -1)
+        check_dimensions(f"what {name!r} gives", original[1], node.meta["val"])
+        x = _columns(layer, smaller[0])
+        y = survivors.take(node.meta["val"], original[1]).double()
+        y = y.movedim(_channel(layer, y), -1)
         y = y.reshape(-1, y.shape[-1])
         moment = x.T @ x if moment is None else moment + x.T @ x
         product = x.T @ y if product is None else product + x.T @ y
@@ -284,52 +334,57 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     """
     x = x.double()
     if isinstance(module, nn.Conv2d):
-        amounts = module.padding if not isinstance(module.padding, str) else None
-        if amounts is None or module.padding_mode != "zeros":
+        padding = module.padding if not isinstance(module.padding, str) else None
+        if padding is None or module.padding_mode != "zeros":
             x = F.pad(
                 x,
                 module._reversed_padding_repeated_twice,
                 mode=module.padding_mode.replace("zeros", "constant"),
             )
-            amounts = (0, 0)
-        unfolded = F.unfold(x, module.kernel_size, module.dilation, amounts, module.stride)
+            padding = (0, 0)
+        unfolded = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
         rows = unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
     else:
         rows = x.reshape(-1, x.shape[-1])
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
+class _InputSums:
+    """Sums of what modules read, by the module's name, per channel over samples and positions."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Add the inputs of one call of a module."""
+        x = inputs[0]
+        dim = _channel(module, x)
+        total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + x.numel() // x.shape[dim]
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean input per channel of each module."""
+        check_finite(self.sums.values(), "the mean of what a layer reads")
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
 def _mean_inputs(
     model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any], example: Call
 ) -> dict[str, Tensor]:
     """Return the mean input per channel of each module, over samples and positions."""
-    sums: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
-    read = 0
-
-    def look(name: str) -> Any:
-        """Return a hook that adds the inputs of this module to the sums."""
-
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            """Add the inputs of one call."""
-            x = inputs[0]
-            dim = _channel(module, x)
-            total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
-            sums[name] = sums[name] + total if name in sums else total
-            count[name] = count.get(name, 0) + x.numel() // x.shape[dim]
-
-        return hook
-
+    sums, read = _InputSums(), 0
     with _untouched(model), torch.no_grad(), ExitStack() as stack:
         for name in consumers:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+            hook = functools.partial(sums.add, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for batch in batches_of(loader, model, example):
             read += 1
-            called(model, batch)
+            call_model(model, batch)
     if consumers:
         check_read(read)
-    check_finite(sums.values(), "the mean of what a layer reads")
-    return {name: total / count[name] for name, total in sums.items()}
+    return sums.means()
 
 
 @contextmanager
@@ -338,7 +393,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
     Every module then has its former mode, and every tensor its former values.
     """
-    with Undone(named_tensors(model)).afterwards(), evaluated(model):
+    with Undone(named_tensors(model)).afterwards(), evaluation_mode(model):
         yield
 
 
@@ -358,15 +413,15 @@ def _call_of(
     """
     found: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Record the call, and end the forward pass."""
         found.append((inputs[0], output))
         raise _SeenEnough
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(record)
     try:
         with _untouched(model), torch.no_grad():
-            called(model, batch)
+            call_model(model, batch)
     except _SeenEnough:
         pass
     finally:
@@ -432,17 +487,10 @@ def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module":
         return None
-    calls = sum(
-        1
-        for other in node.graph.nodes
-        if other.op == "call_module" and other.target == users[0].target
-    )
-    name = consumer.removesuffix(str(node.target)) + str(users[0].target)
+    target = str(users[0].target)
+    name = consumer.removesuffix(str(node.target)) + target
     module = coupling.meta_copy.model.get_submodule(name)
-    return (
-        name
-        if isinstance(module, _BatchNorm)
-        and f"{name}.running_mean" in coupling.parameters
-        and calls == 1
-        else None
-    )
+    if not isinstance(module, _BatchNorm) or f"{name}.running_mean" not in coupling.parameters:
+        return None
+    called = [str(other.target) for other in node.graph.nodes if other.op == "call_module"]
+    return name if called.count(target) == 1 else None

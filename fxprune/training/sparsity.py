@@ -57,11 +57,10 @@ class GroupSparsity:
         place[units] = np.arange(len(units))
         self.count = len(units)
         self.model = model
-        self._shapes = {
-            name: coupling.parameters[name].shape
-            for name, _ in model.named_parameters()
-            if name in coupling.parameters
-        }
+        self._shapes: dict[str, torch.Size] = {}
+        for name, _ in model.named_parameters():
+            if name in coupling.parameters:
+                self._shapes[name] = coupling.parameters[name].shape
         # (parameter's name, dimensions to sum over, the place of each remaining sum)
         self._parts: list[tuple[str, list[int], Tensor]] = []
         for name in self._shapes:
