@@ -117,13 +117,36 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
     Kinds
         The kind of each unit, and the pool and size of each kind.
     """
-    count = coupling.context.units.count
-    pool_of = np.full(count, -1, dtype=np.int64)
+    pool_of = np.full(coupling.context.units.count, -1, dtype=np.int64)
     for number, pool in enumerate(pools):
         pool_of[pool.labels] = number
     # random weights turn a vector of counts into one number: equal vectors get equal numbers
     rng = np.random.default_rng(0)
-    profile = np.zeros(count, dtype=np.uint64)
+    profile, overlaps = _profiles(coupling, rng)
+    while True:
+        kinds = _kinds_by_profile(pool_of, profile)
+        irregular = [rows for rows in overlaps if not _is_regular(rows, kinds)]
+        if not irregular:
+            return kinds
+        # which units meet depends on the units themselves, so make each of them a kind
+        for rows in irregular:
+            apart = np.unique(rows[rows > 0])
+            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
+        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+
+
+def _profiles(
+    coupling: Coupling, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint64], list[Array]]:
+    """Count the positions of each label on all tensors.
+
+    Returns
+    -------
+    tuple
+        For each label one number that stands for its counts, shape (labels,); and for each
+        dimension that several fields shrink the labels along it, as :func:`lines` returns them.
+    """
+    profile = np.zeros(coupling.context.units.count, dtype=np.uint64)
     seen: IdentitySet[Array] = IdentitySet()
     overlaps = []
     for tensor in _counted_tensors(coupling):
@@ -135,25 +158,18 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
                 profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
         if len(fields) > 1:
             overlaps += [rows for _, rows in lines(coupling, fields) if len(rows) > 1]
-    while True:
-        live = np.flatnonzero(pool_of >= 0)
-        key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
-        unique, inverse = np.unique(key, axis=0, return_inverse=True)
-        of_unit = np.full(count, -1, dtype=np.int64)
-        of_unit[live] = inverse.reshape(-1)
-        kinds = Kinds(
-            of_unit,
-            unique[:, 0].astype(np.int64),
-            np.bincount(of_unit[live], minlength=len(unique)),
-        )
-        irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
-        if not irregular:
-            return kinds
-        # which units meet depends on the units themselves, so make each of them a kind
-        for rows in irregular:
-            apart = np.unique(rows[rows > 0])
-            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
-        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+    return profile, overlaps
+
+
+def _kinds_by_profile(pool_of: npt.NDArray[np.int64], profile: npt.NDArray[np.uint64]) -> Kinds:
+    """Return the kinds of units that have the same pool and the same profile."""
+    live = np.flatnonzero(pool_of >= 0)
+    key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
+    unique, inverse = np.unique(key, axis=0, return_inverse=True)
+    of_unit = np.full(len(pool_of), -1, dtype=np.int64)
+    of_unit[live] = inverse.reshape(-1)
+    size = np.bincount(of_unit[live], minlength=len(unique))
+    return Kinds(of_unit, unique[:, 0].astype(np.int64), size)
 
 
 def _counted_tensors(coupling: Coupling) -> list[Tensor]:
@@ -182,19 +198,18 @@ def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]
     list of (int, Array)
         Each dimension with its labels, shape (fields, rows, positions).
     """
-    found: dict[int, list[Array]] = {}
+    by_dim: dict[int, list[Array]] = {}
     for labels in fields:
-        found.setdefault(coupling.shrinking_dim(labels), []).append(labels)
+        by_dim.setdefault(coupling.shrinking_dim(labels), []).append(labels)
     out = []
-    for dim, alike in found.items():
-        spread = np.broadcast_arrays(*alike)
-        out.append(
-            (dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]))
-        )
+    for dim, same_dim in by_dim.items():
+        spread = np.broadcast_arrays(*same_dim)
+        rows = [np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]
+        out.append((dim, np.stack(rows)))
     return out
 
 
-def _regular(rows: Array, kinds: Kinds) -> bool:
+def _is_regular(rows: Array, kinds: Kinds) -> bool:
     """Tell whether all combinations of units of the kinds that meet are equally frequent.
 
     Units meet where they lie on the same position. Only if all their combinations do so equally

@@ -50,22 +50,23 @@ def best_options(
     if spare < 0:
         return None
     best = np.zeros(_BINS + 1)
-    taken = []
+    choices = []  # for each class: the best option at each number of bins, and the options' bins
     for worths, costs in zip(worth, cost, strict=True):
-        least = min(costs)
-        bins = [
-            math.ceil(_BINS * (own - least) / spare) if own - least <= spare and own > least else 0
-            for own in costs
-        ]
-        fits = [own - least <= spare for own in costs]
+        extra = [own - min(costs) for own in costs]
+        bins = [_bins(own, spare) for own in extra]
         tried = np.full((len(worths), _BINS + 1), -np.inf)
         for option, (value, used) in enumerate(zip(worths, bins, strict=True)):
-            if fits[option]:
+            if extra[option] <= spare:
                 tried[option, used:] = best[: _BINS + 1 - used] + value
-        taken.append((tried.argmax(axis=0), bins))
+        choices.append((tried.argmax(axis=0), bins))
         best = tried.max(axis=0)
     chosen, left = [], int(best.argmax())
-    for options, bins in reversed(taken):
+    for options, bins in reversed(choices):
         chosen.append(int(options[left]))
         left -= bins[chosen[-1]]
     return chosen[::-1]
+
+
+def _bins(extra: float, spare: float) -> int:
+    """Return how many bins of the spare capacity a cost takes, rounded up; 0 if it exceeds it."""
+    return math.ceil(_BINS * extra / spare) if 0 < extra <= spare else 0

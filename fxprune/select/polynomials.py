@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import factorial, prod
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.common.arrays import Floats
+from fxprune.common.arrays import Counts, Floats
 from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
@@ -52,16 +52,10 @@ class Polynomial:
     ) -> None:
         one = np.zeros((1, len(kinds.pool) + 1))
         one[0, 0] = 1.0
-        # Factor 0 is the constant 1. It pads terms that have fewer factors than the longest.
         table = np.concatenate([one, sizes])
-        order = max((len(factors) for _, factors in terms), default=0)
         self._constant, self._slope = table[:, 0], table[:, 1:]
         self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
-        self._factors = np.array(
-            [[f + 1 for f in factors] + [0] * (order - len(factors)) for _, factors in terms],
-            dtype=np.int64,
-        )
-        self._factors = self._factors.reshape(len(terms), order)
+        self._factors = _padded([factors for _, factors in terms])
         self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
         self._pools = len(self._starts)
         # The terms that depend on each pool.
@@ -139,13 +133,12 @@ class Sizes:
         fields = self.coupling.labels(tensor)
         key = (tuple(map(id, fields)), tuple(tensor.shape))
         if key not in self._of_labels:
-            sizes = {
-                dim: self._size(rows, tensor.shape[dim])
-                for dim, rows in lines(self.coupling, fields)
-            }
-            self._of_labels[key] = {
-                dim: number for dim, number in sizes.items() if number is not None
-            }
+            sizes = {}
+            for dim, rows in lines(self.coupling, fields):
+                number = self._size(rows, tensor.shape[dim])
+                if number is not None:
+                    sizes[dim] = number
+            self._of_labels[key] = sizes
         return self._of_labels[key]
 
     def _size(self, rows: Array, full: int) -> int | None:
@@ -161,37 +154,57 @@ class Sizes:
         full:
             The size of the dimension when all units survive.
         """
-        kinds, lines = np.where(rows > 0, self.kinds.of_unit[rows], -1), rows.shape[1]
-        row = np.zeros(len(self.kinds.pool) + 1)
-        row[0] = full
-        products: Counter[Factors] = Counter()
-        if len(kinds) == 1:
-            row[1:] = np.bincount(kinds[kinds >= 0], minlength=len(self.kinds.pool))
-            row[0] -= row[1:].sum() / lines
-        else:
-            met, times = np.unique(kinds.reshape(len(kinds), -1), axis=1, return_counts=True)
-            for column, positions in zip(met.T, times.tolist(), strict=True):
-                live = tuple(int(k) for k in column if k >= 0)
-                row[0] -= positions / lines if live else 0
-                if len(live) == 1:
-                    row[1 + live[0]] += positions
-                elif live:
-                    products[tuple(sorted(live))] += positions
-        row[1:] /= lines * self.kinds.size
+        kinds = np.where(rows > 0, self.kinds.of_unit[rows], -1)
+        affine, products = self._positions(kinds, full)
         size: list[tuple[float, Factors]] = []
         for live, positions in products.items():
-            share = positions / lines / prod(int(self.kinds.size[k]) for k in live)
+            share = positions / rows.shape[1] / prod(int(self.kinds.size[k]) for k in live)
             size.append((share, tuple(self._factor(self._unit_row(k)) for k in live)))
-        if not row[1:].any() and not size:
+        if affine[1:].any():
+            size.append((1.0, (self._factor(affine),)))
+        elif size and affine[0]:
+            size.append((float(affine[0]), ()))
+        if not size:
             return None
-        if row[1:].any():
-            size.append((1.0, (self._factor(row),)))
-        elif row[0]:
-            size.append((float(row[0]), ()))
         number = self._size_numbers.setdefault(tuple(size), len(self.sizes))
         if number == len(self.sizes):
             self.sizes.append(tuple(size))
         return number
+
+    def _positions(self, kinds: Array, full: int) -> tuple[Floats, Counter[Factors]]:
+        """Return how the positions of a row depend on the survivors.
+
+        Parameters
+        ----------
+        kinds:
+            The kinds along the dimension, shape (fields, rows, positions); -1 for no unit.
+        full:
+            The size of the dimension when all units survive.
+
+        Returns
+        -------
+        tuple
+            The affine part (b, a_1, ..., a_K) of the mean number of positions per row; and for
+            kinds that meet on positions how many such positions there are in all rows.
+        """
+        rows = kinds.shape[1]
+        affine = np.zeros(len(self.kinds.pool) + 1)
+        affine[0] = full
+        products: Counter[Factors] = Counter()
+        if len(kinds) == 1:
+            affine[1:] = np.bincount(kinds[kinds >= 0], minlength=len(self.kinds.pool))
+            affine[0] -= affine[1:].sum() / rows
+        else:
+            met, times = np.unique(kinds.reshape(len(kinds), -1), axis=1, return_counts=True)
+            for column, positions in zip(met.T, times.tolist(), strict=True):
+                live = tuple(int(k) for k in column if k >= 0)
+                affine[0] -= positions / rows if live else 0
+                if len(live) == 1:
+                    affine[1 + live[0]] += positions
+                elif live:
+                    products[tuple(sorted(live))] += positions
+        affine[1:] /= rows * self.kinds.size
+        return affine, products
 
     def _unit_row(self, kind: int) -> Floats:
         """Return the affine factor that is the number of survivors of one kind."""
@@ -218,12 +231,9 @@ class Sizes:
         """
         rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
         terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
-        order = max((len(factors) for *_, factors in terms), default=0)
         starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
         coefficient = np.array([c for _, c, _ in terms])
-        factors = np.array(
-            [[f + 1 for f in own] + [0] * (order - len(own)) for *_, own in terms], dtype=np.int64
-        )
+        factors = _padded([own for *_, own in terms])
 
         def at(counts: Floats) -> Floats:
             """Return all sizes, shape (n, sizes), for counts of shape (n, kinds)."""
@@ -244,7 +254,7 @@ class Sizes:
         size:
             The number of the size s.
         degree:
-            How many factors.
+            How many factors, at least 1.
         """
         (coefficient, factors), *others = self.sizes[size]
         if degree > 1 and not others and coefficient == 1.0 and len(factors) == 1:
@@ -252,9 +262,10 @@ class Sizes:
             for less, row in enumerate(lowered):
                 row[0] -= less
             return [((1.0, (self._factor(row),)),) for row in lowered]
-        return [
-            self.sizes[size] + (((-float(less), ()),) if less else ()) for less in range(degree)
-        ]
+        lower: list[Sum] = [self.sizes[size]]
+        for less in range(1, degree):
+            lower.append((*self.sizes[size], (-float(less), ())))
+        return lower
 
     def polynomial(self, products: Sequence[tuple[float, list[Sum]]]) -> Polynomial:
         """Return a sum of products of sizes, expanded.
@@ -286,10 +297,10 @@ def params_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
 
 def macs_of(coupling: Coupling, kinds: Kinds) -> Polynomial:
     """Return the multiply-accumulates of the example's batch as a polynomial."""
-    sizes = Sizes(coupling, kinds)
-    return sizes.polynomial(
-        [product for ran in coupling.contractions for product in products_of(ran, sizes)]
-    )
+    sizes, products = Sizes(coupling, kinds), []
+    for ran in coupling.contractions:
+        products += products_of(ran, sizes)
+    return sizes.polynomial(products)
 
 
 def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]:
@@ -309,9 +320,9 @@ def products_of(ran: Contraction, sizes: Sizes) -> list[tuple[float, list[Sum]]]
     """
     found = []
     for coefficient, degrees in _interpolated(ran, sizes):
-        factors = [
-            factor for size, degree in degrees.items() for factor in sizes.falling(size, degree)
-        ]
+        factors = []
+        for size, degree in degrees.items():
+            factors += sizes.falling(size, degree)
         found.append((float(coefficient * ran.share), factors))
     return found
 
@@ -328,36 +339,66 @@ def _interpolated(ran: Contraction, sizes: Sizes) -> list[tuple[int, dict[int, i
     integers.
     """
     tensors = ran.tensors
-    read = IdentityMap((tensor, sizes.dims(tensor)) for tensor in tensors)
-    degrees = Counter(size for tensor in tensors for size in read[tensor].values())
+    dims = IdentityMap((tensor, sizes.dims(tensor)) for tensor in tensors)
+    degrees = Counter(size for tensor in tensors for size in dims[tensor].values())
     free = sorted(degrees)
-
-    def cost(at: dict[int, int]) -> int:
-        """Return the multiply-accumulates of the operation at these sizes, by their numbers."""
-
-        def shape(tensor: Tensor) -> list[int]:
-            """Return the shape of a tensor at these sizes."""
-            dims = read[tensor]
-            return [at[dims[d]] if d in dims else n for d, n in enumerate(tensor.shape)]
-
-        return ran.macs(shape)
-
-    grid = np.zeros([degrees[size] + 1 for size in free], dtype=np.int64)
-    for point in np.ndindex(grid.shape):
-        grid[point] = cost(dict(zip(free, point, strict=True)))
-    for axis, size in enumerate(free):
-        along = np.moveaxis(grid, axis, 0)  # a view
-        for order in range(1, degrees[size] + 1):
-            along[order:] = along[order:] - along[order - 1 : -1]
+    values = np.zeros([degrees[size] + 1 for size in free], dtype=np.int64)
+    for point in np.ndindex(values.shape):
+        values[point] = _cost_at(ran, dims, dict(zip(free, point, strict=True)))
     found = []
-    for point, difference in np.ndenumerate(grid):
+    for point, difference in np.ndenumerate(_forward_differences(values)):
         if difference:
             coefficient, rest = divmod(int(difference), prod(map(factorial, point)))
             assert rest == 0, "the formula is no polynomial with integer coefficients"
-            found.append(
-                (
-                    coefficient,
-                    {size: degree for size, degree in zip(free, point, strict=True) if degree},
-                )
-            )
+            powers = {size: degree for size, degree in zip(free, point, strict=True) if degree}
+            found.append((coefficient, powers))
     return found
+
+
+def _cost_at(
+    ran: Contraction, dims: IdentityMap[Tensor, dict[int, int]], sizes: Mapping[int, int]
+) -> int:
+    """Return the multiply-accumulates of an operation at given sizes.
+
+    Parameters
+    ----------
+    ran:
+        The operation.
+    dims:
+        For each of its tensors, the number of the size of each dimension that can shrink.
+    sizes:
+        The sizes, by their numbers.
+    """
+
+    def shape(tensor: Tensor) -> list[int]:
+        """Return the shape of a tensor at these sizes."""
+        numbers = dims[tensor]
+        return [sizes[numbers[d]] if d in numbers else n for d, n in enumerate(tensor.shape)]
+
+    return ran.macs(shape)
+
+
+def _forward_differences(values: Counts) -> Counts:
+    """Return Newton's forward differences at 0 of a polynomial, along every axis.
+
+    Parameters
+    ----------
+    values:
+        The values of the polynomial on the grid 0, 1, ... along each axis; changed in place.
+    """
+    for axis in range(values.ndim):
+        along = np.moveaxis(values, axis, 0)  # a view
+        for order in range(1, len(along)):
+            along[order:] = along[order:] - along[order - 1 : -1]
+    return values
+
+
+def _padded(products: Sequence[Factors]) -> Counts:
+    """Return the factors of each product as a row of a table.
+
+    Indices are shifted by one, because factor 0 is the constant 1. It pads products that have
+    fewer factors than the longest.
+    """
+    order = max(map(len, products), default=0)
+    rows = [[f + 1 for f in factors] + [0] * (order - len(factors)) for factors in products]
+    return np.array(rows, dtype=np.int64).reshape(len(products), order)
