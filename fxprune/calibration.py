@@ -231,8 +231,8 @@ def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[An
     inputs, *targets = batch
     if isinstance(inputs, (tuple, list)):
         images = example is not None and [*map(type, example.args)] == [list]
-        one = images and bool(inputs) and all(isinstance(item, Tensor) for item in inputs)
-        inputs = ([*inputs],) if one else tuple(inputs)
+        is_single = images and bool(inputs) and all(isinstance(item, Tensor) for item in inputs)
+        inputs = ([*inputs],) if is_single else tuple(inputs)
     return as_call(inputs), tuple(targets)
 
 

@@ -88,8 +88,8 @@ def std_mean(
         return handle_torch_function(std_mean, (x,), x, dim, correction, keepdim, kept, total)
     share = kept / total
     deviation, mean = torch.std_mean(x, dim, correction=0, keepdim=keepdim)
-    both = torch.stack((share**0.5 * deviation, (share * (1.0 - share)) ** 0.5 * mean))
-    deviation = torch.linalg.vector_norm(both, dim=0)
+    parts = torch.stack((share**0.5 * deviation, (share * (1.0 - share)) ** 0.5 * mean))
+    deviation = torch.linalg.vector_norm(parts, dim=0)
     if correction != 0:  # the factor is a tensor: torch.export cannot take the root of a size
         deviation = deviation * x.new_full([], _corrected(x, dim, correction, kept, total)).sqrt()
     return deviation, share * mean

@@ -94,7 +94,7 @@ class Meter:
     total:
         For each label, the sum over samples and readers of the mean activation; shape (labels,).
     times:
-        For each label, how many terms this sum has; shape (labels,).
+        For each label, the number of samples times the number of readers; shape (labels,).
     samples:
         Number of samples seen.
     """
@@ -160,7 +160,8 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
     of_weights: set[fx.Node] = set()  # weights, and what is computed from weights alone
     reads: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
     for node in trace.graph.nodes:
-        operands = [own for own in node.all_input_nodes if isinstance(own.meta["val"], Tensor)]
+        inputs = node.all_input_nodes
+        operands = [source for source in inputs if isinstance(source.meta["val"], Tensor)]
         if node.op == "get_attr" or (operands and of_weights.issuperset(operands)):
             of_weights.add(node)
         results = tensors_of(node.meta.get("val"))
@@ -169,7 +170,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
         name = trace.prefix + node.name
         contracts, positional = name in contracting, name in coupling.context.found.positional
         kept = _labels_on(coupling, results)
-        for operand in [own for own in operands if own not in of_weights]:
+        for operand in [source for source in operands if source not in of_weights]:
             for labels in coupling.labels(operand.meta["val"]):
                 summed_up = not positional and not np.isin(labels[labels > 0], kept).any()
                 if contracts or summed_up:

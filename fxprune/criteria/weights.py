@@ -258,13 +258,13 @@ def fpgm(view: UnitView) -> Tensor:
 def _distances(rows: Tensor) -> Tensor:
     """Return the Euclidean distances between rows, shape (rows, rows).
 
-    A squared distance below 1e-12 of the two rows' own squared norms (about the mean row) becomes
+    A squared distance below 1e-12 of the rows' summed squared norms (about the mean row) becomes
     0. The distances come from a matrix product, which is many times faster than differences. In
     float64 it is accurate except for almost equal rows, where the squares cancel and only rounding
     is left. Rows of float32 weights that differ by less than this are equal.
     """
     rows = rows - rows.mean(dim=0)
     squares = rows.square().sum(dim=1)
-    both = squares[:, None] + squares
-    apart = both - 2 * (rows @ rows.T)
-    return torch.where(apart > 1e-12 * both, apart, 0.0).sqrt()
+    norms = squares[:, None] + squares
+    distances = norms - 2 * (rows @ rows.T)
+    return torch.where(distances > 1e-12 * norms, distances, 0.0).sqrt()

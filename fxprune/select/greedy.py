@@ -171,7 +171,7 @@ class Descent:
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
         self.computation: WidthCost = self.macs if timed is None else timed
         labels = ordered_labels(pools, order)
-        self.values = [ranking.value[own].mean(axis=0).tolist() for own in labels]
+        self.values = [ranking.value[units].mean(axis=0).tolist() for units in labels]
         self.survivors = _survivors(labels, kinds)
         self.full = self._counts([pool.width for pool in pools])
         self.limits = self._limits(kinds)
@@ -277,7 +277,7 @@ class Descent:
         bounds = self._exchange_bounds()
         for _ in range(_EXCHANGES):
             before = list(self.widths)
-            self._choose([self._options(pool, *own) for pool, own in enumerate(bounds)])
+            self._choose([self._options(pool, *within) for pool, within in enumerate(bounds)])
             improved = self._total_worth(self.widths) > self._total_worth(before)
             if not self._is_within_limits() or not improved:
                 self.widths = before
@@ -306,14 +306,14 @@ class Descent:
             The widths that each pool may get.
         """
         time, limit = next((cost, most) for name, cost, most in self.limits if name == "latency")
-        worth = [[self._worth(pool, width) for width in own] for pool, own in enumerate(options)]
+        worth = [[self._worth(pool, w) for w in widths] for pool, widths in enumerate(options)]
         changes = self._changes(time, options)
         spare = float(limit - time.at(self._counts(self.widths)))
         for _ in range(_EXCHANGES):
             chosen = best_options(worth, changes, spare)
             if chosen is None:
                 return
-            self.widths = [own[option] for own, option in zip(options, chosen, strict=True)]
+            self.widths = [widths[k] for widths, k in zip(options, chosen, strict=True)]
             if self._is_within_limits():
                 return
             spare -= 1.1 * max(time.at(self._counts(self.widths)) - limit, abs(limit) / 1000)
@@ -323,10 +323,10 @@ class Descent:
         counts = self._counts(self.widths)
         changes: list[list[float]] = [[] for _ in options]
         for place in range(max(map(len, options), default=0)):
-            widths = [own[min(place, len(own) - 1)] for own in options]
+            widths = [choices[min(place, len(choices) - 1)] for choices in options]
             rise = (-cost.saved(counts, counts - self._counts(widths))).tolist()
-            for pool, own in enumerate(options):
-                if place < len(own):
+            for pool, choices in enumerate(options):
+                if place < len(choices):
                     changes[pool].append(rise[pool])
         return changes
 
@@ -336,7 +336,7 @@ class Descent:
         stride = max(round(width * _STRIDE / step), 1) * step
         near = {(width + k * stride) // step * step for k in (-2, -1, 1, 2)}
         near.add(self.pools[pool].width)
-        return sorted({width, *(own for own in near if low <= own <= high)})
+        return sorted({width, *(other for other in near if low <= other <= high)})
 
     def _total_worth(self, widths: Sequence[int]) -> float:
         """Return the importance of the survivors of all pools."""
@@ -356,12 +356,12 @@ class Descent:
             If it is not; the message names the smallest share that can be reached.
         """
         for name, cost, limit in self.limits:
-            least, whole = cost.at(self._counts(self.floor)), cost.at(self.full)
+            least, full = cost.at(self._counts(self.floor)), cost.at(self.full)
             if least > limit:
                 raise BudgetError(
                     f"{name}={getattr(self.budget, name)} cannot be reached: the smallest model "
                     "that the analysis and the other arguments allow has "
-                    f"{name}={_rounded_up(least / whole)} ({least:,} of {whole:,}). Raise the "
+                    f"{name}={_rounded_up(least / full)} ({least:,} of {full:,}). Raise the "
                     "budget, or see what is pinned with print(fxprune.analyze(model, "
                     "example_inputs)), and what keep=, min_channels= and round_to= hold back."
                 )
@@ -459,9 +459,9 @@ def _survivors(
     """
     first = np.searchsorted(kinds.pool, np.arange(len(labels) + 1)).tolist()
     out = []
-    for own, start, stop in zip(labels, first, first[1:], strict=False):
+    for units, start, stop in zip(labels, first, first[1:], strict=False):
         # the last unit to go comes first, because it survives at width 1
-        of_kind = kinds.of_unit[own[:, ::-1, np.newaxis]] == np.arange(start, stop)
+        of_kind = kinds.of_unit[units[:, ::-1, np.newaxis]] == np.arange(start, stop)
         counts = of_kind.sum(axis=0).cumsum(axis=0)
         out.append(np.concatenate([np.zeros((1, stop - start), dtype=np.int64), counts]))
     return out

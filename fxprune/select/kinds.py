@@ -130,8 +130,8 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
             return kinds
         # which units meet depends on the units themselves, so make each of them a kind
         for rows in irregular:
-            apart = np.unique(rows[rows > 0])
-            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
+            units = np.unique(rows[rows > 0])
+            profile[units] = rng.integers(1, 2**63, size=len(units), dtype=np.uint64)
         overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
 
 
@@ -225,7 +225,8 @@ def _is_regular(rows: Array, kinds: Kinds) -> bool:
     )
     which = which.reshape(-1)
     for number, column in enumerate(met.T):
-        own = times[which == number]
-        if len(own) != prod(int(kinds.size[k]) for k in column if k >= 0) or (own != own[0]).any():
+        counts = times[which == number]
+        expected = prod(int(kinds.size[k]) for k in column if k >= 0)
+        if len(counts) != expected or (counts != counts[0]).any():
             return False
     return True

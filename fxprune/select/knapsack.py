@@ -52,18 +52,19 @@ def best_options(
     best = np.zeros(_BINS + 1)
     choices = []  # for each class: the best option at each number of bins, and the options' bins
     for worths, costs in zip(worth, cost, strict=True):
-        extra = [own - min(costs) for own in costs]
-        bins = [_bins(own, spare) for own in extra]
+        least = min(costs)
+        extra = [price - least for price in costs]
+        bins = [_bins(price, spare) for price in extra]
         tried = np.full((len(worths), _BINS + 1), -np.inf)
         for option, (value, used) in enumerate(zip(worths, bins, strict=True)):
             if extra[option] <= spare:
                 tried[option, used:] = best[: _BINS + 1 - used] + value
         choices.append((tried.argmax(axis=0), bins))
         best = tried.max(axis=0)
-    chosen, left = [], int(best.argmax())
+    chosen, bins_left = [], int(best.argmax())
     for options, bins in reversed(choices):
-        chosen.append(int(options[left]))
-        left -= bins[chosen[-1]]
+        chosen.append(int(options[bins_left]))
+        bins_left -= bins[chosen[-1]]
     return chosen[::-1]
 
 

@@ -50,9 +50,9 @@ class Polynomial:
     def __init__(
         self, kinds: Kinds, sizes: Floats, terms: Sequence[tuple[float, Factors]]
     ) -> None:
-        one = np.zeros((1, len(kinds.pool) + 1))
-        one[0, 0] = 1.0
-        table = np.concatenate([one, sizes])
+        constant_one = np.zeros((1, len(kinds.pool) + 1))
+        constant_one[0, 0] = 1.0
+        table = np.concatenate([constant_one, sizes])
         self._constant, self._slope = table[:, 0], table[:, 1:]
         self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
         self._factors = _padded([factors for _, factors in terms])
@@ -233,7 +233,7 @@ class Sizes:
         terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
         starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
         coefficient = np.array([c for _, c, _ in terms])
-        factors = _padded([own for *_, own in terms])
+        factors = _padded([product for *_, product in terms])
 
         def at(counts: Floats) -> Floats:
             """Return all sizes, shape (n, sizes), for counts of shape (n, kinds)."""
@@ -278,7 +278,7 @@ class Sizes:
         terms: Counter[Factors] = Counter()
         for coefficient, sums in products:
             for chosen in itertools.product(*sums):
-                factors = tuple(sorted(f for _, own in chosen for f in own))
+                factors = tuple(sorted(f for _, product in chosen for f in product))
                 terms[factors] += coefficient * prod(c for c, _ in chosen)  # type: ignore[assignment]
         rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
         return Polynomial(self.kinds, rows, [(float(c), factors) for factors, c in terms.items()])

@@ -58,7 +58,7 @@ def select(
     order, for_tensors = _spare_tensors(coupling, pools, order)
     for_statistics = _least_for_statistics(coupling, pools)
     wanted = [math.ceil(budget.min_channels / pool.blocks) for pool in pools]
-    least = [max(own) for own in zip(wanted, for_tensors, for_statistics, strict=True)]
+    least = [max(needed) for needed in zip(wanted, for_tensors, for_statistics, strict=True)]
     widths, fixed = _starting_widths(coupling, pools, budget, least)
     if _limits_the_whole_model(budget):
         descent = Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
@@ -107,18 +107,18 @@ def _spare_tensors(
     # how many units of its block come after a unit in the order
     height = np.zeros(len(spared), dtype=np.int64)
     labels = ordered_labels(pools, order)
-    for pool, own in zip(pools, labels, strict=True):
-        height[own] = np.arange(pool.width)[::-1]
-        spared[own[:, -1]] = True
+    for pool, units in zip(pools, labels, strict=True):
+        height[units] = np.arange(pool.width)[::-1]
+        spared[units[:, -1]] = True
     for fields in _distinct_fields(coupling):
         if not _are_spared_lines(fields, spared):
             for _, rows in lines(coupling, fields):
                 _spare_rows(rows, spared, height)
     new_order = []
-    for ascending, own in zip(order, labels, strict=True):
-        put_off = np.argsort(spared[own], axis=1, kind="stable")
+    for ascending, units in zip(order, labels, strict=True):
+        put_off = np.argsort(spared[units], axis=1, kind="stable")
         new_order.append(np.take_along_axis(ascending, put_off, axis=1))
-    return new_order, [int(spared[own].sum(axis=1).max()) for own in labels]
+    return new_order, [int(spared[units].sum(axis=1).max()) for units in labels]
 
 
 def _distinct_fields(coupling: Coupling) -> Iterator[list[Array]]:
@@ -138,9 +138,9 @@ def _are_spared_lines(fields: Sequence[Array], spared: npt.NDArray[np.bool_]) ->
     This is the usual case: then no unit has to be moved.
     """
     axes = set()
-    for own in fields:
-        if own.size in own.shape and spared[own].any():
-            axes.add(own.shape.index(own.size))
+    for labels in fields:
+        if labels.size in labels.shape and spared[labels].any():
+            axes.add(labels.shape.index(labels.size))
     return len(axes) == len(fields)
 
 

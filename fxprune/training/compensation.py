@@ -462,11 +462,11 @@ def _check_fits(
     ArgumentError
         If a consumer's weight is missing or has another shape.
     """
-    own = dict(pruned.named_parameters())
+    present = dict(pruned.named_parameters())
     for weight in (f"{name}.weight" for name in consumers):
         analysed = coupling.parameters.get(weight)
         if analysed is not None and (
-            weight not in own or list(own[weight].shape) != list(survivors.shape(analysed))
+            weight not in present or list(present[weight].shape) != list(survivors.shape(analysed))
         ):
             raise ArgumentError(
                 f"pruned.model has no {weight!r} as its plan left it: give what prune gave, with "

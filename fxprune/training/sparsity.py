@@ -65,8 +65,8 @@ class GroupSparsity:
         self._parts: list[tuple[str, list[int], Tensor]] = []
         for name in self._shapes:
             for labels in coupling.parameter_labels(name):
-                whole = [d for d, size in enumerate(labels.shape) if size == 1]
-                self._parts.append((name, whole, torch.from_numpy(place[labels].ravel())))
+                summed = [d for d, size in enumerate(labels.shape) if size == 1]
+                self._parts.append((name, summed, torch.from_numpy(place[labels].ravel())))
 
     @public
     def __call__(self) -> Tensor:
@@ -90,9 +90,9 @@ class GroupSparsity:
             dtype=torch.promote_types(first.dtype, torch.float32),
             device=first.device,
         )
-        for name, whole, index in self._parts:
+        for name, summed, index in self._parts:
             sums = parameters[name].to(squares.dtype).square()
-            sums = sums.sum(whole) if whole else sums
+            sums = sums.sum(summed) if summed else sums
             squares = squares.index_add(0, index.to(first.device), sums.reshape(-1))
         # The root has an infinite gradient at zero, so clamp units that are zero already.
         return squares[:-1].clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum()
