@@ -361,7 +361,7 @@ def _each_gradient(
             with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
                 value = loss(output, *batch.targets)
             _check_loss(value)
-            visit(_gradients(value, weights), batch.size)
+            visit(_gradients_of_loss(value, weights), batch.size)
 
 
 def _check_loss(value: Any) -> None:
@@ -389,7 +389,7 @@ def _check_loss(value: Any) -> None:
     check_finite([value], "the loss of a batch")
 
 
-def _gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gradients_of_loss(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient by each weight that the loss depends on, in float32 at least.
 
     Raises

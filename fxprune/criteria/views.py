@@ -122,7 +122,7 @@ class Views:
             tensor = tensors.get(name, analysed)
             if not isinstance(tensor, Tensor) or tensor.shape != analysed.shape:
                 raise ArgumentError(
-                    f"{name!r} is {_kind_of(tensor, 'of shape')}: give a tensor of the "
+                    f"{name!r} is {_shape_or_type(tensor, 'of shape')}: give a tensor of the "
                     f"parameter's shape, {tuple(analysed.shape)}."
                 )
         self.coupling, self.tensors = coupling, tensors
@@ -195,7 +195,7 @@ class Views:
             values = function(tensor)
         if not isinstance(values, Tensor) or values.shape != tensor.shape:
             raise ArgumentError(
-                f"the function that is summed gave {_kind_of(values, 'shape')} for "
+                f"the function that is summed gave {_shape_or_type(values, 'shape')} for "
                 f"{tuple(tensor.shape)}: it must give a number for each element."
             )
         return values
@@ -219,7 +219,7 @@ class Views:
                 yield name, fields
 
 
-def _kind_of(value: Any, shape: str) -> str:
+def _shape_or_type(value: Any, shape: str) -> str:
     """Return the shape of a tensor, or the type of another value, for a message."""
     if isinstance(value, Tensor):
         return f"{shape} {tuple(value.shape)}"

@@ -13,21 +13,21 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.common.arrays import Counts, Floats
+from fxprune.common.arrays import Floats
 from fxprune.coupling import Coupling
 from fxprune.criteria import Ranking
 from fxprune.errors import BudgetError
 from fxprune.select.budget import Budget, keep_count
+from fxprune.select.costs import TimeCost, WidthCost
 from fxprune.select.kinds import Kinds, Pool, kinds_of
 from fxprune.select.knapsack import best_options
 from fxprune.select.polynomials import Polynomial, macs_of, params_of
 
-__all__ = ["Descent", "TimeCost", "WidthCost", "ordered_labels", "step_of"]
+__all__ = ["Descent", "ordered_labels", "step_of"]
 
 
 _REFRESHES = 512  # upper limit on how often costs are recomputed during one descent
@@ -35,43 +35,6 @@ _ROUNDING = 1e-15  # floats do not hold shares such as 0.29 exactly: 0.29 of 100
 _EXCHANGES = 8  # upper limit on the rounds of exchanges, and on the attempts in one round
 _STRIDE = 0.05  # share of a pool's width by which one round changes it, once or twice
 _REACH = 0.25  # share of the greedy choice's width that exchanges may change it by in total
-
-
-class WidthCost(Protocol):
-    """The cost of a model as a whole number, given how many units of each kind survive.
-
-    The kinds are those of :class:`~fxprune.select.kinds.Kinds`.
-    """
-
-    def at(self, counts: Counts) -> int:
-        """Return the cost for these numbers of surviving units, shape (kinds,)."""
-
-    def saved(self, counts: Counts, lost: Counts) -> Counts:
-        """Return for each pool how much the cost falls if only this pool loses units.
-
-        Parameters
-        ----------
-        counts:
-            How many units of each kind survive before, shape (kinds,).
-        lost:
-            How many units of each kind its pool loses, shape (kinds,).
-
-        Returns
-        -------
-        Counts
-            The differences, shape (pools,).
-        """
-
-
-class TimeCost(WidthCost, Protocol):
-    """A cost in time that also knows the steps by which pools should shrink.
-
-    The steps lead to widths that the hardware runs well.
-    """
-
-    @property
-    def steps(self) -> Sequence[int]:
-        """For each pool, how many units of each block it should lose at a time."""
 
 
 def step_of(pool: Pool, budget: Budget) -> int:
@@ -165,7 +128,7 @@ class Descent:
         self.pools, self.budget, self.ranking = pools, budget, ranking
         self.widths, self.fixed = list(widths), fixed
         self.blocks = np.array([pool.blocks for pool in pools], dtype=np.int64)
-        self.steps = _steps(pools, budget, timed)
+        self.steps = _shrinking_steps(pools, budget, timed)
         self.floor = self._floors(least)
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
@@ -432,7 +395,7 @@ class Descent:
         return out
 
 
-def _steps(pools: Sequence[Pool], budget: Budget, timed: TimeCost | None) -> list[int]:
+def _shrinking_steps(pools: Sequence[Pool], budget: Budget, timed: TimeCost | None) -> list[int]:
     """Return by how many units each block of each pool shrinks at a time."""
     steps = [step_of(pool, budget) for pool in pools]
     if timed is None:

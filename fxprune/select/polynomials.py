@@ -55,7 +55,7 @@ class Polynomial:
         table = np.concatenate([constant_one, sizes])
         self._constant, self._slope = table[:, 0], table[:, 1:]
         self._coefficient = np.array([c for c, _ in terms], dtype=np.float64)
-        self._factors = _padded([factors for _, factors in terms])
+        self._factors = _factor_table([factors for _, factors in terms])
         self._starts = np.flatnonzero(np.diff(kinds.pool, prepend=-1))
         self._pools = len(self._starts)
         # The terms that depend on each pool.
@@ -233,7 +233,7 @@ class Sizes:
         terms = [(number, *term) for number, size in enumerate(self.sizes) for term in size]
         starts = np.flatnonzero(np.diff([number for number, *_ in terms], prepend=-1))
         coefficient = np.array([c for _, c, _ in terms])
-        factors = _padded([product for *_, product in terms])
+        factors = _factor_table([product for *_, product in terms])
 
         def at(counts: Floats) -> Floats:
             """Return all sizes, shape (n, sizes), for counts of shape (n, kinds)."""
@@ -275,11 +275,12 @@ class Sizes:
         products:
             Each product as (coefficient, its factors).
         """
-        terms: Counter[Factors] = Counter()
+        terms: dict[Factors, float] = {}
         for coefficient, sums in products:
             for chosen in itertools.product(*sums):
                 factors = tuple(sorted(f for _, product in chosen for f in product))
-                terms[factors] += coefficient * prod(c for c, _ in chosen)  # type: ignore[assignment]
+                weight = coefficient * prod(c for c, _ in chosen)
+                terms[factors] = terms.get(factors, 0.0) + weight
         rows = np.array(self._rows).reshape(-1, len(self.kinds.pool) + 1)
         return Polynomial(self.kinds, rows, [(float(c), factors) for factors, c in terms.items()])
 
@@ -393,8 +394,8 @@ def _forward_differences(values: Counts) -> Counts:
     return values
 
 
-def _padded(products: Sequence[Factors]) -> Counts:
-    """Return the factors of each product as a row of a table.
+def _factor_table(products: Sequence[Factors]) -> Counts:
+    """Return a table with the factors of each product as a row.
 
     Indices are shifted by one, because factor 0 is the constant 1. It pads products that have
     fewer factors than the longest.

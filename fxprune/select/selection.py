@@ -17,7 +17,8 @@ from fxprune.criteria import Ranking
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.select.budget import Budget, keep_count
-from fxprune.select.greedy import Descent, TimeCost, ordered_labels, step_of
+from fxprune.select.costs import TimeCost
+from fxprune.select.greedy import Descent, ordered_labels, step_of
 from fxprune.select.kinds import Pool, lines, pools_of
 
 __all__ = ["select"]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration import (
     LoaderBatch,
@@ -34,6 +33,7 @@ from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
 from fxprune.trace.aliasing import Undone
+from fxprune.training.consumers import channel_dim, check_fits, consumers_of, follower_of
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
 
@@ -95,8 +95,8 @@ def fold_constants(
         If ``pruned`` is not the model of this plan, or the loader gives no batch or values that
         are not finite.
     """
-    consumers = _consumers(coupling, survivors)
-    _check_fits(coupling, survivors, pruned, consumers)
+    consumers = consumers_of(coupling, survivors)
+    check_fits(coupling, survivors, pruned, consumers)
     means = _mean_inputs(model, consumers, loader, coupling.example)
     changed, left = [], []
     for name, node in consumers.items():
@@ -121,7 +121,7 @@ def _constant_target(name: str, node: fx.Node, coupling: Coupling) -> tuple[str,
     """
     if f"{name}.bias" in coupling.parameters:
         return name, "bias", 1
-    follower = _follower(name, node, coupling)
+    follower = follower_of(name, node, coupling)
     return None if follower is None else (follower, "running_mean", -1)
 
 
@@ -147,7 +147,7 @@ def _removed_constant(
         The constant of each output channel of the original, shape (output channels,).
     """
     x = node.args[0].meta["val"]
-    rows = survivors.rows(x, _channel(module, x))
+    rows = survivors.rows(x, channel_dim(module, x))
     assert rows is not None
     weight = module.get_parameter("weight").detach().double()
     flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
@@ -237,8 +237,8 @@ def _refit(
 ) -> Compensation:
     """Refit the consumers one after the other."""
     changed, left = [], []
-    consumers = _consumers(coupling, survivors)
-    _check_fits(coupling, survivors, pruned, consumers)
+    consumers = consumers_of(coupling, survivors)
+    check_fits(coupling, survivors, pruned, consumers)
     for name, node in consumers.items():
         layer = pruned.get_submodule(name)
         sums = None
@@ -319,7 +319,7 @@ def _second_moments(
         check_dimensions(f"what {name!r} gives", original[1], node.meta["val"])
         x = _columns(layer, smaller[0])
         y = survivors.take(node.meta["val"], original[1]).double()
-        y = y.movedim(_channel(layer, y), -1)
+        y = y.movedim(channel_dim(layer, y), -1)
         y = y.reshape(-1, y.shape[-1])
         moment = x.T @ x if moment is None else moment + x.T @ x
         product = x.T @ y if product is None else product + x.T @ y
@@ -359,7 +359,7 @@ class _InputSums:
     def add(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Add the inputs of one call of a module."""
         x = inputs[0]
-        dim = _channel(module, x)
+        dim = channel_dim(module, x)
         total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + x.numel() // x.shape[dim]
@@ -427,70 +427,3 @@ def _call_of(
     finally:
         handle.remove()
     return found[0] if found else None
-
-
-def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
-    """Return the linear layers and convolutions that read a tensor which loses channels.
-
-    Only modules that are called once count. They are in the order in which they run.
-    """
-    out = {}
-    for trace in coupling.traces:
-        calls: dict[str, list[fx.Node]] = {}
-        for node in trace.graph.nodes if not trace.training else ():
-            if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
-                calls.setdefault(str(node.target), []).append(node)
-        for name, nodes in calls.items():
-            module, x = trace.meta_copy.model.get_submodule(name), nodes[0].args[0].meta["val"]
-            kind = type(module)
-            weight: Any = getattr(module, "weight", None)
-            fits = kind is nn.Linear or (
-                kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim()
-            )
-            if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
-                out[f"{trace.path}.{name}" if trace.path else name] = nodes[0]
-    return out
-
-
-def _check_fits(
-    coupling: Coupling, survivors: Survivors, pruned: nn.Module, consumers: Iterable[str]
-) -> None:
-    """Refuse a pruned model that is not the one of the plan.
-
-    Raises
-    ------
-    ArgumentError
-        If a consumer's weight is missing or has another shape.
-    """
-    present = dict(pruned.named_parameters())
-    for weight in (f"{name}.weight" for name in consumers):
-        analysed = coupling.parameters.get(weight)
-        if analysed is not None and (
-            weight not in present or list(present[weight].shape) != list(survivors.shape(analysed))
-        ):
-            raise ArgumentError(
-                f"pruned.model has no {weight!r} as its plan left it: give what prune gave, with "
-                "its own model."
-            )
-
-
-def _channel(module: nn.Module, x: Tensor) -> int:
-    """Return the dimension of a module's input that holds the channels."""
-    return x.dim() - 1 if isinstance(module, nn.Linear) else 1
-
-
-def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
-    """Return the name of the batch normalisation that alone reads a consumer's output.
-
-    The result is None if there is none, or if it keeps no statistics or is called several times.
-    """
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module":
-        return None
-    target = str(users[0].target)
-    name = consumer.removesuffix(str(node.target)) + target
-    module = coupling.meta_copy.model.get_submodule(name)
-    if not isinstance(module, _BatchNorm) or f"{name}.running_mean" not in coupling.parameters:
-        return None
-    called = [str(other.target) for other in node.graph.nodes if other.op == "call_module"]
-    return name if called.count(target) == 1 else None
