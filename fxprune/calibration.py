@@ -20,12 +20,12 @@ __all__ = [
     "Loader",
     "LoaderBatch",
     "batches_of",
-    "called",
+    "call_model",
     "check_dimensions",
     "check_finite",
     "check_loader",
     "check_read",
-    "evaluated",
+    "evaluation_mode",
     "loader_call",
 ]
 
@@ -35,7 +35,17 @@ Loader = Iterable[Any]
 
 @dataclass(frozen=True)
 class LoaderBatch:
-    """A loader's batch as the model's arguments and the loss's, on the model's device."""
+    """A batch of a loader: the arguments of the model and of the loss, on the model's device.
+
+    Attributes
+    ----------
+    args, kwargs:
+        The arguments of the model.
+    targets:
+        The further arguments of the loss.
+    size:
+        Number of samples: the length of the first tensor.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -44,64 +54,104 @@ class LoaderBatch:
 
 
 def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[LoaderBatch]:
-    """A loader's batches, taken apart and copied to the model's device; ``example`` is the call
-    that the model was analysed with.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Yield a loader's batches as calls, copied to the model's device.
 
-    def there(tensor: Tensor) -> Tensor:
-        return tensor.to(device)
-
-    def copied(tensor: Tensor) -> Tensor:
-        # a model may write into its inputs, and they are the loader's
-        return tensor.detach().to(device, copy=True)
-
-    for batch in drawn_from(loader):
-        (args, kwargs), targets = loader_call(batch, example)
-        leaf = next((leaf for leaf in tensors_of((args, kwargs)) if leaf.dim()), None)
-        if leaf is None:
-            raise ArgumentError(
-                "the loader gave inputs without a tensor of samples "
-                f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
-            )
-        if not len(leaf):
-            raise ArgumentError(
-                "a batch of the loader holds no sample, of which nothing can be measured. Leave "
-                "such batches out."
-            )
-        if any(leaf.is_meta for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader lies on the meta device and has no values: give batches "
-                "of data."
-            )
-        if any(bool(leaf.isnan().any()) for leaf in tensors_of((args, kwargs))):
-            raise ArgumentError(
-                "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
-                "its data is made."
-            )
-        args, kwargs = tree_map_only(Tensor, copied, (args, kwargs))
-        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, there, targets), len(leaf))
-
-
-def called(model: Callable[..., Any], batch: LoaderBatch, *, apart: bool = False) -> Any:
-    """What the model gives for a batch; ``apart``: it takes positional arguments and keywords as
-    two.
-
-    Raises
-    ------
-    CallbackError
-        If the batch does not fit the model.
-    """
-    with calling("the model, given a batch of the loader,"):
-        return model(batch.args, batch.kwargs) if apart else model(*batch.args, **batch.kwargs)
-
-
-def check_loader(loader: Any) -> None:
-    """Refuse what gives no batches.
+    Parameters
+    ----------
+    loader:
+        Batches ``(inputs, *targets)``.
+    model:
+        The model that they are for.
+    example:
+        The call that the model was analysed with.
 
     Raises
     ------
     ArgumentError
+        If a batch is no such tuple, or has no tensor with samples, or holds no samples, meta
+        tensors or NaN.
+    CallbackError
+        If the loader raises an error.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(tensor: Tensor) -> Tensor:
+        """Move a tensor to the model's device."""
+        return tensor.to(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        """Copy a tensor to the model's device."""
+        # a model may write into its inputs, which belong to the loader
+        return tensor.detach().to(device, copy=True)
+
+    for batch in drawn_from(loader):
+        call, targets = loader_call(batch, example)
+        size = _checked_size(call, batch)
+        args, kwargs = tree_map_only(Tensor, copied, (call.args, call.kwargs))
+        yield LoaderBatch(args, kwargs, tree_map_only(Tensor, moved, targets), size)
+
+
+def _checked_size(call: Call, batch: Any) -> int:
+    """Return the number of samples in a batch: the length of its first tensor.
+
+    Raises
+    ------
+    ArgumentError
+        If nothing can be measured on the batch.
+    """
+    tensors = tensors_of((call.args, call.kwargs))
+    first = next((tensor for tensor in tensors if tensor.dim()), None)
+    if first is None:
+        raise ArgumentError(
+            "the loader gave inputs without a tensor of samples "
+            f"({type(batch[0]).__name__}): batches must be tuples (inputs, *targets)."
+        )
+    if not len(first):
+        raise ArgumentError(
+            "a batch of the loader holds no sample, of which nothing can be measured. Leave "
+            "such batches out."
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ArgumentError(
+            "a batch of the loader lies on the meta device and has no values: give batches "
+            "of data."
+        )
+    if any(bool(tensor.isnan().any()) for tensor in tensors):
+        raise ArgumentError(
+            "a batch of the loader holds NaN, of which nothing can be measured. Look at how "
+            "its data is made."
+        )
+    return len(first)
+
+
+def call_model(model: Callable[..., Any], batch: LoaderBatch, *, packed: bool = False) -> Any:
+    """Return what the model gives for a batch.
+
+    Parameters
+    ----------
+    model:
+        The model, or a function.
+    batch:
+        The batch.
+    packed:
+        Whether the model takes its positional and keyword arguments as a tuple and a dict.
+
+    Raises
+    ------
+    CallbackError
+        If the model raises an error, because the batch does not fit.
+    """
+    with calling("the model, given a batch of the loader,"):
+        return model(batch.args, batch.kwargs) if packed else model(*batch.args, **batch.kwargs)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse a value that gives no batches.
+
+    Raises
+    ------
+    ArgumentError
+        If it is a class, a tensor, a string or a mapping, or is not iterable.
     """
     listed = isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__")
     if isinstance(loader, (str, bytes, Mapping, Tensor, type)) or not listed:
@@ -117,11 +167,19 @@ def check_loader(loader: Any) -> None:
 
 
 def check_finite(values: Iterable[Any], what: str) -> None:
-    """Refuse what came to NaN or infinity.
+    """Refuse tensors that hold NaN or infinity.
+
+    Parameters
+    ----------
+    values:
+        The values; those that are not floating-point tensors are skipped.
+    what:
+        What they are, for the message.
 
     Raises
     ------
     ArgumentError
+        If a tensor holds NaN or infinity.
     """
     for value in values:
         if (
@@ -136,17 +194,24 @@ def check_finite(values: Iterable[Any], what: str) -> None:
 
 
 def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[Any, ...]]:
-    """A loader's batch ``(inputs, *targets)`` as a call of the model, and the targets.
+    """Return a batch ``(inputs, *targets)`` of a loader as a call of the model, and the targets.
 
-    Inputs are read as example inputs are (:func:`fxprune.inputs.as_call`), but for a list: a
-    ``DataLoader`` makes lists of the tuples that a data set gives, so that it holds positional
-    arguments. Where the example is one list of tensors (a detector's images), so are tensors in a
-    list or a tuple.
+    Inputs are read like example inputs (:func:`fxprune.inputs.as_call`), except a list. A
+    ``DataLoader`` turns the tuples of a data set into lists, so a list holds positional arguments.
+    If the example is a single list of tensors (images for a detector), then a list or tuple of
+    tensors is one argument too.
+
+    Parameters
+    ----------
+    batch:
+        The batch.
+    example:
+        The call that the model was analysed with.
 
     Raises
     ------
     ArgumentError
-        If the batch is something else.
+        If the batch is not a non-empty tuple or list.
 
     Examples
     --------
@@ -166,18 +231,27 @@ def loader_call(batch: Any, example: Call | None = None) -> tuple[Call, tuple[An
     inputs, *targets = batch
     if isinstance(inputs, (tuple, list)):
         images = example is not None and [*map(type, example.args)] == [list]
-        one = images and bool(inputs) and all(isinstance(item, Tensor) for item in inputs)
-        inputs = ([*inputs],) if one else tuple(inputs)
+        is_single = images and bool(inputs) and all(isinstance(item, Tensor) for item in inputs)
+        inputs = ([*inputs],) if is_single else tuple(inputs)
     return as_call(inputs), tuple(targets)
 
 
 def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
-    """Refuse a tensor of a batch that has other dimensions than the example's, whatever their
-    sizes.
+    """Refuse a tensor that has another number of dimensions than the example's; sizes may differ.
+
+    Parameters
+    ----------
+    what:
+        What the tensor is, for the message.
+    given:
+        The tensor of a batch.
+    analysed:
+        The tensor of the example; any other value is not checked.
 
     Raises
     ------
     ArgumentError
+        If the numbers of dimensions differ.
     """
     if isinstance(analysed, Tensor) and given.dim() != analysed.dim():
         raise ArgumentError(
@@ -188,8 +262,11 @@ def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it had."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode inside the context.
+
+    Afterwards every module has its former mode.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -200,7 +277,18 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def check_read(samples: float) -> None:
-    """Refuse a loader that gave nothing; ``samples`` (or batches) is how many it gave."""
+    """Refuse a loader that gave nothing.
+
+    Parameters
+    ----------
+    samples:
+        How many samples or batches it gave.
+
+    Raises
+    ------
+    ArgumentError
+        If it gave none.
+    """
     if not samples:
         raise ArgumentError(
             "the loader gave no batch, so nothing can be measured. Pass one that is not empty "

@@ -1,15 +1,14 @@
-"""Mean, variance and standard deviation of a tensor from which zeros were removed: the removed
-elements still count.
+r"""Mean, variance and standard deviation of a tensor without its removed zeros, as if it had them.
 
-A statistic that forward takes by itself (``x.var(1)``) over channels of which some are gone must
-be that of the masked original, in which these channels are zeros. The emitted graph calls these
-functions in the place of ``torch.var`` and its kind. From the mean :math:`m` and the biased
-variance :math:`v` of the :math:`n` elements that are left of :math:`N`, the variance of all is
+If ``forward`` takes a statistic itself (``x.var(1)``) over channels of which some are removed, the
+result must be that of the masked original, where these channels are zeros. The emitted graph calls
+these functions in place of ``torch.var`` and similar ones. From the mean :math:`m` and the biased
+variance :math:`v` of the :math:`n` remaining elements out of :math:`N`, the variance of all is
 
-.. math:: \\frac{n v + n (N - n) / N \\cdot m^2}{N - \\text{correction}}
+.. math:: \frac{n v + n (N - n) / N \cdot m^2}{N - \text{correction}}
 
-As torch's own functions, they are one call for whoever traces them; a second pruning corrects its
-numbers.
+Like torch's own functions, each is traced as a single call. A second pruning then corrects the
+numbers in that call.
 """
 
 from __future__ import annotations
@@ -31,16 +30,21 @@ def var_mean(
     Parameters
     ----------
     x:
-        Real; what is left.
+        The remaining elements, of a real floating-point dtype.
     dim:
-        The dimensions that are reduced.
+        The dimensions to reduce.
     correction:
-        What is subtracted from the number of elements, at most 1: 1 for the sample variance, 0 for
-        that of the population.
+        Subtracted from the number of elements, at most 1: 1 for the sample variance, 0 for the
+        population variance.
     keepdim:
         Whether reduced dimensions stay, with size 1.
     kept, total:
-        Of ``total`` elements that are reduced to one, ``kept`` are left.
+        The ratio of remaining elements to all: ``kept`` of ``total``.
+
+    Returns
+    -------
+    tuple of Tensor
+        Variance and mean of all elements, the removed zeros included.
 
     Examples
     --------
@@ -61,18 +65,32 @@ def var_mean(
 def std_mean(
     x: Tensor, dim: list[int], correction: float, keepdim: bool, kept: int, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Return standard deviation and mean over ``dim`` of ``x`` with the removed zeros; see
-    :func:`var_mean`.
+    """Return standard deviation and mean over ``dim`` of ``x`` with the removed zeros.
 
-    As that of ``torch.std``, the gradient is 0 where all elements are.
+    The gradient is 0 where all elements are, as that of ``torch.std``.
+
+    Parameters
+    ----------
+    x, dim, correction, keepdim, kept, total:
+        As for :func:`var_mean`.
+
+    Returns
+    -------
+    tuple of Tensor
+        Standard deviation and mean of all elements, the removed zeros included.
+
+    Examples
+    --------
+    >>> std_mean(torch.tensor([3.0, 3.0]), [0], 0, False, kept=1, total=2)
+    (tensor(1.5000), tensor(1.5000))
     """
     if has_torch_function_unary(x):
         return handle_torch_function(std_mean, (x,), x, dim, correction, keepdim, kept, total)
     share = kept / total
     deviation, mean = torch.std_mean(x, dim, correction=0, keepdim=keepdim)
-    both = torch.stack((share**0.5 * deviation, (share * (1.0 - share)) ** 0.5 * mean))
-    deviation = torch.linalg.vector_norm(both, dim=0)
-    if correction != 0:  # a tensor: torch.export knows no root of a size
+    parts = torch.stack((share**0.5 * deviation, (share * (1.0 - share)) ** 0.5 * mean))
+    deviation = torch.linalg.vector_norm(parts, dim=0)
+    if correction != 0:  # the factor is a tensor: torch.export cannot take the root of a size
         deviation = deviation * x.new_full([], _corrected(x, dim, correction, kept, total)).sqrt()
     return deviation, share * mean
 
@@ -105,7 +123,7 @@ def std(
 
 
 def _corrected(x: Tensor, dim: list[int], correction: float, kept: int, total: int) -> float:
-    """N / (N - correction), for N elements with the removed ones."""
+    """Return N / (N - correction), where N counts all elements, the removed ones included."""
     if correction == 0:
         return 1.0
     count = 1
@@ -116,5 +134,5 @@ def _corrected(x: Tensor, dim: list[int], correction: float, kept: int, total: i
 
 
 def counts_removed(target: Any) -> bool:
-    """Whether a node's target is one of these functions."""
+    """Tell whether a node's target is one of these functions."""
     return target in (var, std, var_mean, std_mean)

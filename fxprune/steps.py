@@ -1,6 +1,4 @@
-"""Prune a little, train, prune again: down to a budget in several steps, around a training loop of
-the user's own.
-"""
+"""Pruning to a budget in several steps, with training by the user after each."""
 
 from __future__ import annotations
 
@@ -36,11 +34,11 @@ _OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_i
 
 @public
 class Steps:
-    """Iterate over ever smaller models; train each in the body of the loop, in place.
+    """Iterate over ever smaller models; train each in place in the body of the loop.
 
-    Step k of n is brought to ``budget ** (k / n)`` of the original model, by pruning what the body
-    left of step k - 1; so every step takes away the same share, and the last one meets the budget
-    itself.
+    Step k of n prunes the model that the body left at step k - 1. It reaches ``budget ** (k / n)``
+    of the original model. So every step removes the same share, and the last step meets the
+    budget.
 
     Parameters
     ----------
@@ -49,20 +47,29 @@ class Steps:
     count:
         Number of steps.
     macs, params:
-        The final budgets, as shares of the original.
+        The final budgets, as shares of the original; at least one of them.
     folder:
-        Where to keep the state after each step. A run that was interrupted goes on behind the last
-        step that it finished; a step that was killed, even while it was written, leaves the state
-        before it. Without a folder nothing is kept.
+        Where to save the model after each step. A run that was interrupted continues after the
+        last step that it finished. If a step is killed, even while it is being saved, the folder
+        keeps the step before it. Without a folder nothing is saved.
     options:
-        Everything else that :func:`fxprune.prune` takes (``criterion``, ``keep``, ``round_to``,
-        ...), for each step.
+        All other keywords of :func:`fxprune.prune` (``criterion``, ``keep``, ``round_to``, ...),
+        used at each step. ``channels``, ``layers`` and ``latency`` are not allowed.
+
+    Yields
+    ------
+    Pruned
+        The model of each step, to be trained.
 
     Raises
     ------
     ArgumentError
-        If the folder belongs to another run (of another model or other weights, with other inputs,
-        budgets or options), or no budget is given.
+        If no budget is given; if an option counts what the current model has; if the folder
+        belongs to another run (another model or weights, other inputs, budgets or options).
+    SignatureError
+        If an option is no keyword of :func:`fxprune.prune`.
+    PlanError
+        If the folder is damaged.
 
     Examples
     --------
@@ -85,34 +92,12 @@ class Steps:
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        unknown = [name for name in options if name not in _OPTIONS]
-        if unknown:
-            raise SignatureError(
-                f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those "
-                "of prune."
-            )
-        if any(name in options for name in ("channels", "layers", "latency")):
-            raise ArgumentError(
-                "channels=, layers= and latency= count what the model at hand has: give macs= or "
-                "params= instead."
-            )
+        _check_options(options)
         model = plain(model)
         check_model(model)
         count = whole("count", count)
-        asked = {
-            name: value
-            for name, value in (("macs", macs), ("params", params))
-            if value is not None
-        }
-        if not asked:
-            raise ArgumentError(
-                "nothing says how far to go: give macs= or params=, e.g. macs=0.25."
-            )
-        self.budget = {
-            name: share(name, value, "the share of the original to end with")
-            for name, value in asked.items()
-        }
-        if "keep" in options:  # by their names, which the smaller models have too
+        self.budget = _final_budget({"macs": macs, "params": params})
+        if "keep" in options:  # by names, because the smaller models have these too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
         self.folder = None if folder is None else path_of("the folder", folder)
@@ -120,44 +105,58 @@ class Steps:
             self._claim(self.folder)
 
     def __iter__(self) -> Iterator[Pruned]:
+        """Yield the model of each unfinished step; save it once the body has trained it."""
         with guarded("Steps"):
             done = self.done
             current = self.model if done == 0 else self._load(done).model
             start = self._cost(self.model)
         for k in range(done + 1, self.count + 1):
             with guarded("Steps"):
-                now = self._cost(current)
-                goal = {
-                    name: part ** (k / self.count) * start[name]
-                    for name, part in self.budget.items()
-                }
-                shares: dict[str, Any] = {
-                    name: min(1.0, goal[name] / now[name]) if now[name] else 1.0 for name in goal
-                }
-                step = prune(current, self.inputs, **shares, **self.options)
+                step = prune(
+                    current, self.inputs, **self._shares(current, start, k), **self.options
+                )
             yield step
             if self.folder is not None:
                 step.save(self._path(k))
             current = step.model
 
+    def _shares(self, current: nn.Module, start: dict[str, float], k: int) -> dict[str, Any]:
+        """Return the budget of step k as shares of the current model.
+
+        Parameters
+        ----------
+        current:
+            The model that the step prunes.
+        start:
+            The costs of the original.
+        k:
+            The number of the step, from 1.
+        """
+        now = self._cost(current)
+        shares: dict[str, Any] = {}
+        for name, part in self.budget.items():
+            goal = part ** (k / self.count) * start[name]
+            shares[name] = min(1.0, goal / now[name]) if now[name] else 1.0
+        return shares
+
     @property
     @public
     def done(self) -> int:
-        """How many steps the folder holds, trained."""
+        """Number of finished steps, trained and saved in the folder; 0 without a folder."""
         if self.folder is None:
             return 0
         return max((k for k in range(1, self.count + 1) if self._path(k).is_dir()), default=0)
 
     @public
     def last(self) -> Pruned:
-        """The last finished step, from the folder.
+        """Load the last finished step from the folder.
 
         Raises
         ------
         ArgumentError
-            If there is none.
+            If no step has been finished.
         PlanError
-            If it is damaged.
+            If its files are damaged.
         """
         if not self.done:
             raise ArgumentError(
@@ -167,24 +166,35 @@ class Steps:
         return self._load(self.done)
 
     def _load(self, k: int) -> Pruned:
+        """Load a finished step."""
         return load(self._path(k), self.model)
 
     def _path(self, k: int) -> Path:
+        """Return the folder of a step."""
         assert self.folder is not None
         return self.folder / f"step-{k}"
 
     def _cost(self, model: nn.Module) -> dict[str, float]:
+        """Return the multiply-accumulates and the parameters of a model."""
         found = cost_of(model, self.inputs)
         return {"macs": float(found.macs), "params": float(found.params)}
 
     def _claim(self, folder: Path) -> None:
-        """Write what the run is into a new folder; compare it with what an old one holds."""
+        """Write this run's settings into a new folder, or compare them with an old one's.
+
+        Raises
+        ------
+        ArgumentError
+            If the folder belongs to a run with other settings.
+        PlanError
+            If its settings are damaged.
+        """
         settings = {
             "count": self.count,
             "budget": self.budget,
             "model": _digest(self.model),
-            "inputs": described(self.inputs),
-            "options": described(self.options),
+            "inputs": describe(self.inputs),
+            "options": describe(self.options),
         }
         settings = json.loads(json.dumps(settings))
         if not (folder / _SETTINGS).exists():
@@ -202,7 +212,52 @@ class Steps:
             )
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse keywords that a step of pruning does not take.
+
+    Raises
+    ------
+    SignatureError
+        If `prune` has no such keyword.
+    ArgumentError
+        If it counts what the current model has, so that it cannot be the budget of a whole run.
+    """
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise SignatureError(
+            f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of "
+            "prune."
+        )
+    if any(name in options for name in ("channels", "layers", "latency")):
+        raise ArgumentError(
+            "channels=, layers= and latency= count what the model at hand has: give macs= or "
+            "params= instead."
+        )
+
+
+def _final_budget(shares: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the shares that are given, checked.
+
+    Raises
+    ------
+    ArgumentError
+        If none is given, or one is outside (0, 1].
+    """
+    given = {name: value for name, value in shares.items() if value is not None}
+    if not given:
+        raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
+    meaning = "the share of the original to end with"
+    return {name: share(name, value, meaning) for name, value in given.items()}
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a run.
+
+    Raises
+    ------
+    PlanError
+        If the file is damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -213,7 +268,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of names, shapes, types and values of all parameters and buffers."""
+    """Return a hash of the names, shapes, types and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -222,11 +277,20 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def described(value: Any) -> Any:
-    """What tells a setting from another one, as data that is the same in every process: of an
-    object its type and settings.
+def describe(value: Any) -> Any:
+    """Return a setting as JSON data that identifies it, the same in every process.
 
-    >>> described((torch.zeros(2, 3), {"share": 0.5})), described(torch.relu)
+    Tensors are describe by type and shape, dataclasses by their type and fields, and other
+    objects by the name of their function or type.
+
+    Parameters
+    ----------
+    value:
+        The setting: a number, a string, a tensor, a container of settings, or an object.
+
+    Examples
+    --------
+    >>> describe((torch.zeros(2, 3), {"share": 0.5})), describe(torch.relu)
     (['float32 (2, 3)', {'share': 0.5}], 'torch.relu')
     """
     if isinstance(value, Tensor):
@@ -236,13 +300,11 @@ def described(value: Any) -> Any:
     if isinstance(value, (bool, int, float)) or number(value) is not None:
         return value if isinstance(value, bool) else number(value)
     if isinstance(value, Mapping):
-        return {str(key): described(item) for key, item in value.items()}
+        return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [described(item) for item in value]
+        return [describe(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            "kind": described(type(value)),
-            **{own.name: described(getattr(value, own.name)) for own in fields(value)},
-        }
+        settings = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": describe(type(value)), **settings}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', None) or 'torch'}.{named.__name__}"

@@ -1,9 +1,12 @@
-"""How important a unit is: one score per unit, the larger the more important.
+"""Criteria: functions that give each unit a score, the larger the more important.
 
-A criterion is a pure function from a group's units (:class:`UnitView`) to scores of shape
-(units,), or an object with ``scores(coupling, model)``, which gives an array of shape (labels,),
-``coupling.context.units.count`` numbers: a group's units are the labels ``group.units``. The named
-ones:
+A criterion is one of two things. It is a pure function that takes a group's units
+(:class:`UnitView`) and returns scores of shape (units,). Or it is an object with a method
+``scores(coupling, model)`` that returns an array of shape (labels,), with
+``coupling.context.units.count`` entries. The scores of a group's units are the entries at
+``group.units``.
+
+These criteria have a name:
 
 ======== ==========================================
 cpmc     :class:`CPMC`, the default
@@ -14,8 +17,8 @@ fpgm     :func:`fpgm`
 random   :class:`Random`
 ======== ==========================================
 
-Those that read data have no name, because they need a loader: :class:`Taylor`, :class:`Fisher`,
-:class:`Activation`.
+:class:`Taylor`, :class:`Fisher` and :class:`Activation` have no name because they need a loader of
+data.
 """
 
 from __future__ import annotations
@@ -64,9 +67,20 @@ __all__ = [
 @public
 @dataclass(frozen=True)
 class Random:
-    """Uniform scores in [0, 1): the baseline that every criterion has to beat. Equal for equal
-    seeds.
+    """Uniform random scores in [0, 1): the baseline that every criterion has to beat.
 
+    Parameters
+    ----------
+    seed:
+        Seed of the random numbers, at least 0. Equal seeds give equal scores.
+
+    Raises
+    ------
+    ArgumentError
+        If ``seed`` is not a whole number of at least 0.
+
+    Examples
+    --------
     >>> import fxprune
     >>> net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
     >>> coupling = fxprune.analyze(net, torch.zeros(1, 2))
@@ -82,21 +96,32 @@ class Random:
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,)."""
+        """Draw a score for every label.
+
+        Returns
+        -------
+        Floats
+            Scores of shape (labels,).
+
+        Raises
+        ------
+        ModelError, ArgumentError
+            If ``coupling`` is not an analysis of ``model``.
+        """
         check_coupling(coupling, model)
         return np.random.default_rng(self.seed).random(coupling.context.units.count)
 
 
 class Scorer(Protocol):
-    """A criterion that looks at the whole model, and may read data."""
+    """A criterion that sees the whole model and may read data."""
 
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,)."""
+        """Return scores of shape (labels,), the larger the more important."""
         ...
 
 
 Criterion: TypeAlias = str | Callable[[UnitView], Tensor] | Scorer
-"""A name, a function of a group's units, or an object with ``scores``."""
+"""A name, a function that takes a :class:`UnitView`, or an object with ``scores``."""
 
 CRITERIA: Mapping[str, Criterion] = {
     "cpmc": CPMC(),
@@ -108,8 +133,8 @@ CRITERIA: Mapping[str, Criterion] = {
     "random": Random(),
 }
 
-# Criteria whose scores of different groups do not compare: divided by their group's mean, as
-# torch-pruning does.
+# The scores of these criteria are not comparable between groups. `rank` divides them by the mean
+# of their group, as torch-pruning does.
 _PER_GROUP = (l1, l2, fpgm)
 _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 
@@ -117,10 +142,20 @@ _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 @public
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """What the selection ranks by: ``value`` (by label, the larger the more important) and, in
-    CPMC, the two costs.
+    """The scores by which units are selected, and the weights of the two costs.
 
-    A unit's rank is ``alpha * value + beta * (1 - C') + gamma * (1 - P')``; see :class:`CPMC`.
+    The rank of a unit is ``alpha * value + beta * (1 - C') + gamma * (1 - P')``, where C' and P'
+    are the normalised costs in multiply-accumulates and in parameters; see :class:`CPMC`. Units of
+    the lowest rank are removed first.
+
+    Attributes
+    ----------
+    value:
+        Score of each label, shape (labels,); the larger the more important.
+    alpha:
+        Weight of the score.
+    beta, gamma:
+        Weights of computation and of parameters; 0 for every criterion but :class:`CPMC`.
     """
 
     value: Floats
@@ -133,16 +168,30 @@ class Ranking:
 def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     """Score all units of a model.
 
+    Scores that are not comparable between groups (:func:`l1`, :func:`l2`, :func:`fpgm`,
+    :class:`Taylor`, :class:`Fisher`, :class:`Activation`) are divided by the mean of their group.
+
     Parameters
     ----------
     criterion:
-        A name of :data:`CRITERIA`, one of the criteria here, or any callable from a
-        :class:`UnitView` to a tensor of shape (units,).
+        A name of :data:`CRITERIA`, one of the criteria here, any object with ``scores(coupling,
+        model)``, or any callable from a :class:`UnitView` to a tensor of shape (units,).
+    coupling:
+        The analysis of ``model``.
+    model:
+        The model whose weights are scored.
+
+    Returns
+    -------
+    Ranking
+        The score of each label, and the weights of the costs.
 
     Raises
     ------
     ArgumentError
-        If there is no such criterion, or its scores have a wrong shape or are not finite.
+        If the criterion is unknown, or its scores have a wrong shape or are not finite.
+    ModelError
+        If a parameter holds infinity or NaN, so that its units cannot be ranked.
 
     Examples
     --------
@@ -154,26 +203,25 @@ def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     [0.0, 1.0, 2.0, 3.0]
     """
     check_coupling(coupling, model)
-    found: Any = _criterion_found(criterion)
-    value = (
-        _of_labels(found, coupling, model)
-        if hasattr(found, "scores")
-        else _of_views(found, coupling, model)
-    )
-    per_group = any(found is one for one in _PER_GROUP) or isinstance(found, _PER_GROUP_KINDS)
+    chosen: Any = _as_criterion(criterion)
+    if hasattr(chosen, "scores"):
+        value = _scores_of_labels(chosen, coupling, model)
+    else:
+        value = _scores_of_views(chosen, coupling, model)
+    per_group = any(chosen is one for one in _PER_GROUP) or isinstance(chosen, _PER_GROUP_KINDS)
     for group in coupling.groups:
-        own = value[group.units]
-        if not np.isfinite(own).all():
-            raise _not_finite(group, model)
+        scores = value[group.units]
+        if not np.isfinite(scores).all():
+            raise _error_of_scores(group, model)
         if per_group:
-            value[group.units] = own / max(own.mean(), np.finfo(np.float64).tiny)
-    if isinstance(found, CPMC):
-        return Ranking(value, found.alpha, found.beta, found.gamma)
+            value[group.units] = scores / max(scores.mean(), np.finfo(np.float64).tiny)
+    if isinstance(chosen, CPMC):
+        return Ranking(value, chosen.alpha, chosen.beta, chosen.gamma)
     return Ranking(value)
 
 
-def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
-    """What is said of scores that cannot be ranked: it is the weights, or the criterion."""
+def _error_of_scores(group: Group, model: nn.Module) -> FxpruneError:
+    """Return the error for scores that are not finite: it blames the weights or the criterion."""
     parameters = dict(model.named_parameters())
     for name in dict.fromkeys(axis.parameter for axis in group.axes):
         if name in parameters and not bool(parameters[name].isfinite().all()):
@@ -187,7 +235,14 @@ def _not_finite(group: Group, model: nn.Module) -> FxpruneError:
     )
 
 
-def _criterion_found(criterion: Any) -> Any:
+def _as_criterion(criterion: Any) -> Any:
+    """Return the criterion of that name, or the criterion itself if it is one.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such name, or the value is no criterion.
+    """
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             near = difflib.get_close_matches(criterion, CRITERIA, n=1)
@@ -210,19 +265,28 @@ def _criterion_found(criterion: Any) -> Any:
     return criterion
 
 
-def _running_criterion(criterion: Any, what: str) -> AbstractContextManager[None]:
-    """Tells errors of a criterion of the caller's own apart from those of one of these."""
+def _call_of_criterion(criterion: Any, what: str) -> AbstractContextManager[None]:
+    """Return a context in which errors of the caller's own criterion become a ``CallbackError``.
+
+    Errors of a criterion of fxprune pass unchanged, because they are not the caller's fault.
+    """
     kind = criterion if hasattr(criterion, "__qualname__") else type(criterion)
     ours = str(getattr(kind, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
     return nullcontext() if ours else calling(what)
 
 
-def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
-    with _running_criterion(
-        criterion, f"scores(coupling, model) of the criterion {type(criterion).__name__}"
-    ):
+def _scores_of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
+    """Return the scores of a criterion with ``scores(coupling, model)``, shape (labels,).
+
+    Raises
+    ------
+    ArgumentError
+        If they are no array of numbers of that shape.
+    """
+    name = type(criterion).__name__
+    with _call_of_criterion(criterion, f"scores(coupling, model) of the criterion {name}"):
         given = criterion.scores(coupling, model)
-    found = _of_tensor(given) if isinstance(given, Tensor) else given
+    found = _array_of(given) if isinstance(given, Tensor) else given
     try:
         value = np.array(found, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -238,17 +302,21 @@ def _of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:
     return value
 
 
-def _of_views(
+def _scores_of_views(
     criterion: Callable[[UnitView], Tensor], coupling: Coupling, model: nn.Module
 ) -> Floats:
+    """Return the scores of a criterion that is called once per group, shape (labels,).
+
+    Raises
+    ------
+    ArgumentError
+        If they are not one tensor of shape (units,) for each group.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    name = getattr(criterion, "__name__", type(criterion).__name__)
     value = np.zeros(coupling.context.units.count)
     for view in Views(coupling, parameters):
-        with _running_criterion(
-            criterion,
-            f"the criterion {getattr(criterion, '__name__', type(criterion).__name__)}, given a "
-            "UnitView,",
-        ):
+        with _call_of_criterion(criterion, f"the criterion {name}, given a UnitView,"):
             scores = criterion(view)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -256,17 +324,17 @@ def _of_views(
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one "
                 f"score per unit, a tensor of shape ({view.group.size},)."
             )
-        value[view.group.units] = _of_tensor(scores)
+        value[view.group.units] = _array_of(scores)
     return value
 
 
-def _of_tensor(scores: Tensor) -> Floats:
-    """Scores that a criterion gave as a tensor of whatever kind.
+def _array_of(scores: Tensor) -> Floats:
+    """Return the scores in a tensor of any device, layout or real dtype as a float64 array.
 
     Raises
     ------
     ArgumentError
-        If the tensor has no real numbers in it.
+        If the tensor holds no real numbers.
     """
     if scores.is_meta or scores.is_complex() or scores.is_quantized:
         kind = "on the meta device" if scores.is_meta else f"of type {scores.dtype}"

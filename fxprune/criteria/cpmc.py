@@ -1,4 +1,4 @@
-"""CPMC: weight value, computational cost and parameter quantity together."""
+"""CPMC: a criterion of weight value, computational cost and parameter count."""
 
 from __future__ import annotations
 
@@ -20,45 +20,44 @@ __all__ = ["CPMC", "share_left"]
 @public
 @dataclass(frozen=True)
 class CPMC:
-    r"""Multi-criteria importance based on weight dependency.
+    r"""Importance by three criteria: weight value, computational cost and parameter count.
 
     .. math::
 
        I(u) = \alpha \frac{\bar V_g}{\bar V} V'(u) + \beta (1 - C'(u)) + \gamma (1 - P'(u)), \qquad
        V'(u) = \frac{V(u)}{\bar V_g} \Big/ \frac{r(u)}{n}, \qquad V(u) = \sum_{w \in W(u)} w^2
 
-    The three aspects and the weight dependency are the paper's (Yan et al., "Channel Pruning via
-    Multi-Criteria based on Weight Dependency", IJCNN 2021): :math:`W(u)` are all weights that
-    vanish with a unit, its own filters and the slices of every next layer that read it; :math:`C`
-    and :math:`P` are the multiply-accumulates and the parameters that vanish with it, at the
-    current widths. :math:`C' = \log_2 (1 + C) / \max \log_2 (1 + C)` over the network, :math:`P'`
-    alike, is how COP normalises costs (Wang et al., IJCAI 2019).
+    :math:`W(u)` is the set of all weights that vanish with a unit: its own filters, and the slices
+    of every next layer that read it. :math:`C` and :math:`P` are the multiply-accumulates and the
+    parameters that vanish with it, at the current widths. :math:`C' = \log_2 (1 + C) / \max \log_2
+    (1 + C)` over the network, and :math:`P'` likewise.
 
-    The magnitude, the normalisers and the weights are ours. :math:`V'` is normalised within the
-    group: by the mean over its n units, :math:`\bar V_g`, and by the share of the unit's block
-    that is left when all smaller units have gone, :math:`r(u) / n`, the unit itself included. That
-    share matters most: trained units of a group differ by a tenth or two, and without it a group
-    whose units are a little smaller than another's would lose them all first. With it groups
-    shrink together, none is emptied. :math:`\bar V_g / \bar V`, the mean over all units of the
-    network, is what makes groups compare globally: each keeps a share of its units in proportion
-    to what they weigh (D'Hondt's highest averages), and training makes the units of residual
-    streams and of early layers heavy.
-    ``benchmarks/accuracy.py --ablation`` shows what each of these choices is worth.
+    :math:`V'` is normalised within the group. It is divided by the mean over the group's n units,
+    :math:`\bar V_g`, and by :math:`r(u) / n`. That is the share of the unit's block that is left
+    when all smaller units are gone, the unit itself included. This share matters most: trained
+    units of a group differ by only 10 to 20 %, so without it a group whose units are slightly
+    smaller than another's would lose all of them first. With it, groups shrink together and none
+    is emptied.
 
-    Calling it gives :math:`V' \bar V_g / \bar V`, shape (units,), float64, none negative; the
-    selection adds the costs, which change as widths shrink.
+    :math:`\bar V_g / \bar V` compares groups globally, where :math:`\bar V` is the mean over all
+    units of the network. Each group keeps a share of its units in proportion to their mean value
+    (D'Hondt's method of highest averages). Training makes the units of residual streams and of
+    early layers large, so these groups keep more.
+
+    Calling the object returns :math:`V' \bar V_g / \bar V`. The selection adds the costs, because
+    they change as widths shrink.
 
     Parameters
     ----------
     alpha, beta, gamma:
         Weights of value, computation and parameters; none negative, not all 0.
     roles:
-        Which elements count for the value; ``("own", "scale")`` leaves out the dependent weights
+        Which elements count for the value. ``("own", "scale")`` leaves out the dependent weights
         of the next layers.
     weigh_groups:
-        Whether groups count by their mean magnitude. False: :math:`V'` alone, which does not
-        change when all of a group's weights are scaled; for networks whose layers were scaled by
-        hand.
+        Whether groups count by their mean magnitude. If False, the value is :math:`V'` alone,
+        which does not change when all of a group's weights are scaled. Choose it for networks
+        whose layers were scaled by hand.
     standing:
         The old name of ``weigh_groups``.
 
@@ -71,6 +70,14 @@ class CPMC:
     ------
     ArgumentError
         If a weight is negative or not finite, all are 0, or a role is unknown.
+
+    Notes
+    -----
+    The three aspects and the weight dependency :math:`W(u)` are from Yan et al., "Channel Pruning
+    via Multi-Criteria based on Weight Dependency", IJCNN 2021. The normalisation of the costs is
+    from COP (Wang et al., IJCAI 2019). The squared magnitude, the normalisation of the value and
+    the default weights are fxprune's own; ``benchmarks/accuracy.py --ablation`` measures the
+    effect of each of these choices.
 
     Examples
     --------
@@ -101,9 +108,8 @@ class CPMC:
             )
         chosen = self.weigh_groups if standing is None else standing
         weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
-        if not all(
-            w is not None and math.isfinite(w) and w >= 0 for w in weights.values()
-        ) or not any(weights.values()):
+        valid = [w is not None and math.isfinite(w) and w >= 0 for w in weights.values()]
+        if not all(valid) or not any(weights.values()):
             given = ", ".join(f"{shown(getattr(self, name))}" for name in weights)
             raise ArgumentError(
                 f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all "
@@ -119,29 +125,59 @@ class CPMC:
 
     @public
     def __call__(self, view: UnitView) -> Tensor:
-        """Shape (units,)."""
+        """Return the value term of each unit; none is negative.
+
+        Parameters
+        ----------
+        view:
+            The units of one group.
+
+        Returns
+        -------
+        Tensor
+            Values of shape (units,), float64.
+
+        Raises
+        ------
+        ArgumentError
+            If ``view`` is not a :class:`UnitView`.
+        """
         check_view(view)
         value = view.sum(torch.square, self.roles)
-        whole = (
-            view.network_mean(torch.square, self.roles)
-            if self.weigh_groups
-            else float(value.mean())
-        )
-        return value / max(whole, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
+        if self.weigh_groups:
+            mean = view.network_mean(torch.square, self.roles)
+        else:
+            mean = float(value.mean())
+        return value / max(mean, torch.finfo(value.dtype).tiny) / share_left(value, view.blocks)
 
 
 def share_left(values: Tensor, blocks: Tensor) -> Tensor:
-    """What share of its block is left when all smaller units have gone, the unit itself included;
-    of equals, the last goes first.
+    """Return for each unit the share of its block that is left when all smaller units are gone.
 
+    The share includes the unit itself. Of equal units, the last one is removed first.
+
+    Parameters
+    ----------
+    values:
+        Value of each unit, shape (units,).
+    blocks:
+        Block of each unit, shape (units,).
+
+    Returns
+    -------
+    Tensor
+        Shares in (0, 1], shape (units,), of the dtype of ``values``.
+
+    Examples
+    --------
     >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 0, 0])).tolist()
     [0.75, 0.25, 0.5, 1.0]
     >>> share_left(torch.tensor([5.0, 7.0, 7.0, 1.0]), torch.tensor([0, 0, 1, 1])).tolist()
     [1.0, 0.5, 0.5, 1.0]
     """
-    left = torch.empty_like(values)
+    shares = torch.empty_like(values)
     for block in blocks.unique():
         members = (blocks == block).nonzero().flatten()
         order = members[torch.argsort(values[members], descending=True, stable=True)]
-        left[order] = torch.arange(1, len(order) + 1, dtype=values.dtype) / len(order)
-    return left
+        shares[order] = torch.arange(1, len(order) + 1, dtype=values.dtype) / len(order)
+    return shares

@@ -1,11 +1,10 @@
-"""Criteria that read data: a loader of batches, a loss, and the gradients or activations they
-give.
+"""Criteria that read data: they use the gradients or activations of a loader's batches.
 
-The model is not touched: it runs in evaluation mode on copies of its parameters and buffers
-(:class:`Taylor`, :class:`Fisher`), or as the graph that the analysis traced (:class:`Activation`),
-so its modes, gradients and statistics stay as they are. Batches are taken to the model's device.
-In a process group (``torchrun``) every process reads its own batches and the sums are reduced over
-all of them, so the scores are those of one process that reads everything.
+The model is not changed. :class:`Taylor` and :class:`Fisher` run it in evaluation mode on copies
+of its parameters and buffers. :class:`Activation` runs the graph that the analysis traced. So the
+model's modes, gradients and statistics stay as they are. Batches are copied to the model's device.
+In a process group (``torchrun``) every process reads its own batches, and the sums are reduced
+over all processes. The scores then equal those of one process that reads everything.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 
 from fxprune.calibration import (
     Loader,
+    LoaderBatch,
     batches_of,
-    called,
+    call_model,
     check_finite,
     check_loader,
     check_read,
-    evaluated,
+    evaluation_mode,
 )
 from fxprune.common.arrays import Floats
 from fxprune.common.identity import IdentityMap
 from fxprune.common.public import calling, public
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
-from fxprune.criteria.views import Views, in_single_at_least
+from fxprune.criteria.views import Views, at_least_float32
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
 from fxprune.trace.aliasing import Undone
@@ -41,10 +42,11 @@ __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
 
 
 if torch.distributed.is_available():
-    # Its functions take the process group of the moment in which they are imported as their
-    # default, and keep it for ever. PyTorch imports it at its first tracing: in a process group,
-    # that group would outlive destroy_process_group, its threads the interpreter, and now and then
-    # a process would be aborted at its end. So it is imported before any group is there.
+    # The default arguments of this module's functions hold the process group that exists when it
+    # is imported, and never release it. PyTorch imports the module when it traces for the first
+    # time. If a process group existed by then, it would outlive destroy_process_group, its threads
+    # would outlive the interpreter, and some processes would abort at exit. So import it here,
+    # before there is any group.
     import torch.distributed.nn
 
 
@@ -53,8 +55,9 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class _Reader:
-    """Has a loader that can be read again: scores are taken anew when a model is analysed anew,
-    and at every pruning step.
+    """A criterion with a loader that can be read repeatedly.
+
+    Scores are computed again whenever a model is analysed again, and at every pruning step.
     """
 
     loader: Loader
@@ -70,7 +73,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _LossReader(_Reader):
-    """Has a loss as well."""
+    """A criterion with a loader and a loss."""
 
     loss: Loss
 
@@ -91,27 +94,34 @@ class _LossReader(_Reader):
 @public
 @dataclass(frozen=True)
 class Taylor(_LossReader):
-    r""":math:`\left| \sum w \cdot \partial L / \partial w \right|` over a unit's elements: the
-    first-order change of the loss.
+    r"""First-order change of the loss when a unit is removed.
 
-    L is the mean loss over all samples; how they are split into batches makes no difference.
-    Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: the root of
-    their criterion for a channel's gate, over the coupled elements.
+    .. math:: \left| \sum w \cdot \partial L / \partial w \right|
+
+    The sum goes over a unit's elements. L is the mean loss over all samples; the split into
+    batches makes no difference.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, *targets)``; ``inputs`` a tensor, a tuple or list of the model's
-        arguments, or a dict of them by name. The first tensor's first dimension counts the
-        samples. Anything that can be read again: a DataLoader, a list.
+        Batches ``(inputs, *targets)``, where ``inputs`` is a tensor, a tuple or list of the
+        model's arguments, or a dict of them by name. The first dimension of the first tensor
+        counts the samples. The loader must allow repeated reading: a DataLoader or a list, not a
+        generator.
     loss:
         ``loss(output, *targets)``, a mean over the batch.
 
     Raises
     ------
     ArgumentError
-        If the loader is an iterator; when scoring, if it gives no batch, or something else than
-        such batches, or the loss is no number with a gradient.
+        If the loader is an iterator or the loss is not a function. When scoring: if the loader
+        gives no batch or something other than such batches, or the loss is not one number with a
+        gradient.
+
+    Notes
+    -----
+    This is the square root of the criterion for a channel's gate in Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", CVPR 2019, summed over the coupled elements.
 
     Examples
     --------
@@ -130,11 +140,24 @@ class Taylor(_LossReader):
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,)."""
+        """Compute the score of each label.
+
+        Returns
+        -------
+        Floats
+            Scores of shape (labels,), 0 for labels of no unit.
+
+        Raises
+        ------
+        ModelError, ArgumentError
+            If ``coupling`` is not an analysis of ``model``, or the loader or the loss does not
+            fit.
+        """
         check_coupling(coupling, model)
         summed, samples = RunningSum(), 0
 
         def visit(gradients: dict[str, Tensor], size: int) -> None:
+            """Add the gradients of one batch to the sums."""
             nonlocal samples
             summed.add(gradients, size)
             samples += size
@@ -146,19 +169,29 @@ class Taylor(_LossReader):
 @public
 @dataclass(frozen=True)
 class Fisher(_LossReader):
-    r""":math:`\frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2`: the
-    diagonal Fisher information of a unit's mask.
+    r"""Diagonal Fisher information of a mask on each unit.
 
-    :math:`L_b` is the mean loss over batch b of :math:`n_b` samples, N samples in all. With
-    batches of one sample this is the empirical Fisher information, as in Theis et al., "Faster
-    gaze prediction with dense networks and Fisher pruning", 2018, and over coupled elements in Liu
-    et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021. Larger batches
-    estimate it: the gradients of their samples are taken for uncorrelated.
+    .. math:: \frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2
+
+    :math:`L_b` is the mean loss over batch b of :math:`n_b` samples; N is the number of all
+    samples. With batches of one sample this is the empirical Fisher information. Larger batches
+    estimate it, on the assumption that the gradients of their samples are uncorrelated.
 
     Parameters
     ----------
     loader, loss:
         As for :class:`Taylor`.
+
+    Raises
+    ------
+    ArgumentError
+        As for :class:`Taylor`.
+
+    Notes
+    -----
+    Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, use it for
+    single channels; Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML
+    2021, use it for coupled ones.
 
     Examples
     --------
@@ -177,11 +210,24 @@ class Fisher(_LossReader):
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,)."""
+        """Compute the score of each label.
+
+        Returns
+        -------
+        Floats
+            Scores of shape (labels,), 0 for labels of no unit.
+
+        Raises
+        ------
+        ModelError, ArgumentError
+            If ``coupling`` is not an analysis of ``model``, or the loader or the loss does not
+            fit.
+        """
         check_coupling(coupling, model)
         total, samples = np.zeros(coupling.context.units.count), 0
 
         def visit(gradients: dict[str, Tensor], size: int) -> None:
+            """Add the squared products of one batch to the total."""
             nonlocal total, samples
             total += (size * _products(coupling, model, gradients)) ** 2
             samples += size
@@ -193,25 +239,29 @@ class Fisher(_LossReader):
 @public
 @dataclass(frozen=True)
 class Activation(_Reader):
-    r"""Mean :math:`|a|` of a unit's activations where a next layer reads them, over samples and
-    positions.
+    """Mean :math:`|a|` of each unit's activations where a next layer reads them.
 
-    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015
-    (inbound pruning). What reads is a contraction (convolution, depthwise too, matrix product,
-    attention), or whatever else sums channels up. A unit that several read has the mean over them,
-    one that nothing reads has 0.
+    The mean goes over samples and positions. A layer reads a unit if it is a contraction
+    (convolution, including depthwise, matrix product, attention) or any other operation that sums
+    channels up. A unit that several layers read gets the mean over them; a unit that none reads
+    gets 0.
 
     Parameters
     ----------
     loader:
-        Batches ``(inputs, ...)``, as for :class:`Taylor`, with the arguments and the sizes of the
-        analysis' example, but any number of samples; targets are not read.
+        Batches ``(inputs, ...)``, as for :class:`Taylor`, with the arguments and sizes of the
+        analysis' example, but any number of samples. Targets are not read.
 
     Raises
     ------
     ArgumentError
-        If the loader is an iterator; when scoring, if it gives no batch, or something else than
+        If the loader is an iterator. When scoring: if it gives no batch, or something other than
         such batches.
+
+    Notes
+    -----
+    Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015,
+    call this inbound pruning.
 
     Examples
     --------
@@ -227,38 +277,60 @@ class Activation(_Reader):
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Shape (labels,)."""
+        """Compute the score of each label.
+
+        Returns
+        -------
+        Floats
+            Scores of shape (labels,), 0 for labels of no unit.
+
+        Raises
+        ------
+        ModelError, ArgumentError
+            If ``coupling`` is not an analysis of ``model``, or the loader does not fit.
+        """
         check_coupling(coupling, model)
         meter = Meter(coupling)
-        # Buffers are copied, should a module write to its own.
-        real = IdentityMap(
-            (key, t if isinstance(t, nn.Parameter) else t.clone())
-            for key, t in coupling.meta_copy.real.items()
-        )
+        values = _with_copied_buffers(coupling.meta_copy.real)
         undone = Undone(dict(model.named_parameters()))
         with (
             undone.afterwards(),
             torch.no_grad(),
-            coupling.meta_copy.holding(real) as meta_copy,
-            evaluated(meta_copy),
+            coupling.meta_copy.holding(values) as filled,
+            evaluation_mode(filled),
         ):
             for batch in batches_of(self.loader, model, coupling.example):
-                if coupling.parts:
-                    watch_parts(meter, coupling, meta_copy, batch)
-                else:
-                    meter.watch(
-                        "", meta_copy, placeholder_values(coupling.traces[0], batch), batch.size
-                    )
+                _watch_batch(meter, coupling, filled, batch)
                 meter.samples += batch.size
         units = coupling.context.units.count
-        both = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
-        check_read(both[-1])
-        return both[:units] / np.maximum(both[units:-1], 1)
+        sums = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
+        check_read(sums[-1])
+        return sums[:units] / np.maximum(sums[units:-1], 1)
+
+
+def _with_copied_buffers(tensors: IdentityMap[Tensor, Tensor]) -> IdentityMap[Tensor, Tensor]:
+    """Return the model's tensors with a copy of each buffer.
+
+    A module may write to its own buffers.
+    """
+    copies: IdentityMap[Tensor, Tensor] = IdentityMap()
+    for key, tensor in tensors.items():
+        copies[key] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+    return copies
+
+
+def _watch_batch(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
+    """Run the model on a batch under the meter, in parts if it was traced in parts."""
+    if coupling.parts:
+        watch_parts(meter, coupling, model, batch)
+    else:
+        meter.watch("", model, placeholder_values(coupling.traces[0], batch), batch.size)
 
 
 def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
-    """For each unit the sum of weight times gradient over its elements: the derivative by a mask
-    on all of them.
+    """Return the sum of weight times gradient over each unit's elements, shape (labels,).
+
+    This is the derivative of the loss with respect to a mask on all of the unit's elements.
     """
     weights = dict(model.named_parameters())
     products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
@@ -272,67 +344,82 @@ def _each_gradient(
     loss: Loss,
     visit: Callable[[dict[str, Tensor], int], None],
 ) -> None:
-    """Call ``visit(gradients by parameter's name, number of samples)`` batch by batch; gradients
-    are in float32 at least.
+    """Call ``visit(gradients, samples)`` for each batch.
+
+    ``gradients`` maps the name of each parameter to its gradient, in float32 or float64;
+    ``samples`` is the number of samples in the batch.
     """
-    with evaluated(model), torch.inference_mode(False), torch.enable_grad():
-        held = {
-            name: p.detach().clone().requires_grad_()
-            for name, p in model.named_parameters()
-            if p.is_floating_point()
-        }
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+        weights = {}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                weights[name] = parameter.detach().clone().requires_grad_()
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        run = functools.partial(torch.func.functional_call, model, {**weights, **buffers})
         for batch in batches_of(loader, model, example):
-            output = called(
-                functools.partial(torch.func.functional_call, model, {**held, **buffers}),
-                batch,
-                apart=True,
-            )
+            output = call_model(run, batch, packed=True)
             with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
                 value = loss(output, *batch.targets)
-            if (
-                not isinstance(value, Tensor)
-                or value.numel() != 1
-                or not value.requires_grad
-                or value.is_complex()
-            ):
-                tensor = isinstance(value, Tensor)
-                given = (
-                    f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-                    if tensor
-                    else f"a {type(value).__name__}"
-                )
-                raise ArgumentError(
-                    f"the loss gave {given}: it must give the mean loss over the batch, one "
-                    "number that depends on the output through differentiable operations."
-                )
-            check_finite([value], "the loss of a batch")
-            with calling("the gradient of the loss"):
-                found = torch.autograd.grad(value, list(held.values()), allow_unused=True)
-            if all(gradient is None for gradient in found):
-                raise ArgumentError(
-                    "the loss depends on no parameter of the model: compute it from the output "
-                    "that it is given."
-                )
-            visit(
-                {
-                    name: in_single_at_least(g)
-                    for name, g in zip(held, found, strict=True)
-                    if g is not None
-                },
-                batch.size,
-            )
+            _check_loss(value)
+            visit(_gradients_of_loss(value, weights), batch.size)
+
+
+def _check_loss(value: Any) -> None:
+    """Refuse a loss that is not one finite number with a gradient.
+
+    Raises
+    ------
+    ArgumentError
+        If it is something else.
+    """
+    if (
+        not isinstance(value, Tensor)
+        or value.numel() != 1
+        or not value.requires_grad
+        or value.is_complex()
+    ):
+        if isinstance(value, Tensor):
+            given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+        else:
+            given = f"a {type(value).__name__}"
+        raise ArgumentError(
+            f"the loss gave {given}: it must give the mean loss over the batch, one number that "
+            "depends on the output through differentiable operations."
+        )
+    check_finite([value], "the loss of a batch")
+
+
+def _gradients_of_loss(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient by each weight that the loss depends on, in float32 at least.
+
+    Raises
+    ------
+    ArgumentError
+        If the loss depends on no weight.
+    """
+    with calling("the gradient of the loss"):
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = {}
+    for name, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:
+            found[name] = at_least_float32(gradient)
+    if not found:
+        raise ArgumentError(
+            "the loss depends on no parameter of the model: compute it from the output that it "
+            "is given."
+        )
+    return found
 
 
 def _mean(total: Floats, samples: int) -> Floats:
-    """The sums of all processes, by sample."""
-    both = _summed_over_processes(np.append(total, samples))
-    check_read(both[-1])
-    return both[:-1] / both[-1]
+    """Return the sums over all processes, divided by the number of samples."""
+    sums = _summed_over_processes(np.append(total, samples))
+    check_read(sums[-1])
+    return sums[:-1] / sums[-1]
 
 
 def _summed_over_processes(values: Floats) -> Floats:
-    """The sum over all processes of the process group, if there is one."""
+    """Return the sum over all processes of the process group, or ``values`` if there is none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

@@ -1,21 +1,21 @@
-"""Watches activations of a traced model while it runs on data."""
+"""Measurement of a traced model's activations while it runs on data."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.calibration import LoaderBatch, called, check_dimensions
+from fxprune.calibration import LoaderBatch, call_model, check_dimensions
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import holds_tensors
 from fxprune.coupling import Coupling
 from fxprune.coupling.parts import intercepted
-from fxprune.criteria.views import in_single_at_least
+from fxprune.criteria.views import at_least_float32
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
@@ -24,29 +24,47 @@ __all__ = ["Meter", "RunningSum", "placeholder_values", "unchanged", "watch_part
 
 
 def watch_parts(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
-    """Run a model that was not traced whole, every part of it under the meter."""
+    """Run a model that was not traced whole, and measure the activations of each part.
 
-    def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        names = [
-            str(node.target) for node in meter.traces[path].graph.nodes if node.op == "placeholder"
-        ]
+    Parameters
+    ----------
+    meter:
+        Adds up what the parts read.
+    coupling:
+        The analysis; ``coupling.parts`` names the parts.
+    model:
+        The model to run, a copy that nobody else calls.
+    batch:
+        The batch to run it on.
+    """
+
+    def watch(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Run the graph of a part under the meter, then make the intercepted call itself."""
+        nodes = meter.traces[path].graph.nodes
+        names = [str(node.target) for node in nodes if node.op == "placeholder"]
         inputs = tree_map_only(Tensor, Tensor.clone, [*args, *kwargs.values()])
-        meter.watch(
-            path, model.get_submodule(path), dict(zip(names, inputs, strict=True)), batch.size
-        )
+        arguments = dict(zip(names, inputs, strict=True))
+        meter.watch(path, model.get_submodule(path), arguments, batch.size)
         return call()
 
-    with intercepted(model, coupling.parts, part):
-        called(model, batch)
+    with intercepted(model, coupling.parts, watch):
+        call_model(model, batch)
 
 
 class RunningSum:
-    """Sums of gradients, by name."""
+    """Weighted sums of gradients.
+
+    Attributes
+    ----------
+    tensors:
+        The sum of each parameter's gradients, by the parameter's name.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, gradients: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``weight`` times each gradient."""
         for name, gradient in gradients.items():
             if name in self.tensors:
                 self.tensors[name].add_(gradient, alpha=weight)
@@ -55,11 +73,31 @@ class RunningSum:
 
 
 def unchanged(tensor: Tensor) -> Tensor:
+    """Return the tensor itself."""
     return tensor
 
 
 class Meter:
-    """Adds up what the layers of traced graphs read, unit by unit."""
+    """Sums, by unit, of the activations that the layers of traced graphs read.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis. Its traces in evaluation mode are the graphs that run.
+
+    Attributes
+    ----------
+    traces:
+        The graphs, by the path of their part.
+    reads:
+        For each path, the operands that each node reads, with their labels.
+    total:
+        For each label, the sum over samples and readers of the mean activation; shape (labels,).
+    times:
+        For each label, the number of samples times the number of readers; shape (labels,).
+    samples:
+        Number of samples seen.
+    """
 
     def __init__(self, coupling: Coupling) -> None:
         self.traces = {trace.path: trace for trace in coupling.traces if not trace.training}
@@ -74,12 +112,24 @@ class Meter:
                     self._last.setdefault(max(node.users), []).append(node)
 
     def watch(self, path: str, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
-        """Run a graph on a batch of ``size`` samples."""
+        """Run a graph on a batch and add up what its nodes read.
+
+        Parameters
+        ----------
+        path:
+            The path of the part whose graph runs.
+        root:
+            The module that holds the graph's parameters and submodules.
+        arguments:
+            The inputs, by the names of the graph's placeholders.
+        size:
+            Number of samples in the batch.
+        """
         values: dict[fx.Node, Any] = {}
         for node in self.traces[path].graph.nodes:
             if node.op == "output":
                 break
-            # Now, not when the operand was made: it may have been changed in place since.
+            # Read the operand now, because it may have changed in place since it was made.
             for operand, labels in self.reads[path].get(node, ()):
                 self._add(values[operand], labels, size)
             values[node] = _node_value(self.traces[path], root, node, arguments, values)
@@ -87,49 +137,53 @@ class Meter:
                 del values[done]
 
     def _add(self, value: Tensor, labels: Array, size: int) -> None:
-        alike = [d for d, extent in enumerate(labels.shape) if extent == 1]
-        means = (
-            in_single_at_least(value).abs().mean(alike, keepdim=True)
-            if alike
-            else in_single_at_least(value).abs()
-        )
+        """Add the mean absolute value of each unit that lies on a tensor."""
+        means = at_least_float32(value).abs()
+        shared = [d for d, extent in enumerate(labels.shape) if extent == 1]
+        if shared:
+            means = means.mean(shared, keepdim=True)
         units, place = np.unique(labels.ravel(), return_inverse=True)
         summed = np.bincount(place, means.expand(labels.shape).cpu().numpy().ravel())
-        here = units > 0
-        self.total[units[here]] += size * (summed / np.bincount(place))[here]
-        self.times[units[here]] += size
+        live = units > 0
+        self.total[units[live]] += size * (summed / np.bincount(place))[live]
+        self.times[units[live]] += size
 
 
 def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
-    """For each node that reads units: the operands, with their labels."""
+    """Return, for each node that reads units, the operands it reads, with their labels.
+
+    A node reads a field of an operand if it is a contraction, or if its results have none of the
+    field's units and it tells no positions apart: then it sums them up. Operands that are computed
+    from weights alone are no activations, so they do not count.
+    """
     contracting = {ran.node for ran in coupling.contractions}
-    learned: set[fx.Node] = set()
-    out: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
+    of_weights: set[fx.Node] = set()  # weights, and what is computed from weights alone
+    reads: dict[fx.Node, list[tuple[fx.Node, Array]]] = {}
     for node in trace.graph.nodes:
-        name = trace.prefix + node.name
-        operands = [
-            operand for operand in node.all_input_nodes if isinstance(operand.meta["val"], Tensor)
-        ]
-        if node.op == "get_attr" or (operands and learned.issuperset(operands)):
-            learned.add(node)  # a weight, or made of weights alone: no activation
+        inputs = node.all_input_nodes
+        operands = [source for source in inputs if isinstance(source.meta["val"], Tensor)]
+        if node.op == "get_attr" or (operands and of_weights.issuperset(operands)):
+            of_weights.add(node)
         results = tensors_of(node.meta.get("val"))
         if not results:
             continue
-        left = np.concatenate(
-            [
-                np.zeros(1, np.int64),
-                *(labels.ravel() for leaf in results for labels in coupling.labels(leaf)),
-            ]
-        )
-        for operand in operands:
-            for labels in coupling.labels(operand.meta["val"]) if operand not in learned else ():
-                summed_up = (
-                    not np.isin(labels[labels > 0], left).any()
-                    and name not in coupling.context.found.positional
-                )
-                if name in contracting or summed_up:
-                    out.setdefault(node, []).append((operand, labels))
-    return out
+        name = trace.prefix + node.name
+        contracts, positional = name in contracting, name in coupling.context.found.positional
+        kept = _labels_on(coupling, results)
+        for operand in [source for source in operands if source not in of_weights]:
+            for labels in coupling.labels(operand.meta["val"]):
+                summed_up = not positional and not np.isin(labels[labels > 0], kept).any()
+                if contracts or summed_up:
+                    reads.setdefault(node, []).append((operand, labels))
+    return reads
+
+
+def _labels_on(coupling: Coupling, tensors: Iterable[Tensor]) -> Array:
+    """Return all labels that lie on these tensors, as one row."""
+    found = [np.zeros(1, np.int64)]
+    for tensor in tensors:
+        found += [labels.ravel() for labels in coupling.labels(tensor)]
+    return np.concatenate(found)
 
 
 def _node_value(
@@ -139,6 +193,13 @@ def _node_value(
     arguments: Mapping[str, Any],
     values: Mapping[fx.Node, Any],
 ) -> Any:
+    """Return the value of one node, given the values of the nodes before it.
+
+    Raises
+    ------
+    ArgumentError
+        If the operation fails, because the batch does not fit the example.
+    """
     if node.op == "placeholder":
         return arguments[str(node.target)]
     if node.op == "get_attr" and node.target in trace.constants:
@@ -156,42 +217,76 @@ def _node_value(
 
 
 def placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
-    """A batch's inputs by the names of the graph's placeholders, in whatever way the loader passes
-    them.
+    """Return a batch's inputs by the names of the graph's placeholders.
 
-    Constants of the example (numbers, flags, None) that the loader leaves out are the example's.
+    The loader may pass inputs by position or by name. Constants of the example (numbers, flags,
+    None) that the loader leaves out keep the example's value.
+
+    Parameters
+    ----------
+    trace:
+        The traced graph, with the example that it was traced with.
+    batch:
+        The batch of the loader.
+
+    Returns
+    -------
+    dict
+        One value for each placeholder.
+
+    Raises
+    ------
+    ArgumentError
+        If the inputs do not fit ``forward``, are not those of the example, or have another number
+        of dimensions.
     """
-    # As the tracer reads it: the signature of the function itself, not of one that it wraps.
-    signature = inspect.signature(type(trace.meta_copy.model).forward, follow_wrapped=False)
-    names = [str(node.target) for node in trace.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    values = _by_parameter(_bound(trace, batch, names))
+    if set(values) != set(names):
+        raise ArgumentError(
+            f"the loader gave the inputs {', '.join(sorted(values))}, the model was analysed with "
+            f"{', '.join(sorted(names))}: give the same ones."
+        )
+    for node, name in zip(placeholders, names, strict=True):
+        if isinstance(values[name], Tensor):
+            check_dimensions(f"the input {node.target!r}", values[name], node.meta["val"])
+    return values
+
+
+def _bound(trace: Trace, batch: LoaderBatch, names: Sequence[str]) -> inspect.BoundArguments:
+    """Return a batch's inputs and the example's constants, bound to the model's forward.
+
+    Raises
+    ------
+    ArgumentError
+        If they do not fit its parameters.
+    """
+    # As the tracer does, take the signature of the function itself, not of one that it wraps.
+    model = trace.meta_copy.model
+    signature = inspect.signature(type(model).forward, follow_wrapped=False)
     given = {*list(signature.parameters)[1 : 1 + len(batch.args)], *batch.kwargs}
-    example = zip(names, trace.placeholders, strict=False)
-    constants = {
-        name: value for name, value in example if name not in given and not holds_tensors(value)
-    }
+    constants = {}
+    for name, value in zip(names, trace.placeholders, strict=False):
+        if name not in given and not holds_tensors(value):
+            constants[name] = value
     try:
-        bound = signature.bind(
-            trace.meta_copy.model, *batch.args, **batch.kwargs, **constants
-        ).arguments
+        return signature.bind(model, *batch.args, **batch.kwargs, **constants)
     except TypeError as error:
         raise ArgumentError(
             f"the loader's inputs do not fit the model's forward: {error}."
         ) from error
-    out: dict[str, Any] = {}
-    for name, value in list(bound.items())[1:]:
-        kind = signature.parameters[name].kind
+
+
+def _by_parameter(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return bound arguments by name, but not ``self``; ``*args`` are named by position."""
+    values: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            out.update({f"args_{i}": item for i, item in enumerate(value)})
+            values.update({f"args_{i}": item for i, item in enumerate(value)})
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            out.update(value)
+            values.update(value)
         else:
-            out[name] = value
-    if set(out) != set(names):
-        raise ArgumentError(
-            f"the loader gave the inputs {', '.join(sorted(out))}, the model was analysed with "
-            f"{', '.join(sorted(names))}: give the same ones."
-        )
-    for node in trace.graph.nodes:
-        if node.op == "placeholder" and isinstance(out[str(node.target)], Tensor):
-            check_dimensions(f"the input {node.target!r}", out[str(node.target)], node.meta["val"])
-    return out
+            values[name] = value
+    return values

@@ -1,5 +1,6 @@
-"""Criteria that read weights alone: pure functions from a group's units to scores, the larger the
-more important.
+"""Criteria that read only weights.
+
+Each is a pure function from a group's units to scores, the larger the more important.
 """
 
 from __future__ import annotations
@@ -16,12 +17,31 @@ __all__ = ["bn_scale", "fpgm", "l1", "l2", "lamp", "share_of_the_rest"]
 
 @public
 def l1(view: UnitView) -> Tensor:
-    r""":math:`\sum |w|` over all elements that vanish with a unit: own filter, bias, scales and
-    dependent slices.
+    r"""Return :math:`\sum |w|` over all elements that vanish with each unit.
 
-    Returns shape (units,), float64. Li et al., "Pruning Filters for Efficient ConvNets", ICLR
-    2017, of the filter alone there.
+    These are the elements of its own filter, its bias, its scales, and its dependent slices.
 
+    Parameters
+    ----------
+    view:
+        The units of one group.
+
+    Returns
+    -------
+    Tensor
+        Scores of shape (units,), float64.
+
+    Raises
+    ------
+    ArgumentError
+        If ``view`` is not a :class:`~fxprune.criteria.UnitView`.
+
+    Notes
+    -----
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, sum over the filter alone.
+
+    Examples
+    --------
     >>> import fxprune; from fxprune.criteria import Views
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 1))
     >>> weights = {"0.weight": torch.tensor([[1., -2.], [0., 3.], [4., 4.]]),
@@ -36,11 +56,30 @@ def l1(view: UnitView) -> Tensor:
 
 @public
 def l2(view: UnitView) -> Tensor:
-    r""":math:`\sqrt{\sum w^2}` over all elements that vanish with a unit.
+    r"""Return :math:`\sqrt{\sum w^2}` over all elements that vanish with each unit.
 
-    Returns shape (units,), float64. Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR
-    2023 (group magnitude).
+    Parameters
+    ----------
+    view:
+        The units of one group.
 
+    Returns
+    -------
+    Tensor
+        Scores of shape (units,), float64.
+
+    Raises
+    ------
+    ArgumentError
+        If ``view`` is not a :class:`~fxprune.criteria.UnitView`.
+
+    Notes
+    -----
+    This is the group magnitude of Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR
+    2023.
+
+    Examples
+    --------
     >>> import fxprune; from fxprune.criteria import Views
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 1))
     >>> weights = {"0.weight": torch.tensor([[2., -2.], [0., 3.], [0., 0.]]),
@@ -55,17 +94,29 @@ def l2(view: UnitView) -> Tensor:
 
 @public
 def bn_scale(view: UnitView) -> Tensor:
-    r"""Mean :math:`|\gamma|` over the scales of the normalisations that a unit passes.
+    r"""Return the mean :math:`|\gamma|` over the normalisation scales that each unit passes.
 
-    Returns shape (units,), float64. Liu et al., "Learning Efficient Convolutional Networks through
-    Network Slimming", ICCV 2017, where a channel has one scale. The mean over several (a residual
-    stream has one per block) keeps groups comparable, as the paper ranks them: by their scales as
-    they are, over the whole network.
+    Parameters
+    ----------
+    view:
+        The units of one group.
+
+    Returns
+    -------
+    Tensor
+        Scores of shape (units,), float64.
 
     Raises
     ------
     ArgumentError
-        If units of the group pass no normalisation with a scale: they cannot be ranked.
+        If units of the group pass no normalisation with a scale, so they cannot be ranked; or if
+        ``view`` is not a :class:`~fxprune.criteria.UnitView`.
+
+    Notes
+    -----
+    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017,
+    have one scale per channel. The mean over several scales (a residual stream has one per block)
+    keeps groups comparable. As in the paper, scales are ranked unchanged over the whole network.
 
     Examples
     --------
@@ -89,13 +140,34 @@ def bn_scale(view: UnitView) -> Tensor:
 
 @public
 def lamp(view: UnitView) -> Tensor:
-    r""":math:`s_u / \sum_{v : s_v \ge s_u} s_v` with :math:`s_u = \sum w^2`: a unit's share of all
-    that are no smaller.
+    r"""Return each unit's share of the squared weights of all units that are no smaller.
 
-    Returns shape (units,), float64, values in [0, 1]; equal units score equally. Lee et al.,
-    "Layer-adaptive Sparsity for the Magnitude-based Pruning", ICLR 2021, with units in the place
-    of single weights. Scores of different groups compare as they are.
+    .. math:: \mathrm{lamp}(u) = s_u \Big/ \sum_{v : s_v \ge s_u} s_v, \qquad s_u = \sum w^2
 
+    Equal units score equally. Scores of different groups are comparable as they are.
+
+    Parameters
+    ----------
+    view:
+        The units of one group.
+
+    Returns
+    -------
+    Tensor
+        Scores in [0, 1], shape (units,), float64.
+
+    Raises
+    ------
+    ArgumentError
+        If ``view`` is not a :class:`~fxprune.criteria.UnitView`.
+
+    Notes
+    -----
+    Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", ICLR 2021, define this
+    score for single weights; here it is defined for units.
+
+    Examples
+    --------
     >>> import fxprune; from fxprune.criteria import Views
     >>> net = torch.nn.Sequential(torch.nn.Linear(1, 3, bias=False), torch.nn.Linear(3, 1))
     >>> weights = {"1.weight": torch.tensor([[2., 1., 2.]])}
@@ -108,11 +180,22 @@ def lamp(view: UnitView) -> Tensor:
 
 
 def share_of_the_rest(scores: Tensor) -> Tensor:
-    r""":math:`s_u / \sum_{v : s_v \ge s_u} s_v`: what a unit is of all that is left when every
-    smaller one has gone.
+    r"""Return :math:`s_u / \sum_{v : s_v \ge s_u} s_v` for each score :math:`s_u`.
 
-    ``scores`` has shape (units,), none negative.
+    This is the unit's share of everything that is left when all smaller units are gone.
 
+    Parameters
+    ----------
+    scores:
+        Scores of shape (units,), none negative.
+
+    Returns
+    -------
+    Tensor
+        Shares of shape (units,), of the dtype of ``scores``.
+
+    Examples
+    --------
     >>> share_of_the_rest(torch.tensor([4., 1., 4.]))
     tensor([0.5000, 0.1111, 0.5000])
     """
@@ -123,14 +206,37 @@ def share_of_the_rest(scores: Tensor) -> Tensor:
 
 @public
 def fpgm(view: UnitView) -> Tensor:
-    r""":math:`\sum_v \lVert w_u - w_v \rVert_2` over the other units' own filters: a filter near
-    the geometric median is redundant.
+    r"""Return the sum of each filter's distances to the other units' own filters.
 
-    Returns shape (units,), float64. He et al., "Filter Pruning via Geometric Median for Deep
-    Convolutional Neural Networks Acceleration", CVPR 2019. In a group that is split (grouped
-    convolutions, heads) v goes over the units of the same block, which alone can take the place of
-    u. A group without filters of its own is compared by its dependent slices.
+    .. math:: \mathrm{fpgm}(u) = \sum_v \lVert w_u - w_v \rVert_2
 
+    A filter near the geometric median has a small sum and is redundant. In a group that is split
+    into blocks (grouped convolutions, heads), v runs over the units of the same block, because
+    only they can replace u. A group without filters of its own is compared by its dependent
+    slices.
+
+    Parameters
+    ----------
+    view:
+        The units of one group.
+
+    Returns
+    -------
+    Tensor
+        Scores of shape (units,), float64.
+
+    Raises
+    ------
+    ArgumentError
+        If ``view`` is not a :class:`~fxprune.criteria.UnitView`.
+
+    Notes
+    -----
+    He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks
+    Acceleration", CVPR 2019.
+
+    Examples
+    --------
     >>> import fxprune; from fxprune.criteria import Views
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(),
     ...     torch.nn.Linear(3, 1))
@@ -150,15 +256,15 @@ def fpgm(view: UnitView) -> Tensor:
 
 
 def _distances(rows: Tensor) -> Tensor:
-    """Euclidean distances between rows, shape (rows, rows); those below 1e-6 of the rows' own
-    spread are 0.
+    """Return the Euclidean distances between rows, shape (rows, rows).
 
-    A matrix product is many times faster than differences, and in float64 good enough but for rows
-    that are all but equal: where the squares cancel, only rounding is left. Rows of float32
-    weights that differ by less are equal.
+    A squared distance below 1e-12 of the rows' summed squared norms (about the mean row) becomes
+    0. The distances come from a matrix product, which is many times faster than differences. In
+    float64 it is accurate except for almost equal rows, where the squares cancel and only rounding
+    is left. Rows of float32 weights that differ by less than this are equal.
     """
     rows = rows - rows.mean(dim=0)
     squares = rows.square().sum(dim=1)
-    both = squares[:, None] + squares
-    apart = both - 2 * (rows @ rows.T)
-    return torch.where(apart > 1e-12 * both, apart, 0.0).sqrt()
+    norms = squares[:, None] + squares
+    distances = norms - 2 * (rows @ rows.T)
+    return torch.where(distances > 1e-12 * norms, distances, 0.0).sqrt()

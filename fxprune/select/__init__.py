@@ -1,1 +1,1 @@
-"""Which units go: budgets, the costs of widths, and the choice between units."""
+"""Selection of the units to remove: budgets, costs of widths, and the choice between units."""

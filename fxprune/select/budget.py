@@ -1,4 +1,4 @@
-"""What a pruned model may have."""
+"""Budgets: limits on the size and the cost of a pruned model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ __all__ = ["Budget", "keep_count"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pruned model may have; every one that is given must hold.
+    """Limits on a pruned model; all limits that are given must hold.
 
     Attributes
     ----------
     channels:
-        Share of units kept: by every group (``scope="group"``) or by all together (``"global"``).
+        Share of units kept: by every group (``scope="group"``) or by all groups together
+        (``scope="global"``).
     macs, params:
         Share of multiply-accumulates and of parameters kept, of the whole model, pinned parts
         included.
     latency:
-        Share of the time that the whole model takes.
+        Share of the time of one call of the whole model.
+    scope:
+        ``"group"`` or ``"global"``: whether ``channels`` holds for each group or for all together.
     layers:
         Glob -> share of units kept, for groups in which a matching module (or parameter) has
-        filters of its own. The last glob that matches counts. These groups are left alone
-        otherwise.
+        filters of its own. The last glob that matches counts. No other budget changes these
+        groups.
     round_to:
-        Groups keep a multiple of this many units, where they have as many; all of them where a
-        budget takes nothing.
+        Groups keep a multiple of this many units, as far as they have that many; a group that no
+        budget shrinks keeps all.
     min_channels:
-        Groups keep at least this many units, where they have as many.
+        Groups keep at least this many units, or all if they have fewer.
+
+    Examples
+    --------
+    >>> budget = Budget(macs=0.5, layers={"stem.*": 0.75}, round_to=8)
+    >>> budget.params is None, budget.scope, budget.min_channels
+    (True, 'group', 1)
     """
 
     channels: float | None = None
@@ -44,9 +53,23 @@ class Budget:
 
 
 def keep_count(size: int, share: float, round_to: int, min_channels: int) -> int:
-    """How many of ``size`` units survive: at most the share, a multiple of ``round_to``, never
-    none.
+    """Return how many of ``size`` units survive.
 
+    This is the largest multiple of ``round_to`` within the share, but never 0.
+
+    Parameters
+    ----------
+    size:
+        Number of units.
+    share:
+        Share of units to keep; 1 keeps all, whatever ``round_to`` is.
+    round_to:
+        The count is a multiple of this, unless ``size`` is smaller.
+    min_channels:
+        The count is at least this, unless ``size`` is smaller.
+
+    Examples
+    --------
     >>> [keep_count(*given, 1) for given in ((64, 0.5, 1), (12, 0.5, 8), (3, 0.1, 1), (6, 0.5, 8))]
     [32, 8, 1, 6]
     """

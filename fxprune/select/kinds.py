@@ -1,9 +1,9 @@
-"""How the cost of a model follows from the widths of its groups.
+"""Kinds of units: the variables that the cost of a model depends on.
 
-Every multiply-accumulate count and every parameter count is a polynomial in dimensions, and every
-dimension that can shrink is a polynomial in how many units survive of each kind. So the cost of a
-whole model is a polynomial: it is read off the analysis once, and then answers what a model of
-other widths costs, and what one more unit costs at any of them, without a model of these widths.
+Every multiply-accumulate count and every parameter count is a polynomial in dimensions. Every
+dimension that can shrink is a polynomial in the numbers of surviving units of each kind. So the
+cost of a whole model is a polynomial in these numbers. It is derived from the analysis once. Then
+it gives the cost of a model of any widths, and the cost of one more unit, without such a model.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ __all__ = ["Kinds", "Pool", "kinds_of", "lines", "pools_of"]
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Units of one group that compete with each other: they lie in blocks of which every one keeps
-    equally many.
+    """Units of one group that compete with each other.
+
+    They lie in blocks that all keep the same number of units.
 
     Attributes
     ----------
     group:
         The group's position in ``coupling.groups``.
     units:
-        Indices into the group's units, shape (blocks, width): one row per block; one row in all
-        where the group is not split.
+        Indices into the group's units, shape (blocks, width): one row per block, and a single row
+        if the group is not split.
     labels:
         The labels of these units, shape (blocks, width).
     """
@@ -45,17 +46,19 @@ class Pool:
 
     @property
     def blocks(self) -> int:
+        """Number of blocks."""
         return self.units.shape[0]
 
     @property
     def width(self) -> int:
-        """Units per block: what can be removed, one from each block at a time, down to one."""
+        """Units per block. Removal takes one unit from each block at a time; one stays."""
         return self.units.shape[1]
 
 
 def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
-    """The pools of all groups, in the order of the groups: every unit of a group lies in exactly
-    one.
+    """Return the pools of all groups, in the order of the groups.
+
+    Every unit of a group lies in exactly one pool.
     """
     out = []
     for index, group in enumerate(coupling.groups):
@@ -68,8 +71,8 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
             if kind < 0:
                 out.append(Pool(index, members[np.newaxis], group.units[members][np.newaxis]))
                 continue
-            # Blocks of a split have as many cells of each size, so cells of one size can keep
-            # equally many by themselves.
+            # Each block of a split has the same number of cells of each size. So the cells of one
+            # size can keep equally many units by themselves, and form a pool.
             rows = [members[cells[members] == cell] for cell in np.unique(cells[members])]
             for size in sorted({len(row) for row in rows}):
                 units = np.stack([row for row in rows if len(row) == size])
@@ -79,19 +82,19 @@ def pools_of(coupling: Coupling) -> tuple[Pool, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Kinds:
-    """Units of one pool that cost the same: they lie on as many positions of every tensor.
+    """Units of one pool that have the same cost: they lie on as many positions of every tensor.
 
-    A pool has one kind, unless something repeats or drops some of its units only (``cat([x, x[:,
-    :2]])``).
+    A pool has one kind, unless an operation repeats or drops only some of its units (``cat([x,
+    x[:, :2]])``).
 
     Attributes
     ----------
     of_unit:
-        The kind of each unit (by its label), shape (labels,); -1 where no group has the unit.
+        The kind of each unit (by its label), shape (labels,); -1 for labels of no group.
     pool:
         The pool of each kind, ascending, shape (kinds,).
     size:
-        How many units there are of each kind, over all blocks, shape (kinds,).
+        How many units of each kind there are, over all blocks, shape (kinds,).
     """
 
     of_unit: npt.NDArray[np.int64]
@@ -100,13 +103,50 @@ class Kinds:
 
 
 def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
-    """Tell the units of each pool apart by what they cost."""
-    count = coupling.context.units.count
-    pool_of = np.full(count, -1, dtype=np.int64)
+    """Divide the units of each pool into kinds of equal cost.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    pools:
+        The pools of its groups, as :func:`pools_of` returns them.
+
+    Returns
+    -------
+    Kinds
+        The kind of each unit, and the pool and size of each kind.
+    """
+    pool_of = np.full(coupling.context.units.count, -1, dtype=np.int64)
     for number, pool in enumerate(pools):
         pool_of[pool.labels] = number
-    rng = np.random.default_rng(0)  # names for vectors of counts: equal vectors get equal sums
-    profile = np.zeros(count, dtype=np.uint64)
+    # random weights turn a vector of counts into one number: equal vectors get equal numbers
+    rng = np.random.default_rng(0)
+    profile, overlaps = _profiles(coupling, rng)
+    while True:
+        kinds = _kinds_by_profile(pool_of, profile)
+        irregular = [rows for rows in overlaps if not _is_regular(rows, kinds)]
+        if not irregular:
+            return kinds
+        # which units meet depends on the units themselves, so make each of them a kind
+        for rows in irregular:
+            units = np.unique(rows[rows > 0])
+            profile[units] = rng.integers(1, 2**63, size=len(units), dtype=np.uint64)
+        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+
+
+def _profiles(
+    coupling: Coupling, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint64], list[Array]]:
+    """Count the positions of each label on all tensors.
+
+    Returns
+    -------
+    tuple
+        For each label one number that stands for its counts, shape (labels,); and for each
+        dimension that several fields shrink the labels along it, as :func:`lines` returns them.
+    """
+    profile = np.zeros(coupling.context.units.count, dtype=np.uint64)
     seen: IdentitySet[Array] = IdentitySet()
     overlaps = []
     for tensor in _counted_tensors(coupling):
@@ -118,29 +158,25 @@ def kinds_of(coupling: Coupling, pools: Sequence[Pool]) -> Kinds:
                 profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
         if len(fields) > 1:
             overlaps += [rows for _, rows in lines(coupling, fields) if len(rows) > 1]
-    while True:
-        live = np.flatnonzero(pool_of >= 0)
-        key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
-        unique, inverse = np.unique(key, axis=0, return_inverse=True)
-        of_unit = np.full(count, -1, dtype=np.int64)
-        of_unit[live] = inverse.reshape(-1)
-        kinds = Kinds(
-            of_unit,
-            unique[:, 0].astype(np.int64),
-            np.bincount(of_unit[live], minlength=len(unique)),
-        )
-        irregular = [rows for rows in overlaps if not _regular(rows, kinds)]
-        if not irregular:
-            return kinds
-        # which pairs meet depends on the units themselves: count each by itself
-        for rows in irregular:
-            apart = np.unique(rows[rows > 0])
-            profile[apart] = rng.integers(1, 2**63, size=len(apart), dtype=np.uint64)
-        overlaps = [rows for rows in overlaps if not any(rows is other for other in irregular)]
+    return profile, overlaps
+
+
+def _kinds_by_profile(pool_of: npt.NDArray[np.int64], profile: npt.NDArray[np.uint64]) -> Kinds:
+    """Return the kinds of units that have the same pool and the same profile."""
+    live = np.flatnonzero(pool_of >= 0)
+    key = np.stack([pool_of[live].astype(np.uint64), profile[live]], axis=1)
+    unique, inverse = np.unique(key, axis=0, return_inverse=True)
+    of_unit = np.full(len(pool_of), -1, dtype=np.int64)
+    of_unit[live] = inverse.reshape(-1)
+    size = np.bincount(of_unit[live], minlength=len(unique))
+    return Kinds(of_unit, unique[:, 0].astype(np.int64), size)
 
 
 def _counted_tensors(coupling: Coupling) -> list[Tensor]:
-    """Everything whose shape counts: the parameters, and what contractions read and give."""
+    """Return every tensor whose shape affects the costs.
+
+    These are the parameters, and the operands and results of contractions.
+    """
     found = list(coupling.parameters.values())
     for ran in coupling.contractions:
         found += ran.tensors
@@ -148,22 +184,36 @@ def _counted_tensors(coupling: Coupling) -> list[Tensor]:
 
 
 def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
-    """For each dimension that can shrink the labels along it, shape (fields, rows, positions)."""
-    found: dict[int, list[Array]] = {}
+    """Return the labels along each dimension that can shrink.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    fields:
+        The live labels of one tensor, one array per field.
+
+    Returns
+    -------
+    list of (int, Array)
+        Each dimension with its labels, shape (fields, rows, positions).
+    """
+    by_dim: dict[int, list[Array]] = {}
     for labels in fields:
-        found.setdefault(coupling.shrinking_dim(labels), []).append(labels)
+        by_dim.setdefault(coupling.shrinking_dim(labels), []).append(labels)
     out = []
-    for dim, alike in found.items():
-        spread = np.broadcast_arrays(*alike)
-        out.append(
-            (dim, np.stack([np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]))
-        )
+    for dim, same_dim in by_dim.items():
+        spread = np.broadcast_arrays(*same_dim)
+        rows = [np.moveaxis(a, dim, -1).reshape(-1, a.shape[dim]) for a in spread]
+        out.append((dim, np.stack(rows)))
     return out
 
 
-def _regular(rows: Array, kinds: Kinds) -> bool:
-    """Whether wherever units of some kinds meet on a position every combination of such units
-    does, equally often.
+def _is_regular(rows: Array, kinds: Kinds) -> bool:
+    """Tell whether all combinations of units of the kinds that meet are equally frequent.
+
+    Units meet where they lie on the same position. Only if all their combinations do so equally
+    often does the number of positions follow from the numbers of units of each kind.
     """
     columns = rows.reshape(len(rows), -1)
     columns = columns[:, (columns > 0).sum(axis=0) > 1]
@@ -175,7 +225,8 @@ def _regular(rows: Array, kinds: Kinds) -> bool:
     )
     which = which.reshape(-1)
     for number, column in enumerate(met.T):
-        own = times[which == number]
-        if len(own) != prod(int(kinds.size[k]) for k in column if k >= 0) or (own != own[0]).any():
+        counts = times[which == number]
+        expected = prod(int(kinds.size[k]) for k in column if k >= 0)
+        if len(counts) != expected or (counts != counts[0]).any():
             return False
     return True

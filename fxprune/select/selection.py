@@ -1,10 +1,10 @@
-"""Scores and a budget -> which units survive."""
+"""Selection of the units that survive, from their scores and a budget."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,51 +15,57 @@ from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling, Group
 from fxprune.criteria import Ranking
 from fxprune.errors import ArgumentError
+from fxprune.labels import Array
 from fxprune.select.budget import Budget, keep_count
-from fxprune.select.greedy import Descent, Timed, step_of
+from fxprune.select.costs import TimeCost
+from fxprune.select.greedy import Descent, ordered_labels, step_of
 from fxprune.select.kinds import Pool, lines, pools_of
 
 __all__ = ["select"]
 
 
 def select(
-    coupling: Coupling, ranking: Ranking, budget: Budget, timed: Timed | None = None
+    coupling: Coupling, ranking: Ranking, budget: Budget, timed: TimeCost | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Choose the survivors.
+    """Choose the units that survive.
 
-    ``timed`` is what a latency budget counts.
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    ranking:
+        The scores, and the weights of the costs.
+    budget:
+        The budgets to reach.
+    timed:
+        The cost that a latency budget limits; needed if the budget has one.
 
     Returns
     -------
-    For each group's name the indices of its surviving units, ascending. In a balanced group every
-    block keeps equally many.
+    dict of str to tuple of int
+        For each group's name the indices of its surviving units, ascending. In a balanced group
+        every block keeps the same number.
 
     Raises
     ------
     BudgetError
-        If even the smallest model that the analysis allows is above a budget; it says what the
-        least reachable is.
+        If even the smallest model that the analysis allows is above a budget; the message names
+        the smallest share that can be reached.
     ArgumentError
         If a glob of ``layers`` matches no group.
     """
     pools = pools_of(coupling)
-    order, least = _spared(coupling, pools, [_ascending(pool, ranking.value) for pool in pools])
-    least = [
-        max(math.ceil(budget.min_channels / pool.blocks), spared, pair)
-        for pool, spared, pair in zip(pools, least, _pairs(coupling, pools), strict=True)
-    ]
+    order = [_ascending(pool, ranking.value) for pool in pools]
+    order, for_tensors = _spare_tensors(coupling, pools, order)
+    for_statistics = _least_for_statistics(coupling, pools)
+    wanted = [math.ceil(budget.min_channels / pool.blocks) for pool in pools]
+    least = [max(needed) for needed in zip(wanted, for_tensors, for_statistics, strict=True)]
     widths, fixed = _starting_widths(coupling, pools, budget, least)
-    whole = (
-        budget.macs,
-        budget.params,
-        budget.latency,
-        budget.channels if budget.scope == "global" else None,
-    )
-    if any(share is not None for share in whole):
+    if _limits_the_whole_model(budget):
         descent = Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
         widths = descent.run()
         if budget.latency is not None:
-            widths = descent.exchanged()
+            widths = descent.exchange()
     kept: dict[str, list[int]] = {group.name: [] for group in coupling.groups}
     for pool, ascending, width in zip(pools, order, widths, strict=True):
         survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
@@ -67,61 +73,102 @@ def select(
     return {name: tuple(sorted(units)) for name, units in kept.items()}
 
 
+def _limits_the_whole_model(budget: Budget) -> bool:
+    """Tell whether a budget limits all groups together."""
+    limits = [budget.macs, budget.params, budget.latency]
+    if budget.scope == "global":
+        limits.append(budget.channels)
+    return any(share is not None for share in limits)
+
+
 def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
-    """For each block the positions of its units, the least important first; of equals, the last
-    first.
+    """Return for each block the positions of its units, the least important first.
+
+    Of equally important units, the last one comes first.
     """
     return pool.width - 1 - np.argsort(value[pool.labels][:, ::-1], axis=1, kind="stable")
 
 
-def _spared(
+def _spare_tensors(
     coupling: Coupling, pools: Sequence[Pool], order: Sequence[npt.NDArray[np.int64]]
 ) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
-    """Let no tensor lose everything: put off units until each row of each tensor has a position
-    whose units are the last to go.
+    """Change the order of removal so that no tensor loses everything.
 
     Units of one block may lie on different tensors (the two halves of a split, layers that share
-    balanced blocks): all of one tensor's could be the least important. Returns the order, and how
-    many units every block has to keep at least.
+    balanced blocks). All units of one tensor could then be the least important ones. So units are
+    moved to the end of the order until each row of each tensor has a position whose units go last.
+
+    Returns
+    -------
+    tuple
+        The new order of each pool, and for each pool how many units every block has to keep.
     """
     spared = np.zeros(coupling.context.units.count, dtype=bool)
-    spared[0] = True  # no unit: what stays in any case
-    # how many of its block a unit has behind it in the order
+    spared[0] = True  # label 0 is no unit, and always stays
+    # how many units of its block come after a unit in the order
     height = np.zeros(len(spared), dtype=np.int64)
-    labels = []
-    for pool, ascending in zip(pools, order, strict=True):
-        labels.append(np.take_along_axis(pool.labels, ascending, axis=1))
-        height[labels[-1]] = np.arange(pool.width)[::-1]
-        spared[labels[-1][:, -1]] = True
-    known: set[tuple[int, ...]] = set()
+    labels = ordered_labels(pools, order)
+    for pool, units in zip(pools, labels, strict=True):
+        height[units] = np.arange(pool.width)[::-1]
+        spared[units[:, -1]] = True
+    for fields in _distinct_fields(coupling):
+        if not _are_spared_lines(fields, spared):
+            for _, rows in lines(coupling, fields):
+                _spare_rows(rows, spared, height)
+    new_order = []
+    for ascending, units in zip(order, labels, strict=True):
+        put_off = np.argsort(spared[units], axis=1, kind="stable")
+        new_order.append(np.take_along_axis(ascending, put_off, axis=1))
+    return new_order, [int(spared[units].sum(axis=1).max()) for units in labels]
+
+
+def _distinct_fields(coupling: Coupling) -> Iterator[list[Array]]:
+    """Yield the fields of each tensor that has any; tensors with the same fields count once."""
+    seen: set[tuple[int, ...]] = set()
     for tensor in _all_tensors(coupling):
         fields = coupling.labels(tensor)
         key = tuple(map(id, fields))
-        if not fields or key in known:
-            continue
-        known.add(key)
-        whole = {
-            own.shape.index(own.size)
-            for own in fields
-            if own.size in own.shape and spared[own].any()
-        }
-        if len(whole) == len(fields):
-            continue  # most of them: one row along each axis
-        for _, rows in lines(coupling, fields):
-            for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
-                units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
-                spared[units], height[units] = True, 0
-    put_off = [np.argsort(spared[own], axis=1, kind="stable") for own in labels]
-    late = [
-        np.take_along_axis(ascending, moved, axis=1)
-        for ascending, moved in zip(order, put_off, strict=True)
-    ]
-    return late, [int(spared[own].sum(axis=1).max()) for own in labels]
+        if fields and key not in seen:
+            seen.add(key)
+            yield fields
 
 
-def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
-    """How many units every block has to keep so that no statistic is taken of one value: two,
-    where it has two, or one.
+def _are_spared_lines(fields: Sequence[Array], spared: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether each field is one row along an axis of its own, with a spared unit in it.
+
+    This is the usual case: then no unit has to be moved.
+    """
+    axes = set()
+    for labels in fields:
+        if labels.size in labels.shape and spared[labels].any():
+            axes.add(labels.shape.index(labels.size))
+    return len(axes) == len(fields)
+
+
+def _spare_rows(rows: Array, spared: npt.NDArray[np.bool_], height: npt.NDArray[np.int64]) -> None:
+    """Spare the units of one position in each row that has no spared position.
+
+    The position is the one whose units come last in the order. Both arrays are changed in place.
+
+    Parameters
+    ----------
+    rows:
+        Labels along one dimension, shape (fields, rows, positions).
+    spared:
+        Whether the units at each label are spared, shape (labels,).
+    height:
+        How many units of its block come after a unit in the order, shape (labels,).
+    """
+    for row in np.flatnonzero(~np.any(np.all(spared[rows], axis=0), axis=1)):
+        units = rows[:, row, height[rows[:, row]].max(axis=0).argmin()]
+        spared[units], height[units] = True, 0
+
+
+def _least_for_statistics(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
+    """Return for each pool how many units every block has to keep for the sake of statistics.
+
+    A statistic over a single value is not defined. So blocks under one keep two units, or one if
+    they have no more.
     """
     context = coupling.context
     needed = np.zeros(context.units.count, dtype=bool)
@@ -131,7 +178,7 @@ def _pairs(coupling: Coupling, pools: Sequence[Pool]) -> list[int]:
 
 
 def _all_tensors(coupling: Coupling) -> list[Tensor]:
-    """The parameters, then what the nodes give."""
+    """Return the parameters, then the results of all nodes."""
     nodes = [node.meta.get("val") for trace in coupling.traces for node in trace.graph.nodes]
     return [*coupling.parameters.values(), *tensors_of(nodes)]
 
@@ -139,29 +186,34 @@ def _all_tensors(coupling: Coupling) -> list[Tensor]:
 def _starting_widths(
     coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """The widths to start from, and which of them are settled by a layer's own share."""
+    """Return the width of each pool to start from, and whether a layer's own share fixes it."""
     shares = _layer_shares(coupling, budget.layers)
+    per_group = 1.0
+    if budget.channels is not None and budget.scope == "group":
+        per_group = budget.channels
     widths, fixed = [], []
     for pool, at_least in zip(pools, least, strict=True):
-        share = shares.get(pool.group)
-        fixed.append(share is not None)
-        if share is None:
-            share = (
-                budget.channels if budget.channels is not None and budget.scope == "group" else 1.0
-            )
+        fixed.append(pool.group in shares)
+        share = shares.get(pool.group, per_group)
         widths.append(keep_count(pool.width, share, step_of(pool, budget), at_least))
     return widths, fixed
 
 
 def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
+    """Return the share of each group that a glob of ``layers`` matches.
+
+    Raises
+    ------
+    ArgumentError
+        If a glob matches no group.
+    """
     shares: dict[int, float] = {}
     owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
     for glob, share in layers.items():
-        found = [
-            i
-            for i, names in enumerate(owners)
-            if any(fnmatch.fnmatchcase(name, glob) for name in names)
-        ]
+        found = []
+        for group, names in enumerate(owners):
+            if any(fnmatch.fnmatchcase(name, glob) for name in names):
+                found.append(group)
         if not found:
             some = ", ".join(dict.fromkeys(name for names in owners[:4] for name in names))
             raise ArgumentError(
@@ -173,8 +225,9 @@ def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, 
 
 
 def _owners(coupling: Coupling, group: Group) -> list[str]:
-    """Names of the parameters and modules whose own filters are units of a group."""
-    own = [
-        axis.parameter for axis in group.axes if coupling.role(axis.parameter, axis.dim) == "own"
-    ]
-    return [*own, *(name.rpartition(".")[0] for name in own)]
+    """Return the names of the parameters and modules whose own filters are units of a group."""
+    parameters = []
+    for axis in group.axes:
+        if coupling.role(axis.parameter, axis.dim) == "own":
+            parameters.append(axis.parameter)
+    return [*parameters, *(name.rpartition(".")[0] for name in parameters)]

@@ -1,1 +1,1 @@
-"""What helps before and after: compensation of what was removed, sparsity."""
+"""Measures before and after pruning: sparsity, and compensation for what was removed."""

@@ -1,12 +1,13 @@
-"""What a removed channel leaves behind, put into the weights that stay.
+"""Compensation: the effect of removed channels, put into the weights that stay.
 
-Masking a channel takes away what it added to the next layers: a constant part, which a bias can
-give back, and a part that follows from the channels which stay, which their weights can take over.
-Both are measured on calibration data, layer by layer, before any fine-tuning.
+When a channel is masked, the next layers lose what it added to them. One part of this is constant,
+and a bias can replace it. Another part follows from the remaining channels, and their weights can
+replace it. Both parts are measured on calibration data, layer by layer, before any fine-tuning.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration import (
     LoaderBatch,
     batches_of,
-    called,
+    call_model,
     check_dimensions,
     check_finite,
     check_read,
-    evaluated,
+    evaluation_mode,
 )
 from fxprune.common.contents import named_tensors
 from fxprune.common.public import public
@@ -33,6 +33,7 @@ from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
 from fxprune.trace.aliasing import Undone
+from fxprune.training.consumers import channel_dim, check_fits, consumers_of, follower_of
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
 
@@ -40,8 +41,14 @@ __all__ = ["Compensation", "fold_constants", "reconstruct"]
 @public
 @dataclass(frozen=True)
 class Compensation:
-    """Names of the modules whose weights took something over, and of those that read removed
-    channels but could not.
+    """The modules that compensate for removed channels, and those that cannot.
+
+    Attributes
+    ----------
+    changed:
+        Names of the modules whose weights, bias or following normalisation were changed.
+    left:
+        Names of the modules that read removed channels but were left as they were.
     """
 
     changed: tuple[str, ...]
@@ -55,55 +62,99 @@ def fold_constants(
     pruned: nn.Module,
     loader: Iterable[Any],
 ) -> Compensation:
-    r"""Add to each consumer's bias what its removed inputs gave on average: :math:`b' = b + \sum_u
-    W_{:,u} \, \mathrm{E}[x_u]`.
+    r"""Add to each consumer's bias the mean contribution of its removed inputs.
 
-    The mean goes over samples and positions; a convolution's border, where zeros of the padding
-    stand in for some of the kernel, is treated as its inside. A consumer without a bias passes the
-    constant on to the batch normalisation that alone reads it (:math:`\mu' = \mu - \Delta`); one
-    with neither is left as it is.
+    .. math:: b' = b + \sum_u W_{:,u} \, \mathrm{E}[x_u]
+
+    The mean goes over samples and positions. The border of a convolution, where the padding's
+    zeros replace some inputs, is treated like its inside. A consumer without a bias changes the
+    running mean of the batch normalisation that is the only reader of its output (:math:`\mu' =
+    \mu - \Delta`). A consumer with neither is left as it is.
 
     Parameters
     ----------
+    coupling:
+        The analysis of ``model``.
+    survivors:
+        The units that survive in ``pruned``.
     model:
-        The original, on which the means are taken. It is left as it is.
+        The original, on which the means are measured. It is left as it is.
     pruned:
         The emitted model, changed in place.
     loader:
         Batches ``(inputs, ...)``; targets are not read.
+
+    Returns
+    -------
+    Compensation
+        The modules that were changed, and those that could not be.
+
+    Raises
+    ------
+    ArgumentError
+        If ``pruned`` is not the model of this plan, or the loader gives no batch or values that
+        are not finite.
     """
-    consumers = _consumers(coupling, survivors)
-    _check_fits(coupling, survivors, pruned, consumers)
+    consumers = consumers_of(coupling, survivors)
+    check_fits(coupling, survivors, pruned, consumers)
     means = _mean_inputs(model, consumers, loader, coupling.example)
     changed, left = [], []
     for name, node in consumers.items():
-        follower = _follower(name, node, coupling)
-        bias = coupling.parameters.get(f"{name}.bias")
-        if name not in means or (bias is None and follower is None):
+        target = _constant_target(name, node, coupling)
+        if name not in means or target is None:
             left.append(name)
             continue
-        module = model.get_submodule(name)
-        x = node.args[0].meta["val"]
-        rows = survivors.rows(x, _channel(module, x))
-        assert rows is not None
-        weight = module.get_parameter("weight").detach().double()
-        flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
-        constant = means[name] * torch.from_numpy(~rows.all(axis=0)).to(means[name].device)
-        groups = getattr(module, "groups", 1)
-        shift = torch.einsum(
-            "goi,gi->go", flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)
-        ).reshape(-1)
+        shift = _removed_constant(survivors, model.get_submodule(name), node, means[name])
+        owner, attribute, sign = target
+        values: Tensor = getattr(pruned.get_submodule(owner), attribute)
         with torch.no_grad():
-            if bias is not None:
-                own: Tensor = pruned.get_submodule(name).bias
-                own += survivors.take(bias, shift).to(own.dtype)
-            else:
-                running: Tensor = pruned.get_submodule(str(follower)).running_mean
-                running -= survivors.take(
-                    coupling.parameters[f"{follower}.running_mean"], shift
-                ).to(running.dtype)
+            kept = survivors.take(coupling.parameters[f"{owner}.{attribute}"], shift)
+            values += sign * kept.to(values.dtype)
         changed.append(name)
     return Compensation(tuple(changed), tuple(left))
+
+
+def _constant_target(name: str, node: fx.Node, coupling: Coupling) -> tuple[str, str, int] | None:
+    """Return where a constant goes that a consumer lost: module, attribute and sign.
+
+    The result is None if the consumer has no bias and no batch normalisation reads its output.
+    """
+    if f"{name}.bias" in coupling.parameters:
+        return name, "bias", 1
+    follower = follower_of(name, node, coupling)
+    return None if follower is None else (follower, "running_mean", -1)
+
+
+def _removed_constant(
+    survivors: Survivors, module: nn.Module, node: fx.Node, mean: Tensor
+) -> Tensor:
+    """Return what a module's removed inputs add to each of its outputs on average.
+
+    Parameters
+    ----------
+    survivors:
+        The units that survive.
+    module:
+        The linear layer or convolution of the original.
+    node:
+        Its call in the trace.
+    mean:
+        The mean of its input, shape (input channels,).
+
+    Returns
+    -------
+    Tensor
+        The constant of each output channel of the original, shape (output channels,).
+    """
+    x = node.args[0].meta["val"]
+    rows = survivors.rows(x, channel_dim(module, x))
+    assert rows is not None
+    weight = module.get_parameter("weight").detach().double()
+    flat = weight.flatten(2).sum(-1) if weight.dim() > 2 else weight
+    constant = mean * torch.from_numpy(~rows.all(axis=0)).to(mean.device)
+    groups = getattr(module, "groups", 1)
+    weights, inputs = flat.reshape(groups, -1, flat.shape[1]), constant.reshape(groups, -1)
+    return torch.einsum("goi,gi->go", weights, inputs).reshape(-1)
 
 
 def reconstruct(
@@ -115,20 +166,41 @@ def reconstruct(
     *,
     ridge: float = 1e-4,
 ) -> Compensation:
-    r"""Refit each consumer on its remaining inputs: :math:`\min_W \sum \lVert y - W x' \rVert^2 +
-    \lambda \lVert W - W_0 \rVert^2`.
+    r"""Refit each consumer on its remaining inputs by least squares.
 
-    ``y`` is the original's output, ``x'`` the pruned model's input at the same layer; layers are
-    refitted in the order in which they run, each on inputs that the refitted ones before it give.
-    :math:`W_0` are the weights at hand, bias included, :math:`\lambda` is ``ridge`` times the mean
-    square of an input, so that directions the data does not show stay as they are. He et al.,
-    "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with the
-    selection given. Convolutions in one or three dimensions or in groups are left as they are.
+    .. math:: \min_W \sum \lVert y - W x' \rVert^2 + \lambda \lVert W - W_0 \rVert^2
+
+    ``y`` is the original's output, and ``x'`` is the pruned model's input at the same layer.
+    Layers are refitted in the order in which they run, so each gets the inputs that the refitted
+    layers before it give. :math:`W_0` are the current weights, bias included. :math:`\lambda` is
+    ``ridge`` times the mean square of an input, so weights stay as they are in directions that the
+    data does not cover. Convolutions with one or three dimensions or with groups are left as they
+    are.
 
     Parameters
     ----------
-    model, pruned, loader:
-        As for :func:`fold_constants`. All batches are held in memory.
+    coupling, survivors, model, pruned, loader:
+        As for :func:`fold_constants`. All batches are held in memory. After an error, the
+        parameters of ``pruned`` are what they were.
+    ridge:
+        Weight of the penalty, as a share of the inputs' mean square; at least 0.
+
+    Returns
+    -------
+    Compensation
+        The modules that were refitted, and those that could not be.
+
+    Raises
+    ------
+    ArgumentError
+        If the model was traced in parts; if ``pruned`` is not the model of this plan; if the
+        loader gives no batch or values that are not finite; if ``ridge`` is too small for the
+        data.
+
+    Notes
+    -----
+    He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 4, with
+    the selection given.
     """
     if coupling.parts:
         raise ArgumentError(
@@ -144,7 +216,7 @@ def reconstruct(
 
 @contextmanager
 def _as_before(pruned: nn.Module) -> Iterator[None]:
-    """After an error the parameters are what they were."""
+    """Restore the parameters of a model if an error occurs inside the context."""
     before = [(parameter, parameter.detach().clone()) for parameter in pruned.parameters()]
     try:
         yield
@@ -163,46 +235,66 @@ def _refit(
     batches: Sequence[LoaderBatch],
     ridge: float,
 ) -> Compensation:
-    """Refit the next layers one after the other."""
+    """Refit the consumers one after the other."""
     changed, left = [], []
-    consumers = _consumers(coupling, survivors)
-    _check_fits(coupling, survivors, pruned, consumers)
+    consumers = consumers_of(coupling, survivors)
+    check_fits(coupling, survivors, pruned, consumers)
     for name, node in consumers.items():
-        smaller = pruned.get_submodule(name)
-        fits = isinstance(smaller, nn.Linear) or (
-            isinstance(smaller, nn.Conv2d) and smaller.groups == 1
-        )
-        sums = _second_moments(survivors, model, pruned, name, node, batches) if fits else None
+        layer = pruned.get_submodule(name)
+        sums = None
+        if _can_be_refitted(layer):
+            sums = _second_moments(survivors, model, pruned, name, node, batches)
         if sums is None:
             left.append(name)
             continue
-        weight: Tensor = smaller.weight
-        bias: Tensor | None = smaller.bias
-        start = weight.detach().double().flatten(1)
-        start = (
-            start if bias is None else torch.cat([start, bias.detach().double()[:, None]], dim=1)
-        )
-        moment, product = (
-            (sums[0], sums[1]) if bias is not None else (sums[0][:-1, :-1], sums[1][:-1])
-        )
-        damping = (
-            ridge
-            * moment.diagonal().mean()
-            * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        )
-        try:
-            solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
-        except torch.linalg.LinAlgError as error:
-            raise ArgumentError(
-                f"ridge={ridge}: the data does not determine the weights of {name!r}. Give "
-                "ridge=1e-4."
-            ) from error
-        with torch.no_grad():
-            weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
-            if bias is not None:
-                bias.copy_(solved[:, -1])
+        _solve(name, layer, *sums, ridge)
         changed.append(name)
     return Compensation(tuple(changed), tuple(left))
+
+
+def _can_be_refitted(layer: nn.Module) -> bool:
+    """Tell whether a layer is linear or a two-dimensional convolution without groups."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _solve(name: str, layer: nn.Module, moment: Tensor, product: Tensor, ridge: float) -> None:
+    """Set a layer's weight and bias to the solution of the penalised least squares.
+
+    Parameters
+    ----------
+    name:
+        The layer's name, for the message.
+    layer:
+        The layer to refit, with the weights that the penalty pulls to.
+    moment, product:
+        The sums that :func:`_second_moments` returns.
+    ridge:
+        Weight of the penalty, as a share of the inputs' mean square.
+
+    Raises
+    ------
+    ArgumentError
+        If the equations are singular.
+    """
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    start = weight.detach().double().flatten(1)
+    if bias is None:
+        moment, product = moment[:-1, :-1], product[:-1]
+    else:
+        start = torch.cat([start, bias.detach().double()[:, None]], dim=1)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damping = ridge * moment.diagonal().mean() * identity
+    try:
+        solved = torch.linalg.solve(moment + damping, product + damping @ start.T).T
+    except torch.linalg.LinAlgError as error:
+        raise ArgumentError(
+            f"ridge={ridge}: the data does not determine the weights of {name!r}. Give ridge=1e-4."
+        ) from error
+    with torch.no_grad():
+        weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
+        if bias is not None:
+            bias.copy_(solved[:, -1])
 
 
 def _second_moments(
@@ -213,19 +305,21 @@ def _second_moments(
     node: fx.Node,
     batches: Sequence[LoaderBatch],
 ) -> tuple[Tensor, Tensor] | None:
-    """Sums of x x' and x y' over all samples and positions, with a last input of 1; None if the
-    model does not call the module.
+    """Return the sums of x x' and x y' over all samples and positions, where x ends with a 1.
+
+    The result is None if the model does not call the module.
     """
     moment: Tensor | None = None
     product: Tensor | None = None
-    module, smaller = model.get_submodule(name), pruned.get_submodule(name)
+    module, layer = model.get_submodule(name), pruned.get_submodule(name)
     for batch in batches:
-        seen, own = _call_of(model, module, batch), _call_of(pruned, smaller, batch)
-        if seen is None or own is None:
+        original, smaller = _call_of(model, module, batch), _call_of(pruned, layer, batch)
+        if original is None or smaller is None:
             return None
-        check_dimensions(f"what {name!r} gives", seen[1], node.meta["val"])
-        x, y = _columns(smaller, own[0]), survivors.take(node.meta["val"], seen[1]).double()
-        y = y.movedim(_channel(smaller, y), -1)
+        check_dimensions(f"what {name!r} gives", original[1], node.meta["val"])
+        x = _columns(layer, smaller[0])
+        y = survivors.take(node.meta["val"], original[1]).double()
+        y = y.movedim(channel_dim(layer, y), -1)
         y = y.reshape(-1, y.shape[-1])
         moment = x.T @ x if moment is None else moment + x.T @ x
         product = x.T @ y if product is None else product + x.T @ y
@@ -234,157 +328,102 @@ def _second_moments(
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """What each output position is a linear function of: shape (samples x positions, inputs x
-    kernel + 1), the last column 1.
+    """Return the inputs of which each output position is a linear function.
+
+    The shape is (samples x positions, inputs x kernel + 1), and the last column is 1.
     """
     x = x.double()
     if isinstance(module, nn.Conv2d):
-        amounts = module.padding if not isinstance(module.padding, str) else None
-        if amounts is None or module.padding_mode != "zeros":
+        padding = module.padding if not isinstance(module.padding, str) else None
+        if padding is None or module.padding_mode != "zeros":
             x = F.pad(
                 x,
                 module._reversed_padding_repeated_twice,
                 mode=module.padding_mode.replace("zeros", "constant"),
             )
-            amounts = (0, 0)
-        unfolded = F.unfold(x, module.kernel_size, module.dilation, amounts, module.stride)
+            padding = (0, 0)
+        unfolded = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
         rows = unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
     else:
         rows = x.reshape(-1, x.shape[-1])
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
+class _InputSums:
+    """Sums of what modules read, by the module's name, per channel over samples and positions."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Add the inputs of one call of a module."""
+        x = inputs[0]
+        dim = channel_dim(module, x)
+        total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + x.numel() // x.shape[dim]
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean input per channel of each module."""
+        check_finite(self.sums.values(), "the mean of what a layer reads")
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
 def _mean_inputs(
     model: nn.Module, consumers: Mapping[str, fx.Node], loader: Iterable[Any], example: Call
 ) -> dict[str, Tensor]:
-    """Mean input per channel of each module, over samples and positions."""
-    sums: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
-    read = 0
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            dim = _channel(module, x)
-            total = x.detach().double().sum([d for d in range(x.dim()) if d != dim])
-            sums[name] = sums[name] + total if name in sums else total
-            count[name] = count.get(name, 0) + x.numel() // x.shape[dim]
-
-        return hook
-
+    """Return the mean input per channel of each module, over samples and positions."""
+    sums, read = _InputSums(), 0
     with _untouched(model), torch.no_grad(), ExitStack() as stack:
         for name in consumers:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+            hook = functools.partial(sums.add, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for batch in batches_of(loader, model, example):
             read += 1
-            called(model, batch)
+            call_model(model, batch)
     if consumers:
         check_read(read)
-    check_finite(sums.values(), "the mean of what a layer reads")
-    return {name: total / count[name] for name, total in sums.items()}
+    return sums.means()
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Runs in evaluation mode, after which every module is in the mode it had, and every tensor
-    what it was.
+    """Set a model to evaluation mode inside the context, and restore it afterwards.
+
+    Every module then has its former mode, and every tensor its former values.
     """
-    with Undone(named_tensors(model)).afterwards(), evaluated(model):
+    with Undone(named_tensors(model)).afterwards(), evaluation_mode(model):
         yield
 
 
 class _SeenEnough(BaseException):
-    """Ends a forward pass that has shown what was wanted; no error, so that the model does not
-    take it for one.
+    """Signal that ends a forward pass once it has called the module in question.
+
+    It is no ``Exception``, so the model does not handle it as an error.
     """
 
 
 def _call_of(
     model: nn.Module, module: nn.Module, batch: LoaderBatch
 ) -> tuple[Tensor, Tensor] | None:
-    """The first input and the output of one module when the model runs on a batch."""
+    """Return the first input and the output of one module when the model runs on a batch.
+
+    The result is None if the model does not call the module.
+    """
     found: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Record the call, and end the forward pass."""
         found.append((inputs[0], output))
         raise _SeenEnough
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(record)
     try:
         with _untouched(model), torch.no_grad():
-            called(model, batch)
+            call_model(model, batch)
     except _SeenEnough:
         pass
     finally:
         handle.remove()
     return found[0] if found else None
-
-
-def _consumers(coupling: Coupling, survivors: Survivors) -> dict[str, fx.Node]:
-    """The linear layers and convolutions, called once, that read a tensor which loses channels; in
-    the order in which they run.
-    """
-    out = {}
-    for trace in coupling.traces:
-        calls: dict[str, list[fx.Node]] = {}
-        for node in trace.graph.nodes if not trace.training else ():
-            if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
-                calls.setdefault(str(node.target), []).append(node)
-        for name, nodes in calls.items():
-            module, x = trace.meta_copy.model.get_submodule(name), nodes[0].args[0].meta["val"]
-            kind = type(module)
-            weight: Any = getattr(module, "weight", None)
-            fits = kind is nn.Linear or (
-                kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and x.dim() == weight.dim()
-            )
-            if len(nodes) == 1 and fits and survivors.rows(x, _channel(module, x)) is not None:
-                out[f"{trace.path}.{name}" if trace.path else name] = nodes[0]
-    return out
-
-
-def _check_fits(
-    coupling: Coupling, survivors: Survivors, pruned: nn.Module, consumers: Iterable[str]
-) -> None:
-    """Refuse a pruned model that is not the one of the plan.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    own = dict(pruned.named_parameters())
-    for weight in (f"{name}.weight" for name in consumers):
-        analysed = coupling.parameters.get(weight)
-        if analysed is not None and (
-            weight not in own or list(own[weight].shape) != list(survivors.shape(analysed))
-        ):
-            raise ArgumentError(
-                f"pruned.model has no {weight!r} as its plan left it: give what prune gave, with "
-                "its own model."
-            )
-
-
-def _channel(module: nn.Module, x: Tensor) -> int:
-    return x.dim() - 1 if isinstance(module, nn.Linear) else 1
-
-
-def _follower(consumer: str, node: fx.Node, coupling: Coupling) -> str | None:
-    """The batch normalisation that alone reads what a consumer gives, if it keeps statistics and
-    is called once.
-    """
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module":
-        return None
-    calls = sum(
-        1
-        for other in node.graph.nodes
-        if other.op == "call_module" and other.target == users[0].target
-    )
-    name = consumer.removesuffix(str(node.target)) + str(users[0].target)
-    module = coupling.meta_copy.model.get_submodule(name)
-    return (
-        name
-        if isinstance(module, _BatchNorm)
-        and f"{name}.running_mean" in coupling.parameters
-        and calls == 1
-        else None
-    )

@@ -1,5 +1,6 @@
-"""Training that prepares for pruning: a penalty that pulls whole units towards zero, own and
-dependent weights together.
+"""Sparsity: a training penalty that pulls whole units towards zero.
+
+Own and dependent weights of a unit shrink together.
 """
 
 from __future__ import annotations
@@ -19,17 +20,26 @@ __all__ = ["GroupSparsity"]
 class GroupSparsity:
     r"""Group lasso over the units of a coupling: :math:`\sum_u \sqrt{\sum_{w \in u} w^2}`.
 
-    Add it to the loss in a training loop of your own; a unit whose weights have become small costs
-    little when it is removed. Wen et al., "Learning Structured Sparsity in Deep Neural Networks",
-    NeurIPS 2016, eq. 1, with the coupled weights of a unit as a group, as in Fang et al.,
-    "DepGraph", CVPR 2023.
+    Add the penalty to the loss in a training loop. Removing a unit whose weights have become small
+    costs little accuracy.
 
     Parameters
     ----------
     model:
-        The model that is trained; its parameters are read at each call.
+        The model that is trained. Its parameters are read at each call.
     coupling:
         Its analysis, from :func:`fxprune.analyze`.
+
+    Raises
+    ------
+    ModelError, ArgumentError
+        If ``coupling`` is not an analysis of ``model``.
+
+    Notes
+    -----
+    This is eq. 1 of Wen et al., "Learning Structured Sparsity in Deep Neural Networks", NeurIPS
+    2016. A group is all coupled weights of a unit, as in Fang et al., "DepGraph: Towards Any
+    Structural Pruning", CVPR 2023.
 
     Examples
     --------
@@ -42,26 +52,25 @@ class GroupSparsity:
     def __init__(self, model: nn.Module, coupling: Coupling) -> None:
         check_coupling(coupling, model)
         units = coupling.units
-        # what is no unit goes to one place more
+        # labels of no unit go to one extra place at the end
         place = np.full(coupling.context.units.count, len(units), dtype=np.int64)
         place[units] = np.arange(len(units))
         self.count = len(units)
         self.model = model
-        self._shapes = {
-            name: coupling.parameters[name].shape
-            for name, _ in model.named_parameters()
-            if name in coupling.parameters
-        }
-        # (name of a parameter, dimensions that are summed whole, where each remaining sum goes)
+        self._shapes: dict[str, torch.Size] = {}
+        for name, _ in model.named_parameters():
+            if name in coupling.parameters:
+                self._shapes[name] = coupling.parameters[name].shape
+        # (parameter's name, dimensions to sum over, the place of each remaining sum)
         self._parts: list[tuple[str, list[int], Tensor]] = []
         for name in self._shapes:
             for labels in coupling.parameter_labels(name):
-                whole = [d for d, size in enumerate(labels.shape) if size == 1]
-                self._parts.append((name, whole, torch.from_numpy(place[labels].ravel())))
+                summed = [d for d, size in enumerate(labels.shape) if size == 1]
+                self._parts.append((name, summed, torch.from_numpy(place[labels].ravel())))
 
     @public
     def __call__(self) -> Tensor:
-        """The penalty, a scalar that gradients flow through.
+        """Return the penalty, a scalar through which gradients flow.
 
         Raises
         ------
@@ -81,9 +90,9 @@ class GroupSparsity:
             dtype=torch.promote_types(first.dtype, torch.float32),
             device=first.device,
         )
-        for name, whole, index in self._parts:
+        for name, summed, index in self._parts:
             sums = parameters[name].to(squares.dtype).square()
-            sums = sums.sum(whole) if whole else sums
+            sums = sums.sum(summed) if summed else sums
             squares = squares.index_add(0, index.to(first.device), sums.reshape(-1))
-        # The gradient of the root is infinite at zero, where a unit is gone already.
+        # The root has an infinite gradient at zero, so clamp units that are zero already.
         return squares[:-1].clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum()
