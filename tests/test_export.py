@@ -1,5 +1,6 @@
 """Exported files give in a process of their own what the model gives here."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ def test_a_file_that_gives_something_else_is_no_result(
     with pytest.raises(VerificationError, match=r"net\.pt2 differs from the model by 1\.0e-03"):
         fxprune.export(pruned_small(), torch.zeros(1, 3, 9, 9), tmp_path / "net.pt2")
     assert not (tmp_path / "net.pt2").exists()
+
+
+def test_a_file_that_gives_no_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes = sys.modules["fxprune.runtimes"]
+    given = torch.tensor([1.0, math.nan])
+    monkeypatch.setattr(runtimes, "_run_apart", lambda *_: [[given]])
+    call = fxprune.inputs.as_call(torch.ones(2))
+    with pytest.raises(VerificationError, match=r"net\.pt2 differs from the model by inf"):
+        runtimes._check(nn.Identity(), [call], Path("net.pt2"), [])
 
 
 @pytest.mark.long

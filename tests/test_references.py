@@ -5,10 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
+import math
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +20,7 @@ from torch import nn
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.trace.copying import copied, hooks_apart, hooks_of
+from fxprune.trace.reach.holders import same
 
 
 class Old:
@@ -366,3 +371,21 @@ def test_globals_that_are_not_replaced_stay_what_they_are() -> None:
     assert made() == (OLD, 1)
     globals()["NORM"] = 2
     assert made() == (OLD, 2)
+
+
+@pytest.mark.parametrize("made", [torch.tensor, np.array])
+def test_values_that_are_no_numbers_are_equal_to_their_copies(made: Any) -> None:
+    one, other = made([1.0, math.nan]), made([1.0, math.nan])
+    assert same(one, other)
+    assert not same(one, made([math.nan, 1.0]))
+
+
+def test_a_class_that_was_traced_is_released() -> None:
+    class Own(nn.Linear):
+        pass
+
+    fxprune.analyze(nn.Sequential(Own(2, 4), nn.Linear(4, 2)), torch.ones(1, 2))
+    known = weakref.ref(Own)
+    del Own
+    gc.collect()
+    assert known() is None

@@ -31,6 +31,7 @@ from fxprune.common.numbers import path_of, switch
 from fxprune.common.public import calling, public
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
+from fxprune.verification.comparing import relative_error
 
 __all__ = ["export", "packages_of"]
 
@@ -255,7 +256,8 @@ def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str])
         if [output.shape for output in outputs] != [reference.shape for reference in references]:
             shapes = f"{_shapes_of(outputs)}, the model {_shapes_of(references)}"
             raise VerificationError(f"{file.name} gives tensors of the shapes {shapes}.")
-        worst = max([worst, *map(_distance, outputs, references)])
+        for output, reference in zip(outputs, references, strict=True):
+            worst = max(worst, relative_error(output, reference.cpu()))
     if not worst <= _TOLERANCE:
         raise VerificationError(
             f"{file.name} differs from the model by {worst:.1e}, relative, where "
@@ -290,10 +292,3 @@ def _run_apart(calls: list[Call], file: Path, packages: list[str]) -> list[list[
 def _shapes_of(tensors: list[Tensor]) -> list[tuple[int, ...]]:
     """Return the shapes of tensors, in the form of a message."""
     return [tuple(tensor.shape) for tensor in tensors]
-
-
-def _distance(output: Tensor, reference: Tensor) -> float:
-    """Return the relative error of an output on the CPU, computed in float64."""
-    output, reference = output.double(), reference.cpu().double()
-    norm = float(reference.norm())
-    return float((output - reference).norm()) / norm if norm else float(output.norm())

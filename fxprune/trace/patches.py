@@ -256,28 +256,35 @@ _TRACER = "_fxprune_tracer"
 _CALL = "_compiled_call_impl"
 
 
-_traced_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+# by reference: a subclass keeps its base alive, which would then never leave the table
+_traced_classes: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
 
 def _class_while_traced(kind: type) -> type:
     """Return a subclass whose instances read mode, parameters and buffers through the tracer."""
-    if kind not in _traced_classes:
+    known = _traced_classes.get(kind)
+    traced = None if known is None else known()
+    if traced is None:
+        traced = _make_traced_class(kind)
+        _traced_classes[kind] = weakref.ref(traced)
+    return traced
 
-        def read(module: Any, name: str) -> Any:
-            """Return a parameter, buffer or submodule; a tensor as the tracer knows it."""
-            value = kind.__getattr__(module, name)  # type: ignore[attr-defined]
-            tracer = module.__dict__.get(_TRACER)
-            if not isinstance(value, Tensor) or tracer is None or tracer.executing:
-                return value
-            return tracer.known(value)
 
-        members = {
-            _TRAINING: property(_read_mode, _write_mode),
-            "__getattr__": read,
-            "__module__": kind.__module__,
-        }
-        _traced_classes[kind] = type(kind.__name__, (kind,), members)
-    return _traced_classes[kind]
+def _make_traced_class(kind: type) -> type:
+    def read(module: Any, name: str) -> Any:
+        """Return a parameter, buffer or submodule; a tensor as the tracer knows it."""
+        value = kind.__getattr__(module, name)  # type: ignore[attr-defined]
+        tracer = module.__dict__.get(_TRACER)
+        if not isinstance(value, Tensor) or tracer is None or tracer.executing:
+            return value
+        return tracer.known(value)
+
+    members = {
+        _TRAINING: property(_read_mode, _write_mode),
+        "__getattr__": read,
+        "__module__": kind.__module__,
+    }
+    return type(kind.__name__, (kind,), members)
 
 
 def _call_module(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -106,9 +106,12 @@ def take_out_of(holder: Any, before: Any, holds: Callable[..., bool]) -> dict[An
 def _take_out_of_list(holder: Any, before: Any, holds: Callable[..., bool]) -> None:
     """Remove new entries from a list or deque if ``holds`` accepts them."""
     known = IdentitySet(value for value in before)
-    for place in reversed(range(len(holder))):  # other threads may append at the same time
-        if holder[place] not in known and holds(holder[place]):
-            del holder[place]
+    # the methods of the base class: those of a user's class could run any code
+    kind: Any = list if isinstance(holder, list) else collections.deque
+    for place in reversed(range(kind.__len__(holder))):  # other threads may append meanwhile
+        value = kind.__getitem__(holder, place)
+        if value not in known and holds(value):
+            kind.__delitem__(holder, place)
 
 
 def _take_out_of_set(holder: set[Any], before: Any, holds: Callable[..., bool]) -> None:
@@ -231,7 +234,7 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, np.ndarray):
-        return one.shape == other.shape and bool((one == other).all())
+        return one.shape == other.shape and bool(_equal_entries(one, other).all())
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and (
             all(map(operator.is_, one, other)) or all(map(same, one, other))
@@ -246,9 +249,15 @@ def same(one: Any, other: Any) -> bool:
             _has_values(one)
             and _has_values(other)
             and one.dtype is other.dtype
-            and torch.equal(one, other)
+            and one.shape == other.shape
+            and bool(_equal_entries(one, other).all())
         )
     return isinstance(one, PLAIN_TYPES) and one == other
+
+
+def _equal_entries(one: Any, other: Any) -> Any:
+    """Compare two arrays or tensors entry by entry; NaN equals NaN."""
+    return (one == other) | ((one != one) & (other != other))
 
 
 def _has_values(tensor: Tensor) -> bool:
