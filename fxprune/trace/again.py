@@ -1,4 +1,4 @@
-"""Follows a call of a model on stand-ins, once and again, to see whether it does the same."""
+"""Trace calls of a model, and compare repeated calls."""
 
 from __future__ import annotations
 
@@ -47,8 +47,12 @@ __all__ = [
 
 
 def with_keys(first: Trace) -> list[Lookup] | None:
-    """What a further call looks up where the keys are still there, of whom none is one of its own;
-    None: it fails.
+    """Return the lookups of a further call that finds the first call's keys in the tables.
+
+    Returns
+    -------
+    list of Lookup or None
+        None if the call fails.
     """
     attributes = Attributes(first.meta_copy.model)
     again = Tracer(first.meta_copy, first.args, first.kwargs, first.training, on_shapes)
@@ -66,8 +70,20 @@ def with_keys(first: Trace) -> list[Lookup] | None:
 
 
 def first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
-    """The first node in whose place a trace of another call does something else; None: there is
-    none; False: it fails.
+    """Trace another call and return the first node that differs.
+
+    Parameters
+    ----------
+    first:
+        The trace to compare with.
+    arguments:
+        The other call's ``(args, kwargs)``, on the meta device.
+
+    Returns
+    -------
+    fx.Node or bool or None
+        The node of the first graph where the other graph does something else. None if there is
+        none, False if the call fails.
     """
     attributes = Attributes(first.meta_copy.model)
     try:
@@ -82,11 +98,25 @@ def first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool
 
 
 def on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
+    """Return the default context in which a node runs: operations on meta tensors."""
     return ShapeMode()
 
 
 def followed_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[str]]:
-    """Trace once; also the names of the constants that the meta copy's module has got by it."""
+    """Trace one call.
+
+    Returns
+    -------
+    result : Trace
+        The trace.
+    made : frozenset of str
+        The names of the constants that the trace has added to the meta copy's module.
+
+    Raises
+    ------
+    FxpruneError
+        If the call cannot be traced. Errors of other classes are converted.
+    """
     draws = False
     with torch.no_grad(), taken_over(tracer, meta_copy.model), following(), undrawn() as drawn:
         try:
@@ -141,7 +171,7 @@ def followed_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset
 
 
 def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneError:
-    """What to say of an error that forward has ended with, with the user's line."""
+    """Return the error to raise for an exception that forward raised, with the user's line."""
     if tracer.elsewhere is not None:
         return tracer.elsewhere
     if takes_functions(error):
@@ -161,8 +191,9 @@ def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneE
 
 
 def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
-    thread.
+    """Tell whether further traces of the call all draw from Python's or NumPy's generator.
+
+    If only one trace draws, another thread may have drawn the numbers.
     """
     for _ in range(RUNS - 1):
         again = Tracer(meta_copy, *tracer.example, tracer.training, on_shapes)
@@ -177,7 +208,7 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
                 if not drawn():
                     return False
             except Exception:
-                # it runs once more, on what the first left behind; that one succeeded
+                # the first trace succeeded; this one runs on what the first one left behind
                 return True
             finally:
                 again.close()
@@ -186,25 +217,29 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
 
 
 def _is_stand_in(value: Any) -> bool:
+    """Tell whether a value is a stand-in."""
     return node_of(value) is not None
 
 
 def nodes_held(tracer: Tracer) -> list[fx.Node]:
-    """What is held where no walk over containers finds it: a variable of a closure, an attribute
-    of a module beside the model.
+    """Return the nodes of traced tensors that are still alive after the trace.
+
+    They are stored where no walk over containers finds them: in a variable of a closure, or on an
+    object outside of the model.
     """
 
     def nodes() -> list[fx.Node]:
         return [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
 
     if any(map(follows_inputs, nodes())):
-        gc.collect()  # of exceptions that forward has caught, say
+        gc.collect()  # free those in exceptions that forward has caught, for example
     return nodes()
 
 
 def each_draws(first: Trace) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
-    thread.
+    """Tell whether further traces of the call all draw from a generator of the model's own.
+
+    If only one trace draws, another thread may have drawn the numbers.
     """
     for _ in range(RUNS - 1):
         reach = Reach(first.meta_copy.model)
@@ -215,13 +250,14 @@ def each_draws(first: Trace) -> bool:
 
 
 def does_the_same(first: Trace) -> bool:
-    """Whether a further call is the same graph."""
+    """Tell whether a further call with the same arguments gives the same graph."""
     return first_other_node(first, (first.args, first.kwargs)) is None
 
 
 def drop_unused_sizes(graph: fx.Graph) -> None:
-    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation
-    in place may have no reader.
+    """Remove scalars and entries of containers that nothing reads.
+
+    Other tensors stay, because an operation in place may have no reader.
     """
     for node in reversed(list(graph.nodes)):
         if (
@@ -232,12 +268,12 @@ def drop_unused_sizes(graph: fx.Graph) -> None:
         ):
             continue
         if node.meta.get("looked_up"):
-            continue  # the graph may have to be held to it
+            continue  # the number may have to be guarded
         scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
         if _is_entry(node) or (scalar and not writes(node)):
             graph.erase_node(node)
 
 
 def _is_entry(node: fx.Node) -> bool:
-    """Whether a node takes an entry out of a tuple, list or dict."""
+    """Tell whether a node takes an entry out of a tuple, list or dict."""
     return node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor)

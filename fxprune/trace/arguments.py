@@ -1,6 +1,4 @@
-"""What a model is called with: examples become meta tensors, and their names those of forward's
-parameters.
-"""
+"""The arguments of a model's call, and the names of forward's parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +13,27 @@ __all__ = ["check_keywords", "example_of", "left_out", "parameter_names"]
 
 
 def example_of(example_inputs: Any) -> Call:
-    """The call that example inputs stand for, with meta tensors."""
+    """Return the call that example inputs describe, with meta tensors."""
     return shapes_of(read(example_inputs))
 
 
 def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
-    """Names of the first arguments; ``own`` is the number of those before them, as ``self``."""
+    """Return names for the positional arguments of a call.
+
+    Parameters
+    ----------
+    function:
+        The function that is called.
+    count:
+        The number of positional arguments.
+    own:
+        The number of parameters in front of them: 1 for ``self``.
+
+    Raises
+    ------
+    InputError
+        If the function takes fewer positional arguments.
+    """
     code = function.__code__
     names = list(code.co_varnames[own : code.co_argcount])
     if count > len(names) and not code.co_flags & 0x04:  # 0x04: the function takes *args
@@ -33,7 +46,20 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
 
 
 def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments that a call leaves to their defaults, and these are whole numbers."""
+    """Return the parameters that a call leaves out and whose default is an ``int``.
+
+    Parameters
+    ----------
+    function:
+        The function that is called.
+    given:
+        The call's arguments by name.
+
+    Returns
+    -------
+    dict
+        The defaults, by the names of the parameters.
+    """
     parameters = inspect.signature(function).parameters.items()
     return {
         name: parameter.default
@@ -43,6 +69,21 @@ def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> None:
+    """Refuse keyword arguments that a function does not take.
+
+    Parameters
+    ----------
+    function:
+        The function that is called.
+    kwargs:
+        The keyword arguments.
+    own:
+        The number of parameters in front of the inputs: 1 for ``self``.
+
+    Raises
+    ------
+    InputError
+    """
     code = function.__code__
     known = code.co_varnames[own : code.co_argcount + code.co_kwonlyargcount]
     unknown = [name for name in kwargs if name not in known]

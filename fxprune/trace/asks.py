@@ -1,4 +1,4 @@
-"""What a graph cannot tell of a tensor."""
+"""Questions about a tensor that a graph cannot answer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,26 @@ ASKS: dict[str, str] = {
     **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
     **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
 }
-"""Attributes of a tensor that tell what is the caller's business, and what they tell."""
+"""Attributes of a tensor whose value is up to the model's caller, with a description of each."""
 
 
 OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
-"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight =
-nn.Parameter(w)`` asks.
+"""Attributes that have the same value for every ``nn.Parameter``.
+
+``self.weight = nn.Parameter(w)`` reads them.
 """
 
 
 def asks(what: str, how: str) -> str:
+    """Return the error message for a question that a graph cannot answer.
+
+    Parameters
+    ----------
+    what:
+        A description of the question, such as "on which device a tensor is".
+    how:
+        The expression that asks it.
+    """
     who = asker()
     if who != "forward":
         return (
@@ -47,4 +57,5 @@ def asks(what: str, how: str) -> str:
 
 
 def asks_device(how: str) -> str:
+    """Return the error message for an expression that asks for a tensor's device."""
     return asks(_DEVICE, how)

@@ -1,4 +1,4 @@
-"""What C++ does with stand-ins: operations that no function of torch has announced."""
+"""Operations that reach stand-ins from C++, without a call of a Python function of torch."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ __all__ = ["BelowPython"]
 
 
 def _in_gradient() -> bool:
-    """Whether ``grad``, ``vjp``, ``jvp`` or another transform that differentiates is at work."""
+    """Tell whether a transform that differentiates, such as ``grad`` or ``jvp``, is active."""
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     return any(own.key() in kinds for own in torch._C._functorch.get_interpreter_stack() or ())
 
 
 class BelowPython(Guarded):
-    """Records what arrives as ATen operations, and what scripted functions compute."""
+    """A recorder of ATen operations that C++ calls, and of scripted functions."""
 
     def below(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Inside of ``torch.func``'s transforms tensors are wrapped: what they do to stand-ins is
-        seen as ATen operations.
+        """Call ``func`` inside a ``torch.func`` transform.
 
-        A size that Python reads there is a plain number, so the graph is held to it.
+        Tensors are wrapped there, so the dispatcher records what happens to the stand-ins, as
+        ATen operations. A size that Python reads there is a plain number, so the graph is guarded
+        to it.
         """
         self._differentiates = self._differentiates or _in_gradient()
         if reads_size(func):
@@ -46,13 +47,11 @@ class BelowPython(Guarded):
             return func(*map_leaves(self.known, args), **map_leaves(self.known, kwargs))
 
     def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An ATen operation on stand-ins that no function of torch's Python interface has
-        announced.
-        """
+        """Record an ATen operation on stand-ins that the dispatcher reports."""
         if self.executing:
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
-        # C++ asks for its layout without a word of Python's
+        # a question about shape or layout is answered, not recorded
         if has(name_of_op(func), Trait.ASKS | Trait.ASKS_SIZES):
             return self._tell_layout(func, *args)
         if self._differentiates:
@@ -70,10 +69,10 @@ class BelowPython(Guarded):
 
     @unseen
     def _for_shape_alone(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether formulas of gradients compute with what no node has made: so they find the shape
-        of zeros that nobody computes.
+        """Tell whether a gradient formula computes with a meta tensor that no node produced.
 
-        What comes out has no node either: a graph that wants its values is refused.
+        Gradient formulas do so to find the shape of zeros. The result has no node either, so using
+        its values in the graph is refused later.
         """
         leaves = (
             tree_leaves((args, kwargs))
@@ -89,8 +88,10 @@ class BelowPython(Guarded):
 
     @unseen
     def _in_place_of_meta(self, value: Any, beside: Any) -> Any:
-        """Formulas of gradients put a tensor where another one is: the graph asks one of the call
-        for its device.
+        """Replace the meta device in arguments by the device of the stand-in ``beside``.
+
+        Gradient formulas create tensors on the device of another tensor, which is the meta device
+        while tracing. The graph reads that tensor's device instead.
         """
 
         def own(leaf: Any) -> Any:
@@ -103,11 +104,11 @@ class BelowPython(Guarded):
 
     @unseen
     def _tell_layout(self, func: Any, tensor: Any, *args: Any) -> Any:
-        """C++ asks how a tensor lies in memory, which is answered by the example.
+        """Answer a question of C++ about a tensor's shape or layout from the example.
 
-        Where it takes sizes as plain numbers (not ``sym_size``) it may go by them: how often a
-        loop turns, which branch is taken. What torch does for a transform is another matter: that
-        is found by traces of other inputs.
+        C++ that reads sizes as plain numbers (``size``, not ``sym_size``) may decide by them how
+        often a loop runs or which branch it takes, so these sizes are guarded. Inside a transform
+        they are not: traces of inputs with other sizes find there what depends on sizes.
         """
         if func.overloadpacket in (aten.size, aten.numel) and not self.in_transform():
             for dim in range(tensor.rank):
@@ -116,24 +117,32 @@ class BelowPython(Guarded):
         return func(tensor.example, *args)
 
     def call_script(self, call: Callable[[], Any], graph: Any, inputs: Any) -> Any:
-        """A scripted function, which holds the graph to the sizes by which it goes, as its code
-        says.
+        """Run a scripted function, and guard the sizes that its code decides by.
+
+        Parameters
+        ----------
+        call:
+            Runs the function.
+        graph:
+            The function's TorchScript graph.
+        inputs:
+            The arguments, which may be nested.
         """
         asked = asked_sizes(graph)
-        # tensors that a transform wraps are asked without a word
+        # tensors that a transform wraps answer without the tracer
         if asked is None or (asked and self.in_transform()):
             for leaf in tree_leaves(inputs):
                 self._hold_sizes(leaf)
         before, self._asked = self._asked, EVERY if asked is None or asked >= EVERY else asked
         try:
-            with torch.jit.optimized_execution(False):  # which asks for sizes to note them
+            with torch.jit.optimized_execution(False):  # the profiling executor reads all sizes
                 return call()
         finally:
             self._asked = before
 
     @unseen
     def _with_sizes(self, func: Any, args: Any) -> Any:
-        """Numbers of the graph in the place of sizes that C++ has read."""
+        """Replace sizes that C++ has read by numbers of the graph, in an operation's arguments."""
         if not args or not isinstance(args[0], TracedTensor):
             return args
         of, hold = (
@@ -143,19 +152,22 @@ class BelowPython(Guarded):
 
     @unseen
     def _hold_sizes(self, wrapped: Any) -> None:
+        """Guard all sizes that a tensor shows inside a transform."""
         for tensor, dim in own_sizes(wrapped):
             self._hold_size(tensor, dim)
 
     @unseen
     def _hold_size(self, tensor: Any, dim: int) -> None:
-        """Hold the graph to the example's size of a dimension."""
+        """Guard the size of a tensor's axis."""
         if (tensor.fx_node, dim) not in self._held:
             self._held.add((tensor.fx_node, dim))
             int(self.size_of(tensor, dim))
 
     def _hold_inputs(self) -> None:
-        """Formulas of gradients have sizes as plain numbers, of unknown origin: the graph is for
-        inputs of these sizes alone.
+        """Guard all sizes of the inputs.
+
+        Gradient formulas contain sizes as plain numbers of unknown origin, so the graph is valid
+        for inputs of these sizes only.
         """
         if not self._sizes_held:
             self._sizes_held = True

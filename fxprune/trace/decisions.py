@@ -1,4 +1,4 @@
-"""What a scalar of a graph depends on, and how a person would write it."""
+"""Scalars of a graph: what they depend on, and how to print them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ __all__ = ["formula", "from_mode", "number_decides", "of_rank"]
 
 
 def number_decides(node: fx.Node) -> str:
+    """Return the error message for a model that reads a number that the example leaves out."""
     return (
         f"what the model does depends on its argument {str(node.target)!r}, a number: a graph is "
         "for one number only."
@@ -15,7 +16,7 @@ def number_decides(node: fx.Node) -> str:
 
 
 def from_mode(node: fx.Node) -> bool:
-    """Whether a scalar derives from ``self.training`` (and not from sizes alone)."""
+    """Tell whether a scalar depends on ``self.training``."""
     if node.meta.get("mode"):
         return True
     return not isinstance(node.meta.get("val"), Tensor) and any(
@@ -24,8 +25,9 @@ def from_mode(node: fx.Node) -> bool:
 
 
 def of_rank(node: fx.Node) -> bool:
-    """Whether a scalar depends on ranks alone (``x.dim() == 4``), which no input of the same kind
-    changes.
+    """Tell whether a scalar depends on ranks only, such as ``x.dim() == 4``.
+
+    Inputs of the same kind have the same ranks.
     """
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     if tensors:
@@ -36,7 +38,7 @@ def of_rank(node: fx.Node) -> bool:
 
 
 def formula(node: fx.Node) -> str:
-    """A scalar node as a person would write it: ``x.size(2) % 7``."""
+    """Return a readable expression for a scalar node, such as ``mod(x.size(2), 7)``."""
     if node.op in ("placeholder", "get_attr"):
         return str(node.target)
     if isinstance(node.meta.get("val"), Tensor):

@@ -22,8 +22,9 @@ __all__ = ["Number", "TracedBool", "TracedDevice", "TracedDtype", "TracedFloat",
 
 
 class _ForCpp:
-    """What C++ asks of a number that it was given: with each answer of Python's the number is
-    decided upon.
+    """The interface through which C++ reads a traced number (``torch.SymInt.node``).
+
+    Each conversion to a Python number is a decision.
     """
 
     def __init__(self, number: Number) -> None:
@@ -97,8 +98,9 @@ class _ForCpp:
 
 
 class Number(Operators, Traced):
-    """Stands for a number that follows from sizes. Python's questions about it are decisions,
-    which the graph guards.
+    """A stand-in for a number that is computed from sizes.
+
+    Python's questions about the number are decisions, which the graph guards.
     """
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
@@ -106,10 +108,12 @@ class Number(Operators, Traced):
 
     @property
     def node(self) -> _ForCpp:
+        """The interface of this number for C++."""
         return _ForCpp(self)
 
     @property
     def claimed(self) -> type:
+        """The class that ``isinstance`` sees: that of the example's number."""
         return type(self.fx_node.meta["val"])
 
     def __getattr__(self, name: str) -> Any:
@@ -146,11 +150,11 @@ class Number(Operators, Traced):
         self.tracer.is_compared()
         if issubclass(type(other), Number) and other.tracer is not self.tracer:
             other.tracer.is_compared()
-            return False  # a key that an earlier trace has left in a cache
+            return False  # a key that an earlier trace left in a cache
         return Operators.__eq__(self, other)
 
     def __hash__(self) -> int:
-        """As the number: a table finds it, and asks whether it is the same one."""
+        """Return the hash of the example's number, so that tables find equal keys."""
         self.tracer.is_looked_up(self)
         return hash(self.example)
 
@@ -164,20 +168,21 @@ class Number(Operators, Traced):
 
 
 class TracedInt(Number, torch.SymInt):
-    """Stands for a whole number."""
+    """A stand-in for a whole number."""
 
 
 class TracedFloat(Number, torch.SymFloat):
-    """Stands for a floating-point number."""
+    """A stand-in for a floating-point number."""
 
 
 class TracedBool(Number, SeenByTorch, torch.SymBool):
-    """Stands for a truth value: a comparison of sizes, or the mode of a module."""
+    """A stand-in for a truth value: a comparison of sizes, or the mode of a module."""
 
 
 class _Attribute(Traced):
-    """Stands for what a tensor says of itself: nodes compare it, and nothing is looked up by
-    it.
+    """A stand-in for a tensor's device or dtype.
+
+    Comparisons become nodes. It cannot be a key of a dict or set.
     """
 
     def __eq__(self, other: Any) -> Any:
@@ -196,8 +201,9 @@ class _Attribute(Traced):
 
 
 class TracedDevice(_Attribute, str):
-    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a
-    text for a device.
+    """A stand-in for a device, which cannot be asked for its type.
+
+    It is a ``str``, because torch accepts one as a device.
     """
 
     claimed = torch.device
@@ -220,7 +226,7 @@ class TracedDevice(_Attribute, str):
 
 
 class TracedDtype(_Attribute, SeenByTorch):
-    """Stands for a dtype."""
+    """A stand-in for a dtype."""
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer

@@ -1,4 +1,4 @@
-"""Makes nodes of a graph, and runs each on the example."""
+"""The recorder: it adds nodes to a graph and runs each node on the example."""
 
 from __future__ import annotations
 
@@ -54,12 +54,18 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """A graph that grows: each call becomes a node, which runs at once on the example.
+    """A graph under construction: each call becomes a node, which runs at once on the example.
 
     Parameters
     ----------
+    meta_copy:
+        The meta copy of the model to trace.
+    args, kwargs:
+        The example's arguments, on the meta device.
+    training:
+        Whether the model is traced in training mode.
     watch:
-        What a node runs under (see :func:`fxprune.trace.trace`).
+        Returns the context in which a node runs (see :func:`fxprune.trace.trace`).
     """
 
     def __init__(
@@ -78,58 +84,58 @@ class Recorder:
         self.thread = threading.get_ident()
         self.decisions: list[str] = []
         self.asked_mode = False
-        self.elsewhere: ElsewhereError | None = None  # once another thread has handled a stand-in
-        self.stand_ins: list[weakref.ref[TracedTensor]] = []
-        # whole numbers among the arguments for which the example has nothing
+        self.elsewhere: ElsewhereError | None = None  # set when another thread uses a stand-in
+        self.stand_ins: list[weakref.ref[TracedTensor]] = []  # of all tensors
+        # placeholders of int arguments that the example leaves out
         self.left_out: list[fx.Node] = []
-        # Plain attributes of modules, and what forward makes: by the id of a tensor, which is held
-        # here.
+        # tensors that are plain attributes of modules or are made by forward, with their names
         self.constants: IdentityMap[Tensor, tuple[Tensor, str]] = IdentityMap()
-        self.constant_targets: set[str] = set()
-        # the ids of those that modules have from the beginning
+        self.constant_targets: set[str] = set()  # names of the constants that the graph reads
+        # constants that modules have before the model runs
         self._given: IdentitySet[Any] = IdentitySet()
-        self.made_names: list[str] = []
-        # tensors that forward makes without any input, and the graph holds as constants
+        self.made_names: list[str] = []  # attributes added to the root for tensors forward makes
+        # values of the tensors that forward makes without any input: constants of the graph
         self.made = Snapshot()
         self._names = IdentityMap((tensor, name) for name, tensor in meta_copy.tensors.items())
-        self._tensors = list(meta_copy.tensors.values())  # keeps the ids above
+        self._tensors = list(meta_copy.tensors.values())  # keeps the tensors alive
         self._paths = IdentityMap(
             (module, name)
             for name, module in reversed(list(self.root.named_modules(remove_duplicate=False)))
         )
-        self._read: dict[str, Any] = {}  # parameters and buffers that have a node: their stand-ins
-        # by the id of the tensor that a node gave, which its meta keeps
+        self._read: dict[str, Any] = {}  # stand-ins of the parameters and buffers read so far
+        # the node that produced a tensor
         self._values: IdentityMap[Tensor, fx.Node] = IdentityMap()
         self._inside_leaf_function = 0
-        # while a node runs on meta tensors, modules behave as outside of tracing
+        # True while a node runs on meta tensors: modules then behave as outside of tracing
         self.executing = False
         self._closed = False
-        # those of functions and of operations that are there before the model runs
+        # how many function modes and dispatch modes are active before the model runs
         self._modes: tuple[int, int] = (0, 0)
-        # the dimensions by whose sizes C++ may go that reads them as plain numbers
+        # axes whose sizes C++ may decide by when it reads them as plain numbers
         self._asked: frozenset[Any] = EVERY
-        # tensors and the dimensions whose sizes the graph is held to
+        # tensors and axes whose sizes are guarded
         self._held: set[tuple[fx.Node, int]] = set()
-        self.checkpoints: list[str] = []  # the lines of those that are not reentrant
-        # of what C++ has done with numbers that it may have computed from sizes
+        self.checkpoints: list[str] = []  # the user's lines of non-reentrant checkpoints
+        # operations whose numbers C++ may have computed from sizes, with the user's lines
         self.below_lines: dict[fx.Node, str] = {}
         self._differentiates = False  # whether a transform of torch.func has taken gradients
         self._sizes_held = False
-        # of tensors that follow from constants, with the lines
+        # tensors computed from constants whose values Python has read, with the user's lines
         self._read_values: list[tuple[fx.Node, str]] = []
         self.lookups: list[Lookup] = []
         self._reached = meta_copy.reached
-        # of numbers; the nodes that hold these, and the decisions
+        # texts of numbers, each with the nodes that guard the number and its decisions
         self._texts: list[tuple[str, list[fx.Node], list[str]]] = []
 
     @unseen
     def stand_in(self, node: fx.Node) -> Any:
-        """What stands for a node's value (:func:`fxprune.trace.values.stand_in`)."""
+        """Return a stand-in for a node's value (see :func:`fxprune.trace.values.stand_in`)."""
         return stand_in(node, cast("Tracer", self))
 
     def known(self, value: Any) -> Any:
-        """A parameter or buffer of the model, or what a node gave: the stand-in for it. Anything
-        else as it is.
+        """Return the stand-in for a tensor that the graph knows; any other value as it is.
+
+        The graph knows the model's parameters and buffers, and the values of its nodes.
         """
         if not isinstance(value, Tensor) or isinstance(value, Traced):
             return value
@@ -142,33 +148,55 @@ class Recorder:
         return value if node is None else self.stand_in(node)
 
     def refuse_other_threads(self) -> None:
-        """What another thread does to a tensor comes at a time of its own, and under none of what
-        is entered here.
+        """Refuse to work in a thread other than the tracing one.
+
+        The order of its operations is not fixed, and it does not run under the modes and contexts
+        of the tracing thread.
+
+        Raises
+        ------
+        ElsewhereError
         """
         if not self.is_mine():
             self.elsewhere = self.elsewhere or ElsewhereError.at(self.thread)
             raise self.elsewhere
 
     def in_transform(self) -> bool:
-        """Whether ``vmap``, ``grad`` or another transform of ``torch.func`` is at work."""
+        """Tell whether ``vmap``, ``grad`` or another transform of ``torch.func`` is active."""
         return torch._C._functorch.peek_interpreter_stack() is not None
 
     def _of_examples(self, value: Any) -> Any:
+        """Return nested arguments with each stand-in replaced by its example value."""
+
         def example(leaf: Any) -> Any:
             return leaf.example if isinstance(leaf, Traced) else leaf
 
         return map_leaves(example, value)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """Append a node to the graph, without running it."""
         return self.graph.create_node(kind, target, args, kwargs)
 
     @unseen
     def record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        """Make a node, run it, and give back what stands for its value.
+        """Create a node, run it on the example, and return a stand-in for its value.
+
+        Parameters
+        ----------
+        kind:
+            The node's ``op``: ``"call_function"``, ``"call_method"``, ``"call_module"`` or
+            ``"get_attr"``.
+        target:
+            The function, or the name of the method, module or attribute.
+        args, kwargs:
+            The arguments, with stand-ins at any depth.
 
         Raises
         ------
-        TraceError, InputError
+        TraceError
+            If a graph cannot hold the call or one of its arguments.
+        InputError
+            If the operation refuses the shapes of the example.
         """
         self.refuse_other_threads()
         if self._closed:
@@ -177,7 +205,7 @@ class Recorder:
                 "kept it, in a cache say, outside of the model. Empty that cache."
             )
         view = view_instead(kind, target) if args and isinstance(args[0], TracedTensor) else None
-        # those stay so, for the caller
+        # inputs and parameters keep their layout: the caller sees them
         if view is not None and args[0].fx_node.op not in ("get_attr", "placeholder"):
             args[0].fx_node = args[0].node = self.record(kind, view, args, kwargs).fx_node
             return args[0]
@@ -199,12 +227,12 @@ class Recorder:
 
     @unseen
     def create_arg(self, a: Any) -> Any:
-        """An argument of a node: nodes in the place of stand-ins, at any depth.
+        """Convert a value to an argument of a node: stand-ins become nodes, at any depth.
 
         Raises
         ------
         TraceError
-            If it is of a kind that a graph cannot hold.
+            If a graph cannot hold a value of this kind.
         """
         kind = type(a)
         if issubclass(kind, Traced):
@@ -251,17 +279,19 @@ class Recorder:
         raise cannot_hold(kind)
 
     def _sequence(self, a: Any) -> Any:
-        # a named tuple is made by a node, which has a value like any other
+        """Convert a tuple or list to an argument of a node."""
+        # a node makes the named tuple, so that it has a value like any other node
         if hasattr(a, "_fields"):
             return self._made_by(type(a), tuple(map(self.create_arg, a)), {})
         entries = [self.create_arg(entry) for entry in a]
-        if hasattr(type(a), "n_sequence_fields"):  # what torch.max gives
+        if hasattr(type(a), "n_sequence_fields"):  # torch.max returns such a sequence
             return self._made_by(type(a), (tuple(entries),), {})
         if type(a) not in SEQUENCES:
             raise cannot_hold(type(a))
         return tuple(entries) if isinstance(a, tuple) else entries
 
     def _mapping(self, a: Any) -> Any:
+        """Convert a dict to an argument of a node."""
         if any(isinstance(key, Traced) for key in a):
             raise TraceError(
                 f"forward handles a {type(a).__qualname__} of which tensors are keys (at "
@@ -277,14 +307,16 @@ class Recorder:
         )
 
     def _made_by(self, kind: type, args: Any, kwargs: Any) -> fx.Node:
-        """A node that makes an object of what stands in its arguments."""
+        """Create a node that builds an object of class ``kind`` from its arguments."""
         node = self.create_node("call_function", kind, args, kwargs)
         node.meta["val"] = self._execute(node)
         return node
 
     def _tensor(self, a: Tensor) -> fx.Node:
-        """A node for a tensor that is no stand-in: one of the model's, one that a node gave, or a
-        constant.
+        """Return the node for a tensor that is not a stand-in.
+
+        It is a parameter or buffer of the model, the value of a node, or a constant. A constant
+        without a name is added to the root as an attribute.
         """
         known = self.known(a)
         if known is not a:
@@ -317,11 +349,12 @@ class Recorder:
             setattr(self.root, name, a)
         self.constant_targets.add(name)
         node = self.create_node("get_attr", name, (), {})
-        # the graph runs on the meta device, which takes data from a CPU
+        # nodes run on meta tensors, which accept data on the CPU beside them
         node.meta["val"] = a if a.is_meta else a.cpu()
         return node
 
     def _refuse_to_write_into_constants(self, node: fx.Node) -> None:
+        """Refuse a node that writes into a tensor that forward made without any input."""
         values = (place.meta["val"] for place in written(node))
         if any(
             isinstance(value, Tensor) and self.made.shares_memory_with(value) for value in values
@@ -333,6 +366,7 @@ class Recorder:
             )
 
     def _execute(self, node: fx.Node) -> Any:
+        """Run a node on the values of its arguments, under ``watch``."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
             with self._as_outside(), self.watch(node):
@@ -344,7 +378,7 @@ class Recorder:
 
     @contextmanager
     def _as_outside(self) -> Iterator[None]:
-        """Run torch as if nothing were traced."""
+        """Run torch inside this context as if nothing were traced."""
         self.executing = True
         try:
             with torch.inference_mode():
@@ -353,8 +387,10 @@ class Recorder:
             self.executing = False
 
     def _refusal(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> FxpruneError:
-        """Why a node cannot run without data: because it needs some, or because it cannot run at
-        all.
+        """Return the error for a node that failed.
+
+        A node that runs on zeros needs data: that is a TraceError, or a ChanceError if it depends
+        on random numbers. A node that fails on zeros too is an InputError.
         """
         shapes = [tuple(a.shape) for a in tensors_of((args, kwargs))]
         target = node.target
@@ -382,7 +418,7 @@ class Recorder:
         return InputError(f"{failed} {check}", user_line())
 
     def _by_chance(self, node: fx.Node) -> bool:
-        """Whether a value depends on random numbers."""
+        """Tell whether a node's value depends on random numbers."""
         for own in sources(node):
             args, kwargs = fx.node.map_arg((own.args, own.kwargs), lambda n: n.meta["val"])
             try:
@@ -395,7 +431,7 @@ class Recorder:
         return False
 
     def _runs_on_data(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
-        """Whether an operation that fails on tensors without data runs on zeros."""
+        """Tell whether an operation that fails on meta tensors runs on zeros."""
         state = torch.get_rng_state()
         try:
             args, kwargs = tree_map_only(Tensor, zeros_like_meta, (args, kwargs))
@@ -415,20 +451,23 @@ class Recorder:
 
     @unseen
     def read_mode(self, module: nn.Module) -> Any:
+        """Record a read of ``module.training`` and return its stand-in."""
         path = self._paths[module]
         node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
-        # a module whose train() is its own may not follow the model
+        # a module that overrides train() may have another mode than the model
         node.meta["val"] = module.__dict__["training"]
         node.meta["mode"] = True
         return self.stand_in(node)
 
     def is_mine(self) -> bool:
-        """Whether the thread that asks is the one that traces."""
+        """Tell whether the current thread is the tracing one."""
         return threading.get_ident() == self.thread
 
     def _release(self, condition: Any, message: Any = "") -> None:
-        """Do not hold the graph to texts that were written for the message of an assertion: it is
-        shown where that fails alone.
+        """Remove the guards of numbers that were only formatted for an assertion's message.
+
+        The message is shown only when the assertion fails, so the graph need not be held to these
+        numbers.
         """
         texts, self._texts = self._texts, []
         later = itertools.takewhile(lambda node: node is not condition, reversed(self.graph.nodes))

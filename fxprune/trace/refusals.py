@@ -1,4 +1,4 @@
-"""What a graph cannot do, found in one that was traced."""
+"""Checks of a traced graph for effects that a graph cannot have."""
 
 from __future__ import annotations
 
@@ -28,13 +28,21 @@ __all__ = ["refuse_chance", "refuse_checkpoints", "refuse_left", "refuse_memory"
 
 
 def refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
-    """What forward leaves outside of its modules is an effect, which a graph has not; a table that
-    follows from sizes is a cache.
+    """Refuse a forward that stores values outside of its modules: that is a side effect.
+
+    Values that depend on sizes only are allowed: they are a cache.
+
+    Parameters
+    ----------
+    left:
+        The nodes whose values forward has stored.
+    root:
+        The traced module, for the message.
 
     Raises
     ------
     TraceError
-        If values are left there that follow from those of the inputs.
+        If a stored value depends on the values of the inputs.
     """
     for node in left:
         if follows_inputs(node):
@@ -46,13 +54,13 @@ def refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
 
 
 def refuse_checkpoints(tracer: Tracer, meta_copy: MetaCopy) -> None:
-    """What a checkpoint computes again before the backward pass reads it, a graph must not have
-    overwritten.
+    """Refuse a checkpoint whose values the graph overwrites before the backward pass reads them.
+
+    The checkpoint computes these values again; a graph does not.
 
     Raises
     ------
     TraceError
-        If it has.
     """
     if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, meta_copy):
         raise TraceError(
@@ -63,13 +71,22 @@ def refuse_checkpoints(tracer: Tracer, meta_copy: MetaCopy) -> None:
 
 
 def refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
-    """A tensor that forward keeps for its next call is state, which a graph has not; one that only
-    lends its size is a cache.
+    """Refuse a forward that reads a tensor which it sets for its next call: that is state.
+
+    A tensor of which only the size is read is allowed: it is a cache.
+
+    Parameters
+    ----------
+    graph:
+        The traced graph.
+    assigned:
+        Paths of the attributes that forward sets to traced values.
+    root:
+        The traced module, for the message.
 
     Raises
     ------
     TraceError
-        If values are read that a call before would have set.
     """
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in assigned:
@@ -83,13 +100,21 @@ def refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
 
 
 def refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
-    """What the first call has left on the modules, where it now is, must not lead to another
-    graph.
+    """Trace a second call and refuse the model if it differs from the first.
+
+    The second call starts from the attributes that the first call has set on the modules.
+
+    Parameters
+    ----------
+    first:
+        The trace of the first call.
+    state:
+        The attributes that the first call has set, now on the modules.
 
     Raises
     ------
     TraceError
-        If a second call does something else, or leaves something else behind.
+        If the second graph differs, or if the second call changes an attribute again.
     """
     meta_copy, attributes, made = (
         first.meta_copy,
@@ -120,12 +145,19 @@ def refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
 
 
 def refuse_chance(first: Trace, reach: Reach) -> None:
-    """What Python computes anew at each call is no constant of a graph.
+    """Refuse a model whose Python code computes something else at each call.
+
+    Parameters
+    ----------
+    first:
+        The trace of the first call.
+    reach:
+        What the model's code can reach, as it was before the first call.
 
     Raises
     ------
     ChanceError
-        If a generator of the model's own is drawn from, or if a further call does something else.
+        If the model draws from a generator of its own, or if a further call gives another graph.
     """
     meta_copy = first.meta_copy
     if reach.drawn and each_draws(first):
@@ -134,7 +166,7 @@ def refuse_chance(first: Trace, reach: Reach) -> None:
     reach.put_back()
     for _ in range(AGAIN):
         if not reach.may_differ:
-            break  # it has left nothing behind, or what it found was all there
+            break  # the call asked nothing outside of Python and left nothing behind
         reach = Reach(meta_copy.model)
         with reach.watching():
             same = does_the_same(first)

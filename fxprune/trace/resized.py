@@ -1,9 +1,9 @@
-"""What has followed from the sizes of inputs without a word, found by traces of inputs of other
-sizes: numbers that C++ has computed below Python, and how many axes a ``squeeze()`` leaves.
+"""Find what depends on input sizes unseen, by tracing inputs of other sizes.
 
-Where another size makes another graph, the graph is for its own size alone, and says so. That is
-asked only of graphs with numbers of unknown origin in them: the rules of ``vmap`` cut, count and
-compose before an operation is seen.
+Two things do: numbers that C++ computes, and the number of axes that ``squeeze()`` leaves. Where
+another size gives another graph, the size is guarded. The first check is only done for graphs that
+contain numbers of unknown origin: the rules of ``vmap``, for example, slice, count and combine
+before an operation is recorded.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from fxprune.trace.tracer import Tracer
 __all__ = ["hold_inputs", "hold_ranks"]
 
 InputAxis = tuple[fx.Node, int]
-"""An input, or an entry of one, and a dimension of it."""
+"""A tensor among the inputs, or an entry of one, and one of its axes."""
 
 Compare = Callable[[tuple[Any, Any]], "fx.Node | bool | None"]
+"""A function that traces another call ``(args, kwargs)`` and compares the graphs.
+
+It returns the first node that differs, None if there is none, and False if the call fails.
+"""
 
 
 def hold_inputs(tracer: Tracer, compare: Compare) -> None:
-    """Hold a graph to those sizes of its inputs with which it changes.
+    """Guard the input sizes that change the graph.
 
     Parameters
     ----------
+    tracer:
+        The tracer of the finished graph.
     compare:
-        Traces another call: gives the first node in whose place it has another one, None where
-        there is none, False where it fails.
+        Traces a call with other sizes and compares (see :data:`Compare`).
     """
     if not tracer.below_lines:
         return
@@ -45,14 +50,20 @@ def hold_inputs(tracer: Tracer, compare: Compare) -> None:
         elif isinstance(found, fx.Node):
             tracer.hold_input(*place, _user_line_at(tracer, found))
     if len(waiting) == 1:
-        return  # the model takes no other size: two that depend on each other both fail alone
+        return  # the model takes no other size: of two that must be equal, both would fail
     for place in _failing_together(tracer, waiting, compare):
         tracer.hold_input(*place, next(iter(tracer.below_lines.values())))
 
 
 def hold_ranks(tracer: Tracer, compare: Compare) -> None:
-    """Hold a graph to the number of axes that ``squeeze()`` leaves, where it is another graph for
-    inputs of which it drops more.
+    """Guard the number of axes that ``squeeze()`` leaves, if the graph changes with it.
+
+    Parameters
+    ----------
+    tracer:
+        The tracer of the finished graph.
+    compare:
+        Traces a call with other sizes and compares (see :data:`Compare`).
     """
     squeezed = [node for node in tracer.graph.nodes if squeezes_all(node)]
     if not squeezed:
@@ -62,7 +73,7 @@ def hold_ranks(tracer: Tracer, compare: Compare) -> None:
         [place for place in free if _size(place) == size and place[1] == dim]
         for size, dim in dict.fromkeys(map(_key, free))
     ]
-    for places in (*alike, *([place] for place in free)):  # the batches of two inputs are one
+    for places in (*alike, *([place] for place in free)):  # the batch of two inputs is the same
         if isinstance(
             compare(_with(tracer.example, places, 2 if _size(places[0]) == 1 else 1)), fx.Node
         ):
@@ -74,8 +85,10 @@ def hold_ranks(tracer: Tracer, compare: Compare) -> None:
 def _failing_together(
     tracer: Tracer, places: Sequence[InputAxis], compare: Compare
 ) -> list[InputAxis]:
-    """Those without which no other size is known to give the same graph: the batches of two
-    inputs, say, are one.
+    """Return the axes for which no other size is known to give the same graph.
+
+    Axes that fail alone may pass when they change together: two inputs have the same batch size,
+    for example. Axes that pass together are left out.
     """
     for alike in (_key, _size):
         for key in {alike(place) for place in places}:
@@ -88,9 +101,7 @@ def _failing_together(
 def _trace_resized(
     tracer: Tracer, places: Sequence[InputAxis], compare: Compare
 ) -> fx.Node | bool | None:
-    """What another trace gives with another size of these places: the first one that the model
-    takes.
-    """
+    """Compare with a trace that has another size on these axes, the first that the model takes."""
     size = max(map(_size, places))
     for other in (2 * size, 3 * size, size + 1, size // 2, size - 1):
         found = compare(_with(tracer.example, places, other)) if other not in (0, size) else False
@@ -100,6 +111,7 @@ def _trace_resized(
 
 
 def _with(call: tuple[Any, Any], places: Sequence[InputAxis], other: int) -> Any:
+    """Return the call with the size ``other`` on these axes."""
     dims = {node.meta["val"]: {dim for own, dim in places if own is node} for node, _ in places}
 
     def resized(tensor: Tensor) -> Tensor:
@@ -112,7 +124,7 @@ def _with(call: tuple[Any, Any], places: Sequence[InputAxis], other: int) -> Any
 
 
 def _free(graph: fx.Graph) -> list[InputAxis]:
-    """The dimensions of all inputs that the graph is not held to."""
+    """Return the axes of all inputs whose sizes are not guarded."""
     containers: set[fx.Node] = set()
     tensors: list[fx.Node] = []
     for node in graph.nodes:
@@ -129,6 +141,7 @@ def _free(graph: fx.Graph) -> list[InputAxis]:
 
 
 def _is_held(node: fx.Node, dim: int) -> bool:
+    """Tell whether the size of a tensor's axis is guarded."""
     sizes = [user for user in node.users if user.target == "size" and user.args[1:] == (dim,)]
     asked = [
         same
@@ -140,15 +153,17 @@ def _is_held(node: fx.Node, dim: int) -> bool:
 
 
 def _size(place: InputAxis) -> int:
+    """Return the example's size of an axis."""
     return int(place[0].meta["val"].shape[place[1]])
 
 
 def _key(place: InputAxis) -> tuple[int, int]:
+    """Return the size and the index of an axis: axes with the same ones may belong together."""
     return _size(place), place[1]
 
 
 def _user_line_at(tracer: Tracer, node: fx.Node) -> str:
-    """The line of what C++ has done there, or next."""
+    """Return the user's line of the first C++ operation at this node or after it."""
     later = iter(tracer.below_lines.items())
     return next(
         (line for own, line in later if not own < node), next(iter(tracer.below_lines.values()))

@@ -1,4 +1,4 @@
-"""Scripted functions and classes of functions while a model is traced."""
+"""Record calls of scripted functions and of custom autograd functions while a model is traced."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ __all__ = ["applications_followed", "scripts_followed"]
 
 @contextmanager
 def applications_followed(tracer: Tracer) -> Iterator[None]:
-    """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks
-    the class for ``forward``.
+    """Record applications of ``torch.autograd.Function`` classes as nodes, inside this context.
+
+    The classes' ``forward`` is replaced, because every ``apply`` reads it, also from C++.
     """
-    given: list[tuple[type, Any]] = []  # what is put back
+    given: list[tuple[type, Any]] = []  # the classes and their own forward, to be restored
     maker: Any = torch.autograd.function.FunctionMeta
     make = maker.__init__
 
@@ -38,7 +39,7 @@ def applications_followed(tracer: Tracer) -> Iterator[None]:
     try:
         for kind in _function_classes():
             forward = kind.__dict__.get("forward")
-            # it is one already inside of another trace
+            # inside another trace it is replaced already
             if forward is not None and not isinstance(forward, _ThroughGraph):
                 given.append((kind, forward))
                 _originals[kind] = kind.forward
@@ -56,8 +57,10 @@ def applications_followed(tracer: Tracer) -> Iterator[None]:
 
 
 def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
-    """The forward of a class that is another one at each call: a graph cannot call it, and what it
-    does has other gradients.
+    """Return a ``forward`` that refuses calls, for a class that is created while a model runs.
+
+    Such a class is another one at each call, so a graph cannot call it, and recording what it does
+    would lose its gradients.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -74,6 +77,7 @@ def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callab
 
 
 def _function_classes() -> Iterable[Any]:
+    """Return the subclasses of ``torch.autograd.Function``, without torch's internal ones."""
     found: dict[Any, None] = {}  # in order
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
@@ -87,32 +91,33 @@ def _function_classes() -> Iterable[Any]:
 
 
 _tracing: list[Tracer] = []
-"""The traces under way, the innermost last."""
+"""The running traces, the innermost last."""
 
 
 class _ThroughGraph(staticmethod):
-    """What stands for a class's ``forward`` while a model is traced."""
+    """The replacement of a class's ``forward`` while a model is traced."""
 
 
 _in_place_of: weakref.WeakKeyDictionary[type, _ThroughGraph] = weakref.WeakKeyDictionary()
-"""Made once for every class: a process knows hundreds of them, and traces often."""
+"""The replacements by class, made once: a process has hundreds of classes and traces often."""
 
 
 _originals: dict[type, Callable[..., Any]] = {}
-"""What the classes have for their ``forward``, while something else stands for it."""
+"""The classes' own ``forward``, while it is replaced."""
 
 
 def _recording(kind: type) -> Callable[..., Any]:
-    refer = weakref.ref(kind)  # a class must not live for being known here
+    """Return a ``forward`` that records the application of a class as a node."""
+    refer = weakref.ref(kind)  # the replacement must not keep the class alive
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kind: Any = refer()
-        # another thread may call when the trace has just ended
+        # another thread may call just after the trace has ended
         forward = _originals.get(kind) or kind.forward
         innermost = _tracing[-1:]
         if not innermost or not innermost[0].is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
-        # what is kept for the backward pass is not a graph's business
+        # a checkpoint only changes what is kept for the backward pass
         if kind.__module__ == checkpoint.__name__:
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
@@ -128,8 +133,9 @@ def _recording(kind: type) -> Callable[..., Any]:
 
 @functools.cache
 def _application(kind: Any) -> Callable[..., Any]:
-    """What a node calls to apply a function with gradients of its own; a bound method has no name
-    that code could say.
+    """Return a function that applies an autograd function, to be called by a node.
+
+    ``kind.apply`` itself will not do: it is a bound method, without a name that code can refer to.
     """
 
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -143,8 +149,9 @@ def _application(kind: Any) -> Callable[..., Any]:
 
 @contextmanager
 def scripts_followed(tracer: Tracer) -> Iterator[None]:
-    """Calls of scripted functions and of methods of scripted modules go through the tracer, which
-    reads their code.
+    """Send calls of scripted functions and methods to the tracer, inside this context.
+
+    The tracer reads their code.
     """
     found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
     try:
@@ -157,6 +164,8 @@ def scripts_followed(tracer: Tracer) -> Iterator[None]:
 
 
 def _scripted(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+    """Return a ``__call__`` of scripted functions that asks the tracer to run them."""
+
     def call(script: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(original, script, *args, **kwargs)
         if not tracer.is_mine() or tracer.executing:

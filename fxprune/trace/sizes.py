@@ -1,11 +1,11 @@
-"""Sizes that C++ computed from a tensor's shape: numbers of the graph in their place, so that it
-takes inputs of other sizes.
+"""Find sizes that C++ computed from a tensor's shape, and replace them by numbers of the graph.
 
-What a scripted function or ``torch.vmap`` does arrives as ATen operations with plain numbers among
-their arguments. The sizes to which a tensor is laid out anew say by themselves which of its own
-sizes they are. What else follows from sizes holds the graph to the example's: the code of a
-scripted function says by which ones it goes, and traces of inputs of other sizes say which numbers
-are others then.
+With numbers of the graph in their place, the graph takes inputs of other sizes. The operations of
+a scripted function or of ``torch.vmap`` arrive as ATen operations with plain numbers as arguments.
+The target sizes of a reshape can be matched with the tensor's own sizes. Any other number that
+depends on sizes limits the graph to the example's sizes, which are guarded: the code of a scripted
+function shows which sizes it decides by, and traces of inputs with other sizes show which numbers
+change.
 """
 
 from __future__ import annotations
@@ -31,17 +31,26 @@ def with_traced_sizes(
     size: Callable[[int], Any],
     hold: Callable[[int], None],
 ) -> tuple[Any, ...]:
-    """The positional arguments of an operation, with sizes of its first one as numbers of the
-    graph.
+    """Replace sizes of the first argument, in an operation's arguments, by numbers of the graph.
 
     Parameters
     ----------
+    func:
+        The overload of the ATen operation.
+    args:
+        Its positional arguments.
     shape:
-        Of the first argument, for the example.
+        The shape of the first argument for the example.
     size:
-        Gives the number of the graph for one of its dimensions.
+        Returns the number of the graph for the size of an axis of the first argument.
     hold:
-        Called for a dimension that is split: into what, for another size, nobody can know.
+        Guards the size of an axis. It is called for an axis that a reshape splits, because the
+        split of another size is unknown.
+
+    Returns
+    -------
+    tuple
+        The positional arguments to record.
     """
     name = name_of_op(func).removesuffix("_copy")
     own = known(name)
@@ -71,13 +80,16 @@ def with_traced_sizes(
 
 
 def _product(numbers: Iterable[Any]) -> Any:
-    """The product, without a factor that is known to be 1: each multiplication is a node."""
+    """Return the product of numbers of the graph.
+
+    It is not multiplied by a 1 to start with, because each multiplication is a node.
+    """
     first, *rest = [*numbers, 1]
     return functools.reduce(operator.mul, rest[:-1], first)
 
 
 def reads_size(func: Any) -> bool:
-    """Whether one of torch's functions asks a tensor for its size."""
+    """Tell whether a torch function reads sizes of a tensor."""
     name = getattr(func, "__name__", "")
     return (
         getattr(func.__self__, "__name__", "") if name == "__get__" else name
@@ -88,8 +100,12 @@ _SIZE_QUESTIONS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 
 
 def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
-    """The dimensions that a tensor shows inside of a transform, each as one of the stand-in that
-    it wraps.
+    """Return the axes that a tensor shows inside a transform, as axes of the stand-in it wraps.
+
+    Returns
+    -------
+    list of (TracedTensor, int)
+        Pairs of the stand-in and one of its axes; empty if the tensor wraps no stand-in.
     """
     functorch = torch._C._functorch
     batched: list[int] = []
@@ -107,10 +123,10 @@ def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
 # -- scripted functions
 
 EVERY = frozenset({"every"})
-"""In the place of dimensions: all that a tensor has."""
+"""A marker for all axes of a tensor."""
 
 _LIST = frozenset({"list"})
-"""The same, for the list of their sizes: its first entry is that of the first dimension."""
+"""A marker for the list of a tensor's sizes, whose entries are in the order of the axes."""
 
 _PLAIN_NODES = frozenset(
     {
@@ -141,11 +157,20 @@ _IDENTITY = frozenset({"__is__", "__isnot__"})  # of a tensor and None
 
 
 def asked_sizes(graph: Any) -> frozenset[Any] | None:
-    """The dimensions by whose sizes a scripted function goes: it branches, counts or computes with
-    them.
+    """Return the axes whose sizes a scripted function decides by or computes with.
 
-    Sizes that it hands to an operation on tensors as they are do not count. None: the code does
-    things that nobody can follow.
+    Sizes that are only passed on to tensor operations do not count.
+
+    Parameters
+    ----------
+    graph:
+        The function's TorchScript graph, inlined.
+
+    Returns
+    -------
+    frozenset or None
+        Axes, of whichever tensor, or :data:`EVERY`. None if the code contains operations that
+        cannot be followed.
     """
     asked: set[Any] = set()
     for node in _nodes_of_block(graph):
@@ -162,6 +187,7 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
 
 
 def _nodes_of_block(block: Any) -> Iterator[Any]:
+    """Yield the nodes of a TorchScript block and of the blocks inside it."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
@@ -173,8 +199,9 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _of_node(node: Any) -> frozenset[Any]:
-    """The dimensions of ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)``,
-    ``sizes[dim]``.
+    """Return the axes whose sizes a node reads.
+
+    The node is ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)`` or ``sizes[dim]``.
     """
     if node.kind() == "aten::numel":
         return EVERY
@@ -187,7 +214,7 @@ def _of_node(node: Any) -> frozenset[Any]:
 
 
 def _of_slice(node: Any) -> frozenset[Any]:
-    """The dimensions of ``sizes[-2:]`` or ``sizes[:2]``; their list is not one of all."""
+    """Return the axes in a slice of a list of sizes, such as ``sizes[-2:]`` or ``sizes[:2]``."""
     values = [*node.inputs()][1:]
     start, stop, step = (value.toIValue() for value in values)
     written = all(value.node().kind() == "prim::Constant" for value in values) and step == 1
@@ -199,8 +226,14 @@ def _of_slice(node: Any) -> frozenset[Any]:
 
 
 def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
-    """Those of the dimensions whose sizes, in this value, go elsewhere than into operations on
-    tensors.
+    """Return the axes whose sizes are used by anything but tensor operations.
+
+    Parameters
+    ----------
+    value:
+        A TorchScript value that holds these sizes or is computed from them.
+    dims:
+        The axes of the sizes in ``value``.
     """
     asked: frozenset[Any] = frozenset()
     for use in value.uses():
@@ -215,7 +248,7 @@ def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
         elif node.kind() == "prim::ListConstruct":
             asked |= _asked(node.output(), EVERY if dims == _LIST else dims)
         elif node.kind() == "aten::len":
-            continue  # how many there are says the rank
+            continue  # the number of sizes is the rank
         elif not (
             node.kind().startswith("aten::") and _takes_tensors(node) and _gives_tensors(node)
         ):

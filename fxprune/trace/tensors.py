@@ -1,4 +1,4 @@
-"""Stand-ins for tensors; what all stand-ins are: a node, and the operators of Python on it."""
+"""Stand-ins for tensors, and the base classes of all stand-ins."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ __all__ = ["Operators", "SeenByTorch", "Traced", "TracedTensor", "find_traced", 
 
 
 class Traced:
-    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to
-    them.
+    """The base class of all stand-ins.
+
+    Attributes
+    ----------
+    fx_node:
+        The node whose value this object represents.
+    tracer:
+        The tracer, which records the operations on this object.
+    claimed:
+        The class that ``isinstance`` sees.
     """
 
     fx_node: fx.Node
     tracer: Tracer
     claimed: Any
-    """The class that ``isinstance`` sees."""
 
     @property
     def __class__(self) -> type:
@@ -45,12 +52,12 @@ class Traced:
 
     @property
     def example(self) -> Any:
-        """The value for the example."""
+        """The node's value for the example."""
         return self.fx_node.meta["val"]
 
     @property
     def rank(self) -> int:
-        """How many dimensions a tensor has."""
+        """The number of a tensor's axes."""
         with torch._C.DisableTorchFunction():
             return int(self.example.dim())
 
@@ -68,24 +75,25 @@ class Traced:
 
 
 class SeenByTorch(Traced):
-    """What torch's functions hand over before they look at it.
+    """A stand-in that sends torch functions to the tracer, through ``__torch_function__``.
 
-    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of
-    the thread that traces sees them.
+    Stand-ins for whole numbers are not of this class: torch would no longer read the arguments of
+    ``x.view(n, -1)`` as a list of sizes. A mode in the tracing thread sees those calls.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = find_traced((args, kwargs))
-        if found is None:  # torch asks about its own attributes of the class
+        if found is None:  # torch reads its own attributes of the class
             return func(*args, **kwargs)
         return found.tracer.on_function(func, args, kwargs)
 
 
 class Operators:
-    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number
-    is a decision.
+    """Python's operators on a stand-in, recorded as functions of :mod:`operator`.
+
+    A conversion to a Python number is a decision (see :meth:`Guarded.decide`).
     """
 
     tracer: Tracer
@@ -107,6 +115,7 @@ class Operators:
 
 
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
+    """Return the method behind an operator; ``reflected``: with the stand-in on the right."""
     function = getattr(operator, name)
     of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
 
@@ -120,7 +129,7 @@ def _operator(name: str, reflected: bool) -> Callable[..., Any]:
         if any(
             isinstance(other, (list, str)) or type(other) is tuple for other in others
         ) and name in ("add", "mul"):
-            return NotImplemented  # a sequence, so often as the number says
+            return NotImplemented  # Python repeats or concatenates the sequence itself
         args = (*others, self) if reflected else (self, *others)
         return self.tracer.record("call_function", function, args, {})
 
@@ -136,11 +145,10 @@ for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
 
 
 class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
-    """Stands for a tensor; ``example`` is one without data, unless it follows from constants
-    alone.
+    """A stand-in for a tensor.
 
-    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of
-    that class is used.
+    ``example`` is a meta tensor, unless it is computed from constants only. The class also derives
+    from ``fx.Proxy``, for libraries that check whether they are traced; it uses nothing of it.
     """
 
     @staticmethod
@@ -175,8 +183,10 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
 
     @property
     def marks(self) -> list[str]:
-        """The names of attributes that forward has set on the tensor: what C++ keeps there, as a
-        capsule and what belongs to it, is none of these.
+        """The names of the attributes that forward has set on the tensor.
+
+        C++ stores attributes there too, in capsules. They are left out, and so is every attribute
+        whose name begins with that of a capsule.
         """
         own = {name: value for name, value in vars(self).items() if name not in _OF_STAND_INS}
         kept = tuple(name for name, value in own.items() if type(value).__name__ == "PyCapsule")
@@ -228,7 +238,7 @@ _OF_STAND_INS = frozenset({"fx_node", "node", "tracer"})
 
 
 def _augmented(name: str) -> Callable[..., Any]:
-    """``x += y`` writes into a tensor."""
+    """Return the method behind an augmented assignment, which writes into the tensor."""
 
     def write(self: TracedTensor, other: Any) -> Any:
         if self.tracer.is_overridden():
@@ -243,8 +253,9 @@ for _name in AUGMENTED:
 
 
 def find_traced(value: Any) -> Traced | None:
-    """The first stand-in in nested arguments; also one that C++ hands back as a number of
-    torch.
+    """Return the first stand-in in nested arguments, or None.
+
+    C++ may return the stand-in of a number as a ``torch.SymInt``: its stand-in is found too.
     """
     kind = type(value)
     if issubclass(kind, Traced):
@@ -267,8 +278,9 @@ def find_traced(value: Any) -> Traced | None:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has
-    changed.
+    """Apply ``function`` to each leaf of a call's nested arguments.
+
+    A container in which nothing changes is returned as it is.
     """
     kind = type(value)
     if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):

@@ -1,5 +1,6 @@
-"""Follows a model's code and records each operation as a node, which has the value that it gives
-for the example.
+"""The tracer: it follows a model's code and records each operation as a node.
+
+Each node stores its value for the example.
 """
 
 from __future__ import annotations
@@ -44,12 +45,11 @@ __all__ = ["Tracer", "is_leaf"]
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module stays one node.
+    """Tell whether a module becomes one node of the graph.
 
-    A module of torch.nn without children is one operation, unless its forward was replaced. One
-    with children is a container or a composite, unless the children are parametrisations of
-    torch's own, which compute its weights and belong to it. Those of a user are code like any
-    other.
+    A module of ``torch.nn`` without children is a leaf, unless its forward was replaced. A module
+    with children is entered. Parametrizations from ``torch.nn`` are an exception: they compute the
+    module's own weights, so the module stays a leaf. A user's parametrizations are entered.
     """
     if not type(module).__module__.startswith("torch.nn") or has_own_forward(module):
         return False
@@ -62,8 +62,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class _Recording(TorchFunctionMode):
-    """Sees, in the thread that traces, the calls of torch's functions in which no argument is a
-    stand-in for a tensor.
+    """A mode that sends each call of a torch function to the tracer.
+
+    It also catches calls whose arguments contain no traced tensor. It is active in the tracing
+    thread only.
     """
 
     def __init__(self, tracer: Tracer) -> None:
@@ -75,22 +77,23 @@ class _Recording(TorchFunctionMode):
 
 
 def _is_operator(name: str) -> bool:
-    """Whether Python has an operator of this name that takes a tensor on either side."""
+    """Tell whether Python has an operator with this name that takes a tensor on either side."""
     return hasattr(operator, name) and hasattr(Tensor, f"__r{name}__")
 
 
 class Tracer(BelowPython):
-    """One trace: the graph so far, and what was learned while making it.
-
-    Parameters
-    ----------
-    watch:
-        What a node runs under (see :func:`fxprune.trace.trace`).
-    """
+    """One trace of a model: the graph so far, and what was learned while building it."""
 
     def trace(self) -> fx.Graph:
-        """Call the root on stand-ins for the example's arguments. Hooks of a user's run around its
-        graph, in Python.
+        """Call the root module with stand-ins for the example's arguments and return the graph.
+
+        If the root has hooks, its forward is called directly: hooks run around the graph, in
+        Python.
+
+        Raises
+        ------
+        TraceError
+            If forward sets an attribute on a tensor that its caller can see.
         """
         for path, module in self.root.named_modules():
             for name, value in vars(module).items():
@@ -118,17 +121,21 @@ class Tracer(BelowPython):
         return self.graph
 
     def close(self) -> None:
-        """From now on the stand-ins of this trace stand for nothing."""
+        """End the trace: using one of its stand-ins afterwards is an error."""
         self._closed = True
 
     @unseen
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Placeholders for the inputs that the example has; parameters it leaves out keep their
-        Python defaults.
+        """Create the placeholders and return the arguments to call the root with.
+
+        An argument that holds tensors is passed as a stand-in. Any other argument is passed as it
+        is, and an assertion guards its value. Arguments that the example leaves out keep their
+        Python defaults. Those with an ``int`` as their default get a placeholder too, to find out
+        whether the model reads them.
         """
         args, kwargs = self.example
         forward = type(self.root).forward
-        # self
+        # the number of parameters before the first input: one, for self
         own = (
             0
             if isinstance(inspect.getattr_static(type(self.root), "forward"), staticmethod)
@@ -154,8 +161,9 @@ class Tracer(BelowPython):
         return [given[name] for name in names], keywords
 
     def _hold_contents(self, node: fx.Node, what: str) -> None:
-        """How long a container among the arguments is, before its entries are read, and the
-        constants in it.
+        """Guard the length of a container among the arguments, and the constants in it.
+
+        The guard comes before the nodes that read the container's entries.
         """
         value = node.meta["val"]
         if isinstance(value, Tensor):
@@ -173,12 +181,13 @@ class Tracer(BelowPython):
             self._hold_contents(entry, f"{what}[{entry.args[1]!r}]")
 
     def _placeholder(self, name: str, value: Any) -> Any:
+        """Create a placeholder; return its stand-in, or the node itself for None and text."""
         node = self.create_node("placeholder", name, (), {})
         node.meta["val"] = value
         return node if value is None or isinstance(value, str) else stand_in(node, self)
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call of one of torch's functions in the thread that traces, whatever its arguments."""
+        """Handle a call of a torch function in the tracing thread, whatever its arguments are."""
         if self.executing:
             return func(*args, **kwargs)
         if self.in_transform():
@@ -190,8 +199,10 @@ class Tracer(BelowPython):
         return self.on_function(func, args, kwargs)
 
     def _without_inputs(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What follows from constants alone is one, but for random numbers: the graph draws them
-        at each call.
+        """Run a call that has no traced argument.
+
+        Its result is a constant. If it draws random numbers, it becomes a node instead, so that
+        the graph draws them at each call.
         """
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)
@@ -202,8 +213,10 @@ class Tracer(BelowPython):
             return self._draw(func, args, kwargs)
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Random numbers that depend on no input: a node, whose value nobody can know, and the
-        generator stays as it was.
+        """Record a call that draws random numbers and has no traced argument.
+
+        The node's value moves to the meta device, because each call draws other numbers. The
+        state of the generator is restored.
         """
         state = torch.get_rng_state()
         try:
@@ -216,9 +229,7 @@ class Tracer(BelowPython):
         return stand_in(drawn.fx_node, self)
 
     def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call of one of torch's functions, methods or properties with a stand-in among its
-        arguments.
-        """
+        """Handle a call of a torch function, method or property with a traced argument."""
         if self.executing and self.is_mine():
             args, kwargs = self._of_examples((args, kwargs))
             return func(*args, **kwargs)
@@ -229,8 +240,12 @@ class Tracer(BelowPython):
         return self._function(func, map_leaves(self.known, args), map_leaves(self.known, kwargs))
 
     def is_overridden(self) -> bool:
-        """Whether a transform, or a mode of the model's own, sees and may change what functions
-        do.
+        """Tell whether a transform, or a mode of the user's, may change what functions do.
+
+        Raises
+        ------
+        TraceError
+            If a dispatch mode of the user's is active.
         """
         self._refuse_modes()
         before = self._modes[0]
@@ -241,8 +256,10 @@ class Tracer(BelowPython):
         return self.in_transform()
 
     def _refuse_modes(self) -> None:
-        """A mode that sees ATen operations stands below gradients: which formulas they then have
-        no graph can say.
+        """Refuse dispatch modes of the user's.
+
+        Such a mode works on ATen operations, below autograd. A graph cannot express which gradient
+        formulas then apply.
         """
         before = self._modes[1]
         own = torch._C._len_torch_dispatch_stack() > before and _users(
@@ -255,6 +272,7 @@ class Tracer(BelowPython):
             )
 
     def _function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record a call of a torch function, method or property."""
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             what = func.__self__.__name__
@@ -274,9 +292,7 @@ class Tracer(BelowPython):
         return self.record("call_method", name, args, kwargs)
 
     def _special(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A method behind an operator or a builtin function, of a tensor that is no stand-in
-        itself.
-        """
+        """Record a call of a special method, such as ``Tensor.__add__`` or ``Tensor.__len__``."""
         own = name.strip("_")
         if _is_operator(own) or own in ("setitem", "getitem"):
             return self.record("call_function", getattr(operator, own), args, kwargs)
@@ -287,6 +303,7 @@ class Tracer(BelowPython):
         return self.record("call_method", name, args, kwargs)
 
     def _attribute(self, tensor: Any, name: str) -> Any:
+        """Record a read of a tensor's attribute; refuse it if a graph cannot answer it."""
         if name == "shape":
             return self._size(tensor)
         if name in OF_PARAMETERS and isinstance(tensor, nn.Parameter):
@@ -297,6 +314,7 @@ class Tracer(BelowPython):
 
     @unseen
     def _set_attribute(self, tensor: Any, name: str, value: Any) -> None:
+        """Refuse to set a tensor's attribute, except to itself, as ``x.data += 1`` does."""
         if not is_again(
             getattr(value, "fx_node", None), getattr, getattr(tensor, "fx_node", None), name
         ):
@@ -306,8 +324,9 @@ class Tracer(BelowPython):
             )
 
     def call_leaf_function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Trace into a function that its library marked as a leaf; leave it whole where it
-        branches on the mode.
+        """Trace into a function that its library registered as a leaf.
+
+        A function that branches on ``training`` becomes one node instead.
         """
         if not isinstance(function, types.FunctionType) or _is_torch(function):
             return self.record("call_function", function, args, kwargs)
@@ -327,12 +346,14 @@ class Tracer(BelowPython):
             self._inside_leaf_function -= 1
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A call of a module that stays whole."""
+        """Record a call of a leaf module."""
         return self.record("call_module", self._paths[module], args, kwargs)
 
     def is_as_given(self, module: nn.Module) -> bool:
-        """Whether a leaf computes with tensors that the model had from the beginning, and nothing
-        sees what it computes.
+        """Tell whether a leaf module can be recorded as one node.
+
+        That is so if it only holds tensors that the model had before the trace, and if no
+        transform or mode is active that could change what it computes.
         """
         own = (*module._parameters.values(), *module._buffers.values())
         return (
@@ -347,8 +368,9 @@ class Tracer(BelowPython):
 
 
 def _users(modes: Iterable[Any]) -> str:
-    """The name of the first mode that torch does not bring along: its own ones look on, or choose
-    a device.
+    """Return the class name of the first mode that is not torch's, or an empty string.
+
+    torch's own modes are allowed: they only observe, or choose a device.
     """
     names = [
         type(mode).__name__ for mode in modes if not type(mode).__module__.startswith("torch.")

@@ -1,4 +1,4 @@
-"""Operations that lay their tensor out anew, in place, and the views that they give."""
+"""In-place operations that change a tensor's layout, and their counterparts that return a view."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ __all__ = ["lays_out_anew", "view_instead"]
 
 @functools.cache
 def view_instead(kind: str, target: Any) -> Any:
-    """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for
-    ``x.squeeze_(1)``; else None.
+    """Return the call that returns as a view what this call does in place.
+
+    It is ``x.squeeze(1)`` for ``x.squeeze_(1)``.
+
+    Parameters
+    ----------
+    kind, target:
+        The node's ``op`` and ``target``.
+
+    Returns
+    -------
+    object or None
+        The other target; None if the call does not change the layout in place, or if there is no
+        such view.
     """
     name = _target_name(kind, target)
     views = _overloads(name[:-1])
@@ -30,7 +42,7 @@ def view_instead(kind: str, target: Any) -> Any:
 
 @functools.cache
 def lays_out_anew(kind: str, target: Any) -> bool:
-    """Whether a call gives its tensor another shape, other strides or other memory, in place."""
+    """Tell whether a call changes its tensor's shape, strides or memory in place."""
     name = _target_name(kind, target)
     return name.endswith("_") and any(
         torch.Tag.inplace_view in overload.tags for overload in _overloads(name)
@@ -38,16 +50,18 @@ def lays_out_anew(kind: str, target: Any) -> bool:
 
 
 def _target_name(kind: str, target: Any) -> str:
+    """Return the name of the method, function or ATen operation that a node calls."""
     name = target if kind == "call_method" else getattr(target, "__name__", "")
     return str(getattr(getattr(target, "_schema", None), "name", name)).removeprefix("aten::")
 
 
 def _takes(overload: Any) -> list[tuple[str, str]]:
+    """Return the names and types of an overload's arguments."""
     return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
 
 
 def _overloads(name: str) -> list[Any]:
-    """The overloads of an ATen operation that give their result."""
+    """Return the overloads of an ATen operation that do not write into ``out``."""
     packet = (
         getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
     )

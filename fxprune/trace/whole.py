@@ -1,4 +1,4 @@
-"""Traces a model: calls it on stand-ins, twice where the first call leaves something behind."""
+"""Trace a whole model, with a second call if the first one changes the model's attributes."""
 
 from __future__ import annotations
 
@@ -52,22 +52,32 @@ def trace(
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
 ) -> Trace:
-    """Trace the meta copy on meta inputs (see :func:`example_of`) in evaluation mode, or in
-    training mode.
+    """Trace a model on inputs without data.
 
     Parameters
     ----------
+    meta_copy:
+        The meta copy of the model.
+    args, kwargs:
+        The example's arguments, on the meta device (see :func:`example_of`).
+    training:
+        Whether to trace in training mode instead of evaluation mode.
     watch:
-        Called with each node before it runs, for what it is to run under: a dispatch mode that
-        executes ATen ops on tensors without data, and may look on. Default:
+        Called with each node before it runs. It returns the context in which the node runs: a
+        dispatch mode that executes ATen operations on meta tensors, and may observe them. Default:
         :class:`~fxprune.ops.running.ShapeMode`.
+
+    Returns
+    -------
+    Trace
+        The graph, and what was learned while tracing.
 
     Raises
     ------
     TraceError
-        If hooks run around a module, if the model branches on values, if a call leaves behind what
-        makes the next one another (``module_state``), or if its code cannot be followed; the
-        message names the line, or the attribute.
+        If hooks run around a module, if the model branches on values, if a call changes what the
+        next call does (see ``module_state``), or if the code cannot be followed. The message names
+        the line or the attribute.
     InputError
         If an operation refuses the shapes of the example.
     """
@@ -119,8 +129,10 @@ def trace(
 
 
 def _hold_lookups(tracer: Tracer, first: Trace) -> None:
-    """Hold a graph to the numbers by which forward has looked something up that was not there, but
-    for tables that it fills.
+    """Guard the numbers that forward looked up and did not find.
+
+    A number is not guarded if forward fills the table itself: the number is then found in a second
+    call, with forward's own keys still in the table.
     """
     missed = first.missed
     if first.filled:
