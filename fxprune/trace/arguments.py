@@ -9,7 +9,7 @@ from typing import Any
 from fxprune.errors import InputError
 from fxprune.inputs import Call, read, shapes_of
 
-__all__ = ["check_keywords", "example_of", "left_out", "parameter_names"]
+__all__ = ["check_keywords", "example_of", "omitted_integers", "parameter_names"]
 
 
 def example_of(example_inputs: Any) -> Call:
@@ -45,7 +45,7 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
     return (names + [f"args_{i}" for i in range(count)])[:count]
 
 
-def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
+def omitted_integers(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
     """Return the parameters that a call leaves out and whose default is an ``int``.
 
     Parameters
@@ -60,12 +60,11 @@ def left_out(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
     dict
         The defaults, by the names of the parameters.
     """
-    parameters = inspect.signature(function).parameters.items()
-    return {
-        name: parameter.default
-        for name, parameter in parameters
-        if name not in given and type(parameter.default) is int
-    }
+    omitted = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in given and type(parameter.default) is int:
+            omitted[name] = parameter.default
+    return omitted
 
 
 def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxprune.trace.user_code import asker, user_line
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["ASKS", "OF_PARAMETERS", "asks", "asks_device"]
+__all__ = ["PARAMETER_ANSWERS", "UNANSWERABLE", "asks", "device_question_message"]
 
 
 _DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
 
 
-ASKS: dict[str, str] = {
+UNANSWERABLE: dict[str, str] = {
     **dict.fromkeys(
         ("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"),
         _DEVICE,
@@ -26,7 +23,7 @@ ASKS: dict[str, str] = {
 """Attributes of a tensor whose value is up to the model's caller, with a description of each."""
 
 
-OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
+PARAMETER_ANSWERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
 """Attributes that have the same value for every ``nn.Parameter``.
 
 ``self.weight = nn.Parameter(w)`` reads them.
@@ -56,6 +53,6 @@ def asks(what: str, how: str) -> str:
     )
 
 
-def asks_device(how: str) -> str:
+def device_question_message(how: str) -> str:
     """Return the error message for an expression that asks for a tensor's device."""
     return asks(_DEVICE, how)

@@ -16,12 +16,12 @@ from fxprune.trace.context_managers import BOUNDS
 __all__ = [
     "DrawsError",
     "ModeReadError",
+    "ModuleAtPath",
     "NoDraws",
-    "Only",
     "execute",
     "sources",
-    "unseen",
-    "zeros_like_meta",
+    "untraced",
+    "with_zeros",
 ]
 
 
@@ -55,7 +55,7 @@ def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     return operator.attrgetter(target)(root)
 
 
-def unseen(method: Any) -> Any:
+def untraced(method: Any) -> Any:
     """Decorate a method so that torch functions inside it are not traced."""
 
     @functools.wraps(method)
@@ -83,29 +83,29 @@ class NoDraws(DispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Only(nn.Module):
+class ModuleAtPath(nn.Module):
     """A module tree that contains one module, at the given path."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         *above, name = path.split(".")
-        place: nn.Module = self
-        for own in above:
-            place._modules[own] = nn.Module()
-            place = cast(nn.Module, place._modules[own])
-        place._modules[name] = module
+        parent: nn.Module = self
+        for parent_name in above:
+            parent._modules[parent_name] = nn.Module()
+            parent = cast(nn.Module, parent._modules[parent_name])
+        parent._modules[name] = module
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
     """Yield a node and all nodes that its value is computed from."""
     seen, waiting = {node}, [node]
     while waiting:
-        own = waiting.pop()
-        yield own
-        waiting += [above for above in own.all_input_nodes if above not in seen]
-        seen.update(own.all_input_nodes)
+        current = waiting.pop()
+        yield current
+        waiting += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
 
 
-def zeros_like_meta(tensor: Tensor) -> Tensor:
+def with_zeros(tensor: Tensor) -> Tensor:
     """Return zeros on the CPU for a meta tensor; any other tensor as it is."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor

@@ -18,7 +18,7 @@ from types import CodeType, FrameType
 
 from torch import fx
 
-__all__ = ["Lookup", "at", "unanswered"]
+__all__ = ["Lookup", "missed_lookups", "place_of"]
 
 CallPlace = tuple[CodeType, int, int]
 """A place in a running function: its code, the instruction, and an id of the call."""
@@ -36,25 +36,25 @@ class Lookup:
         The instruction that looks the number up.
     line:
         The user's line, for a message.
-    made:
+    results_before:
         How many results the model's cached functions had computed at that time.
-    answered:
+    was_compared:
         Whether the number was compared with a key of the same hash.
     """
 
     node: fx.Node
     place: CallPlace
     line: str
-    made: int
-    answered: bool = False
+    results_before: int
+    was_compared: bool = False
 
 
-def at(frame: FrameType) -> CallPlace:
+def place_of(frame: FrameType) -> CallPlace:
     """Return the instruction that a frame is executing."""
     return frame.f_code, frame.f_lasti, object.__hash__(frame)
 
 
-def unanswered(lookups: Sequence[Lookup], made: int) -> Iterator[Lookup]:
+def missed_lookups(lookups: Sequence[Lookup], results_now: int) -> Iterator[Lookup]:
     """Yield the lookups that have found nothing, as far as is known.
 
     A lookup is left out in three cases: it stores an entry in a dict; a cached function computed a
@@ -65,32 +65,33 @@ def unanswered(lookups: Sequence[Lookup], made: int) -> Iterator[Lookup]:
     ----------
     lookups:
         All lookups, in order.
-    made:
+    results_now:
         How many results the model's cached functions have computed by now.
     """
-    groups = [[*group] for _, group in itertools.groupby(lookups, lambda own: own.place)]
-    later = [*(group[0].made for group in groups[1:]), made]
-    for group, after in zip(groups, later, strict=False):
-        kind = _operation(*group[0].place[:2])
+    groups = [[*group] for _, group in itertools.groupby(lookups, lambda lookup: lookup.place)]
+    later = [*(group[0].results_before for group in groups[1:]), results_now]
+    for group, results_after in zip(groups, later, strict=False):
+        opname = _opname(*group[0].place[:2])
+        compared = any(lookup.was_compared for lookup in group)
         # a cached function computed the result, and stored it under the number
-        remembers = after > group[0].made
-        one_entry = kind in _OF_SETS and (len(group) == 1 or any(own.answered for own in group))
-        if kind not in _FILLING and not remembers and not one_entry:
-            yield from (own for own in group if not own.answered)
+        is_cached = results_after > group[0].results_before
+        is_one_entry = opname in _SET_OPNAMES and (len(group) == 1 or compared)
+        if opname not in _STORING_OPNAMES and not is_cached and not is_one_entry:
+            yield from (lookup for lookup in group if not lookup.was_compared)
 
 
-_FILLING = frozenset(
+_STORING_OPNAMES = frozenset(
     {"STORE_SUBSCR", "BUILD_MAP", "MAP_ADD", "DICT_UPDATE", "DICT_MERGE", "BUILD_CONST_KEY_MAP"}
 )
-_OF_SETS = frozenset({"BUILD_SET", "SET_ADD", "SET_UPDATE"})
+_SET_OPNAMES = frozenset({"BUILD_SET", "SET_ADD", "SET_UPDATE"})
 
 
-def _operation(code: CodeType, place: int) -> str:
+def _opname(code: CodeType, offset: int) -> str:
     """Return the name of the bytecode instruction at an offset."""
-    return _operations(code).get(place, "")
+    return _opnames(code).get(offset, "")
 
 
 @functools.lru_cache(maxsize=256)
-def _operations(code: CodeType) -> dict[int, str]:
+def _opnames(code: CodeType) -> dict[int, str]:
     """Return the names of a function's bytecode instructions, by their offsets."""
-    return {step.offset: step.opname for step in dis.get_instructions(code)}
+    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}

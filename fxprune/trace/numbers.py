@@ -15,13 +15,13 @@ from fxprune.trace.user_code import asker, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
-from fxprune.trace.asks import asks, asks_device
-from fxprune.trace.tensors import Operators, SeenByTorch, Traced
+from fxprune.trace.asks import asks, device_question_message
+from fxprune.trace.tensors import Operators, TorchFunctionMixin, Traced
 
 __all__ = ["Number", "TracedBool", "TracedDevice", "TracedDtype", "TracedFloat", "TracedInt"]
 
 
-class _ForCpp:
+class _SymNode:
     """The interface through which C++ reads a traced number (``torch.SymInt.node``).
 
     Each conversion to a Python number is a decision.
@@ -65,7 +65,7 @@ class _ForCpp:
 
     expect_size = expect_true = guard_size_oblivious = guard_or_false = guard_or_true = guard_bool
 
-    def clone(self) -> _ForCpp:
+    def clone(self) -> _SymNode:
         return self
 
     def _graph_repr(self) -> str:
@@ -107,12 +107,12 @@ class Number(Operators, Traced):
         self.fx_node, self.tracer = node, tracer
 
     @property
-    def node(self) -> _ForCpp:
+    def node(self) -> _SymNode:
         """The interface of this number for C++."""
-        return _ForCpp(self)
+        return _SymNode(self)
 
     @property
-    def claimed(self) -> type:
+    def apparent_class(self) -> type:
         """The class that ``isinstance`` sees: that of the example's number."""
         return type(self.fx_node.meta["val"])
 
@@ -147,15 +147,15 @@ class Number(Operators, Traced):
         return other // self, other % self
 
     def __eq__(self, other: Any) -> Any:
-        self.tracer.is_compared()
+        self.tracer.note_comparison()
         if issubclass(type(other), Number) and other.tracer is not self.tracer:
-            other.tracer.is_compared()
+            other.tracer.note_comparison()
             return False  # a key that an earlier trace left in a cache
         return Operators.__eq__(self, other)
 
     def __hash__(self) -> int:
         """Return the hash of the example's number, so that tables find equal keys."""
-        self.tracer.is_looked_up(self)
+        self.tracer.note_lookup(self)
         return hash(self.example)
 
     def __repr__(self) -> str:
@@ -175,11 +175,11 @@ class TracedFloat(Number, torch.SymFloat):
     """A stand-in for a floating-point number."""
 
 
-class TracedBool(Number, SeenByTorch, torch.SymBool):
+class TracedBool(Number, TorchFunctionMixin, torch.SymBool):
     """A stand-in for a truth value: a comparison of sizes, or the mode of a module."""
 
 
-class _Attribute(Traced):
+class _TensorAttribute(Traced):
     """A stand-in for a tensor's device or dtype.
 
     Comparisons become nodes. It cannot be a key of a dict or set.
@@ -200,13 +200,13 @@ class _Attribute(Traced):
         return f"{self.fx_node.name}={self.example!r}"
 
 
-class TracedDevice(_Attribute, str):
+class TracedDevice(_TensorAttribute, str):
     """A stand-in for a device, which cannot be asked for its type.
 
     It is a ``str``, because torch accepts one as a device.
     """
 
-    claimed = torch.device
+    apparent_class = torch.device
 
     def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
         made = super().__new__(cls, "meta")
@@ -216,22 +216,22 @@ class TracedDevice(_Attribute, str):
     def __getattribute__(self, name: str) -> Any:
         if name in ("fx_node", "tracer", "example", "claimed") or name.startswith("__"):
             return super().__getattribute__(name)
-        raise TraceError(asks_device(f"{self!r}.{name}"))
+        raise TraceError(device_question_message(f"{self!r}.{name}"))
 
     def __str__(self) -> str:
-        raise TraceError(asks_device(f"str({self!r})"))
+        raise TraceError(device_question_message(f"str({self!r})"))
 
     def __format__(self, spec: str) -> str:
-        raise TraceError(asks_device(f"str({self!r})"))
+        raise TraceError(device_question_message(f"str({self!r})"))
 
 
-class TracedDtype(_Attribute, SeenByTorch):
+class TracedDtype(_TensorAttribute, TorchFunctionMixin):
     """A stand-in for a dtype."""
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer
 
-    claimed = torch.dtype
+    apparent_class = torch.dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(self.example, name):

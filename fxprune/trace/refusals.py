@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.trace.again import does_the_same, each_draws, followed_call, on_shapes
+from fxprune.trace.again import draws_every_time, repeats_same_graph, shape_mode, trace_call
 from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.meta_copy import (
     MetaCopy,
@@ -24,10 +24,16 @@ from fxprune.trace.reach import AGAIN, Reach
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
 
-__all__ = ["refuse_chance", "refuse_checkpoints", "refuse_left", "refuse_memory", "refuse_state"]
+__all__ = [
+    "refuse_chance",
+    "refuse_checkpoints",
+    "refuse_memory",
+    "refuse_state",
+    "refuse_stored_values",
+]
 
 
-def refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
+def refuse_stored_values(left: Iterable[fx.Node], root: nn.Module) -> None:
     """Refuse a forward that stores values outside of its modules: that is a side effect.
 
     Values that depend on sizes only are allowed: they are a cache.
@@ -116,32 +122,30 @@ def refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
     TraceError
         If the second graph differs, or if the second call changes an attribute again.
     """
-    meta_copy, attributes, made = (
-        first.meta_copy,
-        Attributes(first.meta_copy.model),
-        frozenset[str](),
-    )
-    try:
-        second, made = followed_call(
-            Tracer(meta_copy, first.args, first.kwargs, first.training, on_shapes), meta_copy
-        )
-        same = same_graph(first.graph, second.graph, first.constants, second.constants)
-        moving = [
-            change
-            for change in carried(attributes.changes(made))
-            if not holds_tensors(change.after)
-        ]
-    except FxpruneError:
-        same, moving = False, []
-    finally:
-        attributes.restore(made)
-    if not same or moving:
+    if not _is_second_call_same(first):
         names = ", ".join(sorted(repr(change.path) for change in state))
         raise TraceError(
-            f"forward of this {type(meta_copy.model).__name__} does something else when it is "
-            f"called again, because it sets {names}: a graph is one call. Hand it in and out as "
-            "an argument, or make it a buffer and write into it in place."
+            f"forward of this {type(first.meta_copy.model).__name__} does something else when it "
+            f"is called again, because it sets {names}: a graph is one call. Hand it in and out "
+            "as an argument, or make it a buffer and write into it in place."
         )
+
+
+def _is_second_call_same(first: Trace) -> bool:
+    """Tell whether a further call gives the same graph and leaves no other state behind."""
+    meta_copy = first.meta_copy
+    attributes, made = Attributes(meta_copy.model), frozenset[str]()
+    tracer = Tracer(meta_copy, first.args, first.kwargs, first.training, shape_mode)
+    try:
+        second, made = trace_call(tracer, meta_copy)
+        if not same_graph(first.graph, second.graph, first.constants, second.constants):
+            return False
+        changes = carried(attributes.changes(made))
+        return all(holds_tensors(change.after) for change in changes)
+    except FxpruneError:
+        return False
+    finally:
+        attributes.restore(made)
 
 
 def refuse_chance(first: Trace, reach: Reach) -> None:
@@ -160,7 +164,7 @@ def refuse_chance(first: Trace, reach: Reach) -> None:
         If the model draws from a generator of its own, or if a further call gives another graph.
     """
     meta_copy = first.meta_copy
-    if reach.drawn and each_draws(first):
+    if reach.drawn and draws_every_time(first):
         reach.put_back()
         raise ChanceError(DRAWS.format(type(meta_copy.model).__name__, "a generator of its own"))
     reach.put_back()
@@ -169,7 +173,7 @@ def refuse_chance(first: Trace, reach: Reach) -> None:
             break  # the call asked nothing outside of Python and left nothing behind
         reach = Reach(meta_copy.model)
         with reach.watching():
-            same = does_the_same(first)
+            same = repeats_same_graph(first)
         if not same:
             raise ChanceError(
                 f"forward of this {type(meta_copy.model).__name__} does something else when it is "

@@ -25,38 +25,46 @@ def applications_followed(tracer: Tracer) -> Iterator[None]:
 
     The classes' ``forward`` is replaced, because every ``apply`` reads it, also from C++.
     """
-    given: list[tuple[type, Any]] = []  # the classes and their own forward, to be restored
-    maker: Any = torch.autograd.function.FunctionMeta
-    make = maker.__init__
+    replaced: list[tuple[type, Any]] = []  # the classes and their own forward, to be restored
+    metaclass: Any = torch.autograd.function.FunctionMeta
+    original_init = metaclass.__init__
 
-    def made(kind: Any, *args: Any) -> None:
-        make(kind, *args)
+    def init(kind: Any, *args: Any) -> None:
+        original_init(kind, *args)
         if "forward" in kind.__dict__ and tracer.is_mine():
-            given.append((kind, kind.__dict__["forward"]))
-            kind.forward = staticmethod(_refusing(kind, kind.forward, tracer))
+            replaced.append((kind, kind.__dict__["forward"]))
+            kind.forward = staticmethod(_refusing_forward(kind, kind.forward, tracer))
 
     _tracing.append(tracer)
     try:
-        for kind in _function_classes():
-            forward = kind.__dict__.get("forward")
-            # inside another trace it is replaced already
-            if forward is not None and not isinstance(forward, _ThroughGraph):
-                given.append((kind, forward))
-                _originals[kind] = kind.forward
-                kind.forward = _in_place_of.get(kind) or _in_place_of.setdefault(
-                    kind, _ThroughGraph(_recording(kind))
-                )
-        maker.__init__ = made
+        _replace_forwards(replaced)
+        metaclass.__init__ = init
         yield
     finally:
-        maker.__init__ = make
-        for kind, forward in given:
+        metaclass.__init__ = original_init
+        for kind, forward in replaced:
             kind.forward = forward  # type: ignore[attr-defined]
             _originals.pop(kind, None)
         _tracing.pop()
 
 
-def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+def _replace_forwards(replaced: list[tuple[type, Any]]) -> None:
+    """Replace the ``forward`` of all classes, and add each class and its own one to a list."""
+    for kind in _function_classes():
+        forward = kind.__dict__.get("forward")
+        # inside another trace it is replaced already
+        if forward is None or isinstance(forward, _RecordingForward):
+            continue
+        replaced.append((kind, forward))
+        _originals[kind] = kind.forward
+        if kind not in _replacements:
+            _replacements[kind] = _RecordingForward(_recording_forward(kind))
+        kind.forward = _replacements[kind]
+
+
+def _refusing_forward(
+    kind: type, forward: Callable[..., Any], tracer: Tracer
+) -> Callable[..., Any]:
     """Return a ``forward`` that refuses calls, for a class that is created while a model runs.
 
     Such a class is another one at each call, so a graph cannot call it, and recording what it does
@@ -94,11 +102,11 @@ _tracing: list[Tracer] = []
 """The running traces, the innermost last."""
 
 
-class _ThroughGraph(staticmethod):
+class _RecordingForward(staticmethod):
     """The replacement of a class's ``forward`` while a model is traced."""
 
 
-_in_place_of: weakref.WeakKeyDictionary[type, _ThroughGraph] = weakref.WeakKeyDictionary()
+_replacements: weakref.WeakKeyDictionary[type, _RecordingForward] = weakref.WeakKeyDictionary()
 """The replacements by class, made once: a process has hundreds of classes and traces often."""
 
 
@@ -106,7 +114,7 @@ _originals: dict[type, Callable[..., Any]] = {}
 """The classes' own ``forward``, while it is replaced."""
 
 
-def _recording(kind: type) -> Callable[..., Any]:
+def _recording_forward(kind: type) -> Callable[..., Any]:
     """Return a ``forward`` that records the application of a class as a node."""
     refer = weakref.ref(kind)  # the replacement must not keep the class alive
 
@@ -156,14 +164,14 @@ def scripts_followed(tracer: Tracer) -> Iterator[None]:
     found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
     try:
         for kind, call in found:
-            kind.__call__ = _scripted(call, tracer)
+            kind.__call__ = _scripted_call(call, tracer)
         yield
     finally:
         for kind, call in found:
             kind.__call__ = call
 
 
-def _scripted(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+def _scripted_call(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
     """Return a ``__call__`` of scripted functions that asks the tracer to run them."""
 
     def call(script: Any, *args: Any, **kwargs: Any) -> Any:

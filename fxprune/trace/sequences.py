@@ -15,7 +15,7 @@ from fxprune.trace.aliasing import name_of
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 
-__all__ = ["SizeTuple", "TracedPieces", "is_cut"]
+__all__ = ["SizeTuple", "TracedPieces", "cuts_tensor"]
 
 
 class SizeTuple(tuple[Any, ...]):
@@ -52,7 +52,7 @@ class TracedPieces(tuple[Any, ...]):
     fx_node: fx.Node
     counted = False
 
-    def count_parts(self) -> TracedPieces:
+    def guard_count(self) -> TracedPieces:
         """Guard the number of pieces in the graph, and return these pieces."""
         if not self.counted and not self.tracer.executing:
             self.counted = True
@@ -62,20 +62,20 @@ class TracedPieces(tuple[Any, ...]):
         return self
 
     def __len__(self) -> int:
-        return tuple.__len__(self.count_parts())
+        return tuple.__len__(self.guard_count())
 
     def __iter__(self) -> Iterator[Any]:
-        return tuple.__iter__(self.count_parts())
+        return tuple.__iter__(self.guard_count())
 
     def __getitem__(self, index: Any) -> Any:
         first = isinstance(index, int) and 0 <= index < tuple.__len__(self)
-        return tuple.__getitem__(self if first else self.count_parts(), index)
+        return tuple.__getitem__(self if first else self.guard_count(), index)
 
     def __add__(self, other: Any) -> Any:
-        return tuple.__add__(self.count_parts(), other)
+        return tuple.__add__(self.guard_count(), other)
 
     def __mul__(self, times: Any) -> Any:
-        return tuple.__mul__(self.count_parts(), times)
+        return tuple.__mul__(self.guard_count(), times)
 
 
 register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _: SizeTuple(sizes))
@@ -85,17 +85,18 @@ register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _:
 register_pytree_node(TracedPieces, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
 
 
-def is_cut(node: fx.Node) -> bool:
+def cuts_tensor(node: fx.Node) -> bool:
     """Tell whether an operation cuts a tensor into a list of tensors, as ``split`` does."""
     packet = getattr(torch.ops.aten, name_of(node), None)
-    schemas = (
-        ()
-        if packet is None
-        else [getattr(packet, overload)._schema for overload in packet.overloads()]
-    )
-    return any(
+    if packet is None:
+        return False
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return any(map(_maps_tensor_to_list, schemas))
+
+
+def _maps_tensor_to_list(schema: Any) -> bool:
+    return (
         bool(schema.arguments and schema.returns)
         and isinstance(schema.arguments[0].type, torch.TensorType)
         and isinstance(schema.returns[0].type, torch.ListType)
-        for schema in schemas
     )

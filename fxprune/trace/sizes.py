@@ -21,7 +21,7 @@ from fxprune.common.reshape import reshape_blocks
 from fxprune.ops import Axes, Trait, has, known, name_of_op, takes_sizes
 from fxprune.trace.tensors import TracedTensor
 
-__all__ = ["EVERY", "asked_sizes", "own_sizes", "reads_size", "with_traced_sizes"]
+__all__ = ["ALL_DIMS", "decisive_dims", "reads_size", "with_traced_sizes", "wrapped_dims"]
 
 
 def with_traced_sizes(
@@ -29,7 +29,7 @@ def with_traced_sizes(
     args: tuple[Any, ...],
     shape: Sequence[int],
     size: Callable[[int], Any],
-    hold: Callable[[int], None],
+    guard: Callable[[int], None],
 ) -> tuple[Any, ...]:
     """Replace sizes of the first argument, in an operation's arguments, by numbers of the graph.
 
@@ -43,7 +43,7 @@ def with_traced_sizes(
         The shape of the first argument for the example.
     size:
         Returns the number of the graph for the size of an axis of the first argument.
-    hold:
+    guard:
         Guards the size of an axis. It is called for an axis that a reshape splits, because the
         split of another size is unknown.
 
@@ -53,30 +53,64 @@ def with_traced_sizes(
         The positional arguments to record.
     """
     name = name_of_op(func).removesuffix("_copy")
-    own = known(name)
     if name == "native_group_norm" and tuple(args[3:5]) == tuple(shape[:2]):
         return (*args[:3], size(0), size(1), _product(map(size, range(2, len(shape)))), *args[6:])
     if func._overloadname != "default" or not takes_sizes(name):
         return args
-    if own.axes is Axes.EXPANDED:
-        lead = len(args[1]) - len(shape)
-        kept = [-1 if d >= lead and n == shape[d - lead] else n for d, n in enumerate(args[1])]
-        return (args[0], kept, *args[2:])
-    if Trait.READS_SHAPE in own.traits:
-        both = zip(args[1], shape, strict=False)
-        made = [size(d) if n == at != 1 else n for d, (n, at) in enumerate(both)]
-        return (args[0], [*made, *args[1][len(made) :]], *args[2:])
-    if own.axes is not Axes.RESHAPED or 0 in shape or not all(type(n) is int for n in args[1]):
+    operation = known(name)
+    if operation.axes is Axes.EXPANDED:
+        sizes = _expanded_sizes(args[1], shape)
+    elif Trait.READS_SHAPE in operation.traits:
+        sizes = _created_sizes(args[1], shape, size)
+    elif operation.axes is Axes.RESHAPED and 0 not in shape and _is_plain(args[1]):
+        sizes = _reshaped_sizes(args[1], shape, size, guard)
+    else:
         return args
-    given = list(args[1])
-    left = torch.Size(shape).numel() // abs(torch.Size(given).numel())
-    for ins, outs in reshape_blocks(tuple(shape), tuple(left if n == -1 else n for n in given)):
+    return (args[0], sizes, *args[2:])
+
+
+def _is_plain(sizes: Sequence[Any]) -> bool:
+    """Tell whether all sizes are plain numbers, not numbers of the graph."""
+    return all(type(n) is int for n in sizes)
+
+
+def _expanded_sizes(target: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """Return the sizes of an ``expand``, with -1 for each axis that keeps its size."""
+    lead = len(target) - len(shape)
+    return [-1 if d >= lead and n == shape[d - lead] else n for d, n in enumerate(target)]
+
+
+def _created_sizes(
+    target: Sequence[Any], shape: Sequence[int], size: Callable[[int], Any]
+) -> list[Any]:
+    """Return the sizes of a new tensor, such as ``new_zeros`` makes.
+
+    A size that equals the tensor's own on the same axis is taken for it, unless it is 1.
+    """
+    sizes = list(target)
+    for d, (n, own) in enumerate(zip(target, shape, strict=False)):
+        if n == own != 1:
+            sizes[d] = size(d)
+    return sizes
+
+
+def _reshaped_sizes(
+    target: Sequence[int],
+    shape: Sequence[int],
+    size: Callable[[int], Any],
+    guard: Callable[[int], None],
+) -> list[Any]:
+    """Return the sizes of a reshape; a merged or kept axis gets the product of its own sizes."""
+    sizes: list[Any] = list(target)
+    rest = torch.Size(shape).numel() // abs(torch.Size(target).numel())
+    new = tuple(rest if n == -1 else n for n in target)
+    for ins, outs in reshape_blocks(tuple(shape), new):
         if len(outs) > 1:
             for d in ins:
-                hold(d)
-        elif given[outs[0]] != -1:
-            given[outs[0]] = _product(map(size, ins))
-    return (args[0], given, *args[2:])
+                guard(d)
+        elif sizes[outs[0]] != -1:
+            sizes[outs[0]] = _product(map(size, ins))
+    return sizes
 
 
 def _product(numbers: Iterable[Any]) -> Any:
@@ -91,15 +125,15 @@ def _product(numbers: Iterable[Any]) -> Any:
 def reads_size(func: Any) -> bool:
     """Tell whether a torch function reads sizes of a tensor."""
     name = getattr(func, "__name__", "")
-    return (
-        getattr(func.__self__, "__name__", "") if name == "__get__" else name
-    ) in _SIZE_QUESTIONS
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", "")
+    return name in _SIZE_QUESTIONS
 
 
 _SIZE_QUESTIONS = frozenset({"shape", "size", "numel", "nelement", "__len__"})
 
 
-def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
+def wrapped_dims(tensor: Any) -> list[tuple[Any, int]]:
     """Return the axes that a tensor shows inside a transform, as axes of the stand-in it wraps.
 
     Returns
@@ -122,10 +156,10 @@ def own_sizes(tensor: Any) -> list[tuple[Any, int]]:
 
 # -- scripted functions
 
-EVERY = frozenset({"every"})
+ALL_DIMS = frozenset({"every"})
 """A marker for all axes of a tensor."""
 
-_LIST = frozenset({"list"})
+_SIZE_LIST = frozenset({"list"})
 """A marker for the list of a tensor's sizes, whose entries are in the order of the axes."""
 
 _PLAIN_NODES = frozenset(
@@ -156,7 +190,7 @@ _PLAIN_NODES |= frozenset(
 _IDENTITY = frozenset({"__is__", "__isnot__"})  # of a tensor and None
 
 
-def asked_sizes(graph: Any) -> frozenset[Any] | None:
+def decisive_dims(graph: Any) -> frozenset[Any] | None:
     """Return the axes whose sizes a scripted function decides by or computes with.
 
     Sizes that are only passed on to tensor operations do not count.
@@ -169,7 +203,7 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
     Returns
     -------
     frozenset or None
-        Axes, of whichever tensor, or :data:`EVERY`. None if the code contains operations that
+        Axes, of whichever tensor, or :data:`ALL_DIMS`. None if the code contains operations that
         cannot be followed.
     """
     asked: set[Any] = set()
@@ -180,7 +214,7 @@ def asked_sizes(graph: Any) -> frozenset[Any] | None:
         if space == "prim" or has(name, Trait.ASKS) or name in _IDENTITY:
             continue
         if name in ("size", "len", "numel") and _is_tensor(node.inputsAt(0)):
-            asked |= _asked(node.output(), _of_node(node))
+            asked |= _decisive(node.output(), _dims_read_by(node))
         elif _takes_tensors(node) and not _gives_tensors(node):
             return None
     return frozenset(asked)
@@ -198,22 +232,22 @@ def _is_tensor(value: Any) -> bool:
     return bool(value.type().kind() == "TensorType")
 
 
-def _of_node(node: Any) -> frozenset[Any]:
+def _dims_read_by(node: Any) -> frozenset[Any]:
     """Return the axes whose sizes a node reads.
 
     The node is ``size(x)``, ``size(x, dim)``, ``len(x)``, ``numel(x)`` or ``sizes[dim]``.
     """
     if node.kind() == "aten::numel":
-        return EVERY
+        return ALL_DIMS
     if node.kind() == "aten::len":
         return frozenset({0})
     if node.kind() == "aten::size" and node.inputsSize() == 1:
-        return _LIST
+        return _SIZE_LIST
     dim = node.inputsAt(1).toIValue()
-    return EVERY if dim is None else frozenset({dim})
+    return ALL_DIMS if dim is None else frozenset({dim})
 
 
-def _of_slice(node: Any) -> frozenset[Any]:
+def _dims_in_slice(node: Any) -> frozenset[Any]:
     """Return the axes in a slice of a list of sizes, such as ``sizes[-2:]`` or ``sizes[:2]``."""
     values = [*node.inputs()][1:]
     start, stop, step = (value.toIValue() for value in values)
@@ -222,10 +256,10 @@ def _of_slice(node: Any) -> frozenset[Any]:
         return frozenset(range(start, 0))
     if written and stop is not None and min(start or 0, stop) >= 0:
         return frozenset(range(start or 0, stop))
-    return EVERY
+    return ALL_DIMS
 
 
-def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
+def _decisive(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
     """Return the axes whose sizes are used by anything but tensor operations.
 
     Parameters
@@ -240,19 +274,19 @@ def _asked(value: Any, dims: frozenset[Any]) -> frozenset[Any]:
         node = use.user
         if node.kind() == "prim::ListUnpack":
             for dim, entry in enumerate(node.outputs()):
-                asked |= _asked(entry, frozenset({dim}) if dims == _LIST else dims)
+                asked |= _decisive(entry, frozenset({dim}) if dims == _SIZE_LIST else dims)
         elif node.kind() == "aten::__getitem__" and use.offset == 0:
-            asked |= _asked(node.output(), _of_node(node) if dims == _LIST else dims)
+            asked |= _decisive(node.output(), _dims_read_by(node) if dims == _SIZE_LIST else dims)
         elif node.kind() == "aten::slice" and use.offset == 0:
-            asked |= _asked(node.output(), _of_slice(node) if dims == _LIST else dims)
+            asked |= _decisive(node.output(), _dims_in_slice(node) if dims == _SIZE_LIST else dims)
         elif node.kind() == "prim::ListConstruct":
-            asked |= _asked(node.output(), EVERY if dims == _LIST else dims)
+            asked |= _decisive(node.output(), ALL_DIMS if dims == _SIZE_LIST else dims)
         elif node.kind() == "aten::len":
             continue  # the number of sizes is the rank
         elif not (
             node.kind().startswith("aten::") and _takes_tensors(node) and _gives_tensors(node)
         ):
-            asked |= EVERY if dims == _LIST else dims
+            asked |= ALL_DIMS if dims == _SIZE_LIST else dims
     return asked
 
 

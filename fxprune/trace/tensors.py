@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 from fxprune.trace.sequences import TracedPieces
 
-__all__ = ["Operators", "SeenByTorch", "Traced", "TracedTensor", "find_traced", "map_leaves"]
+__all__ = [
+    "Operators",
+    "TorchFunctionMixin",
+    "Traced",
+    "TracedTensor",
+    "find_traced",
+    "map_leaves",
+]
 
 
 class Traced:
@@ -40,11 +47,11 @@ class Traced:
 
     fx_node: fx.Node
     tracer: Tracer
-    claimed: Any
+    apparent_class: Any
 
     @property
     def __class__(self) -> type:
-        return cast(type, self.claimed)
+        return cast(type, self.apparent_class)
 
     @__class__.setter
     def __class__(self, value: type) -> None:
@@ -74,7 +81,7 @@ class Traced:
         )
 
 
-class SeenByTorch(Traced):
+class TorchFunctionMixin(Traced):
     """A stand-in that sends torch functions to the tracer, through ``__torch_function__``.
 
     Stand-ins for whole numbers are not of this class: torch would no longer read the arguments of
@@ -114,6 +121,10 @@ class Operators:
         return bool(self.tracer.decide(self, bool))
 
 
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, str)) or type(value) is tuple
+
+
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
     """Return the method behind an operator; ``reflected``: with the stand-in on the right."""
     function = getattr(operator, name)
@@ -126,9 +137,7 @@ def _operator(name: str, reflected: bool) -> Callable[..., Any]:
             and self.tracer.is_overridden()
         ):
             return of_tensors(self, *others)
-        if any(
-            isinstance(other, (list, str)) or type(other) is tuple for other in others
-        ) and name in ("add", "mul"):
+        if name in ("add", "mul") and any(map(_is_sequence, others)):
             return NotImplemented  # Python repeats or concatenates the sequence itself
         args = (*others, self) if reflected else (self, *others)
         return self.tracer.record("call_function", function, args, {})
@@ -144,7 +153,7 @@ for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
     setattr(Operators, f"__r{_name.strip('_')}__", _operator(_name, reflected=True))
 
 
-class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
+class TracedTensor(Operators, TorchFunctionMixin, Tensor, fx.Proxy):
     """A stand-in for a tensor.
 
     ``example`` is a meta tensor, unless it is computed from constants only. The class also derives
@@ -179,18 +188,18 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
-    claimed = Tensor
+    apparent_class = Tensor
 
     @property
-    def marks(self) -> list[str]:
+    def user_attributes(self) -> list[str]:
         """The names of the attributes that forward has set on the tensor.
 
         C++ stores attributes there too, in capsules. They are left out, and so is every attribute
         whose name begins with that of a capsule.
         """
-        own = {name: value for name, value in vars(self).items() if name not in _OF_STAND_INS}
-        kept = tuple(name for name, value in own.items() if type(value).__name__ == "PyCapsule")
-        return [name for name in own if not name.startswith(kept)]
+        added = {name: value for name, value in vars(self).items() if name not in _OWN_ATTRIBUTES}
+        capsules = [name for name, value in added.items() if type(value).__name__ == "PyCapsule"]
+        return [name for name in added if not name.startswith(tuple(capsules))]
 
     def __copy__(self) -> Any:
         return self.tracer.record("call_method", "detach", (self,), {})
@@ -234,10 +243,10 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
         return repr(self)
 
 
-_OF_STAND_INS = frozenset({"fx_node", "node", "tracer"})
+_OWN_ATTRIBUTES = frozenset({"fx_node", "node", "tracer"})
 
 
-def _augmented(name: str) -> Callable[..., Any]:
+def _augmented_assignment(name: str) -> Callable[..., Any]:
     """Return the method behind an augmented assignment, which writes into the tensor."""
 
     def write(self: TracedTensor, other: Any) -> Any:
@@ -249,7 +258,7 @@ def _augmented(name: str) -> Callable[..., Any]:
 
 
 for _name in AUGMENTED:
-    setattr(TracedTensor, f"__{_name}__", _augmented(_name))
+    setattr(TracedTensor, f"__{_name}__", _augmented_assignment(_name))
 
 
 def find_traced(value: Any) -> Traced | None:
@@ -293,7 +302,6 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         pairs = {key: map_leaves(function, entry) for key, entry in value.items()}
         return value if all(pairs[key] is value[key] for key in value) else pairs
     if kind is slice:
-        return slice(
-            *(map_leaves(function, bound) for bound in (value.start, value.stop, value.step))
-        )
+        bounds = (value.start, value.stop, value.step)
+        return slice(*(map_leaves(function, bound) for bound in bounds))
     return function(value)

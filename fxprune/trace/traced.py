@@ -46,11 +46,11 @@ class Trace:
     not_set:
         Paths of attributes that forward sets to values computed from inputs, and that are never
         read.
-    left:
+    stored_nodes:
         Nodes whose values forward has stored outside of its modules.
-    missed:
+    missed_lookups:
         Lookups that found nothing.
-    filled:
+    filled_keys:
         Dicts and sets, each with a key that forward has stored there.
     path:
         The path of the traced module in the model; empty for the model itself.
@@ -65,9 +65,9 @@ class Trace:
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
     not_set: tuple[str, ...] = ()
-    left: list[fx.Node] = field(default_factory=list)
-    missed: list[Lookup] = field(default_factory=list)
-    filled: list[tuple[Any, Any]] = field(default_factory=list)
+    stored_nodes: list[fx.Node] = field(default_factory=list)
+    missed_lookups: list[Lookup] = field(default_factory=list)
+    filled_keys: list[tuple[Any, Any]] = field(default_factory=list)
     path: str = ""
 
     @property

@@ -27,7 +27,7 @@ from fxprune.trace.user_code import user_line
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 from fxprune.trace.numbers import TracedBool, TracedDevice, TracedDtype, TracedFloat, TracedInt
-from fxprune.trace.sequences import SizeTuple, TracedPieces, is_cut
+from fxprune.trace.sequences import SizeTuple, TracedPieces, cuts_tensor
 from fxprune.trace.tensors import TracedTensor
 
 __all__ = ["stand_in"]
@@ -62,21 +62,10 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
     if kind is not None:
         return kind(node, tracer)
     if isinstance(value, (tuple, list)):
-        entries = [
-            tracer.record("call_function", operator.getitem, (node, i), {})
-            for i in range(len(value))
-        ]
-        if isinstance(value, torch.Size):
-            return SizeTuple(entries)
-        if type(value) in (tuple, list) and is_cut(node):
-            parts = TracedPieces(entries)
-            parts.tracer, parts.fx_node = tracer, node
-            return parts
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        entries = [_entry(node, tracer, place) for place in range(len(value))]
+        return _sequence(node, tracer, entries)
     if isinstance(value, dict):
-        pairs = {
-            key: tracer.record("call_function", operator.getitem, (node, key), {}) for key in value
-        }
+        pairs = {key: _entry(node, tracer, key) for key in value}
         return pairs if type(value) is dict else type(value)(pairs)
     if value is None or isinstance(value, (str, complex, torch.layout, torch.memory_format)):
         return value
@@ -84,3 +73,20 @@ def stand_in(node: fx.Node, tracer: Tracer) -> Any:
         f"{node.name!r} gives a {type(value).__name__} (at {user_line()}), which a graph cannot "
         "follow."
     )
+
+
+def _entry(node: fx.Node, tracer: Tracer, key: Any) -> Any:
+    """Record a read of an entry of a node's value."""
+    return tracer.record("call_function", operator.getitem, (node, key), {})
+
+
+def _sequence(node: fx.Node, tracer: Tracer, entries: list[Any]) -> Any:
+    """Return a tuple or list like a node's value, with these entries."""
+    value = node.meta["val"]
+    if isinstance(value, torch.Size):
+        return SizeTuple(entries)
+    if type(value) in (tuple, list) and cuts_tensor(node):
+        pieces = TracedPieces(entries)
+        pieces.tracer, pieces.fx_node = tracer, node
+        return pieces
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

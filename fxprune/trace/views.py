@@ -9,11 +9,11 @@ import torch
 
 from fxprune.common.dispatch import aten
 
-__all__ = ["lays_out_anew", "view_instead"]
+__all__ = ["changes_layout", "view_counterpart"]
 
 
 @functools.cache
-def view_instead(kind: str, target: Any) -> Any:
+def view_counterpart(kind: str, target: Any) -> Any:
     """Return the call that returns as a view what this call does in place.
 
     It is ``x.squeeze(1)`` for ``x.squeeze_(1)``.
@@ -31,17 +31,18 @@ def view_instead(kind: str, target: Any) -> Any:
     """
     name = _target_name(kind, target)
     views = _overloads(name[:-1])
-    if not lays_out_anew(kind, target) or not all(
-        given.alias_info is not None for own in views for given in own._schema.returns
-    ):
+    returns = [value for overload in views for value in overload._schema.returns]
+    returns_views = all(value.alias_info is not None for value in returns)
+    if not changes_layout(kind, target) or not returns_views:
         return None
     if isinstance(target, torch._ops.OpOverload):
-        return next((overload for overload in views if _takes(overload) == _takes(target)), None)
+        same = [overload for overload in views if _signature(overload) == _signature(target)]
+        return same[0] if same else None
     return name[:-1] if kind == "call_method" else getattr(torch, name[:-1], None)
 
 
 @functools.cache
-def lays_out_anew(kind: str, target: Any) -> bool:
+def changes_layout(kind: str, target: Any) -> bool:
     """Tell whether a call changes its tensor's shape, strides or memory in place."""
     name = _target_name(kind, target)
     return name.endswith("_") and any(
@@ -55,18 +56,14 @@ def _target_name(kind: str, target: Any) -> str:
     return str(getattr(getattr(target, "_schema", None), "name", name)).removeprefix("aten::")
 
 
-def _takes(overload: Any) -> list[tuple[str, str]]:
+def _signature(overload: Any) -> list[tuple[str, str]]:
     """Return the names and types of an overload's arguments."""
     return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
 
 
 def _overloads(name: str) -> list[Any]:
     """Return the overloads of an ATen operation that do not write into ``out``."""
-    packet = (
-        getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    )
-    return (
-        []
-        if packet is None
-        else [getattr(packet, own) for own in packet.overloads() if "out" not in own]
-    )
+    if not name.isidentifier() or name.startswith("__") or not hasattr(aten, name):
+        return []
+    packet = getattr(aten, name)
+    return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
