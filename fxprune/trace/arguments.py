@@ -17,7 +17,7 @@ def example_of(example_inputs: Any) -> Call:
     return shapes_of(read(example_inputs))
 
 
-def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
+def parameter_names(function: Any, count: int, skipped: int = 1) -> list[str]:
     """Return names for the positional arguments of a call.
 
     Parameters
@@ -26,7 +26,7 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
         The function that is called.
     count:
         The number of positional arguments.
-    own:
+    skipped:
         The number of parameters in front of them: 1 for ``self``.
 
     Raises
@@ -35,7 +35,7 @@ def parameter_names(function: Any, count: int, own: int = 1) -> list[str]:
         If the function takes fewer positional arguments.
     """
     code = function.__code__
-    names = list(code.co_varnames[own : code.co_argcount])
+    names = list(code.co_varnames[skipped : code.co_argcount])
     if count > len(names) and not code.co_flags & 0x04:  # 0x04: the function takes *args
         raise InputError(
             f"example_inputs has {count} positional inputs, but forward takes {len(names)} "
@@ -67,7 +67,7 @@ def omitted_integers(function: Any, given: Mapping[str, Any]) -> dict[str, int]:
     return omitted
 
 
-def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> None:
+def check_keywords(function: Any, kwargs: Mapping[str, Any], skipped: int = 1) -> None:
     """Refuse keyword arguments that a function does not take.
 
     Parameters
@@ -76,7 +76,7 @@ def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> No
         The function that is called.
     kwargs:
         The keyword arguments.
-    own:
+    skipped:
         The number of parameters in front of the inputs: 1 for ``self``.
 
     Raises
@@ -84,7 +84,7 @@ def check_keywords(function: Any, kwargs: Mapping[str, Any], own: int = 1) -> No
     InputError
     """
     code = function.__code__
-    known = code.co_varnames[own : code.co_argcount + code.co_kwonlyargcount]
+    known = code.co_varnames[skipped : code.co_argcount + code.co_kwonlyargcount]
     unknown = [name for name in kwargs if name not in known]
     if unknown and not code.co_flags & 0x08:  # 0x08: the function takes **kwargs
         raise InputError(

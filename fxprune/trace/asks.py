@@ -6,7 +6,7 @@ from typing import Any
 
 from fxprune.trace.user_code import asker, user_line
 
-__all__ = ["PARAMETER_ANSWERS", "UNANSWERABLE", "asks", "device_question_message"]
+__all__ = ["PARAMETER_ANSWERS", "UNANSWERABLE", "device_question_message", "question_message"]
 
 
 _DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
@@ -30,7 +30,7 @@ PARAMETER_ANSWERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
 """
 
 
-def asks(what: str, how: str) -> str:
+def question_message(what: str, how: str) -> str:
     """Return the error message for a question that a graph cannot answer.
 
     Parameters
@@ -55,4 +55,4 @@ def asks(what: str, how: str) -> str:
 
 def device_question_message(how: str) -> str:
     """Return the error message for an expression that asks for a tensor's device."""
-    return asks(_DEVICE, how)
+    return question_message(_DEVICE, how)

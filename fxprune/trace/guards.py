@@ -186,7 +186,7 @@ class Guarded(Recorder):
         has found a key with the same hash.
         """
         place = place_of(sys._getframe(2))  # of the caller of the number's __eq__
-        for lookup in itertools.takewhile(lambda own: own.place == place, reversed(self.lookups)):
+        for lookup in itertools.takewhile(lambda it: it.place == place, reversed(self.lookups)):
             lookup.was_compared = True
 
     @untraced

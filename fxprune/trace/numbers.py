@@ -15,7 +15,7 @@ from fxprune.trace.user_code import asker, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
-from fxprune.trace.asks import asks, device_question_message
+from fxprune.trace.asks import device_question_message, question_message
 from fxprune.trace.tensors import Operators, TorchFunctionMixin, Traced
 
 __all__ = ["Number", "TracedBool", "TracedDevice", "TracedDtype", "TracedFloat", "TracedInt"]
@@ -193,7 +193,9 @@ class _TensorAttribute(Traced):
 
     def __hash__(self) -> int:
         raise TraceError(
-            asks("for something by the device or the dtype of a tensor", f"{self!r} as a key")
+            question_message(
+                "for something by the device or the dtype of a tensor", f"{self!r} as a key"
+            )
         )
 
     def __repr__(self) -> str:
@@ -209,12 +211,12 @@ class TracedDevice(_TensorAttribute, str):
     apparent_class = torch.device
 
     def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
-        made = super().__new__(cls, "meta")
-        made.fx_node, made.tracer = node, tracer
-        return made
+        device = super().__new__(cls, "meta")
+        device.fx_node, device.tracer = node, tracer
+        return device
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("fx_node", "tracer", "example", "claimed") or name.startswith("__"):
+        if name in ("fx_node", "tracer", "example", "apparent_class") or name.startswith("__"):
             return super().__getattribute__(name)
         raise TraceError(device_question_message(f"{self!r}.{name}"))
 

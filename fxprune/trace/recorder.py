@@ -472,9 +472,9 @@ class Recorder:
         texts, self._texts = self._texts, []
         later = itertools.takewhile(lambda node: node is not condition, reversed(self.graph.nodes))
         between = set(itertools.takewhile(lambda node: not holds_tensors(node.meta["val"]), later))
-        for text, made, decisions in texts:
-            if isinstance(message, str) and text in message and between.issuperset(made):
-                for node in made:
+        for text, guards, decisions in texts:
+            if isinstance(message, str) and text in message and between.issuperset(guards):
+                for node in guards:
                     self.graph.erase_node(node)
                 self.decisions[:] = [line for line in self.decisions if line not in decisions]
 

@@ -90,9 +90,8 @@ def _function_classes() -> Iterable[Any]:
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         kind = waiting.pop()
-        if kind not in found and not kind.__module__.startswith(
-            ("torch._dynamo", "torch._functorch")
-        ):
+        is_internal = kind.__module__.startswith(("torch._dynamo", "torch._functorch"))
+        if kind not in found and not is_internal:
             found[kind] = None
             waiting += kind.__subclasses__()
     return found
@@ -131,10 +130,10 @@ def _recording_forward(kind: type) -> Callable[..., Any]:
                 return forward(*args, **kwargs)
             _, function, _, *inputs = args
             return function(*inputs)
-        with_context = kind.setup_context is torch.autograd.Function.setup_context
-        return innermost[0].record(
-            "call_function", _application(kind), args[1:] if with_context else args, kwargs
-        )
+        # without a setup_context of its own, forward gets ctx as its first argument
+        if kind.setup_context is torch.autograd.Function.setup_context:
+            args = args[1:]
+        return innermost[0].record("call_function", _application(kind), args, kwargs)
 
     return call
 
@@ -151,7 +150,7 @@ def _application(kind: Any) -> Callable[..., Any]:
 
     apply.__name__ = apply.__qualname__ = f"{kind.__name__}_apply"
     apply.__module__ = kind.__module__
-    vars(apply)["made_by"] = _application, (kind,)  # for what keeps graphs in files
+    vars(apply)["made_by"] = _application, (kind,)  # read when a graph is saved to a file
     return apply
 
 
@@ -161,13 +160,14 @@ def scripts_followed(tracer: Tracer) -> Iterator[None]:
 
     The tracer reads their code.
     """
-    found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
+    kinds = (torch.jit.ScriptFunction, torch._C.ScriptMethod)
+    originals = [(kind, kind.__call__) for kind in kinds]
     try:
-        for kind, call in found:
+        for kind, call in originals:
             kind.__call__ = _scripted_call(call, tracer)
         yield
     finally:
-        for kind, call in found:
+        for kind, call in originals:
             kind.__call__ = call
 
 

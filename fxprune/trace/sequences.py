@@ -82,7 +82,9 @@ register_pytree_node(SizeTuple, lambda sizes: ([*sizes], None), lambda sizes, _:
 
 
 # pytree functions see the pieces, and rebuild them as a plain tuple
-register_pytree_node(TracedPieces, lambda parts: ([*parts], None), lambda parts, _: tuple(parts))
+register_pytree_node(
+    TracedPieces, lambda pieces: ([*pieces], None), lambda pieces, _: tuple(pieces)
+)
 
 
 def cuts_tensor(node: fx.Node) -> bool:

@@ -41,7 +41,7 @@ class Traced:
         The node whose value this object represents.
     tracer:
         The tracer, which records the operations on this object.
-    claimed:
+    apparent_class:
         The class that ``isinstance`` sees.
     """
 
@@ -168,7 +168,7 @@ class TracedTensor(Operators, TorchFunctionMixin, Tensor, fx.Proxy):
                 f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a "
                 "graph cannot follow."
             )
-        made: TracedTensor = Tensor._make_wrapper_subclass(
+        tensor: TracedTensor = Tensor._make_wrapper_subclass(
             cls,
             value.size(),
             strides=value.stride(),
@@ -177,10 +177,10 @@ class TracedTensor(Operators, TorchFunctionMixin, Tensor, fx.Proxy):
             device=META,
             dispatch_sizes_strides_policy="sizes",
         )
-        made.fx_node = made.node = node
-        made.tracer = tracer
-        tracer.stand_ins.append(weakref.ref(made))
-        return made
+        tensor.fx_node = tensor.node = node
+        tensor.tracer = tracer
+        tracer.stand_ins.append(weakref.ref(tensor))
+        return tensor
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         pass
@@ -264,7 +264,7 @@ for _name in AUGMENTED:
 def find_traced(value: Any) -> Traced | None:
     """Return the first stand-in in nested arguments, or None.
 
-    C++ may return the stand-in of a number as a ``torch.SymInt``: its stand-in is found too.
+    A ``torch.SymInt`` that C++ made from a traced number counts as its stand-in.
     """
     kind = type(value)
     if issubclass(kind, Traced):

@@ -29,7 +29,7 @@ from fxprune.common.identity import IdentitySet
 from fxprune.errors import TraceError
 from fxprune.trace.aliasing import is_again
 from fxprune.trace.arguments import check_keywords, omitted_integers, parameter_names
-from fxprune.trace.asks import PARAMETER_ANSWERS, UNANSWERABLE, asks
+from fxprune.trace.asks import PARAMETER_ANSWERS, UNANSWERABLE, question_message
 from fxprune.trace.below import BelowPython
 from fxprune.trace.execution import (
     DrawsError,
@@ -127,9 +127,9 @@ class Tracer(BelowPython):
         args, kwargs = self.example
         forward = type(self.root).forward
         definition = inspect.getattr_static(type(self.root), "forward")
-        own = 0 if isinstance(definition, staticmethod) else 1  # 1 for self
-        names = parameter_names(forward, len(args), own)
-        check_keywords(forward, kwargs, own)
+        skipped = 0 if isinstance(definition, staticmethod) else 1  # 1 for self
+        names = parameter_names(forward, len(args), skipped)
+        check_keywords(forward, kwargs, skipped)
         values = {**dict(zip(names, args, strict=True)), **kwargs}
         placeholders = {name: self._placeholder(name, value) for name, value in values.items()}
         with_tensors = {name for name in values if holds_tensors(values[name])}
@@ -268,7 +268,7 @@ class Tracer(BelowPython):
         if name == "size":
             return self._size(*args, **kwargs)
         if name in UNANSWERABLE:
-            raise TraceError(asks(UNANSWERABLE[name], f"{args[0]!r}.{name}"))
+            raise TraceError(question_message(UNANSWERABLE[name], f"{args[0]!r}.{name}"))
         if name.startswith("__") and name.endswith("__"):
             return self._record_special_method(name, func, args, kwargs)
         return self.record("call_method", name, args, kwargs)
@@ -291,7 +291,7 @@ class Tracer(BelowPython):
         if name in PARAMETER_ANSWERS and isinstance(tensor, nn.Parameter):
             return PARAMETER_ANSWERS[name]
         if name in UNANSWERABLE:
-            raise TraceError(asks(UNANSWERABLE[name], f"{tensor!r}.{name}"))
+            raise TraceError(question_message(UNANSWERABLE[name], f"{tensor!r}.{name}"))
         return self.record("call_function", getattr, (tensor, name), {})
 
     @untraced
@@ -340,9 +340,9 @@ class Tracer(BelowPython):
             return False
         registered = (*module._parameters.values(), *module._buffers.values())
         constants = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        return all(tensor is None or tensor in self._names for tensor in registered) and all(
-            constant in self._initial_constants for constant in constants
-        )
+        if any(tensor is not None and tensor not in self._names for tensor in registered):
+            return False
+        return all(constant in self._initial_constants for constant in constants)
 
 
 def _refuse_user_attributes(values: Any) -> None:

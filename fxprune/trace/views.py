@@ -45,9 +45,9 @@ def view_counterpart(kind: str, target: Any) -> Any:
 def changes_layout(kind: str, target: Any) -> bool:
     """Tell whether a call changes its tensor's shape, strides or memory in place."""
     name = _target_name(kind, target)
-    return name.endswith("_") and any(
-        torch.Tag.inplace_view in overload.tags for overload in _overloads(name)
-    )
+    if not name.endswith("_"):
+        return False
+    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name))
 
 
 def _target_name(kind: str, target: Any) -> str:
