@@ -192,11 +192,8 @@ class _TensorAttribute(Traced):
         return self.tracer.record("call_function", operator.ne, (self, other), {})
 
     def __hash__(self) -> int:
-        raise TraceError(
-            question_message(
-                "for something by the device or the dtype of a tensor", f"{self!r} as a key"
-            )
-        )
+        what = "for something by the device or the dtype of a tensor"
+        raise TraceError(question_message(what, f"{self!r} as a key"))
 
     def __repr__(self) -> str:
         return f"{self.fx_node.name}={self.example!r}"

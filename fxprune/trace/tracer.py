@@ -91,7 +91,8 @@ class Tracer(BelowPython):
         Raises
         ------
         TraceError
-            If forward sets an attribute on a tensor that its caller can see.
+            If forward sets an attribute on a tensor that its caller can see, or if Python reads
+            the value of a buffer that the graph writes.
         """
         for path, module in self.root.named_modules():
             for name, value in vars(module).items():
