@@ -1,21 +1,25 @@
-"""Model and example inputs -> ``torch.fx.GraphModule``, on tensors without data.
+"""Trace a model to a ``torch.fx`` graph, using tensors without data.
 
-Three things make tracing reach models that ``torch.fx.symbolic_trace`` does not:
+Tracing calls the model with *stand-ins*: objects that represent the values of graph nodes. It
+follows models that ``torch.fx.symbolic_trace`` cannot follow, for three reasons:
 
-* a stand-in for a value knows what that is for the example, so Python control flow on shapes runs,
-  while the sizes themselves stay
-  symbolic in the graph. What was decided is listed, and guarded by an assertion in the graph;
-* ``self.training`` is read through the graph, so that dropout and stochastic depth keep both their
-  modes;
-* functions that libraries mark as leaves are entered, because parameters pass through them.
+* A stand-in knows its value for the example, so Python control flow on shapes runs. The sizes stay
+  symbolic in the graph. Each decision that Python makes is listed, and an assertion in the graph
+  guards it.
+* ``self.training`` is read through the graph, so dropout and stochastic depth keep both modes.
+* Functions that libraries register as leaves are entered, because parameters pass through them.
 
-``meta_copy`` copies the model, ``arguments`` reads the example, ``values`` stand for values,
-``tracer`` makes nodes of what is done to them, ``decisions`` names what Python asked them,
-``sizes`` and ``resized`` find what C++ asked them, ``takeover`` leads through the tracer what
-torch would do without a word to it, and ``lines`` finds the user's line for a message.
+The model that runs is a *meta copy*: it has the same structure, with parameters on the meta
+device. The user's model is never called or changed.
 
-The model that runs is a *meta copy*: same structure, parameters on the meta device. The user's
-model is never called nor changed.
+The modules of this package:
+
+* ``meta_copy`` copies the model, and ``arguments`` reads the example inputs.
+* ``values`` makes the stand-ins, and ``tracer`` records the operations on them as nodes.
+* ``guards`` answers Python's questions about values, and ``decisions`` describes them.
+* ``below``, ``sizes`` and ``resized`` find the sizes that C++ reads.
+* ``patches`` and ``scripted`` make torch call the tracer where it would not do so by itself.
+* ``user_code`` finds the user's line for a message.
 """
 
 from __future__ import annotations

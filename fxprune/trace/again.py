@@ -1,4 +1,4 @@
-"""Follows a call of a model on stand-ins, once and again, to see whether it does the same."""
+"""Trace calls of a model, and compare repeated calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fxprune.ops.running import ShapeMode
 from fxprune.trace.aliasing import node_of, writes
 from fxprune.trace.constants import MADE_FROM_INPUT
 from fxprune.trace.context_managers import BOUNDS
-from fxprune.trace.decisions import number_decides
-from fxprune.trace.lookups import Lookup, unanswered
+from fxprune.trace.decisions import omitted_number_message
+from fxprune.trace.lookups import Lookup, missed_lookups
 from fxprune.trace.meta_copy import (
     MetaCopy,
 )
@@ -35,45 +35,60 @@ from fxprune.trace.tracer import Tracer
 from fxprune.trace.user_code import following, takes_functions, user_line
 
 __all__ = [
-    "does_the_same",
+    "draws_every_time",
     "drop_unused_sizes",
-    "each_draws",
-    "first_other_node",
-    "followed_call",
-    "nodes_held",
-    "on_shapes",
-    "with_keys",
+    "first_different_node",
+    "live_nodes",
+    "lookups_with_keys",
+    "repeats_same_graph",
+    "shape_mode",
+    "trace_call",
 ]
 
 
-def with_keys(first: Trace) -> list[Lookup] | None:
-    """What a further call looks up where the keys are still there, of whom none is one of its own;
-    None: it fails.
+def lookups_with_keys(first: Trace) -> list[Lookup] | None:
+    """Return the lookups of a further call that finds the first call's keys in the tables.
+
+    Returns
+    -------
+    list of Lookup or None
+        None if the call fails.
     """
     attributes = Attributes(first.meta_copy.model)
-    again = Tracer(first.meta_copy, first.args, first.kwargs, first.training, on_shapes)
+    again = Tracer(first.meta_copy, first.args, first.kwargs, first.training, shape_mode)
     try:
-        for table, key in first.filled:
+        for table, key in first.filled_keys:
             set.add(table, key) if isinstance(table, set) else dict.__setitem__(table, key, None)
-        followed_call(again, first.meta_copy)
+        trace_call(again, first.meta_copy)
     except FxpruneError:
         return None
     finally:
         attributes.restore()
-        for table, key in first.filled:
+        for table, key in first.filled_keys:
             set.discard(table, key) if isinstance(table, set) else dict.pop(table, key, None)
     return again.lookups
 
 
-def first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
-    """The first node in whose place a trace of another call does something else; None: there is
-    none; False: it fails.
+def first_different_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool | None:
+    """Trace another call and return the first node that differs.
+
+    Parameters
+    ----------
+    first:
+        The trace to compare with.
+    arguments:
+        The other call's ``(args, kwargs)``, on the meta device.
+
+    Returns
+    -------
+    fx.Node or bool or None
+        The node of the first graph where the other graph does something else. None if there is
+        none, False if the call fails.
     """
     attributes = Attributes(first.meta_copy.model)
+    tracer = Tracer(first.meta_copy, *arguments, first.training, shape_mode)
     try:
-        other, _ = followed_call(
-            Tracer(first.meta_copy, *arguments, first.training, on_shapes), first.meta_copy
-        )
+        other, _ = trace_call(tracer, first.meta_copy)
     except FxpruneError:
         return False
     finally:
@@ -81,69 +96,110 @@ def first_other_node(first: Trace, arguments: tuple[Any, Any]) -> fx.Node | bool
     return first_difference(first.graph, other.graph, first.constants, other.constants)
 
 
-def on_shapes(node: fx.Node) -> AbstractContextManager[Any]:
+def shape_mode(node: fx.Node) -> AbstractContextManager[Any]:
+    """Return the default context in which a node runs: operations on meta tensors."""
     return ShapeMode()
 
 
-def followed_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[str]]:
-    """Trace once; also the names of the constants that the meta copy's module has got by it."""
-    draws = False
+def trace_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[str]]:
+    """Trace one call.
+
+    Returns
+    -------
+    result : Trace
+        The trace.
+    made : frozenset of str
+        The names of the constants that the trace has added to the meta copy's module.
+
+    Raises
+    ------
+    FxpruneError
+        If the call cannot be traced. Errors of other classes are converted.
+    """
     with torch.no_grad(), taken_over(tracer, meta_copy.model), following(), undrawn() as drawn:
         try:
-            graph = tracer.trace()
-            if tracer.elsewhere is not None:
-                raise tracer.elsewhere
+            graph = _checked_graph(tracer)
             draws = drawn()
-            for node in tracer.left_out:
-                if node.users:
-                    raise TraceError(number_decides(node))
-                graph.erase_node(node)
-            place = tracer.made.changed()
-            if place is not None:
-                raise TraceError(
-                    "a tensor is changed after a graph has taken it for a constant (at "
-                    f"{place}). {MADE_FROM_INPUT}"
-                )
         except FxpruneError:
             raise
         except Exception as error:
-            raise _untraceable(error, tracer, meta_copy.model) from error
+            raise _trace_error(error, tracer, meta_copy.model) from error
         finally:
             tracer.close()
-            missed = [*unanswered(tracer.lookups, meta_copy.reached.made)]
-            filled = meta_copy.reached.keys(_is_stand_in) if missed else []
-            left = meta_copy.reached.take_out(_is_stand_in)
+            missed, filled, stored = _leftovers(tracer, meta_copy)
     if draws and _draws_again(tracer, meta_copy):
         raise ChanceError(
             DRAWS.format(type(meta_copy.model).__name__, "Python's or NumPy's generator")
         )
-    constants = {
-        name: meta_copy.real[t] if t in meta_copy.real else t.clone()
-        for t, name in tracer.constants.values()
-        if name in tracer.constant_targets
-    }
-    args, kwargs = tracer.example
-    nodes = [node for node in map(node_of, left) if node is not None]
     result = Trace(
-        graph,
-        meta_copy,
-        args,
-        kwargs,
-        tracer.decisions,
-        tracer.asked_mode,
-        tracer.training,
-        constants,
-        left=nodes,
+        graph, meta_copy, *tracer.example, tracer.decisions, tracer.asked_mode, tracer.training
     )
-    result.missed, result.filled = missed, filled
+    result.constants = _constants(tracer, meta_copy)
+    result.missed_lookups, result.filled_keys, result.stored_nodes = missed, filled, stored
     drop_unused_sizes(graph)
-    return result, frozenset(tracer.made_names)
+    return result, frozenset(tracer.made_constant_names)
 
 
-def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneError:
-    """What to say of an error that forward has ended with, with the user's line."""
-    if tracer.elsewhere is not None:
-        return tracer.elsewhere
+def _checked_graph(tracer: Tracer) -> fx.Graph:
+    """Run the trace and return its graph, without the placeholders of omitted arguments.
+
+    Raises
+    ------
+    TraceError
+        If another thread used a stand-in, if the model reads an omitted argument, or if a constant
+        of the graph was changed.
+    """
+    graph = tracer.trace()
+    if tracer.other_thread_error is not None:
+        raise tracer.other_thread_error
+    for node in tracer.omitted:
+        if node.users:
+            raise TraceError(omitted_number_message(node))
+        graph.erase_node(node)
+    line = tracer.made_constants.changed()
+    if line is not None:
+        raise TraceError(
+            "a tensor is changed after a graph has taken it for a constant (at "
+            f"{line}). {MADE_FROM_INPUT}"
+        )
+    return graph
+
+
+def _leftovers(
+    tracer: Tracer, meta_copy: MetaCopy
+) -> tuple[list[Lookup], list[tuple[Any, Any]], list[fx.Node]]:
+    """Remove what the call has stored outside of the modules.
+
+    Returns
+    -------
+    missed : list of Lookup
+        The lookups that found nothing.
+    filled : list of (dict or set, key)
+        The tables with a key that forward has stored there, if there are missed lookups.
+    stored : list of fx.Node
+        The nodes of the stored values.
+    """
+    missed = [*missed_lookups(tracer.lookups, meta_copy.reached.made)]
+    filled = meta_copy.reached.keys(_is_stand_in) if missed else []
+    removed = meta_copy.reached.take_out(_is_stand_in)
+    nodes = [node for node in map(node_of, removed) if node is not None]
+    return missed, filled, nodes
+
+
+def _constants(tracer: Tracer, meta_copy: MetaCopy) -> dict[str, Tensor]:
+    """Return the constants that the graph reads, by name, with their data."""
+    constants = {}
+    for tensor, name in tracer.constants.values():
+        if name in tracer.constant_targets:
+            is_models = tensor in meta_copy.real
+            constants[name] = meta_copy.real[tensor] if is_models else tensor.clone()
+    return constants
+
+
+def _trace_error(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneError:
+    """Return the error to raise for an exception that forward raised, with the user's line."""
+    if tracer.other_thread_error is not None:
+        return tracer.other_thread_error
     if takes_functions(error):
         return TraceError(takes_functions(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
@@ -161,11 +217,12 @@ def _untraceable(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneE
 
 
 def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
-    thread.
+    """Tell whether further traces of the call all draw from Python's or NumPy's generator.
+
+    If only one trace draws, another thread may have drawn the numbers.
     """
     for _ in range(RUNS - 1):
-        again = Tracer(meta_copy, *tracer.example, tracer.training, on_shapes)
+        again = Tracer(meta_copy, *tracer.example, tracer.training, shape_mode)
         with (
             torch.no_grad(),
             taken_over(again, meta_copy.model),
@@ -177,7 +234,7 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
                 if not drawn():
                     return False
             except Exception:
-                # it runs once more, on what the first left behind; that one succeeded
+                # the first trace succeeded; this one runs on what the first one left behind
                 return True
             finally:
                 again.close()
@@ -186,58 +243,63 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
 
 
 def _is_stand_in(value: Any) -> bool:
+    """Tell whether a value is a stand-in."""
     return node_of(value) is not None
 
 
-def nodes_held(tracer: Tracer) -> list[fx.Node]:
-    """What is held where no walk over containers finds it: a variable of a closure, an attribute
-    of a module beside the model.
+def live_nodes(tracer: Tracer) -> list[fx.Node]:
+    """Return the nodes of traced tensors that are still alive after the trace.
+
+    They are stored where no walk over containers finds them: in a variable of a closure, or on an
+    object outside of the model.
     """
 
-    def nodes() -> list[fx.Node]:
-        return [tensor.fx_node for own in tracer.stand_ins if (tensor := own()) is not None]
-
-    if any(map(follows_inputs, nodes())):
-        gc.collect()  # of exceptions that forward has caught, say
-    return nodes()
+    if any(map(follows_inputs, _stand_in_nodes(tracer))):
+        gc.collect()  # free those in exceptions that forward has caught, for example
+    return _stand_in_nodes(tracer)
 
 
-def each_draws(first: Trace) -> bool:
-    """Whether other traces of the same call draw, too: numbers of one alone were drawn by another
-    thread.
+def _stand_in_nodes(tracer: Tracer) -> list[fx.Node]:
+    """Return the nodes of the traced tensors that are alive."""
+    tensors = [reference() for reference in tracer.stand_ins]
+    return [tensor.fx_node for tensor in tensors if tensor is not None]
+
+
+def draws_every_time(first: Trace) -> bool:
+    """Tell whether further traces of the call all draw from a generator of the model's own.
+
+    If only one trace draws, another thread may have drawn the numbers.
     """
     for _ in range(RUNS - 1):
         reach = Reach(first.meta_copy.model)
-        does_the_same(first)
+        repeats_same_graph(first)
         if not reach.drawn:
             return False
     return True
 
 
-def does_the_same(first: Trace) -> bool:
-    """Whether a further call is the same graph."""
-    return first_other_node(first, (first.args, first.kwargs)) is None
+def repeats_same_graph(first: Trace) -> bool:
+    """Tell whether a further call with the same arguments gives the same graph."""
+    return first_different_node(first, (first.args, first.kwargs)) is None
 
 
 def drop_unused_sizes(graph: fx.Graph) -> None:
-    """Remove scalars and entries of containers that nobody reads; other tensors stay: an operation
-    in place may have no reader.
+    """Remove scalars and entries of containers that nothing reads.
+
+    Other tensors stay, because an operation in place may have no reader.
     """
     for node in reversed(list(graph.nodes)):
-        if (
-            node.op in ("placeholder", "output")
-            or node.users
-            or node.target is torch._assert
-            or node.target in BOUNDS
-        ):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.target is torch._assert or node.target in BOUNDS:
             continue
         if node.meta.get("looked_up"):
-            continue  # the graph may have to be held to it
-        scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
-        if _is_entry(node) or (scalar and not writes(node)):
+            continue  # the number may have to be guarded
+        is_scalar = node.op == "get_attr" or not holds_tensors(node.meta.get("val"))
+        if _is_entry(node) or (is_scalar and not writes(node)):
             graph.erase_node(node)
 
 
 def _is_entry(node: fx.Node) -> bool:
-    """Whether a node takes an entry out of a tuple, list or dict."""
+    """Tell whether a node takes an entry out of a tuple, list or dict."""
     return node.target is operator.getitem and not isinstance(node.args[0].meta["val"], Tensor)

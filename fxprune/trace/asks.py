@@ -1,21 +1,18 @@
-"""What a graph cannot tell of a tensor."""
+"""Questions about a tensor that a graph cannot answer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxprune.trace.user_code import asker, user_line
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["ASKS", "OF_PARAMETERS", "asks", "asks_device"]
+__all__ = ["PARAMETER_ANSWERS", "UNANSWERABLE", "device_question_message", "question_message"]
 
 
 _DEVICE, _GRADIENT = "on which device a tensor is", "whether a tensor has a gradient"
 
 
-ASKS: dict[str, str] = {
+UNANSWERABLE: dict[str, str] = {
     **dict.fromkeys(
         ("get_device", "is_cpu", "is_cuda", "is_ipu", "is_maia", "is_meta", "is_mps", "is_mtia"),
         _DEVICE,
@@ -23,16 +20,26 @@ ASKS: dict[str, str] = {
     **dict.fromkeys(("is_vulkan", "is_xla", "is_xpu"), _DEVICE),
     **dict.fromkeys(("grad_fn", "is_leaf", "requires_grad"), _GRADIENT),
 }
-"""Attributes of a tensor that tell what is the caller's business, and what they tell."""
+"""Attributes of a tensor whose value is up to the model's caller, with a description of each."""
 
 
-OF_PARAMETERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
-"""What those tell of each ``nn.Parameter(...)``, whatever it is made of: ``self.weight =
-nn.Parameter(w)`` asks.
+PARAMETER_ANSWERS: dict[str, Any] = {"grad_fn": None, "is_leaf": True}
+"""Attributes that have the same value for every ``nn.Parameter``.
+
+``self.weight = nn.Parameter(w)`` reads them.
 """
 
 
-def asks(what: str, how: str) -> str:
+def question_message(what: str, how: str) -> str:
+    """Return the error message for a question that a graph cannot answer.
+
+    Parameters
+    ----------
+    what:
+        A description of the question, such as "on which device a tensor is".
+    how:
+        The expression that asks it.
+    """
     who = asker()
     if who != "forward":
         return (
@@ -46,5 +53,6 @@ def asks(what: str, how: str) -> str:
     )
 
 
-def asks_device(how: str) -> str:
-    return asks(_DEVICE, how)
+def device_question_message(how: str) -> str:
+    """Return the error message for an expression that asks for a tensor's device."""
+    return question_message(_DEVICE, how)

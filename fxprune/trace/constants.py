@@ -1,4 +1,4 @@
-"""What a graph can hold as it is, and what it cannot."""
+"""Values that a graph can hold as constants, and errors for those that it cannot hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import TraceError
-from fxprune.trace.asks import asks_device
+from fxprune.trace.asks import device_question_message
 from fxprune.trace.decisions import formula
 from fxprune.trace.sequences import SizeTuple, TracedPieces
 from fxprune.trace.user_code import UNKNOWN, user_line
@@ -20,9 +20,9 @@ __all__ = [
     "CONSTANTS",
     "MADE_FROM_INPUT",
     "SEQUENCES",
-    "cannot_hold",
-    "in_words_of_code",
-    "refuse_to_tell_devices",
+    "as_plain_constant",
+    "cannot_hold_error",
+    "refuse_device_questions",
 ]
 
 
@@ -48,10 +48,10 @@ CONSTANTS = (
 )
 
 
-def cannot_hold(kind: type) -> TraceError:
-    """Said of an object of a class that a graph cannot make."""
+def cannot_hold_error(kind: type) -> TraceError:
+    """Return the error for an object of a class that a graph cannot create."""
     line = user_line()
-    if line == UNKNOWN:  # forward has come to its end
+    if line == UNKNOWN:  # forward has returned
         return TraceError(
             f"forward gives back a {kind.__qualname__}, which a graph cannot make. Give back a "
             "tensor, or tensors in a tuple, a list, a dict or a dataclass, and make of them what "
@@ -62,12 +62,14 @@ def cannot_hold(kind: type) -> TraceError:
     )
 
 
-def in_words_of_code(value: Any) -> Any:
-    """A constant as the code of a graph can hold it: NumPy's numbers, and those of classes of
-    their own, are Python's.
+def as_plain_constant(value: Any) -> Any:
+    """Convert a constant to a form that the code of a graph can express.
+
+    Numbers of NumPy and instances of subclasses of ``int``, ``float``, ``complex`` and ``str``
+    become plain Python values. Any other value is returned as it is.
     """
     if isinstance(value, (np.longdouble, np.complexfloating)) and not isinstance(value, complex):
-        value = float(value.real)  # as torch takes it
+        value = float(value.real)  # as torch converts it
     elif isinstance(value, np.generic):
         value = value.item()
     kind: Any
@@ -78,26 +80,39 @@ def in_words_of_code(value: Any) -> Any:
             and not isinstance(value, (bool, enum.Enum))
         ):
             return kind(value)
-    # x.type(...) takes either
+    # x.type(...) accepts a tensor type such as torch.FloatTensor, or its name
     return (
         f"{value.__module__}.{value.__name__}" if type(value) is type(torch.FloatTensor) else value
     )
 
 
-def refuse_to_tell_devices(node: fx.Node) -> None:
-    """From one that is written down, that is: two tensors lie on the same one wherever the model
-    is. ``x.type()`` names it, too.
+def refuse_device_questions(node: fx.Node) -> None:
+    """Refuse a node whose result depends on the device of a tensor.
+
+    Such a node compares a tensor's device with a constant one, or is ``x.type()``, which names the
+    device. Comparing the devices of two tensors is allowed: they are equal wherever the model is.
+
+    Raises
+    ------
+    TraceError
     """
-    of_tensors = [
-        isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device) for arg in node.args
-    ]
-    compares = (
-        node.target in (operator.eq, operator.ne) and any(of_tensors) and not all(of_tensors)
-    )
-    if compares or (
+    names_type = (
         node.op == "call_method"
         and node.target == "type"
         and len(node.args) == 1
         and not node.kwargs
-    ):
-        raise TraceError(asks_device(formula(node)))
+    )
+    if names_type or _compares_with_constant_device(node):
+        raise TraceError(device_question_message(formula(node)))
+
+
+def _compares_with_constant_device(node: fx.Node) -> bool:
+    """Tell whether a node compares the device of a tensor with a constant."""
+    if node.target not in (operator.eq, operator.ne):
+        return False
+    is_device = [_is_device_node(arg) for arg in node.args]
+    return any(is_device) and not all(is_device)
+
+
+def _is_device_node(arg: Any) -> bool:
+    return isinstance(arg, fx.Node) and isinstance(arg.meta["val"], torch.device)

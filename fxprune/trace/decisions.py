@@ -1,42 +1,45 @@
-"""What a scalar of a graph depends on, and how a person would write it."""
+"""Scalars of a graph: what they depend on, and how to print them."""
 
 from __future__ import annotations
 
 from torch import Tensor, fx
 
-__all__ = ["formula", "from_mode", "number_decides", "of_rank"]
+__all__ = ["depends_on_mode", "depends_on_ranks_only", "formula", "omitted_number_message"]
 
 
-def number_decides(node: fx.Node) -> str:
+def omitted_number_message(node: fx.Node) -> str:
+    """Return the error message for a model that reads a number that the example leaves out."""
     return (
         f"what the model does depends on its argument {str(node.target)!r}, a number: a graph is "
         "for one number only."
     )
 
 
-def from_mode(node: fx.Node) -> bool:
-    """Whether a scalar derives from ``self.training`` (and not from sizes alone)."""
+def depends_on_mode(node: fx.Node) -> bool:
+    """Tell whether a scalar depends on ``self.training``."""
     if node.meta.get("mode"):
         return True
-    return not isinstance(node.meta.get("val"), Tensor) and any(
-        from_mode(n) for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)
-    )
+    if isinstance(node.meta.get("val"), Tensor):
+        return False
+    scalars = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)]
+    return any(map(depends_on_mode, scalars))
 
 
-def of_rank(node: fx.Node) -> bool:
-    """Whether a scalar depends on ranks alone (``x.dim() == 4``), which no input of the same kind
-    changes.
+def depends_on_ranks_only(node: fx.Node) -> bool:
+    """Tell whether a scalar depends on ranks only, such as ``x.dim() == 4``.
+
+    Inputs of the same kind have the same ranks.
     """
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    if tensors:
+    inputs = node.all_input_nodes
+    if any(isinstance(n.meta.get("val"), Tensor) for n in inputs):
         return node.target in ("dim", "ndimension") or (
             node.target is getattr and str(node.args[1]) == "ndim"
         )
-    return bool(node.all_input_nodes) and all(of_rank(n) for n in node.all_input_nodes)
+    return bool(inputs) and all(map(depends_on_ranks_only, inputs))
 
 
 def formula(node: fx.Node) -> str:
-    """A scalar node as a person would write it: ``x.size(2) % 7``."""
+    """Return a readable expression for a scalar node, such as ``mod(x.size(2), 7)``."""
     if node.op in ("placeholder", "get_attr"):
         return str(node.target)
     if isinstance(node.meta.get("val"), Tensor):

@@ -1,4 +1,4 @@
-"""Runs one node of a graph, and code in which torch does what it does outside of tracing."""
+"""Run a node of a graph, and run torch functions without tracing them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,47 @@ from fxprune.trace.context_managers import BOUNDS
 __all__ = [
     "DrawsError",
     "ModeReadError",
+    "ModuleAtPath",
     "NoDraws",
-    "Only",
     "execute",
     "sources",
-    "unseen",
-    "zeros_like_meta",
+    "untraced",
+    "with_zeros",
 ]
 
 
 def execute(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a node of a graph over ``root`` gives for these arguments."""
+    """Run one node of a graph.
+
+    Parameters
+    ----------
+    root:
+        The module whose attributes and submodules the graph uses.
+    node:
+        The node. The bounds of a region (``with torch.no_grad()``) do nothing.
+    args, kwargs:
+        The values of its arguments.
+
+    Returns
+    -------
+    object
+        The node's value.
+    """
     target: Any = node.target
     if node.op == "call_function":
         return None if target in BOUNDS else target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_module":
-        module: Any = root  # past Module.__getattr__, which is slow
+        module: Any = root  # without Module.__getattr__, which is slow
         for name in target.split("."):
             module = module._modules[name]
         return module(*args, **kwargs)
     return operator.attrgetter(target)(root)
 
 
-def unseen(method: Any) -> Any:
-    """A method in which torch's functions do what they do outside of tracing."""
+def untraced(method: Any) -> Any:
+    """Decorate a method so that torch functions inside it are not traced."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -52,42 +67,45 @@ def unseen(method: Any) -> Any:
 
 
 class ModeReadError(Exception):
-    """A leaf function branches on ``training``: it has to stay whole."""
+    """A leaf function branches on ``training``, so it has to become one node."""
 
 
 class DrawsError(Exception):
-    """A call without stand-ins among its arguments draws random numbers."""
+    """A call without traced arguments draws random numbers."""
 
 
 class NoDraws(DispatchMode):
+    """A mode in which an operation that draws random numbers raises :class:`DrawsError`."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise DrawsError
         return func(*args, **(kwargs or {}))
 
 
-class Only(nn.Module):
-    """A tree with one module in it, at a path of its own."""
+class ModuleAtPath(nn.Module):
+    """A module tree that contains one module, at the given path."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         *above, name = path.split(".")
-        place: nn.Module = self
-        for own in above:
-            place._modules[own] = nn.Module()
-            place = cast(nn.Module, place._modules[own])
-        place._modules[name] = module
+        parent: nn.Module = self
+        for parent_name in above:
+            parent._modules[parent_name] = nn.Module()
+            parent = cast(nn.Module, parent._modules[parent_name])
+        parent._modules[name] = module
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and all nodes that its value follows from."""
+    """Yield a node and all nodes that its value is computed from."""
     seen, waiting = {node}, [node]
     while waiting:
-        own = waiting.pop()
-        yield own
-        waiting += [above for above in own.all_input_nodes if above not in seen]
-        seen.update(own.all_input_nodes)
+        current = waiting.pop()
+        yield current
+        waiting += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
 
 
-def zeros_like_meta(tensor: Tensor) -> Tensor:
+def with_zeros(tensor: Tensor) -> Tensor:
+    """Return zeros on the CPU for a meta tensor; any other tensor as it is."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor

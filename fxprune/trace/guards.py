@@ -1,4 +1,4 @@
-"""What Python decides by values and sizes, and what holds the graph to it."""
+"""Decisions that Python makes by values and sizes, and the assertions that guard them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, TraceError
 from fxprune.trace.aliasing import written
 from fxprune.trace.context_managers import enter, leave
-from fxprune.trace.decisions import formula, from_mode, number_decides, of_rank
+from fxprune.trace.decisions import (
+    depends_on_mode,
+    depends_on_ranks_only,
+    formula,
+    omitted_number_message,
+)
 from fxprune.trace.execution import (
     ModeReadError,
     sources,
-    unseen,
+    untraced,
 )
-from fxprune.trace.lookups import Lookup, at
+from fxprune.trace.lookups import Lookup, place_of
 from fxprune.trace.numbers import Number
 from fxprune.trace.recorder import Recorder
 from fxprune.trace.sequences import SizeTuple
@@ -31,89 +36,110 @@ __all__ = ["Guarded"]
 
 
 class Guarded(Recorder):
-    """Answers what Python asks, and holds the graph to the answer."""
+    """A recorder that answers Python's questions and guards the answers in the graph.
 
-    @unseen
+    A guard is a ``torch._assert`` node: the graph fails where a value differs from the one it was
+    traced for.
+    """
+
+    @untraced
     def _size(self, tensor: Any, dim: Any = None) -> Any:
+        """Record ``tensor.size(dim)``, or the sizes of all axes without ``dim``."""
         if dim is not None:
             return self.record("call_method", "size", (tensor, dim), {})
         return SizeTuple(self.size_of(tensor, i) for i in range(tensor.example.dim()))
 
     def size_of(self, tensor: Any, dim: int) -> Any:
-        """The size of a tensor along a dimension, as a number of the graph."""
+        """Record the size of one axis of a tensor and return its stand-in."""
         return self.record("call_method", "size", (tensor, dim), {})
 
-    @unseen
-    def hold_input(self, node: fx.Node, dim: int, where: str) -> None:
-        """Hold the finished graph to the size of an input, by which C++ went for the sake of a
-        line of the user's.
+    @untraced
+    def guard_input(self, node: fx.Node, dim: int, where: str) -> None:
+        """Guard the size of an input's axis in the finished graph.
+
+        Parameters
+        ----------
+        node:
+            The input, or a node that takes an entry out of it.
+        dim:
+            The axis.
+        where:
+            The user's line for which C++ decided by the size.
         """
         self._closed = False
         with torch.no_grad(), self.graph.inserting_before(node.next):
             number = self.size_of(self.stand_in(node), dim)
-        self._hold_finished(number, where)
+        self._guard_in_finished_graph(number, where)
 
-    @unseen
-    def hold_rank(self, node: fx.Node) -> None:
-        """Hold the finished graph to the number of axes of what a node gives."""
+    @untraced
+    def guard_rank(self, node: fx.Node) -> None:
+        """Guard the number of axes of a node's value in the finished graph."""
         self._closed = False
         with torch.no_grad(), self.graph.inserting_before(node.next):
             rank = self.record("call_method", "dim", (self.stand_in(node),), {})
-            self._hold(rank, rank.example, f"inputs with {formula(rank.fx_node)}")
+            self._guard(rank, rank.example, f"inputs with {formula(rank.fx_node)}")
         self._closed = True
 
-    def _hold_finished(self, number: Any, where: str) -> None:
+    def _guard_in_finished_graph(self, number: Any, where: str) -> None:
+        """Guard a number in the finished graph and list the decision made at ``where``."""
         self._closed, node = False, number.fx_node
         text = f"{where}: {formula(node)} was taken as {number.example!r}"
         with torch.no_grad(), self.graph.inserting_before(node.next):
-            if text not in self.decisions and not of_rank(node):
+            if text not in self.decisions and not depends_on_ranks_only(node):
                 self.decisions.append(text)
-            self._hold(
-                number, number.example, f"inputs with {formula(node)}", f" (decided at {where})"
-            )
+            what, why = f"inputs with {formula(node)}", f" (decided at {where})"
+            self._guard(number, number.example, what, why)
         self._closed = True
 
     def is_users(self, filename: str) -> bool:
-        """Whether code of this file is followed: not while a node runs, not inside of torch, and
-        not in another thread.
+        """Tell whether the tracer follows code of this file.
+
+        It does not while a node runs, in other threads, or in files of torch or fxprune.
         """
         return not self.executing and self.is_mine() and not is_ours(filename)
 
     def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record the start of ``with torch.<kind>(...)`` and return its node."""
         node = self.create_node(
             "call_function", enter, self.create_arg((kind, *args)), self.create_arg(kwargs)
         )
         node.meta["val"] = None
         return node
 
-    @unseen
+    @untraced
     def end_region(self, entry: fx.Node) -> None:
+        """Record the end of a region; erase its start if no tensor was computed inside."""
         following = itertools.dropwhile(lambda node: node is not entry, self.graph.nodes)
         if any(holds_tensors(node.meta["val"]) for node in following):
             self.create_node("call_function", leave, (entry,), {}).meta["val"] = None
         else:
             self.graph.erase_node(entry)
 
-    @unseen
+    @untraced
     def decide(self, value: Any, kind: type) -> Any:
-        """A Python decision needs a value now: take the example's, list it, and guard it in the
-        graph.
+        """Return the example's value for a decision in Python; list and guard the decision.
+
+        Parameters
+        ----------
+        value:
+            The stand-in that Python asks.
+        kind:
+            The type that Python wants: ``bool``, ``int``, ``float`` or ``complex``.
+
+        Raises
+        ------
+        TraceError, ChanceError
+            If the decision depends on data, or on an argument that the example leaves out.
+        ModeReadError
+            If a leaf function branches on ``training``.
         """
         node, example = value.fx_node, value.example
-        if node in self.left_out:
-            raise TraceError(number_decides(node))
+        if node in self.omitted:
+            raise TraceError(omitted_number_message(node))
         if isinstance(example, Tensor):
-            if example.is_meta:
-                kind_of_error = ChanceError if self._by_chance(node) else TraceError
-                raise kind_of_error(
-                    f"the model branches on the values of a tensor (at {user_line()}). A graph "
-                    "has one path for all values: use torch.where or masks, or keep that part in "
-                    "a module that is not pruned."
-                )
-            self._read_values.append((node, user_line()))
-            self._refuse_values_that_change()
+            self._note_value_read(node, example)
             return kind(example)
-        if from_mode(node):
+        if depends_on_mode(node):
             if self._inside_leaf_function:
                 raise ModeReadError
             self.asked_mode = True
@@ -121,78 +147,113 @@ class Guarded(Recorder):
         taken = kind(example)
         where = user_line()
         text = f"{where}: {formula(node)} was taken as {taken!r}"
-        if text not in self.decisions and not of_rank(node):
+        if text not in self.decisions and not depends_on_ranks_only(node):
             self.decisions.append(text)
-        held = example if kind is int else taken  # int(n / 3): the graph holds n / 3
-        self._hold(value, held, f"inputs with {formula(node)}", f" (decided at {where})")
+        guarded = example if kind is int else taken  # for int(n / 3), guard n / 3
+        self._guard(value, guarded, f"inputs with {formula(node)}", f" (decided at {where})")
         return taken
 
-    def is_looked_up(self, number: Number) -> None:
-        """Code of the model looks something up by a number, or puts something there; libraries do
-        so in what they remember.
+    def _note_value_read(self, node: fx.Node, example: Tensor) -> None:
+        """Note that Python reads a tensor's values; refuse it unless they are constant."""
+        if example.is_meta:
+            error_class = ChanceError if self._is_random(node) else TraceError
+            raise error_class(
+                f"the model branches on the values of a tensor (at {user_line()}). A graph "
+                "has one path for all values: use torch.where or masks, or keep that part in "
+                "a module that is not pruned."
+            )
+        self._read_values.append((node, user_line()))
+        self._refuse_values_that_change()
+
+    def note_lookup(self, number: Number) -> None:
+        """Note that the model's code uses a number as a key.
+
+        Lookups by libraries in their own caches do not count.
         """
-        frame = sys._getframe(2)
-        if (
-            self._closed
-            or not self.is_users(frame.f_code.co_filename)
-            or self._reached.trusts(frame.f_globals.get("__name__", ""))
-        ):
+        frame = sys._getframe(2)  # the caller of the number's __hash__
+        if self._closed or not self.is_users(frame.f_code.co_filename):
             return
-        number.fx_node.meta["looked_up"] = True
-        self.lookups.append(Lookup(number.fx_node, at(frame), user_line(), self._reached.made))
+        if self._reached.trusts(frame.f_globals.get("__name__", "")):
+            return
+        node = number.fx_node
+        node.meta["looked_up"] = True
+        self.lookups.append(Lookup(node, place_of(frame), user_line(), self._reached.made))
 
-    def is_compared(self) -> None:
-        """A number is compared; by a table, if one was looked up in the same place."""
-        if self.lookups and self.lookups[-1].place == at(sys._getframe(2)):
-            for own in itertools.takewhile(
-                lambda own: own.place == self.lookups[-1].place, reversed(self.lookups)
-            ):
-                own.answered = True
+    def note_comparison(self) -> None:
+        """Note that a number is compared.
 
-    @unseen
-    def hold_looked_up(self, lookup: Lookup) -> None:
-        """Hold the finished graph to a number by which something was looked up, and was not
-        there.
+        If the last lookup happened at the same instruction, a table compares its keys there: it
+        has found a key with the same hash.
         """
-        if from_mode(lookup.node):
+        place = place_of(sys._getframe(2))  # of the caller of the number's __eq__
+        for lookup in itertools.takewhile(lambda it: it.place == place, reversed(self.lookups)):
+            lookup.was_compared = True
+
+    @untraced
+    def guard_lookup(self, lookup: Lookup) -> None:
+        """Guard, in the finished graph, a number that was looked up and not found."""
+        if depends_on_mode(lookup.node):
             self.asked_mode = True
             return
-        self._hold_finished(self.stand_in(lookup.node), lookup.line)
+        self._guard_in_finished_graph(self.stand_in(lookup.node), lookup.line)
 
-    @unseen
+    @untraced
     def text(self, number: Number, write: Callable[[Any], str]) -> str:
-        """The text of a number, which the graph is held to: Python may do anything with a text."""
+        """Return the text of a number, and guard the number.
+
+        Python may do anything with a text, so the graph is only valid for this number.
+
+        Parameters
+        ----------
+        write:
+            Formats the example's value.
+        """
         if self.executing or self._closed or not self.is_mine():
             return write(number.example)
-        last, decided = next(iter(reversed(self.graph.nodes))), len(self.decisions)
+        last_node, count = next(iter(reversed(self.graph.nodes))), len(self.decisions)
         text = write(self.decide(number, type(number.example)))
-        made = [*itertools.takewhile(lambda node: node is not last, reversed(self.graph.nodes))]
-        self._texts.append((text, made, self.decisions[decided:]))
+        backwards = reversed(self.graph.nodes)
+        guards = [*itertools.takewhile(lambda node: node is not last_node, backwards)]
+        self._texts.append((text, guards, self.decisions[count:]))
         return text
 
     def _refuse_values_that_change(self) -> None:
-        """A value that Python has read off a buffer which the graph writes, before or after that,
-        is another one at each call.
+        """Refuse a value that Python has read from a buffer that the graph writes.
+
+        Such a value is another one at each call, whether it is read before or after the write.
         """
         for value, where in self._read_values:
-            if any(
-                own.op == "get_attr" and any(own in written(user)[:1] for user in own.users)
-                for own in sources(value)
-            ):
+            if any(map(_is_written_attribute, sources(value))):
                 raise TraceError(
                     f"forward reads the value of a buffer that it writes (at {where}): it is "
                     "another one at each call, and a graph would hold this one. Compute with the "
                     "buffer as a tensor."
                 )
 
-    def _hold(self, value: Any, taken: Any, what: str, why: str = "") -> None:
-        """Let the graph say so where a value is another one than it was traced for."""
-        # Not operator.not_, which asks for the truth of a stand-in when the emitted graph is
-        # traced in its turn.
+    def _guard(self, value: Any, taken: Any, what: str, why: str = "") -> None:
+        """Add an assertion that fails where ``value`` differs from ``taken``.
+
+        Parameters
+        ----------
+        value:
+            The stand-in to guard.
+        taken:
+            The value that the graph was traced for.
+        what:
+            A description of the value, for the message.
+        why:
+            The end of the message.
+        """
+        # not operator.not_: it would ask a stand-in for its truth when the emitted graph is
+        # traced again
         same = operator.is_ if taken is None else operator.eq
-        held = value if taken is True else self.record("call_function", same, (value, taken), {})
+        holds = value if taken is True else self.record("call_function", same, (value, taken), {})
         message = f"this graph was traced for {what} == {taken!r}{why}"
-        node = self.create_node(
-            "call_function", torch._assert, (self.create_arg(held), message), {}
-        )
+        args = (self.create_arg(holds), message)
+        node = self.create_node("call_function", torch._assert, args, {})
         node.meta.update(val=None, guard=True)
+
+
+def _is_written_attribute(node: fx.Node) -> bool:
+    """Tell whether a node reads an attribute of the model that another node writes."""
+    return node.op == "get_attr" and any(node in written(user)[:1] for user in node.users)

@@ -1,11 +1,10 @@
-"""Numbers by which forward looks something up: in a table, or a set. What is not found for the
-example may be for another size.
+"""Lookups of traced numbers in dicts and sets.
 
-A dict asks for the hash of a key, and compares it with those keys alone that have the same. Where
-it finds the number, the tracer is asked whether it is that one, and the graph is held to the
-answer. Where it finds none, nobody asks anything: so the graph is held to the number, unless
-forward fills the table itself, and by that number: then it does for each what it does for this
-one.
+A key that is not found for the example may be found for another size. A dict asks a key for its
+hash and compares it only with the keys of the same hash. If there is one, the comparison is a
+decision, which the graph guards. If there is none, nothing is compared, so the number itself is
+guarded. It is not if forward itself stores something under the number at that place: then it does
+the same for every number.
 """
 
 from __future__ import annotations
@@ -19,71 +18,80 @@ from types import CodeType, FrameType
 
 from torch import fx
 
-__all__ = ["Lookup", "at", "unanswered"]
+__all__ = ["Lookup", "missed_lookups", "place_of"]
 
 CallPlace = tuple[CodeType, int, int]
-"""An instruction of a function, and which call of that function it is."""
+"""A place in a running function: its code, the instruction, and an id of the call."""
 
 
 @dataclass
 class Lookup:
-    """A number was asked for its hash.
+    """A lookup of a number in a dict or set: the number was asked for its hash.
 
     Attributes
     ----------
     node:
-        The number.
+        The node of the number.
     place:
-        The instruction that looks up.
+        The instruction that looks the number up.
     line:
-        It, for a message.
-    made:
-        How often functions that remember their results had computed one by then.
-    answered:
-        Whether the number was compared with a key that has the same hash.
+        The user's line, for a message.
+    results_before:
+        How many results the model's cached functions had computed at that time.
+    was_compared:
+        Whether the number was compared with a key of the same hash.
     """
 
     node: fx.Node
     place: CallPlace
     line: str
-    made: int
-    answered: bool = False
+    results_before: int
+    was_compared: bool = False
 
 
-def at(frame: FrameType) -> CallPlace:
-    """The instruction that a function is at."""
+def place_of(frame: FrameType) -> CallPlace:
+    """Return the instruction that a frame is executing."""
     return frame.f_code, frame.f_lasti, object.__hash__(frame)
 
 
-def unanswered(lookups: Sequence[Lookup], made: int) -> Iterator[Lookup]:
-    """The lookups that have found nothing, for all that is known.
+def missed_lookups(lookups: Sequence[Lookup], results_now: int) -> Iterator[Lookup]:
+    """Yield the lookups that have found nothing, as far as is known.
+
+    A lookup is left out in three cases: it stores an entry in a dict; a cached function computed a
+    result after it, and stores that result under the number; or it adds a number to a set, either
+    as the only number or together with one that was compared.
 
     Parameters
     ----------
-    made:
-        How often functions that remember their results have computed one by now.
+    lookups:
+        All lookups, in order.
+    results_now:
+        How many results the model's cached functions have computed by now.
     """
-    groups = [[*group] for _, group in itertools.groupby(lookups, lambda own: own.place)]
-    later = [*(group[0].made for group in groups[1:]), made]
-    for group, after in zip(groups, later, strict=False):
-        kind = _operation(*group[0].place[:2])
-        # a function that computes a result which it does not remember yet
-        remembers = after > group[0].made
-        one_entry = kind in _OF_SETS and (len(group) == 1 or any(own.answered for own in group))
-        if kind not in _FILLING and not remembers and not one_entry:
-            yield from (own for own in group if not own.answered)
+    groups = [[*group] for _, group in itertools.groupby(lookups, lambda lookup: lookup.place)]
+    later = [*(group[0].results_before for group in groups[1:]), results_now]
+    for group, results_after in zip(groups, later, strict=False):
+        opname = _opname(*group[0].place[:2])
+        compared = any(lookup.was_compared for lookup in group)
+        # a cached function computed the result, and stored it under the number
+        is_cached = results_after > group[0].results_before
+        is_one_entry = opname in _SET_OPNAMES and (len(group) == 1 or compared)
+        if opname not in _STORING_OPNAMES and not is_cached and not is_one_entry:
+            yield from (lookup for lookup in group if not lookup.was_compared)
 
 
-_FILLING = frozenset(
+_STORING_OPNAMES = frozenset(
     {"STORE_SUBSCR", "BUILD_MAP", "MAP_ADD", "DICT_UPDATE", "DICT_MERGE", "BUILD_CONST_KEY_MAP"}
 )
-_OF_SETS = frozenset({"BUILD_SET", "SET_ADD", "SET_UPDATE"})
+_SET_OPNAMES = frozenset({"BUILD_SET", "SET_ADD", "SET_UPDATE"})
 
 
-def _operation(code: CodeType, place: int) -> str:
-    return _operations(code).get(place, "")
+def _opname(code: CodeType, offset: int) -> str:
+    """Return the name of the bytecode instruction at an offset."""
+    return _opnames(code).get(offset, "")
 
 
 @functools.lru_cache(maxsize=256)
-def _operations(code: CodeType) -> dict[int, str]:
-    return {step.offset: step.opname for step in dis.get_instructions(code)}
+def _opnames(code: CodeType) -> dict[int, str]:
+    """Return the names of a function's bytecode instructions, by their offsets."""
+    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}

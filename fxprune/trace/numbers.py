@@ -15,15 +15,16 @@ from fxprune.trace.user_code import asker, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
-from fxprune.trace.asks import asks, asks_device
-from fxprune.trace.tensors import Operators, SeenByTorch, Traced
+from fxprune.trace.asks import device_question_message, question_message
+from fxprune.trace.tensors import Operators, TorchFunctionMixin, Traced
 
 __all__ = ["Number", "TracedBool", "TracedDevice", "TracedDtype", "TracedFloat", "TracedInt"]
 
 
-class _ForCpp:
-    """What C++ asks of a number that it was given: with each answer of Python's the number is
-    decided upon.
+class _SymNode:
+    """The interface through which C++ reads a traced number (``torch.SymInt.node``).
+
+    Each conversion to a Python number is a decision.
     """
 
     def __init__(self, number: Number) -> None:
@@ -64,7 +65,7 @@ class _ForCpp:
 
     expect_size = expect_true = guard_size_oblivious = guard_or_false = guard_or_true = guard_bool
 
-    def clone(self) -> _ForCpp:
+    def clone(self) -> _SymNode:
         return self
 
     def _graph_repr(self) -> str:
@@ -97,19 +98,22 @@ class _ForCpp:
 
 
 class Number(Operators, Traced):
-    """Stands for a number that follows from sizes. Python's questions about it are decisions,
-    which the graph guards.
+    """A stand-in for a number that is computed from sizes.
+
+    Python's questions about the number are decisions, which the graph guards.
     """
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer
 
     @property
-    def node(self) -> _ForCpp:
-        return _ForCpp(self)
+    def node(self) -> _SymNode:
+        """The interface of this number for C++."""
+        return _SymNode(self)
 
     @property
-    def claimed(self) -> type:
+    def apparent_class(self) -> type:
+        """The class that ``isinstance`` sees: that of the example's number."""
         return type(self.fx_node.meta["val"])
 
     def __getattr__(self, name: str) -> Any:
@@ -143,15 +147,15 @@ class Number(Operators, Traced):
         return other // self, other % self
 
     def __eq__(self, other: Any) -> Any:
-        self.tracer.is_compared()
+        self.tracer.note_comparison()
         if issubclass(type(other), Number) and other.tracer is not self.tracer:
-            other.tracer.is_compared()
-            return False  # a key that an earlier trace has left in a cache
+            other.tracer.note_comparison()
+            return False  # a key that an earlier trace left in a cache
         return Operators.__eq__(self, other)
 
     def __hash__(self) -> int:
-        """As the number: a table finds it, and asks whether it is the same one."""
-        self.tracer.is_looked_up(self)
+        """Return the hash of the example's number, so that tables find equal keys."""
+        self.tracer.note_lookup(self)
         return hash(self.example)
 
     def __repr__(self) -> str:
@@ -164,20 +168,21 @@ class Number(Operators, Traced):
 
 
 class TracedInt(Number, torch.SymInt):
-    """Stands for a whole number."""
+    """A stand-in for a whole number."""
 
 
 class TracedFloat(Number, torch.SymFloat):
-    """Stands for a floating-point number."""
+    """A stand-in for a floating-point number."""
 
 
-class TracedBool(Number, SeenByTorch, torch.SymBool):
-    """Stands for a truth value: a comparison of sizes, or the mode of a module."""
+class TracedBool(Number, TorchFunctionMixin, torch.SymBool):
+    """A stand-in for a truth value: a comparison of sizes, or the mode of a module."""
 
 
-class _Attribute(Traced):
-    """Stands for what a tensor says of itself: nodes compare it, and nothing is looked up by
-    it.
+class _TensorAttribute(Traced):
+    """A stand-in for a tensor's device or dtype.
+
+    Comparisons become nodes. It cannot be a key of a dict or set.
     """
 
     def __eq__(self, other: Any) -> Any:
@@ -187,45 +192,45 @@ class _Attribute(Traced):
         return self.tracer.record("call_function", operator.ne, (self, other), {})
 
     def __hash__(self) -> int:
-        raise TraceError(
-            asks("for something by the device or the dtype of a tensor", f"{self!r} as a key")
-        )
+        what = "for something by the device or the dtype of a tensor"
+        raise TraceError(question_message(what, f"{self!r} as a key"))
 
     def __repr__(self) -> str:
         return f"{self.fx_node.name}={self.example!r}"
 
 
-class TracedDevice(_Attribute, str):
-    """Stands for a device, which nobody may ask for its kind. It is a text, because torch takes a
-    text for a device.
+class TracedDevice(_TensorAttribute, str):
+    """A stand-in for a device, which cannot be asked for its type.
+
+    It is a ``str``, because torch accepts one as a device.
     """
 
-    claimed = torch.device
+    apparent_class = torch.device
 
     def __new__(cls, node: fx.Node, tracer: Tracer) -> TracedDevice:
-        made = super().__new__(cls, "meta")
-        made.fx_node, made.tracer = node, tracer
-        return made
+        device = super().__new__(cls, "meta")
+        device.fx_node, device.tracer = node, tracer
+        return device
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("fx_node", "tracer", "example", "claimed") or name.startswith("__"):
+        if name in ("fx_node", "tracer", "example", "apparent_class") or name.startswith("__"):
             return super().__getattribute__(name)
-        raise TraceError(asks_device(f"{self!r}.{name}"))
+        raise TraceError(device_question_message(f"{self!r}.{name}"))
 
     def __str__(self) -> str:
-        raise TraceError(asks_device(f"str({self!r})"))
+        raise TraceError(device_question_message(f"str({self!r})"))
 
     def __format__(self, spec: str) -> str:
-        raise TraceError(asks_device(f"str({self!r})"))
+        raise TraceError(device_question_message(f"str({self!r})"))
 
 
-class TracedDtype(_Attribute, SeenByTorch):
-    """Stands for a dtype."""
+class TracedDtype(_TensorAttribute, TorchFunctionMixin):
+    """A stand-in for a dtype."""
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         self.fx_node, self.tracer = node, tracer
 
-    claimed = torch.dtype
+    apparent_class = torch.dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(self.example, name):

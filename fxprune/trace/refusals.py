@@ -1,4 +1,4 @@
-"""What a graph cannot do, found in one that was traced."""
+"""Checks of a traced graph for effects that a graph cannot have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.trace.again import does_the_same, each_draws, followed_call, on_shapes
+from fxprune.trace.again import draws_every_time, repeats_same_graph, shape_mode, trace_call
 from fxprune.trace.checkpoints import overwrites_what_is_kept
 from fxprune.trace.meta_copy import (
     MetaCopy,
@@ -24,17 +24,31 @@ from fxprune.trace.reach import AGAIN, Reach
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
 
-__all__ = ["refuse_chance", "refuse_checkpoints", "refuse_left", "refuse_memory", "refuse_state"]
+__all__ = [
+    "refuse_chance",
+    "refuse_checkpoints",
+    "refuse_memory",
+    "refuse_state",
+    "refuse_stored_values",
+]
 
 
-def refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
-    """What forward leaves outside of its modules is an effect, which a graph has not; a table that
-    follows from sizes is a cache.
+def refuse_stored_values(left: Iterable[fx.Node], root: nn.Module) -> None:
+    """Refuse a forward that stores values outside of its modules: that is a side effect.
+
+    Values that depend on sizes only are allowed: they are a cache.
+
+    Parameters
+    ----------
+    left:
+        The nodes whose values forward has stored.
+    root:
+        The traced module, for the message.
 
     Raises
     ------
     TraceError
-        If values are left there that follow from those of the inputs.
+        If a stored value depends on the values of the inputs.
     """
     for node in left:
         if follows_inputs(node):
@@ -46,13 +60,13 @@ def refuse_left(left: Iterable[fx.Node], root: nn.Module) -> None:
 
 
 def refuse_checkpoints(tracer: Tracer, meta_copy: MetaCopy) -> None:
-    """What a checkpoint computes again before the backward pass reads it, a graph must not have
-    overwritten.
+    """Refuse a checkpoint whose values the graph overwrites before the backward pass reads them.
+
+    The checkpoint computes these values again; a graph does not.
 
     Raises
     ------
     TraceError
-        If it has.
     """
     if tracer.checkpoints and overwrites_what_is_kept(tracer.graph, meta_copy):
         raise TraceError(
@@ -63,13 +77,22 @@ def refuse_checkpoints(tracer: Tracer, meta_copy: MetaCopy) -> None:
 
 
 def refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
-    """A tensor that forward keeps for its next call is state, which a graph has not; one that only
-    lends its size is a cache.
+    """Refuse a forward that reads a tensor which it sets for its next call: that is state.
+
+    A tensor of which only the size is read is allowed: it is a cache.
+
+    Parameters
+    ----------
+    graph:
+        The traced graph.
+    assigned:
+        Paths of the attributes that forward sets to traced values.
+    root:
+        The traced module, for the message.
 
     Raises
     ------
     TraceError
-        If values are read that a call before would have set.
     """
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in assigned:
@@ -83,61 +106,74 @@ def refuse_memory(graph: fx.Graph, assigned: set[str], root: nn.Module) -> None:
 
 
 def refuse_state(first: Trace, state: Sequence[AttributeChange]) -> None:
-    """What the first call has left on the modules, where it now is, must not lead to another
-    graph.
+    """Trace a second call and refuse the model if it differs from the first.
+
+    The second call starts from the attributes that the first call has set on the modules.
+
+    Parameters
+    ----------
+    first:
+        The trace of the first call.
+    state:
+        The attributes that the first call has set, now on the modules.
 
     Raises
     ------
     TraceError
-        If a second call does something else, or leaves something else behind.
+        If the second graph differs, or if the second call changes an attribute again.
     """
-    meta_copy, attributes, made = (
-        first.meta_copy,
-        Attributes(first.meta_copy.model),
-        frozenset[str](),
-    )
-    try:
-        second, made = followed_call(
-            Tracer(meta_copy, first.args, first.kwargs, first.training, on_shapes), meta_copy
-        )
-        same = same_graph(first.graph, second.graph, first.constants, second.constants)
-        moving = [
-            change
-            for change in carried(attributes.changes(made))
-            if not holds_tensors(change.after)
-        ]
-    except FxpruneError:
-        same, moving = False, []
-    finally:
-        attributes.restore(made)
-    if not same or moving:
+    if not _is_second_call_same(first):
         names = ", ".join(sorted(repr(change.path) for change in state))
         raise TraceError(
-            f"forward of this {type(meta_copy.model).__name__} does something else when it is "
-            f"called again, because it sets {names}: a graph is one call. Hand it in and out as "
-            "an argument, or make it a buffer and write into it in place."
+            f"forward of this {type(first.meta_copy.model).__name__} does something else when it "
+            f"is called again, because it sets {names}: a graph is one call. Hand it in and out "
+            "as an argument, or make it a buffer and write into it in place."
         )
+
+
+def _is_second_call_same(first: Trace) -> bool:
+    """Tell whether a further call gives the same graph and leaves no other state behind."""
+    meta_copy = first.meta_copy
+    attributes, made = Attributes(meta_copy.model), frozenset[str]()
+    tracer = Tracer(meta_copy, first.args, first.kwargs, first.training, shape_mode)
+    try:
+        second, made = trace_call(tracer, meta_copy)
+        if not same_graph(first.graph, second.graph, first.constants, second.constants):
+            return False
+        changes = carried(attributes.changes(made))
+        return all(holds_tensors(change.after) for change in changes)
+    except FxpruneError:
+        return False
+    finally:
+        attributes.restore(made)
 
 
 def refuse_chance(first: Trace, reach: Reach) -> None:
-    """What Python computes anew at each call is no constant of a graph.
+    """Refuse a model whose Python code computes something else at each call.
+
+    Parameters
+    ----------
+    first:
+        The trace of the first call.
+    reach:
+        What the model's code can reach, as it was before the first call.
 
     Raises
     ------
     ChanceError
-        If a generator of the model's own is drawn from, or if a further call does something else.
+        If the model draws from a generator of its own, or if a further call gives another graph.
     """
     meta_copy = first.meta_copy
-    if reach.drawn and each_draws(first):
+    if reach.drawn and draws_every_time(first):
         reach.put_back()
         raise ChanceError(DRAWS.format(type(meta_copy.model).__name__, "a generator of its own"))
     reach.put_back()
     for _ in range(AGAIN):
         if not reach.may_differ:
-            break  # it has left nothing behind, or what it found was all there
+            break  # the call asked nothing outside of Python and left nothing behind
         reach = Reach(meta_copy.model)
         with reach.watching():
-            same = does_the_same(first)
+            same = repeats_same_graph(first)
         if not same:
             raise ChanceError(
                 f"forward of this {type(meta_copy.model).__name__} does something else when it is "

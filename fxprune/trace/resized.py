@@ -1,9 +1,9 @@
-"""What has followed from the sizes of inputs without a word, found by traces of inputs of other
-sizes: numbers that C++ has computed below Python, and how many axes a ``squeeze()`` leaves.
+"""Find what depends on input sizes unseen, by tracing inputs of other sizes.
 
-Where another size makes another graph, the graph is for its own size alone, and says so. That is
-asked only of graphs with numbers of unknown origin in them: the rules of ``vmap`` cut, count and
-compose before an operation is seen.
+Two things do: numbers that C++ computes, and the number of axes that ``squeeze()`` leaves. Where
+another size gives another graph, the size is guarded. The first check is only done for graphs that
+contain numbers of unknown origin: the rules of ``vmap``, for example, slice, count and combine
+before an operation is recorded.
 """
 
 from __future__ import annotations
@@ -18,66 +18,78 @@ from torch.utils._pytree import tree_map_only
 from fxprune.trace.aliasing import squeezes_all
 from fxprune.trace.tracer import Tracer
 
-__all__ = ["hold_inputs", "hold_ranks"]
+__all__ = ["guard_input_sizes", "guard_ranks"]
 
 InputAxis = tuple[fx.Node, int]
-"""An input, or an entry of one, and a dimension of it."""
+"""A tensor among the inputs, or an entry of one, and one of its axes."""
 
 Compare = Callable[[tuple[Any, Any]], "fx.Node | bool | None"]
+"""A function that traces another call ``(args, kwargs)`` and compares the graphs.
+
+It returns the first node that differs, None if there is none, and False if the call fails.
+"""
 
 
-def hold_inputs(tracer: Tracer, compare: Compare) -> None:
-    """Hold a graph to those sizes of its inputs with which it changes.
+def guard_input_sizes(tracer: Tracer, compare: Compare) -> None:
+    """Guard the input sizes that change the graph.
 
     Parameters
     ----------
+    tracer:
+        The tracer of the finished graph.
     compare:
-        Traces another call: gives the first node in whose place it has another one, None where
-        there is none, False where it fails.
+        Traces a call with other sizes and compares (see :data:`Compare`).
     """
-    if not tracer.below_lines:
+    if not tracer.cpp_lines:
         return
     waiting: list[InputAxis] = []
-    for place in _free(tracer.graph):
+    for place in _unguarded_axes(tracer.graph):
         found = _trace_resized(tracer, [place], compare)
         if found is False:
             waiting.append(place)
         elif isinstance(found, fx.Node):
-            tracer.hold_input(*place, _user_line_at(tracer, found))
+            tracer.guard_input(*place, _user_line_at(tracer, found))
     if len(waiting) == 1:
-        return  # the model takes no other size: two that depend on each other both fail alone
-    for place in _failing_together(tracer, waiting, compare):
-        tracer.hold_input(*place, next(iter(tracer.below_lines.values())))
+        return  # the model takes no other size: of two that must be equal, both would fail
+    for place in _still_failing(tracer, waiting, compare):
+        tracer.guard_input(*place, next(iter(tracer.cpp_lines.values())))
 
 
-def hold_ranks(tracer: Tracer, compare: Compare) -> None:
-    """Hold a graph to the number of axes that ``squeeze()`` leaves, where it is another graph for
-    inputs of which it drops more.
+def guard_ranks(tracer: Tracer, compare: Compare) -> None:
+    """Guard the number of axes that ``squeeze()`` leaves, if the graph changes with it.
+
+    Parameters
+    ----------
+    tracer:
+        The tracer of the finished graph.
+    compare:
+        Traces a call with other sizes and compares (see :data:`Compare`).
     """
     squeezed = [node for node in tracer.graph.nodes if squeezes_all(node)]
     if not squeezed:
         return
-    free = _free(tracer.graph)
-    alike = [
-        [place for place in free if _size(place) == size and place[1] == dim]
-        for size, dim in dict.fromkeys(map(_key, free))
-    ]
-    for places in (*alike, *([place] for place in free)):  # the batches of two inputs are one
-        if isinstance(
-            compare(_with(tracer.example, places, 2 if _size(places[0]) == 1 else 1)), fx.Node
-        ):
+    axes = _unguarded_axes(tracer.graph)
+    alike: dict[tuple[int, int], list[InputAxis]] = {}
+    for axis in axes:
+        alike.setdefault(_size_and_dim(axis), []).append(axis)
+    # the batch of two inputs, for example, only changes together
+    for places in (*alike.values(), *([axis] for axis in axes)):
+        other_size = 2 if _size(places[0]) == 1 else 1
+        if isinstance(compare(_resized_call(tracer.example, places, other_size)), fx.Node):
             for node in squeezed:
-                tracer.hold_rank(node)
+                tracer.guard_rank(node)
             return
 
 
-def _failing_together(
+def _still_failing(
     tracer: Tracer, places: Sequence[InputAxis], compare: Compare
 ) -> list[InputAxis]:
-    """Those without which no other size is known to give the same graph: the batches of two
-    inputs, say, are one.
+    """Return the axes for which no other size is known to give the same graph.
+
+    Axes that fail alone may pass when they change together: two inputs have the same batch size,
+    for example. Axes that pass together are left out.
     """
-    for alike in (_key, _size):
+    for alike in (_size_and_dim, _size):
         for key in {alike(place) for place in places}:
             together = [place for place in places if alike(place) == key]
             if len(together) > 1 and _trace_resized(tracer, together, compare) is None:
@@ -88,68 +100,68 @@ def _failing_together(
 def _trace_resized(
     tracer: Tracer, places: Sequence[InputAxis], compare: Compare
 ) -> fx.Node | bool | None:
-    """What another trace gives with another size of these places: the first one that the model
-    takes.
-    """
+    """Compare with a trace that has another size on these axes, the first that the model takes."""
     size = max(map(_size, places))
     for other in (2 * size, 3 * size, size + 1, size // 2, size - 1):
-        found = compare(_with(tracer.example, places, other)) if other not in (0, size) else False
+        if other in (0, size):
+            continue
+        found = compare(_resized_call(tracer.example, places, other))
         if found is not False:
             return found
     return False
 
 
-def _with(call: tuple[Any, Any], places: Sequence[InputAxis], other: int) -> Any:
+def _resized_call(call: tuple[Any, Any], places: Sequence[InputAxis], other: int) -> Any:
+    """Return the call with the size ``other`` on these axes."""
     dims = {node.meta["val"]: {dim for own, dim in places if own is node} for node, _ in places}
 
-    def resized(tensor: Tensor) -> Tensor:
-        sizes = [
-            other if dim in dims.get(tensor, ()) else size for dim, size in enumerate(tensor.shape)
-        ]
+    def resize(tensor: Tensor) -> Tensor:
+        changed = dims.get(tensor, ())
+        sizes = [other if dim in changed else size for dim, size in enumerate(tensor.shape)]
         return tensor.new_zeros(sizes)
 
-    return tree_map_only(Tensor, resized, call)
+    return tree_map_only(Tensor, resize, call)
 
 
-def _free(graph: fx.Graph) -> list[InputAxis]:
-    """The dimensions of all inputs that the graph is not held to."""
+def _unguarded_axes(graph: fx.Graph) -> list[InputAxis]:
+    """Return the axes of all inputs whose sizes are not guarded."""
     containers: set[fx.Node] = set()
-    tensors: list[fx.Node] = []
+    axes: list[InputAxis] = []
     for node in graph.nodes:
-        if node.op == "placeholder" or (
-            node.target is operator.getitem and node.args[0] in containers
-        ):
-            tensors.append(node) if isinstance(node.meta["val"], Tensor) else containers.add(node)
-    return [
-        (node, dim)
-        for node in tensors
-        for dim in range(node.meta["val"].dim())
-        if not _is_held(node, dim)
-    ]
+        is_entry = node.target is operator.getitem and node.args[0] in containers
+        if node.op != "placeholder" and not is_entry:
+            continue
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            axes += [(node, dim) for dim in range(value.dim()) if not _is_guarded(node, dim)]
+        else:
+            containers.add(node)
+    return axes
 
 
-def _is_held(node: fx.Node, dim: int) -> bool:
+def _is_guarded(node: fx.Node, dim: int) -> bool:
+    """Tell whether the size of a tensor's axis is guarded."""
     sizes = [user for user in node.users if user.target == "size" and user.args[1:] == (dim,)]
-    asked = [
-        same
-        for size in sizes
-        for same in size.users
-        if same.target is operator.eq and isinstance(same.args[1], int)
-    ]
-    return any(user.meta.get("guard") for same in asked for user in same.users)
+    for reader in [reader for size in sizes for reader in size.users]:
+        compares = reader.target is operator.eq and isinstance(reader.args[1], int)
+        if compares and any(user.meta.get("guard") for user in reader.users):
+            return True
+    return False
 
 
 def _size(place: InputAxis) -> int:
+    """Return the example's size of an axis."""
     return int(place[0].meta["val"].shape[place[1]])
 
 
-def _key(place: InputAxis) -> tuple[int, int]:
+def _size_and_dim(place: InputAxis) -> tuple[int, int]:
+    """Return the size and the index of an axis: axes with the same ones may belong together."""
     return _size(place), place[1]
 
 
 def _user_line_at(tracer: Tracer, node: fx.Node) -> str:
-    """The line of what C++ has done there, or next."""
-    later = iter(tracer.below_lines.items())
-    return next(
-        (line for own, line in later if not own < node), next(iter(tracer.below_lines.values()))
-    )
+    """Return the user's line of the first C++ operation at this node or after it."""
+    for operation, line in tracer.cpp_lines.items():
+        if not operation < node:
+            return line
+    return next(iter(tracer.cpp_lines.values()))

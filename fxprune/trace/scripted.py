@@ -1,4 +1,4 @@
-"""Scripted functions and classes of functions while a model is traced."""
+"""Record calls of scripted functions and of custom autograd functions while a model is traced."""
 
 from __future__ import annotations
 
@@ -21,43 +21,54 @@ __all__ = ["applications_followed", "scripts_followed"]
 
 @contextmanager
 def applications_followed(tracer: Tracer) -> Iterator[None]:
-    """A function with gradients of its own is called by a node, whoever calls ``apply``: C++ asks
-    the class for ``forward``.
-    """
-    given: list[tuple[type, Any]] = []  # what is put back
-    maker: Any = torch.autograd.function.FunctionMeta
-    make = maker.__init__
+    """Record applications of ``torch.autograd.Function`` classes as nodes, inside this context.
 
-    def made(kind: Any, *args: Any) -> None:
-        make(kind, *args)
+    The classes' ``forward`` is replaced, because every ``apply`` reads it, also from C++.
+    """
+    replaced: list[tuple[type, Any]] = []  # the classes and their own forward, to be restored
+    metaclass: Any = torch.autograd.function.FunctionMeta
+    original_init = metaclass.__init__
+
+    def init(kind: Any, *args: Any) -> None:
+        original_init(kind, *args)
         if "forward" in kind.__dict__ and tracer.is_mine():
-            given.append((kind, kind.__dict__["forward"]))
-            kind.forward = staticmethod(_refusing(kind, kind.forward, tracer))
+            replaced.append((kind, kind.__dict__["forward"]))
+            kind.forward = staticmethod(_refusing_forward(kind, kind.forward, tracer))
 
     _tracing.append(tracer)
     try:
-        for kind in _function_classes():
-            forward = kind.__dict__.get("forward")
-            # it is one already inside of another trace
-            if forward is not None and not isinstance(forward, _ThroughGraph):
-                given.append((kind, forward))
-                _originals[kind] = kind.forward
-                kind.forward = _in_place_of.get(kind) or _in_place_of.setdefault(
-                    kind, _ThroughGraph(_recording(kind))
-                )
-        maker.__init__ = made
+        _replace_forwards(replaced)
+        metaclass.__init__ = init
         yield
     finally:
-        maker.__init__ = make
-        for kind, forward in given:
+        metaclass.__init__ = original_init
+        for kind, forward in replaced:
             kind.forward = forward  # type: ignore[attr-defined]
             _originals.pop(kind, None)
         _tracing.pop()
 
 
-def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
-    """The forward of a class that is another one at each call: a graph cannot call it, and what it
-    does has other gradients.
+def _replace_forwards(replaced: list[tuple[type, Any]]) -> None:
+    """Replace the ``forward`` of all classes, and add each class and its own one to a list."""
+    for kind in _function_classes():
+        forward = kind.__dict__.get("forward")
+        # inside another trace it is replaced already
+        if forward is None or isinstance(forward, _RecordingForward):
+            continue
+        replaced.append((kind, forward))
+        _originals[kind] = kind.forward
+        if kind not in _replacements:
+            _replacements[kind] = _RecordingForward(_recording_forward(kind))
+        kind.forward = _replacements[kind]
+
+
+def _refusing_forward(
+    kind: type, forward: Callable[..., Any], tracer: Tracer
+) -> Callable[..., Any]:
+    """Return a ``forward`` that refuses calls, for a class that is created while a model runs.
+
+    Such a class is another one at each call, so a graph cannot call it, and recording what it does
+    would lose its gradients.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -74,62 +85,64 @@ def _refusing(kind: type, forward: Callable[..., Any], tracer: Tracer) -> Callab
 
 
 def _function_classes() -> Iterable[Any]:
+    """Return the subclasses of ``torch.autograd.Function``, without torch's internal ones."""
     found: dict[Any, None] = {}  # in order
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         kind = waiting.pop()
-        if kind not in found and not kind.__module__.startswith(
-            ("torch._dynamo", "torch._functorch")
-        ):
+        is_internal = kind.__module__.startswith(("torch._dynamo", "torch._functorch"))
+        if kind not in found and not is_internal:
             found[kind] = None
             waiting += kind.__subclasses__()
     return found
 
 
 _tracing: list[Tracer] = []
-"""The traces under way, the innermost last."""
+"""The running traces, the innermost last."""
 
 
-class _ThroughGraph(staticmethod):
-    """What stands for a class's ``forward`` while a model is traced."""
+class _RecordingForward(staticmethod):
+    """The replacement of a class's ``forward`` while a model is traced."""
 
 
-_in_place_of: weakref.WeakKeyDictionary[type, _ThroughGraph] = weakref.WeakKeyDictionary()
-"""Made once for every class: a process knows hundreds of them, and traces often."""
+_replacements: weakref.WeakKeyDictionary[type, _RecordingForward] = weakref.WeakKeyDictionary()
+"""The replacements by class, made once: a process has hundreds of classes and traces often."""
 
 
 _originals: dict[type, Callable[..., Any]] = {}
-"""What the classes have for their ``forward``, while something else stands for it."""
+"""The classes' own ``forward``, while it is replaced."""
 
 
-def _recording(kind: type) -> Callable[..., Any]:
-    refer = weakref.ref(kind)  # a class must not live for being known here
+def _recording_forward(kind: type) -> Callable[..., Any]:
+    """Return a ``forward`` that records the application of a class as a node."""
+    refer = weakref.ref(kind)  # the replacement must not keep the class alive
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kind: Any = refer()
-        # another thread may call when the trace has just ended
+        # another thread may call just after the trace has ended
         forward = _originals.get(kind) or kind.forward
         innermost = _tracing[-1:]
         if not innermost or not innermost[0].is_mine() or find_traced((args, kwargs)) is None:
             return forward(*args, **kwargs)
-        # what is kept for the backward pass is not a graph's business
+        # a checkpoint only changes what is kept for the backward pass
         if kind.__module__ == checkpoint.__name__:
             if kind is not checkpoint.CheckpointFunction:
                 return forward(*args, **kwargs)
             _, function, _, *inputs = args
             return function(*inputs)
-        with_context = kind.setup_context is torch.autograd.Function.setup_context
-        return innermost[0].record(
-            "call_function", _application(kind), args[1:] if with_context else args, kwargs
-        )
+        # without a setup_context of its own, forward gets ctx as its first argument
+        if kind.setup_context is torch.autograd.Function.setup_context:
+            args = args[1:]
+        return innermost[0].record("call_function", _application(kind), args, kwargs)
 
     return call
 
 
 @functools.cache
 def _application(kind: Any) -> Callable[..., Any]:
-    """What a node calls to apply a function with gradients of its own; a bound method has no name
-    that code could say.
+    """Return a function that applies an autograd function, to be called by a node.
+
+    ``kind.apply`` itself will not do: it is a bound method, without a name that code can refer to.
     """
 
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -137,26 +150,30 @@ def _application(kind: Any) -> Callable[..., Any]:
 
     apply.__name__ = apply.__qualname__ = f"{kind.__name__}_apply"
     apply.__module__ = kind.__module__
-    vars(apply)["made_by"] = _application, (kind,)  # for what keeps graphs in files
+    vars(apply)["made_by"] = _application, (kind,)  # read when a graph is saved to a file
     return apply
 
 
 @contextmanager
 def scripts_followed(tracer: Tracer) -> Iterator[None]:
-    """Calls of scripted functions and of methods of scripted modules go through the tracer, which
-    reads their code.
+    """Send calls of scripted functions and methods to the tracer, inside this context.
+
+    The tracer reads their code.
     """
-    found = [(kind, kind.__call__) for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod)]
+    kinds = (torch.jit.ScriptFunction, torch._C.ScriptMethod)
+    originals = [(kind, kind.__call__) for kind in kinds]
     try:
-        for kind, call in found:
-            kind.__call__ = _scripted(call, tracer)
+        for kind, call in originals:
+            kind.__call__ = _scripted_call(call, tracer)
         yield
     finally:
-        for kind, call in found:
+        for kind, call in originals:
             kind.__call__ = call
 
 
-def _scripted(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+def _scripted_call(original: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
+    """Return a ``__call__`` of scripted functions that asks the tracer to run them."""
+
     def call(script: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(original, script, *args, **kwargs)
         if not tracer.is_mine() or tracer.executing:

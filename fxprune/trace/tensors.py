@@ -1,4 +1,4 @@
-"""Stand-ins for tensors; what all stand-ins are: a node, and the operators of Python on it."""
+"""Stand-ins for tensors, and the base classes of all stand-ins."""
 
 from __future__ import annotations
 
@@ -22,22 +22,36 @@ if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
 from fxprune.trace.sequences import TracedPieces
 
-__all__ = ["Operators", "SeenByTorch", "Traced", "TracedTensor", "find_traced", "map_leaves"]
+__all__ = [
+    "Operators",
+    "TorchFunctionMixin",
+    "Traced",
+    "TracedTensor",
+    "find_traced",
+    "map_leaves",
+]
 
 
 class Traced:
-    """What all stand-ins have: their node, and the tracer that makes nodes of what is done to
-    them.
+    """The base class of all stand-ins.
+
+    Attributes
+    ----------
+    fx_node:
+        The node whose value this object represents.
+    tracer:
+        The tracer, which records the operations on this object.
+    apparent_class:
+        The class that ``isinstance`` sees.
     """
 
     fx_node: fx.Node
     tracer: Tracer
-    claimed: Any
-    """The class that ``isinstance`` sees."""
+    apparent_class: Any
 
     @property
     def __class__(self) -> type:
-        return cast(type, self.claimed)
+        return cast(type, self.apparent_class)
 
     @__class__.setter
     def __class__(self, value: type) -> None:
@@ -45,12 +59,12 @@ class Traced:
 
     @property
     def example(self) -> Any:
-        """The value for the example."""
+        """The node's value for the example."""
         return self.fx_node.meta["val"]
 
     @property
     def rank(self) -> int:
-        """How many dimensions a tensor has."""
+        """The number of a tensor's axes."""
         with torch._C.DisableTorchFunction():
             return int(self.example.dim())
 
@@ -67,25 +81,26 @@ class Traced:
         )
 
 
-class SeenByTorch(Traced):
-    """What torch's functions hand over before they look at it.
+class TorchFunctionMixin(Traced):
+    """A stand-in that sends torch functions to the tracer, through ``__torch_function__``.
 
-    Whole numbers are not: ``x.view(n, -1)`` would not be taken for a list of sizes. The mode of
-    the thread that traces sees them.
+    Stand-ins for whole numbers are not of this class: torch would no longer read the arguments of
+    ``x.view(n, -1)`` as a list of sizes. A mode in the tracing thread sees those calls.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = find_traced((args, kwargs))
-        if found is None:  # torch asks about its own attributes of the class
+        if found is None:  # torch reads its own attributes of the class
             return func(*args, **kwargs)
         return found.tracer.on_function(func, args, kwargs)
 
 
 class Operators:
-    """Python's operators, recorded as functions of :mod:`operator`; what asks for a Python number
-    is a decision.
+    """Python's operators on a stand-in, recorded as functions of :mod:`operator`.
+
+    A conversion to a Python number is a decision (see :meth:`Guarded.decide`).
     """
 
     tracer: Tracer
@@ -106,7 +121,12 @@ class Operators:
         return bool(self.tracer.decide(self, bool))
 
 
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, str)) or type(value) is tuple
+
+
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
+    """Return the method behind an operator; ``reflected``: with the stand-in on the right."""
     function = getattr(operator, name)
     of_tensors = getattr(Tensor, f"__{'r' if reflected else ''}{name.strip('_')}__", None)
 
@@ -117,10 +137,8 @@ def _operator(name: str, reflected: bool) -> Callable[..., Any]:
             and self.tracer.is_overridden()
         ):
             return of_tensors(self, *others)
-        if any(
-            isinstance(other, (list, str)) or type(other) is tuple for other in others
-        ) and name in ("add", "mul"):
-            return NotImplemented  # a sequence, so often as the number says
+        if name in ("add", "mul") and any(map(_is_sequence, others)):
+            return NotImplemented  # Python repeats or concatenates the sequence itself
         args = (*others, self) if reflected else (self, *others)
         return self.tracer.record("call_function", function, args, {})
 
@@ -135,12 +153,11 @@ for _name in filter(operator.__dict__.__contains__, reflectable_magic_methods):
     setattr(Operators, f"__r{_name.strip('_')}__", _operator(_name, reflected=True))
 
 
-class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
-    """Stands for a tensor; ``example`` is one without data, unless it follows from constants
-    alone.
+class TracedTensor(Operators, TorchFunctionMixin, Tensor, fx.Proxy):
+    """A stand-in for a tensor.
 
-    It is a proxy of torch.fx as well, for libraries that ask whether they are traced; nothing of
-    that class is used.
+    ``example`` is a meta tensor, unless it is computed from constants only. The class also derives
+    from ``fx.Proxy``, for libraries that check whether they are traced; it uses nothing of it.
     """
 
     @staticmethod
@@ -151,7 +168,7 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
                 f"{node.name!r} is a tensor of layout {value.layout} (at {user_line()}), which a "
                 "graph cannot follow."
             )
-        made: TracedTensor = Tensor._make_wrapper_subclass(
+        tensor: TracedTensor = Tensor._make_wrapper_subclass(
             cls,
             value.size(),
             strides=value.stride(),
@@ -160,10 +177,10 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
             device=META,
             dispatch_sizes_strides_policy="sizes",
         )
-        made.fx_node = made.node = node
-        made.tracer = tracer
-        tracer.stand_ins.append(weakref.ref(made))
-        return made
+        tensor.fx_node = tensor.node = node
+        tensor.tracer = tracer
+        tracer.stand_ins.append(weakref.ref(tensor))
+        return tensor
 
     def __init__(self, node: fx.Node, tracer: Tracer) -> None:
         pass
@@ -171,16 +188,18 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
-    claimed = Tensor
+    apparent_class = Tensor
 
     @property
-    def marks(self) -> list[str]:
-        """The names of attributes that forward has set on the tensor: what C++ keeps there, as a
-        capsule and what belongs to it, is none of these.
+    def user_attributes(self) -> list[str]:
+        """The names of the attributes that forward has set on the tensor.
+
+        C++ stores attributes there too, in capsules. They are left out, and so is every attribute
+        whose name begins with that of a capsule.
         """
-        own = {name: value for name, value in vars(self).items() if name not in _OF_STAND_INS}
-        kept = tuple(name for name, value in own.items() if type(value).__name__ == "PyCapsule")
-        return [name for name in own if not name.startswith(kept)]
+        added = {name: value for name, value in vars(self).items() if name not in _OWN_ATTRIBUTES}
+        capsules = [name for name, value in added.items() if type(value).__name__ == "PyCapsule"]
+        return [name for name in added if not name.startswith(tuple(capsules))]
 
     def __copy__(self) -> Any:
         return self.tracer.record("call_method", "detach", (self,), {})
@@ -224,11 +243,11 @@ class TracedTensor(Operators, SeenByTorch, Tensor, fx.Proxy):
         return repr(self)
 
 
-_OF_STAND_INS = frozenset({"fx_node", "node", "tracer"})
+_OWN_ATTRIBUTES = frozenset({"fx_node", "node", "tracer"})
 
 
-def _augmented(name: str) -> Callable[..., Any]:
-    """``x += y`` writes into a tensor."""
+def _augmented_assignment(name: str) -> Callable[..., Any]:
+    """Return the method behind an augmented assignment, which writes into the tensor."""
 
     def write(self: TracedTensor, other: Any) -> Any:
         if self.tracer.is_overridden():
@@ -239,12 +258,13 @@ def _augmented(name: str) -> Callable[..., Any]:
 
 
 for _name in AUGMENTED:
-    setattr(TracedTensor, f"__{_name}__", _augmented(_name))
+    setattr(TracedTensor, f"__{_name}__", _augmented_assignment(_name))
 
 
 def find_traced(value: Any) -> Traced | None:
-    """The first stand-in in nested arguments; also one that C++ hands back as a number of
-    torch.
+    """Return the first stand-in in nested arguments, or None.
+
+    A ``torch.SymInt`` that C++ made from a traced number counts as its stand-in.
     """
     kind = type(value)
     if issubclass(kind, Traced):
@@ -267,8 +287,9 @@ def find_traced(value: Any) -> Traced | None:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Nested arguments of a call with ``function`` of each leaf; the same object where nothing has
-    changed.
+    """Apply ``function`` to each leaf of a call's nested arguments.
+
+    A container in which nothing changes is returned as it is.
     """
     kind = type(value)
     if issubclass(kind, (tuple, list)) and not issubclass(kind, Traced):
@@ -281,7 +302,6 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         pairs = {key: map_leaves(function, entry) for key, entry in value.items()}
         return value if all(pairs[key] is value[key] for key in value) else pairs
     if kind is slice:
-        return slice(
-            *(map_leaves(function, bound) for bound in (value.start, value.stop, value.step))
-        )
+        bounds = (value.start, value.stop, value.step)
+        return slice(*(map_leaves(function, bound) for bound in bounds))
     return function(value)

@@ -1,4 +1,4 @@
-"""A traced model, or part: its graph, and what it is known by."""
+"""The result of a trace: the graph of a model or part, and what was learned about it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,36 @@ DRAWS = (
 
 @dataclass
 class Trace:
-    """A traced model: the graph, its meta copy, and what tracing had to decide.
+    """A traced model or part.
 
-    ``graph``'s nodes carry the value they had for the example in ``node.meta["val"]`` (meta
-    tensors, ints, tuples). The meta copy is that of the traced module.
+    Attributes
+    ----------
+    graph:
+        The graph. ``node.meta["val"]`` is a node's value for the example: meta tensors, numbers,
+        tuples.
+    meta_copy:
+        The meta copy of the traced module.
+    args, kwargs:
+        The example's arguments, on the meta device.
+    decisions:
+        The decisions that Python made by values, one line of text each.
+    asked_mode:
+        Whether Python decided by ``self.training``.
+    training:
+        Whether the module was traced in training mode.
+    constants:
+        The tensors that the graph holds as constants, by name, with their data.
+    not_set:
+        Paths of attributes that forward sets to values computed from inputs, and that are never
+        read.
+    stored_nodes:
+        Nodes whose values forward has stored outside of its modules.
+    missed_lookups:
+        Lookups that found nothing.
+    filled_keys:
+        Dicts and sets, each with a key that forward has stored there.
+    path:
+        The path of the traced module in the model; empty for the model itself.
     """
 
     graph: fx.Graph
@@ -38,18 +64,15 @@ class Trace:
     asked_mode: bool = False
     training: bool = False
     constants: dict[str, Tensor] = field(default_factory=dict)
-    # attributes that forward sets to what it computes of inputs, and nothing reads
     not_set: tuple[str, ...] = ()
-    # what forward has left outside of its modules
-    left: list[fx.Node] = field(default_factory=list)
-    missed: list[Lookup] = field(default_factory=list)  # lookups that have found nothing
-    # dicts and sets, and keys that forward has put there then
-    filled: list[tuple[Any, Any]] = field(default_factory=list)
-    path: str = ""  # of the traced module below the model; empty: the model itself
+    stored_nodes: list[fx.Node] = field(default_factory=list)
+    missed_lookups: list[Lookup] = field(default_factory=list)
+    filled_keys: list[tuple[Any, Any]] = field(default_factory=list)
+    path: str = ""
 
     @property
     def prefix(self) -> str:
-        """What tells the nodes of this graph from those of the others, in front of their names."""
+        """A prefix for node names that distinguishes this graph from the model's other graphs."""
         return (f"{self.path}:" if self.path else "") + ("train." if self.training else "")
 
     @property
@@ -59,6 +82,6 @@ class Trace:
 
     @property
     def outputs(self) -> Any:
-        """What the graph gave for the example."""
+        """The graph's outputs for the example."""
         output = next(iter(reversed(self.graph.nodes)))
         return fx.node.map_arg(output.args[0], lambda node: node.meta["val"])

@@ -1,4 +1,4 @@
-"""Operations that lay their tensor out anew, in place, and the views that they give."""
+"""In-place operations that change a tensor's layout, and their counterparts that return a view."""
 
 from __future__ import annotations
 
@@ -9,50 +9,61 @@ import torch
 
 from fxprune.common.dispatch import aten
 
-__all__ = ["lays_out_anew", "view_instead"]
+__all__ = ["changes_layout", "view_counterpart"]
 
 
 @functools.cache
-def view_instead(kind: str, target: Any) -> Any:
-    """What gives a view as which a call lays out its tensor anew, in place: ``x.squeeze(1)`` for
-    ``x.squeeze_(1)``; else None.
+def view_counterpart(kind: str, target: Any) -> Any:
+    """Return the call that returns as a view what this call does in place.
+
+    It is ``x.squeeze(1)`` for ``x.squeeze_(1)``.
+
+    Parameters
+    ----------
+    kind, target:
+        The node's ``op`` and ``target``.
+
+    Returns
+    -------
+    object or None
+        The other target; None if the call does not change the layout in place, or if there is no
+        such view.
     """
     name = _target_name(kind, target)
     views = _overloads(name[:-1])
-    if not lays_out_anew(kind, target) or not all(
-        given.alias_info is not None for own in views for given in own._schema.returns
-    ):
+    returns = [value for overload in views for value in overload._schema.returns]
+    returns_views = all(value.alias_info is not None for value in returns)
+    if not changes_layout(kind, target) or not returns_views:
         return None
     if isinstance(target, torch._ops.OpOverload):
-        return next((overload for overload in views if _takes(overload) == _takes(target)), None)
+        same = [overload for overload in views if _signature(overload) == _signature(target)]
+        return same[0] if same else None
     return name[:-1] if kind == "call_method" else getattr(torch, name[:-1], None)
 
 
 @functools.cache
-def lays_out_anew(kind: str, target: Any) -> bool:
-    """Whether a call gives its tensor another shape, other strides or other memory, in place."""
+def changes_layout(kind: str, target: Any) -> bool:
+    """Tell whether a call changes its tensor's shape, strides or memory in place."""
     name = _target_name(kind, target)
-    return name.endswith("_") and any(
-        torch.Tag.inplace_view in overload.tags for overload in _overloads(name)
-    )
+    if not name.endswith("_"):
+        return False
+    return any(torch.Tag.inplace_view in overload.tags for overload in _overloads(name))
 
 
 def _target_name(kind: str, target: Any) -> str:
+    """Return the name of the method, function or ATen operation that a node calls."""
     name = target if kind == "call_method" else getattr(target, "__name__", "")
     return str(getattr(getattr(target, "_schema", None), "name", name)).removeprefix("aten::")
 
 
-def _takes(overload: Any) -> list[tuple[str, str]]:
+def _signature(overload: Any) -> list[tuple[str, str]]:
+    """Return the names and types of an overload's arguments."""
     return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
 
 
 def _overloads(name: str) -> list[Any]:
-    """The overloads of an ATen operation that give their result."""
-    packet = (
-        getattr(aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    )
-    return (
-        []
-        if packet is None
-        else [getattr(packet, own) for own in packet.overloads() if "out" not in own]
-    )
+    """Return the overloads of an ATen operation that do not write into ``out``."""
+    if not name.isidentifier() or name.startswith("__") or not hasattr(aten, name):
+        return []
+    packet = getattr(aten, name)
+    return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]

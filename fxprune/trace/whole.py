@@ -1,7 +1,8 @@
-"""Traces a model: calls it on stand-ins, twice where the first call leaves something behind."""
+"""Trace a whole model, with a second call if the first one changes the model's attributes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,11 +14,11 @@ from fxprune.common.identity import IdentitySet
 from fxprune.inputs import Call
 from fxprune.trace.again import (
     drop_unused_sizes,
-    first_other_node,
-    followed_call,
-    nodes_held,
-    on_shapes,
-    with_keys,
+    first_different_node,
+    live_nodes,
+    lookups_with_keys,
+    shape_mode,
+    trace_call,
 )
 from fxprune.trace.caches import forgotten_caches
 from fxprune.trace.meta_copy import (
@@ -30,14 +31,15 @@ from fxprune.trace.module_state import (
     carried,
     keep,
 )
+from fxprune.trace.reach import Reach
 from fxprune.trace.refusals import (
     refuse_chance,
     refuse_checkpoints,
-    refuse_left,
     refuse_memory,
     refuse_state,
+    refuse_stored_values,
 )
-from fxprune.trace.resized import hold_inputs, hold_ranks
+from fxprune.trace.resized import guard_input_sizes, guard_ranks
 from fxprune.trace.traced import Trace
 from fxprune.trace.tracer import Tracer
 
@@ -52,85 +54,140 @@ def trace(
     training: bool = False,
     watch: Callable[[fx.Node], AbstractContextManager[Any]] | None = None,
 ) -> Trace:
-    """Trace the meta copy on meta inputs (see :func:`example_of`) in evaluation mode, or in
-    training mode.
+    """Trace a model on inputs without data.
 
     Parameters
     ----------
+    meta_copy:
+        The meta copy of the model.
+    args, kwargs:
+        The example's arguments, on the meta device (see :func:`example_of`).
+    training:
+        Whether to trace in training mode instead of evaluation mode.
     watch:
-        Called with each node before it runs, for what it is to run under: a dispatch mode that
-        executes ATen ops on tensors without data, and may look on. Default:
+        Called with each node before it runs. It returns the context in which the node runs: a
+        dispatch mode that executes ATen operations on meta tensors, and may observe them. Default:
         :class:`~fxprune.ops.running.ShapeMode`.
+
+    Returns
+    -------
+    Trace
+        The graph, and what was learned while tracing.
 
     Raises
     ------
     TraceError
-        If hooks run around a module, if the model branches on values, if a call leaves behind what
-        makes the next one another (``module_state``), or if its code cannot be followed; the
-        message names the line, or the attribute.
+        If hooks run around a module, if the model branches on values, if a call changes what the
+        next call does (see ``module_state``), or if the code cannot be followed. The message names
+        the line or the attribute.
     InputError
         If an operation refuses the shapes of the example.
     """
     if any(module.__dict__["training"] is not training for module in meta_copy.model.modules()):
         set_mode(meta_copy.model, training)
     attributes = Attributes(meta_copy.model)
-
-    def follow(arguments: tuple[Any, Any]) -> tuple[fx.Graph, dict[str, Tensor]]:
-        found, _ = followed_call(Tracer(meta_copy, *arguments, training, on_shapes), meta_copy)
-        return found.graph, found.constants
-
     reach = meta_copy.reached.now()
-    with forgotten_caches(
-        meta_copy.model,
-        reach,
-        Call(args, kwargs),
-        follow,
-        lambda tensor: meta_copy.real.get(tensor, tensor),
-    ):
-        tracer = Tracer(meta_copy, args, kwargs, training, watch or on_shapes)
-        try:
-            with reach.watching():
-                result, made = followed_call(tracer, meta_copy)
-            refuse_left(result.left, meta_copy.model)
-            refuse_checkpoints(tracer, meta_copy)
-            refuse_hooks(meta_copy.model, below=True)
-            changes = [*attributes.changes(made)]
-            refuse_memory(result.graph, assigned(changes), meta_copy.model)
-            state = carried(changes)
-            if state:
-                attributes.restore(made)
-                keep(state)
-                meta_copy.reached.begin_anew()
-                refuse_state(result, state)
-                result.not_set = tuple(change.path for change in state if change.nodes)
-            attributes.restore(made)
-            if state:
-                meta_copy.reached.begin_anew()
-            changes, state = [], []
-            _hold_lookups(tracer, result)
-            refuse_left(nodes_held(tracer), meta_copy.model)
-            refuse_chance(result, reach)
-        except BaseException:
-            attributes.restore()
-            raise
-        for hold in (hold_inputs, hold_ranks):
-            hold(tracer, lambda other: first_other_node(result, other))
+    follow = functools.partial(_follow, meta_copy, training)
+    real = functools.partial(_real, meta_copy)
+    with forgotten_caches(meta_copy.model, reach, Call(args, kwargs), follow, real):
+        tracer = Tracer(meta_copy, args, kwargs, training, watch or shape_mode)
+        result = _checked_trace(tracer, meta_copy, attributes, reach)
+        for guard in (guard_input_sizes, guard_ranks):
+            guard(tracer, lambda other: first_different_node(result, other))
         return result
 
 
-def _hold_lookups(tracer: Tracer, first: Trace) -> None:
-    """Hold a graph to the numbers by which forward has looked something up that was not there, but
-    for tables that it fills.
+def _follow(
+    meta_copy: MetaCopy, training: bool, arguments: tuple[Any, Any]
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Trace a call and return its graph and its constants by name."""
+    found, _ = trace_call(Tracer(meta_copy, *arguments, training, shape_mode), meta_copy)
+    return found.graph, found.constants
+
+
+def _real(meta_copy: MetaCopy, tensor: Tensor) -> Tensor:
+    """Return the tensor of the user's model for one of the meta copy; any other as it is."""
+    return meta_copy.real.get(tensor, tensor)
+
+
+def _checked_trace(
+    tracer: Tracer, meta_copy: MetaCopy, attributes: Attributes, reach: Reach
+) -> Trace:
+    """Trace a call, refuse what a graph cannot do, and restore the attributes of the modules.
+
+    Parameters
+    ----------
+    tracer:
+        The tracer of the call.
+    meta_copy:
+        The meta copy of the model.
+    attributes:
+        The attributes of the modules before the call.
+    reach:
+        What the model's code can reach, as it is before the call.
     """
-    missed = first.missed
-    if first.filled:
-        again = with_keys(first)
+    try:
+        with reach.watching():
+            result, made = trace_call(tracer, meta_copy)
+        _refuse_effects(tracer, result, attributes, made)
+        _guard_lookups(tracer, result)
+        refuse_stored_values(live_nodes(tracer), meta_copy.model)
+        refuse_chance(result, reach)
+    except BaseException:
+        attributes.restore()
+        raise
+    return result
+
+
+def _refuse_effects(
+    tracer: Tracer, result: Trace, attributes: Attributes, made: frozenset[str]
+) -> None:
+    """Refuse a call with effects that a graph cannot have, and undo its changes to the modules.
+
+    The changes are local to this function, so that no stand-in in them stays alive.
+
+    Parameters
+    ----------
+    tracer, result:
+        The tracer of the call, and its trace.
+    attributes:
+        The attributes of the modules before the call.
+    made:
+        The names of the constants that the trace has added, which stay.
+    """
+    meta_copy = result.meta_copy
+    refuse_stored_values(result.stored_nodes, meta_copy.model)
+    refuse_checkpoints(tracer, meta_copy)
+    refuse_hooks(meta_copy.model, below=True)
+    changes = [*attributes.changes(made)]
+    refuse_memory(result.graph, assigned(changes), meta_copy.model)
+    state = carried(changes)
+    if state:
+        attributes.restore(made)
+        keep(state)
+        meta_copy.reached.begin_anew()
+        refuse_state(result, state)
+        result.not_set = tuple(change.path for change in state if change.nodes)
+    attributes.restore(made)
+    if state:
+        meta_copy.reached.begin_anew()
+
+
+def _guard_lookups(tracer: Tracer, first: Trace) -> None:
+    """Guard the numbers that forward looked up and did not find.
+
+    A number is not guarded if forward fills the table itself: the number is then found in a second
+    call, with forward's own keys still in the table.
+    """
+    missed = first.missed_lookups
+    if first.filled_keys:
+        again = lookups_with_keys(first)
         if again is not None and len(again) == len(tracer.lookups):
             pairs = zip(tracer.lookups, again, strict=True)
-            known = IdentitySet(own for own, other in pairs if other.answered)
-            missed = [own for own in missed if own not in known]
-    for own in {own.node: own for own in missed}.values():
-        tracer.hold_looked_up(own)
+            found = IdentitySet(lookup for lookup, other in pairs if other.was_compared)
+            missed = [lookup for lookup in missed if lookup not in found]
+    for lookup in {lookup.node: lookup for lookup in missed}.values():
+        tracer.guard_lookup(lookup)
     for node in first.graph.nodes:
         node.meta.pop("looked_up", None)
     drop_unused_sizes(first.graph)
