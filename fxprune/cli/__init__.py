@@ -1,9 +1,8 @@
-"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench``
-and ``export``.
+"""The commands ``inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
 
-Results go to standard output, progress, warnings and errors to standard error, so that ``--json``
-can be piped. An error is printed without a traceback and ends with exit code 2, or 1 where it is a
-bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
+Results go to standard output. Progress, warnings and errors go to standard error, so that the
+output of ``--json`` can be piped. An error is printed without a traceback, and the exit code is 2,
+or 1 if the error is a bug of fxprune. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 """
 
 from __future__ import annotations
@@ -81,6 +80,7 @@ app = typer.Typer(
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
+    """Print the version if ``--version`` is given."""
     if version:
         typer.echo(f"fxprune {__version__}")
         raise typer.Exit
@@ -145,7 +145,7 @@ def plan(
     saved: Saved = None,
     as_json: Json = False,
 ) -> None:
-    """Choose what survives, and write that down; nothing else is written."""
+    """Choose the units to keep and write the plan; no model is written."""
     with errors_to_stderr():
         setting = latency_setting(latency, device, precision, mode, batch)
         options = options_of(
@@ -240,9 +240,7 @@ def apply(
     saved: Saved = None,
     as_json: Json = False,
 ) -> None:
-    """Replay a plan on a model of the architecture that it was made for, for instance with other
-    weights.
-    """
+    """Replay a plan on a model of the same architecture, for instance with other weights."""
     with errors_to_stderr():
         replayed = Plan.from_json(read_text(plan))
         with stage(f"building {model}"):
@@ -294,9 +292,7 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Show what several criteria leave within the same budget: cost, units kept per group, and how
-    much they agree.
-    """
+    """Compare criteria at the same budget: cost, units kept per group, and how much they agree."""
     with errors_to_stderr():
         setting = latency_setting(latency, device, precision, mode, batch)
         options = options_of(
@@ -361,9 +357,7 @@ def bench(
     saved: Saved = None,
     as_json: Json = False,
 ) -> None:
-    """Time a model, and side by side with it what a budget leaves, as emitted and in its inference
-    form.
-    """
+    """Time a model next to its pruned versions: as emitted, and in its inference form."""
     with errors_to_stderr():
         found = criterion_of(criterion)
         settings = settings_of(device, precisions, modes, batches, channels_last)
@@ -411,7 +405,7 @@ def export(
     checkpoint: Checkpoint = None,
     saved: Saved = None,
 ) -> None:
-    """Write a model, in its inference form if it was pruned, for other runtimes."""
+    """Write a model for other runtimes, in its inference form if it was pruned."""
     with errors_to_stderr():
         files = [file for file in (onnx, pt2) if file is not None]
         if not files:
@@ -433,7 +427,7 @@ def export(
 
 
 def _deliver(pruned: Pruned, out: Path | None, as_json: bool) -> None:
-    """Write the result, if asked to, and print its report."""
+    """Print the report of a pruned model, and save the model if ``out`` names a folder."""
     if out is not None:
         with stage(f"writing {out}"):
             pruned.save(out)

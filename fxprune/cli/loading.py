@@ -1,4 +1,4 @@
-"""Models that the command line names, their weights, and example inputs for them."""
+"""Models named on the command line, their weights and their example inputs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ __all__ = [
 def note_random(
     model: str, weights: str | None, checkpoint: Path | None, saved: Path | None
 ) -> None:
+    """Print a note to standard error if a torchvision model was built with random weights."""
     if weights is None and checkpoint is None and saved is None and ":" not in model:
         stderr().print(
             "note: the weights are random; --weights, --checkpoint or --saved gives trained ones",
@@ -53,6 +54,7 @@ def built(
     checkpoint: Path | None,
     saved: Path | None,
 ) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Return a model and example inputs, with messages about the progress and random weights."""
     with stage(f"building {model}"):
         built = model_and_inputs(model, input_shapes, weights, checkpoint, saved)
     note_random(model, weights, checkpoint, saved)
@@ -66,7 +68,28 @@ def model_and_inputs(
     checkpoint: Path | None,
     saved: Path | None = None,
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The model that ``spec`` names, in eval mode, and example inputs for it."""
+    """Return the model that ``spec`` names, in eval mode, and example inputs for it.
+
+    Parameters
+    ----------
+    spec:
+        A torchvision name, or ``package.module:factory``.
+    input_shapes:
+        The values of ``--input``. None: the usual shapes of the torchvision model.
+    weights:
+        Name of published torchvision weights.
+    checkpoint:
+        File with a state dict.
+    saved:
+        Folder that an earlier run wrote.
+
+    Raises
+    ------
+    InputError
+        If the model is not from torchvision and no shapes are given, or if a shape is malformed.
+    ArgumentError
+        If the model or its weights cannot be loaded.
+    """
     module = load_model(spec, weights, checkpoint, saved)
     shapes = input_shapes
     if not shapes and ":" in spec:
@@ -80,8 +103,16 @@ def model_and_inputs(
 def load_model(
     spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None
 ) -> nn.Module:
-    """The model that ``spec`` names, with the weights that are asked for, in eval mode."""
-    torch.manual_seed(0)  # the same command gives the same plan, also on random weights
+    """Return the model that ``spec`` names, with the requested weights, in eval mode.
+
+    See :func:`model_and_inputs` for the parameters.
+
+    Raises
+    ------
+    ArgumentError
+        If the options exclude each other, or if the model or its weights cannot be loaded.
+    """
+    torch.manual_seed(0)  # the same command gives the same plan, even with random weights
     if saved is not None and (weights is not None or checkpoint is not None):
         raise ArgumentError(
             "--saved holds weights of its own: leave out --weights and --checkpoint."
@@ -103,6 +134,7 @@ def load_model(
 
 
 def _torchvision_for(name: str) -> ModuleType:
+    """Return torchvision; ``name`` is the model that needs it, for the error message."""
     try:
         import torchvision
     except ImportError as error:
@@ -115,6 +147,13 @@ def _torchvision_for(name: str) -> ModuleType:
 
 
 def _torchvision_model(name: str, weights: str | None) -> nn.Module:
+    """Return a torchvision model, with published weights or random ones.
+
+    Raises
+    ------
+    ArgumentError
+        If the model or the weights are unknown, or if the weights cannot be downloaded.
+    """
     torchvision = _torchvision_for(name)
     known = torchvision.models.list_models()
     if name not in known:
@@ -130,7 +169,7 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
         options["weights_backbone"] = None  # the default would download a backbone
     try:
         with warnings.catch_warnings():
-            # inception_v3 and googlenet announce a change of their random initialisation.
+            # inception_v3 and googlenet warn that their random initialisation will change
             warnings.filterwarnings(
                 "ignore", message="The default weight initialization", category=FutureWarning
             )
@@ -140,7 +179,7 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
         raise ArgumentError(
             f"{name} has no weights named {weights!r}. Available: {choices}."
         ) from error
-    except OSError as error:  # of the download, or of the disk
+    except OSError as error:  # the download or the disk failed
         raise ArgumentError(
             f"the weights {weights!r} of {name} cannot be had: {error}. Give a file with "
             "--checkpoint."
@@ -150,11 +189,13 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
 
 
 def usual_shapes(name: str) -> list[str]:
-    """What ``--input`` would be: batch 1 at the resolution that the model's published weights
-    expect; 16 frames for video.
+    """Return the default of ``--input`` for a torchvision model, one text per input.
+
+    The batch size is 1 and the resolution is what the published weights of the model expect. Video
+    models get 16 frames, optical flow models two images, detectors a list of two images.
     """
     for entry in _torchvision_for(name).models.get_model_weights(name):
-        transform = entry.transforms  # a preset class, mostly inside functools.partial
+        transform = entry.transforms  # a preset class, usually wrapped in functools.partial
         preset = getattr(transform, "func", transform).__name__
         if preset == "VideoClassification":
             height, width = transform.keywords["crop_size"]
@@ -164,11 +205,12 @@ def usual_shapes(name: str) -> list[str]:
             return 2 * [f"1,3,{height},{width}"]
         if preset == "ObjectDetection":
             return ["3,320,320+3,300,400+"]
-    # inception_v3's auxiliary classifier, alive in training, needs more than the others.
+    # the auxiliary classifier of inception_v3, used in training, needs a larger image
     return ["1,3,299,299" if name == "inception_v3" else "1,3,224,224"]
 
 
 def _own_model(spec: str) -> nn.Module:
+    """Return the user's model: a module, or the result of calling a factory without arguments."""
     found = attribute_named(spec, "MODEL")
     with calling(f"{spec}, called without arguments,"):
         made = found() if callable(found) and not isinstance(found, nn.Module) else found
@@ -178,7 +220,22 @@ def _own_model(spec: str) -> nn.Module:
 
 
 def attribute_named(spec: str, what: str) -> Any:
-    """What ``package.module:attribute`` names."""
+    """Import and return the object that ``package.module:attribute`` names.
+
+    Parameters
+    ----------
+    spec:
+        The name. The attribute may contain dots.
+    what:
+        The role of the object, as error messages call it.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is malformed, or if the module or the attribute does not exist.
+    CallbackError
+        If the user's code raises another error while it is imported.
+    """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise ArgumentError(
@@ -192,7 +249,7 @@ def attribute_named(spec: str, what: str) -> Any:
         )
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m does, so that a model beside the user is found
+        sys.path.insert(0, here)  # as python -m does: finds modules in the working folder
     try:
         with calling(f"the import of {module_name!r}"):
             found: Any = importlib.import_module(module_name)
@@ -215,12 +272,19 @@ def attribute_named(spec: str, what: str) -> Any:
 
 
 def _load_checkpoint(module: nn.Module, path: Path) -> None:
+    """Load a state dict from a file into a module.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read, or if its content does not fit the module.
+    """
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.load_model(module, str(path))
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # training scripts commonly wrap the state_dict with an epoch and an optimiser
+        # training scripts often store the state_dict next to an epoch and an optimiser
         if isinstance(state, dict):
             state = state.get("state_dict", state.get("model", state))
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -233,7 +297,7 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
             f"Cannot read checkpoint {path}: {error.strerror or error}."
         ) from error
     except Exception as error:
-        # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
+        # pickle, safetensors and torch raise different errors, which all mean the same here
         said = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
         raise ArgumentError(
             f"Checkpoint {path} does not fit the model: {said:.600}. Give what "
@@ -242,7 +306,20 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
 
 
 def example(text: str) -> Tensor | list[Tensor]:
-    """A tensor, or a list of tensors, of random values in [0, 1): a detector refuses others."""
+    """Return a random tensor of a shape, or a list of tensors for shapes joined by ``+``.
+
+    Values lie in [0, 1), because detectors refuse others.
+
+    Raises
+    ------
+    InputError
+        If the text is not a shape, or if the tensor would be too large.
+
+    Examples
+    --------
+    >>> example("1,3,8,8").shape, [image.shape[1] for image in example("3,4,4+3,5,5+")]
+    (torch.Size([1, 3, 8, 8]), [4, 5])
+    """
     if "+" in text:
         return [
             torch.rand(_shape_from_text(part, text)) for part in text.removesuffix("+").split("+")
@@ -250,10 +327,11 @@ def example(text: str) -> Tensor | list[Tensor]:
     return torch.rand(_shape_from_text(text, text))
 
 
-_LARGEST = 2**32  # elements of an example: 16 GiB
+_LARGEST = 2**32  # upper limit on the elements of an example: 16 GiB
 
 
 def _shape_from_text(text: str, given: str) -> tuple[int, ...]:
+    """Return the sizes in ``text``; ``given`` is the whole option value, for the error message."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The options that commands share, and what they say as arguments of :mod:`fxprune.api`."""
+"""Options that commands share, and their translation into arguments of :mod:`fxprune.api`."""
 
 from __future__ import annotations
 
@@ -217,7 +217,13 @@ def options_of(
     latency: float | None = None,
     device: Setting | None = None,
 ) -> dict[str, Any]:
-    """The budget, as arguments of :func:`fxprune.prune`."""
+    """Return the budget and related options as keyword arguments of :func:`fxprune.prune`.
+
+    Raises
+    ------
+    ArgumentError
+        If a value of ``--layer`` is malformed.
+    """
     return {
         "channels": channels,
         "macs": macs,
@@ -236,7 +242,13 @@ def options_of(
 def latency_setting(
     latency: float | None, device: str | None, precision: str, mode: str, batch: int | None
 ) -> Setting | None:
-    """Where and how the latency counts; None if there is no budget for it."""
+    """Return where and how latency is measured, or None if there is no latency budget.
+
+    Raises
+    ------
+    ArgumentError
+        If options about the measurement are given without ``--latency``.
+    """
     if latency is not None:
         return Setting(device, precision, mode, batch=batch)
     if (device, precision, mode, batch) != (None, "fp32", "eager", None):
@@ -248,6 +260,7 @@ def latency_setting(
 
 
 def _layer(text: str) -> tuple[str, float]:
+    """Split a value of ``--layer`` into its glob and its share."""
     glob, _, share = text.rpartition("=")
     try:
         if glob:
@@ -260,12 +273,25 @@ def _layer(text: str) -> tuple[str, float]:
 
 
 def units_of(texts: list[str] | None) -> dict[str, str]:
-    """The last that matches counts; one without a glob is for all modules."""
+    """Return the values of ``--units`` as a dict from globs of module names to kinds of units.
+
+    A value without a glob applies to all modules. If several globs match a module, the last one
+    counts.
+
+    >>> units_of(["heads", "layer1.*=dims"])
+    {'*': 'heads', 'layer1.*': 'dims'}
+    """
     return {glob or "*": unit for glob, _, unit in (text.rpartition("=") for text in texts or ())}
 
 
 def criterion_of(text: str) -> Any:
-    """A name that fxprune knows, or what ``package.module:attribute`` names."""
+    """Return the name of a built-in criterion, or the user's criterion object.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is unknown, or if it names something that is not a criterion.
+    """
     if ":" not in text:
         if text not in CRITERIA:
             raise ArgumentError(
@@ -283,7 +309,7 @@ def criterion_of(text: str) -> Any:
 
 
 def listed(text: str) -> list[str]:
-    """Names with commas between them.
+    """Split a text at its commas.
 
     >>> listed("cpmc, l1,")
     ['cpmc', 'l1']
@@ -292,7 +318,7 @@ def listed(text: str) -> list[str]:
 
 
 def sizes(text: str) -> list[int]:
-    """Whole numbers with commas between them.
+    """Split a text at its commas into whole numbers.
 
     >>> sizes("1,64")
     [1, 64]
@@ -306,12 +332,12 @@ def sizes(text: str) -> list[int]:
 
 
 def several_criteria(names: str) -> dict[str, Any]:
-    """The criteria of ``compare``, by name.
+    """Return the criteria of ``compare`` by name.
 
     Raises
     ------
     ArgumentError
-        If they are fewer than two, or one is named twice.
+        If there are fewer than two, or if one is named twice or is unknown.
     """
     found = listed(names)
     if len(set(found)) < 2 or len(set(found)) < len(found):
@@ -325,12 +351,12 @@ def several_criteria(names: str) -> dict[str, Any]:
 def settings_of(
     device: str | None, precisions: str, modes: str, batches: str, channels_last: bool
 ) -> list[Setting]:
-    """Every combination of what ``bench`` is given, each a list with commas.
+    """Return every combination of the precisions, modes and batch sizes of ``bench``.
 
     Raises
     ------
     ArgumentError
-        If a list is empty.
+        If one of the three lists is empty, or if a setting is not possible on this machine.
     """
     named: dict[str, list[Any]] = {
         "--precision": listed(precisions),

@@ -1,4 +1,4 @@
-"""What commands print: couplings, plans, comparisons of criteria, latencies."""
+"""Output of the commands: couplings, plans, comparisons of criteria, latencies."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ __all__ = [
 
 
 def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
+    """Return the analysis of a model as data for JSON."""
     return {
         "groups": [
             {
@@ -56,6 +57,7 @@ def coupling_to_dict(coupling: Coupling) -> dict[str, Any]:
 
 
 def print_coupling(coupling: Coupling) -> None:
+    """Print the groups of a model, its pinned axes, and notes about the analysis."""
     console = Console()
     units = sum(group.size for group in coupling.groups)
     groups = Table(title=f"{len(coupling.groups)} groups, {units:,} units", title_justify="left")
@@ -99,15 +101,16 @@ def print_coupling(coupling: Coupling) -> None:
 
 
 def planned(pruned: Pruned) -> str:
-    """A plan and what it would bring, for a person."""
+    """Return the plan as readable text, below the costs before and after pruning."""
     report = dataclasses.replace(
         pruned.report, groups=(), pinned=(), untouched=(), decisions=(), statistics=(), not_set=()
     )
-    cost = str(report).split("\n\n")[0]  # the figures, without the sections
+    cost = str(report).split("\n\n")[0]  # the figures come first, before the sections
     return f"{cost}\n\n{pruned.plan}"
 
 
 def _removed(pruned: Pruned) -> set[tuple[str, int]]:
+    """Return the removed units as (name of the group, index of the unit)."""
     return {
         (group.name, unit)
         for group in pruned.plan.groups
@@ -116,8 +119,10 @@ def _removed(pruned: Pruned) -> set[tuple[str, int]]:
 
 
 def _overlaps(results: Mapping[str, Pruned]) -> dict[str, dict[str, float]]:
-    """For each two criteria the share of the units that either removes which both remove; 1 where
-    neither removes any.
+    """Return for each pair of criteria how similar their choices are.
+
+    This is the number of units that both remove, divided by the number of units that at least one
+    of them removes. It is 1 if neither removes any.
     """
     removed = {name: _removed(pruned) for name, pruned in results.items()}
 
@@ -129,10 +134,10 @@ def _overlaps(results: Mapping[str, Pruned]) -> dict[str, dict[str, float]]:
 
 
 def _kept_units(results: Mapping[str, Pruned]) -> dict[str, dict[str, int]]:
-    """For each group how many units each criterion keeps.
+    """Return for each group how many units each criterion keeps.
 
-    A node that cannot be emitted smaller is pinned for that criterion alone, so that it may have
-    fewer groups than another.
+    A node that cannot be emitted smaller is pinned for the criterion that pruned it. One criterion
+    may therefore have fewer groups than another; it keeps all units of a group that it lacks.
     """
     sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
     kept = {
@@ -146,6 +151,7 @@ def _kept_units(results: Mapping[str, Pruned]) -> dict[str, dict[str, int]]:
 
 
 def comparison_to_dict(results: Mapping[str, Pruned]) -> dict[str, Any]:
+    """Return a comparison of criteria as data for JSON; ``results`` maps criteria to models."""
     sizes = {group.name: group.size for pruned in results.values() for group in pruned.plan.groups}
     return {
         "criteria": {
@@ -169,6 +175,15 @@ def comparison_to_dict(results: Mapping[str, Pruned]) -> dict[str, Any]:
 
 
 def print_comparison(results: Mapping[str, Pruned], full: bool) -> None:
+    """Print what each criterion costs and keeps, and how much the criteria agree.
+
+    Parameters
+    ----------
+    results:
+        For each criterion the model that it pruned.
+    full:
+        Print all groups. False: only those of which the criteria keep different numbers of units.
+    """
     data, console = comparison_to_dict(results), Console()
     cost = Table(title="what is left", title_justify="left")
     cost.add_column("criterion", overflow="fold")
@@ -205,7 +220,7 @@ def print_comparison(results: Mapping[str, Pruned], full: bool) -> None:
 
 
 def latency_to_dict(setting: Setting, name: str, latency: Latency) -> dict[str, Any]:
-    """One measurement, as JSON."""
+    """Return one measurement of a model as data for JSON."""
     return {
         "model": name,
         "device": str(setting.place),
@@ -223,7 +238,7 @@ def latency_to_dict(setting: Setting, name: str, latency: Latency) -> dict[str, 
 
 
 def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
-    """One table per setting; its last column is relative to the first model."""
+    """Print one table per setting; the last column is the time relative to the first model."""
     console = Console()
     for setting, alike in itertools.groupby(rows, key=lambda row: row[0]):
         measured = [(name, latency) for _, name, latency in alike]
@@ -255,6 +270,7 @@ def print_latencies(rows: Sequence[tuple[Setting, str, Latency]]) -> None:
 
 
 def _device_place(setting: Setting) -> str:
+    """Return the name of the GPU, or the number of threads on the CPU."""
     return (
         torch.cuda.get_device_name(setting.place)
         if setting.on_gpu

@@ -1,4 +1,4 @@
-"""Whether a module can be pruned at all, or run on shapes, whatever the example."""
+"""Checks of models that do not depend on example inputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ __all__ = ["check_model", "check_structure"]
 
 
 def check_model(model: Any) -> None:
-    """Refuse what cannot be pruned, whatever the example.
+    """Refuse a model that cannot be pruned, whatever the example inputs are.
 
     Raises
     ------
     ModelError
-        It names the module or the tensor, and the way out.
+        If the model has a defect that :func:`check_structure` finds, a replaced forward, quantised
+        or unusual tensors, tensors on several devices, or NaN among its parameters. The message
+        names the module or the tensor and says what to do.
     """
     check_structure(model)
     if "forward" in vars(model):
@@ -55,12 +57,13 @@ def check_model(model: Any) -> None:
 
 
 def check_structure(model: Any) -> None:
-    """Refuse what cannot be run on shapes: no whole module, one without Python code, one that
-    contains itself, one without shapes.
+    """Refuse a model that cannot be run on meta tensors.
 
     Raises
     ------
     ModelError
+        If the object is not a complete ``torch.nn.Module``, has no Python code or no forward,
+        contains itself, or has uninitialised parameters. The message says what to do.
     """
     if not isinstance(model, nn.Module):
         kind = (
@@ -86,6 +89,7 @@ def check_structure(model: Any) -> None:
 
 
 def _check_quantised(model: nn.Module) -> None:
+    """Refuse a model with quantised modules."""
     for name, module in model.named_modules():
         kind = type(module)
         quantised = "quantized" in kind.__module__ and any(
@@ -103,8 +107,9 @@ _STORE_TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    """Refuse a module without Python code, one that ``nn.Module.__init__`` did not make, and one
-    whose registers hold anything.
+    """Refuse a module without Python code, or whose registers are missing or hold wrong types.
+
+    The registers are missing if ``nn.Module.__init__`` was not called.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
@@ -136,8 +141,9 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def _check_tree(model: nn.Module) -> None:
-    """Look at each module; refuse one that is below itself: nothing that goes through its modules
-    would come to an end.
+    """Check each module of a model, and refuse a module that contains itself.
+
+    A walk through the modules of such a model would never end.
     """
     done: set[nn.Module] = set()
 
@@ -158,7 +164,7 @@ def _check_tree(model: nn.Module) -> None:
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuse tensors whose elements cannot be taken out or computed with as they are."""
+    """Refuse a tensor whose elements cannot be selected or computed with directly."""
     if tensor.is_quantized:
         raise _quantised(name, str(tensor.dtype))
     if type(tensor.data) not in (Tensor, nn.Parameter):
@@ -169,7 +175,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         )
     if isinstance(tensor, nn.Parameter) and tensor.layout is not torch.strided:
         raise ModelError(f"{name!r} is sparse ({tensor.layout}): give it as tensor.to_dense().")
-    if any(getattr(tensor, "names", ())):  # newer versions of torch know none
+    if any(getattr(tensor, "names", ())):  # newer versions of torch have no named dimensions
         raise ModelError(
             f"{name!r} has named dimensions, which few operations take: take them off with "
             "rename(None)."
@@ -182,6 +188,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 
 
 def _quantised(name: str, kind: str) -> ModelError:
+    """Return the error for a quantised tensor or module."""
     return ModelError(
         f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the "
         "result."

@@ -1,4 +1,4 @@
-"""The numbers that modules of torch.nn remember of the sizes of their parameters."""
+"""Attributes of ``torch.nn`` modules that repeat the sizes of their parameters."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ _REMEMBERED: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
 
 
 def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """(attribute, parameter, dimension): the attribute is the parameter's size along the
-    dimension.
+    """Yield the attributes of a module that equal the size of a parameter along a dimension.
 
-    Grouped convolutions have none, whose weights are as wide as one group, and no recurrent layers
-    with projections.
+    Grouped convolutions are left out, because their weights are only as wide as one group.
+    Recurrent layers with projections are left out, too.
+
+    Yields
+    ------
+    (name of the attribute, parameter, dimension of the parameter)
     """
     known = next((names for kind, names in _REMEMBERED if isinstance(module, kind)), {})
     if getattr(module, "groups", 1) != 1 or getattr(module, "proj_size", 0):
@@ -39,7 +42,7 @@ def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
-    """What the module should remember, by the sizes that its parameters have now.
+    """Return the size attributes that fit the current parameters of a module, by name.
 
     >>> layer = nn.Linear(4, 3)
     >>> layer.weight = nn.Parameter(layer.weight[:2])
