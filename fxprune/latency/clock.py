@@ -1,4 +1,7 @@
-"""Timing callables in turns: what slows the machine down for a while slows all of them."""
+"""Timing of several callables in turns.
+
+Because they take turns, anything that slows the machine down for a while slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,18 @@ __all__ = ["Timing", "time_in_turns"]
 @public
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median, the quartiles, and of how many measurements.
+    """The time of one call, in milliseconds.
 
-    On a GPU every call is a measurement, on a CPU every turn is one, the mean of its calls.
+    On a GPU each call is a measurement. On a CPU each turn is one: the mean over its calls.
+
+    Attributes
+    ----------
+    ms:
+        Median of the measurements, in milliseconds.
+    low, high:
+        Lower and upper quartile, in milliseconds.
+    count:
+        Number of measurements.
     """
 
     ms: float
@@ -34,7 +46,8 @@ class Timing:
 
     @classmethod
     def of(cls, milliseconds: list[float]) -> Timing:
-        """
+        """Summarise measurements, given in milliseconds; there must be at least one.
+
         >>> Timing.of([3.0, 1.0, 2.0, 5.0, 4.0])
         Timing(ms=3.0, low=2.0, high=4.0, count=5)
         """
@@ -58,16 +71,35 @@ def time_in_turns(
 ) -> dict[str, Timing]:
     """Time several callables side by side.
 
-    Each is warmed up, ``warm_up`` times or for a second, which is where compilation and the choice
-    of algorithms go. Then they take turns, in another order each round, and every turn lasts about
-    ``seconds``. On a GPU, CUDA events measure each call; elsewhere
-    :class:`torch.utils.benchmark.Timer` measures each turn, with as many threads as torch uses
-    now.
+    Each callable is warmed up first, so that compilation and the choice of algorithms are not
+    timed. Then the callables take turns, in another order each round. On a GPU, CUDA events
+    measure each call. On other devices :class:`torch.utils.benchmark.Timer` measures each turn,
+    with the number of threads that torch uses at that moment.
+
+    Parameters
+    ----------
+    runs:
+        For each name a function without arguments.
+    device:
+        Where the functions compute. Its type decides how calls are timed.
+    rounds:
+        Number of turns of each function.
+    seconds:
+        Approximate duration of a turn, in seconds.
+    warm_up:
+        Number of calls to warm up a function; fewer if they take more than a second.
+
+    Returns
+    -------
+    For each name the time of one call, in milliseconds.
 
     Raises
     ------
     ArgumentError
-        If there is nothing to time, or ``rounds`` or ``seconds`` is not positive.
+        If ``runs`` is empty or not a dict of callables, if ``rounds`` or ``seconds`` is not
+        positive, if ``warm_up`` is negative, or if there is no such device.
+    CallbackError
+        If one of the functions raises an error.
 
     Examples
     --------
@@ -109,8 +141,11 @@ def time_in_turns(
 
 
 def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: bool) -> int:
-    """How many calls fill a turn."""
-    run()  # compiles
+    """Warm up a function, and return how many calls fill a turn.
+
+    ``warm_up`` is the number of calls and ``seconds`` the duration of a turn.
+    """
+    run()  # the first call may compile
     start, done = time.perf_counter(), 0
     while done < max(warm_up, 1) and time.perf_counter() - start < 1.0:
         run()
@@ -122,15 +157,18 @@ def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: 
 
 
 def _turn(run: Callable[[], object], calls: int) -> list[float]:
-    from torch.utils.benchmark import Timer  # its import looks for a compiler, and says so
+    """Return the mean time of some calls, in milliseconds, as a list of one number."""
+    from torch.utils.benchmark import Timer  # imported late: it looks for a compiler and prints so
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    # Calls that do not count come first: others have used the caches.
+    # The timer first makes calls that do not count. They refill the caches, which other functions
+    # have used meanwhile.
     return [1e3 * timer.timeit(calls).mean]
 
 
 def _turn_on_gpu(run: Callable[[], object], calls: int) -> list[float]:
-    run()  # others have used the caches
+    """Return the time of each of some calls on the current GPU, in milliseconds."""
+    run()  # not timed: refills the caches, which other functions have used meanwhile
     events = [torch.cuda.Event(enable_timing=True) for _ in range(max(calls, 3) + 1)]
     torch.cuda.synchronize()
     events[0].record()

@@ -1,4 +1,4 @@
-"""What a model takes at any widths of its groups, from what its operations take."""
+"""A forecast of the latency of a model at any widths, from the times of its operations."""
 
 from __future__ import annotations
 
@@ -28,48 +28,68 @@ from fxprune.select.polynomials import Polynomial, Sizes, Sum, products_of
 __all__ = ["Forecast"]
 
 
-_NS = 1e6  # nanoseconds in a millisecond: forecasts are whole numbers, as the other costs are
-_MOST_AXES = 3
+# nanoseconds in a millisecond; forecasts are whole nanoseconds because other costs are whole, too
+_NS = 1e6
+_MOST_AXES = 3  # upper limit on the axes of a grid
 _WIDTH_STEPS = (1, 2, 4, 8, 16, 32)
-# a width that takes this much more than the widths around it is one that the hardware does not
-# like
+# the hardware does not like a width that takes this many times as long as the widths around it
 _WORSE = 1.05
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Sizes of an operation that shrink in proportion, counted in steps that they can go down by.
+    """Sizes of an operation that shrink in proportion to each other.
 
-    A dimension of several blocks loses a position from each of them at once.
+    Attributes
+    ----------
+    base:
+        Number of the smallest of these sizes.
+    full:
+        Value of that size in the dense model.
+    step:
+        Smallest amount by which that size can shrink. It can be above one, because a dimension of
+        several blocks loses one position from each block at once.
+    multiples:
+        For the number of each size the ratio of its value to that of ``base``.
     """
 
-    base: int  # the smallest of the sizes
+    base: int
     full: int
     step: int
-    multiples: Mapping[int, float]  # of it: all of the sizes
+    multiples: Mapping[int, float]
 
     @property
     def steps(self) -> int:
-        """How many there are, the last of them left included."""
+        """Number of steps in the full size; the last one to remain may be smaller."""
         return -(-self.full // self.step)
 
     def sizes(self, left: int) -> dict[int, int]:
-        """The sizes where so many steps are left."""
+        """Return the value of each size if ``left`` steps are left."""
         value = self.full - self.step * (self.steps - left)
         return {number: round(value * multiple) for number, multiple in self.multiples.items()}
 
 
 @dataclass
 class _Alike:
-    """Operations that differ in their widths only."""
+    """Operations that differ only in their widths.
 
-    layer: Layer  # one of them
-    axes: list[list[_Axis]] = field(default_factory=list)  # of each of them
+    Attributes
+    ----------
+    layer:
+        One of the operations.
+    axes:
+        The axes of each operation.
+    surface:
+        The measured times of all of them; None before they are measured.
+    """
+
+    layer: Layer
+    axes: list[list[_Axis]] = field(default_factory=list)
     surface: Surface | None = None
 
     @property
     def widest(self) -> list[_Axis]:
-        """The axes of ``layer``, as long as the longest of all."""
+        """The axes of ``layer``, each as long as the longest of all operations."""
         longest = [
             max(axes[place].full for axes in self.axes) for place in range(len(self.axes[0]))
         ]
@@ -77,29 +97,29 @@ class _Alike:
 
 
 class Forecast:
-    """Nanoseconds of one call of the deployed model, as a function of how many units of each kind
-    survive.
+    """The latency of a deployed model as a function of how many units of each kind survive.
 
-    Contractions (convolutions, matrix products, attention) are measured one by one on a grid of
-    their input and output widths together, each kind of layer once, and interpolated. Everything
-    else is measured at full width, and taken in proportion to the bytes that it reads and writes.
-    What both together miss (what is fused, what caches hold, what starting an operation costs in a
-    whole model) is told by whole models: see :meth:`fit`.
+    Contractions (convolutions, matrix products, attention) are measured on a grid of their input
+    and output widths and interpolated. Contractions that differ only in their widths share a grid.
+    All other operations are measured at full width, and their time is proportional to the bytes
+    that they read and write. The sum is not the latency of a whole model, because of fused
+    operations, caches and the cost of starting operations. :meth:`fit` corrects it by measured
+    models.
 
-    The result has what selection asks of a cost: :meth:`at` and :meth:`saved`, whole numbers.
+    Selection uses the forecast as a cost: :meth:`at` and :meth:`saved` return whole nanoseconds.
 
     Parameters
     ----------
     coupling:
-        The analysis.
+        The analysis of the model.
     model:
         The analysed model with all its channels, deployed.
     example_inputs:
-        What it is called with.
+        Inputs of the model.
     setting:
-        Where and how it runs.
+        Where and how the model runs.
     table:
-        Where times are looked up and put; None: the one that the setting has on disk.
+        Table of measured times, which is extended. None: the table of the setting on disk.
     """
 
     def __init__(
@@ -119,7 +139,7 @@ class Forecast:
             self._contractions[ran.node].append(ran)
         self._alike: dict[str, _Alike] = {}
         self._products: list[tuple[float, list[Sum]]] = []
-        # of contractions, of everything else, and what comes on top
+        # factors of contractions and of everything else, and a constant in nanoseconds
         self._factors = (1.0, 1.0, 0.0)
         for tensor in [*coupling.parameters.values(), *_traced(coupling)]:
             self._sizes.dims(tensor)
@@ -147,26 +167,39 @@ class Forecast:
                 np.nonzero((self._lost[:, numbers] > 0).any(axis=2)) for numbers in self._numbers
             ]
             self.steps: tuple[int, ...] = tuple(map(self._step, range(len(self.pools))))
-            """For each pool how many units it should lose at a time, so that its widths are such
-            as the hardware likes.
+            """For each pool how many units it should lose at a time, so that its widths suit the
+            hardware.
             """
         self.table.save()
 
     @property
     def full(self) -> Counts:
-        """How many units of each kind there are."""
+        """Number of units of each kind in the dense model, shape (kinds,)."""
         return self.kinds.size
 
     def at(self, counts: Counts) -> int:
-        """Nanoseconds where so many units of each kind survive; shape (kinds,)."""
+        """Return the latency in nanoseconds.
+
+        ``counts`` is the number of surviving units of each kind, shape (kinds,).
+        """
         of_contractions, of_others, more = self._factors
         return round(
             of_contractions * self._measured(counts) + of_others * self._rest.at(counts) + more
         )
 
     def saved(self, counts: Counts, lost: Counts) -> npt.NDArray[np.int64]:
-        """By how much they fall when a pool alone loses what ``lost`` says of its kinds; shape
-        (pools,).
+        """Return for each pool by how much the latency falls if that pool alone loses units.
+
+        Parameters
+        ----------
+        counts:
+            Number of surviving units of each kind, shape (kinds,).
+        lost:
+            Number of units of each kind that its pool loses, shape (kinds,).
+
+        Returns
+        -------
+        Nanoseconds, shape (pools,).
         """
         now = self._values(counts[np.newaxis].astype(np.float64))[0]
         own = self.kinds.pool == np.arange(len(self.pools))[:, np.newaxis]
@@ -186,13 +219,17 @@ class Forecast:
         )
 
     def fit(self, known: Sequence[tuple[Counts, float]]) -> None:
-        """Set what contractions and everything else count, and what comes on top, by whole models.
+        """Fit the forecast to measured latencies of whole models.
+
+        This sets three numbers that are not negative: a factor of the time of contractions, a
+        factor of the time of everything else, and a constant.
 
         Parameters
         ----------
         known:
-            How many units of each kind survive, and the milliseconds measured; the first is the
-            dense model, which is met exactly.
+            For each measured model the number of surviving units of each kind, shape (kinds,), and
+            its latency in milliseconds. The first is the dense model; the forecast for it becomes
+            exact.
         """
         rows = np.array(
             [[self._measured(counts), self._rest.at(counts), _NS] for counts, _ in known],
@@ -200,7 +237,7 @@ class Forecast:
         )
         wanted = np.array([_NS * ms for _, ms in known])
         best: tuple[float, Floats] | None = None
-        # the least squares that are not negative, in relative errors
+        # non-negative least squares of relative errors: try all useful sets of non-zero factors
         for used in ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,)):
             if len(used) > len(known):
                 continue
@@ -218,13 +255,15 @@ class Forecast:
     # -- what ran
 
     def _launch(self) -> float:
-        """Milliseconds of an operation that does nothing."""
+        """Return the time of an operation that does nothing, in milliseconds: its launch."""
         one = torch.zeros(1, device=self.setting.place)
         return self.table.ms("relu of one number", lambda: lambda: torch.relu(one))
 
     def _see(self, layer: Layer, again: Prepare) -> None:
-        """Keep a contraction that is to be measured at several widths; time everything else at
-        once.
+        """Handle an operation of the dense model.
+
+        A contraction that runs at other widths is kept, to be measured at several widths later.
+        Everything else is timed now.
         """
         free, ran = layer.free(), self._contractions.get(layer.node, [])
         if ran and free and self._keep(layer):
@@ -232,15 +271,15 @@ class Forecast:
         try:
             ms = self.table.ms(layer.description({}), again)
         except RuntimeError:
-            # cannot be recorded in a CUDA graph, because it waits for the GPU: what comes on top
-            # has it
+            # It waits for the GPU, so that a CUDA graph cannot record it. The constant that
+            # ``fit`` finds includes its time.
             return
         total = float(sum(one.macs() * one.share for one in ran))
         if not free:
             self._products.append((_NS * ms, []))
         elif total:
-            # a contraction that does not run at other widths as it stands goes in proportion to
-            # its work
+            # The time of a contraction that does not run at other widths is proportional to its
+            # multiply-accumulates.
             for one in ran:
                 self._products += [
                     (_NS * ms * c / total, factors) for c, factors in products_of(one, self._sizes)
@@ -254,12 +293,12 @@ class Forecast:
                 )
 
     def _product(self, own: LayerTensor) -> list[Sum]:
-        """The bytes of a tensor, as a product of sizes."""
+        """Return the bytes of a tensor as a product of sizes."""
         rest = prod(n for d, n in enumerate(own.shape) if d not in own.dims) * own.dtype.itemsize
         return [((float(rest), ()),), *(self._sizes.sizes[number] for number in own.dims.values())]
 
     def _names_of_proportional(self) -> Counts:
-        """For each size the number of the first that shrinks in proportion to it."""
+        """Return for each size the number of the first size that is proportional to it."""
         rng = np.random.default_rng(0)
         tried = self._values(rng.uniform(0.1, 1.0, (3, len(self.full))) * self.full)
         _, first, inverse = np.unique(
@@ -268,8 +307,9 @@ class Forecast:
         return first[inverse.reshape(-1)]
 
     def _keep(self, layer: Layer) -> bool:
-        """Put a contraction with those that differ from it in their widths only, if it runs at
-        other widths.
+        """Keep a contraction together with those that differ from it only in their widths.
+
+        Return False, and do not keep it, if it has too many axes or does not run at other widths.
         """
         free = layer.free()
         by_name: dict[int, list[int]] = defaultdict(list)
@@ -301,14 +341,14 @@ class Forecast:
             try:
                 layer.prepared(fewer, self.setting.place)()
             except (RuntimeError, ValueError, AttributeError):
-                # sizes stand in it as numbers that do not follow
+                # its arguments contain sizes as plain numbers
                 return False
             self._alike[key] = _Alike(layer)
         self._alike[key].axes.append(axes)
         return True
 
     def _measure(self, alike: _Alike) -> None:
-        """Time one of them at the widths of a grid that reaches up to the widest."""
+        """Time operations that differ only in their widths on a grid up to the widest of them."""
         widest = alike.widest
         axes = [grid(axis.steps, len(widest)) for axis in widest]
         positions = [
@@ -321,12 +361,13 @@ class Forecast:
         ]
 
         def ms(point: tuple[int, ...], again: bool = False) -> float:
+            """Return the time at a point of the grid, in milliseconds."""
             return self._left(alike, [own[p] for own, p in zip(steps, point, strict=True)], again)
 
         alike.surface = Surface(positions, ms, functools.partial(ms, again=True))
 
     def _left(self, alike: _Alike, left: Sequence[int], again: bool = False) -> float:
-        """Milliseconds where so many steps are left of each axis."""
+        """Return the time in milliseconds if ``left`` has the remaining steps of each axis."""
         sizes = {
             n: s
             for axis, own in zip(alike.widest, left, strict=True)
@@ -335,6 +376,7 @@ class Forecast:
         return self._ms(alike.layer, sizes, again)
 
     def _ms(self, layer: Layer, sizes: Mapping[int, int], again: bool = False) -> float:
+        """Return the time of an operation at ``sizes``, in milliseconds."""
         return self.table.ms(
             layer.description(sizes),
             lambda: layer.prepared(sizes, self.setting.place),
@@ -344,19 +386,20 @@ class Forecast:
     # -- at other widths
 
     def _lost_at_once(self) -> Floats:
-        """By how much each size falls when a pool loses a unit from each of its blocks; shape
-        (pools, sizes).
+        """Return by how much each size falls if a pool loses one unit from each of its blocks.
+
+        The shape is (pools, sizes).
         """
         out = np.zeros((len(self.pools), len(self._full)))
         for number, pool in enumerate(self.pools):
             own = self.kinds.pool == number
-            # on average over its kinds
+            # the average over the kinds of the pool
             one = own * self.full * (pool.blocks / self.full[own].sum())
             out[number] = self._full - self._values((self.full - one)[np.newaxis])[0]
         return np.where(out > 1e-9, out, 0.0)
 
     def _measured(self, counts: Counts) -> float:
-        """Nanoseconds of the contractions, as measured one by one."""
+        """Return the total time of the contractions as measured one by one, in nanoseconds."""
         now = self._values(counts[np.newaxis].astype(np.float64))[0]
         total = 0.0
         for alike, numbers in zip(self._alike.values(), self._numbers, strict=True):
@@ -365,8 +408,9 @@ class Forecast:
         return _NS * total
 
     def _step(self, number: int) -> int:
-        """By how many units a pool should shrink at a time: what the layer that it matters most to
-        was measured to like.
+        """Return how many units a pool should lose at a time.
+
+        This is the step that suits the slowest operation that depends on the pool.
         """
         heaviest: tuple[float, _Alike, int, _Axis] | None = None
         for alike, bases in zip(self._alike.values(), self._numbers, strict=True):
@@ -387,10 +431,21 @@ class Forecast:
         return step
 
     def _liked(self, alike: _Alike, place: int) -> int:
-        """The step of one of the axes of an operation.
+        """Return the smallest step along an axis of an operation that suits the hardware.
 
-        A step of s is liked where widths that are multiples of s, but not of 2s, take no more than
-        what lies between the widths of a much coarser step around them.
+        A step s suits the hardware if widths that are multiples of s, but not of 2s, take hardly
+        longer than a linear interpolation between two widths of a much coarser step.
+
+        Parameters
+        ----------
+        alike:
+            The operations.
+        place:
+            Index of the axis.
+
+        Returns
+        -------
+        The step, in steps of the axis.
         """
         full = [axis.steps for axis in alike.widest]
         coarse = 2 * _WIDTH_STEPS[-1]
@@ -401,6 +456,7 @@ class Forecast:
             return 1
 
         def ms(left: int) -> float:
+            """Return the time in milliseconds if ``left`` steps of the axis are left."""
             return self._left(alike, [*full[:place], left, *full[place + 1 :]])
 
         high, low = ms(top), ms(top - coarse)
@@ -417,7 +473,7 @@ class Forecast:
 
 
 def _traced(coupling: Coupling) -> Iterator[Tensor]:
-    """What the nodes give."""
+    """Yield the tensors that the nodes of all traces return."""
     for trace in coupling.traces:
         for node in trace.graph.nodes:
             yield from tensors_of(node.meta.get("val"))

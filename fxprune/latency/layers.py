@@ -1,4 +1,4 @@
-"""The operations of a model as it runs, and each of them again at other widths."""
+"""The operations of a model, recorded while it runs, and run again at other widths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fxprune.trace import Trace, execute
 __all__ = ["Layer", "LayerTensor", "Prepare", "record"]
 
 Prepare = Callable[[], Callable[[], object]]
-"""Makes what is timed; not called where its time is known."""
+"""Returns the callable to time. It is not called if the time is known already."""
 
 _CONVOLUTION_FUNCTIONS = (
     F.conv1d,
@@ -33,34 +33,49 @@ _CONVOLUTION_FUNCTIONS = (
     F.conv_transpose2d,
     F.conv_transpose3d,
 )
-_GROUPS = 6  # the position of ``groups`` among the arguments of all of them
+_GROUPS = 6  # position of ``groups`` among the arguments of each of these functions
 
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """A tensor that an operation reads or gives: its shape in the dense model, and which of its
-    dimensions follow which size.
+    """A tensor that an operation reads or returns.
+
+    Attributes
+    ----------
+    shape:
+        Shape in the dense model.
+    dims:
+        For each dimension that can shrink the number of its size in
+        :class:`~fxprune.select.polynomials.Sizes`.
+    order:
+        All dimensions, from the longest stride to the shortest.
+    dtype:
+        Type of the elements.
     """
 
     shape: tuple[int, ...]
-    # dimension -> the number of its size (see :class:`~fxprune.select.kinds.Sizes`)
     dims: Mapping[int, int]
-    # dimensions, from the one of the longest stride to that of the shortest
     order: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor, dims: Mapping[int, int]) -> LayerTensor:
+        """Return the description of a tensor of the dense model."""
         order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride()[d], d))
         return cls(tuple(tensor.shape), dims, tuple(order), tensor.dtype)
 
     def at(self, sizes: Mapping[int, int]) -> tuple[int, ...]:
-        """The shape at these sizes; where one is not given it is the dense model's."""
+        """Return the shape at other sizes.
+
+        ``sizes`` maps numbers of sizes to values. A size that is missing keeps its value in the
+        dense model.
+        """
         return tuple(sizes.get(self.dims.get(d, -1), n) for d, n in enumerate(self.shape))
 
     def drawn(self, sizes: Mapping[int, int], device: torch.device) -> Tensor:
-        """A tensor of this shape and layout: random numbers, or zeros where it holds whole
-        ones.
+        """Return a tensor with the shape at ``sizes`` and with this layout.
+
+        It holds random numbers if the dtype is floating-point, and zeros otherwise.
         """
         shape = self.at(sizes)
         laid_out = [shape[d] for d in self.order]
@@ -70,7 +85,7 @@ class LayerTensor:
         return values.permute([self.order.index(d) for d in range(len(shape))])
 
     def text(self, sizes: Mapping[int, int]) -> str:
-        """What the time of an operation depends on."""
+        """Return the dtype, the shape at ``sizes`` and the layout as text."""
         order = (
             ""
             if self.order == tuple(range(len(self.order)))
@@ -82,20 +97,20 @@ class LayerTensor:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A call in a deployed graph.
+    """A call of an operation in a deployed graph.
 
     Attributes
     ----------
     node:
-        Its name in the analysis.
+        Name of the node in the analysis.
     target:
         A function, the name of a method, or a module.
     args, kwargs:
-        What it was called with, tensors being operands.
+        Arguments of the call, with a :class:`LayerTensor` for each tensor.
     parameters:
-        The operands of a module.
+        Parameters of the module, by name; empty for functions and methods.
     results:
-        The tensors that it gave.
+        Tensors that the call returned.
     """
 
     node: str
@@ -107,7 +122,7 @@ class Layer:
 
     @property
     def operands(self) -> list[LayerTensor]:
-        """All tensors, read and given."""
+        """All tensors that the operation reads or returns."""
         read = [
             leaf
             for leaf in _argument_leaves((self.args, dict(self.kwargs)))
@@ -116,13 +131,16 @@ class Layer:
         return [*read, *self.parameters.values(), *self.results]
 
     def free(self) -> dict[int, int]:
-        """The sizes that it depends on, by their numbers, in the dense model."""
+        """Return the sizes that the operation depends on.
+
+        The result maps the number of each size to its value in the dense model.
+        """
         return {
             number: own.shape[dim] for own in self.operands for dim, number in own.dims.items()
         }
 
     def description(self, sizes: Mapping[int, int]) -> str:
-        """What it is, at these sizes, in a line."""
+        """Return one line that says what the operation is at ``sizes``: a key for its time."""
         target = self.target
         if isinstance(target, nn.Module):
             own = {
@@ -146,10 +164,10 @@ class Layer:
         return f"{name} {' '.join(shown)}"
 
     def prepared(self, sizes: Mapping[int, int], device: torch.device) -> Callable[[], object]:
-        """What calls it at these sizes, on made-up values.
+        """Return a function that runs the operation at ``sizes``, on made-up values.
 
-        It may raise what the operation raises, where sizes stand in it as numbers that do not
-        follow.
+        The function raises an error if the operation does not run at these sizes. This happens if
+        sizes occur among its arguments as plain numbers, which do not change along.
         """
         args, kwargs = _map((self.args, dict(self.kwargs)), lambda own: own.drawn(sizes, device))
         call = self.target
@@ -184,33 +202,40 @@ _FORGOTTEN = (
     "out_features",
     "num_features",
 )
-"""Attributes of modules that operands tell, or that do not matter."""
+"""Attributes of modules that follow from the operands or do not matter for the time."""
 
 _ARGUMENT_TYPES = (bool, int, float, str, tuple, type(None))
 
 
 def _groups_left(groups: int, channels: int, left: int) -> int:
-    """Groups of one channel go with it; groups of several keep their number and get narrower."""
+    """Return the number of groups of a convolution that has ``left`` of its ``channels`` left.
+
+    A group of one channel disappears with its channel. Wider groups become narrower, and their
+    number stays.
+    """
     return left if groups == channels else groups
 
 
 def _argument_leaves(value: Any) -> list[Any]:
+    """Return the leaves of nested arguments, of which a :class:`LayerTensor` is one."""
     return tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor))
 
 
 def _map(value: Any, function: Callable[[LayerTensor], Any]) -> Any:
+    """Return nested arguments with the result of ``function`` in place of each operand."""
     return tree_map_only(
         LayerTensor, function, value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor)
     )
 
 
 def _argument_text(value: Any, sizes: Mapping[int, int]) -> str:
+    """Return nested arguments as text, with operands at ``sizes``."""
     shown = _map(value, lambda own: _Shown(own.text(sizes)))
     return repr(shown)
 
 
 class _Shown(str):
-    """Text without quotation marks."""
+    """A string whose ``repr`` has no quotation marks."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -223,17 +248,21 @@ def record(
     sizes: Sizes,
     see: Callable[[Layer, Prepare], None],
 ) -> None:
-    """Run the deployed dense model, and hand over each of its operations, with what makes a
-    callable that runs it again.
+    """Run the deployed dense model, and pass each of its operations to a callback.
 
     Parameters
     ----------
     model:
-        Deployed, with all channels of the analysed model.
-    coupling, sizes:
-        The analysis; they tell which dimensions follow which size.
+        Deployed model with all channels of the analysed model.
+    inputs:
+        Inputs of the call.
+    coupling:
+        The analysis of the model.
+    sizes:
+        The sizes of dimensions that can shrink; new ones are added.
     see:
-        Called for every node that gives tensors, before the next one runs.
+        Called for every node that returns tensors, before the next node runs. It receives the
+        operation, and a function that returns a callable to run the operation again.
     """
     traces = {trace.path: trace for trace in coupling.traces if not trace.training}
     replaced = []
@@ -250,7 +279,10 @@ def record(
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a deployed graph and looks each node up in the trace that it came from."""
+    """An interpreter of a deployed graph that passes each operation to a callback.
+
+    It finds the node of the trace from which a node came by its name.
+    """
 
     def __init__(
         self,
@@ -264,6 +296,7 @@ class _Recorder(fx.Interpreter):
         self.old = {node.name: node for node in trace.graph.nodes}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph with the arguments of a call of the module."""
         places = self.graph.find_nodes(op="placeholder")
         rest = [
             kwargs.get(str(node.target), node.args[0] if node.args else None)
@@ -272,6 +305,7 @@ class _Recorder(fx.Interpreter):
         return self.run(*args, *rest)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and pass it to the callback if it is an operation that returns tensors."""
         if n.op not in ("call_function", "call_method", "call_module"):
             return super().run_node(n)
         out = super().run_node(n)
@@ -281,13 +315,17 @@ class _Recorder(fx.Interpreter):
         return out
 
     def _again(self, node: fx.Node) -> Callable[[], object]:
-        """What calls a node once more, on copies: it may write into its arguments."""
+        """Return a function that runs a node again.
+
+        It runs on copies of the arguments, because the operation may write to them.
+        """
         args, kwargs = tree_map_only(Tensor, torch.clone, self.fetch_args_kwargs_from_env(node))
         return lambda: execute(self.module, node, args, kwargs)
 
     def _layer(self, node: fx.Node, results: list[Tensor]) -> Layer:
-        """The call, with which of its dimensions follow which size: as in the node of the trace
-        that it stands for.
+        """Return the operation of a node.
+
+        Its dimensions follow the sizes that the corresponding node of the trace has.
         """
         old = self.old.get(node.name)
         module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -298,6 +336,7 @@ class _Recorder(fx.Interpreter):
         channels = given[0].dims.get(1 if convolves else len(given[0].shape) - 1)
 
         def read(new: Any, before: Any) -> Any:
+            """Return an argument with operands for its tensors; ``before`` is from the trace."""
             if isinstance(new, fx.Node):
                 was = before.meta.get("val") if isinstance(before, fx.Node) else None
                 made = iter(self._operands(tensors_of(self.env[new]), was, channels))
@@ -338,8 +377,17 @@ class _Recorder(fx.Interpreter):
     def _operands(
         self, tensors: list[Tensor], before: Any, channels: int | None
     ) -> list[LayerTensor]:
-        """Operands for tensors that stand for those in ``before``. A bias that folding added has
-        one number per channel.
+        """Return operands for tensors of the deployed model.
+
+        Parameters
+        ----------
+        tensors:
+            The tensors.
+        before:
+            The corresponding value in the trace. None: there is none.
+        channels:
+            Number of the size of the channels. A bias that folding added is not in the trace and
+            has one element per channel.
         """
         out = []
         for tensor, was in zip(

@@ -1,4 +1,4 @@
-"""A model and its inputs in one precision, layout and mode, timed."""
+"""Timing of models in one precision, layout and mode."""
 
 from __future__ import annotations
 
@@ -48,31 +48,48 @@ PRECISIONS: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Name -> dtype; tf32 is float32 whose products a GPU computes with 10 bits of mantissa."""
+"""The dtype of each precision.
+
+In tf32, tensors are float32 and a GPU computes products with 10 bits of mantissa.
+"""
 
 MODES = ("eager", "compiled", "cudagraph")
-"""As it is; ``torch.compile``; recorded once as a CUDA graph and replayed."""
+"""How a model is called: eager, through ``torch.compile``, or recorded once as a CUDA graph and
+replayed.
+"""
 
-_MOST_BATCHES = 4096  # of inputs so small that reading them counts for nothing
+_MOST_BATCHES = 4096  # upper limit for tiny inputs, for which reading costs nothing
 
 
 @public
 @dataclass(frozen=True)
 class Setting:
-    """How a model runs.
+    """Where and how a model runs while it is timed.
 
     Attributes
     ----------
     device:
-        ``"cuda"`` or ``"cpu"``, or with a number; None: the GPU where there is one.
+        ``"cuda"`` or ``"cpu"``, or one with a number, as ``"cuda:1"``. None: the GPU if there is
+        one, otherwise the CPU.
     precision:
-        Of :data:`PRECISIONS`.
+        A key of :data:`PRECISIONS`: ``"fp32"``, ``"tf32"`` (GPU only), ``"bf16"`` or ``"fp16"``.
     mode:
-        Of :data:`MODES`.
+        One of :data:`MODES`: ``"eager"``, ``"compiled"`` or ``"cudagraph"`` (GPU only).
     channels_last:
-        Lay images, videos and the weights of convolutions over them out channels-last.
+        Use the channels-last layout for images, videos and the weights of their convolutions.
     batch:
-        Images per call; None: as in the example.
+        Images per call. None: as in the example inputs.
+
+    Raises
+    ------
+    ArgumentError
+        If a value is unknown, or if the setting is not possible on this machine.
+
+    Examples
+    --------
+    >>> setting = Setting("cpu", precision="bf16", batch=8)
+    >>> setting.place, setting.on_gpu
+    (device(type='cpu'), False)
     """
 
     device: str | None = None
@@ -98,7 +115,13 @@ class Setting:
             raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
 
     def _checked(self) -> str:
-        """The device's name, of one that can be measured here."""
+        """Return the name of the device.
+
+        Raises
+        ------
+        ArgumentError
+            If the device is neither a CPU nor a GPU, or if this machine does not have it.
+        """
         given: Any = self.device
         device = (
             torch.device(given)
@@ -123,7 +146,8 @@ class Setting:
         return str(given)
 
     def __str__(self) -> str:
-        """
+        """Return a one-line description.
+
         >>> print(Setting("cpu", batch=8))
         on cpu, fp32, eager, channels-last, batch 8
         """
@@ -133,15 +157,17 @@ class Setting:
 
     @property
     def place(self) -> torch.device:
-        """The device."""
+        """The device on which models run."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def on_gpu(self) -> bool:
+        """Whether models run on a GPU."""
         return self.place.type == "cuda"
 
 
 def _is_device(name: Any) -> bool:
+    """Tell whether torch accepts the name of a device."""
     try:
         torch.device(name)
     except RuntimeError:
@@ -152,21 +178,26 @@ def _is_device(name: Any) -> bool:
 @public
 @dataclass(frozen=True)
 class Latency:
-    """What one model took.
+    """The measured time and memory of one model.
 
     Attributes
     ----------
     timing:
-        Milliseconds of one call.
+        Time of one call, in milliseconds.
     batch:
         Images per call.
     floor_ms:
-        What the call would take at the device's measured rate of multiply-accumulates and its
-        measured bandwidth, whichever is longer, if weights, inputs and outputs went through memory
-        once and nothing else did.
+        Least time of one call on this device, in milliseconds: the longer of computing all
+        multiply-accumulates at the peak rate, and moving weights, inputs and outputs through
+        memory once (see :func:`roofline`).
     peak_bytes:
-        Weights, inputs, and the most memory that one call takes beside them; None on a CPU, which
-        does not tell.
+        Memory of the weights, the inputs and the peak of one call, in bytes. None on a CPU, where
+        it is not measured.
+
+    Examples
+    --------
+    >>> print(Latency(Timing(ms=4.0, low=3.5, high=4.5, count=9), 8, 2.0, None))
+    4.000 ms (3.500 to 4.500; floor 2.000), 2,000 per second
     """
 
     timing: Timing
@@ -199,25 +230,34 @@ def measure(
 ) -> dict[str, Latency]:
     """Time models side by side, in turns, on the same inputs.
 
+    The models are copied first. The copies run in ``eval`` mode and without gradients.
+
     Parameters
     ----------
     models:
-        Name -> module; copies are measured, in ``eval`` mode, without gradients.
+        For each name a module.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments. Shapes and dtypes
-        matter; floating-point values are drawn anew. On a GPU several batches take turns, more
-        than its L2 cache holds.
-    rounds, seconds:
-        How many turns each model has, and about how long each lasts.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments. Only shapes and
+        dtypes matter for floating-point tensors, whose values are replaced by random ones. On a
+        GPU the models get several batches in turn, which together exceed its L2 cache.
+    setting:
+        Device, precision, mode, layout and batch size. None: ``Setting()``.
+    rounds:
+        Number of turns of each model.
+    seconds:
+        Approximate duration of a turn, in seconds.
 
     Returns
     -------
-    Name -> latency, in the order of ``models``.
+    For each name the latency, in the order of ``models``. Times are in milliseconds, memory is in
+    bytes.
 
     Raises
     ------
     ArgumentError
-        If the setting cannot be had here, or there is no model.
+        If ``models`` is empty or not a dict of modules, or if another argument is not valid.
+    CallbackError
+        If a model raises an error.
 
     Examples
     --------
@@ -255,7 +295,7 @@ def measure(
             floor = limits.floor_ms(
                 _macs(model, first), _bytes(model, first, _call_model(model, first))
             )
-            if setting.on_gpu:  # replaying takes no memory, since what was recorded has it already
+            if setting.on_gpu:  # not by replaying: the recording has allocated its memory already
                 run = (
                     functools.partial(_call_model, model, first)
                     if setting.mode == "cudagraph"
@@ -274,7 +314,7 @@ def time_models(
     rounds: int = 9,
     seconds: float = 0.2,
 ) -> dict[str, Timing]:
-    """As :func:`measure`, the times alone."""
+    """Time models as :func:`measure` does, and return only the times, in milliseconds."""
     with _running_models(models, example_inputs, setting) as (_, _, runs):
         return time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
 
@@ -283,8 +323,10 @@ def time_models(
 def _running_models(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
 ) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
-    """The batches, the models as they run, and what calls them, in the setting's precision and
-    without gradients.
+    """Apply a setting, and prepare models to run in it.
+
+    The context gives the batches, the prepared copies of the models by name, and for each name a
+    function that calls the model with the next batch.
     """
     with running(setting), _compiled_for_all(setting), torch.inference_mode():
         batches = _batches(example_inputs, setting)
@@ -297,11 +339,13 @@ def _running_models(
 
 
 def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
-    """Models of one class share the code that is compiled. Past a limit it would run as it is,
-    silently: none, then.
+    """Return a context in which any number of models of one class are compiled.
+
+    Models of one class share the code that is compiled. Torch has a limit on how often it compiles
+    the same code, and silently runs the code uncompiled beyond that.
     """
     if setting.mode != "compiled":
-        return contextlib.nullcontext()  # the compiler is not even imported
+        return contextlib.nullcontext()  # does not import the compiler
     return torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
@@ -309,12 +353,14 @@ def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def running(setting: Setting) -> Iterator[None]:
-    """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its
-    algorithms, as in production.
+    """Apply a setting to the process, and restore the former state at the end.
+
+    The GPU of the setting becomes the current one, TF32 is on only if the precision is tf32, and
+    cuDNN searches for its fastest algorithms, as in production.
     """
     wanted = setting.precision == "tf32"
-    # they are the process's: two threads that exchange them would leave the wrong ones, and
-    # disturb each other's times
+    # These options belong to the process. Two threads that change them at the same time would
+    # restore wrong values and disturb each other's times.
     with TURN:
         before = (
             torch.backends.cuda.matmul.allow_tf32,
@@ -335,7 +381,7 @@ def running(setting: Setting) -> Iterator[None]:
 
 
 def prepared(model: nn.Module, setting: Setting) -> nn.Module:
-    """A copy, on the device, in the precision and layout."""
+    """Return a copy of a model in eval mode, on the device and in the precision and layout."""
     own = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
     if setting.channels_last:
         lay_out(own)
@@ -343,7 +389,11 @@ def prepared(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
-    """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache twice."""
+    """Return the batches that a model gets in turn.
+
+    On a GPU they are together twice as large as its L2 cache, so that no input is still in the
+    cache when it is used again. On a CPU there is one batch.
+    """
     first = batch_of(example_inputs, setting)
     count = 1
     if setting.on_gpu:
@@ -353,11 +403,13 @@ def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
 
 
 def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
-    """Inputs like the example's, of the setting's batch size, precision and layout, on its
-    device.
+    """Return random inputs with the setting's batch size, precision, layout and device.
+
+    Shapes are those of the example inputs, apart from the batch size.
     """
 
     def placed(tensor: Tensor) -> Tensor:
+        """Return a tensor on the device, in the precision and layout."""
         tensor = tensor.to(
             setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None
         )
@@ -368,12 +420,14 @@ def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
 
 
 def _call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model; its errors become a :class:`CallbackError`."""
     args, kwargs = as_call(inputs)
     with calling(f"the {type(model).__name__}"):
         return model(*args, **kwargs)
 
 
 def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
+    """Return a function that calls a model in the setting's mode with the next batch."""
     taken = itertools.cycle(batches)
     if setting.mode == "cudagraph":
         return _replayed(model, batches, taken)
@@ -382,12 +436,16 @@ def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[
 
 
 def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
-    """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
+    """Record a call of a model as a CUDA graph, and return a function that replays it.
+
+    The function first copies the next batch to the tensors that the graph reads.
+    """
     still = tree_map_only(Tensor, torch.clone, batches[0])
     replay = captured(lambda: _call_model(model, still))
     places = tensors_of(still)
 
     def run() -> None:
+        """Copy the next batch and replay the graph."""
         for place, value in zip(places, tensors_of(next(taken)), strict=True):
             place.copy_(value)
         replay()
@@ -396,15 +454,16 @@ def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Cal
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:
+    """Return the number of multiply-accumulates of one call."""
     try:
         return cost_of(model, inputs).macs
-    except Exception:  # the values decide what runs, as in a detector: count while it does
+    except Exception:  # values decide what runs, as in a detector: count during a real run
         with MacCounter() as counter:
             _call_model(model, inputs)
         return counter.macs
 
 
 def _bytes(model: nn.Module, *more: Any) -> int:
-    """Weights and the tensors in ``more``, once each."""
+    """Return the bytes of all weights, buffers and tensors in ``more``, each counted once."""
     leaves = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
     return sum(leaf.nbytes for leaf in IdentitySet(leaves) if isinstance(leaf, Tensor))

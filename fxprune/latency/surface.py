@@ -1,6 +1,4 @@
-"""What operations take that differ in their widths only: measured on a grid, interpolated
-between.
-"""
+"""The time of an operation as a function of its widths, interpolated on a measured grid."""
 
 from __future__ import annotations
 
@@ -13,18 +11,28 @@ __all__ = ["Surface", "grid"]
 from fxprune.common.arrays import Floats
 
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
-"""By the number of sizes that an operation depends on: the eighths of each at which it is
-measured.
+"""For each number of axes of a grid, the eighths of the full size at which to measure.
 """
 
-
-_LATE = 1.15  # times what more work took: an operation that took longer is measured again
+# An operation is measured again if it takes this many times as long as one with more work.
+_LATE = 1.15
 
 
 def grid(full: int, axes: int) -> tuple[int, ...]:
-    """The sizes to measure, ascending: eighths, multiples of a power of two where there are enough
-    of them, the full one last.
+    """Return the sizes along an axis at which to measure, in ascending order.
 
+    They are eighths of the full size, and the last one is the full size. If the full size is 16 or
+    more, the others are rounded up to multiples of a power of two.
+
+    Parameters
+    ----------
+    full:
+        The full size.
+    axes:
+        Number of axes of the grid. With three axes there are fewer sizes per axis.
+
+    Examples
+    --------
     >>> grid(512, 2), grid(24, 2), grid(3, 1), grid(100, 3)
     ((64, 128, 192, 256, 384, 512), (4, 6, 10, 12, 18, 24), (1, 2, 3), (32, 64, 100))
     """
@@ -36,19 +44,20 @@ def grid(full: int, axes: int) -> tuple[int, ...]:
 
 
 class Surface:
-    """Milliseconds as a function of one size or several, linear between the points of a grid.
+    """The time of an operation as a function of its sizes, piecewise linear on a grid.
 
-    Below the grid it goes on straight, but not below nothing; above it, too.
+    Outside the grid the function is extrapolated linearly, but it is never negative.
 
     Parameters
     ----------
     axes:
-        The sizes measured, ascending, for each size that counts.
+        For each axis of the grid its sizes, in ascending order.
     ms:
-        What the operation takes at these sizes.
+        Returns the time at a point of the grid, in milliseconds. It receives one size per axis.
     again:
-        What it takes if it is measured once more, the least of all times. It is asked where less
-        work took longer: either the device is like that, or something else held it up.
+        Measures a point once more, and returns the least of its times. It is called for points
+        that took longer than points with more work: either the device is like that, or something
+        else delayed the measurement.
 
     Examples
     --------
@@ -78,7 +87,10 @@ class Surface:
                 )
 
     def at(self, sizes: Floats) -> Floats:
-        """Shape (n, axes) -> shape (n,)."""
+        """Return the time at n points, in milliseconds, shape (n,).
+
+        ``sizes`` are the points, shape (n, axes).
+        """
         corners, parts = [], []
         for axis, own in zip(self.axes, sizes.T, strict=True):
             if len(axis) == 1:

@@ -1,4 +1,4 @@
-"""Milliseconds of single operations on one device, measured once and kept on disk."""
+"""Times of single operations on one device, measured once and stored on disk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fxprune.latency.measuring import Setting
 
 __all__ = ["Table", "cache_folder", "device_name"]
 
-# of one operation, so that replaying the graph costs little against what is in it
+# calls of an operation per CUDA graph, so that starting the graph costs little in comparison
 _CALLS_PER_GRAPH = 10
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache folder."""
+    """Return the folder of all tables: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache."""
     given = os.environ.get("FXPRUNE_CACHE")
     return (
         Path(given)
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the number of threads that torch uses."""
+    """Return the name of the GPU, or of the processor with the number of threads of torch."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -43,11 +43,12 @@ def device_name(device: torch.device) -> str:
 
 
 def _many(run: Callable[[], object]) -> Callable[[], object]:
-    """So many calls as one graph records; their results live as long as that."""
+    """Return a function that makes the calls of one CUDA graph and keeps their results alive."""
     return lambda: [run() for _ in range(_CALLS_PER_GRAPH)]
 
 
 def _processor() -> str:
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
@@ -57,20 +58,20 @@ def _processor() -> str:
 
 
 class Table:
-    """What operations take, by a description that holds everything that their time depends on but
-    the device.
+    """Times of operations, looked up by a description.
 
-    One file per device, torch version, precision, layout and kind of call; it grows as more is
-    measured. A file that cannot be read is measured anew, and one that cannot be written is done
-    without.
+    The description contains everything that the time depends on, except for what the whole table
+    has in common: device, version of torch, precision, layout and kind of call. There is one file
+    for each combination of these. It grows as more operations are measured. If the file cannot be
+    read, the operations are measured again. If it cannot be written, the table stays in memory.
 
     Parameters
     ----------
     setting:
-        Where, in which precision and layout. Operations of a compiled model, or of one that is
-        replayed, are timed on a GPU without what it costs to launch them.
+        The device, precision and layout. On a GPU the mode matters, too: times for compiled or
+        replayed models leave out the cost of launching an operation.
     folder:
-        Where the file lies; None: :func:`cache_folder`.
+        Folder of the file. None: :func:`cache_folder`.
 
     Examples
     --------
@@ -86,7 +87,7 @@ class Table:
     def __init__(self, setting: Setting, folder: str | os.PathLike[str] | None = None) -> None:
         self.setting = setting
         self.measured = 0
-        """How many operations were timed, not looked up."""
+        """Number of operations that were timed instead of looked up."""
         launched = setting.on_gpu and setting.mode == "eager"
         own = {
             "device": device_name(setting.place),
@@ -108,9 +109,17 @@ class Table:
         *,
         again: bool = False,
     ) -> float:
-        """Milliseconds of a call; ``prepare`` makes the callable if it is not known yet.
+        """Return the time of an operation in milliseconds, measured if it is not known yet.
 
-        ``again`` measures it once more if that was not done before, and takes the lesser time.
+        Parameters
+        ----------
+        description:
+            The key of the operation.
+        prepare:
+            Returns the callable to time; not called if the time is known. None is allowed only
+            then.
+        again:
+            Measure once more, unless this was done before, and keep the shorter time.
         """
         if description not in self._ms or (again and description not in self._twice):
             assert prepare is not None
@@ -129,7 +138,10 @@ class Table:
         return self._ms[description]
 
     def save(self) -> None:
-        """Write the file, whole or not at all; what others have measured meanwhile is kept."""
+        """Write the file, completely or not at all.
+
+        Times that other processes have written meanwhile are kept.
+        """
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(f".{os.getpid()}")
@@ -140,6 +152,7 @@ class Table:
             os.replace(new, self.path)
 
     def _read(self) -> dict[str, float]:
+        """Return the times in the file; empty if it is missing, damaged or of another table."""
         try:
             data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             found = data.pop("ms")
