@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import api
-from fxprune.cli.terminal import stage, stderr
+from fxprune.cli.terminal import stderr
 from fxprune.common.hooks import in_mode
 from fxprune.common.public import calling
 from fxprune.errors import ArgumentError, CallbackError, InputError
 
 __all__ = [
-    "attribute_named",
-    "built",
     "example",
+    "import_attribute",
     "load_model",
     "model_and_inputs",
     "note_random",
@@ -45,20 +45,6 @@ def note_random(
             style="yellow",
             soft_wrap=True,
         )
-
-
-def built(
-    model: str,
-    input_shapes: list[str] | None,
-    weights: str | None,
-    checkpoint: Path | None,
-    saved: Path | None,
-) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Return a model and example inputs, with messages about the progress and random weights."""
-    with stage(f"building {model}"):
-        built = model_and_inputs(model, input_shapes, weights, checkpoint, saved)
-    note_random(model, weights, checkpoint, saved)
-    return built
 
 
 def model_and_inputs(
@@ -91,13 +77,12 @@ def model_and_inputs(
         If the model or its weights cannot be loaded.
     """
     module = load_model(spec, weights, checkpoint, saved)
-    shapes = input_shapes
-    if not shapes and ":" in spec:
+    if not input_shapes and ":" in spec:
         raise InputError(
             f"{spec} is not a torchvision name, so its input is not known: pass --input, as "
             "--input 1,3,224,224."
         )
-    return module, tuple(example(text) for text in shapes or usual_shapes(spec))
+    return module, tuple(example(text) for text in input_shapes or usual_shapes(spec))
 
 
 def load_model(
@@ -133,7 +118,7 @@ def load_model(
     return in_mode(module, False)
 
 
-def _torchvision_for(name: str) -> ModuleType:
+def _import_torchvision(name: str) -> ModuleType:
     """Return torchvision; ``name`` is the model that needs it, for the error message."""
     try:
         import torchvision
@@ -154,7 +139,7 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     ArgumentError
         If the model or the weights are unknown, or if the weights cannot be downloaded.
     """
-    torchvision = _torchvision_for(name)
+    torchvision = _import_torchvision(name)
     known = torchvision.models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -163,17 +148,8 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
             f"No torchvision model is named {name!r}. {hint}Your own is named as "
             "package.module:factory."
         )
-    builder = torchvision.models.get_model_builder(name)
-    options: dict[str, Any] = {"weights": weights}
-    if "weights_backbone" in inspection.signature(builder).parameters:
-        options["weights_backbone"] = None  # the default would download a backbone
     try:
-        with warnings.catch_warnings():
-            # inception_v3 and googlenet warn that their random initialisation will change
-            warnings.filterwarnings(
-                "ignore", message="The default weight initialization", category=FutureWarning
-            )
-            module = builder(**options)
+        module = _call_builder(torchvision.models.get_model_builder(name), weights)
     except (KeyError, ValueError) as error:
         choices = ", ".join(torchvision.models.get_model_weights(name).__members__) or "none"
         raise ArgumentError(
@@ -188,13 +164,26 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     return module
 
 
+def _call_builder(builder: Callable[..., Any], weights: str | None) -> Any:
+    """Call a function of torchvision that builds a model; never download a separate backbone."""
+    options: dict[str, Any] = {"weights": weights}
+    if "weights_backbone" in inspection.signature(builder).parameters:
+        options["weights_backbone"] = None  # the default would download a backbone
+    with warnings.catch_warnings():
+        # inception_v3 and googlenet warn that their random initialisation will change
+        warnings.filterwarnings(
+            "ignore", message="The default weight initialization", category=FutureWarning
+        )
+        return builder(**options)
+
+
 def usual_shapes(name: str) -> list[str]:
     """Return the default of ``--input`` for a torchvision model, one text per input.
 
     The batch size is 1 and the resolution is what the published weights of the model expect. Video
     models get 16 frames, optical flow models two images, detectors a list of two images.
     """
-    for entry in _torchvision_for(name).models.get_model_weights(name):
+    for entry in _import_torchvision(name).models.get_model_weights(name):
         transform = entry.transforms  # a preset class, usually wrapped in functools.partial
         preset = getattr(transform, "func", transform).__name__
         if preset == "VideoClassification":
@@ -211,23 +200,23 @@ def usual_shapes(name: str) -> list[str]:
 
 def _own_model(spec: str) -> nn.Module:
     """Return the user's model: a module, or the result of calling a factory without arguments."""
-    found = attribute_named(spec, "MODEL")
+    found = import_attribute(spec, "MODEL")
     with calling(f"{spec}, called without arguments,"):
-        made = found() if callable(found) and not isinstance(found, nn.Module) else found
-    if not isinstance(made, nn.Module):
-        raise ArgumentError(f"{spec} gave {type(made).__name__}, not a torch.nn.Module.")
-    return made
+        model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{spec} gave {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
-def attribute_named(spec: str, what: str) -> Any:
+def import_attribute(spec: str, role: str) -> Any:
     """Import and return the object that ``package.module:attribute`` names.
 
     Parameters
     ----------
     spec:
         The name. The attribute may contain dots.
-    what:
-        The role of the object, as error messages call it.
+    role:
+        What error messages call the object.
 
     Raises
     ------
@@ -236,39 +225,50 @@ def attribute_named(spec: str, what: str) -> Any:
     CallbackError
         If the user's code raises another error while it is imported.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise ArgumentError(
-            f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune "
-            "knows by name."
-        )
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise ArgumentError(
-            f"{what} {spec!r} is no Python name: write package.module:attribute, with dots and "
-            "without .py, and run fxprune in the folder that holds the package."
-        )
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m does: finds modules in the working folder
-    try:
-        with calling(f"the import of {module_name!r}"):
-            found: Any = importlib.import_module(module_name)
-    except CallbackError as error:
-        if isinstance(error.__cause__, ImportError):
-            raise ArgumentError(
-                f"Cannot import {module_name!r} for {what} {spec!r}: {error.__cause__}."
-            ) from error
-        raise
+    module_name, attribute = _split_spec(spec, role)
+    found: Any = _import_module(module_name, f"{role} {spec!r}")
     missing = object()
     for part in attribute.split("."):
         with calling(f"{spec}, asked for {part!r},"):
             found = getattr(found, part, missing)
         if found is missing:
             raise ArgumentError(
-                f"{module_name!r} has no {attribute!r} ({what} is named as "
+                f"{module_name!r} has no {attribute!r} ({role} is named as "
                 "package.module:attribute)."
             )
     return found
+
+
+def _split_spec(spec: str, role: str) -> tuple[str, str]:
+    """Split ``package.module:attribute`` into the names of the module and of the attribute."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ArgumentError(
+            f"{role} {spec!r} must be named as package.module:attribute, or be one that fxprune "
+            "knows by name."
+        )
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ArgumentError(
+            f"{role} {spec!r} is no Python name: write package.module:attribute, with dots and "
+            "without .py, and run fxprune in the folder that holds the package."
+        )
+    return module_name, attribute
+
+
+def _import_module(module_name: str, purpose: str) -> ModuleType:
+    """Import a module of the user; an error message says that it is for ``purpose``."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as python -m does: finds modules in the working folder
+    try:
+        with calling(f"the import of {module_name!r}"):
+            return importlib.import_module(module_name)
+    except CallbackError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise ArgumentError(
+                f"Cannot import {module_name!r} for {purpose}: {error.__cause__}."
+            ) from error
+        raise
 
 
 def _load_checkpoint(module: nn.Module, path: Path) -> None:
@@ -298,9 +298,9 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
         ) from error
     except Exception as error:
         # pickle, safetensors and torch raise different errors, which all mean the same here
-        said = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
+        reason = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
         raise ArgumentError(
-            f"Checkpoint {path} does not fit the model: {said:.600}. Give what "
+            f"Checkpoint {path} does not fit the model: {reason:.600}. Give what "
             "torch.save(model.state_dict(), path) writes."
         ) from error
 
@@ -321,9 +321,8 @@ def example(text: str) -> Tensor | list[Tensor]:
     (torch.Size([1, 3, 8, 8]), [4, 5])
     """
     if "+" in text:
-        return [
-            torch.rand(_shape_from_text(part, text)) for part in text.removesuffix("+").split("+")
-        ]
+        parts = text.removesuffix("+").split("+")
+        return [torch.rand(_shape_from_text(part, text)) for part in parts]
     return torch.rand(_shape_from_text(text, text))
 
 

@@ -1,21 +1,22 @@
-"""Options that commands share, and their translation into arguments of :mod:`fxprune.api`."""
+"""Types of the options that commands share, and parsers of their values."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.loading import attribute_named
+from fxprune.cli.loading import import_attribute
 from fxprune.criteria import CRITERIA
 from fxprune.errors import ArgumentError
-from fxprune.latency import MODES, PRECISIONS, Setting
+from fxprune.latency import MODES, PRECISIONS
 
 __all__ = [
     "Batch",
+    "Batches",
     "Channels",
+    "ChannelsLast",
     "Checkpoint",
     "Criterion",
     "Device",
@@ -28,20 +29,22 @@ __all__ = [
     "MinChannels",
     "Mode",
     "Model",
+    "Modes",
     "Out",
     "Params",
     "Precision",
+    "Precisions",
     "RoundTo",
+    "Rounds",
     "Saved",
     "Scope",
+    "Seconds",
     "UnitKind",
     "Verify",
     "Weights",
     "criterion_of",
-    "latency_setting",
+    "layer_of",
     "listed",
-    "options_of",
-    "settings_of",
     "several_criteria",
     "sizes",
     "units_of",
@@ -93,7 +96,7 @@ Saved = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Start from an earlier result of -o instead, whose first model was MODEL.",
+        help="Start from an earlier result of -o, which was made from MODEL.",
         show_default=False,
     ),
 ]
@@ -147,18 +150,18 @@ LatencyShare = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False
+        metavar="NAME", help="cuda or cpu; default: the GPU if there is one.", show_default=False
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(PRECISIONS)}.")
+    str, typer.Option(metavar="NAME", help=f"For --latency: {', '.join(PRECISIONS)}.")
 ]
-Mode = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(MODES)}.")]
+Mode = Annotated[str, typer.Option(metavar="NAME", help=f"For --latency: {', '.join(MODES)}.")]
 Batch = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Of --latency: images per call; the example's otherwise.",
+        help="For --latency: images per call; default: as in the example.",
         show_default=False,
     ),
 ]
@@ -202,64 +205,24 @@ Criterion = Annotated[
 ]
 RoundTo = Annotated[int, typer.Option(metavar="N", help="Keep a multiple of N units per group.")]
 MinChannels = Annotated[int, typer.Option(metavar="N", help="Keep at least N units per group.")]
+Precisions = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="NAMES", help=f"Any of {', '.join(PRECISIONS)}, with commas."
+    ),
+]
+Modes = Annotated[
+    str, typer.Option("--mode", metavar="NAMES", help=f"Any of {', '.join(MODES)}, with commas.")
+]
+Batches = Annotated[
+    str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")
+]
+ChannelsLast = Annotated[bool, typer.Option(help="Lay images out channels-last.")]
+Rounds = Annotated[int, typer.Option(metavar="N", help="How many turns each model has.")]
+Seconds = Annotated[float, typer.Option(metavar="S", help="About how long each turn lasts.")]
 
 
-def options_of(
-    channels: float | None,
-    macs: float | None,
-    params: float | None,
-    scope: str,
-    layers: list[str] | None,
-    keep: list[str] | None,
-    units: list[str] | None,
-    round_to: int,
-    min_channels: int,
-    latency: float | None = None,
-    device: Setting | None = None,
-) -> dict[str, Any]:
-    """Return the budget and related options as keyword arguments of :func:`fxprune.prune`.
-
-    Raises
-    ------
-    ArgumentError
-        If a value of ``--layer`` is malformed.
-    """
-    return {
-        "channels": channels,
-        "macs": macs,
-        "params": params,
-        "latency": latency,
-        "device": device,
-        "scope": scope,
-        "layers": dict(_layer(text) for text in layers or ()),
-        "keep": tuple(keep or ()),
-        "units": units_of(units),
-        "round_to": round_to,
-        "min_channels": min_channels,
-    }
-
-
-def latency_setting(
-    latency: float | None, device: str | None, precision: str, mode: str, batch: int | None
-) -> Setting | None:
-    """Return where and how latency is measured, or None if there is no latency budget.
-
-    Raises
-    ------
-    ArgumentError
-        If options about the measurement are given without ``--latency``.
-    """
-    if latency is not None:
-        return Setting(device, precision, mode, batch=batch)
-    if (device, precision, mode, batch) != (None, "fp32", "eager", None):
-        raise ArgumentError(
-            "--device, --precision, --mode and --batch say how --latency is measured: give that "
-            "too."
-        )
-    return None
-
-
-def _layer(text: str) -> tuple[str, float]:
+def layer_of(text: str) -> tuple[str, float]:
     """Split a value of ``--layer`` into its glob and its share."""
     glob, _, share = text.rpartition("=")
     try:
@@ -299,7 +262,7 @@ def criterion_of(text: str) -> Any:
                 "your own as package.module:criterion."
             )
         return text
-    found = attribute_named(text, "a criterion")
+    found = import_attribute(text, "a criterion")
     if not callable(found) and not hasattr(found, "scores"):
         raise ArgumentError(
             f"{text} is a {type(found).__name__}: a criterion is a function or has "
@@ -346,28 +309,3 @@ def several_criteria(names: str) -> dict[str, Any]:
             "cpmc,l1."
         )
     return {name: criterion_of(name) for name in found}
-
-
-def settings_of(
-    device: str | None, precisions: str, modes: str, batches: str, channels_last: bool
-) -> list[Setting]:
-    """Return every combination of the precisions, modes and batch sizes of ``bench``.
-
-    Raises
-    ------
-    ArgumentError
-        If one of the three lists is empty, or if a setting is not possible on this machine.
-    """
-    named: dict[str, list[Any]] = {
-        "--precision": listed(precisions),
-        "--mode": listed(modes),
-        "--batch": sizes(batches),
-    }
-    empty = [option for option, values in named.items() if not values]
-    if empty:
-        raise ArgumentError(
-            f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager "
-            "--batch 1,64."
-        )
-    every = itertools.product(named["--precision"], named["--mode"], named["--batch"])
-    return [Setting(device, own, mode, channels_last, batch) for own, mode, batch in every]

@@ -102,12 +102,12 @@ def errors_to_stderr() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", FxpruneWarning)
-        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         try:
             with guarded("fxprune"):
                 yield
         except SystemExit as error:
-            _say(
+            _print_message(
                 "error:",
                 "bold red",
                 f"code of yours ended the program: sys.exit({error.code!r}). fxprune imports and "
@@ -119,31 +119,28 @@ def errors_to_stderr() -> Iterator[None]:
                 raise error.__cause__ from None  # the reader of the output has closed the pipe
             if os.environ.get("FXPRUNE_DEBUG"):
                 raise
-            unforeseen = isinstance(error, InternalError)
-            _say(
-                "error:",
-                "bold red",
-                f"{error} Set FXPRUNE_DEBUG=1 to see the traceback." if unforeseen else str(error),
-            )
-            raise typer.Exit(1 if unforeseen else 2) from None
+            is_bug = isinstance(error, InternalError)
+            hint = " Set FXPRUNE_DEBUG=1 to see the traceback." if is_bug else ""
+            _print_message("error:", "bold red", f"{error}{hint}")
+            raise typer.Exit(1 if is_bug else 2) from None
 
 
-def _show(
+def _show_warning(
     otherwise: Callable[..., None],
     message: Warning | str,
     category: type[Warning],
-    *where: Any,
+    *place: Any,
     **options: Any,
 ) -> None:
     """Print a warning of fxprune as a sentence; pass any other one to ``otherwise``."""
     if issubclass(category, FxpruneWarning):
-        _say("warning:", "bold yellow", str(message))
+        _print_message("warning:", "bold yellow", str(message))
     else:
-        otherwise(message, category, *where, **options)
+        otherwise(message, category, *place, **options)
 
 
-def _say(what: str, style: str, text: str) -> None:
-    """Print a styled word and a text to standard error."""
+def _print_message(label: str, style: str, text: str) -> None:
+    """Print a styled label and a text to standard error."""
     console = stderr()
-    console.print(what, style=style, end=" ")
+    console.print(label, style=style, end=" ")
     console.print(text, markup=False, emoji=False, soft_wrap=True)
