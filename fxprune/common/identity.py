@@ -128,18 +128,18 @@ def memo_of(pairs: Iterable[tuple[object, Any]]) -> Memo:
     >>> copy.deepcopy({"held": old}, memo_of([(old, new)]))
     {'held': [2]}
     """
-    return {id(own): made for own, made in pairs}
+    return {id(original): replacement for original, replacement in pairs}
 
 
-def in_memo(memo: Memo, own: object) -> bool:
+def in_memo(memo: Memo, original: object) -> bool:
     """Tell whether the memo has a replacement for an object."""
-    return id(own) in memo
+    return id(original) in memo
 
 
 _RAISES = object()
 
 
-def from_memo(memo: Memo, own: object, default: Any = _RAISES) -> Any:
+def from_memo(memo: Memo, original: object, default: Any = _RAISES) -> Any:
     """Return the replacement of an object.
 
     Raises
@@ -147,15 +147,15 @@ def from_memo(memo: Memo, own: object, default: Any = _RAISES) -> Any:
     KeyError
         If there is none and no default is given.
     """
-    return memo[id(own)] if default is _RAISES else memo.get(id(own), default)
+    return memo[id(original)] if default is _RAISES else memo.get(id(original), default)
 
 
-def drop_from_memo(memo: Memo, own: object) -> None:
+def drop_from_memo(memo: Memo, original: object) -> None:
     """Remove the replacement of an object, if there is one."""
-    memo.pop(id(own), None)
+    memo.pop(id(original), None)
 
 
-def to_memo(memo: Memo, own: object, made: V) -> V:
-    """Store ``made`` as the replacement of an object, and return it."""
-    memo[id(own)] = made
-    return made
+def to_memo(memo: Memo, original: object, replacement: V) -> V:
+    """Store the replacement of an object, and return it."""
+    memo[id(original)] = replacement
+    return replacement

@@ -32,10 +32,10 @@ def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     ------
     (name of the attribute, parameter, dimension of the parameter)
     """
-    known = next((names for kind, names in _REMEMBERED if isinstance(module, kind)), {})
+    sizes = next((sizes for kind, sizes in _REMEMBERED if isinstance(module, kind)), {})
     if getattr(module, "groups", 1) != 1 or getattr(module, "proj_size", 0):
         return
-    for name, (parameter, dim) in known.items():
+    for name, (parameter, dim) in sizes.items():
         tensor = getattr(module, parameter, None)
         if isinstance(tensor, Tensor) and name in vars(module):
             yield name, tensor, dim

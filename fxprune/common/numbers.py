@@ -34,11 +34,9 @@ def number(value: Any) -> int | float | None:
         if value.dim() or value.is_meta or value.is_complex() or value.dtype is torch.bool:
             return None
         value = value.detach().cpu()
-        value = (
-            value
-            if value.dtype in (torch.float16, torch.float64) or not value.is_floating_point()
-            else value.float()
-        ).numpy()
+        if value.is_floating_point() and value.dtype not in (torch.float16, torch.float64):
+            value = value.float()  # NumPy does not have bfloat16 and smaller types
+        value = value.numpy()
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
@@ -117,10 +115,10 @@ def path_of(name: str, value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise ArgumentError(f"{name} is {shown(value)}, a {type(value).__name__}: give a path.")
     try:
-        named = b"\0" not in os.fsencode(value)
+        is_valid = b"\0" not in os.fsencode(value)
     except ValueError:  # characters that no file name can have on this system
-        named = False
-    if not named:
+        is_valid = False
+    if not is_valid:
         raise ArgumentError(
             f"{name} {shown(value)} is a name that no file system takes: give another."
         )

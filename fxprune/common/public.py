@@ -74,6 +74,7 @@ def _guarded(function: Any, name: str, inference: bool = False) -> Any:
 
     @functools.wraps(function)
     def entered(*args: Any, **kwargs: Any) -> Any:
+        """Call the function; turn unexpected errors into errors of fxprune."""
         try:
             if inference or not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
@@ -83,8 +84,10 @@ def _guarded(function: Any, name: str, inference: bool = False) -> Any:
         except (FxpruneError, Warning):
             raise
         except Exception as error:
-            slip = _slip(function, args, kwargs) if isinstance(error, TypeError) else None
-            raise slip or _own(error, name) from error
+            misfit = None
+            if isinstance(error, TypeError):
+                misfit = _signature_error(function, args, kwargs)
+            raise misfit or _unexpected_error(error, name) from error
 
     return entered
 
@@ -97,10 +100,12 @@ def guarded(name: str) -> Iterator[None]:
     except (FxpruneError, Warning):
         raise
     except Exception as error:
-        raise _own(error, name) from error
+        raise _unexpected_error(error, name) from error
 
 
-def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
+def _signature_error(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FxpruneError | None:
     """Return the error for arguments that do not fit the signature of a function.
 
     Return None if they fit; then the error was raised inside the function. The message is the same
@@ -109,19 +114,17 @@ def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fxpru
     signature = inspect.signature(function)
     try:
         signature.bind(*args, **kwargs)
-    except TypeError as slip:
-        kinds = {own.kind for own in signature.parameters.values()}
-        unknown = [
-            name
-            for name in kwargs
-            if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds
-        ]
-        what = f"got an unexpected keyword argument {unknown[0]!r}" if unknown else str(slip)
-        return SignatureError(f"{function.__qualname__}() {what}.{_meant(function, kwargs)}")
+    except TypeError as error:
+        problem, kinds = str(error), {each.kind for each in signature.parameters.values()}
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+            problem = f"got an unexpected keyword argument {unknown[0]!r}"
+        hint = _hint_at_argument(function, kwargs)
+        return SignatureError(f"{function.__qualname__}() {problem}.{hint}")
     return None
 
 
-def _own(error: Exception, name: str) -> FxpruneError:
+def _unexpected_error(error: Exception, name: str) -> FxpruneError:
     """Return the error of fxprune that reports an unexpected error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ResourceError(
@@ -135,7 +138,7 @@ def _own(error: Exception, name: str) -> FxpruneError:
     )
 
 
-def _meant(function: Any, kwargs: dict[str, Any]) -> str:
+def _hint_at_argument(function: Any, kwargs: dict[str, Any]) -> str:
     """Return a hint at a known argument that resembles an unknown one; empty if none does."""
     known = list(inspect.signature(function).parameters)
     near = [difflib.get_close_matches(name, known, n=1) for name in kwargs if name not in known]
@@ -215,9 +218,8 @@ def _error_text(error: BaseException) -> str:
 
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
-_LIBRARIES = tuple(
-    f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")
-)
+_LIBRARY_KEYS = ("stdlib", "platstdlib", "purelib", "platlib")
+_LIBRARIES = tuple(f"{sysconfig.get_paths()[key]}/" for key in _LIBRARY_KEYS)
 
 
 def _place_of_error(trace: TracebackType | None) -> str:

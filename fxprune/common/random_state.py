@@ -30,11 +30,12 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(one, torch.rand(2)))
     True
     """
-    used = _uses_cuda()
-    with TURN, torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
+    uses_cuda = _uses_cuda()
+    devices = range(torch.cuda.device_count()) if uses_cuda else []
+    with TURN, torch.random.fork_rng(devices=devices):
         states = _states()
         torch.default_generator.manual_seed(seed)
-        if used:
+        if uses_cuda:
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
