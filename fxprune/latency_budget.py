@@ -153,34 +153,32 @@ class _Search:
                     break
                 raise
             result = self._emitted(kept)
-            both = {"dense": dense, "pruned": self._deployed(result)}
-            ms = _milliseconds(both, self.example_inputs, self.setting, share)
-            told = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
-            expected = _corrected_share(told, share, tried) * ms["dense"]
-            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected))
+            models = {"dense": dense, "pruned": self._deployed(result)}
+            ms = _milliseconds(models, self.example_inputs, self.setting, share)
+            predicted = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
+            expected_ms = _corrected_share(predicted, share, tried) * ms["dense"]
+            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected_ms))
             reached = attempts[-1].share
-            met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
-            if met or (reached <= share and told >= 1):
+            is_met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
+            if is_met or (reached <= share and predicted >= 1):
                 break
-            tried.append((told, reached))
+            tried.append((predicted, reached))
         return attempts
 
     def _forecast(self, dense: nn.Module) -> Forecast:
         """Return a forecast that is fitted to the dense model and to narrower models."""
         forecast = Forecast(self.coupling, dense, self.example_inputs, self.setting)
-        fewer = {str(share): self._with_channels(share) for share in _FITTED}
-        models = {name: self._deployed(self._emitted(kept)) for name, kept in fewer.items()}
-        found = time_models(
-            {"dense": dense} | models,
-            self.example_inputs,
-            self.setting,
-            rounds=_ROUNDS,
-            seconds=_SECONDS,
+        narrower = {str(share): self._with_channels(share) for share in _FITTED}
+        models = {"dense": dense}
+        for name, kept in narrower.items():
+            models[name] = self._deployed(self._emitted(kept))
+        timings = time_models(
+            models, self.example_inputs, self.setting, rounds=_ROUNDS, seconds=_SECONDS
         )
-        measured = [
-            (self._counts(kept, forecast), found[name].low) for name, kept in fewer.items()
-        ]
-        forecast.fit([(forecast.full, found["dense"].low), *measured])
+        measured = [(forecast.full, timings["dense"].low)]
+        for name, kept in narrower.items():
+            measured.append((self._counts(kept, forecast), timings[name].low))
+        forecast.fit(measured)
         return forecast
 
     def _with_channels(self, share: float) -> Kept:
@@ -212,8 +210,8 @@ def _milliseconds(
     """
     ms = dict.fromkeys(models, float("inf"))
     for _ in range(_LOOKS):
-        found = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
-        ms = {name: min(found[name].low, before) for name, before in ms.items()}
+        timings = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
+        ms = {name: min(timings[name].low, before) for name, before in ms.items()}
         if ms["pruned"] <= share * (1 + _ABOVE) * ms["dense"]:
             break
     return ms
@@ -228,11 +226,10 @@ def _best(attempts: Sequence[Attempt], share: float) -> Attempt:
         If that attempt is far above the budget.
     """
     within = [attempt for attempt in attempts if attempt.share <= share * (1 + _ABOVE)]
-    best = (
-        max(within, key=lambda own: own.share)
-        if within
-        else min(attempts, key=lambda own: own.share)
-    )
+    if within:
+        best = max(within, key=lambda attempt: attempt.share)
+    else:
+        best = min(attempts, key=lambda attempt: attempt.share)
     if best.share > share * (1 + _REFUSED):
         raise BudgetError(
             f"latency={share} was not reached: the best of {len(attempts)} choices takes "
@@ -243,7 +240,9 @@ def _best(attempts: Sequence[Attempt], share: float) -> Attempt:
     return best
 
 
-def _corrected_share(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
+def _corrected_share(
+    predicted: float, share: float, tried: Sequence[tuple[float, float]]
+) -> float:
     """Return the latency to expect for a forecast, given what was measured before.
 
     Between the nearest attempts on either side of the budget, the expected latency is linear in
@@ -252,7 +251,7 @@ def _corrected_share(told: float, share: float, tried: Sequence[tuple[float, flo
 
     Parameters
     ----------
-    told:
+    predicted:
         The forecast.
     share:
         The budget.
@@ -266,11 +265,12 @@ def _corrected_share(told: float, share: float, tried: Sequence[tuple[float, flo
     [0.5, 0.66, 0.6]
     """
     if not tried:
-        return told
-    (low, slow), (high, fast) = _nearest_attempts(share, tried)
-    return round(
-        slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12
-    )
+        return predicted
+    (low, low_measured), (high, high_measured) = _nearest_attempts(share, tried)
+    if high > low:
+        slope = (high_measured - low_measured) / (high - low)
+        return round(low_measured + (predicted - low) * slope, 12)
+    return round(predicted * low_measured / low, 12)
 
 
 def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
@@ -284,10 +284,10 @@ def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
     """
     if not tried:
         return share
-    (low, slow), (high, fast) = _nearest_attempts(share, tried)
-    return (
-        low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
-    )
+    (low, low_measured), (high, high_measured) = _nearest_attempts(share, tried)
+    if high > low:
+        return low + (share - low_measured) * (high - low) / (high_measured - low_measured)
+    return low * share / low_measured
 
 
 def _nearest_attempts(
@@ -298,6 +298,10 @@ def _nearest_attempts(
     If all attempts are on one side of the budget, or if the forecasts are in the wrong order,
     return the last attempt twice.
     """
-    below = max((own for own in tried if own[1] <= share), key=lambda own: own[1], default=None)
-    above = min((own for own in tried if own[1] > share), key=lambda own: own[1], default=None)
-    return (below, above) if below and above and below[0] < above[0] else (tried[-1], tried[-1])
+    fast_enough = [attempt for attempt in tried if attempt[1] <= share]
+    below = max(fast_enough, key=lambda attempt: attempt[1], default=None)
+    too_slow = [attempt for attempt in tried if attempt[1] > share]
+    above = min(too_slow, key=lambda attempt: attempt[1], default=None)
+    if below and above and below[0] < above[0]:
+        return below, above
+    return tried[-1], tried[-1]

@@ -17,7 +17,7 @@ import torch
 from fxprune.common.numbers import device_of, number, whole
 from fxprune.common.public import calling, public, shown
 from fxprune.errors import ArgumentError
-from fxprune.latency.cuda import current
+from fxprune.latency.cuda import use_device
 
 __all__ = ["Timing", "time_in_turns"]
 
@@ -109,38 +109,51 @@ def time_in_turns(
     >>> list(found), found["short"].count, long.low <= long.ms <= long.high
     (['short', 'long'], 3, True)
     """
+    _check_runs(runs)
+    rounds, warm_up = whole("rounds", rounds), whole("warm_up", warm_up, 0)
+    seconds, device = _checked_seconds(seconds), _checked_device(device)
+    on_gpu = device.type == "cuda"
+    take_turn = _take_turn_on_gpu if on_gpu else _take_turn
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    with use_device(device), calling("a function that is timed"):
+        calls = {name: _warm_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
+        for number_of_round in range(rounds):
+            first = number_of_round % len(order)
+            for name in order[first:] + order[:first]:
+                times[name] += take_turn(runs[name], calls[name])
+    return {name: Timing.of(milliseconds) for name, milliseconds in times.items()}
+
+
+def _check_runs(runs: object) -> None:
+    """Refuse anything but a dict of callables that is not empty."""
     if not isinstance(runs, Mapping) or not runs or not all(map(callable, runs.values())):
         raise ArgumentError(
             "time_in_turns takes functions without arguments by name: a dict from text to "
             "callables, not empty."
         )
-    rounds, warm_up, lasting = (
-        whole("rounds", rounds),
-        whole("warm_up", warm_up, 0),
-        number(seconds),
-    )
-    if lasting is None or not 0 < lasting < float("inf"):
+
+
+def _checked_seconds(seconds: object) -> float:
+    """Return the duration of a turn; refuse anything but a positive finite number."""
+    checked = number(seconds)
+    if checked is None or not 0 < checked < float("inf"):
         raise ArgumentError(f"seconds={shown(seconds)} must be a number above 0.")
-    seconds, device = lasting, device_of("device", device, here=False)
-    on_gpu = device.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    return checked
+
+
+def _checked_device(name: torch.device | str) -> torch.device:
+    """Return a device; refuse a GPU if torch does not see any."""
+    device = device_of("device", name, here=False)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(
             f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the "
             "CPU."
         )
-    turn = _turn_on_gpu if on_gpu else _turn
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    with current(device), calling("a function that is timed"):
-        calls = {name: _warmed_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
-        for turned in range(rounds):
-            first = turned % len(order)
-            for name in order[first:] + order[:first]:
-                times[name] += turn(runs[name], calls[name])
-    return {name: Timing.of(own) for name, own in times.items()}
+    return device
 
 
-def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: bool) -> int:
+def _warm_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: bool) -> int:
     """Warm up a function, and return how many calls fill a turn.
 
     ``warm_up`` is the number of calls and ``seconds`` the duration of a turn.
@@ -156,7 +169,7 @@ def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: 
     return max(1, min(1000, round(seconds / each)))
 
 
-def _turn(run: Callable[[], object], calls: int) -> list[float]:
+def _take_turn(run: Callable[[], object], calls: int) -> list[float]:
     """Return the mean time of some calls, in milliseconds, as a list of one number."""
     from torch.utils.benchmark import Timer  # imported late: it looks for a compiler and prints so
 
@@ -166,7 +179,7 @@ def _turn(run: Callable[[], object], calls: int) -> list[float]:
     return [1e3 * timer.timeit(calls).mean]
 
 
-def _turn_on_gpu(run: Callable[[], object], calls: int) -> list[float]:
+def _take_turn_on_gpu(run: Callable[[], object], calls: int) -> list[float]:
     """Return the time of each of some calls on the current GPU, in milliseconds."""
     run()  # not timed: refills the caches, which other functions have used meanwhile
     events = [torch.cuda.Event(enable_timing=True) for _ in range(max(calls, 3) + 1)]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["cache_bytes", "captured", "current", "peak_bytes"]
+__all__ = ["cache_bytes", "captured", "peak_bytes", "use_device"]
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which a GPU is the current one; for other devices it does nothing.
 
     Streams, events and synchronisation belong to the current GPU unless they name another one.
@@ -27,14 +27,14 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
         If the call waits for the GPU, which a graph cannot record. This is checked before the
         recording begins, because a failed recording makes random numbers unusable in this process.
     """
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):  # chooses algorithms and allocates workspaces
             run()
         with _refusing_to_wait():
             run()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from math import gcd, prod
 from typing import Any
 
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from fxprune.common.arrays import Counts, Floats
 from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
+from fxprune.latency.families import Axis, LayerFamily
 from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
-from fxprune.latency.measuring import Setting, batch_of, prepared, running
-from fxprune.latency.surface import Surface, grid
+from fxprune.latency.measuring import Setting, apply_setting, make_batch, prepare_model
 from fxprune.latency.table import Table
 from fxprune.ops import Contraction
 from fxprune.select.kinds import Kinds, Pool, kinds_of, pools_of
@@ -27,73 +25,9 @@ from fxprune.select.polynomials import Polynomial, Sizes, Sum, products_of
 
 __all__ = ["Forecast"]
 
-
 # nanoseconds in a millisecond; forecasts are whole nanoseconds because other costs are whole, too
 _NS = 1e6
 _MOST_AXES = 3  # upper limit on the axes of a grid
-_WIDTH_STEPS = (1, 2, 4, 8, 16, 32)
-# the hardware does not like a width that takes this many times as long as the widths around it
-_WORSE = 1.05
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Sizes of an operation that shrink in proportion to each other.
-
-    Attributes
-    ----------
-    base:
-        Number of the smallest of these sizes.
-    full:
-        Value of that size in the dense model.
-    step:
-        Smallest amount by which that size can shrink. It can be above one, because a dimension of
-        several blocks loses one position from each block at once.
-    multiples:
-        For the number of each size the ratio of its value to that of ``base``.
-    """
-
-    base: int
-    full: int
-    step: int
-    multiples: Mapping[int, float]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps in the full size; the last one to remain may be smaller."""
-        return -(-self.full // self.step)
-
-    def sizes(self, left: int) -> dict[int, int]:
-        """Return the value of each size if ``left`` steps are left."""
-        value = self.full - self.step * (self.steps - left)
-        return {number: round(value * multiple) for number, multiple in self.multiples.items()}
-
-
-@dataclass
-class _Alike:
-    """Operations that differ only in their widths.
-
-    Attributes
-    ----------
-    layer:
-        One of the operations.
-    axes:
-        The axes of each operation.
-    surface:
-        The measured times of all of them; None before they are measured.
-    """
-
-    layer: Layer
-    axes: list[list[_Axis]] = field(default_factory=list)
-    surface: Surface | None = None
-
-    @property
-    def widest(self) -> list[_Axis]:
-        """The axes of ``layer``, each as long as the longest of all operations."""
-        longest = [
-            max(axes[place].full for axes in self.axes) for place in range(len(self.axes[0]))
-        ]
-        return [replace(axis, full=full) for axis, full in zip(self.axes[0], longest, strict=True)]
 
 
 class Forecast:
@@ -133,43 +67,18 @@ class Forecast:
         self.setting, self.table = setting, table or Table(setting)
         self.pools: tuple[Pool, ...] = pools_of(coupling)
         self.kinds: Kinds = kinds_of(coupling, self.pools)
-        self._sizes = Sizes(coupling, self.kinds)
-        self._contractions: dict[str, list[Contraction]] = defaultdict(list)
-        for ran in coupling.contractions:
-            self._contractions[ran.node].append(ran)
-        self._alike: dict[str, _Alike] = {}
-        self._products: list[tuple[float, list[Sum]]] = []
         # factors of contractions and of everything else, and a constant in nanoseconds
         self._factors = (1.0, 1.0, 0.0)
-        for tensor in [*coupling.parameters.values(), *_traced(coupling)]:
-            self._sizes.dims(tensor)
-        self._values = self._sizes.values()
-        self._full = self._values(self.full[np.newaxis].astype(np.float64))[0]
-        self._lost = self._lost_at_once()
-        self._proportional = self._names_of_proportional()
-        with running(setting), torch.inference_mode():
-            self._idle = self._launch()
-            record(
-                prepared(model, setting),
-                batch_of(example_inputs, setting),
-                coupling,
-                self._sizes,
-                self._see,
-            )
-            for alike in self._alike.values():
-                self._measure(alike)
-            self._rest: Polynomial = self._sizes.polynomial(self._products)
-            self._numbers = [
-                np.array([[axis.base for axis in axes] for axes in alike.axes])
-                for alike in self._alike.values()
-            ]
-            self._pairs = [
-                np.nonzero((self._lost[:, numbers] > 0).any(axis=2)) for numbers in self._numbers
-            ]
+        self._widths = _Widths(coupling, self.kinds, self.pools)
+        self._families: dict[str, LayerFamily] = {}
+        self._products: list[tuple[float, list[Sum]]] = []
+        with apply_setting(setting), torch.inference_mode():
+            self._measure_operations(coupling, model, example_inputs)
+            self._rest: Polynomial = self._widths.sizes.polynomial(self._products)
+            self._numbers = [family.numbers for family in self._families.values()]
+            self._pairs = [self._widths.affected(numbers) for numbers in self._numbers]
             self.steps: tuple[int, ...] = tuple(map(self._step, range(len(self.pools))))
-            """For each pool how many units it should lose at a time, so that its widths suit the
-            hardware.
-            """
+            """For each pool how many units it should lose at a time to suit the hardware."""
         self.table.save()
 
     @property
@@ -182,10 +91,9 @@ class Forecast:
 
         ``counts`` is the number of surviving units of each kind, shape (kinds,).
         """
-        of_contractions, of_others, more = self._factors
-        return round(
-            of_contractions * self._measured(counts) + of_others * self._rest.at(counts) + more
-        )
+        of_contractions, of_others, constant = self._factors
+        contractions, others = self._contraction_ns(counts), self._rest.at(counts)
+        return round(of_contractions * contractions + of_others * others + constant)
 
     def saved(self, counts: Counts, lost: Counts) -> npt.NDArray[np.int64]:
         """Return for each pool by how much the latency falls if that pool alone loses units.
@@ -201,22 +109,18 @@ class Forecast:
         -------
         Nanoseconds, shape (pools,).
         """
-        now = self._values(counts[np.newaxis].astype(np.float64))[0]
-        own = self.kinds.pool == np.arange(len(self.pools))[:, np.newaxis]
-        then = self._values(counts - lost * own)
-        fall = np.zeros(len(self.pools))
-        for number, alike in enumerate(self._alike.values()):
-            assert alike.surface is not None
-            pool, layer = self._pairs[number]
-            numbers = self._numbers[number][layer]
-            change = alike.surface.at(now[numbers]) - alike.surface.at(
-                then[pool[:, np.newaxis], numbers]
-            )
-            fall += np.bincount(pool, weights=_NS * change, minlength=len(self.pools))
+        before = self._widths.at(counts)
+        is_of_pool = self.kinds.pool == np.arange(len(self.pools))[:, np.newaxis]
+        after = self._widths.values(counts - lost * is_of_pool)  # shape (pools, sizes)
+        contractions = np.zeros(len(self.pools))
+        for index, family in enumerate(self._families.values()):
+            pool, operation = self._pairs[index]
+            numbers = self._numbers[index][operation]
+            change = family.at(before[numbers]) - family.at(after[pool[:, np.newaxis], numbers])
+            contractions += np.bincount(pool, weights=_NS * change, minlength=len(self.pools))
         of_contractions, of_others, _ = self._factors
-        return np.rint(of_contractions * fall + of_others * self._rest.saved(counts, lost)).astype(
-            np.int64
-        )
+        others = self._rest.saved(counts, lost)
+        return np.rint(of_contractions * contractions + of_others * others).astype(np.int64)
 
     def fit(self, known: Sequence[tuple[Counts, float]]) -> None:
         """Fit the forecast to measured latencies of whole models.
@@ -231,10 +135,8 @@ class Forecast:
             its latency in milliseconds. The first is the dense model; the forecast for it becomes
             exact.
         """
-        rows = np.array(
-            [[self._measured(counts), self._rest.at(counts), _NS] for counts, _ in known],
-            dtype=np.float64,
-        )
+        parts = [(self._contraction_ns(counts), self._rest.at(counts), _NS) for counts, _ in known]
+        rows = np.array(parts, dtype=np.float64)
         wanted = np.array([_NS * ms for _, ms in known])
         best: tuple[float, Floats] | None = None
         # non-negative least squares of relative errors: try all useful sets of non-zero factors
@@ -254,225 +156,227 @@ class Forecast:
 
     # -- what ran
 
-    def _launch(self) -> float:
-        """Return the time of an operation that does nothing, in milliseconds: its launch."""
+    def _measure_operations(
+        self, coupling: Coupling, model: nn.Module, example_inputs: Any
+    ) -> None:
+        """Run the dense model, and measure all of its operations."""
+        contractions: dict[str, list[Contraction]] = defaultdict(list)
+        for contraction in coupling.contractions:
+            contractions[contraction.node].append(contraction)
+        launch_ms = self._launch_ms()
+
+        def handle(layer: Layer, prepare: Prepare) -> None:
+            """Put a contraction into a family; time any other operation now."""
+            of_layer = contractions.get(layer.node, [])
+            if not (of_layer and layer.dense_sizes() and self._join_family(layer)):
+                self._time_at_full_width(layer, prepare, of_layer, launch_ms)
+
+        inputs = make_batch(example_inputs, self.setting)
+        record(prepare_model(model, self.setting), inputs, coupling, self._widths.sizes, handle)
+        for family in self._families.values():
+            family.measure()
+
+    def _launch_ms(self) -> float:
+        """Return the time of an operation that does nothing, in milliseconds."""
         one = torch.zeros(1, device=self.setting.place)
         return self.table.ms("relu of one number", lambda: lambda: torch.relu(one))
 
-    def _see(self, layer: Layer, again: Prepare) -> None:
-        """Handle an operation of the dense model.
-
-        A contraction that runs at other widths is kept, to be measured at several widths later.
-        Everything else is timed now.
-        """
-        free, ran = layer.free(), self._contractions.get(layer.node, [])
-        if ran and free and self._keep(layer):
-            return
+    def _time_at_full_width(
+        self,
+        layer: Layer,
+        prepare: Prepare,
+        contractions: Sequence[Contraction],
+        launch_ms: float,
+    ) -> None:
+        """Time an operation at full width, and spread its time over products of sizes."""
         try:
-            ms = self.table.ms(layer.description({}), again)
+            ms = self.table.ms(layer.description({}), prepare)
         except RuntimeError:
             # It waits for the GPU, so that a CUDA graph cannot record it. The constant that
             # ``fit`` finds includes its time.
             return
-        total = float(sum(one.macs() * one.share for one in ran))
-        if not free:
-            self._products.append((_NS * ms, []))
-        elif total:
-            # The time of a contraction that does not run at other widths is proportional to its
-            # multiply-accumulates.
-            for one in ran:
-                self._products += [
-                    (_NS * ms * c / total, factors) for c, factors in products_of(one, self._sizes)
-                ]
-        else:
-            self._products.append((_NS * min(ms, self._idle), []))
-            nbytes = sum(prod(own.shape) * own.dtype.itemsize for own in layer.operands)
-            for own in layer.operands:
-                self._products.append(
-                    (_NS * max(ms - self._idle, 0.0) / nbytes, self._product(own))
-                )
+        self._products += self._products_of(layer, contractions, ms, min(ms, launch_ms))
 
-    def _product(self, own: LayerTensor) -> list[Sum]:
-        """Return the bytes of a tensor as a product of sizes."""
-        rest = prod(n for d, n in enumerate(own.shape) if d not in own.dims) * own.dtype.itemsize
-        return [((float(rest), ()),), *(self._sizes.sizes[number] for number in own.dims.values())]
+    def _products_of(
+        self, layer: Layer, contractions: Sequence[Contraction], ms: float, launch_ms: float
+    ) -> list[tuple[float, list[Sum]]]:
+        """Return the time of an operation in nanoseconds as a sum of products of sizes.
 
-    def _names_of_proportional(self) -> Counts:
-        """Return for each size the number of the first size that is proportional to it."""
-        rng = np.random.default_rng(0)
-        tried = self._values(rng.uniform(0.1, 1.0, (3, len(self.full))) * self.full)
-        _, first, inverse = np.unique(
-            np.round(tried / self._full, 9), axis=1, return_index=True, return_inverse=True
-        )
-        return first[inverse.reshape(-1)]
-
-    def _keep(self, layer: Layer) -> bool:
-        """Keep a contraction together with those that differ from it only in their widths.
-
-        Return False, and do not keep it, if it has too many axes or does not run at other widths.
+        The time of contractions is proportional to their multiply-accumulates. The time of other
+        operations, beyond their launch, is proportional to the bytes that they read and write.
         """
-        free = layer.free()
-        by_name: dict[int, list[int]] = defaultdict(list)
-        for number in sorted(free):
-            by_name[int(self._proportional[number])].append(number)
-        axes = []
-        for numbers in by_name.values():
-            base = min(numbers, key=free.__getitem__)
-            step = max(int(np.gcd.reduce(np.rint(self._lost[:, base]).astype(np.int64))), 1)
-            axes.append(
-                _Axis(
-                    base,
-                    free[base],
-                    step,
-                    {number: free[number] / free[base] for number in numbers},
-                )
-            )
+        macs = float(sum(each.macs() * each.share for each in contractions))
+        if not layer.dense_sizes():
+            return [(_NS * ms, [])]
+        products: list[tuple[float, list[Sum]]] = []
+        if macs:
+            for contraction in contractions:
+                for coefficient, factors in products_of(contraction, self._widths.sizes):
+                    products.append((_NS * ms * coefficient / macs, factors))
+            return products
+        products.append((_NS * launch_ms, []))
+        nbytes = sum(prod(each.shape) * each.dtype.itemsize for each in layer.operands)
+        for operand in layer.operands:
+            products.append((_NS * (ms - launch_ms) / nbytes, self._bytes_of(operand)))
+        return products
+
+    def _bytes_of(self, operand: LayerTensor) -> list[Sum]:
+        """Return the bytes of a tensor as a product of sizes."""
+        fixed = [size for dim, size in enumerate(operand.shape) if dim not in operand.dims]
+        constant = float(prod(fixed) * operand.dtype.itemsize)
+        return [((constant, ()),), *(self._widths.sizes.sizes[n] for n in operand.dims.values())]
+
+    def _join_family(self, layer: Layer) -> bool:
+        """Put a contraction into the family of those that differ from it only in their widths.
+
+        Return False, and do nothing, if it has too many axes or does not run at other widths.
+        """
+        axes = self._axes_of(layer)
         if len(axes) > _MOST_AXES:
             return False
-        masks = {
-            number: -1 - place for place, axis in enumerate(axes) for number in axis.multiples
-        }
-        key = (
-            f"{layer.description(masks)} "
-            f"{[[axis.step, *axis.multiples.values()] for axis in axes]}"
-        )
-        if key not in self._alike:
-            fewer = {n: s for axis in axes for n, s in axis.sizes(-(-axis.steps // 2)).items()}
+        key = _family_key(layer, axes)
+        if key not in self._families:
+            family = LayerFamily(layer, self.table, self.setting.place)
+            half: dict[int, int] = {}
+            for axis in axes:
+                half.update(axis.sizes(-(-axis.steps // 2)))
             try:
-                layer.prepared(fewer, self.setting.place)()
+                layer.prepared(half, self.setting.place)()
             except (RuntimeError, ValueError, AttributeError):
-                # its arguments contain sizes as plain numbers
-                return False
-            self._alike[key] = _Alike(layer)
-        self._alike[key].axes.append(axes)
+                return False  # its arguments contain sizes as plain numbers
+            self._families[key] = family
+        self._families[key].axes.append(axes)
         return True
 
-    def _measure(self, alike: _Alike) -> None:
-        """Time operations that differ only in their widths on a grid up to the widest of them."""
-        widest = alike.widest
-        axes = [grid(axis.steps, len(widest)) for axis in widest]
-        positions = [
-            [axis.sizes(left)[axis.base] for left in own]
-            for axis, own in zip(widest, axes, strict=True)
-        ]
-        steps = [
-            dict(zip(own, points, strict=True))
-            for own, points in zip(positions, axes, strict=True)
-        ]
-
-        def ms(point: tuple[int, ...], again: bool = False) -> float:
-            """Return the time at a point of the grid, in milliseconds."""
-            return self._left(alike, [own[p] for own, p in zip(steps, point, strict=True)], again)
-
-        alike.surface = Surface(positions, ms, functools.partial(ms, again=True))
-
-    def _left(self, alike: _Alike, left: Sequence[int], again: bool = False) -> float:
-        """Return the time in milliseconds if ``left`` has the remaining steps of each axis."""
-        sizes = {
-            n: s
-            for axis, own in zip(alike.widest, left, strict=True)
-            for n, s in axis.sizes(own).items()
-        }
-        return self._ms(alike.layer, sizes, again)
-
-    def _ms(self, layer: Layer, sizes: Mapping[int, int], again: bool = False) -> float:
-        """Return the time of an operation at ``sizes``, in milliseconds."""
-        return self.table.ms(
-            layer.description(sizes),
-            lambda: layer.prepared(sizes, self.setting.place),
-            again=again,
-        )
+    def _axes_of(self, layer: Layer) -> list[Axis]:
+        """Return the axes of an operation: its sizes, grouped by which are proportional."""
+        sizes = layer.dense_sizes()
+        proportional: dict[int, list[int]] = defaultdict(list)
+        for number in sorted(sizes):
+            proportional[int(self._widths.first_proportional[number])].append(number)
+        axes = []
+        for numbers in proportional.values():
+            base = min(numbers, key=sizes.__getitem__)
+            losses = np.rint(self._widths.losses[:, base]).astype(np.int64)
+            step = max(int(np.gcd.reduce(losses)), 1)
+            multiples = {number: sizes[number] / sizes[base] for number in numbers}
+            axes.append(Axis(base, sizes[base], step, multiples))
+        return axes
 
     # -- at other widths
 
-    def _lost_at_once(self) -> Floats:
-        """Return by how much each size falls if a pool loses one unit from each of its blocks.
-
-        The shape is (pools, sizes).
-        """
-        out = np.zeros((len(self.pools), len(self._full)))
-        for number, pool in enumerate(self.pools):
-            own = self.kinds.pool == number
-            # the average over the kinds of the pool
-            one = own * self.full * (pool.blocks / self.full[own].sum())
-            out[number] = self._full - self._values((self.full - one)[np.newaxis])[0]
-        return np.where(out > 1e-9, out, 0.0)
-
-    def _measured(self, counts: Counts) -> float:
+    def _contraction_ns(self, counts: Counts) -> float:
         """Return the total time of the contractions as measured one by one, in nanoseconds."""
-        now = self._values(counts[np.newaxis].astype(np.float64))[0]
-        total = 0.0
-        for alike, numbers in zip(self._alike.values(), self._numbers, strict=True):
-            assert alike.surface is not None
-            total += float(alike.surface.at(now[numbers]).sum())
-        return _NS * total
+        sizes = self._widths.at(counts)
+        ms = 0.0
+        for family, numbers in zip(self._families.values(), self._numbers, strict=True):
+            ms += float(family.at(sizes[numbers]).sum())
+        return _NS * ms
 
     def _step(self, number: int) -> int:
         """Return how many units a pool should lose at a time.
 
         This is the step that suits the slowest operation that depends on the pool.
         """
-        heaviest: tuple[float, _Alike, int, _Axis] | None = None
-        for alike, bases in zip(self._alike.values(), self._numbers, strict=True):
-            assert alike.surface is not None
-            every = alike.surface.at(self._full[bases])
-            for ms, axes in zip(every.tolist(), alike.axes, strict=True):
-                for place, axis in enumerate(axes):
-                    if self._lost[number, axis.base] and (heaviest is None or ms > heaviest[0]):
-                        heaviest = ms, alike, place, axis
-        if heaviest is None:
+        slowest = self._slowest_axis(number)
+        if slowest is None:
             return 1
-        _, alike, place, axis = heaviest
-        liked = self._liked(alike, place)
-        at_once = max(round(float(self._lost[number, axis.base]) / axis.step), 1)
-        step = liked // gcd(liked, at_once)
+        family, place, axis = slowest
+        preferred = family.preferred_step(place)
+        steps_per_unit = max(round(float(self._widths.losses[number, axis.base]) / axis.step), 1)
+        step = preferred // gcd(preferred, steps_per_unit)
         while step > 1 and 2 * step > self.pools[number].width:
             step //= 2
         return step
 
-    def _liked(self, alike: _Alike, place: int) -> int:
-        """Return the smallest step along an axis of an operation that suits the hardware.
-
-        A step s suits the hardware if widths that are multiples of s, but not of 2s, take hardly
-        longer than a linear interpolation between two widths of a much coarser step.
-
-        Parameters
-        ----------
-        alike:
-            The operations.
-        place:
-            Index of the axis.
+    def _slowest_axis(self, number: int) -> tuple[LayerFamily, int, Axis] | None:
+        """Return the slowest operation at full width that depends on a pool.
 
         Returns
         -------
-        The step, in steps of the axis.
+        The family of the operation, and the index and the axis that depend on the pool. None if no
+        operation depends on it.
         """
-        full = [axis.steps for axis in alike.widest]
-        coarse = 2 * _WIDTH_STEPS[-1]
-        while coarse > 2 and full[place] < 2 * coarse:
-            coarse //= 2
-        top = min(full[place] * 3 // 4 // coarse + 1, full[place] // coarse) * coarse
-        if top <= coarse:
-            return 1
-
-        def ms(left: int) -> float:
-            """Return the time in milliseconds if ``left`` steps of the axis are left."""
-            return self._left(alike, [*full[:place], left, *full[place + 1 :]])
-
-        high, low = ms(top), ms(top - coarse)
-        for step in _WIDTH_STEPS:
-            if 2 * step > coarse:
-                break
-            between = [
-                (ms(top - less), high + (low - high) * less / coarse)
-                for less in (step, coarse - step)
-            ]
-            if sum(taken for taken, _ in between) <= _WORSE * sum(line for _, line in between):
-                return step
-        return coarse // 2
+        slowest, most_ms = None, 0.0
+        for family, bases in zip(self._families.values(), self._numbers, strict=True):
+            times = family.at(self._widths.full[bases]).tolist()
+            for ms, axes in zip(times, family.axes, strict=True):
+                for place, axis in enumerate(axes):
+                    depends = self._widths.losses[number, axis.base] > 0
+                    if depends and (slowest is None or ms > most_ms):
+                        slowest, most_ms = (family, place, axis), ms
+        return slowest
 
 
-def _traced(coupling: Coupling) -> Iterator[Tensor]:
+class _Widths:
+    """The sizes of all dimensions as functions of how many units of each kind survive.
+
+    Attributes
+    ----------
+    sizes:
+        The sizes, each with a number.
+    values:
+        Returns all sizes, shape (n, sizes), for n rows of numbers of survivors, shape (n, kinds).
+    full:
+        The sizes in the dense model, shape (sizes,).
+    losses:
+        By how much each size falls if a pool loses one unit from each of its blocks, shape (pools,
+        sizes).
+    first_proportional:
+        For each size the number of the first size that is proportional to it, shape (sizes,).
+    """
+
+    def __init__(self, coupling: Coupling, kinds: Kinds, pools: Sequence[Pool]) -> None:
+        self.sizes = Sizes(coupling, kinds)
+        for tensor in [*coupling.parameters.values(), *_traced_tensors(coupling)]:
+            self.sizes.dims(tensor)  # gives the sizes of the tensor their numbers
+        self.values = self.sizes.values()
+        self.full = self.at(kinds.size)
+        self.losses = self._losses(kinds, pools)
+        self.first_proportional = self._first_proportional(kinds)
+
+    def at(self, counts: Counts) -> Floats:
+        """Return all sizes if ``counts`` units of each kind survive, shape (sizes,)."""
+        return self.values(counts[np.newaxis].astype(np.float64))[0]
+
+    def affected(self, numbers: Counts) -> tuple[Counts, ...]:
+        """Return which pools narrow which operations of a family.
+
+        ``numbers`` are the numbers of the sizes of each operation, shape (operations, axes). The
+        result has the indices of pools and of operations, pair by pair.
+        """
+        return np.nonzero((self.losses[:, numbers] > 0).any(axis=2))
+
+    def _losses(self, kinds: Kinds, pools: Sequence[Pool]) -> Floats:
+        """Return by how much each size falls if a pool loses one unit from each of its blocks."""
+        losses = np.zeros((len(pools), len(self.full)))
+        for number, pool in enumerate(pools):
+            is_of_pool = kinds.pool == number
+            # the average over the kinds of the pool
+            lost = is_of_pool * kinds.size * (pool.blocks / kinds.size[is_of_pool].sum())
+            losses[number] = self.full - self.values((kinds.size - lost)[np.newaxis])[0]
+        return np.where(losses > 1e-9, losses, 0.0)
+
+    def _first_proportional(self, kinds: Kinds) -> Counts:
+        """Return for each size the number of the first size that is proportional to it."""
+        rng = np.random.default_rng(0)
+        values = self.values(rng.uniform(0.1, 1.0, (3, len(kinds.size))) * kinds.size)
+        _, first, inverse = np.unique(
+            np.round(values / self.full, 9), axis=1, return_index=True, return_inverse=True
+        )
+        return first[inverse.reshape(-1)]
+
+
+def _family_key(layer: Layer, axes: Sequence[Axis]) -> str:
+    """Return a text that is equal for operations that differ only in their widths."""
+    placeholders: dict[int, int] = {}
+    for place, axis in enumerate(axes):
+        placeholders.update(dict.fromkeys(axis.multiples, -1 - place))
+    ratios = [[axis.step, *axis.multiples.values()] for axis in axes]
+    return f"{layer.description(placeholders)} {ratios}"
+
+
+def _traced_tensors(coupling: Coupling) -> Iterator[Tensor]:
     """Yield the tensors that the nodes of all traces return."""
     for trace in coupling.traces:
         for node in trace.graph.nodes:

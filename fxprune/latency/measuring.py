@@ -27,7 +27,7 @@ from fxprune.errors import ArgumentError
 from fxprune.inference import LAYOUTS, lay_out
 from fxprune.inputs import ExampleInputs, as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
-from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
+from fxprune.latency.cuda import cache_bytes, captured, peak_bytes, use_device
 from fxprune.latency.roofline import roofline
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
     "PRECISIONS",
     "Latency",
     "Setting",
-    "batch_of",
+    "apply_setting",
+    "make_batch",
     "measure",
-    "prepared",
-    "running",
+    "prepare_model",
     "time_models",
 ]
 
@@ -99,8 +99,8 @@ class Setting:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        named = isinstance(self.precision, str) and isinstance(self.mode, str)
-        if not named or self.precision not in PRECISIONS or self.mode not in MODES:
+        are_names = isinstance(self.precision, str) and isinstance(self.mode, str)
+        if not are_names or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
             raise ArgumentError(
                 f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}."
@@ -109,12 +109,12 @@ class Setting:
             object.__setattr__(self, "batch", whole("batch", self.batch))
         object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
         if self.device is not None:
-            object.__setattr__(self, "device", self._checked())
+            object.__setattr__(self, "device", self._checked_device())
         if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
-            what = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
-            raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
+            option = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
+            raise ArgumentError(f"{option} needs a GPU, and device is {self.place}.")
 
-    def _checked(self) -> str:
+    def _checked_device(self) -> str:
         """Return the name of the device.
 
         Raises
@@ -269,41 +269,40 @@ def measure(
     >>> small.batch, small.timing.count, small.floor_ms < large.floor_ms
     (4, 3, True)
     """
-    if (
-        not isinstance(models, Mapping)
-        or not models
-        or not all(isinstance(model, nn.Module) for model in models.values())
-    ):
+    setting = Setting() if setting is None else setting
+    _check_models(models)
+    _check_setting(setting)
+    with _running_models(models, example_inputs, setting) as running:
+        timings = time_in_turns(running.calls, setting.place, rounds=rounds, seconds=seconds)
+        limits = roofline(
+            setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
+        )
+        first, out = running.batches[0], {}
+        for name, model in running.models.items():
+            traffic = _bytes(model, first, _call_model(model, first))
+            floor = limits.floor_ms(_macs(model, first), traffic)
+            peak = running.peak_bytes(name, setting) if setting.on_gpu else None
+            out[name] = Latency(timings[name], batch_size(first), floor, peak)
+    return out
+
+
+def _check_models(models: object) -> None:
+    """Refuse anything but a dict of modules that is not empty."""
+    values = list(models.values()) if isinstance(models, Mapping) else []
+    if not values or not all(isinstance(model, nn.Module) for model in values):
         raise ArgumentError(
             'measure() takes models by name, as {"dense": model}: a dict from text to '
             "torch.nn.Module, not empty."
         )
-    setting = Setting() if setting is None else setting
+
+
+def _check_setting(setting: object) -> None:
+    """Refuse anything but a :class:`Setting`."""
     if not isinstance(setting, Setting):
         raise ArgumentError(
             f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as "
             "Setting(device='cpu')."
         )
-    with _running_models(models, example_inputs, setting) as (batches, ready, runs):
-        timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
-        limits = roofline(
-            setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
-        )
-        out = {}
-        for name, model in ready.items():
-            first, peak = batches[0], None
-            floor = limits.floor_ms(
-                _macs(model, first), _bytes(model, first, _call_model(model, first))
-            )
-            if setting.on_gpu:  # not by replaying: the recording has allocated its memory already
-                run = (
-                    functools.partial(_call_model, model, first)
-                    if setting.mode == "cudagraph"
-                    else runs[name]
-                )
-                peak = _bytes(model, first) + peak_bytes(run)
-            out[name] = Latency(timings[name], batch_size(first), floor, peak)
-    return out
 
 
 def time_models(
@@ -315,30 +314,50 @@ def time_models(
     seconds: float = 0.2,
 ) -> dict[str, Timing]:
     """Time models as :func:`measure` does, and return only the times, in milliseconds."""
-    with _running_models(models, example_inputs, setting) as (_, _, runs):
-        return time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
+    with _running_models(models, example_inputs, setting) as running:
+        return time_in_turns(running.calls, setting.place, rounds=rounds, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class _RunningModels:
+    """Models that are ready to be timed.
+
+    Attributes
+    ----------
+    batches:
+        The inputs that each model gets in turn.
+    models:
+        The prepared copies of the models, by name.
+    calls:
+        For each name a function that calls the model with the next batch.
+    """
+
+    batches: list[Any]
+    models: dict[str, nn.Module]
+    calls: dict[str, Callable[[], object]]
+
+    def peak_bytes(self, name: str, setting: Setting) -> int:
+        """Return the bytes of weights and inputs, and the peak of one call on the current GPU."""
+        model, first = self.models[name], self.batches[0]
+        call = self.calls[name]
+        if setting.mode == "cudagraph":  # a replay allocates nothing: the recording already has
+            call = functools.partial(_call_model, model, first)
+        return _bytes(model, first) + peak_bytes(call)
 
 
 @contextlib.contextmanager
 def _running_models(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
-) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
-    """Apply a setting, and prepare models to run in it.
-
-    The context gives the batches, the prepared copies of the models by name, and for each name a
-    function that calls the model with the next batch.
-    """
-    with running(setting), _compiled_for_all(setting), torch.inference_mode():
-        batches = _batches(example_inputs, setting)
-        ready = {name: prepared(model, setting) for name, model in models.items()}
-        yield (
-            batches,
-            ready,
-            {name: _runner(model, batches, setting) for name, model in ready.items()},
-        )
+) -> Iterator[_RunningModels]:
+    """Apply a setting, and prepare copies of models to run in it, without gradients."""
+    with apply_setting(setting), _no_recompile_limit(setting), torch.inference_mode():
+        batches = _make_batches(example_inputs, setting)
+        copies = {name: prepare_model(model, setting) for name, model in models.items()}
+        calls = {name: _make_call(model, batches, setting) for name, model in copies.items()}
+        yield _RunningModels(batches, copies, calls)
 
 
-def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
+def _no_recompile_limit(setting: Setting) -> AbstractContextManager[Any]:
     """Return a context in which any number of models of one class are compiled.
 
     Models of one class share the code that is compiled. Torch has a limit on how often it compiles
@@ -352,13 +371,13 @@ def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def running(setting: Setting) -> Iterator[None]:
+def apply_setting(setting: Setting) -> Iterator[None]:
     """Apply a setting to the process, and restore the former state at the end.
 
     The GPU of the setting becomes the current one, TF32 is on only if the precision is tf32, and
     cuDNN searches for its fastest algorithms, as in production.
     """
-    wanted = setting.precision == "tf32"
+    tf32 = setting.precision == "tf32"
     # These options belong to the process. Two threads that change them at the same time would
     # restore wrong values and disturb each other's times.
     with TURN:
@@ -367,10 +386,10 @@ def running(setting: Setting) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32,
             torch.backends.cudnn.benchmark,
         )
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
         try:
-            with current(setting.place):
+            with use_device(setting.place):
                 yield
         finally:
             (
@@ -380,43 +399,43 @@ def running(setting: Setting) -> Iterator[None]:
             ) = before
 
 
-def prepared(model: nn.Module, setting: Setting) -> nn.Module:
+def prepare_model(model: nn.Module, setting: Setting) -> nn.Module:
     """Return a copy of a model in eval mode, on the device and in the precision and layout."""
-    own = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
+    copied = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
     if setting.channels_last:
-        lay_out(own)
-    return own
+        lay_out(copied)
+    return copied
 
 
-def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
+def _make_batches(example_inputs: Any, setting: Setting) -> list[Any]:
     """Return the batches that a model gets in turn.
 
     On a GPU they are together twice as large as its L2 cache, so that no input is still in the
     cache when it is used again. On a CPU there is one batch.
     """
-    first = batch_of(example_inputs, setting)
+    first = make_batch(example_inputs, setting)
     count = 1
     if setting.on_gpu:
-        own = sum(leaf.nbytes for leaf in tensors_of(first))
-        count = min(-(-2 * cache_bytes(setting.place) // max(own, 1)), _MOST_BATCHES)
-    return [first, *(batch_of(example_inputs, setting, seed) for seed in range(1, count))]
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(first))
+        count = min(-(-2 * cache_bytes(setting.place) // max(nbytes, 1)), _MOST_BATCHES)
+    return [first, *(make_batch(example_inputs, setting, seed) for seed in range(1, count))]
 
 
-def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
+def make_batch(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
     """Return random inputs with the setting's batch size, precision, layout and device.
 
     Shapes are those of the example inputs, apart from the batch size.
     """
 
-    def placed(tensor: Tensor) -> Tensor:
+    def place(tensor: Tensor) -> Tensor:
         """Return a tensor on the device, in the precision and layout."""
-        tensor = tensor.to(
-            setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None
-        )
-        laid_out = setting.channels_last and tensor.dim() in LAYOUTS
-        return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()]) if laid_out else tensor
+        dtype = PRECISIONS[setting.precision] if tensor.is_floating_point() else None
+        tensor = tensor.to(setting.place, dtype)
+        if setting.channels_last and tensor.dim() in LAYOUTS:
+            return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()])
+        return tensor
 
-    return tree_map_only(Tensor, placed, drawn(example_inputs, batch=setting.batch, seed=seed))
+    return tree_map_only(Tensor, place, drawn(example_inputs, batch=setting.batch, seed=seed))
 
 
 def _call_model(model: nn.Module, inputs: Any) -> Any:
@@ -426,28 +445,28 @@ def _call_model(model: nn.Module, inputs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
+def _make_call(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
     """Return a function that calls a model in the setting's mode with the next batch."""
-    taken = itertools.cycle(batches)
+    batch = itertools.cycle(batches)
     if setting.mode == "cudagraph":
-        return _replayed(model, batches, taken)
+        return _record_call(model, batches[0], batch)
     called: Any = torch.compile(model, dynamic=False) if setting.mode == "compiled" else model
-    return lambda: _call_model(called, next(taken))
+    return lambda: _call_model(called, next(batch))
 
 
-def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
+def _record_call(model: nn.Module, first: Any, batch: Iterator[Any]) -> Callable[[], object]:
     """Record a call of a model as a CUDA graph, and return a function that replays it.
 
     The function first copies the next batch to the tensors that the graph reads.
     """
-    still = tree_map_only(Tensor, torch.clone, batches[0])
-    replay = captured(lambda: _call_model(model, still))
-    places = tensors_of(still)
+    inputs = tree_map_only(Tensor, torch.clone, first)
+    replay = captured(lambda: _call_model(model, inputs))
+    targets = tensors_of(inputs)
 
     def run() -> None:
         """Copy the next batch and replay the graph."""
-        for place, value in zip(places, tensors_of(next(taken)), strict=True):
-            place.copy_(value)
+        for target, value in zip(targets, tensors_of(next(batch)), strict=True):
+            target.copy_(value)
         replay()
 
     return run

@@ -105,22 +105,19 @@ def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Ro
 def _measured(device: torch.device, dtype: torch.dtype, tf32: bool) -> Roofline:
     """Measure a device; ``tf32`` is part of the key of the cache."""
     on_gpu = device.type == "cuda"
-    made = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
-    made.append(_convolution(64 if on_gpu else 1, device, dtype))
-    timings = time_in_turns(
-        {str(number): run for number, (run, _) in enumerate(made)}, device, rounds=5, seconds=0.05
-    )
-    rate = max(
-        macs / (1e-3 * timing.low)
-        for (_, macs), timing in zip(made, timings.values(), strict=True)
-    )
+    products = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
+    products.append(_convolution(64 if on_gpu else 1, device, dtype))
+    runs = {str(index): run for index, (run, _) in enumerate(products)}
+    timings = time_in_turns(runs, device, rounds=5, seconds=0.05)
+    rates = []
+    for (_, macs), timing in zip(products, timings.values(), strict=True):
+        rates.append(macs / (1e-3 * timing.low))
     megabytes = 1024 if on_gpu else 128
     source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = time_in_turns({"copy": lambda: target.copy_(source)}, device, rounds=5, seconds=0.05)[
-        "copy"
-    ]
-    return Roofline(rate, 2 * source.nbytes / (1e-3 * timing.low))
+    copying = {"copy": lambda: target.copy_(source)}
+    copy = time_in_turns(copying, device, rounds=5, seconds=0.05)["copy"]
+    return Roofline(max(rates), 2 * source.nbytes / (1e-3 * copy.low))
 
 
 def _square(

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["Surface", "grid"]
 from fxprune.common.arrays import Floats
 
+__all__ = ["Surface", "grid"]
+
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
-"""For each number of axes of a grid, the eighths of the full size at which to measure.
-"""
+"""For each number of axes of a grid, the eighths of the full size at which to measure."""
 
 # An operation is measured again if it takes this many times as long as one with more work.
 _LATE = 1.15
@@ -74,41 +74,36 @@ class Surface:
     ) -> None:
         self.axes = [np.array(axis, dtype=np.float64) for axis in axes]
         self.values = np.zeros([len(axis) for axis in axes])
-        points = list(np.ndindex(self.values.shape))
-        for point in points:
-            self.values[point] = ms(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
+        indices = list(np.ndindex(self.values.shape))
+        for index in indices:
+            self.values[index] = ms(tuple(axis[i] for axis, i in zip(axes, index, strict=True)))
         if again is None:
             return
-        for point in points:
-            larger = self.values[tuple(slice(i, None) for i in point)]
-            if self.values[point] > _LATE * larger.min():
-                self.values[point] = again(
-                    tuple(axis[i] for axis, i in zip(axes, point, strict=True))
-                )
+        for index in indices:
+            point = tuple(axis[i] for axis, i in zip(axes, index, strict=True))
+            with_more_work = self.values[tuple(slice(i, None) for i in index)]
+            if self.values[index] > _LATE * with_more_work.min():
+                self.values[index] = again(point)
 
     def at(self, sizes: Floats) -> Floats:
         """Return the time at n points, in milliseconds, shape (n,).
 
         ``sizes`` are the points, shape (n, axes).
         """
-        corners, parts = [], []
-        for axis, own in zip(self.axes, sizes.T, strict=True):
+        neighbours, fractions = [], []
+        for axis, column in zip(self.axes, sizes.T, strict=True):
             if len(axis) == 1:
-                corners.append(np.zeros((2, len(own)), dtype=np.int64))
-                parts.append(np.zeros(len(own)))
+                neighbours.append(np.zeros((2, len(column)), dtype=np.int64))
+                fractions.append(np.zeros(len(column)))
                 continue
-            low = np.clip(np.searchsorted(axis, own, side="right") - 1, 0, len(axis) - 2)
-            corners.append(np.stack([low, low + 1]))
-            parts.append((own - axis[low]) / (axis[low + 1] - axis[low]))
+            low = np.clip(np.searchsorted(axis, column, side="right") - 1, 0, len(axis) - 2)
+            neighbours.append(np.stack([low, low + 1]))
+            fractions.append((column - axis[low]) / (axis[low + 1] - axis[low]))
         out = np.zeros(len(sizes))
-        for choice in itertools.product((0, 1), repeat=len(self.axes)):
+        for sides in itertools.product((0, 1), repeat=len(self.axes)):
             weight = np.ones(len(sizes))
-            for side, part in zip(choice, parts, strict=True):
-                weight = weight * (part if side else 1 - part)
-            out += (
-                weight
-                * self.values[
-                    tuple(corner[side] for corner, side in zip(corners, choice, strict=True))
-                ]
-            )
+            for side, fraction in zip(sides, fractions, strict=True):
+                weight = weight * (fraction if side else 1 - fraction)
+            corner = tuple(pair[side] for pair, side in zip(neighbours, sides, strict=True))
+            out += weight * self.values[corner]
         return np.maximum(out, 0.0)

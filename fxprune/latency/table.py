@@ -26,11 +26,9 @@ _CALLS_PER_GRAPH = 10
 def cache_folder() -> Path:
     """Return the folder of all tables: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache."""
     given = os.environ.get("FXPRUNE_CACHE")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
-    )
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
 
 
 def device_name(device: torch.device) -> str:
@@ -42,7 +40,7 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
-def _many(run: Callable[[], object]) -> Callable[[], object]:
+def _repeated(run: Callable[[], object]) -> Callable[[], object]:
     """Return a function that makes the calls of one CUDA graph and keeps their results alive."""
     return lambda: [run() for _ in range(_CALLS_PER_GRAPH)]
 
@@ -88,19 +86,18 @@ class Table:
         self.setting = setting
         self.measured = 0
         """Number of operations that were timed instead of looked up."""
-        launched = setting.on_gpu and setting.mode == "eager"
-        own = {
+        counts_launches = setting.mode == "eager" or not setting.on_gpu
+        self._about = {
             "device": device_name(setting.place),
             "torch": torch.__version__,
             "precision": setting.precision,
             "layout": "channels-last" if setting.channels_last else "as is",
-            "launches": "counted" if launched or not setting.on_gpu else "not counted",
+            "launches": "counted" if counts_launches else "not counted",
         }
-        self._about = own
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(own.values())).strip("-")
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(self._about.values())).strip("-")
         self.path = Path(folder or cache_folder()) / f"{name}.json"
         self._ms = self._read()
-        self._twice: set[str] = set()
+        self._measured_again: set[str] = set()
 
     def ms(
         self,
@@ -121,20 +118,19 @@ class Table:
         again:
             Measure once more, unless this was done before, and keep the shorter time.
         """
-        if description not in self._ms or (again and description not in self._twice):
+        if description not in self._ms or (again and description not in self._measured_again):
             assert prepare is not None
             run, calls = prepare(), 1
             if self.setting.on_gpu and self.setting.mode != "eager":
-                run, calls = captured(_many(run)), _CALLS_PER_GRAPH
+                run, calls = captured(_repeated(run)), _CALLS_PER_GRAPH
             timing = time_in_turns(
                 {"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2
             )["run"]
-            self._ms[description] = min(
-                timing.low / calls, self._ms.get(description, float("inf"))
-            )
+            before = self._ms.get(description, float("inf"))
+            self._ms[description] = min(timing.low / calls, before)
             self.measured += 1
             if again:
-                self._twice.add(description)
+                self._measured_again.add(description)
         return self._ms[description]
 
     def save(self) -> None:
@@ -145,19 +141,17 @@ class Table:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(f".{os.getpid()}")
-            new.write_text(
-                json.dumps({**self._about, "ms": {**self._read(), **self._ms}}, indent=0),
-                encoding="utf-8",
-            )
+            content = {**self._about, "ms": {**self._read(), **self._ms}}
+            new.write_text(json.dumps(content, indent=0), encoding="utf-8")
             os.replace(new, self.path)
 
     def _read(self) -> dict[str, float]:
         """Return the times in the file; empty if it is missing, damaged or of another table."""
         try:
             data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            found = data.pop("ms")
-            if data == self._about and all(isinstance(value, float) for value in found.values()):
-                return dict(found)
+            times = data.pop("ms")
+            if data == self._about and all(isinstance(ms, float) for ms in times.values()):
+                return dict(times)
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             pass
         return {}
