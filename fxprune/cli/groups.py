@@ -210,7 +210,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     fields of each group, and builds the groups when it is called.
     """
     hints = get_type_hints(command)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups = {name: hints[name] for name in hints if dataclasses.is_dataclass(hints[name])}
 
     @functools.wraps(command)
     def call(**options: Any) -> None:
@@ -228,11 +228,13 @@ def _expanded_signature(
     command: Callable[..., None], groups: Mapping[str, Any]
 ) -> inspect.Signature:
     """Return the signature of a command with the fields of each group in place of the group."""
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if parameter.name in groups:
-            own = inspect.signature(groups[parameter.name], eval_str=True).parameters.values()
-            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+            group = inspect.signature(groups[parameter.name], eval_str=True)
+            parameters += group.parameters.values()
         else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-    return inspect.Signature(parameters)
+            parameters.append(parameter)
+    # keyword-only parameters may have defaults in any order
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([each.replace(kind=keyword_only) for each in parameters])

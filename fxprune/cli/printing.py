@@ -301,8 +301,6 @@ def _latency_table(setting: Setting, measured: Sequence[tuple[str, Latency]]) ->
 
 def _device_place(setting: Setting) -> str:
     """Return the name of the GPU, or the number of threads on the CPU."""
-    return (
-        torch.cuda.get_device_name(setting.place)
-        if setting.on_gpu
-        else f"the CPU, {torch.get_num_threads()} threads"
-    )
+    if setting.on_gpu:
+        return torch.cuda.get_device_name(setting.place)
+    return f"the CPU, {torch.get_num_threads()} threads"

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 __all__ = ["remembered", "sizes_of"]
 
-_REMEMBERED: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
+_SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
     (nn.Linear, {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
     (_ConvTransposeNd, {"in_channels": ("weight", 0), "out_channels": ("weight", 1)}),
     (_ConvNd, {"in_channels": ("weight", 1), "out_channels": ("weight", 0)}),
@@ -32,7 +32,7 @@ def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     ------
     (name of the attribute, parameter, dimension of the parameter)
     """
-    sizes = next((sizes for kind, sizes in _REMEMBERED if isinstance(module, kind)), {})
+    sizes = next((sizes for kind, sizes in _SIZE_ATTRIBUTES if isinstance(module, kind)), {})
     if getattr(module, "groups", 1) != 1 or getattr(module, "proj_size", 0):
         return
     for name, (parameter, dim) in sizes.items():

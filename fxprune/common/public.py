@@ -70,10 +70,10 @@ def public(entry: T, *, inference: bool = False) -> T:
 
 
 def _guarded(function: Any, name: str, inference: bool = False) -> Any:
-    """Return the guarded function; ``name`` is what an error message says failed."""
+    """Return the guarded function; ``name`` is its name in error messages."""
 
     @functools.wraps(function)
-    def entered(*args: Any, **kwargs: Any) -> Any:
+    def guarded_call(*args: Any, **kwargs: Any) -> Any:
         """Call the function; turn unexpected errors into errors of fxprune."""
         try:
             if inference or not torch.is_inference_mode_enabled():
@@ -89,12 +89,12 @@ def _guarded(function: Any, name: str, inference: bool = False) -> Any:
                 misfit = _signature_error(function, args, kwargs)
             raise misfit or _unexpected_error(error, name) from error
 
-    return entered
+    return guarded_call
 
 
 @contextmanager
 def guarded(name: str) -> Iterator[None]:
-    """Guard a block of code as :func:`public` does; ``name`` is what an error says failed."""
+    """Guard a block of code as :func:`public` does; ``name`` is its name in error messages."""
     try:
         yield
     except (FxpruneError, Warning):
@@ -146,10 +146,10 @@ def _hint_at_argument(function: Any, kwargs: dict[str, Any]) -> str:
 
 
 @contextmanager
-def calling(what: str) -> Iterator[None]:
+def calling(source: str) -> Iterator[None]:
     """Run code of the user; its errors become a :class:`CallbackError`.
 
-    ``what`` is what the error message says raised the error.
+    ``source`` is the name of that code in the error message.
 
     >>> with calling("the loss"):
     ...     1 / 0
@@ -162,32 +162,32 @@ def calling(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = (
-            f"{what} raised {type(error).__name__}: "
+            f"{source} raised {type(error).__name__}: "
             f"{_error_text(error)}{_line_of_caller(error.__traceback__)}."
         )
         raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
 
 
-def drawn_from(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
+def drawn_from(loader: Iterable[T], source: str = "the loader") -> Iterator[T]:
     """Yield the items of an iterable of the user.
 
     Parameters
     ----------
     loader:
         The iterable.
-    what:
-        What the error message says raised the error.
+    source:
+        The name of the iterable in the error message.
 
     Raises
     ------
     CallbackError
         If the iterable raises an error, or if it is not iterable.
     """
-    with calling(what):
+    with calling(source):
         items = iter(loader)
     end = object()
     while True:
-        with calling(what):
+        with calling(source):
             item = next(items, end)
         if item is end:
             return
@@ -229,20 +229,19 @@ def _place_of_error(trace: TracebackType | None) -> str:
     of that code is appended.
     """
     frames = traceback.extract_tb(trace)
-    own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
-    if not own:
+    inside = [index for index, frame in enumerate(frames) if _is_fxprune(frame.filename)]
+    if not inside:
         return "an unknown line"
-    last = frames[own[-1]]
-    theirs = [_frame_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
-    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (
-        f", reached from {theirs[-1]}" if theirs else ""
-    )
+    last, since_entry = frames[inside[-1]], frames[inside[0] :]
+    of_user = [_frame_line(frame) for frame in since_entry if not _is_library(frame.filename)]
+    place = f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}"
+    return f"{place}, reached from {of_user[-1]}" if of_user else place
 
 
 def _line_of_caller(trace: TracebackType | None) -> str:
     """Return the innermost line of the user's code, in brackets; empty if there is none."""
-    theirs = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
-    return f" (at {_frame_line(theirs[-1])})" if theirs else ""
+    of_user = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
+    return f" (at {_frame_line(of_user[-1])})" if of_user else ""
 
 
 def _frame_line(frame: traceback.FrameSummary) -> str:
@@ -250,11 +249,11 @@ def _frame_line(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _is_own(filename: str) -> bool:
+def _is_fxprune(filename: str) -> bool:
     """Tell whether a file belongs to fxprune."""
     return filename.startswith(_PACKAGE)
 
 
 def _is_library(filename: str) -> bool:
     """Tell whether a file belongs to fxprune, to Python or to an installed package."""
-    return _is_own(filename) or filename.startswith((*_LIBRARIES, "<frozen"))
+    return _is_fxprune(filename) or filename.startswith((*_LIBRARIES, "<frozen"))

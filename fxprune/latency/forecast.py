@@ -154,7 +154,7 @@ class Forecast:
         factors = best[1] * (wanted[0] / (rows[0] @ best[1]))
         self._factors = (float(factors[0]), float(factors[1]), float(factors[2] * _NS))
 
-    # -- what ran
+    # -- operations of the dense model
 
     def _measure_operations(
         self, coupling: Coupling, model: nn.Module, example_inputs: Any
@@ -263,7 +263,7 @@ class Forecast:
             axes.append(Axis(base, sizes[base], step, multiples))
         return axes
 
-    # -- at other widths
+    # -- other widths
 
     def _contraction_ns(self, counts: Counts) -> float:
         """Return the total time of the contractions as measured one by one, in nanoseconds."""

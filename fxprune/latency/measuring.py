@@ -123,11 +123,8 @@ class Setting:
             If the device is neither a CPU nor a GPU, or if this machine does not have it.
         """
         given: Any = self.device
-        device = (
-            torch.device(given)
-            if isinstance(given, (str, torch.device)) and _is_device(given)
-            else None
-        )
+        is_known = isinstance(given, (str, torch.device)) and _is_device(given)
+        device = torch.device(given) if is_known else None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ArgumentError(
                 f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with '
