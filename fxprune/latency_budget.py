@@ -1,5 +1,7 @@
-"""A latency budget: choose by a forecast, measure what was chosen, and choose again where the two
-differ.
+"""Pruning within a latency budget.
+
+Units are chosen by a forecast of the latency. The result is measured, and if it misses the budget,
+units are chosen again by a corrected forecast.
 """
 
 from __future__ import annotations
@@ -30,29 +32,33 @@ __all__ = ["within_time"]
 Kept = Mapping[str, tuple[int, ...]]
 
 _MOST_ATTEMPTS = 6
-# of the channels of every group: what the forecast is fitted to, beside the dense model
+# shares of channels of the models to which the forecast is fitted, besides the dense model
 _FITTED = (0.5, 0.25)
-# of a measurement; of its turns the fast ones count, which nothing else on the machine held up
+# Turns of a measurement, and seconds per turn. The lower quartile counts, because nothing else on
+# the machine delayed the fast turns.
 _ROUNDS, _SECONDS = 15, 0.1
-# how far from the budget, relative to it, the measured time may be before another choice is tried
+# another choice is tried if the measured time is further from the budget, relative to it
 _ABOVE, _BELOW = 0.02, 0.04
-_LOOKS = 2  # a choice that seems too slow is measured again: something else may have held it up
-_REFUSED = 0.05  # above the budget
+# A choice that seems too slow is measured again, because something else may have delayed it.
+_LOOKS = 2
+_REFUSED = 0.05  # a result that is further above the budget, relative to it, is an error
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A choice, what was emitted for it, and its time.
+    """A choice of units, the pruned model, and its measured latency.
 
     Attributes
     ----------
-    kept, result:
-        The survivors, and what was made of them.
+    kept:
+        For each group the surviving units.
+    result:
+        The pruned model.
     dense_ms, ms:
-        Milliseconds of the deployed dense model and of this one, measured in turns: the lower
-        quartiles.
+        Latency of the dense model and of the pruned model in milliseconds, both deployed and
+        measured in turns (lower quartiles).
     forecast_ms:
-        What had been forecast, before it was measured.
+        Latency of the pruned model in milliseconds as forecast before the measurement.
     """
 
     kept: Kept
@@ -63,7 +69,7 @@ class Attempt:
 
     @property
     def share(self) -> float:
-        """Of the dense model's time."""
+        """The measured latency relative to that of the dense model."""
         return self.ms / self.dense_ms
 
 
@@ -76,21 +82,40 @@ def within_time(
     example_inputs: Any,
     setting: Setting,
 ) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
-    """Find survivors that take the budget's share of the dense model's time, all deployed.
+    """Prune a model to a share of its latency, measured on deployed models.
 
-    The forecast is fitted to the dense model and to ones with half and a quarter of its channels.
-    What is chosen by it is measured next to the dense model; where the time is not the budget's,
-    the aim is corrected by the difference, up to five times.
+    The forecast is fitted to the dense model and to models with half and a quarter of its
+    channels. Units are chosen by the forecast, and the result is measured next to the dense model.
+    If the latency misses the budget, the aim of the forecast is corrected and units are chosen
+    again, up to five times.
+
+    Parameters
+    ----------
+    model:
+        The model to prune.
+    coupling:
+        Its analysis.
+    ranking:
+        The scores of its units.
+    budget:
+        The budget; its ``latency`` is a share of the dense model's.
+    terms:
+        The options of the analysis, which the plan records.
+    example_inputs:
+        Inputs of the model.
+    setting:
+        Where and how latency is measured.
 
     Returns
     -------
-    Of the attempts within the budget (2 % above it are taken for noise) the slowest, with its time
-    in the report; where all are above, the fastest. And its survivors.
+    The pruned model, with its latency in the report, and for each group the surviving units. Among
+    the attempts within the budget this is the slowest one; up to 2 % above the budget counts as
+    noise. If all attempts are above the budget, it is the fastest one.
 
     Raises
     ------
     BudgetError
-        If the aim cannot be reached, or if what is measured stays 5 % above the budget or more.
+        If the aim cannot be reached, or if the latency stays more than 5 % above the budget.
     """
     assert budget.latency is not None
     search = _Search(model, coupling, ranking, budget, terms, example_inputs, setting)
@@ -102,7 +127,7 @@ def within_time(
 
 @dataclass
 class _Search:
-    """What attempts are made of, and with."""
+    """The search for units that meet a latency budget; see :func:`within_time`."""
 
     model: nn.Module
     coupling: Coupling
@@ -113,10 +138,10 @@ class _Search:
     setting: Setting
 
     def attempts(self, share: float) -> list[Attempt]:
-        """Choose and measure until the time is the budget's, or often enough."""
+        """Choose and measure until the latency meets the budget or the attempts are used up."""
         dense = self._deployed(self._emitted(self._with_channels(1.0)))
         forecast = self._forecast(dense)
-        # what was forecast and what was measured, as shares of the dense model
+        # forecast and measured latency of each attempt, relative to the dense model
         tried: list[tuple[float, float]] = []
         attempts: list[Attempt] = []
         for _ in range(_MOST_ATTEMPTS):
@@ -128,48 +153,48 @@ class _Search:
                     break
                 raise
             result = self._emitted(kept)
-            both = {"dense": dense, "pruned": self._deployed(result)}
-            ms = _milliseconds(both, self.example_inputs, self.setting, share)
-            told = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
-            expected = _corrected_share(told, share, tried) * ms["dense"]
-            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected))
+            models = {"dense": dense, "pruned": self._deployed(result)}
+            ms = _milliseconds(models, self.example_inputs, self.setting, share)
+            predicted = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
+            expected_ms = _corrected_share(predicted, share, tried) * ms["dense"]
+            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected_ms))
             reached = attempts[-1].share
-            met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
-            if met or (reached <= share and told >= 1):
+            is_met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
+            if is_met or (reached <= share and predicted >= 1):
                 break
-            tried.append((told, reached))
+            tried.append((predicted, reached))
         return attempts
 
     def _forecast(self, dense: nn.Module) -> Forecast:
-        """A forecast that agrees with the dense model and with narrower ones."""
+        """Return a forecast that is fitted to the dense model and to narrower models."""
         forecast = Forecast(self.coupling, dense, self.example_inputs, self.setting)
-        fewer = {str(share): self._with_channels(share) for share in _FITTED}
-        models = {name: self._deployed(self._emitted(kept)) for name, kept in fewer.items()}
-        found = time_models(
-            {"dense": dense} | models,
-            self.example_inputs,
-            self.setting,
-            rounds=_ROUNDS,
-            seconds=_SECONDS,
+        narrower = {str(share): self._with_channels(share) for share in _FITTED}
+        models = {"dense": dense}
+        for name, kept in narrower.items():
+            models[name] = self._deployed(self._emitted(kept))
+        timings = time_models(
+            models, self.example_inputs, self.setting, rounds=_ROUNDS, seconds=_SECONDS
         )
-        measured = [
-            (self._counts(kept, forecast), found[name].low) for name, kept in fewer.items()
-        ]
-        forecast.fit([(forecast.full, found["dense"].low), *measured])
+        measured = [(forecast.full, timings["dense"].low)]
+        for name, kept in narrower.items():
+            measured.append((self._counts(kept, forecast), timings[name].low))
+        forecast.fit(measured)
         return forecast
 
     def _with_channels(self, share: float) -> Kept:
-        """The survivors where every group keeps such a share of its units."""
+        """Return the surviving units if every group keeps this share of its units."""
         return select(self.coupling, self.ranking, Budget(channels=share))
 
     def _emitted(self, kept: Kept) -> Pruned:
+        """Return the pruned model that keeps these units."""
         return emitted(self.model, self.coupling, dict(kept), self.terms, Clock())
 
     def _deployed(self, pruned: Pruned) -> nn.Module:
+        """Return the inference form of a pruned model."""
         return deploy(pruned.model)
 
     def _counts(self, kept: Kept, forecast: Forecast) -> Counts:
-        """How many units of each kind survive."""
+        """Return how many units of each kind survive, shape (kinds,)."""
         labels = [group.units[list(kept[group.name])] for group in self.coupling.groups]
         kinds = forecast.kinds.of_unit[np.concatenate([np.zeros(0, dtype=np.int64), *labels])]
         return np.bincount(kinds[kinds >= 0], minlength=len(forecast.full))
@@ -178,30 +203,33 @@ class _Search:
 def _milliseconds(
     models: dict[str, nn.Module], example_inputs: Any, setting: Setting, share: float
 ) -> dict[str, float]:
-    """What the dense and the pruned model take, in turns; measured again where that is long."""
+    """Return the latency of the dense and of the pruned model in milliseconds, measured in turns.
+
+    If the pruned model seems to be above the budget ``share``, both are measured again and the
+    shorter times count.
+    """
     ms = dict.fromkeys(models, float("inf"))
     for _ in range(_LOOKS):
-        found = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
-        ms = {name: min(found[name].low, before) for name, before in ms.items()}
+        timings = time_models(models, example_inputs, setting, rounds=_ROUNDS, seconds=_SECONDS)
+        ms = {name: min(timings[name].low, before) for name, before in ms.items()}
         if ms["pruned"] <= share * (1 + _ABOVE) * ms["dense"]:
             break
     return ms
 
 
 def _best(attempts: Sequence[Attempt], share: float) -> Attempt:
-    """Of the attempts within the budget the slowest; where all are above, the fastest.
+    """Return the slowest attempt within the budget, or the fastest one if all are above it.
 
     Raises
     ------
     BudgetError
-        If that one is far above.
+        If that attempt is far above the budget.
     """
     within = [attempt for attempt in attempts if attempt.share <= share * (1 + _ABOVE)]
-    best = (
-        max(within, key=lambda own: own.share)
-        if within
-        else min(attempts, key=lambda own: own.share)
-    )
+    if within:
+        best = max(within, key=lambda attempt: attempt.share)
+    else:
+        best = min(attempts, key=lambda attempt: attempt.share)
     if best.share > share * (1 + _REFUSED):
         raise BudgetError(
             f"latency={share} was not reached: the best of {len(attempts)} choices takes "
@@ -212,24 +240,43 @@ def _best(attempts: Sequence[Attempt], share: float) -> Attempt:
     return best
 
 
-def _corrected_share(told: float, share: float, tried: Sequence[tuple[float, float]]) -> float:
-    """What a forecast means, after what was measured: straight between the nearest on either side
-    of the budget, if there are two.
+def _corrected_share(
+    predicted: float, share: float, tried: Sequence[tuple[float, float]]
+) -> float:
+    """Return the latency to expect for a forecast, given what was measured before.
 
+    Between the nearest attempts on either side of the budget, the expected latency is linear in
+    the forecast. If all attempts are on one side, it is proportional to the forecast. All numbers
+    are shares of the dense model's latency.
+
+    Parameters
+    ----------
+    predicted:
+        The forecast.
+    share:
+        The budget.
+    tried:
+        Forecast and measured latency of earlier attempts.
+
+    Examples
+    --------
     >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
     >>> [_corrected_share(*given) for given in ((0.5, 0.6, []), (0.6, 0.6, one), (0.55, 0.6, two))]
     [0.5, 0.66, 0.6]
     """
     if not tried:
-        return told
-    (low, slow), (high, fast) = _nearest_attempts(share, tried)
-    return round(
-        slow + (told - low) * (fast - slow) / (high - low) if high > low else told * slow / low, 12
-    )
+        return predicted
+    (low, low_measured), (high, high_measured) = _nearest_attempts(share, tried)
+    if high > low:
+        slope = (high_measured - low_measured) / (high - low)
+        return round(low_measured + (predicted - low) * slope, 12)
+    return round(predicted * low_measured / low, 12)
 
 
 def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
-    """What has to be forecast for a share to be measured: the inverse of :func:`_corrected_share`.
+    """Return the forecast for which the budget ``share`` is the latency to expect.
+
+    This is the inverse of :func:`_corrected_share`.
 
     >>> one, two = [(0.5, 0.55)], [(0.5, 0.55), (0.6, 0.65)]
     >>> _aim(0.6, []), round(_aim(0.6, one), 4), round(_aim(0.6, two), 4)
@@ -237,18 +284,24 @@ def _aim(share: float, tried: Sequence[tuple[float, float]]) -> float:
     """
     if not tried:
         return share
-    (low, slow), (high, fast) = _nearest_attempts(share, tried)
-    return (
-        low + (share - slow) * (high - low) / (fast - slow) if high > low else low * share / slow
-    )
+    (low, low_measured), (high, high_measured) = _nearest_attempts(share, tried)
+    if high > low:
+        return low + (share - low_measured) * (high - low) / (high_measured - low_measured)
+    return low * share / low_measured
 
 
 def _nearest_attempts(
     share: float, tried: Sequence[tuple[float, float]]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The nearest attempts below and above a share, as (forecast, measured); twice the last where
-    all are on one side.
+    """Return the nearest attempts below and above the budget, as (forecast, measured).
+
+    If all attempts are on one side of the budget, or if the forecasts are in the wrong order,
+    return the last attempt twice.
     """
-    below = max((own for own in tried if own[1] <= share), key=lambda own: own[1], default=None)
-    above = min((own for own in tried if own[1] > share), key=lambda own: own[1], default=None)
-    return (below, above) if below and above and below[0] < above[0] else (tried[-1], tried[-1])
+    fast_enough = [attempt for attempt in tried if attempt[1] <= share]
+    below = max(fast_enough, key=lambda attempt: attempt[1], default=None)
+    too_slow = [attempt for attempt in tried if attempt[1] > share]
+    above = min(too_slow, key=lambda attempt: attempt[1], default=None)
+    if below and above and below[0] < above[0]:
+        return below, above
+    return tried[-1], tried[-1]

@@ -233,7 +233,7 @@ def test_a_fit_meets_the_dense_model_and_comes_near_the_others() -> None:
     _, forecast = forecast_of(Net().eval(), EXAMPLE)
     half, quarter = forecast.full // 2, forecast.full // 4
     known = [
-        (c, 2e-6 * forecast._measured(c) + 3e-6 * forecast._rest.at(c) + 0.5)
+        (c, 2e-6 * forecast._contraction_ns(c) + 3e-6 * forecast._rest.at(c) + 0.5)
         for c in (forecast.full, half, quarter)
     ]
     forecast.fit(known)
@@ -287,7 +287,7 @@ def test_layers_run_at_other_widths() -> None:
         assert_unharmed(dense, state)
         for layer in seen:
             layer.prepared({}, torch.device("cpu"))()
-            at = {number: size // 2 for number, size in layer.free().items()}
+            at = {number: size // 2 for number, size in layer.dense_sizes().items()}
             if isinstance(layer.target, nn.Module) and not isinstance(layer.target, nn.ReLU):
                 out = layer.prepared(at, torch.device("cpu"))()
                 assert tuple(getattr(out, "shape", ())) == layer.results[0].at(at), layer.node

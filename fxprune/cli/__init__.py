@@ -1,9 +1,8 @@
-"""The command line: ``fxprune inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench``
-and ``export``.
+"""The commands ``inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
 
-Results go to standard output, progress, warnings and errors to standard error, so that ``--json``
-can be piped. An error is printed without a traceback and ends with exit code 2, or 1 where it is a
-bug. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
+Results go to standard output. Progress, warnings and errors go to standard error, so that the
+output of ``--json`` can be piped. An error is printed without a traceback, and the exit code is 2,
+or 1 if the error is a bug of fxprune. FXPRUNE_DEBUG=1 in the environment keeps the traceback.
 """
 
 from __future__ import annotations
@@ -11,40 +10,33 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from fxprune import api
-from fxprune.cli.loading import built, load_model, model_and_inputs, note_random
+from fxprune.cli.groups import (
+    BudgetOptions,
+    LatencyOptions,
+    ModelInputOptions,
+    ModelOptions,
+    TimingOptions,
+    expand_groups,
+)
+from fxprune.cli.loading import model_and_inputs
 from fxprune.cli.options import (
-    Batch,
-    Channels,
     Checkpoint,
     Criterion,
-    Device,
     Input,
     Json,
     Keep,
-    LatencyShare,
-    Layers,
-    Macs,
-    MinChannels,
-    Mode,
     Model,
     Out,
-    Params,
-    Precision,
-    RoundTo,
-    Saved,
-    Scope,
     UnitKind,
     Verify,
     Weights,
     criterion_of,
-    latency_setting,
-    options_of,
-    settings_of,
     several_criteria,
     units_of,
 )
@@ -52,7 +44,7 @@ from fxprune.cli.printing import (
     comparison_to_dict,
     coupling_to_dict,
     latency_to_dict,
-    planned,
+    plan_text,
     print_comparison,
     print_coupling,
     print_latencies,
@@ -60,7 +52,7 @@ from fxprune.cli.printing import (
 from fxprune.cli.terminal import dumps, errors_to_stderr, read_text, stage, write_text
 from fxprune.errors import ArgumentError
 from fxprune.inference import deploy
-from fxprune.latency import MODES, PRECISIONS, measure
+from fxprune.latency import Latency, Setting, measure
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.runtimes import export as write_exported
@@ -81,6 +73,7 @@ app = typer.Typer(
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
+    """Print the version if ``--version`` is given."""
     if version:
         typer.echo(f"fxprune {__version__}")
         raise typer.Exit
@@ -102,11 +95,9 @@ def inspect(
     """Show what must be pruned together, and what is never pruned and why."""
     with errors_to_stderr():
         with stage(f"building {model}"):
-            module, example_inputs = model_and_inputs(model, input_shapes, weights, checkpoint)
+            module, inputs = model_and_inputs(model, input_shapes, weights, checkpoint)
         with stage("analysing"):
-            coupling = api.analyze(
-                module, example_inputs, keep=tuple(keep or ()), units=units_of(units)
-            )
+            coupling = api.analyze(module, inputs, keep=tuple(keep or ()), units=units_of(units))
         if as_json:
             typer.echo(json.dumps(coupling_to_dict(coupling), indent=2))
         elif full:
@@ -115,209 +106,126 @@ def inspect(
             print_coupling(coupling)
 
 
+_PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="Where the plan goes, as JSON.", show_default=False
+    ),
+]
+
+
 @app.command()
+@expand_groups
 def plan(
-    model: Model,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Where the plan goes, as JSON.", show_default=False
-        ),
-    ] = None,
-    channels: Channels = None,
-    macs: Macs = None,
-    params: Params = None,
-    latency: LatencyShare = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    mode: Mode = "eager",
-    batch: Batch = None,
-    scope: Scope = "group",
-    layers: Layers = None,
+    *,
+    out: _PlanFile = None,
+    budget: BudgetOptions,
+    latency_budget: LatencyOptions,
     criterion: Criterion = "cpmc",
-    keep: Keep = None,
-    units: UnitKind = None,
-    round_to: RoundTo = 1,
-    min_channels: MinChannels = 1,
-    input_shapes: Input = None,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    source: ModelInputOptions,
     as_json: Json = False,
 ) -> None:
-    """Choose what survives, and write that down; nothing else is written."""
+    """Choose the units to keep and write the plan; no model is written."""
     with errors_to_stderr():
-        setting = latency_setting(latency, device, precision, mode, batch)
-        options = options_of(
-            channels,
-            macs,
-            params,
-            scope,
-            layers,
-            keep,
-            units,
-            round_to,
-            min_channels,
-            latency,
-            setting,
-        )
-        found = criterion_of(criterion)
-        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        options = latency_budget.arguments() | budget.arguments()
+        options["criterion"] = criterion_of(criterion)
+        module, inputs = source.load_with_inputs()
         with stage("planning"):
-            pruned = api.prune(module, example_inputs, criterion=found, **options)
+            pruned = api.prune(module, inputs, **options)
         if out is not None:
             with stage(f"writing {out}"):
                 write_text(out, pruned.plan.to_json() + "\n")
-        typer.echo(pruned.plan.to_json() if as_json else planned(pruned))
+        typer.echo(pruned.plan.to_json() if as_json else plan_text(pruned))
 
 
 @app.command()
+@expand_groups
 def prune(
-    model: Model,
+    *,
     out: Out = None,
-    channels: Channels = None,
-    macs: Macs = None,
-    params: Params = None,
-    latency: LatencyShare = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    mode: Mode = "eager",
-    batch: Batch = None,
-    scope: Scope = "group",
-    layers: Layers = None,
+    budget: BudgetOptions,
+    latency_budget: LatencyOptions,
     criterion: Criterion = "cpmc",
-    keep: Keep = None,
-    units: UnitKind = None,
-    round_to: RoundTo = 1,
-    min_channels: MinChannels = 1,
     verify: Verify = False,
-    input_shapes: Input = None,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    source: ModelInputOptions,
     as_json: Json = False,
 ) -> None:
     """Prune a model and write the plan, the weights and a report."""
     with errors_to_stderr():
-        setting = latency_setting(latency, device, precision, mode, batch)
-        options = options_of(
-            channels,
-            macs,
-            params,
-            scope,
-            layers,
-            keep,
-            units,
-            round_to,
-            min_channels,
-            latency,
-            setting,
-        )
-        found = criterion_of(criterion)
-        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        options = latency_budget.arguments() | budget.arguments()
+        options["criterion"] = criterion_of(criterion)
+        module, inputs = source.load_with_inputs()
         with stage("pruning and verifying" if verify else "pruning"):
-            pruned = api.prune(
-                module, example_inputs, criterion=found, verify=verify or None, **options
-            )
+            pruned = api.prune(module, inputs, verify=verify or None, **options)
         _deliver(pruned, out, as_json)
 
 
+_PlanArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PLAN",
+        help="What fxprune plan or fxprune prune wrote: a plan.json.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
+@expand_groups
 def apply(
-    plan: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PLAN",
-            help="What fxprune plan or fxprune prune wrote: a plan.json.",
-            show_default=False,
-        ),
-    ],
-    model: Model,
+    *,
+    plan: _PlanArgument,
     out: Out = None,
     verify: Verify = False,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    source: ModelOptions,
     as_json: Json = False,
 ) -> None:
-    """Replay a plan on a model of the architecture that it was made for, for instance with other
-    weights.
-    """
+    """Replay a plan on a model of the same architecture, for instance with other weights."""
     with errors_to_stderr():
         replayed = Plan.from_json(read_text(plan))
-        with stage(f"building {model}"):
-            module = load_model(model, weights, checkpoint, saved)
-        note_random(model, weights, checkpoint, saved)
+        module = source.load()
         with stage("applying and verifying" if verify else "applying"):
             pruned = api.apply(replayed, module)
             if verify:
                 error = api.verify(module, pruned).error
-                pruned = dataclasses.replace(
-                    pruned, report=dataclasses.replace(pruned.report, error=error)
-                )
+                report = dataclasses.replace(pruned.report, error=error)
+                pruned = dataclasses.replace(pruned, report=report)
         _deliver(pruned, out, as_json)
 
 
+_Criteria = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Criteria to set side by side, with commas; each as --criterion of prune.",
+    ),
+]
+_AllGroups = Annotated[
+    bool,
+    typer.Option("--full", help="Print all groups, not only those on which the criteria differ."),
+]
+
+
 @app.command()
+@expand_groups
 def compare(
-    model: Model,
-    criteria: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Criteria to set side by side, with commas; each as --criterion of prune.",
-        ),
-    ] = "cpmc,l1,lamp",
-    channels: Channels = None,
-    macs: Macs = None,
-    params: Params = None,
-    latency: LatencyShare = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    mode: Mode = "eager",
-    batch: Batch = None,
-    scope: Scope = "group",
-    layers: Layers = None,
-    keep: Keep = None,
-    units: UnitKind = None,
-    round_to: RoundTo = 1,
-    min_channels: MinChannels = 1,
-    input_shapes: Input = None,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    *,
+    criteria: _Criteria = "cpmc,l1,lamp",
+    budget: BudgetOptions,
+    latency_budget: LatencyOptions,
+    source: ModelInputOptions,
     as_json: Json = False,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full", help="Print all groups, not only those on which the criteria differ."
-        ),
-    ] = False,
+    full: _AllGroups = False,
 ) -> None:
-    """Show what several criteria leave within the same budget: cost, units kept per group, and how
-    much they agree.
-    """
+    """Compare criteria at the same budget: cost, units kept per group, and how much they agree."""
     with errors_to_stderr():
-        setting = latency_setting(latency, device, precision, mode, batch)
-        options = options_of(
-            channels,
-            macs,
-            params,
-            scope,
-            layers,
-            keep,
-            units,
-            round_to,
-            min_channels,
-            latency,
-            setting,
-        )
-        found = several_criteria(criteria)
-        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
+        options = latency_budget.arguments() | budget.arguments()
+        by_name = several_criteria(criteria)
+        module, inputs = source.load_with_inputs()
         results = {}
-        for name, own in found.items():
+        for name, criterion in by_name.items():
             with stage(f"pruning by {name}"):
-                results[name] = api.prune(module, example_inputs, criterion=own, **options)
+                results[name] = api.prune(module, inputs, criterion=criterion, **options)
         if as_json:
             typer.echo(dumps(comparison_to_dict(results)), nl=False)
         else:
@@ -325,115 +233,90 @@ def compare(
 
 
 @app.command()
+@expand_groups
 def bench(
-    model: Model,
-    channels: Channels = None,
-    macs: Macs = None,
-    params: Params = None,
-    scope: Scope = "group",
-    layers: Layers = None,
+    *,
+    budget: BudgetOptions,
     criterion: Criterion = "cpmc",
-    keep: Keep = None,
-    units: UnitKind = None,
-    round_to: RoundTo = 1,
-    min_channels: MinChannels = 1,
-    device: Device = None,
-    precisions: Annotated[
-        str,
-        typer.Option(
-            "--precision", metavar="NAMES", help=f"Of {', '.join(PRECISIONS)}, with commas."
-        ),
-    ] = "fp32",
-    modes: Annotated[
-        str, typer.Option("--mode", metavar="NAMES", help=f"Of {', '.join(MODES)}, with commas.")
-    ] = "eager",
-    batches: Annotated[
-        str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")
-    ] = "1",
-    channels_last: Annotated[bool, typer.Option(help="Lay images out channels-last.")] = True,
-    rounds: Annotated[int, typer.Option(metavar="N", help="How many turns each model has.")] = 9,
-    seconds: Annotated[
-        float, typer.Option(metavar="S", help="About how long each turn lasts.")
-    ] = 0.2,
-    input_shapes: Input = None,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    timing: TimingOptions,
+    source: ModelInputOptions,
     as_json: Json = False,
 ) -> None:
-    """Time a model, and side by side with it what a budget leaves, as emitted and in its inference
-    form.
-    """
+    """Time a model next to its pruned versions: as emitted, and in its inference form."""
     with errors_to_stderr():
-        found = criterion_of(criterion)
-        settings = settings_of(device, precisions, modes, batches, channels_last)
-        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
-        models = {"as given": module}
-        if any(budget is not None for budget in (channels, macs, params, layers)):
-            options = options_of(
-                channels, macs, params, scope, layers, keep, units, round_to, min_channels
-            )
+        options = {"criterion": criterion_of(criterion)}
+        settings = timing.settings()
+        module, inputs = source.load_with_inputs()
+        models: dict[str, nn.Module] = {"as given": module}
+        if budget.is_given:
+            options |= budget.arguments()
             with stage("pruning"):
-                pruned = api.prune(module, example_inputs, criterion=found, **options).model
+                pruned = api.prune(module, inputs, **options).model
             models |= {"pruned": pruned, "pruned, deployed": deploy(pruned)}
         rows = []
         for setting in settings:
-            with stage(f"timing {setting.precision}, {setting.mode}, batch {setting.batch}"):
-                timed = measure(models, example_inputs, setting, rounds=rounds, seconds=seconds)
-            rows += [(setting, name, latency) for name, latency in timed.items()]
+            latencies = _measure(models, inputs, setting, timing)
+            rows += [(setting, name, latency) for name, latency in latencies.items()]
         if as_json:
             typer.echo(dumps([latency_to_dict(*row) for row in rows]), nl=False)
         else:
             print_latencies(rows)
 
 
+def _measure(
+    models: dict[str, nn.Module], inputs: Any, setting: Setting, timing: TimingOptions
+) -> dict[str, Latency]:
+    """Return the latency of each model in a setting, with a message about the progress."""
+    with stage(f"timing {setting.precision}, {setting.mode}, batch {setting.batch}"):
+        return measure(models, inputs, setting, rounds=timing.rounds, seconds=timing.seconds)
+
+
+_OnnxFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write ONNX, to FILE.onnx.", show_default=False),
+]
+_Pt2File = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write a program of torch.export, to FILE.pt2.", show_default=False
+    ),
+]
+_Check = Annotated[
+    bool, typer.Option(help="Run what was written in a process of its own, and compare.")
+]
+
+
 @app.command()
+@expand_groups
 def export(
-    model: Model,
-    onnx: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write ONNX, to FILE.onnx.", show_default=False),
-    ] = None,
-    pt2: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a program of torch.export, to FILE.pt2.",
-            show_default=False,
-        ),
-    ] = None,
+    *,
+    onnx: _OnnxFile = None,
+    pt2: _Pt2File = None,
     dynamic_batch: Annotated[bool, typer.Option(help="Take any batch size.")] = True,
-    check: Annotated[
-        bool, typer.Option(help="Run what was written in a process of its own, and compare.")
-    ] = True,
-    input_shapes: Input = None,
-    weights: Weights = None,
-    checkpoint: Checkpoint = None,
-    saved: Saved = None,
+    check: _Check = True,
+    source: ModelInputOptions,
 ) -> None:
-    """Write a model, in its inference form if it was pruned, for other runtimes."""
+    """Write a model for other runtimes, in its inference form if it was pruned."""
     with errors_to_stderr():
         files = [file for file in (onnx, pt2) if file is not None]
         if not files:
             raise ArgumentError(
                 "nothing to write: give --onnx FILE.onnx or --pt2 FILE.pt2, or both."
             )
-        module, example_inputs = built(model, input_shapes, weights, checkpoint, saved)
-        if saved is not None:
+        module, inputs = source.load_with_inputs()
+        if source.saved is not None:
             module = deploy(module)
         for file in files:
             with stage(f"writing {file}"):
                 error = write_exported(
-                    module, example_inputs, file, dynamic_batch=dynamic_batch, check=check
+                    module, inputs, file, dynamic_batch=dynamic_batch, check=check
                 )
-            typer.echo(
-                f"{file}: "
-                + ("not checked" if error is None else f"largest relative error {error:.1e}")
-            )
+            outcome = "not checked" if error is None else f"largest relative error {error:.1e}"
+            typer.echo(f"{file}: {outcome}")
 
 
 def _deliver(pruned: Pruned, out: Path | None, as_json: bool) -> None:
-    """Write the result, if asked to, and print its report."""
+    """Print the report of a pruned model, and save the model if ``out`` names a folder."""
     if out is not None:
         with stage(f"writing {out}"):
             pruned.save(out)

@@ -1,4 +1,4 @@
-"""Models that the command line names, their weights, and example inputs for them."""
+"""Models named on the command line, their weights and their example inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import api
-from fxprune.cli.terminal import stage, stderr
+from fxprune.cli.terminal import stderr
 from fxprune.common.hooks import in_mode
 from fxprune.common.public import calling
 from fxprune.errors import ArgumentError, CallbackError, InputError
 
 __all__ = [
-    "attribute_named",
-    "built",
     "example",
+    "import_attribute",
     "load_model",
     "model_and_inputs",
     "note_random",
@@ -38,25 +38,13 @@ __all__ = [
 def note_random(
     model: str, weights: str | None, checkpoint: Path | None, saved: Path | None
 ) -> None:
+    """Print a note to standard error if a torchvision model was built with random weights."""
     if weights is None and checkpoint is None and saved is None and ":" not in model:
         stderr().print(
             "note: the weights are random; --weights, --checkpoint or --saved gives trained ones",
             style="yellow",
             soft_wrap=True,
         )
-
-
-def built(
-    model: str,
-    input_shapes: list[str] | None,
-    weights: str | None,
-    checkpoint: Path | None,
-    saved: Path | None,
-) -> tuple[nn.Module, tuple[Any, ...]]:
-    with stage(f"building {model}"):
-        built = model_and_inputs(model, input_shapes, weights, checkpoint, saved)
-    note_random(model, weights, checkpoint, saved)
-    return built
 
 
 def model_and_inputs(
@@ -66,22 +54,50 @@ def model_and_inputs(
     checkpoint: Path | None,
     saved: Path | None = None,
 ) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The model that ``spec`` names, in eval mode, and example inputs for it."""
+    """Return the model that ``spec`` names, in eval mode, and example inputs for it.
+
+    Parameters
+    ----------
+    spec:
+        A torchvision name, or ``package.module:factory``.
+    input_shapes:
+        The values of ``--input``. None: the usual shapes of the torchvision model.
+    weights:
+        Name of published torchvision weights.
+    checkpoint:
+        File with a state dict.
+    saved:
+        Folder that an earlier run wrote.
+
+    Raises
+    ------
+    InputError
+        If the model is not from torchvision and no shapes are given, or if a shape is malformed.
+    ArgumentError
+        If the model or its weights cannot be loaded.
+    """
     module = load_model(spec, weights, checkpoint, saved)
-    shapes = input_shapes
-    if not shapes and ":" in spec:
+    if not input_shapes and ":" in spec:
         raise InputError(
             f"{spec} is not a torchvision name, so its input is not known: pass --input, as "
             "--input 1,3,224,224."
         )
-    return module, tuple(example(text) for text in shapes or usual_shapes(spec))
+    return module, tuple(example(text) for text in input_shapes or usual_shapes(spec))
 
 
 def load_model(
     spec: str, weights: str | None, checkpoint: Path | None, saved: Path | None
 ) -> nn.Module:
-    """The model that ``spec`` names, with the weights that are asked for, in eval mode."""
-    torch.manual_seed(0)  # the same command gives the same plan, also on random weights
+    """Return the model that ``spec`` names, with the requested weights, in eval mode.
+
+    See :func:`model_and_inputs` for the parameters.
+
+    Raises
+    ------
+    ArgumentError
+        If the options exclude each other, or if the model or its weights cannot be loaded.
+    """
+    torch.manual_seed(0)  # the same command gives the same plan, even with random weights
     if saved is not None and (weights is not None or checkpoint is not None):
         raise ArgumentError(
             "--saved holds weights of its own: leave out --weights and --checkpoint."
@@ -102,7 +118,8 @@ def load_model(
     return in_mode(module, False)
 
 
-def _torchvision_for(name: str) -> ModuleType:
+def _import_torchvision(name: str) -> ModuleType:
+    """Return torchvision; ``name`` is the model that needs it, for the error message."""
     try:
         import torchvision
     except ImportError as error:
@@ -115,7 +132,14 @@ def _torchvision_for(name: str) -> ModuleType:
 
 
 def _torchvision_model(name: str, weights: str | None) -> nn.Module:
-    torchvision = _torchvision_for(name)
+    """Return a torchvision model, with published weights or random ones.
+
+    Raises
+    ------
+    ArgumentError
+        If the model or the weights are unknown, or if the weights cannot be downloaded.
+    """
+    torchvision = _import_torchvision(name)
     known = torchvision.models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -124,23 +148,14 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
             f"No torchvision model is named {name!r}. {hint}Your own is named as "
             "package.module:factory."
         )
-    builder = torchvision.models.get_model_builder(name)
-    options: dict[str, Any] = {"weights": weights}
-    if "weights_backbone" in inspection.signature(builder).parameters:
-        options["weights_backbone"] = None  # the default would download a backbone
     try:
-        with warnings.catch_warnings():
-            # inception_v3 and googlenet announce a change of their random initialisation.
-            warnings.filterwarnings(
-                "ignore", message="The default weight initialization", category=FutureWarning
-            )
-            module = builder(**options)
+        module = _call_builder(torchvision.models.get_model_builder(name), weights)
     except (KeyError, ValueError) as error:
         choices = ", ".join(torchvision.models.get_model_weights(name).__members__) or "none"
         raise ArgumentError(
             f"{name} has no weights named {weights!r}. Available: {choices}."
         ) from error
-    except OSError as error:  # of the download, or of the disk
+    except OSError as error:  # the download or the disk failed
         raise ArgumentError(
             f"the weights {weights!r} of {name} cannot be had: {error}. Give a file with "
             "--checkpoint."
@@ -149,12 +164,27 @@ def _torchvision_model(name: str, weights: str | None) -> nn.Module:
     return module
 
 
+def _call_builder(builder: Callable[..., Any], weights: str | None) -> Any:
+    """Call a function of torchvision that builds a model; never download a separate backbone."""
+    options: dict[str, Any] = {"weights": weights}
+    if "weights_backbone" in inspection.signature(builder).parameters:
+        options["weights_backbone"] = None  # the default would download a backbone
+    with warnings.catch_warnings():
+        # inception_v3 and googlenet warn that their random initialisation will change
+        warnings.filterwarnings(
+            "ignore", message="The default weight initialization", category=FutureWarning
+        )
+        return builder(**options)
+
+
 def usual_shapes(name: str) -> list[str]:
-    """What ``--input`` would be: batch 1 at the resolution that the model's published weights
-    expect; 16 frames for video.
+    """Return the default of ``--input`` for a torchvision model, one text per input.
+
+    The batch size is 1 and the resolution is what the published weights of the model expect. Video
+    models get 16 frames, optical flow models two images, detectors a list of two images.
     """
-    for entry in _torchvision_for(name).models.get_model_weights(name):
-        transform = entry.transforms  # a preset class, mostly inside functools.partial
+    for entry in _import_torchvision(name).models.get_model_weights(name):
+        transform = entry.transforms  # a preset class, usually wrapped in functools.partial
         preset = getattr(transform, "func", transform).__name__
         if preset == "VideoClassification":
             height, width = transform.keywords["crop_size"]
@@ -164,63 +194,97 @@ def usual_shapes(name: str) -> list[str]:
             return 2 * [f"1,3,{height},{width}"]
         if preset == "ObjectDetection":
             return ["3,320,320+3,300,400+"]
-    # inception_v3's auxiliary classifier, alive in training, needs more than the others.
+    # the auxiliary classifier of inception_v3, used in training, needs a larger image
     return ["1,3,299,299" if name == "inception_v3" else "1,3,224,224"]
 
 
 def _own_model(spec: str) -> nn.Module:
-    found = attribute_named(spec, "MODEL")
+    """Return the user's model: a module, or the result of calling a factory without arguments."""
+    found = import_attribute(spec, "MODEL")
     with calling(f"{spec}, called without arguments,"):
-        made = found() if callable(found) and not isinstance(found, nn.Module) else found
-    if not isinstance(made, nn.Module):
-        raise ArgumentError(f"{spec} gave {type(made).__name__}, not a torch.nn.Module.")
-    return made
+        model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{spec} gave {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
-def attribute_named(spec: str, what: str) -> Any:
-    """What ``package.module:attribute`` names."""
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise ArgumentError(
-            f"{what} {spec!r} must be named as package.module:attribute, or be one that fxprune "
-            "knows by name."
-        )
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise ArgumentError(
-            f"{what} {spec!r} is no Python name: write package.module:attribute, with dots and "
-            "without .py, and run fxprune in the folder that holds the package."
-        )
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m does, so that a model beside the user is found
-    try:
-        with calling(f"the import of {module_name!r}"):
-            found: Any = importlib.import_module(module_name)
-    except CallbackError as error:
-        if isinstance(error.__cause__, ImportError):
-            raise ArgumentError(
-                f"Cannot import {module_name!r} for {what} {spec!r}: {error.__cause__}."
-            ) from error
-        raise
+def import_attribute(spec: str, role: str) -> Any:
+    """Import and return the object that ``package.module:attribute`` names.
+
+    Parameters
+    ----------
+    spec:
+        The name. The attribute may contain dots.
+    role:
+        What error messages call the object.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is malformed, or if the module or the attribute does not exist.
+    CallbackError
+        If the user's code raises another error while it is imported.
+    """
+    module_name, attribute = _split_spec(spec, role)
+    found: Any = _import_module(module_name, f"{role} {spec!r}")
     missing = object()
     for part in attribute.split("."):
         with calling(f"{spec}, asked for {part!r},"):
             found = getattr(found, part, missing)
         if found is missing:
             raise ArgumentError(
-                f"{module_name!r} has no {attribute!r} ({what} is named as "
+                f"{module_name!r} has no {attribute!r} ({role} is named as "
                 "package.module:attribute)."
             )
     return found
 
 
+def _split_spec(spec: str, role: str) -> tuple[str, str]:
+    """Split ``package.module:attribute`` into the names of the module and of the attribute."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ArgumentError(
+            f"{role} {spec!r} must be named as package.module:attribute, or be one that fxprune "
+            "knows by name."
+        )
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ArgumentError(
+            f"{role} {spec!r} is no Python name: write package.module:attribute, with dots and "
+            "without .py, and run fxprune in the folder that holds the package."
+        )
+    return module_name, attribute
+
+
+def _import_module(module_name: str, purpose: str) -> ModuleType:
+    """Import a module of the user; an error message says that it is for ``purpose``."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as python -m does: finds modules in the working folder
+    try:
+        with calling(f"the import of {module_name!r}"):
+            return importlib.import_module(module_name)
+    except CallbackError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise ArgumentError(
+                f"Cannot import {module_name!r} for {purpose}: {error.__cause__}."
+            ) from error
+        raise
+
+
 def _load_checkpoint(module: nn.Module, path: Path) -> None:
+    """Load a state dict from a file into a module.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read, or if its content does not fit the module.
+    """
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.load_model(module, str(path))
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # training scripts commonly wrap the state_dict with an epoch and an optimiser
+        # training scripts often store the state_dict next to an epoch and an optimiser
         if isinstance(state, dict):
             state = state.get("state_dict", state.get("model", state))
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -233,27 +297,40 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
             f"Cannot read checkpoint {path}: {error.strerror or error}."
         ) from error
     except Exception as error:
-        # pickle, safetensors and torch each raise their own; all mean: not this model's state_dict
-        said = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
+        # pickle, safetensors and torch raise different errors, which all mean the same here
+        reason = " ".join(f"{error or type(error).__name__}".split()).rstrip(".")
         raise ArgumentError(
-            f"Checkpoint {path} does not fit the model: {said:.600}. Give what "
+            f"Checkpoint {path} does not fit the model: {reason:.600}. Give what "
             "torch.save(model.state_dict(), path) writes."
         ) from error
 
 
 def example(text: str) -> Tensor | list[Tensor]:
-    """A tensor, or a list of tensors, of random values in [0, 1): a detector refuses others."""
+    """Return a random tensor of a shape, or a list of tensors for shapes joined by ``+``.
+
+    Values lie in [0, 1), because detectors refuse others.
+
+    Raises
+    ------
+    InputError
+        If the text is not a shape, or if the tensor would be too large.
+
+    Examples
+    --------
+    >>> example("1,3,8,8").shape, [image.shape[1] for image in example("3,4,4+3,5,5+")]
+    (torch.Size([1, 3, 8, 8]), [4, 5])
+    """
     if "+" in text:
-        return [
-            torch.rand(_shape_from_text(part, text)) for part in text.removesuffix("+").split("+")
-        ]
+        parts = text.removesuffix("+").split("+")
+        return [torch.rand(_shape_from_text(part, text)) for part in parts]
     return torch.rand(_shape_from_text(text, text))
 
 
-_LARGEST = 2**32  # elements of an example: 16 GiB
+_LARGEST = 2**32  # upper limit on the elements of an example: 16 GiB
 
 
 def _shape_from_text(text: str, given: str) -> tuple[int, ...]:
+    """Return the sizes in ``text``; ``given`` is the whole option value, for the error message."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:

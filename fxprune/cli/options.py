@@ -1,21 +1,22 @@
-"""The options that commands share, and what they say as arguments of :mod:`fxprune.api`."""
+"""Types of the options that commands share, and parsers of their values."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fxprune.cli.loading import attribute_named
+from fxprune.cli.loading import import_attribute
 from fxprune.criteria import CRITERIA
 from fxprune.errors import ArgumentError
-from fxprune.latency import MODES, PRECISIONS, Setting
+from fxprune.latency import MODES, PRECISIONS
 
 __all__ = [
     "Batch",
+    "Batches",
     "Channels",
+    "ChannelsLast",
     "Checkpoint",
     "Criterion",
     "Device",
@@ -28,20 +29,22 @@ __all__ = [
     "MinChannels",
     "Mode",
     "Model",
+    "Modes",
     "Out",
     "Params",
     "Precision",
+    "Precisions",
     "RoundTo",
+    "Rounds",
     "Saved",
     "Scope",
+    "Seconds",
     "UnitKind",
     "Verify",
     "Weights",
     "criterion_of",
-    "latency_setting",
+    "layer_of",
     "listed",
-    "options_of",
-    "settings_of",
     "several_criteria",
     "sizes",
     "units_of",
@@ -93,7 +96,7 @@ Saved = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Start from an earlier result of -o instead, whose first model was MODEL.",
+        help="Start from an earlier result of -o, which was made from MODEL.",
         show_default=False,
     ),
 ]
@@ -147,18 +150,18 @@ LatencyShare = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="cuda, cpu; the GPU where there is one.", show_default=False
+        metavar="NAME", help="cuda or cpu; default: the GPU if there is one.", show_default=False
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(PRECISIONS)}.")
+    str, typer.Option(metavar="NAME", help=f"For --latency: {', '.join(PRECISIONS)}.")
 ]
-Mode = Annotated[str, typer.Option(metavar="NAME", help=f"Of --latency: {', '.join(MODES)}.")]
+Mode = Annotated[str, typer.Option(metavar="NAME", help=f"For --latency: {', '.join(MODES)}.")]
 Batch = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Of --latency: images per call; the example's otherwise.",
+        help="For --latency: images per call; default: as in the example.",
         show_default=False,
     ),
 ]
@@ -202,52 +205,25 @@ Criterion = Annotated[
 ]
 RoundTo = Annotated[int, typer.Option(metavar="N", help="Keep a multiple of N units per group.")]
 MinChannels = Annotated[int, typer.Option(metavar="N", help="Keep at least N units per group.")]
+Precisions = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="NAMES", help=f"Any of {', '.join(PRECISIONS)}, with commas."
+    ),
+]
+Modes = Annotated[
+    str, typer.Option("--mode", metavar="NAMES", help=f"Any of {', '.join(MODES)}, with commas.")
+]
+Batches = Annotated[
+    str, typer.Option("--batch", metavar="SIZES", help="Images per call, with commas.")
+]
+ChannelsLast = Annotated[bool, typer.Option(help="Lay images out channels-last.")]
+Rounds = Annotated[int, typer.Option(metavar="N", help="How many turns each model has.")]
+Seconds = Annotated[float, typer.Option(metavar="S", help="About how long each turn lasts.")]
 
 
-def options_of(
-    channels: float | None,
-    macs: float | None,
-    params: float | None,
-    scope: str,
-    layers: list[str] | None,
-    keep: list[str] | None,
-    units: list[str] | None,
-    round_to: int,
-    min_channels: int,
-    latency: float | None = None,
-    device: Setting | None = None,
-) -> dict[str, Any]:
-    """The budget, as arguments of :func:`fxprune.prune`."""
-    return {
-        "channels": channels,
-        "macs": macs,
-        "params": params,
-        "latency": latency,
-        "device": device,
-        "scope": scope,
-        "layers": dict(_layer(text) for text in layers or ()),
-        "keep": tuple(keep or ()),
-        "units": units_of(units),
-        "round_to": round_to,
-        "min_channels": min_channels,
-    }
-
-
-def latency_setting(
-    latency: float | None, device: str | None, precision: str, mode: str, batch: int | None
-) -> Setting | None:
-    """Where and how the latency counts; None if there is no budget for it."""
-    if latency is not None:
-        return Setting(device, precision, mode, batch=batch)
-    if (device, precision, mode, batch) != (None, "fp32", "eager", None):
-        raise ArgumentError(
-            "--device, --precision, --mode and --batch say how --latency is measured: give that "
-            "too."
-        )
-    return None
-
-
-def _layer(text: str) -> tuple[str, float]:
+def layer_of(text: str) -> tuple[str, float]:
+    """Split a value of ``--layer`` into its glob and its share."""
     glob, _, share = text.rpartition("=")
     try:
         if glob:
@@ -260,12 +236,25 @@ def _layer(text: str) -> tuple[str, float]:
 
 
 def units_of(texts: list[str] | None) -> dict[str, str]:
-    """The last that matches counts; one without a glob is for all modules."""
+    """Return the values of ``--units`` as a dict from globs of module names to kinds of units.
+
+    A value without a glob applies to all modules. If several globs match a module, the last one
+    counts.
+
+    >>> units_of(["heads", "layer1.*=dims"])
+    {'*': 'heads', 'layer1.*': 'dims'}
+    """
     return {glob or "*": unit for glob, _, unit in (text.rpartition("=") for text in texts or ())}
 
 
 def criterion_of(text: str) -> Any:
-    """A name that fxprune knows, or what ``package.module:attribute`` names."""
+    """Return the name of a built-in criterion, or the user's criterion object.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is unknown, or if it names something that is not a criterion.
+    """
     if ":" not in text:
         if text not in CRITERIA:
             raise ArgumentError(
@@ -273,7 +262,7 @@ def criterion_of(text: str) -> Any:
                 "your own as package.module:criterion."
             )
         return text
-    found = attribute_named(text, "a criterion")
+    found = import_attribute(text, "a criterion")
     if not callable(found) and not hasattr(found, "scores"):
         raise ArgumentError(
             f"{text} is a {type(found).__name__}: a criterion is a function or has "
@@ -283,7 +272,7 @@ def criterion_of(text: str) -> Any:
 
 
 def listed(text: str) -> list[str]:
-    """Names with commas between them.
+    """Split a text at its commas.
 
     >>> listed("cpmc, l1,")
     ['cpmc', 'l1']
@@ -292,7 +281,7 @@ def listed(text: str) -> list[str]:
 
 
 def sizes(text: str) -> list[int]:
-    """Whole numbers with commas between them.
+    """Split a text at its commas into whole numbers.
 
     >>> sizes("1,64")
     [1, 64]
@@ -306,12 +295,12 @@ def sizes(text: str) -> list[int]:
 
 
 def several_criteria(names: str) -> dict[str, Any]:
-    """The criteria of ``compare``, by name.
+    """Return the criteria of ``compare`` by name.
 
     Raises
     ------
     ArgumentError
-        If they are fewer than two, or one is named twice.
+        If there are fewer than two, or if one is named twice or is unknown.
     """
     found = listed(names)
     if len(set(found)) < 2 or len(set(found)) < len(found):
@@ -320,28 +309,3 @@ def several_criteria(names: str) -> dict[str, Any]:
             "cpmc,l1."
         )
     return {name: criterion_of(name) for name in found}
-
-
-def settings_of(
-    device: str | None, precisions: str, modes: str, batches: str, channels_last: bool
-) -> list[Setting]:
-    """Every combination of what ``bench`` is given, each a list with commas.
-
-    Raises
-    ------
-    ArgumentError
-        If a list is empty.
-    """
-    named: dict[str, list[Any]] = {
-        "--precision": listed(precisions),
-        "--mode": listed(modes),
-        "--batch": sizes(batches),
-    }
-    empty = [option for option, values in named.items() if not values]
-    if empty:
-        raise ArgumentError(
-            f"{empty[0]} names nothing: write for instance --precision fp32,bf16 --mode eager "
-            "--batch 1,64."
-        )
-    every = itertools.product(named["--precision"], named["--mode"], named["--batch"])
-    return [Setting(device, own, mode, channels_last, batch) for own, mode, batch in every]

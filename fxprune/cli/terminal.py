@@ -1,4 +1,4 @@
-"""Text in and out: files, standard error, errors without a traceback."""
+"""Text files, messages on standard error, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -31,10 +31,18 @@ __all__ = [
 
 
 def dumps(data: Any) -> str:
+    """Return data as indented JSON that ends with a newline."""
     return json.dumps(data, indent=2) + "\n"
 
 
 def read_text(path: Path) -> str:
+    """Return the content of a text file.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -44,7 +52,13 @@ def read_text(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file completely or not at all.
+
+    Raises
+    ------
+    ArgumentError
+        If the file or its folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -61,14 +75,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stderr() -> Console:
-    # Made anew each time: standard error may have been replaced since the import.
+    """Return a console that prints to standard error."""
+    # a new one each time, because standard error may have been replaced since the import
     return Console(stderr=True, highlight=False)
 
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """Say on standard error what is going on, with a spinner on a terminal, and how long it
-    took.
+    """Print on standard error what runs inside, and then how many seconds it took.
+
+    A terminal shows a spinner meanwhile.
     """
     console = stderr()
     start = time.perf_counter()
@@ -79,19 +95,19 @@ def stage(text: str) -> Iterator[None]:
 
 @contextmanager
 def errors_to_stderr() -> Iterator[None]:
-    """Say what went wrong in a sentence, and end with status 2, or 1 for what nobody foresaw;
-    warnings of fxprune are said alike.
+    """Print errors and warnings of fxprune as one sentence, without a traceback.
 
-    With FXPRUNE_DEBUG set in the environment, errors keep their traceback.
+    An error ends the program with status 2, or with status 1 if it is a bug of fxprune. If
+    FXPRUNE_DEBUG is set in the environment, errors keep their traceback.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", FxpruneWarning)
-        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
         try:
             with guarded("fxprune"):
                 yield
         except SystemExit as error:
-            _say(
+            _print_message(
                 "error:",
                 "bold red",
                 f"code of yours ended the program: sys.exit({error.code!r}). fxprune imports and "
@@ -100,32 +116,31 @@ def errors_to_stderr() -> Iterator[None]:
             raise typer.Exit(2) from None
         except FxpruneError as error:
             if isinstance(error.__cause__, BrokenPipeError):
-                raise error.__cause__ from None  # whoever read the output has enough
+                raise error.__cause__ from None  # the reader of the output has closed the pipe
             if os.environ.get("FXPRUNE_DEBUG"):
                 raise
-            unforeseen = isinstance(error, InternalError)
-            _say(
-                "error:",
-                "bold red",
-                f"{error} Set FXPRUNE_DEBUG=1 to see the traceback." if unforeseen else str(error),
-            )
-            raise typer.Exit(1 if unforeseen else 2) from None
+            is_bug = isinstance(error, InternalError)
+            hint = " Set FXPRUNE_DEBUG=1 to see the traceback." if is_bug else ""
+            _print_message("error:", "bold red", f"{error}{hint}")
+            raise typer.Exit(1 if is_bug else 2) from None
 
 
-def _show(
+def _show_warning(
     otherwise: Callable[..., None],
     message: Warning | str,
     category: type[Warning],
-    *where: Any,
+    *place: Any,
     **options: Any,
 ) -> None:
+    """Print a warning of fxprune as a sentence; pass any other one to ``otherwise``."""
     if issubclass(category, FxpruneWarning):
-        _say("warning:", "bold yellow", str(message))
+        _print_message("warning:", "bold yellow", str(message))
     else:
-        otherwise(message, category, *where, **options)
+        otherwise(message, category, *place, **options)
 
 
-def _say(what: str, style: str, text: str) -> None:
+def _print_message(label: str, style: str, text: str) -> None:
+    """Print a styled label and a text to standard error."""
     console = stderr()
-    console.print(what, style=style, end=" ")
+    console.print(label, style=style, end=" ")
     console.print(text, markup=False, emoji=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""What all layers use."""
+"""Helpers that all other packages use."""

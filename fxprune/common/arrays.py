@@ -1,4 +1,4 @@
-"""The types of NumPy's arrays that the selection computes with."""
+"""Types of the NumPy arrays that the selection computes with."""
 
 from typing import TypeAlias
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 __all__ = ["Counts", "Floats"]
 
 Counts: TypeAlias = npt.NDArray[np.int64]
-"""How many units of each kind or pool, in whole numbers."""
+"""Numbers of units, one for each kind or pool."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 """Scores, costs, times."""

@@ -1,4 +1,4 @@
-"""Modules that torch.compile made are taken as the modules that were compiled."""
+"""Access to the original modules behind those that ``torch.compile`` made."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ __all__ = ["Uncompiled", "is_compiled", "plain"]
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether ``torch.compile`` made this module of another one."""
-    # Nobody has made one where its class was not imported yet, which takes seconds.
+    """Tell whether ``torch.compile`` made this module from another one."""
+    # Do not import the class here: the import takes seconds. Until somebody has imported it, no
+    # such module exists.
     kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
     return kind is not None and isinstance(module, kind)
 
 
 def plain(model: Any) -> Any:
-    """The module that was compiled, or the model itself.
+    """Return the original of a compiled module; other modules are returned unchanged.
 
     >>> net = nn.Linear(2, 2)
     >>> plain(net) is net
@@ -30,15 +31,18 @@ def plain(model: Any) -> Any:
 
 
 class Uncompiled(nn.Module):
-    """Stands in a copy of a model for a module that was compiled, under its names: calls what was
-    compiled.
+    """Replacement of a compiled module in a copy of a model; it calls the original module.
+
+    The original is registered as ``_orig_mod``, as in a compiled module, so that the names of
+    parameters and submodules stay the same.
     """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self._modules["_orig_mod"] = inner  # which may have no attributes yet
+        self._modules["_orig_mod"] = inner  # set directly: it may have no attributes yet
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the original module."""
         return self._orig_mod(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

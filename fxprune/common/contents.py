@@ -1,4 +1,4 @@
-"""What a value holds, also in objects that ``torch.utils._pytree`` does not know."""
+"""The contents of values, including objects that ``torch.utils._pytree`` does not know."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ __all__ = [
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Tensors, numbers and strings in a value, whatever holds them, in a fixed order.
+    """Yield the tensors, numbers and strings in a value, in a fixed order.
+
+    Containers and objects of any class are searched, see :func:`every_leaf`.
 
     >>> from types import SimpleNamespace
     >>> list(leaves({"a": [1, SimpleNamespace(b=2)], "c": "text"}))
     [1, 2, 'text']
     """
-    return (
-        leaf for leaf in every_leaf(value) if isinstance(leaf, (Tensor, int, float, complex, str))
-    )
+    return (leaf for leaf in every_leaf(value) if isinstance(leaf, _VALUES))
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """The leaves of nested containers, and of dataclasses in them, whatever they are."""
+    """Return all leaves of nested containers and of the dataclasses in them.
+
+    Any object that is neither a container of ``torch.utils._pytree`` nor a dataclass is a leaf.
+    """
     found: list[Any] = []
     for leaf in tree_leaves(value):
         fields = _fields_of(leaf)
@@ -49,43 +52,53 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested containers, in order: those of ``tree_leaves``, which takes five times
-    as long on plain arguments.
+    """Return the tensors in nested containers, in order.
+
+    They are the tensors among ``tree_leaves(value)``. This function has a short path for tuples,
+    lists and dicts, because ``tree_leaves`` takes five times as long on simple arguments.
     """
     kind = type(value)
-    if kind is tuple or kind is list:
-        return [
-            tensor for item in value if type(item) not in _PLAIN for tensor in tensors_of(item)
-        ]
-    if kind is dict:
-        return [
-            tensor
-            for item in value.values()
-            if type(item) not in _PLAIN
-            for tensor in tensors_of(item)
-        ]
+    if kind is tuple or kind is list or kind is dict:
+        tensors: list[Tensor] = []
+        for item in value.values() if kind is dict else value:
+            if type(item) not in _PLAIN:
+                tensors += tensors_of(item)
+        return tensors
     if isinstance(value, Tensor):
         return [value]
-    return (
-        [] if kind in _PLAIN else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    )
+    if kind in _PLAIN:
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+_VALUES = (Tensor, int, float, complex, str)
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers by name; one that has several names is there once."""
+    """Return the parameters and buffers of a model by name.
+
+    A tensor that has several names appears once, under the first of them.
+    """
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def refuse_lazy(output: Any, model: nn.Module) -> None:
-    """Refuse an output that computes its content later, where nothing can follow it.
+    """Refuse an output that computes its content after ``forward`` has returned.
+
+    The analysis cannot follow such a computation.
+
+    Parameters
+    ----------
+    output:
+        The value that ``forward`` returned.
+    model:
+        The model, which the error message names.
 
     Raises
     ------
     TraceError
-        If there is a generator, another iterator, or a function in the output.
+        If the output contains a generator, another iterator, or a function.
     """
     for leaf in every_leaf(output, lazy=True):
         if isinstance(leaf, (Iterator, FunctionType, MethodType)):
@@ -97,14 +110,26 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
 
 
 def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
-    """All that is no container, whatever holds it; ``lazy`` leaves iterators as they are."""
+    """Yield everything in a value that does not itself contain something.
+
+    Containers are searched, and so are objects of any class: their attributes, their slots, and
+    what they refer to in C. Each object is searched once.
+
+    Parameters
+    ----------
+    value:
+        Any object.
+    lazy:
+        Yield iterators as leaves. False: consume them and search their items.
+    """
     seen: IdentitySet[Any] = IdentitySet()
 
     def walk(value: Any) -> Iterator[Any]:
+        """Yield the leaves of a value, except for objects that were searched before."""
         for leaf in tree_leaves(value, is_leaf=has_tensors_as_keys):
-            if leaf in seen and not isinstance(leaf, (Tensor, int, float, complex, str)):
+            if leaf in seen and not isinstance(leaf, _VALUES):
                 continue
-            content = None if lazy and isinstance(leaf, Iterator) else _held_by(leaf)
+            content = None if lazy and isinstance(leaf, Iterator) else _contents_of(leaf)
             if content is None:
                 yield leaf
             else:
@@ -115,43 +140,35 @@ def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
 
 
 def has_tensors_as_keys(value: Any) -> bool:
-    """Whether it is a dict that torch's functions for nested containers cannot take apart and
-    compare.
+    """Tell whether a value is a dict with a tensor among its keys.
+
+    Torch's functions for nested containers cannot take apart and compare such a dict.
     """
     return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
 
 
 _CODE = (FunctionType, MethodType, ModuleType, CodeType, FrameType)
-_NO_HOLDERS = (Tensor, int, float, complex, str, bytes, *_CODE)
+_NOT_SEARCHED = (*_VALUES, bytes, *_CODE)
 
 
-def _held_by(holder: Any) -> list[Any] | None:
-    """What an object that is no container of torch's holds; None: nothing, it is a value
-    itself.
+def _contents_of(holder: Any) -> list[Any] | None:
+    """Return what an object contains, or None if it contains nothing and is a leaf itself.
+
+    The object is not a container of ``torch.utils._pytree``. Of a class only the tensors among its
+    attributes count. Of a set only the tensors count, ordered by shape, because sets have no fixed
+    order.
     """
-    if holder is None or isinstance(holder, _NO_HOLDERS):
+    if holder is None or isinstance(holder, _NOT_SEARCHED):
         return None
     if isinstance(holder, type):
         return [value for value in vars(holder).values() if isinstance(value, Tensor)] or None
-    # its parameters, buffers and numbers are its own: no results of a call that hands it out
     if isinstance(holder, nn.Module):
-        held = (value for name, value in vars(holder).items() if not name.startswith("_"))
-        return [
-            *holder._modules.values(),
-            *(value for value in held if not isinstance(value, (int, float, complex, str))),
-        ] or None
+        return _contents_of_module(holder) or None
     if isinstance(holder, Mapping):
-        return [
-            *(key for key in holder if isinstance(key, Tensor)),
-            *holder.values(),
-            *_attributes(holder),
-        ]
+        keys = [key for key in holder if isinstance(key, Tensor)]
+        return [*keys, *holder.values(), *_attributes(holder)]
     if isinstance(holder, Set):
-        found = [leaf for item in holder for leaf in tree_leaves(item)]
-        return sorted(
-            (leaf for leaf in found if isinstance(leaf, Tensor)),
-            key=lambda tensor: (tensor.dim(), *tensor.shape),
-        )
+        return _tensors_in_set(holder)
     fields = _fields_of(holder)
     if fields is not None:
         return fields
@@ -159,23 +176,37 @@ def _held_by(holder: Any) -> list[Any] | None:
         return list(holder)
     if isinstance(holder, np.ndarray):
         return list(holder.ravel()) if holder.dtype.hasobject else None
-    own = _attributes(holder)
-    return [*own, *_inside(holder, own)] or None
+    attributes = _attributes(holder)
+    return [*attributes, *_referents(holder, attributes)] or None
+
+
+def _contents_of_module(module: nn.Module) -> list[Any]:
+    """Return the submodules of a module and the objects among its public attributes.
+
+    Parameters, buffers and numbers belong to the module. If a call returns the module, they are
+    not results of that call.
+    """
+    contents: list[Any] = list(module._modules.values())
+    for name, value in vars(module).items():
+        if not name.startswith("_") and not isinstance(value, (int, float, complex, str)):
+            contents.append(value)
+    return contents
+
+
+def _tensors_in_set(values: Set[Any]) -> list[Tensor]:
+    """Return the tensors in a set, ordered by shape."""
+    found = [leaf for item in values for leaf in tree_leaves(item)]
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+    return sorted(tensors, key=lambda tensor: (tensor.dim(), *tensor.shape))
 
 
 def slots_of(holder: Any) -> dict[str, Any]:
-    """What an object holds in ``__slots__``, by name."""
-    own = [
-        item
-        for kind in type(holder).__mro__
-        if "__slots__" in vars(kind)
-        for item in vars(kind).items()
-    ]
-    found = {
-        name: getattr(holder, name, _EMPTY)
-        for name, item in own
-        if isinstance(item, MemberDescriptorType)
-    }
+    """Return the values in the ``__slots__`` of an object, by name; empty slots are left out."""
+    found = {}
+    for kind in type(holder).__mro__:
+        for name, attribute in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if isinstance(attribute, MemberDescriptorType):
+                found[name] = getattr(holder, name, _EMPTY)
     return {name: value for name, value in found.items() if value is not _EMPTY}
 
 
@@ -183,23 +214,22 @@ _EMPTY = object()
 
 
 def _attributes(holder: Any) -> list[Any]:
+    """Return the values of all attributes of an object, in its ``__dict__`` and its slots."""
     return [*getattr(holder, "__dict__", {}).values(), *slots_of(holder).values()]
 
 
-def _inside(holder: Any, attributes: list[Any]) -> list[Any]:
-    """What an object of a class that is written in C refers to: an entry of a list, an argument of
-    an exception.
+def _referents(holder: Any, attributes: list[Any]) -> list[Any]:
+    """Return the objects that an object written in C refers to, beyond its attributes.
+
+    Examples are the items of a subclass of ``list`` and the arguments of an exception.
     """
     known = IdentitySet((*attributes, getattr(holder, "__dict__", None)))
-    return [
-        value
-        for value in gc.get_referents(holder)
-        if value not in known and not isinstance(value, (type, *_CODE))
-    ]
+    others = [value for value in gc.get_referents(holder) if value not in known]
+    return [value for value in others if not isinstance(value, (type, *_CODE))]
 
 
 def _fields_of(holder: Any) -> list[Any] | None:
-    """What the fields of a dataclass hold; None: it is none."""
+    """Return the values of the fields of a dataclass, or None for any other object."""
     if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
         return None
-    return [getattr(holder, own.name, None) for own in dataclasses.fields(holder)]
+    return [getattr(holder, field.name, None) for field in dataclasses.fields(holder)]

@@ -1,4 +1,4 @@
-"""Seeing ATen operations: a mode that does so, and the tensors among their arguments."""
+"""Tools to observe ATen operations: a dispatch mode, and the tensors among arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ META = torch.device("meta")
 
 
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among an ATen op's arguments, which nest them in lists at most."""
+    """Return the tensors among the arguments of an ATen op.
+
+    Such arguments hold tensors directly or in a list, never deeper.
+    """
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -39,17 +42,17 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def holds_tensors(value: Any) -> bool:
-    """Whether there is a tensor anywhere in nested containers."""
+    """Tell whether nested containers hold a tensor."""
     return bool(tensors_of(value))
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Nested arguments of an ATen op, with the function's result in the place of each tensor."""
+    """Return nested arguments with each tensor replaced by the result of ``function``."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
         items = [map_tensors(function, item) for item in value]
-        # a named tuple takes its entries one by one
+        # a named tuple takes its entries as separate arguments
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: map_tensors(function, item) for key, item in value.items()}
@@ -58,17 +61,20 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 @functools.cache
 def is_composite(func: Any) -> bool:
-    """Whether an op is made of others, for every kind of tensor."""
+    """Tell whether an ATen op is composed of other ops for every kind of tensor.
+
+    Such an op has a ``CompositeImplicitAutograd`` kernel.
+    """
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     )
 
 
 class DispatchMode(TorchDispatchMode):
-    """A mode whose ``__torch_dispatch__`` is called as it is.
+    """A dispatch mode whose ``__torch_dispatch__`` is called without a wrapper.
 
-    torch wraps that of any other mode in what keeps the compiler out of it, which imports the
-    compiler and sympy at the first call, hundreds of modules, and takes longer at every call than
+    Torch wraps the method of other modes to keep the compiler out of it. At the first call the
+    wrapper imports the compiler and sympy, hundreds of modules. At every call it takes longer than
     most operations on meta tensors.
     """
 

@@ -1,5 +1,6 @@
-"""Python that a user has put around or into the place of a module's forward: a graph would not run
-it.
+"""Checks for user code around the forward of a module: hooks, and a replaced forward.
+
+A graph made from the module would not run this code.
 """
 
 from __future__ import annotations
@@ -14,30 +15,43 @@ _HOOK_STORES = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether forward was replaced on this object: ``module.forward = module.forward_fused``."""
+    """Tell whether forward was replaced on this object.
+
+    An example is ``module.forward = module.forward_fused``.
+    """
     return "forward" in vars(module)
 
 
 def in_mode(model: nn.Module, training: bool) -> nn.Module:
-    """The model, once its own ``train()`` or ``eval()`` has put it into a mode; what these give
-    back may be another one.
+    """Put a model into training or eval mode, and return the model.
+
+    The return values of ``train()`` and ``eval()`` are ignored, because a model may override these
+    methods and return another object.
     """
     model.train() if training else model.eval()
     return model
 
 
 def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
-    """Refuse to make one graph of modules around which hooks run.
+    """Refuse a module that cannot become one graph because of hooks or a replaced forward.
 
-    A hook is Python for every call: it keeps what it sees, counts, or gives something else back.
-    torch's own hooks, which compute a weight (``torch.nn.utils.weight_norm``), belong to their
-    module. ``below`` leaves out the root's own hooks, for a module that is called from Python,
-    where these run before and after its graph.
+    A hook is Python code that runs at every call: it may store what it sees, count, or return
+    something else. Torch's own hooks that compute a weight (``torch.nn.utils.weight_norm``) are
+    allowed, because they belong to their module.
+
+    Parameters
+    ----------
+    root:
+        The module that is to become one graph.
+    below:
+        Allow hooks on ``root`` itself. They run before and after its graph if the module is called
+        from Python.
 
     Raises
     ------
     TraceError
-        If there is a hook, or if the root's forward was replaced. The message names the module.
+        If there is a hook, or if the forward of ``root`` was replaced. The message names the
+        module.
     """
     if has_own_forward(root):
         raise TraceError(
@@ -55,6 +69,6 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks of a user run before or after a module's forward."""
+    """Tell whether hooks of the user run before or after the forward of a module."""
     hooks = [hook for store in _HOOK_STORES for hook in vars(module).get(store, {}).values()]
     return any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)

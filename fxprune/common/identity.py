@@ -1,7 +1,7 @@
-"""Tables and sets of objects, looked up by which object it is and not by its value.
+"""Dictionaries and sets that compare objects by identity, not by value.
 
-The functions at the end do so with what ``copy.deepcopy`` calls a memo: a plain dictionary from
-the ids of objects to what stands in their place in a copy. Who makes one keeps the objects alive.
+The functions at the end handle the memo of ``copy.deepcopy``: a dictionary from the ids of objects
+to their replacements in a copy. A memo does not keep the objects alive; its creator must.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ D = TypeVar("D")
 
 
 class IdentityMap(Generic[K, V]):
-    """A dictionary from objects to values. Two objects are one key only if they are the same one.
+    """A dictionary that compares its keys by identity.
 
-    The ``id`` of an object that died is given to a new one. The map keeps its keys alive, so that
-    a new object never finds what was noted for an old one.
+    Python may give the ``id`` of a deleted object to a new one. The map keeps its keys alive, so
+    that a new object never finds the entry of a deleted one.
 
     Examples
     --------
@@ -65,26 +65,29 @@ class IdentityMap(Generic[K, V]):
     @overload
     def get(self, key: object, default: D) -> V | D: ...
     def get(self, key: object, default: D | None = None) -> V | D | None:
-        """What is noted for this very object; ``default`` where nothing is."""
+        """Return the value of an object, or ``default`` if the object is not a key."""
         entry = self._entries.get(id(key))
         return default if entry is None else entry[1]
 
     def setdefault(self, key: K, value: V) -> V:
+        """Return the value of an object; store ``value`` first if the object is not a key."""
         return self._entries.setdefault(id(key), (key, value))[1]
 
     def discard(self, key: K) -> None:
-        """Forget an object, and let it go."""
+        """Remove an object if it is a key."""
         self._entries.pop(id(key), None)
 
     def values(self) -> Iterator[V]:
+        """Return an iterator over the values."""
         return (value for _, value in self._entries.values())
 
     def items(self) -> Iterator[tuple[K, V]]:
+        """Return an iterator over the pairs of key and value."""
         return iter(self._entries.values())
 
 
 class IdentitySet(Generic[K]):
-    """A set of objects, in order. Two are one only if they are the same one.
+    """A set that compares its members by identity and keeps them in order.
 
     Examples
     --------
@@ -101,6 +104,7 @@ class IdentitySet(Generic[K]):
         self._members: dict[int, K] = {id(member): member for member in members}
 
     def add(self, member: K) -> None:
+        """Add an object to the set."""
         self._members[id(member)] = member
 
     def __contains__(self, member: object) -> bool:
@@ -117,41 +121,41 @@ Memo: TypeAlias = dict[int, Any]
 
 
 def memo_of(pairs: Iterable[tuple[object, Any]]) -> Memo:
-    """A memo from objects to what stands in their place.
+    """Return a memo made from pairs of object and replacement.
 
     >>> import copy
     >>> old, new = [1], [2]
     >>> copy.deepcopy({"held": old}, memo_of([(old, new)]))
     {'held': [2]}
     """
-    return {id(own): made for own, made in pairs}
+    return {id(original): replacement for original, replacement in pairs}
 
 
-def in_memo(memo: Memo, own: object) -> bool:
-    """Whether something stands in the place of an object."""
-    return id(own) in memo
+def in_memo(memo: Memo, original: object) -> bool:
+    """Tell whether the memo has a replacement for an object."""
+    return id(original) in memo
 
 
 _RAISES = object()
 
 
-def from_memo(memo: Memo, own: object, default: Any = _RAISES) -> Any:
-    """What stands in the place of an object.
+def from_memo(memo: Memo, original: object, default: Any = _RAISES) -> Any:
+    """Return the replacement of an object.
 
     Raises
     ------
     KeyError
-        If nothing does, and there is no default.
+        If there is none and no default is given.
     """
-    return memo[id(own)] if default is _RAISES else memo.get(id(own), default)
+    return memo[id(original)] if default is _RAISES else memo.get(id(original), default)
 
 
-def drop_from_memo(memo: Memo, own: object) -> None:
-    """Leave nothing in the place of an object."""
-    memo.pop(id(own), None)
+def drop_from_memo(memo: Memo, original: object) -> None:
+    """Remove the replacement of an object, if there is one."""
+    memo.pop(id(original), None)
 
 
-def to_memo(memo: Memo, own: object, made: V) -> V:
-    """Put something in the place of an object, and return it."""
-    memo[id(own)] = made
-    return made
+def to_memo(memo: Memo, original: object, replacement: V) -> V:
+    """Store the replacement of an object, and return it."""
+    memo[id(original)] = replacement
+    return replacement

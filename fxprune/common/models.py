@@ -1,4 +1,4 @@
-"""Whether a module can be pruned at all, or run on shapes, whatever the example."""
+"""Checks of models that do not depend on example inputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ __all__ = ["check_model", "check_structure"]
 
 
 def check_model(model: Any) -> None:
-    """Refuse what cannot be pruned, whatever the example.
+    """Refuse a model that cannot be pruned, whatever the example inputs are.
 
     Raises
     ------
     ModelError
-        It names the module or the tensor, and the way out.
+        If the model has a defect that :func:`check_structure` finds, a replaced forward, quantised
+        or unusual tensors, tensors on several devices, or NaN among its parameters. The message
+        names the module or the tensor and says what to do.
     """
     check_structure(model)
     if "forward" in vars(model):
@@ -29,25 +31,33 @@ def check_model(model: Any) -> None:
             "forward would be traced. Put the new forward into a subclass or a wrapper module."
         )
     _check_quantised(model)
-    parameters = list(model.named_parameters())
-    tensors: list[tuple[str, Tensor]] = [*parameters, *model.named_buffers()]
-    for name, tensor in tensors:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         _check_kind(name, tensor)
-    devices = {t.device: name for name, t in reversed(tensors)}
+    _check_one_device(model)
+    _check_no_nan(model)
+
+
+def _check_one_device(model: nn.Module) -> None:
+    """Refuse a model whose parameters and buffers are on several devices."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    devices = {tensor.device: name for name, tensor in reversed(tensors)}
     if len(devices) > 1:
         where = ", ".join(sorted(f"{name} on {device}" for device, name in devices.items()))
         raise ModelError(
             f"the model lies on {len(devices)} devices ({where}): move it to one with "
             "model.to(device) first."
         )
-    readable = {
-        name: tensor.detach()
-        for name, tensor in parameters
-        if tensor.is_floating_point() and not tensor.is_meta
-    }
-    norms = [torch.linalg.vector_norm(tensor).double() for tensor in readable.values()]
-    if norms and bool(torch.stack(norms).isnan().any()):
-        name = next(name for name, norm in zip(readable, norms, strict=True) if bool(norm.isnan()))
+
+
+def _check_no_nan(model: nn.Module) -> None:
+    """Refuse a model with NaN among its parameters."""
+    norms: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            norms[name] = torch.linalg.vector_norm(parameter.detach()).double()
+    # one test for all parameters: on a GPU each test waits
+    if norms and bool(torch.stack(list(norms.values())).isnan().any()):
+        name = next(name for name, norm in norms.items() if bool(norm.isnan()))
         raise ModelError(
             f"parameter {name!r} contains NaN, so nothing can be ranked: load or initialise the "
             "weights first."
@@ -55,12 +65,13 @@ def check_model(model: Any) -> None:
 
 
 def check_structure(model: Any) -> None:
-    """Refuse what cannot be run on shapes: no whole module, one without Python code, one that
-    contains itself, one without shapes.
+    """Refuse a model that cannot be run on meta tensors.
 
     Raises
     ------
     ModelError
+        If the object is not a complete ``torch.nn.Module``, has no Python code or no forward,
+        contains itself, or has uninitialised parameters. The message says what to do.
     """
     if not isinstance(model, nn.Module):
         kind = (
@@ -86,62 +97,58 @@ def check_structure(model: Any) -> None:
 
 
 def _check_quantised(model: nn.Module) -> None:
+    """Refuse a model with quantised modules."""
     for name, module in model.named_modules():
         kind = type(module)
-        quantised = "quantized" in kind.__module__ and any(
-            p in kind.__module__ for p in ("nn.quantized", "nn.intrinsic.quantized")
-        )
-        if quantised and "Functional" not in kind.__name__.removeprefix("Q"):
+        packages = ("nn.quantized", "nn.intrinsic.quantized")
+        is_quantised = any(package in kind.__module__ for package in packages)
+        if is_quantised and "Functional" not in kind.__name__.removeprefix("Q"):
             raise _quantised(name or "the model", kind.__name__)
 
 
-_STORE_TYPES: Mapping[str, tuple[type, ...]] = {
-    "_parameters": (Tensor,),
-    "_buffers": (Tensor,),
-    "_modules": (nn.Module,),
+_STORE_TYPES: Mapping[str, type] = {
+    "_parameters": Tensor,
+    "_buffers": Tensor,
+    "_modules": nn.Module,
 }
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    """Refuse a module without Python code, one that ``nn.Module.__init__`` did not make, and one
-    whose registers hold anything.
+    """Refuse a module without Python code, or whose registers are missing or hold wrong types.
+
+    The registers are missing if ``nn.Module.__init__`` was not called.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
             f"{repr(name) if name else 'the model'} is a TorchScript module, which has no Python "
             "code to trace: take the nn.Module that it was made from."
         )
-    what = repr(name) if name else f"this {type(module).__name__}"
-    for store, kinds in _STORE_TYPES.items():
-        held = vars(module).get(store)
-        if not isinstance(held, Mapping) or not hasattr(module, "training"):
-            lacking = "training" if isinstance(held, Mapping) else store
+    title = repr(name) if name else f"this {type(module).__name__}"
+    for store, kind in _STORE_TYPES.items():
+        entries = vars(module).get(store)
+        if not isinstance(entries, Mapping) or not hasattr(module, "training"):
+            missing = "training" if isinstance(entries, Mapping) else store
             raise ModelError(
-                f"{what} has no {lacking}, as every torch.nn.Module has: call super().__init__() "
+                f"{title} has no {missing}, as every torch.nn.Module has: call super().__init__() "
                 "first in its __init__."
             )
-        wrong = next(
-            (
-                key
-                for key, value in held.items()
-                if value is not None and not isinstance(value, kinds)
-            ),
-            None,
-        )
-        if wrong is not None:
-            raise ModelError(
-                f"{store}[{wrong!r}] of {what} is a {type(held[wrong]).__name__}, no "
-                f"{kinds[0].__name__}: take it out there."
-            )
+        for key, value in entries.items():
+            if value is not None and not isinstance(value, kind):
+                raise ModelError(
+                    f"{store}[{key!r}] of {title} is a {type(value).__name__}, no "
+                    f"{kind.__name__}: take it out there."
+                )
 
 
 def _check_tree(model: nn.Module) -> None:
-    """Look at each module; refuse one that is below itself: nothing that goes through its modules
-    would come to an end.
+    """Check each module of a model, and refuse a module that contains itself.
+
+    A walk through the modules of such a model would never end.
     """
     done: set[nn.Module] = set()
 
     def visit(module: nn.Module, above: Mapping[nn.Module, str], prefix: str) -> None:
+        """Check a module and all below it; ``above`` names the modules that contain it."""
         _check_module(prefix.removesuffix("."), module)
         for name, child in module._modules.items():
             if child is not None and child in above:
@@ -158,7 +165,7 @@ def _check_tree(model: nn.Module) -> None:
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuse tensors whose elements cannot be taken out or computed with as they are."""
+    """Refuse a tensor whose elements cannot be selected or computed with directly."""
     if tensor.is_quantized:
         raise _quantised(name, str(tensor.dtype))
     if type(tensor.data) not in (Tensor, nn.Parameter):
@@ -169,7 +176,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         )
     if isinstance(tensor, nn.Parameter) and tensor.layout is not torch.strided:
         raise ModelError(f"{name!r} is sparse ({tensor.layout}): give it as tensor.to_dense().")
-    if any(getattr(tensor, "names", ())):  # newer versions of torch know none
+    if any(getattr(tensor, "names", ())):  # newer versions of torch have no named dimensions
         raise ModelError(
             f"{name!r} has named dimensions, which few operations take: take them off with "
             "rename(None)."
@@ -182,6 +189,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
 
 
 def _quantised(name: str, kind: str) -> ModelError:
+    """Return the error for a quantised tensor or module."""
     return ModelError(
         f"{name!r} is already quantised ({kind}): prune the float model first, then quantise the "
         "result."

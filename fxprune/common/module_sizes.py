@@ -1,4 +1,4 @@
-"""The numbers that modules of torch.nn remember of the sizes of their parameters."""
+"""Attributes of ``torch.nn`` modules that repeat the sizes of their parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 __all__ = ["remembered", "sizes_of"]
 
-_REMEMBERED: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
+_SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
     (nn.Linear, {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
     (_ConvTransposeNd, {"in_channels": ("weight", 0), "out_channels": ("weight", 1)}),
     (_ConvNd, {"in_channels": ("weight", 1), "out_channels": ("weight", 0)}),
@@ -23,23 +23,26 @@ _REMEMBERED: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
 
 
 def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """(attribute, parameter, dimension): the attribute is the parameter's size along the
-    dimension.
+    """Yield the attributes of a module that equal the size of a parameter along a dimension.
 
-    Grouped convolutions have none, whose weights are as wide as one group, and no recurrent layers
-    with projections.
+    Grouped convolutions are left out, because their weights are only as wide as one group.
+    Recurrent layers with projections are left out, too.
+
+    Yields
+    ------
+    (name of the attribute, parameter, dimension of the parameter)
     """
-    known = next((names for kind, names in _REMEMBERED if isinstance(module, kind)), {})
+    sizes = next((sizes for kind, sizes in _SIZE_ATTRIBUTES if isinstance(module, kind)), {})
     if getattr(module, "groups", 1) != 1 or getattr(module, "proj_size", 0):
         return
-    for name, (parameter, dim) in known.items():
+    for name, (parameter, dim) in sizes.items():
         tensor = getattr(module, parameter, None)
         if isinstance(tensor, Tensor) and name in vars(module):
             yield name, tensor, dim
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
-    """What the module should remember, by the sizes that its parameters have now.
+    """Return the size attributes that fit the current parameters of a module, by name.
 
     >>> layer = nn.Linear(4, 3)
     >>> layer.weight = nn.Parameter(layer.weight[:2])

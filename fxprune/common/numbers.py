@@ -1,5 +1,6 @@
-"""Numbers and switches as callers write them, checked, as Python's own: NumPy's numbers and
-tensors of one number are numbers.
+"""Checks of arguments, which turn numbers, switches, paths and devices into plain types.
+
+NumPy numbers and tensors with a single element count as numbers.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ __all__ = ["device_of", "number", "path_of", "share", "switch", "whole"]
 
 
 def number(value: Any) -> int | float | None:
-    """A real number as an int or a float; None if it is something else, as a bool is.
+    """Return a real number as an int or a float; None for anything else, including bools.
 
-    A number of less than double precision means the decimal that it is written as.
+    A number of less than double precision becomes the decimal number that it is printed as.
 
     >>> given = 3, np.int64(3), np.float32(0.7), torch.tensor(0.5), True, "3"
     >>> tuple(map(number, given))
@@ -33,11 +34,9 @@ def number(value: Any) -> int | float | None:
         if value.dim() or value.is_meta or value.is_complex() or value.dtype is torch.bool:
             return None
         value = value.detach().cpu()
-        value = (
-            value
-            if value.dtype in (torch.float16, torch.float64) or not value.is_floating_point()
-            else value.float()
-        ).numpy()
+        if value.is_floating_point() and value.dtype not in (torch.float16, torch.float64):
+            value = value.float()  # NumPy does not have bfloat16 and smaller types
+        value = value.numpy()
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
@@ -48,11 +47,21 @@ def number(value: Any) -> int | float | None:
 
 
 def share(name: str, value: Any, meaning: str) -> float:
-    """A number in (0, 1].
+    """Return a number in (0, 1] as a float.
+
+    Parameters
+    ----------
+    name:
+        Name of the argument, for the error message.
+    value:
+        The argument.
+    meaning:
+        What the number means, for the error message.
 
     Raises
     ------
     ArgumentError
+        If the value is not a number in (0, 1].
     """
     found = number(value)
     if found is None or not math.isfinite(found) or not 0 < found <= 1:
@@ -63,11 +72,14 @@ def share(name: str, value: Any, meaning: str) -> float:
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least ``least``.
+    """Return a whole number as an int.
+
+    ``name`` is the name of the argument, for the error message.
 
     Raises
     ------
     ArgumentError
+        If the value is not a whole number or is below ``least``.
     """
     found = number(value)
     if not isinstance(found, int) or found < least:
@@ -76,11 +88,14 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def switch(name: str, value: Any) -> bool:
-    """True or False.
+    """Return a boolean as a bool.
+
+    ``name`` is the name of the argument, for the error message.
 
     Raises
     ------
     ArgumentError
+        If the value is neither True nor False.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentError(f"{name}={shown(value)} is neither True nor False.")
@@ -88,19 +103,22 @@ def switch(name: str, value: Any) -> bool:
 
 
 def path_of(name: str, value: Any) -> Path:
-    """A file or a folder as a path.
+    """Return the name of a file or a folder as a path.
+
+    ``name`` is the name of the argument, for the error message.
 
     Raises
     ------
     ArgumentError
+        If the value is not a path, or contains characters that no file name can have.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise ArgumentError(f"{name} is {shown(value)}, a {type(value).__name__}: give a path.")
     try:
-        named = b"\0" not in os.fsencode(value)
-    except ValueError:  # characters that no file name can have here
-        named = False
-    if not named:
+        is_valid = b"\0" not in os.fsencode(value)
+    except ValueError:  # characters that no file name can have on this system
+        is_valid = False
+    if not is_valid:
         raise ArgumentError(
             f"{name} {shown(value)} is a name that no file system takes: give another."
         )
@@ -108,18 +126,28 @@ def path_of(name: str, value: Any) -> Path:
 
 
 def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
-    """A device, on which tensors can be made ``here``.
+    """Return a device.
+
+    Parameters
+    ----------
+    name:
+        Name of the argument, for the error message.
+    value:
+        Name of the device, or the device itself.
+    here:
+        Check that tensors can be created on the device.
 
     Raises
     ------
     ArgumentError
+        If there is no such device.
     """
     try:
         device = torch.device(value)
         if here:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        # torch raises any of them where there is no such device
+        # torch raises any of these if there is no such device
         raise ArgumentError(
             f"{name}={shown(value)} cannot be used here: {str(error).splitlines()[0]:.200}"
         ) from error

@@ -1,5 +1,7 @@
-"""One lock for what belongs to the whole process: what torch's modules hold, its settings, the
-global random generators.
+"""One lock for state of the whole process.
+
+This state includes attributes of torch's modules, torch's settings and the global random
+generators.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import threading
 __all__ = ["TURN"]
 
 TURN = threading.RLock()
-"""Held by the one thread that exchanges such things for a while, so that no other puts the wrong
-one back.
+"""Held by a thread while it changes such state and until it has restored it.
+
+Without the lock, two threads could restore each other's temporary values.
 """

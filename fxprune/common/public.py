@@ -1,7 +1,7 @@
-"""What users call raises nothing but :class:`~fxprune.errors.FxpruneError`.
+"""Guards that make public functions raise only :class:`~fxprune.errors.FxpruneError`.
 
-:func:`public` guards functions and classes that users call. :func:`calling` and :func:`drawn_from`
-run what users hand in, so that an error of their code is told apart from one of fxprune.
+:func:`public` guards the functions and classes that users call. :func:`calling` and
+:func:`drawn_from` run code of the user, so that its errors differ from errors of fxprune.
 """
 
 from __future__ import annotations
@@ -33,14 +33,24 @@ T = TypeVar("T")
 
 
 def public(entry: T, *, inference: bool = False) -> T:
-    """Guard a public function, or the constructor of a public class: unforeseen errors become one
-    of fxprune's own.
+    """Guard a public function, or the constructor of a public class.
 
-    Where the caller is under ``torch.inference_mode()``, the function is not, as what it makes
-    shall be trained. With ``inference`` it is, too: it only calls what the caller hands in.
+    The guard turns unexpected errors into errors of fxprune. It does not change errors of fxprune,
+    warnings that the caller turned into errors, and exceptions that are not an ``Exception``
+    (``KeyboardInterrupt``).
 
-    Errors of fxprune pass as they are, and so do warnings that the caller turned into errors, and
-    what is no ``Exception`` (``KeyboardInterrupt``).
+    Parameters
+    ----------
+    entry:
+        The function or class. A class is changed in place.
+    inference:
+        Keep ``torch.inference_mode()`` if the caller is in it. This is for functions that only
+        call what the caller passes in. Other functions leave inference mode, because tensors that
+        are made in it cannot be trained.
+
+    Returns
+    -------
+    The guarded function, or the class.
 
     Examples
     --------
@@ -60,55 +70,62 @@ def public(entry: T, *, inference: bool = False) -> T:
 
 
 def _guarded(function: Any, name: str, inference: bool = False) -> Any:
+    """Return the guarded function; ``name`` is its name in error messages."""
+
     @functools.wraps(function)
-    def entered(*args: Any, **kwargs: Any) -> Any:
+    def guarded_call(*args: Any, **kwargs: Any) -> Any:
+        """Call the function; turn unexpected errors into errors of fxprune."""
         try:
             if inference or not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
-            # what is made there can be trained nevertheless
+            # tensors that are made here can be trained later
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args, **kwargs)
         except (FxpruneError, Warning):
             raise
         except Exception as error:
-            slip = _slip(function, args, kwargs) if isinstance(error, TypeError) else None
-            raise slip or _own(error, name) from error
+            misfit = None
+            if isinstance(error, TypeError):
+                misfit = _signature_error(function, args, kwargs)
+            raise misfit or _unexpected_error(error, name) from error
 
-    return entered
+    return guarded_call
 
 
 @contextmanager
 def guarded(name: str) -> Iterator[None]:
-    """As :func:`public`, for a block of code; ``name`` is what an error says failed."""
+    """Guard a block of code as :func:`public` does; ``name`` is its name in error messages."""
     try:
         yield
     except (FxpruneError, Warning):
         raise
     except Exception as error:
-        raise _own(error, name) from error
+        raise _unexpected_error(error, name) from error
 
 
-def _slip(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FxpruneError | None:
-    """What is said of a call that does not fit the function, the same in every Python; None if it
-    fits: the error came later.
+def _signature_error(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FxpruneError | None:
+    """Return the error for arguments that do not fit the signature of a function.
+
+    Return None if they fit; then the error was raised inside the function. The message is the same
+    in all versions of Python.
     """
     signature = inspect.signature(function)
     try:
         signature.bind(*args, **kwargs)
-    except TypeError as slip:
-        kinds = {own.kind for own in signature.parameters.values()}
-        unknown = [
-            name
-            for name in kwargs
-            if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds
-        ]
-        what = f"got an unexpected keyword argument {unknown[0]!r}" if unknown else str(slip)
-        return SignatureError(f"{function.__qualname__}() {what}.{_meant(function, kwargs)}")
+    except TypeError as error:
+        problem, kinds = str(error), {each.kind for each in signature.parameters.values()}
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+            problem = f"got an unexpected keyword argument {unknown[0]!r}"
+        hint = _hint_at_argument(function, kwargs)
+        return SignatureError(f"{function.__qualname__}() {problem}.{hint}")
     return None
 
 
-def _own(error: Exception, name: str) -> FxpruneError:
-    """What an error that nobody foresaw is told as."""
+def _unexpected_error(error: Exception, name: str) -> FxpruneError:
+    """Return the error of fxprune that reports an unexpected error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ResourceError(
             f"{name}: memory ran out ({_error_text(error)}). Give smaller example inputs, or "
@@ -121,17 +138,18 @@ def _own(error: Exception, name: str) -> FxpruneError:
     )
 
 
-def _meant(function: Any, kwargs: dict[str, Any]) -> str:
-    """A hint at the argument that an unknown one is like."""
+def _hint_at_argument(function: Any, kwargs: dict[str, Any]) -> str:
+    """Return a hint at a known argument that resembles an unknown one; empty if none does."""
     known = list(inspect.signature(function).parameters)
     near = [difflib.get_close_matches(name, known, n=1) for name in kwargs if name not in known]
     return f" Did you mean {near[0][0]}=?" if near and near[0] else ""
 
 
 @contextmanager
-def calling(what: str) -> Iterator[None]:
-    """Run code that the caller handed in; what it raises becomes a :class:`CallbackError` that
-    says so.
+def calling(source: str) -> Iterator[None]:
+    """Run code of the user; its errors become a :class:`CallbackError`.
+
+    ``source`` is the name of that code in the error message.
 
     >>> with calling("the loss"):
     ...     1 / 0
@@ -144,25 +162,32 @@ def calling(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = (
-            f"{what} raised {type(error).__name__}: "
+            f"{source} raised {type(error).__name__}: "
             f"{_error_text(error)}{_line_of_caller(error.__traceback__)}."
         )
         raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
 
 
-def drawn_from(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
-    """What an iterable of the caller's gives, one by one.
+def drawn_from(loader: Iterable[T], source: str = "the loader") -> Iterator[T]:
+    """Yield the items of an iterable of the user.
+
+    Parameters
+    ----------
+    loader:
+        The iterable.
+    source:
+        The name of the iterable in the error message.
 
     Raises
     ------
     CallbackError
-        If it raises something, as what is no iterable does.
+        If the iterable raises an error, or if it is not iterable.
     """
-    with calling(what):
+    with calling(source):
         items = iter(loader)
     end = object()
     while True:
-        with calling(what):
+        with calling(source):
             item = next(items, end)
         if item is end:
             return
@@ -170,58 +195,65 @@ def drawn_from(loader: Iterable[T], what: str = "the loader") -> Iterator[T]:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value as text for a message, cut short; of one that cannot be shown, its type.
+    """Return a value as text for a message, at most ``most`` characters of its ``repr``.
+
+    If its ``repr`` raises an error, the text names the type of the value.
 
     >>> shown("a" * 100, 10), shown(0.5)
     ("'aaaaaaaaa", '0.5')
     """
     try:
         return repr(value)[:most]
-    except Exception:  # a __repr__ of the caller's
+    except Exception:  # raised by a __repr__ of the user
         return f"a {type(value).__name__}"
 
 
 def _error_text(error: BaseException) -> str:
-    """An error's text as one line, without a full stop."""
+    """Return the text of an error as one line, without a full stop."""
     try:
         text = str(error)
-    except Exception:  # a __str__ of the caller's
+    except Exception:  # raised by a __str__ of the user
         text = ""
     return " ".join(text.split())[:300].rstrip(".") or "no message"
 
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
-_LIBRARIES = tuple(
-    f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")
-)
+_LIBRARY_KEYS = ("stdlib", "platstdlib", "purelib", "platlib")
+_LIBRARIES = tuple(f"{sysconfig.get_paths()[key]}/" for key in _LIBRARY_KEYS)
 
 
 def _place_of_error(trace: TracebackType | None) -> str:
-    """The innermost line of fxprune, and the caller's line below it if there is one."""
+    """Return the innermost line of fxprune in a traceback.
+
+    If the traceback passes through code of the user after it entered fxprune, the innermost line
+    of that code is appended.
+    """
     frames = traceback.extract_tb(trace)
-    own = [number for number, frame in enumerate(frames) if _is_own(frame.filename)]
-    if not own:
+    inside = [index for index, frame in enumerate(frames) if _is_fxprune(frame.filename)]
+    if not inside:
         return "an unknown line"
-    last = frames[own[-1]]
-    theirs = [_frame_line(frame) for frame in frames[own[0] :] if not _is_library(frame.filename)]
-    return f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}" + (
-        f", reached from {theirs[-1]}" if theirs else ""
-    )
+    last, since_entry = frames[inside[-1]], frames[inside[0] :]
+    of_user = [_frame_line(frame) for frame in since_entry if not _is_library(frame.filename)]
+    place = f"fxprune/{last.filename.removeprefix(_PACKAGE)}:{last.lineno}"
+    return f"{place}, reached from {of_user[-1]}" if of_user else place
 
 
 def _line_of_caller(trace: TracebackType | None) -> str:
-    """The innermost line that belongs to no library, in brackets; nothing where there is none."""
-    theirs = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
-    return f" (at {_frame_line(theirs[-1])})" if theirs else ""
+    """Return the innermost line of the user's code, in brackets; empty if there is none."""
+    of_user = [frame for frame in traceback.extract_tb(trace) if not _is_library(frame.filename)]
+    return f" (at {_frame_line(of_user[-1])})" if of_user else ""
 
 
 def _frame_line(frame: traceback.FrameSummary) -> str:
+    """Return the file and the line of a frame as ``file.py:12``."""
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _is_own(filename: str) -> bool:
+def _is_fxprune(filename: str) -> bool:
+    """Tell whether a file belongs to fxprune."""
     return filename.startswith(_PACKAGE)
 
 
 def _is_library(filename: str) -> bool:
-    return _is_own(filename) or filename.startswith((*_LIBRARIES, "<frozen"))
+    """Tell whether a file belongs to fxprune, to Python or to an installed package."""
+    return _is_fxprune(filename) or filename.startswith((*_LIBRARIES, "<frozen"))

@@ -1,6 +1,4 @@
-"""Random numbers: those that Python draws by itself, past torch, and runs that draw the same
-ones.
-"""
+"""Random numbers: runs that draw the same ones, and a check of whether a run draws any."""
 
 from __future__ import annotations
 
@@ -17,13 +15,14 @@ from fxprune.common.process_lock import TURN
 __all__ = ["RUNS", "seeded", "torch_states", "undrawn"]
 
 RUNS = 3
-"""So many runs that all draw are taken for a model's own draws."""
+"""Number of runs that must all draw random numbers before the model counts as drawing them."""
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The same random numbers for everything that runs inside, and after it the generators as they
-    were.
+    """Seed all random generators for the code inside, and restore them afterwards.
+
+    These are the generators of torch, :mod:`random` and NumPy.
 
     >>> with seeded(0):
     ...     one = torch.rand(2)
@@ -31,11 +30,12 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(one, torch.rand(2)))
     True
     """
-    used = _uses_cuda()
-    with TURN, torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
+    uses_cuda = _uses_cuda()
+    devices = range(torch.cuda.device_count()) if uses_cuda else []
+    with TURN, torch.random.fork_rng(devices=devices):
         states = _states()
         torch.default_generator.manual_seed(seed)
-        if used:
+        if uses_cuda:
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -48,11 +48,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def undrawn() -> Iterator[Callable[[], bool]]:
-    """Tell whether something was drawn from the generators of :mod:`random` and NumPy, and put
-    them back in the end.
+    """Detect draws from the generators of :mod:`random` and NumPy, and restore them at the end.
 
-    They belong to the process: another thread may be the one that draws. Ask again, of another
-    run, before it counts (:data:`RUNS` in all, of which ``drawing`` follows the others).
+    The context gives a function that tells whether anything was drawn since the start. The
+    generators belong to the process, so another thread may be the one that draws. Repeat the run
+    under ``drawing``, which watches one thread, before you blame the model: :data:`RUNS` runs in
+    total.
 
     >>> with undrawn() as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
@@ -69,18 +70,21 @@ def undrawn() -> Iterator[Callable[[], bool]]:
 
 
 def torch_states() -> list[torch.Tensor]:
-    """Where the generators of torch stand."""
+    """Return the states of torch's generators: the CPU's, then each GPU's if CUDA is in use."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _uses_cuda() else [])]
 
 
 def _uses_cuda() -> bool:
+    """Tell whether this process has used CUDA already."""
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def _states() -> tuple[Any, Any]:
+    """Return the states of the generators of :mod:`random` and NumPy."""
     return random.getstate(), np.random.get_state()
 
 
 def _same_states(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Tell whether two results of :func:`_states` are equal."""
     numbers = all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
     return bool(one[0] == other[0]) and numbers

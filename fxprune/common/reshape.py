@@ -1,4 +1,4 @@
-"""Which dimensions of a reshaped tensor come from which of the original."""
+"""The correspondence between the dimensions of a tensor and of its reshaped form."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ __all__ = ["reshape_blocks"]
 
 
 def reshape_blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest independent blocks of dimensions: ``[(old dims, new dims),
-    ...]``.
+    """Split a reshape into the smallest independent blocks of dimensions.
 
-    Dimensions of size 1 on the new side belong to no block. Labels that do not vary within a block
-    need not be touched, whatever the block's size.
+    A block is a set of old dimensions that becomes a set of new dimensions of the same total size.
+    Labels that do not vary within a block need not be reshaped.
+
+    Parameters
+    ----------
+    old, new:
+        Shapes with the same number of elements.
+
+    Returns
+    -------
+    ``[(old dims, new dims), ...]``. Dimensions of size 1 belong to no block.
+
+    Examples
+    --------
 
     >>> reshape_blocks((2, 6, 7, 7), (2, 2, 3, 49))
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]

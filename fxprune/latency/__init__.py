@@ -1,11 +1,12 @@
-"""How long models take, on the device at hand, and how far that is from the device's limits.
+"""The latency of models on the device at hand, next to the limits of the device.
 
-``clock`` times callables in turns, ``roofline`` measures what the device can do at best,
-``measuring`` brings a model and its inputs into a precision, layout and mode and times it.
+``clock`` times callables in turns. ``roofline`` measures the peak rates of the device.
+``measuring`` brings a model and its inputs into a precision, layout and mode, and times the model.
 
-What a latency budget needs: ``table`` keeps what single operations take, ``layers`` runs the
-operations of a model at other widths, ``surface`` interpolates between measured widths,
-``forecast`` puts them together, ``search`` chooses, measures and corrects.
+The other modules serve latency budgets: ``layers`` runs the operations of a model at other widths,
+``table`` stores the times of single operations, ``surface`` interpolates between measured widths,
+and ``forecast`` predicts the latency of a model from them. ``fxprune.latency_budget`` chooses by
+the forecast, measures the result, and corrects the choice.
 """
 
 from fxprune.latency.clock import Timing, time_in_turns

@@ -1,4 +1,7 @@
-"""Timing callables in turns: what slows the machine down for a while slows all of them."""
+"""Timing of several callables in turns.
+
+Because they take turns, anything that slows the machine down for a while slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from fxprune.common.numbers import device_of, number, whole
 from fxprune.common.public import calling, public, shown
 from fxprune.errors import ArgumentError
-from fxprune.latency.cuda import current
+from fxprune.latency.cuda import use_device
 
 __all__ = ["Timing", "time_in_turns"]
 
@@ -22,9 +25,18 @@ __all__ = ["Timing", "time_in_turns"]
 @public
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median, the quartiles, and of how many measurements.
+    """The time of one call, in milliseconds.
 
-    On a GPU every call is a measurement, on a CPU every turn is one, the mean of its calls.
+    On a GPU each call is a measurement. On a CPU each turn is one: the mean over its calls.
+
+    Attributes
+    ----------
+    ms:
+        Median of the measurements, in milliseconds.
+    low, high:
+        Lower and upper quartile, in milliseconds.
+    count:
+        Number of measurements.
     """
 
     ms: float
@@ -34,7 +46,8 @@ class Timing:
 
     @classmethod
     def of(cls, milliseconds: list[float]) -> Timing:
-        """
+        """Summarise measurements, given in milliseconds; there must be at least one.
+
         >>> Timing.of([3.0, 1.0, 2.0, 5.0, 4.0])
         Timing(ms=3.0, low=2.0, high=4.0, count=5)
         """
@@ -58,16 +71,35 @@ def time_in_turns(
 ) -> dict[str, Timing]:
     """Time several callables side by side.
 
-    Each is warmed up, ``warm_up`` times or for a second, which is where compilation and the choice
-    of algorithms go. Then they take turns, in another order each round, and every turn lasts about
-    ``seconds``. On a GPU, CUDA events measure each call; elsewhere
-    :class:`torch.utils.benchmark.Timer` measures each turn, with as many threads as torch uses
-    now.
+    Each callable is warmed up first, so that compilation and the choice of algorithms are not
+    timed. Then the callables take turns, in another order each round. On a GPU, CUDA events
+    measure each call. On other devices :class:`torch.utils.benchmark.Timer` measures each turn,
+    with the number of threads that torch uses at that moment.
+
+    Parameters
+    ----------
+    runs:
+        For each name a function without arguments.
+    device:
+        Where the functions compute. Its type decides how calls are timed.
+    rounds:
+        Number of turns of each function.
+    seconds:
+        Approximate duration of a turn, in seconds.
+    warm_up:
+        Number of calls to warm up a function; fewer if they take more than a second.
+
+    Returns
+    -------
+    For each name the time of one call, in milliseconds.
 
     Raises
     ------
     ArgumentError
-        If there is nothing to time, or ``rounds`` or ``seconds`` is not positive.
+        If ``runs`` is empty or not a dict of callables, if ``rounds`` or ``seconds`` is not
+        positive, if ``warm_up`` is negative, or if there is no such device.
+    CallbackError
+        If one of the functions raises an error.
 
     Examples
     --------
@@ -77,40 +109,56 @@ def time_in_turns(
     >>> list(found), found["short"].count, long.low <= long.ms <= long.high
     (['short', 'long'], 3, True)
     """
+    _check_runs(runs)
+    rounds, warm_up = whole("rounds", rounds), whole("warm_up", warm_up, 0)
+    seconds, device = _checked_seconds(seconds), _checked_device(device)
+    on_gpu = device.type == "cuda"
+    take_turn = _take_turn_on_gpu if on_gpu else _take_turn
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    with use_device(device), calling("a function that is timed"):
+        calls = {name: _warm_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
+        for number_of_round in range(rounds):
+            first = number_of_round % len(order)
+            for name in order[first:] + order[:first]:
+                times[name] += take_turn(runs[name], calls[name])
+    return {name: Timing.of(milliseconds) for name, milliseconds in times.items()}
+
+
+def _check_runs(runs: object) -> None:
+    """Refuse anything but a dict of callables that is not empty."""
     if not isinstance(runs, Mapping) or not runs or not all(map(callable, runs.values())):
         raise ArgumentError(
             "time_in_turns takes functions without arguments by name: a dict from text to "
             "callables, not empty."
         )
-    rounds, warm_up, lasting = (
-        whole("rounds", rounds),
-        whole("warm_up", warm_up, 0),
-        number(seconds),
-    )
-    if lasting is None or not 0 < lasting < float("inf"):
+
+
+def _checked_seconds(seconds: object) -> float:
+    """Return the duration of a turn; refuse anything but a positive finite number."""
+    checked = number(seconds)
+    if checked is None or not 0 < checked < float("inf"):
         raise ArgumentError(f"seconds={shown(seconds)} must be a number above 0.")
-    seconds, device = lasting, device_of("device", device, here=False)
-    on_gpu = device.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    return checked
+
+
+def _checked_device(name: torch.device | str) -> torch.device:
+    """Return a device; refuse a GPU if torch does not see any."""
+    device = device_of("device", name, here=False)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(
             f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the "
             "CPU."
         )
-    turn = _turn_on_gpu if on_gpu else _turn
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    with current(device), calling("a function that is timed"):
-        calls = {name: _warmed_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
-        for turned in range(rounds):
-            first = turned % len(order)
-            for name in order[first:] + order[:first]:
-                times[name] += turn(runs[name], calls[name])
-    return {name: Timing.of(own) for name, own in times.items()}
+    return device
 
 
-def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: bool) -> int:
-    """How many calls fill a turn."""
-    run()  # compiles
+def _warm_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: bool) -> int:
+    """Warm up a function, and return how many calls fill a turn.
+
+    ``warm_up`` is the number of calls and ``seconds`` the duration of a turn.
+    """
+    run()  # the first call may compile
     start, done = time.perf_counter(), 0
     while done < max(warm_up, 1) and time.perf_counter() - start < 1.0:
         run()
@@ -121,16 +169,19 @@ def _warmed_up(run: Callable[[], object], warm_up: int, seconds: float, on_gpu: 
     return max(1, min(1000, round(seconds / each)))
 
 
-def _turn(run: Callable[[], object], calls: int) -> list[float]:
-    from torch.utils.benchmark import Timer  # its import looks for a compiler, and says so
+def _take_turn(run: Callable[[], object], calls: int) -> list[float]:
+    """Return the mean time of some calls, in milliseconds, as a list of one number."""
+    from torch.utils.benchmark import Timer  # imported late: it looks for a compiler and prints so
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    # Calls that do not count come first: others have used the caches.
+    # The timer first makes calls that do not count. They refill the caches, which other functions
+    # have used meanwhile.
     return [1e3 * timer.timeit(calls).mean]
 
 
-def _turn_on_gpu(run: Callable[[], object], calls: int) -> list[float]:
-    run()  # others have used the caches
+def _take_turn_on_gpu(run: Callable[[], object], calls: int) -> list[float]:
+    """Return the time of each of some calls on the current GPU, in milliseconds."""
+    run()  # not timed: refills the caches, which other functions have used meanwhile
     events = [torch.cuda.Event(enable_timing=True) for _ in range(max(calls, 3) + 1)]
     torch.cuda.synchronize()
     events[0].record()

@@ -1,4 +1,4 @@
-"""What is particular to a GPU: which one is meant, recorded calls, memory."""
+"""Tools for GPUs: the current device, CUDA graphs of calls, memory."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["cache_bytes", "captured", "current", "peak_bytes"]
+__all__ = ["cache_bytes", "captured", "peak_bytes", "use_device"]
 
 
-def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU the current one: streams, events and synchronisation that name none are of the
-    current one.
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a GPU is the current one; for other devices it does nothing.
+
+    Streams, events and synchronisation belong to the current GPU unless they name another one.
     """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """What replays a CUDA graph of one call, recorded on the current GPU.
+    """Record one call as a CUDA graph on the current GPU, and return a function that replays it.
 
     Raises
     ------
     RuntimeError
-        If the call waits for the GPU, which cannot be recorded. It is found before recording
-        begins: a recording that fails leaves random numbers unusable in this process.
+        If the call waits for the GPU, which a graph cannot record. This is checked before the
+        recording begins, because a failed recording makes random numbers unusable in this process.
     """
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):  # algorithms are chosen, workspaces allocated
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # chooses algorithms and allocates workspaces
             run()
         with _refusing_to_wait():
             run()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
 
-    def replay(kept: object = kept) -> None:  # what the graph writes to lives as long as this does
+    # the default argument keeps the tensors alive that the graph writes to
+    def replay(kept: object = kept) -> None:
+        """Replay the recorded call."""
         graph.replay()
 
     return replay
@@ -46,6 +49,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def _refusing_to_wait() -> Iterator[None]:
+    """Raise an error if code inside waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -55,7 +59,10 @@ def _refusing_to_wait() -> Iterator[None]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that a call takes of the current GPU beside what is in use already."""
+    """Return the peak of the memory that a call allocates on the current GPU, in bytes.
+
+    Memory that was in use before the call does not count.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -65,5 +72,5 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of a GPU's L2 cache."""
+    """Return the size of the L2 cache of a GPU, in bytes."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)

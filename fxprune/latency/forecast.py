@@ -1,11 +1,9 @@
-"""What a model takes at any widths of its groups, from what its operations take."""
+"""A forecast of the latency of a model at any widths, from the times of its operations."""
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from math import gcd, prod
 from typing import Any
 
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from fxprune.common.arrays import Counts, Floats
 from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
+from fxprune.latency.families import Axis, LayerFamily
 from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
-from fxprune.latency.measuring import Setting, batch_of, prepared, running
-from fxprune.latency.surface import Surface, grid
+from fxprune.latency.measuring import Setting, apply_setting, make_batch, prepare_model
 from fxprune.latency.table import Table
 from fxprune.ops import Contraction
 from fxprune.select.kinds import Kinds, Pool, kinds_of, pools_of
@@ -27,79 +25,35 @@ from fxprune.select.polynomials import Polynomial, Sizes, Sum, products_of
 
 __all__ = ["Forecast"]
 
-
-_NS = 1e6  # nanoseconds in a millisecond: forecasts are whole numbers, as the other costs are
-_MOST_AXES = 3
-_WIDTH_STEPS = (1, 2, 4, 8, 16, 32)
-# a width that takes this much more than the widths around it is one that the hardware does not
-# like
-_WORSE = 1.05
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Sizes of an operation that shrink in proportion, counted in steps that they can go down by.
-
-    A dimension of several blocks loses a position from each of them at once.
-    """
-
-    base: int  # the smallest of the sizes
-    full: int
-    step: int
-    multiples: Mapping[int, float]  # of it: all of the sizes
-
-    @property
-    def steps(self) -> int:
-        """How many there are, the last of them left included."""
-        return -(-self.full // self.step)
-
-    def sizes(self, left: int) -> dict[int, int]:
-        """The sizes where so many steps are left."""
-        value = self.full - self.step * (self.steps - left)
-        return {number: round(value * multiple) for number, multiple in self.multiples.items()}
-
-
-@dataclass
-class _Alike:
-    """Operations that differ in their widths only."""
-
-    layer: Layer  # one of them
-    axes: list[list[_Axis]] = field(default_factory=list)  # of each of them
-    surface: Surface | None = None
-
-    @property
-    def widest(self) -> list[_Axis]:
-        """The axes of ``layer``, as long as the longest of all."""
-        longest = [
-            max(axes[place].full for axes in self.axes) for place in range(len(self.axes[0]))
-        ]
-        return [replace(axis, full=full) for axis, full in zip(self.axes[0], longest, strict=True)]
+# nanoseconds in a millisecond; forecasts are whole nanoseconds because other costs are whole, too
+_NS = 1e6
+_MOST_AXES = 3  # upper limit on the axes of a grid
 
 
 class Forecast:
-    """Nanoseconds of one call of the deployed model, as a function of how many units of each kind
-    survive.
+    """The latency of a deployed model as a function of how many units of each kind survive.
 
-    Contractions (convolutions, matrix products, attention) are measured one by one on a grid of
-    their input and output widths together, each kind of layer once, and interpolated. Everything
-    else is measured at full width, and taken in proportion to the bytes that it reads and writes.
-    What both together miss (what is fused, what caches hold, what starting an operation costs in a
-    whole model) is told by whole models: see :meth:`fit`.
+    Contractions (convolutions, matrix products, attention) are measured on a grid of their input
+    and output widths and interpolated. Contractions that differ only in their widths share a grid.
+    All other operations are measured at full width, and their time is proportional to the bytes
+    that they read and write. The sum is not the latency of a whole model, because of fused
+    operations, caches and the cost of starting operations. :meth:`fit` corrects it by measured
+    models.
 
-    The result has what selection asks of a cost: :meth:`at` and :meth:`saved`, whole numbers.
+    Selection uses the forecast as a cost: :meth:`at` and :meth:`saved` return whole nanoseconds.
 
     Parameters
     ----------
     coupling:
-        The analysis.
+        The analysis of the model.
     model:
         The analysed model with all its channels, deployed.
     example_inputs:
-        What it is called with.
+        Inputs of the model.
     setting:
-        Where and how it runs.
+        Where and how the model runs.
     table:
-        Where times are looked up and put; None: the one that the setting has on disk.
+        Table of measured times, which is extended. None: the table of the setting on disk.
     """
 
     def __init__(
@@ -113,94 +67,79 @@ class Forecast:
         self.setting, self.table = setting, table or Table(setting)
         self.pools: tuple[Pool, ...] = pools_of(coupling)
         self.kinds: Kinds = kinds_of(coupling, self.pools)
-        self._sizes = Sizes(coupling, self.kinds)
-        self._contractions: dict[str, list[Contraction]] = defaultdict(list)
-        for ran in coupling.contractions:
-            self._contractions[ran.node].append(ran)
-        self._alike: dict[str, _Alike] = {}
-        self._products: list[tuple[float, list[Sum]]] = []
-        # of contractions, of everything else, and what comes on top
+        # factors of contractions and of everything else, and a constant in nanoseconds
         self._factors = (1.0, 1.0, 0.0)
-        for tensor in [*coupling.parameters.values(), *_traced(coupling)]:
-            self._sizes.dims(tensor)
-        self._values = self._sizes.values()
-        self._full = self._values(self.full[np.newaxis].astype(np.float64))[0]
-        self._lost = self._lost_at_once()
-        self._proportional = self._names_of_proportional()
-        with running(setting), torch.inference_mode():
-            self._idle = self._launch()
-            record(
-                prepared(model, setting),
-                batch_of(example_inputs, setting),
-                coupling,
-                self._sizes,
-                self._see,
-            )
-            for alike in self._alike.values():
-                self._measure(alike)
-            self._rest: Polynomial = self._sizes.polynomial(self._products)
-            self._numbers = [
-                np.array([[axis.base for axis in axes] for axes in alike.axes])
-                for alike in self._alike.values()
-            ]
-            self._pairs = [
-                np.nonzero((self._lost[:, numbers] > 0).any(axis=2)) for numbers in self._numbers
-            ]
+        self._widths = _Widths(coupling, self.kinds, self.pools)
+        self._families: dict[str, LayerFamily] = {}
+        self._products: list[tuple[float, list[Sum]]] = []
+        with apply_setting(setting), torch.inference_mode():
+            self._measure_operations(coupling, model, example_inputs)
+            self._rest: Polynomial = self._widths.sizes.polynomial(self._products)
+            self._numbers = [family.numbers for family in self._families.values()]
+            self._pairs = [self._widths.affected(numbers) for numbers in self._numbers]
             self.steps: tuple[int, ...] = tuple(map(self._step, range(len(self.pools))))
-            """For each pool how many units it should lose at a time, so that its widths are such
-            as the hardware likes.
-            """
+            """For each pool how many units it should lose at a time to suit the hardware."""
         self.table.save()
 
     @property
     def full(self) -> Counts:
-        """How many units of each kind there are."""
+        """Number of units of each kind in the dense model, shape (kinds,)."""
         return self.kinds.size
 
     def at(self, counts: Counts) -> int:
-        """Nanoseconds where so many units of each kind survive; shape (kinds,)."""
-        of_contractions, of_others, more = self._factors
-        return round(
-            of_contractions * self._measured(counts) + of_others * self._rest.at(counts) + more
-        )
+        """Return the latency in nanoseconds.
+
+        ``counts`` is the number of surviving units of each kind, shape (kinds,).
+        """
+        of_contractions, of_others, constant = self._factors
+        contractions, others = self._contraction_ns(counts), self._rest.at(counts)
+        return round(of_contractions * contractions + of_others * others + constant)
 
     def saved(self, counts: Counts, lost: Counts) -> npt.NDArray[np.int64]:
-        """By how much they fall when a pool alone loses what ``lost`` says of its kinds; shape
-        (pools,).
+        """Return for each pool by how much the latency falls if that pool alone loses units.
+
+        Parameters
+        ----------
+        counts:
+            Number of surviving units of each kind, shape (kinds,).
+        lost:
+            Number of units of each kind that its pool loses, shape (kinds,).
+
+        Returns
+        -------
+        Nanoseconds, shape (pools,).
         """
-        now = self._values(counts[np.newaxis].astype(np.float64))[0]
-        own = self.kinds.pool == np.arange(len(self.pools))[:, np.newaxis]
-        then = self._values(counts - lost * own)
-        fall = np.zeros(len(self.pools))
-        for number, alike in enumerate(self._alike.values()):
-            assert alike.surface is not None
-            pool, layer = self._pairs[number]
-            numbers = self._numbers[number][layer]
-            change = alike.surface.at(now[numbers]) - alike.surface.at(
-                then[pool[:, np.newaxis], numbers]
-            )
-            fall += np.bincount(pool, weights=_NS * change, minlength=len(self.pools))
+        before = self._widths.at(counts)
+        is_of_pool = self.kinds.pool == np.arange(len(self.pools))[:, np.newaxis]
+        after = self._widths.values(counts - lost * is_of_pool)  # shape (pools, sizes)
+        contractions = np.zeros(len(self.pools))
+        for index, family in enumerate(self._families.values()):
+            pool, operation = self._pairs[index]
+            numbers = self._numbers[index][operation]
+            change = family.at(before[numbers]) - family.at(after[pool[:, np.newaxis], numbers])
+            contractions += np.bincount(pool, weights=_NS * change, minlength=len(self.pools))
         of_contractions, of_others, _ = self._factors
-        return np.rint(of_contractions * fall + of_others * self._rest.saved(counts, lost)).astype(
-            np.int64
-        )
+        others = self._rest.saved(counts, lost)
+        return np.rint(of_contractions * contractions + of_others * others).astype(np.int64)
 
     def fit(self, known: Sequence[tuple[Counts, float]]) -> None:
-        """Set what contractions and everything else count, and what comes on top, by whole models.
+        """Fit the forecast to measured latencies of whole models.
+
+        This sets three numbers that are not negative: a factor of the time of contractions, a
+        factor of the time of everything else, and a constant.
 
         Parameters
         ----------
         known:
-            How many units of each kind survive, and the milliseconds measured; the first is the
-            dense model, which is met exactly.
+            For each measured model the number of surviving units of each kind, shape (kinds,), and
+            its latency in milliseconds. The first is the dense model; the forecast for it becomes
+            exact.
         """
-        rows = np.array(
-            [[self._measured(counts), self._rest.at(counts), _NS] for counts, _ in known],
-            dtype=np.float64,
-        )
+        parts = [(self._contraction_ns(counts), self._rest.at(counts), _NS) for counts, _ in known]
+        rows = np.array(parts, dtype=np.float64)
         wanted = np.array([_NS * ms for _, ms in known])
         best: tuple[float, Floats] | None = None
-        # the least squares that are not negative, in relative errors
+        # non-negative least squares of relative errors: try all useful sets of non-zero factors
         for used in ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,)):
             if len(used) > len(known):
                 continue
@@ -215,209 +154,230 @@ class Forecast:
         factors = best[1] * (wanted[0] / (rows[0] @ best[1]))
         self._factors = (float(factors[0]), float(factors[1]), float(factors[2] * _NS))
 
-    # -- what ran
+    # -- operations of the dense model
 
-    def _launch(self) -> float:
-        """Milliseconds of an operation that does nothing."""
+    def _measure_operations(
+        self, coupling: Coupling, model: nn.Module, example_inputs: Any
+    ) -> None:
+        """Run the dense model, and measure all of its operations."""
+        contractions: dict[str, list[Contraction]] = defaultdict(list)
+        for contraction in coupling.contractions:
+            contractions[contraction.node].append(contraction)
+        launch_ms = self._launch_ms()
+
+        def handle(layer: Layer, prepare: Prepare) -> None:
+            """Put a contraction into a family; time any other operation now."""
+            of_layer = contractions.get(layer.node, [])
+            if not (of_layer and layer.dense_sizes() and self._join_family(layer)):
+                self._time_at_full_width(layer, prepare, of_layer, launch_ms)
+
+        inputs = make_batch(example_inputs, self.setting)
+        record(prepare_model(model, self.setting), inputs, coupling, self._widths.sizes, handle)
+        for family in self._families.values():
+            family.measure()
+
+    def _launch_ms(self) -> float:
+        """Return the time of an operation that does nothing, in milliseconds."""
         one = torch.zeros(1, device=self.setting.place)
         return self.table.ms("relu of one number", lambda: lambda: torch.relu(one))
 
-    def _see(self, layer: Layer, again: Prepare) -> None:
-        """Keep a contraction that is to be measured at several widths; time everything else at
-        once.
-        """
-        free, ran = layer.free(), self._contractions.get(layer.node, [])
-        if ran and free and self._keep(layer):
-            return
+    def _time_at_full_width(
+        self,
+        layer: Layer,
+        prepare: Prepare,
+        contractions: Sequence[Contraction],
+        launch_ms: float,
+    ) -> None:
+        """Time an operation at full width, and spread its time over products of sizes."""
         try:
-            ms = self.table.ms(layer.description({}), again)
+            ms = self.table.ms(layer.description({}), prepare)
         except RuntimeError:
-            # cannot be recorded in a CUDA graph, because it waits for the GPU: what comes on top
-            # has it
+            # It waits for the GPU, so that a CUDA graph cannot record it. The constant that
+            # ``fit`` finds includes its time.
             return
-        total = float(sum(one.macs() * one.share for one in ran))
-        if not free:
-            self._products.append((_NS * ms, []))
-        elif total:
-            # a contraction that does not run at other widths as it stands goes in proportion to
-            # its work
-            for one in ran:
-                self._products += [
-                    (_NS * ms * c / total, factors) for c, factors in products_of(one, self._sizes)
-                ]
-        else:
-            self._products.append((_NS * min(ms, self._idle), []))
-            nbytes = sum(prod(own.shape) * own.dtype.itemsize for own in layer.operands)
-            for own in layer.operands:
-                self._products.append(
-                    (_NS * max(ms - self._idle, 0.0) / nbytes, self._product(own))
-                )
+        self._products += self._products_of(layer, contractions, ms, min(ms, launch_ms))
 
-    def _product(self, own: LayerTensor) -> list[Sum]:
-        """The bytes of a tensor, as a product of sizes."""
-        rest = prod(n for d, n in enumerate(own.shape) if d not in own.dims) * own.dtype.itemsize
-        return [((float(rest), ()),), *(self._sizes.sizes[number] for number in own.dims.values())]
+    def _products_of(
+        self, layer: Layer, contractions: Sequence[Contraction], ms: float, launch_ms: float
+    ) -> list[tuple[float, list[Sum]]]:
+        """Return the time of an operation in nanoseconds as a sum of products of sizes.
 
-    def _names_of_proportional(self) -> Counts:
-        """For each size the number of the first that shrinks in proportion to it."""
-        rng = np.random.default_rng(0)
-        tried = self._values(rng.uniform(0.1, 1.0, (3, len(self.full))) * self.full)
-        _, first, inverse = np.unique(
-            np.round(tried / self._full, 9), axis=1, return_index=True, return_inverse=True
-        )
-        return first[inverse.reshape(-1)]
-
-    def _keep(self, layer: Layer) -> bool:
-        """Put a contraction with those that differ from it in their widths only, if it runs at
-        other widths.
+        The time of contractions is proportional to their multiply-accumulates. The time of other
+        operations, beyond their launch, is proportional to the bytes that they read and write.
         """
-        free = layer.free()
-        by_name: dict[int, list[int]] = defaultdict(list)
-        for number in sorted(free):
-            by_name[int(self._proportional[number])].append(number)
-        axes = []
-        for numbers in by_name.values():
-            base = min(numbers, key=free.__getitem__)
-            step = max(int(np.gcd.reduce(np.rint(self._lost[:, base]).astype(np.int64))), 1)
-            axes.append(
-                _Axis(
-                    base,
-                    free[base],
-                    step,
-                    {number: free[number] / free[base] for number in numbers},
-                )
-            )
+        macs = float(sum(each.macs() * each.share for each in contractions))
+        if not layer.dense_sizes():
+            return [(_NS * ms, [])]
+        products: list[tuple[float, list[Sum]]] = []
+        if macs:
+            for contraction in contractions:
+                for coefficient, factors in products_of(contraction, self._widths.sizes):
+                    products.append((_NS * ms * coefficient / macs, factors))
+            return products
+        products.append((_NS * launch_ms, []))
+        nbytes = sum(prod(each.shape) * each.dtype.itemsize for each in layer.operands)
+        for operand in layer.operands:
+            products.append((_NS * (ms - launch_ms) / nbytes, self._bytes_of(operand)))
+        return products
+
+    def _bytes_of(self, operand: LayerTensor) -> list[Sum]:
+        """Return the bytes of a tensor as a product of sizes."""
+        fixed = [size for dim, size in enumerate(operand.shape) if dim not in operand.dims]
+        constant = float(prod(fixed) * operand.dtype.itemsize)
+        return [((constant, ()),), *(self._widths.sizes.sizes[n] for n in operand.dims.values())]
+
+    def _join_family(self, layer: Layer) -> bool:
+        """Put a contraction into the family of those that differ from it only in their widths.
+
+        Return False, and do nothing, if it has too many axes or does not run at other widths.
+        """
+        axes = self._axes_of(layer)
         if len(axes) > _MOST_AXES:
             return False
-        masks = {
-            number: -1 - place for place, axis in enumerate(axes) for number in axis.multiples
-        }
-        key = (
-            f"{layer.description(masks)} "
-            f"{[[axis.step, *axis.multiples.values()] for axis in axes]}"
-        )
-        if key not in self._alike:
-            fewer = {n: s for axis in axes for n, s in axis.sizes(-(-axis.steps // 2)).items()}
+        key = _family_key(layer, axes)
+        if key not in self._families:
+            family = LayerFamily(layer, self.table, self.setting.place)
+            half: dict[int, int] = {}
+            for axis in axes:
+                half.update(axis.sizes(-(-axis.steps // 2)))
             try:
-                layer.prepared(fewer, self.setting.place)()
+                layer.prepared(half, self.setting.place)()
             except (RuntimeError, ValueError, AttributeError):
-                # sizes stand in it as numbers that do not follow
-                return False
-            self._alike[key] = _Alike(layer)
-        self._alike[key].axes.append(axes)
+                return False  # its arguments contain sizes as plain numbers
+            self._families[key] = family
+        self._families[key].axes.append(axes)
         return True
 
-    def _measure(self, alike: _Alike) -> None:
-        """Time one of them at the widths of a grid that reaches up to the widest."""
-        widest = alike.widest
-        axes = [grid(axis.steps, len(widest)) for axis in widest]
-        positions = [
-            [axis.sizes(left)[axis.base] for left in own]
-            for axis, own in zip(widest, axes, strict=True)
-        ]
-        steps = [
-            dict(zip(own, points, strict=True))
-            for own, points in zip(positions, axes, strict=True)
-        ]
+    def _axes_of(self, layer: Layer) -> list[Axis]:
+        """Return the axes of an operation: its sizes, grouped by which are proportional."""
+        sizes = layer.dense_sizes()
+        proportional: dict[int, list[int]] = defaultdict(list)
+        for number in sorted(sizes):
+            proportional[int(self._widths.first_proportional[number])].append(number)
+        axes = []
+        for numbers in proportional.values():
+            base = min(numbers, key=sizes.__getitem__)
+            losses = np.rint(self._widths.losses[:, base]).astype(np.int64)
+            step = max(int(np.gcd.reduce(losses)), 1)
+            multiples = {number: sizes[number] / sizes[base] for number in numbers}
+            axes.append(Axis(base, sizes[base], step, multiples))
+        return axes
 
-        def ms(point: tuple[int, ...], again: bool = False) -> float:
-            return self._left(alike, [own[p] for own, p in zip(steps, point, strict=True)], again)
+    # -- other widths
 
-        alike.surface = Surface(positions, ms, functools.partial(ms, again=True))
-
-    def _left(self, alike: _Alike, left: Sequence[int], again: bool = False) -> float:
-        """Milliseconds where so many steps are left of each axis."""
-        sizes = {
-            n: s
-            for axis, own in zip(alike.widest, left, strict=True)
-            for n, s in axis.sizes(own).items()
-        }
-        return self._ms(alike.layer, sizes, again)
-
-    def _ms(self, layer: Layer, sizes: Mapping[int, int], again: bool = False) -> float:
-        return self.table.ms(
-            layer.description(sizes),
-            lambda: layer.prepared(sizes, self.setting.place),
-            again=again,
-        )
-
-    # -- at other widths
-
-    def _lost_at_once(self) -> Floats:
-        """By how much each size falls when a pool loses a unit from each of its blocks; shape
-        (pools, sizes).
-        """
-        out = np.zeros((len(self.pools), len(self._full)))
-        for number, pool in enumerate(self.pools):
-            own = self.kinds.pool == number
-            # on average over its kinds
-            one = own * self.full * (pool.blocks / self.full[own].sum())
-            out[number] = self._full - self._values((self.full - one)[np.newaxis])[0]
-        return np.where(out > 1e-9, out, 0.0)
-
-    def _measured(self, counts: Counts) -> float:
-        """Nanoseconds of the contractions, as measured one by one."""
-        now = self._values(counts[np.newaxis].astype(np.float64))[0]
-        total = 0.0
-        for alike, numbers in zip(self._alike.values(), self._numbers, strict=True):
-            assert alike.surface is not None
-            total += float(alike.surface.at(now[numbers]).sum())
-        return _NS * total
+    def _contraction_ns(self, counts: Counts) -> float:
+        """Return the total time of the contractions as measured one by one, in nanoseconds."""
+        sizes = self._widths.at(counts)
+        ms = 0.0
+        for family, numbers in zip(self._families.values(), self._numbers, strict=True):
+            ms += float(family.at(sizes[numbers]).sum())
+        return _NS * ms
 
     def _step(self, number: int) -> int:
-        """By how many units a pool should shrink at a time: what the layer that it matters most to
-        was measured to like.
+        """Return how many units a pool should lose at a time.
+
+        This is the step that suits the slowest operation that depends on the pool.
         """
-        heaviest: tuple[float, _Alike, int, _Axis] | None = None
-        for alike, bases in zip(self._alike.values(), self._numbers, strict=True):
-            assert alike.surface is not None
-            every = alike.surface.at(self._full[bases])
-            for ms, axes in zip(every.tolist(), alike.axes, strict=True):
-                for place, axis in enumerate(axes):
-                    if self._lost[number, axis.base] and (heaviest is None or ms > heaviest[0]):
-                        heaviest = ms, alike, place, axis
-        if heaviest is None:
+        slowest = self._slowest_axis(number)
+        if slowest is None:
             return 1
-        _, alike, place, axis = heaviest
-        liked = self._liked(alike, place)
-        at_once = max(round(float(self._lost[number, axis.base]) / axis.step), 1)
-        step = liked // gcd(liked, at_once)
+        family, place, axis = slowest
+        preferred = family.preferred_step(place)
+        steps_per_unit = max(round(float(self._widths.losses[number, axis.base]) / axis.step), 1)
+        step = preferred // gcd(preferred, steps_per_unit)
         while step > 1 and 2 * step > self.pools[number].width:
             step //= 2
         return step
 
-    def _liked(self, alike: _Alike, place: int) -> int:
-        """The step of one of the axes of an operation.
+    def _slowest_axis(self, number: int) -> tuple[LayerFamily, int, Axis] | None:
+        """Return the slowest operation at full width that depends on a pool.
 
-        A step of s is liked where widths that are multiples of s, but not of 2s, take no more than
-        what lies between the widths of a much coarser step around them.
+        Returns
+        -------
+        The family of the operation, and the index and the axis that depend on the pool. None if no
+        operation depends on it.
         """
-        full = [axis.steps for axis in alike.widest]
-        coarse = 2 * _WIDTH_STEPS[-1]
-        while coarse > 2 and full[place] < 2 * coarse:
-            coarse //= 2
-        top = min(full[place] * 3 // 4 // coarse + 1, full[place] // coarse) * coarse
-        if top <= coarse:
-            return 1
-
-        def ms(left: int) -> float:
-            return self._left(alike, [*full[:place], left, *full[place + 1 :]])
-
-        high, low = ms(top), ms(top - coarse)
-        for step in _WIDTH_STEPS:
-            if 2 * step > coarse:
-                break
-            between = [
-                (ms(top - less), high + (low - high) * less / coarse)
-                for less in (step, coarse - step)
-            ]
-            if sum(taken for taken, _ in between) <= _WORSE * sum(line for _, line in between):
-                return step
-        return coarse // 2
+        slowest, most_ms = None, 0.0
+        for family, bases in zip(self._families.values(), self._numbers, strict=True):
+            times = family.at(self._widths.full[bases]).tolist()
+            for ms, axes in zip(times, family.axes, strict=True):
+                for place, axis in enumerate(axes):
+                    depends = self._widths.losses[number, axis.base] > 0
+                    if depends and (slowest is None or ms > most_ms):
+                        slowest, most_ms = (family, place, axis), ms
+        return slowest
 
 
-def _traced(coupling: Coupling) -> Iterator[Tensor]:
-    """What the nodes give."""
+class _Widths:
+    """The sizes of all dimensions as functions of how many units of each kind survive.
+
+    Attributes
+    ----------
+    sizes:
+        The sizes, each with a number.
+    values:
+        Returns all sizes, shape (n, sizes), for n rows of numbers of survivors, shape (n, kinds).
+    full:
+        The sizes in the dense model, shape (sizes,).
+    losses:
+        By how much each size falls if a pool loses one unit from each of its blocks, shape (pools,
+        sizes).
+    first_proportional:
+        For each size the number of the first size that is proportional to it, shape (sizes,).
+    """
+
+    def __init__(self, coupling: Coupling, kinds: Kinds, pools: Sequence[Pool]) -> None:
+        self.sizes = Sizes(coupling, kinds)
+        for tensor in [*coupling.parameters.values(), *_traced_tensors(coupling)]:
+            self.sizes.dims(tensor)  # gives the sizes of the tensor their numbers
+        self.values = self.sizes.values()
+        self.full = self.at(kinds.size)
+        self.losses = self._losses(kinds, pools)
+        self.first_proportional = self._first_proportional(kinds)
+
+    def at(self, counts: Counts) -> Floats:
+        """Return all sizes if ``counts`` units of each kind survive, shape (sizes,)."""
+        return self.values(counts[np.newaxis].astype(np.float64))[0]
+
+    def affected(self, numbers: Counts) -> tuple[Counts, ...]:
+        """Return which pools narrow which operations of a family.
+
+        ``numbers`` are the numbers of the sizes of each operation, shape (operations, axes). The
+        result has the indices of pools and of operations, pair by pair.
+        """
+        return np.nonzero((self.losses[:, numbers] > 0).any(axis=2))
+
+    def _losses(self, kinds: Kinds, pools: Sequence[Pool]) -> Floats:
+        """Return by how much each size falls if a pool loses one unit from each of its blocks."""
+        losses = np.zeros((len(pools), len(self.full)))
+        for number, pool in enumerate(pools):
+            is_of_pool = kinds.pool == number
+            # the average over the kinds of the pool
+            lost = is_of_pool * kinds.size * (pool.blocks / kinds.size[is_of_pool].sum())
+            losses[number] = self.full - self.values((kinds.size - lost)[np.newaxis])[0]
+        return np.where(losses > 1e-9, losses, 0.0)
+
+    def _first_proportional(self, kinds: Kinds) -> Counts:
+        """Return for each size the number of the first size that is proportional to it."""
+        rng = np.random.default_rng(0)
+        values = self.values(rng.uniform(0.1, 1.0, (3, len(kinds.size))) * kinds.size)
+        _, first, inverse = np.unique(
+            np.round(values / self.full, 9), axis=1, return_index=True, return_inverse=True
+        )
+        return first[inverse.reshape(-1)]
+
+
+def _family_key(layer: Layer, axes: Sequence[Axis]) -> str:
+    """Return a text that is equal for operations that differ only in their widths."""
+    placeholders: dict[int, int] = {}
+    for place, axis in enumerate(axes):
+        placeholders.update(dict.fromkeys(axis.multiples, -1 - place))
+    ratios = [[axis.step, *axis.multiples.values()] for axis in axes]
+    return f"{layer.description(placeholders)} {ratios}"
+
+
+def _traced_tensors(coupling: Coupling) -> Iterator[Tensor]:
+    """Yield the tensors that the nodes of all traces return."""
     for trace in coupling.traces:
         for node in trace.graph.nodes:
             yield from tensors_of(node.meta.get("val"))

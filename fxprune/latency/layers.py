@@ -1,4 +1,4 @@
-"""The operations of a model as it runs, and each of them again at other widths."""
+"""The operations of a model, recorded while it runs, and run again at other widths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fxprune.trace import Trace, execute
 __all__ = ["Layer", "LayerTensor", "Prepare", "record"]
 
 Prepare = Callable[[], Callable[[], object]]
-"""Makes what is timed; not called where its time is known."""
+"""Returns the callable to time. It is not called if the time is known already."""
 
 _CONVOLUTION_FUNCTIONS = (
     F.conv1d,
@@ -33,69 +33,81 @@ _CONVOLUTION_FUNCTIONS = (
     F.conv_transpose2d,
     F.conv_transpose3d,
 )
-_GROUPS = 6  # the position of ``groups`` among the arguments of all of them
+_GROUPS = 6  # position of ``groups`` among the arguments of each of these functions
 
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """A tensor that an operation reads or gives: its shape in the dense model, and which of its
-    dimensions follow which size.
+    """A tensor that an operation reads or returns.
+
+    Attributes
+    ----------
+    shape:
+        Shape in the dense model.
+    dims:
+        For each dimension that can shrink the number of its size in
+        :class:`~fxprune.select.polynomials.Sizes`.
+    order:
+        All dimensions, from the longest stride to the shortest.
+    dtype:
+        Type of the elements.
     """
 
     shape: tuple[int, ...]
-    # dimension -> the number of its size (see :class:`~fxprune.select.kinds.Sizes`)
     dims: Mapping[int, int]
-    # dimensions, from the one of the longest stride to that of the shortest
     order: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: Tensor, dims: Mapping[int, int]) -> LayerTensor:
+        """Return the description of a tensor of the dense model."""
         order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride()[d], d))
         return cls(tuple(tensor.shape), dims, tuple(order), tensor.dtype)
 
     def at(self, sizes: Mapping[int, int]) -> tuple[int, ...]:
-        """The shape at these sizes; where one is not given it is the dense model's."""
+        """Return the shape at other sizes.
+
+        ``sizes`` maps numbers of sizes to values. A size that is missing keeps its value in the
+        dense model.
+        """
         return tuple(sizes.get(self.dims.get(d, -1), n) for d, n in enumerate(self.shape))
 
-    def drawn(self, sizes: Mapping[int, int], device: torch.device) -> Tensor:
-        """A tensor of this shape and layout: random numbers, or zeros where it holds whole
-        ones.
+    def sample(self, sizes: Mapping[int, int], device: torch.device) -> Tensor:
+        """Return a tensor with the shape at ``sizes`` and with this layout.
+
+        It holds random numbers if the dtype is floating-point, and zeros otherwise.
         """
         shape = self.at(sizes)
-        laid_out = [shape[d] for d in self.order]
-        values = torch.zeros(laid_out, dtype=self.dtype, device=device)
+        in_memory = [shape[d] for d in self.order]
+        values = torch.zeros(in_memory, dtype=self.dtype, device=device)
         if self.dtype.is_floating_point:
             values.normal_()
         return values.permute([self.order.index(d) for d in range(len(shape))])
 
     def text(self, sizes: Mapping[int, int]) -> str:
-        """What the time of an operation depends on."""
-        order = (
-            ""
-            if self.order == tuple(range(len(self.order)))
-            else f"@{','.join(map(str, self.order))}"
-        )
+        """Return the dtype, the shape at ``sizes`` and the layout as text."""
+        is_contiguous = self.order == tuple(range(len(self.order)))
+        layout = "" if is_contiguous else f"@{','.join(map(str, self.order))}"
         shape = ",".join(map(str, self.at(sizes)))
-        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]{order}"
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]{layout}"
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A call in a deployed graph.
+    """A call of an operation in a deployed graph.
 
     Attributes
     ----------
     node:
-        Its name in the analysis.
+        Name of the node in the analysis.
     target:
         A function, the name of a method, or a module.
     args, kwargs:
-        What it was called with, tensors being operands.
+        Arguments of the call, with a :class:`LayerTensor` for each tensor.
     parameters:
-        The operands of a module.
+        Parameters of the module, by name; empty for functions and methods.
     results:
-        The tensors that it gave.
+        Tensors that the call returned.
     """
 
     node: str
@@ -107,75 +119,86 @@ class Layer:
 
     @property
     def operands(self) -> list[LayerTensor]:
-        """All tensors, read and given."""
-        read = [
-            leaf
-            for leaf in _argument_leaves((self.args, dict(self.kwargs)))
-            if isinstance(leaf, LayerTensor)
-        ]
+        """All tensors that the operation reads or returns."""
+        leaves = _argument_leaves((self.args, dict(self.kwargs)))
+        read = [leaf for leaf in leaves if isinstance(leaf, LayerTensor)]
         return [*read, *self.parameters.values(), *self.results]
 
-    def free(self) -> dict[int, int]:
-        """The sizes that it depends on, by their numbers, in the dense model."""
-        return {
-            number: own.shape[dim] for own in self.operands for dim, number in own.dims.items()
-        }
+    def dense_sizes(self) -> dict[int, int]:
+        """Return the sizes that the operation depends on.
+
+        The result maps the number of each size to its value in the dense model.
+        """
+        sizes: dict[int, int] = {}
+        for operand in self.operands:
+            sizes.update({number: operand.shape[dim] for dim, number in operand.dims.items()})
+        return sizes
 
     def description(self, sizes: Mapping[int, int]) -> str:
-        """What it is, at these sizes, in a line."""
-        target = self.target
-        if isinstance(target, nn.Module):
-            own = {
-                key: value
-                for key, value in vars(target).items()
-                if key not in _FORGOTTEN and isinstance(value, _ARGUMENT_TYPES)
-            }
-            told = ", ".join(
-                f"{key}={value}" for key, value in own.items() if not key.startswith("_")
-            )
-            name = f"{type(target).__name__}({told})"
-        else:
-            name = (
-                target
-                if isinstance(target, str)
-                else getattr(target, "__qualname__", repr(target))
-            )
-        shown = [_argument_text(value, sizes) for value in self.args]
-        shown += [f"{key}={_argument_text(value, sizes)}" for key, value in self.kwargs.items()]
-        shown += [f"{key}={own.text(sizes)}" for key, own in self.parameters.items()]
-        return f"{name} {' '.join(shown)}"
+        """Return one line that says what the operation is at ``sizes``: a key for its time."""
+        texts = [_argument_text(value, sizes) for value in self.args]
+        texts += [f"{key}={_argument_text(value, sizes)}" for key, value in self.kwargs.items()]
+        texts += [f"{key}={operand.text(sizes)}" for key, operand in self.parameters.items()]
+        return f"{_target_text(self.target)} {' '.join(texts)}"
 
     def prepared(self, sizes: Mapping[int, int], device: torch.device) -> Callable[[], object]:
-        """What calls it at these sizes, on made-up values.
+        """Return a function that runs the operation at ``sizes``, on made-up values.
 
-        It may raise what the operation raises, where sizes stand in it as numbers that do not
-        follow.
+        The function raises an error if the operation does not run at these sizes. This happens if
+        sizes occur among its arguments as plain numbers, which do not change along.
         """
-        args, kwargs = _map((self.args, dict(self.kwargs)), lambda own: own.drawn(sizes, device))
+        args, kwargs = _map(
+            (self.args, dict(self.kwargs)), lambda operand: operand.sample(sizes, device)
+        )
         call = self.target
+        if isinstance(call, str):
+            return lambda: getattr(args[0], call)(*args[1:], **kwargs)
         if isinstance(call, nn.Module):
-            call = copy.copy(call)
-            made = {
-                name: nn.Parameter(own.drawn(sizes, device), False)
-                for name, own in self.parameters.items()
-            }
-            call.__dict__["_parameters"] = {**self.target._parameters, **made}
+            call = self._module_at(sizes, device)
             if isinstance(call, _ConvNd):
-                call.groups = _groups_left(call.groups, self.args[0].shape[1], args[0].shape[1])
+                call.groups = self._groups_left(call.groups, args[0])
         elif call in _CONVOLUTION_FUNCTIONS:
             if len(args) > _GROUPS:
-                groups = _groups_left(args[_GROUPS], self.args[0].shape[1], args[0].shape[1])
+                groups = self._groups_left(args[_GROUPS], args[0])
                 args = (*args[:_GROUPS], groups, *args[_GROUPS + 1 :])
             elif "groups" in kwargs:
-                kwargs["groups"] = _groups_left(
-                    kwargs["groups"], self.args[0].shape[1], args[0].shape[1]
-                )
-        elif isinstance(call, str):
-            return lambda: getattr(args[0], call)(*args[1:], **kwargs)
+                kwargs["groups"] = self._groups_left(kwargs["groups"], args[0])
         return lambda: call(*args, **kwargs)
 
+    def _module_at(self, sizes: Mapping[int, int], device: torch.device) -> nn.Module:
+        """Return a copy of the module with made-up parameters at ``sizes``."""
+        module = copy.copy(self.target)
+        parameters = dict(self.target._parameters)
+        for name, operand in self.parameters.items():
+            parameters[name] = nn.Parameter(operand.sample(sizes, device), False)
+        module.__dict__["_parameters"] = parameters
+        return module
 
-_FORGOTTEN = (
+    def _groups_left(self, groups: int, x: Tensor) -> int:
+        """Return the number of groups of a convolution whose narrower input is ``x``.
+
+        A group of one channel disappears with its channel. Wider groups become narrower, and their
+        number stays.
+        """
+        channels = self.args[0].shape[1]
+        return x.shape[1] if groups == channels else groups
+
+
+def _target_text(target: Any) -> str:
+    """Return the name of an operation, with the settings of a module in brackets."""
+    if isinstance(target, str):
+        return target
+    if not isinstance(target, nn.Module):
+        return getattr(target, "__qualname__", repr(target))
+    settings = []
+    for key, value in vars(target).items():
+        is_setting = not key.startswith("_") and key not in _IGNORED_ATTRIBUTES
+        if is_setting and isinstance(value, _ARGUMENT_TYPES):
+            settings.append(f"{key}={value}")
+    return f"{type(target).__name__}({', '.join(settings)})"
+
+
+_IGNORED_ATTRIBUTES = (
     "training",
     "groups",
     "in_channels",
@@ -184,33 +207,30 @@ _FORGOTTEN = (
     "out_features",
     "num_features",
 )
-"""Attributes of modules that operands tell, or that do not matter."""
+"""Attributes of modules that follow from the operands or do not matter for the time."""
 
 _ARGUMENT_TYPES = (bool, int, float, str, tuple, type(None))
 
 
-def _groups_left(groups: int, channels: int, left: int) -> int:
-    """Groups of one channel go with it; groups of several keep their number and get narrower."""
-    return left if groups == channels else groups
-
-
 def _argument_leaves(value: Any) -> list[Any]:
+    """Return the leaves of nested arguments, of which a :class:`LayerTensor` is one."""
     return tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor))
 
 
 def _map(value: Any, function: Callable[[LayerTensor], Any]) -> Any:
+    """Return nested arguments with the result of ``function`` in place of each operand."""
     return tree_map_only(
         LayerTensor, function, value, is_leaf=lambda leaf: isinstance(leaf, LayerTensor)
     )
 
 
 def _argument_text(value: Any, sizes: Mapping[int, int]) -> str:
-    shown = _map(value, lambda own: _Shown(own.text(sizes)))
-    return repr(shown)
+    """Return nested arguments as text, with operands at ``sizes``."""
+    return repr(_map(value, lambda operand: _Unquoted(operand.text(sizes))))
 
 
-class _Shown(str):
-    """Text without quotation marks."""
+class _Unquoted(str):
+    """A string whose ``repr`` has no quotation marks."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -223,17 +243,21 @@ def record(
     sizes: Sizes,
     see: Callable[[Layer, Prepare], None],
 ) -> None:
-    """Run the deployed dense model, and hand over each of its operations, with what makes a
-    callable that runs it again.
+    """Run the deployed dense model, and pass each of its operations to a callback.
 
     Parameters
     ----------
     model:
-        Deployed, with all channels of the analysed model.
-    coupling, sizes:
-        The analysis; they tell which dimensions follow which size.
+        Deployed model with all channels of the analysed model.
+    inputs:
+        Inputs of the call.
+    coupling:
+        The analysis of the model.
+    sizes:
+        The sizes of dimensions that can shrink; new ones are added.
     see:
-        Called for every node that gives tensors, before the next one runs.
+        Called for every node that returns tensors, before the next node runs. It receives the
+        operation, and a function that returns a callable to run the operation again.
     """
     traces = {trace.path: trace for trace in coupling.traces if not trace.training}
     replaced = []
@@ -250,7 +274,10 @@ def record(
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a deployed graph and looks each node up in the trace that it came from."""
+    """An interpreter of a deployed graph that passes each operation to a callback.
+
+    It finds the node of the trace from which a node came by its name.
+    """
 
     def __init__(
         self,
@@ -264,14 +291,15 @@ class _Recorder(fx.Interpreter):
         self.old = {node.name: node for node in trace.graph.nodes}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        places = self.graph.find_nodes(op="placeholder")
-        rest = [
-            kwargs.get(str(node.target), node.args[0] if node.args else None)
-            for node in places[len(args) :]
-        ]
-        return self.run(*args, *rest)
+        """Run the graph with the arguments of a call of the module."""
+        values = list(args)
+        for node in self.graph.find_nodes(op="placeholder")[len(args) :]:
+            default = node.args[0] if node.args else None
+            values.append(kwargs.get(str(node.target), default))
+        return self.run(*values)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and pass it to the callback if it is an operation that returns tensors."""
         if n.op not in ("call_function", "call_method", "call_module"):
             return super().run_node(n)
         out = super().run_node(n)
@@ -281,78 +309,88 @@ class _Recorder(fx.Interpreter):
         return out
 
     def _again(self, node: fx.Node) -> Callable[[], object]:
-        """What calls a node once more, on copies: it may write into its arguments."""
+        """Return a function that runs a node again.
+
+        It runs on copies of the arguments, because the operation may write to them.
+        """
         args, kwargs = tree_map_only(Tensor, torch.clone, self.fetch_args_kwargs_from_env(node))
         return lambda: execute(self.module, node, args, kwargs)
 
     def _layer(self, node: fx.Node, results: list[Tensor]) -> Layer:
-        """The call, with which of its dimensions follow which size: as in the node of the trace
-        that it stands for.
+        """Return the operation of a node.
+
+        Its dimensions follow the sizes that the corresponding node of the trace has.
         """
         old = self.old.get(node.name)
         module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        given = tuple(
-            self._operands(results, old.meta.get("val") if old is not None else None, None)
-        )
+        before = None if old is None else old.meta.get("val")
+        outputs = tuple(self._operands(results, before, None))
         convolves = isinstance(module, _ConvNd) or node.target in _CONVOLUTION_FUNCTIONS
-        channels = given[0].dims.get(1 if convolves else len(given[0].shape) - 1)
-
-        def read(new: Any, before: Any) -> Any:
-            if isinstance(new, fx.Node):
-                was = before.meta.get("val") if isinstance(before, fx.Node) else None
-                made = iter(self._operands(tensors_of(self.env[new]), was, channels))
-                return tree_map_only(Tensor, lambda _: next(made), self.env[new])
-            if isinstance(new, (tuple, list)):
-                alike = isinstance(before, (tuple, list)) and len(before) == len(new)
-                return type(new)(
-                    read(a, b)
-                    for a, b in zip(new, before if alike else [None] * len(new), strict=True)
-                )
-            return new
-
-        before_args, before_kwargs = (old.args, old.kwargs) if old is not None else ((), {})
-        padded = [*before_args, *[None] * len(node.args)]
-        args = tuple(read(new, before) for new, before in zip(node.args, padded, strict=False))
-        kwargs = {name: read(new, before_kwargs.get(name)) for name, new in node.kwargs.items()}
+        channels = outputs[0].dims.get(1 if convolves else len(outputs[0].shape) - 1)
+        old_args, old_kwargs = ((), {}) if old is None else (old.args, old.kwargs)
+        padded = (*old_args, *[None] * len(node.args))
+        args = self._argument(node.args, padded[: len(node.args)], channels)
+        kwargs = {}
+        for name, value in node.kwargs.items():
+            kwargs[name] = self._argument(value, old_kwargs.get(name), channels)
         parameters: dict[str, LayerTensor] = {}
         if module is not None and old is not None:
-            meta_copy = self.trace.meta_copy.model.get_submodule(str(old.target))
-            own = {
-                name: parameter
-                for name, parameter in module._parameters.items()
-                if parameter is not None
-            }
-            for name, parameter in own.items():
-                (parameters[name],) = self._operands(
-                    [parameter], meta_copy._parameters.get(name), channels
-                )
-        return Layer(
-            self.trace.prefix + node.name,
-            node.target if module is None else module,
-            args,
-            kwargs,
-            parameters,
-            given,
-        )
+            parameters = self._parameters(module, str(old.target), channels)
+        name = self.trace.prefix + node.name
+        target = node.target if module is None else module
+        return Layer(name, target, args, kwargs, parameters, outputs)
+
+    def _argument(self, value: Any, before: Any, channels: int | None) -> Any:
+        """Return an argument of a node with operands for its tensors.
+
+        ``before`` is the corresponding argument in the trace, or None if there is none.
+        """
+        if isinstance(value, fx.Node):
+            traced = before.meta.get("val") if isinstance(before, fx.Node) else None
+            operands = iter(self._operands(tensors_of(self.env[value]), traced, channels))
+            return tree_map_only(Tensor, lambda _: next(operands), self.env[value])
+        if isinstance(value, (tuple, list)):
+            has_partner = isinstance(before, (tuple, list)) and len(before) == len(value)
+            partners = before if has_partner else [None] * len(value)
+            pairs = zip(value, partners, strict=True)
+            return type(value)(self._argument(item, partner, channels) for item, partner in pairs)
+        return value
+
+    def _parameters(
+        self, module: nn.Module, old_target: str, channels: int | None
+    ) -> dict[str, LayerTensor]:
+        """Return operands for the parameters of a module; ``old_target`` names it in the trace."""
+        meta_copy = self.trace.meta_copy.model.get_submodule(old_target)
+        operands: dict[str, LayerTensor] = {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                before = meta_copy._parameters.get(name)
+                (operands[name],) = self._operands([parameter], before, channels)
+        return operands
 
     def _operands(
         self, tensors: list[Tensor], before: Any, channels: int | None
     ) -> list[LayerTensor]:
-        """Operands for tensors that stand for those in ``before``. A bias that folding added has
-        one number per channel.
+        """Return operands for tensors of the deployed model.
+
+        Parameters
+        ----------
+        tensors:
+            The tensors.
+        before:
+            The corresponding value in the trace. None: there is none.
+        channels:
+            Number of the size of the channels. A bias that folding added is not in the trace and
+            has one element per channel.
         """
         out = []
-        for tensor, was in zip(
-            tensors, [*tensors_of(before), *[None] * len(tensors)], strict=False
-        ):
+        padded = [*tensors_of(before), *[None] * len(tensors)]
+        for tensor, traced in zip(tensors, padded, strict=False):
             dims: dict[int, int] = {}
-            if was is not None and was.dim() == tensor.dim():
-                dims = {
-                    d: n
-                    for d, n in self.sizes.dims(was).items()
-                    if was.shape[d] == tensor.shape[d]
-                }
-            elif was is None and tensor.dim() == 1 and channels is not None:
+            if traced is not None and traced.dim() == tensor.dim():
+                sizes = self.sizes.dims(traced).items()
+                dims = {d: n for d, n in sizes if traced.shape[d] == tensor.shape[d]}
+            elif traced is None and tensor.dim() == 1 and channels is not None:
                 dims = {0: channels}
             out.append(LayerTensor.of(tensor, dims))
         return out

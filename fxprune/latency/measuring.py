@@ -1,4 +1,4 @@
-"""A model and its inputs in one precision, layout and mode, timed."""
+"""Timing of models in one precision, layout and mode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fxprune.errors import ArgumentError
 from fxprune.inference import LAYOUTS, lay_out
 from fxprune.inputs import ExampleInputs, as_call, batch_size, drawn
 from fxprune.latency.clock import Timing, time_in_turns
-from fxprune.latency.cuda import cache_bytes, captured, current, peak_bytes
+from fxprune.latency.cuda import cache_bytes, captured, peak_bytes, use_device
 from fxprune.latency.roofline import roofline
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
     "PRECISIONS",
     "Latency",
     "Setting",
-    "batch_of",
+    "apply_setting",
+    "make_batch",
     "measure",
-    "prepared",
-    "running",
+    "prepare_model",
     "time_models",
 ]
 
@@ -48,31 +48,48 @@ PRECISIONS: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Name -> dtype; tf32 is float32 whose products a GPU computes with 10 bits of mantissa."""
+"""The dtype of each precision.
+
+In tf32, tensors are float32 and a GPU computes products with 10 bits of mantissa.
+"""
 
 MODES = ("eager", "compiled", "cudagraph")
-"""As it is; ``torch.compile``; recorded once as a CUDA graph and replayed."""
+"""How a model is called: eager, through ``torch.compile``, or recorded once as a CUDA graph and
+replayed.
+"""
 
-_MOST_BATCHES = 4096  # of inputs so small that reading them counts for nothing
+_MOST_BATCHES = 4096  # upper limit for tiny inputs, for which reading costs nothing
 
 
 @public
 @dataclass(frozen=True)
 class Setting:
-    """How a model runs.
+    """Where and how a model runs while it is timed.
 
     Attributes
     ----------
     device:
-        ``"cuda"`` or ``"cpu"``, or with a number; None: the GPU where there is one.
+        ``"cuda"`` or ``"cpu"``, or one with a number, as ``"cuda:1"``. None: the GPU if there is
+        one, otherwise the CPU.
     precision:
-        Of :data:`PRECISIONS`.
+        A key of :data:`PRECISIONS`: ``"fp32"``, ``"tf32"`` (GPU only), ``"bf16"`` or ``"fp16"``.
     mode:
-        Of :data:`MODES`.
+        One of :data:`MODES`: ``"eager"``, ``"compiled"`` or ``"cudagraph"`` (GPU only).
     channels_last:
-        Lay images, videos and the weights of convolutions over them out channels-last.
+        Use the channels-last layout for images, videos and the weights of their convolutions.
     batch:
-        Images per call; None: as in the example.
+        Images per call. None: as in the example inputs.
+
+    Raises
+    ------
+    ArgumentError
+        If a value is unknown, or if the setting is not possible on this machine.
+
+    Examples
+    --------
+    >>> setting = Setting("cpu", precision="bf16", batch=8)
+    >>> setting.place, setting.on_gpu
+    (device(type='cpu'), False)
     """
 
     device: str | None = None
@@ -82,8 +99,8 @@ class Setting:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        named = isinstance(self.precision, str) and isinstance(self.mode, str)
-        if not named or self.precision not in PRECISIONS or self.mode not in MODES:
+        are_names = isinstance(self.precision, str) and isinstance(self.mode, str)
+        if not are_names or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
             raise ArgumentError(
                 f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}."
@@ -92,19 +109,22 @@ class Setting:
             object.__setattr__(self, "batch", whole("batch", self.batch))
         object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
         if self.device is not None:
-            object.__setattr__(self, "device", self._checked())
+            object.__setattr__(self, "device", self._checked_device())
         if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
-            what = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
-            raise ArgumentError(f"{what} needs a GPU, and device is {self.place}.")
+            option = f"mode {self.mode!r}" if self.mode == "cudagraph" else "precision 'tf32'"
+            raise ArgumentError(f"{option} needs a GPU, and device is {self.place}.")
 
-    def _checked(self) -> str:
-        """The device's name, of one that can be measured here."""
+    def _checked_device(self) -> str:
+        """Return the name of the device.
+
+        Raises
+        ------
+        ArgumentError
+            If the device is neither a CPU nor a GPU, or if this machine does not have it.
+        """
         given: Any = self.device
-        device = (
-            torch.device(given)
-            if isinstance(given, (str, torch.device)) and _is_device(given)
-            else None
-        )
+        is_known = isinstance(given, (str, torch.device)) and _is_device(given)
+        device = torch.device(given) if is_known else None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ArgumentError(
                 f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with '
@@ -123,7 +143,8 @@ class Setting:
         return str(given)
 
     def __str__(self) -> str:
-        """
+        """Return a one-line description.
+
         >>> print(Setting("cpu", batch=8))
         on cpu, fp32, eager, channels-last, batch 8
         """
@@ -133,15 +154,17 @@ class Setting:
 
     @property
     def place(self) -> torch.device:
-        """The device."""
+        """The device on which models run."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def on_gpu(self) -> bool:
+        """Whether models run on a GPU."""
         return self.place.type == "cuda"
 
 
 def _is_device(name: Any) -> bool:
+    """Tell whether torch accepts the name of a device."""
     try:
         torch.device(name)
     except RuntimeError:
@@ -152,21 +175,26 @@ def _is_device(name: Any) -> bool:
 @public
 @dataclass(frozen=True)
 class Latency:
-    """What one model took.
+    """The measured time and memory of one model.
 
     Attributes
     ----------
     timing:
-        Milliseconds of one call.
+        Time of one call, in milliseconds.
     batch:
         Images per call.
     floor_ms:
-        What the call would take at the device's measured rate of multiply-accumulates and its
-        measured bandwidth, whichever is longer, if weights, inputs and outputs went through memory
-        once and nothing else did.
+        Least time of one call on this device, in milliseconds: the longer of computing all
+        multiply-accumulates at the peak rate, and moving weights, inputs and outputs through
+        memory once (see :func:`roofline`).
     peak_bytes:
-        Weights, inputs, and the most memory that one call takes beside them; None on a CPU, which
-        does not tell.
+        Memory of the weights, the inputs and the peak of one call, in bytes. None on a CPU, where
+        it is not measured.
+
+    Examples
+    --------
+    >>> print(Latency(Timing(ms=4.0, low=3.5, high=4.5, count=9), 8, 2.0, None))
+    4.000 ms (3.500 to 4.500; floor 2.000), 2,000 per second
     """
 
     timing: Timing
@@ -199,25 +227,34 @@ def measure(
 ) -> dict[str, Latency]:
     """Time models side by side, in turns, on the same inputs.
 
+    The models are copied first. The copies run in ``eval`` mode and without gradients.
+
     Parameters
     ----------
     models:
-        Name -> module; copies are measured, in ``eval`` mode, without gradients.
+        For each name a module.
     example_inputs:
-        A tensor, a tuple of positional arguments or a dict of keyword arguments. Shapes and dtypes
-        matter; floating-point values are drawn anew. On a GPU several batches take turns, more
-        than its L2 cache holds.
-    rounds, seconds:
-        How many turns each model has, and about how long each lasts.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments. Only shapes and
+        dtypes matter for floating-point tensors, whose values are replaced by random ones. On a
+        GPU the models get several batches in turn, which together exceed its L2 cache.
+    setting:
+        Device, precision, mode, layout and batch size. None: ``Setting()``.
+    rounds:
+        Number of turns of each model.
+    seconds:
+        Approximate duration of a turn, in seconds.
 
     Returns
     -------
-    Name -> latency, in the order of ``models``.
+    For each name the latency, in the order of ``models``. Times are in milliseconds, memory is in
+    bytes.
 
     Raises
     ------
     ArgumentError
-        If the setting cannot be had here, or there is no model.
+        If ``models`` is empty or not a dict of modules, or if another argument is not valid.
+    CallbackError
+        If a model raises an error.
 
     Examples
     --------
@@ -229,41 +266,40 @@ def measure(
     >>> small.batch, small.timing.count, small.floor_ms < large.floor_ms
     (4, 3, True)
     """
-    if (
-        not isinstance(models, Mapping)
-        or not models
-        or not all(isinstance(model, nn.Module) for model in models.values())
-    ):
+    setting = Setting() if setting is None else setting
+    _check_models(models)
+    _check_setting(setting)
+    with _running_models(models, example_inputs, setting) as running:
+        timings = time_in_turns(running.calls, setting.place, rounds=rounds, seconds=seconds)
+        limits = roofline(
+            setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
+        )
+        first, out = running.batches[0], {}
+        for name, model in running.models.items():
+            traffic = _bytes(model, first, _call_model(model, first))
+            floor = limits.floor_ms(_macs(model, first), traffic)
+            peak = running.peak_bytes(name, setting) if setting.on_gpu else None
+            out[name] = Latency(timings[name], batch_size(first), floor, peak)
+    return out
+
+
+def _check_models(models: object) -> None:
+    """Refuse anything but a dict of modules that is not empty."""
+    values = list(models.values()) if isinstance(models, Mapping) else []
+    if not values or not all(isinstance(model, nn.Module) for model in values):
         raise ArgumentError(
             'measure() takes models by name, as {"dense": model}: a dict from text to '
             "torch.nn.Module, not empty."
         )
-    setting = Setting() if setting is None else setting
+
+
+def _check_setting(setting: object) -> None:
+    """Refuse anything but a :class:`Setting`."""
     if not isinstance(setting, Setting):
         raise ArgumentError(
             f"setting is a {type(setting).__name__}: give a fxprune.latency.Setting, as "
             "Setting(device='cpu')."
         )
-    with _running_models(models, example_inputs, setting) as (batches, ready, runs):
-        timings = time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
-        limits = roofline(
-            setting.place, PRECISIONS[setting.precision], setting.precision == "tf32"
-        )
-        out = {}
-        for name, model in ready.items():
-            first, peak = batches[0], None
-            floor = limits.floor_ms(
-                _macs(model, first), _bytes(model, first, _call_model(model, first))
-            )
-            if setting.on_gpu:  # replaying takes no memory, since what was recorded has it already
-                run = (
-                    functools.partial(_call_model, model, first)
-                    if setting.mode == "cudagraph"
-                    else runs[name]
-                )
-                peak = _bytes(model, first) + peak_bytes(run)
-            out[name] = Latency(timings[name], batch_size(first), floor, peak)
-    return out
 
 
 def time_models(
@@ -274,57 +310,83 @@ def time_models(
     rounds: int = 9,
     seconds: float = 0.2,
 ) -> dict[str, Timing]:
-    """As :func:`measure`, the times alone."""
-    with _running_models(models, example_inputs, setting) as (_, _, runs):
-        return time_in_turns(runs, setting.place, rounds=rounds, seconds=seconds)
+    """Time models as :func:`measure` does, and return only the times, in milliseconds."""
+    with _running_models(models, example_inputs, setting) as running:
+        return time_in_turns(running.calls, setting.place, rounds=rounds, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class _RunningModels:
+    """Models that are ready to be timed.
+
+    Attributes
+    ----------
+    batches:
+        The inputs that each model gets in turn.
+    models:
+        The prepared copies of the models, by name.
+    calls:
+        For each name a function that calls the model with the next batch.
+    """
+
+    batches: list[Any]
+    models: dict[str, nn.Module]
+    calls: dict[str, Callable[[], object]]
+
+    def peak_bytes(self, name: str, setting: Setting) -> int:
+        """Return the bytes of weights and inputs, and the peak of one call on the current GPU."""
+        model, first = self.models[name], self.batches[0]
+        call = self.calls[name]
+        if setting.mode == "cudagraph":  # a replay allocates nothing: the recording already has
+            call = functools.partial(_call_model, model, first)
+        return _bytes(model, first) + peak_bytes(call)
 
 
 @contextlib.contextmanager
 def _running_models(
     models: Mapping[str, nn.Module], example_inputs: Any, setting: Setting
-) -> Iterator[tuple[list[Any], dict[str, nn.Module], dict[str, Callable[[], object]]]]:
-    """The batches, the models as they run, and what calls them, in the setting's precision and
-    without gradients.
-    """
-    with running(setting), _compiled_for_all(setting), torch.inference_mode():
-        batches = _batches(example_inputs, setting)
-        ready = {name: prepared(model, setting) for name, model in models.items()}
-        yield (
-            batches,
-            ready,
-            {name: _runner(model, batches, setting) for name, model in ready.items()},
-        )
+) -> Iterator[_RunningModels]:
+    """Apply a setting, and prepare copies of models to run in it, without gradients."""
+    with apply_setting(setting), _no_recompile_limit(setting), torch.inference_mode():
+        batches = _make_batches(example_inputs, setting)
+        copies = {name: prepare_model(model, setting) for name, model in models.items()}
+        calls = {name: _make_call(model, batches, setting) for name, model in copies.items()}
+        yield _RunningModels(batches, copies, calls)
 
 
-def _compiled_for_all(setting: Setting) -> AbstractContextManager[Any]:
-    """Models of one class share the code that is compiled. Past a limit it would run as it is,
-    silently: none, then.
+def _no_recompile_limit(setting: Setting) -> AbstractContextManager[Any]:
+    """Return a context in which any number of models of one class are compiled.
+
+    Models of one class share the code that is compiled. Torch has a limit on how often it compiles
+    the same code, and silently runs the code uncompiled beyond that.
     """
     if setting.mode != "compiled":
-        return contextlib.nullcontext()  # the compiler is not even imported
+        return contextlib.nullcontext()  # does not import the compiler
     return torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
 
 
 @contextlib.contextmanager
-def running(setting: Setting) -> Iterator[None]:
-    """The setting's GPU is the current one, tf32 exactly where it is asked for; cuDNN tries its
-    algorithms, as in production.
+def apply_setting(setting: Setting) -> Iterator[None]:
+    """Apply a setting to the process, and restore the former state at the end.
+
+    The GPU of the setting becomes the current one, TF32 is on only if the precision is tf32, and
+    cuDNN searches for its fastest algorithms, as in production.
     """
-    wanted = setting.precision == "tf32"
-    # they are the process's: two threads that exchange them would leave the wrong ones, and
-    # disturb each other's times
+    tf32 = setting.precision == "tf32"
+    # These options belong to the process. Two threads that change them at the same time would
+    # restore wrong values and disturb each other's times.
     with TURN:
         before = (
             torch.backends.cuda.matmul.allow_tf32,
             torch.backends.cudnn.allow_tf32,
             torch.backends.cudnn.benchmark,
         )
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
         try:
-            with current(setting.place):
+            with use_device(setting.place):
                 yield
         finally:
             (
@@ -334,77 +396,90 @@ def running(setting: Setting) -> Iterator[None]:
             ) = before
 
 
-def prepared(model: nn.Module, setting: Setting) -> nn.Module:
-    """A copy, on the device, in the precision and layout."""
-    own = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
+def prepare_model(model: nn.Module, setting: Setting) -> nn.Module:
+    """Return a copy of a model in eval mode, on the device and in the precision and layout."""
+    copied = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
     if setting.channels_last:
-        lay_out(own)
-    return own
+        lay_out(copied)
+    return copied
 
 
-def _batches(example_inputs: Any, setting: Setting) -> list[Any]:
-    """Inputs of the batch size asked for: on a GPU as many as overflow its L2 cache twice."""
-    first = batch_of(example_inputs, setting)
+def _make_batches(example_inputs: Any, setting: Setting) -> list[Any]:
+    """Return the batches that a model gets in turn.
+
+    On a GPU they are together twice as large as its L2 cache, so that no input is still in the
+    cache when it is used again. On a CPU there is one batch.
+    """
+    first = make_batch(example_inputs, setting)
     count = 1
     if setting.on_gpu:
-        own = sum(leaf.nbytes for leaf in tensors_of(first))
-        count = min(-(-2 * cache_bytes(setting.place) // max(own, 1)), _MOST_BATCHES)
-    return [first, *(batch_of(example_inputs, setting, seed) for seed in range(1, count))]
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(first))
+        count = min(-(-2 * cache_bytes(setting.place) // max(nbytes, 1)), _MOST_BATCHES)
+    return [first, *(make_batch(example_inputs, setting, seed) for seed in range(1, count))]
 
 
-def batch_of(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
-    """Inputs like the example's, of the setting's batch size, precision and layout, on its
-    device.
+def make_batch(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
+    """Return random inputs with the setting's batch size, precision, layout and device.
+
+    Shapes are those of the example inputs, apart from the batch size.
     """
 
-    def placed(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(
-            setting.place, PRECISIONS[setting.precision] if tensor.is_floating_point() else None
-        )
-        laid_out = setting.channels_last and tensor.dim() in LAYOUTS
-        return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()]) if laid_out else tensor
+    def place(tensor: Tensor) -> Tensor:
+        """Return a tensor on the device, in the precision and layout."""
+        dtype = PRECISIONS[setting.precision] if tensor.is_floating_point() else None
+        tensor = tensor.to(setting.place, dtype)
+        if setting.channels_last and tensor.dim() in LAYOUTS:
+            return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()])
+        return tensor
 
-    return tree_map_only(Tensor, placed, drawn(example_inputs, batch=setting.batch, seed=seed))
+    return tree_map_only(Tensor, place, drawn(example_inputs, batch=setting.batch, seed=seed))
 
 
 def _call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model; its errors become a :class:`CallbackError`."""
     args, kwargs = as_call(inputs)
     with calling(f"the {type(model).__name__}"):
         return model(*args, **kwargs)
 
 
-def _runner(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
-    taken = itertools.cycle(batches)
+def _make_call(model: nn.Module, batches: list[Any], setting: Setting) -> Callable[[], object]:
+    """Return a function that calls a model in the setting's mode with the next batch."""
+    batch = itertools.cycle(batches)
     if setting.mode == "cudagraph":
-        return _replayed(model, batches, taken)
+        return _record_call(model, batches[0], batch)
     called: Any = torch.compile(model, dynamic=False) if setting.mode == "compiled" else model
-    return lambda: _call_model(called, next(taken))
+    return lambda: _call_model(called, next(batch))
 
 
-def _replayed(model: nn.Module, batches: list[Any], taken: Iterator[Any]) -> Callable[[], object]:
-    """A CUDA graph of one call; replaying it copies the inputs to where it reads them."""
-    still = tree_map_only(Tensor, torch.clone, batches[0])
-    replay = captured(lambda: _call_model(model, still))
-    places = tensors_of(still)
+def _record_call(model: nn.Module, first: Any, batch: Iterator[Any]) -> Callable[[], object]:
+    """Record a call of a model as a CUDA graph, and return a function that replays it.
+
+    The function first copies the next batch to the tensors that the graph reads.
+    """
+    inputs = tree_map_only(Tensor, torch.clone, first)
+    replay = captured(lambda: _call_model(model, inputs))
+    targets = tensors_of(inputs)
 
     def run() -> None:
-        for place, value in zip(places, tensors_of(next(taken)), strict=True):
-            place.copy_(value)
+        """Copy the next batch and replay the graph."""
+        for target, value in zip(targets, tensors_of(next(batch)), strict=True):
+            target.copy_(value)
         replay()
 
     return run
 
 
 def _macs(model: nn.Module, inputs: Any) -> int:
+    """Return the number of multiply-accumulates of one call."""
     try:
         return cost_of(model, inputs).macs
-    except Exception:  # the values decide what runs, as in a detector: count while it does
+    except Exception:  # values decide what runs, as in a detector: count during a real run
         with MacCounter() as counter:
             _call_model(model, inputs)
         return counter.macs
 
 
 def _bytes(model: nn.Module, *more: Any) -> int:
-    """Weights and the tensors in ``more``, once each."""
+    """Return the bytes of all weights, buffers and tensors in ``more``, each counted once."""
     leaves = [*model.parameters(), *model.buffers(), *tree_leaves(more)]
     return sum(leaf.nbytes for leaf in IdentitySet(leaves) if isinstance(leaf, Tensor))

@@ -1,8 +1,8 @@
-"""What the device can do at best, measured, and how long a model's work takes at these rates.
+"""Peak rates of a device, measured, and the time that the work of a model takes at these rates.
 
-A model is hardly ever below: an algorithm has to multiply less than the model says, as Winograd's
-does, or one that leaves out what falls on the padding, which is half of a convolution that is
-dilated far enough.
+A model is rarely faster than that. It can be if an algorithm multiplies less than the model
+counts. Winograd's algorithm does. So does one that skips the padding, which is half of the work if
+a convolution has a large dilation.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore
 Architectures", CACM 2009.
@@ -28,17 +28,33 @@ __all__ = ["Roofline", "roofline"]
 @public
 @dataclass(frozen=True)
 class Roofline:
-    """Multiply-accumulates per second of large matrix products and convolutions, and bytes per
-    second of large copies.
+    """Peak rates of a device.
+
+    Attributes
+    ----------
+    macs_per_second:
+        Multiply-accumulates per second of large matrix products and convolutions.
+    bytes_per_second:
+        Bytes per second, read and written, of large copies.
     """
 
     macs_per_second: float
     bytes_per_second: float
 
     def floor_ms(self, macs: int, nbytes: int) -> float:
-        """Milliseconds that so many multiply-accumulates and bytes of traffic take at these rates,
-        whichever takes longer.
+        """Return the least time for some work at these rates, in milliseconds.
 
+        Computation and memory traffic can overlap, so the longer of the two counts.
+
+        Parameters
+        ----------
+        macs:
+            Number of multiply-accumulates.
+        nbytes:
+            Bytes of memory traffic.
+
+        Examples
+        --------
         >>> Roofline(1e9, 1e9).floor_ms(macs=2_000_000, nbytes=500_000)
         2.0
         """
@@ -47,15 +63,36 @@ class Roofline:
 
 @public
 def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Roofline:
-    """Measure a device: the best of large products in ``dtype``, and a copy that no cache holds.
+    """Measure the peak rates of a device, once per process for the same arguments.
 
-    ``tf32`` is part of the name under which the result is remembered; the caller has switched it
-    on.
+    The rate of multiply-accumulates is that of the fastest of several large matrix products and a
+    convolution. The memory bandwidth is that of a copy too large for the caches. The first call
+    can take a few seconds.
+
+    Parameters
+    ----------
+    device:
+        Where to measure.
+    dtype:
+        Floating-point type of the products.
+    tf32:
+        Whether float32 products use TF32. This only tells stored results apart: the caller must
+        have switched TF32 on.
+
+    Returns
+    -------
+    The rates, per second.
 
     Raises
     ------
     ArgumentError
-        If there is no such device, or the type is no floating-point one.
+        If there is no such device, or if ``dtype`` is not a floating-point type.
+
+    Examples
+    --------
+    >>> limits = roofline(torch.device("cpu"), torch.float32)
+    >>> limits.floor_ms(macs=10**9, nbytes=0) > limits.floor_ms(macs=10**8, nbytes=0) > 0
+    True
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(
@@ -66,29 +103,27 @@ def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Ro
 
 @functools.lru_cache(maxsize=32)
 def _measured(device: torch.device, dtype: torch.dtype, tf32: bool) -> Roofline:
+    """Measure a device; ``tf32`` is part of the key of the cache."""
     on_gpu = device.type == "cuda"
-    made = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
-    made.append(_convolution(64 if on_gpu else 1, device, dtype))
-    timings = time_in_turns(
-        {str(number): run for number, (run, _) in enumerate(made)}, device, rounds=5, seconds=0.05
-    )
-    rate = max(
-        macs / (1e-3 * timing.low)
-        for (_, macs), timing in zip(made, timings.values(), strict=True)
-    )
+    products = [_square(size, device, dtype) for size in ((4096, 8192) if on_gpu else (512, 1024))]
+    products.append(_convolution(64 if on_gpu else 1, device, dtype))
+    runs = {str(index): run for index, (run, _) in enumerate(products)}
+    timings = time_in_turns(runs, device, rounds=5, seconds=0.05)
+    rates = []
+    for (_, macs), timing in zip(products, timings.values(), strict=True):
+        rates.append(macs / (1e-3 * timing.low))
     megabytes = 1024 if on_gpu else 128
     source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = time_in_turns({"copy": lambda: target.copy_(source)}, device, rounds=5, seconds=0.05)[
-        "copy"
-    ]
-    return Roofline(rate, 2 * source.nbytes / (1e-3 * timing.low))
+    copying = {"copy": lambda: target.copy_(source)}
+    copy = time_in_turns(copying, device, rounds=5, seconds=0.05)["copy"]
+    return Roofline(max(rates), 2 * source.nbytes / (1e-3 * copy.low))
 
 
 def _square(
     size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], int]:
-    """A product of square matrices, and its multiply-accumulates."""
+    """Return a product of square matrices, and the number of its multiply-accumulates."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b, size**3
 
@@ -96,8 +131,9 @@ def _square(
 def _convolution(
     batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], int]:
-    """A convolution of 3x3: where other libraries compute it than matrix products, it can be the
-    faster of the two.
+    """Return a 3x3 convolution, and the number of its multiply-accumulates.
+
+    It can reach a higher rate than matrix products if another library computes it.
     """
     channels, size, layout = 256, 56, torch.channels_last
     x = torch.randn(batch, channels, size, size, device=device).to(dtype, memory_format=layout)

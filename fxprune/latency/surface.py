@@ -1,6 +1,4 @@
-"""What operations take that differ in their widths only: measured on a grid, interpolated
-between.
-"""
+"""The time of an operation as a function of its widths, interpolated on a measured grid."""
 
 from __future__ import annotations
 
@@ -9,22 +7,32 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["Surface", "grid"]
 from fxprune.common.arrays import Floats
 
+__all__ = ["Surface", "grid"]
+
 _EIGHTHS = {1: (1, 2, 3, 4, 6, 8), 2: (1, 2, 3, 4, 6, 8), 3: (2, 5, 8)}
-"""By the number of sizes that an operation depends on: the eighths of each at which it is
-measured.
-"""
+"""For each number of axes of a grid, the eighths of the full size at which to measure."""
 
-
-_LATE = 1.15  # times what more work took: an operation that took longer is measured again
+# An operation is measured again if it takes this many times as long as one with more work.
+_LATE = 1.15
 
 
 def grid(full: int, axes: int) -> tuple[int, ...]:
-    """The sizes to measure, ascending: eighths, multiples of a power of two where there are enough
-    of them, the full one last.
+    """Return the sizes along an axis at which to measure, in ascending order.
 
+    They are eighths of the full size, and the last one is the full size. If the full size is 16 or
+    more, the others are rounded up to multiples of a power of two.
+
+    Parameters
+    ----------
+    full:
+        The full size.
+    axes:
+        Number of axes of the grid. With three axes there are fewer sizes per axis.
+
+    Examples
+    --------
     >>> grid(512, 2), grid(24, 2), grid(3, 1), grid(100, 3)
     ((64, 128, 192, 256, 384, 512), (4, 6, 10, 12, 18, 24), (1, 2, 3), (32, 64, 100))
     """
@@ -36,19 +44,20 @@ def grid(full: int, axes: int) -> tuple[int, ...]:
 
 
 class Surface:
-    """Milliseconds as a function of one size or several, linear between the points of a grid.
+    """The time of an operation as a function of its sizes, piecewise linear on a grid.
 
-    Below the grid it goes on straight, but not below nothing; above it, too.
+    Outside the grid the function is extrapolated linearly, but it is never negative.
 
     Parameters
     ----------
     axes:
-        The sizes measured, ascending, for each size that counts.
+        For each axis of the grid its sizes, in ascending order.
     ms:
-        What the operation takes at these sizes.
+        Returns the time at a point of the grid, in milliseconds. It receives one size per axis.
     again:
-        What it takes if it is measured once more, the least of all times. It is asked where less
-        work took longer: either the device is like that, or something else held it up.
+        Measures a point once more, and returns the least of its times. It is called for points
+        that took longer than points with more work: either the device is like that, or something
+        else delayed the measurement.
 
     Examples
     --------
@@ -65,38 +74,36 @@ class Surface:
     ) -> None:
         self.axes = [np.array(axis, dtype=np.float64) for axis in axes]
         self.values = np.zeros([len(axis) for axis in axes])
-        points = list(np.ndindex(self.values.shape))
-        for point in points:
-            self.values[point] = ms(tuple(axis[i] for axis, i in zip(axes, point, strict=True)))
+        indices = list(np.ndindex(self.values.shape))
+        for index in indices:
+            self.values[index] = ms(tuple(axis[i] for axis, i in zip(axes, index, strict=True)))
         if again is None:
             return
-        for point in points:
-            larger = self.values[tuple(slice(i, None) for i in point)]
-            if self.values[point] > _LATE * larger.min():
-                self.values[point] = again(
-                    tuple(axis[i] for axis, i in zip(axes, point, strict=True))
-                )
+        for index in indices:
+            point = tuple(axis[i] for axis, i in zip(axes, index, strict=True))
+            with_more_work = self.values[tuple(slice(i, None) for i in index)]
+            if self.values[index] > _LATE * with_more_work.min():
+                self.values[index] = again(point)
 
     def at(self, sizes: Floats) -> Floats:
-        """Shape (n, axes) -> shape (n,)."""
-        corners, parts = [], []
-        for axis, own in zip(self.axes, sizes.T, strict=True):
+        """Return the time at n points, in milliseconds, shape (n,).
+
+        ``sizes`` are the points, shape (n, axes).
+        """
+        neighbours, fractions = [], []
+        for axis, column in zip(self.axes, sizes.T, strict=True):
             if len(axis) == 1:
-                corners.append(np.zeros((2, len(own)), dtype=np.int64))
-                parts.append(np.zeros(len(own)))
+                neighbours.append(np.zeros((2, len(column)), dtype=np.int64))
+                fractions.append(np.zeros(len(column)))
                 continue
-            low = np.clip(np.searchsorted(axis, own, side="right") - 1, 0, len(axis) - 2)
-            corners.append(np.stack([low, low + 1]))
-            parts.append((own - axis[low]) / (axis[low + 1] - axis[low]))
+            low = np.clip(np.searchsorted(axis, column, side="right") - 1, 0, len(axis) - 2)
+            neighbours.append(np.stack([low, low + 1]))
+            fractions.append((column - axis[low]) / (axis[low + 1] - axis[low]))
         out = np.zeros(len(sizes))
-        for choice in itertools.product((0, 1), repeat=len(self.axes)):
+        for sides in itertools.product((0, 1), repeat=len(self.axes)):
             weight = np.ones(len(sizes))
-            for side, part in zip(choice, parts, strict=True):
-                weight = weight * (part if side else 1 - part)
-            out += (
-                weight
-                * self.values[
-                    tuple(corner[side] for corner, side in zip(corners, choice, strict=True))
-                ]
-            )
+            for side, fraction in zip(sides, fractions, strict=True):
+                weight = weight * (fraction if side else 1 - fraction)
+            corner = tuple(pair[side] for pair, side in zip(neighbours, sides, strict=True))
+            out += weight * self.values[corner]
         return np.maximum(out, 0.0)

@@ -1,4 +1,4 @@
-"""Milliseconds of single operations on one device, measured once and kept on disk."""
+"""Times of single operations on one device, measured once and stored on disk."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ from fxprune.latency.measuring import Setting
 
 __all__ = ["Table", "cache_folder", "device_name"]
 
-# of one operation, so that replaying the graph costs little against what is in it
+# calls of an operation per CUDA graph, so that starting the graph costs little in comparison
 _CALLS_PER_GRAPH = 10
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache folder."""
+    """Return the folder of all tables: ``$FXPRUNE_CACHE``, or ``fxprune`` in the user's cache."""
     given = os.environ.get("FXPRUNE_CACHE")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
-    )
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the number of threads that torch uses."""
+    """Return the name of the GPU, or of the processor with the number of threads of torch."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -42,12 +40,13 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
-def _many(run: Callable[[], object]) -> Callable[[], object]:
-    """So many calls as one graph records; their results live as long as that."""
+def _repeated(run: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that makes the calls of one CUDA graph and keeps their results alive."""
     return lambda: [run() for _ in range(_CALLS_PER_GRAPH)]
 
 
 def _processor() -> str:
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
@@ -57,20 +56,20 @@ def _processor() -> str:
 
 
 class Table:
-    """What operations take, by a description that holds everything that their time depends on but
-    the device.
+    """Times of operations, looked up by a description.
 
-    One file per device, torch version, precision, layout and kind of call; it grows as more is
-    measured. A file that cannot be read is measured anew, and one that cannot be written is done
-    without.
+    The description contains everything that the time depends on, except for what the whole table
+    has in common: device, version of torch, precision, layout and kind of call. There is one file
+    for each combination of these. It grows as more operations are measured. If the file cannot be
+    read, the operations are measured again. If it cannot be written, the table stays in memory.
 
     Parameters
     ----------
     setting:
-        Where, in which precision and layout. Operations of a compiled model, or of one that is
-        replayed, are timed on a GPU without what it costs to launch them.
+        The device, precision and layout. On a GPU the mode matters, too: times for compiled or
+        replayed models leave out the cost of launching an operation.
     folder:
-        Where the file lies; None: :func:`cache_folder`.
+        Folder of the file. None: :func:`cache_folder`.
 
     Examples
     --------
@@ -86,20 +85,19 @@ class Table:
     def __init__(self, setting: Setting, folder: str | os.PathLike[str] | None = None) -> None:
         self.setting = setting
         self.measured = 0
-        """How many operations were timed, not looked up."""
-        launched = setting.on_gpu and setting.mode == "eager"
-        own = {
+        """Number of operations that were timed instead of looked up."""
+        counts_launches = setting.mode == "eager" or not setting.on_gpu
+        self._about = {
             "device": device_name(setting.place),
             "torch": torch.__version__,
             "precision": setting.precision,
             "layout": "channels-last" if setting.channels_last else "as is",
-            "launches": "counted" if launched or not setting.on_gpu else "not counted",
+            "launches": "counted" if counts_launches else "not counted",
         }
-        self._about = own
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(own.values())).strip("-")
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(self._about.values())).strip("-")
         self.path = Path(folder or cache_folder()) / f"{name}.json"
         self._ms = self._read()
-        self._twice: set[str] = set()
+        self._measured_again: set[str] = set()
 
     def ms(
         self,
@@ -108,43 +106,52 @@ class Table:
         *,
         again: bool = False,
     ) -> float:
-        """Milliseconds of a call; ``prepare`` makes the callable if it is not known yet.
+        """Return the time of an operation in milliseconds, measured if it is not known yet.
 
-        ``again`` measures it once more if that was not done before, and takes the lesser time.
+        Parameters
+        ----------
+        description:
+            The key of the operation.
+        prepare:
+            Returns the callable to time; not called if the time is known. None is allowed only
+            then.
+        again:
+            Measure once more, unless this was done before, and keep the shorter time.
         """
-        if description not in self._ms or (again and description not in self._twice):
+        if description not in self._ms or (again and description not in self._measured_again):
             assert prepare is not None
             run, calls = prepare(), 1
             if self.setting.on_gpu and self.setting.mode != "eager":
-                run, calls = captured(_many(run)), _CALLS_PER_GRAPH
+                run, calls = captured(_repeated(run)), _CALLS_PER_GRAPH
             timing = time_in_turns(
                 {"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2
             )["run"]
-            self._ms[description] = min(
-                timing.low / calls, self._ms.get(description, float("inf"))
-            )
+            before = self._ms.get(description, float("inf"))
+            self._ms[description] = min(timing.low / calls, before)
             self.measured += 1
             if again:
-                self._twice.add(description)
+                self._measured_again.add(description)
         return self._ms[description]
 
     def save(self) -> None:
-        """Write the file, whole or not at all; what others have measured meanwhile is kept."""
+        """Write the file, completely or not at all.
+
+        Times that other processes have written meanwhile are kept.
+        """
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(f".{os.getpid()}")
-            new.write_text(
-                json.dumps({**self._about, "ms": {**self._read(), **self._ms}}, indent=0),
-                encoding="utf-8",
-            )
+            content = {**self._about, "ms": {**self._read(), **self._ms}}
+            new.write_text(json.dumps(content, indent=0), encoding="utf-8")
             os.replace(new, self.path)
 
     def _read(self) -> dict[str, float]:
+        """Return the times in the file; empty if it is missing, damaged or of another table."""
         try:
             data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            found = data.pop("ms")
-            if data == self._about and all(isinstance(value, float) for value in found.values()):
-                return dict(found)
+            times = data.pop("ms")
+            if data == self._about and all(isinstance(ms, float) for ms in times.values()):
+                return dict(times)
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             pass
         return {}
