@@ -1,4 +1,4 @@
-"""All that is proved of a pruned model, situation by situation."""
+"""The whole proof, situation by situation."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ __all__ = ["Verification", "check"]
 @public
 @dataclass(frozen=True)
 class Verification:
-    """What was measured.
+    """The result of a proof.
 
     Attributes
     ----------
     error:
         The relative error ``||out - reference|| / ||reference||``, the largest over the outputs
-        and over all situations that were compared; NaN if only the structure was checked.
+        and over all compared situations. NaN if only the structure was checked.
     outputs:
         The number of output tensors compared for the example.
     dtype:
-        In which both models ran: float32 where an operation of the model has no float64.
+        The dtype in which both models ran: float32 if an operation of the model does not support
+        float64.
     compared:
         The situations in which both models agree.
     left_out:
-        The situations that could not be compared, each with the reason; and where the traced graph
-        stood for the original's code.
+        The situations that could not be compared, each with the reason, and those in which the
+        traced graph ran instead of the original's code.
     """
 
     error: float
@@ -71,7 +72,7 @@ class Verification:
 
     @property
     def limit(self) -> float:
-        """The error that is still rounding in this dtype."""
+        """The largest error that still counts as rounding in this dtype."""
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
     def __str__(self) -> str:
@@ -95,8 +96,31 @@ def check(
     numeric: bool = True,
     fresh: bool = False,
 ) -> Verification:
-    """Both checks; see :func:`fxprune.verify`. ``fresh``: nobody can have changed the pruned
-    model's weights.
+    """Check the structure and the numbers of a pruned model; see :func:`fxprune.verify`.
+
+    Parameters
+    ----------
+    model:
+        The original model.
+    pruned:
+        The pruned model.
+    plan:
+        The plan that it was pruned by. Its inputs are used if there are no ``example_inputs``.
+    coupling:
+        The analysis of the original.
+    kept:
+        The indices of the surviving units, by the name of their group.
+    example_inputs, dtype, randomize, seed, numeric:
+        See :func:`fxprune.verify`.
+    fresh:
+        Whether the pruned model was just made. Its weights must then be exactly those that the
+        plan leaves of the original's.
+
+    Raises
+    ------
+    VerificationError
+        If the models differ (except by the error for the example's sizes, which is returned), if
+        nothing can be compared, or if the check itself fails.
     """
     try:
         survivors = Survivors(coupling, kept)
@@ -117,7 +141,7 @@ def check(
 
 
 class _Proof:
-    """One proof: which values, and in which situations."""
+    """One proof: the values that are tried, and the situations that are compared."""
 
     def __init__(
         self,
@@ -131,7 +155,7 @@ class _Proof:
     ) -> None:
         self.model, self.pruned, self.coupling, self.survivors = model, pruned, coupling, survivors
         self.call, self.randomize, self.seed = call, randomize, seed
-        self.dtype = torch.float64  # of most of the proof
+        self.dtype = torch.float64  # the dtype of most situations
         self.compared: list[str] = []
         self.left_out: list[str] = []
 
@@ -146,8 +170,9 @@ class _Proof:
         return replace(found, compared=tuple(self.compared), left_out=tuple(self.left_out))
 
     def _weights(self, changed: Mapping[str, tuple[str, float]]) -> Iterator[float]:
-        """How far the pruned model's own values are from those that the plan leaves, where they
-        are what is proved.
+        """Note whether the pruned model's own weights are those that the plan leaves.
+
+        Yield their error if the proof uses the models' own values.
         """
         if not changed:
             self.compared.append(_WEIGHTS)
@@ -168,7 +193,13 @@ class _Proof:
     # -- values on which the original runs
 
     def _first(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
-        """The first values, and the first dtype, for which both models can be run."""
+        """Return the first values, in the first dtype, on which both models run, and the outcome.
+
+        Raises
+        ------
+        VerificationError
+            If there are none, or if the outputs differ in more than their values.
+        """
         failed: Exception | None = None
         for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
             for bench, inputs in self._benches(own):
@@ -178,7 +209,7 @@ class _Proof:
                         self.left_out.append(f"{dtype}: {failed}")
                     return bench, inputs, outcome
                 except (RefusedError, NotFiniteError) as error:
-                    failed = failed or error  # the first values are those that show the most
+                    failed = failed or error  # report the first values, which show the most
                 except (PrunedFailsError, GuardedError) as error:
                     failed = error
                     break
@@ -226,8 +257,9 @@ class _Proof:
     # -- situations
 
     def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
-        """The errors in every other situation; of a model that takes long, on small inputs or in
-        float32 where that is enough.
+        """Yield the errors in all situations other than the example's sizes.
+
+        A model that takes long runs on smaller inputs or in float32 where that is enough.
         """
         long = self.coupling.macs() > _LONG
         small = None
@@ -240,7 +272,9 @@ class _Proof:
         trained, quick = self._trains(), inputs if small is None or not long else small
         found = [*self._try("training mode", trained, Bench.compare, bench, quick, training=True)]
         if not found and quick is not inputs and not trained:
-            del self.left_out[-1]  # a statistic of one value, say
+            # Small inputs may leave one value per channel, which has no variance: use the full
+            # size instead.
+            del self.left_out[-1]
             found += self._try(
                 "training mode", trained, Bench.compare, bench, inputs, training=True
             )
@@ -266,12 +300,26 @@ class _Proof:
         call: Any,
         **mode: Any,
     ) -> Iterator[float]:
-        """Compare in one situation: the error, if the original can be brought into it.
+        """Compare the models in one situation and yield the error, if there is one.
+
+        Nothing is yielded where the original cannot run or ``compare`` measures no error. The
+        situation is noted in ``compared`` or ``left_out``.
+
+        Parameters
+        ----------
+        name:
+            The name of the situation.
+        why_not:
+            The reason why it cannot be compared; empty if it can.
+        compare:
+            The method or function of a bench that compares.
+        bench, call, mode:
+            Its arguments.
 
         Raises
         ------
         VerificationError
-            If the pruned model fails there, or differs.
+            If the pruned model fails or differs.
         """
         name += "" if bench.dtype is self.dtype else ", in float32"
         try:
@@ -282,7 +330,7 @@ class _Proof:
             except PrunedFailsError:
                 if bench.dtype is not torch.float64:
                     raise
-                # what it makes may be single, whatever it is told
+                # The pruned model may make float32 tensors that cannot be converted.
                 outcome = compare(bench.single(), in_single(call), **mode)
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
@@ -306,7 +354,7 @@ class _Proof:
                     f"{name}: the pruned model differs from the masked original by "
                     f"{outcome.error:.1e}, relative. Modules in keep= are left as they are."
                 )
-            # rounding in float32 says nothing of the rest
+            # An error in float32 is larger and would hide the others, so it is not reported.
             yield outcome.error if bench.dtype is self.dtype else 0.0
         else:
             self.compared.append(name)
@@ -314,7 +362,10 @@ class _Proof:
     def _resolutions(
         self, bench: Bench, inputs: Call, enough: int
     ) -> Iterator[tuple[float, Call]]:
-        """Other sizes of inputs, until the original has taken enough of them."""
+        """Yield the error and the inputs of other input sizes, ``enough`` of them at most.
+
+        Sizes that the original refuses do not count.
+        """
         taken, left = 0, len(self.left_out)
         for text, call in itertools.islice(other_sizes(inputs), _SIZES_TRIED):
             for error in self._try(f"another size ({text})", "", Bench.compare, bench, call):
@@ -322,7 +373,7 @@ class _Proof:
                 taken += 1
             if taken == enough:
                 break
-        # one reason is enough, and none where another size was compared
+        # One reason is enough, and none is needed if another size was compared.
         del self.left_out[left + (0 if taken else 1) :]
 
     def _note(self, name: str, outcome: Outcome) -> None:
@@ -332,7 +383,7 @@ class _Proof:
         ]
 
     def _trains(self) -> str:
-        """Why training mode is not compared; empty if it is."""
+        """Return why training mode cannot be compared; an empty text if it can."""
         asked = [
             trace for trace in self.coupling.traces if trace.asked_mode and not trace.training
         ]
@@ -346,7 +397,7 @@ class _Proof:
     # -- the example itself
 
     def _as_given(self) -> None:
-        """Run the pruned model on the example as it is, where it lies and in its own dtype.
+        """Run the pruned model on the unchanged example, on its own device and in its own dtype.
 
         Raises
         ------
@@ -371,8 +422,8 @@ class _Proof:
             raise VerificationError(
                 f"the pruned model fails on the example, where the original runs: {said(error)}."
             ) from error
-        # how much is found can depend on the values, which the masked original has been compared
-        # by
+        # Between parts, sizes can depend on values, and here the original is not masked. Sizes
+        # have been compared with the masked original.
         if self.coupling.parts:
             alike = [_unsized(kind) for kind in found] == [_unsized(kind) for kind in wanted]
         else:
@@ -391,8 +442,9 @@ class _Proof:
 
 
 def _moved(model: nn.Module, pruned: nn.Module) -> str:
-    """Whether all of the pruned model has been brought to another dtype or device: the example is
-    none of its own then.
+    """Return a text if the whole pruned model was moved to another dtype or device, else "".
+
+    The example does not fit such a model.
     """
     old = {name: (tensor.dtype, tensor.device) for name, tensor in named_tensors(model).items()}
     pairs = {
@@ -411,17 +463,20 @@ def _moved(model: nn.Module, pruned: nn.Module) -> str:
 
 
 def _unsized(kind: str) -> tuple[str, int]:
-    """The dtype and the number of axes of what is written as ``float32[2, 3]``."""
+    """Return the dtype and the number of commas of a text such as ``float32[2, 3]``.
+
+    Two texts with the same result have the same dtype and, scalars aside, the same number of axes.
+    """
     return kind.partition("[")[0], kind.count(",")
 
 
 _WEIGHTS = "the weights themselves"
 
 _SIZES_TRIED = 12
-"""How many other sizes of inputs are tried."""
+"""The largest number of other input sizes to try."""
 
 _LONG = 3e8
-"""Multiply-accumulates of a model that takes long."""
+"""The number of MACs above which a model takes long."""
 
 
 def _elements(call: Call) -> int:

@@ -1,4 +1,4 @@
-"""Outputs of two runs held against each other."""
+"""The comparison of the outputs of two runs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ __all__ = [
 
 
 class NotFiniteError(VerificationError):
-    """The values that both models were run on give nothing that can be compared."""
+    """The outputs on these values contain no finite number to compare."""
 
 
 def kinds(value: Any) -> list[str]:
-    """Shape and dtype of each tensor, for a message."""
+    """Return the dtype and shape of each tensor in a value, for messages.
+
+    >>> kinds([torch.zeros(2, 3)])
+    ['float32[2, 3]']
+    """
     return [
         f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
         for leaf in leaves(value)
@@ -40,8 +44,9 @@ def kinds(value: Any) -> list[str]:
 
 
 def form(value: Any) -> tuple[TreeSpec, list[str]]:
-    """The containers of an output, and the classes of what they hold; numbers and tensors are what
-    they are.
+    """Return the containers of an output, and the class name of each leaf.
+
+    Numbers and tensors all have the empty name, because they are compared by value elsewhere.
 
     >>> form([1, 2]) == form([3, 4]), form([1, 2]) == form((1, 2))
     (True, False)
@@ -60,14 +65,20 @@ def difference(
 
     Parameters
     ----------
+    got:
+        The output of the pruned model, in any containers.
+    wanted:
+        The output of the masked original.
     rounding:
-        The absolute gap that counts as none, for every tensor or for each (:func:`gaps`).
+        The absolute gap that is no error: one number for all tensors, or one for each.
 
     Raises
     ------
+    NotFiniteError
+        If no tensor of ``wanted`` holds a finite number.
     VerificationError
-        If they differ in number, shape or kind, in a value that is no tensor, or if there is
-        nothing to compare.
+        If the outputs differ in number, shape or dtype, or in a value that is no tensor; or if
+        they hold no tensor to compare.
     """
     one, other = list(leaves(got)), list(leaves(wanted))
     tensors = _tensors(wanted)
@@ -101,7 +112,9 @@ def difference(
 
 
 def gaps(got: Any, wanted: Any) -> list[float]:
-    """Return the largest absolute difference of each tensor of two outputs of one form.
+    """Return the largest absolute difference of each pair of tensors of two outputs.
+
+    Tensors of different shapes have a difference of 0, and so have NaNs.
 
     >>> gaps([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
     [0.5]
@@ -115,7 +128,7 @@ def gaps(got: Any, wanted: Any) -> list[float]:
 
 
 def count_tensors(value: Any) -> int:
-    """Return the number of tensors of an output."""
+    """Return the number of tensors in an output."""
     return len(_tensors(value))
 
 
@@ -139,8 +152,8 @@ def _compared(got: Tensor, wanted: Tensor, number: int, rounding: float) -> floa
 def relative_error(got: Tensor, wanted: Tensor, rounding: float = 0.0) -> float:
     """Return ``||got - wanted|| / ||wanted||``.
 
-    Infinities and NaNs that stand at the same places of both are equal. An element whose absolute
-    gap is at most ``rounding`` is equal, too.
+    Infinities and NaNs at the same positions count as equal, and so do elements whose absolute gap
+    is at most ``rounding``. A difference that is not finite gives infinity.
     """
     got, wanted = (_double(tensor) for tensor in (got, wanted))
     gap = (got - wanted).abs()
@@ -153,7 +166,7 @@ def relative_error(got: Tensor, wanted: Tensor, rounding: float = 0.0) -> float:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A copy of a tensor whose elements all stand in memory, as numbers."""
+    """Return a strided, unquantized copy of a tensor, without its gradient history."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         return tensor.to_dense()

@@ -1,6 +1,4 @@
-"""The two models that run: copies of the user's and of the pruned one, with other values in
-another dtype.
-"""
+"""Copies of the original and of the pruned model, with other values and in another dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +19,17 @@ __all__ = ["cut", "mask", "original", "plain_copy", "smaller"]
 
 
 def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> None:
-    """Write zeros into these values at everything that is removed."""
+    """Write zeros at all removed elements.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The original's tensors by name; they are overwritten.
+    """
     for name, tensor in coupling.parameters.items():
         for _, _, alive in survivors.fields(tensor):
             values[name].masked_fill_(torch.from_numpy(~alive), 0)
@@ -30,7 +38,19 @@ def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor])
 def cut(
     pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the pruned model holds of these values, in memory of its own."""
+    """Return the part of these values that the pruned model keeps, as new tensors by name.
+
+    Parameters
+    ----------
+    pruned:
+        The pruned model, for its names.
+    coupling:
+        The analysis.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The original's tensors by name.
+    """
     found: dict[str, Tensor] = {}
     for name in named_tensors(pruned):
         if name in coupling.parameters:
@@ -42,8 +62,16 @@ def cut(
 
 
 def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the user's model, its code, its hooks and all that it holds, with these values;
-    parameters share their memory.
+    """Return a copy of the user's model, with its code, hooks and attributes, and with new values.
+
+    Parameters
+    ----------
+    model:
+        The user's model.
+    values:
+        The values of its parameters and buffers by name. The copy's parameters share their memory.
+    dtype:
+        The dtype of all other floating-point tensors that the model holds.
     """
     memo: Memo = {}
     for name, tensor in named_tensors(model).items():
@@ -57,7 +85,7 @@ def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model where it lies, as it is."""
+    """Return a copy of a model with the same values, on the same device and in the same dtype."""
     memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         own = tensor.detach().clone()
@@ -71,8 +99,17 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the pruned model with these values, whose memory its parameters share, and with
-    its own where there are none.
+    """Return a copy of the pruned model with new values.
+
+    Parameters
+    ----------
+    pruned:
+        The pruned model.
+    values:
+        The values of its parameters and buffers by name. The copy's parameters share their memory.
+        A tensor without a value here keeps its own.
+    dtype:
+        The dtype of all other floating-point tensors that the model holds.
     """
     memo = sharing_graphs(pruned)
     for name, old in named_tensors(pruned).items():
@@ -93,8 +130,9 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Tensors(TorchFunctionMode):
-    """What ``copy.deepcopy`` makes of tensors that it meets; of one that autograd made, it would
-    make none.
+    """A mode in which ``copy.deepcopy`` copies tensors with the given function.
+
+    Without it, ``copy.deepcopy`` refuses tensors that autograd computed.
     """
 
     def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:

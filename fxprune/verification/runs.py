@@ -1,4 +1,4 @@
-"""One run of each model on the same values, and what comes out of them."""
+"""Runs of both models on the same values, and their results."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ __all__ = ["Run", "Runs", "taken"]
 
 @contextmanager
 def _composites_whole() -> Iterator[None]:
-    """Without gradients; composite operations arrive whole.
+    """Turn gradients off, and let modes see composite operations before they are decomposed.
 
-    Not ``torch.inference_mode()``: there some versions of torch give the transforms of
-    ``torch.func`` other gradients.
+    ``torch.inference_mode()`` would do the same, but under it some versions of torch compute other
+    gradients in the transforms of ``torch.func``.
     """
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         yield
@@ -58,31 +58,47 @@ def _composites_whole() -> Iterator[None]:
 
 @dataclass
 class Run:
-    """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers
-    it drew, and dropout's shares.
+    """The result of one run.
+
+    Attributes
+    ----------
+    outputs:
+        The outputs of the parts and the leaves of the model's output, in order.
+    form:
+        The form of the model's output (:func:`~fxprune.verification.comparing.form`). None if the
+        traced graph ran, which does not keep it.
+    buffers:
+        The buffers after a run in training mode, by name.
+    draws:
+        The random numbers that were drawn. Empty for the pruned model, which replays them.
+    dropped:
+        The rate of each dropout, in order. Dropout itself is off.
+    state:
+        The state of the generators of Python and NumPy after the run.
     """
 
     outputs: list[Any] = field(default_factory=list)
-    form: Any = None  # of the model's output; None where it is not the model's own
+    form: Any = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
-    state: Any = None  # of the generators that Python code draws from
+    state: Any = None
 
     def take(self, out: Any) -> None:
-        """The model's own output."""
+        """Record the model's output and its form."""
         self.outputs.append(taken(out))
         self.form = form(out)
 
 
 def taken(out: Any) -> list[Any]:
-    """The leaves of an output, as they are now."""
+    """Return the leaves of an output, with tensors copied so that later writes do not show."""
     return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
 
 
 def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """What buffers hold; of those that were ``held`` before, if they are given, and have not been
-    exchanged.
+    """Return copies of a model's buffers by name.
+
+    With ``held``, the buffers before the run, leave out those that are other tensors now.
     """
     return {
         name: own.clone()
@@ -92,15 +108,37 @@ def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[st
 
 
 class Runs:
-    """Both models, with one choice of weights in one dtype, and how each is run.
+    """Runs of both models with one choice of weights in one dtype.
 
     Parameters
     ----------
+    model:
+        The original.
+    pruned:
+        The pruned model.
+    coupling:
+        The analysis of the original.
+    survivors:
+        The elements that the plan keeps.
     values:
-        The original's tensors, by name. They become its own: what is removed is overwritten with
-        zeros.
+        The original's tensors by name. Removed elements are overwritten with zeros.
     own:
-        The pruned model runs on its own tensors instead of the survivors of these.
+        Whether the pruned model runs on its own tensors instead of the survivors of ``values``.
+    seed:
+        The seed of the random numbers that the models draw.
+
+    Attributes
+    ----------
+    masked:
+        The masked original's tensors by name.
+    kept:
+        The pruned model's tensors by name; empty with ``own``.
+    events:
+        The analysis's events by the prefix of their graph (:func:`events_of`).
+    normalises:
+        Whether an operation takes statistics that lose elements.
+    written:
+        The names of the tensors that forward has written so far, in either model.
     """
 
     def __init__(
@@ -132,14 +170,13 @@ class Runs:
             for event in own
             if event.gone
         )
-        # names of the tensors that forward has written so far, in either model
         self.written: set[str] = set()
-        self._modes: dict[str, bool] = {}
+        self._modes: dict[str, bool] = {}  # whether each module of the original trains
         self._reached = Reached(model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which both run."""
+        """The dtype in which both models run."""
         return next(
             (value.dtype for value in self.masked.values() if value.is_floating_point()),
             torch.get_default_dtype(),
@@ -147,16 +184,18 @@ class Runs:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Every run draws the same random numbers, also from generators that the model has of its
-        own.
+        """Let a run draw the same random numbers as every other run.
+
+        This includes numbers from generators that the model itself holds.
         """
         with seeded(self.seed), undrawn_by(self._reached):
             yield
 
     @contextmanager
     def _undone(self, model: nn.Module) -> Iterator[None]:
-        """What a run writes into the model's tensors is undone: its parameters share their memory
-        with those of other runs.
+        """Undo what a run writes into the model's tensors, and note their names.
+
+        The parameters share their memory with those of other runs.
         """
         undone = Undone(named_tensors(model))
         try:
@@ -166,15 +205,16 @@ class Runs:
             self.written |= undone.written
 
     def _own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values in the memory of all runs, but for those that a run would write."""
+        """Return the values, with copies of those that forward is known to write."""
         return {
             name: value.clone() if name in self.written else value
             for name, value in values.items()
         }
 
     def original(self, training: bool) -> nn.Module:
-        """The user's model with zeros at what is removed, in the mode that its own train() gives
-        each module.
+        """Return a copy of the original with removed elements at zero.
+
+        The model's own ``train()`` or ``eval()`` sets the mode of its modules.
         """
         model = original(self.model, self._own(self.masked), self.dtype)
         in_mode(model, training)
@@ -184,7 +224,15 @@ class Runs:
         return model
 
     def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
-        """The user's own code."""
+        """Run the masked original as the user's own code.
+
+        Raises
+        ------
+        NotFollowedError
+            If the run does not execute the traced operations.
+        RefusedError
+            If the user's code fails.
+        """
         model = self.original(training)
         mode, held = (
             Followed(self.events, self.survivors, training, constant),
@@ -209,13 +257,21 @@ class Runs:
             except Exception as error:
                 raise RefusedError(said(error)) from error
             run.state = python_state()
-            # One that forward exchanges for another is a cache: the graph computes it (see
+            # A buffer that forward replaces is a cache, which the graph computes (see
             # fxprune.trace.module_state).
             run.buffers = _buffers(model, held) if training else {}
         return run
 
     def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
-        """The traced graph; where there are parts, in the user's code around them."""
+        """Run the traced graph on the masked original's values.
+
+        If the model was traced in parts, the user's code around them runs.
+
+        Raises
+        ------
+        RefusedError
+            If the graph or the user's code fails.
+        """
         graph = GraphRun(
             self.coupling, self.survivors, self.masked, training=training, constant=constant
         )
@@ -225,7 +281,7 @@ class Runs:
         def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             out = graph.run(path, args, kwargs)
             run.outputs.append(clone(self._cut(path, out)))
-            return clone(out)  # what Python may write into
+            return clone(out)  # Python code may write into it
 
         with (
             self._undone(model),
@@ -253,7 +309,7 @@ class Runs:
     def _parts(
         self, model: nn.Module, instead: Callable[..., Any]
     ) -> AbstractContextManager[None]:
-        """While calls of the parts go to a function; see :func:`intercepted`."""
+        """Send calls of the model's parts to a function; see :func:`intercepted`."""
         return (
             intercepted(model, self.coupling.parts, instead)
             if self.coupling.parts
@@ -261,7 +317,7 @@ class Runs:
         )
 
     def _cut(self, path: str, out: Any) -> list[Any]:
-        """What is left of a part's outputs, as the pruned model's part gives them."""
+        """Return the surviving elements of a part's outputs, as the pruned model's part gives them."""
         trace = next(trace for trace in self.coupling.traces if trace.path == path)
         found, old = [*leaves(out)], [*leaves(trace.outputs)]
         if len(found) != len(old):
@@ -273,8 +329,14 @@ class Runs:
         return cut
 
     def smaller(self, training: bool) -> nn.Module:
-        """The pruned model, in the mode that its own train() gives each module: it must be the
-        original's.
+        """Return a copy of the pruned model with the surviving values.
+
+        The model's own ``train()`` or ``eval()`` sets the mode of its modules.
+
+        Raises
+        ------
+        VerificationError
+            If a module's mode differs from that in the original.
         """
         model = smaller(self.pruned, self._own(self.kept), self.dtype)
         in_mode(model, training)
@@ -287,7 +349,7 @@ class Runs:
         return model
 
     def failure(self, model: nn.Module, error: Exception) -> PrunedFailsError | GuardedError:
-        """What an error of the pruned model says."""
+        """Return the error to raise for an error of the pruned model."""
         return (
             GuardedError(str(error))
             if is_guard(error, model, self.coupling)

@@ -1,5 +1,6 @@
-"""The structural half of the proof: the graph at hand is the one that the plan emits, and its
-labels match.
+"""The structural half of the proof: the given graph is the one that the plan emits.
+
+The labels of every node must match, too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ __all__ = ["check_emission", "is_guard"]
 
 
 def check_emission(pruned: nn.Module, coupling: Coupling, survivors: Survivors) -> None:
-    """Emit again, label by label, and compare the graph that comes out with the one at hand.
+    """Emit the graph again, check all of its labels, and compare it with the given model's graph.
+
+    Parameters
+    ----------
+    pruned:
+        The model to check.
+    coupling:
+        The analysis of the original.
+    survivors:
+        The elements that the plan keeps.
 
     Raises
     ------
     VerificationError
-        If labels do not match, or the graph or a shape is not the one that the plan emits.
+        If labels do not match, or if the graph or a shape differs from what the plan emits.
     """
     try:
         again = emit(coupling, survivors, thorough=True)
@@ -57,13 +67,25 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool:
-    """Whether a graph of the pruned model refused inputs that it was not made for, and no
-    assertion of the user's failed.
+    """Tell whether a guard in a graph of the pruned model raised an error.
+
+    A guard refuses inputs that the graph was not traced for. The user's own assertions do not
+    count: where the original passes them, the pruned model must pass them as well.
+
+    Parameters
+    ----------
+    error:
+        An error that a run of the model raised, with its traceback.
+    model:
+        The pruned model.
+    coupling:
+        The analysis of the original, which knows the user's assertions.
     """
     frames = [*traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1][0].f_code is not torch._assert.__code__:
         return False
-    for frame, line in reversed(frames):  # past modes that look at the functions that are called
+    # Function modes may have frames between the failed assertion and the graph's code.
+    for frame, line in reversed(frames):
         own = frame.f_locals.get("self")
         if isinstance(own, PrunedModule):
             path = next((path for path, module in model.named_modules() if module is own), None)
@@ -73,8 +95,9 @@ def is_guard(error: BaseException, model: nn.Module, coupling: Coupling) -> bool
 
 
 def _guards(own: PrunedModule, path: str | None, coupling: Coupling) -> frozenset[str]:
-    """The names of the assertions of the graph that runs in this mode, but for those of the
-    user's.
+    """Return the names of the guards in the graph that runs in the module's current mode.
+
+    These are all assertions of the graph except those of the user's code.
     """
     trained = own.training_graph if own.training else None
     graph, training = trained or own.graph, trained is not None
@@ -95,7 +118,7 @@ def _guards(own: PrunedModule, path: str | None, coupling: Coupling) -> frozense
 
 
 def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
-    """The graphs of both modes; None where there is none."""
+    """Return the module's graphs for evaluation and for training; None where there is none."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -104,7 +127,10 @@ def _graphs(model: nn.Module, path: str) -> list[fx.Graph | None]:
 
 
 def _lines(graph: fx.Graph | None) -> Iterator[tuple[Any, ...]]:
-    """What a graph computes, node by node. The text of an assertion is none of it."""
+    """Yield a description of each node, to compare two graphs by.
+
+    It leaves out the text of an assertion, because that changes nothing in what is computed.
+    """
     for node in graph.nodes if graph is not None else ():
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _node_named)
         if node.target is torch._assert:

@@ -1,6 +1,4 @@
-"""What both models are run on: weights, drawn at random or the user's own, and inputs, for the
-example's sizes or others.
-"""
+"""The weights and inputs that both models run on, drawn at random or the user's own."""
 
 from __future__ import annotations
 
@@ -21,14 +19,16 @@ __all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Where weights and inputs come from.
+    """The source of weights and inputs.
 
     Attributes
     ----------
     weights, floats:
-        Whether they are drawn at random; else they are the user's, where there are any.
+        Whether weights and floating-point inputs are drawn at random. If not, the user's values
+        are used, where there are any.
     whole:
-        For whole numbers of which only the shape is known: 0, 1, or None for both, at random.
+        The value for integer and boolean inputs of which only the shape is known: 0, 1, or None
+        for random numbers.
     """
 
     weights: bool
@@ -37,11 +37,18 @@ class Choice:
 
 
 def choices(randomize: bool, call: Call) -> Iterator[Choice]:
-    """The values to try, until the original can be run on some and gives numbers.
+    """Yield the choices to try, until the original runs and gives finite outputs.
 
-    Values drawn at random show the most: no zero in a fresh model hides an error. A model may
-    refuse them (an index that it computes leaves its table), or give nothing that is finite (the
-    logarithm of a negative number).
+    Random values come first, because they show the most errors: a zero in a fresh model cannot
+    hide one. A model may refuse them (an index that it computes leaves its table), or give nothing
+    finite (the logarithm of a negative number).
+
+    Parameters
+    ----------
+    randomize:
+        Whether random values are allowed.
+    call:
+        The example inputs.
     """
     unknown = any(leaf.is_meta and not _real(leaf) for leaf in tensors_of(call))
     for weights, floats in (
@@ -54,10 +61,23 @@ def choices(randomize: bool, call: Call) -> Iterator[Choice]:
 def weights_of(
     model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int
 ) -> dict[str, Tensor]:
-    """The original's tensors by name, on the CPU, in ``dtype``.
+    """Return values for the original's parameters and buffers, by name, on the CPU.
 
-    Random ones keep activations of order one and variances positive. A tensor that has two names
-    is one tensor.
+    Random values keep activations of order one and variances positive. A tensor that has two names
+    gets one tensor under both.
+
+    Parameters
+    ----------
+    model:
+        The original.
+    dtype:
+        The dtype of the floating-point values. Complex values get the matching complex dtype, and
+        other values keep theirs.
+    choice:
+        Whether to draw values at random. A tensor on the meta device has no value, so it is always
+        drawn.
+    seed:
+        The seed for random values.
     """
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Tensor] = {}
@@ -89,11 +109,25 @@ def weights_of(
 
 
 def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
-    """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as
-    they are.
+    """Return inputs like the example's, on the CPU, with floating-point values in ``dtype``.
+
+    Integers and booleans keep their values if these are known.
+
+    Parameters
+    ----------
+    model:
+        The original. Its smallest embedding table bounds random integers.
+    call:
+        The example inputs. Tensors on the meta device have only a shape.
+    dtype:
+        The dtype of the floating-point values. Complex values get the matching complex dtype.
+    choice:
+        Which values to draw at random.
+    seed:
+        The seed for random values.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    # An index must stay inside its table, whichever that is.
+    # An index must lie inside every table, because it may be used for any of them.
     top = min([2, *(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))])
 
     def value(tensor: Tensor) -> Tensor:
@@ -114,7 +148,7 @@ def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, 
 
 
 def in_single(value: Any) -> Any:
-    """A nested value with tensors in float32."""
+    """Return a nested value with its floating-point tensors in float32."""
     return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)
 
 

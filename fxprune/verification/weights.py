@@ -1,6 +1,4 @@
-"""Whether the pruned model's own parameters and buffers are what the plan leaves of the
-original's.
-"""
+"""The comparison of the pruned model's own parameters and buffers with the original's."""
 
 from __future__ import annotations
 
@@ -18,10 +16,15 @@ __all__ = ["changed"]
 def changed(
     model: nn.Module, pruned: nn.Module, coupling: Coupling, survivors: Survivors
 ) -> dict[str, tuple[str, float]]:
-    """Those that are not, by name: what is said of it, and the relative error.
+    """Return the pruned model's tensors that are not what the plan leaves of the original's.
 
-    A model that has been brought to another dtype as a whole holds what the plan leaves, in that
-    dtype.
+    A model that was converted to another dtype as a whole is compared in that dtype, so that the
+    conversion is no difference.
+
+    Returns
+    -------
+    dict
+        By the tensor's name, a description of the difference and the relative error.
     """
     known = named_tensors(model)
     pairs = [
