@@ -1,4 +1,4 @@
-"""Holds what both models give against each other."""
+"""The comparison of both models' runs."""
 
 from __future__ import annotations
 
@@ -33,24 +33,18 @@ __all__ = ["Bench"]
 
 
 class Bench(Runs):
-    """Both models, with one choice of weights in one dtype.
+    """Comparisons of both models with one choice of weights in one dtype.
 
-    Parameters
-    ----------
-    values:
-        The original's tensors, by name. They become the bench's own: what is removed is
-        overwritten with zeros.
-    own:
-        The pruned model runs on its own tensors instead of the survivors of these.
+    The parameters are those of :class:`~fxprune.verification.runs.Runs`.
     """
 
     @property
     def limit(self) -> float:
-        """The relative error that is still rounding."""
+        """The largest relative error that still counts as rounding."""
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
     def single(self) -> Bench:
-        """The same values in float32."""
+        """Return a bench with the same values in float32."""
         other = copy.copy(self)
         other.masked, other.kept = (
             {name: in_single(value) for name, value in own.items()}
@@ -59,12 +53,23 @@ class Bench(Runs):
         return other
 
     def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
-        """Run both and compare all that comes out; ``times``: so often, each time on what the time
-        before has left.
+        """Run both models and compare their outputs, buffers, random numbers and dropout rates.
+
+        Parameters
+        ----------
+        call:
+            The inputs.
+        training:
+            Whether both models are in training mode.
+        times:
+            The number of calls. Each call sees what the one before has written into the model.
 
         Raises
         ------
-        RefusedError, PrunedFailsError, GuardedError
+        RefusedError
+            If the original fails.
+        PrunedFailsError, GuardedError
+            If the pruned model fails.
         VerificationError
             If outputs differ in more than their values, or random numbers cannot be compared.
         """
@@ -121,7 +126,7 @@ class Bench(Runs):
         return difference(got, wanted, largest_rounding(self.dtype))[0] > 0.0
 
     def shaken(self) -> Iterator[Bench]:
-        """The same with the original's weights rounded otherwise, several times."""
+        """Yield several benches with the original's weights rounded differently."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(5):
             other = copy.copy(self)
@@ -160,8 +165,9 @@ class Bench(Runs):
         return Outcome(error, count, notes)
 
     def _draw_in_python(self, call: Call, training: bool) -> bool:
-        """Whether Python code of one of the models draws random numbers: it may have been that of
-        another thread.
+        """Tell whether Python code of one of the models draws random numbers.
+
+        Without this check it may have been the code of another thread.
         """
         found = False
         for model in (self.original(training), self.smaller(training)):
@@ -178,8 +184,9 @@ class Bench(Runs):
         return found
 
     def vary(self, call: Call, *, training: bool) -> bool:
-        """Whether both models do something else when they run again on the same values, by a
-        clock, say.
+        """Tell whether both models give other outputs when they run again on the same values.
+
+        A model may depend on a clock, for example.
         """
         return self._varies(lambda: self.original(training), call) and self._varies(
             lambda: self.smaller(training), call
@@ -194,7 +201,7 @@ class Bench(Runs):
                     out = taken(model(*args, **kwargs))
                 if first is None:
                     difference(out, out)
-            except Exception:  # it fails, or gives nothing that can be compared
+            except Exception:  # the model fails, or gives nothing that can be compared
                 return False
             try:
                 if first is not None and self._differ(out, first):
@@ -221,8 +228,9 @@ def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _undefined(reference: Run, result: Run) -> bool:
-    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a
-    removed element spreads so.
+    """Tell whether the original gives NaN where the pruned model gives a number.
+
+    This happens if 0/0 at a removed element spreads to others.
     """
     pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
     return any(

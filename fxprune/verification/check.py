@@ -330,7 +330,7 @@ class _Proof:
             except PrunedFailsError:
                 if bench.dtype is not torch.float64:
                     raise
-                # The pruned model may make float32 tensors that cannot be converted.
+                # The model may create float32 tensors whatever dtype is asked for: try float32.
                 outcome = compare(bench.single(), in_single(call), **mode)
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
@@ -354,7 +354,7 @@ class _Proof:
                     f"{name}: the pruned model differs from the masked original by "
                     f"{outcome.error:.1e}, relative. Modules in keep= are left as they are."
                 )
-            # An error in float32 is larger and would hide the others, so it is not reported.
+            # Rounding in float32 says nothing about the other situations, so it is not reported.
             yield outcome.error if bench.dtype is self.dtype else 0.0
         else:
             self.compared.append(name)
@@ -422,8 +422,8 @@ class _Proof:
             raise VerificationError(
                 f"the pruned model fails on the example, where the original runs: {said(error)}."
             ) from error
-        # Between parts, sizes can depend on values, and here the original is not masked. Sizes
-        # have been compared with the masked original.
+        # Python code between parts may make sizes depend on values, and this original is not
+        # masked. With the masked original, sizes have been compared already.
         if self.coupling.parts:
             alike = [_unsized(kind) for kind in found] == [_unsized(kind) for kind in wanted]
         else:

@@ -1,4 +1,4 @@
-"""Which parameters get a gradient, and which one."""
+"""The comparison of both models' gradients."""
 
 from __future__ import annotations
 
@@ -21,16 +21,34 @@ __all__ = ["check_gradients"]
 
 
 def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
-    """Run both models forward and backward; the number of parameters that get a gradient.
+    """Run both models forward and backward, and compare which parameters get a gradient.
 
-    The gradients themselves are compared as well, unless statistics go over the survivors or
-    random numbers are drawn.
+    The gradients themselves are compared as well, unless the bench runs in another dtype than
+    float64, the pruned model runs on its own tensors, statistics lose elements, random numbers are
+    drawn, a gradient is not finite, or the outputs differ.
+
+    Parameters
+    ----------
+    bench:
+        Both models.
+    call:
+        The inputs.
+    training:
+        Whether both models are in training mode.
+
+    Returns
+    -------
+    int
+        The number of parameters of the pruned model that get a gradient.
 
     Raises
     ------
-    RefusedError, PrunedFailsError, GuardedError
+    RefusedError
+        If the original fails.
+    PrunedFailsError, GuardedError
+        If the pruned model fails.
     VerificationError
-        If they are others in the pruned model; it names the first.
+        If gradients differ. The message names the first parameter.
     """
     try:
         wanted, outputs, drawn = _gradients(bench.original(training), bench, call)
@@ -51,11 +69,12 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
             if name in kept
             else ("the pruned model", "the original")
         )
-        # what only led to removed elements has a gradient of zeros
+        # A parameter that only led to removed elements has a gradient of zeros, or none.
         if bool((kept | found)[name].any()):
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
-    # Norms of removed rows divide nothing by nothing in the masked original, of which attention,
-    # and what chooses between two values, may make numbers again.
+    # In the masked original the norm of a removed row is 0/0. Attention, or an operation that
+    # chooses between two values, may turn this NaN into a number again, so that gradients can be
+    # compared only where they are finite and the outputs are equal.
     finite = all(bool(grad.isfinite().all()) for grad in kept.values())
     if (
         bench.dtype is torch.float64
@@ -72,7 +91,7 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
 
 
 class _GapError(VerificationError):
-    """A gradient that is another one."""
+    """A parameter's gradient differs between the models."""
 
     def __init__(self, name: str, gap: float, of: float) -> None:
         super().__init__(
@@ -85,12 +104,11 @@ class _GapError(VerificationError):
 def _gradients(
     model: nn.Module, bench: Bench, call: Call
 ) -> tuple[dict[str, Tensor], list[Tensor], bool]:
-    """Gradients by the names of parameters, the outputs that they are of, and whether torch drew
-    random numbers.
+    """Return gradients by parameter name, the outputs, and whether torch drew random numbers.
 
-    No mode may look on: under one that sees operations, gradients of some are others than without
-    it. What forward puts in the place of a parameter is none of the model's: an optimiser does not
-    know it.
+    This runs without a dispatch mode, because under one some operations have other gradients. A
+    parameter is left out if forward moved it to other memory: what lies there does not belong to
+    the model, and an optimiser does not know it.
     """
     args, kwargs = clone(call)
     own = {name: (parameter, place_of(parameter)) for name, parameter in model.named_parameters()}
@@ -119,7 +137,7 @@ def _gradients(
 
 
 def _are_equal(outputs: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether two runs gave the same but for rounding, and nan in the same places."""
+    """Tell whether the outputs of two runs are equal up to rounding. NaN equals NaN."""
     return [own.shape for own in outputs] == [own.shape for own in others] and all(
         torch.allclose(own, other, rtol=1e-6, atol=1e-6 * _largest(own), equal_nan=True)
         for own, other in zip(outputs, others, strict=True)
@@ -133,8 +151,9 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _weighted(output: Tensor) -> Tensor:
-    """A sum in which every element counts otherwise: a plain one has no gradient where they add up
-    to a constant.
+    """Return a sum in which every element has another weight.
+
+    A plain sum has no gradient if the elements add up to a constant, as those of a softmax do.
     """
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
     return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
@@ -157,7 +176,7 @@ def _compare_gradients(
 def _moved(
     bench: Bench, wanted: dict[str, Tensor], call: Call, training: bool
 ) -> dict[str, list[float]]:
-    """How far each gradient of the original moves when its weights are rounded otherwise."""
+    """Return how far each gradient of the original moves if weights are rounded differently."""
     moved: dict[str, list[float]] = {name: [] for name in wanted}
     for shaken in bench.shaken():
         again, _, _ = _gradients(shaken.original(training), bench, call)
@@ -172,7 +191,15 @@ def _compare_beyond_rounding(
     kept: dict[str, Tensor],
     moved: dict[str, list[float]],
 ) -> None:
-    """Compare once more, where gaps that rounding makes are none."""
+    """Compare again, and accept gaps that rounding explains.
+
+    Raises
+    ------
+    RoundingError
+        If rounding is amplified so much that the gradient cannot be compared.
+    VerificationError
+        If a gradient differs.
+    """
     rounding = {name: bound_rounding(far, bench.dtype) for name, far in moved.items()}
     try:
         _compare_gradients(bench, found, kept, rounding)

@@ -1,7 +1,6 @@
-"""The traced graph as reference: node by node, for the runs in which the original's own code
-cannot be followed.
+"""A run of the traced graph, node by node, if the original's own code cannot be followed.
 
-It says less than the original's own run, because what was traced wrong is wrong here too.
+It proves less than a run of the original's code, because a mistake of the trace is in it, too.
 """
 
 from __future__ import annotations
@@ -26,8 +25,27 @@ __all__ = ["GraphRun"]
 
 
 class GraphRun:
-    """Runs the traced graphs on the masked original's tensors, given by name; keeps what they
-    draw.
+    """A runner of the traced graphs on the masked original's tensors.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis, which holds the graphs.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The masked original's tensors by name.
+    training:
+        Whether the graphs of training mode run.
+    constant:
+        Whether one number replaces all random ones.
+
+    Attributes
+    ----------
+    draws:
+        The random numbers that the graphs drew.
+    dropped:
+        The rate of each dropout, in order. Dropout itself is off.
     """
 
     def __init__(
@@ -60,19 +78,24 @@ class GraphRun:
         self.dropped: list[float] = []
 
     def trace_of(self, path: str) -> Trace:
-        """The graph of the module at this path, for the mode of the run where there is one for
-        each.
-        """
+        """Return the trace of the module at a path, in the mode of the run if there is one."""
         own = [trace for trace in self.coupling.traces if trace.path == path]
         return next((trace for trace in own if trace.training is self.training), own[0])
 
     def run(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the graph gives for these inputs.
+        """Run the graph of the module at a path, and return its output.
+
+        Parameters
+        ----------
+        path:
+            The module's path.
+        args, kwargs:
+            The inputs, in the order of the graph's placeholders.
 
         Raises
         ------
         NotFollowedError
-            If it cannot be told which elements a statistic goes over.
+            If the elements that a statistic goes over cannot be determined.
         """
         trace = self.trace_of(path)
         meta_copy = trace.meta_copy.model
@@ -111,8 +134,9 @@ class GraphRun:
         return value
 
     def _clean(self, node: fx.Node, value: Any) -> None:
-        """0/0 at an element that is not there any more (a filter that is gone divided by its norm)
-        says nothing.
+        """Set NaN to zero at removed elements.
+
+        A removed filter divided by its norm is 0/0, for example, which means nothing.
         """
         for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
             if (

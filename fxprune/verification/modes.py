@@ -1,6 +1,4 @@
-"""What both runs are under: one dtype, the same random numbers, and statistics over what
-survives.
-"""
+"""The modes of both runs: one dtype, equal random numbers, statistics over surviving elements."""
 
 from __future__ import annotations
 
@@ -40,9 +38,16 @@ _LOW = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 class InDtype(TorchFunctionMode):
-    """Python that says float32 means the model's dtype here, or it could not be run in another.
+    """A mode in which code that asks for a lower precision gets the model's float64.
 
-    Under a mode as this one, torch.nn leaves its fused inference paths alone.
+    Without it, a model whose code says float32 could not run in float64. With another dtype than
+    float64 the mode changes nothing. Under any function mode, ``torch.nn`` does not use its fused
+    inference paths.
+
+    Parameters
+    ----------
+    dtype:
+        The dtype of the run.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -66,7 +71,7 @@ class InDtype(TorchFunctionMode):
             and _dtype(out) in _LOW
             and not any(_dtype(t) in _LOW for t in tensors_in(args, kwargs))
         ):
-            return out.to(self.dtype)  # made without a dtype, or from data of its own
+            return out.to(self.dtype)  # created without a dtype, or from Python data
         return out
 
     def _meant(self, value: Any) -> Any:
@@ -78,25 +83,38 @@ _dtype = torch.Tensor.dtype.__get__
 
 
 def python_state() -> tuple[Any, ...]:
-    """Where the generators of Python and of NumPy stand: two runs that draw the same leave them
-    alike.
+    """Return the state of the generators of Python and NumPy.
+
+    Two runs that draw the same numbers leave the same state.
     """
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, np.asarray(keys).tobytes(), rest
 
 
 class NotFollowedError(Exception):
-    """The original's own run does not execute the operations that were traced."""
+    """A run of the original does not execute the traced operations."""
 
 
 class MismatchError(Exception):
-    """Random numbers of the two runs cannot be brought together."""
+    """The random numbers of the two runs do not correspond."""
 
 
 @dataclass
 class Draw:
-    """Random numbers that the original drew, the tensors and numbers that decide how, and the
-    event of the analysis that it was.
+    """Random numbers that one operation of the original drew.
+
+    Attributes
+    ----------
+    op:
+        The ATen operation.
+    values:
+        The random tensors that it gave.
+    given:
+        The tensors that decide what is drawn.
+    numbers:
+        The numbers that decide what is drawn, such as a probability.
+    event:
+        The event of the analysis for this operation; None if it is not known.
     """
 
     op: Any
@@ -108,15 +126,16 @@ class Draw:
 
 @dataclass
 class _Ahead:
-    """The events that are still to come in one call of a graph."""
+    """The events that are still to come in one call of a graph: statistics, and random draws."""
 
     statistics: list[Event] = field(default_factory=list)
     draws: list[Event] = field(default_factory=list)
 
 
 def events_of(coupling: Coupling) -> dict[str, list[Event]]:
-    """The events of the analysis by the prefix of their graph, each graph's as they came when it
-    ran first.
+    """Return the events of the analysis by the prefix of their graph.
+
+    The events of a graph are those of its first run, in their order.
     """
     found: dict[str, list[Event]] = {}
     for event in coupling.context.found.events:
@@ -128,16 +147,15 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
-    """What a fused normalisation gives with statistics over the survivors; None where nothing
-    leaves them.
+    """Return the result of a fused normalisation with statistics over the surviving elements.
 
-    The input may have another number of dimensions than where the code was traced, a batch of one
-    that was squeezed, say.
+    Return None if no element is removed. The input may have another number of dimensions than in
+    the trace, for example after a batch of one was squeezed.
 
     Raises
     ------
     NotFollowedError
-        If it cannot be told which of its dimensions the removed elements lie on.
+        If the dimensions of the removed elements cannot be determined.
     """
     mask = survivors.mask(event.gone)
     if mask.all():
@@ -154,10 +172,31 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
 
 
 class Followed(DispatchMode):
-    """The original's run: what it normalises is normalised over survivors, and what it draws is
-    kept.
+    """A mode for runs of the original.
 
-    Enter it below autograd, where composite ops arrive whole.
+    Fused normalisations take their statistics over the surviving elements, random numbers are
+    recorded, and dropout is off. Enter the mode below autograd, where composite operations are not
+    decomposed yet.
+
+    Parameters
+    ----------
+    events:
+        The events of the analysis by the prefix of their graph (:func:`events_of`).
+    survivors:
+        The elements that the plan keeps.
+    training:
+        Whether the run is in training mode.
+    constant:
+        Whether one number replaces all random ones.
+
+    Attributes
+    ----------
+    draws:
+        The random numbers that were drawn.
+    dropped:
+        The rate of each dropout, in order.
+    matters:
+        By the prefix of a graph, whether statistics in it lose elements.
     """
 
     def __init__(
@@ -184,7 +223,13 @@ class Followed(DispatchMode):
 
     @contextmanager
     def inside(self, path: str) -> Iterator[None]:
-        """While the code runs that this path's graph was traced from."""
+        """Expect the events of the graph at a path, while the code that it was traced from runs.
+
+        Raises
+        ------
+        NotFollowedError
+            If an expected normalisation does not run.
+        """
         prefix = f"{path}:" if path else ""
         if self.training and f"{prefix}train." in self.events:
             prefix += "train."
@@ -203,7 +248,7 @@ class Followed(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not seen_whole(func):
-            with self:  # a composite without a rule: the analysis has seen its parts
+            with self:  # a composite without a rule: the analysis saw the operations inside it
                 return func.decompose(*args, **kwargs)
         if takes_statistics(func):
             return self._normalised(func, args, kwargs)
@@ -224,7 +269,8 @@ class Followed(DispatchMode):
         found = _over_survivors(func, args, kwargs, ahead.statistics.pop(0), self.survivors)
         if found is None:
             return func(*args, **kwargs)
-        # of copies: it may write into what is remembered
+        # Run the op itself on copies, because it may write into running statistics. Only the
+        # strides of its results are used.
         own = func(args[0], *clone(args[1:]), **clone(kwargs))
         return tree_map(_with_strides_of, found, own)
 
@@ -233,7 +279,7 @@ class Followed(DispatchMode):
         event = ahead.draws.pop(0) if ahead.draws else None
         if event is not None and event.op._schema.name != func._schema.name:
             event = None
-            ahead.draws.clear()  # from here on nothing is known
+            ahead.draws.clear()  # the events do not fit from here on
         given = [clone(t) for t in _deciding(func, args, kwargs)]
         out = func(*args, **kwargs)
         if self.constant:
@@ -243,11 +289,28 @@ class Followed(DispatchMode):
 
 
 class Replayed(DispatchMode):
-    """The pruned model's run: it draws what the original drew, without what is removed.
+    """A mode for runs of the pruned model.
 
-    ``compared`` gets pairs of tensors that decide what is drawn: the pruned model's, and the
-    original's. ``dropped`` gets the share that each dropout would drop, as it does in
-    :class:`Followed`.
+    Its random numbers are those that the original drew, without the removed elements. Dropout is
+    off.
+
+    Parameters
+    ----------
+    draws:
+        The random numbers that the original drew.
+    survivors:
+        The elements that the plan keeps.
+    constant:
+        Whether one number replaces all random ones.
+
+    Attributes
+    ----------
+    ahead:
+        The draws that are still to come.
+    compared:
+        Pairs of tensors that decide what is drawn: the pruned model's, and the original's.
+    dropped:
+        The rate of each dropout, in order.
     """
 
     def __init__(self, draws: Sequence[Draw], survivors: Survivors, constant: bool) -> None:
@@ -312,7 +375,7 @@ class Replayed(DispatchMode):
 
 
 def _with_strides_of(tensor: Any, own: Any) -> Any:
-    """A tensor that lies in memory as another one: which views of it are copies goes by that."""
+    """Return a tensor with the strides of another, because they decide which views are copies."""
     if not isinstance(tensor, Tensor) or tensor.stride() == own.stride():
         return tensor
     return torch.empty_strided(
@@ -321,7 +384,7 @@ def _with_strides_of(tensor: Any, own: Any) -> Any:
 
 
 def clone(value: Any) -> Any:
-    """A nested value with tensors of its own."""
+    """Return a nested value with copies of its tensors."""
     return tree_map_only(Tensor, Tensor.clone, value)
 
 
@@ -331,19 +394,20 @@ def _options(func: Any) -> frozenset[str]:
 
 
 def _draws(func: Any) -> bool:
-    """Whether an op draws random numbers, other than those of a dropout, which is turned off."""
+    """Tell whether an op draws random numbers that no argument can turn off, as for dropout."""
     return torch.Tag.nondeterministic_seeded in func.tags and not _options(func) & _SWITCHES.keys()
 
 
 _SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, "dropout_p": 0.0}
-"""Arguments of ops that draw random numbers for training alone, with the values for which they
-draw none.
+"""The arguments of ops that draw random numbers only in training, with the values that turn this
+off.
 """
 
 
 def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) -> Any:
-    """Dropout drops nothing, as its mask has another shape in the pruned model; what it would drop
-    is noted.
+    """Run an op with dropout turned off, and record its rate.
+
+    Dropout masks cannot be compared, because they have another shape in the pruned model.
     """
     bound = bind(func, args, kwargs)
     share = next((bound[name] for name in ("p", "dropout", "dropout_p") if name in bound), 0.0)
@@ -355,8 +419,9 @@ def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) ->
 
 
 def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors whose values decide what an op draws: not what is overwritten, nor what only
-    lends its size.
+    """Return the tensors whose values decide what an op draws.
+
+    Leave out tensors that it overwrites, and those that only give a size.
     """
     name = func._schema.name
     written = [
@@ -369,13 +434,17 @@ def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _probabilities(func: Any, args: Any, kwargs: Any) -> list[float]:
-    """The numbers that decide what an op draws, as a probability. Whole ones may be sizes."""
+    """Return the floats that decide what an op draws, such as a probability.
+
+    Integers are left out, because they may be sizes.
+    """
     return [value for value in bind(func, args, kwargs).values() if isinstance(value, float)]
 
 
 def _fill_constant(out: Any) -> Any:
-    """One number in the place of all random ones: where they cannot be brought together, as their
-    shapes differ.
+    """Overwrite random numbers with a constant.
+
+    This is done if the random numbers of the two runs do not correspond.
     """
     for leaf in tree_leaves(out):
         leaf.fill_(1 if leaf.is_floating_point() else 0)
@@ -383,7 +452,10 @@ def _fill_constant(out: Any) -> Any:
 
 
 def _cleaned(func: Any, args: Any, kwargs: Any) -> Any:
-    """A filter that is gone divided by its norm is 0/0, and stays nothing."""
+    """Run a weight normalisation, and set NaN to zero.
+
+    A removed filter divided by its norm is 0/0. If an input is not finite, NaN stays.
+    """
     out = func(*args, **kwargs)
     if all(bool(tensor.isfinite().all()) for tensor in tensors_in(args, kwargs)):
         for leaf in tree_leaves(out):

@@ -317,7 +317,10 @@ class Runs:
         )
 
     def _cut(self, path: str, out: Any) -> list[Any]:
-        """Return the surviving elements of a part's outputs, as the pruned model's part gives them."""
+        """Return a part's outputs as the pruned model's part gives them.
+
+        A tensor that Python code between the parts reads keeps its full size.
+        """
         trace = next(trace for trace in self.coupling.traces if trace.path == path)
         found, old = [*leaves(out)], [*leaves(trace.outputs)]
         if len(found) != len(old):
