@@ -27,7 +27,7 @@ from fxprune.verification.outcomes import (
 )
 from fxprune.verification.rounding import EXACT, Rounding, largest_rounding, measure_rounding
 from fxprune.verification.runs import Run, Runs, taken
-from fxprune.verification.values import in_single
+from fxprune.verification.values import to_float32
 
 __all__ = ["Bench"]
 
@@ -47,7 +47,7 @@ class Bench(Runs):
         """Return a bench with the same values in float32."""
         other = copy.copy(self)
         other.masked, other.kept = (
-            {name: in_single(value) for name, value in own.items()}
+            {name: to_float32(value) for name, value in own.items()}
             for own in (self.masked, self.kept)
         )
         return other

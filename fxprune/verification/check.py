@@ -33,11 +33,11 @@ from fxprune.verification.outcomes import (
     PrunedFailsError,
     RefusedError,
     RoundingError,
-    said,
+    describe_error,
 )
 from fxprune.verification.structure import check_emission
-from fxprune.verification.values import choices, in_single, inputs_of, weights_of
-from fxprune.verification.weights import changed
+from fxprune.verification.values import choices, inputs_of, to_float32, weights_of
+from fxprune.verification.weights import changed_tensors
 
 __all__ = ["Verification", "check"]
 
@@ -128,7 +128,7 @@ def check(
         if not numeric:
             return Verification(float("nan"), 0, dtype)
         call = unpack_inputs(plan.inputs) if example_inputs is None else as_call(example_inputs)
-        weights = changed(model, pruned, coupling, survivors)
+        weights = changed_tensors(model, pruned, coupling, survivors)
         if fresh and weights:
             raise VerificationError(f"{next(iter(weights.values()))[0]}.")
         return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(
@@ -137,7 +137,7 @@ def check(
     except FxpruneError:
         raise
     except Exception as error:
-        raise VerificationError(f"the check itself failed: {said(error)}") from error
+        raise VerificationError(f"the check itself failed: {describe_error(error)}") from error
 
 
 class _Proof:
@@ -280,7 +280,7 @@ class _Proof:
             )
         yield from found
         if long and quick is inputs:
-            bench, quick = bench.single(), in_single(inputs)
+            bench, quick = bench.single(), to_float32(inputs)
         batch = other_batch(quick)
         yield from self._try(
             "another batch", "" if batch else "no input has rows", Bench.compare, bench, batch
@@ -331,7 +331,7 @@ class _Proof:
                 if bench.dtype is not torch.float64:
                     raise
                 # The model may create float32 tensors whatever dtype is asked for: try float32.
-                outcome = compare(bench.single(), in_single(call), **mode)
+                outcome = compare(bench.single(), to_float32(call), **mode)
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
             return
@@ -414,13 +414,14 @@ class _Proof:
         try:
             wanted = kinds(self._called(self.model))
         except Exception as error:
-            self.left_out.append(f"the example itself: {said(error)}")
+            self.left_out.append(f"the example itself: {describe_error(error)}")
             return
         try:
             found = kinds(self._called(self.pruned))
         except Exception as error:
             raise VerificationError(
-                f"the pruned model fails on the example, where the original runs: {said(error)}."
+                "the pruned model fails on the example, where the original runs: "
+                f"{describe_error(error)}."
             ) from error
         # Python code between parts may make sizes depend on values, and this original is not
         # masked. With the masked original, sizes have been compared already.

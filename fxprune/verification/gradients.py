@@ -14,7 +14,7 @@ from fxprune.errors import VerificationError
 from fxprune.inputs import Call
 from fxprune.verification.bench import Bench
 from fxprune.verification.modes import InDtype, clone
-from fxprune.verification.outcomes import RefusedError, refuse_rounding, said
+from fxprune.verification.outcomes import RefusedError, describe_error, refuse_rounding
 from fxprune.verification.rounding import bound_rounding
 
 __all__ = ["check_gradients"]
@@ -53,7 +53,7 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
     try:
         wanted, outputs, drawn = _gradients(bench.original(training), bench, call)
     except Exception as error:
-        raise RefusedError(said(error)) from error
+        raise RefusedError(describe_error(error)) from error
     pruned = bench.smaller(training)
     try:
         found, smaller, _ = _gradients(pruned, bench, call)

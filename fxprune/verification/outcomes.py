@@ -17,8 +17,8 @@ __all__ = [
     "PrunedFailsError",
     "RefusedError",
     "RoundingError",
+    "describe_error",
     "refuse_rounding",
-    "said",
 ]
 
 
@@ -61,7 +61,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def refuse_rounding(gap: float, moved: float, what: str) -> None:
+def refuse_rounding(gap: float, moved: float, subject: str) -> None:
     """Raise an error if rounding alone can explain a gap between the models.
 
     This happens if the original divides by numbers close to zero, which amplifies rounding.
@@ -73,7 +73,7 @@ def refuse_rounding(gap: float, moved: float, what: str) -> None:
     moved:
         How far the same value of the original moves if its weights are rounded differently. If
         this is not finite, nothing is raised.
-    what:
+    subject:
         The name of the value in the message.
 
     Raises
@@ -83,7 +83,7 @@ def refuse_rounding(gap: float, moved: float, what: str) -> None:
     """
     if math.isfinite(moved) and gap <= _AMPLIFIED * moved:
         raise RoundingError(
-            f"rounding alone moves {what} by {moved:.1e}, so that it cannot be compared"
+            f"rounding alone moves {subject} by {moved:.1e}, so that it cannot be compared"
         )
 
 
@@ -91,7 +91,7 @@ _AMPLIFIED = 10.0
 """How many times larger than ``moved`` a gap may be and still count as amplified rounding."""
 
 
-def said(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return a text for messages: the error, and the user's line where it was raised."""
     where = user_line(traceback.extract_tb(error.__traceback__))
     return f"{type(error).__name__}: {error} (at {where})"

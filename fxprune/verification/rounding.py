@@ -62,29 +62,24 @@ def bound_rounding(moved: Sequence[float], dtype: torch.dtype) -> float:
     return min(largest_rounding(dtype), _MARGIN * max(moved, default=0.0))
 
 
-def measure_rounding(reference: Run, shaken: Sequence[Run], dtype: torch.dtype) -> Rounding:
+def measure_rounding(reference: Run, perturbed: Sequence[Run], dtype: torch.dtype) -> Rounding:
     """Return how far rounding moves the outputs and buffers of a run.
 
     Parameters
     ----------
     reference:
         A run of the original.
-    shaken:
+    perturbed:
         Runs of the original on the same values, with its weights rounded differently.
     dtype:
         The dtype of the runs.
     """
-
-    def bound(moved: Sequence[float]) -> float:
-        return bound_rounding(moved, dtype)
-
     number = count_tensors(reference.outputs)
-    alike = [run for run in shaken if count_tensors(run.outputs) == number]
-    outputs = zip(*(gaps(run.outputs, reference.outputs) for run in alike), strict=True)
-    buffers = {
-        name: bound([gap for run in alike for gap in gaps(run.buffers.get(name, old), old)])
-        for name, old in reference.buffers.items()
-    }
-    return Rounding(
-        [bound(moved) for moved in outputs] if alike else 0.0, buffers, largest_rounding(dtype)
-    )
+    alike = [run for run in perturbed if count_tensors(run.outputs) == number]
+    by_output = zip(*(gaps(run.outputs, reference.outputs) for run in alike), strict=True)
+    outputs = [bound_rounding(moved, dtype) for moved in by_output] if alike else 0.0
+    buffers: dict[str, float] = {}
+    for name, old in reference.buffers.items():
+        moved = [gap for run in alike for gap in gaps(run.buffers.get(name, old), old)]
+        buffers[name] = bound_rounding(moved, dtype)
+    return Rounding(outputs, buffers, largest_rounding(dtype))

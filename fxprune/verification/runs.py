@@ -21,7 +21,7 @@ from fxprune.rewrite import Survivors
 from fxprune.trace.aliasing import Undone
 from fxprune.trace.reach import Reached, undrawn_by
 from fxprune.verification.comparing import dense, form
-from fxprune.verification.copies import cut, mask, original, smaller
+from fxprune.verification.copies import copy_original, copy_pruned, cut, mask
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
     Draw,
@@ -38,7 +38,7 @@ from fxprune.verification.outcomes import (
     GuardedError,
     PrunedFailsError,
     RefusedError,
-    said,
+    describe_error,
 )
 from fxprune.verification.structure import is_guard
 
@@ -216,7 +216,7 @@ class Runs:
 
         The model's own ``train()`` or ``eval()`` sets the mode of its modules.
         """
-        model = original(self.model, self._own(self.masked), self.dtype)
+        model = copy_original(self.model, self._own(self.masked), self.dtype)
         in_mode(model, training)
         self._modes = {
             name: module.training for name, module in model.named_modules(remove_duplicate=False)
@@ -255,7 +255,7 @@ class Runs:
             except (NotFollowedError, FxpruneError):
                 raise
             except Exception as error:
-                raise RefusedError(said(error)) from error
+                raise RefusedError(describe_error(error)) from error
             run.state = python_state()
             # A buffer that forward replaces is a cache, which the graph computes (see
             # fxprune.trace.module_state).
@@ -303,7 +303,7 @@ class Runs:
             except NotFollowedError as error:
                 raise RefusedError(str(error)) from error
             except Exception as error:
-                raise RefusedError(said(error)) from error
+                raise RefusedError(describe_error(error)) from error
         return run
 
     def _parts(
@@ -341,7 +341,7 @@ class Runs:
         VerificationError
             If a module's mode differs from that in the original.
         """
-        model = smaller(self.pruned, self._own(self.kept), self.dtype)
+        model = copy_pruned(self.pruned, self._own(self.kept), self.dtype)
         in_mode(model, training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
@@ -356,7 +356,7 @@ class Runs:
         return (
             GuardedError(str(error))
             if is_guard(error, model, self.coupling)
-            else PrunedFailsError(said(error))
+            else PrunedFailsError(describe_error(error))
         )
 
     def _smaller(

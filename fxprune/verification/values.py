@@ -14,7 +14,7 @@ from fxprune.common.contents import tensors_of
 from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.inputs import Call
 
-__all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
+__all__ = ["Choice", "choices", "inputs_of", "to_float32", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,9 @@ def choices(randomize: bool, call: Call) -> Iterator[Choice]:
     call:
         The example inputs.
     """
-    unknown = any(leaf.is_meta and not _real(leaf) for leaf in tensors_of(call))
-    for weights, floats in (
-        ((True, True), (True, False), (False, False)) if randomize else ((False, False),)
-    ):
+    random = ((True, True), (True, False)) if randomize else ()
+    unknown = any(leaf.is_meta and not leaf.is_floating_point() for leaf in tensors_of(call))
+    for weights, floats in (*random, (False, False)):
         for whole in (None, 0, 1) if unknown else (None,):
             yield Choice(weights, floats, whole)
 
@@ -88,24 +87,34 @@ def weights_of(
         *model.named_buffers(remove_duplicate=False),
     ]:
         if tensor not in shared:
-            if not _real(tensor):
-                held = (
-                    torch.zeros(tensor.shape, dtype=tensor.dtype)
-                    if tensor.is_meta
-                    else tensor.detach().cpu().clone()
-                )
-                shared[tensor] = held.to(_complex(dtype)) if held.is_complex() else held
+            if not tensor.is_floating_point():
+                shared[tensor] = _copy_on_cpu(tensor, dtype)
             elif not choice.weights and not tensor.is_meta:
                 shared[tensor] = tensor.detach().to("cpu", dtype, copy=True)
-            elif tensor in parameters and tensor.dim() > 1:
-                most = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
-                shared[tensor] = torch.empty(tensor.shape, dtype=dtype).uniform_(
-                    -most, most, generator=generator
-                )
             else:
-                shared[tensor] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+                is_matrix = tensor in parameters and tensor.dim() > 1
+                shared[tensor] = _random_weight(tensor, is_matrix, dtype, generator)
         values[name] = shared[tensor]
     return values
+
+
+def _copy_on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a tensor without floating-point numbers; zeros if it has no values."""
+    if tensor.is_meta:
+        value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    else:
+        value = tensor.detach().cpu().clone()
+    return _convert_complex(value, dtype)
+
+
+def _random_weight(
+    tensor: Tensor, is_matrix: bool, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Return random numbers: around zero for a matrix, else from 0.5 to 1.5."""
+    if not is_matrix:
+        return torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+    bound = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
+    return torch.empty(tensor.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
 def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
@@ -130,31 +139,30 @@ def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, 
     # An index must lie inside every table, because it may be used for any of them.
     top = min([2, *(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))])
 
-    def value(tensor: Tensor) -> Tensor:
-        if not _real(tensor):
-            if not tensor.is_meta:
-                own = tensor.detach().cpu()
-                return own.to(_complex(dtype)) if own.is_complex() else own
-            if choice.whole is not None:
-                return torch.full(tensor.shape, min(choice.whole, top - 1)).to(tensor.dtype)
-            return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
-        if not choice.floats and not tensor.is_meta:
+    def input_like(tensor: Tensor) -> Tensor:
+        """Return a value for one tensor of the example."""
+        if tensor.is_floating_point():
+            if choice.floats:
+                return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+            if tensor.is_meta:
+                return torch.rand(tensor.shape, generator=generator, dtype=dtype)
             return tensor.detach().to("cpu", dtype)
-        if not choice.floats:
-            return torch.rand(tensor.shape, generator=generator, dtype=dtype)
-        return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+        if not tensor.is_meta:
+            return _convert_complex(tensor.detach().cpu(), dtype)
+        if choice.whole is not None:
+            return torch.full(tensor.shape, min(choice.whole, top - 1)).to(tensor.dtype)
+        return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
 
-    return tree_map_only(Tensor, value, call)
+    return tree_map_only(Tensor, input_like, call)
 
 
-def in_single(value: Any) -> Any:
+def to_float32(value: Any) -> Any:
     """Return a nested value with its floating-point tensors in float32."""
     return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)
 
 
-def _real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
-
-
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype is torch.float64 else torch.complex64
+def _convert_complex(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a complex tensor to the complex dtype that matches; leave others as they are."""
+    if not tensor.is_complex():
+        return tensor
+    return tensor.to(torch.complex128 if dtype is torch.float64 else torch.complex64)
