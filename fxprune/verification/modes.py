@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +24,21 @@ from fxprune.rewrite import Survivors
 
 __all__ = [
     "Draw",
-    "Followed",
-    "InDtype",
+    "DtypeMode",
     "MismatchError",
     "NotFollowedError",
-    "Replayed",
+    "RecordingMode",
+    "ReplayMode",
     "clone",
     "events_of",
+    "lose_elements",
     "python_state",
 ]
 
 _LOW = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
-class InDtype(TorchFunctionMode):
+class DtypeMode(TorchFunctionMode):
     """A mode in which code that asks for a lower precision gets the model's float64.
 
     Without it, a model whose code says float32 could not run in float64. With another dtype than
@@ -60,11 +61,10 @@ class InDtype(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _CASTS:
             return args[0].to(self.dtype)
-        if any(
-            value in _LOW for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)
-        ):
-            args = tuple(self._meant(value) for value in args)
-            kwargs = {name: self._meant(value) for name, value in kwargs.items()}
+        dtypes = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype))
+        if not _LOW.isdisjoint(dtypes):
+            args = tuple(self._model_dtype(value) for value in args)
+            kwargs = {name: self._model_dtype(value) for name, value in kwargs.items()}
         out = func(*args, **kwargs)
         if (
             isinstance(out, Tensor)
@@ -74,7 +74,7 @@ class InDtype(TorchFunctionMode):
             return out.to(self.dtype)  # created without a dtype, or from Python data
         return out
 
-    def _meant(self, value: Any) -> Any:
+    def _model_dtype(self, value: Any) -> Any:
         return self.dtype if isinstance(value, torch.dtype) and value in _LOW else value
 
 
@@ -109,23 +109,23 @@ class Draw:
         The ATen operation.
     values:
         The random tensors that it gave.
-    given:
+    deciding:
         The tensors that decide what is drawn.
-    numbers:
-        The numbers that decide what is drawn, such as a probability.
+    probabilities:
+        The numbers that decide what is drawn.
     event:
         The event of the analysis for this operation; None if it is not known.
     """
 
     op: Any
     values: Any
-    given: list[Tensor]
-    numbers: list[float]
+    deciding: list[Tensor]
+    probabilities: list[float]
     event: Event | None
 
 
 @dataclass
-class _Ahead:
+class _PendingEvents:
     """The events that are still to come in one call of a graph: statistics, and random draws."""
 
     statistics: list[Event] = field(default_factory=list)
@@ -140,10 +140,15 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
     found: dict[str, list[Event]] = {}
     for event in coupling.context.found.events:
         prefix = event.node[: max(event.node.rfind(":"), event.node.rfind(".")) + 1]
-        own = found.setdefault(prefix, [])
-        if not own or own[0].run is event.run:
-            own.append(event)
+        events = found.setdefault(prefix, [])
+        if not events or events[0].run is event.run:
+            events.append(event)
     return found
+
+
+def lose_elements(events: Iterable[Event], survivors: Survivors) -> bool:
+    """Tell whether the statistics of some event lose elements."""
+    return any(not survivors.mask(event.gone).all() for event in events if event.gone)
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
@@ -162,16 +167,15 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
         return None
     rank, name = args[0].dim(), name_of_op(func)
     if mask.ndim != rank:
-        if not has(name, Trait.FROM_THE_END) or any(
-            size > 1 for size in mask.shape[: max(0, mask.ndim - rank)]
-        ):
+        dropped = mask.shape[: max(0, mask.ndim - rank)]
+        if not has(name, Trait.FROM_THE_END) or any(size > 1 for size in dropped):
             raise NotFollowedError(f"{func} was traced for another number of dimensions")
         mask = mask.reshape(mask.shape[-rank:])
     over = known(name).survivors
     return None if over is None else over(bind(func, args, kwargs), torch.from_numpy(mask))
 
 
-class Followed(DispatchMode):
+class RecordingMode(DispatchMode):
     """A mode for runs of the original.
 
     Fused normalisations take their statistics over the surviving elements, random numbers are
@@ -195,7 +199,7 @@ class Followed(DispatchMode):
         The random numbers that were drawn.
     dropped:
         The rate of each dropout, in order.
-    matters:
+    loses_elements:
         By the prefix of a graph, whether statistics in it lose elements.
     """
 
@@ -207,22 +211,17 @@ class Followed(DispatchMode):
         constant: bool,
     ) -> None:
         super().__init__()
-        self.events, self.survivors, self.training, self.constant = (
-            events,
-            survivors,
-            training,
-            constant,
-        )
+        self.events, self.survivors = events, survivors
+        self.training, self.constant = training, constant
         self.draws: list[Draw] = []
         self.dropped: list[float] = []
-        self.matters = {
-            prefix: any(not survivors.mask(e.gone).all() for e in own if e.gone)
-            for prefix, own in events.items()
-        }
-        self._stack: list[tuple[str, _Ahead]] = []
+        self.loses_elements: dict[str, bool] = {}
+        for prefix, of_graph in events.items():
+            self.loses_elements[prefix] = lose_elements(of_graph, survivors)
+        self._stack: list[tuple[str, _PendingEvents]] = []
 
     @contextmanager
-    def inside(self, path: str) -> Iterator[None]:
+    def expecting(self, path: str) -> Iterator[None]:
         """Expect the events of the graph at a path, while the code that it was traced from runs.
 
         Raises
@@ -233,15 +232,16 @@ class Followed(DispatchMode):
         prefix = f"{path}:" if path else ""
         if self.training and f"{prefix}train." in self.events:
             prefix += "train."
-        own = self.events.get(prefix, ())
-        ahead = _Ahead(
-            [e for e in own if takes_statistics(e.op)], [e for e in own if _draws(e.op)]
+        events = self.events.get(prefix, ())
+        pending = _PendingEvents(
+            [event for event in events if takes_statistics(event.op)],
+            [event for event in events if _is_random(event.op)],
         )
-        self._stack.append((prefix, ahead))
+        self._stack.append((prefix, pending))
         try:
             yield
-            if ahead.statistics and self.matters[prefix]:
-                raise NotFollowedError(f"{ahead.statistics[0].op} is not executed")
+            if pending.statistics and self.loses_elements[prefix]:
+                raise NotFollowedError(f"{pending.statistics[0].op} is not executed")
         finally:
             self._stack.pop()
 
@@ -251,44 +251,45 @@ class Followed(DispatchMode):
             with self:  # a composite without a rule: the analysis saw the operations inside it
                 return func.decompose(*args, **kwargs)
         if takes_statistics(func):
-            return self._normalised(func, args, kwargs)
+            return self._normalise(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            if not _draws(func):
+            if not _is_random(func):
                 return _without_dropout(func, args, kwargs, self.dropped)
-            return self._drawn(func, args, kwargs)
+            return self._record_draw(func, args, kwargs)
         if "_weight_norm" in func._schema.name:
-            return _cleaned(func, args, kwargs)
+            return _norm_without_nan(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _normalised(self, func: Any, args: Any, kwargs: Any) -> Any:
-        prefix, ahead = self._stack[-1] if self._stack else ("", _Ahead())
-        if not self.matters.get(prefix):
+    def _normalise(self, func: Any, args: Any, kwargs: Any) -> Any:
+        prefix, pending = self._stack[-1] if self._stack else ("", _PendingEvents())
+        if not self.loses_elements.get(prefix):
             return func(*args, **kwargs)
-        if not ahead.statistics or ahead.statistics[0].op._schema.name != func._schema.name:
+        if not pending.statistics or pending.statistics[0].op._schema.name != func._schema.name:
             raise NotFollowedError(f"{func} was not traced")
-        found = _over_survivors(func, args, kwargs, ahead.statistics.pop(0), self.survivors)
+        found = _over_survivors(func, args, kwargs, pending.statistics.pop(0), self.survivors)
         if found is None:
             return func(*args, **kwargs)
         # Run the op itself on copies, because it may write into running statistics. Only the
         # strides of its results are used.
-        own = func(args[0], *clone(args[1:]), **clone(kwargs))
-        return tree_map(_with_strides_of, found, own)
+        plain = func(args[0], *clone(args[1:]), **clone(kwargs))
+        return tree_map(_with_strides_of, found, plain)
 
-    def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
-        ahead = self._stack[-1][1] if self._stack else _Ahead()
-        event = ahead.draws.pop(0) if ahead.draws else None
+    def _record_draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        pending = self._stack[-1][1] if self._stack else _PendingEvents()
+        event = pending.draws.pop(0) if pending.draws else None
         if event is not None and event.op._schema.name != func._schema.name:
             event = None
-            ahead.draws.clear()  # the events do not fit from here on
-        given = [clone(t) for t in _deciding(func, args, kwargs)]
+            pending.draws.clear()  # the events do not fit from here on
+        deciding = clone(_deciding_tensors(func, args, kwargs))
         out = func(*args, **kwargs)
         if self.constant:
             _fill_constant(out)
-        self.draws.append(Draw(func, clone(out), given, _probabilities(func, args, kwargs), event))
+        numbers = _probabilities(func, args, kwargs)
+        self.draws.append(Draw(func, clone(out), deciding, numbers, event))
         return out
 
 
-class Replayed(DispatchMode):
+class ReplayMode(DispatchMode):
     """A mode for runs of the pruned model.
 
     Its random numbers are those that the original drew, without the removed elements. Dropout is
@@ -305,7 +306,7 @@ class Replayed(DispatchMode):
 
     Attributes
     ----------
-    ahead:
+    pending:
         The draws that are still to come.
     compared:
         Pairs of tensors that decide what is drawn: the pruned model's, and the original's.
@@ -315,7 +316,7 @@ class Replayed(DispatchMode):
 
     def __init__(self, draws: Sequence[Draw], survivors: Survivors, constant: bool) -> None:
         super().__init__()
-        self.ahead, self.survivors, self.constant = list(draws), survivors, constant
+        self.pending, self.survivors, self.constant = list(draws), survivors, constant
         self.compared: list[tuple[Tensor, Tensor]] = []
         self.dropped: list[float] = []
 
@@ -326,32 +327,34 @@ class Replayed(DispatchMode):
                 return func.decompose(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        if not _draws(func):
+        if not _is_random(func):
             return _without_dropout(func, args, kwargs, self.dropped)
-        given = [clone(t) for t in _deciding(func, args, kwargs)]
+        return self._replay(func, args, kwargs)
+
+    def _replay(self, func: Any, args: Any, kwargs: Any) -> Any:
+        deciding = clone(_deciding_tensors(func, args, kwargs))
         out = func(*args, **kwargs)
-        if not self.ahead or self.ahead[0].op._schema.name != func._schema.name:
-            raise MismatchError(f"{func} draws what the original does not draw")
-        draw = self.ahead.pop(0)
-        numbers = _probabilities(func, args, kwargs)
-        if len(numbers) != len(draw.numbers) or not np.allclose(
-            numbers, draw.numbers, equal_nan=True
-        ):
-            raise MismatchError(
-                f"{func} draws with {numbers}, where the original draws with {draw.numbers}"
-            )
-        self._compare(given, draw)
+        draw = self._next_draw(func, _probabilities(func, args, kwargs))
+        self._note_deciding(deciding, draw)
         if self.constant:
             return _fill_constant(out)
-        old = (
-            tree_leaves(draw.event.out)
-            if draw.event is not None
-            else [None] * len(tree_leaves(draw.values))
-        )
-        pairs = zip(tree_leaves(out), tree_leaves(draw.values), old, strict=True)
-        for new, drawn, labelled in pairs:
-            new.copy_(self._cut(new, drawn, labelled))
+        drawn = tree_leaves(draw.values)
+        labelled = [None] * len(drawn) if draw.event is None else tree_leaves(draw.event.out)
+        for new, old, labels in zip(tree_leaves(out), drawn, labelled, strict=True):
+            new.copy_(self._cut(new, old, labels))
         return out
+
+    def _next_draw(self, func: Any, numbers: list[float]) -> Draw:
+        """Take the next draw, which must be of the same op with the same probabilities."""
+        if not self.pending or self.pending[0].op._schema.name != func._schema.name:
+            raise MismatchError(f"{func} draws what the original does not draw")
+        draw = self.pending.pop(0)
+        wanted = draw.probabilities
+        if len(numbers) != len(wanted) or not np.allclose(numbers, wanted, equal_nan=True):
+            raise MismatchError(
+                f"{func} draws with {numbers}, where the original draws with {wanted}"
+            )
+        return draw
 
     def _cut(self, new: Tensor, drawn: Tensor, labelled: Any) -> Tensor:
         if labelled is not None and drawn.dim() == labelled.dim():
@@ -363,23 +366,23 @@ class Replayed(DispatchMode):
             )
         return drawn
 
-    def _compare(self, given: list[Tensor], draw: Draw) -> None:
-        if draw.event is None or len(given) != len(draw.given):
+    def _note_deciding(self, deciding: list[Tensor], draw: Draw) -> None:
+        if draw.event is None or len(deciding) != len(draw.deciding):
             return
-        leaf = tree_leaves(draw.event.out)[0]
-        for mine, yours in zip(given, draw.given, strict=True):
-            if yours.shape == tree_leaves(draw.values)[0].shape:
-                yours = self.survivors.take(leaf, yours)
-            if mine.shape == yours.shape:
-                self.compared.append((mine, yours))
+        labelled = tree_leaves(draw.event.out)[0]
+        for tensor, reference in zip(deciding, draw.deciding, strict=True):
+            if reference.shape == tree_leaves(draw.values)[0].shape:
+                reference = self.survivors.take(labelled, reference)
+            if tensor.shape == reference.shape:
+                self.compared.append((tensor, reference))
 
 
-def _with_strides_of(tensor: Any, own: Any) -> Any:
+def _with_strides_of(tensor: Any, other: Any) -> Any:
     """Return a tensor with the strides of another, because they decide which views are copies."""
-    if not isinstance(tensor, Tensor) or tensor.stride() == own.stride():
+    if not isinstance(tensor, Tensor) or tensor.stride() == other.stride():
         return tensor
     return torch.empty_strided(
-        own.shape, own.stride(), dtype=tensor.dtype, device=tensor.device
+        other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device
     ).copy_(tensor)
 
 
@@ -393,7 +396,7 @@ def _options(func: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in func._schema.arguments)
 
 
-def _draws(func: Any) -> bool:
+def _is_random(func: Any) -> bool:
     """Tell whether an op draws random numbers that no argument can turn off, as for dropout."""
     return torch.Tag.nondeterministic_seeded in func.tags and not _options(func) & _SWITCHES.keys()
 
@@ -410,27 +413,26 @@ def _without_dropout(func: Any, args: Any, kwargs: Any, dropped: list[float]) ->
     Dropout masks cannot be compared, because they have another shape in the pruned model.
     """
     bound = bind(func, args, kwargs)
-    share = next((bound[name] for name in ("p", "dropout", "dropout_p") if name in bound), 0.0)
-    if share and bound.get("train", True) is not False:
-        dropped.append(share)
+    rate = next((bound[name] for name in ("p", "dropout", "dropout_p") if name in bound), 0.0)
+    if rate and bound.get("train", True) is not False:
+        dropped.append(rate)
     bound = {name: _SWITCHES.get(name, value) for name, value in bound.items()}
     positional = [bound.pop(a.name) for a in func._schema.arguments if not a.kwarg_only]
     return func(*positional, **bound)
 
 
-def _deciding(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _deciding_tensors(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors whose values decide what an op draws.
 
     Leave out tensors that it overwrites, and those that only give a size.
     """
-    name = func._schema.name
-    written = [
-        a.name
-        for a in func._schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
-    found = [value for key, value in bind(func, args, kwargs).items() if key not in written]
-    return [] if name.endswith("_like") else tensors_in(found, {})
+    if func._schema.name.endswith("_like"):
+        return []
+    bound = bind(func, args, kwargs)
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            bound.pop(argument.name, None)
+    return tensors_in([*bound.values()], {})
 
 
 def _probabilities(func: Any, args: Any, kwargs: Any) -> list[float]:
@@ -451,7 +453,7 @@ def _fill_constant(out: Any) -> Any:
     return out
 
 
-def _cleaned(func: Any, args: Any, kwargs: Any) -> Any:
+def _norm_without_nan(func: Any, args: Any, kwargs: Any) -> Any:
     """Run a weight normalisation, and set NaN to zero.
 
     A removed filter divided by its norm is 0/0. If an input is not finite, NaN stays.

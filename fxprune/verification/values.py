@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxprune.common.contents import tensors_of
 from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.inputs import Call
 
-__all__ = ["Choice", "choices", "inputs_of", "to_float32", "weights_of"]
+__all__ = ["Choice", "choices", "dtype_of", "inputs_of", "to_float32", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, 
         return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
 
     return tree_map_only(Tensor, input_like, call)
+
+
+def dtype_of(values: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype of the first floating-point tensor; without any, torch's default dtype."""
+    found = (value.dtype for value in values if value.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 def to_float32(value: Any) -> Any:
