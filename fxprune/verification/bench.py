@@ -136,8 +136,9 @@ class Bench(Runs):
         return outcome
 
     def _differ(self, got: Any, wanted: Any) -> bool:
-        """Tell whether two runs of one model differ by more than the rounding of sums that
-        threads add up in another order.
+        """Tell whether two runs of one model differ by more than rounding.
+
+        Rounding may differ because threads add up sums in another order.
         """
         return difference(got, wanted, largest_rounding(self.dtype))[0] > 0.0
 
@@ -187,7 +188,8 @@ class Bench(Runs):
     def _draws_in_python(self, call: Call, training: bool) -> bool:
         """Tell whether Python code of one of the models draws random numbers.
 
-        Without this check it may have been the code of another thread.
+        A changed state of the generators does not prove this, because another thread may have
+        drawn.
         """
         found = False
         for model in (self.masked_copy(training), self.pruned_copy(training)):
