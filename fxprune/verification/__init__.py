@@ -1,11 +1,12 @@
-"""The proof: the emitted model equals the original with every removed parameter element set to
-zero.
+"""The proof that the emitted model equals the original with all removed elements at zero.
 
-``structure`` emits again and compares graphs. ``runs`` runs both models on the same ``values`` and
-holds the outputs against each other (``comparing``); the original runs as the user's own code, in
-``copies``, under ``modes`` that take statistics over what survives (``statistics``) and give both
-runs the same random numbers. Where it cannot be followed so, the traced ``graph`` stands for it.
-``gradients`` says which parameters are reached, ``check`` which situations are tried.
+``structure`` emits the graph again and compares it with the given one. ``weights`` compares the
+parameters with those that the plan leaves. ``runs`` runs ``copies`` of both models on the same
+``values``, and ``bench`` compares what comes out (``comparing``, ``rounding``). The original runs
+as the user's own code, under ``modes`` that take statistics over the surviving elements and give
+both runs the same random numbers. If that code cannot be followed, the traced ``graph`` runs
+instead. ``gradients`` compares gradients. ``check`` chooses the situations that are tried, and
+``outcomes`` defines how a comparison can end.
 """
 
 from fxprune.verification.check import Verification, check

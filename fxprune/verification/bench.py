@@ -1,9 +1,10 @@
-"""Holds what both models give against each other."""
+"""The comparison of both models' runs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from fxprune.inputs import Call
 from fxprune.trace.reach import AGAIN, drawing
 from fxprune.verification.comparing import difference
 from fxprune.verification.modes import (
-    InDtype,
     MismatchError,
     NotFollowedError,
     clone,
@@ -26,118 +26,139 @@ from fxprune.verification.outcomes import (
     refuse_rounding,
 )
 from fxprune.verification.rounding import EXACT, Rounding, largest_rounding, measure_rounding
-from fxprune.verification.runs import Run, Runs, taken
-from fxprune.verification.values import in_single
+from fxprune.verification.runs import Run, Runs, Situation, copy_leaves
+from fxprune.verification.values import to_float32
 
 __all__ = ["Bench"]
 
 
 class Bench(Runs):
-    """Both models, with one choice of weights in one dtype.
+    """Comparisons of both models with one choice of weights in one dtype.
 
-    Parameters
-    ----------
-    values:
-        The original's tensors, by name. They become the bench's own: what is removed is
-        overwritten with zeros.
-    own:
-        The pruned model runs on its own tensors instead of the survivors of these.
+    The parameters are those of :class:`~fxprune.verification.runs.Runs`.
     """
 
     @property
     def limit(self) -> float:
-        """The relative error that is still rounding."""
+        """The largest relative error that still counts as rounding."""
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
-    def single(self) -> Bench:
-        """The same values in float32."""
+    def in_float32(self) -> Bench:
+        """Return a bench with the same values in float32."""
         other = copy.copy(self)
-        other.masked, other.kept = (
-            {name: in_single(value) for name, value in own.items()}
-            for own in (self.masked, self.kept)
-        )
+        other.masked, other.kept = to_float32(self.masked), to_float32(self.kept)
         return other
 
     def compare(self, call: Call, *, training: bool = False, times: int = 1) -> Outcome:
-        """Run both and compare all that comes out; ``times``: so often, each time on what the time
-        before has left.
+        """Run both models and compare their outputs, buffers, random numbers and dropout rates.
+
+        Parameters
+        ----------
+        call:
+            The inputs.
+        training:
+            Whether both models are in training mode.
+        times:
+            The number of calls. Each call sees what the one before has written into the model.
 
         Raises
         ------
-        RefusedError, PrunedFailsError, GuardedError
+        RefusedError
+            If the original fails.
+        PrunedFailsError, GuardedError
+            If the pruned model fails.
         VerificationError
             If outputs differ in more than their values, or random numbers cannot be compared.
         """
+        situation = Situation([call] * times, training)
         try:
-            outcome = self._compare([call] * times, training, constant=False)
+            return self._compare(situation)
         except MismatchError:
-            outcome = None
-        if outcome is not None:
-            return outcome
+            situation = replace(situation, constant=True)
         try:
-            return self._compare([call] * times, training, constant=True)
+            return self._compare(situation)
         except MismatchError as error:
             raise VerificationError(
                 f"the random numbers of both models cannot be compared: {error}."
             ) from error
 
-    def _compare(self, calls: Sequence[Call], training: bool, constant: bool) -> Outcome:
-        reference, notes = self._reference(calls, training, constant)
-        result, deciding = self._smaller(calls, training, constant, reference.draws)
-        if not notes and _undefined(reference, result):
-            reference, notes = (
-                self._graph(calls, training, constant),
-                ("the traced graph: 0/0 at removed elements",),
-            )
-            result, deciding = self._smaller(calls, training, constant, reference.draws)
+    def _compare(self, situation: Situation) -> Outcome:
+        reference, result = self._run_both(situation)
         if (
-            not notes
+            not reference.notes
             and reference.state != result.state
-            and self._draw_in_python(calls[0], training)
+            and self._draws_in_python(situation.calls[0], situation.training)
         ):
             raise MismatchError("Python code draws them in one model, and not in the other")
-        outcome = self._held(result, reference, deciding, notes)
+        outcome = self._measure(result, reference)
         if outcome.error <= self.limit:
             return outcome
-        second, _ = self._reference(calls, training, constant)
-        if not notes and self._differ(second.outputs, reference.outputs):
+        return self._compare_beyond_rounding(situation, result, reference)
+
+    def _run_both(self, situation: Situation) -> tuple[Run, Run]:
+        """Run the original and the pruned model on the same random numbers.
+
+        The traced graph runs instead of the original if 0/0 at removed elements spreads.
+        """
+        reference = self._run_reference(situation)
+        result = self._run_pruned(situation, reference.draws)
+        if not reference.notes and _has_more_nan(reference, result):
+            reference = self._run_graph(situation)
+            reference.notes = ("the traced graph: 0/0 at removed elements",)
+            result = self._run_pruned(situation, reference.draws)
+        return reference, result
+
+    def _compare_beyond_rounding(
+        self, situation: Situation, result: Run, reference: Run
+    ) -> Outcome:
+        """Compare again, and accept gaps that rounding explains.
+
+        Raises
+        ------
+        RoundingError
+            If rounding is amplified so much that outputs cannot be compared.
+        VerificationError
+            If the original gives other outputs when it runs again.
+        """
+        again = self._run_reference(situation)
+        if not reference.notes and self._differ(again.outputs, reference.outputs):
             raise VerificationError(
                 "the original gives other outputs when it runs again: random numbers that it "
                 "draws cannot be compared."
             )
-        shaken = [other._reference(calls, training, constant)[0] for other in self.shaken()]
-        rounding = measure_rounding(reference, shaken, self.dtype)
-        outcome = self._held(result, reference, deciding, notes, rounding)
+        perturbed = [bench._run_reference(situation) for bench in self.perturbed()]
+        rounding = measure_rounding(reference, perturbed, self.dtype)
+        outcome = self._measure(result, reference, rounding)
         if not outcome.error <= self.limit:
-            for run in shaken:
+            for run in perturbed:
                 moved, _ = difference(run.outputs, reference.outputs, rounding.outputs)
                 refuse_rounding(outcome.error, moved, "what it gives")
         return outcome
 
     def _differ(self, got: Any, wanted: Any) -> bool:
-        """Tell whether two runs of one model differ by more than the rounding of sums that
-        threads add up in another order.
+        """Tell whether two runs of one model differ by more than rounding.
+
+        Rounding may differ because threads add up sums in another order.
         """
         return difference(got, wanted, largest_rounding(self.dtype))[0] > 0.0
 
-    def shaken(self) -> Iterator[Bench]:
-        """The same with the original's weights rounded otherwise, several times."""
+    def perturbed(self) -> Iterator[Bench]:
+        """Yield several benches with the original's weights rounded differently."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(5):
             other = copy.copy(self)
-            other.masked = {
-                name: _rounded_otherwise(value, generator) for name, value in self.masked.items()
-            }
+            masked = self.masked.items()
+            other.masked = {name: _perturb(value, generator) for name, value in masked}
             yield other
 
-    def _held(
-        self,
-        result: Run,
-        reference: Run,
-        deciding: list[tuple[Tensor, Tensor]],
-        notes: tuple[str, ...],
-        rounding: Rounding = EXACT,
-    ) -> Outcome:
+    def _measure(self, result: Run, reference: Run, rounding: Rounding = EXACT) -> Outcome:
+        """Return the largest error over all that both runs gave.
+
+        Raises
+        ------
+        VerificationError
+            If the runs differ in more than values.
+        """
         error, count = difference(result.outputs, reference.outputs, rounding.outputs)
         if None not in (reference.form, result.form) and reference.form != result.form:
             raise VerificationError(
@@ -149,52 +170,54 @@ class Bench(Runs):
                 f"the pruned model's dropouts drop the shares {result.dropped}, the original's "
                 f"{reference.dropped}."
             )
-        for mine, yours in deciding:
-            error = max(error, difference(mine, yours, rounding.deciding)[0])
+        for tensor, wanted in result.deciding:
+            error = max(error, difference(tensor, wanted, rounding.deciding)[0])
+        error = max(error, self._buffer_error(result, reference, rounding))
+        return Outcome(error, count, reference.notes)
+
+    def _buffer_error(self, result: Run, reference: Run, rounding: Rounding) -> float:
+        error = 0.0
         for name, buffer in result.buffers.items():
             wanted = reference.buffers.get(name)
             if wanted is not None and name in self.coupling.parameters:
                 wanted = self.survivors.take(self.coupling.parameters[name], wanted)
                 gap = rounding.buffers.get(name, 0.0)
                 error = max(error, difference([buffer], [wanted], gap)[0])
-        return Outcome(error, count, notes)
+        return error
 
-    def _draw_in_python(self, call: Call, training: bool) -> bool:
-        """Whether Python code of one of the models draws random numbers: it may have been that of
-        another thread.
+    def _draws_in_python(self, call: Call, training: bool) -> bool:
+        """Tell whether Python code of one of the models draws random numbers.
+
+        A changed state of the generators does not prove this, because another thread may have
+        drawn.
         """
         found = False
-        for model in (self.original(training), self.smaller(training)):
+        for model in (self.masked_copy(training), self.pruned_copy(training)):
             args, kwargs = clone(call)
-            with (
-                self._undone(model),
-                self.drawing(),
-                torch.no_grad(),
-                InDtype(self.dtype),
-                drawing(self.model) as drawn,
-            ):
+            with self._running(model, torch.no_grad()), drawing(self.model) as has_drawn:
                 model(*args, **kwargs)
-                found |= drawn()
+                found |= has_drawn()
         return found
 
-    def vary(self, call: Call, *, training: bool) -> bool:
-        """Whether both models do something else when they run again on the same values, by a
-        clock, say.
+    def both_vary(self, call: Call, *, training: bool) -> bool:
+        """Tell whether both models give other outputs when they run again on the same values.
+
+        A model may depend on a clock, for example.
         """
-        return self._varies(lambda: self.original(training), call) and self._varies(
-            lambda: self.smaller(training), call
+        return self._varies(lambda: self.masked_copy(training), call) and self._varies(
+            lambda: self.pruned_copy(training), call
         )
 
-    def _varies(self, copied: Callable[[], nn.Module], call: Call) -> bool:
+    def _varies(self, copy_model: Callable[[], nn.Module], call: Call) -> bool:
         first: list[Any] | None = None
         for _ in range(AGAIN + 1):
-            (args, kwargs), model = clone(call), copied()
+            (args, kwargs), model = clone(call), copy_model()
             try:
-                with self._undone(model), self.drawing(), torch.no_grad(), InDtype(self.dtype):
-                    out = taken(model(*args, **kwargs))
+                with self._running(model, torch.no_grad()):
+                    out = copy_leaves(model(*args, **kwargs))
                 if first is None:
                     difference(out, out)
-            except Exception:  # it fails, or gives nothing that can be compared
+            except Exception:  # the model fails, or gives nothing that can be compared
                 return False
             try:
                 if first is not None and self._differ(out, first):
@@ -204,32 +227,37 @@ class Bench(Runs):
             first = out if first is None else first
         return False
 
-    def _reference(
-        self, calls: Sequence[Call], training: bool, constant: bool
-    ) -> tuple[Run, tuple[str, ...]]:
+    def _run_reference(self, situation: Situation) -> Run:
+        """Run the original's own code, or the traced graph if that code cannot be followed."""
         try:
-            return self._followed(calls, training, constant), ()
+            return self._run_original(situation)
         except NotFollowedError as error:
-            return self._graph(calls, training, constant), (f"the traced graph: {error}",)
+            run = self._run_graph(situation)
+            run.notes = (f"the traced graph: {error}",)
+            return run
 
 
-def _rounded_otherwise(value: Tensor, generator: torch.Generator) -> Tensor:
+def _perturb(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round weights differently: move each by up to two steps of its dtype."""
     if not value.is_floating_point():
         return value
     steps = torch.randint(-2, 3, value.shape, generator=generator)
     return value * (1 + steps.to(value.dtype) * torch.finfo(value.dtype).eps)
 
 
-def _undefined(reference: Run, result: Run) -> bool:
-    """Whether the original gives what is not a number where the pruned model gives one: 0/0 at a
-    removed element spreads so.
+def _has_more_nan(reference: Run, result: Run) -> bool:
+    """Tell whether the original gives NaN where the pruned model gives a number.
+
+    This happens if 0/0 at a removed element spreads to others.
     """
     pairs = zip(tree_leaves(reference.outputs), tree_leaves(result.outputs), strict=False)
-    return any(
-        isinstance(old, Tensor)
-        and isinstance(new, Tensor)
-        and old.shape == new.shape
-        and old.is_floating_point()
-        and bool((old.isnan() & ~new.isnan()).any())
-        for old, new in pairs
-    )
+    return any(_has_nan_beside_number(old, new) for old, new in pairs)
+
+
+def _has_nan_beside_number(old: Any, new: Any) -> bool:
+    """Tell whether the first of two values of one shape is NaN where the second is a number."""
+    if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+        return False
+    if old.shape != new.shape or not old.is_floating_point():
+        return False
+    return bool((old.isnan() & ~new.isnan()).any())

@@ -1,11 +1,12 @@
-"""All that is proved of a pruned model, situation by situation."""
+"""The whole proof, situation by situation."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -33,34 +34,37 @@ from fxprune.verification.outcomes import (
     PrunedFailsError,
     RefusedError,
     RoundingError,
-    said,
+    describe_error,
 )
 from fxprune.verification.structure import check_emission
-from fxprune.verification.values import choices, in_single, inputs_of, weights_of
-from fxprune.verification.weights import changed
+from fxprune.verification.values import choices, inputs_of, to_float32, weights_of
+from fxprune.verification.weights import changed_tensors
 
 __all__ = ["Verification", "check"]
+
+_Compare: TypeAlias = Callable[..., Any]
 
 
 @public
 @dataclass(frozen=True)
 class Verification:
-    """What was measured.
+    """The result of a proof.
 
     Attributes
     ----------
     error:
         The relative error ``||out - reference|| / ||reference||``, the largest over the outputs
-        and over all situations that were compared; NaN if only the structure was checked.
+        and over all compared situations. NaN if only the structure was checked.
     outputs:
         The number of output tensors compared for the example.
     dtype:
-        In which both models ran: float32 where an operation of the model has no float64.
+        The dtype in which both models ran: float32 if an operation of the model does not support
+        float64.
     compared:
         The situations in which both models agree.
     left_out:
-        The situations that could not be compared, each with the reason; and where the traced graph
-        stood for the original's code.
+        The situations that could not be compared, each with the reason, and those in which the
+        traced graph ran instead of the original's code.
     """
 
     error: float
@@ -71,7 +75,7 @@ class Verification:
 
     @property
     def limit(self) -> float:
-        """The error that is still rounding in this dtype."""
+        """The largest error that still counts as rounding in this dtype."""
         return LIMITS.get(self.dtype, LIMITS[torch.float32])
 
     def __str__(self) -> str:
@@ -95,29 +99,58 @@ def check(
     numeric: bool = True,
     fresh: bool = False,
 ) -> Verification:
-    """Both checks; see :func:`fxprune.verify`. ``fresh``: nobody can have changed the pruned
-    model's weights.
+    """Check the structure and the numbers of a pruned model; see :func:`fxprune.verify`.
+
+    Parameters
+    ----------
+    model:
+        The original model.
+    pruned:
+        The pruned model.
+    plan:
+        The plan that it was pruned by. Its inputs are used if there are no ``example_inputs``.
+    coupling:
+        The analysis of the original.
+    kept:
+        The indices of the surviving units, by the name of their group.
+    example_inputs, dtype, randomize, seed, numeric:
+        See :func:`fxprune.verify`.
+    fresh:
+        Whether the pruned model was just made. Its weights must then be exactly those that the
+        plan leaves of the original's.
+
+    Raises
+    ------
+    VerificationError
+        If the models differ (except by the error for the example's sizes, which is returned), if
+        nothing can be compared, or if the check itself fails.
     """
-    try:
+    with _own_errors():
         survivors = Survivors(coupling, kept)
         check_emission(pruned, coupling, survivors)
         if not numeric:
             return Verification(float("nan"), 0, dtype)
         call = unpack_inputs(plan.inputs) if example_inputs is None else as_call(example_inputs)
-        weights = changed(model, pruned, coupling, survivors)
+        weights = changed_tensors(model, pruned, coupling, survivors)
         if fresh and weights:
             raise VerificationError(f"{next(iter(weights.values()))[0]}.")
-        return _Proof(model, pruned, coupling, survivors, call, randomize, seed).run(
-            dtype, weights
-        )
+        proof = _Proof(model, pruned, coupling, survivors, call, randomize, seed)
+        return proof.run(dtype, weights)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Convert unexpected errors to a VerificationError."""
+    try:
+        yield
     except FxpruneError:
         raise
     except Exception as error:
-        raise VerificationError(f"the check itself failed: {said(error)}") from error
+        raise VerificationError(f"the check itself failed: {describe_error(error)}") from error
 
 
 class _Proof:
-    """One proof: which values, and in which situations."""
+    """One proof: the values that are tried, and the situations that are compared."""
 
     def __init__(
         self,
@@ -131,34 +164,44 @@ class _Proof:
     ) -> None:
         self.model, self.pruned, self.coupling, self.survivors = model, pruned, coupling, survivors
         self.call, self.randomize, self.seed = call, randomize, seed
-        self.dtype = torch.float64  # of most of the proof
+        self.dtype = torch.float64  # the dtype of most situations
         self.compared: list[str] = []
         self.left_out: list[str] = []
+        self._failure: Exception | None = None  # why no values could be compared so far
 
     def run(self, dtype: torch.dtype, weights: Mapping[str, tuple[str, float]]) -> Verification:
-        bench, inputs, outcome = self._first(dtype)
+        """Compare the models in all situations, the example's sizes first.
+
+        Parameters
+        ----------
+        dtype:
+            The dtype to try first.
+        weights:
+            The pruned model's tensors that are not what the plan leaves
+            (:func:`~fxprune.verification.weights.changed_tensors`).
+        """
+        bench, inputs, outcome = self._compare_example(dtype)
         self.dtype = bench.dtype
         found = Verification(outcome.error, outcome.outputs, bench.dtype)
         self._note("the example's sizes", outcome)
         if outcome.error <= found.limit:
-            worst = [outcome.error, *self._situations(bench, inputs), *self._weights(weights)]
-            found = replace(found, error=max(worst))
+            others = [*self._compare_situations(bench, inputs), *self._compare_weights(weights)]
+            found = replace(found, error=max([outcome.error, *others]))
         return replace(found, compared=tuple(self.compared), left_out=tuple(self.left_out))
 
-    def _weights(self, changed: Mapping[str, tuple[str, float]]) -> Iterator[float]:
-        """How far the pruned model's own values are from those that the plan leaves, where they
-        are what is proved.
+    def _compare_weights(self, changed: Mapping[str, tuple[str, float]]) -> Iterator[float]:
+        """Note whether the pruned model's own weights are those that the plan leaves.
+
+        Yield their error if the proof uses the models' own values.
         """
         if not changed:
             self.compared.append(_WEIGHTS)
             return
         first, more = next(iter(changed.values()))[0], len(changed) - 1
         others = f", and so have {more} more" if more else ""
-        ran = (
-            "both models ran on values drawn at random"
-            if self.randomize
-            else "the error says how far"
-        )
+        ran = "the error says how far"
+        if self.randomize:
+            ran = "both models ran on values drawn at random"
         self.left_out.append(
             f"{_WEIGHTS}: {first}{others}: one of the models was trained since, or changed; {ran}"
         )
@@ -167,138 +210,132 @@ class _Proof:
 
     # -- values on which the original runs
 
-    def _first(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
-        """The first values, and the first dtype, for which both models can be run."""
-        failed: Exception | None = None
-        for own in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
-            for bench, inputs in self._benches(own):
-                try:
-                    outcome = bench.compare(inputs)
-                    if own is not dtype:
-                        self.left_out.append(f"{dtype}: {failed}")
-                    return bench, inputs, outcome
-                except (RefusedError, NotFiniteError) as error:
-                    failed = failed or error  # the first values are those that show the most
-                except (PrunedFailsError, GuardedError) as error:
-                    failed = error
-                    break
-                except VerificationError as error:
-                    if bench.vary(inputs, training=False):
-                        raise VerificationError(
-                            "both models do something else when they are called again on the "
-                            "same inputs, so that nothing can be compared."
-                        ) from error
-                    raise
-        if isinstance(failed, VerificationError):
-            raise failed
-        if isinstance(failed, RoundingError):
-            raise VerificationError(
-                f"on values like the example's {failed}. Pass example_inputs on which it gives "
-                "more."
-            ) from failed
-        if isinstance(failed, RefusedError):
-            raise VerificationError(
-                "the original itself fails on values like the example's, so that nothing can be "
-                f"compared: {failed}. Pass example_inputs on which it runs."
-            ) from failed
-        raise VerificationError(
-            f"the pruned model fails where the original runs: {failed}."
-        ) from failed
+    def _compare_example(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome]:
+        """Return the first values, in the first dtype, on which both models run, and the outcome.
+
+        Raises
+        ------
+        VerificationError
+            If there are none, or if the outputs differ in more than their values.
+        """
+        for tried in (dtype, torch.float32) if dtype is torch.float64 else (dtype,):
+            found = self._compare_in(tried)
+            if found is not None:
+                if tried is not dtype:
+                    self.left_out.append(f"{dtype}: {self._failure}")
+                self._failure = None  # its traceback refers to the values
+                return found
+        if isinstance(self._failure, VerificationError):
+            raise self._failure
+        raise VerificationError(_why_uncompared(self._failure)) from self._failure
+
+    def _compare_in(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome] | None:
+        """Return the first values on which both models run in a dtype; None if there are none."""
+        for bench, inputs in self._benches(dtype):
+            try:
+                return bench, inputs, bench.compare(inputs)
+            except (RefusedError, NotFiniteError) as error:
+                # Report the first values, which show the most.
+                self._failure = self._failure or error
+            except (PrunedFailsError, GuardedError) as error:
+                self._failure = error
+                return None
+            except VerificationError as error:
+                if bench.both_vary(inputs, training=False):
+                    raise VerificationError(
+                        "both models do something else when they are called again on the "
+                        "same inputs, so that nothing can be compared."
+                    ) from error
+                raise
+        return None
 
     def _benches(self, dtype: torch.dtype) -> Iterator[tuple[Bench, Call]]:
         for choice in choices(self.randomize, self.call):
             values = weights_of(self.model, dtype, choice, self.seed)
             inputs = inputs_of(self.model, self.call, dtype, choice, self.seed)
-            own = not self.randomize
-            yield (
-                Bench(
-                    self.model,
-                    self.pruned,
-                    self.coupling,
-                    self.survivors,
-                    values,
-                    own=own,
-                    seed=self.seed,
-                ),
-                inputs,
+            bench = Bench(
+                self.model,
+                self.pruned,
+                self.coupling,
+                self.survivors,
+                values,
+                own_values=not self.randomize,
+                seed=self.seed,
             )
+            yield bench, inputs
 
     # -- situations
 
-    def _situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
-        """The errors in every other situation; of a model that takes long, on small inputs or in
-        float32 where that is enough.
+    def _compare_situations(self, bench: Bench, inputs: Call) -> Iterator[float]:
+        """Yield the errors in all situations other than the example's sizes.
+
+        A model that takes long runs on smaller inputs or in float32 where that is enough.
         """
-        long = self.coupling.macs() > _LONG
-        small = None
-        self._as_given()
+        is_long = self.coupling.macs() > _LONG
+        quick = inputs
+        self._run_example()
         if bench.written:
             yield from self._try("a second call", "", Bench.compare, bench, inputs, times=2)
-        for error, call in self._resolutions(bench, inputs, 1 if long else 2):
+        for error, call in self._compare_sizes(bench, inputs, 1 if is_long else 2):
             yield error
-            small = call if _elements(call) < _elements(inputs) else small
-        trained, quick = self._trains(), inputs if small is None or not long else small
-        found = [*self._try("training mode", trained, Bench.compare, bench, quick, training=True)]
-        if not found and quick is not inputs and not trained:
-            del self.left_out[-1]  # a statistic of one value, say
-            found += self._try(
-                "training mode", trained, Bench.compare, bench, inputs, training=True
-            )
-        yield from found
-        if long and quick is inputs:
-            bench, quick = bench.single(), in_single(inputs)
+            if is_long and _elements(call) < _elements(inputs):
+                quick = call
+        yield from self._compare_training(bench, inputs, quick)
+        if is_long and quick is inputs:
+            bench, quick = bench.in_float32(), to_float32(inputs)
         batch = other_batch(quick)
         yield from self._try(
             "another batch", "" if batch else "no input has rows", Bench.compare, bench, batch
         )
-        yield from self._try("gradients", "", check_gradients, bench, quick, training=False)
+        yield from self._compare_gradients(bench, quick)
+
+    def _compare_training(self, bench: Bench, inputs: Call, quick: Call) -> list[float]:
+        """Return the error in training mode, on ``quick`` if possible, else on ``inputs``."""
+        name, why_not = "training mode", self._why_no_training()
+        found = [*self._try(name, why_not, Bench.compare, bench, quick, training=True)]
+        if not found and quick is not inputs and not why_not:
+            # Small inputs may leave one value per channel, which has no variance: use the full
+            # size instead.
+            del self.left_out[-1]
+            found += self._try(name, why_not, Bench.compare, bench, inputs, training=True)
+        return found
+
+    def _compare_gradients(self, bench: Bench, call: Call) -> Iterator[float]:
+        yield from self._try("gradients", "", check_gradients, bench, call, training=False)
         if any(trace.training or trace.path for trace in self.coupling.traces):
-            yield from self._try(
-                "gradients in training mode", trained, check_gradients, bench, quick, training=True
-            )
+            name, why_not = "gradients in training mode", self._why_no_training()
+            yield from self._try(name, why_not, check_gradients, bench, call, training=True)
 
     def _try(
-        self,
-        name: str,
-        why_not: str,
-        compare: Callable[..., Any],
-        bench: Bench,
-        call: Any,
-        **mode: Any,
+        self, name: str, why_not: str, compare: _Compare, bench: Bench, call: Any, **mode: Any
     ) -> Iterator[float]:
-        """Compare in one situation: the error, if the original can be brought into it.
+        """Compare the models in one situation and yield the error, if there is one.
+
+        Nothing is yielded where the original cannot run or ``compare`` measures no error. The
+        situation is noted in ``compared`` or ``left_out``.
+
+        Parameters
+        ----------
+        name:
+            The name of the situation.
+        why_not:
+            The reason why it cannot be compared; empty if it can.
+        compare:
+            The method or function of a bench that compares.
+        bench, call, mode:
+            Its arguments.
 
         Raises
         ------
         VerificationError
-            If the pruned model fails there, or differs.
+            If the pruned model fails or differs.
         """
-        name += "" if bench.dtype is self.dtype else ", in float32"
-        try:
-            if why_not:
-                raise RefusedError(why_not)
-            try:
-                outcome = compare(bench, call, **mode)
-            except PrunedFailsError:
-                if bench.dtype is not torch.float64:
-                    raise
-                # what it makes may be single, whatever it is told
-                outcome = compare(bench.single(), in_single(call), **mode)
-        except (RefusedError, GuardedError, NotFiniteError) as error:
-            self.left_out.append(f"{name}: {error}")
+        if bench.dtype is not self.dtype:
+            name += ", in float32"
+        if why_not:
+            self.left_out.append(f"{name}: {why_not}")
             return
-        except PrunedFailsError as error:
-            raise VerificationError(
-                f"{name}: the pruned model fails where the original runs: {error}."
-            ) from error
-        except VerificationError as error:
-            if bench.vary(call, training=mode.get("training", False)):
-                self.left_out.append(
-                    f"{name}: both models do something else when they are called again on the "
-                    "same inputs"
-                )
-                return
-            raise VerificationError(f"{name}: {error}") from error
+        outcome = self._outcome(name, compare, bench, call, **mode)
         if isinstance(outcome, Outcome):
             self._note(name, outcome)
             if not outcome.error <= bench.limit:
@@ -306,122 +343,173 @@ class _Proof:
                     f"{name}: the pruned model differs from the masked original by "
                     f"{outcome.error:.1e}, relative. Modules in keep= are left as they are."
                 )
-            # rounding in float32 says nothing of the rest
+            # Rounding in float32 says nothing about the other situations, so it is not reported.
             yield outcome.error if bench.dtype is self.dtype else 0.0
-        else:
+        elif outcome is not None:
             self.compared.append(name)
 
-    def _resolutions(
+    def _outcome(
+        self, name: str, compare: _Compare, bench: Bench, call: Any, **mode: Any
+    ) -> Outcome | int | None:
+        """Return what ``compare`` gives; None if the models cannot be compared."""
+        try:
+            return _compare_in_some_dtype(compare, bench, call, **mode)
+        except (RefusedError, GuardedError, NotFiniteError) as error:
+            self.left_out.append(f"{name}: {error}")
+        except PrunedFailsError as error:
+            raise VerificationError(
+                f"{name}: the pruned model fails where the original runs: {error}."
+            ) from error
+        except VerificationError as error:
+            if not bench.both_vary(call, training=mode.get("training", False)):
+                raise VerificationError(f"{name}: {error}") from error
+            self.left_out.append(
+                f"{name}: both models do something else when they are called again on the "
+                "same inputs"
+            )
+        return None
+
+    def _compare_sizes(
         self, bench: Bench, inputs: Call, enough: int
     ) -> Iterator[tuple[float, Call]]:
-        """Other sizes of inputs, until the original has taken enough of them."""
-        taken, left = 0, len(self.left_out)
+        """Yield the error and the inputs of other input sizes, ``enough`` of them at most.
+
+        Sizes that the original refuses do not count.
+        """
+        taken, before = 0, len(self.left_out)
         for text, call in itertools.islice(other_sizes(inputs), _SIZES_TRIED):
             for error in self._try(f"another size ({text})", "", Bench.compare, bench, call):
                 yield error, call
                 taken += 1
             if taken == enough:
                 break
-        # one reason is enough, and none where another size was compared
-        del self.left_out[left + (0 if taken else 1) :]
+        # One reason is enough, and none is needed if another size was compared.
+        del self.left_out[before + (0 if taken else 1) :]
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.compared.append(name)
-        self.left_out += [
-            f"{name}: instead of the original's own code, {note}" for note in outcome.notes
-        ]
+        for note in outcome.notes:
+            self.left_out.append(f"{name}: instead of the original's own code, {note}")
 
-    def _trains(self) -> str:
-        """Why training mode is not compared; empty if it is."""
-        asked = [
-            trace for trace in self.coupling.traces if trace.asked_mode and not trace.training
-        ]
+    def _why_no_training(self) -> str:
+        """Return why training mode cannot be compared; an empty text if it can."""
         both = {trace.path for trace in self.coupling.traces if trace.training}
-        return (
-            ""
-            if all(trace.path in both for trace in asked)
-            else "only the path of evaluation was traced"
-        )
+        for trace in self.coupling.traces:
+            if trace.asked_mode and not trace.training and trace.path not in both:
+                return "only the path of evaluation was traced"
+        return ""
 
     # -- the example itself
 
-    def _as_given(self) -> None:
-        """Run the pruned model on the example as it is, where it lies and in its own dtype.
+    def _run_example(self) -> None:
+        """Run the pruned model on the unchanged example, on its own device and in its own dtype.
 
         Raises
         ------
         VerificationError
             If it fails where the original runs, or gives other shapes or dtypes.
         """
-        if any(leaf.is_meta for leaf in tensors_of(self.call)):
-            self.left_out.append("the example itself: only its shapes are known")
-            return
-        moved = _moved(self.model, self.pruned)
-        if moved:
-            self.left_out.append(f"the example itself: {moved}")
+        why_not = self._why_no_example()
+        if why_not:
+            self.left_out.append(f"the example itself: {why_not}")
             return
         try:
-            wanted = kinds(self._called(self.model))
+            wanted = kinds(self._call(self.model))
         except Exception as error:
-            self.left_out.append(f"the example itself: {said(error)}")
+            self.left_out.append(f"the example itself: {describe_error(error)}")
             return
         try:
-            found = kinds(self._called(self.pruned))
+            found = kinds(self._call(self.pruned))
         except Exception as error:
             raise VerificationError(
-                f"the pruned model fails on the example, where the original runs: {said(error)}."
+                "the pruned model fails on the example, where the original runs: "
+                f"{describe_error(error)}."
             ) from error
-        # how much is found can depend on the values, which the masked original has been compared
-        # by
-        if self.coupling.parts:
-            alike = [_unsized(kind) for kind in found] == [_unsized(kind) for kind in wanted]
-        else:
-            alike = found == wanted
-        if not alike:
+        if not self._are_alike(found, wanted):
             raise VerificationError(
                 f"on the example the pruned model gives {', '.join(found)}, the original "
                 f"{', '.join(wanted)}."
             )
         self.compared.append("the example itself")
 
-    def _called(self, model: nn.Module) -> Any:
+    def _why_no_example(self) -> str:
+        """Return why the example cannot be run as it is; an empty text if it can."""
+        if any(leaf.is_meta for leaf in tensors_of(self.call)):
+            return "only its shapes are known"
+        return _conversion(self.model, self.pruned)
+
+    def _are_alike(self, found: list[str], wanted: list[str]) -> bool:
+        """Tell whether the outputs of both models have the same shapes and dtypes.
+
+        Python code between parts may make sizes depend on values, and this original is not masked.
+        With the masked original, sizes have been compared already.
+        """
+        if self.coupling.parts:
+            return [*map(_without_sizes, found)] == [*map(_without_sizes, wanted)]
+        return found == wanted
+
+    def _call(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
         with seeded(self.seed), undrawn_by(Reached(self.model)), torch.no_grad():
             return in_mode(plain_copy(model), False)(*args, **kwargs)
 
 
-def _moved(model: nn.Module, pruned: nn.Module) -> str:
-    """Whether all of the pruned model has been brought to another dtype or device: the example is
-    none of its own then.
+def _conversion(model: nn.Module, pruned: nn.Module) -> str:
+    """Return a text if the whole pruned model was moved to another dtype or device, else "".
+
+    The example does not fit such a model.
     """
     old = {name: (tensor.dtype, tensor.device) for name, tensor in named_tensors(model).items()}
-    pairs = {
-        (old[name], (t.dtype, t.device))
-        for name, t in named_tensors(pruned).items()
-        if name in old
-    }
-    one = len({before for before, _ in pairs}) == len(pairs)
-    return (
-        "; ".join(
-            f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in pairs if was != now
+    pairs = set()
+    for name, tensor in named_tensors(pruned).items():
+        if name in old:
+            pairs.add((old[name], (tensor.dtype, tensor.device)))
+    if len({before for before, _ in pairs}) != len(pairs):
+        return ""
+    changed = ((before, after) for before, after in pairs if before != after)
+    return "; ".join(f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in changed)
+
+
+def _why_uncompared(failure: Exception | None) -> str:
+    """Return a text that says why the models cannot be compared on the example."""
+    if isinstance(failure, RoundingError):
+        return (
+            f"on values like the example's {failure}. Pass example_inputs on which it gives more."
         )
-        if one
-        else ""
-    )
+    if isinstance(failure, RefusedError):
+        return (
+            "the original itself fails on values like the example's, so that nothing can be "
+            f"compared: {failure}. Pass example_inputs on which it runs."
+        )
+    return f"the pruned model fails where the original runs: {failure}."
 
 
-def _unsized(kind: str) -> tuple[str, int]:
-    """The dtype and the number of axes of what is written as ``float32[2, 3]``."""
+def _compare_in_some_dtype(compare: _Compare, bench: Bench, call: Any, **mode: Any) -> Any:
+    """Compare in the bench's dtype, or in float32 if the pruned model fails in float64."""
+    try:
+        return compare(bench, call, **mode)
+    except PrunedFailsError:
+        if bench.dtype is not torch.float64:
+            raise
+        # The model may create float32 tensors whatever dtype is asked for.
+        return compare(bench.in_float32(), to_float32(call), **mode)
+
+
+def _without_sizes(kind: str) -> tuple[str, int]:
+    """Return the dtype and the number of commas of a text such as ``float32[2, 3]``.
+
+    Two texts with the same result have the same dtype and, scalars aside, the same number of axes.
+    """
     return kind.partition("[")[0], kind.count(",")
 
 
 _WEIGHTS = "the weights themselves"
 
 _SIZES_TRIED = 12
-"""How many other sizes of inputs are tried."""
+"""The largest number of other input sizes to try."""
 
 _LONG = 3e8
-"""Multiply-accumulates of a model that takes long."""
+"""The number of MACs above which a model takes long."""
 
 
 def _elements(call: Call) -> int:

@@ -1,4 +1,4 @@
-"""Outputs of two runs held against each other."""
+"""The comparison of the outputs of two runs."""
 
 from __future__ import annotations
 
@@ -27,30 +27,36 @@ __all__ = [
 
 
 class NotFiniteError(VerificationError):
-    """The values that both models were run on give nothing that can be compared."""
+    """The outputs on these values contain no finite number to compare."""
 
 
 def kinds(value: Any) -> list[str]:
-    """Shape and dtype of each tensor, for a message."""
-    return [
-        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        for leaf in leaves(value)
-        if isinstance(leaf, Tensor)
-    ]
+    """Return the dtype and shape of each tensor in a value, for messages.
+
+    >>> kinds([torch.zeros(2, 3)])
+    ['float32[2, 3]']
+    """
+    return [_kind(tensor) for tensor in _tensors(value)]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def form(value: Any) -> tuple[TreeSpec, list[str]]:
-    """The containers of an output, and the classes of what they hold; numbers and tensors are what
-    they are.
+    """Return the containers of an output, and the class name of each leaf.
+
+    Numbers and tensors all have the empty name, because they are compared by value elsewhere.
 
     >>> form([1, 2]) == form([3, 4]), form([1, 2]) == form((1, 2))
     (True, False)
     """
-    leaves, containers = tree_flatten(value, is_leaf=has_tensors_as_keys)
-    return containers, [
-        "" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__
-        for leaf in leaves
-    ]
+    found, containers = tree_flatten(value, is_leaf=has_tensors_as_keys)
+    return containers, [_class_name(leaf) for leaf in found]
+
+
+def _class_name(leaf: Any) -> str:
+    return "" if isinstance(leaf, (Tensor, int, float)) else type(leaf).__qualname__
 
 
 def difference(
@@ -60,62 +66,79 @@ def difference(
 
     Parameters
     ----------
+    got:
+        The output of the pruned model, in any containers.
+    wanted:
+        The output of the masked original.
     rounding:
-        The absolute gap that counts as none, for every tensor or for each (:func:`gaps`).
+        The absolute gap that is no error: one number for all tensors, or one for each.
 
     Raises
     ------
+    NotFiniteError
+        If no tensor of ``wanted`` holds a finite number.
     VerificationError
-        If they differ in number, shape or kind, in a value that is no tensor, or if there is
-        nothing to compare.
+        If the outputs differ in number, shape or dtype, or in a value that is no tensor; or if
+        they hold no tensor to compare.
     """
-    one, other = list(leaves(got)), list(leaves(wanted))
-    tensors = _tensors(wanted)
-    if count_tensors(got) != len(tensors) or len(one) != len(other):
-        raise VerificationError(
-            f"the pruned model gives {_listed(one)}; the masked original gives {_listed(other)}."
-        )
-    if not tensors:
-        raise VerificationError("the model gives no tensor, so that there is nothing to compare.")
+    found, references = list(leaves(got)), list(leaves(wanted))
+    _check_count(found, references)
     error, number = 0.0, 0
-    for mine, yours in zip(one, other, strict=True):
-        if isinstance(yours, Tensor) != isinstance(mine, Tensor):
-            raise VerificationError(
-                f"the pruned model gives {_listed(one)}; the masked original gives "
-                f"{_listed(other)}."
-            )
-        if isinstance(yours, Tensor):
+    for leaf, reference in zip(found, references, strict=True):
+        if isinstance(leaf, Tensor) != isinstance(reference, Tensor):
+            raise _other_outputs(found, references)
+        if isinstance(reference, Tensor):
             gap = rounding if isinstance(rounding, float) else rounding[number]
-            error = max(error, _compared(mine, yours, number, gap))
+            error = max(error, _error_of(leaf, reference, number, gap))
             number += 1
-        elif not _equal(mine, yours):
+        elif not _are_equal(leaf, reference):
             raise VerificationError(
-                f"the pruned model gives the number {mine!r}, the masked original {yours!r}."
+                f"the pruned model gives the number {leaf!r}, the masked original {reference!r}."
             )
-    if not any(_has_numbers(tensor) for tensor in tensors):
+    if not any(_has_numbers(tensor) for tensor in _tensors(references)):
         raise NotFiniteError(
             "the outputs are not finite, or empty: the check needs weights and inputs that give "
             "finite outputs."
         )
-    return error, len(tensors)
+    return error, number
+
+
+def _check_count(found: list[Any], references: list[Any]) -> None:
+    """Raise an error if the numbers of leaves or tensors differ, or if there is no tensor."""
+    count = count_tensors(references)
+    if count_tensors(found) != count or len(found) != len(references):
+        raise _other_outputs(found, references)
+    if not count:
+        raise VerificationError("the model gives no tensor, so that there is nothing to compare.")
+
+
+def _other_outputs(found: list[Any], references: list[Any]) -> VerificationError:
+    return VerificationError(
+        f"the pruned model gives {_list_outputs(found)}; the masked original gives "
+        f"{_list_outputs(references)}."
+    )
 
 
 def gaps(got: Any, wanted: Any) -> list[float]:
-    """Return the largest absolute difference of each tensor of two outputs of one form.
+    """Return the largest absolute difference of each pair of tensors of two outputs.
+
+    Tensors of different shapes have a difference of 0, and so have NaNs.
 
     >>> gaps([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.5])])
     [0.5]
     """
-    return [
-        float((_double(one) - _double(other)).abs().nan_to_num(nan=0.0).max())
-        if one.numel() and one.shape == other.shape
-        else 0.0
-        for one, other in zip(_tensors(got), _tensors(wanted), strict=True)
-    ]
+    pairs = zip(_tensors(got), _tensors(wanted), strict=True)
+    return [_largest_gap(one, other) for one, other in pairs]
+
+
+def _largest_gap(one: Tensor, other: Tensor) -> float:
+    if not one.numel() or one.shape != other.shape:
+        return 0.0
+    return float((_double(one) - _double(other)).abs().nan_to_num(nan=0.0).max())
 
 
 def count_tensors(value: Any) -> int:
-    """Return the number of tensors of an output."""
+    """Return the number of tensors in an output."""
     return len(_tensors(value))
 
 
@@ -123,7 +146,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _compared(got: Tensor, wanted: Tensor, number: int, rounding: float) -> float:
+def _error_of(got: Tensor, wanted: Tensor, number: int, rounding: float) -> float:
+    """Return the relative error of one output tensor, whose shape and dtype must be the same."""
     if got.shape != wanted.shape:
         raise VerificationError(
             f"output {number} has shape {tuple(got.shape)}, the masked original gives "
@@ -139,8 +163,8 @@ def _compared(got: Tensor, wanted: Tensor, number: int, rounding: float) -> floa
 def relative_error(got: Tensor, wanted: Tensor, rounding: float = 0.0) -> float:
     """Return ``||got - wanted|| / ||wanted||``.
 
-    Infinities and NaNs that stand at the same places of both are equal. An element whose absolute
-    gap is at most ``rounding`` is equal, too.
+    Infinities and NaNs at the same positions count as equal, and so do elements whose absolute gap
+    is at most ``rounding``. A difference that is not finite gives infinity.
     """
     got, wanted = (_double(tensor) for tensor in (got, wanted))
     gap = (got - wanted).abs()
@@ -153,7 +177,7 @@ def relative_error(got: Tensor, wanted: Tensor, rounding: float = 0.0) -> float:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A copy of a tensor whose elements all stand in memory, as numbers."""
+    """Return a strided, unquantized copy of a tensor, without its gradient history."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         return tensor.to_dense()
@@ -168,7 +192,7 @@ def _has_numbers(tensor: Tensor) -> bool:
     return bool(_double(tensor).isfinite().any())
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return bool(one == other)
     return (
@@ -178,5 +202,5 @@ def _equal(one: Any, other: Any) -> bool:
     )
 
 
-def _listed(found: list[Any]) -> str:
-    return f"{len(found)} outputs ({', '.join(kinds(found)) or 'no tensor'})"
+def _list_outputs(outputs: list[Any]) -> str:
+    return f"{len(outputs)} outputs ({', '.join(kinds(outputs)) or 'no tensor'})"

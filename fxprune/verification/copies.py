@@ -1,6 +1,4 @@
-"""The two models that run: copies of the user's and of the pruned one, with other values in
-another dtype.
-"""
+"""Copies of the original and of the pruned model, with other values and in another dtype."""
 
 from __future__ import annotations
 
@@ -17,11 +15,21 @@ from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors, sharing_graphs
 from fxprune.trace import copy_of
 
-__all__ = ["cut", "mask", "original", "plain_copy", "smaller"]
+__all__ = ["copy_original", "copy_pruned", "cut", "mask", "plain_copy"]
 
 
 def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]) -> None:
-    """Write zeros into these values at everything that is removed."""
+    """Write zeros at all removed elements.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The original's tensors by name; they are overwritten.
+    """
     for name, tensor in coupling.parameters.items():
         for _, _, alive in survivors.fields(tensor):
             values[name].masked_fill_(torch.from_numpy(~alive), 0)
@@ -30,81 +38,104 @@ def mask(coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor])
 def cut(
     pruned: nn.Module, coupling: Coupling, survivors: Survivors, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the pruned model holds of these values, in memory of its own."""
-    found: dict[str, Tensor] = {}
+    """Return the part of these values that the pruned model keeps, as new tensors by name.
+
+    Parameters
+    ----------
+    pruned:
+        The pruned model, for its names.
+    coupling:
+        The analysis.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The original's tensors by name.
+    """
+    kept: dict[str, Tensor] = {}
     for name in named_tensors(pruned):
         if name in coupling.parameters:
-            old = coupling.parameters[name]
-            found[name] = (
-                survivors.take(old, values[name]) if old.is_meta else values[name]
-            ).clone()
-    return found
+            labelled, value = coupling.parameters[name], values[name]
+            kept[name] = (survivors.take(labelled, value) if labelled.is_meta else value).clone()
+    return kept
 
 
-def original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the user's model, its code, its hooks and all that it holds, with these values;
-    parameters share their memory.
+def copy_original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the user's model, with its code, hooks and attributes, and with new values.
+
+    Parameters
+    ----------
+    model:
+        The user's model.
+    values:
+        The values of its parameters and buffers by name. The copy's parameters share their memory.
+    dtype:
+        The dtype of all other floating-point tensors that the model holds.
     """
     memo: Memo = {}
     for name, tensor in named_tensors(model).items():
-        value = values[name]
-        parameter = isinstance(tensor, nn.Parameter)
-        to_memo(
-            memo, tensor, nn.Parameter(value, tensor.requires_grad) if parameter else value.clone()
-        )
-    with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
+        _copy_as(memo, tensor, values[name])
+    with _TensorCopies(lambda tensor: _copy_in(tensor, dtype)):
         return copy_of(model, memo)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model where it lies, as it is."""
+    """Return a copy of a model with the same values, on the same device and in the same dtype."""
     memo = sharing_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
-        own = tensor.detach().clone()
-        to_memo(
-            memo,
-            tensor,
-            nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own,
-        )
-    with _Tensors(lambda tensor: tensor.detach().clone()):
+        copied = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, tensor.requires_grad)
+        to_memo(memo, tensor, copied)
+    with _TensorCopies(lambda tensor: tensor.detach().clone()):
         return copy_of(model, memo)
 
 
-def smaller(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the pruned model with these values, whose memory its parameters share, and with
-    its own where there are none.
+def copy_pruned(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the pruned model with new values.
+
+    Parameters
+    ----------
+    pruned:
+        The pruned model.
+    values:
+        The values of its parameters and buffers by name. The copy's parameters share their memory.
+        A tensor without a value here keeps its own.
+    dtype:
+        The dtype of all other floating-point tensors that the model holds.
     """
     memo = sharing_graphs(pruned)
-    for name, old in named_tensors(pruned).items():
-        value = values[name] if name in values else _in_dtype(old, dtype)
-        to_memo(
-            memo,
-            old,
-            nn.Parameter(value, old.requires_grad)
-            if isinstance(old, nn.Parameter)
-            else value.clone(),
-        )
-    with _Tensors(lambda tensor: _in_dtype(tensor, dtype)):
+    for name, tensor in named_tensors(pruned).items():
+        _copy_as(memo, tensor, values[name] if name in values else _copy_in(tensor, dtype))
+    with _TensorCopies(lambda tensor: _copy_in(tensor, dtype)):
         return copy_of(pruned, memo)
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _copy_as(memo: Memo, tensor: Tensor, value: Tensor) -> None:
+    """Set the copy of a tensor: ``value`` itself for a parameter, a clone of it for a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        to_memo(memo, tensor, nn.Parameter(value, tensor.requires_grad))
+    else:
+        to_memo(memo, tensor, value.clone())
+
+
+def _copy_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
 
 
-class _Tensors(TorchFunctionMode):
-    """What ``copy.deepcopy`` makes of tensors that it meets; of one that autograd made, it would
-    make none.
+class _TensorCopies(TorchFunctionMode):
+    """A mode in which ``copy.deepcopy`` copies tensors with the given function.
+
+    Without it, ``copy.deepcopy`` refuses tensors that autograd computed.
     """
 
-    def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, copy: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.copied = copied
+        self.copy = copy
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             tensor, memo = args
             if not in_memo(memo, tensor):
-                to_memo(memo, tensor, self.copied(tensor))
+                to_memo(memo, tensor, self.copy(tensor))
             return from_memo(memo, tensor)
         return func(*args, **(kwargs or {}))

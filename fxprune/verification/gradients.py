@@ -1,8 +1,10 @@
-"""Which parameters get a gradient, and which one."""
+"""The comparison of both models' gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,66 +15,116 @@ from fxprune.coupling.parts.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
 from fxprune.verification.bench import Bench
-from fxprune.verification.modes import InDtype, clone
-from fxprune.verification.outcomes import RefusedError, refuse_rounding, said
+from fxprune.verification.modes import DtypeMode, clone
+from fxprune.verification.outcomes import RefusedError, describe_error, refuse_rounding
 from fxprune.verification.rounding import bound_rounding
 
 __all__ = ["check_gradients"]
 
 
 def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
-    """Run both models forward and backward; the number of parameters that get a gradient.
+    """Run both models forward and backward, and compare which parameters get a gradient.
 
-    The gradients themselves are compared as well, unless statistics go over the survivors or
-    random numbers are drawn.
+    The gradients themselves are compared as well, unless the bench runs in another dtype than
+    float64, the pruned model runs on its own tensors, statistics lose elements, random numbers are
+    drawn, a gradient is not finite, or the outputs differ.
+
+    Parameters
+    ----------
+    bench:
+        Both models.
+    call:
+        The inputs.
+    training:
+        Whether both models are in training mode.
+
+    Returns
+    -------
+    int
+        The number of parameters of the pruned model that get a gradient.
 
     Raises
     ------
-    RefusedError, PrunedFailsError, GuardedError
+    RefusedError
+        If the original fails.
+    PrunedFailsError, GuardedError
+        If the pruned model fails.
     VerificationError
-        If they are others in the pruned model; it names the first.
+        If gradients differ. The message names the first parameter.
     """
     try:
-        wanted, outputs, drawn = _gradients(bench.original(training), bench, call)
+        reference = _run_backward(bench.masked_copy(training), bench, call)
     except Exception as error:
-        raise RefusedError(said(error)) from error
-    pruned = bench.smaller(training)
+        raise RefusedError(describe_error(error)) from error
+    pruned = bench.pruned_copy(training)
     try:
-        found, smaller, _ = _gradients(pruned, bench, call)
+        result = _run_backward(pruned, bench, call)
     except Exception as error:
-        raise bench.failure(pruned, error) from error
-    kept = {
-        name: bench.survivors.take(bench.coupling.parameters[name], grad)
-        for name, grad in wanted.items()
-    }
+        raise bench.pruned_failure(pruned, error) from error
+    kept: dict[str, Tensor] = {}
+    for name, gradient in reference.gradients.items():
+        kept[name] = bench.survivors.take(bench.coupling.parameters[name], gradient)
+    _check_names(bench, result.gradients, kept)
+    if _are_comparable(bench, reference, result, kept):
+        shared = {name: grad for name, grad in kept.items() if name in result.gradients}
+        try:
+            _compare_gradients(bench, result.gradients, shared)
+        except _GapError:
+            moved = _moved(bench, reference.gradients, call, training)
+            _compare_beyond_rounding(bench, result.gradients, shared, moved)
+    return len(result.gradients)
+
+
+def _check_names(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Raise an error if a gradient that is not zero is missing in one of the models.
+
+    A parameter that only led to removed elements may have a gradient of zeros, or none.
+    """
     for name in _in_order(bench.model, kept.keys() ^ found.keys()):
-        has, lacks = (
-            ("the original", "the pruned model")
-            if name in kept
-            else ("the pruned model", "the original")
-        )
-        # what only led to removed elements has a gradient of zeros
+        has, lacks = "the pruned model", "the original"
+        if name in kept:
+            has, lacks = lacks, has
         if bool((kept | found)[name].any()):
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
-    # Norms of removed rows divide nothing by nothing in the masked original, of which attention,
-    # and what chooses between two values, may make numbers again.
-    finite = all(bool(grad.isfinite().all()) for grad in kept.values())
-    if (
-        bench.dtype is torch.float64
-        and finite
-        and not (drawn or bench.normalises or bench.own)
-        and _are_equal(outputs, smaller)
-    ):
-        shared = {name: grad for name, grad in kept.items() if name in found}
-        try:
-            _compare_gradients(bench, found, shared)
-        except _GapError:
-            _compare_beyond_rounding(bench, found, shared, _moved(bench, wanted, call, training))
-    return len(found)
+
+
+def _are_comparable(
+    bench: Bench, reference: _Backward, result: _Backward, kept: dict[str, Tensor]
+) -> bool:
+    """Tell whether the gradients themselves must be equal.
+
+    In the masked original the norm of a removed row is 0/0. Attention, or an operation that
+    chooses between two values, may turn this NaN into a number again, so that gradients can be
+    compared only where they are finite and the outputs are equal.
+    """
+    if bench.dtype is not torch.float64 or bench.has_statistics or bench.own_values:
+        return False
+    if reference.has_drawn or not all(bool(grad.isfinite().all()) for grad in kept.values()):
+        return False
+    return _are_equal(reference.outputs, result.outputs)
+
+
+@dataclass
+class _Backward:
+    """The result of a run forward and backward.
+
+    Attributes
+    ----------
+    gradients:
+        The gradients by parameter name.
+    outputs:
+        The outputs that require a gradient.
+    has_drawn:
+        Whether torch drew random numbers.
+    """
+
+    gradients: dict[str, Tensor]
+    outputs: list[Tensor]
+    has_drawn: bool
 
 
 class _GapError(VerificationError):
-    """A gradient that is another one."""
+    """A parameter's gradient differs between the models."""
 
     def __init__(self, name: str, gap: float, of: float) -> None:
         super().__init__(
@@ -82,60 +134,58 @@ class _GapError(VerificationError):
         self.name, self.size = name, gap
 
 
-def _gradients(
-    model: nn.Module, bench: Bench, call: Call
-) -> tuple[dict[str, Tensor], list[Tensor], bool]:
-    """Gradients by the names of parameters, the outputs that they are of, and whether torch drew
-    random numbers.
+def _run_backward(model: nn.Module, bench: Bench, call: Call) -> _Backward:
+    """Run a model forward and backward.
 
-    No mode may look on: under one that sees operations, gradients of some are others than without
-    it. What forward puts in the place of a parameter is none of the model's: an optimiser does not
-    know it.
+    This runs without a dispatch mode, because under one some operations have other gradients. A
+    parameter is left out if forward moved it to other memory: what lies there does not belong to
+    the model, and an optimiser does not know it.
     """
     args, kwargs = clone(call)
-    own = {name: (parameter, place_of(parameter)) for name, parameter in model.named_parameters()}
-    with bench.drawing(), torch.enable_grad(), InDtype(bench.dtype):
+    parameters = dict(model.named_parameters())
+    places = {name: place_of(parameter) for name, parameter in parameters.items()}
+    with bench.same_draws(), torch.enable_grad(), DtypeMode(bench.dtype):
         before = torch_states()
-        found = [
-            leaf
-            for leaf in leaves(model(*args, **kwargs))
-            if isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
-        if found:
-            torch.autograd.backward(
-                [leaf.abs().sum() if leaf.is_complex() else _weighted(leaf) for leaf in found]
-            )
-        drawn = not all(map(torch.equal, before, torch_states()))
-    kept = {
-        name: parameter.grad
-        for name, (parameter, place) in own.items()
-        if place_of(parameter) == place
-    }
-    return (
-        {name: gradient.detach() for name, gradient in kept.items() if gradient is not None},
-        [leaf.detach() for leaf in found],
-        drawn,
-    )
+        outputs = [leaf for leaf in leaves(model(*args, **kwargs)) if _requires_grad(leaf)]
+        if outputs:
+            torch.autograd.backward([_weighted_sum(output) for output in outputs])
+        has_drawn = not all(map(torch.equal, before, torch_states()))
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if place_of(parameter) == places[name] and parameter.grad is not None:
+            gradients[name] = parameter.grad.detach()
+    return _Backward(gradients, [output.detach() for output in outputs], has_drawn)
+
+
+def _requires_grad(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def _are_equal(outputs: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether two runs gave the same but for rounding, and nan in the same places."""
-    return [own.shape for own in outputs] == [own.shape for own in others] and all(
-        torch.allclose(own, other, rtol=1e-6, atol=1e-6 * _largest(own), equal_nan=True)
-        for own, other in zip(outputs, others, strict=True)
-    )
+    """Tell whether the outputs of two runs are equal up to rounding. NaN equals NaN."""
+    if [output.shape for output in outputs] != [output.shape for output in others]:
+        return False
+    return all(map(_is_close, outputs, others))
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-6, atol=1e-6 * _largest(one), equal_nan=True)
 
 
 def _largest(tensor: Tensor) -> float:
-    return (
-        float(torch.where(tensor.isfinite(), tensor.abs(), 0.0).max()) if tensor.numel() else 0.0
-    )
+    if not tensor.numel():
+        return 0.0
+    return float(torch.where(tensor.isfinite(), tensor.abs(), 0.0).max())
 
 
-def _weighted(output: Tensor) -> Tensor:
-    """A sum in which every element counts otherwise: a plain one has no gradient where they add up
-    to a constant.
+def _weighted_sum(output: Tensor) -> Tensor:
+    """Return a sum in which every element has another weight.
+
+    A plain sum has no gradient if the elements add up to a constant, as those of a softmax do.
+    Complex numbers are replaced by their magnitudes, which are added up without weights.
     """
+    if output.is_complex():
+        return output.abs().sum()
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
     return (torch.where(output.isfinite(), output, 0.0) * weights).sum()
 
@@ -157,10 +207,10 @@ def _compare_gradients(
 def _moved(
     bench: Bench, wanted: dict[str, Tensor], call: Call, training: bool
 ) -> dict[str, list[float]]:
-    """How far each gradient of the original moves when its weights are rounded otherwise."""
+    """Return how far each gradient of the original moves if weights are rounded differently."""
     moved: dict[str, list[float]] = {name: [] for name in wanted}
-    for shaken in bench.shaken():
-        again, _, _ = _gradients(shaken.original(training), bench, call)
+    for perturbed in bench.perturbed():
+        again = _run_backward(perturbed.masked_copy(training), bench, call).gradients
         for name in wanted.keys() & again.keys():
             moved[name].append(float((again[name] - wanted[name]).norm()))
     return moved
@@ -172,7 +222,15 @@ def _compare_beyond_rounding(
     kept: dict[str, Tensor],
     moved: dict[str, list[float]],
 ) -> None:
-    """Compare once more, where gaps that rounding makes are none."""
+    """Compare again, and accept gaps that rounding explains.
+
+    Raises
+    ------
+    RoundingError
+        If rounding is amplified so much that the gradient cannot be compared.
+    VerificationError
+        If a gradient differs.
+    """
     rounding = {name: bound_rounding(far, bench.dtype) for name, far in moved.items()}
     try:
         _compare_gradients(bench, found, kept, rounding)

@@ -1,7 +1,6 @@
-"""The traced graph as reference: node by node, for the runs in which the original's own code
-cannot be followed.
+"""A run of the traced graph, node by node, if the original's own code cannot be followed.
 
-It says less than the original's own run, because what was traced wrong is wrong here too.
+It proves less than a run of the original's code, because a mistake of the trace is in it, too.
 """
 
 from __future__ import annotations
@@ -20,14 +19,34 @@ from fxprune.errors import VerificationError
 from fxprune.ops import Event
 from fxprune.rewrite import Survivors
 from fxprune.trace import Trace, execute
-from fxprune.verification.modes import Draw, Followed, NotFollowedError, clone, events_of
+from fxprune.verification.modes import Draw, NotFollowedError, RecordingMode, clone, events_of
+from fxprune.verification.values import dtype_of
 
 __all__ = ["GraphRun"]
 
 
 class GraphRun:
-    """Runs the traced graphs on the masked original's tensors, given by name; keeps what they
-    draw.
+    """A runner of the traced graphs on the masked original's tensors.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis, which holds the graphs.
+    survivors:
+        The elements that the plan keeps.
+    values:
+        The masked original's tensors by name.
+    training:
+        Whether the graphs of training mode run.
+    constant:
+        Whether one number replaces all random ones.
+
+    Attributes
+    ----------
+    draws:
+        The random numbers that the graphs drew.
+    dropped:
+        The rate of each dropout, in order. Dropout itself is off.
     """
 
     def __init__(
@@ -39,40 +58,37 @@ class GraphRun:
         training: bool,
         constant: bool,
     ) -> None:
-        self.coupling, self.survivors, self.training, self.constant = (
-            coupling,
-            survivors,
-            training,
-            constant,
-        )
-        self.values = IdentityMap(
-            (tensor, values[name].clone()) for name, tensor in coupling.parameters.items()
-        )
-        self.dtype = next(
-            (value.dtype for value in values.values() if value.is_floating_point()),
-            torch.get_default_dtype(),
-        )
-        self.events: dict[str, list[Event]] = {}
-        for own in events_of(coupling).values():
-            for event in own:
+        self.coupling, self.survivors = coupling, survivors
+        self.training, self.constant = training, constant
+        tensors = coupling.parameters.items()
+        self.values = IdentityMap((tensor, values[name].clone()) for name, tensor in tensors)
+        self.dtype = dtype_of(values.values())
+        self.events: dict[str, list[Event]] = {}  # by the node that executes the op
+        for events in events_of(coupling).values():
+            for event in events:
                 self.events.setdefault(event.node, []).append(event)
         self.draws: list[Draw] = []
         self.dropped: list[float] = []
 
     def trace_of(self, path: str) -> Trace:
-        """The graph of the module at this path, for the mode of the run where there is one for
-        each.
-        """
-        own = [trace for trace in self.coupling.traces if trace.path == path]
-        return next((trace for trace in own if trace.training is self.training), own[0])
+        """Return the trace of the module at a path, in the mode of the run if there is one."""
+        traces = [trace for trace in self.coupling.traces if trace.path == path]
+        return next((trace for trace in traces if trace.training is self.training), traces[0])
 
     def run(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the graph gives for these inputs.
+        """Run the graph of the module at a path, and return its output.
+
+        Parameters
+        ----------
+        path:
+            The module's path.
+        args, kwargs:
+            The inputs, in the order of the graph's placeholders.
 
         Raises
         ------
         NotFollowedError
-            If it cannot be told which elements a statistic goes over.
+            If the elements that a statistic goes over cannot be determined.
         """
         trace = self.trace_of(path)
         meta_copy = trace.meta_copy.model
@@ -90,29 +106,30 @@ class GraphRun:
                         value = trace.constants[node.target].detach().cpu()
                         env[node] = value.to(self.dtype) if value.is_floating_point() else value
                     else:
-                        env[node] = self._node(node, trace, env)
+                        env[node] = self._run_node(node, trace, env)
         finally:
             for module, mode in modes.items():
                 module.training = mode
         raise VerificationError("the traced graph has no output")
 
-    def _node(self, node: fx.Node, trace: Trace, env: Mapping[fx.Node, Any]) -> Any:
+    def _run_node(self, node: fx.Node, trace: Trace, env: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-        own = self.events.get(trace.prefix + node.name, [])
-        mode = Followed({"": own}, self.survivors, False, self.constant)
+        events = self.events.get(trace.prefix + node.name, [])
+        mode = RecordingMode({"": events}, self.survivors, False, self.constant)
         try:
-            with torch.inference_mode(), mode.inside(""), mode:
+            with torch.inference_mode(), mode.expecting(""), mode:
                 value = execute(trace.meta_copy.model, node, args, kwargs)
         except NotFollowedError as error:
             raise NotFollowedError(f"node {node.name!r} cannot be followed: {error}") from error
         self.draws += mode.draws
         self.dropped += mode.dropped
-        self._clean(node, value)
+        self._clear_nan(node, value)
         return value
 
-    def _clean(self, node: fx.Node, value: Any) -> None:
-        """0/0 at an element that is not there any more (a filter that is gone divided by its norm)
-        says nothing.
+    def _clear_nan(self, node: fx.Node, value: Any) -> None:
+        """Set NaN to zero at removed elements.
+
+        A removed filter divided by its norm is 0/0, for example, which means nothing.
         """
         for old, new in zip(tree_leaves(node.meta["val"]), tree_leaves(value), strict=True):
             if (
@@ -122,6 +139,6 @@ class GraphRun:
                 and bool(torch.isnan(new).any())
             ):
                 for labels in self.coupling.labels(old):
-                    gone = torch.from_numpy(~self.survivors.alive[labels])
+                    removed = torch.from_numpy(~self.survivors.alive[labels])
                     with torch.inference_mode():
-                        new.masked_fill_(gone & torch.isnan(new), 0.0)
+                        new.masked_fill_(removed & torch.isnan(new), 0.0)

@@ -1,9 +1,9 @@
-"""Rounding of outputs that cancel.
+"""Rounding in outputs that cancel.
 
-The sum of centred channels is zero but for rounding, so its relative error says nothing. How far
-rounding moves an output is measured: the original runs again with its weights rounded otherwise.
-A gap of that size between the models is none. No fixed threshold could say so: outputs may be as
-small as rounding is elsewhere.
+The sum of centred channels is zero except for rounding, so its relative error means nothing. The
+original therefore runs again with its weights rounded differently, which shows how far rounding
+moves each output. A gap of that size between the models is no error. A fixed threshold would not
+work, because the outputs of one model may be as small as the rounding in another.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Rounding:
     Attributes
     ----------
     outputs:
-        One for each output that is a tensor, or one for all.
+        The gap of each output tensor, or one gap for all of them.
     buffers:
-        By name, of what the run leaves in buffers.
+        The gap of each buffer after the run, by name.
     deciding:
-        Of the tensors that Python code decides by.
+        The gap of the tensors that decide which random numbers are drawn.
     """
 
     outputs: Sequence[float] | float = 0.0
@@ -45,7 +45,7 @@ EXACT = Rounding()
 
 
 def largest_rounding(dtype: torch.dtype) -> float:
-    """Return the absolute gap that terms near one may leave when they cancel.
+    """Return the absolute gap that may remain when terms of order one cancel.
 
     >>> largest_rounding(torch.float64) < 1e-12
     True
@@ -54,7 +54,7 @@ def largest_rounding(dtype: torch.dtype) -> float:
 
 
 def bound_rounding(moved: Sequence[float], dtype: torch.dtype) -> float:
-    """Return the absolute gap that rounding explains, of a value that rounding moved so far.
+    """Return the absolute gap that rounding explains, given how far rounding moved a value.
 
     >>> bound_rounding([0.0], torch.float64), bound_rounding([1e-20], torch.float64)
     (0.0, 1e-19)
@@ -62,27 +62,24 @@ def bound_rounding(moved: Sequence[float], dtype: torch.dtype) -> float:
     return min(largest_rounding(dtype), _MARGIN * max(moved, default=0.0))
 
 
-def measure_rounding(reference: Run, shaken: Sequence[Run], dtype: torch.dtype) -> Rounding:
-    """Return how far rounding moves what a run gives.
+def measure_rounding(reference: Run, perturbed: Sequence[Run], dtype: torch.dtype) -> Rounding:
+    """Return how far rounding moves the outputs and buffers of a run.
 
     Parameters
     ----------
     reference:
         A run of the original.
-    shaken:
-        Runs of the original on the same values, its weights rounded otherwise.
+    perturbed:
+        Runs of the original on the same values, with its weights rounded differently.
+    dtype:
+        The dtype of the runs.
     """
-
-    def bound(moved: Sequence[float]) -> float:
-        return bound_rounding(moved, dtype)
-
     number = count_tensors(reference.outputs)
-    alike = [run for run in shaken if count_tensors(run.outputs) == number]
-    outputs = zip(*(gaps(run.outputs, reference.outputs) for run in alike), strict=True)
-    buffers = {
-        name: bound([gap for run in alike for gap in gaps(run.buffers.get(name, old), old)])
-        for name, old in reference.buffers.items()
-    }
-    return Rounding(
-        [bound(moved) for moved in outputs] if alike else 0.0, buffers, largest_rounding(dtype)
-    )
+    alike = [run for run in perturbed if count_tensors(run.outputs) == number]
+    by_output = zip(*(gaps(run.outputs, reference.outputs) for run in alike), strict=True)
+    outputs = [bound_rounding(moved, dtype) for moved in by_output] if alike else 0.0
+    buffers: dict[str, float] = {}
+    for name, old in reference.buffers.items():
+        moved = [gap for run in alike for gap in gaps(run.buffers.get(name, old), old)]
+        buffers[name] = bound_rounding(moved, dtype)
+    return Rounding(outputs, buffers, largest_rounding(dtype))

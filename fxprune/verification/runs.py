@@ -1,4 +1,4 @@
-"""One run of each model on the same values, and what comes out of them."""
+"""Runs of both models on the same values, and their results."""
 
 from __future__ import annotations
 
@@ -21,86 +21,169 @@ from fxprune.rewrite import Survivors
 from fxprune.trace.aliasing import Undone
 from fxprune.trace.reach import Reached, undrawn_by
 from fxprune.verification.comparing import dense, form
-from fxprune.verification.copies import cut, mask, original, smaller
+from fxprune.verification.copies import copy_original, copy_pruned, cut, mask
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
     Draw,
-    Followed,
-    InDtype,
+    DtypeMode,
     MismatchError,
     NotFollowedError,
-    Replayed,
+    RecordingMode,
+    ReplayMode,
     clone,
     events_of,
+    lose_elements,
     python_state,
 )
 from fxprune.verification.outcomes import (
     GuardedError,
     PrunedFailsError,
     RefusedError,
-    said,
+    describe_error,
 )
 from fxprune.verification.structure import is_guard
+from fxprune.verification.values import dtype_of
 
-__all__ = ["Run", "Runs", "taken"]
+__all__ = ["Run", "Runs", "Situation", "copy_leaves"]
 
 
 @contextmanager
 def _composites_whole() -> Iterator[None]:
-    """Without gradients; composite operations arrive whole.
+    """Turn gradients off, and let modes see composite operations before they are decomposed.
 
-    Not ``torch.inference_mode()``: there some versions of torch give the transforms of
-    ``torch.func`` other gradients.
+    ``torch.inference_mode()`` would do the same, but under it some versions of torch compute other
+    gradients in the transforms of ``torch.func``.
     """
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         yield
 
 
+@contextmanager
+def _converted_errors(convert: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Convert the errors of a model's code; let those of the proof and of fxprune pass."""
+    try:
+        yield
+    except (NotFollowedError, MismatchError, FxpruneError):
+        raise
+    except Exception as error:
+        raise convert(error) from error
+
+
+def _refusal(error: Exception) -> RefusedError:
+    return RefusedError(describe_error(error))
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The calls of a run, and the way in which they are made.
+
+    Attributes
+    ----------
+    calls:
+        The arguments of each call. Each call sees what the one before has written into the model.
+    training:
+        Whether the model is in training mode.
+    constant:
+        Whether one number replaces all random ones.
+    """
+
+    calls: Sequence[Call]
+    training: bool = False
+    constant: bool = False
+
+
 @dataclass
 class Run:
-    """What a run gives: outputs of the parts and of the model, its buffers after it, the numbers
-    it drew, and dropout's shares.
+    """The result of one run.
+
+    Attributes
+    ----------
+    outputs:
+        The outputs of the parts and the leaves of the model's output, in order.
+    form:
+        The form of the model's output (:func:`~fxprune.verification.comparing.form`). None if the
+        traced graph ran, which does not keep it.
+    buffers:
+        The buffers after a run in training mode, by name.
+    draws:
+        The random numbers that were drawn. Empty for the pruned model, which replays them.
+    dropped:
+        The rate of each dropout, in order. Dropout itself is off.
+    deciding:
+        Pairs of tensors that decide what is drawn: the pruned model's, and the original's. Only
+        for runs of the pruned model.
+    state:
+        The state of the generators of Python and NumPy after the run.
+    notes:
+        What ran instead of the original's own code, and why. Empty if that code ran.
     """
 
     outputs: list[Any] = field(default_factory=list)
-    form: Any = None  # of the model's output; None where it is not the model's own
+    form: Any = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
-    state: Any = None  # of the generators that Python code draws from
+    deciding: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    state: Any = None
+    notes: tuple[str, ...] = ()
 
-    def take(self, out: Any) -> None:
-        """The model's own output."""
-        self.outputs.append(taken(out))
+    def record(self, out: Any) -> None:
+        """Record the model's output and its form."""
+        self.outputs.append(copy_leaves(out))
         self.form = form(out)
 
 
-def taken(out: Any) -> list[Any]:
-    """The leaves of an output, as they are now."""
+def copy_leaves(out: Any) -> list[Any]:
+    """Return the leaves of an output, with tensors copied so that later writes do not show."""
     return [dense(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves(out)]
 
 
-def _buffers(model: nn.Module, held: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """What buffers hold; of those that were ``held`` before, if they are given, and have not been
-    exchanged.
+def _copy_buffers(
+    model: nn.Module, before: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return copies of a model's buffers by name.
+
+    With ``before``, the buffers before the run, leave out those that are other tensors now.
     """
-    return {
-        name: own.clone()
-        for name, own in model.named_buffers()
-        if held is None or held.get(name) is own
-    }
+    copies: dict[str, Tensor] = {}
+    for name, buffer in model.named_buffers():
+        if before is None or before.get(name) is buffer:
+            copies[name] = buffer.clone()
+    return copies
 
 
 class Runs:
-    """Both models, with one choice of weights in one dtype, and how each is run.
+    """Runs of both models with one choice of weights in one dtype.
 
     Parameters
     ----------
+    model:
+        The original.
+    pruned:
+        The pruned model.
+    coupling:
+        The analysis of the original.
+    survivors:
+        The elements that the plan keeps.
     values:
-        The original's tensors, by name. They become its own: what is removed is overwritten with
-        zeros.
-    own:
-        The pruned model runs on its own tensors instead of the survivors of these.
+        The original's tensors by name. Removed elements are overwritten with zeros.
+    own_values:
+        Whether the pruned model runs on its own tensors instead of the survivors of ``values``.
+    seed:
+        The seed of the random numbers that the models draw.
+
+    Attributes
+    ----------
+    masked:
+        The masked original's tensors by name.
+    kept:
+        The pruned model's tensors by name; empty with ``own_values``.
+    events:
+        The analysis's events by the prefix of their graph (:func:`events_of`).
+    has_statistics:
+        Whether an operation takes statistics that lose elements.
+    written:
+        The names of the tensors that forward has written so far, in either model.
     """
 
     def __init__(
@@ -111,52 +194,41 @@ class Runs:
         survivors: Survivors,
         values: Mapping[str, Tensor],
         *,
-        own: bool,
+        own_values: bool,
         seed: int,
     ) -> None:
-        self.model, self.pruned, self.coupling, self.survivors, self.seed = (
-            model,
-            pruned,
-            coupling,
-            survivors,
-            seed,
-        )
-        self.own = own
-        self.kept = {} if own else cut(pruned, coupling, survivors, values)
+        self.model, self.pruned, self.seed = model, pruned, seed
+        self.coupling, self.survivors = coupling, survivors
+        self.own_values = own_values
+        self.kept = {} if own_values else cut(pruned, coupling, survivors, values)
         mask(coupling, survivors, values)
         self.masked = values
         self.events = events_of(coupling)
-        self.normalises = any(
-            not survivors.mask(event.gone).all()
-            for own in self.events.values()
-            for event in own
-            if event.gone
-        )
-        # names of the tensors that forward has written so far, in either model
+        by_graph = self.events.values()
+        self.has_statistics = any(lose_elements(events, survivors) for events in by_graph)
         self.written: set[str] = set()
-        self._modes: dict[str, bool] = {}
+        self._modes: dict[str, bool] = {}  # whether each module of the original trains
         self._reached = Reached(model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which both run."""
-        return next(
-            (value.dtype for value in self.masked.values() if value.is_floating_point()),
-            torch.get_default_dtype(),
-        )
+        """The dtype in which both models run."""
+        return dtype_of(self.masked.values())
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Every run draws the same random numbers, also from generators that the model has of its
-        own.
+    def same_draws(self) -> Iterator[None]:
+        """Let a run draw the same random numbers as every other run.
+
+        This includes numbers from generators that the model itself holds.
         """
         with seeded(self.seed), undrawn_by(self._reached):
             yield
 
     @contextmanager
-    def _undone(self, model: nn.Module) -> Iterator[None]:
-        """What a run writes into the model's tensors is undone: its parameters share their memory
-        with those of other runs.
+    def _undo_writes(self, model: nn.Module) -> Iterator[None]:
+        """Undo what a run writes into the model's tensors, and note their names.
+
+        The parameters share their memory with those of other runs.
         """
         undone = Undone(named_tensors(model))
         try:
@@ -165,118 +237,137 @@ class Runs:
         finally:
             self.written |= undone.written
 
-    def _own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values in the memory of all runs, but for those that a run would write."""
-        return {
-            name: value.clone() if name in self.written else value
-            for name, value in values.items()
-        }
+    @contextmanager
+    def _running(
+        self, model: nn.Module, gradients_off: AbstractContextManager[None]
+    ) -> Iterator[None]:
+        """Let a model run like every other one, and undo what it writes."""
+        with (
+            self._undo_writes(model),
+            self.same_draws(),
+            gradients_off,
+            DtypeMode(self.dtype),
+        ):
+            yield
 
-    def original(self, training: bool) -> nn.Module:
-        """The user's model with zeros at what is removed, in the mode that its own train() gives
-        each module.
+    def _shared(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values, with copies of those that forward is known to write."""
+        shared: dict[str, Tensor] = {}
+        for name, value in values.items():
+            shared[name] = value.clone() if name in self.written else value
+        return shared
+
+    def masked_copy(self, training: bool) -> nn.Module:
+        """Return a copy of the original with removed elements at zero.
+
+        The model's own ``train()`` or ``eval()`` sets the mode of its modules.
         """
-        model = original(self.model, self._own(self.masked), self.dtype)
+        model = copy_original(self.model, self._shared(self.masked), self.dtype)
         in_mode(model, training)
-        self._modes = {
-            name: module.training for name, module in model.named_modules(remove_duplicate=False)
-        }
+        modules = model.named_modules(remove_duplicate=False)
+        self._modes = {name: module.training for name, module in modules}
         return model
 
-    def _followed(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
-        """The user's own code."""
-        model = self.original(training)
-        mode, held = (
-            Followed(self.events, self.survivors, training, constant),
-            dict(model.named_buffers()),
-        )
-        run = Run(draws=mode.draws, dropped=mode.dropped)
+    def _run_original(self, situation: Situation) -> Run:
+        """Run the masked original as the user's own code.
 
-        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-            with mode.inside(path):
-                out = instead()
-            run.outputs.append(clone(self._cut(path, out)))
+        Raises
+        ------
+        NotFollowedError
+            If the run does not execute the traced operations.
+        RefusedError
+            If the user's code fails.
+        """
+        model = self.masked_copy(situation.training)
+        mode = RecordingMode(self.events, self.survivors, situation.training, situation.constant)
+        run, before = Run(draws=mode.draws, dropped=mode.dropped), dict(model.named_buffers())
+
+        def run_part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            """Run the part's own code and record its outputs."""
+            with mode.expecting(path):
+                out = call()
+            run.outputs.append(clone(self._cut_outputs(path, out)))
             return out
 
-        calls = clone(calls)
-        with self._undone(model), self.drawing(), _composites_whole(), InDtype(self.dtype), mode:
-            try:
+        calls, parts = clone(situation.calls), self.coupling.parts
+        with self._running(model, _composites_whole()), mode:
+            with _converted_errors(_refusal):
                 for args, kwargs in calls:
-                    with self._parts(model, part) if self.coupling.parts else mode.inside(""):
-                        run.take(model(*args, **kwargs))
-            except (NotFollowedError, FxpruneError):
-                raise
-            except Exception as error:
-                raise RefusedError(said(error)) from error
+                    with self._intercepted(model, run_part) if parts else mode.expecting(""):
+                        run.record(model(*args, **kwargs))
             run.state = python_state()
-            # One that forward exchanges for another is a cache: the graph computes it (see
+            # A buffer that forward replaces is a cache, which the graph computes (see
             # fxprune.trace.module_state).
-            run.buffers = _buffers(model, held) if training else {}
+            run.buffers = _copy_buffers(model, before) if situation.training else {}
         return run
 
-    def _graph(self, calls: Sequence[Call], training: bool, constant: bool) -> Run:
-        """The traced graph; where there are parts, in the user's code around them."""
+    def _run_graph(self, situation: Situation) -> Run:
+        """Run the traced graph on the masked original's values.
+
+        If the model was traced in parts, the user's code around them runs.
+
+        Raises
+        ------
+        RefusedError
+            If the graph or the user's code fails.
+        """
+        training, constant = situation.training, situation.constant
         graph = GraphRun(
             self.coupling, self.survivors, self.masked, training=training, constant=constant
         )
         run = Run(draws=graph.draws, dropped=graph.dropped)
-        calls, model = clone(calls), self.original(training)
+        calls, model = clone(situation.calls), self.masked_copy(training)
 
-        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        def run_part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            """Run the part's graph instead of its code, and record its outputs."""
             out = graph.run(path, args, kwargs)
-            run.outputs.append(clone(self._cut(path, out)))
-            return clone(out)  # what Python may write into
+            run.outputs.append(clone(self._cut_outputs(path, out)))
+            return clone(out)  # Python code may write into it
 
-        with (
-            self._undone(model),
-            self.drawing(),
-            torch.no_grad(),
-            InDtype(self.dtype),
-            self._parts(model, part),
-        ):
-            try:
+        running, parts = self._running(model, torch.no_grad()), self.coupling.parts
+        try:
+            with running, self._intercepted(model, run_part), _converted_errors(_refusal):
                 for args, kwargs in calls:
-                    out = (
-                        model(*args, **kwargs)
-                        if self.coupling.parts
-                        else graph.run("", args, kwargs)
-                    )
-                    run.outputs.append(taken(out))
-            except FxpruneError:
-                raise
-            except NotFollowedError as error:
-                raise RefusedError(str(error)) from error
-            except Exception as error:
-                raise RefusedError(said(error)) from error
+                    out = model(*args, **kwargs) if parts else graph.run("", args, kwargs)
+                    run.outputs.append(copy_leaves(out))
+        except NotFollowedError as error:
+            raise RefusedError(str(error)) from error
         return run
 
-    def _parts(
-        self, model: nn.Module, instead: Callable[..., Any]
+    def _intercepted(
+        self, model: nn.Module, run_part: Callable[..., Any]
     ) -> AbstractContextManager[None]:
-        """While calls of the parts go to a function; see :func:`intercepted`."""
-        return (
-            intercepted(model, self.coupling.parts, instead)
-            if self.coupling.parts
-            else nullcontext()
-        )
+        """Send calls of the model's parts to a function; see :func:`intercepted`."""
+        if not self.coupling.parts:
+            return nullcontext()
+        return intercepted(model, self.coupling.parts, run_part)
 
-    def _cut(self, path: str, out: Any) -> list[Any]:
-        """What is left of a part's outputs, as the pruned model's part gives them."""
-        trace = next(trace for trace in self.coupling.traces if trace.path == path)
-        found, old = [*leaves(out)], [*leaves(trace.outputs)]
-        if len(found) != len(old):
-            return found
-        cut = []
-        for leaf, labelled in zip(found, old, strict=True):
-            narrow = isinstance(leaf, Tensor) and not self.coupling.wide_dims(labelled)
-            cut.append(self.survivors.take(labelled, leaf) if narrow else leaf)
-        return cut
+    def _cut_outputs(self, path: str, out: Any) -> list[Any]:
+        """Return a part's outputs as the pruned model's part gives them.
 
-    def smaller(self, training: bool) -> nn.Module:
-        """The pruned model, in the mode that its own train() gives each module: it must be the
-        original's.
+        A tensor that Python code between the parts reads keeps its full size.
         """
-        model = smaller(self.pruned, self._own(self.kept), self.dtype)
+        trace = next(trace for trace in self.coupling.traces if trace.path == path)
+        found, traced = [*leaves(out)], [*leaves(trace.outputs)]
+        if len(found) != len(traced):
+            return found
+        kept = []
+        for leaf, labelled in zip(found, traced, strict=True):
+            is_cut = isinstance(leaf, Tensor) and not self.coupling.wide_dims(labelled)
+            kept.append(self.survivors.take(labelled, leaf) if is_cut else leaf)
+        return kept
+
+    def pruned_copy(self, training: bool) -> nn.Module:
+        """Return a copy of the pruned model with the surviving values.
+
+        The model's own ``train()`` or ``eval()`` sets the mode of its modules.
+
+        Raises
+        ------
+        VerificationError
+            If a module's mode differs from that in the original.
+        """
+        model = copy_pruned(self.pruned, self._shared(self.kept), self.dtype)
         in_mode(model, training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
@@ -286,46 +377,43 @@ class Runs:
                 )
         return model
 
-    def failure(self, model: nn.Module, error: Exception) -> PrunedFailsError | GuardedError:
-        """What an error of the pruned model says."""
-        return (
-            GuardedError(str(error))
-            if is_guard(error, model, self.coupling)
-            else PrunedFailsError(said(error))
-        )
+    def pruned_failure(
+        self, model: nn.Module, error: Exception
+    ) -> PrunedFailsError | GuardedError:
+        """Return the error to raise for an error of the pruned model."""
+        if is_guard(error, model, self.coupling):
+            return GuardedError(str(error))
+        return PrunedFailsError(describe_error(error))
 
-    def _smaller(
-        self, calls: Sequence[Call], training: bool, constant: bool, draws: list[Draw]
-    ) -> tuple[Run, list[tuple[Tensor, Tensor]]]:
-        model = self.smaller(training)
-        mode = Replayed(draws, self.survivors, constant)
-        run = Run(dropped=mode.dropped)
+    def _run_pruned(self, situation: Situation, draws: list[Draw]) -> Run:
+        """Run the pruned model with the random numbers that the original drew.
 
-        def part(path: str, instead: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-            out = instead()
+        Raises
+        ------
+        PrunedFailsError, GuardedError
+            If the model fails.
+        MismatchError
+            If it does not draw the same random numbers.
+        """
+        model = self.pruned_copy(situation.training)
+        mode = ReplayMode(draws, self.survivors, situation.constant)
+        run = Run(dropped=mode.dropped, deciding=mode.compared)
+
+        def run_part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            """Run the pruned part and record its outputs."""
+            out = call()
             run.outputs.append(clone([*leaves(out)]))
             return out
 
-        calls = clone(calls)
-        with (
-            self._undone(model),
-            self.drawing(),
-            _composites_whole(),
-            InDtype(self.dtype),
-            self._parts(model, part),
-            mode,
-        ):
-            try:
+        calls, running = clone(situation.calls), self._running(model, _composites_whole())
+        with running, self._intercepted(model, run_part), mode:
+            with _converted_errors(lambda error: self.pruned_failure(model, error)):
                 for args, kwargs in calls:
-                    run.take(model(*args, **kwargs))
-            except (MismatchError, FxpruneError):
-                raise
-            except Exception as error:
-                raise self.failure(model, error) from error
+                    run.record(model(*args, **kwargs))
             run.state = python_state()
-            run.buffers = _buffers(model) if training else {}
-        if mode.ahead:
+            run.buffers = _copy_buffers(model) if situation.training else {}
+        if mode.pending:
             raise MismatchError(
-                f"the pruned model draws {len(mode.ahead)} numbers fewer than the original"
+                f"the pruned model draws {len(mode.pending)} numbers fewer than the original"
             )
-        return run, mode.compared
+        return run

@@ -1,10 +1,8 @@
-"""What both models are run on: weights, drawn at random or the user's own, and inputs, for the
-example's sizes or others.
-"""
+"""The weights and inputs that both models run on, drawn at random or the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +14,21 @@ from fxprune.common.contents import tensors_of
 from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.inputs import Call
 
-__all__ = ["Choice", "choices", "in_single", "inputs_of", "weights_of"]
+__all__ = ["Choice", "choices", "dtype_of", "inputs_of", "to_float32", "weights_of"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Where weights and inputs come from.
+    """The source of weights and inputs.
 
     Attributes
     ----------
     weights, floats:
-        Whether they are drawn at random; else they are the user's, where there are any.
+        Whether weights and floating-point inputs are drawn at random. If not, the user's values
+        are used, where there are any.
     whole:
-        For whole numbers of which only the shape is known: 0, 1, or None for both, at random.
+        The value for integer and boolean inputs of which only the shape is known: 0, 1, or None
+        for random numbers.
     """
 
     weights: bool
@@ -37,16 +37,22 @@ class Choice:
 
 
 def choices(randomize: bool, call: Call) -> Iterator[Choice]:
-    """The values to try, until the original can be run on some and gives numbers.
+    """Yield the choices to try, until the original runs and gives finite outputs.
 
-    Values drawn at random show the most: no zero in a fresh model hides an error. A model may
-    refuse them (an index that it computes leaves its table), or give nothing that is finite (the
-    logarithm of a negative number).
+    Random values come first, because they show the most errors: a zero in a fresh model cannot
+    hide one. A model may refuse them (an index that it computes leaves its table), or give nothing
+    finite (the logarithm of a negative number).
+
+    Parameters
+    ----------
+    randomize:
+        Whether random values are allowed.
+    call:
+        The example inputs.
     """
-    unknown = any(leaf.is_meta and not _real(leaf) for leaf in tensors_of(call))
-    for weights, floats in (
-        ((True, True), (True, False), (False, False)) if randomize else ((False, False),)
-    ):
+    random = ((True, True), (True, False)) if randomize else ()
+    unknown = any(leaf.is_meta and not leaf.is_floating_point() for leaf in tensors_of(call))
+    for weights, floats in (*random, (False, False)):
         for whole in (None, 0, 1) if unknown else (None,):
             yield Choice(weights, floats, whole)
 
@@ -54,10 +60,23 @@ def choices(randomize: bool, call: Call) -> Iterator[Choice]:
 def weights_of(
     model: nn.Module, dtype: torch.dtype, choice: Choice, seed: int
 ) -> dict[str, Tensor]:
-    """The original's tensors by name, on the CPU, in ``dtype``.
+    """Return values for the original's parameters and buffers, by name, on the CPU.
 
-    Random ones keep activations of order one and variances positive. A tensor that has two names
-    is one tensor.
+    Random values keep activations of order one and variances positive. A tensor that has two names
+    gets one tensor under both.
+
+    Parameters
+    ----------
+    model:
+        The original.
+    dtype:
+        The dtype of the floating-point values. Complex values get the matching complex dtype, and
+        other values keep theirs.
+    choice:
+        Whether to draw values at random. A tensor on the meta device has no value, so it is always
+        drawn.
+    seed:
+        The seed for random values.
     """
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Tensor] = {}
@@ -68,59 +87,88 @@ def weights_of(
         *model.named_buffers(remove_duplicate=False),
     ]:
         if tensor not in shared:
-            if not _real(tensor):
-                held = (
-                    torch.zeros(tensor.shape, dtype=tensor.dtype)
-                    if tensor.is_meta
-                    else tensor.detach().cpu().clone()
-                )
-                shared[tensor] = held.to(_complex(dtype)) if held.is_complex() else held
+            if not tensor.is_floating_point():
+                shared[tensor] = _copy_on_cpu(tensor, dtype)
             elif not choice.weights and not tensor.is_meta:
                 shared[tensor] = tensor.detach().to("cpu", dtype, copy=True)
-            elif tensor in parameters and tensor.dim() > 1:
-                most = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
-                shared[tensor] = torch.empty(tensor.shape, dtype=dtype).uniform_(
-                    -most, most, generator=generator
-                )
             else:
-                shared[tensor] = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+                is_matrix = tensor in parameters and tensor.dim() > 1
+                shared[tensor] = _random_weight(tensor, is_matrix, dtype, generator)
         values[name] = shared[tensor]
     return values
 
 
+def _copy_on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a tensor without floating-point numbers; zeros if it has no values."""
+    if tensor.is_meta:
+        value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    else:
+        value = tensor.detach().cpu().clone()
+    return _convert_complex(value, dtype)
+
+
+def _random_weight(
+    tensor: Tensor, is_matrix: bool, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Return random numbers: around zero for a matrix, else from 0.5 to 1.5."""
+    if not is_matrix:
+        return torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+    bound = (4.5 / max(tensor[0].numel(), 1)) ** 0.5
+    return torch.empty(tensor.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+
+
 def inputs_of(model: nn.Module, call: Call, dtype: torch.dtype, choice: Choice, seed: int) -> Call:
-    """Inputs like the example's, on the CPU, in ``dtype``. Whole numbers that are known stay as
-    they are.
+    """Return inputs like the example's, on the CPU, with floating-point values in ``dtype``.
+
+    Integers and booleans keep their values if these are known.
+
+    Parameters
+    ----------
+    model:
+        The original. Its smallest embedding table bounds random integers.
+    call:
+        The example inputs. Tensors on the meta device have only a shape.
+    dtype:
+        The dtype of the floating-point values. Complex values get the matching complex dtype.
+    choice:
+        Which values to draw at random.
+    seed:
+        The seed for random values.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    # An index must stay inside its table, whichever that is.
+    # An index must lie inside every table, because it may be used for any of them.
     top = min([2, *(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))])
 
-    def value(tensor: Tensor) -> Tensor:
-        if not _real(tensor):
-            if not tensor.is_meta:
-                own = tensor.detach().cpu()
-                return own.to(_complex(dtype)) if own.is_complex() else own
-            if choice.whole is not None:
-                return torch.full(tensor.shape, min(choice.whole, top - 1)).to(tensor.dtype)
-            return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
-        if not choice.floats and not tensor.is_meta:
+    def input_like(tensor: Tensor) -> Tensor:
+        """Return a value for one tensor of the example."""
+        if tensor.is_floating_point():
+            if choice.floats:
+                return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+            if tensor.is_meta:
+                return torch.rand(tensor.shape, generator=generator, dtype=dtype)
             return tensor.detach().to("cpu", dtype)
-        if not choice.floats:
-            return torch.rand(tensor.shape, generator=generator, dtype=dtype)
-        return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+        if not tensor.is_meta:
+            return _convert_complex(tensor.detach().cpu(), dtype)
+        if choice.whole is not None:
+            return torch.full(tensor.shape, min(choice.whole, top - 1)).to(tensor.dtype)
+        return torch.randint(0, top, tensor.shape, generator=generator).to(tensor.dtype)
 
-    return tree_map_only(Tensor, value, call)
+    return tree_map_only(Tensor, input_like, call)
 
 
-def in_single(value: Any) -> Any:
-    """A nested value with tensors in float32."""
+def dtype_of(values: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype of the first floating-point tensor; without any, torch's default dtype."""
+    found = (value.dtype for value in values if value.is_floating_point())
+    return next(found, torch.get_default_dtype())
+
+
+def to_float32(value: Any) -> Any:
+    """Return a nested value with its floating-point tensors in float32."""
     return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, value)
 
 
-def _real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
-
-
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype is torch.float64 else torch.complex64
+def _convert_complex(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a complex tensor to the complex dtype that matches; leave others as they are."""
+    if not tensor.is_complex():
+        return tensor
+    return tensor.to(torch.complex128 if dtype is torch.float64 else torch.complex64)
