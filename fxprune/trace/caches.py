@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -420,8 +421,18 @@ def _cached_attributes(model: nn.Module) -> Iterator[tuple[str, _ModuleAttribute
                 yield f"{path}.{name}".removeprefix("."), _ModuleAttribute(store, name)
 
 
-@functools.cache
+# weak keys: a class of the user's must not be kept alive
+_names_by_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
 def _assigned_names(kind: type) -> frozenset[str]:
+    """Return the result of :func:`_find_assigned_names`, which is computed once per class."""
+    if kind not in _names_by_class:
+        _names_by_class[kind] = _find_assigned_names(kind)
+    return _names_by_class[kind]
+
+
+def _find_assigned_names(kind: type) -> frozenset[str]:
     """Return the names of attributes to which methods assign that forward calls.
 
     Methods are found by the names in the code.

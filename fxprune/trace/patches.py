@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import is_tensor_method_or_property
 from torch.utils import checkpoint
 
 from fxprune.common.process_lock import TURN
@@ -42,6 +43,9 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         The module that is traced.
     """
     with TURN, ExitStack() as stack:
+        # PyTorch lists its functions at the first question and keeps the list: asked later, the
+        # list would hold the replacements, and with them the tracer and the model, for ever.
+        is_tensor_method_or_property(torch.Tensor.add)
         stack.enter_context(plain_attention())
         stack.enter_context(slow_path())
         stack.enter_context(_followed_leaf_functions(tracer))
