@@ -95,56 +95,14 @@ class PrunedModule(fx.GraphModule):
             kind.forward = _forward_by_mode(evaluation, training)
         return code
 
-    def _rebuild(
-        self,
-        stores: dict[str, Any],
-        rest: dict[str, Any],
-        graphs: tuple[fx.Graph, fx.Graph | None],
-        kind: Any,
-    ) -> None:
-        """Set up this object, which is still empty, from the parts of another one.
-
-        Parameters
-        ----------
-        stores, rest, kind:
-            The result of :meth:`_parts`. ``rest`` loses an entry.
-        graphs:
-            The graph, and the training graph or None.
-        """
-        name = rest.pop(_NAME)
-        root = nn.Module()
-        constants = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
-        root.__dict__.update({**stores, **constants})
-        root.training = rest["training"]
-        PrunedModule.__init__(self, root, graphs[0], name, graphs[1])
-        self.__dict__.update(rest)
-        if kind is not None:
-            _inherit(self, kind)
-
-    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """Return what :meth:`_rebuild` needs besides the graphs.
-
-        These are the stores of parameters, buffers and modules; all other attributes and the name
-        of the class; and the class that this object also inherits from, or None.
-        """
-        stores = {name: self.__dict__[name] for name in _MODULE_STORES}
-        rest = {**self.__dict__, _NAME: self._get_name()}
-        for name in (*stores, "_graph", "training_graph"):
-            rest.pop(name, None)
-        return stores, rest, getattr(type(self), "_original_class", None)
-
-    def _graphs(self) -> tuple[fx.Graph, fx.Graph | None]:
-        """Return copies of the graph and of the training graph."""
-        return copy.deepcopy(self.graph), copy.deepcopy(self.training_graph)
-
     def __copy__(self) -> PrunedModule:
         new = _empty()
-        stores, rest, kind = self._parts()
-        new._rebuild(stores, rest, self._graphs(), kind)
+        stores, rest, kind = _parts(self)
+        _rebuild(new, stores, rest, _graphs(self), kind)
         return new
 
     def __deepcopy__(self, memo: Memo) -> PrunedModule:
-        stores, rest, kind = self._parts()
+        stores, rest, kind = _parts(self)
         # the memo shares the graph (see sharing_graphs): share its compiled code as well
         if from_memo(memo, self.graph, None) is self.graph:
             new = to_memo(memo, self, object.__new__(type(self)))
@@ -157,11 +115,11 @@ class PrunedModule(fx.GraphModule):
         new = to_memo(memo, self, _empty())
         # copied with the memo, because hooks may refer to modules around this one
         rest = {key: copied(value, memo) for key, value in rest.items()}
-        new._rebuild(copy.deepcopy(stores, memo), rest, self._graphs(), kind)
+        _rebuild(new, copy.deepcopy(stores, memo), rest, _graphs(self), kind)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        stores, rest, kind = self._parts()
+        stores, rest, kind = _parts(self)
         graphs = (
             pack(self.graph),
             None if self.training_graph is None else pack(self.training_graph),
@@ -171,7 +129,52 @@ class PrunedModule(fx.GraphModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph, training_graph = state["graphs"]
         graphs = unpack(graph), None if training_graph is None else unpack(training_graph)
-        self._rebuild(state["stores"], dict(state["rest"]), graphs, state["kind"])
+        _rebuild(self, state["stores"], dict(state["rest"]), graphs, state["kind"])
+
+
+def _rebuild(
+    module: PrunedModule,
+    stores: dict[str, Any],
+    rest: dict[str, Any],
+    graphs: tuple[fx.Graph, fx.Graph | None],
+    kind: Any,
+) -> None:
+    """Set up a module, which is still empty, from the parts of another one.
+
+    Parameters
+    ----------
+    stores, rest, kind:
+        The result of :func:`_parts`. ``rest`` loses an entry.
+    graphs:
+        The graph, and the training graph or None.
+    """
+    name = rest.pop(_NAME)
+    root = nn.Module()
+    constants = {key: value for key, value in rest.items() if isinstance(value, Tensor)}
+    root.__dict__.update({**stores, **constants})
+    root.training = rest["training"]
+    PrunedModule.__init__(module, root, graphs[0], name, graphs[1])
+    module.__dict__.update(rest)
+    if kind is not None:
+        _inherit(module, kind)
+
+
+def _parts(module: PrunedModule) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Return what :func:`_rebuild` needs besides the graphs.
+
+    These are the stores of parameters, buffers and modules; all other attributes and the name
+    of the class; and the class that the module also inherits from, or None.
+    """
+    stores = {name: module.__dict__[name] for name in _MODULE_STORES}
+    rest = {**module.__dict__, _NAME: module._get_name()}
+    for name in (*stores, "_graph", "training_graph"):
+        rest.pop(name, None)
+    return stores, rest, getattr(type(module), "_original_class", None)
+
+
+def _graphs(module: PrunedModule) -> tuple[fx.Graph, fx.Graph | None]:
+    """Return copies of the graph and of the training graph."""
+    return copy.deepcopy(module.graph), copy.deepcopy(module.training_graph)
 
 
 def copy_behaviour(module: PrunedModule, original: nn.Module) -> None:
@@ -236,7 +239,7 @@ def _forward_by_mode(evaluation: Any, training: Any) -> Any:
 
 
 def _empty() -> PrunedModule:
-    """Return an empty object for :meth:`PrunedModule._rebuild` to set up.
+    """Return an empty object for :func:`_rebuild` to set up.
 
     Objects that refer to the module can then be copied or read before the module is complete.
     """
