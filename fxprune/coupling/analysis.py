@@ -1,5 +1,6 @@
-"""From a model and an example to what is coupled: traced whole where that can be, else part by
-part.
+"""Analysis of a model, given example inputs: its coupling.
+
+The model is traced whole if possible, else part by part.
 """
 
 from __future__ import annotations
@@ -45,11 +46,25 @@ class Clock:
 def label_and_couple(
     model: nn.Module, example: Call, terms: Terms, clock: Clock | None = None
 ) -> Coupling:
-    """The coupling of a model that is called as in the example, whose tensors may be meta tensors.
+    """Return the coupling of a model.
+
+    Parameters
+    ----------
+    model:
+        The model. It is copied, not changed.
+    example:
+        A call of the model. Its tensors may be meta tensors.
+    terms:
+        What the caller wants kept or pinned.
+    clock:
+        Adds up the seconds of the stages "trace" and "couple", if given.
 
     Raises
     ------
-    InputError, TraceError
+    InputError
+        If the model fails on the example.
+    TraceError
+        If the model can be traced neither whole nor in parts.
     """
     clock = clock or Clock()
     with clock("trace"):
@@ -61,7 +76,8 @@ def label_and_couple(
                 "ties": first.labelling.head_ties(terms.heads),
             }
         found = _label(model, example, terms, **options)
-        # what one call leaves, the next one meets
+        # The next call reads the buffers that this one has written. Repeat until no further ones
+        # are overwritten.
         while not found.labelling.overwritten() <= options.get("overwritten", set()):
             options["overwritten"] = (
                 options.get("overwritten", set()) | found.labelling.overwritten()
@@ -79,8 +95,18 @@ def label_and_couple(
 
 @dataclass
 class _Found:
-    """Labels; the example as far as it was read, in shapes or in values; why the model is not one
-    graph, or evaluation's alone.
+    """A labelled model.
+
+    Attributes
+    ----------
+    labelling:
+        The labels.
+    example:
+        The example: with meta tensors if only its shapes were read, else with values.
+    refused:
+        Why the model is not one graph; empty if it is.
+    untrained:
+        Why there is a graph for evaluation mode only; empty if training mode has one, too.
     """
 
     labelling: Labelling
@@ -90,23 +116,25 @@ class _Found:
 
 
 _ExploredByPath = dict[str, Explored]
-"""How a model runs on calls of these shapes."""
+"""How the model runs, by the shapes of the call's tensors (as text)."""
 
 
 def _label(
     model: nn.Module, example: Call, terms: Terms, *, known: _ExploredByPath, **options: Any
 ) -> _Found:
-    """Labels (see :class:`~fxprune.coupling.Labelling` for the options) on the model: as one
-    graph, or in parts, or neither.
+    """Label a model as one graph, or in parts if that fails.
 
-    The error is that of the first attempt on the example itself, unless the model fails on it for
-    real.
+    The options are those of :class:`~fxprune.coupling.Labelling`.
+
+    If both fail, the error says why the model is not one graph, unless the model itself fails on
+    the example: then it says so. A model that has a graph for evaluation mode only, and no parts,
+    is labelled in evaluation mode alone.
     """
     try:
         return _label_whole(model, shapes_of(example), terms, **options)
     except ElsewhereError:
-        raise  # Python that stays would compute there, too
-    except Exception as error:  # of any kind: what fails in a graph may well be done in parts
+        raise  # in parts, Python would compute in another thread as well
+    except Exception as error:  # any kind: what fails in one graph may work in parts
         try:
             return _label_parts(model, example, terms, error, known, **options)
         except FxpruneError:
@@ -116,14 +144,15 @@ def _label(
 
 
 class _UntrainedError(TraceError):
-    """The graph of evaluation is there, that of training is not."""
+    """Evaluation mode could be traced, training mode could not."""
 
 
 def _label_whole(
     model: nn.Module, example: Call, terms: Terms, *, untrained: str = "", **options: Any
 ) -> _Found:
-    """Labels on one graph for each mode; ``untrained`` says why there is none for training, where
-    evaluation's has to do.
+    """Label the model as one graph for each mode.
+
+    If ``untrained`` is given, only evaluation mode is traced; it says why training mode cannot be.
     """
 
     def evaluated(call: Call) -> Labelling:
@@ -140,7 +169,7 @@ def _label_whole(
     except FxpruneError:
         if _all_sizes(wide) == _all_sizes(example):
             raise
-        labelling, call = evaluated(example), example  # a model may insist on its batch of 1
+        labelling, call = evaluated(example), example  # the model may only accept a batch of 1
     if untrained:
         _say_untrained(labelling, untrained)
         return _Found(labelling, example, untrained=untrained)
@@ -148,13 +177,14 @@ def _label_whole(
         try:
             labelling.trace(*call, training=True)
         except ChanceError:
-            raise  # Python that stays draws at each call
+            raise  # in parts, Python draws random numbers at each call
         except FxpruneError as error:
             raise _UntrainedError(str(error)) from error
     return _Found(labelling, example)
 
 
 def _say_untrained(labelling: Labelling, why: str) -> None:
+    """Add to the reported decisions that training mode could not be traced, and why."""
     what = (
         "training mode takes another path, which the example cannot take; only evaluation's is "
         "emitted"
@@ -163,7 +193,7 @@ def _say_untrained(labelling: Labelling, why: str) -> None:
 
 
 _Decided = dict[tuple[str, bool], list[str]]
-"""What each graph decides by the sizes of a call, by its path and for evaluation or training."""
+"""(path of the part, whether for training) -> what its graph decided by the sizes of the call."""
 
 
 def _deciding_alike(
@@ -172,15 +202,16 @@ def _deciding_alike(
     wide: Call,
     example: Call,
 ) -> tuple[Labelling, Call]:
-    """The labels for a call of a larger batch than the example's, unless the model decides
-    otherwise for the example itself.
+    """Label the model on a call with a batch larger than 1, and return the labels and the call.
+
+    If the model decides something else for the example itself, label it on the example instead.
     """
     labelling = label(wide)
     decisions = {(own.path, own.training): own.decisions for own in labelling.traces}
     if any(decisions.values()) and _all_sizes(wide) != _all_sizes(example):
         try:
             alike = decided(example) == decisions
-        except Exception:  # whatever it is, the labels for the example meet it, too
+        except Exception:  # labelling the example meets the same error and reports it
             alike = False
         if not alike:
             return label(example), example
@@ -195,7 +226,7 @@ def _label_parts(
     known: _ExploredByPath,
     **options: Any,
 ) -> _Found:
-    """The labels of a model that cannot be traced whole, for the reason given."""
+    """Label a model in parts, because it cannot be traced whole for the reason ``refused``."""
 
     @contextmanager
     def running(call: Call) -> Iterator[tuple[MetaCopy, Call]]:
@@ -230,10 +261,10 @@ def _label_parts(
     except ElsewhereError:
         raise
     except Exception as error:
-        # whatever the model's own Python raises, and what cannot be followed in it
+        # the model's own Python raised, or does something that cannot be followed
         raise refused from error
     if not labelling.traces:
-        raise refused  # there is nothing to prune
+        raise refused  # no part was traced: there is nothing to prune
     if explored(ran).untrained:
         _say_untrained(labelling, explored(ran).untrained)
     why = (
@@ -245,7 +276,10 @@ def _label_parts(
 
 
 def _batch_share(example: Call, ran: Any) -> Fraction:
-    """The example's batch over the labelled one, which may be 2 where the example has 1."""
+    """Return the size of the example's tensors as a fraction of that of the labelled call.
+
+    It is below 1 where the example has one row and was labelled with two.
+    """
     asked, given = (
         sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim())
         for tree in (example, ran)
@@ -254,4 +288,5 @@ def _batch_share(example: Call, ran: Any) -> Fraction:
 
 
 def _all_sizes(call: Call) -> list[torch.Size]:
+    """Return the shapes of all tensors of a call."""
     return [tensor.shape for tensor in tensors_of(call)]

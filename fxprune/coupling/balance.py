@@ -1,11 +1,12 @@
-"""Balance: a channel axis that is split into blocks stays rectangular only if every block loses
-equally many units.
+"""Balance: every block of a split channel axis must lose equally many units.
 
-Every sighting (a field that varies along several dimensions of some tensor) says: along one
-dimension, the *shrinking* one, each row keeps the same number. This module decides which dimension
-shrinks, collects the rows into blocks, and where rows cannot be pruned freely (their survivors
-would change order, or two splits disagree) ties them, so that every block loses the same
-positions.
+Otherwise the tensor in which the axis is split would not stay rectangular.
+
+A *sighting* is a field that varies along several dimensions of some tensor. Along one of these
+dimensions, the *shrinking* one, every row must keep the same number of positions. This module
+decides which dimension shrinks and collects the rows into blocks. Sometimes rows cannot be pruned
+independently: their survivors would change order, or two splits disagree. Then it ties the rows,
+so that every block loses the same positions.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ __all__ = ["Balance", "resolve", "shrinking_dim"]
 
 @dataclass(frozen=True, eq=False)
 class Balance:
-    """The resolved constraints.
+    """The balance constraints of all units.
 
     Attributes
     ----------
     block:
-        For each label (read it at a unit's representative) the number of a block of the split it
-        lies in, -1 if it lies in none.
+        For each label, the number of the block in which it lies, -1 if in none. Only the entries
+        of representatives are valid.
     cell:
-        The finest block: units of one cell lie in the same block of every split. -1 if none.
+        For each label, the number of its cell, -1 if it has none. Units of one cell lie in the
+        same block of every split. Only the entries of representatives are valid.
     kind:
-        For each cell, the number of its kind: all cells of one kind keep equally many units.
+        For each cell, the number of its kind. All cells of one kind keep equally many units.
     """
 
     block: Array
@@ -42,7 +44,10 @@ class Balance:
 
 
 def resolve(context: Context) -> Balance:
-    """Decide all sightings; unites and pins in the context until every split can be satisfied."""
+    """Return the balance constraints that follow from all sightings of a run.
+
+    Units are united and pinned in ``context`` until every split can be satisfied.
+    """
     while True:
         version = context.units.version
         block = np.full(context.units.count, -1, dtype=np.int64)
@@ -69,8 +74,9 @@ def resolve(context: Context) -> Balance:
 
 
 def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
-    """The units of each row along the shrinking dimension, sorted; None if nothing is split here
-    (any more).
+    """Return the units of each row along the shrinking dimension, sorted.
+
+    Return None if nothing is split here, or nothing any more, because units were tied or pinned.
     """
     labels = compact(context.units.live(sighting.labels))
     dims = varied(labels)
@@ -94,8 +100,8 @@ def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
         else []
     )
     if inner:
-        # Laid out one after the other, survivors would come in another order than the original's:
-        # tie the smaller side.
+        # The reshape lays these dimensions out one after the other. Survivors would then come in
+        # another order than in the original, so tie the smaller side.
         inner_size = int(np.prod([labels.shape[d] for d in inner]))
         flip = inner_size > labels.shape[shrink] and not set(inner) & sighting.fixed
         context.tie(labels, [shrink] if flip else inner)
@@ -128,6 +134,7 @@ def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
 
 
 def _choose(labels: Array, free: list[int], block: Array, sighting: Sighting) -> int:
+    """Return the dimension that shrinks: one whose rows are known blocks if any, else the last."""
     known = [d for d in free if _constant_blocks(labels, d, block)]
     if known:
         return known[-1]
@@ -135,7 +142,7 @@ def _choose(labels: Array, free: list[int], block: Array, sighting: Sighting) ->
 
 
 def _constant_blocks(labels: Array, dim: int, block: Array) -> bool:
-    """Whether all live labels lie in a known block, the same one along ``dim``."""
+    """Tell whether every live label lies in a known block, the same one along ``dim``."""
     own = np.where(labels > 0, block[labels], -2)
     if (own == -1).any():
         return False
@@ -148,9 +155,16 @@ def _constant_blocks(labels: Array, dim: int, block: Array) -> bool:
 
 
 def shrinking_dim(labels: Array, block: Array) -> int:
-    """Along which dimension a tensor with these (live) labels gets smaller.
+    """Return the dimension along which a tensor with these labels gets smaller.
 
-    A mask alone does not say it: ``[[1, 0], [0, 1]]`` leaves 2 x 1 or 1 x 2.
+    A mask of the survivors does not tell: ``[[1, 0], [0, 1]]`` leaves 2 x 1 or 1 x 2.
+
+    Parameters
+    ----------
+    labels:
+        The live labels of one field, which vary along at least one dimension.
+    block:
+        :attr:`Balance.block`.
     """
     dims = varied(labels)
     if len(dims) == 1:
@@ -160,11 +174,12 @@ def shrinking_dim(labels: Array, block: Array) -> int:
 
 
 def _cells(context: Context, splits: list[Array], block: Array) -> Balance | None:
-    """Refine all splits into cells; None (after tying) if two splits cannot be satisfied
-    together.
+    """Refine all splits into cells and return the resulting constraints.
+
+    If two splits cannot be satisfied together, tie the rows of one and return None.
     """
     count = context.units.count
-    rng = np.random.default_rng(0)  # names for sets: equal sets get equal sums
+    rng = np.random.default_rng(0)  # random numbers name sets: equal sets have equal sums
     cell_key = np.zeros(count, dtype=np.uint64)
     kind_key = np.zeros(count, dtype=np.uint64)
     for split in splits:
@@ -184,8 +199,8 @@ def _cells(context: Context, splits: list[Array], block: Array) -> Balance | Non
     sizes = (
         np.bincount(cell_of, minlength=len(kinds)) if units.size else np.zeros(0, dtype=np.int64)
     )
-    # Where every block of a split is made of equally many cells, all of one size, these cells are
-    # of one kind.
+    # If every block of a split consists of equally many cells, and all of these have one size,
+    # the cells are of one kind.
     inside_of = [_distinct(cell[split]) for split in splits]
     alike = [
         np.unique(np.concatenate(rows)) for rows in inside_of if len({len(r) for r in rows}) == 1
@@ -199,7 +214,7 @@ def _cells(context: Context, splits: list[Array], block: Array) -> Balance | Non
             if len(found) > 1:
                 kinds[np.isin(kinds, found)] = found[0]
                 merged = True
-    # Blocks satisfy a split when each is made of the same kinds of cell, of the same sizes.
+    # A split is satisfied if its blocks consist of cells of the same kinds and sizes.
     for split, cells in zip(splits, inside_of, strict=True):
         content = []
         for inside in cells:
@@ -218,6 +233,6 @@ def _cells(context: Context, splits: list[Array], block: Array) -> Balance | Non
 
 
 def _distinct(rows: Array) -> list[Array]:
-    """The distinct numbers of each row; usually a row holds one."""
+    """Return the distinct numbers of each row; usually a row holds a single one."""
     first = rows[:, :1]
     return list(first) if (rows == first).all() else [np.unique(row) for row in rows]

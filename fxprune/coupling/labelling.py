@@ -1,4 +1,4 @@
-"""Labels on the tensors of a model that runs: what goes together is united on the way."""
+"""Labelling of a model: it runs on labels, and labels that belong together are united."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["Labelling", "Terms"]
 
 @dataclass(frozen=True)
 class Terms:
-    """What the analysis is told.
+    """What the caller wants kept.
 
     Attributes
     ----------
     keep:
-        Names of parameters whose every axis stays.
+        Names of parameters of which no axis is pruned.
     pinned_nodes:
-        Names of fx nodes whose operands stay: the fallback for a node that cannot be emitted
-        smaller.
+        Names of fx nodes whose operands are pinned, because the node could not be emitted smaller.
+        An entry ``"name@axis"`` pins only that axis of the node's first operand.
     heads:
-        Names of parameters whose attention heads go as a whole or not at all.
+        Names of parameters whose attention heads are removed as a whole or not at all.
     """
 
     keep: tuple[str, ...] = ()
@@ -44,21 +44,40 @@ class Terms:
 
 
 class Labelling:
-    """Labels on the tensors of a meta copy, put there while it is traced: in one mode, or in both.
+    """Labels on the tensors of a meta copy, made while it is traced in one mode or in both.
 
     Parameters
     ----------
+    meta_copy:
+        The model to trace.
+    terms:
+        What the caller wants kept.
     ties:
-        Number of a parameter axis -> for each position the first one that it goes with
-        (:meth:`head_ties`).
+        Number of a parameter axis -> for each of its positions, the first position that belongs to
+        the same unit (see :meth:`head_ties`).
     unread:
-        Names of nodes that get no labels, because nothing comes of them (:meth:`unread`).
+        Names of nodes that get no labels, because nothing reads their results (see
+        :meth:`unread`).
     overwritten:
-        Names of parameters and buffers in which an earlier call leaves non-zeros at removed
-        elements (:meth:`overwritten`).
+        Names of parameters and buffers in which an earlier call may leave non-zeros at removed
+        elements (see :meth:`overwritten`).
     coupling:
-        Without it nothing is united and nothing pinned: labels say on which axis they began,
-        wherever an op can carry them.
+        Whether labels are united and pinned. Without it, labels only tell on which axis they
+        originate.
+
+    Attributes
+    ----------
+    context:
+        The labels of all tensors, and what was found while the model ran.
+    parameters:
+        Parameters and buffers of the meta copy, by name.
+    traces:
+        The graphs that were traced.
+    inputs:
+        What the model was called with.
+    decided:
+        The line of Python that reads values, in a model that is traced in parts; empty if there is
+        none.
     """
 
     def __init__(
@@ -86,7 +105,6 @@ class Labelling:
                 number += tensor.dim()
         self.traces: list[Trace] = []
         self.inputs: list[Any] = []
-        # the line of Python that reads values, in a model that was not traced whole
         self.decided = ""
         self._pinned_nodes, self._unread = frozenset(terms.pinned_nodes), frozenset(unread)
         for name in terms.keep:
@@ -98,7 +116,7 @@ class Labelling:
     def trace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
     ) -> Trace:
-        """Trace the meta copy (see :func:`fxprune.trace.trace`), every node under labels."""
+        """Trace the meta copy and label every node (see :func:`fxprune.trace.trace`)."""
         watch = self._watch("train." if training else "")
         for tensor in tensors_of((args, kwargs)):
             self.context.is_input(tensor)
@@ -110,8 +128,9 @@ class Labelling:
         return traced
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], explored: Explored) -> None:
-        """Run a meta copy that cannot be traced whole, and trace its parts (see
-        :class:`fxprune.coupling.parts.Parts`).
+        """Run a meta copy that cannot be traced whole, and trace and label its parts.
+
+        See :class:`fxprune.coupling.parts.Parts`.
         """
         parts = Parts(self.meta_copy, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]
@@ -123,12 +142,24 @@ class Labelling:
         self.traces += parts.traces.values()
 
     def head_ties(self, names: Collection[str]) -> dict[int, Array]:
-        """What must go together for the heads of these parameters to stay whole or go: see
-        ``ties``.
+        """Return the ties that keep the attention heads of some parameters whole.
 
-        A head is what a product of two activations sums over at one position of an axis that both
-        have: the query's and the key's channels for the scores of one head. Nothing is known of
-        modules or of names.
+        A head consists of the channels that a product of two activations sums over, at one
+        position of an axis that both activations have. For example, the scores of one head sum
+        over channels of the query and the key. Modules and names play no role.
+
+        Call it on a labelling without coupling. Afterwards its labels are united.
+
+        Parameters
+        ----------
+        names:
+            Names of the parameters.
+
+        Returns
+        -------
+        dict
+            Number of a parameter axis -> for each of its positions, the first position that
+            belongs to the same unit. It is the ``ties`` of another labelling.
         """
         context, units = self.context, self.context.units
         units.uniting = True
@@ -153,9 +184,11 @@ class Labelling:
         return ties
 
     def unread(self) -> set[str]:
-        """Names of the nodes of which nothing is read, and that change no tensor and draw no
-        random number: attention weights for a caller who drops them, say. A module that is called
-        stays: it may count, or draw, in training.
+        """Return the names of nodes whose results nothing reads.
+
+        An example are attention weights that the caller drops. Nodes that change a tensor or draw
+        random numbers are not among them. Neither are calls of modules, because a module may count
+        or draw in training mode.
         """
         out: set[str] = set()
         for traced in self.traces:
@@ -173,8 +206,9 @@ class Labelling:
         return out
 
     def overwritten(self) -> set[str]:
-        """Names of parameters and buffers in which a call may leave non-zeros at removed elements,
-        for the next call to read.
+        """Return the names of parameters and buffers that a call may leave non-zero where removed.
+
+        The next call then reads non-zeros at removed elements.
         """
         found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
         return {
@@ -182,18 +216,19 @@ class Labelling:
         }
 
     def drop_unread(self) -> None:
-        """Take the nodes that got no labels out of the graphs: they are not emitted."""
+        """Erase the nodes without labels from the graphs, so that they are not emitted."""
         for traced in self.traces:
             for node in reversed(list(traced.graph.nodes)):
                 if traced.prefix + node.name in self._unread:
                     traced.graph.erase_node(node)
 
     def _axes(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of a parameter's axes."""
         record = self.context.record(self.parameters[name])
         return () if record is None else record.axes
 
     def missed(self) -> list[str]:
-        """Parameters that no op has met."""
+        """Return the names of floating-point parameters and buffers that no op has met."""
         known = {
             name: self.context.record(tensor)
             for name, tensor in self.parameters.items()
@@ -202,11 +237,16 @@ class Labelling:
         return [name for name, record in known.items() if record is not None and record.unmet]
 
     def _finish(self, outputs: Any) -> None:
+        """Pin the labels of the model's outputs."""
         refuse_lazy(outputs, self.meta_copy.model)
         for leaf in leaves(outputs):
             self.context.pin_all(self.context.fields(leaf), OUTPUT)
 
     def _watch(self, prefix: str) -> Callable[[fx.Node], LabelMode | ShapeMode]:
+        """Return a function that prepares each traced node and gives the mode it runs under.
+
+        ``prefix`` goes before the names of the nodes.
+        """
         context, mode = self.context, LabelMode(self.context)
         axes = {
             name: int(axis)

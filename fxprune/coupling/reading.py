@@ -1,7 +1,7 @@
-"""Reads groups, balance and pins off a labelled model.
+"""Groups, balance and pins of a labelled model.
 
-Nodes of the coupling graph are segments of parameter axes, edges carry the fx nodes that tied
-them; its connected components are the groups.
+The nodes of the coupling graph are segments of parameter axes. An edge names the fx nodes that
+tied its two ends. The connected components are the groups.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ __all__ = ["couple"]
 
 
 def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
-    """Read off a labelled meta copy what can only be pruned together.
+    """Return the coupling of a labelled model.
 
-    ``share`` is the example's batch over the labelled one.
+    Parameters
+    ----------
+    labelling:
+        The labels. Nodes that nothing reads are erased from its graphs.
+    share:
+        The example's batch as a fraction of the labelled one.
     """
     labelling.drop_unread()
     context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
@@ -71,8 +76,9 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
 
 
 def _cost_shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
-    """For each node the part of its costs that the example has: all of it where only weights are
-    read.
+    """Return for each node the fraction of its MACs that the example causes.
+
+    It is 1 where a node reads weights alone, because these do not depend on the batch.
     """
     out: dict[str, Fraction] = {}
     for node in traced.graph.nodes:
@@ -84,7 +90,10 @@ def _cost_shares(traced: Trace, share: Fraction) -> dict[str, Fraction]:
 
 
 def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contraction:
-    """What Python code contracts, without the data; at full width where it sees that."""
+    """Return a contraction of Python code with meta tensors in place of its data.
+
+    If Python sees one of its tensors at full width, the tensors carry no labels.
+    """
     wide = context.found.wide[0] if context.found.wide else np.zeros(0, dtype=np.int64)
     whole = any(
         np.isin(f.labels, wide).any() for tensor in ran.tensors for f in context.fields(tensor)
@@ -101,8 +110,9 @@ def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contracti
 
 
 def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
-    """(dim, labels along it) for each field of a parameter; a field over several axes counts on
-    the one that shrinks.
+    """Return for each field of a parameter the dimension that shrinks and the labels along it.
+
+    The labels have shape (positions on the other dimensions, size of the dimension).
     """
     out = []
     for f in record.fields:
@@ -122,6 +132,7 @@ def _positions(record: Record, balance: Balance) -> list[tuple[int, Array]]:
 def _groups_of(
     context: Context, parameters: dict[str, Tensor], balance: Balance
 ) -> tuple[tuple[Group, ...], nx.Graph]:
+    """Return the groups, in the order of their first axes, and the coupling graph."""
     signature, axes = _signed_axes(context, parameters, balance)
     graph, by_signature = _segments(signature, axes)
     for alike in by_signature.values():
@@ -177,8 +188,10 @@ def _groups_of(
 def _segments(
     signature: npt.NDArray[np.uint64], axes: list[tuple[str, int, int, Array]]
 ) -> tuple[nx.Graph, dict[int, list[tuple[Axis, int]]]]:
-    """The nodes of the coupling graph: axes, cut where the units on them lie on other axes; and by
-    the signature of their units the segments, each with the number of its axis.
+    """Return the coupling graph without edges, and its segments by signature.
+
+    An axis is cut into segments where the signature changes, that is, where its units lie on
+    different sets of axes. Each segment comes with the number of its axis.
     """
     graph: nx.Graph = nx.Graph()
     by_signature: dict[int, list[tuple[Axis, int]]] = {}
@@ -188,7 +201,7 @@ def _segments(
         own = signature[rows]
         cuts = (np.flatnonzero((own[:, 1:] != own[:, :-1]).any(axis=0)) + 1).tolist()
         for start, stop in itertools.pairwise([0, *cuts, own.shape[1]]):
-            # several where blocks of an axis bear units of different kinds
+            # there are several keys where blocks of an axis have units of different kinds
             for key in sorted(set(own[:, start].tolist())):
                 if key:
                     segment = Axis(name, dim, start, stop, own.shape[1], layer)
@@ -200,8 +213,10 @@ def _segments(
 def _signed_axes(
     context: Context, parameters: dict[str, Tensor], balance: Balance
 ) -> tuple[npt.NDArray[np.uint64], list[tuple[str, int, int, Array]]]:
-    """For each unit a number that says on which axes it lies; and the axes: parameter, dimension,
-    number of the axis, rows of labels.
+    """Return the signature of each unit, and all labelled axes.
+
+    The signature is a number that stands for the set of axes on which the unit lies; 0 if there
+    are none. An axis is given by its parameter, dimension, number, and rows of labels.
     """
     rng = np.random.default_rng(0)
     signature = np.zeros(context.units.count, dtype=np.uint64)
@@ -210,8 +225,8 @@ def _signed_axes(
         record = context.record(tensor)
         for dim, rows in _positions(record, balance) if record is not None else ():
             axes.append((name, dim, record.axes[dim], rows))  # type: ignore[union-attr]
-            # An axis adds its random number once to every label that lies on it (fancy indexing
-            # does not repeat).
+            # An axis adds its random number to every label on it, and only once: += with an array
+            # of indices ignores repeated ones.
             signature[rows.ravel()] += rng.integers(1, 2**63, dtype=np.uint64)
     signature[0] = 0
     return signature, axes
@@ -224,7 +239,7 @@ def _connect_cells(
     units: Array,
     balance: Balance,
 ) -> None:
-    """Cells of one kind keep equally many units: the groups they lie in are one."""
+    """Connect the segments of cells of one kind: they keep equally many units."""
     celled = units[balance.cell[units] >= 0]
     for kind in np.unique(balance.kind[balance.cell[celled]]) if celled.size else ():
         keys = np.unique(signature[celled[balance.kind[balance.cell[celled]] == kind]]).tolist()
@@ -234,8 +249,9 @@ def _connect_cells(
 
 
 def _connect(graph: nx.Graph, segments: list[tuple[Axis, int]], context: Context) -> None:
-    """Edges between segments of one signature: those that an op tied, and, where ops tied through
-    a third one, one to the first.
+    """Connect the segments of one signature, each to the first one.
+
+    An edge names the nodes that tied the two axes directly; none if they are tied through others.
     """
     first, first_number = segments[0]
     for segment, number in segments[1:]:
@@ -244,6 +260,7 @@ def _connect(graph: nx.Graph, segments: list[tuple[Axis, int]], context: Context
 
 
 def _pins(context: Context, parameters: dict[str, Tensor]) -> tuple[Pinned, ...]:
+    """Return the pinned segments of parameter axes, by reason."""
     found: dict[int, list[Axis]] = {}
     for name, tensor in parameters.items():
         record = context.record(tensor)

@@ -1,4 +1,4 @@
-"""Calls of chosen modules of a private copy of a model go elsewhere."""
+"""Interception of module calls, and protection of a run from other threads and modes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,31 @@ from fxprune.trace.user_code import ElsewhereError
 __all__ = ["in_one_thread", "intercepted", "unwatched", "without_function_modes"]
 
 Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
+"""A function that replaces calls of modules (see :func:`intercepted`)."""
 
 
 @contextmanager
 def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> Iterator[None]:
-    """Calls of the modules at these paths, the outermost ones, go to ``instead(path, call, args,
-    kwargs)``.
+    """Replace the outermost calls of some modules by calls of ``instead``.
 
-    ``call()`` makes the call; where ``NotImplemented`` is given back the module's own Python runs,
-    and its calls are looked at.
+    Each of these modules gets a ``forward`` of its own while the context is active, so that no
+    other module and no other thread is affected. The hooks of the modules still run.
 
-    For a while each of these modules has a ``forward`` of its own, so no other module, and no
-    other thread, notices. ``root`` must be a copy that nobody else calls. Hooks of these modules
-    run, as for every call.
+    Parameters
+    ----------
+    root:
+        The model. It must be a copy that nobody else calls.
+    paths:
+        Paths of the modules in ``root``.
+    instead:
+        Called as ``instead(path, call, args, kwargs)``; its result is the result of the call.
+        ``call()`` makes the original call, in which no further calls are intercepted. If it
+        returns ``NotImplemented``, the module runs, and calls inside it are intercepted.
+
+    Raises
+    ------
+    ElsewhereError
+        If another thread calls one of the modules.
     """
     watch = _Watch(instead)
     named = reversed(list(root.named_modules(remove_duplicate=False)))
@@ -56,12 +68,26 @@ def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> It
 
 
 class _Watch:
+    """The ``forward`` methods that :func:`intercepted` puts into modules.
+
+    Attributes
+    ----------
+    instead:
+        The function to call instead.
+    thread:
+        The thread in which modules may be called.
+    inside:
+        Whether such a call is running, so that calls inside it are not intercepted.
+    """
+
     def __init__(self, instead: Instead) -> None:
         self.instead = instead
         self.thread = threading.get_ident()
         self.inside = False
 
     def over(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that replaces ``forward`` of the module at ``path``."""
+
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self.thread:
@@ -79,7 +105,10 @@ class _Watch:
 
 
 class _Elsewhere(TorchFunctionMode):
-    """Refuses what another thread does to tensors for the one that follows a model."""
+    """A mode that raises an error if the code it runs in handles tensors.
+
+    It is active in other threads than the one that runs the model.
+    """
 
     def __init__(self, thread: int) -> None:
         super().__init__()
@@ -93,12 +122,15 @@ class _Elsewhere(TorchFunctionMode):
 
 @contextmanager
 def in_one_thread() -> Iterator[None]:
-    """Refuse threads that the model starts, and functions that it hands to pools, once they
-    compute with tensors.
+    """Raise an error if the model computes with tensors in another thread.
+
+    Threads that the model starts and functions that it submits to thread pools may run as long as
+    they handle no tensors.
 
     Raises
     ------
     ElsewhereError
+        At the end of the context, also if the model has caught the error.
     """
     mine, found = threading.get_ident(), list[ElsewhereError]()
 
@@ -146,7 +178,7 @@ def in_one_thread() -> Iterator[None]:
 
 @contextmanager
 def without_function_modes() -> Iterator[None]:
-    """Without what looks at the functions that the model calls."""
+    """Turn off the torch-function modes of this thread."""
     with ExitStack() as stack:
         for _ in _get_current_function_mode_stack():
             stack.enter_context(_pop_mode_temporarily())
@@ -155,8 +187,9 @@ def without_function_modes() -> Iterator[None]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Without what looks at the functions and the operations of a run: how a part is traced is
-    none of it.
+    """Turn off all torch-function and dispatch modes of this thread.
+
+    Tracing a part inside a run must not be seen by the modes that observe the run.
     """
     with _disable_current_modes(), without_function_modes():
         yield

@@ -1,6 +1,4 @@
-"""How a model runs that is no single graph: which modules are its parts, and on which routes its
-Python calls them.
-"""
+"""Exploration of a model that is not one graph: its parts, and the routes between them."""
 
 from __future__ import annotations
 
@@ -31,14 +29,17 @@ class Explored:
     Attributes
     ----------
     parts:
-        Paths of the largest modules that can be traced.
+        Paths of the largest submodules that can be traced.
     routes:
-        The first is what the model does for the example, in evaluation.
-    decided, by:
-        The line by which it cannot be known where Python goes, and what that decides by; empty if
-        it is known.
+        The runs that differ between parts. The first one is that of the example in evaluation
+        mode.
+    decided:
+        The line that makes it impossible to know where Python code goes; empty if all routes are
+        known.
+    by:
+        What that line decides by: "values" or "sizes of inputs".
     untrained:
-        Why training could not be followed.
+        Why training mode could not be followed; empty if it was.
     """
 
     parts: frozenset[str]
@@ -49,8 +50,16 @@ class Explored:
 
 
 def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explored:
-    """Find the parts of a model, and its routes, by running it for real on a call and on what that
-    leads to.
+    """Find the parts and the routes of a model by running it on data.
+
+    It runs on the given call, and for other answers, other sizes and training mode.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; copies of it with data run.
+    args, kwargs:
+        The arguments of the call.
     """
     routes = routes_of(meta_copy, args, kwargs)
     found = Finder(meta_copy)
@@ -74,8 +83,9 @@ def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kwargs: Any) -> bool:
-    """Add what the model does for inputs of other sizes, and find the parts that it calls there;
-    whether that is not all.
+    """Add the routes for inputs of other sizes, and find the parts that are called there.
+
+    Return whether there may be further routes, so that ``routes.decided`` was set.
     """
     plain, known, decided = [*routes.all], frozenset[str](), False
     while known != found.parts and not routes.decided:
@@ -96,7 +106,10 @@ def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kw
 def _differing_between_parts(
     meta_copy: MetaCopy, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
 ) -> list[Route]:
-    """The routes that differ between parts: what a part asks inside is not asked by its graph."""
+    """Return one of all routes that do the same between parts.
+
+    Questions that a part asks inside do not count, because the graph of the part asks none.
+    """
     real, found = meta_copy.instance(), dict[Any, Route]()
     for route in routes:
         calls: list[Any] = []
@@ -112,7 +125,9 @@ def _differing_between_parts(
         try:
             with intercepted(real, parts, part):
                 _, decisions = run_route(real, args, kwargs, route)
-        except Exception as error:  # it fails there for good, and says so, or it fails here alone
+        # Keep a route that fails here: if it fails in the labelled run as well, that run reports
+        # it.
+        except Exception as error:
             found[error] = route
             continue
         found.setdefault(
@@ -122,7 +137,7 @@ def _differing_between_parts(
 
 
 def _call_key(value: Any) -> str:
-    """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
+    """Return a key for a nested value: shapes and types of tensors, and other values as text."""
     return repr(
         [
             (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
@@ -134,8 +149,21 @@ def _call_key(value: Any) -> str:
 def decisions_of(
     meta_copy: MetaCopy, found: Explored, args: Any, kwargs: Any
 ) -> dict[tuple[str, bool], list[str]]:
-    """What each part decides by the sizes of this call, by its path and for evaluation or
-    training.
+    """Return what the graph of each part decides by the sizes of this call.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; a copy of it with data runs.
+    found:
+        Its parts and routes.
+    args, kwargs:
+        The arguments of the call.
+
+    Returns
+    -------
+    dict
+        (path of the part, whether for training) -> lines that decide.
     """
     real, decided = meta_copy.instance(), dict[tuple[str, bool], list[str]]()
 

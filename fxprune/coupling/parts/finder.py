@@ -1,4 +1,4 @@
-"""Which modules of a model are its parts: the largest that can be traced."""
+"""Search for the parts of a model: the largest submodules that can be traced."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ from fxprune.trace import MetaCopy, trace
 __all__ = ["Finder", "shape_of"]
 
 _CONSTANT_TYPES = (type(None), bool, int, float, str)
-"""What a part may be called with beside tensors: its graph says so where it is called with another
-one.
+"""Types of arguments that a part may have beside tensors.
+
+The graph of a part raises an error if it is called with another value than the traced one.
 """
 
 
 class Finder:
-    """Finds the largest modules that can be traced: called on tensors, every time the same graph,
-    and from outside only.
+    """A search for the largest submodules that can be traced.
+
+    Such a module is called on tensors, has the same graph in every call, and contains no module
+    that Python code calls directly as a part.
 
     Attributes
     ----------
+    meta_copy:
+        The model.
     python:
-        Paths of the modules that were called, and that stay Python.
+        Paths of the modules that were called and stay Python code.
     graphs:
         Path of a part -> its graph, as text.
     """
@@ -42,17 +47,27 @@ class Finder:
         self.meta_copy = meta_copy
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
-        # parts whose graph holds for its own sizes: it guards them
+        # Parts that may have another graph on this route, because it has other sizes: emitted
+        # graphs guard their sizes.
         self._settled: frozenset[str] = frozenset()
-        # by path and what it is called with; None: it cannot be traced
+        # (path, arguments as text) -> graph as text; None if it cannot be traced
         self._traced: dict[tuple[str, str], str | None] = {}
 
     @property
     def parts(self) -> frozenset[str]:
+        """Paths of the parts found so far."""
         return frozenset(self.graphs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
-        """Let the model go each of these routes until all that it calls is a part, or Python."""
+        """Run the model on routes until each module it calls is known to be a part or Python code.
+
+        Parameters
+        ----------
+        args, kwargs:
+            The arguments of the example's call.
+        routes:
+            The routes.
+        """
         real, known = self.meta_copy.instance(), -1
         self._own = {module: _tensors_held(module) for module in real.modules()}
         self._real = real
@@ -70,6 +85,7 @@ class Finder:
             self.python |= self._entered()
 
     def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Handle an intercepted call: make it a part if it can be traced, else run its Python."""
         graph = (
             self._graph(path, args, kwargs)
             if path not in self.python and self._is_as_given(path)
@@ -82,17 +98,17 @@ class Finder:
             self.graphs.pop(path, None)
             return NotImplemented
         out = call()
-        # what its graph does
+        # The call may have exchanged tensors of the module; its graph does so, too.
         self._own.update(
             {module: _tensors_held(module) for module in self._real.get_submodule(path).modules()}
         )
         return out
 
     def _is_as_given(self, path: str) -> bool:
-        """Whether the module has the tensors that it had: neither ``torch.func`` nor Python has
-        put others into it.
+        """Tell whether a module has its original tensors.
 
-        Nor does ``torch.func`` map over them.
+        It has not if ``torch.func`` or Python code has put others into it, or if the call is
+        inside a transform of ``torch.func``.
         """
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
@@ -102,6 +118,7 @@ class Finder:
         )
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
+        """Return the graph of a module for a call, as text; None if it cannot be traced."""
         leaves = tree_leaves((args, kwargs))
         if not holds_tensors(leaves) or not all(
             isinstance(leaf, Tensor) or type(leaf) in _CONSTANT_TYPES for leaf in leaves
@@ -110,7 +127,7 @@ class Finder:
         try:
             inputs = tree_map(shape_of, (args, kwargs))
         except Exception:
-            # a container that refuses tensors without data, as a packed sequence does
+            # some containers, such as packed sequences, refuse tensors without data
             return None
         leaves, spec = tree_flatten(inputs)
         said = repr(
@@ -123,6 +140,7 @@ class Finder:
         return self._traced[key]
 
     def _try_to_trace(self, path: str, args: Any, kwargs: Any) -> str | None:
+        """Trace a module in both modes and return its graph as text; None if that fails."""
         try:
             traced = trace(self.meta_copy.part(path), args, kwargs)
         except FxpruneError:
@@ -131,15 +149,16 @@ class Finder:
             try:
                 trace(self.meta_copy.part(path), args, kwargs, training=True)
             except FxpruneError:
-                return None  # a graph would do in training what it does in evaluation
+                return None  # the graph would do in training what it does in evaluation mode
         known = all(
             isinstance(leaf, (Tensor, *_CONSTANT_TYPES)) for leaf in leaves_of(traced.outputs)
         )
-        return str(traced.graph) if known else None  # another object may hold tensors
+        return str(traced.graph) if known else None  # objects of other types may hold tensors
 
     def _entered(self) -> set[str]:
-        """The parts inside of which another part lies: Python calls that one, too, which is as
-        wide as Python sees it.
+        """Return the parts that contain another part.
+
+        Python code calls the inner one directly as well, so they cannot be pruned independently.
         """
         model, found = self.meta_copy.model, set()
         called = IdentitySet(model.get_submodule(path) for path in self.graphs)
@@ -151,8 +170,10 @@ class Finder:
 
 
 def shape_of(tensor: Any) -> Any:
-    """A tensor without data for one of the example, which has two of what the example has none of:
-    boxes in an image, say.
+    """Return a meta tensor of a tensor's shape, with size 2 in place of 0.
+
+    A size is 0 where the example has nothing, such as no boxes in an image. Other values are
+    returned as they are.
     """
     if not isinstance(tensor, Tensor):
         return tensor
@@ -160,7 +181,7 @@ def shape_of(tensor: Any) -> Any:
 
 
 def _tensors_held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """The tensors of a module, and where they lie."""
+    """Return the tensors that a module holds itself, by name, with their places in memory."""
     named = {**vars(module), **module._buffers, **module._parameters}
     return {
         name: (value, place_of(value))
@@ -170,6 +191,7 @@ def _tensors_held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
 
 
 def _are_same(held: dict[str, tuple[Tensor, Any]], own: dict[str, tuple[Tensor, Any]]) -> bool:
+    """Tell whether a module holds the same tensors, in the same places, as before."""
     return held.keys() == own.keys() and all(
         tensor is own[name][0] and place == own[name][1] for name, (tensor, place) in held.items()
     )

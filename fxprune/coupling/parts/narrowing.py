@@ -1,5 +1,6 @@
-"""Whether a call gives on fewer channels what is left of its result on all of them: found out by
-trying.
+"""Tests whether a call does the right thing on fewer channels, by making the call.
+
+It does if its result on fewer channels is what remains of its result on all of them.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from fxprune.labels import Array, varied
 __all__ = ["narrows", "of_one_size"]
 
 Labels = Callable[[Tensor], list[Array]]
+"""A function that returns the live labels of a tensor, one array per field."""
 
 
 def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool:
-    """Whether the call, its numbers as they are, commutes with the removal of labelled positions.
+    """Tell whether a call with unchanged numbers commutes with the removal of labelled positions.
 
-    The call is made on random values, on all positions and on some that are left. That is enough
-    for operations that move values: what they do does not depend on the values.
+    The call is made on random values, on all positions and on some of them. That is enough for
+    operations that move values, because what they do does not depend on the values.
 
     Parameters
     ----------
+    func:
+        The function that is called.
+    args, kwargs:
+        Its arguments.
     out:
-        What the call gave.
+        Its result.
     labels:
-        The live labels of a tensor, one array for each field.
+        Returns the live labels of a tensor, one array per field.
     """
     given = IdentityMap((tensor, labels(tensor)) for tensor in tensors_in(args, kwargs))
     results = [labels(leaf) if isinstance(leaf, Tensor) else [] for leaf in tree_leaves(out)]
@@ -63,16 +69,22 @@ def narrows(func: Any, args: Any, kwargs: Any, out: Any, labels: Labels) -> bool
 
 
 def of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels) -> bool:
-    """Whether a movement counts positions on an axis that channels share with a resolution: for
-    another one it counts others.
+    """Tell whether an operation is right on fewer channels for one resolution only.
 
-    ``x.flatten(1)[:, ::3]`` takes the same positions of every channel as long as each has a
-    multiple of three, and so does ``x.flatten(1).view(len(x), -1, 3)``.
+    That is so if it counts positions on an axis that combines channels and a resolution. For
+    example, ``x.flatten(1)[:, ::3]`` takes the same positions of every channel only if each has a
+    multiple of three. The same holds for ``x.flatten(1).view(len(x), -1, 3)``.
 
     Parameters
     ----------
-    name, bound:
-        The operation, and its arguments by name.
+    name:
+        Name of the operation, which moves values.
+    bound:
+        Its arguments, by name.
+    out:
+        Its result.
+    labels:
+        Returns the live labels of a tensor, one array per field.
     """
     tensor = bound.get("self")
     if not isinstance(tensor, Tensor) or not isinstance(out, Tensor):
@@ -88,7 +100,7 @@ def of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels) -
 
 
 def _shared(array: Array) -> list[int]:
-    """The dimensions along which one label lies on several positions."""
+    """Return the dimensions along which some label lies on several positions."""
     found = []
     for dim in varied(array):
         rows = array.swapaxes(dim, -1).reshape(-1, array.shape[dim])
@@ -101,9 +113,13 @@ def _shared(array: Array) -> list[int]:
 
 
 def _removals(fields: list[Array]) -> Iterator[Array]:
-    """Labels to remove: of every field the last positions, then the first, and every other one."""
+    """Yield sets of labels to remove on trial.
+
+    They are the second half of every field, its first half, and every other label. If a field
+    varies along several dimensions, they are its last and its first positions along each of them.
+    """
     several = [array for array in fields if len(varied(array)) > 1]
-    if several:  # what is left of a rectangle is a rectangle
+    if several:  # remove whole rows, so that a rectangle remains
         for dim in varied(several[0]):
             yield np.unique(several[0].take([-1], axis=dim))
             yield np.unique(several[0].take([0], axis=dim))
@@ -119,8 +135,9 @@ def _removals(fields: list[Array]) -> Iterator[Array]:
 
 
 def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
-    """A tensor without the positions of some labels; None where what is left is no rectangle, or
-    nothing.
+    """Return a tensor without the positions of the labels ``gone``.
+
+    Return None if nothing remains, or if what remains is no rectangle.
     """
     for array in fields:
         alive = ~np.isin(array, gone)
@@ -140,7 +157,7 @@ def _left(value: Tensor, fields: list[Array], gone: Array) -> Tensor | None:
 def _call_leaves(
     func: Any, args: Any, kwargs: Any, values: IdentityMap[Tensor, Any]
 ) -> list[Any] | None:
-    """The leaves of what the call gives on these values; None if it fails."""
+    """Return the leaves of the call's result on other values of its tensors; None if it fails."""
     own, named = tree_map(
         lambda leaf: values.get(leaf, leaf.clone()) if isinstance(leaf, Tensor) else leaf,
         (args, kwargs),
@@ -152,13 +169,15 @@ def _call_leaves(
 
 
 def _random_like(tensor: Tensor) -> Tensor:
-    # of the CPU: not every device has one
+    """Return random values between 0.5 and 1.5, the same ones for tensors of the same shape."""
+    # a CPU generator, because not every device has one
     generator = torch.Generator().manual_seed(tensor.numel())
     drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
     return torch.empty_like(tensor).copy_(drawn.to(tensor.dtype).to(tensor.device))
 
 
 def _same_result(found: Any, wanted: Tensor | None) -> bool:
+    """Tell whether a result is the wanted one, up to rounding."""
     if wanted is None or not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
     if not found.is_floating_point():

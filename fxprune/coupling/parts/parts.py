@@ -1,4 +1,4 @@
-"""Runs a model for real, Python and all, and traces the modules that it calls."""
+"""Labelled runs of a model that cannot be traced whole: its parts are traced when called."""
 
 from __future__ import annotations
 
@@ -32,28 +32,53 @@ __all__ = ["Parts"]
 
 
 class Parts:
-    """Runs a meta copy for real, Python and all, and traces the modules that it calls.
+    """Labelled runs of a model on data, in which each part is traced when Python code calls it.
 
     Parameters
     ----------
+    meta_copy:
+        The model.
+    context:
+        Holds the labels.
     watch:
-        Gives, for a prefix of node names, what nodes run under while they are traced (see
-        :func:`fxprune.trace.trace`).
+        Gives, for a prefix of node names, the ``watch`` function of :func:`fxprune.trace.trace`.
+
+    Attributes
+    ----------
+    traces:
+        (path of a part, whether for training) -> its graph.
+    decided:
+        The line at which Python code may go another way, so that nothing between parts is removed;
+        empty if there is none.
     """
 
     def __init__(self, meta_copy: MetaCopy, context: Context, watch: Callable[[str], Any]) -> None:
         self.meta_copy, self.context, self.watch = meta_copy, context, watch
-        self.traces: dict[tuple[str, bool], Trace] = {}  # by path and whether for training
+        self.traces: dict[tuple[str, bool], Trace] = {}
+        # tensor with data -> meta tensor that parts are traced with
         self._stand_ins: IdentityMap[Tensor, Tensor] = IdentityMap()
-        self.decided = ""  # the line at which Python takes out numbers that depend on weights
-        self._by = "values"  # what it decides by
-        self._read: list[Tensor] = []  # parameters that Python reads itself, outside of parts
-        # tensors between parts: whether one gives it, whether it can be wide
+        self.decided = ""
+        self._by = "values"  # what the line in ``decided`` decides by
+        self._read: list[Tensor] = []  # parameters that Python code reads outside of parts
+        # tensors between parts: the tensor, whether a part or the model itself gives it, whether
+        # it can be passed on at full width
         self._handed: list[tuple[Tensor, bool, bool]] = []
 
     def run(self, explored: Explored, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """What the model returns for this call, and on each other route that its Python can
-        take.
+        """Run the model on each route that its Python code can take.
+
+        Parameters
+        ----------
+        explored:
+            The parts and the routes of the model.
+        args, kwargs:
+            The arguments of the example's call.
+
+        Returns
+        -------
+        list
+            What the model returns on each route. Routes for inputs of other sizes may fail, and
+            are then missing.
         """
         self._untrained, self.decided, self._by = explored.untrained, explored.decided, explored.by
         results = []
@@ -68,7 +93,7 @@ class Parts:
                     self.decided or f"inputs of other sizes, {route.sizes}",
                     "sizes of inputs",
                 )
-            # what is computed there is not what the example costs
+            # only the first route counts as costs of the example
             if route is not explored.routes[0]:
                 del self.context.found.contractions[contractions:]
         self._leave_whole_what_training_may_call()
@@ -82,7 +107,7 @@ class Parts:
             record = self.context.record(tensor)
             if (tensor not in inside or tensor in read) and record is not None and record.fields:
                 self._handed.append((tensor, True, False))
-        # what a part shares with a module that has not run is read there as it is
+        # A module that has not run may read parameters that it shares with a part as they are.
         if self.decided:
             self._handed += [
                 (tensor, True, False) for tensor in self._outside() if tensor in inside
@@ -90,8 +115,9 @@ class Parts:
         return results
 
     def _leave_whole_what_training_may_call(self) -> None:
-        """Where training cannot be followed, modules that have not run may be called there, on
-        whatever is between the parts.
+        """Keep tensors between parts whole if training mode may call modules that have not run.
+
+        That is possible only where training mode cannot be followed.
         """
         if not self._untrained or not self.traces:
             return
@@ -104,6 +130,7 @@ class Parts:
     def _run(
         self, parts: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], route: Route
     ) -> Any:
+        """Run the model on one route under labels, and return its result."""
         real, mode = self.meta_copy.instance(), RealMode(self.context)
         undone = Undone(dict(real.named_parameters()))
         for own, stand_in in zip(
@@ -147,7 +174,7 @@ class Parts:
         return out
 
     def _outside(self) -> list[Tensor]:
-        """The parameters and buffers of modules that are in no part."""
+        """Return the parameters and buffers of modules that are in no part."""
         paths = {path for path, _ in self.traces}
         modules = self.meta_copy.model.named_modules(remove_duplicate=False)
         own = [
@@ -163,13 +190,15 @@ class Parts:
         ]
 
     def settle(self) -> None:
-        """Extend what Python sees at full width to all that goes with it; pin it where it cannot
-        be handed out so.
+        """Decide which labels between parts keep their full width, and pin some of them.
 
-        Where Python decides by values, or by sizes in a way that was not followed, parts may be
-        called in another order and on other things than for the example. Then nothing is removed
-        between them: a part whose inputs and outputs are whole does the right thing wherever it is
-        called.
+        A tensor that has such a label keeps all its labels at full width. They are pinned where a
+        tensor cannot be passed on at full width.
+
+        Python code may decide by values, or by sizes in a way that was not followed. Then it may
+        call parts in another order, and on other tensors, than for the example. In that case
+        nothing is removed between parts, because a part whose inputs and outputs are whole is
+        right wherever it is called.
         """
         ctx = self.context
         for tensor, _, _ in self._handed if self.decided else ():
@@ -198,8 +227,9 @@ class Parts:
         ctx.found.wide = [wide]
 
     def _traced(self, path: str, args: Any, kwargs: Any, training: bool) -> Trace:
-        """A call of a part, under labels: its graph for evaluation, or for training where that is
-        another.
+        """Trace a call of a part under labels, and return its graph.
+
+        The graph for training mode is traced, too, if the part depends on the mode.
         """
         inputs = tree_map(self._stand_in, (args, kwargs))
         traced = self._follow(path, inputs, training=False)
@@ -211,8 +241,10 @@ class Parts:
         return traced
 
     def _follow(self, path: str, inputs: Any, training: bool) -> Trace:
-        """Trace a call. The graph of the first one is emitted; what others read and give has to be
-        laid out as there.
+        """Trace a call of a part in one mode.
+
+        The graph of the part's first call is the one that is emitted. The labels of a later call
+        are united with those of the first one.
         """
         ctx = self.context
         before, ctx.found.ran = ctx.found.ran, {}
@@ -231,15 +263,18 @@ class Parts:
         return traced
 
     def _give_alike(self, traced: Trace, trained: Trace) -> None:
-        """Python that was not followed in training gets there what it gets in evaluation, or the
-        whole of what it gets.
+        """Unite the labels of a part's outputs in both modes.
+
+        Python code that could not be followed in training mode then gets the same channels as in
+        evaluation mode, or all of them.
         """
         self.context.node = f"{trained.prefix}output"
         self._unite([own.outputs for own in (traced, trained)], "is given in training only")
 
     def _laid_out_alike(self, first: Trace, again: Trace) -> None:
-        """One graph stands for all calls of a part: what it takes and gives keeps the same
-        positions in each of them.
+        """Unite the labels of inputs and outputs of two calls of a part.
+
+        One graph serves all calls of a part, so they must keep the same positions.
         """
         self.context.node = f"{first.prefix}output"
         self._unite(
@@ -248,9 +283,7 @@ class Parts:
         )
 
     def _unite(self, both: Sequence[Any], why: str) -> None:
-        """Unite the labels of two values leaf by leaf; pin them where they are laid out in two
-        ways.
-        """
+        """Unite the labels of two nested values leaf by leaf; pin them where layouts differ."""
         ctx, (ones, others) = self.context, map(leaves_of, both)
         for one, other in itertools.zip_longest(ones, others):
             fields, theirs = ctx.fields(one), ctx.fields(other)
@@ -261,6 +294,7 @@ class Parts:
                 ctx.pin_all([*fields, *theirs], why)
 
     def _stand_in(self, real: Any) -> Any:
+        """Return the meta tensor for a tensor with data, with its labels."""
         if not isinstance(real, Tensor):
             return real
         if real not in self._stand_ins:
@@ -274,14 +308,16 @@ class Parts:
 
 
 def _as_number(leaf: Any) -> Any:
-    """A width that a part is called with, or that the model gives, is a number, and no other one
-    in the smaller model.
+    """Return a plain number for a width or a size, and other values as they are.
+
+    Parts are called with numbers, and models return numbers, that must be the same in the smaller
+    model. So the labels of such a width are noted.
     """
     return leaf.told() if type(leaf) is Width else plain_sizes(leaf)
 
 
 def _tensors_by_name(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, one for each name."""
+    """Return the parameters and buffers of a model, shared ones once for each name."""
     named = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),

@@ -1,5 +1,6 @@
-"""What Python code does between parts, seen on data: labels are carried on, and what would be
-wrong for fewer channels is noted.
+"""Propagation of labels through the Python code between parts, which runs on data.
+
+Axes for which this code would be wrong on fewer channels are noted as wide: they keep their width.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fxprune.trace.tensors import map_leaves
 __all__ = ["PYTHON", "RealMode", "SizeReader", "note_sizes"]
 
 PYTHON = "python:"
-"""What the names of nodes begin with that are no nodes: lines of Python code."""
+"""Prefix of node names that stand for lines of Python code."""
 
 
 _READING = frozenset(
@@ -50,23 +51,24 @@ _READING = frozenset(
         "untyped_storage",
     }
 )
-"""What gives numbers that follow from the sizes of a tensor's memory."""
+"""Functions that return numbers derived from the sizes of a tensor."""
 
 
 _FILLED = {"full": 1, "new_full": 2}
-"""Functions that take sizes, and a number for what these hold, with its place."""
+"""Functions that take sizes and a fill value -> position of the fill value."""
 
 
 def _number_arguments(name: str, args: Any, kwargs: Any) -> Any:
-    """The arguments of a call that are not taken as sizes."""
+    """Return the arguments of a call that are not taken as sizes."""
     if name in _FILLED:
         return args[_FILLED[name] :], kwargs.get("fill_value")
-    # with a width that Python read off a tensor they give the right sizes for a smaller one too
+    # A function that takes sizes is right for a smaller width, too, if the size was read off a
+    # tensor.
     return () if ops.takes_sizes(name) else (args, kwargs)
 
 
 def _widths(value: Any) -> list[Width]:
-    """The widths in nested arguments."""
+    """Return the widths in nested arguments."""
     found: list[Width] = []
 
     def note(leaf: Any) -> Any:
@@ -79,11 +81,18 @@ def _widths(value: Any) -> list[Width]:
 
 
 def _plain_leaf(leaf: Any) -> Any:
+    """Return the number of a width, and other values as they are."""
     return leaf.number if type(leaf) is Width else leaf
 
 
 class SizeReader(TorchFunctionMode):
-    """Sees Python read sizes, and give them back."""
+    """A mode that makes sizes of labelled tensors known as such, and sees where they are used.
+
+    Parameters
+    ----------
+    mode:
+        The mode that sees the operations of the same run.
+    """
 
     def __init__(self, mode: RealMode) -> None:
         super().__init__()
@@ -105,7 +114,7 @@ class SizeReader(TorchFunctionMode):
             name in _READING
             or getattr(getattr(func, "__self__", None), "__name__", "") in _READING
         ):
-            # whatever widths are in it are told
+            # the product reads the number of every width in it
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
             self.mode.memory.meet([args[0]])
@@ -127,6 +136,7 @@ class SizeReader(TorchFunctionMode):
         return out
 
     def _sizes(self, tensor: Tensor) -> Any:
+        """Return the shape of a tensor, with a :class:`Width` for each labelled dimension."""
         context, sizes = self.mode.context, list[Any](tensor.size())
         self.mode.memory.meet([tensor])
         fields = context.fields(tensor)
@@ -142,7 +152,7 @@ class SizeReader(TorchFunctionMode):
 
 
 def _sizes_of_some(value: Any) -> Any:
-    """Sizes of which those that are 0 are found out, or two."""
+    """Return sizes with another size in place of 0: -1 where it can be inferred, else 2."""
     if not isinstance(value, (list, tuple)) or not all(type(size) is int for size in value):
         return value
     free = -1 if -1 not in value and list(value).count(0) == 1 else 2
@@ -150,15 +160,22 @@ def _sizes_of_some(value: Any) -> Any:
 
 
 def _live(context: Context, labels: list[Array]) -> list[Array]:
+    """Return the live labels of each array."""
     return [*map(context.units.live, labels)]
 
 
 def note_sizes(model: nn.Module, mode: RealMode) -> None:
-    """Let the numbers that modules remember of their sizes (``in_features``) say so where Python
-    reads them.
+    """Replace sizes that modules remember (``in_features``) by :class:`Width` numbers.
 
-    They are those of the smaller model there. What is computed from one keeps its value: the axis
-    stays.
+    In the smaller model, these attributes hold the smaller sizes. An axis is pinned if Python code
+    computes with its size, because the result must not change.
+
+    Parameters
+    ----------
+    model:
+        The model that runs on data; its attributes are replaced.
+    mode:
+        The mode that sees the operations of the run.
     """
     context = mode.context
 
@@ -182,24 +199,41 @@ def note_sizes(model: nn.Module, mode: RealMode) -> None:
 
 
 class RealMode(LabelMode):
-    """Executes ATen ops on data, carries labels on, and notes what the Python code around could
-    not do on fewer channels.
+    """A mode that runs ATen ops of Python code on data and propagates labels through them.
+
+    It notes axes as wide where the Python code would be wrong on fewer channels.
+
+    Parameters
+    ----------
+    context:
+        Holds the labels.
+
+    Attributes
+    ----------
+    widths:
+        The widths among the sizes that the running function is called with.
+    own:
+        Parameter or buffer of the model that runs -> that of the meta copy.
+    read:
+        Parameters and buffers of the meta copy that Python code reads outside of parts.
+    memory:
+        The memory of labelled tensors.
+    pausing:
+        Whether a part is running.
     """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.widths: list[Width] = []  # among the sizes that this call is given
-        # the model's parameters and buffers -> those of the meta copy
+        self.widths: list[Width] = []
         self.own: IdentityMap[Tensor, Tensor] = IdentityMap()
-        # those of the meta copy that Python reads itself, outside of parts
         self.read: IdentityMap[Tensor, None] = IdentityMap()
         self.memory = LabelledMemory(context)
-        self.pausing = False  # while a part runs
+        self.pausing = False
         self._number = itertools.count()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While a part runs: what it reads of its own is no business of Python's."""
+        """Mark that a part runs: sizes that it reads itself are not read by Python code."""
         self.pausing = True
         try:
             yield
@@ -207,8 +241,10 @@ class RealMode(LabelMode):
             self.pausing = False
 
     def reads(self, tensor: Tensor) -> None:
-        """Python reads this tensor, or its size: what is a parameter is seen there as it is, and
-        not as wide as it was.
+        """Record that Python code reads a tensor or its size.
+
+        Only parameters and buffers are recorded. Python code sees them as they are in the smaller
+        model, not at full width.
         """
         if tensor in self.own:
             self.read[self.own[tensor]] = None
@@ -235,7 +271,7 @@ class RealMode(LabelMode):
         return out
 
     def _label(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels on, also on no elements."""
+        """Propagate labels through a call, also if some of its tensors have no elements."""
         tensors = tensors_in(args, kwargs)
         labelled = any(t in self.context.records for t in tensors)
         if labelled and any(not leaf.numel() for leaf in (*tensors, *tensors_of(out))):
@@ -244,7 +280,7 @@ class RealMode(LabelMode):
             self._note(func, rule, args, kwargs, out)
 
     def _note(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels on, and note whose width the call must see."""
+        """Propagate labels through a call, and note labels whose full width the call needs."""
         ctx, tensors = self.context, tensors_in(args, kwargs)
         if rule is None:
             ctx.found.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
@@ -257,7 +293,7 @@ class RealMode(LabelMode):
         ):
             self._follow(rule, func, bound, out)
         if rule.kind is Kind.CREATES:
-            for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
+            for f in ctx.fields(out):  # its size is a width that was read, or a plain number
                 measured = [
                     a for width in self.widths for a in width.labels if a.size == f.labels.size
                 ]
@@ -270,10 +306,10 @@ class RealMode(LabelMode):
             ctx.found.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
 
     def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels through a call on no elements: the labels that it carries on some are found
-        out, and are those of none.
+        """Propagate labels through a call on tensors without elements.
 
-        Where that cannot be found out Python sees the full width.
+        The call is made on tensors with some elements instead, and the labels of its results are
+        used. If that fails, the operands keep their full width.
         """
         ctx, given = self.context, tensors_in(args, kwargs)
         some = IdentityMap((tensor, self._some(tensor)) for tensor in given)
@@ -292,8 +328,10 @@ class RealMode(LabelMode):
                 self.carry(leaf, ctx.fields(stand_in))
 
     def _some(self, tensor: Tensor) -> Tensor:
-        """A tensor that has two of what there is none of; a mask that chooses the first two where
-        it chooses nothing.
+        """Return a tensor with size 2 in place of 0, and the same labels.
+
+        For a mask that selects nothing, return one that selects the first two elements. Return any
+        other tensor as it is.
         """
         if tensor.numel():
             if tensor.dtype is not torch.bool or bool(tensor.any()):
@@ -310,8 +348,17 @@ class RealMode(LabelMode):
         return made
 
     def carry(self, tensor: Tensor, fields: list[Field]) -> None:
-        """Give a tensor the labels of another, of which it may have fewer elements; what does not
-        fit is seen at full width.
+        """Label a tensor with the fields of another one.
+
+        Fields that do not fit the tensor's shape keep their full width.
+
+        Parameters
+        ----------
+        tensor:
+            The tensor to label.
+        fields:
+            The fields. The tensor they come from may have other sizes on dimensions without
+            labels.
         """
         fit = [
             f
@@ -326,12 +373,12 @@ class RealMode(LabelMode):
     def _narrows(
         self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int
     ) -> bool:
-        """Whether the same call does the right thing on fewer channels."""
+        """Tell whether the same call does the right thing on fewer channels."""
         ctx, name = self.context, ops.name_of_op(func)
         if ctx.found.rescaled.pop(ctx.node, None) is not None:
             return False
         if len(ctx.found.statistics) > statistics:
-            # they are taken at full width, where zeros count as in the masked original
+            # statistics are taken at full width, with zeros counted as in the masked original
             ctx.found.statistics.popitem()
             return False
         bound = ops.bind(func, args, kwargs)
@@ -340,7 +387,7 @@ class RealMode(LabelMode):
         if bound.get("scale", 1) is None and any(
             bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])
         ):
-            return False  # attention scales by the width of what it is given
+            return False  # attention scales by the width of the query
         if rule.kind is Kind.COMPUTES:
             return True
         if ops.takes_sizes(name) and self._measured(out):
@@ -354,9 +401,7 @@ class RealMode(LabelMode):
         )
 
     def _measured(self, out: Any) -> bool:
-        """Whether every axis that shrinks was given its size by Python that read it off a
-        tensor.
-        """
+        """Tell whether the size of each labelled axis of ``out`` was read off a tensor."""
         live = self.context.units.live
         read = {live(a).ravel().tobytes() for width in self.widths for a in width.labels}
         return all(

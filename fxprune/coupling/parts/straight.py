@@ -1,5 +1,6 @@
-"""Whether the Python between parts can go one way only, whatever the numbers that it has taken out
-of tensors.
+"""A test whether the Python code between parts can go one way only.
+
+If it can, numbers that it takes out of tensors cannot change which parts it calls.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ __all__ = ["is_straight"]
 
 
 def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], object]) -> bool:
-    """Whether what runs outside of parts has no branch, no handler of exceptions, no loop that
-    calls parts, and chooses no module.
+    """Tell whether the code that runs outside of parts can go one way only.
 
-    A loop without calls of parts computes more or less of the same; a branch may choose what goes
-    into the next part.
+    It must have no branch, no exception handler and no loop that calls parts, and it must not
+    choose a module by name or index. A branch could choose the input of the next part. A loop that
+    calls no parts only computes more or less of the same.
 
     Parameters
     ----------
+    model:
+        A private copy of the model.
+    parts:
+        Paths of its parts.
     run:
-        Calls the model, whose modules at the paths of ``parts`` are called as they are.
+        Calls the model.
     """
     seen = _Profile()
 
@@ -52,11 +57,21 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
 
 
 class _Profile:
-    """What :func:`sys.setprofile` tells of the model's own functions."""
+    """A profiler for :func:`sys.setprofile` that collects the model's own functions that run.
+
+    Attributes
+    ----------
+    codes:
+        Their code objects.
+    callers:
+        Code of functions that call parts, directly or not.
+    chooses:
+        Whether a module was chosen by name or index.
+    """
 
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
-        self.callers: set[CodeType] = set()  # those that call parts, directly or not
+        self.callers: set[CodeType] = set()
         self.chooses = False
         self._away = False
 
@@ -74,7 +89,7 @@ class _Profile:
             self.chooses = True
 
     def note_callers(self) -> None:
-        """Note the functions that are running."""
+        """Record the code of all functions that are running, because a part is being called."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             self.callers.add(frame.f_code)
@@ -82,6 +97,7 @@ class _Profile:
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
+        """Ignore the functions that run inside this context."""
         self._away = True
         try:
             yield
@@ -90,8 +106,10 @@ class _Profile:
 
 
 def _is_models(frame: FrameType) -> bool:
-    """Whether a function may have to do with the tensors and modules of the model: not torch's,
-    nor Python's, nor NumPy's.
+    """Tell whether a function may handle tensors or modules of the model.
+
+    Functions of torch, of fxprune and of the standard library do not count. Functions of other
+    packages count only if they can reach tensors, modules or functions.
     """
     code = frame.f_code
     if is_ours(code.co_filename) or (
@@ -123,6 +141,7 @@ _PACKAGES = (f"{sysconfig.get_paths()['purelib']}/", f"{sysconfig.get_paths()['p
 
 
 def _can_turn(code: CodeType, calls_parts: bool) -> bool:
+    """Tell whether code can go another way: by a branch, a handler, or a loop that calls parts."""
     names = {at.opname for at in dis.get_instructions(code)}
     turns = {"PUSH_EXC_INFO", "SEND"} | ({"FOR_ITER"} if calls_parts else set())
     return any("JUMP" in name and "IF" in name for name in names) or bool(names & turns)

@@ -1,4 +1,4 @@
-"""A size that shrinks, as Python between parts reads it."""
+"""The size of a prunable axis, as the Python code between parts reads it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["Width"]
 
 
 class Width(torch.SymInt):
-    """A number that Python has read off a tensor, and that is smaller in the smaller model.
+    """A size that Python code has read off a tensor, and that is smaller in the pruned model.
 
-    It answers as an ``int``, but is none: C code reads an ``int`` without asking (``range(n)``,
-    ``math.log(n)``, ``int(n)``), and has to ask this for its number, which is told. To torch it is
-    a number like others.
+    It behaves like an ``int`` but is none. C code reads the value of an ``int`` directly
+    (``range(n)``, ``math.log(n)``, ``int(n)``). It has to call a method of this class for the
+    number, so that every use is seen. Torch takes it as a number.
 
     Parameters
     ----------
     number:
-        The size for the example.
+        The size before pruning.
     read:
-        Gives the labels of the axis, by field.
+        Returns the labels along the axis, one array per field.
     tell:
-        Called with the labels where something is computed from the number, which a smaller one
-        would change.
+        Called with these labels when something is computed from the number, which would come out
+        differently for a smaller one.
     """
 
     def __init__(
@@ -47,19 +47,21 @@ class Width(torch.SymInt):
 
     @property
     def node(self) -> _Known:
+        """The object that torch asks for the number of a ``SymInt``."""
         return _Known(self)
 
     @property
     def labels(self) -> list[Array]:
+        """The labels along the axis, one array per field."""
         return self._read()
 
     def told(self) -> int:
-        """The number, for something that must not change with it."""
+        """Return the number for a computation, and report the labels to ``tell``."""
         self._tell(self._read())
         return self.number
 
     def is_size_of(self, other: Any) -> bool:
-        """Whether another number is the same size, also when both have shrunk."""
+        """Tell whether another number is the same size, before and after pruning."""
         pairs = (
             zip(self.labels, other.labels, strict=False)
             if type(other) is Width and self.number == other.number
@@ -92,28 +94,33 @@ class Width(torch.SymInt):
 
 
 class _Known:
-    """What C++ asks for the number, where it does."""
+    """The methods that torch's C++ code calls on the node of a ``SymInt``."""
 
     def __init__(self, width: Width) -> None:
         self.width = width
 
     def is_int(self) -> bool:
+        """Return True."""
         return True
 
     def is_float(self) -> bool:
+        """Return False."""
         return False
 
     is_bool = is_symbolic = is_nested_int = is_float
     is_constant = is_int
 
     def maybe_as_int(self) -> int:
+        """Return the number."""
         return self.width.told()
 
     def guard_int(self, file: str, line: int) -> int:
+        """Return the number."""
         return self.width.told()
 
 
 def _asking(name: str) -> Callable[..., Any]:
+    """Return the method of ``int`` of this name, called on a width's number."""
     plain = getattr(int, name)
 
     def method(self: Width, *args: Any) -> Any:
@@ -123,8 +130,10 @@ def _asking(name: str) -> Callable[..., Any]:
 
 
 def _operator_of(function: Callable[..., Any], reflected: bool) -> Callable[..., Any]:
-    """An operator, with whatever is on its other side: a float has no word for a number that is no
-    ``int``.
+    """Return the method of a binary operator.
+
+    It applies the operator itself, not the method of ``int``, because that one does not accept a
+    float, and the reflected method of ``float`` does not accept a :class:`Width`.
     """
 
     def method(self: Width, other: Any) -> Any:
