@@ -55,8 +55,8 @@ def resolve(context: Context) -> Balance:
         splits: list[Array] = []
         seen: set[bytes] = set()
         for sighting in context.sightings:
-            context.node = sighting.node
-            rows = _rows(context, sighting, block)
+            with context.at(sighting.node):
+                rows = _rows(context, sighting, block)
             if rows is None:
                 continue
             key = np.sort(rows.ravel()).tobytes() + rows.shape[0].to_bytes(8, "little")

@@ -120,10 +120,11 @@ class Labelling:
         watch = self._watch("train." if training else "")
         for tensor in tensors_of((args, kwargs)):
             self.context.is_input(tensor)
-        traced = trace(self.meta_copy, args, kwargs, training=training, watch=watch)
+        with self.context.at(""):
+            traced = trace(self.meta_copy, args, kwargs, training=training, watch=watch)
         refuse_hooks(self.meta_copy.model)
-        self.context.node = traced.prefix + "output"
-        self._finish(traced.outputs)
+        with self.context.at(traced.prefix + "output"):
+            self._finish(traced.outputs)
         self.inputs, self.traces = traced.placeholders, [*self.traces, traced]
         return traced
 
@@ -134,10 +135,11 @@ class Labelling:
         """
         parts = Parts(self.meta_copy, self.context, self._watch)
         self.inputs = [*args, *kwargs.values()]
-        out = parts.run(explored, args, kwargs)
-        self.context.node = "output"
-        self._finish(out)
-        parts.settle()
+        with self.context.at(""):
+            out = parts.run(explored, args, kwargs)
+        with self.context.at("output"):
+            self._finish(out)
+            parts.settle()
         self.decided = parts.decided
         self.traces += parts.traces.values()
 
@@ -255,18 +257,29 @@ class Labelling:
         }
 
         def watch(node: fx.Node) -> LabelMode | ShapeMode:
-            context.node, context.target = prefix + node.name, node.target
-            if context.node in self._unread:
+            # The node stays current after it has run: what the Python code behind a part does is
+            # attributed to the last node of the part, until the next operation runs.
+            name = prefix + node.name
+            context.node, context.target = name, node.target
+            if name in self._unread:
                 return ShapeMode()
-            if context.node in self._pinned_nodes:
-                for operand in node.all_input_nodes:
-                    for leaf in tree_leaves(operand.meta["val"]):
-                        context.pin_all(context.fields(leaf), "could not be emitted smaller")
-            elif context.node in axes:
-                values = tree_leaves([operand.meta["val"] for operand in node.all_input_nodes])
-                first = next(value for value in values if isinstance(value, Tensor))
-                cut = [own for own in context.fields(first) if axes[context.node] in own.dims]
-                context.pin_all(cut, "is cut to a length that inputs decide")
+            if name in self._pinned_nodes:
+                self._pin_operands(node)
+            elif name in axes:
+                self._pin_axis(node, axes[name])
             return mode
 
         return watch
+
+    def _pin_operands(self, node: fx.Node) -> None:
+        """Pin the operands of a node."""
+        for operand in node.all_input_nodes:
+            for leaf in tree_leaves(operand.meta["val"]):
+                self.context.pin_all(self.context.fields(leaf), "could not be emitted smaller")
+
+    def _pin_axis(self, node: fx.Node, axis: int) -> None:
+        """Pin the labels along an axis of a node's first operand."""
+        values = tree_leaves([operand.meta["val"] for operand in node.all_input_nodes])
+        first = next(value for value in values if isinstance(value, Tensor))
+        cut = [own for own in self.context.fields(first) if axis in own.dims]
+        self.context.pin_all(cut, "is cut to a length that inputs decide")

@@ -212,9 +212,8 @@ def run_node(
         If the node cannot be executed; it carries the node's name.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    context.node, context.target = prefix + node.name, node.target
     try:
-        with LabelMode(context):
+        with context.at(prefix + node.name, target=node.target), LabelMode(context):
             return execute(root, node, args, kwargs)
     except RewriteError:
         raise

@@ -40,13 +40,14 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
     """
     labelling.drop_unread()
     context, parameters, traces = labelling.context, labelling.parameters, tuple(labelling.traces)
-    context.node = ""
-    while True:
-        balance = resolve(context)
-        version = context.units.version
-        context.settle()
-        if context.units.version == version:
-            break
+    # What follows from all splits together is attributed to the last one.
+    with context.at(context.sightings[-1].node if context.sightings else ""):
+        while True:
+            balance = resolve(context)
+            version = context.units.version
+            context.settle()
+            if context.units.version == version:
+                break
     groups, graph = _groups_of(context, parameters, balance)
     share_of = {
         name: part

@@ -201,9 +201,11 @@ class Parts:
         right wherever it is called.
         """
         ctx = self.context
-        for tensor, _, _ in self._handed if self.decided else ():
-            ctx.node = PYTHON + self.decided
-            ctx.pin_all(ctx.fields(tensor), f"passes Python code that decides by {self._by}")
+        if self.decided:
+            with ctx.at(PYTHON + self.decided):
+                for tensor, _, _ in self._handed:
+                    why = f"passes Python code that decides by {self._by}"
+                    ctx.pin_all(ctx.fields(tensor), why)
         wide, before = (
             np.unique(
                 np.concatenate(
@@ -221,8 +223,8 @@ class Parts:
                     continue
                 for f in fields:
                     if not can or len(f.dims) > 1 or (given and not f.zero):
-                        ctx.node = "python"
-                        ctx.pin(f.labels, "is read in Python code that is not traced")
+                        with ctx.at("python"):
+                            ctx.pin(f.labels, "is read in Python code that is not traced")
                     wide = np.union1d(wide, f.labels[f.labels > 0])
         ctx.found.wide = [wide]
 
@@ -268,7 +270,7 @@ class Parts:
         Python code that could not be followed in training mode then gets the same channels as in
         evaluation mode, or all of them.
         """
-        self.context.node = f"{trained.prefix}output"
+        self.context.node = f"{trained.prefix}output"  # it stays current, as a node of the part
         self._unite([own.outputs for own in (traced, trained)], "is given in training only")
 
     def _laid_out_alike(self, first: Trace, again: Trace) -> None:
@@ -276,7 +278,7 @@ class Parts:
 
         One graph serves all calls of a part, so they must keep the same positions.
         """
-        self.context.node = f"{first.prefix}output"
+        self.context.node = f"{first.prefix}output"  # it stays current, as a node of the part
         self._unite(
             [(own.placeholders, own.outputs) for own in (first, again)],
             "is laid out in another way in another call",

@@ -254,8 +254,8 @@ class RealMode(LabelMode):
         self.memory.meet(tensors)
         for tensor in tensors:
             self.reads(tensor)
-        ctx.node = f"{PYTHON}{user_line()}#{next(self._number)}"
-        ctx.target = func
+        # The line stays current until the next operation: Python code reads sizes in between.
+        ctx.node, ctx.target = f"{PYTHON}{user_line()}#{next(self._number)}", func
         labelled = any(t in ctx.records for t in tensors)
         creates = rule is not None and rule.kind is Kind.CREATES
         follows = rule is not None and (labelled or any(map(self.memory.follows, tensors)))
