@@ -99,21 +99,19 @@ class Units:
         """
         end = self.count + n
         if end > len(self._parent):
-            room = max(end, 2 * len(self._parent))
-            self._parent = np.concatenate(
-                [self._parent, np.zeros(room - len(self._parent), dtype=np.int64)]
-            )
-            self._pin = np.concatenate(
-                [self._pin, np.zeros(room - len(self._pin), dtype=np.int32)]
-            )
-            self._owner = np.concatenate(
-                [self._owner, np.full(room - len(self._owner), -1, dtype=np.int32)]
-            )
+            self._extend(max(end, 2 * len(self._parent)))
         labels = np.arange(self.count, end, dtype=np.int64)
         self._parent[self.count : end] = labels
         self._owner[self.count : end] = owner
         self.count = end
         return labels
+
+    def _extend(self, capacity: int) -> None:
+        """Make room for labels below ``capacity``."""
+        more = capacity - len(self._parent)
+        self._parent = np.concatenate([self._parent, np.zeros(more, dtype=np.int64)])
+        self._pin = np.concatenate([self._pin, np.zeros(more, dtype=np.int32)])
+        self._owner = np.concatenate([self._owner, np.full(more, -1, dtype=np.int32)])
 
     def owners(self, labels: Array) -> list[int]:
         """Return the numbers of the parameter axes for which these labels were made, ascending.
@@ -123,7 +121,7 @@ class Units:
         owners = self._owner[labels.ravel()]
         if owners.size and owners[0] == owners[-1] and bool((owners == owners[0]).all()):
             return [int(owners[0])]
-        return [int(o) for o in np.unique(owners)]
+        return [int(owner) for owner in np.unique(owners)]
 
     def find(self, labels: Array) -> Array:
         """Return the representative of each label's unit, which is its smallest label.
@@ -159,29 +157,36 @@ class Units:
         if not self.uniting:
             return
         a, b = np.broadcast_arrays(a, b)
-        a, b = a.ravel(), b.ravel()
-        if not (a.all() and b.all()):
-            fixed = (a == 0) != (b == 0)
-            if fixed.any():
-                self.pin(np.where(a == 0, b, a)[fixed], reason=1)
-            both = (a != 0) & (b != 0)
-            a, b = a[both], b[both]
+        a, b = self._pin_partners_of_zero(a.ravel(), b.ravel())
         while a.size:
-            ra, rb = self.find(a), self.find(b)
-            differ = ra != rb
+            roots_a, roots_b = self.find(a), self.find(b)
+            differ = roots_a != roots_b
             if not differ.any():
                 return
-            a, b, ra, rb = a[differ], b[differ], ra[differ], rb[differ]
-            low, high = np.minimum(ra, rb), np.maximum(ra, rb)
-            # Attach each larger root to its smallest partner. The next round unites the pairs
-            # that are still apart.
-            np.minimum.at(self._parent, high, low)
-            pins = self._pin[high]
-            if pins.any():
-                roots = self.find(high)
-                new = (pins > 0) & (self._pin[roots] == 0)
-                self._pin[roots[new]] = pins[new]
-            self.version += 1
+            # The next round unites the pairs that are still apart.
+            a, b = a[differ], b[differ]
+            self._attach(roots_a[differ], roots_b[differ])
+
+    def _pin_partners_of_zero(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Pin labels whose partner is 0, and return the pairs in which none is."""
+        if a.all() and b.all():
+            return a, b
+        fixed = (a == 0) != (b == 0)
+        if fixed.any():
+            self.pin(np.where(a == 0, b, a)[fixed], reason=1)
+        both = (a != 0) & (b != 0)
+        return a[both], b[both]
+
+    def _attach(self, roots_a: Array, roots_b: Array) -> None:
+        """Attach the larger root of each pair to its smallest partner, and hand its pin on."""
+        low, high = np.minimum(roots_a, roots_b), np.maximum(roots_a, roots_b)
+        np.minimum.at(self._parent, high, low)
+        pins = self._pin[high]
+        if pins.any():
+            roots = self.find(high)
+            new = (pins > 0) & (self._pin[roots] == 0)
+            self._pin[roots[new]] = pins[new]
+        self.version += 1
 
     def pin(self, labels: Array, reason: int) -> None:
         """Forbid the removal of the units of these labels.
@@ -255,8 +260,8 @@ def alive_mask(labels: Iterable[Array], alive: npt.NDArray[np.bool_]) -> npt.NDA
     """
     mask: npt.NDArray[np.bool_] | None = None
     for array in labels:
-        own = alive[array]
-        mask = own if mask is None else mask & own
+        survives = alive[array]
+        mask = survives if mask is None else mask & survives
     if mask is None:
         return np.ones((), dtype=bool)
     return mask

@@ -68,33 +68,33 @@ def label_and_couple(
     """
     clock = clock or Clock()
     with clock("trace"):
-        options: dict[str, Any] = {"known": {}}
-        if terms.heads:
-            first = _label(model, example, terms, coupling=False, **options)
-            options |= {
-                "unread": first.labelling.unread(),
-                "ties": first.labelling.head_ties(terms.heads),
-            }
-        found = _label(model, example, terms, **options)
-        # The next call reads the buffers that this one has written. Repeat until no further ones
-        # are overwritten.
-        while not found.labelling.overwritten() <= options.get("overwritten", set()):
-            options["overwritten"] = (
-                options.get("overwritten", set()) | found.labelling.overwritten()
-            )
-            found = _label(model, example, terms, **options)
+        found = _label_until_stable(model, example, terms)
     with clock("couple"):
         coupling = couple(found.labelling, _batch_share(example, found.labelling.inputs))
-        coupling.example, coupling.not_one_graph, coupling.untrained = (
-            found.example,
-            found.refused,
-            found.untrained,
-        )
+        coupling.example, coupling.not_one_graph = found.example, found.refused
+        coupling.untrained = found.untrained
         return coupling
 
 
+def _label_until_stable(model: nn.Module, example: Call, terms: Terms) -> _Labelled:
+    """Label a model, with heads kept whole, until no further buffers are overwritten.
+
+    The next call of the model reads the buffers that this one has written.
+    """
+    options: dict[str, Any] = {"known": {}}
+    if terms.heads:
+        first = _label(model, example, terms, coupling=False, **options).labelling
+        options |= {"unread": first.unread(), "ties": first.head_ties(terms.heads)}
+    found = _label(model, example, terms, **options)
+    overwritten: set[str] = set()
+    while not found.labelling.overwritten() <= overwritten:
+        overwritten |= found.labelling.overwritten()
+        found = _label(model, example, terms, overwritten=overwritten, **options)
+    return found
+
+
 @dataclass
-class _Found:
+class _Labelled:
     """A labelled model.
 
     Attributes
@@ -115,13 +115,13 @@ class _Found:
     untrained: str = ""
 
 
-_ExploredByPath = dict[str, Explored]
+_ExploredByShapes = dict[str, Explored]
 """How the model runs, by the shapes of the call's tensors (as text)."""
 
 
 def _label(
-    model: nn.Module, example: Call, terms: Terms, *, known: _ExploredByPath, **options: Any
-) -> _Found:
+    model: nn.Module, example: Call, terms: Terms, *, known: _ExploredByShapes, **options: Any
+) -> _Labelled:
     """Label a model as one graph, or in parts if that fails.
 
     The options are those of :class:`~fxprune.coupling.Labelling`.
@@ -149,30 +149,15 @@ class _UntrainedError(TraceError):
 
 def _label_whole(
     model: nn.Module, example: Call, terms: Terms, *, untrained: str = "", **options: Any
-) -> _Found:
+) -> _Labelled:
     """Label the model as one graph for each mode.
 
     If ``untrained`` is given, only evaluation mode is traced; it says why training mode cannot be.
     """
-
-    def evaluated(call: Call) -> Labelling:
-        labelling = Labelling(meta_copy_of(model), terms, **options)
-        labelling.trace(*call)
-        return labelling
-
-    def decided(call: Call) -> _Decided:
-        return {("", False): trace(meta_copy_of(model), *call).decisions}
-
-    wide = widened(example)
-    try:
-        labelling, call = _deciding_alike(evaluated, decided, wide, example)
-    except FxpruneError:
-        if _all_sizes(wide) == _all_sizes(example):
-            raise
-        labelling, call = evaluated(example), example  # the model may only accept a batch of 1
+    labelling, call = _label_evaluation(model, example, terms, **options)
     if untrained:
         _say_untrained(labelling, untrained)
-        return _Found(labelling, example, untrained=untrained)
+        return _Labelled(labelling, example, untrained=untrained)
     if labelling.traces[0].asked_mode:
         try:
             labelling.trace(*call, training=True)
@@ -180,25 +165,47 @@ def _label_whole(
             raise  # in parts, Python draws random numbers at each call
         except FxpruneError as error:
             raise _UntrainedError(str(error)) from error
-    return _Found(labelling, example)
+    return _Labelled(labelling, example)
+
+
+def _label_evaluation(
+    model: nn.Module, example: Call, terms: Terms, **options: Any
+) -> tuple[Labelling, Call]:
+    """Label the model as one graph in evaluation mode, and return the labels and the call."""
+
+    def label(call: Call) -> Labelling:
+        labelling = Labelling(meta_copy_of(model), terms, **options)
+        labelling.trace(*call)
+        return labelling
+
+    def decided(call: Call) -> _DecidedByGraph:
+        return {("", False): trace(meta_copy_of(model), *call).decisions}
+
+    wide = widened(example)
+    try:
+        return _deciding_alike(label, decided, wide, example)
+    except FxpruneError:
+        if _all_sizes(wide) == _all_sizes(example):
+            raise
+        return label(example), example  # the model may only accept a batch of 1
 
 
 def _say_untrained(labelling: Labelling, why: str) -> None:
     """Add to the reported decisions that training mode could not be traced, and why."""
-    what = (
+    notice = (
         "training mode takes another path, which the example cannot take; only evaluation's is "
         "emitted"
     )
-    labelling.traces[0].decisions.append(f"{what}: {why}")
+    labelling.traces[0].decisions.append(f"{notice}: {why}")
 
 
-_Decided = dict[tuple[str, bool], list[str]]
+_DecidedByGraph = dict[tuple[str, bool], list[str]]
 """(path of the part, whether for training) -> what its graph decided by the sizes of the call."""
 
 
 def _deciding_alike(
     label: Callable[[Call], Labelling],
-    decided: Callable[[Call], _Decided],
+    decided: Callable[[Call], _DecidedByGraph],
     wide: Call,
     example: Call,
 ) -> tuple[Labelling, Call]:
@@ -207,7 +214,7 @@ def _deciding_alike(
     If the model decides something else for the example itself, label it on the example instead.
     """
     labelling = label(wide)
-    decisions = {(own.path, own.training): own.decisions for own in labelling.traces}
+    decisions = {(each.path, each.training): each.decisions for each in labelling.traces}
     if any(decisions.values()) and _all_sizes(wide) != _all_sizes(example):
         try:
             alike = decided(example) == decisions
@@ -223,41 +230,16 @@ def _label_parts(
     example: Call,
     terms: Terms,
     refused: Exception,
-    known: _ExploredByPath,
+    known: _ExploredByShapes,
     **options: Any,
-) -> _Found:
+) -> _Labelled:
     """Label a model in parts, because it cannot be traced whole for the reason ``refused``."""
-
-    @contextmanager
-    def running(call: Call) -> Iterator[tuple[MetaCopy, Call]]:
-        meta_copy = meta_copy_of(model)
-        set_mode(meta_copy.model, training=False)
-        with slow_path(), seeded(0), undrawn_by(Reached(meta_copy.model)):
-            yield meta_copy, placed(call, meta_copy.device)
-
-    def explored(call: Call) -> Explored:
-        shapes = str(_all_sizes(call))
-        if shapes not in known:
-            with running(call) as (meta_copy, placed_call):
-                known[shapes] = explore(meta_copy, *placed_call)
-        return known[shapes]
-
-    def run(call: Call) -> Labelling:
-        found = explored(call)
-        with running(call) as (meta_copy, placed_call):
-            labelling = Labelling(meta_copy, terms, **options)
-            labelling.run(*placed_call, found)
-        return labelling
-
-    def decided(call: Call) -> _Decided:
-        with running(call) as (meta_copy, placed_call):
-            return decisions_of(meta_copy, explored(wide), *placed_call)
-
+    runs = _PartRuns(model, terms, known, options)
     with seeded(0):
         call = runnable(meta_copy_of(model), example, refused)
     try:
         wide = widened(call)
-        labelling, ran = _deciding_alike(run, decided, wide, call)
+        labelling, ran = _deciding_alike(runs.label, runs.decided_as(wide), wide, call)
     except ElsewhereError:
         raise
     except Exception as error:
@@ -265,14 +247,67 @@ def _label_parts(
         raise refused from error
     if not labelling.traces:
         raise refused  # no part was traced: there is nothing to prune
-    if explored(ran).untrained:
-        _say_untrained(labelling, explored(ran).untrained)
-    why = (
-        str(refused)
-        if isinstance(refused, FxpruneError)
-        else f"{type(refused).__name__}: {refused}"
-    )
-    return _Found(labelling, call, why)
+    if runs.explored(ran).untrained:
+        _say_untrained(labelling, runs.explored(ran).untrained)
+    return _Labelled(labelling, call, _reason_of(refused))
+
+
+def _reason_of(refused: Exception) -> str:
+    """Return the message of an error, with its type if it is not one of fxprune."""
+    if isinstance(refused, FxpruneError):
+        return str(refused)
+    return f"{type(refused).__name__}: {refused}"
+
+
+@dataclass
+class _PartRuns:
+    """Runs of a model in parts.
+
+    Attributes
+    ----------
+    known:
+        What earlier runs have explored; it is extended.
+    options:
+        The options of :class:`~fxprune.coupling.Labelling`.
+    """
+
+    model: nn.Module
+    terms: Terms
+    known: _ExploredByShapes
+    options: dict[str, Any]
+
+    @contextmanager
+    def _running(self, call: Call) -> Iterator[tuple[MetaCopy, Call]]:
+        """Prepare a run: a meta copy in evaluation mode, and the call on its device."""
+        meta_copy = meta_copy_of(self.model)
+        set_mode(meta_copy.model, training=False)
+        with slow_path(), seeded(0), undrawn_by(Reached(meta_copy.model)):
+            yield meta_copy, placed(call, meta_copy.device)
+
+    def explored(self, call: Call) -> Explored:
+        """Return the parts and routes of the model for calls of these shapes."""
+        shapes = str(_all_sizes(call))
+        if shapes not in self.known:
+            with self._running(call) as (meta_copy, placed_call):
+                self.known[shapes] = explore(meta_copy, *placed_call)
+        return self.known[shapes]
+
+    def label(self, call: Call) -> Labelling:
+        """Label the model on a call."""
+        explored = self.explored(call)
+        with self._running(call) as (meta_copy, placed_call):
+            labelling = Labelling(meta_copy, self.terms, **self.options)
+            labelling.run(*placed_call, explored)
+        return labelling
+
+    def decided_as(self, explored_call: Call) -> Callable[[Call], _DecidedByGraph]:
+        """Return a function that tells what the parts found for one call decide for another."""
+
+        def decided(call: Call) -> _DecidedByGraph:
+            with self._running(call) as (meta_copy, placed_call):
+                return decisions_of(meta_copy, self.explored(explored_call), *placed_call)
+
+        return decided
 
 
 def _batch_share(example: Call, ran: Any) -> Fraction:
@@ -280,11 +315,13 @@ def _batch_share(example: Call, ran: Any) -> Fraction:
 
     It is below 1 where the example has one row and was labelled with two.
     """
-    asked, given = (
-        sum(tensor.numel() for tensor in tensors_of(tree) if tensor.dim())
-        for tree in (example, ran)
-    )
-    return Fraction(asked, given) if given else Fraction(1)
+    elements, labelled = _elements(example), _elements(ran)
+    return Fraction(elements, labelled) if labelled else Fraction(1)
+
+
+def _elements(call: Any) -> int:
+    """Return the number of elements of all tensors of a call, scalars aside."""
+    return sum(tensor.numel() for tensor in tensors_of(call) if tensor.dim())
 
 
 def _all_sizes(call: Call) -> list[torch.Size]:

@@ -90,19 +90,13 @@ class Labelling:
         overwritten: Collection[str] = (),
         coupling: bool = True,
     ) -> None:
-        self.meta_copy = meta_copy
+        self.meta_copy, self.parameters = meta_copy, meta_copy.tensors
         self.context = Context()
         self.context.units.pinning = self.context.units.uniting = coupling
         self.context.ties = dict(ties or {})
         self.context.weights = Context()
         self.context.weights.units.pinning = False
-        self.parameters = meta_copy.tensors
-        number = 0
-        for name, tensor in self.parameters.items():
-            if tensor.is_meta:
-                axes = tuple(range(number, number + tensor.dim()))
-                self.context.parameter(tensor, name, axes, overwritten=name in overwritten)
-                number += tensor.dim()
+        self._register_parameters(overwritten)
         self.traces: list[Trace] = []
         self.inputs: list[Any] = []
         self.decided = ""
@@ -112,6 +106,15 @@ class Labelling:
             assert record is not None
             for axis in sorted(record.unlabelled):
                 self.context.fix_axis(record, axis, KEPT)
+
+    def _register_parameters(self, overwritten: Collection[str]) -> None:
+        """Number the axes of all parameters and make them known to the context."""
+        number = 0
+        for name, tensor in self.parameters.items():
+            if tensor.is_meta:
+                axes = tuple(range(number, number + tensor.dim()))
+                self.context.parameter(tensor, name, axes, overwritten=name in overwritten)
+                number += tensor.dim()
 
     def trace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False
@@ -165,25 +168,30 @@ class Labelling:
         """
         context, units = self.context, self.context.units
         units.uniting = True
-        own = {
-            record.axes[next(iter(f.dims))]: f.labels.ravel()
-            for name, tensor in self.parameters.items()
-            if (record := context.record(tensor)) is not None
-            for f in record.own_fields
-            if len(f.dims) == 1
-        }
-        asked = [own[number] for name in names for number in self._axes(name) if number in own]
+        labels_of = self._labels_of_axes()
+        numbers = [number for name in names for number in self._axes(name)]
+        asked = [labels_of[number] for number in numbers if number in labels_of]
         for labels, along in context.found.heads:
             if any(np.isin(units.find(labels), units.find(one)).any() for one in asked):
                 context.tie(labels, along)
         ties = {}
-        for number, labels in own.items():
+        for number, labels in labels_of.items():
             _, first, inverse = np.unique(
                 units.find(labels), return_index=True, return_inverse=True
             )
             if len(first) < labels.size:
                 ties[number] = first[inverse]
         return ties
+
+    def _labels_of_axes(self) -> dict[int, Array]:
+        """Return the labels of each parameter axis, by its number, with one label per position."""
+        labels_of: dict[int, Array] = {}
+        for tensor in self.parameters.values():
+            record = self.context.record(tensor)
+            for f in record.own_fields if record is not None else ():
+                if record is not None and len(f.dims) == 1:
+                    labels_of[record.axes[next(iter(f.dims))]] = f.labels.ravel()
+        return labels_of
 
     def unread(self) -> set[str]:
         """Return the names of nodes whose results nothing reads.
@@ -192,30 +200,28 @@ class Labelling:
         random numbers are not among them. Neither are calls of modules, because a module may count
         or draw in training mode.
         """
-        out: set[str] = set()
+        unread: set[str] = set()
         for traced in self.traces:
             for node in reversed(traced.graph.nodes):
                 name = traced.prefix + node.name
-                read = any(traced.prefix + user.name not in out for user in node.users)
-                call = node.op in ("call_function", "call_method")
-                if (
-                    call
-                    and not read
-                    and not node.is_impure()
-                    and name not in self.context.found.writes
-                ):
-                    out.add(name)
-        return out
+                is_read = any(traced.prefix + user.name not in unread for user in node.users)
+                is_call = node.op in ("call_function", "call_method")
+                writes = node.is_impure() or name in self.context.found.writes
+                if is_call and not is_read and not writes:
+                    unread.add(name)
+        return unread
 
     def overwritten(self) -> set[str]:
         """Return the names of parameters and buffers that a call may leave non-zero where removed.
 
         The next call then reads non-zeros at removed elements.
         """
-        found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
-        return {
-            name for name, record in found.items() if record is not None and record.overwritten
-        }
+        names = set()
+        for name, tensor in self.parameters.items():
+            record = self.context.record(tensor)
+            if record is not None and record.overwritten:
+                names.add(name)
+        return names
 
     def drop_unread(self) -> None:
         """Erase the nodes without labels from the graphs, so that they are not emitted."""
@@ -231,12 +237,12 @@ class Labelling:
 
     def missed(self) -> list[str]:
         """Return the names of floating-point parameters and buffers that no op has met."""
-        known = {
-            name: self.context.record(tensor)
-            for name, tensor in self.parameters.items()
-            if tensor.is_floating_point()
-        }
-        return [name for name, record in known.items() if record is not None and record.unmet]
+        names = []
+        for name, tensor in self.parameters.items():
+            record = self.context.record(tensor)
+            if record is not None and record.unmet and tensor.is_floating_point():
+                names.append(name)
+        return names
 
     def _finish(self, outputs: Any) -> None:
         """Pin the labels of the model's outputs."""
@@ -250,11 +256,7 @@ class Labelling:
         ``prefix`` goes before the names of the nodes.
         """
         context, mode = self.context, LabelMode(self.context)
-        axes = {
-            name: int(axis)
-            for name, _, axis in (entry.rpartition("@") for entry in self._pinned_nodes)
-            if name
-        }
+        axes = _pinned_axes(self._pinned_nodes)
 
         def watch(node: fx.Node) -> LabelMode | ShapeMode:
             # The node stays current after it has run: what the Python code behind a part does is
@@ -283,3 +285,13 @@ class Labelling:
         first = next(value for value in values if isinstance(value, Tensor))
         cut = [own for own in self.context.fields(first) if axis in own.dims]
         self.context.pin_all(cut, "is cut to a length that inputs decide")
+
+
+def _pinned_axes(pinned_nodes: Collection[str]) -> dict[str, int]:
+    """Return the nodes of which one axis is pinned, with that axis."""
+    axes = {}
+    for entry in pinned_nodes:
+        name, _, axis = entry.rpartition("@")
+        if name:
+            axes[name] = int(axis)
+    return axes

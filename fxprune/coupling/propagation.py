@@ -71,48 +71,51 @@ class LabelMode(dispatch.DispatchMode):
         """
         ctx = self.context
         ctx.found.ran.setdefault(ctx.node, []).append((func, args, kwargs))
-        own = ops.find(func)
+        row = ops.find(func)
         tensors = dispatch.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
-        if not labelled and (
-            own is None or not (own.kind is Kind.CREATES or _makes_axes(func, tensors))
-        ):
+        makes_labels = row is not None and (row.kind is Kind.CREATES or _makes_axes(func, tensors))
+        if not labelled and not makes_labels:
             return run(func, args, kwargs)
-        if not tensors:
-            out = (
-                run(func, args, {**kwargs, "device": dispatch.META})
-                if _makes_floats(kwargs)
-                else func(*args, **kwargs)
-            )
-        else:
-            out = run(func, args, kwargs)
-        if own is None:
+        out = run(func, args, kwargs) if tensors else _create(func, args, kwargs)
+        if row is None:
             ctx.found.positional.add(ctx.node)
             for tensor in tensors:
                 ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
         elif labelled or out.is_floating_point():
-            bound = ops.bind(func, args, kwargs)
-            self._follow(own, func, bound, out)
-            if not keeps_order(ctx, own, bound):
-                ctx.found.positional.add(ctx.node)
-            if own.kind is Kind.MOVES and ctx.node in ctx.found.positional:
-                ctx.found.moved.add(ctx.node)
+            self._label_result(row, func, ops.bind(func, args, kwargs), out)
         return out
 
-    def _follow(self, own: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
+    def _label_result(self, row: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
+        """Label the result of an op, and note whether the op tells positions apart."""
+        ctx = self.context
+        self._follow(row, func, bound, out)
+        if not keeps_order(ctx, row, bound):
+            ctx.found.positional.add(ctx.node)
+        if row.kind is Kind.MOVES and ctx.node in ctx.found.positional:
+            ctx.found.moved.add(ctx.node)
+
+    def _follow(self, row: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
         """Label the result of an op by its rule."""
         ctx = self.context
-        if own.of_user:
+        if row.of_user:
             ctx.found.trusted.add(func._schema.name)
         try:
-            own.follow(ctx, func, bound, out)
+            row.follow(ctx, func, bound, out)
         except Exception as error:
             # An error that names a node makes the caller try again with the node's operands
             # pinned. The author of a rule has to see it fail, so then no node is named.
-            node = "" if own.of_user else ctx.node
+            node = "" if row.of_user else ctx.node
             raise RewriteError(
                 f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", node
             ) from error
+
+
+def _create(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op that makes a tensor from none: without data if that is of floating point."""
+    if _makes_floats(kwargs):
+        return run(func, args, {**kwargs, "device": dispatch.META})
+    return func(*args, **kwargs)
 
 
 def _follow_weights(
@@ -129,26 +132,26 @@ def _follow_weights(
         if tensor not in weights.records:
             known = ctx.records[tensor]
             weights.parameter(tensor, known.name, known.axes)
-    own = ops.find(func)
-    if own is not None:
-        own.follow(weights, func, ops.bind(func, args, kwargs), out)
+    row = ops.find(func)
+    if row is not None:
+        row.follow(weights, func, ops.bind(func, args, kwargs), out)
     for leaf in dispatch.tensors_in((out,), {}):
         weights.records.setdefault(leaf, ops.Record(leaf, []))
 
 
-def keeps_order(ctx: Context, own: ops.Op, bound: Mapping[str, Any]) -> bool:
+def keeps_order(ctx: Context, row: ops.Op, bound: Mapping[str, Any]) -> bool:
     """Tell whether an op commutes with removal (see :attr:`fxprune.ops.Op.in_order`).
 
     Parameters
     ----------
     ctx:
         The labels.
-    own:
-        The op's entry in the table of operations.
+    row:
+        The op's row in the table of operations.
     bound:
         The arguments of the call, by name.
     """
-    return own.in_order if isinstance(own.in_order, bool) else own.in_order(ctx, bound)
+    return row.in_order if isinstance(row.in_order, bool) else row.in_order(ctx, bound)
 
 
 def seen_whole(func: Any) -> bool:
@@ -164,8 +167,8 @@ def takes_statistics(func: Any) -> bool:
 
     See :meth:`fxprune.ops.Context.statistic`.
     """
-    own = ops.own_row(func)
-    return own is not None and own.survivors is not None
+    row = ops.own_row(func)
+    return row is not None and row.survivors is not None
 
 
 def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
@@ -173,9 +176,9 @@ def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
 
     Like those of ``zeros``, they shrink with whatever they meet.
     """
-    return ops.has(ops.name_of_op(func), ops.Trait.GROWS) and all(
-        t.is_meta and t.is_floating_point() for t in tensors
-    )
+    if not ops.has(ops.name_of_op(func), ops.Trait.GROWS):
+        return False
+    return all(tensor.is_meta and tensor.is_floating_point() for tensor in tensors)
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:

@@ -188,7 +188,7 @@ class Coupling:
     @property
     def parts(self) -> tuple[str, ...]:
         """Paths of the parts of the model; empty if it was traced whole."""
-        return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
+        return tuple(dict.fromkeys(traced.path for traced in self.traces if traced.path))
 
     @property
     def not_set(self) -> tuple[str, ...]:
@@ -196,11 +196,11 @@ class Coupling:
 
         No graph sets them, because nothing reads them.
         """
-        return tuple(
-            dict.fromkeys(
-                f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set
-            )
-        )
+        names: dict[str, None] = {}
+        for traced in self.traces:
+            for name in traced.not_set:
+                names[f"{traced.path}.{name}".lstrip(".")] = None
+        return tuple(names)
 
     @functools.cached_property
     def units(self) -> Array:
@@ -237,13 +237,10 @@ class Coupling:
         They do because Python code that is not traced has to see them at full width.
         """
         wide = self.context.found.wide
-        return sorted(
-            {
-                self.shrinking_dim(a)
-                for a in self.labels(tensor)
-                if wide and np.isin(a, wide[0]).any()
-            }
-        )
+        if not wide:
+            return []
+        found = [array for array in self.labels(tensor) if np.isin(array, wide[0]).any()]
+        return sorted({self.shrinking_dim(array) for array in found})
 
     def shrinking_dim(self, labels: Array) -> int:
         """Return the dimension along which a tensor with these live labels gets smaller.
@@ -278,9 +275,8 @@ class Coupling:
             raise ArgumentError(
                 f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None."
             )
-        return round(
-            sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of))
-        )
+        contractions = self.contractions if of is None else of
+        return round(sum(ran.share * ran.macs(shape) for ran in contractions))
 
     @public
     def pinned_macs(self) -> dict[str, float]:
@@ -295,38 +291,43 @@ class Coupling:
         dict
             Reason -> share of all MACs, between 0 and 1.
         """
-        held: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
-        for pinned in self.pinned:
-            for axis in pinned.axes:
-                part = Fraction(axis.stop - axis.start, axis.length)
-                held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        pinned = self._pinned_parts()
         names = IdentityMap((tensor, name) for name, tensor in self.parameters.items())
         shares: dict[str, Fraction] = {}
         for ran in self.contractions:
-            channels = 2 if is_convolution(ran.func) else None  # the other axes are the kernel's
-            weights = [t for t in ran.read if t.dim() > 1 and self.context.of_weights(t)]
-            axes = [
-                (weight, dim)
-                for weight in weights
-                for dim, size in enumerate(weight.shape[:channels])
-                if size > 1
-            ]
+            axes = self._channel_axes(ran)
             for weight, dim in axes:
-                for reason, part in (
-                    held.get((names[weight], dim), ())
-                    if weight in names
-                    else self._held(weight, dim)
-                ):
-                    shares[reason] = shares.get(
-                        reason, Fraction(0)
-                    ) + ran.share * ran.macs() * part / len(axes)
+                if weight in names:
+                    reasons = pinned.get((names[weight], dim), [])
+                else:
+                    reasons = self._pinned_part_of_result(weight, dim)
+                for reason, part in reasons:
+                    macs = ran.share * ran.macs() * part / len(axes)
+                    shares[reason] = shares.get(reason, Fraction(0)) + macs
         total = self.macs() or 1
-        return {
-            reason: float(share / total)
-            for reason, share in sorted(shares.items(), key=lambda item: -item[1])
-        }
+        largest_first = sorted(shares.items(), key=lambda item: -item[1])
+        return {reason: float(share / total) for reason, share in largest_first}
 
-    def _held(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
+    def _pinned_parts(self) -> dict[tuple[str, int], list[tuple[str, Fraction]]]:
+        """Return for each axis of a parameter the reasons of pins, and the parts they keep."""
+        parts: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
+        for pinned in self.pinned:
+            for axis in pinned.axes:
+                part = Fraction(axis.stop - axis.start, axis.length)
+                parts.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        return parts
+
+    def _channel_axes(self, ran: Contraction) -> list[tuple[Tensor, int]]:
+        """Return the channel axes of the weights that a contraction reads."""
+        channels = 2 if is_convolution(ran.func) else None  # the other axes are the kernel's
+        axes = []
+        for weight in ran.read:
+            if weight.dim() > 1 and self.context.of_weights(weight):
+                sizes = enumerate(weight.shape[:channels])
+                axes += [(weight, dim) for dim, size in sizes if size > 1]
+        return axes
+
+    def _pinned_part_of_result(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
         """Return why an axis of a weight that forward computes is kept, and how much of it.
 
         The list is empty if the axis has labels.
@@ -344,9 +345,9 @@ class Coupling:
             )
         return self.parameters[name]
 
-    def _own(self, group: Group) -> Group:
+    def _check_group(self, group: Group) -> Group:
         """Return the group, or raise an error if it belongs to another coupling."""
-        if not isinstance(group, Group) or not any(group is own for own in self.groups):
+        if not isinstance(group, Group) or not any(group is known for known in self.groups):
             raise ArgumentError(
                 f"{shown(group)} is no group of this coupling: give one of its .groups."
             )
@@ -412,14 +413,14 @@ class Coupling:
         ArgumentError
             If the group belongs to another coupling.
         """
-        group = self._own(group)
+        group = self._check_group(group)
         index = np.full(self.context.units.count, -1, dtype=np.int64)
         index[group.units] = np.arange(group.size)
-        out: dict[str, list[Tensor]] = {}
+        elements: dict[str, list[Tensor]] = {}
         for name in dict.fromkeys(axis.parameter for axis in group.axes):
-            own = [index[labels] for labels in self.parameter_labels(name)]
-            out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
-        return out
+            indices = [index[labels] for labels in self.parameter_labels(name)]
+            elements[name] = [torch.from_numpy(array) for array in indices if (array >= 0).any()]
+        return elements
 
     @public
     def blocks(self, group: Group) -> Tensor:
@@ -438,7 +439,7 @@ class Coupling:
         ArgumentError
             If the group belongs to another coupling.
         """
-        cells = self.balance.cell[self._own(group).units]
+        cells = self.balance.cell[self._check_group(group).units]
         return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
 
     def __str__(self) -> str:
@@ -447,9 +448,8 @@ class Coupling:
         if self.pinned:
             lines.append("pinned")
             lines += [f"  {p}" for p in self.pinned]
-            shares = [
-                f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()
-            ]
+            share_of_reason = self.pinned_macs().items()
+            shares = [f"{share:.1%} because it {reason}" for reason, share in share_of_reason]
             lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
         if self.untouched:
             lines.append(f"untouched: {', '.join(self.untouched)}")
