@@ -18,7 +18,7 @@ from torch import nn
 from fxprune.common.contents import tensors_of
 from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling, Labelling, Terms, couple
-from fxprune.coupling.parts import Explored, decisions_of, explore, runnable
+from fxprune.coupling.parts import Explored, decisions_of, explore, find_runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Call, placed, shapes_of, widened
 from fxprune.trace import MetaCopy, meta_copy_of, set_mode, slow_path, trace
@@ -183,7 +183,7 @@ def _label_evaluation(
 
     wide = widened(example)
     try:
-        return _deciding_alike(label, decided, wide, example)
+        return _label_widened(label, decided, wide, example)
     except FxpruneError:
         if _all_sizes(wide) == _all_sizes(example):
             raise
@@ -203,7 +203,7 @@ _DecidedByGraph = dict[tuple[str, bool], list[str]]
 """(path of the part, whether for training) -> what its graph decided by the sizes of the call."""
 
 
-def _deciding_alike(
+def _label_widened(
     label: Callable[[Call], Labelling],
     decided: Callable[[Call], _DecidedByGraph],
     wide: Call,
@@ -236,10 +236,10 @@ def _label_parts(
     """Label a model in parts, because it cannot be traced whole for the reason ``refused``."""
     runs = _PartRuns(model, terms, known, options)
     with seeded(0):
-        call = runnable(meta_copy_of(model), example, refused)
+        call = find_runnable(meta_copy_of(model), example, refused)
     try:
         wide = widened(call)
-        labelling, ran = _deciding_alike(runs.label, runs.decided_as(wide), wide, call)
+        labelling, ran = _label_widened(runs.label, runs.decided_as(wide), wide, call)
     except ElsewhereError:
         raise
     except Exception as error:

@@ -268,7 +268,7 @@ def _is_satisfied(cells: list[Array], kinds: npt.NDArray[np.uint64], sizes: Arra
     content = []
     for inside in cells:
         content.append(sorted(zip(kinds[inside].tolist(), sizes[inside].tolist(), strict=True)))
-    return all(own == content[0] for own in content)
+    return all(each == content[0] for each in content)
 
 
 def _distinct(rows: Array) -> list[Array]:

@@ -206,8 +206,9 @@ class Labelling:
                 name = traced.prefix + node.name
                 is_read = any(traced.prefix + user.name not in unread for user in node.users)
                 is_call = node.op in ("call_function", "call_method")
-                writes = node.is_impure() or name in self.context.found.writes
-                if is_call and not is_read and not writes:
+                if not is_call or is_read or node.is_impure():
+                    continue
+                if name not in self.context.found.writes:
                     unread.add(name)
         return unread
 
@@ -235,7 +236,7 @@ class Labelling:
         record = self.context.record(self.parameters[name])
         return () if record is None else record.axes
 
-    def missed(self) -> list[str]:
+    def unmet_parameters(self) -> list[str]:
         """Return the names of floating-point parameters and buffers that no op has met."""
         names = []
         for name, tensor in self.parameters.items():
@@ -283,7 +284,7 @@ class Labelling:
         """Pin the labels along an axis of a node's first operand."""
         values = tree_leaves([operand.meta["val"] for operand in node.all_input_nodes])
         first = next(value for value in values if isinstance(value, Tensor))
-        cut = [own for own in self.context.fields(first) if axis in own.dims]
+        cut = [f for f in self.context.fields(first) if axis in f.dims]
         self.context.pin_all(cut, "is cut to a length that inputs decide")
 
 

@@ -46,7 +46,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
     return Coupling(
         groups,
         _pins(context, parameters),
-        tuple(labelling.missed()),
+        tuple(labelling.unmet_parameters()),
         tuple(dict.fromkeys(d for trace in traces for d in trace.decisions)),
         graph,
         labelling.meta_copy,

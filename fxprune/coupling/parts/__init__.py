@@ -15,6 +15,14 @@ from fxprune.coupling.parts.calls import intercepted
 from fxprune.coupling.parts.exploring import Explored, decisions_of, explore
 from fxprune.coupling.parts.parts import Parts
 from fxprune.coupling.parts.python import PYTHON
-from fxprune.coupling.parts.values import runnable
+from fxprune.coupling.parts.values import find_runnable
 
-__all__ = ["PYTHON", "Explored", "Parts", "decisions_of", "explore", "intercepted", "runnable"]
+__all__ = [
+    "PYTHON",
+    "Explored",
+    "Parts",
+    "decisions_of",
+    "explore",
+    "find_runnable",
+    "intercepted",
+]

@@ -22,7 +22,13 @@ from fxprune.common.identity import IdentityMap
 from fxprune.common.process_lock import TURN
 from fxprune.trace.user_code import ElsewhereError
 
-__all__ = ["in_one_thread", "intercepted", "unwatched", "without_function_modes"]
+__all__ = [
+    "in_one_thread",
+    "intercepted",
+    "paths_with_parameters",
+    "unwatched",
+    "without_function_modes",
+]
 
 Instead = Callable[[str, Callable[[], Any], Any, Any], Any]
 """A function that replaces calls of modules (see :func:`intercepted`)."""
@@ -56,15 +62,24 @@ def intercepted(root: nn.Module, paths: Collection[str], instead: Instead) -> It
     modules = IdentityMap((module, name) for name, module in named if name in paths)
     before = [(module, vars(module).get("forward")) for module in modules]
     for module, path in modules.items():
-        vars(module)["forward"] = watch.over(path, module.forward)
+        vars(module)["forward"] = watch.wrap(path, module.forward)
     try:
         yield
     finally:
-        for module, own in before:
-            if own is None:
+        for module, forward in before:
+            if forward is None:
                 del vars(module)["forward"]
             else:
-                vars(module)["forward"] = own
+                vars(module)["forward"] = forward
+
+
+def paths_with_parameters(model: nn.Module) -> set[str]:
+    """Return the paths of the submodules of a model that have parameters."""
+    paths = set()
+    for path, module in model.named_modules():
+        if path and any(True for _ in module.parameters()):
+            paths.add(path)
+    return paths
 
 
 class _Watch:
@@ -85,7 +100,7 @@ class _Watch:
         self.thread = threading.get_ident()
         self.inside = False
 
-    def over(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that replaces ``forward`` of the module at ``path``."""
 
         @functools.wraps(forward)
@@ -104,7 +119,7 @@ class _Watch:
         return watched
 
 
-class _Elsewhere(TorchFunctionMode):
+class _NoTensors(TorchFunctionMode):
     """A mode that raises an error if the code it runs in handles tensors.
 
     It is active in other threads than the one that runs the model.
@@ -132,48 +147,73 @@ def in_one_thread() -> Iterator[None]:
     ElsewhereError
         At the end of the context, also if the model has caught the error.
     """
-    mine, found = threading.get_ident(), list[ElsewhereError]()
-
-    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            try:
-                with _Elsewhere(mine):
-                    return call(*args, **kwargs)
-            except ElsewhereError as error:
-                found.append(error)
-                raise
-
-        return refuse
-
-    def begin(self: threading.Thread) -> None:
-        if threading.get_ident() == mine:
-            vars(self)["run"] = refusing(self.run)
-        start(self)
-
-    def hand_on(
-        self: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
-        return submit(
-            self,
-            refusing(function) if threading.get_ident() == mine else function,
-            *args,
-            **kwargs,
-        )
-
+    guard = _ThreadGuard()
     with TURN:
         start, submit = threading.Thread.start, ThreadPoolExecutor.submit
-        threading.Thread.start, ThreadPoolExecutor.submit = begin, hand_on  # type: ignore[method-assign, assignment]
+        threading.Thread.start = guard.starting(start)  # type: ignore[method-assign]
+        ThreadPoolExecutor.submit = guard.submitting(submit)  # type: ignore[method-assign]
         try:
             yield
         except Exception as error:
-            if found:
-                raise found[0] from error
+            if guard.errors:
+                raise guard.errors[0] from error
             raise
         finally:
             threading.Thread.start, ThreadPoolExecutor.submit = start, submit  # type: ignore[method-assign]
-    if found:
-        raise found[0]
+    if guard.errors:
+        raise guard.errors[0]
+
+
+class _ThreadGuard:
+    """Replacements for the functions that begin threads, for :func:`in_one_thread`.
+
+    Only what the thread that made this object begins is guarded.
+
+    Attributes
+    ----------
+    errors:
+        The errors that were raised in other threads.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[ElsewhereError] = []
+        self._thread = threading.get_ident()
+
+    def starting(self, start: Callable[..., None]) -> Callable[..., None]:
+        """Return a replacement for ``Thread.start``."""
+
+        def begin(thread: threading.Thread) -> None:
+            if threading.get_ident() == self._thread:
+                vars(thread)["run"] = self._without_tensors(thread.run)
+            start(thread)
+
+        return begin
+
+    def submitting(self, submit: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a replacement for ``ThreadPoolExecutor.submit``."""
+
+        def submit_guarded(
+            pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+        ) -> Any:
+            if threading.get_ident() == self._thread:
+                function = self._without_tensors(function)
+            return submit(pool, function, *args, **kwargs)
+
+        return submit_guarded
+
+    def _without_tensors(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that records and raises an error once it handles tensors."""
+
+        @functools.wraps(call)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with _NoTensors(self._thread):
+                    return call(*args, **kwargs)
+            except ElsewhereError as error:
+                self.errors.append(error)
+                raise
+
+        return guarded
 
 
 @contextmanager

@@ -95,9 +95,8 @@ class Decisions(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._of_inputs: Any = WeakTensorKeyDictionary((tensor, None) for tensor in inputs)
-        self._of_weights: Any = WeakTensorKeyDictionary(
-            (t, None) for t in weights if t.is_floating_point() or t.is_complex()
-        )
+        followed_weights = [t for t in weights if t.is_floating_point() or t.is_complex()]
+        self._of_weights: Any = WeakTensorKeyDictionary((t, None) for t in followed_weights)
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
         self.between: list[tuple[str, bool]] = []
@@ -128,8 +127,8 @@ class Decisions(TorchFunctionMode):
         if not of_weights and not any(tensor in self._of_inputs for tensor in given):
             return value
         if isinstance(value, bool):
-            place = len(self.asked)
-            value = self.answers[place] if place < len(self.answers) else bool(value)
+            index = len(self.asked)
+            value = self.answers[index] if index < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))
             if not self.inside:
                 self.between.append(self.asked[-1])
@@ -154,16 +153,12 @@ def inside_a_part() -> Iterator[None]:
 @functools.cache
 def _draws_numbers(name: str) -> bool:
     """Tell whether the ATen operation of this name draws random numbers."""
-    operation = (
-        getattr(torch.ops.aten, name, None)
-        if name.isidentifier() and not name.startswith("__")
-        else None
-    )
-    overloads = (
-        [getattr(operation, each) for each in operation.overloads()]
-        if operation is not None
-        else []
-    )
+    if not name.isidentifier() or name.startswith("__"):
+        return False
+    operation = getattr(torch.ops.aten, name, None)
+    if operation is None:
+        return False
+    overloads = [getattr(operation, each) for each in operation.overloads()]
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
@@ -245,12 +240,12 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
         Runs the model with given answers to its first questions.
     """
     first = run(())
+    if first.taken_out and first.asked:
+        return Ways([()], first.taken_out)
     if first.taken_out:
-        return (
-            Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
-        )
+        return Ways([()], taken_out=first.taken_out)
     found = [_answers_given(first)]
-    seen, waiting = set(_steps(first)), _others(first)
+    seen, waiting = set(_steps(first)), _opposite_answers(first)
     while waiting:
         answers, step = waiting.pop(0)
         if step in seen:
@@ -266,7 +261,7 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
             return Ways([()], way.taken_out or step[0])
         found.append(_answers_given(way))
         seen.update(_steps(way))
-        waiting += _others(way)
+        waiting += _opposite_answers(way)
     return Ways(found)
 
 
@@ -277,11 +272,11 @@ Step = tuple[str, int, bool]
 def _steps(way: Decisions) -> list[Step]:
     """Return the questions of a way; counts of earlier ones stop at ``_TURNS - 1``."""
     before: dict[str, int] = {}
-    out = []
+    steps = []
     for line, answer in way.asked:
-        out.append((line, min(before.get(line, 0), _TURNS - 1), answer))
+        steps.append((line, min(before.get(line, 0), _TURNS - 1), answer))
         before[line] = before.get(line, 0) + 1
-    return out
+    return steps
 
 
 def _answers_given(way: Decisions) -> Answers:
@@ -289,13 +284,13 @@ def _answers_given(way: Decisions) -> Answers:
     return tuple(answer for _, answer in way.asked)
 
 
-def _others(way: Decisions) -> list[tuple[Answers, Step]]:
+def _opposite_answers(way: Decisions) -> list[tuple[Answers, Step]]:
     """Return, for each question of a way, answers with the opposite one, and the new step."""
     given = _answers_given(way)
-    steps = enumerate(_steps(way))
-    return [
-        ((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps
-    ]
+    others = []
+    for i, (line, turn, answer) in enumerate(_steps(way)):
+        others.append(((*given[:i], not answer), (line, turn, not answer)))
+    return others
 
 
 def is_raised(trace: TracebackType | None, line: str) -> bool:
@@ -316,8 +311,7 @@ def is_raised(trace: TracebackType | None, line: str) -> bool:
         trace = trace.tb_next
     if trace is None:
         return False
-    code, place = trace.tb_frame.f_code, trace.tb_lasti
-    raised = any(
-        at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code)
-    )
-    return raised and (not is_ours(code.co_filename) or user_line(frames) == line)
+    code = trace.tb_frame.f_code
+    failed = [each for each in dis.get_instructions(code) if each.offset == trace.tb_lasti]
+    is_raise = any(each.opname == "RAISE_VARARGS" for each in failed)
+    return is_raise and (not is_ours(code.co_filename) or user_line(frames) == line)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxprune.common.contents import leaves_of
@@ -66,13 +66,7 @@ def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     found.run(args, kwargs, routes.all)
     by = "sizes of inputs" if _add_sized(meta_copy, found, routes, args, kwargs) else "values"
     if routes.taken_out and not routes.decided:
-        real = meta_copy.instance()
-        plain = {replace(route, answers=()) for route in routes.all}
-        if not all(
-            is_straight(real, found.parts, functools.partial(run_route, real, args, kwargs, route))
-            for route in plain
-        ):
-            routes.decided = routes.taken_out
+        routes.decided = _decided_by_numbers(meta_copy, found.parts, routes, args, kwargs)
     return Explored(
         found.parts,
         _differing_between_parts(meta_copy, found.parts, routes.all, args, kwargs),
@@ -103,6 +97,18 @@ def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kw
     return decided
 
 
+def _decided_by_numbers(
+    meta_copy: MetaCopy, parts: frozenset[str], routes: Routes, args: Any, kwargs: Any
+) -> str:
+    """Return the line that takes out numbers, if they may decide where Python code goes."""
+    real = meta_copy.instance()
+    for route in {replace(route, answers=()) for route in routes.all}:
+        run = functools.partial(run_route, real, args, kwargs, route)
+        if not is_straight(real, parts, run):
+            return routes.taken_out
+    return ""
+
+
 def _differing_between_parts(
     meta_copy: MetaCopy, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
 ) -> list[Route]:
@@ -112,38 +118,40 @@ def _differing_between_parts(
     """
     real, found = meta_copy.instance(), dict[Any, Route]()
     for route in routes:
-        calls: list[Any] = []
-
-        def part(
-            path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls
-        ) -> Any:
-            with inside_a_part():
-                out = call()
-            calls.append((path, *map(_call_key, ((args, kwargs), out))))
-            return out
-
+        key: Any
         try:
-            with intercepted(real, parts, part):
-                _, decisions = run_route(real, args, kwargs, route)
+            key = _seen_between_parts(real, parts, route, args, kwargs)
         # Keep a route that fails here: if it fails in the labelled run as well, that run reports
         # it.
         except Exception as error:
-            found[error] = route
-            continue
-        found.setdefault(
-            (replace(route, answers=()), tuple(decisions.between), tuple(calls)), route
-        )
+            key = error
+        found.setdefault(key, route)
     return [*found.values()]
+
+
+def _seen_between_parts(
+    real: nn.Module, parts: frozenset[str], route: Route, args: Any, kwargs: Any
+) -> tuple[Any, ...]:
+    """Run a route and return what it does between parts: its mode, its questions, its calls."""
+    calls: list[Any] = []
+
+    def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        with inside_a_part():
+            out = call()
+        calls.append((path, *map(_call_key, ((args, kwargs), out))))
+        return out
+
+    with intercepted(real, parts, part):
+        _, decisions = run_route(real, args, kwargs, route)
+    return replace(route, answers=()), tuple(decisions.between), tuple(calls)
 
 
 def _call_key(value: Any) -> str:
     """Return a key for a nested value: shapes and types of tensors, and other values as text."""
-    return repr(
-        [
-            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves_of(value)
-        ]
-    )
+    described = []
+    for leaf in leaves_of(value):
+        described.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf)
+    return repr(described)
 
 
 def decisions_of(
@@ -174,9 +182,8 @@ def decisions_of(
                 traced = trace(meta_copy.part(path), *inputs)
                 decided[path, False] = traced.decisions
                 if traced.asked_mode:
-                    decided[path, True] = trace(
-                        meta_copy.part(path), *inputs, training=True
-                    ).decisions
+                    trained = trace(meta_copy.part(path), *inputs, training=True)
+                    decided[path, True] = trained.decisions
         return call()
 
     with intercepted(real, found.parts, part):

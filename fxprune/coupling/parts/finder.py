@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fxprune.common.contents import leaves_of
 from fxprune.common.dispatch import META, holds_tensors
 from fxprune.common.identity import IdentitySet
-from fxprune.coupling.parts.calls import intercepted, unwatched
+from fxprune.coupling.parts.calls import intercepted, paths_with_parameters, unwatched
 from fxprune.coupling.parts.memory import place_of
 from fxprune.coupling.parts.routes import Route, run_route
 from fxprune.errors import FxpruneError
@@ -49,7 +49,7 @@ class Finder:
         self.graphs: dict[str, str] = {}
         # Parts that may have another graph on this route, because it has other sizes: emitted
         # graphs guard their sizes.
-        self._settled: frozenset[str] = frozenset()
+        self._guarded: frozenset[str] = frozenset()
         # (path, arguments as text) -> graph as text; None if it cannot be traced
         self._traced: dict[tuple[str, str], str | None] = {}
 
@@ -69,42 +69,37 @@ class Finder:
             The routes.
         """
         real, known = self.meta_copy.instance(), -1
-        self._own = {module: _tensors_held(module) for module in real.modules()}
+        self._original = {module: _tensors_held(module) for module in real.modules()}
         self._real = real
-        everything = frozenset(
-            name
-            for name, module in real.named_modules()
-            if name and any(True for _ in module.parameters())
-        )
+        everything = paths_with_parameters(real)
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
-            with intercepted(real, everything - self.python, self._try):
+            with intercepted(real, everything - self.python, self._handle_call):
                 for route in routes:
-                    self._settled = self.parts if route.is_of_sizes else frozenset()
+                    self._guarded = self.parts if route.is_of_sizes else frozenset()
                     run_route(real, args, kwargs, route)
-            self.python |= self._entered()
+            self.python |= self._with_inner_parts()
 
-    def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+    def _handle_call(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         """Handle an intercepted call: make it a part if it can be traced, else run its Python."""
-        graph = (
-            self._graph(path, args, kwargs)
-            if path not in self.python and self._is_as_given(path)
-            else None
-        )
-        if graph is None or (
-            self.graphs.setdefault(path, graph) != graph and path not in self._settled
-        ):
+        graph = None
+        if path not in self.python and self._has_original_tensors(path):
+            graph = self._graph(path, args, kwargs)
+        if graph is None or not self._is_only_graph(path, graph):
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
         out = call()
         # The call may have exchanged tensors of the module; its graph does so, too.
-        self._own.update(
-            {module: _tensors_held(module) for module in self._real.get_submodule(path).modules()}
-        )
+        for module in self._real.get_submodule(path).modules():
+            self._original[module] = _tensors_held(module)
         return out
 
-    def _is_as_given(self, path: str) -> bool:
+    def _is_only_graph(self, path: str, graph: str) -> bool:
+        """Tell whether a module has this graph in every call, or may have several."""
+        return self.graphs.setdefault(path, graph) == graph or path in self._guarded
+
+    def _has_original_tensors(self, path: str) -> bool:
         """Tell whether a module has its original tensors.
 
         It has not if ``torch.func`` or Python code has put others into it, or if the call is
@@ -112,17 +107,14 @@ class Finder:
         """
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return all(
-            _are_same(_tensors_held(module), self._own[module])
-            for module in self._real.get_submodule(path).modules()
-        )
+        modules = self._real.get_submodule(path).modules()
+        return all(_are_same(_tensors_held(each), self._original[each]) for each in modules)
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         """Return the graph of a module for a call, as text; None if it cannot be traced."""
         leaves = tree_leaves((args, kwargs))
-        if not holds_tensors(leaves) or not all(
-            isinstance(leaf, Tensor) or type(leaf) in _CONSTANT_TYPES for leaf in leaves
-        ):
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        if not holds_tensors(leaves) or any(type(leaf) not in _CONSTANT_TYPES for leaf in others):
             return None
         try:
             inputs = tree_map(shape_of, (args, kwargs))
@@ -130,10 +122,10 @@ class Finder:
             # some containers, such as packed sequences, refuse tensors without data
             return None
         leaves, spec = tree_flatten(inputs)
-        said = repr(
-            [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        )
-        key = path, f"{spec} {said}"
+        described = []
+        for leaf in leaves:
+            described.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf)
+        key = path, f"{spec} {described!r}"
         if key not in self._traced:
             with unwatched():
                 self._traced[key] = self._try_to_trace(path, *inputs)
@@ -150,12 +142,12 @@ class Finder:
                 trace(self.meta_copy.part(path), args, kwargs, training=True)
             except FxpruneError:
                 return None  # the graph would do in training what it does in evaluation mode
-        known = all(
-            isinstance(leaf, (Tensor, *_CONSTANT_TYPES)) for leaf in leaves_of(traced.outputs)
-        )
-        return str(traced.graph) if known else None  # objects of other types may hold tensors
+        for leaf in leaves_of(traced.outputs):
+            if not isinstance(leaf, (Tensor, *_CONSTANT_TYPES)):
+                return None  # objects of other types may hold tensors
+        return str(traced.graph)
 
-    def _entered(self) -> set[str]:
+    def _with_inner_parts(self) -> set[str]:
         """Return the parts that contain another part.
 
         Python code calls the inner one directly as well, so they cannot be pruned independently.
@@ -180,18 +172,22 @@ def shape_of(tensor: Any) -> Any:
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
 
 
-def _tensors_held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+_TensorsHeld = dict[str, tuple[Tensor, Any]]
+"""Name of a tensor of a module -> the tensor, and its place in memory."""
+
+
+def _tensors_held(module: nn.Module) -> _TensorsHeld:
     """Return the tensors that a module holds itself, by name, with their places in memory."""
-    named = {**vars(module), **module._buffers, **module._parameters}
-    return {
-        name: (value, place_of(value))
-        for name, value in named.items()
-        if isinstance(value, Tensor)
-    }
+    tensors: _TensorsHeld = {}
+    for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value, place_of(value)
+    return tensors
 
 
-def _are_same(held: dict[str, tuple[Tensor, Any]], own: dict[str, tuple[Tensor, Any]]) -> bool:
+def _are_same(now: _TensorsHeld, before: _TensorsHeld) -> bool:
     """Tell whether a module holds the same tensors, in the same places, as before."""
-    return held.keys() == own.keys() and all(
-        tensor is own[name][0] and place == own[name][1] for name, (tensor, place) in held.items()
-    )
+    if now.keys() != before.keys():
+        return False
+    pairs = [(now[name], before[name]) for name in now]
+    return all(one[0] is other[0] and one[1] == other[1] for one, other in pairs)

@@ -53,11 +53,11 @@ class LabelledMemory:
             else:
                 self._places.pop(tensor, None)
 
-    def follows(self, tensor: Tensor) -> bool:
+    def is_followed(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was followed from labelled ones, even if it has no labels."""
         return self._places.get(tensor) is not None
 
-    def meet(self, tensors: Collection[Tensor]) -> None:
+    def find_labels(self, tensors: Collection[Tensor]) -> None:
         """Label tensors that are new, or that lie in other memory than before.
 
         A tensor gets the labels of one with the same memory and layout. If only the memory is the
@@ -65,25 +65,20 @@ class LabelledMemory:
         """
         for tensor in tensors:
             place = place_of(tensor)
-            if (
-                place is None
-                or self._places.get(tensor) == place
-                or (tensor not in self._places and self._is_models(tensor))
-            ):
+            if place is None or self._places.get(tensor) == place:
                 continue
             if tensor in self._places:  # it has got other memory since
                 self.context.records.discard(tensor)
-            others = [
-                other
-                for other in self._labelled.get(place[0], ())
-                if other is not tensor and self.context.fields(other)
-            ]
+            elif self._is_parameter(tensor):
+                continue
+            labelled = self._labelled.get(place[0], ())
+            others = [t for t in labelled if t is not tensor and self.context.fields(t)]
             same = next((other for other in reversed(others) if place_of(other) == place), None)
             if same is not None:
                 self.context.put(tensor, self.context.fields(same), base=same)
                 self.note([tensor], True)
             else:
-                self.see_whole(others)
+                self.keep_wide(others)
 
     def explain(self, given: Collection[Tensor], out: Collection[Tensor]) -> None:
         """Keep the operands of a function at full width if its results cannot be explained.
@@ -98,17 +93,16 @@ class LabelledMemory:
             Tensors that it returned.
         """
         given, out = (list(map(_unwrapped, tensors)) for tensors in (given, out))
-        self.meet([*given, *out])
-        if not all(self.follows(tensor) or tensor in self.context.records for tensor in out):
-            self.see_whole(given)
+        self.find_labels([*given, *out])
+        if not all(self.is_followed(tensor) or tensor in self.context.records for tensor in out):
+            self.keep_wide(given)
 
-    def see_whole(self, tensors: Collection[Tensor]) -> None:
+    def keep_wide(self, tensors: Collection[Tensor]) -> None:
         """Note that Python code has to see these tensors at full width."""
-        self.context.found.wide += [
-            f.labels for tensor in tensors for f in self.context.fields(tensor)
-        ]
+        for tensor in tensors:
+            self.context.found.wide += [f.labels for f in self.context.fields(tensor)]
 
-    def _is_models(self, tensor: Tensor) -> bool:
+    def _is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer of the model.
 
         Its labels are known without its memory, until ``w.data = h`` gives it another one.

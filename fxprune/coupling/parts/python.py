@@ -24,7 +24,7 @@ from fxprune.common.identity import IdentityMap
 from fxprune.common.module_sizes import remembered
 from fxprune.coupling.parts.decisions import WHOLE
 from fxprune.coupling.parts.memory import LabelledMemory
-from fxprune.coupling.parts.narrowing import narrows, of_one_size
+from fxprune.coupling.parts.narrowing import commutes_with_removal, is_of_one_size
 from fxprune.coupling.parts.width import Width
 from fxprune.coupling.propagation import LabelMode
 from fxprune.errors import FxpruneError
@@ -80,6 +80,11 @@ def _widths(value: Any) -> list[Width]:
     return found
 
 
+def _owner_name(func: Any) -> str:
+    """Return the name of the attribute whose getter ``func`` is; empty for other functions."""
+    return getattr(getattr(func, "__self__", None), "__name__", "")
+
+
 def _plain_leaf(leaf: Any) -> Any:
     """Return the number of a width, and other values as they are."""
     return leaf.number if type(leaf) is Width else leaf
@@ -110,24 +115,23 @@ class SizeReader(TorchFunctionMode):
             found = self._sizes(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return found if dim is None else found[dim]
-        if (
-            name in _READING
-            or getattr(getattr(func, "__self__", None), "__name__", "") in _READING
-        ):
+        if name in _READING or _owner_name(func) in _READING:
             # the product reads the number of every width in it
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
-            self.mode.memory.meet([args[0]])
+            self.mode.memory.find_labels([args[0]])
             self.mode.context.found.wide += [f.labels for f in self.mode.context.fields(args[0])]
         for width in _widths(_number_arguments(name, args, kwargs)):
-            width.told()
-        before, self.mode.widths = (
-            self.mode.widths,
-            _widths((args, kwargs)) if ops.takes_sizes(name) else [],
-        )
+            width.use()
+        return self._call(func, name, args, kwargs)
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function with plain numbers, while :class:`RealMode` knows the widths in it."""
+        before = self.mode.widths
+        self.mode.widths = _widths((args, kwargs)) if ops.takes_sizes(name) else []
         args, kwargs = map_leaves(_plain_leaf, (args, kwargs))
         given = tensors_in(args, kwargs)
-        self.mode.memory.meet(given)
+        self.mode.memory.find_labels(given)
         try:
             out = func(*args, **kwargs)
         finally:
@@ -138,20 +142,17 @@ class SizeReader(TorchFunctionMode):
     def _sizes(self, tensor: Tensor) -> Any:
         """Return the shape of a tensor, with a :class:`Width` for each labelled dimension."""
         context, sizes = self.mode.context, list[Any](tensor.size())
-        self.mode.memory.meet([tensor])
+        self.mode.memory.find_labels([tensor])
         fields = context.fields(tensor)
-        self.mode.reads(tensor)
+        self.mode.note_read(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
-            sizes[dim] = Width(
-                int(sizes[dim]),
-                functools.partial(_live, context, labels),
-                context.found.wide.extend,
-            )
+            read = functools.partial(_live, context, labels)
+            sizes[dim] = Width(int(sizes[dim]), read, context.found.wide.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
-def _sizes_of_some(value: Any) -> Any:
+def _nonzero_sizes(value: Any) -> Any:
     """Return sizes with another size in place of 0: -1 where it can be inferred, else 2."""
     if not isinstance(value, (list, tuple)) or not all(type(size) is int for size in value):
         return value
@@ -179,23 +180,23 @@ def note_sizes(model: nn.Module, mode: RealMode) -> None:
     """
     context = mode.context
 
-    def attribute(tensor: Tensor, dim: int) -> Width:
+    def width_of(tensor: Tensor, dim: int) -> Width:
         def read() -> list[Array]:
             if mode.pausing:
                 return []
-            mode.reads(tensor)
+            mode.note_read(tensor)
             return [f.labels for f in context.fields(tensor) if dim in f.dims]
 
-        def tell(labels: list[Array]) -> None:
-            for own in labels:
-                context.pin(own, "has its size read in Python code")
+        def pin(labels: list[Array]) -> None:
+            for array in labels:
+                context.pin(array, "has its size read in Python code")
 
-        return Width(tensor.shape[dim], read, tell)
+        return Width(tensor.shape[dim], read, pin)
 
     for module in model.modules():
         for name, tensor, dim in [*remembered(module)]:
-            if tensor in mode.own and context.record(tensor) is not None:
-                vars(module)[name] = attribute(tensor, dim)
+            if tensor in mode.meta_of and context.record(tensor) is not None:
+                vars(module)[name] = width_of(tensor, dim)
 
 
 class RealMode(LabelMode):
@@ -212,7 +213,7 @@ class RealMode(LabelMode):
     ----------
     widths:
         The widths among the sizes that the running function is called with.
-    own:
+    meta_of:
         Parameter or buffer of the model that runs -> that of the meta copy.
     read:
         Parameters and buffers of the meta copy that Python code reads outside of parts.
@@ -225,7 +226,7 @@ class RealMode(LabelMode):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.widths: list[Width] = []
-        self.own: IdentityMap[Tensor, Tensor] = IdentityMap()
+        self.meta_of: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.read: IdentityMap[Tensor, None] = IdentityMap()
         self.memory = LabelledMemory(context)
         self.pausing = False
@@ -240,34 +241,30 @@ class RealMode(LabelMode):
         finally:
             self.pausing = False
 
-    def reads(self, tensor: Tensor) -> None:
+    def note_read(self, tensor: Tensor) -> None:
         """Record that Python code reads a tensor or its size.
 
         Only parameters and buffers are recorded. Python code sees them as they are in the smaller
         model, not at full width.
         """
-        if tensor in self.own:
-            self.read[self.own[tensor]] = None
+        if tensor in self.meta_of:
+            self.read[self.meta_of[tensor]] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx, rule, tensors = self.context, ops.find(func), tensors_in(args, kwargs)
-        self.memory.meet(tensors)
+        self.memory.find_labels(tensors)
         for tensor in tensors:
-            self.reads(tensor)
+            self.note_read(tensor)
         # The line stays current until the next operation: Python code reads sizes in between.
         ctx.node, ctx.target = f"{PYTHON}{user_line()}#{next(self._number)}", func
         labelled = any(t in ctx.records for t in tensors)
         creates = rule is not None and rule.kind is Kind.CREATES
-        follows = rule is not None and (labelled or any(map(self.memory.follows, tensors)))
+        follows = rule is not None and (labelled or any(map(self.memory.is_followed, tensors)))
         out = func(*args, **kwargs)
         if labelled or (creates and self.widths):
             self._label(func, rule, args, kwargs, out)
-        self.memory.note(
-            [*tensors, *tensors_in((out,), {})]
-            if func._schema.is_mutable
-            else tensors_in((out,), {}),
-            follows,
-        )
+        written = tensors if func._schema.is_mutable else []
+        self.memory.note([*written, *tensors_in((out,), {})], follows)
         return out
 
     def _label(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -275,7 +272,7 @@ class RealMode(LabelMode):
         tensors = tensors_in(args, kwargs)
         labelled = any(t in self.context.records for t in tensors)
         if labelled and any(not leaf.numel() for leaf in (*tensors, *tensors_of(out))):
-            self._on_some(func, args, kwargs, out)
+            self._note_with_elements(func, args, kwargs, out)
         else:
             self._note(func, rule, args, kwargs, out)
 
@@ -293,32 +290,38 @@ class RealMode(LabelMode):
         ):
             self._follow(rule, func, bound, out)
         if rule.kind is Kind.CREATES:
-            for f in ctx.fields(out):  # its size is a width that was read, or a plain number
-                measured = [
-                    a for width in self.widths for a in width.labels if a.size == f.labels.size
-                ]
-                for labels in measured:
-                    ctx.unite(f.labels.ravel(), labels.ravel())
-                ctx.found.wide += [] if measured else [f.labels]
-            return
-        if not self._narrows(func, args, kwargs, rule, out, statistics):
+            self._unite_with_widths(out)
+        elif not self._narrows(func, args, kwargs, rule, out, statistics):
             ctx.found.wide += [*before, *(a for width in self.widths for a in width.labels)]
             ctx.found.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
 
-    def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _unite_with_widths(self, made: Tensor) -> None:
+        """Unite the labels of a new tensor with those of the widths that gave it its sizes.
+
+        A size that is a plain number keeps its full width.
+        """
+        for f in self.context.fields(made):
+            known = [array for width in self.widths for array in width.labels]
+            equal = [labels for labels in known if labels.size == f.labels.size]
+            for labels in equal:
+                self.context.unite(f.labels.ravel(), labels.ravel())
+            if not equal:
+                self.context.found.wide.append(f.labels)
+
+    def _note_with_elements(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Propagate labels through a call on tensors without elements.
 
         The call is made on tensors with some elements instead, and the labels of its results are
         used. If that fails, the operands keep their full width.
         """
         ctx, given = self.context, tensors_in(args, kwargs)
-        some = IdentityMap((tensor, self._some(tensor)) for tensor in given)
-        own, named = map_tensors(some.__getitem__, (args, kwargs))
+        some = IdentityMap((tensor, self._with_elements(tensor)) for tensor in given)
+        new_args, new_kwargs = map_tensors(some.__getitem__, (args, kwargs))
         if ops.takes_sizes(ops.name_of_op(func)):
-            own = tuple(_sizes_of_some(value) for value in own)
+            new_args = tuple(_nonzero_sizes(value) for value in new_args)
         try:
-            made = func(*own, **named)
-            self._note(func, ops.find(func), own, named, made)
+            made = func(*new_args, **new_kwargs)
+            self._note(func, ops.find(func), new_args, new_kwargs, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
             ctx.found.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
@@ -327,7 +330,7 @@ class RealMode(LabelMode):
             if isinstance(leaf, Tensor):
                 self.carry(leaf, ctx.fields(stand_in))
 
-    def _some(self, tensor: Tensor) -> Tensor:
+    def _with_elements(self, tensor: Tensor) -> Tensor:
         """Return a tensor with size 2 in place of 0, and the same labels.
 
         For a mask that selects nothing, return one that selects the first two elements. Return any
@@ -339,9 +342,8 @@ class RealMode(LabelMode):
             chosen = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
             chosen.view(-1)[:2] = True
             return chosen
-        made = torch.zeros(
-            [size or 2 for size in tensor.shape], dtype=tensor.dtype, device=tensor.device
-        )
+        sizes = [size or 2 for size in tensor.shape]
+        made = torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
         if made.dtype is torch.bool:
             made[...] = True
         self.carry(made, self.context.fields(tensor))
@@ -360,14 +362,14 @@ class RealMode(LabelMode):
             The fields. The tensor they come from may have other sizes on dimensions without
             labels.
         """
-        fit = [
-            f
-            for f in fields
-            if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
-            and f.labels.ndim == tensor.dim()
-        ]
-        self.context.found.wide += [f.labels for f in fields if f not in fit]
-        self.context.put(tensor, fit)
+        fitting = []
+        for f in fields:
+            has_sizes = all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
+            if has_sizes and f.labels.ndim == tensor.dim():
+                fitting.append(f)
+            else:
+                self.context.found.wide.append(f.labels)
+        self.context.put(tensor, fitting)
         self.memory.note([tensor], True)
 
     def _narrows(
@@ -382,30 +384,30 @@ class RealMode(LabelMode):
             ctx.found.statistics.popitem()
             return False
         bound = ops.bind(func, args, kwargs)
-        if rule.kind is Kind.COMPUTES and bound.get("groups", 1) > 1:
+        if self._scales_by_width(bound):
             return False
-        if bound.get("scale", 1) is None and any(
-            bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])
-        ):
-            return False  # attention scales by the width of the query
         if rule.kind is Kind.COMPUTES:
-            return True
-        if ops.takes_sizes(name) and self._measured(out):
+            return bound.get("groups", 1) <= 1
+        if ops.takes_sizes(name) and self._has_read_sizes(out):
             return True
 
         def labels(tensor: Tensor) -> list[Array]:
             return [f.labels for f in ctx.fields(tensor)]
 
-        return not of_one_size(name, bound, out, labels) and narrows(
-            func, args, kwargs, out, labels
-        )
+        if is_of_one_size(name, bound, out, labels):
+            return False
+        return commutes_with_removal(func, args, kwargs, out, labels)
 
-    def _measured(self, out: Any) -> bool:
+    def _scales_by_width(self, bound: dict[str, Any]) -> bool:
+        """Tell whether a call is attention that scales by the width of a labelled query."""
+        if bound.get("scale", 1) is not None:
+            return False
+        query = bound["query"]
+        return any(query.dim() - 1 in f.dims for f in self.context.fields(query))
+
+    def _has_read_sizes(self, out: Any) -> bool:
         """Tell whether the size of each labelled axis of ``out`` was read off a tensor."""
         live = self.context.units.live
         read = {live(a).ravel().tobytes() for width in self.widths for a in width.labels}
-        return all(
-            f.labels.ravel().tobytes() in read
-            for leaf in tree_leaves(out)
-            for f in self.context.fields(leaf)
-        )
+        fields = [f for leaf in tree_leaves(out) for f in self.context.fields(leaf)]
+        return all(f.labels.ravel().tobytes() in read for f in fields)

@@ -85,16 +85,15 @@ class Questions(TorchFunctionMode):
         self, own: Iterable[Tensor], turned: Mapping[CodePlace, bool] | None = None
     ) -> None:
         super().__init__()
-        self.own: IdentityMap[Tensor, int] = IdentityMap(
-            (tensor, i) for i, tensor in enumerate(own)
-        )
+        numbered = ((tensor, i) for i, tensor in enumerate(own))
+        self.own: IdentityMap[Tensor, int] = IdentityMap(numbered)
         self.turned = dict(turned or {})
         self.asked: dict[CodePlace, Asked] = {}
         self.trail: set[tuple[Any, Any]] = set()
         # tensor that depends on parameters -> the step that made it
         self._made: Any = WeakTensorKeyDictionary()
         # question in its normal form -> the answer that was given instead of the true one
-        self._said: dict[tuple[str, float, float], bool] = {}
+        self._given: dict[tuple[str, float, float], bool] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
@@ -133,9 +132,9 @@ class Questions(TorchFunctionMode):
 
     def _known(self, sizes: Any) -> Any:
         """Return :class:`Size` numbers for plain ones."""
-        return (
-            torch.Size(map(self._known, sizes)) if isinstance(sizes, tuple) else Size(sizes, self)
-        )
+        if isinstance(sizes, tuple):
+            return torch.Size(map(self._known, sizes))
+        return Size(sizes, self)
 
     def answer(
         self, answer: bool, number: float, sign: str, other: float, frame: FrameType
@@ -158,11 +157,11 @@ class Questions(TorchFunctionMode):
         place = frame.f_code, frame.f_lasti
         asked = self.asked.setdefault(place, Asked(user_line()))
         asked.margins.add(number - other if math.isfinite(other) else 0)
-        same, negated = _in_one_form(sign, number, other)
+        same, negated = _normal_form(sign, number, other)
         asked.empties &= same in (("lt", 0, number), ("lt", number, 1), ("eq", number, 0))
         if self.turned.get(place, answer) is not answer:
-            self._said[same] = self.turned[place] is not negated
-        answer = self._said[same] is not negated if same in self._said else answer
+            self._given[same] = self.turned[place] is not negated
+        answer = self._given[same] is not negated if same in self._given else answer
         asked.answers.add(answer)
         return answer
 
@@ -202,7 +201,7 @@ _BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
 """Instructions whose comparisons are questions."""
 
 
-def _in_one_form(sign: str, number: float, other: float) -> tuple[tuple[str, float, float], bool]:
+def _normal_form(sign: str, number: float, other: float) -> tuple[tuple[str, float, float], bool]:
     """Return a comparison expressed by ``lt`` or ``eq``, and whether its answer is negated."""
     if sign in ("gt", "le"):
         sign, number, other = {"gt": "lt", "le": "ge"}[sign], other, number
@@ -265,13 +264,9 @@ def _known(number: Any, questions: Questions) -> Any:
     """Mark a number, or the numbers of a tuple, as computed from sizes."""
     if type(number) is tuple:
         return tuple(_known(each, questions) for each in number)
-    return (
-        Size(number, questions)
-        if type(number) is int
-        else Fraction(number, questions)
-        if type(number) is float
-        else number
-    )
+    if type(number) is int:
+        return Size(number, questions)
+    return Fraction(number, questions) if type(number) is float else number
 
 
 def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
@@ -288,7 +283,7 @@ def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
     return method
 
 
-def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
+def _comparison(kind: Any, sign: str) -> Callable[..., Any]:
     """Return a comparison method of ``kind`` that asks a question."""
     name = f"__{sign}__"
     plain = getattr(kind, name)
@@ -323,4 +318,4 @@ for _kind, _plain_kind in ((Size, int), (Fraction, float)):
     for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
         setattr(_kind, _name, _number_operator(_plain_kind, _name))
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        setattr(_kind, f"__{_name}__", _comparing(_plain_kind, _name))
+        setattr(_kind, f"__{_name}__", _comparison(_plain_kind, _name))

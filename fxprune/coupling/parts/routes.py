@@ -111,7 +111,7 @@ def run_route(
         What the model returns, and the questions about values that it asked.
     """
     args, kwargs = route.call or (args, kwargs)
-    found: list[AbstractContextManager[Any]] = [ChosenSome()] if route.finds else []
+    found: list[AbstractContextManager[Any]] = [EmptyMasks()] if route.finds else []
     if route.turned:
         questions = Questions([*model.parameters(), *model.buffers()], dict(route.turned))
         inside = (questions, questions.counting(), *inside)
@@ -150,46 +150,61 @@ def _from_call_to_call(meta_copy: MetaCopy, args: Any, kwargs: Any) -> str:
     It is called again on the same inputs, in both modes. What it does are its calls of modules and
     the shapes that they get.
     """
-    model = meta_copy.instance()
-    reach = Reach(model)
-    if not reach.may_change:
+    repeated = _Repeated(meta_copy.instance(), args, kwargs)
+    if not repeated.reach.may_change:
         return ""
-    paths = {path for path, _ in model.named_modules() if path}
-    for route in (Route(), Route(training=True)):
+    return repeated.differs_by(Route()) or repeated.differs_by(Route(training=True))
 
-        def called(route: Route = route) -> list[Any]:
-            """Return the calls of modules, in order, with the shapes of their arguments."""
-            calls: list[Any] = []
 
-            def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-                calls.append((path, [leaf.shape for leaf in tensors_of((args, kwargs))]))
-                return NotImplemented
+class _Repeated:
+    """Repeated runs of a model on the same call.
 
-            with seeded(0), intercepted(model, paths, note):
-                run_route(model, args, kwargs, route)
-            return calls
+    Attributes
+    ----------
+    reach:
+        What the model's code can reach, as it was before the next run.
+    """
 
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.reach = Reach(model)
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._paths = {path for path, _ in model.named_modules() if path}
+
+    def differs_by(self, route: Route) -> str:
+        """Return the reason why runs on a route differ; empty if they do not."""
         first = None
         for _ in range(1 + AGAIN):
-            attributes = Attributes(model)
+            attributes = Attributes(self._model)
             try:
-                with reach.watching():
-                    now = called()
-                if reach.drawn:
+                with self.reach.watching():
+                    now = self._calls(route)
+                if self.reach.drawn:
                     return CHANCE
                 first = now if first is None else first
                 if now != first:
                     return EACH_CALL
-                changed = reach.may_differ or any(map(_is_another, attributes.changes()))
+                changed = self.reach.may_differ or any(map(_is_another, attributes.changes()))
             except Exception:
                 # Training mode needs something that the example lacks: there is no such route.
                 changed = False
             finally:
-                reach.put_back()
+                self.reach.put_back()
             if not changed:
                 break  # it has left nothing behind that the next call could read
-            reach = Reach(model)
-    return ""
+            self.reach = Reach(self._model)
+        return ""
+
+    def _calls(self, route: Route) -> list[Any]:
+        """Return the calls of modules, in order, with the shapes of their arguments."""
+        calls: list[Any] = []
+
+        def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            calls.append((path, [leaf.shape for leaf in tensors_of((args, kwargs))]))
+            return NotImplemented
+
+        with seeded(0), intercepted(self._model, self._paths, note):
+            run_route(self._model, self._args, self._kwargs, route)
+        return calls
 
 
 def _is_another(change: AttributeChange) -> bool:
@@ -200,7 +215,7 @@ def _is_another(change: AttributeChange) -> bool:
 
 def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
     """Return the routes of the example, with and without finds, and those of training mode."""
-    watch, found = ChosenSome(finds=False), Routes([])
+    watch, found = EmptyMasks(finds=False), Routes([])
     _add(
         found,
         lambda answers: followed(meta_copy.instance(), args, kwargs, answers, watch)[1],
@@ -258,7 +273,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-class ChosenSome(DispatchMode):
+class EmptyMasks(DispatchMode):
     """A mode that counts masks that select nothing, and can make them select something.
 
     Parameters
@@ -283,16 +298,15 @@ class ChosenSome(DispatchMode):
         finds = by_index or has(name, Trait.FINDS)
         if not finds or all(leaf.numel() for leaf in tensors_of(out)):
             return out
-        where = int(by_index)
-        chosen = args[where] if len(args) > where else None
-        if chosen is None:
+        position = int(by_index)
+        selecting = args[position] if len(args) > position else None
+        if selecting is None:
             return out
-        mask, others = (chosen, None) if isinstance(chosen, Tensor) else (chosen[0], chosen[1:])
-        if (
-            not isinstance(mask, Tensor)
-            or not mask.numel()
-            or (where and mask.dtype is not torch.bool)
-        ):
+        is_tensor = isinstance(selecting, Tensor)
+        mask, others = (selecting, None) if is_tensor else (selecting[0], selecting[1:])
+        if not isinstance(mask, Tensor) or not mask.numel():
+            return out
+        if by_index and mask.dtype is not torch.bool:
             return out
         self.missed += 1
         if not self.finds:
@@ -300,4 +314,4 @@ class ChosenSome(DispatchMode):
         mask = mask.clone()
         mask.view(-1)[:2] = True
         changed = mask if others is None else [mask, *others]
-        return func(*args[:where], changed, *args[where + 1 :], **(kwargs or {}))
+        return func(*args[:position], changed, *args[position + 1 :], **(kwargs or {}))

@@ -24,11 +24,11 @@ from fxprune.trace import MetaCopy
 
 __all__ = ["Sized"]
 
-_CALLS = 5  # number of resized calls that the model has to accept
+_MOST_CALLS = 5  # number of resized calls that the model has to accept
 _MOST_SIZES = 16  # upper limit on the number of routes
-_NEAR = 12  # upper limit on the number of sizes that are tried near one of the example's
-_STILL = 3  # number of sizes in a row without anything new after which the search stops
-_WHERE = 2  # upper limit on the number of routes on which a question gets the other answer
+_MOST_NEAR = 12  # upper limit on the number of sizes that are tried near one of the example's
+_NOTHING_NEW = 3  # number of sizes in a row without anything new after which the search stops
+_MOST_TURNED = 2  # upper limit on the number of routes on which a question gets the other answer
 _LONGEST = 64  # sizes up to this one are tried, however small the example's
 _BATCH = "a batch of"  # beginning of the name of calls with another batch size
 _VALUES = "other values"  # name of the call with other values
@@ -70,7 +70,8 @@ class _Asked:
 
         They are assumed to depend on them if only one size is known.
         """
-        return len(self.margins) == 1 or len({frozenset(own) for own in self.margins.values()}) > 1
+        distinct = {frozenset(margins) for margins in self.margins.values()}
+        return len(self.margins) == 1 or len(distinct) > 1
 
 
 class Sized:
@@ -112,45 +113,49 @@ class Sized:
             The route: evaluation or training mode.
         """
         known, places, asked = set(self._trail), set(self._places), dict[CodePlace, _Asked]()
-        self._visit(base, asked)
+        self._run_route(base, asked)
         if self._trail == known and self._places == places:
             return  # training mode does the same as evaluation mode
+        call = Call(self.args, self.kwargs)
         before = len(self.routes)
-        every = (
-            call
-            for call in _resized_calls(Call(self.args, self.kwargs))
-            if self._takes(base, call, asked)
-        )
-        taken = [*itertools.islice(every, _CALLS)]
+        is_resizable = self._try_some(base, asked, call)
         new = [route.sizes.startswith(_BATCH) for route in self.routes[before:]]
-        self._go_on(
-            base, asked, _near(Call(self.args, self.kwargs), rows=True in new, sizes=False in new)
-        )
+        self._try_near_sizes(base, asked, _near_calls(call, rows=True in new, sizes=False in new))
+        if is_resizable:
+            self._turn_all(asked)
+
+    def _try_some(self, base: Route, asked: dict[CodePlace, _Asked], call: Call) -> bool:
+        """Run the model on resized calls until it has accepted some; tell whether it has."""
+        accepted = 0
+        for sized in _resized_calls(call):
+            accepted += self._accepts(base, sized, asked)
+            if accepted == _MOST_CALLS:
+                break
+        return accepted > 0
+
+    def _turn_all(self, asked: dict[CodePlace, _Asked]) -> None:
+        """Answer each question about sizes both ways, also those that only come up then."""
         tried: set[tuple[CodePlace, bool]] = set()
-        while taken and not self.decided:
-            open_ = (
-                (p, a)
-                for p, found in asked.items()
-                for a in (False, True)
-                if a not in found.answers and found.is_free
-            )
-            turn = next((turn for turn in open_ if turn not in tried), None)
+        while not self.decided:
+            turn = next((turn for turn in _open_turns(asked) if turn not in tried), None)
             if turn is None:
                 break
             tried.add(turn)
-            if len(self.routes) > _MOST_SIZES or not self._turns(*turn, asked):
+            if len(self.routes) > _MOST_SIZES or not self._is_turn_known(*turn, asked):
                 self.decided = asked[turn[0]].line
 
-    def _takes(self, base: Route, sized: tuple[str, Call], asked: dict[CodePlace, _Asked]) -> bool:
+    def _accepts(
+        self, base: Route, sized: tuple[str, Call], asked: dict[CodePlace, _Asked]
+    ) -> bool:
         """Run the model on a resized call, and tell whether it accepts it."""
         name, call = sized
         try:
-            self._visit(replace(base, sizes=name, call=call), asked)
+            self._run_route(replace(base, sizes=name, call=call), asked)
         except Exception:  # whatever the model raises for a call that it does not accept
             return False
         return True
 
-    def _go_on(
+    def _try_near_sizes(
         self,
         base: Route,
         asked: dict[CodePlace, _Asked],
@@ -162,59 +167,57 @@ class Sized:
         no end to it, it cannot be known where Python code goes.
         """
         for near in others:
-            still, taken, refused, name = 0, 0, 0, ""
-            for name, call in itertools.islice(near, _NEAR):
+            nothing_new, accepted, refused, name = 0, 0, 0, ""
+            for name, call in itertools.islice(near, _MOST_NEAR):
                 before = len(self.routes)
-                if self._takes(base, (name, call), asked):
-                    taken, refused = taken + 1, 0
-                    still = still + 1 if len(self.routes) == before else 0
+                if self._accepts(base, (name, call), asked):
+                    accepted, refused = accepted + 1, 0
+                    nothing_new = nothing_new + 1 if len(self.routes) == before else 0
                 else:
                     refused += 1
-                if max(still, refused) == _STILL:
+                if max(nothing_new, refused) == _NOTHING_NEW:
                     break
-            if still < min(_STILL, taken):
+            if nothing_new < min(_NOTHING_NEW, accepted):
                 self.decided = self.decided or f"inputs of other sizes, {name}"
 
-    def _turns(self, place: CodePlace, answer: bool, asked: dict[CodePlace, _Asked]) -> bool:
+    def _is_turn_known(
+        self, place: CodePlace, answer: bool, asked: dict[CodePlace, _Asked]
+    ) -> bool:
         """Tell whether it is known where an answer to a question leads.
 
         It is if a run with that answer was followed, or if the model refuses such inputs.
         """
         found, known = asked[place], False
-        for route in found.routes[:_WHERE]:
+        for route in found.routes[:_MOST_TURNED]:
             turned = {**dict(route.turned), place: answer}
             try:
-                self._visit(replace(route, turned=tuple(turned.items())), asked)
+                self._run_route(replace(route, turned=tuple(turned.items())), asked)
                 return True
             except Exception as error:
                 known |= is_raised(error.__traceback__, found.line)
         if known or found.empties:
             return True
         plain = replace(found.routes[0], turned=())
-        self._takes(plain, (_VALUES, random(Call(self.args, self.kwargs))), asked)
+        self._accepts(plain, (_VALUES, random(Call(self.args, self.kwargs))), asked)
         if found.is_of_data or answer in found.answers:
             return True
-        return any(
-            self._takes(plain, call, asked) and answer in found.answers
-            for call in self._answering(found)
-        )
+        for sized in self._calls_answering(found):
+            if self._accepts(plain, sized, asked) and answer in found.answers:
+                return True
+        return False
 
-    def _answering(self, found: _Asked) -> Iterator[tuple[str, Call]]:
+    def _calls_answering(self, found: _Asked) -> Iterator[tuple[str, Call]]:
         """Yield resized calls for which a question about a size may have the other answer."""
         call = Call(self.args, self.kwargs)
-        margins = {int(margin) for own in found.margins.values() for margin in own}
-        away = {
-            sign * abs(margin) + more
-            for margin in margins
-            for sign in (-1, 1)
-            for more in (-1, 0, 1)
-        }
+        margins = {int(margin) for each in found.margins.values() for margin in each}
+        offsets = itertools.product(margins, (-1, 1), (-1, 0, 1))
+        away = {sign * abs(margin) + more for margin, sign, more in offsets}
         near = {(abs(by), size + by, size) for size in lengths(call) for by in away - {0}}
-        for _, new, size in sorted(near)[:_NEAR]:
+        for _, new, size in sorted(near)[:_MOST_NEAR]:
             if 0 < new <= max(4 * size, _LONGEST):
                 yield f"{new} for {size}", with_sizes(call, {size: new})
 
-    def _visit(self, route: Route, asked: dict[CodePlace, _Asked]) -> None:
+    def _run_route(self, route: Route, asked: dict[CodePlace, _Asked]) -> None:
         """Run the model on a route, and record what it asks and does."""
         real = self.meta_copy.instance()
         questions = Questions([*real.parameters(), *real.buffers()], dict(route.turned))
@@ -225,25 +228,27 @@ class Sized:
             questions.step(PART + path, (args, kwargs), out)
             return out
 
+        plain, modes = replace(route, turned=()), (questions, questions.counting())
         with intercepted(real, self.parts, part):
-            out, _ = run_route(
-                real,
-                self.args,
-                self.kwargs,
-                replace(route, turned=()),
-                questions,
-                questions.counting(),
-            )
+            out, _ = run_route(real, self.args, self.kwargs, plain, *modes)
         questions.finish(leaves_of(out))
-        for place, own in questions.asked.items():
-            found = asked.setdefault(place, _Asked(own.line, own.empties))
-            found.margins.setdefault(route.sizes, set()).update(own.margins)
-            found.answers |= own.answers
+        for place, new in questions.asked.items():
+            found = asked.setdefault(place, _Asked(new.line, new.empties))
+            found.margins.setdefault(route.sizes, set()).update(new.margins)
+            found.answers |= new.answers
             found.routes.append(route)
         if route.is_of_sizes and not questions.trail <= self._trail:
             self.routes.append(route)
         self._trail |= questions.trail
         self._places |= set(questions.asked)
+
+
+def _open_turns(asked: dict[CodePlace, _Asked]) -> Iterator[tuple[CodePlace, bool]]:
+    """Yield the places of questions about sizes, and the answers not given there so far."""
+    for place, found in asked.items():
+        for answer in (False, True):
+            if answer not in found.answers and found.is_free:
+                yield place, answer
 
 
 def _resized_calls(call: Call) -> Iterator[tuple[str, Call]]:
@@ -257,7 +262,7 @@ def _resized_calls(call: Call) -> Iterator[tuple[str, Call]]:
     yield from sizes_alone(call)
 
 
-def _near(call: Call, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Call]]]:
+def _near_calls(call: Call, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Call]]]:
     """Yield series of resized calls, the nearest sizes first.
 
     There is one series for the batch size if ``rows``, and one for every other size if ``sizes``.

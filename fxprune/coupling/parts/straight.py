@@ -41,7 +41,7 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         seen.note_callers()
-        with seen.looking_away():
+        with seen.paused():
             return call()
 
     before = sys.getprofile()
@@ -51,9 +51,8 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
             run()
         finally:
             sys.setprofile(before)
-    return not seen.chooses and not any(
-        _can_turn(code, code in seen.callers) for code in seen.codes
-    )
+    turns = any(_can_turn(code, code in seen.callers) for code in seen.codes)
+    return not seen.chooses and not turns
 
 
 class _Profile:
@@ -79,11 +78,11 @@ class _Profile:
         if self._away:
             return
         code = frame.f_code
-        if event == "c_call" and arg is getattr and _is_models(frame):
+        if event == "c_call" and arg is getattr and _is_of_model(frame):
             self.chooses = True
         if event != "call":
             return
-        if _is_models(frame):
+        if _is_of_model(frame):
             self.codes.add(code)
         elif code.co_name == "__getitem__" and isinstance(frame.f_locals.get("self"), nn.Module):
             self.chooses = True
@@ -96,7 +95,7 @@ class _Profile:
             frame = frame.f_back
 
     @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Ignore the functions that run inside this context."""
         self._away = True
         try:
@@ -105,31 +104,27 @@ class _Profile:
             self._away = False
 
 
-def _is_models(frame: FrameType) -> bool:
+def _is_of_model(frame: FrameType) -> bool:
     """Tell whether a function may handle tensors or modules of the model.
 
     Functions of torch, of fxprune and of the standard library do not count. Functions of other
     packages count only if they can reach tensors, modules or functions.
     """
     code = frame.f_code
-    if is_ours(code.co_filename) or (
-        code.co_filename.startswith(_STANDARD_LIBRARY)
-        and not code.co_filename.startswith(_PACKAGES)
-    ):
+    file = code.co_filename
+    if is_ours(file) or (file.startswith(_STANDARD_LIBRARY) and not file.startswith(_PACKAGES)):
         return False
-    given = [
-        frame.f_locals.get(name)
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    ]
-    return (
-        "torch" in frame.f_globals
-        or bool(code.co_freevars)
-        or any(
-            isinstance(value, (Tensor, nn.Module))
-            or (callable(value) and not isinstance(value, type))
-            for value in given
-        )
-    )
+    if "torch" in frame.f_globals or code.co_freevars:
+        return True
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return any(_is_tensor_or_code(frame.f_locals.get(name)) for name in arguments)
+
+
+def _is_tensor_or_code(value: Any) -> bool:
+    """Tell whether a value is a tensor, a module or a function."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    return callable(value) and not isinstance(value, type)
 
 
 _STANDARD_LIBRARY = (
@@ -142,6 +137,6 @@ _PACKAGES = (f"{sysconfig.get_paths()['purelib']}/", f"{sysconfig.get_paths()['p
 
 def _can_turn(code: CodeType, calls_parts: bool) -> bool:
     """Tell whether code can go another way: by a branch, a handler, or a loop that calls parts."""
-    names = {at.opname for at in dis.get_instructions(code)}
+    names = {each.opname for each in dis.get_instructions(code)}
     turns = {"PUSH_EXC_INFO", "SEND"} | ({"FOR_ITER"} if calls_parts else set())
     return any("JUMP" in name and "IF" in name for name in names) or bool(names & turns)

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from fxprune.common.contents import tensors_of
-from fxprune.coupling.parts.calls import in_one_thread, intercepted
+from fxprune.coupling.parts.calls import in_one_thread, intercepted, paths_with_parameters
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
 from fxprune.inputs import Call, filled, kept, placed, random
 from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
 from fxprune.trace.aliasing import Undone
 from fxprune.trace.user_code import UNKNOWN, ElsewhereError, takes_functions
 
-__all__ = ["runnable"]
+__all__ = ["find_runnable"]
 
 
-def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
+def find_runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
     """Return the example with values on which the model runs and calls the most modules.
 
     The candidates are the values that a plan holds (:func:`fxprune.inputs.kept`), the example's
@@ -45,20 +45,16 @@ def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
     """
     if meta_copy.device.type == "meta":
         raise refused
-    every = {
-        path
-        for path, module in meta_copy.model.named_modules()
-        if path and any(True for _ in module.parameters())
-    }
+    every = paths_with_parameters(meta_copy.model)
     best, most = None, -1
-    for call, own in _example_values(example):
+    for call, is_example in _example_values(example):
         try:
             called = len(_modules_called(meta_copy, call, every))
         except ElsewhereError:
             raise
         except Exception as error:  # whatever the model raises
-            if own:
-                raise _fails(meta_copy, error, refused) from error
+            if is_example:
+                raise _error_for_user(meta_copy, error, refused) from error
             continue
         if called > most:
             best, most = call, called
@@ -103,7 +99,7 @@ def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str
     return found
 
 
-def _fails(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
+def _error_for_user(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
     """Return the exception that tells the user why the model fails on the example."""
     if isinstance(error, FxpruneError):
         return error

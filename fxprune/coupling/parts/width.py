@@ -27,15 +27,15 @@ class Width(torch.SymInt):
         The size before pruning.
     read:
         Returns the labels along the axis, one array per field.
-    tell:
+    report:
         Called with these labels when something is computed from the number, which would come out
         differently for a smaller one.
     """
 
     def __init__(
-        self, number: int, read: Callable[[], list[Array]], tell: Callable[[list[Array]], None]
+        self, number: int, read: Callable[[], list[Array]], report: Callable[[list[Array]], None]
     ) -> None:
-        self.number, self._read, self._tell = number, read, tell
+        self.number, self._read, self._report = number, read, report
 
     @property
     def __class__(self) -> type:
@@ -46,18 +46,18 @@ class Width(torch.SymInt):
         raise TypeError("the class of a size is fixed")
 
     @property
-    def node(self) -> _Known:
+    def node(self) -> _WidthNode:
         """The object that torch asks for the number of a ``SymInt``."""
-        return _Known(self)
+        return _WidthNode(self)
 
     @property
     def labels(self) -> list[Array]:
         """The labels along the axis, one array per field."""
         return self._read()
 
-    def told(self) -> int:
-        """Return the number for a computation, and report the labels to ``tell``."""
-        self._tell(self._read())
+    def use(self) -> int:
+        """Return the number for a computation, and report the labels of the axis."""
+        self._report(self._read())
         return self.number
 
     def is_size_of(self, other: Any) -> bool:
@@ -72,28 +72,28 @@ class Width(torch.SymInt):
     def __getattr__(self, name: str) -> Any:
         if not hasattr(int, name):
             raise AttributeError(f"'int' object has no attribute {name!r}")
-        return getattr(self.told(), name)
+        return getattr(self.use(), name)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return np.asarray(self.told())
+        return np.asarray(self.use())
 
     def __hash__(self) -> int:
-        return hash(self.told())
+        return hash(self.use())
 
     def __repr__(self) -> str:
-        return repr(self.told())
+        return repr(self.use())
 
     def __format__(self, spec: str) -> str:
-        return format(self.told(), spec)
+        return format(self.use(), spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return int, (self.told(),)
+        return int, (self.use(),)
 
     def __deepcopy__(self, memo: Any) -> Width:
         return self
 
 
-class _Known:
+class _WidthNode:
     """The methods that torch's C++ code calls on the node of a ``SymInt``."""
 
     def __init__(self, width: Width) -> None:
@@ -112,19 +112,19 @@ class _Known:
 
     def maybe_as_int(self) -> int:
         """Return the number."""
-        return self.width.told()
+        return self.width.use()
 
     def guard_int(self, file: str, line: int) -> int:
         """Return the number."""
-        return self.width.told()
+        return self.width.use()
 
 
-def _asking(name: str) -> Callable[..., Any]:
+def _int_method(name: str) -> Callable[..., Any]:
     """Return the method of ``int`` of this name, called on a width's number."""
     plain = getattr(int, name)
 
     def method(self: Width, *args: Any) -> Any:
-        return plain(self.told(), *args)
+        return plain(self.use(), *args)
 
     return method
 
@@ -139,7 +139,7 @@ def _operator_of(function: Callable[..., Any], reflected: bool) -> Callable[...,
     def method(self: Width, other: Any) -> Any:
         if function in (operator.eq, operator.ne) and self.is_size_of(other):
             return function is operator.eq
-        number, other = self.told(), other.told() if type(other) is Width else other
+        number, other = self.use(), other.use() if type(other) is Width else other
         return function(other, number) if reflected else function(number, other)
 
     return method
@@ -148,7 +148,7 @@ def _operator_of(function: Callable[..., Any], reflected: bool) -> Callable[...,
 _OBJECT_NAMES = frozenset(dir(object)) | {"__getnewargs__"}
 for _name in set(dir(int)) - _OBJECT_NAMES:
     if _name.startswith("__"):
-        setattr(Width, _name, _asking(_name))
+        setattr(Width, _name, _int_method(_name))
 for _name in (
     "add",
     "sub",
